@@ -1,0 +1,216 @@
+"""Finding, checking and reading checkpoints, as any program may: one process, no ranks.
+
+    checkpoint = Checkpoint.open(find_checkpoint("runs/x"))
+    checkpoint.state["step"], checkpoint.read("layers.0.attention.query.weight")
+
+Next: save.py and weights.py, what ranks do together.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalite.checkpoint.folder import (
+    INDEX,
+    LATEST,
+    STATE,
+    STEP_NAME,
+    SUMS,
+    Chunk,
+    Entry,
+    Index,
+    Transaction,
+    check_file,
+    read_checked_json,
+    read_sums,
+)
+from megalite.checkpoint.storage import write_tensors
+from megalite.errors import CheckpointError
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+FILE_BYTES = 2 << 30  # of a file that one process writes
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step_{step:08d}"
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.glob("step_*") if STEP_NAME.match(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a user's path means: itself, or the newest good one of a run folder or of its
+    `checkpoints` folder. Files are checked whole. CheckpointError where there is none, naming each damaged one."""
+    path = Path(path)
+    if (path / SUMS).exists() or (path / STATE).exists():
+        verify(path)
+        return path
+    run_dir = path.parent if path.name == "checkpoints" else path
+    good, damaged = newest_good(run_dir)
+    if good is not None:
+        return good
+    if damaged:
+        raise CheckpointError("; ".join(map(str, damaged)))
+    raise CheckpointError(f"{path}: holds no checkpoint: must be a run folder or its checkpoints/step_…")
+
+
+def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint of a run that is whole, and what is wrong with each newer one."""
+    damaged: list[CheckpointError] = []
+    for path in reversed(checkpoints_of(run_dir)):
+        try:
+            verify(path)
+            return path, damaged
+        except CheckpointError as error:
+            damaged.append(error)
+    return None, damaged
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Checks every file's SHA-256, before anything in it is parsed; ranks may share the files out as `part` of
+    `parts`. CheckpointError names the first that is damaged."""
+    for position, (name, digest) in enumerate(sorted(read_sums(folder).items())):
+        if position % parts == part:
+            check_file(folder, name, digest)
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. state: step, consumed_samples, consumed_tokens, seed, layout; model: the Hugging Face
+    config; index: every tensor."""
+
+    folder: Path
+    state: dict[str, Any]
+    model: dict[str, Any]
+    index: Index
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Reads state and index, each after its SHA-256 has been checked (`verify` does the tensors' files)."""
+        folder = Path(path)
+        sums = read_sums(folder)
+        state = read_checked_json(folder, STATE, sums[STATE])
+        try:
+            index = Index.from_json(read_checked_json(folder, INDEX, sums[INDEX]))
+            model = state["model"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: is no checkpoint of format 1: {error}") from error
+        return cls(folder, state, model, index)
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of the parameters."""
+        prefix = f"{WEIGHT}/"
+        return [name.removeprefix(prefix) for name in self.index.entries if name.startswith(prefix)]
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer's state is in it."""
+        return any(name.startswith(f"{MOMENTS[0]}/") for name in self.index.entries)
+
+    def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
+        """Full shape of a parameter. CheckpointError where it is not in the checkpoint."""
+        return self._entry(name, kind).shape
+
+    def read(
+        self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None, kind: str = WEIGHT
+    ) -> Tensor:
+        """A parameter, or its box at `offsets` of `shape`, as stored (fp32 masters)."""
+        entry = self._entry(name, kind)
+        offsets = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
+        shape = tuple(shape) if shape is not None else entry.shape
+        result = torch.empty(shape, dtype=entry.dtype)
+        for chunk, ours, theirs in _overlaps(entry, offsets, shape):
+            path = self.folder / chunk.file
+            try:
+                with safe_open(path, framework="pt") as file:
+                    result[ours] = file.get_slice(chunk.key)[theirs]
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        return result
+
+    def _entry(self, name: str, kind: str) -> Entry:
+        entry = self.index.entries.get(f"{kind}/{name}")
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: {kind}/{name}: no such tensor in the checkpoint")
+        return entry
+
+
+def _overlaps(
+    entry: Entry, offsets: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[Chunk, tuple[slice, ...], tuple[slice, ...]]]:
+    """Stored boxes that overlap a wanted one: (box, where in the wanted one, where in the stored one)."""
+    for chunk in entry.chunks:
+        starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+        wanted_ends = [a + n for a, n in zip(offsets, shape, strict=True)]
+        stored_ends = [a + n for a, n in zip(chunk.offsets, chunk.shape, strict=True)]
+        stops = [min(a, b) for a, b in zip(wanted_ends, stored_ends, strict=True)]
+        if all(a < b for a, b in zip(starts, stops, strict=True)):
+            ours = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offsets, strict=True))
+            theirs = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets, strict=True))
+            yield chunk, ours, theirs
+
+
+class CheckpointWriter:
+    """Writes a checkpoint of weights from one process, tensor by tensor; the folder appears whole at the end of
+    the `with` block, or not at all. At most FILE_BYTES and one tensor are held in memory.
+
+    Raises CheckpointError where the folder stands already.
+    """
+
+    def __init__(self, folder: str | Path, model: dict[str, Any], state: dict[str, Any]) -> None:
+        folder = Path(folder)
+        if folder.exists():
+            raise CheckpointError(f"{folder}: stands already: must be a new folder")
+        self.transaction = Transaction(folder, {**state, "model": model})
+        self.index, self.digests = Index(), {}
+        self.pending: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "CheckpointWriter":
+        self.transaction.begin()
+        return self
+
+    def add(self, name: str, tensor: Tensor, kind: str = WEIGHT) -> None:
+        """Takes a full tensor."""
+        full_name, shape = f"{kind}/{name}", tuple(tensor.shape)
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > FILE_BYTES:
+            self._flush()
+        chunk = Chunk((0,) * len(shape), shape, f"tensors_{len(self.digests):05d}.safetensors", full_name)
+        self.index.add(full_name, Entry(shape, tensor.dtype), chunk)
+        self.pending[full_name] = tensor.contiguous()
+
+    def _flush(self) -> None:
+        name = f"tensors_{len(self.digests):05d}.safetensors"
+        self.digests[name] = write_tensors(self.transaction.partial / name, self.pending)
+        self.pending.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self.transaction.abandon()
+            return
+        if self.pending:
+            self._flush()
+        self.transaction.publish(self.index, self.digests)
+
+
+def size_bytes(index: Index) -> int:
+    """Bytes of all tensors."""
+    return sum(entry.dtype.itemsize * math.prod(entry.shape) for entry in index.entries.values())
+
+
+def newest_named(run_dir: Path) -> str | None:
+    """What `checkpoints/latest` names; None where it is absent."""
+    path = run_dir / "checkpoints" / LATEST
+    return path.read_text().strip() if path.exists() else None

@@ -1,0 +1,213 @@
+"""What a checkpoint is on disk: a folder that is whole or not there.
+
+    run/checkpoints/latest                      the name of the newest
+    run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
+                                  index.json    every tensor's full shape and where its boxes lie
+                                  tensors_00000.safetensors …   boxes, one file a rank
+                                  SHA256SUMS    of all files, and of its own lines
+
+A folder is written beside under a hidden name, flushed to disk, and made visible by one rename; `latest` follows.
+`sha256sum -c SHA256SUMS` checks it too. Next: files.py, which finds, opens and reads checkpoints.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite.errors import CheckpointError
+
+FORMAT = 1
+STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
+STEP_NAME = re.compile(r"^step_(\d{8,})$")
+_OWN_SUM = "# of the lines above: "
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")  # no path: an index cannot point out of its folder
+_READ_BYTES = 1 << 22
+
+
+@dataclass
+class Chunk:
+    """A stored box: first index and shape in the full tensor, the file and the key there."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    key: str
+    digest: str = ""  # of the whole file, on its way from the rank that wrote it to the coordinator
+
+
+@dataclass
+class Entry:
+    """A tensor of a checkpoint: full shape, dtype, boxes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass
+class Index:
+    """Every tensor of a checkpoint by name: `weight/…`, `exp_avg/…`, `exp_avg_sq/…`."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def add(self, name: str, entry: Entry, chunk: Chunk) -> None:
+        """Puts a box into the tensor of that name, made as `entry` where it is new."""
+        self.entries.setdefault(name, entry).chunks.append(chunk)
+
+    def chunk(self, name: str, offsets: tuple[int, ...]) -> Chunk:
+        """The box that begins at `offsets`."""
+        return next(chunk for chunk in self.entries[name].chunks if chunk.offsets == offsets)
+
+    def check_whole(self) -> None:
+        """Every element of every tensor stands in it once (boxes of one save never overlap): CheckpointError."""
+        for name, entry in self.entries.items():
+            held = sum(torch.Size(chunk.shape).numel() for chunk in entry.chunks)
+            if held != entry.numel:
+                raise CheckpointError(f"{name}: {held} elements of {entry.numel} to be stored: must be all")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: {
+                "shape": entry.shape,
+                "dtype": str(entry.dtype).removeprefix("torch."),
+                "boxes": [[c.offsets, c.shape, c.file, c.key] for c in entry.chunks],
+            }
+            for name, entry in sorted(self.entries.items())
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Index":
+        index = cls()
+        for name, entry in value.items():
+            chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
+            if not all(_PLAIN_NAME.match(chunk.file) for chunk in chunks):
+                raise ValueError(f"{name}: a file outside the folder")
+            index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
+        return index
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a small file as a whole: beside it, flushed, then renamed over it."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes names that were made or changed in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class Transaction:
+    """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
+
+    state: what state.json will hold. Called by one rank; the others only write into `partial`, on a file system
+    that all of them share.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def partial(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.partial")
+
+    def begin(self) -> None:
+        """Makes the empty unpublished folder; what an earlier save left half done is removed."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def publish(self, index: Index, digests: dict[str, str]) -> None:
+        """Completes the folder and makes it visible by one rename."""
+        index.check_whole()
+        for name, value in ((STATE, {"format": FORMAT, **self.state}), (INDEX, index.to_json())):
+            write_durably(self.partial / name, json.dumps(value, indent=1))
+            digests[name] = file_digest(self.partial / name)
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        own = hashlib.sha256(lines.encode()).hexdigest()
+        write_durably(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n")
+        if self.folder.exists():  # one that was found damaged, or that the user asked to replace
+            replaced = self.folder.with_name(f".{self.folder.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self.folder, replaced)
+            os.rename(self.partial, self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(self.partial, self.folder)
+        flush_folder(self.folder.parent)
+
+    def abandon(self) -> None:
+        """Removes what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The file names of a checkpoint and their SHA-256. CheckpointError where SHA256SUMS is absent or damaged."""
+    path = folder / SUMS
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: damaged: is not text") from None
+    lines, mark, own = text.rpartition(_OWN_SUM)
+    if not mark or own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
+        raise CheckpointError(f"{path}: damaged: its lines do not have the SHA-256 that it states")
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    for name in (STATE, INDEX, *sums):
+        if not _PLAIN_NAME.match(name) or name not in sums:
+            raise CheckpointError(f"{path}: {name}: must be the plain name of a file that it lists")
+    return sums
+
+
+def check_file(folder: Path, name: str, digest: str) -> None:
+    """CheckpointError, naming the file, where it is absent or has another SHA-256."""
+    path = folder / name
+    try:
+        found = file_digest(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if found != digest:
+        raise CheckpointError(f"{path}: damaged: SHA-256 {found[:12]}… must be {digest[:12]}…")
+
+
+def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, parsed only after its SHA-256 has been checked."""
+    check_file(folder, name, digest)
+    value = json.loads((folder / name).read_text(encoding="utf-8"))
+    if name == STATE and value.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / name}: format: {value.get('format')!r}: must be {FORMAT}")
+    return value

@@ -1,0 +1,34 @@
+"""What is in a checkpoint, for a person: `tools/inspect_checkpoint.py`."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from megalite.checkpoint.files import WEIGHT, Checkpoint, size_bytes
+
+SHOWN_STATE = ("step", "consumed_samples", "consumed_tokens", "seed", "sequence_length", "tokenizer")
+
+
+def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
+    """Lines: the run's position, the layout that wrote it, the model, sizes; each weight where asked."""
+    state, entries = checkpoint.state, checkpoint.index.entries
+    yield f"checkpoint {checkpoint.folder}"
+    for key in SHOWN_STATE:
+        if key in state:
+            yield f"  {key}: {state[key]}"
+    for key, value in state.get("layout", {}).items():
+        yield f"  written by {key}: {value}"
+    yield f"  model: {checkpoint.model.get('model_type')}, " + ", ".join(
+        f"{key} {checkpoint.model[key]}"
+        for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
+        if key in checkpoint.model
+    )
+    parameters = sum(entries[f"{WEIGHT}/{name}"].numel for name in checkpoint.names)
+    files = Counter(chunk.file for entry in entries.values() for chunk in entry.chunks)
+    yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, " + (
+        "with Adam's moments" if checkpoint.has_moments else "without moments"
+    )
+    yield f"  {size_bytes(checkpoint.index):,} bytes in {len(files)} files, {sum(files.values())} boxes"
+    if tensors:
+        for name in checkpoint.names:
+            entry = entries[f"{WEIGHT}/{name}"]
+            yield f"  {name}  {list(entry.shape)}  {str(entry.dtype).removeprefix('torch.')}  {len(entry.chunks)} boxes"

@@ -1,0 +1,183 @@
+"""One JSON says what a run is: DeepSpeed's keys at the top, megalite's under `"megalite"`.
+
+`load_config` reads a file and `KEY=VALUE` overrides and checks each key; `Config.resolve` adds the world
+size, applies the rules between keys and writes every default that the result hangs on; `check_model`
+holds the model's sizes against the rest. Nothing here imports torch or deepspeed or starts anything.
+
+Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.py` (what ties them).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from megalite.config.reading import apply_overrides, read_json
+from megalite.config.rules import (
+    Document,
+    ModelDims,
+    check_dims,
+    check_document,
+    check_schedule,
+    data_axis_size,
+    machine_has_gpu,
+    resolved_keys,
+)
+from megalite.config.schedules import DEEPSPEEDS, OURS, Constant, Linear, Schedule
+from megalite.config.section import parse
+from megalite.config.sections import Data, Parallel, Source, Train
+
+__all__ = [
+    "Config",
+    "Data",
+    "ModelDims",
+    "Parallel",
+    "Schedule",
+    "Source",
+    "Train",
+    "check_model",
+    "load_config",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration. Its sizes of the batch are there after `resolve`."""
+
+    document: Document
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Config":
+        """Check a JSON object key by key. Raises ConfigError with one line."""
+        config = cls(parse(Document, value))
+        check_schedule(config.document)
+        return config
+
+    def resolve(self, world_size: int, has_gpu: bool | None = None) -> "Config":
+        """This config with every default filled in for a run of `world_size` ranks.
+
+        `has_gpu` None: as this machine has one. Raises ConfigError with one line for the first rule broken.
+        """
+        check_document(self.document)
+        data = self.data_axis_size(world_size)
+        has_gpu = machine_has_gpu() if has_gpu is None else has_gpu
+        return Config.from_dict(resolved_keys(self.document, data, has_gpu))
+
+    def data_axis_size(self, world_size: int) -> int:
+        """Ranks of the data axis of `world_size` ranks. Raises ConfigError where the grid does not fit."""
+        return data_axis_size(self.parallel, world_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole JSON, itself a valid input: `Config.from_dict(config.to_json()) == config`."""
+        return self.document.model_dump(exclude_none=True)
+
+    @cached_property
+    def deepspeed(self) -> dict[str, Any]:
+        """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
+        keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
+        scheduler = keys.get("scheduler", {})
+        if scheduler.get("type") in OURS:
+            del keys["scheduler"]
+        elif scheduler.get("type") in DEEPSPEEDS:
+            params, fields = scheduler["params"], DEEPSPEEDS[scheduler["type"]].model_fields
+            if "total_num_steps" in fields and params.get("total_num_steps") is None:
+                params["total_num_steps"] = self.train.steps
+            if "warmup_max_lr" in fields and params.get("warmup_max_lr") is None and self.document.optimizer:
+                params["warmup_max_lr"] = self.document.optimizer.params.lr
+        return keys
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule that megalite runs itself; None where DeepSpeed's `scheduler` is in `deepspeed`."""
+        scheduler, params = self.document.scheduler, check_schedule(self.document)
+        steps = self.train.steps
+        match params:
+            case None:
+                return Schedule("constant", 0, steps, 1.0)
+            case Linear(warmup_steps=warmup, total_steps=total, min_ratio=ratio):
+                assert scheduler is not None
+                return Schedule(scheduler.type, warmup, total or steps, ratio)
+            case Constant(warmup_steps=warmup):
+                return Schedule("constant", warmup, steps, 1.0)
+        return None
+
+    @property
+    def model(self) -> dict[str, Any] | str:
+        """An inline Hugging Face config, or the folder of one."""
+        return self.document.megalite.model
+
+    @property
+    def parallel(self) -> Parallel:
+        """The section `megalite.parallel`."""
+        return self.document.megalite.parallel
+
+    @property
+    def data(self) -> Data:
+        """The section `megalite.data`."""
+        return self.document.megalite.data
+
+    @property
+    def train(self) -> Train:
+        """The section `megalite.train`."""
+        return self.document.megalite.train
+
+    @property
+    def train_batch_size(self) -> int:
+        """Samples of an optimizer step, over all ranks; after `resolve`."""
+        return _resolved(self.document.train_batch_size)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch on one data rank; after `resolve`."""
+        return _resolved(self.document.train_micro_batch_size_per_gpu)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of a step on one data rank; after `resolve`."""
+        return _resolved(self.document.gradient_accumulation_steps)
+
+    @property
+    def data_size(self) -> int:
+        """Ranks of the data axis; after `resolve`."""
+        return self.train_batch_size // (self.micro_batch_size * self.accumulation_steps)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run, pipe × data × tensor; after `resolve`."""
+        return self.data_size * self.parallel.pipe * self.parallel.tensor
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The type of weights and activations."""
+        if self.document.fp16 is not None and self.document.fp16.enabled:
+            return "fp16"
+        return "bf16" if self.document.bf16 is not None and self.document.bf16.enabled else "fp32"
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage, 0 to 3."""
+        return self.document.zero_optimization.stage if self.document.zero_optimization is not None else 0
+
+    @property
+    def gradient_clipping(self) -> float:
+        """Highest global norm of the gradients; 0: no clipping."""
+        return self.document.gradient_clipping
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file and set each `KEY=VALUE` in it; not resolved yet.
+
+    Raises ConfigError with one line that names the file or the key, its value and the rule.
+    """
+    return Config.from_dict(apply_overrides(read_json(path), overrides))
+
+
+def check_model(config: Config, dims: ModelDims) -> None:
+    """Hold the sizes of the model against the grid and the samples. Raises ConfigError with one line."""
+    check_dims(config.document, dims)
+
+
+def _resolved(value: int | None) -> int:
+    assert value is not None, "resolve(world_size) comes first"
+    return value

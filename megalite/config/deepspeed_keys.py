@@ -1,0 +1,304 @@
+"""DeepSpeed's keys that megalite takes, with their types and ranges, and those that it refuses, with why.
+
+DeepSpeed itself lets an unknown top-level key pass in silence, so every key that DeepSpeed 0.19.8 reads
+stands here, as a field or as a refusal. `tests/unit/test_config.py` compares these tables with the
+installed package; DeepSpeed is not imported here, for the sake of a quick start. A field left out keeps
+DeepSpeed's default, but for those that `rules.py` always writes.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megalite.config.section import Section
+
+_OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
+_NO_EXPERTS = "experts are not available in this release"
+_REMOVED = "DeepSpeed has removed it"
+_OWN_METRICS = "metrics go to metrics.jsonl in megalite.train.run_dir"
+_OWN_SAMPLES = "samples are made by megalite; see megalite.data"
+_OWN_SCALE = "megalite scales gradients itself, by tokens over the global batch; leave it out"
+_CHANGES_RESULT = "it would round what is communicated and so change the result with the layout"
+
+
+def _whole(value: Any) -> Any:
+    """5e8 is how DeepSpeed's own examples write an integer: a float in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def key(description: str) -> Any:
+    """A field that may be left out: DeepSpeed's default then holds."""
+    return Field(None, description=description)
+
+
+class OffloadOptimizer(Section):
+    """`zero_optimization.offload_optimizer`"""
+
+    device: Literal["none", "cpu"] = Field(
+        "none", description="Where the optimizer's state lies and is stepped."
+    )
+    pin_memory: bool | None = key("Page-locked memory.")
+    ratio: Share | None = key("Share of the state that is offloaded; below 1 with stage 3 only.")
+    refused: ClassVar = {
+        **dict.fromkeys(
+            ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
+            "offloading to NVMe is not available; device is none or cpu",
+        ),
+        **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
+    }
+
+
+class OffloadParam(Section):
+    """`zero_optimization.offload_param`"""
+
+    device: Literal["none", "cpu"] = Field("none", description="Where the parameters lie between their uses.")
+    pin_memory: bool | None = key("Page-locked memory.")
+    refused: ClassVar = dict.fromkeys(
+        ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
+        "offloading to NVMe is not available; device is none or cpu",
+    )
+
+
+class ZeroOptimization(Section):
+    """`zero_optimization`"""
+
+    stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="What the data axis shares out: 1 optimizer state, 2 gradients too, 3 weights too. "
+        "pipe > 1 takes 1 or 2.",
+    )
+    contiguous_gradients: bool | None = key("Copy gradients into one buffer as they are made.")
+    reduce_scatter: bool | None = key("Reduce-scatter in place of all-reduce.")
+    reduce_bucket_size: Count | None = key("Elements reduced at a time.")
+    use_multi_rank_bucket_allreduce: bool | None = key(
+        "One all-reduce in place of a reduce for each owner: fewer messages, twice the bytes. Left out: false."
+    )
+    allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
+    allgather_bucket_size: Count | None = key("Elements gathered at a time.")
+    overlap_comm: bool | None = key("Reduce while backward goes on; without effect with pipe > 1.")
+    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory; pipe 1.")
+    offload_param: OffloadParam | None = key("Keep the parameters in main memory; stage 3.")
+    sub_group_size: Count | None = key("Elements stepped at a time, stage 3.")
+    ignore_unused_parameters: bool | None = key("Take parameters without a gradient as they are.")
+    round_robin_gradients: bool | None = key("Share gradient copies among ranks, with offloading.")
+    stage3_prefetch_bucket_size: Count | None = key("Elements fetched ahead.")
+    stage3_param_persistence_threshold: Count | None = key("Parameters below this many elements stay whole.")
+    stage3_model_persistence_threshold: Count | None = key("Elements that may stay whole in all.")
+    stage3_max_live_parameters: Count | None = key("Elements held whole at a time.")
+    stage3_max_reuse_distance: Count | None = key("Elements after which a parameter is released.")
+    stage3_module_granularity_threshold: Count | None = key("Modules finer than this are fetched whole.")
+    stage3_use_all_reduce_for_fetch_params: bool | None = key("Fetch by all-reduce.")
+    stage3_allgather_sequential: bool | None = key("Fetch parameters one by one: less memory.")
+    memory_efficient_linear: bool | None = key("DeepSpeed's own linear function, stage 3.")
+    override_module_apply: bool | None = key("DeepSpeed's own Module.apply, stage 3.")
+    log_trace_cache_warnings: bool | None = key("Log when the order of fetches changes.")
+    enable_sanity_checks: bool | None = key("DeepSpeed's internal checks.")
+    refused: ClassVar = {
+        "compute_grad_norm": "the norm is always computed: clipping and metrics.jsonl need it",
+        "zenflow": "ZenFlow is not available: its late updates would change the result",
+        "cpu_offload": "deprecated in DeepSpeed; use zero_optimization.offload_optimizer",
+        "cpu_offload_param": "deprecated in DeepSpeed; use zero_optimization.offload_param",
+        "cpu_offload_use_pin_memory": "deprecated in DeepSpeed; use pin_memory in the offload sections",
+        "legacy_stage1": "deprecated in DeepSpeed; leave it out",
+        "parameter_alignment": "checkpoints are read from buffers without padding; leave it out",
+        "zero_hpz_partition_size": "a second copy of the weights (hpZ) is not available",
+        "save_muon_momentum_buffer_in_memory": "Muon is not available; see optimizer.type",
+        "leaf_module": _NO_EXPERTS,
+        **dict.fromkeys(
+            ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+            _CHANGES_RESULT,
+        ),
+        **dict.fromkeys(
+            (
+                "load_from_fp32_weights",
+                "elastic_checkpoint",
+                "pipeline_loading_checkpoint",
+                "stage3_gather_16bit_weights_on_model_save",
+                "stage3_gather_fp16_weights_on_model_save",
+            ),
+            _OWN_CHECKPOINTS,
+        ),
+        **dict.fromkeys(
+            ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), _REMOVED
+        ),
+    }
+
+
+class Bf16(Section):
+    """`bf16`"""
+
+    enabled: bool = Field(
+        False, description="Weights and activations in bf16, masters and accumulation in fp32."
+    )
+    immediate_grad_update: bool | None = key("Add each gradient to the fp32 one as it is made: less memory.")
+    check_grad_overflow: bool | None = key("Skip a step whose gradients are not finite.")
+    refused: ClassVar = dict.fromkeys(
+        ("bf16_master_weights_and_grads", "bf16_optimizer_states"), "masters and moments are kept in fp32"
+    )
+
+
+class Fp16(Section):
+    """`fp16`: known, so that a config that switches it off can be read."""
+
+    enabled: bool = Field(False, description="Must be false: fp16 is not available yet.")
+    auto_cast: bool | None = key("Unused while fp16 is off.")
+    loss_scale: Rate | None = key("Unused while fp16 is off.")
+    initial_scale_power: int | None = key("Unused while fp16 is off.")
+    loss_scale_window: int | None = key("Unused while fp16 is off.")
+    hysteresis: int | None = key("Unused while fp16 is off.")
+    consecutive_hysteresis: bool | None = key("Unused while fp16 is off.")
+    min_loss_scale: int | None = key("Unused while fp16 is off.")
+    fp16_master_weights_and_grads: bool | None = key("Unused while fp16 is off.")
+
+
+class DataTypes(Section):
+    """`data_types`"""
+
+    grad_accum_dtype: Literal["fp32"] = Field("fp32", description="Type that gradients are summed in.")
+    refused: ClassVar = dict.fromkeys(
+        ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"), "bf16.enabled alone says the types"
+    )
+
+
+class OptimizerParams(Section):
+    """`optimizer.params`"""
+
+    lr: float = Field(gt=0, description="Learning rate, the highest of the schedule.")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="Decay of the two moments."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: Rate = Field(0.0, description="Decay of the weights, times the learning rate.")
+    adam_w_mode: bool | None = key(
+        "With type Adam: true (DeepSpeed's default) decays as AdamW does, false adds it to the gradient."
+    )
+    torch_adam: bool | None = key(
+        "torch's Adam in place of DeepSpeed's compiled one. When left out: true on a machine without a GPU, "
+        "where the other takes a minute to build and is no faster."
+    )
+    refused: ClassVar = {
+        "max_grad_norm": "use gradient_clipping",
+        "bias_correction": "it is always on",
+        "amsgrad": "not available in DeepSpeed's Adam",
+        "fp32_optimizer_states": "masters and moments are kept in fp32",
+    }
+
+
+class Optimizer(Section):
+    """`optimizer`"""
+
+    type: Literal["AdamW", "Adam"] = Field(description="The update rule.")
+    params: OptimizerParams
+    refused: ClassVar = {"legacy_fusion": "it belongs to fp16 and LAMB; leave it out"}
+
+
+class Scheduler(Section):
+    """`scheduler`"""
+
+    type: str = Field(
+        description="megalite's `constant`, `linear`, `cosine`, or DeepSpeed's `WarmupLR`, `WarmupDecayLR`, "
+        "`WarmupCosineLR`, `OneCycle`, `LRRangeTest`."
+    )
+    params: dict[str, Any] = Field({}, description="Parameters of that type.")
+
+
+class CommsLogger(Section):
+    """`comms_logger`"""
+
+    enabled: bool = Field(False, description="Record each collective's bytes and time.")
+    prof_all: bool | None = key("All collectives.")
+    prof_ops: list[str] | None = key("Names of those recorded, where not all are.")
+    verbose: bool | None = key("A line for each call.")
+    debug: bool | None = key("With the caller's name.")
+
+
+class ThroughputTimer(Section):
+    """`timers.throughput`"""
+
+    enabled: bool | None = key("DeepSpeed's own timer.")
+    synchronized: bool | None = key("Wait for the device each micro-batch: exact and slower.")
+
+
+class Timers(Section):
+    """`timers`"""
+
+    throughput: ThroughputTimer | None = key("Throughput timer.")
+
+
+class DeepSpeedKeys(Section):
+    """The top level of the JSON, without `megalite`. Of the three batch sizes two are enough; null: left out."""
+
+    train_batch_size: Positive | None = key("Samples of an optimizer step, over all ranks.")
+    train_micro_batch_size_per_gpu: Positive | None = key("Samples of a micro-batch on one data rank.")
+    gradient_accumulation_steps: Positive | None = key("Micro-batches of a step on one data rank.")
+    gradient_clipping: Rate = Field(1.0, description="Highest global norm of the gradients; 0: no clipping.")
+    optimizer: Optimizer | None = key("The optimizer; a run must have one.")
+    scheduler: Scheduler | None = key("The learning rate over the steps; left out: constant.")
+    zero_optimization: ZeroOptimization | None = key("ZeRO; left out: stage 0.")
+    bf16: Bf16 | None = key("bf16; left out: fp32.")
+    fp16: Fp16 | None = key("fp16: must be off.")
+    data_types: DataTypes | None = key("Type that gradients are summed in: fp32.")
+    communication_data_type: Literal["fp32", "bf16"] | None = key(
+        "Type that gradients travel in; fp32 when left out, bf16 with bf16.enabled only."
+    )
+    steps_per_print: Positive = Field(
+        1_000_000_000, description="Steps between DeepSpeed's own lines; megalite prints its own progress."
+    )
+    wall_clock_breakdown: bool | None = key("DeepSpeed logs the time of forward, backward and step.")
+    memory_breakdown: bool | None = key("DeepSpeed logs its memory.")
+    dump_state: bool | None = key("DeepSpeed logs its whole state after starting.")
+    disable_python_gc: bool | None = key("Switch Python's garbage collector off while training.")
+    log_level: str | None = key("Level of DeepSpeed's log.")
+    comms_logger: CommsLogger | None = key("DeepSpeed's record of collectives.")
+    timers: Timers | None = key("DeepSpeed's timers.")
+    refused: ClassVar = {
+        "activation_checkpointing": "use megalite.train.activation_checkpointing",
+        "tensor_parallel": "megalite splits the layers itself; use megalite.parallel.tensor",
+        "pipeline": "use megalite.parallel.pipe",
+        "sequence_parallel_size": "use megalite.parallel.sequence",
+        "seq_parallel_communication_data_type": "use megalite.parallel.sequence",
+        "bfloat16": "DeepSpeed's old name; use bf16",
+        "amp": "DeepSpeed has removed it; use bf16",
+        "torch_autocast": "use bf16",
+        "tensorboard": "use megalite.train.tensorboard",
+        **dict.fromkeys(("wandb", "csv_monitor", "comet"), _OWN_METRICS),
+        "flops_profiler": _OWN_METRICS,
+        **dict.fromkeys(("checkpoint", "datastates_ckpt", "nebula"), _OWN_CHECKPOINTS),
+        **dict.fromkeys(("data_efficiency", "curriculum_learning", "dataloader_drop_last"), _OWN_SAMPLES),
+        **dict.fromkeys(
+            ("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"), _OWN_SCALE
+        ),
+        **dict.fromkeys(("expert_parallel", "use_data_before_expert_parallelism"), _NO_EXPERTS),
+        **dict.fromkeys(
+            (
+                "compression_training",
+                "quantize_training",
+                "sparse_gradients",
+                "eigenvalue",
+                "sparse_attention",
+                "graph_harvesting",
+                "progressive_layer_drop",
+            ),
+            _REMOVED,
+        ),
+        "elasticity": "DeepSpeed has removed it; any layout goes on from any checkpoint",
+        "autotuning": "not available: it would start runs of its own",
+        "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
+        "weight_quantization": "not available: training only",
+        "compile": "DeepCompile is not available",
+        "aio": "offloading to NVMe is not available",
+        "managed_gradient_accumulation": "megalite counts the micro-batches with DeepSpeed; leave it out",
+        "zero_allow_untested_optimizer": "optimizer.type is one that DeepSpeed tests; leave it out",
+        "zero_force_ds_cpu_optimizer": "the optimizer is built from optimizer.type; leave it out",
+        "disable_allgather": "without effect in DeepSpeed; use zero_optimization.allgather_partitions",
+        "allgather_size": "DeepSpeed's old name; use zero_optimization.allgather_bucket_size",
+        "vocabulary_size": "the model's config says it: megalite.model",
+    }

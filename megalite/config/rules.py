@@ -1,0 +1,279 @@
+"""The rules that tie several keys together: the grid, the batch, ZeRO against pipe, the model against
+the grid. Types and ranges of single keys are in `sections.py` and `deepspeed_keys.py`.
+
+Each function takes the validated document (or sizes), returns plain values and raises ConfigError with
+one line that names the key, the values and the rule.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from megalite.config.deepspeed_keys import DeepSpeedKeys, Optimizer, ZeroOptimization
+from megalite.config.schedules import SCHEDULES
+from megalite.config.section import Section, broken, nearest, parse
+from megalite.config.sections import Data, Megalite, Parallel
+from megalite.errors import ConfigError
+
+LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+BATCH_RULE = "train_batch_size = train_micro_batch_size_per_gpu × gradient_accumulation_steps × data axis"
+
+
+class Document(DeepSpeedKeys):
+    """The whole JSON: DeepSpeed's keys, and ours under `megalite`."""
+
+    megalite: Megalite
+
+
+class ModelDims(Protocol):
+    """The sizes of a model that the rules need."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
+
+
+def data_axis_size(parallel: Parallel, world_size: int) -> int:
+    """Ranks of the data axis: `world_size` / (pipe × tensor), which must come out even."""
+    pipe, tensor = parallel.pipe, parallel.tensor
+    if world_size < 1 or world_size % (pipe * tensor):
+        raise ConfigError(
+            f"world size: {world_size}: must be a multiple of megalite.parallel.pipe {pipe} × "
+            f"megalite.parallel.tensor {tensor} = {pipe * tensor}"
+        )
+    return world_size // (pipe * tensor)
+
+
+def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
+    """(train_batch_size, micro-batch, accumulation) for a data axis of `data` ranks.
+
+    Any one that is left out follows from the other two; with one alone accumulation is 1, as in DeepSpeed.
+    """
+    batch = keys.train_batch_size
+    micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
+    if batch is None and micro is None:
+        raise ConfigError(
+            f"train_batch_size: missing: give it or train_micro_batch_size_per_gpu; {BATCH_RULE} {data}"
+        )
+    if accumulation is None and (batch is None or micro is None):
+        accumulation = 1
+    if batch is None:
+        assert micro is not None and accumulation is not None
+        return micro * accumulation * data, micro, accumulation
+    given = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "data axis": data,
+    }
+    factor, names = 1, []
+    for name, value in given.items():
+        if value is not None:
+            factor *= value
+            names.append(f"{name} {value}")
+    product = " × ".join(names)
+    if micro is not None and accumulation is not None:
+        if batch != factor:
+            raise broken(
+                "train_batch_size",
+                batch,
+                f"must be {product} = {factor}; set one of the three to null to derive it",
+            )
+        return batch, micro, accumulation
+    if batch % factor:
+        raise broken("train_batch_size", batch, f"must be a multiple of {product} = {factor}")
+    return batch, micro or batch // factor, accumulation or batch // factor
+
+
+def check_schedule(document: Document) -> Section | None:
+    """The parameters of `scheduler` as the section of its type; None where there is no scheduler."""
+    scheduler = document.scheduler
+    if scheduler is None:
+        return None
+    if scheduler.type not in SCHEDULES:
+        near = nearest(scheduler.type, SCHEDULES)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise broken("scheduler.type", scheduler.type, f"must be one of {', '.join(SCHEDULES)}{hint}")
+    params = parse(SCHEDULES[scheduler.type], scheduler.params, "scheduler.params")
+    warmup_key = "warmup_steps" if hasattr(params, "warmup_steps") else "warmup_num_steps"
+    total_key = "total_steps" if hasattr(params, "total_steps") else "total_num_steps"
+    if hasattr(params, total_key):
+        total = getattr(params, total_key) or document.megalite.train.steps
+        warmup = getattr(params, warmup_key)
+        if warmup is not None and warmup > total:
+            rule = f"must be at most {total_key} {total} (megalite.train.steps where it is left out)"
+            raise broken(f"scheduler.params.{warmup_key}", warmup, rule)
+    return params
+
+
+def check_document(document: Document) -> None:
+    """Every rule between keys that needs neither the world size nor the model."""
+    _check_data(document.megalite.data)
+    _check_precision(document)
+    _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
+    if document.optimizer is None:
+        raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
+    _check_optimizer(document.optimizer)
+
+
+def _check_data(data: Data) -> None:
+    if data.eod_mask_loss and data.tokenizer is None:
+        raise broken("megalite.data.eod_mask_loss", True, "needs megalite.data.tokenizer, which names the token")
+    if data.megatron_samples is not None and data.order != "megatron":
+        raise broken("megalite.data.megatron_samples", data.megatron_samples, 'needs megalite.data.order "megatron"')
+    if data.samples == "packed" and not data.reset_attention:
+        raise broken("megalite.data.samples", "packed", "needs megalite.data.reset_attention true")
+    if data.samples != "windows" and data.order == "megatron":
+        raise broken("megalite.data.samples", data.samples, 'must be "windows" with megalite.data.order "megatron"')
+    for name, sources in (("train", data.train), ("valid", data.valid)):
+        for i, source in enumerate(sources):
+            if source.split is not None and source.split[0] >= source.split[1]:
+                raise broken(f"megalite.data.{name}.{i}.split", source.split, "must be [from, to] with from < to")
+    least, total = min(source.weight for source in data.train), sum(source.weight for source in data.train)
+    if least < LEAST_SHARE * total:
+        i = next(i for i, source in enumerate(data.train) if source.weight == least)
+        rule = f"must be at least {LEAST_SHARE:g} of the sum of weights {total:g}"
+        raise broken(f"megalite.data.train.{i}.weight", least, rule)
+
+
+def _check_precision(document: Document) -> None:
+    bf16 = document.bf16 is not None and document.bf16.enabled
+    if document.fp16 is not None and document.fp16.enabled:
+        if bf16:
+            raise broken("fp16.enabled", True, "must not be on together with bf16.enabled; use bf16")
+        raise broken("fp16.enabled", True, "not available yet: use bf16")
+    if bf16 and (document.zero_optimization is None or document.zero_optimization.stage == 0):
+        raise broken(
+            "zero_optimization.stage",
+            0,
+            "DeepSpeed does not start ZeRO-0 with bf16 and fp32 accumulation; use stage 1, same result",
+        )
+    if document.communication_data_type == "bf16" and not bf16:
+        raise broken("communication_data_type", "bf16", "needs bf16.enabled; leave it out with fp32")
+
+
+def _check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
+    pipe = parallel.pipe
+    offloads = {
+        name
+        for name in ("offload_optimizer", "offload_param")
+        if (section := getattr(zero, name)) is not None and section.device != "none"
+    }
+    if pipe > 1 and zero.stage == 3:
+        raise broken(
+            "zero_optimization.stage",
+            3,
+            f"must be 1 or 2 with megalite.parallel.pipe {pipe}: each micro-batch would gather the stage's weights "
+            "again, and DeepSpeed's pipeline engine does not take it",
+        )
+    if pipe > 1 and zero.stage == 0:
+        raise broken(
+            "zero_optimization.stage",
+            0,
+            f"must be 1 or 2 with megalite.parallel.pipe {pipe}: DeepSpeed clips by a wrong norm there; "
+            "use stage 1, same result",
+        )
+    for name in sorted(offloads):
+        if pipe > 1:
+            raise broken(
+                f"zero_optimization.{name}.device",
+                "cpu",
+                f"must be none with megalite.parallel.pipe {pipe}: tied weights drift apart in DeepSpeed",
+            )
+        least = 3 if name == "offload_param" else 1
+        if zero.stage < least:
+            raise broken(
+                f"zero_optimization.{name}.device", "cpu", f"needs zero_optimization.stage {least} or more"
+            )
+    offload = zero.offload_optimizer
+    if offload is not None and offload.ratio is not None and offload.ratio < 1 and zero.stage != 3:
+        raise broken("zero_optimization.offload_optimizer.ratio", offload.ratio, "must be 1 below stage 3")
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if optimizer.type == "AdamW" and optimizer.params.adam_w_mode is False:
+        raise broken(
+            "optimizer.params.adam_w_mode", False, "must not be false with type AdamW; use type Adam"
+        )
+
+
+def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any]:
+    """The JSON of `document` with everything written that a run's result or start hangs on."""
+    batch, micro, accumulation = batch_sizes(document, data)
+    result = document.model_dump(exclude_none=True)
+    result |= {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    if document.megalite.data.order == "megatron":
+        needed = document.megalite.train.steps * batch
+        made_for = result["megalite"]["data"].setdefault("megatron_samples", needed)
+        if made_for < needed:
+            rule = f"must be at least megalite.train.steps × train_batch_size = {needed}"
+            raise broken("megalite.data.megatron_samples", made_for, rule)
+    zero = result.setdefault("zero_optimization", {"stage": 0})
+    if zero["stage"] in (1, 2):
+        # DeepSpeed's default all-reduces every bucket and keeps a part; so each part goes to its owner alone, half
+        # of the bytes.
+        zero.setdefault("use_multi_rank_bucket_allreduce", False)
+    result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if result.get("bf16", {}).get("enabled"):
+        result.setdefault("communication_data_type", "fp32")
+    params = result["optimizer"]["params"]
+    if result["optimizer"]["type"] == "Adam":
+        params.setdefault("adam_w_mode", True)
+    if not has_gpu:
+        params.setdefault("torch_adam", True)
+    return result
+
+
+def machine_has_gpu() -> bool:
+    """Whether DeepSpeed will find a GPU here: `DS_ACCELERATOR` where it is set, else the driver's device
+    files (torch would take seconds to say the same)."""
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator:
+        return accelerator != "cpu"
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+
+
+def check_layout(tensor: int, pipe: int, dims: ModelDims) -> None:
+    """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
+    for name, size in (
+        ("num_attention_heads", dims.num_heads),
+        ("intermediate_size", dims.intermediate_size),
+    ):
+        if size % tensor:
+            raise broken("megalite.parallel.tensor", tensor, f"must divide {name} {size}")
+    if dims.num_kv_heads % tensor and tensor % dims.num_kv_heads:
+        rule = f"must divide num_key_value_heads {dims.num_kv_heads} or be a multiple of it"
+        raise broken("megalite.parallel.tensor", tensor, rule)
+    if dims.vocabulary_size < tensor:
+        raise broken("megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}")
+    if dims.num_layers < pipe:
+        raise broken("megalite.parallel.pipe", pipe, f"must be at most num_hidden_layers {dims.num_layers}")
+
+
+def check_dims(document: Document, dims: ModelDims) -> None:
+    """The model's sizes against the grid and the samples."""
+    megalite = document.megalite
+    check_layout(megalite.parallel.tensor, megalite.parallel.pipe, dims)
+    length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
+    if megalite.parallel.sequence and length % tensor:
+        rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"
+        raise broken("megalite.data.sequence_length", length, rule)
+    if dims.max_positions is not None and length > dims.max_positions:
+        rule = f"must be at most the model's max_position_embeddings {dims.max_positions}"
+        raise broken("megalite.data.sequence_length", length, rule)

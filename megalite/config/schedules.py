@@ -1,0 +1,106 @@
+"""The types of `scheduler` and their parameters: megalite's three and DeepSpeed's five.
+
+The keys of DeepSpeed's are its constructors' arguments (`deepspeed/runtime/lr_schedules.py`), with
+its defaults where a field shows none. Only the parameters are here; the curves of megalite's types
+are in `megalite/training`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megalite.config.deepspeed_keys import Rate, key
+from megalite.config.section import Section
+
+Steps = Annotated[int, Field(ge=1)]
+
+
+class Constant(Section):
+    """`constant`"""
+
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to `lr`; the first is above 0.")
+
+
+class Linear(Constant):
+    """`linear`: from `lr` to `lr × min_ratio` in a straight line."""
+
+    total_steps: Steps | None = key(
+        "Step at which the lowest rate is reached; left out: megalite.train.steps."
+    )
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
+
+
+class Cosine(Linear):
+    """`cosine`: from `lr` to `lr × min_ratio` along half a cosine."""
+
+
+class WarmupLR(Section):
+    """`WarmupLR`"""
+
+    warmup_min_lr: Rate | None = key("Rate at the start.")
+    warmup_max_lr: Rate | None = key("Rate after the warm-up; left out: optimizer.params.lr.")
+    warmup_num_steps: Steps | None = key("Steps of warm-up.")
+    warmup_type: Literal["log", "linear"] | None = key("Form of the rise.")
+
+
+class WarmupDecayLR(WarmupLR):
+    """`WarmupDecayLR`"""
+
+    total_num_steps: Steps | None = key("Step at which 0 is reached; left out: megalite.train.steps.")
+
+
+class WarmupCosineLR(Section):
+    """`WarmupCosineLR`"""
+
+    total_num_steps: Steps | None = key("Step of the lowest rate; left out: megalite.train.steps.")
+    warmup_min_ratio: float | None = Field(
+        None, ge=0, le=1, description="Rate at the start, as a share of `lr`."
+    )
+    warmup_num_steps: Steps | None = key("Steps of warm-up.")
+    cos_min_ratio: float | None = Field(None, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
+    warmup_type: Literal["log", "linear"] | None = key("Form of the rise.")
+
+
+class OneCycle(Section):
+    """`OneCycle`"""
+
+    cycle_min_lr: Rate = Field(description="Lowest rate of the cycle.")
+    cycle_max_lr: Rate = Field(description="Highest rate of the cycle.")
+    decay_lr_rate: Rate | None = key("Decay of the rate after the cycle.")
+    cycle_first_step_size: Steps | None = key("Steps of the rise.")
+    cycle_second_step_size: Steps | None = key("Steps of the fall.")
+    cycle_first_stair_count: int | None = Field(None, ge=0, description="Stairs of the rise.")
+    cycle_second_stair_count: int | None = Field(None, ge=0, description="Stairs of the fall.")
+    decay_step_size: int | None = Field(None, ge=0, description="Steps of a decay; 0: no decay.")
+    cycle_momentum: bool | None = key("Move the first of `betas` against the rate.")
+    cycle_min_mom: Rate | None = key("Lowest momentum.")
+    cycle_max_mom: Rate | None = key("Highest momentum.")
+    decay_mom_rate: Rate | None = key("Decay of the momentum after the cycle.")
+
+
+class LRRangeTest(Section):
+    """`LRRangeTest`"""
+
+    lr_range_test_min_lr: Rate | None = key("Rate at the start.")
+    lr_range_test_step_size: Steps | None = key("Steps between two rises.")
+    lr_range_test_step_rate: Rate | None = key("Size of a rise.")
+    lr_range_test_staircase: bool | None = key("Rise in stairs.")
+
+
+OURS: dict[str, type[Section]] = {"constant": Constant, "linear": Linear, "cosine": Cosine}
+DEEPSPEEDS: dict[str, type[Section]] = {
+    section.__name__: section for section in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
+}
+SCHEDULES = OURS | DEEPSPEEDS
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule that megalite runs itself: the learning rate is `lr` times a factor that rises linearly
+    over `warmup_steps`, then follows `type` to `min_ratio` at `total_steps`."""
+
+    type: str
+    warmup_steps: int
+    total_steps: int
+    min_ratio: float

@@ -1,0 +1,170 @@
+"""megalite's own keys: what stands under `"megalite"` in the JSON, each with its meaning and unit.
+
+Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: DeepSpeed's keys own them
+(`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from megalite.config.section import Section
+
+Positive = Annotated[int, Field(ge=1)]
+Counter = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _model(value: Any) -> Any:
+    if isinstance(value, dict):
+        if not isinstance(value.get("model_type"), str):
+            raise PydanticCustomError("model", 'must hold "model_type", as in a Hugging Face config')
+        return value
+    if isinstance(value, str) and value:
+        return value
+    raise PydanticCustomError("model", "must be a Hugging Face config object or the folder of one")
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"path": value}
+    if isinstance(value, dict | Source):
+        return value
+    raise PydanticCustomError("source", 'must be a prefix or {{"path": prefix, "weight": number}}')
+
+
+class Parallel(Section):
+    """How the ranks are laid out. The data axis is what is left: world size / (tensor × pipe)."""
+
+    tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
+    pipe: Positive = Field(1, description="Stages that the layers are divided among.")
+    sequence: bool = Field(
+        False,
+        description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
+        "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
+    )
+
+
+class Source(Section):
+    """One corpus of a blend."""
+
+    path: Text = Field(description="Prefix of `prefix.bin` and `prefix.idx` (Megatron's indexed format).")
+    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other entries.")
+    split: list[Share] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Part of the corpus that is used, `[from, to]` as shares of its sequences, such as "
+        "`[0, 0.99]`; left out: all.",
+    )
+
+
+Sources = list[Annotated[Source, BeforeValidator(_source)]]
+
+
+class Data(Section):
+    """What is read."""
+
+    tokenizer: Text | None = Field(
+        None, description="Folder of the tokenizer; may be left out where no text is decoded."
+    )
+    sequence_length: Positive = Field(description="Tokens in a sample.")
+    train: Sources = Field(
+        min_length=1, description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.'
+    )
+    valid: Sources = Field([], description="Corpora to evaluate on, in the same form; empty: no evaluation.")
+    samples: Literal["windows", "packed", "padded"] = Field(
+        "windows",
+        description="`windows`: the corpus in pieces of sequence_length. For fine-tuning, whole documents: `packed`, "
+        "as many in a sample as fit, or `padded`, one a sample.",
+    )
+    loss: Literal["all", "marked"] | None = Field(
+        None,
+        description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
+        "--chat writes it; left out: all, and a `prefix.mask` that stands is refused.",
+    )
+    order: Literal["shuffled", "megatron"] = Field(
+        "shuffled",
+        description="`shuffled`: windows of the files in a new order each epoch, computed, with no tables. "
+        "`megatron`: exactly the samples and the blend of Megatron-LM's GPTDataset under the same seed.",
+    )
+    megatron_samples: Positive | None = Field(
+        None,
+        description="Samples that the order `megatron` is made for, there train_iters × global_batch_size; left "
+        "out: megalite.train.steps × train_batch_size.",
+    )
+    reset_attention: bool = Field(
+        False,
+        description="Keep documents apart: attention and positions begin anew at each, and a document's last "
+        "token is not asked for the next one's first.",
+    )
+    eod_mask_loss: bool = Field(
+        False,
+        description="Leave out of the loss what is predicted from the tokenizer's end-of-document token.",
+    )
+
+
+Seconds = Annotated[float, Field(gt=0, le=1800)]  # after that gloo's own limit ends a collective
+
+
+class Limits(Section):
+    """How long each part of a run may take. One that takes longer is taken for stuck: each rank writes its stacks into
+    the run folder's `faults/`, and all end."""
+
+    first_step_seconds: Seconds = Field(1800.0, description="The engine's start, and as much again for the first step.")
+    step_seconds: Seconds = Field(600.0, description="One later step.")
+    checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
+    evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
+
+
+class Train(Section):
+    """How long, from where, and what is kept."""
+
+    steps: Positive = Field(description="Optimizer steps of the whole run.")
+    seed: int = Field(
+        1234, ge=0, lt=2**63, description="Seed of the weights, the dropout and the sample order."
+    )
+    run_dir: Text = Field(
+        description="Folder of the run; a checkpoint in it is gone on from. Relative to the working directory."
+    )
+    load: Text | None = Field(
+        None,
+        description="Weights to start a new run from: a run folder, a checkpoint or a Hugging Face folder.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] | Positive = Field(
+        "none",
+        description="What is computed again in backward instead of being kept. `selective`: the core of attention; "
+        "`full`: all of a layer but its input; a number n: all of n layers but the input of the first.",
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
+    )
+    eval_interval: Counter = Field(50, description="Steps between two evaluations; 0: never.")
+    eval_steps: Positive = Field(4, description="Global batches of an evaluation.")
+    checkpoint_interval: Counter = Field(
+        100, description="Steps between two checkpoints; 0: at the last step only, which always has one."
+    )
+    keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
+    log_interval: Positive = Field(
+        1,
+        description="Steps between two lines of progress where there is no terminal; `metrics.jsonl` has all.",
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
+    limits: Limits = Field(
+        default_factory=lambda: Limits.model_validate({}), description="Limits of time, for a run that hangs."
+    )
+
+
+class Megalite(Section):
+    """The section `"megalite"`."""
+
+    model: Annotated[dict[str, Any] | str, BeforeValidator(_model)] = Field(
+        description='A Hugging Face config, `{"model_type": "llama", …}`, or a folder with its `config.json`.'
+    )
+    parallel: Parallel = Field(default_factory=lambda: Parallel.model_validate({}), description="The grid.")
+    data: Data
+    train: Train

@@ -1,0 +1,65 @@
+"""The small files of a Hugging Face folder that travel with the weights: generation settings and tokenizer.
+
+In a checkpoint of ours they lie in `hugging_face/`, beside the tensors; nothing of training reads them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.files import Checkpoint
+from megalite.convert.weights import Weights
+from megalite.errors import CheckpointError
+
+CARRIED = "hugging_face"
+GENERATION = "generation_config.json"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """The tokenizer's files that a folder holds."""
+    return (folder / name for name in _TOKENIZER if (folder / name).is_file())
+
+
+def carry(source: Path, target: Path, names: tuple[str, ...] = (*_TOKENIZER, GENERATION)) -> None:
+    """Copies those small files that `source` has and `target` has not."""
+    for name in names:
+        if (source / name).is_file() and not (target / name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def tokenizer_of(weights: Weights) -> Path | None:
+    """The tokenizer that goes with weights: in their own folder, carried with them, or the run's."""
+    for place in (weights.folder, weights.folder / CARRIED):
+        if next(tokenizer_files(place), None) is not None:
+            return place
+    named = weights.state.get("tokenizer") if isinstance(weights, Checkpoint) else None
+    return Path(named) if named else None
+
+
+def stop_ids_of(weights: Weights) -> set[int]:
+    """The tokens that end a text by generation_config.json, or else by the model's config."""
+    values: Any = weights.model.get("eos_token_id")
+    for place in (weights.folder, weights.folder / CARRIED):
+        if (place / GENERATION).is_file():
+            try:
+                values = json.loads((place / GENERATION).read_text(encoding="utf-8")).get("eos_token_id", values)
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{place / GENERATION}: cannot be read: {error}") from error
+            break
+    values = values if isinstance(values, list) else [values]
+    return {value for value in values if isinstance(value, int) and not isinstance(value, bool)}

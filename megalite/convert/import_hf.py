@@ -1,0 +1,30 @@
+"""A Hugging Face folder into a checkpoint of ours, tensor by tensor. Back: export_hf.py.
+
+Memory: CheckpointWriter's 2 GiB and two copies of the largest tensor, whatever the model's size; `verify` needs more
+and says so (verify.py).
+"""
+
+from pathlib import Path
+
+from megalite.checkpoint.files import CheckpointWriter
+from megalite.convert.carried import CARRIED, carry
+from megalite.convert.hf_folder import HFFolder
+from megalite.convert.verify import Comparison, compare
+from megalite.convert.whole import appearing
+from megalite.errors import CheckpointError
+
+
+def import_hf(model: str | Path, output: str | Path, verify: bool | None = None) -> Comparison | None:
+    """Writes a checkpoint of step 0 in fp32. The folder appears when all is written and verified, or not at all.
+
+    verify: hold the logits against transformers'; None: where memory is enough. Returns what was compared, None
+    where nothing was. Raises CheckpointError, ConfigError, ConversionError.
+    """
+    source = HFFolder(model)
+    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "seed": 0, "layout": None, "tokenizer": None}
+    with appearing(output, CheckpointError) as partial:
+        with CheckpointWriter(partial, source.model, state) as writer:
+            for name in source.names:
+                writer.add(name, source.read(name).float())
+        carry(source.folder, partial / CARRIED)
+        return compare(partial, source.folder, verify)

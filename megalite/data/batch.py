@@ -1,0 +1,108 @@
+"""Samples to batches: tokens, labels, what does not count in the loss, and the check of each id.
+
+B samples, S sequence length in tokens. A label is the token that follows; -100 does not count: after the end
+of a document where documents are kept apart, where `prefix.mask` marks no answer, and in filling.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.samples import Piece, Samples, read_documents, read_tokens
+from megalite.data.verify import unknown_id
+
+UNCOUNTED = -100  # the label of a position that does not count in the loss
+
+
+class Batch(NamedTuple):
+    """`tokens`, `labels` int64 [B, S]; `documents` int32 [B, S], the number within its sample of each token's
+    document, or None where documents run together. Filling at a sample's end is a document of its own."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    documents: np.ndarray | None
+
+
+class Stream(NamedTuple):
+    """Samples of a corpus, and the corpus of marks (1: counts) beside it where there is one."""
+
+    samples: Samples
+    marks: IndexedCorpus | None
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads batches of one form."""
+
+    length: int
+    vocabulary_size: int
+    apart: bool
+    """Documents are kept apart."""
+    whole: bool
+    """Each piece of a sample is a document (packing.py), not a part of one run of tokens."""
+    eod_id: int | None
+    """What is predicted from this token does not count."""
+
+    def read(self, streams: Sequence[Stream], corpora: np.ndarray, places: np.ndarray) -> Batch:
+        """The samples at `places` [B] of the orders of the streams `corpora` [B]. Raises DataError for a token
+        id that the vocabulary does not have."""
+        shape = (len(corpora), self.length)
+        tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
+        documents = np.zeros(shape, np.int32) if self.apart else None
+        fill = self._fill_whole if self.whole else self._fill_window
+        for number in np.unique(corpora).tolist():
+            stream, rows = streams[number], np.flatnonzero(corpora == number)
+            for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
+                fill(stream, pieces, tokens[row], labels[row], None if documents is None else documents[row])
+        if self.eod_id is not None:
+            labels[tokens == self.eod_id] = UNCOUNTED
+        return Batch(tokens, labels, documents)
+
+    def _fill_window(
+        self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
+    ) -> None:
+        """Rows [S] of one sample: S + 1 tokens in a run."""
+        window = np.empty(self.length + 1, np.int64)
+        read_tokens(stream.samples.corpus, pieces, window)
+        self._check(stream, pieces, window)
+        tokens[:], labels[:] = window[:-1], window[1:]
+        if stream.marks is not None:
+            read_tokens(stream.marks, pieces, window)
+            labels[window[1:] == 0] = UNCOUNTED
+        if documents is not None:
+            numbers = np.empty(self.length + 1, np.int32)
+            read_documents(stream.samples.corpus, pieces, numbers)
+            documents[:] = numbers[:-1]
+            labels[numbers[1:] != numbers[:-1]] = UNCOUNTED  # no document foretells the next
+
+    def _fill_whole(
+        self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
+    ) -> None:
+        """Rows [S] of one sample: each document's tokens but the last, then filling."""
+        filled = 0
+        for number, piece in enumerate(pieces):
+            start, stop = piece
+            ids = stream.samples.corpus.tokens[start:stop].astype(np.int64)
+            self._check(stream, [piece], ids)
+            end = filled + len(ids) - 1
+            tokens[filled:end], labels[filled:end] = ids[:-1], ids[1:]
+            if stream.marks is not None:
+                labels[filled:end][stream.marks.tokens[start + 1 : stop] == 0] = UNCOUNTED
+            if documents is not None:
+                documents[filled:end] = number
+            filled = end
+        if documents is not None:
+            documents[filled:] = len(pieces)
+
+    def _check(self, stream: Stream, pieces: list[Piece], ids: np.ndarray) -> None:
+        unsigned = ids.view(np.uint64)  # a negative id is a huge one there
+        if unsigned.max() < self.vocabulary_size:
+            return
+        left = int(np.argmax(unsigned >= self.vocabulary_size))
+        for start, stop in pieces:
+            if left < stop - start:
+                raise unknown_id(stream.samples.corpus, start + left, self.vocabulary_size)
+            left -= stop - start

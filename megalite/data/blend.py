@@ -1,0 +1,131 @@
+"""Which corpus each position of a run takes its sample from, such that shares hold at every prefix.
+
+Let corpus i have the share w_i. Among the first n positions it must have more than n·w_i - 1 and fewer than
+n·w_i + 1 samples. So its j-th sample must lie among positions (j-1)/w_i rounded down and j/w_i rounded up:
+a window of time, and serving at each position the open window that closes first ("earliest deadline
+first") meets all of them (Baruah et al., Proportionate progress, 1996). Megatron's rule, the corpus that
+is furthest behind, misses the bound with many corpora, and both rules walk through all positions.
+
+To start anywhere in constant time, the walk is cut into blocks. At a block's start a sample whose window
+is open there may have been given or not; `_counts_at` decides that from the position alone:
+given are the most urgent ones, as far as there is room for them among the positions before. By Hall's
+theorem on intervals every block can then be walked from its own start to the start of the next one,
+within all windows. Shares are exact fractions of integers.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+_LEAST_BLOCK = 4096
+_FINEST = 1 << 40  # shares are multiples of 1 / 2^40 at the finest: under 0.01 sample in 10^10
+
+
+class Blend:
+    """Positions of a run -> (corpus, how many samples it has given before)."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """`weights` of the corpora, above 0; taken as the decimals that they are written as. A block is twice
+        as long as the least share is small, so config/rules.py has a limit for that."""
+        exact = [Fraction(repr(float(weight))) for weight in weights]
+        self._parts, self._total = _integers([weight / sum(exact) for weight in exact])  # w_i = parts[i] / total
+        self._block = max(_LEAST_BLOCK, 2 * math.ceil(self._total / min(self._parts)) + 2)
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def shares(self) -> list[float]:
+        """The asked share of each corpus; they sum to 1."""
+        return [part / self._total for part in self._parts]
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(corpus, position in that corpus's own order), int64 [B] each, of positions int64 [B]."""
+        if len(self._parts) == 1:
+            return np.zeros_like(positions), positions
+        corpora, places = np.empty_like(positions), np.empty_like(positions)
+        blocks = positions // self._block
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            inside = positions[here] - block * self._block
+            of_block = self._walked(block)
+            corpora[here], places[here] = of_block[0][inside], of_block[1][inside]
+        return corpora, places
+
+    def counts(self, position: int) -> list[int]:
+        """Samples that each corpus has given among the first `position` positions."""
+        if len(self._parts) == 1:
+            return [position]
+        block, inside = divmod(position, self._block)
+        before = self._counts_at(block * self._block)
+        since = np.bincount(self._walked(block)[0][:inside], minlength=len(self._parts)).tolist()
+        return [count + more for count, more in zip(before, since, strict=True)]
+
+    def _walked(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """A block's corpora and places. The last two blocks are kept: a batch may span a seam."""
+        if block not in self._blocks:
+            while len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[block] = self._walk(block * self._block)
+        return self._blocks[block]
+
+    def _walk(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Serve positions [start, start + block), earliest deadline first."""
+        parts, total = self._parts, self._total
+        given, goal = self._counts_at(start), self._counts_at(start + self._block)
+        closed = [(count * total // part, i) for i, (count, part) in enumerate(zip(given, parts, strict=True))]
+        closed = [entry for entry in closed if given[entry[1]] < goal[entry[1]]]
+        heapq.heapify(closed)  # (position at which the next window opens, corpus)
+        opened: list[tuple[int, int]] = []  # (position by which it closes, corpus)
+        corpora, places = np.empty(self._block, np.int64), np.empty(self._block, np.int64)
+        for inside in range(self._block):
+            while closed and closed[0][0] <= start + inside:
+                _, i = heapq.heappop(closed)
+                heapq.heappush(opened, (-(-(given[i] + 1) * total // parts[i]), i))
+            _, i = heapq.heappop(opened)
+            corpora[inside], places[inside] = i, given[i]
+            given[i] += 1
+            if given[i] < goal[i]:
+                heapq.heappush(closed, (given[i] * total // parts[i], i))
+        return corpora, places
+
+    def _counts_at(self, base: int) -> list[int]:
+        """Samples of each corpus among the first `base` positions, `base` a multiple of the block.
+
+        n·w_i rounded down, and one more for those whose open window closes soonest, as room allows: the
+        samples whose windows lie within the last u positions, and those given early that opened within
+        them, are at most u.
+        """
+        parts, total = self._parts, self._total
+        counts = [base * part // total for part in parts]
+        left = [base * part % total for part in parts]
+        fractional = [i for i in range(len(parts)) if left[i]]
+        if not fractional:
+            return counts
+        opens = {i: counts[i] * total // parts[i] for i in fractional}
+        closes = {i: -(-(counts[i] + 1) * total // parts[i]) for i in fractional}
+        back = np.arange(1, base - min(opens.values()) + 1)  # u: positions before base
+        room = back.copy()
+        for part, rest in zip(parts, left, strict=True):
+            room -= np.maximum(0, (back * part - rest) // total)  # windows wholly within the last u
+        surplus = base - sum(counts)
+        for i in sorted(fractional, key=lambda i: (closes[i], i)):
+            first = base - opens[i] - 1  # the shortest stretch that holds this window's opening
+            if surplus and room[first:].min() >= 1:
+                room[first:] -= 1
+                counts[i] += 1
+                surplus -= 1
+        assert surplus == 0, "no more open windows than positions"
+        return counts
+
+
+def _integers(shares: list[Fraction]) -> tuple[list[int], int]:
+    """Shares as integers over their sum, rounded only where that would pass the finest."""
+    total = math.lcm(*(share.denominator for share in shares))
+    if total > _FINEST:
+        parts = [round(share * _FINEST) for share in shares]
+    else:
+        parts = [int(share * total) for share in shares]
+    divisor = math.gcd(*parts)
+    return [part // divisor for part in parts], sum(parts) // divisor

@@ -1,0 +1,349 @@
+"""Text files to documents, streamed: .jsonl, .txt, .parquet, the first two also .gz or .zst, or standard input.
+
+Two halves, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
+whole lines without looking into them (`read_chunks`); any process makes documents of a chunk (`parse`).
+A chunk knows the place where the next one begins, which is all that is needed to go on after a kill.
+Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut.
+"""
+
+import gzip
+import importlib
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from megalite.errors import DataError
+
+Kind = Literal["jsonl", "txt", "paragraphs", "parquet"]
+STANDARD_INPUT = "-"
+CHUNK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 16  # read from a compressed file at a time
+_ROWS = 256  # of a .parquet file in a chunk
+_WHOLE_BYTES = 1 << 22  # a .txt file up to this size is one piece
+_LARGEST_PARAGRAPH = 1 << 26
+_SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+    ".parquet": "parquet",
+}
+_GAP = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")  # blank lines
+_BOM = b"\xef\xbb\xbf"
+
+
+class Place(NamedTuple):
+    """Where a chunk begins: in which input, at which byte of its text (row of a .parquet file), and the number
+    of the line, row or document that comes next, from 1 on."""
+
+    input: int = 0
+    offset: int = 0
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole documents as they were read, or a piece of one that does not end here (`open_end`)."""
+
+    kind: Kind
+    start: Place
+    end: Place
+    data: Any  # bytes; of a .parquet file a list of strings or None
+    read_bytes: int  # of the input's file so far, for the progress
+    open_end: bool = False
+
+
+class Bad(NamedTuple):
+    """A line, row or document that cannot be used: its number in its file, and why."""
+
+    number: int
+    reason: str
+
+
+def kind_of(path: str, given: Literal["jsonl", "txt", "parquet"] | None = None, paragraphs: bool = False) -> Kind:
+    """What an input holds: as `given`, else by its name; standard input has lines of JSON. `paragraphs`: blank
+    lines part the documents of a .txt. Raises DataError for a name that does not say."""
+    unpacked = path.removesuffix(".gz").removesuffix(".zst")
+    kind = given or ("jsonl" if path == STANDARD_INPUT else _SUFFIXES.get(Path(unpacked).suffix.lower()))
+    if kind is None:
+        raise DataError(
+            f"{path}: must end in .jsonl, .txt or .parquet (.gz or .zst after it), or --format must say what it is"
+        )
+    return "paragraphs" if kind == "txt" and paragraphs else kind
+
+
+def read_chunks(inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: Place) -> Iterator[Chunk]:
+    """The chunks of all inputs from a place on. Raises DataError for a file that cannot be read or ends in the
+    middle of its compressed data."""
+    for number, (path, kind) in enumerate(zip(inputs, kinds, strict=True)):
+        if number < start.input:
+            continue
+        begin = start if number == start.input else Place(number)
+        try:
+            if kind == "parquet":
+                yield from _parquet_chunks(path, text_key, begin)
+                continue
+            with _Stream(path, begin.offset) as stream:
+                yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except (EOFError, zlib.error) as error:
+            raise DataError(f"{path}: is damaged: {error}") from None
+
+
+def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
+    """The documents of a chunk in order, and what is none; blank lines are neither."""
+    data, number = chunk.data, chunk.start.number
+    if chunk.kind == "jsonl":
+        yield from (_text_of(found, text_key, row) for row, found in parse_objects(chunk))
+    elif chunk.kind == "parquet":
+        missing = f"{json.dumps(text_key)} holds no text"
+        yield from (Bad(row, missing) if text is None else text for row, text in enumerate(data, number))
+    elif chunk.kind == "paragraphs":
+        for row, part in enumerate((part for part in _GAP.split(data) if part.strip()), number):
+            yield _decoded(part.strip(b"\r\n").removeprefix(_BOM if chunk.start.offset == 0 else b""), row)
+    else:
+        yield _decoded(data.removeprefix(_BOM if chunk.start.offset == 0 else b""), number)
+
+
+def read_texts(
+    inputs: Sequence[str], text_key: str = "text", on_bad: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """The documents of some inputs one after another; what is none goes to `on_bad` as one line."""
+    for chunk in read_chunks(inputs, [kind_of(path) for path in inputs], text_key, Place()):
+        for found in parse(chunk, text_key):
+            if isinstance(found, Bad):
+                on_bad(f"{inputs[chunk.start.input]}:{found.number}: {found.reason}")
+            else:
+                yield found
+
+
+def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
+    """The objects of a chunk of lines of JSON with the numbers of their lines."""
+    data = chunk.data
+    if chunk.start.offset == 0 and data.startswith(_BOM):
+        data = data[len(_BOM) :]
+    for number, line in enumerate(data.split(b"\n"), chunk.start.number):
+        if line.strip():
+            yield number, _json_object(line, number)
+
+
+def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:  # JSON can write half of a character that needs two: no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(number, f"is not UTF-8 (byte {error.start})")
+    except UnicodeEncodeError:
+        return Bad(number, "holds half of a surrogate pair")
+    except (ValueError, RecursionError) as error:
+        return Bad(number, f"is not JSON: {getattr(error, 'msg', 'nested too deeply')}")
+    return value if isinstance(value, dict) else Bad(number, "is no JSON object")
+
+
+def _text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
+    if isinstance(found, Bad):
+        return found
+    if text_key not in found:
+        return Bad(number, f"has no key {json.dumps(text_key)}")
+    text = found[text_key]
+    return text if isinstance(text, str) else Bad(number, f"{json.dumps(text_key)} holds no text")
+
+
+def _decoded(data: bytes, number: int) -> str | Bad:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(number, f"is not UTF-8 (byte {error.start} of the document)")
+
+
+class _Stream:
+    """The text of a file as blocks of bytes, unpacked, and how much of the file they took."""
+
+    def __init__(self, path: str, offset: int) -> None:
+        self._raw = sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115
+        self.path, self._offset = path, offset
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the file read so far; 0 for standard input."""
+        return 0 if self.path == STANDARD_INPUT else self._raw.tell()
+
+    def blocks(self) -> Iterator[bytes]:
+        """What is behind the offset, in blocks."""
+        skip = self._offset
+        if skip and not self.path.endswith((".gz", ".zst")):
+            self._raw.seek(skip)
+            skip = 0
+        for block in self._unpacked():
+            if skip >= len(block):
+                skip -= len(block)
+                continue
+            yield block[skip:]
+            skip = 0
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path != STANDARD_INPUT:
+            self._raw.close()
+
+    def _unpacked(self) -> Iterator[bytes]:
+        if self.path.endswith(".gz"):
+            with gzip.GzipFile(fileobj=self._raw) as file:
+                while block := file.read(CHUNK_BYTES):
+                    yield block
+        elif self.path.endswith(".zst"):
+            yield from self._unpacked_zst()
+        else:
+            while block := self._raw.read(CHUNK_BYTES):
+                yield block
+
+    def _unpacked_zst(self) -> Iterator[bytes]:
+        """Frame by frame: the library's own reader takes a file that ends inside a frame for a whole one."""
+        zstandard = _library("zstandard", self.path)
+        frame = None
+        while block := self._raw.read(_BLOCK_BYTES):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from None
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("Compressed file ended before the end of its last frame")
+
+
+def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
+    """Chunks that end at a line's end, or for `paragraphs` at blank lines."""
+    parts: list[bytes] = []
+    for block in stream.blocks():
+        if kind == "jsonl":
+            cut = block.rfind(b"\n") + 1
+        else:  # a gap may lie across two blocks
+            block = b"".join([*parts, block])
+            parts, cut = [], _last_gap(block)
+            if cut == 0 and len(block) > _LARGEST_PARAGRAPH:
+                size = _LARGEST_PARAGRAPH >> 20
+                raise DataError(f"{stream.path}: byte {place.offset}: no blank line in the next {size} MiB")
+        if cut == 0:
+            parts.append(block)
+            continue
+        data = b"".join([*parts, block[:cut]])
+        parts = [block[cut:]]
+        chunk = _chunk(kind, place, data, stream.read_bytes)
+        place = chunk.end
+        yield chunk
+    if rest := b"".join(parts):
+        yield _chunk(kind, place, rest, stream.read_bytes)
+
+
+def _last_gap(block: bytes) -> int:
+    """Where the last blank lines of a block end that something follows; 0: nowhere."""
+    ends = [found.end() for found in _GAP.finditer(block)]
+    while ends and not block[ends[-1] :].strip():
+        ends.pop()
+    return ends[-1] if ends else 0
+
+
+def _chunk(kind: Kind, place: Place, data: bytes, read_bytes: int) -> Chunk:
+    count = sum(map(bool, map(bytes.strip, _GAP.split(data)))) if kind == "paragraphs" else data.count(b"\n")
+    end = Place(place.input, place.offset + len(data), place.number + count)
+    return Chunk(kind, place, end, data, read_bytes)
+
+
+def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
+    """A file as one document: one piece, or pieces that end at a line's end where it is larger."""
+    rest = b""
+    for block in stream.blocks():
+        rest += block
+        if len(rest) > _WHOLE_BYTES:
+            cut = max(rest.rfind(b"\n", 0, -1), rest.rfind(b" ", 0, -1)) + 1 or _character_start(rest)
+            end = Place(place.input, place.offset + cut, place.number)
+            yield Chunk("txt", place, end, rest[:cut], stream.read_bytes, open_end=True)
+            place, rest = end, rest[cut:]
+    if rest:
+        end = Place(place.input, place.offset + len(rest), place.number + 1)
+        yield Chunk("txt", place, end, rest, stream.read_bytes)
+
+
+def _character_start(data: bytes) -> int:
+    """Where the last character of UTF-8 begins."""
+    place = len(data) - 1
+    while place > len(data) - 4 and data[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
+    pyarrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: is no .parquet file: {str(error).splitlines()[0]}") from None
+    if column not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise DataError(f"{path}: has no column {json.dumps(column)} (--text-key); it has {names}")
+    kind = str(file.schema_arrow.field(column).type)
+    if kind not in ("string", "large_string"):
+        raise DataError(f"{path}: column {json.dumps(column)} is of type {kind}, must be string")
+    size, total, row = os.path.getsize(path), max(1, file.metadata.num_rows), 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if row + rows <= place.offset:
+            row += rows
+            continue
+        try:
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[column]):
+                texts = _values(batch.column(0))[max(0, place.offset - row) :]
+                row += batch.num_rows
+                if texts:
+                    first = row - len(texts)
+                    start, end = Place(place.input, first, first + 1), Place(place.input, row, row + 1)
+                    yield Chunk("parquet", start, end, texts, size * row // total)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _values(column: Any) -> list[str | None]:
+    """The strings of a column; None for those that are no UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> str | None:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _library(name: str, path: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"{path}: needs {name.split('.')[0]}: pip install 'megalite[data]'") from None
+
+
+def total_bytes(inputs: Iterable[str]) -> int | None:
+    """The size of all inputs on the disk; None with standard input. Raises DataError for one that is absent."""
+    total = 0
+    for path in inputs:
+        if path == STANDARD_INPUT:
+            return None
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: {'is a folder' if os.path.isdir(path) else 'no such file'}")
+        total += os.path.getsize(path)
+    return total

@@ -1,0 +1,356 @@
+"""Megatron's indexed format, version 1: `prefix.idx` says where each sequence lies in `prefix.bin`.
+
+    prefix.idx   magic (9 bytes), version u64, dtype code u8, sequences N u64, document entries D u64,
+                 sizes i32[N] (tokens), pointers i64[N] (bytes), document index i64[D] (sequences, a leading 0)
+    prefix.bin   the tokens of all sequences, one after another, nothing between them
+
+All little-endian; the index holds exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat run of
+tokens with marks in it, and that is how it is read here: `tokens[a:b]` of a memory map. What is damaged
+is refused (DataError with the file and the place), never read as if it were data. What samples are made of
+these tokens is `samples.py`.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megalite.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = 34
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_FLOATS = "is for floating point, and 6 and 7 are swapped between Megatron-LM and gpt-neox: no tokens"
+_SMALL_VOCABULARY = 65_500  # below it tokens are u16, as in Megatron
+_CHUNK = 1 << 20  # entries that are checked or written at a time
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The type that ids of a vocabulary are stored in, Megatron's choice: u16 below 65,500, else i32."""
+    return np.dtype(np.uint16 if vocabulary_size < _SMALL_VOCABULARY else np.int32)
+
+
+def files_of(prefix: str | Path) -> tuple[Path, Path]:
+    """(`prefix.idx`, `prefix.bin`)"""
+    return Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+
+
+def marks_prefix(prefix: str | Path) -> str:
+    """The prefix of the corpus that marks with 1, token by token, what the loss counts of another."""
+    return f"{prefix}.mask"
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file as read-only memory. Raises DataError where it cannot be read or is empty."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise DataError(f"{path}: is empty: must hold an indexed corpus")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class IndexedCorpus:
+    """A corpus opened for reading. Opening costs the same at any size; `check_index` reads the index once.
+
+    `sizes`, `pointers` and `document_index` are views of the file and not aligned in memory: index and
+    slice them, but do not give them whole to NumPy functions that would copy them (`searchsorted`).
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open a prefix. Raises DataError where a file is absent or header and sizes do not agree."""
+        self.prefix = str(prefix)
+        self.index_path, self.tokens_path = files_of(prefix)
+        index = _mapped(self.index_path)
+        self.dtype, sequences, documents = self._read_header(index)
+        self.sizes = np.frombuffer(index, "<i4", sequences, HEADER_BYTES)
+        self.pointers = np.frombuffer(index, "<i8", sequences, HEADER_BYTES + 4 * sequences)
+        self.document_index = np.frombuffer(index, "<i8", documents, HEADER_BYTES + 12 * sequences)
+        data = _mapped(self.tokens_path)
+        if len(data) % self.dtype.itemsize:
+            self._refuse(
+                self.tokens_path, f"{len(data)} bytes are no whole number of {self.dtype} tokens of the index"
+            )
+        self.tokens = np.frombuffer(data, self.dtype)
+        self._check_ends()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the corpus."""
+        return len(self.tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences: what has a size and a pointer. A document is one or more of them."""
+        return len(self.sizes)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.document_index) - 1
+
+    def sequence(self, index: int) -> np.ndarray:
+        """The tokens of one sequence, a view of the file."""
+        start = int(self.pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[index])]
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document, a view of the file."""
+        return self.tokens[self.document_start(index) : self.document_start(index + 1)]
+
+    def document_start(self, index: int) -> int:
+        """The place of a document's first token; of `num_documents`: the end of the corpus."""
+        sequence = int(self.document_index[index])
+        return self.sequence_start(sequence)
+
+    def document_lengths(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of documents [start, stop), int64."""
+        entries = self.document_index[start : stop + 1].astype(np.int64)
+        places = np.full(len(entries), self.num_tokens, np.int64)
+        inside = entries < self.num_sequences
+        places[inside] = self.pointers[entries[inside]] // self.dtype.itemsize
+        return np.diff(places)
+
+    def sequence_start(self, index: int) -> int:
+        """The place of a sequence's first token; of `num_sequences`: the end of the corpus."""
+        if index == self.num_sequences:
+            return self.num_tokens
+        return int(self.pointers[index]) // self.dtype.itemsize
+
+    def document_at(self, token: int) -> int:
+        """The document that holds the token at a place of the corpus."""
+        low, high = 0, self.num_documents  # bisect: the last document that starts at or before `token`
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.document_start(middle) <= token:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def document_starts(self, start: int, stop: int) -> list[int]:
+        """The places in (start, stop) at which a document begins."""
+        places, document = [], self.document_at(start) + 1
+        while document < self.num_documents and (place := self.document_start(document)) < stop:
+            if place > start and (not places or place > places[-1]):  # an empty document begins nothing
+                places.append(place)
+            document += 1
+        return places
+
+    def _refuse(self, path: Path, reason: str) -> None:
+        raise DataError(f"{path}: {reason}: damaged, or not the pair of its .bin and .idx")
+
+    def _read_header(self, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
+        path = self.index_path
+        if len(index) < HEADER_BYTES:
+            raise DataError(f"{path}: {len(index)} bytes: an index begins with a header of {HEADER_BYTES}")
+        if index[:9] != MAGIC:
+            raise DataError(f"{path}: byte 0: begins with {index[:9]!r}, must be {MAGIC!r}: not an index")
+        version, code, sequences, documents = struct.unpack("<QBQQ", index[9:HEADER_BYTES])
+        if version != 1:
+            raise DataError(f"{path}: byte 9: version {version}: must be 1")
+        if code not in DTYPES:
+            reason = _FLOATS if code in (6, 7) else f"must be one of {', '.join(map(str, DTYPES))}"
+            raise DataError(f"{path}: byte 17: dtype code {code}: {reason}")
+        expected = HEADER_BYTES + 12 * sequences + 8 * documents
+        if len(index) != expected:
+            self._refuse(
+                path,
+                f"holds {len(index)} bytes, must be {expected} for {sequences} sequences and {documents} "
+                "document entries (bytes 18 to 33)",
+            )
+        if sequences == 0 or documents < 2:
+            raise DataError(f"{path}: byte 18: {sequences} sequences, {documents} document entries: no data")
+        return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
+
+    def _check_ends(self) -> None:
+        """What can be known of the arrays without reading them: their first and last entries."""
+        last, size, width = int(self.pointers[-1]), int(self.sizes[-1]), self.dtype.itemsize
+        total = self.num_tokens * width
+        if size < 0 or last + size * width != total:
+            self._refuse(
+                self.tokens_path,
+                f"holds {total} bytes, but by {self.index_path} its last sequence of {size} tokens of {width} "
+                f"bytes begins at {last}",
+            )
+        first, end = int(self.document_index[0]), int(self.document_index[-1])
+        if first != 0 or end != self.num_sequences:
+            self._refuse(
+                self.index_path,
+                f"the document index goes from {first} to {end}, must be 0 to {self.num_sequences}",
+            )
+
+    def check_index(self) -> None:
+        """Read the whole index and hold each entry against the next. Raises DataError with the first place.
+
+        With as many documents as sequences, each document must be one sequence: otherwise one would be
+        empty, another double, and a flipped bit is likelier than that.
+        """
+        width, base = self.dtype.itemsize, HEADER_BYTES
+        expected = 0
+        for start in range(0, self.num_sequences, _CHUNK):
+            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
+            pointers = self.pointers[start : start + _CHUNK]
+            if (bad := np.flatnonzero(sizes < 0)).size:
+                entry = start + int(bad[0])
+                self._refuse(
+                    self.index_path,
+                    f"byte {base + 4 * entry}: sequence {entry} has {sizes[bad[0]]} tokens, must be 0 or more",
+                )
+            ends = expected + np.cumsum(sizes) * width
+            begins = ends - sizes * width
+            if (bad := np.flatnonzero(pointers != begins)).size:
+                entry = start + int(bad[0])
+                self._refuse(
+                    self.index_path,
+                    f"byte {base + 4 * self.num_sequences + 8 * entry}: sequence {entry} begins at byte "
+                    f"{pointers[bad[0]]}, must be {begins[bad[0]]} by the sizes before it",
+                )
+            expected = int(ends[-1])
+        base += 12 * self.num_sequences
+        single = self.num_documents == self.num_sequences
+        for start in range(0, self.num_documents, _CHUNK):
+            entries = self.document_index[start : start + _CHUNK + 1].astype(np.int64)
+            wrong = np.diff(entries) != 1 if single else np.diff(entries) < 0
+            if (bad := np.flatnonzero(wrong)).size:
+                entry, rule = start + int(bad[0]) + 1, "one more than" if single else "at least"
+                self._refuse(
+                    self.index_path,
+                    f"byte {base + 8 * entry}: document entry {entry} is {entries[bad[0] + 1]}, must be {rule} "
+                    f"the {entries[bad[0]]} before it",
+                )
+
+
+class IndexedWriter:
+    """Writes a corpus document by document. The files get their names when it is whole: in a `with` block
+    that ends well, or by `finish`; an error in the block leaves nothing behind.
+
+        with IndexedWriter("corpus", np.uint16) as writer:
+            writer.add_document([5, 6, 7])
+    """
+
+    def __init__(self, prefix: str | Path, dtype: Any, overwrite: bool = False) -> None:
+        """Raises DataError where a file of the prefix stands, unless `overwrite`."""
+        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
+        if self.dtype not in CODES:
+            raise ValueError(f"tokens cannot be stored as {self.dtype}")
+        if not overwrite:
+            refuse_standing(prefix)
+        self._sizes: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._sequences = 0
+        self._partial = [Path(f"{path}.partial") for path in files_of(prefix)]
+        self._file: BinaryIO = create(self._partial[1])
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None) -> None:
+        """Append one document; `sizes` divides it into sequences. Raises DataError for an id that does not
+        fit the type."""
+        array = np.asarray(tokens)
+        limits = np.iinfo(self.dtype)
+        if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
+            raise DataError(
+                f"{self.prefix}: token id {array.max() if array.max() > limits.max else array.min()}: "
+                f"does not fit {self.dtype}"
+            )
+        lengths = np.asarray([array.size] if sizes is None else sizes, np.int32)
+        if int(lengths.sum()) != array.size:
+            raise ValueError(f"sizes of {int(lengths.sum())} tokens for a document of {array.size}")
+        self._file.write(array.astype(self.dtype.newbyteorder("<")).tobytes())
+        self._add(lengths, np.array([len(lengths)], np.int64))
+
+    def add_corpus(self, prefix: str | Path) -> None:
+        """Append all documents of another corpus of the same type."""
+        other = IndexedCorpus(prefix)
+        other.check_index()
+        if other.dtype != self.dtype:
+            raise DataError(f"{other.index_path}: tokens are {other.dtype}, must be {self.dtype} to be merged")
+        for start in range(0, other.num_tokens, _CHUNK):
+            self._file.write(other.tokens[start : start + _CHUNK].tobytes())
+        self._add(np.array(other.sizes), np.array(other.document_index[1:]))
+
+    def _add(self, sizes: np.ndarray, document_ends: np.ndarray) -> None:
+        self._sizes.append(sizes)
+        self._documents.append(document_ends + self._sequences)
+        self._sequences += len(sizes)
+
+    def finish(self) -> None:
+        """Write the index and give both files their names."""
+        sync_close(self._file)
+        sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
+        write_index(self._partial[0], self.dtype, sizes, np.concatenate(self._documents))
+        for partial, path in zip(reversed(self._partial), reversed(files_of(self.prefix)), strict=True):
+            os.replace(partial, path)  # the index last: a pair is whole when it has one
+
+    def discard(self) -> None:
+        """Remove what has been written."""
+        self._file.close()
+        for partial in self._partial:
+            partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+
+def refuse_standing(prefix: str | Path) -> None:
+    """Raise DataError where `prefix.idx` or `prefix.bin` stands."""
+    for path in files_of(prefix):
+        if path.exists():
+            raise DataError(f"{path}: stands already: name another output or remove it")
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a file for writing, with its folder. Raises DataError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def sync_close(file: BinaryIO) -> None:
+    """Close a file when what it holds is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def write_index(path: Path, dtype: np.dtype[Any], sizes: np.ndarray, documents: np.ndarray | None) -> None:
+    """Write `prefix.idx`, a part at a time: the arrays may be memory maps.
+
+    `sizes` i32 [N] tokens of each sequence; `documents` i64 [D], or None: each sequence is a document.
+    """
+    entries = len(sizes) + 1 if documents is None else len(documents)
+    with create(path) as file:
+        file.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype.newbyteorder("=")], len(sizes), entries))
+        for part in _parts(sizes):
+            file.write(part.astype("<i4").tobytes())
+        begin = 0
+        for part in _parts(sizes):
+            ends = begin + np.cumsum(part, dtype=np.int64) * dtype.itemsize
+            file.write((ends - part.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
+            begin = int(ends[-1])
+        for start in range(0, entries, _CHUNK):
+            stop = min(start + _CHUNK, entries)
+            part = np.arange(start, stop) if documents is None else documents[start:stop]
+            file.write(part.astype("<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))

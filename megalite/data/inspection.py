@@ -1,0 +1,119 @@
+"""What is in a corpus, as lines for a person: header, counts, lengths, documents, and what a blend would take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalite.config.rules import LEAST_SHARE
+from megalite.data.blend import Blend
+from megalite.data.indexed import CODES, IndexedCorpus
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.verify import checksum_file, read_through, unknown_id_of
+from megalite.errors import ConfigError
+
+_CHUNK = 1 << 20  # documents looked at together
+_BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is wanted beside header, counts and lengths."""
+
+    tokenizer: str | None = None
+    vocabulary_size: int | None = None
+    verify: bool = False
+    documents: int = 2
+    first: int = 0
+    width: int = 200
+    """Characters of a document."""
+    weights: Sequence[float] | None = None
+    """Of a blend, one a prefix."""
+    samples: int = 10_000
+    sequence_length: int = 1024
+
+
+def inspect(prefixes: Sequence[str], show: Show) -> Iterator[str]:
+    """The lines about some corpora. Raises DataError for a damaged one, ConfigError for weights that do not fit."""
+    if show.weights is not None:
+        _check_weights(show.weights, len(prefixes))
+    tokenizer = load_tokenizer(show.tokenizer) if show.tokenizer else None
+    vocabulary = show.vocabulary_size or (tokenizer.vocabulary_size if tokenizer else None)
+    corpora = []
+    for prefix in prefixes:
+        corpus = IndexedCorpus(prefix)
+        corpora.append(corpus)
+        yield from describe(corpus)
+        if show.verify:
+            yield from verified(corpus, vocabulary)
+        yield from histogram(corpus)
+        shown = range(show.first, min(show.first + show.documents, corpus.num_documents))
+        yield from documents(corpus, shown, tokenizer, show.width)
+    if show.weights is not None:
+        yield from blend_table(corpora, show.weights, show.samples, show.sequence_length)
+
+
+def _check_weights(weights: Sequence[float], prefixes: int) -> None:
+    given = " ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != prefixes or not min(weights) > 0:
+        raise ConfigError(f"--weights: {given}: must be {prefixes} numbers above 0, one a PREFIX")
+    if min(weights) < LEAST_SHARE * sum(weights):
+        raise ConfigError(f"--weights: {given}: each must be at least {LEAST_SHARE:g} of their sum")
+
+
+def describe(corpus: IndexedCorpus) -> Iterator[str]:
+    """Header and counts; the index is checked on the way. Raises DataError where it is damaged."""
+    corpus.check_index()
+    kind = corpus.dtype.newbyteorder("=")
+    yield f"{corpus.prefix}: indexed corpus, version 1, tokens {kind} (code {CODES[kind]})"
+    yield f"  {corpus.num_tokens:,} tokens in {corpus.num_documents:,} documents and {corpus.num_sequences:,} sequences"
+    yield f"  {corpus.index_path} {34 + 12 * corpus.num_sequences + 8 * len(corpus.document_index):,} bytes"
+    yield f"  {corpus.tokens_path} {corpus.num_tokens * corpus.dtype.itemsize:,} bytes"
+
+
+def histogram(corpus: IndexedCorpus) -> Iterator[str]:
+    """How long documents are, in tokens: from each power of two to below the next."""
+    counts, least, most = np.zeros(65, np.int64), corpus.num_tokens, 0
+    for start in range(0, corpus.num_documents, _CHUNK):
+        lengths = corpus.document_lengths(start, min(start + _CHUNK, corpus.num_documents))
+        least, most = min(least, int(lengths.min())), max(most, int(lengths.max()))
+        counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=65)
+    mean = corpus.num_tokens / corpus.num_documents
+    yield f"  tokens a document: {least:,} to {most:,}, {mean:,.1f} on average"
+    used = np.flatnonzero(counts)
+    for power in range(int(used[0]), int(used[-1]) + 1):
+        low, high = (0, 0) if power == 0 else (1 << (power - 1), (1 << power) - 1)
+        bar = "#" * round(_BAR * int(counts[power]) / int(counts.max()))
+        yield f"  {low:>11,} to {high:>11,} {int(counts[power]):>13,}  {bar}".rstrip()
+
+
+def documents(corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, width: int) -> Iterator[str]:
+    """Some documents, as text where there is a tokenizer, cut to `width` characters (tokens without one)."""
+    for number in numbers:
+        ids = corpus.document(number)
+        yield f"  document {number}, {len(ids):,} tokens:"
+        text = tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)[:width] if tokenizer else None
+        yield "    " + (repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist())))
+
+
+def verified(corpus: IndexedCorpus, vocabulary_size: int | None) -> Iterator[str]:
+    """The whole check. Raises DataError with file and place."""
+    lowest, highest = read_through(corpus)
+    if lowest < 0 or (vocabulary_size is not None and highest >= vocabulary_size):
+        raise unknown_id_of(corpus, vocabulary_size or highest + 1)
+    sums = "checksums" if checksum_file(corpus.prefix).exists() else "no checksum file"
+    limit = "" if vocabulary_size is None else f", below the vocabulary's {vocabulary_size:,}"
+    yield f"  verified: structure, sizes, pointers, {sums}; token ids {lowest:,} to {highest:,}{limit}"
+
+
+def blend_table(
+    corpora: Sequence[IndexedCorpus], weights: Sequence[float], samples: int, sequence_length: int
+) -> Iterator[str]:
+    """What a run of `samples` samples takes from each corpus."""
+    blend = Blend(weights)
+    yield f"blend of {len(corpora)} corpora, {samples:,} samples of {sequence_length:,} tokens:"
+    yield f"  {'asked':>9} {'realised':>9} {'samples':>13} {'epochs':>9}  corpus"
+    for corpus, share, given in zip(corpora, blend.shares, blend.counts(samples), strict=True):
+        windows = max(1, (corpus.num_tokens - 1) // sequence_length)
+        realised = given / samples if samples else 0.0
+        yield f"  {share:>9.4%} {realised:>9.4%} {given:>13,} {given / windows:>9.2f}  {corpus.prefix}"

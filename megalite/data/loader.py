@@ -1,0 +1,181 @@
+"""What the training loop asks: a pure function from positions in the run to batches.
+
+There is no state, no worker and no queue: a batch is a few slices of memory maps, which costs microseconds a
+sample and lets any rank ask for any positions. `TrainData` goes on without end, `ValidData` holds each
+corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megalite.config import Data
+from megalite.config.sections import Source
+from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
+from megalite.data.blend import Blend
+from megalite.data.indexed import IndexedCorpus, files_of, marks_prefix
+from megalite.data.megatron import MegatronBlend, MegatronSamples
+from megalite.data.packing import WholeDocuments
+from megalite.data.samples import Shuffled, Windows, part_of
+from megalite.data.tokenizer import load_tokenizer
+from megalite.data.verify import check_corpus
+from megalite.errors import ConfigError, DataError
+
+__all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data", "marks_prefix"]
+
+
+class Share(NamedTuple):
+    """What a corpus of a blend has given: its prefix, the share asked for, and samples so far."""
+
+    path: str
+    asked: float
+    samples: int
+
+
+class _Opened(NamedTuple):
+    source: Source
+    corpus: IndexedCorpus
+    marks: IndexedCorpus | None
+
+
+class TrainData:
+    """Position in the run -> sample: the blend's corpus, then that corpus's own order. `data` is of a resolved
+    config."""
+
+    def __init__(self, data: Data, seed: int, vocabulary_size: int, check: bool = True) -> None:
+        """Open the corpora and, with `check`, read their indices through: one process of a node may do that
+        for the others. Raises DataError or ConfigError with one line."""
+        opened = [_open(source, data, check) for source in data.train]
+        self.paths = [source.path for source in data.train]
+        self._reader = _reader(data, vocabulary_size)
+        self.notes: list[str] = []  # lines for the log: documents that had to be cut
+        weights = [source.weight for source in data.train]
+        if data.order == "megatron":
+            assert data.megatron_samples is not None, "Config.resolve fills it in"
+            self._blend = MegatronBlend(weights, data.megatron_samples)
+            self._streams = [
+                Stream(_megatron_samples(of, data, samples, seed), of.marks)
+                for of, samples in zip(opened, self._blend.samples_of, strict=True)
+            ]
+        else:
+            self._blend = Blend(weights)
+            in_order = [_in_order(of, data, self.notes) for of in opened]
+            self._streams = [
+                Stream(Shuffled(samples, seed, number), marks) for number, (samples, marks) in enumerate(in_order)
+            ]
+
+    def batch(self, positions: Sequence[int] | range) -> Batch:
+        """The samples at these positions of the run, from 0 on; the same for the same positions, always.
+
+        Raises DataError for a token id that the vocabulary does not have.
+        """
+        return self._reader.read(self._streams, *self._blend.locate(np.asarray(positions, np.int64)))
+
+    def shares(self, consumed_samples: int) -> list[Share]:
+        """What each corpus has given after so many samples of the run."""
+        counts = self._blend.counts(consumed_samples)
+        return [Share(*row) for row in zip(self.paths, self._blend.shares, counts, strict=True)]
+
+    def share_lines(self, consumed_samples: int) -> list[str]:
+        """A line for the log about each corpus of a blend: what it has given."""
+        if len(self.paths) == 1 or consumed_samples == 0:
+            return []
+        return [
+            f"data: {share.path}: {share.samples:,} of {consumed_samples:,} samples, "
+            f"{share.samples / consumed_samples:.4%}; asked {share.asked:.4%}"
+            for share in self.shares(consumed_samples)
+        ]
+
+
+class ValidData:
+    """The samples of the validation corpora in order, one corpus after another, each once.
+
+    `corpora`: of each its prefix and the range of positions that its samples have.
+    """
+
+    def __init__(self, data: Data, vocabulary_size: int, check: bool = True) -> None:
+        """Open the corpora as TrainData does. Raises DataError or ConfigError with one line."""
+        in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
+        self._streams = [Stream(samples, marks) for samples, marks in in_order]
+        self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
+        self._reader = _reader(data, vocabulary_size)
+        self.corpora = [
+            (source.path, range(int(start), int(stop)))
+            for source, start, stop in zip(data.valid, self._ends[:-1], self._ends[1:], strict=True)
+        ]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all corpora."""
+        return int(self._ends[-1])
+
+    def batch(self, positions: Sequence[int] | range) -> Batch:
+        """The samples at these positions in [0, num_samples). Raises DataError as TrainData.batch does."""
+        places = np.asarray(positions, np.int64)
+        corpora = np.searchsorted(self._ends, places, "right") - 1
+        return self._reader.read(self._streams, corpora, places - self._ends[corpora])
+
+
+def check_data(data: Data, vocabulary_size: int) -> None:
+    """Read every corpus of a config whole, once: structure, checksums, every token id; what was found is
+    remembered (`verify.py`). Raises DataError or ConfigError with one line."""
+    TrainData(data, 0, vocabulary_size)
+    if data.valid:
+        ValidData(data, vocabulary_size)
+    for prefix in dict.fromkeys(source.path for source in [*data.train, *data.valid]):
+        check_corpus(prefix, vocabulary_size)
+        if data.loss == "marked":
+            check_corpus(marks_prefix(prefix), 2)
+
+
+def _open(source: Source, data: Data, check: bool) -> _Opened:
+    corpus = IndexedCorpus(source.path)
+    standing = files_of(marks_prefix(source.path))[0]
+    if data.loss is None and standing.exists():
+        raise ConfigError(
+            f'megalite.data.loss: missing: {standing} stands: say "marked" to count what it marks, or "all"'
+        )
+    marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
+    for opened in (corpus, marks) if check else ():
+        if opened is not None:
+            opened.check_index()
+    if marks is not None and (marks.num_tokens, marks.dtype) != (corpus.num_tokens, np.dtype(np.uint8)):
+        raise DataError(
+            f"{marks.tokens_path}: holds {marks.num_tokens} tokens of {marks.dtype}: must mark each of the "
+            f"{corpus.num_tokens} of {corpus.tokens_path} with a byte"
+        )
+    return _Opened(source, corpus, marks)
+
+
+def _in_order(of: _Opened, data: Data, notes: list[str]) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
+    """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
+    if data.samples == "windows":
+        return Windows(of.corpus, data.sequence_length, of.source.split), of.marks
+    documents = part_of(of.corpus.num_documents, of.source.split)
+    whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed")
+    if whole.cut:
+        notes.append(
+            f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "
+            f"megalite.data.sequence_length {data.sequence_length} + 1 tokens"
+        )
+    return whole, of.marks
+
+
+def _megatron_samples(of: _Opened, data: Data, samples: int, seed: int) -> MegatronSamples:
+    sequences = part_of(of.corpus.num_sequences, of.source.split)
+    return MegatronSamples(of.corpus, sequences, data.sequence_length, samples, seed)
+
+
+def _reader(data: Data, vocabulary_size: int) -> BatchReader:
+    eod_id = _end_of_document(data) if data.eod_mask_loss else None
+    whole = data.samples != "windows"
+    return BatchReader(data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id)
+
+
+def _end_of_document(data: Data) -> int:
+    assert data.tokenizer is not None, "config/rules.py asks for it"
+    eod_id = load_tokenizer(data.tokenizer).eod_id
+    if eod_id is None:
+        raise DataError(f"{data.tokenizer}: has no end-of-sequence token, which megalite.data.eod_mask_loss needs")
+    return eod_id

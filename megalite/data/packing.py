@@ -1,0 +1,73 @@
+"""Samples of whole documents, for fine-tuning: several in a sample, as many as fit, or one and then filling.
+
+A document of n tokens takes n - 1 positions, since nothing is asked for after its last token; one longer than
+S + 1 tokens is cut, and one of a single token left out. Which documents share a sample is found once, the
+longest first, each into the fullest sample that it still fits ("best fit decreasing"); where documents are
+kept apart in attention it changes no result.
+"""
+
+import numpy as np
+
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.samples import Piece
+from megalite.errors import DataError
+
+
+class WholeDocuments:
+    """The samples of a corpus, of whole documents each; `cut` of them are longer than a sample."""
+
+    def __init__(self, corpus: IndexedCorpus, documents: range, sequence_length: int, together: bool) -> None:
+        """`documents` of the corpus, `together` or one a sample. Raises DataError where none has two tokens."""
+        self.corpus, self.length = corpus, sequence_length
+        lengths = corpus.document_lengths(documents.start, documents.stop)
+        usable = np.flatnonzero(lengths > 1)
+        if not usable.size:
+            raise DataError(f"{corpus.index_path}: no document of two tokens among those that are used")
+        self.cut = int((lengths > sequence_length + 1).sum())
+        needed = np.minimum(lengths[usable] - 1, sequence_length)
+        usable += documents.start
+        if together:
+            sample_of = best_fit(needed, sequence_length)
+            order = np.argsort(sample_of, kind="stable")  # within a sample in the order of the corpus
+            self._documents, counts = usable[order], np.bincount(sample_of)
+        else:
+            self._documents, counts = usable, np.ones(len(usable), np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])  # of each sample in _documents
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._starts) - 1
+
+    def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
+        """The documents of each sample; see samples.Samples."""
+        return [
+            [self._piece(document) for document in self._documents[start:stop].tolist()]
+            for start, stop in zip(self._starts[positions], self._starts[positions + 1], strict=True)
+        ]
+
+    def _piece(self, document: int) -> Piece:
+        start = self.corpus.document_start(document)
+        return start, min(self.corpus.document_start(document + 1), start + self.length + 1)
+
+
+def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
+    """The sample that each of `sizes` (1 to `room`) goes into, int64, numbered in the order they are opened."""
+    result = np.empty(len(sizes), np.int64)
+    open_with: list[list[int]] = [[] for _ in range(room + 1)]  # samples by the room that is left
+    left = 0  # bit r: there is a sample with room r
+    opened = 0
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[place])
+        fitting = left >> size
+        if fitting:
+            old = size + (fitting & -fitting).bit_length() - 1  # the least room that is enough
+            sample = open_with[old].pop()
+            if not open_with[old]:
+                left &= ~(1 << old)
+        else:
+            old, sample, opened = room, opened, opened + 1
+        open_with[old - size].append(sample)
+        left |= 1 << (old - size)
+        result[place] = sample
+    return result

@@ -1,0 +1,234 @@
+"""Text files to a corpus, by several processes, and on from where it was after a kill.
+
+One process reads chunks and writes tokens, in the order of the input; workers tokenize. At most a few chunks
+a worker are under way, which bounds the memory. `documents.py` reads, `partial.py` keeps what is written
+until it is whole, `indexed.py` has the form.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megalite.data.chat import ChatEncoder, NotChat
+from megalite.data.documents import (
+    STANDARD_INPUT,
+    Bad,
+    Chunk,
+    Kind,
+    kind_of,
+    parse,
+    parse_objects,
+    read_chunks,
+    total_bytes,
+)
+from megalite.data.indexed import token_dtype
+from megalite.data.partial import Counts, Encoded, Partial
+from megalite.data.progress import Progress
+from megalite.data.tokenizer import Encoder, Tokenizer, load_tokenizer
+from megalite.errors import ConfigError, DataError, MegaliteError
+
+_CHUNKS_UNDER_WAY = 3  # a worker
+
+
+class Task(ABC):
+    """What a worker does with a chunk; it can be sent to another process."""
+
+    dtype: np.dtype[Any]
+    """Of the tokens."""
+
+    @abstractmethod
+    def encode(self, chunk: Chunk) -> Encoded:
+        """Tokenize a chunk. A document without tokens is left out and counted."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of all that the tokens of a text hang on."""
+
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """Documents of text."""
+
+    encoder: Encoder
+    dtype: np.dtype[Any]
+    text_key: str
+    end: list[int]  # the end-of-document token, or nothing
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """See Task."""
+        texts: list[str] = []
+        bad: list[Bad] = []
+        for found in parse(chunk, self.text_key):
+            if isinstance(found, Bad):
+                bad.append(found)
+            else:
+                texts.append(found)
+        ids = [found for found in self.encoder.encode_batch(texts) if found]
+        if not chunk.open_end:
+            for found in ids:
+                found += self.end
+        return Encoded(*_joined(ids, self.dtype), b"", len(texts) - len(ids), bad)
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        what = (self.text_key, self.end, self.dtype.str)
+        return hashlib.sha256(pickle.dumps(what) + pickle.dumps(self.encoder)).hexdigest()
+
+
+@dataclass(frozen=True)
+class ChatTask(Task):
+    """Conversations, and prompts with completions."""
+
+    encoder: ChatEncoder
+    dtype: np.dtype[Any]
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """See Task."""
+        ids: list[list[int]] = []
+        marks: list[list[int]] = []
+        bad: list[Bad] = []
+        for number, found in parse_objects(chunk):
+            if isinstance(found, Bad):
+                bad.append(found)
+                continue
+            try:
+                for document, of_document in self.encoder.encode(found):
+                    ids.append(document)
+                    marks.append(of_document)
+            except NotChat as error:
+                bad.append(Bad(number, str(error)))
+        _, flat = _joined(marks, np.dtype(np.uint8))
+        return Encoded(*_joined(ids, self.dtype), flat, 0, bad)
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        return self.encoder.fingerprint()
+
+
+def _joined(documents: list[list[int]], dtype: np.dtype[Any]) -> tuple[np.ndarray, bytes]:
+    """Their sizes, and all of them one after another."""
+    sizes = np.fromiter(map(len, documents), np.int64, len(documents))
+    return sizes, np.fromiter(chain.from_iterable(documents), dtype, int(sizes.sum())).tobytes()
+
+
+def preprocess(
+    inputs: Sequence[str],
+    tokenizer: str | Path,
+    output: str | Path,
+    text_key: str = "text",
+    workers: int = 1,
+    append_eod: bool = False,
+    strict: bool = False,
+    overwrite: bool = False,
+    kind: Literal["jsonl", "txt", "parquet"] | None = None,
+    paragraphs: bool = False,
+    chat: bool = False,
+) -> Counts:
+    """Write `output`.bin, .idx and .sha256 from the documents of `inputs`; `-` is standard input.
+
+    `strict`: the first bad line raises DataError; otherwise bad lines are counted and the first few named.
+    `kind` says what inputs hold whose names do not; `paragraphs`: blank lines part the documents of .txt.
+    `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
+    own, marks with 1 the tokens that the loss counts.
+    An output that stands is refused, unless `overwrite`. Raises DataError with one line.
+    """
+    kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
+    size = total_bytes(inputs)
+    loaded = load_tokenizer(tokenizer)
+    dtype = token_dtype(loaded.vocabulary_size)
+    if chat:
+        if set(kinds) != {"jsonl"}:
+            raise DataError(f"{inputs[0]}: must be lines of JSON for --chat")
+        if append_eod:
+            raise ConfigError("--append-eod: not with --chat: the template ends messages, and completions are ended")
+        task: Task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
+    else:
+        task = TextTask(loaded.encoder(), dtype, text_key, _end_of_document(loaded, tokenizer) if append_eod else [])
+    fingerprint = _fingerprint(inputs, kinds, task)
+    with Partial(output, fingerprint, overwrite, chat) as partial, Progress(inputs, size) as progress:
+        if not partial.written:
+            chunks = read_chunks(inputs, kinds, text_key, partial.place)
+            for chunk, encoded in _encoded(chunks, task, workers):
+                partial.add(chunk, encoded, inputs[chunk.start.input], strict)
+                progress.show(chunk.start.input, chunk.read_bytes, partial.counts.documents, partial.counts.tokens)
+            partial.finish(dtype)
+        partial.give_names()
+    return partial.counts
+
+
+def _end_of_document(loaded: Tokenizer, folder: str | Path) -> list[int]:
+    if loaded.eod_id is None:
+        raise DataError(f"{folder}: has no end-of-sequence token, which --append-eod needs")
+    return [loaded.eod_id]
+
+
+def _fingerprint(inputs: Sequence[str], kinds: Sequence[str], task: Task) -> str:
+    """Of all that the result hangs on: a partial result of anything else cannot be gone on with."""
+    files = [(path, kind, *_size_and_time(path)) for path, kind in zip(inputs, kinds, strict=True)]
+    return hashlib.sha256(json.dumps([files, task.fingerprint()]).encode()).hexdigest()
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    if path == STANDARD_INPUT:
+        return 0, time.time_ns()  # another stream each time: never gone on with
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
+    """Each chunk with its tokens, in order; in this process where there is one worker."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    if workers == 1:
+        yield from ((chunk, task.encode(chunk)) for chunk in chunks)
+        return
+    under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
+    try:
+        for chunk in chunks:
+            under_way.append((chunk, pool.submit(_work, chunk)))
+            while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (under_way and under_way[0][1].done()):
+                first, future = under_way.popleft()
+                yield first, future.result()
+        for first, future in under_way:
+            yield first, future.result()
+    except BrokenProcessPool:
+        raise MegaliteError("a worker was killed (out of memory?): the same command goes on from here") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_task: Task  # of a worker process
+
+
+def _start_worker(task: Task) -> None:
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reading process ends the workers
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work(chunk: Chunk) -> Encoded:
+    return _task.encode(chunk)

@@ -1,0 +1,72 @@
+"""How far a long reading is: a bar where there is a terminal, a line now and then where there is none."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from megalite.data.documents import STANDARD_INPUT
+
+_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Of some input files, by bytes read. On standard error; quiet in the first seconds without a terminal."""
+
+    def __init__(self, inputs: Sequence[str], total_bytes: int | None) -> None:
+        """`total_bytes` of all inputs on the disk; None where that is not known (standard input)."""
+        sizes = [0 if path == STANDARD_INPUT else os.path.getsize(path) for path in inputs]
+        self._before = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._total, self._first = total_bytes, -1
+        self._start = self._last = time.monotonic()
+        self._bar: Bar | None = None
+        if sys.stderr.isatty():
+            columns = ["{task.percentage:>3.0f}%"] if total_bytes else []
+            self._bar = Bar(
+                *[TextColumn(column) for column in columns],
+                BarColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                *([TextColumn("left"), TimeRemainingColumn()] if total_bytes else []),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=total_bytes, rate="")
+
+    def show(self, number: int, read_bytes: int, documents: int, tokens: int) -> None:
+        """`read_bytes` of input `number` have been taken in, and so many documents and tokens in all."""
+        now, done = time.monotonic(), self._before[number] + read_bytes
+        if self._first < 0:
+            self._first = done  # what an earlier run had read is not this one's rate
+        seconds = max(1e-9, now - self._start)
+        if self._bar is not None:
+            rate = f"{documents:,} documents, {tokens:,} tokens, {(done - self._first) / seconds / 1e6:.1f} MB/s"
+            self._bar.update(self._task, completed=done, rate=rate)
+            self._last = now
+        elif now - self._last >= _LINE_SECONDS:
+            self._last = now
+            print(self._line(done, documents, tokens, seconds), file=sys.stderr, flush=True)
+
+    def _line(self, done: int, documents: int, tokens: int, seconds: float) -> str:
+        rate = (done - self._first) / seconds
+        line = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        if self._total and rate > 0:
+            left = int((self._total - done) / rate)
+            line = f"{100 * done / self._total:.0f} %: {line}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        return line
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

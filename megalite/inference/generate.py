@@ -1,0 +1,173 @@
+"""Generation on any layout of the pipe and tensor axes: prompts of different lengths in batches, with a cache.
+
+Prompts of a batch are aligned at their ends (padding on the left), so that the newest token is the last column of
+every row. As many batches are under way as there are stages: while one is on the last stage, another is on the
+first. Hidden states go from stage to stage; the tokens that the last stage chooses go back to all others, which
+therefore all know every text. B prompts of a batch, S tokens a row, D hidden.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megalite.errors import ConfigError
+from megalite.inference.sampling import Sampling, choose
+from megalite.model.context import Context, KeyValueCache
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.pipeline import Boundary
+
+OnToken = Callable[[int, int], None]
+"""Called with a prompt's number and its next token, as soon as a rank knows it."""
+
+
+@dataclass
+class Text:
+    """A prompt and what goes on from it. number: of the prompt; finished: "" while it grows, then "stop" (its last
+    token is a stop token) or "length"."""
+
+    number: int
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finished: str = ""
+
+
+def check_lengths(spec: TransformerSpec, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """ConfigError where a prompt is empty or what is asked for goes beyond the model's positions."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens: {max_new_tokens}: must be at least 1")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {number}: is empty: must hold at least one token")
+        length = len(prompt) + max_new_tokens
+        if spec.max_positions is not None and length > spec.max_positions:
+            raise ConfigError(
+                f"--max-new-tokens: {max_new_tokens}: prompt {number} has {len(prompt)} tokens: the sum must be at "
+                f"most the model's max_position_embeddings {spec.max_positions}"
+            )
+
+
+class Generator:
+    """Texts from a stage of this rank's. All ranks of the model plane call `generate` together, with equal
+    arguments.
+
+    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way.
+    """
+
+    def __init__(self, stage: Stage, grid: Grid, batch_size: int = 8) -> None:
+        self.stage, self.grid, self.batch_size = stage.eval(), grid, batch_size
+        weight = next(stage.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_ids: Collection[int] = (),
+        on_token: OnToken | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Text]:
+        """A text for each prompt, on every rank. Texts end with the first of `stop_ids` or after so many tokens.
+
+        numbers: of the prompts, for the seed, where they are part of a longer list. Raises ConfigError.
+        """
+        check_lengths(self.stage.spec, prompts, max_new_tokens)
+        numbers = numbers if numbers is not None else range(len(prompts))
+        texts = [Text(number, list(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
+        size = self.batch_size
+        waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
+        sampling = sampling or Sampling()
+        under_way: deque[_Batch] = deque()
+        while waiting or under_way:
+            # Every rank takes the batches in this one order, so that messages need no marks.
+            if waiting and len(under_way) < self.grid.pipe.size:
+                batch = _Batch(waiting.popleft(), self, max_new_tokens)
+            else:
+                batch = under_way.popleft()
+                for text, token in batch.take(stop_ids):
+                    if on_token is not None:
+                        on_token(text.number, token)
+                if batch.is_finished:
+                    batch.finish()
+                    continue
+            batch.advance(sampling)
+            under_way.append(batch)
+        return texts
+
+
+class _Batch:
+    """Prompts on their way: `advance` sends one more column of tokens through this rank's stage, `take` learns
+    what the last stage chose."""
+
+    def __init__(self, texts: list[Text], generator: Generator, max_new_tokens: int) -> None:
+        self.texts, self.stage, self.axis = texts, generator.stage, generator.grid.pipe
+        self.tensor_axis, self.device = generator.grid.tensor, generator.device
+        self.max_new_tokens = max_new_tokens
+        longest = max(len(text.prompt) for text in texts)
+        self.padding = torch.tensor([longest - len(text.prompt) for text in texts], device=self.device)  # [B]
+        rows = [[0] * (longest - len(text.prompt)) + text.prompt for text in texts]
+        self.column = torch.tensor(rows, device=self.device)  # [B, S], then [B, 1]
+        self.seen = 0  # columns that went through
+        self.cache = KeyValueCache(longest + max_new_tokens)
+        self.chosen: Tensor | None = None
+        width = generator.stage.spec.hidden_size
+        boundaries = [
+            Boundary(self.axis, (len(texts), length, width), generator.dtype, self.device) for length in (longest, 1)
+        ]
+        self.first_hidden, self.next_hidden = boundaries
+        self.choices = Boundary(self.axis, (len(texts),), torch.int64, self.device)
+
+    @property
+    def is_finished(self) -> bool:
+        return all(text.finished for text in self.texts)
+
+    def advance(self, sampling: Sampling) -> None:
+        """One forward pass; the last stage chooses the next tokens and tells the others."""
+        boundary = self.first_hidden if self.seen == 0 else self.next_hidden
+        source = self.column if self.axis.is_first else boundary.receive(self.axis.rank - 1)
+        output = self.stage(source, context=self._context())
+        self.seen += self.column.shape[1]
+        if not self.axis.is_last:
+            boundary.send(output, self.axis.rank + 1)
+            return
+        places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
+        size = self.stage.spec.vocabulary_size
+        self.chosen = choose(output[:, -1], size, self.tensor_axis, sampling, places)
+        for place in range(self.axis.size - 1):
+            self.choices.send(self.chosen, place)
+
+    def take(self, stop_ids: Collection[int]) -> Iterator[tuple[Text, int]]:
+        """Adds the tokens that the last stage chose to the texts that are not finished, and gives them."""
+        chosen = self.chosen if self.axis.is_last else self.choices.receive(self.axis.size - 1)
+        assert chosen is not None
+        self.column = chosen.unsqueeze(-1)
+        for text, token in zip(self.texts, chosen.tolist(), strict=True):
+            if text.finished:
+                continue
+            text.tokens.append(token)
+            if token in stop_ids:
+                text.finished = "stop"
+            elif len(text.tokens) == self.max_new_tokens:
+                text.finished = "length"
+            yield text, token
+
+    def finish(self) -> None:
+        """Waits until every message of this batch is gone."""
+        for boundary in (self.first_hidden, self.next_hidden, self.choices):
+            boundary.finish()
+
+    def _context(self) -> Context:
+        """Positions count from a row's first real token; padding is seen by none but itself."""
+        length = self.column.shape[1]
+        places = torch.arange(self.seen, self.seen + length, device=self.device)
+        positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
+        columns = torch.arange(self.seen + length, device=self.device)
+        visible = (columns <= places.unsqueeze(-1)) & (columns >= self.padding[:, None, None])  # [B, S, T]
+        visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
+        return Context(positions, visible.unsqueeze(1), self.cache)

@@ -1,0 +1,95 @@
+"""The choice of the next token from logits that the tensor axis splits; the same token on every layout.
+
+B rows, V vocabulary, t size of the tensor axis. A greedy choice crosses the axis as two numbers a row, top-k as k
+candidates a rank; only sampling from the whole vocabulary gathers it. Chance is a function of (seed, prompt,
+place in the text), so it hangs neither on the layout nor on which prompts share a batch. Next: generate.py.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.errors import ConfigError
+from megalite.parallel.collectives import gather_over
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import share
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Raises ConfigError for a value out of range.
+
+    temperature: logits are divided by it; 0 takes the likeliest. top_k: of the k likeliest; None: of all. top_p: of
+    the fewest likeliest that together have this probability (arXiv 1904.09751). seed: of the choices.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"--temperature: {self.temperature}: must be a number from 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"--top-k: {self.top_k}: must be at least 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"--top-p: {self.top_p}: must be above 0 and at most 1")
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p < 1.0):
+            raise ConfigError("--temperature: 0: must be above 0 with --top-k or --top-p: 0 takes the likeliest token")
+
+
+def choose(
+    logits: Tensor, vocabulary_size: int, axis: Axis, sampling: Sampling, places: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The next token of each row, int64 [B], the same on every rank of the axis (collective over it).
+
+    logits [B, V / t]; places: of each row its prompt's number and the place of the new token in its text.
+    """
+    start, _ = share(vocabulary_size, axis)
+    logits = logits.float()
+    if sampling.temperature == 0.0:
+        column = logits.argmax(dim=-1, keepdim=True)  # of equal ones the first, on every rank and over ranks
+        best = torch.cat([logits.gather(-1, column).double(), (column + start).double()], dim=-1)
+        values, ids = gather_over(best, axis).unbind(-1)  # [t, B]
+        return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
+    scores, ids = _candidates(logits / sampling.temperature, start, vocabulary_size, axis, sampling.top_k)
+    chances = torch.tensor([uniform(sampling.seed, *place) for place in places], dtype=torch.float64)
+    rank = _draw(scores, sampling.top_p, chances.to(scores.device))
+    return ids.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+
+
+def _candidates(
+    scores: Tensor, start: int, vocabulary_size: int, axis: Axis, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of all ranks, likeliest first, of equal ones the lower id: scores and ids [B, k]."""
+    largest_share = -(-vocabulary_size // axis.size)
+    width = min(top_k or largest_share, largest_share)
+    ordered, columns = scores.sort(dim=-1, descending=True, stable=True)
+    missing = max(0, width - ordered.shape[-1])  # shares differ by one where the vocabulary does not divide
+    ordered = torch.nn.functional.pad(ordered[:, :width], (0, missing), value=-torch.inf)
+    ids = torch.nn.functional.pad(columns[:, :width] + start, (0, missing))
+    ordered = gather_over(ordered, axis).transpose(0, 1).flatten(1)  # [B, t · width]
+    ids = gather_over(ids, axis).transpose(0, 1).flatten(1)
+    ordered, order = ordered.sort(dim=-1, descending=True, stable=True)
+    count = min(top_k or vocabulary_size, ordered.shape[-1])
+    return ordered[:, :count], ids.gather(-1, order)[:, :count]
+
+
+def _draw(scores: Tensor, top_p: float, chances: Tensor) -> Tensor:
+    """The candidate of each row, by number, that its chance in [0, 1) falls on. scores [B, k], likeliest first."""
+    probabilities = scores.double().softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
+    sums = probabilities.cumsum(dim=-1)
+    target = chances * sums[:, -1]
+    return (sums <= target.unsqueeze(-1)).sum(dim=-1).clamp(max=scores.shape[-1] - 1)
+
+
+def uniform(seed: int, prompt: int, place: int) -> float:
+    """A number in [0, 1) for a place in the text that goes on from a prompt."""
+    digest = hashlib.sha256(f"{seed}/{prompt}/{place}".encode()).digest()
+    return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

@@ -1,0 +1,248 @@
+"""From a process that a launcher started to a rank: environment, a word from the validating rank, process group.
+
+`deepspeed`, `torchrun`, `srun` or nobody started this process; here it learns which. One rank a node validates
+what the user gave and prints what is wrong; all wait for its word, so that a mistake is one line and every rank
+ends with 2. Not signals (signals.py).
+"""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from megalite.config.rules import machine_has_gpu
+from megalite.errors import ConfigError, MegaliteError, UserError
+from megalite.signals import listen
+
+T = TypeVar("T")
+WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
+HEARING_SECONDS = 10.0  # that a word which ends all ranks may take to reach them
+_GOOD = "0"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a mistake as ConfigError: one line and exit code 2, like every other mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help tells the arguments)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process: rank of the world, rank and number of ranks on this node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+def place() -> Place:
+    """Read from the environment that `deepspeed`, `torchrun` and `srun` leave; alone where there is none."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_NTASKS_PER_NODE", env["WORLD_SIZE"])
+    size = int(env.get("WORLD_SIZE", 1))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
+    return Place(int(env.get("RANK", 0)), size, int(env.get("LOCAL_RANK", 0)), local_size)
+
+
+def run_program(main: Callable[[list[str]], int]) -> None:
+    """Runs a program's main and ends the process with its code: a user's mistake is one line and 2."""
+    try:
+        code = main(sys.argv[1:])
+    except MegaliteError as error:
+        if place().rank == 0 or not error.agreed:
+            print_line(error)
+        else:
+            time.sleep(1)  # a launcher that sees one exit kills the others, and rank 0 is to print first
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def print_line(error: Exception) -> None:
+    """An error as one line on standard error."""
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
+    """Makes this process a rank of an initialised world, and returns what `prepare` made.
+
+    prepare(True) is called on one rank a node and checks everything; prepare(False), on the others after its word,
+    may leave out what is slow. Where it raises UserError the line is printed there and every rank exits with 2.
+    """
+    listen()
+    here = place()
+    _set_environment(here)
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=WAIT))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(f"MASTER_PORT: {port}: another program has it: must be free: --master_port N") from None
+    prepared = _agree(store, here, prepare)
+    _quieten(here.rank)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(here.local_rank)
+    backend = accelerator.communication_backend_name()
+    # The CPU accelerator names its own backend; gloo has every collective that is used here.
+    backend = "gloo" if accelerator.device_name() == "cpu" else f"cpu:gloo,{accelerator.device_name()}:{backend}"
+    dist.init_process_group(
+        backend,
+        store=torch.distributed.distributed_c10d.PrefixStore("world", store),
+        rank=here.rank,
+        world_size=here.world_size,
+    )
+    with quiet():
+        builder = accelerator.create_op_builder("ShareMemCommBuilder")
+        if builder is not None and builder.is_compatible(verbose=False):
+            load_shared_memory_op(builder)
+        deepspeed.init_distributed(verbose=False)
+    return here, prepared
+
+
+def stop_ranks() -> None:
+    """Leaves the world in order."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
+    """The validating ranks' word to all, an exit code: returns what `prepare` made, or ends the process."""
+    import torch.distributed as dist
+
+    prepared = None
+    if here.local_rank == 0:
+        try:
+            prepared = prepare(True)
+        except Exception as error:
+            if isinstance(error, UserError):
+                print_line(error)
+            else:
+                traceback.print_exc()
+            store.set("verdict", str(error.exit_code if isinstance(error, UserError) else 1))
+    if store.add("checked", 1) == here.world_size:
+        store.compare_set("verdict", "", _GOOD)
+    try:
+        store.wait(["verdict"], WAIT)
+        verdict = store.get("verdict").decode()
+        if verdict != _GOOD and store.add("heard", 1) and here.rank == 0:
+            deadline = time.monotonic() + HEARING_SECONDS  # the word may live in this process
+            while store.add("heard", 0) < here.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+    except dist.DistError:
+        print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
+        verdict = "1"
+    if verdict != _GOOD:
+        # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
+        sys.stderr.flush()
+        os._exit(int(verdict))
+    return prepared if prepared is not None else prepare(False)
+
+
+def _set_environment(here: Place) -> None:
+    env = os.environ
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+    # DeepSpeed's shared-memory op allocates 69 MB a rank in /dev/shm when this says that all ranks are on one node
+    # (ops/csrc/cpu/comm/shm_interface.cpp), and leaves them there for ever; nothing here uses the op.
+    env.pop("LOCAL_SIZE", None)
+    env["LOCAL_WORLD_SIZE"] = str(here.local_size)
+    env.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank))
+    if not machine_has_gpu():
+        env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same and warn
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    if "GLOO_SOCKET_IFNAME" not in env and (interface := interface_towards(env["MASTER_ADDR"])):
+        # gloo resolves the host's name, and where that fails takes 127.0.0.1 and dies while other nodes hang.
+        env["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_towards(address: str) -> str | None:
+    """Name of the network interface that packets to `address` leave by; None where it cannot be told."""
+    import psutil
+
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: the kernel only chooses a route
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return name
+    return None
+
+
+def _quieten(rank: int) -> None:
+    """Keeps the libraries' noise out of the progress: warnings on rank 0, errors on the others."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    warnings.filterwarnings("ignore")
+    for name in ("DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning" if rank == 0 else "error")
+
+
+def load_shared_memory_op(builder: Any) -> None:
+    """Builds and loads the op that DeepSpeed's CPU backend asks for at every start, one process at a time.
+
+    torch guards a build by a file that a killed build leaves behind, and every later start then waits for ever
+    (torch/utils/file_baton.py). Our own lock is the kernel's and dies with its holder: whoever has it knows that
+    such a file is nobody's.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder.parent / f"{builder.name}.flock").open("w") as own:
+        fcntl.flock(own, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what a library prints, and shows it where the library fails: standard output belongs to programs
+    that print JSON, and a build's "success" is no news."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):
+            yield
+    except BaseException:
+        print(held.getvalue(), file=sys.stderr)
+        raise

@@ -1,0 +1,105 @@
+"""Attention: which tokens look at which, and how queries, keys and values are made and mixed.
+
+Shapes as in layers.py. Next: transformer.py, which puts it into a block.
+"""
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from megalite.model.context import Context
+from megalite.model.dropout import dropped
+from megalite.model.layers import Norm, SplitNorm
+from megalite.model.rotary import rotate, turns
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.collectives import Split
+from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, drops: Tensor | None, rate: float
+) -> Tensor:
+    """softmax(query keyᵀ / √H) value, with the kernel that torch finds; by hand where weights are dropped.
+
+    query [B, N / t, S, H]; key, value [B, K / t, T, H]; visible as `Context.mask` gives it; drops: where the
+    weights [B, N / t, S, T] are dropped. Result like query.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if drops is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, visible, is_causal=visible is None, enable_gqa=grouped
+        )
+    if grouped:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+    if visible is None:
+        visible = torch.ones(drops.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
+
+
+class Attention(nn.Module):
+    """Causal self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
+
+    With K < t each rank holds the one key/value head that its queries read, a copy of its neighbours'.
+    """
+
+    def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
+        super().__init__()
+        axis = split.axis
+        self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary, spec.head_size
+        self.window, self.qk_norm, self.dropout = spec.window(layer), spec.qk_norm, spec.attention_dropout
+        self.recompute, self.heads = recompute, range(*share(spec.num_heads, axis))
+        d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
+        queries, keys = spec.num_heads * h, spec.num_kv_heads * h
+        out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
+        self.query = ColumnLinear(d, queries, bias, axis, std, unit=h)
+        self.key = ColumnLinear(d, keys, bias, axis, std, unit=h)
+        self.value = ColumnLinear(d, keys, bias, axis, std, unit=h)
+        self.output = RowLinear(queries, d, spec.attention_output_bias, split, out_std)
+        if spec.qk_norm == "head":
+            self.query_norm, self.key_norm = (Norm(spec, axis, h, users=axis) for _ in range(2))
+        elif spec.qk_norm == "projection":
+            self.query_norm, self.key_norm = (SplitNorm(spec, axis, size) for size in (queries, keys))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.split.enter(x)  # [B, S, D]
+        query, key, value = self.query(x), self.key(x), self._heads(self.value(x))
+        if self.qk_norm == "projection":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._heads(query), self._heads(key)
+        if self.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._turn(query, key, context)
+        if context.cache is not None:
+            key, value = context.cache.extend(self.layer, key, value)
+        if self.recompute and torch.is_grad_enabled():
+            mixed = torch.utils.checkpoint.checkpoint(self._core, query, key, value, context, use_reentrant=False)
+        else:
+            mixed = self._core(query, key, value, context)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, N H / t] -> [B, S, D]
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        s, t = query.shape[2], key.shape[2]
+        visible, drops = context.mask(self.window, s, t, query.device), None
+        if context.randomness is not None and self.dropout > 0:
+            place = f"layers.{self.layer}.attention"
+            drops = dropped(context.randomness, place, self.dropout, [self.heads, range(s), range(t)])
+        return attend(query, key, value, visible, drops, self.dropout)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads · H] -> [B, heads, S, H]"""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def _turn(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Rotary positions; the angles are the same for all layers."""
+        if self.rotary is None:
+            return query, key
+        if "turns" not in context.shared:
+            positions = context.places(query.shape[2], query.device)
+            context.shared["turns"] = turns(self.rotary, positions, query.dtype)
+        cosine, sine = context.shared["turns"]
+        interleaved = self.rotary.interleaved
+        return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

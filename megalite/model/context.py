@@ -1,0 +1,77 @@
+"""What a forward pass knows beside the hidden states: where its tokens stand, what they may look at, and the numbers
+that its dropout is drawn from. Next: layers.py."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megalite.model.dropout import Randomness
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions seen so far, by layer, for generation. A layer's room for `capacity`
+    positions is made once: growing by concatenation copies all of it for each token."""
+
+    capacity: int
+    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, K / t, S, H] and returns all of the layer's, [B, K / t, T, H], as views."""
+        if layer not in self.entries:
+            b, k, _, h = key.shape
+            self.entries[layer] = (key.new_empty(b, k, self.capacity, h), value.new_empty(b, k, self.capacity, h))
+        start = self.lengths.get(layer, 0)
+        stop = self.lengths[layer] = start + key.shape[2]
+        keys, values = self.entries[layer]
+        keys[:, :, start:stop], values[:, :, start:stop] = key, value
+        return keys[:, :, :stop], values[:, :, :stop]
+
+
+@dataclass
+class Context:
+    """B samples of S tokens; T positions seen so far (S without a cache).
+
+    positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
+    documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
+    visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself.
+    cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
+    shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
+    """
+
+    positions: Tensor | None = None
+    visible: Tensor | None = None
+    cache: KeyValueCache | None = None
+    documents: Tensor | None = None
+    randomness: Randomness | None = None
+    shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def places(self, s: int, device: torch.device) -> Tensor:
+        """Positions of the tokens, [B or 1, S] int64."""
+        if self.positions is not None:
+            return self.positions
+        index = torch.arange(s, device=device).unsqueeze(0)
+        if self.documents is None:
+            return index
+        begins = torch.ones_like(self.documents, dtype=torch.bool)
+        begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        return index - (index * begins).cummax(dim=1).values
+
+    def mask(self, window: int | None, s: int, t: int, device: torch.device) -> Tensor | None:
+        """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and
+        itself, where S = T, which needs no mask. Made once for all layers with that window."""
+        if window is not None and window >= t:
+            window = None
+        if window is None and self.documents is None and (self.visible is not None or s == t):
+            return self.visible
+        key = ("mask", window, s, t)
+        if key not in self.shared:
+            distance = torch.arange(t - s, t, device=device).unsqueeze(-1) - torch.arange(t, device=device)
+            mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+            if self.documents is not None:
+                assert s == t, "documents are for whole samples, not for a cache"
+                mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+            self.shared[key] = (mask if self.visible is None else self.visible & mask,)
+        return self.shared[key][0]

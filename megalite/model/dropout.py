@@ -1,0 +1,57 @@
+"""Dropout that no layout changes: whether a number is dropped is a function of (seed, step, sample, layer, place,
+index), by a counter-based generator, so that a rank can draw any part of a mask and gets the part of the whole.
+
+The generator is splitmix64 (Steele, Lea and Flood 2014), one step for each dim of the index; the same on every device.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose products wrap as unsigned ones do
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What dropout is drawn from. step: of the optimizer; samples [B] int64: each sample's place in the run."""
+
+    seed: int
+    step: int
+    samples: Tensor
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """The right shift of an unsigned number."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX[0]
+    x = (x ^ _shift(x, 27)) * _MIX[1]
+    return x ^ _shift(x, 31)
+
+
+def dropped(randomness: Randomness, place: str, rate: float, ranges: Sequence[range]) -> Tensor:
+    """Where dropout of `rate` acts: bool [B, …], one dim for each range of indices in the whole tensor.
+
+    place: the full name of where it acts, the same on every layout.
+    """
+    digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{place}".encode()).digest()
+    key = int.from_bytes(digest[:8], "little", signed=True)
+    state = _mixed(randomness.samples.long() * _GOLDEN + key)
+    for indices in ranges:
+        counter = torch.arange(indices.start + 1, indices.stop + 1, device=state.device)
+        state = _mixed(state.unsqueeze(-1) + counter * _GOLDEN)
+    return state < int(rate * 2**64) - 2**63
+
+
+def drop(x: Tensor, randomness: Randomness | None, place: str, rate: float, first_row: int = 0) -> Tensor:
+    """Dropout of hidden states x [B, S, D], of which the first row stands at `first_row` of the whole sequence."""
+    if randomness is None or rate == 0.0:
+        return x
+    ranges = [range(first_row, first_row + x.shape[1]), range(x.shape[2])]
+    return x.masked_fill(dropped(randomness, place, rate, ranges), 0.0) / (1 - rate)

@@ -1,0 +1,185 @@
+"""What families share: refusing a field, rotary positions and windows, one line of a table of tensor names."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megalite.errors import ConfigError
+from megalite.model.spec import Rotary, TransformerSpec
+
+KEY = "megalite.model"
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """Where one of our tensors stands in a Hugging Face file.
+
+    name: with `{layer}` for the block's number; transposed: the file has it as [in, out]; part, parts: which
+    equal part of the file's tensor along its output features, where several of ours are fused there; by_head:
+    the parts are those of each head, head after head.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+    by_head: bool = False
+
+
+def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str, HFTensor]:
+    """A table of weights and biases from a table of modules: ours to the file's, `transposed` by our names."""
+    return {
+        f"{ours}.{kind}": HFTensor(f"{theirs}.{kind}", transposed=kind == "weight" and ours in transposed)
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def require(config: Any, field: str, *allowed: Any) -> None:
+    """Refuses a field whose value changes the function in a way that the model does not honour."""
+    value = getattr(config, field, allowed[0])
+    if value not in allowed:
+        choices = " or ".join(repr(choice) for choice in allowed)
+        raise ConfigError(f"{KEY}.{field}: {value!r}: must be {choices} (others are not honoured)")
+
+
+def choose(config: Any, field: str, table: dict[Any, Any]) -> Any:
+    """Our word for a field's value; refuses one that has none."""
+    value = getattr(config, field)
+    if value not in table:
+        raise ConfigError(f"{KEY}.{field}: {value!r}: must be one of {', '.join(map(str, table))}")
+    return table[value]
+
+
+def head_size(config: Any) -> int:
+    """Features of a head: `head_dim`, which transformers reads wherever a config has it, or an equal part."""
+    given = getattr(config, "head_dim", None)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if given is None and hidden % heads:
+        raise ConfigError(f"{KEY}.num_attention_heads: {heads}: must divide hidden_size {hidden}")
+    return hidden // heads if given is None else given
+
+
+def padding(config: Any) -> int | None:
+    """`pad_token_id` as torch's Embedding takes it: negative ones count from the end."""
+    pad, size = config.pad_token_id, config.vocab_size
+    if pad is None:
+        return None
+    if not -size <= pad < size:
+        raise ConfigError(f"{KEY}.pad_token_id: {pad}: must be below vocab_size {size}")
+    return pad % size
+
+
+def rotary(config: Any, size_of_head: int) -> Rotary:
+    """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured."""
+    given = dict(config.rope_parameters or {})
+    kind = given.get("rope_type", "default")
+    where = f"{KEY}.rope_parameters"
+    if kind not in _ROPE_KEYS:
+        raise ConfigError(f"{where}.rope_type: {kind!r}: must be one of {', '.join(_ROPE_KEYS)}")
+    for key in given:
+        if key not in _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise ConfigError(f"{where}.{key}: unknown key with rope_type {kind!r}")
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):
+        if key in _ROPE_KEYS[kind] and not _is_positive(given.get(key)) and (kind, key) != ("yarn", "factor"):
+            raise ConfigError(f"{where}.{key}: {given.get(key)!r}: must be a positive number with rope_type {kind!r}")
+    size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
+    if size < 2 or size % 2:
+        raise ConfigError(f"{where}: {size} of the head's {size_of_head} features turn: must be even and at least 2")
+    original = given.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = given.get("factor") or config.max_position_embeddings / original
+    return Rotary(
+        theta=given.get("rope_theta") or 10000.0,
+        size=size,
+        scaling=kind,
+        factor=factor,
+        max_positions=config.max_position_embeddings,
+        original_positions=original,
+        low_frequency_factor=given.get("low_freq_factor", 1.0),
+        high_frequency_factor=given.get("high_freq_factor", 4.0),
+        beta_fast=given.get("beta_fast") or 32.0,
+        beta_slow=given.get("beta_slow") or 1.0,
+        truncate=given.get("truncate", True),
+        attention_factor=_yarn_attention_factor(given, factor) if kind == "yarn" else 1.0,
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
+    """What YaRN multiplies sines and cosines with (arXiv 2309.00071, section 3.4; mscale is DeepSeek's)."""
+
+    def scale(times: float) -> float:
+        return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if given.get("attention_factor") is not None:
+        return given["attention_factor"]
+    mscale, all_dims = given.get("mscale"), given.get("mscale_all_dim")
+    return scale(mscale) / scale(all_dims) if mscale and all_dims else scale(1.0)
+
+
+def windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window from `layer_types` and `sliding_window`, empty where no layer has one."""
+    for number, kind in enumerate(config.layer_types):
+        if kind not in ("full_attention", "sliding_attention"):
+            rule = "must be 'full_attention' or 'sliding_attention' (others are not honoured)"
+            raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
+        if kind == "sliding_attention" and config.sliding_window is None:
+            raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true")
+    if len(config.layer_types) != config.num_hidden_layers:
+        rule = f"must have num_hidden_layers {config.num_hidden_layers} entries"
+        raise ConfigError(f"{KEY}.layer_types: {len(config.layer_types)} entries: {rule}")
+    sliding = ["sliding" in kind for kind in config.layer_types]
+    return tuple(config.sliding_window if slides else None for slides in sliding) if any(sliding) else ()
+
+
+def check_spec(spec: TransformerSpec) -> None:
+    """Refuses sizes that make no model, whatever the family."""
+    sizes = {
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_size,
+        "intermediate_size": spec.intermediate_size,
+        "vocab_size": spec.vocabulary_size,
+        "max_position_embeddings": spec.max_positions,
+        "sliding_window": min((window for window in spec.windows if window is not None), default=None),
+    }
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{KEY}.{name}: {size}: must be at least 1")
+    if spec.num_heads % spec.num_kv_heads:
+        rule = f"must divide num_attention_heads {spec.num_heads}"
+        raise ConfigError(f"{KEY}.num_key_value_heads: {spec.num_kv_heads}: {rule}")
+    for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+        if not 0 <= getattr(spec, name) < 1:
+            raise ConfigError(f"{KEY}: the {name.replace('_', ' ')} is {getattr(spec, name)}: must be in [0, 1)")

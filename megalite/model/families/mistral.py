@@ -1,0 +1,17 @@
+"""Mistral (arXiv 2310.06825): Llama with a sliding window in every layer."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.model.families import llama
+from megalite.model.families.common import require
+from megalite.model.spec import TransformerSpec
+
+TENSORS = llama.TENSORS
+
+
+def read(config: Any) -> TransformerSpec:
+    """A MistralConfig as our spec."""
+    require(config, "layer_types", None)  # transformers' Mistral does not read it: such a file is a Ministral
+    spec = llama.gated(config, attention_bias=False, output_bias=False)
+    return spec if config.sliding_window is None else replace(spec, windows=(config.sliding_window,) * spec.num_layers)

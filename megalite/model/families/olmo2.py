@@ -1,0 +1,26 @@
+"""OLMo 2 (arXiv 2501.00656): Llama with norms of what attention and MLP give, and of all queries and all keys.
+
+In 16-bit types transformers rounds its norms once after the weight, we twice as for Llama; in fp32 they are equal.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.model.families import llama
+from megalite.model.families.common import tensors
+from megalite.model.spec import TransformerSpec
+
+TENSORS = llama.TENSORS | tensors(
+    {
+        "layers.{layer}.attention_norm": "model.layers.{layer}.post_attention_layernorm",
+        "layers.{layer}.mlp_norm": "model.layers.{layer}.post_feedforward_layernorm",
+        "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
+        "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
+    }
+)
+
+
+def read(config: Any) -> TransformerSpec:
+    """An Olmo2Config as our spec."""
+    spec = llama.gated(config, attention_bias=config.attention_bias, output_bias=config.attention_bias)
+    return replace(spec, norm_place="after", qk_norm="projection")

@@ -1,0 +1,21 @@
+"""Qwen3 (arXiv 2505.09388): Llama with a norm of each query and key head, and a head size of its own."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.model.families import llama
+from megalite.model.families.common import tensors, windows
+from megalite.model.spec import TransformerSpec
+
+TENSORS = llama.TENSORS | tensors(
+    {
+        "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
+        "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
+    }
+)
+
+
+def read(config: Any) -> TransformerSpec:
+    """A Qwen3Config as our spec."""
+    spec = llama.gated(config, attention_bias=config.attention_bias, output_bias=config.attention_bias)
+    return replace(spec, qk_norm="head", windows=windows(config))

@@ -1,0 +1,84 @@
+"""What a block is made of besides attention: norms and the MLP. Next: attention.py.
+
+Shapes: B batch, S sequence, T positions seen so far (S without a cache), D hidden, N heads, K key/value heads,
+H head size, F intermediate; `/ t` marks a dim that the tensor axis splits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.collectives import Split, enter, leave
+from megalite.parallel.grid import ALONE, Axis
+from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, holders, parameter
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dim, computed in fp32 as transformers does.
+
+    x [..., size]. users: the ranks that each apply the one weight to a part of the work; their parts of its
+    gradient are summed.
+    """
+
+    def __init__(self, spec: TransformerSpec, axis: Axis, size: int, users: Axis = ALONE) -> None:
+        super().__init__()
+        self.eps, self.users = spec.norm_eps, users
+        self.weight = parameter((size,), None, axis, None, fill=1.0)
+        self.bias = parameter((size,), None, axis, None) if spec.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = enter(self.weight, self.users)
+        if self.bias is not None:
+            return F.layer_norm(x, weight.shape, weight, enter(self.bias, self.users), self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return weight * wide.to(x.dtype)
+
+
+class SplitNorm(nn.Module):
+    """RMSNorm over features that the tensor axis splits by heads: the mean square is that of all of them.
+
+    x [..., share of size]. Where ranks hold copies of a head (`holders`), each counts for its part.
+    """
+
+    def __init__(self, spec: TransformerSpec, axis: Axis, size: int) -> None:
+        super().__init__()
+        self.eps, self.axis, self.size = spec.norm_eps, axis, size
+        self.holders = holders(size, axis, spec.head_size)
+        self.weight = parameter((size,), 0, axis, None, fill=1.0, unit=spec.head_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = wide.pow(2).sum(dim=-1, keepdim=True) / self.holders.size
+        # Each rank uses the sum for features of its own: gradients are summed as the squares are.
+        squares = enter(leave(squares, self.axis), self.axis)
+        wide = wide * torch.rsqrt(squares / self.size + self.eps)
+        return enter(self.weight, self.holders) * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """D -> F -> D with the F features split; gated (SwiGLU, arXiv 2002.05202) or plain."""
+
+    def __init__(self, spec: TransformerSpec, split: Split) -> None:
+        super().__init__()
+        self.split, self.activation, axis = split, spec.activation, split.axis
+        d, f, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        out_std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
+        self.gate = ColumnLinear(d, f, bias, axis, spec.init_std) if spec.gated else None
+        self.up = ColumnLinear(d, f, bias, axis, spec.init_std)
+        self.down = RowLinear(f, d, bias, split, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.split.enter(x)
+        if self.gate is None:
+            return self.down(self._activate(self.up(x)))
+        return self.down(self._activate(self.gate(x)) * self.up(x))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        match self.activation:
+            case "silu":
+                return F.silu(x)
+            case "relu":
+                return F.relu(x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")

@@ -1,0 +1,143 @@
+"""Collectives that autograd can pass through. Next: layers.py, which puts them around matrix products.
+
+Megatron-LM (arXiv 1909.08053, section 3) names them f and g: `enter` copies in forward and sums gradients in
+backward, `leave` sums in forward and copies gradients in backward. Between them every rank of the tensor axis
+works on its own slice. With sequence parallelism (arXiv 2205.05198, section 4.2.2) the ranks divide the sequence
+outside of them: `enter` gathers it and `leave` scatters the sums; the same bytes are sent.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.parallel.grid import ALONE, Axis
+
+
+def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
+    """Sums `tensor` in place over the axis; without autograd."""
+    if axis.size > 1:
+        dist.all_reduce(tensor, group=axis.group)
+    return tensor
+
+
+def max_over(tensor: Tensor, axis: Axis) -> Tensor:
+    """Maximum in place over the axis; without autograd."""
+    if axis.size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
+    return tensor
+
+
+def gather_over(tensor: Tensor, axis: Axis) -> Tensor:
+    """Every rank's tensor, of one shape, stacked in the order of the axis: [size, …]; without autograd."""
+    if axis.size == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(axis.size)]
+    dist.all_gather(parts, tensor.contiguous(), group=axis.group)
+    return torch.stack(parts)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grads[0].contiguous(), ctx.axis), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, axis: Axis) -> Tensor:
+        return sum_over(partial.contiguous().clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def enter(hidden: Tensor, axis: Axis) -> Tensor:
+    """f: the same tensor on every rank of the axis goes into split work; its gradients are summed."""
+    return _Enter.apply(hidden, axis) if axis.size > 1 else hidden  # type: ignore[return-value]
+
+
+def leave(partial: Tensor, axis: Axis) -> Tensor:
+    """g: partial sums on the ranks of the axis become the whole on each of them."""
+    return _Leave.apply(partial, axis) if axis.size > 1 else partial  # type: ignore[return-value]
+
+
+def _gather(part: Tensor, axis: Axis) -> Tensor:
+    """[B, S / t, …] of every rank, as [B, S, …]; without autograd."""
+    parts = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
+    dist.all_gather_into_tensor(parts, part.contiguous(), group=axis.group)
+    return parts.unflatten(0, (axis.size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(whole: Tensor, axis: Axis) -> Tensor:
+    """Sums [B, S, …] over the ranks and keeps this rank's [B, S / t, …]; without autograd."""
+    parts = whole.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous().flatten(0, 1)
+    part = whole.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
+    dist.reduce_scatter_tensor(part, parts, group=axis.group)
+    return part
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _gather(part, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grads[0], ctx.axis), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _scatter(partial, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.axis), None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How hidden states are held between the matrix products that the tensor axis splits: whole on every rank, or
+    (`sequence`) a part of the sequence on each."""
+
+    axis: Axis
+    sequence: bool = False
+
+    @property
+    def divides(self) -> bool:
+        return self.sequence and self.axis.size > 1
+
+    @property
+    def users(self) -> Axis:
+        """The ranks that each apply a whole weight (a norm's) to a part of the tokens between products. The weight
+        is `enter`ed over them, which sums the parts of its gradient."""
+        return self.axis if self.divides else ALONE
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """[B, S or S / t, D] between the products -> [B, S, D] for split work."""
+        if self.divides:
+            return _GatherSequence.apply(hidden, self.axis)  # type: ignore[return-value]
+        return enter(hidden, self.axis)
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """Partial sums [B, S, D] -> [B, S or S / t, D]."""
+        if self.divides:
+            return _ScatterSequence.apply(partial, self.axis)  # type: ignore[return-value]
+        return leave(partial, self.axis)
+
+    def rows(self, length: int) -> range:
+        """Which of `length` tokens this rank holds between the products."""
+        part = length // self.axis.size
+        return range(self.axis.rank * part, (self.axis.rank + 1) * part) if self.divides else range(length)

@@ -1,0 +1,193 @@
+"""Parameters that know their place, and the three split layers made of them: column, row, vocabulary.
+
+A parameter says once how it is split: its full name, full shape, the dim that the tensor axis cuts and its
+range there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
+one fact, a `Placement`, at `parameter.placement`. A layer's modules are made with local names; `name_parameters`
+gives the full ones. Next: loss.py.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.parallel.collectives import Split, enter
+from megalite.parallel.grid import Axis
+
+
+@dataclass
+class Placement:
+    """Where a parameter of this rank stands in the full tensor.
+
+    full_shape: of the unsplit tensor; dim: the one that the tensor axis cuts, None where it is whole;
+    start, stop: this rank's half-open range of that dim; std: of the normal that it starts from, None for ones
+    (`fill` 1) and zeros (`fill` 0); counted: whether this rank's copy is the one that counts in sums over the
+    model plane (the gradient norm) and that checkpoints take; name: full, the same on every layout.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    stop: int
+    std: float | None
+    fill: float
+    counted: bool
+    name: str = ""
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First index of the slice in each dim of the full tensor."""
+        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.full_shape)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the slice."""
+        return tuple(self.stop - self.start if d == self.dim else n for d, n in enumerate(self.full_shape))
+
+    def cut(self, full: Tensor) -> Tensor:
+        """This rank's slice (a view) of the full tensor."""
+        return full if self.dim is None else full.narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass
+class Shard:
+    """What a rank holds of one parameter's master and moments: a flat range of its slice.
+
+    placement: where the slice stands in the full tensor; start: the range's first element in the slice; master [n]
+    fp32 and state: views of live memory, so that writing to them sets them.
+    """
+
+    placement: Placement
+    start: int
+    master: Tensor
+    state: dict[str, Tensor]
+
+
+def share(length: int, axis: Axis, unit: int = 1) -> tuple[int, int]:
+    """The half-open range of `length` that this rank of the axis holds, cut at multiples of `unit` only (a head).
+
+    Ranges differ by at most one unit, so that nothing needs padding (an odd vocabulary, say). Where there are
+    fewer units than ranks, each rank holds one, and neighbours (`holders`) hold the same.
+    """
+    units = length // unit
+    start, stop = axis.rank * units // axis.size, (axis.rank + 1) * units // axis.size
+    return start * unit, max(stop, start + 1) * unit
+
+
+def holders(length: int, axis: Axis, unit: int = 1) -> Axis:
+    """The run of the axis whose ranks hold the same `share`: this rank alone where there are units enough."""
+    return axis.run(max(1, axis.size // (length // unit)))
+
+
+def parameter(
+    shape: tuple[int, ...], dim: int | None, axis: Axis, std: float | None, fill: float = 0.0, unit: int = 1
+) -> nn.Parameter:
+    """An empty parameter with this rank's slice of `shape`; `initialise` gives it values."""
+    start, stop = share(shape[dim], axis, unit) if dim is not None else (0, 0)
+    copies = axis if dim is None else holders(shape[dim], axis, unit)
+    placement = Placement(shape, dim, start, stop, std, fill, counted=copies.is_first)
+    result = nn.Parameter(torch.empty(placement.shape))
+    result.placement = placement  # type: ignore[attr-defined]
+    return result
+
+
+def placed(module: nn.Module) -> Iterator[tuple[nn.Parameter, Placement]]:
+    """Each parameter of the module once, with its place, in the module's order."""
+    for value in module.parameters():
+        yield value, value.placement  # type: ignore[misc]
+
+
+def name_parameters(module: nn.Module, prefix: str) -> None:
+    """Gives every parameter of a layer its full name: prefix + its name in the layer."""
+    for name, value in module.named_parameters():
+        value.placement.name = f"{prefix}.{name}"  # type: ignore[union-attr]
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model.
+
+    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor is the most that
+    stands in memory beside the slices.
+    """
+    for value, placement in placed(module):
+        with torch.no_grad():
+            if placement.std is None:
+                value.fill_(placement.fill)
+                continue
+            digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
+            full.normal_(0.0, placement.std, generator=generator)
+            value.copy_(placement.cut(full))
+
+
+class ColumnLinear(nn.Module):
+    """y = x Wᵀ + b with W's rows (the output's features) split: each rank makes its features.
+
+    x [..., in_size], the same on every rank and `enter`ed by the caller, once for all that read it;
+    y [..., out_size / t]. `unit` features stay together (a head); where there are fewer units than ranks, ranks
+    hold copies, each takes part of the gradient, and the parts are summed over the holders.
+    """
+
+    def __init__(self, in_size: int, out_size: int, bias: bool, axis: Axis, std: float, unit: int = 1) -> None:
+        super().__init__()
+        self.holders = holders(out_size, axis, unit)
+        self.weight = parameter((out_size, in_size), 0, axis, std, unit=unit)
+        self.bias = parameter((out_size,), 0, axis, None, unit=unit) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else enter(self.bias, self.holders)
+        return F.linear(x, enter(self.weight, self.holders), bias)
+
+
+class RowLinear(nn.Module):
+    """y = x Wᵀ + b with W's columns (the input's features) split: partial products are summed over the axis.
+
+    x [B, S, in_size / t], a rank's own features; y [B, S or S / t, out_size]. The bias is whole and added once,
+    after the sum.
+    """
+
+    def __init__(self, in_size: int, out_size: int, bias: bool, split: Split, std: float) -> None:
+        super().__init__()
+        self.split = split
+        self.weight = parameter((out_size, in_size), 1, split.axis, std)
+        self.bias = parameter((out_size,), None, split.axis, None) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.split.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + enter(self.bias, self.split.users)
+
+
+class VocabularyEmbedding(nn.Module):
+    """Rows of a [V, D] table split over the axis: a rank looks up the ids it holds, the rest is summed in.
+
+    ids [B, S] int64 in [0, V); result [B, S or S / t, D]. V need not divide. The look-up of `padding_id` gives no
+    gradient, as in torch's Embedding.
+    """
+
+    def __init__(
+        self, vocabulary_size: int, hidden_size: int, split: Split, std: float, padding_id: int | None = None
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.start, self.stop = share(vocabulary_size, split.axis)
+        self.weight = parameter((vocabulary_size, hidden_size), 0, split.axis, std)
+        here = padding_id is not None and self.start <= padding_id < self.stop
+        self.padding_row = padding_id - self.start if here and padding_id is not None else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.split.axis.size == 1:
+            return F.embedding(ids, self.weight, self.padding_row)
+        elsewhere = (ids < self.start) | (ids >= self.stop)
+        rows = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row)
+        return self.split.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+
+
+def depth_scaled(std: float, num_layers: int) -> float:
+    """Standard deviation of a projection that writes to the residual stream: std / sqrt(2·layers), GPT-2
+    (Radford et al. 2019, section 2.3)."""
+    return std / math.sqrt(2 * num_layers)

@@ -1,0 +1,252 @@
+"""DeepSpeed's engine and optimizers, extended where the model plane (pipe × tensor) needs it: the one place for it.
+
+ZeRO-1, 2 and 3: the norm is ours (norm.py); both copies of a tied embedding get the sum of their gradients.
+ZeRO-0: the same for DeepSpeed's plain fp32 path. `Engine.shards` tells what a rank holds of masters and moments,
+the same way for every stage. Next: pipeline.py, which drives the engine.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from megalite.parallel.collectives import sum_over
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import Placement, Shard, placed
+from megalite.parallel.norm import GlobalNorm
+
+INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by the names that torch and DeepSpeed share
+
+
+class ShardedOptimizer(DeepSpeedZeroOptimizer):
+    """ZeRO-1 and ZeRO-2. An optimizer that DeepSpeed has made becomes one by `adopt`: its constructor takes 40
+    arguments that only the engine knows, and nothing of what it made is changed."""
+
+    global_norm: GlobalNorm
+    grid: Grid
+    tied_group: int | None
+
+    @classmethod
+    def adopt(cls, optimizer: DeepSpeedZeroOptimizer, norm: GlobalNorm, grid: Grid, tied: nn.Parameter | None) -> None:
+        """Turns DeepSpeed's optimizer into ours, in place."""
+        optimizer.__class__ = cls
+        assert isinstance(optimizer, ShardedOptimizer)
+        optimizer.global_norm, optimizer.grid = norm, grid
+        groups = optimizer.bit16_groups
+        optimizer.tied_group = next((i for i, group in enumerate(groups) if any(p is tied for p in group)), None)
+
+    def fragments(self) -> Iterator[tuple[Any, Any, int, int, int]]:
+        """This rank's part of each parameter: (parameter, flat fp32 partition, first element there, number of
+        elements, first element in the parameter)."""
+        for group, partition in zip(self.bit16_groups, self.single_partition_of_fp32_groups, strict=True):
+            for value in group:
+                if value._hp_mapping is not None:
+                    here, there = value._hp_mapping.hp_fragment_address, value._hp_mapping.lp_fragment_address
+                    yield value, partition, here.start, here.numel, there.start
+
+    def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
+        """This rank's part of the averaged gradients; padding left out."""
+        if self.cpu_offload:
+            for value, partition, start, count, _ in self.fragments():
+                yield value.placement, partition.grad.narrow(0, start, count)
+            return
+        for group in range(len(self.bit16_groups)):
+            pieces = (g for g in self.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+            for value, gradient in zip(self.params_in_partition[group], pieces, strict=False):
+                yield value.placement, gradient
+
+    def sum_tied_gradients(self) -> None:
+        """Adds up the gradients of a tied embedding's two copies. It has a parameter group of its own, so that
+        its shards over the data axis are the same on both stages."""
+        if self.tied_group is not None:
+            for gradient in self.averaged_gradients[self.tied_group]:
+                sum_over(gradient, self.grid.ends)
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """Called by DeepSpeed's step; the scale is that of the loss."""
+        self.sum_tied_gradients()
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
+
+    def shards(self) -> Iterator[Shard]:
+        for value, partition, start, count, first in self.fragments():
+            state = self.optimizer.state.get(partition, {})
+            moments = {name: state[name].narrow(0, start, count) for name in MOMENTS if name in state}
+            yield Shard(value.placement, first, partition.detach().narrow(0, start, count), moments)
+
+    def masters_changed(self) -> None:
+        """Copies the masters to the weights that the model computes with (collective over the data axis)."""
+        self.update_lp_params()
+
+
+class FullyShardedOptimizer(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3, adopted in the same way. Its gradient shards may end with padding, which is zero."""
+
+    global_norm: GlobalNorm
+
+    @classmethod
+    def adopt(cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm) -> None:
+        """Turns DeepSpeed's optimizer into ours, in place."""
+        optimizer.__class__ = cls
+        assert isinstance(optimizer, FullyShardedOptimizer)
+        optimizer.global_norm = norm
+
+    def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
+        """This rank's part of the averaged gradients."""
+        for group, values in enumerate(self.fp16_groups):
+            if self.offload_optimizer:
+                flat = self.fp32_partitioned_groups_flat[group].grad
+                for value in values:
+                    _, start, count = self.grad_position[self.get_param_id(value)]
+                    yield value.placement, flat.narrow(0, start, count)
+            else:
+                for value, gradient in zip(values, self.averaged_gradients[group], strict=True):
+                    yield value.placement, gradient
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        """Called by DeepSpeed's step, which takes the root of the sum of squares: of one, ours."""
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        return [torch.where(norm.isfinite(), norm, INVALID_NORM).float()]
+
+    def shards(self) -> Iterator[Shard]:
+        for group, values in enumerate(self.fp16_groups):
+            partition = self.fp32_partitioned_groups_flat[group]
+            state = self.optimizer.state.get(partition, {})
+            for value in values:
+                _, start, count = self.grad_position[self.get_param_id(value)]
+                first = count * self._get_param_partition_rank(value)
+                count = max(0, min(count, value.ds_numel - first))
+                moments = {name: state[name].narrow(0, start, count) for name in MOMENTS if name in state}
+                yield Shard(value.placement, first, partition.detach().narrow(0, start, count), moments)
+
+    def masters_changed(self) -> None:
+        """Copies the masters to the shards that the model's weights are gathered from, as DeepSpeed's step does."""
+        self._partition_all_parameters()
+        for group in range(len(self.fp16_groups)):
+            self._reassign_or_swap_out_partitioned_parameters(group)
+        if self.persistent_parameters:
+            self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+
+class Engine(DeepSpeedEngine):
+    """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
+
+    def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
+        self.grid = grid
+        super().__init__(model=stage, mpu=grid, **kwargs)
+        self.global_norm = GlobalNorm(placement for _, placement in placed(stage))
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
+        elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
+
+    @property
+    def stage(self) -> Any:
+        """The stage that this engine runs."""
+        return self.module
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        """ZeRO-1 with bf16 goes the way of ZeRO-1 and 2 in all other types, not to BF16_Optimizer, which
+        all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones."""
+        chosen = super()._do_optimizer_sanity_check(basic_optimizer)
+        return "zero_optimization" if self.zero_optimization() else chosen
+
+    def clip_fp32_gradients(self) -> None:
+        """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does."""
+        stage = self.stage
+        if stage.tied_parameter is not None and stage.tied_parameter.grad is not None:
+            sum_over(stage.tied_parameter.grad, self.grid.ends)
+        gradients = [(place, value.grad) for value, place in placed(stage) if value.grad is not None]
+        norm = self.global_norm(gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size)
+        self._global_grad_norm = norm.float()
+        if self.gradient_clipping() > 0:
+            factor = (self.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+            for _, gradient in gradients:
+                gradient.mul_(factor.to(gradient.dtype))
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds of masters and moments. With ZeRO-0 every rank of the data axis holds all of it."""
+        if self.zero_optimization():
+            return list(self.optimizer.shards())  # type: ignore[union-attr]
+        held = self._adam.state
+        return [
+            Shard(place, 0, value.detach().view(-1), {
+                name: held[value][name].view(-1) for name in MOMENTS if name in held.get(value, {})})
+            for value, place in placed(self.stage)
+        ]
+
+    def make_moments(self, steps: int) -> None:
+        """Gives Adam its state as after `steps` steps, all zero, so that `shards` can be filled from a checkpoint
+        before the first step (the optimizers make it lazily)."""
+        optimizer = self._adam
+        counter: Any = torch.tensor(float(steps)) if type(optimizer).__module__.startswith("torch.") else steps
+        for value in self._masters():
+            optimizer.state[value] = {
+                "step": counter.clone() if isinstance(counter, Tensor) else counter,
+                **{name: torch.zeros_like(value, requires_grad=False) for name in MOMENTS},
+            }
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed wraps."""
+        assert self.basic_optimizer is not None
+        return self.basic_optimizer
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that the optimizer steps."""
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return self.optimizer.fp32_partitioned_groups_flat
+        return [value for group in self._adam.param_groups for value in group["params"]]
+
+    def masters_changed(self) -> None:
+        """To be called after `shards` were written to: the model's weights follow (collective)."""
+        if self.zero_optimization():
+            self.optimizer.masters_changed()  # type: ignore[union-attr]
+
+    def gradient_clipping(self) -> float:
+        """ZeRO-0: DeepSpeed calls `clip_fp32_gradients` only where this is above 0, and the norm, the tied sum and
+        the check for NaN are wanted always."""
+        asked = super().gradient_clipping()
+        return asked if asked > 0 or self.zero_optimization() else float("inf")
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
+        now, each storage once. Gradients stand between the last backward and the step."""
+        seen: set[int] = set()
+        values = [value for value, _ in placed(self.stage)]
+        weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]
+        moments = [state[name] for state in self._adam.state.values() for name in MOMENTS if name in state]
+        gradients = [value.grad for value in values]
+        held = [*_tensors_of(vars(self.optimizer))] if self.zero_optimization() else []
+        return {
+            "weights_bytes": _new_bytes(weights, seen),
+            "optimizer_bytes": _new_bytes([*self._masters(), *moments], seen),
+            # What else the ZeRO optimizer holds on to is gradients, whole or in parts.
+            "gradients_bytes": _new_bytes([*gradients, *held], seen),
+        }
+
+
+def _tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_of(part, depth - 1)
+
+
+def _new_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
+    """Bytes of the storages that are not in `seen` yet, which they then are. Scalars are left out."""
+    total = 0
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() > 1:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+    return total

@@ -1,0 +1,72 @@
+"""Which samples a rank computes in a step: a pure function of the position in the run and the rank's place.
+
+Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not hang on the
+data axis, and any part of it may change between steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.model.context import Context
+from megalite.model.dropout import Randomness
+from megalite.parallel.grid import Axis
+from megalite.parallel.loss import IGNORED
+
+
+class MicroBatch(NamedTuple):
+    """Tokens and labels, int64 [B, S]; a label that does not count is -100. context: where documents are kept apart,
+    which token is of which, and in training what dropout is drawn from."""
+
+    tokens: Tensor
+    labels: Tensor
+    context: Context
+
+
+class Samples(Protocol):
+    """What the data side gives: (tokens, labels, documents or None), each [n, S], of positions."""
+
+    def batch(self, positions: Sequence[int]) -> Any: ...
+
+
+def own_positions(start: int, stop: int, micro: int, data_size: int, data_rank: int) -> Iterator[list[int]]:
+    """Positions of this data rank's micro-batches, of those in [start, stop)."""
+    for first in range(start + data_rank * micro, stop, data_size * micro):
+        yield list(range(first, min(first + micro, stop)))
+
+
+def micro_batches(
+    samples: Samples,
+    start: int,
+    count: int,
+    micro: int,
+    data: Axis,
+    device: torch.device,
+    draw: tuple[int, int] | None = None,
+) -> list[MicroBatch]:
+    """This rank's micro-batches of `count` samples from position `start` on.
+
+    Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
+    micro-batches of one shape. draw: the run's seed and the optimizer step, in training.
+    """
+    rounds = -(-count // (micro * data.size))
+    padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
+    return [_micro_batch(samples, positions, start + count, device, draw) for positions in padded]
+
+
+def _micro_batch(
+    samples: Samples, positions: list[int], stop: int, device: torch.device, draw: tuple[int, int] | None
+) -> MicroBatch:
+    real = [position for position in positions if position < stop]
+    # A position that stands again serves as the filling.
+    tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
+    labels = np.array(labels)
+    labels[len(real) :] = IGNORED
+    context = Context(documents=None if documents is None else torch.from_numpy(documents).to(device))
+    if draw is not None:
+        context.randomness = Randomness(*draw, torch.tensor(positions, device=device))
+    return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)).to(device), torch.from_numpy(labels).to(device),
+                      context)

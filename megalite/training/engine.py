@@ -1,0 +1,104 @@
+"""From a resolved config to a DeepSpeed engine around this rank's stage: the one place that starts DeepSpeed.
+
+What the engine really runs with is read back and compared with what was asked. Next: loop.py.
+"""
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.launch import quiet
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import Engine
+from megalite.training.optimizer import learning_rate_factor, parameter_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
+    """This rank's stage with freshly initialised weights."""
+    kept = config.train.activation_checkpointing
+    recompute: Recompute = {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept
+    return Stage(spec, grid, recompute, config.parallel.sequence, config.train.z_loss).initialise(config.train.seed)
+
+
+def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
+    """An engine with freshly initialised weights (collective over the world).
+
+    Raises ConfigError where DeepSpeed runs with another value than the config says.
+    """
+    stage = build_stage(config, spec, grid)
+    optimizer = config.document.optimizer
+    assert optimizer is not None, "the config's rules ask for one"
+    groups = parameter_groups(stage, optimizer.params.weight_decay)
+    with quiet():
+        engine = Engine(
+            stage,
+            grid,
+            args=None,
+            model_parameters=groups,
+            config=config.deepspeed,
+            config_class=DeepSpeedConfig(config.deepspeed, grid),
+        )
+    compare_with_asked(engine, config)
+    return engine
+
+
+def build_pipeline(engine: Engine, config: Config, spec: TransformerSpec) -> Pipeline:
+    """The schedule of a step over this rank's engine."""
+    stage: Any = engine.module
+    shape = stage.hidden_shape(config.micro_batch_size, config.data.sequence_length)
+    return Pipeline(engine, engine.grid.pipe, shape, DTYPES[config.precision])
+
+
+def compare_with_asked(engine: Any, config: Config) -> None:
+    """Holds what the engine says that it uses against the config. ConfigError names the first difference."""
+    accumulation = torch.float32
+    model_dtype, gradient_dtype = engine.get_data_types()
+    lr = engine.basic_optimizer.param_groups[0]["lr"]
+    facts = [
+        ("gradient_clipping", engine._config.gradient_clipping, config.gradient_clipping),
+        ("train_batch_size", engine.train_batch_size(), config.train_batch_size),
+        ("train_micro_batch_size_per_gpu", engine.train_micro_batch_size_per_gpu(), config.micro_batch_size),
+        ("gradient_accumulation_steps", engine.gradient_accumulation_steps(), config.accumulation_steps),
+        ("zero_optimization.stage", engine.zero_optimization_stage(), config.zero_stage),
+        ("bf16.enabled and fp16.enabled", model_dtype, DTYPES[config.precision]),
+        ("data_types.grad_accum_dtype", gradient_dtype, accumulation),
+    ]
+    if config.schedule is not None and config.document.optimizer is not None:
+        facts.append(("optimizer.params.lr", lr, config.document.optimizer.params.lr))
+    for key, used, asked in facts:
+        if used != asked:
+            raise ConfigError(f"{key}: {asked}: DeepSpeed runs with {used}: must be equal")
+
+
+class LearningRate:
+    """The learning rate of each step: megalite's own schedule as a function of the step, or DeepSpeed's object."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        self.engine, self.schedule = engine, config.schedule
+        optimizer = config.document.optimizer
+        assert optimizer is not None
+        self.highest = optimizer.params.lr
+
+    def start_at(self, step: int) -> None:
+        """Puts DeepSpeed's scheduler, where there is one, to where `step` steps leave it."""
+        if self.schedule is None and step > 0:
+            scheduler: Any = self.engine.lr_scheduler
+            scheduler.step(step - 1)
+
+    def set(self, step: int) -> float:
+        """Sets the rate of optimizer step `step` (0 is the first) and returns it."""
+        groups = self.engine.optimizer.param_groups  # type: ignore[union-attr]
+        if self.schedule is not None:
+            rate = self.highest * learning_rate_factor(self.schedule, step)
+            for group in groups:
+                group["lr"] = rate
+            return rate
+        return groups[0]["lr"]

@@ -1,0 +1,95 @@
+"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,zero=2,micro=1`, and the config of each.
+
+All of them train the same global batch from one JSON. Used by verify.py and benchmark.py.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megalite.config import Config, check_model
+from megalite.errors import ConfigError
+from megalite.model.families import read_spec
+
+LEAST_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes, ZeRO's stage and samples of a micro-batch; zero and micro None: as the JSON says."""
+
+    pipe: int = 1
+    tensor: int = 1
+    data: int = 1
+    zero: int | None = None
+    micro: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """ConfigError where the text is not of the form above."""
+        names = [field.name for field in fields(cls)]
+        values: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            if name not in names or name in values or not value.isdecimal() or (name != "zero" and int(value) < 1):
+                rule = f"must be NAME=NUMBER, each of {', '.join(names)} at most once, as in pipe=2,data=2"
+                raise ConfigError(f"--layouts: {text}: {rule}")
+            values[name] = int(value)
+        return cls(**values)
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.tensor * self.data
+
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+
+
+def comparable(config: Config) -> Config:
+    """The config in fp32 and with Adam's epsilon at 1e-4 or more. With less, an element whose gradient is rounding
+    alone makes a whole step of its sign, and faults hide among chance."""
+    document = copy.deepcopy(config.to_json())
+    for key in ("bf16", "communication_data_type"):
+        document.pop(key, None)
+    params = document.get("optimizer", {}).get("params", {})
+    params["eps"] = max(params.get("eps", 0.0), LEAST_EPSILON)
+    return Config.from_dict(document)
+
+
+def base_batch(config: Config, first: Layout) -> int:
+    """Samples of the global batch of all layouts: what the JSON says, on the first layout's data axis where it leaves
+    the total open."""
+    keys = config.document
+    if keys.train_batch_size is not None:
+        return keys.train_batch_size
+    if keys.train_micro_batch_size_per_gpu is None:
+        raise ConfigError("train_batch_size: missing: give it or train_micro_batch_size_per_gpu")
+    return keys.train_micro_batch_size_per_gpu * (keys.gradient_accumulation_steps or 1) * first.data
+
+
+def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) -> Config:
+    """The resolved config of a layout. Raises ConfigError as for a run of it."""
+    document: dict[str, Any] = copy.deepcopy(config.to_json())
+    keys = config.document
+    given = keys.train_micro_batch_size_per_gpu or max(1, batch // (keys.gradient_accumulation_steps or 1))
+    if batch % layout.data:
+        raise ConfigError(f"train_batch_size: {batch}: must be a multiple of the data axis of {layout}")
+    document["train_batch_size"] = batch
+    document["train_micro_batch_size_per_gpu"] = layout.micro or math.gcd(given, batch // layout.data)
+    document.pop("gradient_accumulation_steps", None)
+    zero = document.setdefault("zero_optimization", {})
+    if layout.zero is not None:
+        zero["stage"] = layout.zero
+    if not offload:
+        zero.pop("offload_optimizer", None)
+        zero.pop("offload_param", None)
+    document["megalite"].setdefault("parallel", {}).update(pipe=layout.pipe, tensor=layout.tensor)
+    resolved = Config.from_dict(document).resolve(layout.world_size)
+    check_model(resolved, read_spec(resolved.model))
+    return resolved
+
+
+def micro_sizes(batch: int, given: int) -> list[int]:
+    """Up to four micro-batch sizes for one process, `given` first: 1, half of it, twice it (not more, for memory)."""
+    return [given, *sorted({size for size in (1, given // 2, 2 * given) if size and batch % size == 0} - {given})]

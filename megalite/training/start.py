@@ -1,0 +1,73 @@
+"""Where a run starts from: its own newest good checkpoint, other weights (`load`), or nothing.
+
+All ranks decide together, since any of them may find a file damaged. Next: loop.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalite.checkpoint.files import Checkpoint, checkpoints_of
+from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
+from megalite.convert.weights import Weights, open_weights_together, resolve_weights
+from megalite.errors import CheckpointError
+from megalite.parallel.norm import GlobalNorm
+from megalite.parallel.zero import Engine
+from megalite.training.loop import Position
+
+
+@dataclass
+class Start:
+    """A run's first position, and what its engine is to be filled with. told: for the log."""
+
+    position: Position
+    told: str
+    weights: Weights | None = None
+    moments: bool = False
+
+    def fill(self, engine: Engine) -> None:
+        """Puts weights, and on going on moments, into a fresh engine (collective)."""
+        if self.weights is None:
+            return
+        norm: GlobalNorm = engine.global_norm
+        check_names(self.weights, list(norm.row))
+        if self.moments:
+            engine.make_moments(self.position.step)
+        if isinstance(self.weights, Checkpoint):
+            load_shards(self.weights, engine.shards(), self.moments)
+        else:
+            load_shards_from(self.weights.read, engine.shards())
+        engine.masters_changed()
+
+
+def starting_point(run_dir: Path, load: str | None) -> Start:
+    """Looks at the run folder, then at `load` (collective). A damaged checkpoint is named, and an older good one
+    taken; CheckpointError where none is good."""
+    damaged: list[CheckpointError] = []
+    for path in reversed(_agreed(lambda: checkpoints_of(run_dir))):
+        try:
+            checkpoint = open_together(path)
+        except CheckpointError as error:
+            damaged.append(error)
+            if dist.get_rank() == 0:
+                print(f"{error}; an older checkpoint is looked for", file=sys.stderr, flush=True)
+            continue
+        state = checkpoint.state
+        position = Position(state["step"], state["consumed_samples"], state["consumed_tokens"])
+        return Start(position, f"goes on from step {position.step}", checkpoint, moments=True)
+    if damaged:
+        raise damaged[0]
+    if load is None:
+        return Start(Position(), "a new run")
+    folder = _agreed(lambda: resolve_weights(load))
+    return Start(Position(), f"a new run with the weights of {folder}", open_weights_together(folder))
+
+
+def _agreed(look: Any) -> Any:
+    """What rank 0 sees, on every rank: folders may change between two looks."""
+    seen = [look() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(seen)
+    return seen[0]

@@ -1,0 +1,27 @@
+"""One optimizer step on a global batch: the loss is a mean over the tokens that count, wherever they are."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megalite.parallel.collectives import sum_over
+from megalite.parallel.grid import Axis
+from megalite.parallel.loss import IGNORED
+from megalite.parallel.pipeline import Pipeline
+from megalite.training.batches import MicroBatch
+
+
+def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
+    """Labels of these micro-batches that count, an int64 scalar."""
+    return torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
+
+
+def train_step(
+    pipeline: Pipeline, data: Axis, batches: Sequence[MicroBatch], before_update: Callable[[], None] | None = None
+) -> tuple[Tensor, int]:
+    """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the last stage, and the
+    tokens that count in the global batch."""
+    tokens = max(1, int(sum_over(tokens_that_count(batches), data)))
+    # DeepSpeed divides by the micro-batches and averages over the data axis; ours is a mean over tokens.
+    return pipeline.train_step(batches, data.size * len(batches) / tokens, before_update), tokens

@@ -1,0 +1,160 @@
+"""A few steps of a run written down in full: losses, norms, and what every rank holds of masters and Adam moments.
+
+`record` runs on the ranks; `Trace` puts a recorded step together again, tensor by tensor. Next: verify.py, which
+compares traces of layouts.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite.checkpoint.boxes import boxes_of_shard
+from megalite.config import Config
+from megalite.data.loader import TrainData
+from megalite.model.families import read_spec
+from megalite.parallel.grid import Grid
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import MOMENTS, Engine
+from megalite.training.batches import MicroBatch, micro_batches
+from megalite.training.engine import LearningRate, build_engine, build_pipeline
+from megalite.training.step import train_step
+
+KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
+
+
+@dataclass
+class Session:
+    """A freshly built run on this rank, to be stepped without a run folder."""
+
+    config: Config
+    engine: Engine
+    pipeline: Pipeline
+    data: TrainData
+    rate: LearningRate
+
+    @classmethod
+    def build(cls, config: Config) -> "Session":
+        """From a resolved config (collective over the world)."""
+        spec = read_spec(config.model)
+        engine = build_engine(config, spec, Grid.build(config.parallel.pipe, config.parallel.tensor))
+        data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
+        return cls(config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config))
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        config, axis = self.config, self.engine.grid.data
+        size, device = config.train_batch_size, torch.device(self.engine.device or "cpu")
+        draw = (config.train.seed, step)
+        return micro_batches(self.data, step * size, size, config.micro_batch_size, axis, device, draw)
+
+    def step(self, step: int, before_update: Callable[[], None] | None = None) -> tuple[float, float]:
+        """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping).
+        before_update: called when all gradients stand."""
+        self.rate.set(step)
+        grid, batches = self.engine.grid, self.batches(step)
+        total, weight = train_step(self.pipeline, grid.data, batches, before_update)
+        total = total.double()
+        dist.all_reduce(total)
+        return total.item() / (grid.tensor.size * weight), float(self.engine.get_global_grad_norm() or 0.0)
+
+
+def record(config: Config, steps: int, folder: Path) -> None:
+    """Trains `steps` steps and writes what this rank has after each into `folder` (collective)."""
+    session, rank = Session.build(config), dist.get_rank()
+    figures = []
+    for step in range(steps):
+        loss, norm = session.step(step)
+        figures.append({"loss": loss, "norm": norm})
+        tensors: dict[str, Tensor] = {}
+        places: dict[str, dict[str, Any]] = {}
+        for shard in session.engine.shards():
+            place = shard.placement
+            for kind, values in {"weight": shard.master, **shard.state}.items():
+                key = f"{kind}/{place.name}"
+                tensors[key] = values.detach().cpu().clone()
+                places[key] = {
+                    "full_shape": place.full_shape,
+                    "shape": place.shape,
+                    "offsets": place.offsets,
+                    "start": shard.start,
+                    "counted": place.counted,
+                }
+        save_file(tensors, folder / f"step{step}_rank{rank}.safetensors", {"places": json.dumps(places)})
+    (folder / f"rank{rank}.json").write_text(json.dumps(figures))
+
+
+@dataclass
+class Piece:
+    """A box of a full tensor as one rank holds it. counted: not a copy of another rank's."""
+
+    rank: int
+    counted: bool
+    offsets: tuple[int, ...]
+    values: Tensor
+
+    def cut(self, full: Tensor) -> Tensor:
+        """The same box of a full tensor (a view)."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.values.shape, strict=True)):
+            full = full.narrow(dim, offset, size)
+        return full
+
+
+class Trace:
+    """What `record` wrote, of all ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ranks = range(len(list(folder.glob("rank*.json"))))
+        self.figures = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+
+    @property
+    def steps(self) -> int:
+        return len(self.figures[0])
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """`kind/name` of every tensor of the model, by kind in the order of KINDS."""
+        keys = {key for rank in range(len(self.figures)) for key in self._open(0, rank)[1]}
+        return sorted(keys, key=lambda key: (KINDS.index(key.partition("/")[0]), key))
+
+    def _open(self, step: int, rank: int) -> tuple[Any, dict[str, Any]]:
+        file = safe_open(self.folder / f"step{step}_rank{rank}.safetensors", "pt")
+        return file, json.loads(file.metadata()["places"])
+
+    def pieces(self, step: int) -> dict[str, list[Piece]]:
+        """By key, all that the ranks hold after a step; values are read lazily by the file's map."""
+        result: dict[str, list[Piece]] = {}
+        for rank in range(len(self.figures)):
+            file, places = self._open(step, rank)
+            for key, place in places.items():
+                full_shape, shape, offsets = (tuple(place[name]) for name in ("full_shape", "shape", "offsets"))
+                for box in boxes_of_shard(full_shape, shape, offsets, place["start"], file.get_tensor(key)):
+                    result.setdefault(key, []).append(Piece(rank, place["counted"], box.offsets, box.values))
+        return result
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        for rank in range(len(self.figures)):
+            _, places = self._open(0, rank)
+            if key in places:
+                return tuple(places[key]["full_shape"])
+        raise KeyError(key)
+
+    def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
+        """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""
+        pieces = self.pieces(step)
+        for key in self.keys:
+            whole = torch.full(self.shape(key), torch.nan)
+            for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's stays
+                if piece.counted:
+                    piece.cut(whole).copy_(piece.values)
+            yield key, whole, pieces[key]

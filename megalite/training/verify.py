@@ -1,0 +1,197 @@
+"""`tools/verify_layouts.py`: the same training on every layout, shown on a user's own config.
+
+One process trains a few steps with several micro-batch sizes; what these differ by is rounding, and what a layout may
+differ by is 4 times that. Then each layout trains the same steps, and every loss, norm, weight and Adam moment is
+held against the one process. In fp32 and with Adam's epsilon at 1e-4, where a fault cannot hide in rounding.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import load_config
+from megalite.data.loader import TrainData
+from megalite.errors import ConfigError
+from megalite.launch import ArgumentParser
+from megalite.model.families import read_spec
+from megalite.training.layouts import Layout, base_batch, comparable, config_of, micro_sizes
+from megalite.training.local_ranks import check_room, run_local_ranks
+from megalite.training.trace import Piece, Trace
+
+TIMES = 4.0  # how much more than one process's own spread a layout may differ by
+LEAST = 1e-6  # of a loss or norm, relative
+LEAST_TENSOR = 1e-7  # of a tensor, by the ratio of norms: about the rounding of fp32
+DESCRIPTION = (
+    "Train a few steps of the JSON on each layout and on one process, in fp32 with Adam's epsilon at 1e-4 or more, and "
+    "compare losses, norms, weights and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "
+    "temporary files."
+)
+RANK_MODULE = "megalite.training.verify_rank"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a layout leaves the one process first. what: loss, norm, or kind/name of a tensor; ratio: by how much,
+    relative; bound: what is allowed; rank: the one that is farthest off."""
+
+    step: int
+    what: str
+    rank: int
+    ratio: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: {self.what} on rank {self.rank} differs by {self.ratio:.2e}, allowed {self.bound:.2e}"
+        )
+
+
+@dataclass
+class Verdict:
+    """A layout's result. first: of the first step that differs, loss, norm and the tensor that is farthest off, those
+    of them that differ; worst: by kind (loss, norm, weight, exp_avg, exp_avg_sq) the largest ratio of a difference to
+    its bound."""
+
+    first: list[Difference] = field(default_factory=list)
+    worst: dict[str, float] = field(default_factory=dict)
+
+
+class Spread:
+    """What one process differs by between micro-batch sizes: the bounds."""
+
+    def __init__(self, reference: Trace, others: list[Trace]) -> None:
+        self.reference = reference
+        self.bounds: list[dict[str, float]] = []
+        reached: dict[str, float] = {}
+        for step in range(reference.steps):
+            for other in others:
+                for key, ratio, _ in differences(reference, other, step):
+                    reached[key] = max(reached.get(key, 0.0), ratio)
+            self.bounds.append(self._bounds(reached))
+
+    @staticmethod
+    def _bounds(reached: dict[str, float]) -> dict[str, float]:
+        """A tensor that one process happened to hit equally has at least what is usual for its kind."""
+        kinds: dict[str, list[float]] = {}
+        for key, ratio in reached.items():
+            kinds.setdefault(key.partition("/")[0], []).append(ratio)
+        usual = {kind: median(ratios) for kind, ratios in kinds.items()}
+        bounds = {}
+        for key, ratio in reached.items():
+            kind = key.partition("/")[0]
+            bounds[key] = max(LEAST, TIMES * ratio) if kind == key else TIMES * max(LEAST_TENSOR, usual[kind], ratio)
+        return bounds
+
+    def judge(self, trace: Trace) -> Verdict:
+        """Holds a layout against the one process."""
+        verdict = Verdict()
+        for step in range(trace.steps):
+            found: list[tuple[float, Difference]] = []
+            for key, ratio, rank in differences(self.reference, trace, step):
+                kind, bound = key.partition("/")[0], self.bounds[step][key]
+                excess = ratio / bound if ratio == ratio else float("inf")
+                verdict.worst[kind] = max(verdict.worst.get(kind, 0.0), excess)
+                if excess > 1.0:
+                    found.append((excess, Difference(step + 1, key, rank, ratio, bound)))
+            if found and not verdict.first:
+                figures = [difference for _, difference in found if "/" not in difference.what]
+                tensors = [entry for entry in found if "/" in entry[1].what]
+                farthest = max(tensors, key=lambda entry: entry[0], default=None)
+                verdict.first = [*figures, *([farthest[1]] if farthest else [])]
+        return verdict
+
+
+def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, float, int]]:
+    """(loss, norm or kind/name; relative difference; rank that is farthest off) after a step.
+
+    A copy of a tensor that is not equal to the piece that counts makes its difference infinite, and so do elements
+    that no rank holds.
+    """
+    for figure in ("loss", "norm"):
+        wanted = one.figures[0][step][figure]
+        ratios = [abs(rank[step][figure] - wanted) / max(abs(wanted), 1e-30) for rank in other.figures]
+        worst = max(range(len(ratios)), key=lambda rank: ratios[rank] if ratios[rank] == ratios[rank] else float("inf"))
+        yield figure, ratios[worst], worst
+    if missing := set(one.keys) ^ set(other.keys):
+        yield from ((key, float("inf"), 0) for key in sorted(missing))
+        return
+    wanted_tensors = one.full(step)
+    for (key, wanted, _), (_, full, pieces) in zip(wanted_tensors, other.full(step), strict=True):
+        yield key, *_tensor_difference(wanted, full, pieces)
+
+
+def _tensor_difference(wanted: Tensor, full: Tensor, pieces: list[Piece]) -> tuple[float, int]:
+    for piece in pieces:
+        if not torch.equal(piece.cut(full), piece.values):
+            return float("inf"), piece.rank
+    if full.isnan().any():
+        return float("inf"), pieces[0].rank
+    ratio = (full - wanted).double().norm().item() / max(wanted.double().norm().item(), 1e-30)
+    distances = [(piece.values - piece.cut(wanted)).double().norm().item() for piece in pieces]
+    return ratio, pieces[max(range(len(pieces)), key=distances.__getitem__)].rank
+
+
+def main(arguments: list[str]) -> int:
+    """0: all layouts agree; 1: one differs. Raises UserError with one line."""
+    parser = ArgumentParser("verify_layouts.py", description=DESCRIPTION)
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run")
+    parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="pipe=2,tensor=2,data=2,zero=2")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps (default: 5)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        raise ConfigError(f"--steps: {options.steps}: must be 1 or more")
+    layouts = [Layout.parse(text) for text in options.layouts]
+    config = comparable(load_config(options.deepspeed_config, options.set))
+    batch = base_batch(config, layouts[0])
+    requests = {layout: config_of(config, layout, batch).to_json() for layout in layouts}
+    for layout in layouts:
+        check_room(layout.world_size, str(layout))
+    given = config_of(config, Layout(zero=0), batch, offload=False)
+    sizes = micro_sizes(batch, given.micro_batch_size)
+    if len(sizes) < 2:
+        raise ConfigError(f"train_batch_size: {batch}: must be 2 or more: bounds come from micro-batch sizes")
+    TrainData(given.data, given.train.seed, read_spec(given.model).vocabulary_size)
+    alone = [config_of(config, Layout(zero=0, micro=size), batch, offload=False).to_json() for size in sizes]
+    with tempfile.TemporaryDirectory(prefix="verify_layouts_") as folder:
+        print(f"one process, micro-batches of {', '.join(map(str, sizes))} of {batch} samples", flush=True)
+        reference, *others = _traces(alone, 1, options.steps, Path(folder) / "one")
+        spread = Spread(reference, others)
+        verdicts = {}
+        for number, layout in enumerate(layouts):
+            with tempfile.TemporaryDirectory(prefix=f"layout{number}_", dir=folder) as inner:
+                trace = _traces([requests[layout]], layout.world_size, options.steps, Path(inner))[0]
+                verdicts[layout] = spread.judge(trace)
+            print(f"{layout}: {'; '.join(map(str, verdicts[layout].first)) or 'agrees'}", flush=True)
+    print("\n" + table(verdicts))
+    return 1 if any(verdict.first for verdict in verdicts.values()) else 0
+
+
+def _traces(configs: list[dict[str, Any]], world_size: int, steps: int, folder: Path) -> list[Trace]:
+    """Trains each config, one after another, on freshly started ranks."""
+    folders = [folder / str(number) for number in range(len(configs))]
+    for each in folders:
+        each.mkdir(parents=True)
+    request = folder / "request.json"
+    runs = [{"config": config, "folder": str(each)} for config, each in zip(configs, folders, strict=True)]
+    request.write_text(json.dumps({"steps": steps, "runs": runs}))
+    run_local_ranks(world_size, RANK_MODULE, [str(request)])
+    return [Trace(each) for each in folders]
+
+
+def table(verdicts: dict[Layout, Verdict]) -> str:
+    """A line a layout: for each kind the largest difference, in multiples of what is allowed."""
+    kinds = ["loss", "norm", "exp_avg", "exp_avg_sq", "weight"]
+    width = max(len(str(layout)) for layout in verdicts)
+    lines = [f"{'layout':{width}}  " + "  ".join(f"{kind:>10}" for kind in kinds) + "  (1 = allowed)"]
+    for layout, verdict in verdicts.items():
+        figures = "  ".join(f"{verdict.worst.get(kind, 0.0):10.3g}" for kind in kinds)
+        lines.append(f"{str(layout):{width}}  {figures}  {'differs' if verdict.first else 'agrees'}")
+    return "\n".join(lines)

@@ -1,0 +1,24 @@
+"""One rank of tools/verify_layouts.py: `python -m megalite.training.verify_rank REQUEST`, started by verify.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalite.config import Config
+from megalite.launch import run_program, start_ranks, stop_ranks
+
+
+def main(arguments: list[str]) -> int:
+    """Records every run of the request."""
+    request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    start_ranks(lambda thorough: None)
+    from megalite.training.trace import record  # after start_ranks, which sets what DeepSpeed's import reads
+
+    for run in request["runs"]:
+        record(Config.from_dict(run["config"]), request["steps"], Path(run["folder"]))
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,1 @@
+"""Tests of megalite: unit/ mirrors the package, distributed/ runs gloo ranks, launch/ runs the real programs."""

@@ -1,0 +1,73 @@
+"""tools/benchmark_step.py: every figure is there, and those that formulas give are right."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import pytest
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.training.benchmark import main
+from megalite.training.layouts import Layout
+from megalite.training.measure import measure_layout, measure_plain
+from tests.ranks import run_ranks
+from tests.small_models import MODELS, VOCABULARY
+from tests.unit.data.corpora import write_corpus
+
+
+def measured(rank: int, world_size: int, request: dict[str, Any]) -> dict[str, Any]:
+    deepspeed.init_distributed("gloo")
+    return (measure_plain if request["plain"] else measure_layout)(Config.from_dict(request["config"]), 2)
+
+
+def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
+    """In place of run_local_ranks, which test_verify.py tries: ranks that start quickly."""
+    request = json.loads(Path(arguments[0]).read_text())
+    for rank, result in enumerate(run_ranks(world_size, measured, request)):
+        (Path(request["folder"]) / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    write_corpus(tmp_path / "train", documents=40, vocabulary=VOCABULARY)
+    file = tmp_path / "config.json"
+    document = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "megalite": {
+            "model": {**MODELS["llama"], "num_hidden_layers": 2, "tie_word_embeddings": False},
+            "data": {"sequence_length": 12, "train": [str(tmp_path / "train")]},
+            "train": {"steps": 10, "run_dir": str(tmp_path / "run")},
+        },
+    }
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
+def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("megalite.training.benchmark.run_local_ranks", on_forked_ranks):
+        assert main(["--deepspeed_config", config_file, "--steps", "2", "--layouts", "pipe=2", "tensor=2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("plain PyTorch, 1 process") == 2
+    by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
+    assert by_rank and all(len(line.split()) == 2 for line in by_rank)
+    table = [line.split() for line in out.splitlines()[-2:]]
+    rows = {row[0]: [float(figure.replace(",", "")) for figure in row[1:]] for row in table}
+    seconds, tokens, ratio, states, pipe, data, tensor, *_ = rows[str(Layout(pipe=2))]
+    assert tokens == pytest.approx(8 * 12 / seconds, rel=0.01) and ratio > 0 and states > 0
+    hidden = 8 * 12 * 32 * 2 / 1e6  # samples × tokens × features × bytes of bf16, over the one boundary
+    assert pipe == pytest.approx(hidden, rel=1e-3) and data == tensor == 0
+    _, _, _, _, pipe, _, tensor, *_ = rows[str(Layout(tensor=2))]
+    assert pipe == 0 and tensor > 4 * 2 * hidden  # 4 all-reduces a layer (formulas.md), embedding and head besides
+
+
+def test_a_wrong_argument_is_one_line(config_file: str) -> None:
+    with pytest.raises(ConfigError, match="--steps: 0: must be 1 or more"):
+        main(["--deepspeed_config", config_file, "--layouts", "pipe=2", "--steps", "0"])

@@ -1,0 +1,166 @@
+"""Hugging Face in and out: for every family the same logits on a grid, and equal to the bit when it comes back."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.checkpoint.weights import load_module
+from megalite.convert import verify
+from megalite.convert.export_hf import export_hf
+from megalite.convert.hf_folder import HFFolder
+from megalite.convert.import_hf import import_hf
+from megalite.errors import CheckpointError, ConversionError, MegaliteError
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import placed
+from megalite.parallel.pipeline import Boundary
+from megalite.training.loop import Position
+from megalite.training.start import Start
+from tests.families import FAMILY_CONFIGS, batch, hf_model
+from tests.ranks import run_ranks
+from tests.small_models import Layout, Task, build
+
+TIED = {name: {**config, "tie_word_embeddings": True} for name, config in FAMILY_CONFIGS.items()}
+UNTIED = {name: {**config, "tie_word_embeddings": False} for name, config in FAMILY_CONFIGS.items()}
+CONFIGS = {f"{name} tied": config for name, config in TIED.items() if config["model_type"] not in ("gptj", "phi")} | {
+    f"{name} untied": config for name, config in UNTIED.items()
+}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+@torch.no_grad()
+def logits_on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]) -> list[Tensor | None]:
+    grid, results = Grid.build(pipe, tensor), []
+    tokens, _ = batch()
+    for folder in folders:
+        checkpoint = Checkpoint.open(find_checkpoint(folder))
+        stage = Stage(read_spec(checkpoint.model), grid)
+        load_module(checkpoint.read, stage)
+        boundary = Boundary(grid.pipe, (*tokens.shape, stage.spec.hidden_size), torch.float32, torch.device("cpu"))
+        output = stage(tokens if grid.pipe.is_first else boundary.receive(grid.pipe.rank - 1))
+        if not grid.pipe.is_last:
+            boundary.send(output, grid.pipe.rank + 1)
+        boundary.finish()
+        results.append(output if grid.pipe.is_last else None)
+    return results
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Hugging Face folders of every family in shards, and the checkpoints made of them."""
+    result = {}
+    for name, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp("family")
+        hf_model(config).save_pretrained(folder / "hf", max_shard_size="60KB")
+        assert import_hf(folder / "hf", folder / "checkpoint", verify=True) is not None
+        result[name] = folder / "hf", folder / "checkpoint"
+    return result
+
+
+def test_logits_on_pipe_2_tensor_2_are_those_of_transformers(imported: dict[str, tuple[Path, Path]]) -> None:
+    results = run_ranks(4, logits_on_a_grid, 2, 2, [checkpoint for _, checkpoint in imported.values()])
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        ours = torch.cat([parts[number] for parts in results if parts[number] is not None], dim=-1)
+        with torch.no_grad():
+            torch.testing.assert_close(ours, hf_model(config)(batch()[0]).logits, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def start_from_folders(rank: int, world_size: int, layout: Layout, folders: list[tuple[Path, Task]]) -> None:
+    """What `train.load` does: every rank's weights are its slices of the folder's."""
+    for path, task in folders:
+        engine = build(layout, task)[0]
+        folder = HFFolder(path)
+        Start(Position(), "", folder).fill(engine)
+        for value, place in placed(engine.module):
+            assert torch.equal(value.detach(), folder.read(place.name, place.offsets, place.shape)), place.name
+        for shard in engine.shards():
+            place = shard.placement
+            own = folder.read(place.name, place.offsets, place.shape).flatten()
+            assert torch.equal(shard.master, own[shard.start : shard.start + shard.master.numel()]), place.name
+
+
+def test_training_starts_from_a_folder_on_a_grid(tmp_path: Path) -> None:
+    folders = []
+    for task in (Task("llama", tied=False), Task("gpt2", tied=True)):
+        hf_model(task.section).save_pretrained(tmp_path / task.model)
+        folders.append((tmp_path / task.model, task))
+    run_ranks(8, start_from_folders, Layout(pipe=2, tensor=2, data=2, stage=2), folders)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_goes_in_comes_out_to_the_bit(
+    name: str, imported: dict[str, tuple[Path, Path]], tmp_path: Path, caplog: Any, recwarn: Any
+) -> None:
+    hf, checkpoint = imported[name]
+    export_hf(checkpoint, tmp_path / "out", verify=True, shard_bytes=40_000)
+    before, after = stored(hf), stored(tmp_path / "out")
+    assert before.keys() == after.keys() and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    import_hf(tmp_path / "out", tmp_path / "again", verify=False)
+    first, second = Checkpoint.open(checkpoint), Checkpoint.open(tmp_path / "again")
+    assert read_spec(first.model) == read_spec(second.model) and first.names == second.names
+    assert all(torch.equal(first.read(key), second.read(key)) for key in first.names)
+    for folder in (hf, tmp_path / "out"):
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    caplog.clear()
+    recwarn.clear()
+    logging.getLogger("transformers").propagate = True
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    logging.getLogger("transformers").propagate = False
+    assert not any(info.values()) and not caplog.records and not recwarn.list
+    wanted = hf_model(CONFIGS[name])
+    assert model.config.architectures == [type(wanted).__name__]
+    changed = {"_name_or_path", "dtype", "architectures", "transformers_version"}
+    assert {k: v for k, v in model.config.to_dict().items() if k not in changed} == {
+        k: v for k, v in wanted.config.to_dict().items() if k not in changed
+    }
+
+
+def test_dtypes_and_files_that_travel(imported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    hf, _ = imported["qwen2 untied"]
+    (hf / "tokenizer_config.json").write_text('{"a": 1}')
+    (hf / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.5}')
+    import_hf(hf, tmp_path / "checkpoint")
+    find_checkpoint(tmp_path / "checkpoint")
+    compared = export_hf(tmp_path / "checkpoint", tmp_path / "half", dtype="bfloat16", verify=True)
+    assert compared is not None and "maximum difference" in str(compared)
+    tensors = stored(tmp_path / "half")
+    assert all(torch.equal(value.bfloat16(), tensors[key]) for key, value in stored(hf).items())
+    assert (tmp_path / "half" / "tokenizer_config.json").read_text() == '{"a": 1}'
+    assert json.loads((tmp_path / "half" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_nothing_is_written_over_nor_left_half_done(
+    imported: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf, checkpoint = imported["gpt_neox untied"]
+    (tmp_path / "stands").mkdir()
+    for call in (lambda to: import_hf(hf, to), lambda to: export_hf(checkpoint, to)):
+        with pytest.raises(CheckpointError, match="stands already"):
+            call(tmp_path / "stands")
+
+    true_logits = verify.our_logits
+    monkeypatch.setattr(verify, "our_logits", lambda *a: true_logits(*a) * 1.001)
+    for call in (lambda to: import_hf(hf, to), lambda to: export_hf(checkpoint, to, "float16")):
+        with pytest.raises(ConversionError, match="logits differ from transformers' by"):
+            call(tmp_path / "wrong")
+    with pytest.raises(MegaliteError):
+        import_hf(tmp_path / "nothing", tmp_path / "wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["stands"] and not list((tmp_path / "stands").iterdir())

@@ -1,0 +1,167 @@
+"""Generation and evaluation on any layout against transformers' own and against one rank."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.weights import load_module
+from megalite.convert.hf_folder import HFFolder
+from megalite.errors import ConfigError
+from megalite.inference.evaluate import Score, evaluate
+from megalite.inference.generate import Generator, Text, check_lengths
+from megalite.inference.sampling import Sampling, choose
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import ALONE, Axis, Grid
+from megalite.parallel.layers import share
+from tests.families import FAMILY_CONFIGS, VOCABULARY, hf_model
+from tests.ranks import run_ranks
+
+# Long enough for the texts below.
+CONFIGS = {
+    name: {**config, "max_position_embeddings": 16} if "n_positions" not in config else config
+    for name, config in FAMILY_CONFIGS.items()
+}
+PROMPTS = [[5, 9, 3], [77], [11, 12, 13, 14, 15, 16, 17, 18], [130, 0, 64, 2, 5], [40, 41], [8, 7, 6, 5]]
+NEW = 7
+SAMPLED = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)
+
+
+class Windows:
+    """Samples by position: every one can be made by itself."""
+
+    count = 11
+
+    def batch(self, positions: Any) -> Any:
+        generators = [torch.Generator().manual_seed(position) for position in positions]
+        ids = torch.stack([torch.randint(0, VOCABULARY, (14,), generator=g) for g in generators])
+        labels = ids[:, 1:].clone()
+        labels[:, 3] = -100
+        return ids[:, :-1].numpy(), labels.numpy(), None
+
+
+def on_a_grid(
+    rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]
+) -> list[tuple[list[Text], list[Text], Score, list[tuple[int, int]]]]:
+    grid = Grid.build(pipe, tensor)
+    results = []
+    for path in folders:
+        folder = HFFolder(path)
+        stage = Stage(folder.spec, grid)
+        load_module(folder.read, stage)
+        generator, told = Generator(stage, grid, batch_size=4), []
+        greedy = generator.generate(PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t)))
+        sampled = generator.generate(PROMPTS[3:], NEW, SAMPLED, numbers=[3, 4, 5])
+        score = evaluate(stage, grid, Windows(), Windows.count, 13, micro=2)
+        results.append((greedy, sampled, score, told))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    result = {}
+    for name, config in CONFIGS.items():
+        result[name] = tmp_path_factory.mktemp("model")
+        hf_model(config).save_pretrained(result[name])
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_rank(folders: dict[str, Path]) -> dict[str, Any]:
+    return dict(zip(folders, run_ranks(1, on_a_grid, 1, 1, list(folders.values()))[0], strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_and_loss_are_those_of_transformers(name: str, one_rank: dict[str, Any]) -> None:
+    model = hf_model(CONFIGS[name])
+    greedy, _, score, told = one_rank[name]
+    for text in greedy:
+        ids = torch.tensor([text.prompt])
+        mask = torch.ones_like(ids)  # or transformers takes ids of the padding for padding
+        told_to = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+        wanted = model.generate(ids, attention_mask=mask, **told_to)[0, ids.shape[1] :].tolist()
+        assert text.tokens == wanted
+        assert text.finished == ("stop" if wanted[-1] == 2 else "length")
+        assert [token for number, token in told if number == text.number] == wanted
+    tokens, labels = (torch.from_numpy(part) for part in Windows().batch(range(Windows.count))[:2])
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    assert score.loss == pytest.approx(loss, rel=1e-6) and score.tokens == 12 * Windows.count
+
+
+@pytest.mark.parametrize(("pipe", "tensor", "data"), [(2, 2, 1), (3, 1, 1), (1, 2, 2)])
+def test_a_layout_gives_the_same_texts_and_loss(
+    pipe: int, tensor: int, data: int, folders: dict[str, Path], one_rank: dict[str, Any]
+) -> None:
+    for results in run_ranks(pipe * tensor * data, on_a_grid, pipe, tensor, list(folders.values())):
+        for (greedy, sampled, score, told), wanted in zip(results, one_rank.values(), strict=True):
+            assert (greedy, sampled) == wanted[:2] and sorted(told) == sorted(wanted[3])
+            assert score.loss == pytest.approx(wanted[2].loss, rel=1e-6) and score.tokens == wanted[2].tokens
+
+
+def test_sampling_follows_its_settings() -> None:
+    """Against the distribution itself, and the same draws whatever the tensor axis."""
+    logits = torch.tensor([2.0, 1.0, 1.0, 3.0, -1.0, 0.0, 2.5])
+    rows = 4000
+
+    def shares(sampling: Sampling) -> Tensor:
+        drawn = choices(logits, sampling, rows, ALONE)
+        return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / rows
+
+    def wanted(allowed: list[int], temperature: float) -> Tensor:
+        kept = torch.full_like(logits, -torch.inf)
+        kept[allowed] = logits[allowed] / temperature
+        return kept.softmax(-1)
+
+    everything = list(range(7))
+    for sampling, expected in (
+        (Sampling(1.0), wanted(everything, 1.0)),
+        (Sampling(2.0, seed=9), wanted(everything, 2.0)),
+        (Sampling(1.0, top_k=3), wanted([0, 3, 6], 1.0)),
+        (Sampling(1.0, top_k=4), wanted([0, 1, 3, 6], 1.0)),  # of equal ones the lower id
+        (Sampling(1.0, top_p=0.6), wanted([3, 6], 1.0)),
+        (Sampling(1.0, top_p=0.01), wanted([3], 1.0)),
+    ):
+        assert (shares(sampling) - expected).abs().max() < 0.03
+        assert ((shares(sampling) > 0) == (expected > 0)).all()
+    assert choices(logits, Sampling(), 2, ALONE) == [3, 3]
+    assert choices(logits, Sampling(1.0, seed=1), 50, ALONE) != choices(logits, Sampling(1.0, seed=2), 50, ALONE)
+    cases = [Sampling(), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(0.7, top_p=0.9, top_k=6)]
+    for result in run_ranks(3, chosen, logits, cases, 100):
+        assert result == [choices(logits, case, 100, ALONE) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"temperature": -1.0}, "--temperature: -1.0: must be"),
+        ({"temperature": 1.0, "top_k": 0}, "--top-k: 0: must be"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p: 0.0: must be"),
+        ({"top_k": 3}, "--temperature: 0: must be above 0 with --top-k"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        Sampling(**values)
+
+
+def test_lengths_that_do_not_fit_are_refused() -> None:
+    spec = read_spec(CONFIGS["llama"])
+    cases = (([[1], []], 3, "prompt 1: is empty"), ([[1] * 14], 3, "14 tokens"), ([[1]], 0, "0: must"))
+    for prompts, count, line in cases:
+        with pytest.raises(ConfigError, match=line):
+            check_lengths(spec, prompts, count)
+
+
+def chosen(rank: int, world_size: int, logits: Tensor, cases: list[Sampling], rows: int) -> list[list[int]]:
+    axis = Grid.build(1, world_size).tensor
+    return [choices(logits, sampling, rows, axis) for sampling in cases]
+
+
+def choices(logits: Tensor, sampling: Sampling, rows: int, axis: Axis) -> list[int]:
+    start, stop = share(len(logits), axis)
+    part = logits[start:stop].expand(rows, -1)
+    return choose(part, len(logits), axis, sampling, [(row, 0) for row in range(rows)]).tolist()

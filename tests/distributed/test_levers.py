@@ -1,0 +1,170 @@
+"""Levers on memory and on the function, each the same on every layout: sequence parallelism, dropout, documents,
+activation checkpointing, the loss in chunks."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.model.context import Context
+from megalite.model.dropout import Randomness, dropped
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import ALONE, Grid
+from megalite.parallel.loss import head_loss
+from tests.families import FAMILY_CONFIGS, FEW_KV_HEADS, VOCABULARY, Result, forward_backward, full_gradients
+from tests.ranks import run_ranks
+
+LENGTH = 12
+_DROPS = {"gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.2}, "llama": {"attention_dropout": 0.2}}
+_DROPS |= {"gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1}}
+DROPPING = {name: {**FAMILY_CONFIGS[name], **rates} for name, rates in _DROPS.items()}
+Case = tuple[dict[str, Any], dict[str, Any], bool]
+"""A model, the options of its stage, and whether its samples are packed documents."""
+CASES: list[Case] = [
+    *((FAMILY_CONFIGS[name], {"sequence": True}, False) for name in ("gpt2", "qwen3", "olmo2", "phi", "gpt_neox")),
+    *((config, {"sequence": True}, False) for config in DROPPING.values()),
+    *((config, {"recompute": 1}, False) for config in DROPPING.values()),
+    (DROPPING["gpt2"], {"recompute": "selective", "sequence": True}, True),
+    (FAMILY_CONFIGS["qwen2"], {"recompute": 2, "z_loss": 0.01}, True),
+]
+
+
+def samples(count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and documents [count, LENGTH]."""
+    generator = torch.Generator().manual_seed(8)
+    ids = torch.randint(0, VOCABULARY, (count, LENGTH + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    documents = (torch.rand(count, LENGTH, generator=generator) < 0.3).long().cumsum(1)
+    return ids[:, :-1].contiguous(), labels, documents
+
+
+def run(stage: Stage, packed: bool, rows: slice) -> Result:
+    tokens, labels, documents = samples()
+    randomness = Randomness(seed=3, step=5, samples=torch.arange(100, 104)[rows])
+    context = Context(randomness=randomness, documents=documents[rows] if packed else None)
+    return forward_backward(stage, tokens[rows], labels[rows], context)
+
+
+def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, cases: list[Case]) -> list[Result]:
+    grid = Grid.build(pipe, tensor)
+    results = []
+    for config, options, packed in cases:
+        stage = Stage(read_spec(config), grid, **options).initialise(1)
+        halves = [run(stage, packed, slice(i, i + 2)) for i in (0, 2)]  # two micro-batches add their gradients
+        results.append((halves[1][0], halves[0][1] + halves[1][1], halves[1][2]))
+    return results
+
+
+def check(results: list[list[Result]], cases: list[Case]) -> None:
+    for number, (config, options, packed) in enumerate(cases):
+        one = Stage(read_spec(config), Grid(), z_loss=options.get("z_loss", 0.0)).initialise(1)
+        logits, loss, _ = wanted = run(one, packed, slice(0, 4))
+        ours = [result[number] for result in results]
+        assert max(value for _, value, _ in ours) == pytest.approx(loss, rel=1e-5)
+        parts = [part for part, _, _ in ours if part is not None]
+        assert logits is not None
+        if one.spec.dropout == 0:  # else the first stage's output is that of training, and one rank's logits are not
+            torch.testing.assert_close(torch.cat(parts, dim=-1), logits[2:], rtol=1e-5, atol=1e-5)
+        expected = full_gradients([wanted])
+        for name, value in full_gradients(ours).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=f"{number} {name}")
+
+
+def test_levers_change_nothing_on_pipe_2_tensor_2() -> None:
+    check(run_ranks(4, on_a_grid, 2, 2, CASES), CASES)
+
+
+def test_sequence_parallelism_with_copies_of_key_value_heads() -> None:
+    cases: list[Case] = [(config, {"sequence": True}, False) for config in FEW_KV_HEADS]
+    check(run_ranks(4, on_a_grid, 1, 4, cases), cases)
+
+
+def test_dropout_acts_in_training_alone_and_hangs_on_step_and_sample() -> None:
+    tokens, labels, _ = samples()
+    stage = Stage(read_spec(DROPPING["gpt2"]), Grid()).initialise(1)
+
+    def loss(step: int, first: int) -> float:
+        randomness = Randomness(3, step, torch.arange(first, first + 4))
+        return stage(tokens, labels, Context(randomness=randomness)).item()
+
+    assert loss(1, 0) == loss(1, 0)
+    assert len({loss(1, 0), loss(2, 0), loss(1, 4)}) == 3
+    plain = stage.eval()(tokens, labels).item()
+    assert loss(1, 0) == plain
+    with torch.no_grad():
+        assert stage.train()(tokens, labels).item() == pytest.approx(plain)
+    with pytest.raises(AssertionError, match="dropout needs randomness"):
+        stage(tokens, labels)
+
+
+def test_the_generator_is_splitmix64_and_any_part_of_a_mask_is_part_of_the_whole() -> None:
+    randomness = Randomness(7, 11, torch.tensor([5, 2**40]))
+    whole = dropped(randomness, "x", 0.3, [range(300), range(400)])
+    assert abs(whole.float().mean().item() - 0.3) < 0.004
+    assert abs((whole[0] == whole[1]).float().mean().item() - 0.58) < 0.01
+    assert torch.equal(dropped(randomness, "x", 0.3, [range(17, 40), range(3, 90)]), whole[:, 17:40, 3:90])
+    assert not torch.equal(dropped(randomness, "y", 0.3, [range(300), range(400)]), whole)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mistral"])
+def test_packed_documents_equal_separate_ones(name: str) -> None:
+    stage = Stage(read_spec(FAMILY_CONFIGS[name]), Grid()).initialise(1)
+    tokens, _, documents = samples(2)
+    packed = stage(tokens, None, Context(documents=documents))
+    for row in range(2):
+        for document in documents[row].unique():
+            where = documents[row] == document
+            alone = stage(tokens[row : row + 1, where])
+            torch.testing.assert_close(packed[row, where], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 5, 8), torch.randn(33, 8)
+    bias, labels = torch.randn(33), torch.randint(0, 33, (3, 5))
+    labels[0, 2:4] = -100
+    inputs = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
+    logits = F.linear(*inputs)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = expected + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
+    (expected * 3).backward()
+    ours = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
+    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda hidden, weight: rows)
+    loss = head_loss(*ours, labels, 33, ALONE, z_loss)
+    (loss * 3).backward()
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(ours, inputs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    with torch.no_grad():
+        plain = head_loss(hidden, weight, bias, labels, 33, ALONE, z_loss)
+    torch.testing.assert_close(plain, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+
+
+def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
+    """Peak of torch's allocations, by its profiler: less than a third of the fp32 logits, which stand unfused."""
+    tokens, size, vocabulary = 2048, 16, 4096
+    hidden = torch.randn(tokens, size, requires_grad=True)
+    weight = torch.randn(vocabulary, size, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,))
+
+    def peak(fused: bool) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            if fused:
+                head_loss(hidden, weight, None, labels, vocabulary, ALONE).backward()
+            else:
+                F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum").backward()
+        now = highest = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                highest = max(highest, now)
+        return highest
+
+    logits = tokens * vocabulary * 4
+    assert peak(fused=True) < logits / 3 < logits < peak(fused=False)

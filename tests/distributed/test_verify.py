@@ -1,0 +1,207 @@
+"""tools/verify_layouts.py: sound layouts agree, and five planted faults are found, each by name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import pytest
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.parallel import collectives
+from megalite.parallel.norm import GlobalNorm
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import ShardedOptimizer
+from megalite.training.layouts import Layout, comparable, config_of, micro_sizes
+from megalite.training.trace import Trace, record
+from megalite.training.verify import Spread, Verdict, main
+from tests.ranks import REPOSITORY, run_ranks
+from tests.small_models import MODELS, VOCABULARY
+from tests.unit.data.corpora import write_corpus
+
+STEPS, BATCH = 3, 8
+TIED = "embedding.tokens.weight"
+
+
+@contextmanager
+def norm_of_stage_0(rank: int) -> Iterator[None]:
+    """Ranks 0 and 1 are the first stage."""
+    whole = GlobalNorm.__call__
+
+    def partial(self: GlobalNorm, pieces: Any, device: Any, copies: int) -> Any:
+        return whole(self, pieces if rank < 2 else (), device, copies)
+
+    with mock.patch.object(GlobalNorm, "__call__", partial):
+        yield
+
+
+@contextmanager
+def unreduced_tied_gradient(rank: int) -> Iterator[None]:
+    with mock.patch.object(ShardedOptimizer, "sum_tied_gradients", lambda self: None):
+        yield
+
+
+@contextmanager
+def scale_of_m_squared(rank: int) -> Iterator[None]:
+    whole = Pipeline.train_step
+
+    def scaled(self: Pipeline, batches: Any, scale: float, before_update: Any = None) -> Any:
+        return whole(self, batches, scale / len(batches), before_update)
+
+    with mock.patch.object(Pipeline, "train_step", scaled):
+        yield
+
+
+@contextmanager
+def skipped_reduction(rank: int) -> Iterator[None]:
+    with mock.patch.object(DeepSpeedZeroOptimizer, "allreduce_no_retain", lambda *args, **kwargs: None):
+        yield
+
+
+@contextmanager
+def dropped_tensor_all_reduce(rank: int) -> Iterator[None]:
+    with mock.patch.object(collectives._Enter, "backward", staticmethod(lambda ctx, *grads: (grads[0], None))):
+        yield
+
+
+@contextmanager
+def nothing(rank: int) -> Iterator[None]:
+    yield
+
+
+GRID, SPLIT = Layout(pipe=2, data=2, zero=1, micro=1), Layout(tensor=2, zero=2, micro=2)
+ON_GRID: list[Callable[..., Any]] = [
+    nothing, norm_of_stage_0, unreduced_tied_gradient, scale_of_m_squared, skipped_reduction
+]
+ON_SPLIT: list[Callable[..., Any]] = [nothing, dropped_tensor_all_reduce]
+
+
+def recorded(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Callable[..., Any], Path]]) -> None:
+    """Each run with its fault, one after another on the same ranks."""
+    deepspeed.init_distributed("gloo")
+    for config, fault, folder in runs:
+        with fault(rank):
+            record(Config.from_dict(config), STEPS, folder)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "train", documents=40, vocabulary=VOCABULARY)
+    return {
+        "train_batch_size": BATCH,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+        "zero_optimization": {"stage": 1},
+        "megalite": {
+            "model": {**MODELS["llama"], "num_hidden_layers": 2, "tie_word_embeddings": True},
+            "data": {"sequence_length": 12, "train": [str(folder / "train")]},
+            "train": {"steps": 10, "run_dir": str(folder / "run")},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def verdicts(document: dict[str, Any], base: Path) -> dict[str, Verdict]:
+    config = comparable(Config.from_dict(document))
+
+    def traces(world_size: int, runs: list[tuple[Layout, Callable[..., Any]]]) -> list[Trace]:
+        folders = [base / f"{world_size}_{number}" for number in range(len(runs))]
+        requests = []
+        for (layout, fault), folder in zip(runs, folders, strict=True):
+            folder.mkdir()
+            requests.append((config_of(config, layout, BATCH).to_json(), fault, folder))
+        run_ranks(world_size, recorded, requests)
+        return [Trace(folder) for folder in folders]
+
+    sizes = micro_sizes(BATCH, 2)
+    reference, *others = traces(1, [(Layout(zero=0, micro=size), nothing) for size in sizes])
+    spread = Spread(reference, others)
+    result = {}
+    for layout, faults in ((GRID, ON_GRID), (SPLIT, ON_SPLIT)):
+        for fault, trace in zip(faults, traces(layout.world_size, [(layout, f) for f in faults]), strict=True):
+            result[f"{fault.__name__} {layout.world_size}"] = spread.judge(trace)
+    return result
+
+
+def test_sound_layouts_agree(verdicts: dict[str, Verdict]) -> None:
+    for world_size in (4, 2):
+        verdict = verdicts[f"nothing {world_size}"]
+        assert verdict.first == [] and 0 < max(verdict.worst.values()) <= 1
+
+
+@pytest.mark.parametrize(
+    "fault, figure, tensors",
+    [
+        ("norm_of_stage_0 4", "norm", ""),
+        ("unreduced_tied_gradient 4", "norm", TIED),
+        ("scale_of_m_squared 4", "norm", ""),
+        ("skipped_reduction 4", "norm", ""),
+        ("dropped_tensor_all_reduce 2", "norm", ""),
+    ],
+)
+def test_a_planted_fault_is_found(verdicts: dict[str, Verdict], fault: str, figure: str, tensors: str) -> None:
+    first = verdicts[fault].first
+    assert first, "not found"
+    assert [d.step for d in first] == [1] * len(first)
+    assert figure in [d.what for d in first]
+    assert "/" in first[-1].what and tensors in first[-1].what
+    print(fault, *map(str, first), sep="\n  ")
+
+
+def config_file(document: dict[str, Any], folder: Path) -> str:
+    file = folder / "config.json"
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
+@pytest.mark.parametrize("fault, code", [(nothing, 0), (unreduced_tied_gradient, 1)])
+def test_the_exit_code_and_the_table(
+    verdicts: dict[str, Verdict], document: dict[str, Any], base: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], fault: Callable[..., Any], code: int,
+) -> None:
+    """With what the ranks above have written, in place of ranks."""
+
+    def replay(world_size: int, module: str, arguments: list[str]) -> None:
+        for number, run in enumerate(json.loads(Path(arguments[0]).read_text())["runs"]):
+            recorded = number if world_size == 1 else ON_GRID.index(fault)
+            shutil.copytree(base / f"{world_size}_{recorded}", run["folder"], dirs_exist_ok=True)
+
+    arguments = ["--deepspeed_config", config_file(document, tmp_path), "--layouts", str(GRID), "--steps", str(STEPS)]
+    with mock.patch("megalite.training.verify.run_local_ranks", replay):
+        assert main(arguments) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(str(GRID)) and lines[-1].endswith("differs" if code else "agrees")
+    assert (TIED in lines[1]) == bool(code)
+
+
+def test_the_program_agrees_and_refuses(document: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "tools/verify_layouts.py", "--deepspeed_config", config_file(document, tmp_path)]
+
+    def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+
+    done = verify("--steps", "1", "--layouts", "pipe=2,zero=2,micro=1")
+    assert done.returncode == 0 and done.stdout.endswith("agrees\n"), done.stdout + done.stderr
+    wrong = verify("--layouts", "pipe=2,zero=3")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+    assert "zero_optimization.stage: 3" in wrong.stderr
+
+
+@pytest.mark.parametrize("text", ["", "pipe", "pipe=0", "pipe=2,pipe=2", "depth=2", "data=-1"])
+def test_a_wrong_layout_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="--layouts: "):
+        Layout.parse(text)

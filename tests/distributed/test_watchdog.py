@@ -1,0 +1,66 @@
+"""What the ranks write when one of them fails or is busy for too long (one that is gone: tests/launch)."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.config.sections import Limits
+from megalite.parallel.grid import Grid
+from megalite.parallel.pipeline import Pipeline
+from megalite.training.watchdog import Watchdog
+from tests.ranks import RankFailure, run_ranks
+
+STEP_SECONDS = 2.0
+
+
+class FaultyEngine:
+    """A stage without weights that does not come through its second forward on rank 1."""
+
+    device = "cpu"
+
+    def __init__(self, rank: int, fault: str) -> None:
+        self.rank, self.fault, self.forwards = rank, fault, 0
+
+    def __call__(self, source: Tensor, labels: Tensor | None, context: Any) -> Tensor:
+        self.forwards += 1
+        if self.rank == 1 and self.forwards == 2:
+            if self.fault == "failed":
+                raise ValueError("the reason")
+            time.sleep(60)
+        output = source if source.is_floating_point() else source.float().requires_grad_()
+        return output * 2 if labels is None else output.sum()
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        pass
+
+
+def step(rank: int, world_size: int, run_dir: Path, fault: str) -> None:
+    engine: Any = FaultyEngine(rank, fault)
+    pipeline = Pipeline(engine, Grid.build(world_size, 1).pipe, (1, 4), torch.float32)
+    with Watchdog(run_dir, Limits.model_validate({})) as watchdog, watchdog.watching("step 7", STEP_SECONDS):
+        watchdog.instruction = lambda: pipeline.instruction
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+        pipeline.train_step([(tokens, tokens)] * 4, 1.0)
+
+
+@pytest.mark.parametrize("fault", ["failed", "was busy"])
+def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, fault: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailure, match="died with exit code 1"):
+        run_ranks(3, step, tmp_path, fault, timeout_seconds=30)
+    assert time.monotonic() - begin < 20
+    folder = next(tmp_path.glob("faults/*"))
+    head, *lines = (folder / "summary.txt").read_text().splitlines()
+    assert head.startswith("rank 1 on ") and head.endswith(f" {fault}; ranks 0, 2 waited for it")
+    doing = ["backward of micro-batch 0", "forward of micro-batch 1", "forward of micro-batch 1"]
+    said = ["in recv, waits for rank 1", "limit of 2 s" if fault == "was busy" else "the reason", "waits for rank 1"]
+    for rank in range(3):
+        assert f"step 7, {doing[rank]}, for " in lines[rank] and said[rank] in lines[rank], lines
+        assert " in step\n" in (folder / f"rank_{rank:05d}.txt").read_text()

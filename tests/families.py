@@ -1,0 +1,189 @@
+"""Small models of every family, with odd sizes, and transformers' own models with the same random weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megalite.convert.names import from_hf
+from megalite.model.context import Context
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import Placement, placed
+
+VOCABULARY, SEQUENCE, BATCH = 131, 13, 3
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 16}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_SIZES,
+        "model_type": "llama",
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 8,
+        "pad_token_id": 7,
+        "rope_parameters": {**_LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8},
+    },
+    "mistral": {**_SIZES, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "qwen2": {
+        **_SIZES,
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "rope_parameters": {**_YARN, "rope_theta": 1e4},
+    },
+    "qwen3": {
+        **_SIZES,
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 2,
+    },
+    "olmo2": {
+        **_SIZES,
+        "model_type": "olmo2",
+        "num_key_value_heads": 2,
+        "pad_token_id": 100,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "gpt2": {**_GPT, **_NO_DROPOUT, "model_type": "gpt2", "n_inner": 50, "bos_token_id": 1, "eos_token_id": 2},
+    "gptj": {**_GPT, **_NO_DROPOUT, "model_type": "gptj", "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {
+        **_SIZES,
+        "model_type": "gpt_neox",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
+    },
+    "gpt_neox sequential": {
+        **_SIZES,
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "max_position_embeddings": 8,  # shorter than the batch: the frequencies change
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1.0},
+    },
+    "phi": {
+        **_SIZES,
+        "model_type": "phi",
+        "qk_layernorm": True,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
+    },
+}
+
+# Fewer key/value heads than ranks of the tensor axis, with every kind of weight that is then held in copies.
+_EIGHT: dict[str, Any] = {"num_attention_heads": 8, "hidden_size": 48}
+FEW_KV_HEADS: list[dict[str, Any]] = [
+    {**FAMILY_CONFIGS["llama"], **_EIGHT, "num_key_value_heads": 1},
+    {**FAMILY_CONFIGS["qwen2"], **_EIGHT, "num_key_value_heads": 2},
+    {**FAMILY_CONFIGS["qwen3"], **_EIGHT, "num_key_value_heads": 1},
+    {**FAMILY_CONFIGS["olmo2"], **_EIGHT, "num_key_value_heads": 2, "attention_bias": True},
+    {**FAMILY_CONFIGS["phi"], **_EIGHT, "num_key_value_heads": 2},
+]
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Tokens and labels [BATCH, SEQUENCE], some labels left out."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
+    ids[:, 4] = 7  # the padding id of one of the models
+    labels = ids[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    return ids[:, :-1], labels
+
+
+def hf_model(config: dict[str, Any]) -> Any:
+    """transformers' model in fp32 with random weights, norms and biases too, the same at every call."""
+    hf_config = AutoConfig.for_model(**config)
+    hf_config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(hf_config).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)
+    return model
+
+
+def file_reader(values: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    """Reads tensors by their names in files, where transformers renames one when it loads them."""
+    return lambda name: values[name.replace("embed_out.", "lm_head.")]
+
+
+def load_hf(stage: Stage, model: Any) -> Stage:
+    """Fills a stage with its part of transformers' weights."""
+    spec, read = stage.spec, file_reader(model.state_dict())
+    with torch.no_grad():
+        for value, place in placed(stage):
+            value.copy_(place.cut(from_hf(spec.family, place.name, read, spec.num_heads)))
+    return stage
+
+
+def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]:
+    """Logits, the sum of the losses, and the gradients of that sum under our names, from transformers."""
+    model, (tokens, labels) = hf_model(config), batch()
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    spec = read_spec(config)
+    read = file_reader({name: value.grad for name, value in model.named_parameters()})
+    names = [place.name for _, place in placed(Stage(spec, Grid()))]
+    gradients = {name: from_hf(spec.family, name, read, spec.num_heads) for name in names}
+    return logits.detach(), loss.item(), gradients
+
+
+Result = tuple[Tensor | None, float, dict[str, tuple[Placement, Tensor]]]
+
+
+def forward_backward(stage: Stage, tokens: Tensor, labels: Tensor, context: Context | None = None) -> Result:
+    """One micro-batch through the stages of the grid: this rank's logits (last stage), loss and gradients."""
+    axis, source, logits = stage.grid.pipe, tokens, None
+    if not axis.is_first:
+        source = torch.empty(stage.hidden_shape(*tokens.shape))
+        dist.recv(source, axis.ranks[axis.rank - 1])
+        source.requires_grad_()
+    output = stage(source, labels if axis.is_last else None, context)
+    if axis.is_last:
+        with torch.no_grad():
+            logits = stage(source, None, context)
+        output.backward()
+    else:
+        dist.send(output.detach(), axis.ranks[axis.rank + 1])
+        gradient = torch.empty_like(output)
+        dist.recv(gradient, axis.ranks[axis.rank + 1])
+        output.backward(gradient)
+    if not axis.is_first:
+        dist.send(source.grad, axis.ranks[axis.rank - 1])
+    gradients = {place.name: (place, value.grad) for value, place in placed(stage) if value.grad is not None}
+    return logits, output.item() if axis.is_last else 0.0, gradients
+
+
+def full_gradients(results: list[Result]) -> dict[str, Tensor]:
+    """Full gradients from all ranks' slices; a tied embedding's two copies are added up."""
+    sums: dict[str, Tensor] = {}
+    for _, _, held in results:
+        for name, (place, value) in held.items():
+            full = sums.setdefault(name, torch.zeros(place.full_shape))
+            if place.counted or name == "embedding.tokens.weight":
+                place.cut(full).add_(value)
+    return sums

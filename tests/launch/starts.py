@@ -1,0 +1,141 @@
+"""Starts training as a user does, with the real `deepspeed`, and watches every process of it from outside."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.ranks import REPOSITORY
+from tests.unit.data.corpora import write_corpus
+
+BIN = Path(sys.executable).parent
+VOCABULARY = 131
+START_SECONDS = 90.0  # two cores may be shared
+
+
+def write_config(folder: Path, **train: Any) -> Path:
+    """A corpus of random tokens and a config of a small model whose steps take some 50 ms."""
+    if not (folder / "corpus.idx").exists():
+        write_corpus(folder / "corpus", 400, vocabulary=VOCABULARY)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 1},
+        "megalite": {
+            "model": {
+                "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 52,
+                "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64,
+            },
+            "data": {"sequence_length": 32, "train": [str(folder / "corpus")]},
+            "train": {
+                "steps": 4, "run_dir": str(folder / "run"), "checkpoint_interval": 0, "tensorboard": False, **train
+            },
+        },
+    }  # fmt: skip
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+class Start:
+    """A program that a launcher runs, in a session of its own, its output in a file."""
+
+    def __init__(self, folder: Path, *arguments: str, launcher: str = "deepspeed", ranks: int = 2) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = {
+            "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)],
+            "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(port)],
+        }[launcher]
+        self.output = folder / f"output{port}"
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        with self.output.open("w") as file:
+            self.top = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:], str(REPOSITORY / "launcher/pretrain.py"), *arguments],
+                cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self.seen: dict[int, psutil.Process] = {}
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def lines(self) -> list[str]:
+        """What the program itself says on standard error in one line."""
+        return [line for line in self.text.splitlines() if line.startswith("pretrain.py: ")]
+
+    def look(self) -> None:
+        """Remembers every process of the start that runs now."""
+        if psutil.pid_exists(self.top.pid):
+            for process in psutil.Process(self.top.pid).children(recursive=True):
+                self.seen.setdefault(process.pid, process)
+
+    @property
+    def launcher(self) -> psutil.Process:
+        return next(p for p in self._living() if "deepspeed.launcher.launch" in p.cmdline())
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks in order."""
+        return sorted(
+            (p for p in self._living() if "deepspeed.launcher.launch" not in p.cmdline() and _rank(p)),
+            key=lambda p: int(_rank(p)),
+        )
+
+    def _living(self) -> list[psutil.Process]:
+        self.look()
+        return [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def wait(self, seconds: float = START_SECONDS) -> int:
+        """The top process's exit code, 128 + N for a signal; every other process has ended too."""
+        deadline = time.monotonic() + seconds
+        while self.top.poll() is None or self._living():
+            assert time.monotonic() < deadline, f"{self._living()} still run after {seconds} s\n{self.text}"
+            time.sleep(0.05)
+        code = self.top.returncode
+        return 128 - code if code < 0 else code
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline and self.top.poll() is None, self.text
+            time.sleep(0.05)
+        self.look()
+
+    def kill(self) -> None:
+        """All that is left of it, for a test that failed."""
+        for process in [*self._living(), self.top]:
+            process.kill()
+        self.top.wait()
+
+
+def _rank(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("RANK", "")
+    except psutil.Error:
+        return ""
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"] if file.exists() else []
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Steps that have a checkpoint."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("deepspeed_*")}

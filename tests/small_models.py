@@ -1,0 +1,148 @@
+"""Small models with awkward sizes (an odd vocabulary, grouped queries, tied and not) and one way to train them
+on a layout, for tests that compare layouts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import placed
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import Engine
+
+VOCABULARY, SEQUENCE = 131, 12
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run to compare: pipe × tensor × what is left for data, ZeRO stage, dtype, micro-batch size."""
+
+    pipe: int = 1
+    tensor: int = 1
+    data: int = 1
+    stage: int = 0
+    micro: int = 2
+    dtype: str = "fp32"
+    recompute: bool = False
+    offload: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.tensor * self.data
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every layout trains: a model, tied or not, batches by seed, with some labels left out."""
+
+    model: str
+    tied: bool
+    steps: int = 6
+    batch: int = 16
+    clipping: float = 0.5
+    lr: float = 1e-2
+    masked: bool = True
+
+    @property
+    def section(self) -> dict[str, Any]:
+        return {**MODELS[self.model], "tie_word_embeddings": self.tied}
+
+    def samples(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels [B, S] of a step's global batch."""
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, VOCABULARY, (self.batch, SEQUENCE + 1), generator=generator)
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if self.masked:
+            labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+        return tokens, labels
+
+
+def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
+    """An engine of the task's model on this rank of the layout, with torch's AdamW."""
+    deepspeed.init_distributed("gloo")
+    grid = Grid.build(layout.pipe, layout.tensor)
+    stage = Stage(read_spec(task.section), grid, layout.recompute).initialise(seed=1)
+    tied = stage.tied_parameter
+    groups = [{"params": [p for p in stage.parameters() if p is not tied]}]
+    if tied is not None:
+        groups.append({"params": [tied]})
+    optimizer = torch.optim.AdamW(groups, lr=task.lr, eps=1e-4, weight_decay=0.01)
+    config = {
+        "train_batch_size": task.batch,
+        "train_micro_batch_size_per_gpu": layout.micro,
+        "gradient_clipping": task.clipping,
+        "zero_optimization": {
+            "stage": layout.stage,
+            "use_multi_rank_bucket_allreduce": False,
+            "offload_optimizer": {"device": "cpu" if layout.offload else "none"},
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": layout.dtype == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    engine = Engine(
+        stage, grid, args=None, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config, grid)
+    )
+    dtype = torch.bfloat16 if layout.dtype == "bf16" else torch.float32
+    return engine, Pipeline(engine, grid.pipe, (layout.micro, SEQUENCE, 32), dtype), grid
+
+
+def train_steps(
+    engine: Engine, pipeline: Pipeline, grid: Grid, layout: Layout, task: Task, steps: range
+) -> tuple[list[float], list[float]]:
+    """Trains some of the task's steps; their losses and norms."""
+    losses, norms = [], []
+    count = task.batch // (layout.micro * grid.data.size)
+    for step in steps:
+        tokens, labels = task.samples(step)
+        weight = int((labels != -100).sum())
+        starts = [(k * grid.data.size + grid.data.rank) * layout.micro for k in range(count)]
+        batches = [(tokens[i : i + layout.micro], labels[i : i + layout.micro]) for i in starts]
+        total = pipeline.train_step(batches, grid.data.size * count / weight).double()
+        dist.all_reduce(total)
+        losses.append(total.item() / (layout.tensor * weight))
+        norms.append(float(engine.get_global_grad_norm()))
+    return losses, norms
+
+
+def train(rank: int, world_size: int, layout: Layout, task: Task) -> dict[str, Any]:
+    """Trains on a layout; losses and norms of the steps, and this rank's slices of the final weights by name."""
+    engine, pipeline, grid = build(layout, task)
+    losses, norms = train_steps(engine, pipeline, grid, layout, task, range(task.steps))
+    slices = {}
+    if layout.dtype == "fp32":
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=layout.stage == 3):
+            for value, place in placed(engine.module):
+                slices[place.name] = (place.offsets, value.detach().clone().numpy())
+    return {"losses": losses, "norms": norms, "slices": slices}

@@ -1,0 +1,138 @@
+"""A checkpoint's folder: boxes, damage, what is kept, and that nothing half written is ever taken for whole."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.checkpoint.boxes import boxes_of_range
+from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint, newest_good, step_name, verify
+from megalite.checkpoint.folder import INDEX, STATE, SUMS, Index, Transaction, file_digest
+from megalite.errors import CheckpointError
+
+STATE_VALUES = {"step": 3, "consumed_samples": 12, "consumed_tokens": 96, "seed": 1}
+MODEL = {"model_type": "llama"}
+TENSORS = {"a.weight": torch.arange(35.0).view(5, 7), "b": torch.arange(3.0)}
+
+
+def write(folder: Path) -> Path:
+    with CheckpointWriter(folder, MODEL, STATE_VALUES) as writer:
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 9), (6, 1)])
+def test_boxes_tile_every_range(shape: tuple[int, ...]) -> None:
+    full = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(full.numel()):
+        for count in range(full.numel() - start + 1):
+            found: list[int] = []
+            boxes = list(boxes_of_range(shape, start, count))
+            for offsets, sizes, flat in boxes:
+                box = full[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].flatten().tolist()
+                assert box[0] == flat
+                found += box
+            assert found == list(range(start, start + count))
+            assert len(boxes) <= 2 * len(shape) - 1
+
+
+def test_a_checkpoint_reads_back_whole_and_in_boxes(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(find_checkpoint(write(tmp_path / "step_00000003")))
+    assert checkpoint.state["step"] == 3 and checkpoint.model == MODEL and set(checkpoint.names) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert checkpoint.shape(name) == tuple(tensor.shape) and torch.equal(checkpoint.read(name), tensor)
+    assert torch.equal(checkpoint.read("a.weight", (1, 2), (3, 4)), TENSORS["a.weight"][1:4, 2:6])
+    with pytest.raises(CheckpointError, match="c: no such tensor"):
+        checkpoint.read("c")
+
+
+def test_one_flipped_byte_is_found_in_every_file_and_place(tmp_path: Path) -> None:
+    folder = write(tmp_path / "step_00000003")
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 40)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match=path.name):
+                verify(folder)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=path.name):
+            verify(folder)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=path.name):
+            verify(folder)
+        path.write_bytes(whole)
+    verify(folder)
+
+
+def test_sums_are_in_the_form_of_sha256sum(tmp_path: Path) -> None:
+    lines = (write(tmp_path / "c") / SUMS).read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines[:-1]] == [INDEX, STATE, "tensors_00000.safetensors"]
+    assert lines[-1].startswith("# ")
+
+
+def test_the_newest_good_one_is_taken_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "checkpoints" / step_name(step)) for step in (1, 2, 10)]
+    (tmp_path / "checkpoints" / ".step_00000011.partial").mkdir()
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "checkpoints") == folders[2]
+    (folders[2] / INDEX).write_text("{}")
+    good, damaged = newest_good(tmp_path)
+    assert good == folders[1] and INDEX in str(damaged[0])
+    for folder in folders:
+        (folder / STATE).unlink()
+    with pytest.raises(CheckpointError, match="state.json: cannot be read"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES) as writer:
+        writer.add("a", torch.zeros(3))
+        raise RuntimeError("no space")
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="stands already"):
+        CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES)
+
+
+def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
+    transaction = Transaction(tmp_path / "c", {"model": MODEL})
+    transaction.begin()
+    index = Index.from_json({"weight/a": {"shape": [4], "dtype": "float32", "boxes": [[[0], [3], "f", "k"]]}})
+    with pytest.raises(CheckpointError, match="3 elements of 4"):
+        transaction.publish(index, {})
+    assert not (tmp_path / "c").exists()
+
+
+class Carrier:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path(self.path),))  # type: ignore[return-value]
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """A file with code in place of tensors, its sums made anew to match, is refused."""
+    folder, mark = write(tmp_path / "c"), tmp_path / "code_ran"
+    name = "tensors_00000.safetensors"
+    forged = Transaction(tmp_path / "d", {"model": MODEL, **STATE_VALUES})
+    forged.begin()
+    (forged.partial / name).write_bytes(pickle.dumps(Carrier(str(mark))))
+    index = Index.from_json(json.loads((folder / INDEX).read_text()))
+    forged.publish(index, {name: file_digest(forged.partial / name)})
+    checkpoint = Checkpoint.open(find_checkpoint(tmp_path / "d"))
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.read("b")
+    assert not mark.exists()
+
+
+def test_an_index_cannot_point_out_of_its_folder() -> None:
+    for file in ("../x", "/etc/passwd", ".hidden", "a/b"):
+        with pytest.raises(ValueError, match="outside the folder"):
+            Index.from_json({"weight/a": {"shape": [1], "dtype": "float32", "boxes": [[[0], [1], file, "k"]]}})

@@ -1,0 +1,32 @@
+"""Every shipped config is read and fits its model, for the ranks that ds_configs/README.md states."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megalite.config import check_model, load_config
+from megalite.model.families import read_spec
+
+FOLDER = Path("ds_configs")
+ROWS = dict(re.findall(r"\| `(\w+\.json)` \| (\d+) \|", (FOLDER / "README.md").read_text()))
+PARAMETERS = {
+    "gpt_125m_zero1_3d.json": 125e6,
+    "gpt_1b3_3d.json": 1.3e9,
+    "llama_7b_3d.json": 6.7e9,
+    "llama_13b_zero3_tensor.json": 13e9,
+}
+
+
+def test_the_readme_has_a_line_for_each() -> None:
+    assert set(ROWS) == {path.name for path in FOLDER.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_config_is_whole(name: str) -> None:
+    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    spec = read_spec(config.model)
+    check_model(config, spec)
+    assert config.world_size == int(ROWS[name])
+    if name in PARAMETERS:
+        assert spec.num_parameters == pytest.approx(PARAMETERS[name], rel=0.03)

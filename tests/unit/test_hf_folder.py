@@ -1,0 +1,124 @@
+"""Hugging Face folders read under our names: whole and by boxes, and every way in which one is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalite.convert.hf_folder import HFFolder
+from megalite.convert.names import from_hf
+from megalite.errors import CheckpointError, UserError
+from tests.families import FAMILY_CONFIGS, hf_model
+
+
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_any_box_of_any_tensor_is_its_part_of_the_whole(name: str, tmp_path: Path) -> None:
+    hf_model(FAMILY_CONFIGS[name]).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    folder = HFFolder(tmp_path)
+    stored = {key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()}
+    assert len(folder.names) == len(set(folder.names)) >= len(stored)
+    for ours in folder.names:
+        full = from_hf(folder.spec.family, ours, stored.__getitem__, folder.spec.num_heads)
+        assert torch.equal(folder.read(ours), full) and folder.shape(ours) == tuple(full.shape)
+        offsets = tuple(n // 3 for n in full.shape)
+        shape = tuple(max(1, n // 2) for n in full.shape)
+        box = full[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
+        assert torch.equal(folder.read(ours, offsets, shape), box), ours
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(folder)
+    return folder
+
+
+def altered(source: Path, target: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def test_forms_that_transformers_reads_too(gpt2_folder: Path, tmp_path: Path) -> None:
+    """torch's files, names without the base model's prefix, computed buffers, a tied head that was saved."""
+    wanted = HFFolder(gpt2_folder)
+    torch_files = tmp_path / "bin"
+    shutil.copytree(gpt2_folder, torch_files)
+    torch.save(load_file(torch_files / "model.safetensors"), torch_files / "pytorch_model.bin")
+    (torch_files / "model.safetensors").unlink()
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        bare = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+        head = tensors["transformer.wte.weight"].clone()
+        return bare | {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "lm_head.weight": head}
+
+    for folder in (torch_files, altered(gpt2_folder, tmp_path / "bare", change)):
+        for name in wanted.names:
+            assert torch.equal(HFFolder(folder).read(name), wanted.read(name))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "h.1.ln_1.bias" not in k}, "h.1.ln_1.bias: missing tensor"),
+        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(35)}), "shape [35]: must be [36] by config.json"),
+        (lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(36)}), "h.3.ln_1.bias: a tensor that a gpt2"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(131, 36)}), "lm_head.weight: differs from the embedding"),
+        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(36).int()}), "I32: must be one of F64"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(gpt2_folder: Path, tmp_path: Path, change: Any, line: str) -> None:
+    folder = altered(gpt2_folder, tmp_path / "x", change)
+    with pytest.raises(CheckpointError) as raised:
+        HFFolder(folder)
+    assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    def broken(name: str, edit: Callable[[Path], Any]) -> str:
+        folder = tmp_path / name
+        shutil.copytree(gpt2_folder, folder)
+        edit(folder)
+        with pytest.raises(UserError) as raised:
+            HFFolder(folder)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save({"transformer.wte.weight": Evil()}, folder / "pytorch_model.bin")
+
+    def config(**values: Any) -> Callable[[Path], Any]:
+        def edit(folder: Path) -> None:
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+        return edit
+
+    def cut(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+    assert "pytorch_model.bin: is no file of tensors alone" in broken("pickle", pickled)
+    assert "code ran" not in capsys.readouterr().out
+    assert "model.safetensors: cannot be read" in broken("cut", cut)
+    assert "must hold config.json and safetensors" in broken("none", lambda f: (f / "model.safetensors").unlink())
+    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
+    text = json.dumps(index)
+    assert "outside its folder" in broken("out", lambda f: (f / "model.safetensors.index.json").write_text(text))
+    assert "model_type: 't5'" in broken("family", config(model_type="t5"))
+    assert "scale_attn_by_inverse_layer_idx" in broken("field", config(scale_attn_by_inverse_layer_idx=True))

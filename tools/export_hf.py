@@ -1,0 +1,23 @@
+#!/usr/bin/env python3
+"""Turn a checkpoint into a Hugging Face folder; its logits are held against transformers'."""
+
+import argparse
+
+from megalite.convert.export_hf import DTYPES, export_hf
+from megalite.launch import run_program
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a run folder (its newest), or one of its checkpoints")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough")
+    args = parser.parse_args(argv)
+    compared = export_hf(args.checkpoint, args.output, args.dtype, args.verify)
+    print(f"{args.output}: {compared or 'written; not verified'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

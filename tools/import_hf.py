@@ -1,0 +1,22 @@
+#!/usr/bin/env python3
+"""Turn a Hugging Face folder into a checkpoint that any layout loads; its logits are held against transformers'."""
+
+import argparse
+
+from megalite.convert.import_hf import import_hf
+from megalite.launch import run_program
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json and safetensors files")
+    parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="a new folder")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough")
+    args = parser.parse_args(argv)
+    compared = import_hf(args.model, args.output, args.verify)
+    print(f"{args.output}: {compared or 'written; not verified'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

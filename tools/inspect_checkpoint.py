@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Say what a checkpoint holds and which layout wrote it; with --verify also whether every byte of it is whole."""
+
+from pathlib import Path
+
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
+from megalite.checkpoint.folder import SUMS
+from megalite.checkpoint.inspect import described
+from megalite.launch import ArgumentParser, run_program
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
+    parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
+    parser.add_argument("--tensors", action="store_true", help="list every weight")
+    options = parser.parse_args(argv)
+    path = Path(options.checkpoint)
+    standing = [path] if (path / SUMS).exists() else checkpoints_of(path.parent if path.name == "checkpoints" else path)
+    folder = standing[-1] if standing else find_checkpoint(path)
+    for line in described(Checkpoint.open(folder), options.tensors):
+        print(line)
+    if options.verify:
+        verify(folder)
+        print("  whole: every file has its SHA-256")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

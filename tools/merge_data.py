@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Put indexed corpora of one tokenizer one after another into a new one."""
+
+
+from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.verify import write_checksums
+from megalite.launch import ArgumentParser, run_program
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX")
+    parser.add_argument("--output", required=True, metavar="PREFIX")
+    args = parser.parse_args(argv)
+    with IndexedWriter(args.output, IndexedCorpus(args.input[0]).dtype) as writer:
+        for prefix in args.input:
+            writer.add_corpus(prefix)
+    write_checksums(args.output)
+    print(f"{args.output}: {IndexedCorpus(args.output).num_documents} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

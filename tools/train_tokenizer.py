@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Train a tokenizer on text files: a folder that transformers, sentencepiece and megalite all read alike."""
+
+import argparse
+
+from megalite.data.tokenizer_training import train_tokenizer
+from megalite.launch import ArgumentParser, run_program
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .txt, .parquet, .gz, .zst")
+    parser.add_argument("--text-key", default="text", help="key or column that holds the text (default: text)")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, with the special ones")
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument(
+        "--max-sentences", type=int, default=1_000_000, metavar="N", help="lines trained on, sampled evenly"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    train_tokenizer(args.input, args.vocab_size, args.model_type, args.output, args.text_key, args.max_sentences)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""Print the unigram entropy of an indexed corpus, in nats a token: a loss to be far below of."""
+
+
+from megalite.data.entropy import unigram_entropy
+from megalite.launch import ArgumentParser, run_program
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    print(f"{unigram_entropy(parser.parse_args(argv).prefix):.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
