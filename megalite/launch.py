@@ -7,7 +7,6 @@ ends with 2. Not signals (signals.py).
 
 import argparse
 import contextlib
-import fcntl
 import io
 import logging
 import os
@@ -19,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
@@ -109,9 +107,10 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
     prepared = _agree(store, here, prepare)
     _quieten(here.rank)
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
-    accelerator: Any = get_accelerator()
+    from megalite.accelerator import use_accelerator
+
+    accelerator = use_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(here.local_rank)
     backend = accelerator.communication_backend_name()
@@ -124,9 +123,6 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
         world_size=here.world_size,
     )
     with quiet():
-        builder = accelerator.create_op_builder("ShareMemCommBuilder")
-        if builder is not None and builder.is_compatible(verbose=False):
-            load_shared_memory_op(builder)
         deepspeed.init_distributed(verbose=False)
     return here, prepared
 
@@ -179,9 +175,6 @@ def _set_environment(here: Place) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(free.getsockname()[1])
-    # DeepSpeed's shared-memory op allocates 69 MB a rank in /dev/shm when this says that all ranks are on one node
-    # (ops/csrc/cpu/comm/shm_interface.cpp), and leaves them there for ever; nothing here uses the op.
-    env.pop("LOCAL_SIZE", None)
     env["LOCAL_WORLD_SIZE"] = str(here.local_size)
     env.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank))
     if not machine_has_gpu():
@@ -219,26 +212,10 @@ def _quieten(rank: int) -> None:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning" if rank == 0 else "error")
 
 
-def load_shared_memory_op(builder: Any) -> None:
-    """Builds and loads the op that DeepSpeed's CPU backend asks for at every start, one process at a time.
-
-    torch guards a build by a file that a killed build leaves behind, and every later start then waits for ever
-    (torch/utils/file_baton.py). Our own lock is the kernel's and dies with its holder: whoever has it knows that
-    such a file is nobody's.
-    """
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder.parent / f"{builder.name}.flock").open("w") as own:
-        fcntl.flock(own, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Holds back what a library prints, and shows it where the library fails: standard output belongs to programs
-    that print JSON, and a build's "success" is no news."""
+    that print JSON."""
     held = io.StringIO()
     try:
         with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):

@@ -33,7 +33,10 @@ def main(arguments: list[str]) -> int:
 
     def prepare_ranks(thorough: bool) -> Prepared:
         options = _parse(arguments)  # here, where one rank of a node tells of a mistake
-        return prepare(options.deepspeed_config, options.overrides, place().world_size, thorough)
+        prepared = prepare(options.deepspeed_config, options.overrides, place().world_size, thorough)
+        if thorough:
+            _make_run_dir(prepared.config)
+        return prepared
 
     here, prepared = start_ranks(prepare_ranks)
     try:
@@ -109,6 +112,15 @@ def _check_run_dir(prepared: Prepared) -> None:
         check_fits(open_weights(resolve_weights(config.train.load)), prepared)
 
 
+def _make_run_dir(config: Config) -> None:
+    """After all else has been found right."""
+    try:
+        Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        line = f"megalite.train.run_dir: {config.train.run_dir}: cannot be made: {error.strerror}"
+        raise ConfigError(line) from error
+
+
 class _Other(CheckpointError):
     """A checkpoint that is whole and does not fit."""
 
@@ -144,7 +156,6 @@ def _train(prepared: Prepared, rank: int) -> int:
         engine = build_engine(config, prepared.spec, grid)
         start.fill(engine)
         if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
             write_durably(run_dir / "config.json", json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n")
             print(f"{run_dir}: {start.told}", flush=True)
         return Run(config, prepared.spec, prepared.model, engine, start.position, watchdog).train()

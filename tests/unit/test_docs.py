@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = ["errors", "config", "signals", "launch", "parallel", "model", "data", "checkpoint", "convert"]
+LAYERS = ["errors", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint", "convert"]
 LAYERS += ["training", "inference"]
 
 

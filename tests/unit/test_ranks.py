@@ -111,7 +111,7 @@ def test_no_rank_outlives_its_caller(tmp_path: Path) -> None:
         f"run_ranks(2, start_a_child, {str(file)!r}, init=False)\n"
     )
     caller = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not file.exists() or len(file.read_text().split()) < 4:
         assert time.monotonic() < deadline and caller.poll() is None
         time.sleep(0.1)
@@ -127,8 +127,8 @@ def test_no_rank_outlives_its_caller(tmp_path: Path) -> None:
 
 
 def assert_gone(pids: list[int]) -> None:
-    """Each process has ended within 5 s (one that nobody has waited for yet counts as ended)."""
-    deadline = time.monotonic() + 5
+    """Each process has ended within 20 s (one that nobody has waited for yet counts as ended)."""
+    deadline = time.monotonic() + 20
     while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.monotonic() < deadline, f"processes {alive} are left"
         time.sleep(0.05)

@@ -12,9 +12,11 @@ To add a family, in ten lines:
    field of the config against transformers' own model, on one rank and on a pipe × tensor grid.
 """
 
+import contextlib
 import difflib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,7 +67,8 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
         if values[key] not in _REFUSED[key]:
             raise ConfigError(f"{where}: {key}: {values[key]!r}: is not honoured: leave it out")
     try:
-        config = AutoConfig.for_model(model_type, **values)
+        with _quiet_transformers():
+            config = AutoConfig.for_model(model_type, **values)
     except Exception as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     known = _known_keys(config)
@@ -77,6 +80,19 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
     if unknown:
         _log.warning("%s: keys that a %s model does not use: %s", where, model_type, ", ".join(sorted(unknown)))
     return config
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its warnings are of what `read` refuses in a line, or of generation."""
+    from transformers.utils import logging as noise
+
+    level = noise.get_verbosity()
+    noise.set_verbosity_error()
+    try:
+        yield
+    finally:
+        noise.set_verbosity(level)
 
 
 def _read_folder(path: str) -> dict[str, Any]:
