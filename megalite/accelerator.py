@@ -22,6 +22,7 @@ class CPUAccelerator(CPU_Accelerator):
 
 def use_accelerator() -> Any:
     """The accelerator that DeepSpeed works with from now on; to be called before its communication starts."""
-    if get_accelerator().device_name() == "cpu":
-        set_accelerator(CPUAccelerator())
-    return get_accelerator()
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        set_accelerator(accelerator := CPUAccelerator())
+    return accelerator
