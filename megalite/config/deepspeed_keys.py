@@ -139,24 +139,33 @@ class Bf16(Section):
         False, description="Weights and activations in bf16, masters and accumulation in fp32."
     )
     immediate_grad_update: bool | None = key("Add each gradient to the fp32 one as it is made: less memory.")
-    check_grad_overflow: bool | None = key("Skip a step whose gradients are not finite.")
-    refused: ClassVar = dict.fromkeys(
-        ("bf16_master_weights_and_grads", "bf16_optimizer_states"), "masters and moments are kept in fp32"
-    )
+    refused: ClassVar = {
+        **dict.fromkeys(
+            ("bf16_master_weights_and_grads", "bf16_optimizer_states"), "masters and moments are kept in fp32"
+        ),
+        "check_grad_overflow": "gradients are always looked at; see megalite.train.faults.not_finite",
+    }
 
 
 class Fp16(Section):
-    """`fp16`: known, so that a config that switches it off can be read."""
+    """`fp16`"""
 
-    enabled: bool = Field(False, description="Must be false: fp16 is not available yet.")
-    auto_cast: bool | None = key("Unused while fp16 is off.")
-    loss_scale: Rate | None = key("Unused while fp16 is off.")
-    initial_scale_power: int | None = key("Unused while fp16 is off.")
-    loss_scale_window: int | None = key("Unused while fp16 is off.")
-    hysteresis: int | None = key("Unused while fp16 is off.")
-    consecutive_hysteresis: bool | None = key("Unused while fp16 is off.")
-    min_loss_scale: int | None = key("Unused while fp16 is off.")
-    fp16_master_weights_and_grads: bool | None = key("Unused while fp16 is off.")
+    enabled: bool = Field(
+        False, description="Weights and activations in fp16, masters and accumulation in fp32, with a loss scale."
+    )
+    loss_scale: Rate | None = key("Factor of the loss before backward; 0 (when left out): dynamic.")
+    initial_scale_power: Count | None = key("A dynamic scale starts at 2 to this power; left out: 16.")
+    loss_scale_window: Positive | None = key("Steps without overflow after which it doubles; left out: 1000.")
+    hysteresis: Positive | None = key("Overflows after which it is halved; left out: 2.")
+    consecutive_hysteresis: bool | None = key("Count overflows in a row alone; left out: false.")
+    min_loss_scale: Positive | None = key(
+        "Lowest dynamic scale; left out: 1. An overflow there, or with a fixed scale, is a gradient not finite: "
+        "megalite.train.faults.not_finite."
+    )
+    refused: ClassVar = {
+        "fp16_master_weights_and_grads": "masters and moments are kept in fp32",
+        "auto_cast": "a stage's inputs are token ids or already in fp16",
+    }
 
 
 class DataTypes(Section):
@@ -164,7 +173,7 @@ class DataTypes(Section):
 
     grad_accum_dtype: Literal["fp32"] = Field("fp32", description="Type that gradients are summed in.")
     refused: ClassVar = dict.fromkeys(
-        ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"), "bf16.enabled alone says the types"
+        ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"), "bf16.enabled and fp16.enabled say the types"
     )
 
 
@@ -244,7 +253,7 @@ class DeepSpeedKeys(Section):
     scheduler: Scheduler | None = key("The learning rate over the steps; left out: constant.")
     zero_optimization: ZeroOptimization | None = key("ZeRO; left out: stage 0.")
     bf16: Bf16 | None = key("bf16; left out: fp32.")
-    fp16: Fp16 | None = key("fp16: must be off.")
+    fp16: Fp16 | None = key("fp16; left out: fp32.")
     data_types: DataTypes | None = key("Type that gradients are summed in: fp32.")
     communication_data_type: Literal["fp32", "bf16"] | None = key(
         "Type that gradients travel in; fp32 when left out, bf16 with bf16.enabled only."
@@ -266,8 +275,8 @@ class DeepSpeedKeys(Section):
         "sequence_parallel_size": "use megalite.parallel.sequence",
         "seq_parallel_communication_data_type": "use megalite.parallel.sequence",
         "bfloat16": "DeepSpeed's old name; use bf16",
-        "amp": "DeepSpeed has removed it; use bf16",
-        "torch_autocast": "use bf16",
+        "amp": "DeepSpeed has removed it; use bf16 or fp16",
+        "torch_autocast": "use bf16 or fp16",
         "tensorboard": "use megalite.train.tensorboard",
         **dict.fromkeys(("wandb", "csv_monitor", "comet"), _OWN_METRICS),
         "flops_profiler": _OWN_METRICS,

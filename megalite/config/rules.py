@@ -16,6 +16,14 @@ from megalite.config.sections import Data, Megalite, Parallel
 from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result hangs on them
+    "loss_scale": 0.0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
 BATCH_RULE = "train_batch_size = train_micro_batch_size_per_gpu × gradient_accumulation_steps × data axis"
 
 
@@ -121,6 +129,7 @@ def check_schedule(document: Document) -> Section | None:
 def check_document(document: Document) -> None:
     """Every rule between keys that needs neither the world size nor the model."""
     _check_data(document.megalite.data)
+    _check_faults(document.megalite)
     _check_precision(document)
     _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
     if document.optimizer is None:
@@ -148,20 +157,30 @@ def _check_data(data: Data) -> None:
         raise broken(f"megalite.data.train.{i}.weight", least, rule)
 
 
+def _check_faults(megalite: Megalite) -> None:
+    faults = megalite.train.faults
+    for name in ("not_finite", "spike"):
+        if getattr(faults, name) == "rewind" and megalite.data.order == "megatron":
+            rule = 'must not be rewind with megalite.data.order "megatron", made for a given number of samples'
+            raise broken(f"megalite.train.faults.{name}", "rewind", rule)
+    if faults.spike != "warn" and faults.spike_factor is None:
+        raise broken("megalite.train.faults.spike", faults.spike, "needs megalite.train.faults.spike_factor")
+
+
 def _check_precision(document: Document) -> None:
     bf16 = document.bf16 is not None and document.bf16.enabled
-    if document.fp16 is not None and document.fp16.enabled:
-        if bf16:
-            raise broken("fp16.enabled", True, "must not be on together with bf16.enabled; use bf16")
-        raise broken("fp16.enabled", True, "not available yet: use bf16")
-    if bf16 and (document.zero_optimization is None or document.zero_optimization.stage == 0):
+    fp16 = document.fp16 is not None and document.fp16.enabled
+    if fp16 and bf16:
+        raise broken("fp16.enabled", True, "must not be on together with bf16.enabled")
+    if (bf16 or fp16) and (document.zero_optimization is None or document.zero_optimization.stage == 0):
         raise broken(
             "zero_optimization.stage",
             0,
-            "DeepSpeed does not start ZeRO-0 with bf16 and fp32 accumulation; use stage 1, same result",
+            f"DeepSpeed does not start ZeRO-0 with {'bf16' if bf16 else 'fp16'} and fp32 accumulation; use stage 1, "
+            "same result",
         )
     if document.communication_data_type == "bf16" and not bf16:
-        raise broken("communication_data_type", "bf16", "needs bf16.enabled; leave it out with fp32")
+        raise broken("communication_data_type", "bf16", "needs bf16.enabled; leave it out")
 
 
 def _check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
@@ -230,7 +249,11 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
         # of the bytes.
         zero.setdefault("use_multi_rank_bucket_allreduce", False)
     result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    if result.get("bf16", {}).get("enabled"):
+    fp16 = result.get("fp16", {})
+    if fp16.get("enabled"):
+        for name, value in FP16_DEFAULTS.items():
+            fp16.setdefault(name, value)
+    if fp16.get("enabled") or result.get("bf16", {}).get("enabled"):
         result.setdefault("communication_data_type", "fp32")
     params = result["optimizer"]["params"]
     if result["optimizer"]["type"] == "Adam":

@@ -119,6 +119,43 @@ class Limits(Section):
     evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
 
 
+class Faults(Section):
+    """What a run does about a step that went wrong, and what it looks for. Each is judged before the step's update, the
+    same on every rank. A skipped step counts in `step`, `consumed_samples` and the learning rate's schedule; its row
+    says `skipped`."""
+
+    not_finite: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite. `stop` ends the run with 1; `skip` leaves the update out; "
+        "`rewind` goes back to the newest good checkpoint and leaves that batch out for good. fp16's overflows, which "
+        "a smaller loss scale cures, are always skipped.",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="A loss above this many times the median of the last spike_window losses is a spike."
+    )
+    spike_window: Positive = Field(
+        100, description="Losses that the median is of; none is a spike before there are as many."
+    )
+    spike: Literal["warn", "skip", "rewind"] = Field(
+        "warn", description="What is done about a spike: a line in the log, or as in not_finite."
+    )
+    most_in_a_row: Positive = Field(
+        10, description="After so many skips or rewinds with no step past them, the next one stops the run."
+    )
+    replica_check_interval: Counter = Field(
+        100,
+        description="Steps between two comparisons of all copies of each weight, by a hash: over the data axis, over "
+        "the tensor axis, and of tied embeddings; 0: never. A rank that differs is named and the run ends with 1.",
+    )
+    pace_interval: Counter = Field(
+        10, description="Steps between two comparisons of the ranks' own seconds of computing; 0: never."
+    )
+    slow_factor: float = Field(
+        1.5, gt=1, description="A rank is slow that computes longer than the median of all by this factor."
+    )
+    slow_looks: Positive = Field(3, description="Comparisons in a row after which a slow rank is named.")
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -156,6 +193,9 @@ class Train(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}), description="Limits of time, for a run that hangs."
+    )
+    faults: Faults = Field(
+        default_factory=lambda: Faults.model_validate({}), description="Steps that go wrong, and ranks that do."
     )
 
 

@@ -12,10 +12,12 @@ Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data grou
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
+
+from megalite.parallel.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Axis:
 
     size: number of ranks on it; rank: this rank's place on it; ranks: their global ranks, in order;
     group: the process group, None where nothing is distributed (size 1); runs: shorter axes that cut this one
-    in runs of neighbours of equal length, each the one through this rank.
+    in runs of neighbours of equal length, each the one through this rank; clock: knows what waiting for them costs.
     """
 
     size: int
@@ -32,6 +34,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: Any
     runs: tuple["Axis", ...] = ()
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     def run(self, size: int) -> "Axis":
         """The run of `size` neighbours, a divisor of the axis's size, that holds this rank."""
@@ -63,6 +66,7 @@ class Grid:
     ends: Axis = ALONE
     world_size: int = 1
     rank: int = 0
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     @classmethod
     def build(cls, pipe: int, tensor: int) -> "Grid":
@@ -86,14 +90,15 @@ class Grid:
             "model": [[at(p, d, t) for p in pipes for t in range(tensor)] for d in range(data)],
             "ends": [sorted({at(0, d, t), at(pipe - 1, d, t)}) for d in range(data) for t in range(tensor)],
         }
-        axes = {name: _axis_through(rank, groups) for name, groups in lines.items()}
+        clock = Clock()
+        axes = {name: _axis_through(rank, groups, clock) for name, groups in lines.items()}
         runs = [
             [line[i : i + size] for line in lines["tensor"] for i in range(0, tensor, size)]
             for size in range(2, tensor)
             if tensor % size == 0
         ]
-        axes["tensor"] = replace(axes["tensor"], runs=tuple(_axis_through(rank, groups) for groups in runs))
-        return cls(**axes, world_size=world_size, rank=rank)
+        axes["tensor"] = replace(axes["tensor"], runs=tuple(_axis_through(rank, groups, clock) for groups in runs))
+        return cls(**axes, world_size=world_size, rank=rank, clock=clock)
 
     # What DeepSpeed asks of an "mpu". Its "model parallel" group is our plane pipe × tensor.
     def get_model_parallel_rank(self) -> int:
@@ -124,12 +129,12 @@ class Grid:
         return self.tensor.group
 
 
-def _axis_through(rank: int, lines: Iterable[list[int]]) -> Axis:
+def _axis_through(rank: int, lines: Iterable[list[int]], clock: Clock) -> Axis:
     """Makes a group for every line and returns the one through `rank`. A rank that stands on none (a middle
     stage has no `ends`) gets an axis of its own."""
-    mine = Axis(1, 0, (rank,), None)
+    mine = Axis(1, 0, (rank,), None, clock=clock)
     for ranks in lines:
         group = dist.new_group(ranks)
         if rank in ranks:
-            mine = Axis(len(ranks), ranks.index(rank), tuple(ranks), group)
+            mine = Axis(len(ranks), ranks.index(rank), tuple(ranks), group, clock=clock)
     return mine

@@ -73,6 +73,13 @@ class Pipeline:
         self.boundary = Boundary(axis, shape, dtype, engine.device)
         self.instruction = ""
         """What this rank does now, in words: for a report when a run hangs."""
+        self.micro_batch = 0
+        """Whose forward was begun last."""
+        self.loss = torch.zeros(())
+        """Sum of the losses of this step's micro-batches so far (fp32 scalar), 0 but on the last stage."""
+        self.peaks: list[tuple[int, int, Tensor]] = []
+        """Of this step, what tells where numbers stopped being finite: (0 forward or 1 backward, micro-batch, largest
+        absolute value of what left it). Scalars on the device, which nobody waits for."""
 
     def train_step(
         self,
@@ -91,13 +98,14 @@ class Pipeline:
         count = len(batches)
         ahead = min(axis.size - axis.rank - 1, count)
         waiting: list[tuple[Tensor, Tensor]] = []
-        total = torch.zeros((), device=engine.device)
+        self.loss, self.peaks = torch.zeros((), device=engine.device), []
         for k in range(count + ahead):
             if k < count:
                 source, output = self._forward(k, *batches[k])
                 waiting.append((source, output))
+                self.note_peak(0, k, output)
                 if axis.is_last:
-                    total += output.detach()
+                    self.loss += output.detach()
             if k >= ahead:
                 self._backward(k - ahead, *waiting.pop(0), scale)
                 if before_update is not None and not waiting and k == count + ahead - 1:
@@ -105,7 +113,11 @@ class Pipeline:
                 self.instruction = f"reduction or update after micro-batch {k - ahead}"
                 engine.step()
         self._finish()
-        return total
+        return self.loss
+
+    def note_peak(self, phase: int, k: int, tensor: Tensor) -> None:
+        """Adds to `peaks`."""
+        self.peaks.append((phase, k, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -125,12 +137,13 @@ class Pipeline:
 
     def _forward(self, k: int, tokens: Tensor, labels: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """Micro-batch k through this stage: (what came in, what goes out)."""
-        self.instruction = f"forward of micro-batch {k}"
+        self.instruction, self.micro_batch = f"forward of micro-batch {k}", k
         axis = self.axis
         source = tokens
         if not axis.is_first:
             source = self.boundary.receive(axis.rank - 1).requires_grad_(torch.is_grad_enabled())
-        output = self.engine(source, labels if axis.is_last else None, context)
+        with axis.clock.computing():
+            output = self.engine(source, labels if axis.is_last else None, context)
         if not axis.is_last:
             self.boundary.send(output, axis.rank + 1)
         return source, output
@@ -145,4 +158,5 @@ class Pipeline:
             self.engine.backward(_Continue.apply(output, gradient), scale_wrt_gas=False)
         if not axis.is_first:
             assert source.grad is not None
+            self.note_peak(1, k, source.grad)
             self.boundary.send(source.grad, axis.rank - 1)

@@ -1,19 +1,24 @@
 """DeepSpeed's engine and optimizers, extended where the model plane (pipe × tensor) needs it: the one place for it.
 
 ZeRO-1, 2 and 3: the norm is ours (norm.py); both copies of a tied embedding get the sum of their gradients.
-ZeRO-0: the same for DeepSpeed's plain fp32 path. `Engine.shards` tells what a rank holds of masters and moments,
-the same way for every stage. Next: pipeline.py, which drives the engine.
+ZeRO-0: the same for DeepSpeed's plain fp32 path. Whether a step's update happens is the norm's word, on every rank
+or on none. `Engine.shards` tells what a rank holds of masters and moments, the same way for every stage. Next:
+pipeline.py, which drives the engine.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megalite.parallel.clock import Clock
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard, placed
@@ -21,13 +26,36 @@ from megalite.parallel.norm import GlobalNorm
 
 INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by the names that torch and DeepSpeed share
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 
 
-class ShardedOptimizer(DeepSpeedZeroOptimizer):
+class _OneVerdict:
+    """Of both optimizers: the global norm, which is the same on every rank, says alone whether a step is skipped."""
+
+    global_norm: GlobalNorm
+    loss_scaler: Any
+    overflow: bool
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Called by DeepSpeed's step before the norm: two more messages that would say no more than it does."""
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Called by DeepSpeed's step before it divides the gradients by the loss scale: where the scale grew just then
+        they would come out too small (tests/distributed/test_fp16.py). So it moves after the step."""
+
+    def step(self, closure: Any = None) -> None:
+        """DeepSpeed's, then the loss scale's. A step that was refused for another reason than overflow leaves it."""
+        super().step(closure)  # type: ignore[misc]
+        overflowed = self.global_norm.overflowed
+        if self.loss_scaler.dynamic and self.overflow == overflowed:
+            self.loss_scaler.raise_error_at_min_scale = False  # the judge has decided what happens there
+            self.loss_scaler.update_scale(overflowed)
+
+
+class ShardedOptimizer(_OneVerdict, DeepSpeedZeroOptimizer):
     """ZeRO-1 and ZeRO-2. An optimizer that DeepSpeed has made becomes one by `adopt`: its constructor takes 40
     arguments that only the engine knows, and nothing of what it made is changed."""
 
-    global_norm: GlobalNorm
     grid: Grid
     tied_group: int | None
 
@@ -84,17 +112,27 @@ class ShardedOptimizer(DeepSpeedZeroOptimizer):
         self.update_lp_params()
 
 
-class FullyShardedOptimizer(DeepSpeedZeroOptimizer_Stage3):
+class _TimedCoordinator(PartitionedParameterCoordinator):
+    """ZeRO-3's gathering of weights, on the clock as waiting for others."""
+
+    clock: Clock
+
+    def fetch_sub_module(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.waiting():
+            super().fetch_sub_module(*args, **kwargs)
+
+
+class FullyShardedOptimizer(_OneVerdict, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3, adopted in the same way. Its gradient shards may end with padding, which is zero."""
 
-    global_norm: GlobalNorm
-
     @classmethod
-    def adopt(cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm) -> None:
+    def adopt(cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm, clock: Clock) -> None:
         """Turns DeepSpeed's optimizer into ours, in place."""
         optimizer.__class__ = cls
         assert isinstance(optimizer, FullyShardedOptimizer)
         optimizer.global_norm = norm
+        coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
+        coordinator.__class__, coordinator.clock = _TimedCoordinator, clock
 
     def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
         """This rank's part of the averaged gradients."""
@@ -143,12 +181,37 @@ class Engine(DeepSpeedEngine):
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
+            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm, grid.clock)
 
     @property
     def stage(self) -> Any:
         """The stage that this engine runs."""
         return self.module
+
+    def _do_sanity_check(self) -> None:
+        """DeepSpeed refuses fp16 where oneDNN has no fast path for it; torch computes it on any CPU."""
+        accelerator: Any = get_accelerator()
+        if self.fp16_enabled() and accelerator.device_name() == "cpu":
+            self._assert_valid_mixed_precision_config()
+        else:
+            super()._do_sanity_check()
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        super()._take_model_step(lr_kwargs)
+        if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    @property
+    def dynamic_scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None where the scale is fixed or there is none."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+    @property
+    def current_loss_scale(self) -> float:
+        """What the loss is multiplied with in backward."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0))
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         """ZeRO-1 with bf16 goes the way of ZeRO-1 and 2 in all other types, not to BF16_Optimizer, which
@@ -157,14 +220,18 @@ class Engine(DeepSpeedEngine):
         return "zero_optimization" if self.zero_optimization() else chosen
 
     def clip_fp32_gradients(self) -> None:
-        """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does."""
+        """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
+        gradients go, and optimizers leave alone what has none."""
         stage = self.stage
         if stage.tied_parameter is not None and stage.tied_parameter.grad is not None:
             sum_over(stage.tied_parameter.grad, self.grid.ends)
         gradients = [(place, value.grad) for value, place in placed(stage) if value.grad is not None]
         norm = self.global_norm(gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size)
         self._global_grad_norm = norm.float()
-        if self.gradient_clipping() > 0:
+        if not norm.isfinite():
+            for value, _ in placed(stage):
+                value.grad = None
+        elif self.gradient_clipping() > 0:
             factor = (self.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:
                 gradient.mul_(factor.to(gradient.dtype))

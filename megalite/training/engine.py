@@ -86,12 +86,19 @@ class LearningRate:
         optimizer = config.document.optimizer
         assert optimizer is not None
         self.highest = optimizer.params.lr
+        adam: Any = engine.basic_optimizer
+        self.first = [{"lr": group["lr"], "betas": group["betas"]} for group in adam.param_groups]
 
     def start_at(self, step: int) -> None:
         """Puts DeepSpeed's scheduler, where there is one, to where `step` steps leave it."""
-        if self.schedule is None and step > 0:
-            scheduler: Any = self.engine.lr_scheduler
-            scheduler.step(step - 1)
+        scheduler: Any = self.engine.lr_scheduler
+        if self.schedule is None and scheduler.last_batch_iteration != step - 1:
+            if step > 0:
+                scheduler.step(step - 1)
+            else:  # gone back to the start
+                scheduler.last_batch_iteration = -1
+                for group, first in zip(scheduler.optimizer.param_groups, self.first, strict=True):
+                    group.update(first)
 
     def set(self, step: int) -> float:
         """Sets the rate of optimizer step `step` (0 is the first) and returns it."""

@@ -50,7 +50,7 @@ def comparable(config: Config) -> Config:
     """The config in fp32 and with Adam's epsilon at 1e-4 or more. With less, an element whose gradient is rounding
     alone makes a whole step of its sign, and faults hide among chance."""
     document = copy.deepcopy(config.to_json())
-    for key in ("bf16", "communication_data_type"):
+    for key in ("bf16", "fp16", "communication_data_type"):
         document.pop(key, None)
     params = document.get("optimizer", {}).get("params", {})
     params["eps"] = max(params.get("eps", 0.0), LEAST_EPSILON)

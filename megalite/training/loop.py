@@ -1,13 +1,14 @@
 """The run: steps, evaluations, checkpoints, until the last step or a signal.
 
-The whole position of a run is a value, `Position`, beside weights and moments. One message at a step's end carries
-what all ranks must agree on: the loss, signals, the end of a background save. Next: program.py, the command line.
+The whole position of a run is a value (position.py), beside weights and moments. Before an update every rank has heard
+whether the step is sound (health.py); one message at its end carries signals and the end of a background save. Next:
+program.py, the command line.
 """
 
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,25 @@ from megalite.data.loader import TrainData, ValidData
 from megalite.errors import TrainingError
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
+from megalite.parallel.replicas import Replicas
 from megalite.parallel.zero import Engine
 from megalite.signals import EXIT_BASE, listen
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
+from megalite.training.health import Health, loss_scale_state
 from megalite.training.metrics import MetricsFile
+from megalite.training.pace import Pace
+from megalite.training.position import Kept, Position
 from megalite.training.progress import Screen, matrix_product_rate
+from megalite.training.start import starting_point
 from megalite.training.step import tokens_that_count, train_step
 from megalite.training.watchdog import Watchdog
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: optimizer steps done, samples and tokens seen."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-
-    def after(self, samples: int, tokens: int) -> "Position":
-        """One step later."""
-        return Position(self.step + 1, self.consumed_samples + samples, self.consumed_tokens + tokens)
-
-
 @dataclass
 class Agreed:
-    """What the ranks know together at a step's end. loss_sum in nats, over the global batch."""
+    """What the ranks know together at a step's end."""
 
-    loss_sum: float
     stop: int
     save: bool
     save_ended: bool
@@ -74,12 +66,16 @@ class Run:
         watchdog.instruction = lambda: self.pipeline.instruction
         self.rate = LearningRate(engine, config)
         self.rate.start_at(start.step)
+        faults, run_dir = config.train.faults, Path(config.train.run_dir)
+        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, run_dir)
+        self.pace = Pace(faults, engine, spec, watchdog.hosts)
+        self.replicas = Replicas(engine.stage)
+        self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
         self.valid = ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
-        run_dir = Path(config.train.run_dir)
         self.saver = Saver(run_dir, config.train.keep_checkpoints)
-        self.saved_step = start.step
+        self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length
         self.step_tokens = config.train_batch_size * length
@@ -100,6 +96,8 @@ class Run:
         self.signals.defer()
         for line in self.data.notes:
             self.note(line)
+        if self.health.rewinds and self.position.step == 0:
+            self._save()  # a run that may go back has something to go back to
         while self.position.step < train.steps and not stop:
             step = self.position.step + 1
             with watching(f"step {step}", limits.first_step_seconds if step == 1 + first else limits.step_seconds):
@@ -107,12 +105,16 @@ class Run:
             stop = agreed.stop
             if agreed.save_ended:
                 self._finish_save()
-            if self.valid is not None and not stop and due(step, train.eval_interval, train.steps):
-                with watching(f"evaluation after step {step}", limits.evaluation_seconds):
-                    self._evaluate(self.valid)
-            if agreed.save or stop or due(step, train.checkpoint_interval, train.steps):
-                with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
-                    self._save()
+            if not self.going_back:
+                if self.valid is not None and not stop and due(step, train.eval_interval, train.steps):
+                    with watching(f"evaluation after step {step}", limits.evaluation_seconds):
+                        self._evaluate(self.valid)
+                if agreed.save or stop or due(step, train.checkpoint_interval, train.steps):
+                    with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
+                        self._save()
+            if self.going_back:
+                with watching(f"going back from step {step}", limits.checkpoint_seconds):
+                    self._go_back()
         with watching("the last checkpoint", limits.checkpoint_seconds):
             self._finish_save(last=True)
         for line in self.data.share_lines(self.position.consumed_samples):
@@ -132,30 +134,79 @@ class Run:
     def _step(self) -> Agreed:
         """One optimizer step."""
         start = time.perf_counter()
-        config, grid, engine = self.config, self.grid, self.engine
-        rate = self.rate.set(self.position.step)
-        draw = (config.train.seed, self.position.step)
-        batches = self._batches(self.data, self.position.consumed_samples, config.train_batch_size, draw)
+        config, grid, engine, health = self.config, self.grid, self.engine, self.health
+        count, before = config.train_batch_size, self.position
+        rate = self.rate.set(before.step)
+        batches = self._batches(
+            Kept(self.data, before), before.consumed_samples, count, (config.train.seed, before.step)
+        )
         memory: dict[str, int] = {}
-        first = self.position.step == self.first_step
-        measure = (lambda: memory.update(engine.state_bytes())) if first else None
-        total, weight = train_step(self.pipeline, grid.data, batches, measure)
-        agreed = self._agree(total)
-        self.position = self.position.after(config.train_batch_size, self.step_tokens)
-        norm = engine.get_global_grad_norm()
+        first = before.step == self.first_step
+
+        def before_update(loss: torch.Tensor) -> None:
+            health.take_loss(loss)
+            if first:
+                memory.update(engine.state_bytes())
+
+        health.begin(before)
+        self.pace.begin(before.step + 1)
+        train_step(self.pipeline, grid.data, batches, before_update)
+        agreed = self._agree()
+        self.position = health.after(count, self.step_tokens)
         row = {
             "step": self.position.step,
-            "loss": agreed.loss_sum / weight,
-            "grad_norm": float(norm) if norm is not None else math.nan,
+            "loss": health.loss,
+            "grad_norm": health.norm,
             "learning_rate": rate,
             "consumed_samples": self.position.consumed_samples,
             "consumed_tokens": self.position.consumed_tokens,
-        }
-        self._check_finite(row)
+        } | health.row()
+        self.last_batch = range(before.consumed_samples, before.consumed_samples + count)
+        self._heed(health.answer(self.position.step))
+        self._compare_replicas()
         if first:
             row |= self._memory_row(memory | {"optimizer_bytes": engine.state_bytes()["optimizer_bytes"]})
-        self._report(row, time.perf_counter() - start)
+        figures, lines = self.pace.end(self.position.step)
+        for line in lines:
+            self.note(line)
+        self._report(row | figures, time.perf_counter() - start)
         return agreed
+
+    def _heed(self, line: str | None) -> None:
+        """Of health's answer: tells it, and remembers where it asks to go back."""
+        if line is not None:
+            self.note(line)
+            self.going_back = self.health.fault is not None and self.health.fault.action == "rewind"
+
+    def _compare_replicas(self) -> None:
+        """TrainingError where a rank holds another value of a weight than the ranks that should hold the same."""
+        step, interval = self.position.step, self.config.train.faults.replica_check_interval
+        if interval == 0 or step % interval or self.health.fault is not None:
+            return
+        if (found := self.replicas.difference(self.device)) is not None:
+            since = f"a checkpoint of a step after {step - interval} may hold it"
+            raise TrainingError(f"step {step}: {found.line(self.watchdog.hosts)}; {since}")
+
+    def _go_back(self) -> None:
+        """To the newest good checkpoint, in this process; the last batch stays out of the run for good (collective)."""
+        self._finish_save()
+        left_out = self.position.leaving_out(self.last_batch)
+        start = starting_point(Path(self.config.train.run_dir), None)
+        if start.weights is None:
+            raise TrainingError(f"{self.config.train.run_dir}: holds no checkpoint to go back to")
+        start.fill(self.engine)
+        self.position = replace(start.position, left_out=left_out.left_out)
+        self.rate.start_at(self.position.step)
+        if self.metrics is not None:
+            self.metrics.go_back(self.position.step)
+        self.note(f"back at step {self.position.step}; the run leaves out samples {self._left_out()}")
+        # Written down at once, so that a restart leaves them out too.
+        self.going_back, self.saved_step = False, None
+        self._save()
+        self._finish_save()
+
+    def _left_out(self) -> str:
+        return ", ".join(f"{start} to {stop - 1}" for start, stop in self.position.left_out)
 
     def _batches(
         self, samples: Samples, start: int, count: int, draw: tuple[int, int] | None = None
@@ -164,29 +215,19 @@ class Run:
             samples, start, count, self.config.micro_batch_size, self.grid.data, self.device, draw
         )
 
-    def _agree(self, loss_sum: torch.Tensor) -> Agreed:
+    def _agree(self) -> Agreed:
         """One all-reduce over the world."""
-        counts = self.grid.tensor.is_first  # its ranks have the same loss
         signals = self.signals
         flags = [
             signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended
         ]
-        own = torch.tensor([0.0, *flags], dtype=torch.float64, device=loss_sum.device)
-        if counts:
-            own[0] = loss_sum
+        own = torch.tensor(flags, dtype=torch.int32, device=self.device)
         # A flag that came after this line counts at the next step's end.
         signals.save = signals.save and not flags[2]
         dist.all_reduce(own)
-        loss, term, interrupt, save, ended = own.tolist()
+        term, interrupt, save, ended = own.tolist()
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
-        return Agreed(loss, stop, bool(save), ended == self.grid.world_size)
-
-    def _check_finite(self, row: dict[str, Any]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                raise TrainingError(
-                    f"step {row['step']}: {name} is {row[name]}: must be finite; nothing of this step is saved"
-                )
+        return Agreed(stop, bool(save), ended == self.grid.world_size)
 
     def _memory_row(self, memory: dict[str, int]) -> dict[str, list[int]]:
         """Bytes of model states by rank (collective)."""
@@ -240,8 +281,12 @@ class Run:
             return
         self._finish_save()
         config, grid = self.config, self.grid
+        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=config.zero_stage == 0)
+        self._heed(unsound := self.health.check_sound(boxes, self.position.step))
+        if unsound is not None:
+            return
         state = {
-            **asdict(self.position),
+            **asdict(replace(self.position, loss_scale=loss_scale_state(self.engine))),
             "seed": config.train.seed,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
@@ -254,7 +299,6 @@ class Run:
                 "precision": config.precision,
             },
         }
-        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=config.zero_stage == 0)
         self.saver.save(self.position.step, boxes, state)
         self.saved_step = self.position.step
 

@@ -1,27 +1,48 @@
 """`metrics.jsonl`: one object a line, floats with all their digits; TensorBoard's events from the same rows.
 
-A resumed run first removes rows after its checkpoint's step and a torn last line, so that no step stands twice.
+A run that goes on, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
+stands twice. Each row of training carries the run's goodput: seconds of the steps that stand and were not skipped, over
+all seconds since the run's first start, which `first_start.json` remembers.
 """
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+from megalite.checkpoint.folder import write_durably
+
+FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 
 
 class MetricsFile:
     """Appends rows to a run's metrics. Made by one rank only."""
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
-        self.path = run_dir / FILE
-        _keep_until(self.path, first_step)
+        self.run_dir, self.path, self.tensorboard = run_dir, run_dir / FILE, tensorboard
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        run_dir = self.run_dir
+        self.useful_seconds = sum(map(_useful_seconds, _keep_until(self.path, first_step)))
+        self.first_start = _first_start(run_dir, self.useful_seconds)
         self.file = self.path.open("a", encoding="utf-8")
-        self.events: Any = _event_writer(run_dir, first_step) if tensorboard else None
+        self.events: Any = _event_writer(run_dir, first_step) if self.tensorboard else None
+
+    def go_back(self, step: int) -> None:
+        """Removes the rows after `step`; further ones follow it."""
+        self.close()
+        self._open(step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on its way to the disk when this returns."""
+        """Appends a row; it is on its way to the disk when this returns. A figure that is not finite becomes null,
+        since JSON has no other word for it."""
+        self.useful_seconds += _useful_seconds(row)
+        if "step_seconds" in row:
+            row["goodput"] = self.useful_seconds / max(time.time() - self.first_start, self.useful_seconds)
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.events is not None:
@@ -35,20 +56,38 @@ class MetricsFile:
             self.events.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Rewrites the file with the rows up to `step`, whole lines only, by one rename."""
+def _useful_seconds(row: dict[str, Any]) -> float:
+    return 0.0 if "skipped" in row else row.get("step_seconds", 0.0)
+
+
+def _first_start(run_dir: Path, useful_seconds: float) -> float:
+    """Unix time of the run's first start, written down at that one. Of a run that did not write it, the latest that it
+    can have been."""
+    path = run_dir / FIRST_START
+    try:
+        return float(json.loads(path.read_text())["unix_seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        first = time.time() - useful_seconds
+        write_durably(path, json.dumps({"unix_seconds": first}) + "\n")
+        return first
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites the file with the rows up to `step`, whole lines only, by one rename; returns them."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(row)
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text("".join(kept), encoding="utf-8")
+    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(beside, path)
+    return kept
 
 
 def _event_writer(run_dir: Path, first_step: int) -> Any:

@@ -60,8 +60,9 @@ class Screen:
         """A row of training."""
         left = (self.steps - row["step"]) * row["step_seconds"]
         self.seconds_left = 0.9 * self.seconds_left + 0.1 * left if self.seconds_left else left
+        skipped = f"{row['skipped']}: skipped  " if "skipped" in row else ""
         text = (
-            f"loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
+            f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  "
             f"{100 * row['tokens_per_second'] * self.share_per_rate:.0f} % of matrix rate  "
             f"{self._memory_gib():.2f} GiB"

@@ -16,7 +16,8 @@ from megalite.convert.weights import Weights, open_weights_together, resolve_wei
 from megalite.errors import CheckpointError
 from megalite.parallel.norm import GlobalNorm
 from megalite.parallel.zero import Engine
-from megalite.training.loop import Position
+from megalite.training.health import restore_loss_scale
+from megalite.training.position import Position
 
 
 @dataclass
@@ -29,18 +30,20 @@ class Start:
     moments: bool = False
 
     def fill(self, engine: Engine) -> None:
-        """Puts weights, and on going on moments, into a fresh engine (collective)."""
+        """Puts weights, and on going on moments and the loss scale, into an engine, fresh or not (collective)."""
         if self.weights is None:
             return
         norm: GlobalNorm = engine.global_norm
         check_names(self.weights, list(norm.row))
         if self.moments:
-            engine.make_moments(self.position.step)
+            engine.make_moments(self.position.updates)
         if isinstance(self.weights, Checkpoint):
-            load_shards(self.weights, engine.shards(), self.moments)
+            # A checkpoint from before the first update has none.
+            load_shards(self.weights, engine.shards(), self.moments and self.weights.has_moments)
         else:
             load_shards_from(self.weights.read, engine.shards())
         engine.masters_changed()
+        restore_loss_scale(engine, self.position.loss_scale)
 
 
 def starting_point(run_dir: Path, load: str | None) -> Start:
@@ -55,8 +58,7 @@ def starting_point(run_dir: Path, load: str | None) -> Start:
             if dist.get_rank() == 0:
                 print(f"{error}; an older checkpoint is looked for", file=sys.stderr, flush=True)
             continue
-        state = checkpoint.state
-        position = Position(state["step"], state["consumed_samples"], state["consumed_tokens"])
+        position = Position.from_state(checkpoint.state)
         return Start(position, f"goes on from step {position.step}", checkpoint, moments=True)
     if damaged:
         raise damaged[0]

@@ -61,7 +61,8 @@ class Session:
         before_update: called when all gradients stand."""
         self.rate.set(step)
         grid, batches = self.engine.grid, self.batches(step)
-        total, weight = train_step(self.pipeline, grid.data, batches, before_update)
+        ready = None if before_update is None else lambda _: before_update()
+        total, weight = train_step(self.pipeline, grid.data, batches, ready)
         total = total.double()
         dist.all_reduce(total)
         return total.item() / (grid.tensor.size * weight), float(self.engine.get_global_grad_norm() or 0.0)

@@ -1,0 +1,282 @@
+"""Losses and gradients that are not finite, spikes, copies that differ, slow ranks: found in the same step, named, and
+answered as the config says, on every rank the same."""
+
+import contextlib
+import functools
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
+from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import Engine
+from megalite.training.batches import micro_batches
+from megalite.training.metrics import FIRST_START
+from megalite.training.position import Position
+from tests.ranks import run_ranks
+from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
+
+GRID = {"pipe": 2, "zero": 2}  # on 4 ranks: ranks 2 and 3 hold the last stage
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SAME = ("step", "loss", "grad_norm", "skipped_steps", "consumed_samples")
+
+
+def same(run_dir: Path, other: Path) -> None:
+    for a, b in zip(rows(run_dir), rows(other), strict=True):
+        assert [a[key] for key in SAME] == [b[key] for key in SAME]
+    one, two = (Checkpoint.open(find_checkpoint(run)) for run in (run_dir, other))
+    assert all(one.read(name).equal(two.read(name)) for name in one.names)
+
+
+def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(tmp_path: Path) -> None:
+    def of(run: str) -> dict[str, Any]:
+        return document(tmp_path, run, GRID)
+
+    places = [
+        (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
+        (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
+        (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
+        (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+    ]
+    runs: list[Any] = [
+        (of(str(number)), functools.partial(spoilt, on=rank, at={2}, factor=math.nan, phase=phase))
+        for number, (rank, phase, _) in enumerate(places)
+    ]
+    results = run_ranks(4, train, runs)
+    assert all(result == results[0] for result in results)
+    host = socket.gethostname()
+    for number, (said, (_, _, wanted)) in enumerate(zip(results[0], places, strict=True)):
+        assert f"step 2: {wanted.replace('HOST', host)}" in said and "gradients of " in said, said
+        assert len(rows(tmp_path / str(number))) == 1 and checkpoints_of(tmp_path / str(number)) == []
+
+
+@contextlib.contextmanager
+def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> Iterator[None]:
+    """A corpus order that never had these samples."""
+    place = Position.place
+    with mock.patch.object(Position, "place", lambda self, sample: place(Position(left_out=ranges), sample)):
+        yield
+
+
+@pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 0}, 2), ({"zero": 3}, 2), ({"tensor": 2}, 2)])
+def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict[str, int], world: int) -> None:
+    """Weights and moments equal those of a run without that batch, to the bit, also where a restart follows."""
+
+    def of(run: str, steps: int) -> dict[str, Any]:
+        return document(tmp_path, run, layout, train={"steps": steps, "faults": {"not_finite": "skip"}})
+
+    plant = functools.partial(spoilt, on=world - 1, at={3}, factor=math.nan)
+    without = functools.partial(left_out_from_the_start, ranges=((2 * BATCH, 3 * BATCH),))
+    runs: list[Any] = [(of("a", 6), plant), (of("b", 3), plant), (of("b", 6), nothing), (of("c", 5), without)]
+    assert run_ranks(world, train, runs) == [[0] * 4] * world
+    made = rows(tmp_path / "a")
+    assert [row.get("skipped") for row in made] == [None, None, "not_finite", None, None, None]
+    assert [row["skipped_steps"] for row in made] == [0, 0, 1, 1, 1, 1]
+    assert made[2]["grad_norm"] is None and made[2]["consumed_samples"] == 3 * BATCH
+    same(tmp_path / "a", tmp_path / "b")
+    one, two = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in "ac")
+    for name in one.names:
+        assert all(one.read(name, kind=kind).equal(two.read(name, kind=kind)) for kind in KINDS), name
+
+
+@contextlib.contextmanager
+def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
+    """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
+    forward = Pipeline._forward
+
+    def wrapped(samples: Any, *args: Any) -> Any:
+        made = micro_batches(samples, *args)
+        for batch in made:
+            if batch.context.randomness is None:  # of an evaluation
+                continue
+            own = {samples.position.place(number) for number in batch.context.randomness.samples.tolist()}
+            batch.context.shared["bad"] = bool(own & numbers)
+        return made
+
+    def spoil(self: Pipeline, k: int, tokens: Any, labels: Any, context: Any = None) -> Any:
+        source, output = forward(self, k, tokens, labels, context)
+        return source, output * math.nan if context.shared.get("bad") and self.axis.is_last else output
+
+    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Pipeline, "_forward", spoil):
+        yield
+
+
+@pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 3}, 2), ({"zero": 0}, 1)])
+def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layout: dict[str, int], world: int) -> None:
+    """Samples 33 and 50 spoil steps 5 and 6; the checkpoint before is of step 4. In the end the run equals one whose
+    corpus never had those batches, also where a restart follows, and each step stands once."""
+    extra = {"checkpoint_interval": 2, "eval_interval": 2, "steps": 8, "faults": {"not_finite": "rewind"}}
+
+    def of(run: str, steps: int = 8, **keys: Any) -> dict[str, Any]:
+        made = document(tmp_path, run, layout, train={**extra, "steps": steps}, **keys)
+        made["megalite"]["data"]["valid"] = made["megalite"]["data"]["train"]
+        return made
+
+    plant = functools.partial(bad_samples, numbers={33, 50})
+    scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
+    runs: list[Any] = [(of("a", **scheduler), plant), (of("b", 5, **scheduler), plant), (of("b", **scheduler), plant)]
+    runs.append((of("c", **scheduler), functools.partial(left_out_from_the_start, ranges=((32, 40), (48, 56)))))
+    assert run_ranks(world, train, runs) == [[0] * 4] * world
+    a, b, c = (tmp_path / run for run in "abc")
+    assert Checkpoint.open(find_checkpoint(a)).state["left_out"] == [[32, 40], [48, 56]]
+    all_rows = [json.loads(line) for line in (a / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in all_rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in all_rows if "valid_loss" in row] == [2, 4, 6, 8]
+    same(a, c)
+    same(b, c)
+    faults = [json.loads(line) for line in (a / "faults.jsonl").read_text().splitlines()]
+    assert [(fault["step"], fault["action"]) for fault in faults] == [(5, "rewind"), (6, "rewind")]
+
+
+def test_a_run_stops_after_most_in_a_row(tmp_path: Path) -> None:
+    for action in ("skip", "rewind"):
+        faults = {"not_finite": action, "most_in_a_row": 2}
+        run = document(tmp_path, action, {}, train={"faults": faults})
+        plant = functools.partial(spoilt, on=0, at=set(range(2, 9)), factor=math.nan)
+        said = run_ranks(1, train, [(run, plant)])[0][0]
+        assert "2 in a row before it (megalite.train.faults.most_in_a_row)" in said
+        assert len((tmp_path / action / "faults.jsonl").read_text().splitlines()) == 3
+
+
+@contextlib.contextmanager
+def weights_spoilt(rank: int, at: int) -> Iterator[None]:
+    """After the update of step `at` a master on the last rank is not a number."""
+    step = Pipeline.train_step
+    calls = 0
+
+    def spoil(self: Pipeline, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = step(self, *args)
+        if calls == at and rank == 1:
+            next(iter(self.engine.shards())).master[3] = math.nan
+        return result
+
+    with mock.patch.object(Pipeline, "train_step", spoil):
+        yield
+
+
+def test_no_checkpoint_ever_holds_a_nan(tmp_path: Path) -> None:
+    every = {"checkpoint_interval": 2}
+    stop = document(tmp_path, "stop", {}, train=every)
+    back = document(tmp_path, "back", {}, train={**every, "faults": {"not_finite": "rewind"}})
+    plant = functools.partial(weights_spoilt, at=4)
+    said, code = run_ranks(2, train, [(stop, plant), (back, plant)])[0]
+    assert str(said).startswith("step 4: weight/") and "is not finite on rank 1 on " in str(said)
+    assert [path.name for path in checkpoints_of(tmp_path / "stop")] == ["step_00000002"]
+    assert code == 0 and [row["step"] for row in rows(tmp_path / "back")] == [1, 2, 3, 4, 5, 6]
+    for path in checkpoints_of(tmp_path / "back"):
+        held = Checkpoint.open(path)
+        kinds = KINDS if held.has_moments else KINDS[:1]
+        assert all(held.read(name, kind=kind).isfinite().all() for name in held.names for kind in kinds)
+
+
+def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
+    for action in ("warn", "rewind"):
+        faults = {"spike": action, "spike_factor": 2.0, "spike_window": 3}
+        plant = functools.partial(spoilt, on=0, at={2, 5}, factor=9.0, phase="forward")
+        made = document(tmp_path, action, {}, train={"faults": faults, "checkpoint_interval": 2})
+        assert run_ranks(1, train, [(made, plant)]) == [[0]]
+        fault = json.loads((tmp_path / action / "faults.jsonl").read_text())
+        assert (fault["step"], fault["kind"], fault["action"]) == (5, "spike", action)
+        assert "times the median" in fault["text"]
+        assert ["skipped" in row for row in rows(tmp_path / action)] == [False] * 6
+
+
+@contextlib.contextmanager
+def flipped(rank: int, on: int, name: str) -> Iterator[None]:
+    """After step 4 one bit of a weight that rank `on` computes with is another."""
+    bytes_of = Pipeline.train_step
+    calls = 0
+
+    def flip(self: Pipeline, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = bytes_of(self, *args)
+        if rank == on and calls == 4:
+            value = next(v for v in self.engine.module.parameters() if v.placement.name == name)
+            value.data.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        return result
+
+    with mock.patch.object(Pipeline, "train_step", flip):
+        yield
+
+
+@pytest.mark.parametrize(
+    "layout, world, name, on, said",
+    [
+        ({"tensor": 2, "zero": 1}, 4, "layers.1.mlp_norm.weight", 2, "rank 2 on HOST holds another value"),
+        ({"zero": 2}, 2, "layers.1.mlp.up.weight", 1, "rank 0 on HOST, rank 1 on HOST hold different values"),
+        ({"pipe": 2, "zero": 1}, 2, "embedding.tokens.weight", 1, "rank 0 on HOST, rank 1 on HOST hold different"),
+        ({"zero": 1}, 3, "layers.0.attention.query.weight", 1, "rank 1 on HOST holds another value"),
+    ],
+)
+def test_one_flipped_bit_is_found(
+    tmp_path: Path, layout: dict[str, int], world: int, name: str, on: int, said: str
+) -> None:
+    run = document(tmp_path, "run", layout, train={"faults": {"replica_check_interval": 2}})
+    sound = document(tmp_path, "sound", layout, train={"faults": {"replica_check_interval": 1}})
+    for keys in (run, sound):
+        if world == 3:
+            keys |= {"train_batch_size": 12}
+        keys["bf16"] = {"enabled": world == 2}
+    results = run_ranks(world, train, [(run, functools.partial(flipped, on=on, name=name)), (sound, nothing)])
+    host = socket.gethostname()
+    for line, code in results:
+        assert code == 0 and str(line).startswith(f"step 4: {name}: {said.replace('HOST', host)}"), line
+
+
+@contextlib.contextmanager
+def slowed(rank: int, on: int) -> Iterator[None]:
+    """On rank `on` a forward takes 50 ms longer, in the engine."""
+    forward = Engine.forward
+
+    def slow(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        if rank == on:
+            time.sleep(0.05)
+        return forward(self, *args, **kwargs)
+
+    with mock.patch.object(Engine, "forward", slow):
+        yield
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"zero": 3}, {"pipe": 2}])
+def test_a_slow_rank_is_named_and_not_those_that_wait_for_it(tmp_path: Path, layout: dict[str, int]) -> None:
+    faults = {"pace_interval": 1, "slow_factor": 3.0, "slow_looks": 3}
+    run = document(tmp_path, "run", layout, train={"faults": faults})
+    assert run_ranks(2, train, [(run, functools.partial(slowed, on=1))]) == [[0], [0]]
+    for row in rows(tmp_path / "run")[1:]:
+        assert row["slowest_rank"] == 1 and row["slowest_ratio"] > 3 and row["forward_seconds"] > 0.1
+
+
+def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> None:
+    plant = functools.partial(spoilt, on=0, at={2}, factor=math.nan)
+    faults = {"faults": {"not_finite": "skip"}}
+    run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 3, **faults}), plant)])
+    first = json.loads((tmp_path / "run" / FIRST_START).read_text())["unix_seconds"]
+    run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 5, **faults}), nothing)])
+    made = rows(tmp_path / "run")
+    useful = sum(row["step_seconds"] for row in made if "skipped" not in row)
+    assert json.loads((tmp_path / "run" / FIRST_START).read_text())["unix_seconds"] == first
+    until = useful / made[-1]["goodput"]  # seconds since the first start
+    assert sum(row["step_seconds"] for row in made) < until < time.time() - first
+    assert [row["goodput"] for row in made] == sorted(row["goodput"] for row in made) or made[1]["skipped"]
+
+
+def test_left_out_samples_are_passed_over_in_the_corpus_order() -> None:
+    position = Position()
+    order = list(range(100))
+    for batch in (range(8, 16), range(4, 12), range(30, 33)):
+        taken = [position.place(number) for number in batch]
+        position = position.leaving_out(batch)
+        order = [place for place in order if place not in taken]
+        assert [position.place(number) for number in range(40)] == order[:40]
+    assert Position.from_state({"step": 3, "consumed_samples": 24, "consumed_tokens": 9, "x": 1}).updates == 3

@@ -1,0 +1,103 @@
+"""Whole runs of training on forked ranks, with a fault planted on one of them: for tests of what a run does about it."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+
+from megalite.config import Config
+from megalite.errors import TrainingError
+from megalite.model.families import model_dict, read_spec
+from megalite.parallel.pipeline import Pipeline
+from megalite.training.program import Prepared, _train
+from tests.small_models import MODELS
+from tests.unit.data.corpora import write_corpus
+
+VOCABULARY, LENGTH, BATCH = 131, 12, 8
+Plant = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+def document(folder: Path, run: str, layout: dict[str, int], **keys: Any) -> dict[str, Any]:
+    """A config of a small tied model; keys: `train` for megalite.train, others for the top level."""
+    if not (folder / "corpus.idx").exists():
+        write_corpus(folder / "corpus", 60, vocabulary=VOCABULARY)
+    layout = dict(layout)
+    zero = layout.pop("zero", 1)
+    train = {"steps": 6, "run_dir": str(folder / run), "tensorboard": False, "checkpoint_interval": 0}
+    return {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4}},
+        "zero_optimization": {"stage": zero},
+        "megalite": {
+            "model": {**MODELS["llama"], "num_hidden_layers": 2, "tie_word_embeddings": True},
+            "parallel": layout,
+            "data": {"sequence_length": LENGTH, "train": [str(folder / "corpus")]},
+            "train": train | keys.pop("train", {}),
+        },
+    } | keys
+
+
+@contextlib.contextmanager
+def nothing(rank: int) -> Iterator[None]:
+    yield
+
+
+def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) -> list[int | str]:
+    """Each run with its fault, one after another: its exit code or what it was stopped by."""
+    deepspeed.init_distributed("gloo")
+    results: list[int | str] = []
+    for keys, plant in runs:
+        config = Config.from_dict(keys).resolve(world_size, has_gpu=False)
+        prepared = Prepared(config, read_spec(config.model), model_dict(config.model))
+        with plant(rank):
+            try:
+                results.append(_train(prepared, rank))
+            except TrainingError as error:
+                results.append(str(error))
+    return results
+
+
+@contextlib.contextmanager
+def spoilt(
+    rank: int, on: int, at: set[int], factor: float, phase: str = "backward", micro_batch: int = 1
+) -> Iterator[None]:
+    """On rank `on`, at the calls of train_step in `at` (from 1): the loss, or the gradient at the stage's output, of one
+    micro-batch times `factor`."""
+    whole, forward, backward = Pipeline.train_step, Pipeline._forward, Pipeline._backward
+    calls = 0
+
+    def counted(self: Pipeline, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return whole(self, *args)
+
+    def forwards(self: Pipeline, k: int, *args: Any) -> Any:
+        source, output = forward(self, k, *args)
+        hit = phase == "forward" and k == micro_batch and calls in at and torch.is_grad_enabled()
+        return source, output * factor if hit else output
+
+    def backwards(self: Pipeline, k: int, source: Any, output: Any, scale: float) -> None:
+        if phase == "backward" and k == micro_batch and calls in at:
+            output.register_hook(lambda gradient: gradient * factor)
+        backward(self, k, source, output, scale)
+
+    if rank != on:
+        yield
+        return
+    with (
+        mock.patch.object(Pipeline, "train_step", counted),
+        mock.patch.object(Pipeline, "_forward", forwards),
+        mock.patch.object(Pipeline, "_backward", backwards),
+    ):
+        yield
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's rows of training."""
+    return [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
