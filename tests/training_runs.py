@@ -14,6 +14,7 @@ from megalite.config import Config
 from megalite.errors import TrainingError
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.pipeline import Pipeline
+from megalite.parallel.zero import Engine
 from megalite.training.program import Prepared, _train
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus
@@ -67,20 +68,21 @@ def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) 
 def spoilt(
     rank: int, on: int, at: set[int], factor: float, phase: str = "backward", micro_batch: int = 1
 ) -> Iterator[None]:
-    """On rank `on`, at the calls of train_step in `at` (from 1): the loss, or the gradient at the stage's output, of one
-    micro-batch times `factor`."""
-    whole, forward, backward = Pipeline.train_step, Pipeline._forward, Pipeline._backward
+    """On rank `on`, at the calls of train_step in `at` (from 1): what the stage gives out, or the gradient of that, of
+    one micro-batch times `factor`."""
+    whole, forward, backward = Pipeline.train_step, Engine.forward, Pipeline._backward
     calls = 0
+    pipelines: list[Any] = [None]
 
     def counted(self: Pipeline, *args: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls, pipelines[:] = calls + 1, [self]
         return whole(self, *args)
 
-    def forwards(self: Pipeline, k: int, *args: Any) -> Any:
-        source, output = forward(self, k, *args)
-        hit = phase == "forward" and k == micro_batch and calls in at and torch.is_grad_enabled()
-        return source, output * factor if hit else output
+    def forwards(self: Engine, *args: Any) -> Any:
+        output = forward(self, *args)
+        here = phase == "forward" and calls in at and torch.is_grad_enabled()
+        return output * factor if here and pipelines[0].micro_batch == micro_batch else output
 
     def backwards(self: Pipeline, k: int, source: Any, output: Any, scale: float) -> None:
         if phase == "backward" and k == micro_batch and calls in at:
@@ -92,7 +94,7 @@ def spoilt(
         return
     with (
         mock.patch.object(Pipeline, "train_step", counted),
-        mock.patch.object(Pipeline, "_forward", forwards),
+        mock.patch.object(Engine, "forward", forwards),
         mock.patch.object(Pipeline, "_backward", backwards),
     ):
         yield

@@ -16,15 +16,18 @@ import pytest
 import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
+from megalite.config.sections import Faults
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Engine
 from megalite.training.batches import micro_batches
 from megalite.training.metrics import FIRST_START
+from megalite.training.pace import Pace
 from megalite.training.position import Position
 from tests.ranks import run_ranks
 from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
 
 GRID = {"pipe": 2, "zero": 2}  # on 4 ranks: ranks 2 and 3 hold the last stage
+LONG, LONG_TENSOR = (pytest.param(lay, 2, marks=pytest.mark.long) for lay in ({"zero": 3}, {"tensor": 2, "zero": 2}))
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SAME = ("step", "loss", "grad_norm", "skipped_steps", "consumed_samples")
 
@@ -66,7 +69,7 @@ def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> I
         yield
 
 
-@pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 0}, 2), ({"zero": 3}, 2), ({"tensor": 2}, 2)])
+@pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 0}, 2), LONG, LONG_TENSOR])
 def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict[str, int], world: int) -> None:
     """Weights and moments equal those of a run without that batch, to the bit, also where a restart follows."""
 
@@ -109,7 +112,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 3}, 2), ({"zero": 0}, 1)])
+@pytest.mark.parametrize("layout, world", [(GRID, 4), LONG, ({"zero": 0}, 1)])
 def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layout: dict[str, int], world: int) -> None:
     """Samples 33 and 50 spoil steps 5 and 6; the checkpoint before is of step 4. In the end the run equals one whose
     corpus never had those batches, also where a restart follows, and each step stands once."""
@@ -214,9 +217,10 @@ def flipped(rank: int, on: int, name: str) -> Iterator[None]:
     "layout, world, name, on, said",
     [
         ({"tensor": 2, "zero": 1}, 4, "layers.1.mlp_norm.weight", 2, "rank 2 on HOST holds another value"),
-        ({"zero": 2}, 2, "layers.1.mlp.up.weight", 1, "rank 0 on HOST, rank 1 on HOST hold different values"),
         ({"pipe": 2, "zero": 1}, 2, "embedding.tokens.weight", 1, "rank 0 on HOST, rank 1 on HOST hold different"),
-        ({"zero": 1}, 3, "layers.0.attention.query.weight", 1, "rank 1 on HOST holds another value"),
+        pytest.param(
+            {"zero": 2}, 3, "layers.0.attention.query.weight", 1, "rank 1 on HOST holds another", marks=pytest.mark.long
+        ),
     ],
 )
 def test_one_flipped_bit_is_found(
@@ -236,25 +240,42 @@ def test_one_flipped_bit_is_found(
 
 @contextlib.contextmanager
 def slowed(rank: int, on: int) -> Iterator[None]:
-    """On rank `on` a forward takes 50 ms longer, in the engine."""
+    """On rank `on` each forward takes 100 ms longer."""
     forward = Engine.forward
 
     def slow(self: Engine, *args: Any, **kwargs: Any) -> Any:
         if rank == on:
-            time.sleep(0.05)
+            time.sleep(0.1)
         return forward(self, *args, **kwargs)
 
     with mock.patch.object(Engine, "forward", slow):
         yield
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"zero": 3}, {"pipe": 2}])
-def test_a_slow_rank_is_named_and_not_those_that_wait_for_it(tmp_path: Path, layout: dict[str, int]) -> None:
-    faults = {"pace_interval": 1, "slow_factor": 3.0, "slow_looks": 3}
-    run = document(tmp_path, "run", layout, train={"faults": faults})
-    assert run_ranks(2, train, [(run, functools.partial(slowed, on=1))]) == [[0], [0]]
-    for row in rows(tmp_path / "run")[1:]:
-        assert row["slowest_rank"] == 1 and row["slowest_ratio"] > 3 and row["forward_seconds"] > 0.1
+@pytest.mark.parametrize("layout", [{"tensor": 2}, pytest.param({"zero": 3}, marks=pytest.mark.long)])
+def test_a_slow_rank_s_own_time_is_told_from_that_of_ranks_that_wait_for_it(
+    tmp_path: Path, layout: dict[str, int]
+) -> None:
+    """A loaded machine may slow the other rank down too, at a step or two."""
+    run = document(tmp_path, "run", layout, train={"steps": 5, "faults": {"pace_interval": 1}})
+    run_ranks(2, train, [(run, functools.partial(slowed, on=1))])
+    assert sum(row["slowest_rank"] == 1 and row["forward_seconds"] > 0.2 for row in rows(tmp_path / "run")) >= 3
+
+
+def test_a_rank_is_named_that_is_slow_for_its_stage_s_work_time_after_time() -> None:
+    pace = Pace.__new__(Pace)
+    pace.faults, pace.hosts, pace.slow = Faults.model_validate({"slow_looks": 2}), ["a", "a", "b", "b"], {}
+    work = [2.0, 2.0, 4.0, 4.0]  # the last stage has twice the work
+    assert pace.judge(10, [1.0, 1.1, 2.1, 3.3], work)[1] == []
+    assert pace.judge(20, [1.0, 1.0, 2.0, 2.0], work)[1] == []
+    assert pace.judge(30, [1.0, 1.9, 2.0, 3.2], work)[1] == []
+    row, lines = pace.judge(40, [1.0, 1.0, 2.0, 4.0], work)
+    assert row == {"forward_seconds": 4.0, "slowest_rank": 3, "slowest_ratio": 2.0}
+    assert lines == [
+        "rank 3 on b is slow: own time in forward at step 30: 3.2 s, 1.60 times the median; "
+        "step 40: 4 s, 2.00 times the median"
+    ]
+    assert pace.judge(50, [1.0, 1.0, 2.0, 4.0], work)[1] == []  # said once
 
 
 def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> None:
@@ -268,7 +289,6 @@ def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / FIRST_START).read_text())["unix_seconds"] == first
     until = useful / made[-1]["goodput"]  # seconds since the first start
     assert sum(row["step_seconds"] for row in made) < until < time.time() - first
-    assert [row["goodput"] for row in made] == sorted(row["goodput"] for row in made) or made[1]["skipped"]
 
 
 def test_left_out_samples_are_passed_over_in_the_corpus_order() -> None:
