@@ -1,4 +1,4 @@
-"""DeepSpeed's accelerator; on the CPU one without DeepSpeed's shared-memory op.
+"""DeepSpeed's accelerator; on the CPU one without DeepSpeed's shared-memory op, and with fp16.
 
 DeepSpeed builds that op whenever its communication starts (deepspeed/comm/torch.py, build_shm_op): half a minute of
 C++ for every environment, g++ and Python's headers, 69 MB a rank left in /dev/shm for ever, and a lock that outlives a
@@ -14,6 +14,10 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 class CPUAccelerator(CPU_Accelerator):
     """DeepSpeed's CPU accelerator, all of whose collectives are gloo's."""
+
+    def is_fp16_supported(self) -> bool:
+        """DeepSpeed refuses fp16 where oneDNN has no fast path for it; torch computes it on any CPU, if slowly."""
+        return True
 
     def create_op_builder(self, class_name: str) -> Any:
         """None for the shared-memory op; DeepSpeed's builder for every other."""

@@ -1,4 +1,4 @@
-"""Whole runs of training on forked ranks, with a fault planted on one of them: for tests of what a run does about it."""
+"""Whole runs of training on forked ranks, with a fault planted on one: for tests of what a run does about it."""
 
 import contextlib
 import json

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -187,14 +186,6 @@ class Engine(DeepSpeedEngine):
     def stage(self) -> Any:
         """The stage that this engine runs."""
         return self.module
-
-    def _do_sanity_check(self) -> None:
-        """DeepSpeed refuses fp16 where oneDNN has no fast path for it; torch computes it on any CPU."""
-        accelerator: Any = get_accelerator()
-        if self.fp16_enabled() and accelerator.device_name() == "cpu":
-            self._assert_valid_mixed_precision_config()
-        else:
-            super()._do_sanity_check()
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""

@@ -22,7 +22,9 @@ def test_resolved_config_is_its_own_input() -> None:
         ("zero_optimization.stage=3", "must be 1 or 2 with megalite.parallel.pipe 2"),
         ("megalite.parallel.tensor=3", "world size: 8: must be a multiple of"),
         ("train_batch_size=9", "= 16"),
-        ("fp16.enabled=true", "not available yet: use bf16"),
+        ("fp16.auto_cast=true", "fp16.auto_cast: a stage's inputs are token ids"),
+        ("bf16.check_grad_overflow=true", "see megalite.train.faults.not_finite"),
+        ("megalite.train.faults.spike=skip", "needs megalite.train.faults.spike_factor"),
         ("bf16=3", "bf16: 3: must be an object"),
         ("megalite.model=3", "megalite.model: 3: must be"),
         ("tensorboard={}", "use megalite.train.tensorboard"),
@@ -44,3 +46,15 @@ def test_a_resolved_config_says_what_deepspeed_would_choose_otherwise() -> None:
         assert resolved["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False
         assert resolved["optimizer"]["params"]["torch_adam"] is True
     assert "torch_adam" not in load_config(TINY).resolve(8, has_gpu=True).to_json()["optimizer"]["params"]
+
+
+def test_16_bits_need_a_stage_and_one_type() -> None:
+    for keys, line in (
+        (["fp16.enabled=true", "bf16.enabled=true"], "must not be on together with bf16.enabled"),
+        (["fp16.enabled=true", "zero_optimization.stage=0", "megalite.parallel.pipe=1"], "ZeRO-0 with fp16"),
+        (["megalite.train.faults.not_finite=rewind", "megalite.data.order=megatron"], "must not be rewind with"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            load_config(TINY, keys).resolve(8)
+    fp16 = load_config(TINY, ["fp16.enabled=true"]).resolve(8).to_json()["fp16"]
+    assert (fp16["loss_scale"], fp16["initial_scale_power"], fp16["hysteresis"]) == (0.0, 16, 2)
