@@ -27,6 +27,7 @@ def document(folder: Path, run: str, layout: dict[str, int], **keys: Any) -> dic
     """A config of a small tied model; keys: `train` for megalite.train, others for the top level."""
     if not (folder / "corpus.idx").exists():
         write_corpus(folder / "corpus", 60, vocabulary=VOCABULARY)
+    (folder / run).mkdir(exist_ok=True)
     layout = dict(layout)
     zero = layout.pop("zero", 1)
     train = {"steps": 6, "run_dir": str(folder / run), "tensorboard": False, "checkpoint_interval": 0}
