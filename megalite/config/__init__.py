@@ -8,11 +8,12 @@ Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from megalite.config.batches import BatchPlan
 from megalite.config.reading import apply_overrides, read_json
 from megalite.config.rules import (
     Document,
@@ -21,14 +22,17 @@ from megalite.config.rules import (
     check_document,
     check_schedule,
     data_axis_size,
+    decay_steps,
     machine_has_gpu,
     resolved_keys,
+    warmup_steps,
 )
-from megalite.config.schedules import DEEPSPEEDS, OURS, Constant, Linear, Schedule
+from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import parse
 from megalite.config.sections import Data, Parallel, Source, Train
 
 __all__ = [
+    "BatchPlan",
     "Config",
     "Data",
     "ModelDims",
@@ -89,18 +93,25 @@ class Config:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The schedule that megalite runs itself; None where DeepSpeed's `scheduler` is in `deepspeed`."""
+        """The schedule that megalite runs itself; None where DeepSpeed's `scheduler` is in `deepspeed`; after
+        `resolve`."""
         scheduler, params = self.document.scheduler, check_schedule(self.document)
-        steps = self.train.steps
+        if scheduler is None:
+            return Schedule("constant", self.train.steps)
+        if not isinstance(params, Constant):
+            return None
+        warmup = warmup_steps(self.document, params, self.batch_plan)
+        total = (params.total_steps if isinstance(params, Linear) else None) or self.train.steps
+        schedule = Schedule(scheduler.type, total, warmup, params.warmup_tokens)
         match params:
-            case None:
-                return Schedule("constant", 0, steps, 1.0)
-            case Linear(warmup_steps=warmup, total_steps=total, min_ratio=ratio):
-                assert scheduler is not None
-                return Schedule(scheduler.type, warmup, total or steps, ratio)
-            case Constant(warmup_steps=warmup):
-                return Schedule("constant", warmup, steps, 1.0)
-        return None
+            case WSD():
+                steps = decay_steps(params, total)
+                return replace(schedule, min_ratio=params.min_ratio, decay_steps=steps, decay_shape=params.decay_shape)
+            case Linear():
+                return replace(schedule, min_ratio=params.min_ratio)
+            case InverseSqrt():
+                return replace(schedule, min_ratio=params.min_ratio, timescale_steps=params.timescale_steps or warmup)
+        return schedule
 
     @property
     def model(self) -> dict[str, Any] | str:
@@ -124,8 +135,13 @@ class Config:
 
     @property
     def train_batch_size(self) -> int:
-        """Samples of an optimizer step, over all ranks; after `resolve`."""
+        """Samples of an optimizer step, over all ranks, once a ramp is over; after `resolve`."""
         return _resolved(self.document.train_batch_size)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """Samples of each optimizer step; after `resolve`."""
+        return BatchPlan(self.train_batch_size, self.train.batch_ramp)
 
     @property
     def micro_batch_size(self) -> int:

@@ -213,8 +213,8 @@ class Scheduler(Section):
     """`scheduler`"""
 
     type: str = Field(
-        description="megalite's `constant`, `linear`, `cosine`, or DeepSpeed's `WarmupLR`, `WarmupDecayLR`, "
-        "`WarmupCosineLR`, `OneCycle`, `LRRangeTest`."
+        description="megalite's `constant`, `linear`, `cosine`, `wsd`, `inverse_sqrt`, or DeepSpeed's `WarmupLR`, "
+        "`WarmupDecayLR`, `WarmupCosineLR`, `OneCycle`, `LRRangeTest`."
     )
     params: dict[str, Any] = Field({}, description="Parameters of that type.")
 

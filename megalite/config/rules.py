@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from megalite.config.batches import BatchPlan
 from megalite.config.deepspeed_keys import DeepSpeedKeys, Optimizer, ZeroOptimization
-from megalite.config.schedules import SCHEDULES
+from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, broken, nearest, parse
 from megalite.config.sections import Data, Megalite, Parallel
 from megalite.errors import ConfigError
@@ -115,15 +116,56 @@ def check_schedule(document: Document) -> Section | None:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise broken("scheduler.type", scheduler.type, f"must be one of {', '.join(SCHEDULES)}{hint}")
     params = parse(SCHEDULES[scheduler.type], scheduler.params, "scheduler.params")
+    if isinstance(params, Constant):
+        _check_own_schedule(params)
     warmup_key = "warmup_steps" if hasattr(params, "warmup_steps") else "warmup_num_steps"
     total_key = "total_steps" if hasattr(params, "total_steps") else "total_num_steps"
     if hasattr(params, total_key):
         total = getattr(params, total_key) or document.megalite.train.steps
         warmup = getattr(params, warmup_key)
-        if warmup is not None and warmup > total:
-            rule = f"must be at most {total_key} {total} (megalite.train.steps where it is left out)"
-            raise broken(f"scheduler.params.{warmup_key}", warmup, rule)
+        if warmup is not None:
+            _check_fall(params, f"scheduler.params.{warmup_key}", warmup, warmup, total, total_key)
     return params
+
+
+def _check_own_schedule(params: Constant) -> None:
+    if params.warmup_tokens is not None and params.warmup_steps > 0:
+        raise broken("scheduler.params.warmup_tokens", params.warmup_tokens, "must not stand beside warmup_steps")
+    if isinstance(params, WSD) and params.decay_steps is not None and params.decay_share is not None:
+        raise broken("scheduler.params.decay_share", params.decay_share, "must not stand beside decay_steps")
+    unscaled = isinstance(params, InverseSqrt) and params.timescale_steps is None
+    if unscaled and params.warmup_steps == 0 and params.warmup_tokens is None:
+        raise ConfigError("scheduler.params.timescale_steps: missing: give it, warmup_steps or warmup_tokens")
+
+
+def decay_steps(params: WSD, total: int) -> int:
+    """Steps of the decay, of `total` of the schedule."""
+    return params.decay_steps or max(1, round((params.decay_share or 0.1) * total))
+
+
+def _check_fall(params: Section, key: str, value: int, warmup: int, total: int, total_key: str = "total_steps") -> None:
+    """`value` of `key` makes a warm-up of `warmup` steps: they must leave room for what follows."""
+    if isinstance(params, WSD) and (params.decay_steps or 0) > total:
+        raise broken("scheduler.params.decay_steps", params.decay_steps, f"must be at most {total_key} {total}")
+    so_many = "" if value == warmup else f"makes {warmup} steps of warm-up: "
+    if isinstance(params, WSD) and warmup + decay_steps(params, total) > total:
+        rule = f"and the decay's {decay_steps(params, total)} steps must be at most {total_key} {total} together"
+        raise broken(key, value, f"{so_many}{rule}")
+    if warmup > total:
+        rule = f"must be at most {total_key} {total} (megalite.train.steps where it is left out)"
+        raise broken(key, value, f"{so_many}{rule}")
+
+
+def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
+    """Steps of the warm-up, also where it is counted in tokens. ConfigError where it is too long for the schedule."""
+    megalite = document.megalite
+    if params.warmup_tokens is None:
+        return params.warmup_steps
+    steps = plan.steps(-(-params.warmup_tokens // megalite.data.sequence_length))
+    if isinstance(params, Linear):
+        total = params.total_steps or megalite.train.steps
+        _check_fall(params, "scheduler.params.warmup_tokens", params.warmup_tokens, steps, total)
+    return steps
 
 
 def check_document(document: Document) -> None:
@@ -135,6 +177,7 @@ def check_document(document: Document) -> None:
     if document.optimizer is None:
         raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
     _check_optimizer(document.optimizer)
+    _check_groups(document)
 
 
 def _check_data(data: Data) -> None:
@@ -228,9 +271,38 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
+def _check_groups(document: Document) -> None:
+    scheduler = document.scheduler
+    for i, group in enumerate(document.megalite.train.parameter_groups):
+        if group.lr_ratio != 1 and scheduler is not None and scheduler.type in DEEPSPEEDS:
+            rule = f"must be 1 with DeepSpeed's scheduler.type {scheduler.type}, which sets one rate for all"
+            raise broken(f"megalite.train.parameter_groups.{i}.lr_ratio", group.lr_ratio, rule)
+
+
+def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
+    """The ramp's batches against train_batch_size and what the ranks compute at a time."""
+    ramp, key = plan.ramp, "megalite.train.batch_ramp"
+    if ramp is None:
+        return
+    for name in ("start", "increment"):
+        if getattr(ramp, name) % (micro * data):
+            rule = f"must be a multiple of train_micro_batch_size_per_gpu {micro} × data axis {data} = {micro * data}"
+            raise broken(f"{key}.{name}", getattr(ramp, name), rule)
+    if ramp.start >= plan.full:
+        raise broken(f"{key}.start", ramp.start, f"must be below train_batch_size {plan.full}")
+    if (plan.full - ramp.start) % ramp.increment:
+        rule = f"must divide train_batch_size {plan.full} - start {ramp.start} = {plan.full - ramp.start}"
+        raise broken(f"{key}.increment", ramp.increment, rule)
+
+
 def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any]:
     """The JSON of `document` with everything written that a run's result or start hangs on."""
     batch, micro, accumulation = batch_sizes(document, data)
+    plan = BatchPlan(batch, document.megalite.train.batch_ramp)
+    _check_ramp(plan, micro, data)
+    schedule = check_schedule(document)
+    if isinstance(schedule, Constant):
+        warmup_steps(document, schedule, plan)
     result = document.model_dump(exclude_none=True)
     result |= {
         "train_batch_size": batch,
@@ -238,10 +310,10 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
         "gradient_accumulation_steps": accumulation,
     }
     if document.megalite.data.order == "megatron":
-        needed = document.megalite.train.steps * batch
+        needed = plan.consumed(document.megalite.train.steps)
         made_for = result["megalite"]["data"].setdefault("megatron_samples", needed)
         if made_for < needed:
-            rule = f"must be at least megalite.train.steps × train_batch_size = {needed}"
+            rule = f"must be at least the samples of megalite.train.steps, {needed}"
             raise broken("megalite.data.megatron_samples", made_for, rule)
     zero = result.setdefault("zero_optimization", {"stage": 0})
     if zero["stage"] in (1, 2):

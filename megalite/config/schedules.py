@@ -1,4 +1,4 @@
-"""The types of `scheduler` and their parameters: megalite's three and DeepSpeed's five.
+"""The types of `scheduler` and their parameters: megalite's five and DeepSpeed's five.
 
 The keys of DeepSpeed's are its constructors' arguments (`deepspeed/runtime/lr_schedules.py`), with
 its defaults where a field shows none. Only the parameters are here; the curves of megalite's types
@@ -20,6 +20,7 @@ class Constant(Section):
     """`constant`"""
 
     warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to `lr`; the first is above 0.")
+    warmup_tokens: Steps | None = key("In place of warmup_steps: tokens of linear rise, whatever a step holds of them.")
 
 
 class Linear(Constant):
@@ -33,6 +34,25 @@ class Linear(Constant):
 
 class Cosine(Linear):
     """`cosine`: from `lr` to `lr × min_ratio` along half a cosine."""
+
+
+class WSD(Linear):
+    """`wsd` (warm-up, stable, decay; arXiv 2404.06395): `lr` until the decay, which ends at total_steps."""
+
+    decay_steps: Steps | None = key("Steps of the decay.")
+    decay_share: float | None = Field(
+        None, gt=0, le=1, description="In place of decay_steps: a share of total_steps; both left out: 0.1."
+    )
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = Field(
+        "1-sqrt", description="Form of the decay; `1-sqrt` as in arXiv 2405.18392, section 3."
+    )
+
+
+class InverseSqrt(Constant):
+    """`inverse_sqrt`: `lr × sqrt(T / (T + steps since the warm-up))`; with T the warm-up, that of arXiv 1706.03762."""
+
+    timescale_steps: Steps | None = key("T; left out: the warm-up in steps.")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
 
 
 class WarmupLR(Section):
@@ -88,7 +108,13 @@ class LRRangeTest(Section):
     lr_range_test_staircase: bool | None = key("Rise in stairs.")
 
 
-OURS: dict[str, type[Section]] = {"constant": Constant, "linear": Linear, "cosine": Cosine}
+OURS: dict[str, type[Section]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "wsd": WSD,
+    "inverse_sqrt": InverseSqrt,
+}
 DEEPSPEEDS: dict[str, type[Section]] = {
     section.__name__: section for section in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
 }
@@ -97,10 +123,18 @@ SCHEDULES = OURS | DEEPSPEEDS
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule that megalite runs itself: the learning rate is `lr` times a factor that rises linearly
-    over `warmup_steps`, then follows `type` to `min_ratio` at `total_steps`."""
+    """A schedule that megalite runs itself: `lr` times a factor of the position (training/optimizer.py)."""
 
     type: str
-    warmup_steps: int
     total_steps: int
-    min_ratio: float
+    """Step at which the fall ends."""
+    warmup_steps: int = 0
+    """Steps of linear rise; where it is counted in tokens, as many as they make."""
+    warmup_tokens: int | None = None
+    min_ratio: float = 1.0
+    """Lowest factor."""
+    decay_steps: int = 0
+    """`wsd`: the last ones before total_steps."""
+    decay_shape: str = "linear"
+    timescale_steps: int = 1
+    """`inverse_sqrt`."""

@@ -156,6 +156,49 @@ class Faults(Section):
     slow_looks: Positive = Field(3, description="Comparisons in a row after which a slow rank is named.")
 
 
+class BatchRamp(Section):
+    """A global batch that grows to train_batch_size, as with Megatron-LM's --rampup-batch-size. How many samples a step
+    takes is a function of those consumed before it."""
+
+    start: Positive = Field(description="Samples of the first step.")
+    increment: Positive = Field(
+        description="Samples added at each rise. Both must be multiples of micro-batch × data axis."
+    )
+    samples: Positive = Field(description="Samples over which the rises are spread evenly.")
+
+
+class Init(Section):
+    """The weights that a new run starts from: normal, by (seed, name); norms are 1 and biases 0."""
+
+    std: float | None = Field(
+        None,
+        gt=0,
+        description="Standard deviation of matrices; left out: the model config's initializer_range.",
+    )
+    embedding_std: float | None = Field(
+        None, gt=0, description="That of token and learned position embeddings, a tied head's too; left out: as std."
+    )
+    depth_scaled: bool | None = Field(
+        None,
+        description="Projections that write to the residual stream (attention's output, the MLP's down) take "
+        "std / sqrt(2 × layers), as GPT-2 and Megatron-LM do; left out: as the family does in transformers, which is "
+        "true for gpt2 alone.",
+    )
+
+
+class ParameterGroup(Section):
+    """What the optimizer does otherwise about some tensors."""
+
+    match: Text = Field(
+        description="Full names, with `*`, `?` and `[…]` as in a shell: `layers.*.mlp.*`, `embedding.*`. Of entries "
+        "that match a name the first holds; one that is left with none is refused."
+    )
+    lr_ratio: float = Field(1.0, ge=0, description="Learning rate, as a multiple of the run's; 0: not trained.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Left out: optimizer.params.weight_decay, and 0 for norms and biases."
+    )
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -174,6 +217,16 @@ class Train(Section):
         "none",
         description="What is computed again in backward instead of being kept. `selective`: the core of attention; "
         "`full`: all of a layer but its input; a number n: all of n layers but the input of the first.",
+    )
+    batch_ramp: BatchRamp | None = Field(
+        None,
+        description="A global batch that starts smaller and grows with the samples consumed; left out: constant.",
+    )
+    parameter_groups: list[ParameterGroup] = Field(
+        [], description="Learning rate and weight decay by names; norms and biases do not decay where none says so."
+    )
+    init: Init = Field(
+        default_factory=lambda: Init.model_validate({}), description="The weights that a new run starts from."
     )
     z_loss: float = Field(
         0.0,

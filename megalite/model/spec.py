@@ -57,6 +57,8 @@ class TransformerSpec:
     tied: bool
     init_std: float
     depth_scaled_init: bool = False
+    embedding_init_std: float | None = None
+    """None: as init_std."""
     norm_place: Literal["before", "after"] = "before"
     """Whether a norm reads what goes into attention and MLP, or what comes out of them."""
     parallel: bool = False

@@ -34,13 +34,12 @@ class Embedding(nn.Module):
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
         super().__init__()
         self.split, self.dropout = split, spec.embedding_dropout
-        self.tokens = VocabularyEmbedding(
-            spec.vocabulary_size, spec.hidden_size, split, spec.init_std, spec.padding_id
-        )
+        std = spec.embedding_init_std or spec.init_std
+        self.tokens = VocabularyEmbedding(spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id)
         self.positions: nn.Parameter | None = None
         if spec.rotary is None:
             shape = (spec.max_positions or 0, spec.hidden_size)
-            self.positions = parameter(shape, None, split.axis, spec.init_std)
+            self.positions = parameter(shape, None, split.axis, std)
 
     def forward(self, ids: Tensor, context: Context) -> Tensor:
         hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])
@@ -95,7 +94,8 @@ class Head(nn.Module):
         self.split, self.vocabulary_size, self.z_loss = split, spec.vocabulary_size, z_loss
         self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
         if tied_to is None:
-            tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, spec.init_std)
+            std = spec.embedding_init_std if spec.tied else None
+            tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, std or spec.init_std)
         self.weight = tied_to
         self.bias = parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
 

@@ -187,6 +187,12 @@ class Engine(DeepSpeedEngine):
         """The stage that this engine runs."""
         return self.module
 
+    def begin_step(self, micro_batches: int) -> None:
+        """Says how many micro-batches the next step has, which may change from step to step: DeepSpeed scales by their
+        number, and finds the last one by a count that goes on over all steps."""
+        self.set_train_batch_size(self.train_micro_batch_size_per_gpu() * micro_batches * self.grid.data.size)
+        self.micro_steps = 0
+
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
         super()._take_model_step(lr_kwargs)

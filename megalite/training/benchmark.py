@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if options.steps < 1:
         raise ConfigError(f"--steps: {options.steps}: must be 1 or more")
     layouts = [Layout.parse(text) for text in options.layouts]
-    config = load_config(options.deepspeed_config, options.set)
+    config = load_config(options.deepspeed_config, [*options.set, "megalite.train.batch_ramp=null"])
     batch = base_batch(config, layouts[0])
     configs = {layout: config_of(config, layout, batch) for layout in layouts}
     for layout in layouts:

@@ -3,6 +3,7 @@
 What the engine really runs with is read back and compared with what was asked. Next: loop.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Engine
-from megalite.training.optimizer import learning_rate_factor, parameter_groups
+from megalite.training.optimizer import LR_RATIO, learning_rate_factor, parameter_groups
+from megalite.training.position import Position
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     """This rank's stage with freshly initialised weights."""
-    kept = config.train.activation_checkpointing
+    kept, init = config.train.activation_checkpointing, config.train.init
     recompute: Recompute = {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept
+    spec = replace(
+        spec,
+        init_std=init.std or spec.init_std,
+        embedding_init_std=init.embedding_std,
+        depth_scaled_init=spec.depth_scaled_init if init.depth_scaled is None else init.depth_scaled,
+    )
     return Stage(spec, grid, recompute, config.parallel.sequence, config.train.z_loss).initialise(config.train.seed)
 
 
@@ -36,7 +44,7 @@ def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
     stage = build_stage(config, spec, grid)
     optimizer = config.document.optimizer
     assert optimizer is not None, "the config's rules ask for one"
-    groups = parameter_groups(stage, optimizer.params.weight_decay)
+    groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
     with quiet():
         engine = Engine(
             stage,
@@ -79,10 +87,12 @@ def compare_with_asked(engine: Any, config: Config) -> None:
 
 
 class LearningRate:
-    """The learning rate of each step: megalite's own schedule as a function of the step, or DeepSpeed's object."""
+    """The learning rate of each step: megalite's own schedule as a function of the position, or DeepSpeed's object.
+    A parameter group's is a multiple of it."""
 
     def __init__(self, engine: Engine, config: Config) -> None:
         self.engine, self.schedule = engine, config.schedule
+        self.plan, self.length = config.batch_plan, config.data.sequence_length
         optimizer = config.document.optimizer
         assert optimizer is not None
         self.highest = optimizer.params.lr
@@ -100,12 +110,14 @@ class LearningRate:
                 for group, first in zip(scheduler.optimizer.param_groups, self.first, strict=True):
                     group.update(first)
 
-    def set(self, step: int) -> float:
-        """Sets the rate of optimizer step `step` (0 is the first) and returns it."""
+    def set(self, position: Position) -> float:
+        """Sets the rate of the optimizer step that begins at a position and returns it."""
         groups = self.engine.optimizer.param_groups  # type: ignore[union-attr]
-        if self.schedule is not None:
-            rate = self.highest * learning_rate_factor(self.schedule, step)
-            for group in groups:
-                group["lr"] = rate
-            return rate
-        return groups[0]["lr"]
+        if self.schedule is None:
+            return groups[0]["lr"]
+        step_tokens = self.plan.size(position.consumed_samples) * self.length
+        factor = learning_rate_factor(self.schedule, position.step, position.consumed_tokens, step_tokens)
+        rate = self.highest * factor
+        for group in groups:
+            group["lr"] = rate * group[LR_RATIO]
+        return rate

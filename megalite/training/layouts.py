@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megalite.config import Config, check_model
+from megalite.config.sections import BatchRamp
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
+from megalite.training.optimizer import check_parameter_groups
 
 LEAST_EPSILON = 1e-4
 
@@ -76,7 +78,8 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
     if batch % layout.data:
         raise ConfigError(f"train_batch_size: {batch}: must be a multiple of the data axis of {layout}")
     document["train_batch_size"] = batch
-    document["train_micro_batch_size_per_gpu"] = layout.micro or math.gcd(given, batch // layout.data)
+    every = _common(batch, config.train.batch_ramp)
+    document["train_micro_batch_size_per_gpu"] = layout.micro or math.gcd(given, max(1, every // layout.data))
     document.pop("gradient_accumulation_steps", None)
     zero = document.setdefault("zero_optimization", {})
     if layout.zero is not None:
@@ -86,8 +89,19 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
         zero.pop("offload_param", None)
     document["megalite"].setdefault("parallel", {}).update(pipe=layout.pipe, tensor=layout.tensor)
     resolved = Config.from_dict(document).resolve(layout.world_size)
-    check_model(resolved, read_spec(resolved.model))
+    spec = read_spec(resolved.model)
+    check_model(resolved, spec)
+    check_parameter_groups(resolved, spec)
     return resolved
+
+
+def common_batch(config: Config) -> int:
+    """What all global batches of a resolved config, during a ramp too, are multiples of."""
+    return _common(config.train_batch_size, config.train.batch_ramp)
+
+
+def _common(batch: int, ramp: BatchRamp | None) -> int:
+    return batch if ramp is None else math.gcd(batch, ramp.start, ramp.increment)
 
 
 def micro_sizes(batch: int, given: int) -> list[int]:

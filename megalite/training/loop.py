@@ -78,7 +78,6 @@ class Run:
         self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length
-        self.step_tokens = config.train_batch_size * length
         machine_rate = matrix_product_rate(self.device, DTYPES[config.precision])
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
@@ -135,8 +134,10 @@ class Run:
         """One optimizer step."""
         start = time.perf_counter()
         config, grid, engine, health = self.config, self.grid, self.engine, self.health
-        count, before = config.train_batch_size, self.position
-        rate = self.rate.set(before.step)
+        before = self.position
+        count = config.batch_plan.size(before.consumed_samples)
+        step_tokens = count * config.data.sequence_length
+        rate = self.rate.set(before)
         batches = self._batches(
             Kept(self.data, before), before.consumed_samples, count, (config.train.seed, before.step)
         )
@@ -152,7 +153,7 @@ class Run:
         self.pace.begin(before.step + 1)
         train_step(self.pipeline, grid.data, batches, before_update)
         agreed = self._agree()
-        self.position = health.after(count, self.step_tokens)
+        self.position = health.after(count, step_tokens)
         row = {
             "step": self.position.step,
             "loss": health.loss,
@@ -169,7 +170,7 @@ class Run:
         figures, lines = self.pace.end(self.position.step)
         for line in lines:
             self.note(line)
-        self._report(row | figures, time.perf_counter() - start)
+        self._report(row | figures, step_tokens, time.perf_counter() - start)
         return agreed
 
     def _heed(self, line: str | None) -> None:
@@ -235,8 +236,8 @@ class Run:
         dist.all_gather_object(everyone, memory)
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
-    def _report(self, row: dict[str, Any], seconds: float) -> None:
-        row |= {"step_seconds": seconds, "tokens_per_second": self.step_tokens / seconds}
+    def _report(self, row: dict[str, Any], tokens: int, seconds: float) -> None:
+        row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
         if self.saver.blocked_seconds:
             row["checkpoint_seconds"], self.saver.blocked_seconds = self.saver.blocked_seconds, 0.0
         if self.metrics is not None and self.screen is not None:

@@ -20,6 +20,7 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.launch import ArgumentParser, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.training.optimizer import check_parameter_groups
 
 
 def main(arguments: list[str]) -> int:
@@ -72,6 +73,7 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
     config = load_config(path, overrides).resolve(world_size)
     spec = read_spec(config.model)
     check_model(config, spec)
+    check_parameter_groups(config, spec)
     prepared = Prepared(config, spec, model_dict(config.model))
     if thorough:
         _check_data(config, spec)

@@ -23,6 +23,7 @@ def train_step(
     """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the last stage, and the
     tokens that count in the global batch. before_update: called when all gradients stand, with this rank's part of
     the mean loss (fp64 scalar)."""
+    pipeline.engine.begin_step(len(batches))
     tokens = max(1, int(sum_over(tokens_that_count(batches), data)))
     # DeepSpeed divides by the micro-batches and averages over the data axis; ours is a mean over tokens.
     scale = data.size * len(batches) / tokens

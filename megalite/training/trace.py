@@ -26,6 +26,7 @@ from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import MOMENTS, Engine
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.engine import LearningRate, build_engine, build_pipeline
+from megalite.training.position import Position
 from megalite.training.step import train_step
 
 KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
@@ -52,14 +53,15 @@ class Session:
     def batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
         config, axis = self.config, self.engine.grid.data
-        size, device = config.train_batch_size, torch.device(self.engine.device or "cpu")
-        draw = (config.train.seed, step)
-        return micro_batches(self.data, step * size, size, config.micro_batch_size, axis, device, draw)
+        start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
+        size, draw = config.batch_plan.size(start), (config.train.seed, step)
+        return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
 
     def step(self, step: int, before_update: Callable[[], None] | None = None) -> tuple[float, float]:
         """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping).
         before_update: called when all gradients stand."""
-        self.rate.set(step)
+        samples = self.config.batch_plan.consumed(step)
+        self.rate.set(Position(step, samples, samples * self.config.data.sequence_length))
         grid, batches = self.engine.grid, self.batches(step)
         ready = None if before_update is None else lambda _: before_update()
         total, weight = train_step(self.pipeline, grid.data, batches, ready)

@@ -21,7 +21,7 @@ from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
 from megalite.launch import ArgumentParser
 from megalite.model.families import read_spec
-from megalite.training.layouts import Layout, base_batch, comparable, config_of, micro_sizes
+from megalite.training.layouts import Layout, base_batch, common_batch, comparable, config_of, micro_sizes
 from megalite.training.local_ranks import check_room, run_local_ranks
 from megalite.training.trace import Piece, Trace
 
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
     for layout in layouts:
         check_room(layout.world_size, str(layout))
     given = config_of(config, Layout(zero=0), batch, offload=False)
-    sizes = micro_sizes(batch, given.micro_batch_size)
+    sizes = micro_sizes(common_batch(given), given.micro_batch_size)
     if len(sizes) < 2:
         raise ConfigError(f"train_batch_size: {batch}: must be 2 or more: bounds come from micro-batch sizes")
     TrainData(given.data, given.train.seed, read_spec(given.model).vocabulary_size)

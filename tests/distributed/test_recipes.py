@@ -1,0 +1,121 @@
+"""What a step does by its position and by names: growing batches, schedules, parameter groups, initial weights. The
+same on every layout, across a change of it, and as torch's AdamW does in one process."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.config import Config
+from megalite.data.loader import TrainData
+from megalite.model.families import read_spec
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import placed
+from megalite.training.engine import build_stage
+from tests.ranks import run_ranks
+from tests.training_runs import VOCABULARY, document, nothing, rows, train
+
+SIZES = [4, 4, 8, 12, 12, 12]  # of the batches, by the ramp below
+WARMUP_TOKENS = 150  # 12 tokens a sample: the third step ends at 192
+RATES = [48 / 150, 96 / 150, 1.0, 1.0, 1.0, 1 - math.sqrt(0.5)]
+GROUPS = [
+    {"match": "layers.1.*", "lr_ratio": 0.25},
+    {"match": "*.query.*", "weight_decay": 0.0},
+    {"match": "embedding.*", "lr_ratio": 0.5, "weight_decay": 0.02},
+    {"match": "final_norm.*", "lr_ratio": 0.0},
+]
+LAYOUTS: list[tuple[dict[str, int], int]] = [  # on 4 ranks, with their micro-batch
+    ({"zero": 1}, 1),
+    ({"pipe": 2, "zero": 2}, 2),
+    ({"tensor": 2, "zero": 3}, 1),
+    ({"pipe": 2, "tensor": 2, "zero": 1}, 4),
+]
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def recipe(folder: Path, run: str, layout: dict[str, int], micro: int, steps: int = 6) -> dict[str, Any]:
+    train = {
+        "steps": steps,
+        "batch_ramp": {"start": 4, "increment": 4, "samples": 16},
+        "parameter_groups": GROUPS,
+        "init": {"std": 0.05, "embedding_std": 0.1, "depth_scaled": True},
+    }
+    keys = document(folder, run, layout, train=train)
+    params = {"total_steps": 6, "warmup_tokens": WARMUP_TOKENS, "decay_steps": 2}
+    keys |= {"train_batch_size": 12, "train_micro_batch_size_per_gpu": micro, "gradient_clipping": 0.5}
+    keys["scheduler"] = {"type": "wsd", "params": params}
+    keys["optimizer"]["params"]["weight_decay"] = 0.1
+    keys["megalite"]["model"]["attention_bias"] = True
+    return keys
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(find_checkpoint(run))
+    return {f"{kind}/{name}": checkpoint.read(name, kind=kind) for name in checkpoint.names for kind in KINDS}
+
+
+def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, norms and final weights of a loop of torch alone, its groups and rates written out by hand."""
+    config = Config.from_dict(keys).resolve(1, has_gpu=False)
+    stage = build_stage(config, read_spec(config.model), Grid())
+    groups: list[dict[str, Any]] = []
+    for value, place in placed(stage):
+        ratio, decay = 1.0, 0.1 if value.dim() > 1 else 0.0
+        if place.name.startswith("layers.1."):
+            ratio = 0.25
+        elif ".query." in place.name:
+            decay = 0.0
+        elif place.name.startswith("embedding."):
+            ratio, decay = 0.5, 0.02
+        elif place.name == "final_norm.weight":
+            ratio = 0.0
+        groups.append({"params": [value], "weight_decay": decay, "ratio": ratio})
+    adam = torch.optim.AdamW(groups, eps=1e-4)
+    data = TrainData(config.data, config.train.seed, VOCABULARY)
+    losses, norms = [], []
+    for step, size in enumerate(SIZES):
+        start = sum(SIZES[:step])
+        batch = data.batch(range(start, start + size))
+        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
+        for group in adam.param_groups:
+            group["lr"] = 1e-2 * RATES[step] * group["ratio"]
+        loss = F.cross_entropy(stage(tokens).flatten(0, 1), labels.flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(stage.parameters(), 0.5).item())
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {place.name: value.detach() for value, place in placed(stage)}
+
+
+def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) -> None:
+    alone = recipe(tmp_path, "alone", {"zero": 0}, 2)
+    assert run_ranks(1, train, [(alone, nothing)]) == [[0]]
+    runs = [recipe(tmp_path, str(number), *layout) for number, layout in enumerate(LAYOUTS)]
+    # Stopped in the ramp under ZeRO-3, gone on with on pipe 2 and with another micro-batch.
+    runs += [recipe(tmp_path, "moved", *LAYOUTS[2], steps=2), recipe(tmp_path, "moved", *LAYOUTS[1])]
+    assert run_ranks(4, train, [(keys, nothing) for keys in runs]) == [[0] * len(runs)] * 4
+
+    losses, norms, weights = by_torch(alone)
+    wanted, expected = rows(tmp_path / "alone"), tensors(tmp_path / "alone")
+    assert [row["loss"] for row in wanted] == pytest.approx(losses, rel=1e-6)
+    assert [row["grad_norm"] for row in wanted] == pytest.approx(norms, rel=1e-5) and max(norms) > 0.5
+    for name, value in weights.items():
+        torch.testing.assert_close(expected[f"weight/{name}"], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert [row["learning_rate"] for row in wanted] == pytest.approx([1e-2 * rate for rate in RATES], rel=1e-12)
+    samples = [sum(SIZES[: step + 1]) for step in range(6)]
+    for run in ("alone", "moved", *map(str, range(len(LAYOUTS)))):
+        found = rows(tmp_path / run)
+        assert [row["consumed_samples"] for row in found] == samples
+        assert [row["consumed_tokens"] for row in found] == [12 * count for count in samples]
+        assert [row["learning_rate"] for row in found] == [row["learning_rate"] for row in wanted]
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted], rel=1e-6), run
+        assert [row["grad_norm"] for row in found] == pytest.approx([row["grad_norm"] for row in wanted], rel=2e-5)
+        for name, value in tensors(tmp_path / run).items():
+            difference = (value - expected[name]).norm()
+            assert difference < 3e-5 * expected[name].norm() + 1e-7, (run, name)
