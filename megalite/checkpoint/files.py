@@ -34,7 +34,7 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.storage import write_tensors
 from megalite.errors import CheckpointError
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
 FILE_BYTES = 2 << 30  # of a file that one process writes
 
 
@@ -118,7 +118,12 @@ class Checkpoint:
     @property
     def has_moments(self) -> bool:
         """Whether the optimizer's state is in it."""
-        return any(name.startswith(f"{MOMENTS[0]}/") for name in self.index.entries)
+        return bool(self.moments)
+
+    @property
+    def moments(self) -> set[str]:
+        """What the optimizer keeps of each parameter, such as exp_avg."""
+        return {name.partition("/")[0] for name in self.index.entries} - {WEIGHT}
 
     def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
         """Full shape of a parameter. CheckpointError where it is not in the checkpoint."""

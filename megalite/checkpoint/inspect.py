@@ -25,7 +25,7 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
     parameters = sum(entries[f"{WEIGHT}/{name}"].numel for name in checkpoint.names)
     files = Counter(chunk.file for entry in entries.values() for chunk in entry.chunks)
     yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, " + (
-        "with Adam's moments" if checkpoint.has_moments else "without moments"
+        f"with {', '.join(sorted(checkpoint.moments))}" if checkpoint.has_moments else "without moments"
     )
     yield f"  {size_bytes(checkpoint.index):,} bytes in {len(files)} files, {sum(files.values())} boxes"
     if tensors:

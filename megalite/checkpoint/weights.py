@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megalite.checkpoint.boxes import boxes_of_shard
-from megalite.checkpoint.files import MOMENTS, WEIGHT, Checkpoint, verify
+from megalite.checkpoint.files import WEIGHT, Checkpoint, verify
 from megalite.checkpoint.storage import BoxDict, BoxLoadPlanner, BoxReader
 from megalite.errors import CheckpointError
 from megalite.parallel.layers import Shard, placed
@@ -45,7 +45,7 @@ def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) 
     """Fills masters, and moments where asked, with the checkpoint's values (collective over the world)."""
     wanted: BoxDict = {}
     for shard in shards:
-        kinds = {WEIGHT: shard.master, **({name: shard.state[name] for name in MOMENTS} if moments else {})}
+        kinds = {WEIGHT: shard.master, **(shard.state if moments else {})}
         place = shard.placement
         for kind, values in kinds.items():
             # A name may stand twice on a rank only if tied there, and then it is one parameter.

@@ -80,6 +80,8 @@ class Config:
     def deepspeed(self) -> dict[str, Any]:
         """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
+        if keys.get("optimizer", {}).get("type") == "SGD":
+            keys["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_recipes.py
         scheduler = keys.get("scheduler", {})
         if scheduler.get("type") in OURS:
             del keys["scheduler"]

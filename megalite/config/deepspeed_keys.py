@@ -8,7 +8,8 @@ DeepSpeed's default, but for those that `rules.py` always writes.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from megalite.config.section import Section
 
@@ -181,11 +182,12 @@ class OptimizerParams(Section):
     """`optimizer.params`"""
 
     lr: float = Field(gt=0, description="Learning rate, the highest of the schedule.")
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.999], description="Decay of the two moments."
-    )
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: Rate = Field(0.0, description="Decay of the weights, times the learning rate.")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = key(
+        "Adam, Lion: decay of the moments; left out: [0.9, 0.999], with Lion [0.9, 0.99]."
+    )
+    eps: float | None = Field(None, gt=0, description="Adam: added to the root of the second moment; left out: 1e-8.")
+    momentum: float | None = Field(None, ge=0, lt=1, description="SGD: decay of the momentum; left out: 0, none.")
     adam_w_mode: bool | None = key(
         "With type Adam: true (DeepSpeed's default) decays as AdamW does, false adds it to the gradient."
     )
@@ -201,10 +203,34 @@ class OptimizerParams(Section):
     }
 
 
+ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True, "torch_adam": None}
+OPTIMIZERS: dict[str, dict[str, Any]] = {  # what each takes beside lr and weight_decay, with what holds when left out
+    "AdamW": ADAM,
+    "Adam": ADAM,
+    "Lion": {"betas": [0.9, 0.99]},
+    "SGD": {"momentum": 0.0},
+}
+REFUSED_OPTIMIZERS = {
+    "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
+    "ZeRO-1 on clips the update in place of the gradient: the result would hang on the layout",
+    "Adagrad": "DeepSpeed makes it anew for ZeRO and forgets the parameter groups: norms and biases would decay",
+    "Lamb": "it needs the norms of whole tensors, of which ZeRO gives it parts",
+}
+
+
+def _optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        why = next((f": {why}" for known, why in REFUSED_OPTIMIZERS.items() if known.lower() == name.lower()), "")
+        raise PydanticCustomError("optimizer", f"must be one of {', '.join(OPTIMIZERS)}{why}")
+    return name
+
+
 class Optimizer(Section):
     """`optimizer`"""
 
-    type: Literal["AdamW", "Adam"] = Field(description="The update rule.")
+    type: Annotated[str, AfterValidator(_optimizer)] = Field(
+        description="The update rule: `AdamW`, `Adam`, `Lion` (on a GPU, or with offload_optimizer), `SGD`."
+    )
     params: OptimizerParams
     refused: ClassVar = {"legacy_fusion": "it belongs to fp16 and LAMB; leave it out"}
 

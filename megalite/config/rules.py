@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megalite.config.batches import BatchPlan
-from megalite.config.deepspeed_keys import DeepSpeedKeys, Optimizer, ZeroOptimization
+from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, Optimizer, ZeroOptimization
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, broken, nearest, parse
 from megalite.config.sections import Data, Megalite, Parallel
@@ -265,6 +265,9 @@ def _check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
+    for name, value in optimizer.params.model_dump(exclude_none=True, exclude={"lr", "weight_decay"}).items():
+        if name not in OPTIMIZERS[optimizer.type]:
+            raise broken(f"optimizer.params.{name}", value, f"is not a parameter of {optimizer.type}; leave it out")
     if optimizer.type == "AdamW" and optimizer.params.adam_w_mode is False:
         raise broken(
             "optimizer.params.adam_w_mode", False, "must not be false with type AdamW; use type Adam"
@@ -327,10 +330,15 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
             fp16.setdefault(name, value)
     if fp16.get("enabled") or result.get("bf16", {}).get("enabled"):
         result.setdefault("communication_data_type", "fp32")
-    params = result["optimizer"]["params"]
-    if result["optimizer"]["type"] == "Adam":
-        params.setdefault("adam_w_mode", True)
-    if not has_gpu:
+    kind, params = result["optimizer"]["type"], result["optimizer"]["params"]
+    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    if kind == "Lion" and not has_gpu and not offloaded:
+        rule = "needs a GPU or zero_optimization.offload_optimizer.device cpu, for which DeepSpeed has compiled ones"
+        raise broken("optimizer.type", kind, rule)
+    for name, value in OPTIMIZERS[kind].items():
+        if value is not None:
+            params.setdefault(name, value)
+    if kind in ("AdamW", "Adam") and not has_gpu:
         params.setdefault("torch_adam", True)
     return result
 

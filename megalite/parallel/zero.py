@@ -24,8 +24,15 @@ from megalite.parallel.layers import Placement, Shard, placed
 from megalite.parallel.norm import GlobalNorm
 
 INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by the names that torch and DeepSpeed share
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of all optimizers, by torch's and DeepSpeed's names
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of what an optimizer keeps of each weight."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return MOMENTS[:1] if optimizer.defaults["momentum"] else ()
+    return MOMENTS[1:2] if "Lion" in type(optimizer).__name__ else MOMENTS[1:]
 
 
 class _OneVerdict:
@@ -245,14 +252,14 @@ class Engine(DeepSpeedEngine):
         ]
 
     def make_moments(self, steps: int) -> None:
-        """Gives Adam its state as after `steps` steps, all zero, so that `shards` can be filled from a checkpoint
-        before the first step (the optimizers make it lazily)."""
+        """Gives the optimizer its state as after `steps` steps, all zero, so that `shards` can be filled from a
+        checkpoint before the first step (the optimizers make it lazily)."""
         optimizer = self._adam
         counter: Any = torch.tensor(float(steps)) if type(optimizer).__module__.startswith("torch.") else steps
         for value in self._masters():
             optimizer.state[value] = {
                 "step": counter.clone() if isinstance(counter, Tensor) else counter,
-                **{name: torch.zeros_like(value, requires_grad=False) for name in MOMENTS},
+                **{name: torch.zeros_like(value, requires_grad=False) for name in moments_of(optimizer)},
             }
 
     @property

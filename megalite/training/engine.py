@@ -96,8 +96,9 @@ class LearningRate:
         optimizer = config.document.optimizer
         assert optimizer is not None
         self.highest = optimizer.params.lr
-        adam: Any = engine.basic_optimizer
-        self.first = [{"lr": group["lr"], "betas": group["betas"]} for group in adam.param_groups]
+        basic: Any = engine.basic_optimizer
+        moved = ("lr", "betas")  # by DeepSpeed's schedulers
+        self.first = [{name: group[name] for name in moved if name in group} for group in basic.param_groups]
 
     def start_at(self, step: int) -> None:
         """Puts DeepSpeed's scheduler, where there is one, to where `step` steps leave it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megalite.config import Config, check_model
+from megalite.config.deepspeed_keys import OPTIMIZERS
 from megalite.config.sections import BatchRamp
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
@@ -49,13 +50,14 @@ class Layout:
 
 
 def comparable(config: Config) -> Config:
-    """The config in fp32 and with Adam's epsilon at 1e-4 or more. With less, an element whose gradient is rounding
-    alone makes a whole step of its sign, and faults hide among chance."""
+    """The config in fp32 and with Adam's epsilon, if it is Adam, at 1e-4 or more. With less, an element whose gradient
+    is rounding alone makes a whole step of its sign, and faults hide among chance."""
     document = copy.deepcopy(config.to_json())
     for key in ("bf16", "fp16", "communication_data_type"):
         document.pop(key, None)
-    params = document.get("optimizer", {}).get("params", {})
-    params["eps"] = max(params.get("eps", 0.0), LEAST_EPSILON)
+    optimizer = document.get("optimizer", {})
+    if "eps" in OPTIMIZERS.get(optimizer.get("type"), {}):
+        optimizer["params"]["eps"] = max(optimizer["params"].get("eps", 0.0), LEAST_EPSILON)
     return Config.from_dict(document)
 
 

@@ -289,6 +289,7 @@ class Run:
         state = {
             **asdict(replace(self.position, loss_scale=loss_scale_state(self.engine))),
             "seed": config.train.seed,
+            "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
             "model": self.model,

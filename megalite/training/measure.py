@@ -50,8 +50,8 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     stage = build_stage(config, spec, Grid()).to(device)
     params = optimizer.params
     groups = parameter_groups(stage, params.weight_decay)
-    b1, b2 = params.betas
-    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(b1, b2), eps=params.eps)
+    b1, b2 = params.betas or (0.9, 0.999)
+    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(b1, b2), eps=params.eps or 1e-8)
     data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
     bf16 = config.precision == "bf16"
 

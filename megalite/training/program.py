@@ -134,8 +134,15 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
         was, now = getattr(theirs, field.name), getattr(prepared.spec, field.name)
         if was != now and field.name != "init_std" and not field.name.endswith("dropout"):
             raise _Other(f"megalite.model: {field.name} {now}: must be {was}, as in {weights.folder}")
-    if seed is not None and isinstance(weights, Checkpoint) and weights.state["seed"] != seed:
+    if seed is None or not isinstance(weights, Checkpoint):
+        return
+    if weights.state["seed"] != seed:
         raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, as in {weights.folder}")
+    optimizer = prepared.config.document.optimizer
+    was, now = weights.state.get("optimizer", "AdamW"), optimizer and optimizer.type
+    if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same of each weight
+        rule = f"must be {was}, as in {weights.folder}: another needs a new run, with megalite.train.load"
+        raise _Other(f"optimizer.type: {now}: {rule}")
 
 
 def _train(prepared: Prepared, rank: int) -> int:
