@@ -29,7 +29,8 @@ def watch_writer(act: Callable[[int, str, Any], None]) -> None:
             inside.here = False
 
     def audited(event: str, arguments: Any) -> None:
-        if event in _EVENTS and not (event == "open" and "/proc/" in str(arguments[0])):
+        # A first save also opens what libraries import late.
+        if event in _EVENTS and (event != "open" or "checkpoints" in str(arguments[0])):
             before(event, arguments[0])
 
     def called(name: str) -> Any:

@@ -20,7 +20,7 @@ from megalite.checkpoint.folder import Chunk, Entry, write_all
 from megalite.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 4 << 20
 _FLUSH_BYTES = 64 << 20  # after so many the disk is set to work, so that little is left for the end
 
 
@@ -31,7 +31,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as helpers:
         descriptor, unflushed = file.fileno(), 0
         flushing: Future[None] | None = None
-        for block in _blocks(tensors):
+        for block in _joined(_pieces(tensors)):
             hashing = helpers.submit(digest.update, block)  # beside the write: neither holds Python's lock
             try:
                 write_all(descriptor, block)
@@ -48,7 +48,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _blocks(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     """The file's bytes (format: huggingface.co/docs/safetensors): length of the header, header, tensors in order."""
     header: dict[str, Any] = {}
     start = 0
@@ -60,9 +60,22 @@ def _blocks(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        content: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        for first in range(0, len(content), _BLOCK_BYTES):
-            yield content[first : first + _BLOCK_BYTES]
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks of a size that is worth a call; large pieces are not copied."""
+    small = bytearray()
+    for piece in pieces:
+        if small and len(small) + len(piece) > _BLOCK_BYTES:
+            yield memoryview(small)
+            small = bytearray()
+        if len(piece) < _BLOCK_BYTES:
+            small += piece
+            continue
+        for first in range(0, len(piece), _BLOCK_BYTES):
+            yield piece[first : first + _BLOCK_BYTES]
+    yield memoryview(small)
 
 
 class TensorFiles:

@@ -112,8 +112,6 @@ class Run:
             with watching(f"step {step}", limits.first_step_seconds if step == 1 + first else limits.step_seconds):
                 agreed = self._step()
             stop = agreed.stop
-            if agreed.save_ended:
-                self._finish_save()
             if not self.going_back:
                 if self.valid is not None and not stop and due(step, train.eval_interval, train.steps):
                     with watching(f"evaluation after step {step}", limits.evaluation_seconds):
@@ -161,6 +159,8 @@ class Run:
         self.pace.begin(before.step + 1)
         train_step(self.pipeline, grid.data, batches, before_update)
         agreed = self._agree()
+        if agreed.save_ended:
+            self._finish_save()
         self.position = health.after(count, self.step_tokens)
         row = {
             "step": self.position.step,
