@@ -7,19 +7,23 @@ Next: save.py and weights.py, what ranks do together.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalite.checkpoint.folder import (
+    CARRIED,
+    FORMAT,
     INDEX,
     LATEST,
+    REPLACED_NAME,
     STATE,
     STEP_NAME,
     SUMS,
@@ -27,11 +31,14 @@ from megalite.checkpoint.folder import (
     Entry,
     Index,
     Transaction,
+    check_carried,
     check_file,
+    flush_folder,
     read_checked_json,
     read_sums,
+    write_flushed,
 )
-from megalite.checkpoint.storage import write_tensors
+from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
@@ -43,11 +50,19 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint by its folder's name; None for any other name."""
+    match = STEP_NAME.match(path.name) or REPLACED_NAME.match(path.name)
+    return int(match[1]) if match else None
+
+
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them."""
+    """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them; one that was
+    hidden to make room for another of its step is, where a kill came before that took its place."""
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.glob("step_*") if STEP_NAME.match(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    found = {step: path for path in sorted(folder.glob(".step_*.replaced")) if (step := step_of(path)) is not None}
+    found |= {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None}
+    return [found[step] for step in sorted(found)]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -80,10 +95,13 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Checks every file's SHA-256, before anything in it is parsed; ranks may share the files out as `part` of
-    `parts`. CheckpointError names the first that is damaged."""
-    for position, (name, digest) in enumerate(sorted(read_sums(folder).items())):
-        if position % parts == part:
-            check_file(folder, name, digest)
+    `parts`, and with them the cores. CheckpointError names the first that is damaged."""
+    sums = read_sums(folder)
+    check_carried(folder, sums)
+    ours = sorted(sums.items())[part::parts]
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // parts)) as pool:
+        for _ in pool.map(lambda item: check_file(folder, *item), ours):
+            pass
 
 
 @dataclass
@@ -96,17 +114,26 @@ class Checkpoint:
     model: dict[str, Any]
     index: Index
 
+    def __post_init__(self) -> None:
+        self.files = TensorFiles(self.folder)
+
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """Reads state and index, each after its SHA-256 has been checked (`verify` does the tensors' files)."""
         folder = Path(path)
         sums = read_sums(folder)
         state = read_checked_json(folder, STATE, sums[STATE])
+        value = read_checked_json(folder, INDEX, sums[INDEX])
         try:
-            index = Index.from_json(read_checked_json(folder, INDEX, sums[INDEX]))
-            model = state["model"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}: is no checkpoint of format 1: {error}") from error
+            index, model = Index.from_json(value), state["model"]
+            index.check_whole()
+            for key in ("step", "consumed_samples", "consumed_tokens", "seed"):
+                if not isinstance(state[key], int) or state[key] < 0:
+                    raise ValueError(f"{key}: {state[key]!r}: must be a number of 0 or more")
+            if not isinstance(model, dict):
+                raise ValueError("model: must be a Hugging Face config")
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {error}") from error
         return cls(folder, state, model, index)
 
     @property
@@ -138,12 +165,7 @@ class Checkpoint:
         shape = tuple(shape) if shape is not None else entry.shape
         result = torch.empty(shape, dtype=entry.dtype)
         for chunk, ours, theirs in _overlaps(entry, offsets, shape):
-            path = self.folder / chunk.file
-            try:
-                with safe_open(path, framework="pt") as file:
-                    result[ours] = file.get_slice(chunk.key)[theirs]
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+            result[ours] = self.files.read(chunk, entry, theirs)
         return result
 
     def _entry(self, name: str, kind: str) -> Entry:
@@ -182,6 +204,7 @@ class CheckpointWriter:
         self.transaction = Transaction(folder, {**state, "model": model})
         self.index, self.digests = Index(), {}
         self.pending: dict[str, Tensor] = {}
+        self.written = 0
 
     def __enter__(self) -> "CheckpointWriter":
         self.transaction.begin()
@@ -192,22 +215,39 @@ class CheckpointWriter:
         full_name, shape = f"{kind}/{name}", tuple(tensor.shape)
         if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > FILE_BYTES:
             self._flush()
-        chunk = Chunk((0,) * len(shape), shape, f"tensors_{len(self.digests):05d}.safetensors", full_name)
+        chunk = Chunk((0,) * len(shape), shape, self._file_name, full_name)
         self.index.add(full_name, Entry(shape, tensor.dtype), chunk)
-        self.pending[full_name] = tensor.contiguous()
+        self.pending[full_name] = tensor
+
+    def carry(self, path: Path) -> None:
+        """Takes a small file that goes with the weights, into `hugging_face/`."""
+        folder = self.transaction.partial / CARRIED
+        folder.mkdir(exist_ok=True)
+        self.digests[f"{CARRIED}/{path.name}"] = write_flushed(folder / path.name, path.read_bytes())
+
+    @property
+    def _file_name(self) -> str:
+        return f"tensors_{self.written:05d}.safetensors"
 
     def _flush(self) -> None:
-        name = f"tensors_{len(self.digests):05d}.safetensors"
+        name = self._file_name
         self.digests[name] = write_tensors(self.transaction.partial / name, self.pending)
         self.pending.clear()
+        self.written += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
             self.transaction.abandon()
             return
-        if self.pending:
-            self._flush()
-        self.transaction.publish(self.index, self.digests)
+        try:
+            if self.pending:
+                self._flush()
+            if (carried := self.transaction.partial / CARRIED).exists():
+                flush_folder(carried)
+            self.transaction.publish(self.index, self.digests)
+        except BaseException:
+            self.transaction.abandon()
+            raise
 
 
 def size_bytes(index: Index) -> int:

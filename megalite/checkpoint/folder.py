@@ -4,6 +4,7 @@
     run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
                                   index.json    every tensor's full shape and where its boxes lie
                                   tensors_00000.safetensors …   boxes, one file a rank
+                                  hugging_face/…  small files that imported weights came with
                                   SHA256SUMS    of all files, and of its own lines
 
 A folder is written beside under a hidden name, flushed to disk, and made visible by one rename; `latest` follows.
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +27,13 @@ from megalite.errors import CheckpointError
 
 FORMAT = 1
 STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
+CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
+REPLACED_NAME = re.compile(r"^\.step_(\d{8,})\.replaced$")  # was hidden to make room; counts where no step_… stands
+LEFT_OVER_NAME = re.compile(r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$")  # what a killed save or removal leaves
 _OWN_SUM = "# of the lines above: "
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")  # no path: an index cannot point out of its folder
+_LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _READ_BYTES = 1 << 22
 
 
@@ -72,9 +78,14 @@ class Index:
     def check_whole(self) -> None:
         """Every element of every tensor stands in it once (boxes of one save never overlap): CheckpointError."""
         for name, entry in self.entries.items():
-            held = sum(torch.Size(chunk.shape).numel() for chunk in entry.chunks)
+            held = 0
+            for chunk in entry.chunks:
+                ends = zip(chunk.offsets, chunk.shape, entry.shape, strict=True)
+                if not all(start >= 0 and count >= 0 and start + count <= size for start, count, size in ends):
+                    raise CheckpointError(f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}")
+                held += torch.Size(chunk.shape).numel()
             if held != entry.numel:
-                raise CheckpointError(f"{name}: {held} elements of {entry.numel} to be stored: must be all")
+                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be all")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -103,20 +114,28 @@ def _dtype(name: str) -> torch.dtype:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-        return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_flushed(path: Path, content: bytes) -> str:
+    """Writes a small file to the disk itself; its SHA-256. Its name is durable once its folder is flushed."""
+    with path.open("wb", buffering=0) as file:
+        write_all(file.fileno(), memoryview(content))
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_all(descriptor: int, content: memoryview) -> None:
+    """All of it: one call may take less, on a full disk or for a signal."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a small file as a whole: beside it, flushed, then renamed over it."""
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_flushed(beside, text.encode())
     os.replace(beside, path)
     flush_folder(path.parent)
 
@@ -134,40 +153,46 @@ def flush_folder(folder: Path) -> None:
 class Transaction:
     """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
 
-    state: what state.json will hold. Called by one rank; the others only write into `partial`, on a file system
-    that all of them share.
+    state: what state.json will hold. Called by one rank; the others only write into its `partial`, on a file system
+    that all of them share. That has a name of its own: ranks of an earlier start that still write cannot get into it.
     """
 
     folder: Path
     state: dict[str, Any]
+    partial: Path = field(init=False)
 
-    @property
-    def partial(self) -> Path:
-        return self.folder.with_name(f".{self.folder.name}.partial")
+    def __post_init__(self) -> None:
+        self.partial = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.partial")
 
     def begin(self) -> None:
-        """Makes the empty unpublished folder; what an earlier save left half done is removed."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Makes the empty unpublished folder."""
+        standing = next(path for path in self.partial.parents if path.exists())
         self.partial.mkdir(parents=True)
+        for made in self.partial.parents:
+            if made == standing:
+                break
+            flush_folder(made.parent)
 
     def publish(self, index: Index, digests: dict[str, str]) -> None:
-        """Completes the folder and makes it visible by one rename."""
+        """Completes the folder and makes it visible by one rename. digests: of the files that lie in it, by name."""
         index.check_whole()
         for name, value in ((STATE, {"format": FORMAT, **self.state}), (INDEX, index.to_json())):
-            write_durably(self.partial / name, json.dumps(value, indent=1))
-            digests[name] = file_digest(self.partial / name)
+            digests[name] = write_flushed(self.partial / name, json.dumps(value, indent=1).encode())
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         own = hashlib.sha256(lines.encode()).hexdigest()
-        write_durably(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n")
-        if self.folder.exists():  # one that was found damaged, or that the user asked to replace
+        write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
+        flush_folder(self.partial)
+        if self.folder.exists():  # one that was found damaged, or that a run which goes back writes again
             replaced = self.folder.with_name(f".{self.folder.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.folder, replaced)
+            # A kill here leaves the old one, which `checkpoints_of` finds under this name.
             os.rename(self.partial, self.folder)
+            flush_folder(self.folder.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(self.partial, self.folder)
-        flush_folder(self.folder.parent)
+            flush_folder(self.folder.parent)
 
     def abandon(self) -> None:
         """Removes what was written."""
@@ -188,7 +213,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: damaged: its lines do not have the SHA-256 that it states")
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
     for name in (STATE, INDEX, *sums):
-        if not _PLAIN_NAME.match(name) or name not in sums:
+        if not _LISTED_NAME.match(name) or name not in sums:
             raise CheckpointError(f"{path}: {name}: must be the plain name of a file that it lists")
     return sums
 
@@ -204,10 +229,23 @@ def check_file(folder: Path, name: str, digest: str) -> None:
         raise CheckpointError(f"{path}: damaged: SHA-256 {found[:12]}… must be {digest[:12]}…")
 
 
+def check_carried(folder: Path, sums: dict[str, str]) -> None:
+    """CheckpointError where a file was put beside those that imported weights came with: it would be read."""
+    for path in sorted((folder / CARRIED).iterdir()) if (folder / CARRIED).is_dir() else []:
+        if f"{CARRIED}/{path.name}" not in sums:
+            raise CheckpointError(f"{path}: is not in {SUMS}: must be one of the files that were imported")
+
+
 def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint, parsed only after its SHA-256 has been checked."""
+    """A JSON object of a checkpoint, parsed only after its SHA-256 has been checked."""
+    path = folder / name
     check_file(folder, name, digest)
-    value = json.loads((folder / name).read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold an object")
     if name == STATE and value.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / name}: format: {value.get('format')!r}: must be {FORMAT}")
+        raise CheckpointError(f"{path}: format: {value.get('format')!r}: must be {FORMAT}")
     return value

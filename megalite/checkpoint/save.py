@@ -1,23 +1,30 @@
 """Saving, all ranks together and in the background: a copy in memory, then files, while the steps go on.
 
-Each element has one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis
-each rank its share. Errors on any rank reach every rank; the older checkpoints then stand. Next: weights.py.
+Where a rank has no room for its copy, the steps wait instead for files written from the live tensors. Each element has
+one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis each rank its share.
+Errors on any rank reach every rank; the older checkpoints then stand. Next: weights.py.
 """
 
+import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megalite.checkpoint.boxes import Box, boxes_of_shard
-from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name
-from megalite.checkpoint.folder import LATEST, Transaction, write_durably
+from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
+from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Shard, share
@@ -43,55 +50,119 @@ def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDic
     return result
 
 
-def copied(boxes: BoxDict) -> BoxDict:
-    """The same values in memory of their own, on the CPU."""
-    return {
-        name: [Box(b.full_shape, b.offsets, b.values.detach().to("cpu", copy=True)) for b in some]
-        for name, some in boxes.items()
-    }
+class Copy:
+    """Memory of this process that boxes are copied into, kept from one save to the next: to ask the system for it
+    anew takes several times as long as to fill it."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        """limit_bytes: of the copy; None: half of what is free on this node, shared among its ranks."""
+        self.limit_bytes = limit_bytes
+        self.memory: dict[torch.dtype, Tensor] = {}
+
+    def take(self, boxes: BoxDict) -> BoxDict | None:
+        """The same values in memory of their own; None where that is more than the limit, or than there is."""
+        counts: Counter[torch.dtype] = Counter()
+        for box in (box for some in boxes.values() for box in some):
+            counts[box.values.dtype] += box.values.numel()
+        wanted = sum(dtype.itemsize * count for dtype, count in counts.items())
+        free = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + self.held_bytes
+        if wanted > (free if self.limit_bytes is None else self.limit_bytes):
+            self.memory.clear()
+            return None
+        for dtype, count in counts.items():
+            if dtype not in self.memory or self.memory[dtype].numel() != count:
+                self.memory.pop(dtype, None)
+                try:
+                    self.memory[dtype] = torch.empty(count, dtype=dtype)
+                except RuntimeError:  # torch's word for no memory
+                    return None
+        used: Counter[torch.dtype] = Counter()
+        result: BoxDict = {}
+        for name, some in boxes.items():
+            result[name] = []
+            for box in some:
+                dtype, count = box.values.dtype, box.values.numel()
+                place = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
+                result[name].append(Box(box.full_shape, box.offsets, place.copy_(box.values.detach())))
+                used[dtype] += count
+        return result
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of this process's memory."""
+        return sum(memory.nbytes for memory in self.memory.values())
 
 
 class Saver:
     """Saves a run's checkpoints: one at a time, in a thread. Every rank makes one and calls it at the same steps."""
 
-    def __init__(self, run_dir: str | Path, keep: int) -> None:
+    def __init__(self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None) -> None:
+        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's."""
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
         # Collectives of the thread must not mix with those of the steps; gloo's need no device.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.running: Future[None] | None = None
-        self.copy_bytes = 0
-        self.blocked_seconds = 0.0
-        """Time that steps have waited for saving, since the last look at it."""
+        self.running: Future[float] | None = None
+        self.copy = Copy(copy_limit_bytes)
+        self.figures: dict[str, float] = {}
+        """Since the last look (`taken_figures`): checkpoint_seconds, that steps have waited; of saves that ended,
+        checkpoint_write_seconds, and checkpoint_copy_bytes, this rank's memory for the copy (0: the steps waited)."""
+        self.told: list[str] = []
+        """On rank 0, for the log: what went wrong after a checkpoint stood."""
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
         """Starts saving; what is given may change as soon as this returns. An earlier save still going on is
-        waited for, and its error raised."""
-        start = time.monotonic()
+        waited for, and its error raised. Where a rank has no room for its copy, this one is waited for by all."""
         self.wait()
-        copy = copied(boxes)
-        self.copy_bytes = sum(box.values.nbytes for some in copy.values() for box in some)
-        self.running = self.thread.submit(self._write, step, copy, state)
-        self.blocked_seconds += time.monotonic() - start
+        start = time.monotonic()
+        copy = self.copy.take(boxes)
+        in_background = self._everywhere(copy is not None)
+        self.running = self.thread.submit(self._write, step, copy if copy and in_background else boxes, state)
+        if not in_background:
+            self.copy.memory.clear()
+            futures.wait([self.running])
+        self._count("checkpoint_seconds", time.monotonic() - start)
 
     def wait(self) -> None:
         """Waits for the save that is going on. Raises CheckpointException (on every rank) where it failed."""
         if self.running is not None:
+            start = time.monotonic()
             running, self.running = self.running, None
-            running.result()
+            try:
+                self._count("checkpoint_write_seconds", running.result())
+                self.figures["checkpoint_copy_bytes"] = self.copy.held_bytes
+            finally:
+                self._count("checkpoint_seconds", time.monotonic() - start)
 
     @property
     def has_ended(self) -> bool:
         """Whether a save was started and `wait` would return at once on this rank."""
         return self.running is not None and self.running.done()
 
-    def _write(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
+    def taken_figures(self) -> dict[str, float]:
+        """`figures`, which begin anew."""
+        taken, self.figures = self.figures, {}
+        return taken
+
+    def _count(self, name: str, seconds: float) -> None:
+        self.figures[name] = self.figures.get(name, 0.0) + seconds
+
+    def _everywhere(self, here: bool) -> bool:
+        if self.group is None:
+            return here
+        flag = torch.tensor(int(here))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)
+
+    def _write(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> float:
+        """Seconds that it took."""
+        start = time.monotonic()
         transaction = Transaction(self.folder / step_name(step), state)
         try:
             save(
                 boxes,
-                storage_writer=BoxWriter(transaction),
+                storage_writer=BoxWriter(transaction, self._remove_left_overs, lambda: self._has_appeared(step)),
                 planner=BoxSavePlanner(),
                 process_group=self.group,
                 no_dist=self.group is None,
@@ -100,15 +171,40 @@ class Saver:
             if self.is_first:
                 transaction.abandon()
             raise
-        if self.is_first:
+        return time.monotonic() - start
+
+    def _remove_left_overs(self) -> None:
+        """What a kill left of earlier saves and removals."""
+        for path in self.folder.glob(".step_*"):
+            step = step_of(path)
+            needed = step is not None and not (self.folder / step_name(step)).exists()
+            if not needed and (LEFT_OVER_NAME.match(path.name) or step is not None):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _has_appeared(self, step: int) -> None:
+        """`latest` names it and others go. It stands whatever happens here, and so the ranks need not agree."""
+        try:
             write_durably(self.folder / LATEST, step_name(step) + "\n")
+            self._set_aside_later(step)
             self._remove_old()
+        except OSError as error:
+            self.told.append(f"checkpoint of step {step} is saved; {LATEST} or others could not be changed: {error}")
+
+    def _set_aside_later(self, step: int) -> None:
+        """Checkpoints of later steps were found damaged when the run started from an older one. A start must not come
+        back to one of them, nor may it count among those that are kept."""
+        for path in checkpoints_of(self.folder.parent):
+            if (step_of(path) or 0) > step:
+                aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
 
     def _remove_old(self) -> None:
         """Keeps the newest `keep` checkpoints; the one just written is whole, so a good one always stays."""
         for path in checkpoints_of(self.folder.parent)[: -self.keep] if self.keep else []:
             # Hidden first, so that a half removed one is never taken for whole.
-            doomed = path.with_name(f".{path.name}.removed")
+            doomed = path.with_name(f".{step_name(step_of(path) or 0)}.removed")
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -5,13 +5,11 @@ its safetensors writer keeps one box of a tensor in a file, so planners and stor
 `{name: [Box, …]}`. Next: files.py, what a checkpoint's folder holds.
 """
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
@@ -36,7 +34,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.folder import Chunk, Entry, Index, Transaction, file_digest
+from megalite.checkpoint.folder import Chunk, Entry, Index, Transaction
+from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 BoxDict = dict[str, list[Box]]
@@ -75,10 +74,13 @@ class BoxSavePlanner(SavePlanner):
 
 
 class BoxWriter(StorageWriter):
-    """Writes a rank's boxes into one safetensors file of an unpublished folder; the coordinator publishes it."""
+    """Writes a rank's boxes into one safetensors file of an unpublished folder; the coordinator publishes it.
 
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction = transaction
+    before, after: called on the coordinator, around it all.
+    """
+
+    def __init__(self, transaction: Transaction, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self.transaction, self.before, self.after = transaction, before, after
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -90,25 +92,27 @@ class BoxWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.before()
         self.transaction.begin()
-        names = [f"tensors_{rank:05d}.safetensors" for rank in range(len(plans))]
+        folder = self.transaction.partial.name  # the other ranks' transactions would call theirs otherwise
+        names = [f"{folder}/tensors_{rank:05d}.safetensors" for rank in range(len(plans))]
         return [SavePlan(plan.items, storage_data=name) for plan, name in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if not plan.items:
             return _done([])
         tensors, results = {}, []
+        path = self.transaction.folder.parent / plan.storage_data
         for item in plan.items:
             assert item.tensor_data is not None
             box = item.tensor_data.chunk
             key = f"{item.index.fqn}@{','.join(map(str, box.offsets))}"
             values = planner.resolve_data(item)
             assert isinstance(values, Tensor)
-            tensors[key] = values.contiguous()
-            chunk = Chunk(tuple(box.offsets), tuple(box.sizes), plan.storage_data, key)
+            tensors[key] = values
+            chunk = Chunk(tuple(box.offsets), tuple(box.sizes), path.name, key)
             results.append(WriteResult(item.index, values.nbytes, chunk))
-        digest = write_tensors(self.transaction.partial / plan.storage_data, tensors)
-        results[0].storage_data.digest = digest
+        results[0].storage_data.digest = write_tensors(path, tensors)
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -121,18 +125,11 @@ class BoxWriter(StorageWriter):
             if chunk.digest:
                 digests[chunk.file] = chunk.digest
         self.transaction.publish(index, digests)
+        self.after()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes a safetensors file to the disk itself, and returns its SHA-256."""
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_digest(path)
 
 
 class BoxLoadPlanner(LoadPlanner):
@@ -153,7 +150,10 @@ class BoxLoadPlanner(LoadPlanner):
                 raise CheckpointError(f"{name}: shape {list(stored.size)} in the checkpoint, {list(box.full_shape)} "
                                       "in the model: must be equal")
             wanted = ChunkStorageMetadata(torch.Size(offsets), box.values.shape)
-            items += create_read_items_for_chunk_list(name, stored, [wanted])
+            found = create_read_items_for_chunk_list(name, stored, [wanted])
+            if sum(item.lengths.numel() for item in found) != box.values.numel():
+                raise CheckpointError(f"{name}: the boxes in the checkpoint do not make it whole")
+            items += found
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -206,21 +206,15 @@ class BoxReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[tuple[ReadItem, Chunk]]] = {}
+        files = TensorFiles(self.folder)
         for item in plan.items:
-            assert item.storage_index.offset is not None
-            chunk = self.index.chunk(item.storage_index.fqn, tuple(item.storage_index.offset))
-            by_file.setdefault(chunk.file, []).append((item, chunk))
-        for name, wanted in by_file.items():
-            try:
-                with safe_open(self.folder / name, framework="pt") as file:
-                    for item, chunk in wanted:
-                        ends = zip(item.storage_offsets, item.lengths, strict=True)
-                        part = file.get_slice(chunk.key)[tuple(slice(a, a + n) for a, n in ends)]
-                        target = planner.resolve_tensor(item)
-                        target.copy_(part.view(target.shape))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / name}: cannot be read: {error}") from error
+            name, offsets = item.storage_index.fqn, item.storage_index.offset
+            assert offsets is not None
+            ends = zip(item.storage_offsets, item.lengths, strict=True)
+            target = planner.resolve_tensor(item)
+            part = files.read(self.index.chunk(name, tuple(offsets)), self.index.entries[name],
+                              tuple(slice(a, a + n) for a, n in ends))
+            target.copy_(part.view(target.shape))
         return _done(None)
 
     @classmethod

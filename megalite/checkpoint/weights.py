@@ -27,8 +27,10 @@ def open_together(path: Path) -> Checkpoint:
     Every rank raises CheckpointError where any of them found damage."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found: list[str | None] = [None] * size
+    checkpoint = None
     try:
         verify(path, rank, size)
+        checkpoint = Checkpoint.open(path)
     except CheckpointError as error:
         found[rank] = str(error)
     if dist.is_initialized():
@@ -38,7 +40,8 @@ def open_together(path: Path) -> Checkpoint:
             error = CheckpointError(message)
             error.agreed = True
             raise error
-    return Checkpoint.open(path)
+    assert checkpoint is not None
+    return checkpoint
 
 
 def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) -> None:

@@ -238,6 +238,13 @@ class Train(Section):
     checkpoint_interval: Counter = Field(
         100, description="Steps between two checkpoints; 0: at the last step only, which always has one."
     )
+    checkpoint_copy_gib: float | None = Field(
+        None,
+        ge=0,
+        description="Most memory of a rank for the copy that a checkpoint is written from while the steps go on; where "
+        "a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is free on "
+        "the node, shared among its ranks.",
+    )
     keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
     log_interval: Positive = Field(
         1,

@@ -1,6 +1,6 @@
 """The small files of a Hugging Face folder that travel with the weights: generation settings and tokenizer.
 
-In a checkpoint of ours they lie in `hugging_face/`, beside the tensors; nothing of training reads them.
+In a checkpoint of ours they lie in `hugging_face/`, listed in its SHA256SUMS; nothing of training reads them.
 """
 
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.files import Checkpoint
+from megalite.checkpoint.folder import CARRIED
 from megalite.convert.weights import Weights
 from megalite.errors import CheckpointError
 
-CARRIED = "hugging_face"
 GENERATION = "generation_config.json"
 _TOKENIZER = (
     "tokenizer.json",
@@ -32,6 +32,11 @@ _TOKENIZER = (
 def tokenizer_files(folder: Path) -> Iterator[Path]:
     """The tokenizer's files that a folder holds."""
     return (folder / name for name in _TOKENIZER if (folder / name).is_file())
+
+
+def carried_files(folder: Path) -> Iterator[Path]:
+    """All of these that a folder holds."""
+    return (folder / name for name in (*_TOKENIZER, GENERATION) if (folder / name).is_file())
 
 
 def carry(source: Path, target: Path, names: tuple[str, ...] = (*_TOKENIZER, GENERATION)) -> None:

@@ -7,7 +7,7 @@ and says so (verify.py).
 from pathlib import Path
 
 from megalite.checkpoint.files import CheckpointWriter
-from megalite.convert.carried import CARRIED, carry
+from megalite.convert.carried import carried_files
 from megalite.convert.hf_folder import HFFolder
 from megalite.convert.verify import Comparison, compare
 from megalite.convert.whole import appearing
@@ -26,5 +26,6 @@ def import_hf(model: str | Path, output: str | Path, verify: bool | None = None)
         with CheckpointWriter(partial, source.model, state) as writer:
             for name in source.names:
                 writer.add(name, source.read(name).float())
-        carry(source.folder, partial / CARRIED)
+            for path in carried_files(source.folder):
+                writer.carry(path)
         return compare(partial, source.folder, verify)

@@ -74,7 +74,9 @@ class Run:
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
         self.valid = ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
-        self.saver = Saver(run_dir, config.train.keep_checkpoints)
+        copy_gib = config.train.checkpoint_copy_gib
+        copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
+        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes)
         self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length
@@ -89,7 +91,14 @@ class Run:
         self.first_step = start.step
 
     def train(self) -> int:
-        """Runs to the last step or to a signal; the exit code."""
+        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot go on."""
+        try:
+            return self._train()
+        except TrainingError:
+            self._finish_save()  # one from before the fault is as good as it would have been
+            raise
+
+    def _train(self) -> int:
         train, stop, first = self.config.train, 0, self.first_step
         limits, watching = train.limits, self.watchdog.watching
         self.signals.defer()
@@ -102,8 +111,6 @@ class Run:
             with watching(f"step {step}", limits.first_step_seconds if step == 1 + first else limits.step_seconds):
                 agreed = self._step()
             stop = agreed.stop
-            if agreed.save_ended:
-                self._finish_save()
             if not self.going_back:
                 if self.valid is not None and not stop and due(step, train.eval_interval, train.steps):
                     with watching(f"evaluation after step {step}", limits.evaluation_seconds):
@@ -153,6 +160,8 @@ class Run:
         self.pace.begin(before.step + 1)
         train_step(self.pipeline, grid.data, batches, before_update)
         agreed = self._agree()
+        if agreed.save_ended:
+            self._finish_save()
         self.position = health.after(count, step_tokens)
         row = {
             "step": self.position.step,
@@ -238,8 +247,7 @@ class Run:
 
     def _report(self, row: dict[str, Any], tokens: int, seconds: float) -> None:
         row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-        if self.saver.blocked_seconds:
-            row["checkpoint_seconds"], self.saver.blocked_seconds = self.saver.blocked_seconds, 0.0
+        row |= self.saver.taken_figures()
         if self.metrics is not None and self.screen is not None:
             self.metrics.write(row)
             self.screen.step(row)
@@ -314,6 +322,8 @@ class Run:
             if last:
                 raise TrainingError(line) from None
             self.note(line)
+        while self.saver.told:
+            self.note(self.saver.told.pop(0))
 
 
 def due(step: int, interval: int, last: int) -> bool:

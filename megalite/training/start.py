@@ -3,6 +3,7 @@
 All ranks decide together, since any of them may find a file damaged. Next: loop.py.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalite.checkpoint.files import Checkpoint, checkpoints_of
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_named
+from megalite.checkpoint.folder import LATEST, STEP_NAME, write_durably
 from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
 from megalite.convert.weights import Weights, open_weights_together, resolve_weights
 from megalite.errors import CheckpointError
@@ -59,6 +61,7 @@ def starting_point(run_dir: Path, load: str | None) -> Start:
                 print(f"{error}; an older checkpoint is looked for", file=sys.stderr, flush=True)
             continue
         position = Position.from_state(checkpoint.state)
+        _name_latest(run_dir, path.name)
         return Start(position, f"goes on from step {position.step}", checkpoint, moments=True)
     if damaged:
         raise damaged[0]
@@ -66,6 +69,14 @@ def starting_point(run_dir: Path, load: str | None) -> Start:
         return Start(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))
     return Start(Position(), f"a new run with the weights of {folder}", open_weights_together(folder))
+
+
+def _name_latest(run_dir: Path, name: str) -> None:
+    """`latest` may name an older one, after a kill, or one that was found damaged."""
+    if dist.get_rank() == 0 and STEP_NAME.match(name):
+        with contextlib.suppress(OSError):  # nothing here reads it, and the next save writes it too
+            if newest_named(run_dir) != name:
+                write_durably(run_dir / "checkpoints" / LATEST, name + "\n")
 
 
 def _agreed(look: Any) -> Any:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-import megalite.checkpoint.storage as storage
 from megalite.checkpoint.files import WEIGHT, Checkpoint, checkpoints_of, find_checkpoint
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.weights import check_names, load_shards, open_together
@@ -30,7 +29,7 @@ CHAIN = [  # each loads what the one before has saved: pipe, tensor, data, every
     Layout(pipe=4, stage=1, dtype="bf16"),
     Layout(stage=1),
 ]
-STATE: dict[str, Any] = {"step": 2, "model": TASK.section}
+STATE: dict[str, Any] = {"step": 2, "consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": TASK.section}
 
 
 def kinds(shard: Shard) -> dict[str, torch.Tensor]:
@@ -106,18 +105,18 @@ def fail_on_one_rank(rank: int, world_size: int, run: Path) -> None:
         saver.wait()
 
     save(1)
-    for where in ("save_file", "file_digest"):
-        whole = getattr(storage, where)
+    for where in ("write", "fsync"):
+        whole = getattr(os, where)
 
         def full_disk(*args: Any, **kwargs: Any) -> None:
             raise OSError(28, "No space left on device")
 
         if rank == 1:
-            setattr(storage, where, full_disk)
+            setattr(os, where, full_disk)
         with pytest.raises(CheckpointException) as raised:
             save(2)
         assert "rank 1: [Errno 28] No space left on device" in failure_line(raised.value)
-        setattr(storage, where, whole)
+        setattr(os, where, whole)
         dist.barrier()
         assert [path.name for path in checkpoints_of(run)] == ["step_00000001"]
     if rank == 0:

@@ -1,0 +1,100 @@
+"""A safetensors file: written in one pass and to the disk itself, read part by part and held against the index.
+
+safetensors' own writer first makes a copy of all that it is given, and the hash would need a second pass. Next:
+storage.py, which plans what is written and read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalite.checkpoint.folder import Chunk, Entry, write_all
+from megalite.errors import CheckpointError
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BLOCK_BYTES = 4 << 20
+_FLUSH_BYTES = 64 << 20  # after so many the disk is set to work, so that little is left for the end
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes the file, flushes it to the disk, and returns its SHA-256: of the memory that it was written from, so that
+    what goes wrong on the way to the disk is found. A tensor of another device is copied when its turn comes."""
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as helpers:
+        descriptor, unflushed = file.fileno(), 0
+        flushing: Future[None] | None = None
+        for block in _joined(_pieces(tensors)):
+            hashing = helpers.submit(digest.update, block)  # beside the write: neither holds Python's lock
+            try:
+                write_all(descriptor, block)
+            finally:
+                hashing.result()
+            unflushed += len(block)
+            if unflushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()
+                flushing, unflushed = helpers.submit(os.fdatasync, descriptor), 0
+        if flushing is not None:
+            flushing.result()
+        os.fsync(descriptor)
+    return digest.hexdigest()
+
+
+def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The file's bytes (format: huggingface.co/docs/safetensors): length of the header, header, tensors in order."""
+    header: dict[str, Any] = {}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks of a size that is worth a call; large pieces are not copied."""
+    small = bytearray()
+    for piece in pieces:
+        if small and len(small) + len(piece) > _BLOCK_BYTES:
+            yield memoryview(small)
+            small = bytearray()
+        if len(piece) < _BLOCK_BYTES:
+            small += piece
+            continue
+        for first in range(0, len(piece), _BLOCK_BYTES):
+            yield piece[first : first + _BLOCK_BYTES]
+    yield memoryview(small)
+
+
+class TensorFiles:
+    """The boxes that an index says lie in a folder's files; each file is opened once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+
+    def read(self, chunk: Chunk, entry: Entry, part: tuple[slice, ...]) -> Tensor:
+        """Part of a box. CheckpointError where the file cannot be read or holds another box than the index says."""
+        path = self.folder / chunk.file
+        try:
+            if chunk.file not in self._open:
+                self._open[chunk.file] = safe_open(path, framework="pt")
+            stored = self._open[chunk.file].get_slice(chunk.key)
+            if tuple(stored.get_shape()) != chunk.shape or stored.get_dtype() != _NAMES[entry.dtype]:
+                raise CheckpointError(f"{path}: {chunk.key}: {stored.get_dtype()} {stored.get_shape()}: must be "
+                                      f"{_NAMES[entry.dtype]} {list(chunk.shape)}, as the index says")
+            return stored[part]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,315 @@
+"""Kills, full disks and refusals at every operation of the writer: a good checkpoint always stands, and all ranks
+agree. Small boxes without an engine; whole runs are in test_checkpoint_runs.py and tests/launch/test_kills.py."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good
+from megalite.checkpoint.save import Saver, failure_line
+from megalite.checkpoint.storage import BoxDict
+from tests.ranks import RankFailure, run_ranks
+from tests.writer_points import kill_at, watch_writer
+
+STATE: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": {"model_type": "gpt2"}}
+WORLD, COLUMNS = 2, 20_000  # 160 kB a rank
+CLONE_NEWNS = 0x20000
+
+
+def boxes(rank: int, step: int) -> BoxDict:
+    """A tensor of rows 0 and 1 of rank 0 and so on, its values the step's."""
+    values = torch.full((2, COLUMNS), float(step)) + torch.arange(COLUMNS)
+    return {"weight/a": [Box((2 * WORLD, COLUMNS), (2 * rank, 0), values)]}
+
+
+def save(saver: Saver, rank: int, step: int) -> None:
+    saver.save(step, boxes(rank, step), {**STATE, "step": step})
+    saver.wait()
+
+
+def is_good(run: Path, steps: set[int]) -> int:
+    """The step of the newest good checkpoint, one of these, whose values are that step's."""
+    path, damaged = newest_good(run)
+    assert path is not None, (damaged, sorted(os.listdir(run / "checkpoints")))
+    checkpoint = Checkpoint.open(path)
+    step = checkpoint.state["step"]
+    assert step in steps
+    assert torch.equal(checkpoint.read("a"), boxes(0, step)["weight/a"][0].values[:1].expand(2 * WORLD, COLUMNS))
+    return step
+
+
+def saves_after(run: Path) -> None:
+    """A later start's save, by one process: it removes what a kill left, and the older ones."""
+    saver = Saver(run, keep=1)
+    whole = boxes(0, 9)["weight/a"][0].values[:1].expand(2 * WORLD, COLUMNS).contiguous()
+    saver.save(9, {"weight/a": [Box((2 * WORLD, COLUMNS), (0, 0), whole)]}, {**STATE, "step": 9})
+    saver.wait()
+    assert is_good(run, {9}) == 9
+    assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step_00000009"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000009\n"
+
+
+def copy_at_each_point(rank: int, world_size: int, run: Path, copies: Path) -> None:
+    """Saves 2 (which removes 1) and 2 again (which replaces it); before each operation of the writer the folder is
+    copied, as a kill of all ranks would leave it."""
+    saver = Saver(run, keep=1)
+    save(saver, rank, 1)
+    dist.barrier()
+
+    def copy(number: int, operation: str, argument: Any) -> None:
+        shutil.copytree(run, copies / f"rank{rank}_{number:03d}_{operation}", ignore_dangling_symlinks=True)
+
+    def careful(number: int, operation: str, argument: Any) -> None:
+        for _ in range(5):  # the other rank works in the folder meanwhile
+            try:
+                return copy(number, operation, argument)
+            except (shutil.Error, FileNotFoundError):
+                shutil.rmtree(copies / f"rank{rank}_{number:03d}_{operation}", ignore_errors=True)
+
+    watch_writer(careful)
+    save(saver, rank, 2)
+    save(saver, rank, 2)
+
+
+def test_a_kill_at_any_point_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    run, copies = tmp_path / "run", tmp_path / "copies"
+    copies.mkdir()
+    run_ranks(WORLD, copy_at_each_point, run, copies)
+    seen = set()
+    for number, left in enumerate(sorted(copies.iterdir())):
+        seen.add((left.name.split("_", 2)[2], is_good(left, {1, 2})))
+        if number % 4 == 0:
+            saves_after(left)
+    operations = {operation for operation, _ in seen}
+    assert operations == {"open", "write", "fsync", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+    assert {("os.rename", 1), ("os.rename", 2)} <= seen and len(list(copies.iterdir())) > 60
+
+
+def killed(rank: int, world_size: int, run: Path, victims: list[int], point: int) -> bool:
+    """Kills the victims at a point of the first one's writer; whether the save came to an end."""
+    pids = [0] * world_size
+    dist.all_gather_object(pids, os.getpid())
+    saver = Saver(run, keep=1)
+    save(saver, rank, 1)
+    dist.barrier()
+    if rank == victims[0]:
+        watch_writer(kill_at(point, [pids[victim] for victim in victims]))
+    save(saver, rank, 2)
+    dist.barrier()
+    return True
+
+
+def kill(folder: Path, victims: list[int], point: int) -> bool:
+    """Whether that point exists."""
+    run = folder / f"{victims}{point}"
+    try:
+        run_ranks(WORLD, killed, run, victims, point)
+        return False
+    except RankFailure as failure:
+        assert "exit code -9" in str(failure), failure
+    is_good(run, {1, 2})
+    saves_after(run)
+    shutil.rmtree(run)
+    return True
+
+
+def test_killed_ranks_leave_a_good_checkpoint(tmp_path: Path) -> None:
+    for victims, point in (([0, 1], 4), ([0], 8), ([1], 1), ([0, 1], 15), ([1, 0], 2), ([0], 25)):
+        assert kill(tmp_path, victims, point)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_ranks_killed_at_every_point_leave_a_good_checkpoint(tmp_path: Path) -> None:
+    points = {}
+    for victims in ([0, 1], [0], [1], [1, 0]):
+        point = 0
+        while kill(tmp_path, victims, point):
+            point += 1
+        points[tuple(victims)] = point
+    print(f"kills at points of the writer: {points}")
+    assert points[0, 1] == points[0,] > 25 and points[1, 0] == points[1,] >= 3
+
+
+def log_operations(rank: int, world_size: int, run: Path) -> list[tuple[str, str]]:
+    log: list[tuple[str, str]] = []
+
+    def note(number: int, operation: str, argument: Any) -> None:
+        if isinstance(argument, int):
+            argument = os.readlink(f"/proc/self/fd/{argument}")
+        log.append((operation, str(argument)))
+
+    watch_writer(note)
+    save(Saver(run, keep=1), rank, 1)
+    return log
+
+
+def test_nothing_becomes_visible_before_it_is_on_the_disk(tmp_path: Path) -> None:
+    """On a machine whose power fails, only what was flushed is there: files, then their names, then the rename."""
+    first, second = run_ranks(WORLD, log_operations, tmp_path)
+    folder = tmp_path / "checkpoints"
+    published = next(i for i, (o, path) in enumerate(first) if o == "os.rename" and path.endswith(".partial")
+                     and "step" in path)  # fmt: skip
+    partial = first[published][1]
+    for log, names in ((first[:published], ("tensors_00000.safetensors", "state.json", "index.json", "SHA256SUMS")),
+                       (second, ("tensors_00001.safetensors",))):  # fmt: skip
+        for name in names:
+            of_file = [operation for operation, path in log if path == f"{partial}/{name}"]
+            assert of_file[0] == "open" and "write" in of_file and of_file[-1] == "fsync", (name, of_file)
+    assert first[published - 1] == ("fsync", partial)
+    assert ("fsync", str(folder)) in first[published : published + 3]
+    assert ("fsync", str(tmp_path)) in first[:published]  # the name `checkpoints` itself
+    latest = [i for i, (operation, path) in enumerate(first) if "latest" in path]
+    assert latest[0] > published and first[-1] == ("fsync", str(folder))
+
+
+def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
+    """Every operation of each rank's writer fails in turn. How many did."""
+    state = {"at": -1}
+
+    def refuse(number: int, operation: str, argument: Any) -> None:
+        state["seen"] = state.get("seen", -1) + 1
+        if state["seen"] == state["at"]:
+            raise OSError(28 if number % 2 else 5, "No space left on device" if number % 2 else "Input/output error")
+
+    watch_writer(refuse)
+    saver, step, refusals = Saver(run, keep=2), 1, 0
+    save(saver, rank, step)
+    for victim in range(world_size):
+        for point in range(0, 1000, point_step):
+            step += 1
+            state.update(at=point if rank == victim else -1, seen=-1)
+            try:
+                save(saver, rank, step)
+                failed = ""
+            except CheckpointException as error:
+                failed = failure_line(error)
+                assert f"rank {victim}: [Errno " in failed, failed
+            everyone: list[Any] = [None] * world_size
+            dist.all_gather_object(everyone, (failed, state["seen"] >= point and rank == victim, list(saver.told)))
+            assert len({outcome for outcome, _, _ in everyone}) == 1, everyone
+            standing = [Checkpoint.open(path).state["step"] for path in checkpoints_of(run)]
+            good = is_good(run, {step} if not failed else {step - 1, step, *standing})
+            assert good == step or failed
+            assert standing  # more than `keep` where the failure came after it had appeared
+            dist.barrier()
+            saver.told.clear()
+            if not any(reached for _, reached, _ in everyone):
+                break
+            refusals += 1
+        dist.barrier()
+        assert len(checkpoints_of(run)) == 2
+    return refusals
+
+
+@pytest.mark.parametrize("point_step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_an_operation_that_fails_on_one_rank_is_every_rank_s_word(tmp_path: Path, point_step: int) -> None:
+    counts = run_ranks(WORLD, refused, tmp_path / "run", point_step)
+    assert counts[0] == counts[1] >= 30 // point_step
+
+
+def disk_is_full(rank: int, world_size: int, run: Path) -> None:
+    """The folder's disk has room for two checkpoints."""
+    saver = Saver(run, keep=3)
+    save(saver, rank, 1)
+    save(saver, rank, 2)
+    for step in (3, 4):
+        with pytest.raises(CheckpointException) as raised:
+            save(saver, rank, step)
+        assert "No space left on device" in failure_line(raised.value)
+        dist.barrier()
+        assert [path.name for path in checkpoints_of(run)] == ["step_00000001", "step_00000002"]
+        assert is_good(run, {2})
+    dist.barrier()
+    if rank == 0:
+        assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step_00000001", "step_00000002"]
+        shutil.rmtree(run / "checkpoints" / "step_00000001")
+    dist.barrier()
+    save(saver, rank, 5)
+    is_good(run, {5})
+
+
+def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None:
+    run.mkdir(exist_ok=True)
+    dist.barrier()
+    saver = Saver(run, keep=1)
+    if rank == 1:  # mounts of its own, which threads that start later share
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        for command in (["--make-rprivate", "/"], ["--bind", str(run), str(run)], ["-o", "remount,bind,ro", str(run)]):
+            subprocess.run(["mount", *command], check=True)
+    if rank == 0:
+        shutil.copytree(run.parent / "good", run / "checkpoints")
+    dist.barrier()
+    with pytest.raises(CheckpointException) as raised:
+        save(saver, rank, 6)
+    assert "rank 1: [Errno 30] Read-only file system" in failure_line(raised.value)
+    dist.barrier()
+    assert is_good(run, {5})
+    if rank == 0:
+        assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step_00000002", "step_00000005"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_a_full_disk_and_a_folder_read_only_on_one_rank_lose_nothing(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        run_ranks(WORLD, disk_is_full, small / "run")
+        shutil.copytree(small / "run" / "checkpoints", tmp_path / "good")
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+    run_ranks(WORLD, folder_is_read_only_on_rank_1, tmp_path / "run")
+
+
+def no_room(rank: int, world_size: int, run: Path) -> None:
+    """One rank has no room for its copy: all wait for the files, from live tensors."""
+    saver = Saver(run, keep=1, copy_limit_bytes=0 if rank == 1 else None)
+    saver.save(1, boxes(rank, 1), {**STATE, "step": 1})
+    assert saver.has_ended
+    saver.wait()
+    assert saver.taken_figures()["checkpoint_copy_bytes"] == 0
+    saver = Saver(run, keep=1, copy_limit_bytes=1 << 20)
+    live = boxes(rank, 2)
+    saver.save(2, live, {**STATE, "step": 2})
+    for box in live["weight/a"]:
+        box.values.zero_()
+    saver.wait()
+    figures = saver.taken_figures()
+    assert figures["checkpoint_copy_bytes"] == 2 * COLUMNS * 4 and figures["checkpoint_write_seconds"] > 0
+    assert figures["checkpoint_seconds"] > 0 and saver.taken_figures() == {}
+    is_good(run, {2})
+
+
+def test_where_one_rank_has_no_room_for_its_copy_all_wait(tmp_path: Path) -> None:
+    run_ranks(WORLD, no_room, tmp_path)
+
+
+def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=1)
+    whole = {"weight/a": [Box((2, 3), (0, 0), torch.ones(2, 3))]}
+    for step in (1, 7):
+        saver.keep = step  # 7 does not remove 1
+        saver.save(step, whole, {**STATE, "step": step})
+        saver.wait()
+    (tmp_path / "checkpoints" / "step_00000007" / "index.json").write_text("{}")
+    path, damaged = newest_good(tmp_path)
+    assert path is not None and path.name == "step_00000001" and "index.json" in str(damaged[0])
+    saver.keep = 1
+    saver.save(4, whole, {**STATE, "step": 4})
+    saver.wait()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000004", "step_00000007.damaged"]
+    assert "step_00000007: damaged, and passed over: is now step_00000007.damaged" in saver.told[0]
+    assert newest_good(tmp_path)[1] == []
