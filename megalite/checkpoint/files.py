@@ -35,7 +35,7 @@ from megalite.checkpoint.storage import write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-FILE_BYTES = 2 << 30  # of a file that one process writes
+FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
 
 def step_name(step: int) -> str:

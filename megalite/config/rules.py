@@ -128,7 +128,7 @@ def check_schedule(document: Document) -> Section | None:
 
 def check_document(document: Document) -> None:
     """Every rule between keys that needs neither the world size nor the model."""
-    _check_data(document.megalite.data)
+    check_data_keys(document.megalite.data)
     _check_faults(document.megalite)
     _check_precision(document)
     _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
@@ -137,7 +137,7 @@ def check_document(document: Document) -> None:
     _check_optimizer(document.optimizer)
 
 
-def _check_data(data: Data) -> None:
+def check_data_keys(data: Data) -> None:
     if data.eod_mask_loss and data.tokenizer is None:
         raise broken("megalite.data.eod_mask_loss", True, "needs megalite.data.tokenizer, which names the token")
     if data.megatron_samples is not None and data.order != "megatron":

@@ -290,6 +290,7 @@ class Run:
             "seed": config.train.seed,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
+            "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
             "model": self.model,
             "layout": {
                 "pipe": grid.pipe.size,
