@@ -1,6 +1,6 @@
 """Scores a trained model on a corpus on the ranks that `deepspeed` (or torchrun, or srun) starts; see --help."""
 
-from megalite.inference.programs import evaluate_main
+from megalite.inference.evaluate_program import evaluate_main
 from megalite.launch import run_program
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Continues prompts with a trained model on the ranks that `deepspeed` (or torchrun, or srun) starts; see --help."""
 
-from megalite.inference.programs import generate_main
+from megalite.inference.generate_program import generate_main
 from megalite.launch import run_program
 
 if __name__ == "__main__":

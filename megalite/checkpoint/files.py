@@ -42,7 +42,7 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
-FILE_BYTES = 2 << 30  # of a file that one process writes
+FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
 
 def step_name(step: int) -> str:

@@ -170,7 +170,7 @@ def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
 
 def check_document(document: Document) -> None:
     """Every rule between keys that needs neither the world size nor the model."""
-    _check_data(document.megalite.data)
+    check_data_keys(document.megalite.data)
     _check_faults(document.megalite)
     _check_precision(document)
     _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
@@ -180,7 +180,7 @@ def check_document(document: Document) -> None:
     _check_groups(document)
 
 
-def _check_data(data: Data) -> None:
+def check_data_keys(data: Data) -> None:
     if data.eod_mask_loss and data.tokenizer is None:
         raise broken("megalite.data.eod_mask_loss", True, "needs megalite.data.tokenizer, which names the token")
     if data.megatron_samples is not None and data.order != "megatron":

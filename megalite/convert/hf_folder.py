@@ -167,6 +167,7 @@ class _Files:
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
+            self._open.clear()  # one file at a time is mapped: a mapped page counts as this process's memory
             try:
                 if path.suffix == ".bin":
                     self._open[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

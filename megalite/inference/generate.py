@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from megalite.inference.sampling import Sampling, choose
 from megalite.model.context import Context, KeyValueCache
@@ -23,6 +25,8 @@ from megalite.parallel.pipeline import Boundary
 
 OnToken = Callable[[int, int], None]
 """Called with a prompt's number and its next token, as soon as a rank knows it."""
+Ends = Callable[[list[int]], bool]
+"""Whether a text with these new tokens is to end, the same on every rank."""
 
 
 @dataclass
@@ -72,8 +76,10 @@ class Generator:
         stop_ids: Collection[int] = (),
         on_token: OnToken | None = None,
         numbers: Sequence[int] | None = None,
+        ends: Ends = lambda tokens: False,
     ) -> list[Text]:
-        """A text for each prompt, on every rank. Texts end with the first of `stop_ids` or after so many tokens.
+        """A text for each prompt, on every rank. Texts end with the first of `stop_ids`, when `ends` says so, or after
+        so many tokens.
 
         numbers: of the prompts, for the seed, where they are part of a longer list. Raises ConfigError.
         """
@@ -90,7 +96,7 @@ class Generator:
                 batch = _Batch(waiting.popleft(), self, max_new_tokens)
             else:
                 batch = under_way.popleft()
-                for text, token in batch.take(stop_ids):
+                for text, token in batch.take(stop_ids, ends):
                     if on_token is not None:
                         on_token(text.number, token)
                 if batch.is_finished:
@@ -99,6 +105,38 @@ class Generator:
             batch.advance(sampling)
             under_way.append(batch)
         return texts
+
+
+def generate_all(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    ends: Ends,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """The new tokens of every prompt, on every rank: the data axis shares the prompts out (collective over the
+    world). Arguments as of `Generator.generate`."""
+    data = generator.grid.data
+    own = range(data.rank, len(prompts), data.size)
+    found = generator.generate(
+        [prompts[number] for number in own], max_new_tokens, sampling, stop_ids, on_token, own, ends
+    )
+    everyone: list[dict[int, list[int]]] = [{}] * generator.grid.world_size
+    dist.all_gather_object(everyone, {text.number: text.tokens for text in found})
+    tokens = {number: some for part in everyone for number, some in part.items()}
+    return [tokens[number] for number in range(len(prompts))]
+
+
+def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
+    """Whether the text of the tokens so far holds one of some texts."""
+    return lambda tokens: bool(stops) and any(stop in tokenizer.decode(tokens) for stop in stops)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """What stands before the first of some texts."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 class _Batch:
@@ -142,7 +180,7 @@ class _Batch:
         for place in range(self.axis.size - 1):
             self.choices.send(self.chosen, place)
 
-    def take(self, stop_ids: Collection[int]) -> Iterator[tuple[Text, int]]:
+    def take(self, stop_ids: Collection[int], ends: Ends) -> Iterator[tuple[Text, int]]:
         """Adds the tokens that the last stage chose to the texts that are not finished, and gives them."""
         chosen = self.chosen if self.axis.is_last else self.choices.receive(self.axis.size - 1)
         assert chosen is not None
@@ -151,7 +189,7 @@ class _Batch:
             if text.finished:
                 continue
             text.tokens.append(token)
-            if token in stop_ids:
+            if token in stop_ids or ends(text.tokens):
                 text.finished = "stop"
             elif len(text.tokens) == self.max_new_tokens:
                 text.finished = "length"

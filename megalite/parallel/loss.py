@@ -95,6 +95,13 @@ def _losses_and_slope(
     return losses.masked_fill(~counts, 0.0), exponentials
 
 
+def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
+    """Losses [n] of tokens in nats, fp32, the same on every rank of the axis; without autograd. logits [n, V / t],
+    fp32, are overwritten; labels [n] as in `head_loss`."""
+    start, _ = share(vocabulary_size, axis)
+    return _losses_and_slope(logits, labels, start, axis, 0.0, wanted=False)[0]
+
+
 def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     """Tokens of a chunk: its logits take no more numbers than the hidden states [n, D]."""
     return max(1, hidden.numel() // weight.shape[0])

@@ -300,6 +300,7 @@ class Run:
             "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
+            "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
             "model": self.model,
             "layout": {
                 "pipe": grid.pipe.size,

@@ -12,6 +12,7 @@ from megalite.convert.hf_folder import HFFolder
 from megalite.errors import ConfigError
 from megalite.inference.evaluate import Score, evaluate
 from megalite.inference.generate import Generator, Text, check_lengths
+from megalite.inference.likelihood import Likelihood, likelihoods
 from megalite.inference.sampling import Sampling, choose
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -27,6 +28,9 @@ CONFIGS = {
 }
 PROMPTS = [[5, 9, 3], [77], [11, 12, 13, 14, 15, 16, 17, 18], [130, 0, 64, 2, 5], [40, 41], [8, 7, 6, 5]]
 NEW = 7
+# What is asked for of each prompt: its tokens from a place on, or some in between.
+ROWS = [(prompt, [0] * (len(prompt) // 2) + [1] * (len(prompt) - len(prompt) // 2)) for prompt in PROMPTS]
+ROWS += [([9, 8, 7, 6, 5, 4], [0, 1, 0, 0, 1, 0]), ([3, 4], [1, 1])]
 SAMPLED = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)
 
 
@@ -45,7 +49,7 @@ class Windows:
 
 def on_a_grid(
     rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]
-) -> list[tuple[list[Text], list[Text], Score, list[tuple[int, int]]]]:
+) -> list[tuple[list[Text], list[Text], Score, list[tuple[int, int]], list[Likelihood]]]:
     grid = Grid.build(pipe, tensor)
     results = []
     for path in folders:
@@ -56,7 +60,9 @@ def on_a_grid(
         greedy = generator.generate(PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t)))
         sampled = generator.generate(PROMPTS[3:], NEW, SAMPLED, numbers=[3, 4, 5])
         score = evaluate(stage, grid, Windows(), Windows.count, 13, micro=2)
-        results.append((greedy, sampled, score, told))
+        # With each text that was chosen greedily, which is known to be the likeliest.
+        rows = [*ROWS, *((t.prompt + t.tokens, [0] * len(t.prompt) + [1] * len(t.tokens)) for t in greedy[:2])]
+        results.append((greedy, sampled, score, told, likelihoods(stage, grid, rows, batch_size=3)))
     return results
 
 
@@ -77,7 +83,7 @@ def one_rank(folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_and_loss_are_those_of_transformers(name: str, one_rank: dict[str, Any]) -> None:
     model = hf_model(CONFIGS[name])
-    greedy, _, score, told = one_rank[name]
+    greedy, _, score, told, likely = one_rank[name]
     for text in greedy:
         ids = torch.tensor([text.prompt])
         mask = torch.ones_like(ids)  # or transformers takes ids of the padding for padding
@@ -90,6 +96,13 @@ def test_greedy_tokens_and_loss_are_those_of_transformers(name: str, one_rank: d
     logits = model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     assert score.loss == pytest.approx(loss, rel=1e-6) and score.tokens == 12 * Windows.count
+    for found, (ids, marks) in zip(likely, ROWS, strict=False):
+        logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        places = torch.tensor(marks[1:]).nonzero()[:, 0]
+        wanted = torch.tensor(ids[1:], dtype=torch.int64)[places]
+        assert found.log_probability == pytest.approx(logits[places, wanted].sum().item(), rel=1e-5, abs=1e-6)
+        assert found.greedy == bool((logits[places].argmax(-1) == wanted).all())
+    assert [found.greedy for found in likely[-2:]] == [True, True] and not likely[0].greedy
 
 
 @pytest.mark.parametrize(("pipe", "tensor", "data"), [(2, 2, 1), (3, 1, 1), (1, 2, 2)])
@@ -97,9 +110,12 @@ def test_a_layout_gives_the_same_texts_and_loss(
     pipe: int, tensor: int, data: int, folders: dict[str, Path], one_rank: dict[str, Any]
 ) -> None:
     for results in run_ranks(pipe * tensor * data, on_a_grid, pipe, tensor, list(folders.values())):
-        for (greedy, sampled, score, told), wanted in zip(results, one_rank.values(), strict=True):
+        for (greedy, sampled, score, told, likely), wanted in zip(results, one_rank.values(), strict=True):
             assert (greedy, sampled) == wanted[:2] and sorted(told) == sorted(wanted[3])
             assert score.loss == pytest.approx(wanted[2].loss, rel=1e-6) and score.tokens == wanted[2].tokens
+            for found, expected in zip(likely, wanted[4], strict=True):
+                assert found.log_probability == pytest.approx(expected.log_probability, rel=1e-5, abs=1e-6)
+                assert found.greedy == expected.greedy
 
 
 def test_sampling_follows_its_settings() -> None:

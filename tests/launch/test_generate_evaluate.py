@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megalite.convert.import_hf import import_hf
 from megalite.data.indexed import IndexedWriter, token_dtype
-from tests.families import FAMILY_CONFIGS, VOCABULARY, hf_model
+from tests.byte_model import save_byte_model
+from tests.families import VOCABULARY
 from tests.ranks import REPOSITORY
 
 LAYOUT = ["megalite.parallel.tensor=2", "megalite.parallel.pipe=2"]
@@ -42,15 +42,7 @@ def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a tokenizer of single bytes."""
-    folder = tmp_path_factory.mktemp("launch") / "hf"
-    hf_model({**FAMILY_CONFIGS["llama"], "max_position_embeddings": 64}).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
-    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    return folder
+    return save_byte_model(tmp_path_factory.mktemp("launch") / "hf")
 
 
 def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(folder: Path, tmp_path: Path) -> None:

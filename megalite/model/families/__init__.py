@@ -48,6 +48,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
 }
 _log = logging.getLogger("megalite")
+_told: set[str] = set()  # files whose unknown keys have been listed
 
 
 def load_hf_config(section: dict[str, Any] | str) -> Any:
@@ -77,7 +78,8 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{KEY}.{unknown[0]}: unknown key of a {model_type} config{hint}")
-    if unknown:
+    if unknown and where not in _told:
+        _told.add(where)
         _log.warning("%s: keys that a %s model does not use: %s", where, model_type, ", ".join(sorted(unknown)))
     return config
 

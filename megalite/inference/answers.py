@@ -1,0 +1,67 @@
+"""Rank 0 asks, all ranks answer: for a program that runs on rank 0 alone and needs the model now and then (harness.py).
+
+    answers = Answers(stage, grid, …)
+    if rank == 0:
+        try: … answers.ask("likelihoods", rows) …
+        finally: answers.end()
+    else:
+        answers.take_part()
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megalite.data.chat import Marked
+from megalite.data.tokenizer import Tokenizer
+from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
+from megalite.inference.likelihood import Likelihood, likelihoods
+from megalite.inference.sampling import Sampling
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+
+_END = "end"
+
+
+class Answers:
+    """What all ranks can be asked for. batch_size: rows that go through the stages together."""
+
+    def __init__(
+        self, stage: Stage, grid: Grid, tokenizer: Tokenizer, stop_ids: Collection[int], batch_size: int = 8
+    ) -> None:
+        self.stage, self.grid, self.tokenizer = stage, grid, tokenizer
+        self.stop_ids, self.batch_size = stop_ids, batch_size
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """On rank 0: `likelihoods` or `texts` on every rank."""
+        _tell((name, arguments))
+        return getattr(self, name)(*arguments)
+
+    def end(self) -> None:
+        """On rank 0: lets the others go."""
+        _tell((_END, ()))
+
+    def take_part(self) -> None:
+        """On the others: answers all that rank 0 asks until it ends."""
+        while (question := _tell(None))[0] != _END:
+            name, arguments = question
+            getattr(self, name)(*arguments)
+
+    def likelihoods(self, rows: Sequence[Marked]) -> list[Likelihood]:
+        """See likelihood.py."""
+        return likelihoods(self.stage, self.grid, rows, self.batch_size)
+
+    def texts(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stops: Sequence[str]
+    ) -> list[str]:
+        """The text that goes on from each prompt's ids, up to the first of `stops`."""
+        generator, ends = Generator(self.stage, self.grid, self.batch_size), ends_at(self.tokenizer, stops)
+        found = generate_all(generator, prompts, max_new_tokens, sampling, self.stop_ids, ends)
+        return [cut_at(self.tokenizer.decode(tokens), stops) for tokens in found]
+
+
+def _tell(question: Any) -> Any:
+    box = [question]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,159 @@
+"""`launcher/evaluate.py`: from the command line to JSON lines on standard output. What is measured is one of
+
+    --data PREFIX       the loss on an indexed corpus
+    --labelled FILE     the accuracy of a classification
+    --tasks NAME …      tasks of lm-evaluation-harness
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from megalite.config import Data
+from megalite.config.rules import check_data_keys
+from megalite.config.section import nearest, parse, unknown
+from megalite.convert.carried import tokenizer_of
+from megalite.convert.weights import open_weights
+from megalite.data.chat import ChatEncoder
+from megalite.data.indexed import files_of
+from megalite.data.loader import ValidData, marks_prefix
+from megalite.data.tokenizer import HuggingFaceTokenizer
+from megalite.errors import ConfigError
+from megalite.inference.program import (
+    Prepared,
+    check_ids,
+    load_stage,
+    model_parser,
+    prepare_model,
+    stop_ids_for,
+    tokenizer_for,
+)
+from megalite.launch import place, start_ranks, stop_ranks
+
+FOLLOWED = ("samples", "loss", "reset_attention", "eod_mask_loss")
+"""Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
+_GIVEN = ("sequence_length", "tokenizer", *FOLLOWED)
+
+Work = Callable[[Any, Any], list[dict[str, Any]]]
+"""What is done with this rank's stage and the grid; gives what rank 0 prints."""
+
+
+def evaluate_main(arguments: list[str]) -> int:
+    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
+    parser = model_parser("evaluate.py", "Score a model on any layout.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity")
+    what.add_argument("--labelled", metavar="FILE", help="lines with prompt and completion, the label: accuracy")
+    what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, commas between: its metrics")
+    parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each of --tasks")
+    parser.add_argument("--apply-chat-template", action="store_true", help="to the questions of --tasks")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a row; default: the run's, else the model's")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="rows that go through the stages together")
+    options = parser.parse_args(arguments)
+    prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
+
+    def prepare(thorough: bool) -> tuple[Prepared, Work]:
+        prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
+        return prepared, prepare_work(options, prepared, thorough)
+
+    here, (prepared, work) = start_ranks(prepare)
+    try:
+        for line in work(*load_stage(prepared, options.dtype)):
+            if here.rank == 0:
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+    finally:
+        stop_ranks()
+    return 0
+
+
+def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    data = _data(options, prepared)
+    samples, length = ValidData(data, prepared.spec.vocabulary_size, check=thorough), data.sequence_length
+
+    def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
+        from megalite.inference.evaluate import evaluate
+
+        score = evaluate(stage, grid, samples, samples.num_samples, length, options.micro_batch_size)
+        settings = data.model_dump(include={"sequence_length", *FOLLOWED})
+        return [{"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "data": settings}]
+
+    return work
+
+
+def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
+    """How the corpus is read: by the command line, else as the checkpoint's run read its own."""
+    given, trained = prepared.sections.get("data", {}), prepared.state.get("data", {})
+    for key in given.keys() - set(_GIVEN):
+        names = [f"megalite.data.{name}" for name in _GIVEN]
+        raise unknown(f"megalite.data.{key}", nearest(f"megalite.data.{key}", names))
+    keys = {key: trained[key] for key in FOLLOWED if key in trained}
+    if not files_of(marks_prefix(options.data))[0].exists():
+        keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
+    keys |= {"sequence_length": _sequence_length(options, prepared, given), "train": [options.data]}
+    data = parse(Data, {**keys, "valid": [options.data], **given}, "megalite.data")
+    if data.eod_mask_loss and data.tokenizer is None:
+        folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
+        data = data.model_copy(update={"tokenizer": folder and str(folder)})
+    check_data_keys(data)
+    return data
+
+
+def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dict[str, Any]) -> int:
+    for length in (given.get("sequence_length"), options.sequence_length, prepared.state.get("sequence_length")):
+        if length is not None:
+            return length
+    length = prepared.spec.max_positions
+    if length is None:
+        raise ConfigError("--sequence-length: missing: neither the checkpoint nor the model's config says one")
+    return length
+
+
+def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    from megalite.inference.labels import accuracy, read_labelled
+
+    tokenizer = tokenizer_for(options, prepared)
+    length = _sequence_length(options, prepared, {})
+    encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
+    labelled = read_labelled(options.labelled, encoder, length + 1)
+    check_ids(prepared, (ids for ids, _ in labelled.rows))
+
+    def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
+        from megalite.inference.likelihood import likelihoods
+
+        return [accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))]
+
+    return work
+
+
+def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    tokenizer = tokenizer_for(options, prepared)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks")
+    names, stop_ids = options.tasks.split(","), stop_ids_for(prepared, tokenizer)
+    length = options.sequence_length or prepared.spec.max_positions
+    is_asking = place().rank == 0
+    if is_asking:
+        try:
+            from megalite.inference import harness
+        except ImportError as error:
+            line = f"--tasks: {options.tasks}: needs lm-eval: pip install 'megalite[eval]'"
+            raise ConfigError(f"{line}: {error}") from error
+        tasks = harness.load_tasks(names, options.include_path)
+
+    def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
+        from megalite.inference.answers import Answers
+
+        answers = Answers(stage, grid, tokenizer, stop_ids, options.micro_batch_size)
+        if not is_asking:
+            answers.take_part()
+            return []
+        try:
+            model = harness.Harness(answers, tokenizer.inner, length)
+            return harness.run(model, tasks, options.num_fewshot, options.limit, options.apply_chat_template)
+        finally:
+            answers.end()
+
+    return work

@@ -1,0 +1,136 @@
+"""`launcher/generate.py`: from the command line to a JSON line for each prompt on standard output.
+
+    deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" megalite.parallel.tensor=4
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.errors import ConfigError
+from megalite.inference.program import (
+    Prepared,
+    check_ids,
+    load_stage,
+    model_parser,
+    prepare_model,
+    stop_ids_for,
+    tokenizer_for,
+)
+from megalite.launch import place, start_ranks, stop_ranks
+
+
+def generate_main(arguments: list[str]) -> int:
+    """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order."""
+    parser = model_parser("generate.py", "Continue prompts on any layout of the pipe and tensor axes.")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", help="one prompt")
+    given.add_argument("--prompts", metavar="FILE", help="a prompt a line")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest with this probability")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts that go through the stages together")
+    parser.add_argument("--stop-id", type=int, action="append", default=[], metavar="ID", help="ends a text, too")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it")
+    parser.add_argument("--stream", action="store_true", help="show tokens on standard error as they come")
+    options = parser.parse_args(arguments)
+    from megalite.inference.sampling import Sampling
+
+    def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
+        prepared = prepare_model(options, place().world_size)
+        tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+        ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
+        return prepared, tokenizer, prompts, ids, sampling
+
+    here, (prepared, tokenizer, prompts, ids, sampling) = start_ranks(prepare)
+    try:
+        texts = _generate(prepared, tokenizer, ids, sampling, options)
+        if here.rank == 0:
+            for prompt, text in zip(prompts, texts, strict=True):
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+    finally:
+        stop_ranks()
+    return 0
+
+
+def _generate(
+    prepared: Prepared, tokenizer: Tokenizer, ids: list[list[int]], sampling: Any, options: argparse.Namespace
+) -> list[str]:
+    """The texts of all prompts, on every rank."""
+    from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
+
+    stage, grid = load_stage(prepared, options.dtype)
+    stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
+
+    def text_of(number: int, tokens: Sequence[int]) -> str:
+        return cut_at(_continuation(tokenizer, ids[number], tokens, stop_ids), options.stop)
+
+    told: list[int] = []
+    written: list[str] = []
+
+    def show(number: int, token: int) -> None:
+        told.append(token)
+        text = text_of(number, told)
+        if not text.endswith("\ufffd"):  # else a character is not whole yet
+            print(text[len("".join(written)) :], end="", file=sys.stderr, flush=True)
+            written[:] = [text]
+
+    shown = options.stream and grid.rank == 0 and len(ids) == 1
+    generator = Generator(stage, grid, options.batch_size)
+    ends = ends_at(tokenizer, options.stop)
+    found = generate_all(generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None)
+    if shown:
+        print(file=sys.stderr, flush=True)
+    return [text_of(number, tokens) for number, tokens in enumerate(found)]
+
+
+def _continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Collection[int] = ()
+) -> str:
+    """The text that tokens add to a prompt's: decoded together, since a token's text hangs on its neighbours."""
+    kept = [token for token in tokens if token not in stop]
+    start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompts is None:
+        raise ConfigError("--prompt: missing: give it or --prompts FILE")
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: {options.prompts}: cannot be read: {error}") from error
+    if not any(lines):
+        raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
+    return [line for line in lines if line]
+
+
+def _encoded(
+    prepared: Prepared, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+) -> list[list[int]]:
+    from megalite.inference.generate import check_lengths
+
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    check_ids(prepared, ids)
+    check_lengths(prepared.spec, ids, max_new_tokens)
+    return ids
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
+    text, where it puts one."""
+    ids = tokenizer.encode(prompt)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
+        first = tokenizer.inner(prompt)["input_ids"][:1]
+        if first == [tokenizer.bos_id] and ids[:1] != first:
+            return first + ids
+    return ids

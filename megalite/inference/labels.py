@@ -1,0 +1,92 @@
+"""Classification: of the labels that occur in a file, the one that the model finds likeliest to follow each prompt.
+
+A line is one of fine-tuning (data/chat.py), with the label as its completion, or as a conversation's last answer.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.data.chat import ChatEncoder, Marked, NotChat
+from megalite.errors import DataError
+from megalite.inference.likelihood import Likelihood
+
+LARGEST = 1000  # labels; each line is scored with every one
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Lines to classify. names: the labels, in order; truth: of each line the number of its label; rows: each line
+    with each label, labels innermost, marked where the label stands."""
+
+    names: list[str]
+    truth: list[int]
+    rows: list[Marked]
+
+
+def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> Labelled:
+    """The lines of a file, cut on the left to `most_tokens`. Raises DataError that names the file and the line."""
+    lines = [(number, *_halves(path, number, text)) for number, text in _lines(path)]
+    completions = {_name(completion): completion for _, _, completion in lines}
+    names = sorted(completions)
+    if not 2 <= len(names) <= LARGEST:
+        raise DataError(f"{path}: holds {len(names)} different completions: must be 2 to {LARGEST} labels")
+    rows = []
+    for number, prompt, _ in lines:
+        for name in names:
+            try:
+                ids, marks = encoder.encode({"prompt": prompt, "completion": completions[name]})[-1]
+            except NotChat as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            if not any(marks[-most_tokens:][1:]):
+                raise DataError(f"{path}:{number}: no token of the label {name!r} has one before it")
+            rows.append((ids[-most_tokens:], marks[-most_tokens:]))
+    truth = [names.index(_name(completion)) for _, _, completion in lines]
+    return Labelled(names, truth, rows)
+
+
+def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
+    """What is told of a file: the share of lines whose likeliest label is theirs, in all and by label; `commonest`
+    is what naming the commonest label every time would give."""
+    size, truth = len(labelled.names), labelled.truth
+    chosen = []
+    for first in range(0, len(found), size):
+        scores = [likelihood.log_probability for likelihood in found[first : first + size]]
+        chosen.append(scores.index(max(scores)))
+    lines, right = Counter(truth), Counter(t for t, c in zip(truth, chosen, strict=True) if t == c)
+    return {
+        "accuracy": right.total() / len(truth),
+        "commonest": max(lines.values()) / len(truth),
+        "lines": len(truth),
+        "by_label": {name: right[number] / lines[number] for number, name in enumerate(labelled.names)},
+    }
+
+
+def _lines(path: str | Path) -> list[tuple[int, str]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: is not JSON: {error}") from error
+    if isinstance(line, dict) and isinstance(messages := line.get("messages"), list) and len(messages) > 1:
+        return messages[:-1], messages[-1:]
+    if not isinstance(line, dict) or "prompt" not in line or "completion" not in line:
+        raise DataError(f'{path}:{number}: must hold "prompt" and "completion", or "messages"')
+    return line["prompt"], line["completion"]
+
+
+def _name(completion: Any) -> str:
+    """A label in words: the completion's text without the space around it, a message's content."""
+    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
+        completion = completion[-1].get("content")
+    return str(completion).strip()

@@ -1,0 +1,80 @@
+"""How likely a model finds given tokens, on any layout: what choosing among answers (labels.py) and lm-eval
+(harness.py) ask. B rows of a batch, S positions, V / t logits of a rank.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.data.chat import Marked
+from megalite.inference.sampling import Sampling, choose
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Axis, Grid
+from megalite.parallel.loss import IGNORED, token_losses
+from megalite.parallel.pipeline import Boundary
+
+
+class Likelihood(NamedTuple):
+    """log_probability: of a row's marked tokens together, in nats; greedy: each was the likeliest in its place."""
+
+    log_probability: float
+    greedy: bool
+
+
+@torch.inference_mode()
+def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: int = 8) -> list[Likelihood]:
+    """Of each row's marked tokens, each given all before it; the same on every rank (collective over the world).
+
+    A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the
+    stages together; logits of all their positions stand in memory.
+    """
+    stage.eval()
+    axis, weight = grid.pipe, next(stage.parameters())
+    by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
+    batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)  # losses, places not greedy
+    under_way: deque[Boundary] = deque()
+    for batch in batches[grid.data.rank :: grid.data.size]:
+        tokens, labels = (part.to(weight.device) for part in _padded([rows[number] for number in batch]))
+        boundary = Boundary(axis, (*tokens.shape, stage.spec.hidden_size), weight.dtype, weight.device)
+        output = stage(tokens if axis.is_first else boundary.receive(axis.rank - 1))
+        if axis.is_last:
+            sums[batch] = _sums(output, labels, stage.spec.vocabulary_size, grid.tensor)
+            continue
+        boundary.send(output, axis.rank + 1)
+        under_way.append(boundary)
+        if len(under_way) > axis.size:
+            under_way.popleft().finish()
+    for boundary in under_way:
+        boundary.finish()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
+    return [Likelihood(-loss, missed < 0.5) for loss, missed in sums.tolist()]
+
+
+def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels int64 [B, S], filled on the right, where nothing that counts looks at it."""
+    length = max(1, max(len(ids) for ids, _ in rows) - 1)
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full_like(tokens, IGNORED)
+    for row, (ids, marks) in enumerate(rows):
+        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.int64)
+        counted = [token if mark else IGNORED for token, mark in zip(ids[1:], marks[1:], strict=True)]
+        labels[row, : len(ids) - 1] = torch.tensor(counted, dtype=torch.int64)
+    return tokens, labels
+
+
+def _sums(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
+    """Of each row the sum of losses and the number of counted tokens that are not the likeliest, fp64 [B, 2];
+    logits [B, S, V / t], labels [B, S]."""
+    places = labels != IGNORED
+    rows, wanted, chosen = places.nonzero()[:, 0], labels[places], logits[places].float()
+    missed = choose(chosen, vocabulary_size, axis, Sampling(), ()) != wanted
+    losses = token_losses(chosen, wanted, vocabulary_size, axis)
+    found = torch.stack([losses, missed], dim=-1).double()
+    return torch.zeros(len(labels), 2, dtype=torch.float64, device=logits.device).index_add_(0, rows, found)

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Make a classification set of real labelled text: glosses of WordNet's nouns, the topic of each to be told.
+
+    apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
+    python tools/collect_glosses.py --wordnet wordnet/usr/share/wordnet --output data/glosses
+
+Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion; every tenth gloss is for validation.
+"""
+
+import json
+from pathlib import Path
+
+from megalite.errors import DataError
+from megalite.launch import ArgumentParser, run_program
+
+# Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
+TOPICS = {4: "act", 5: "animal", 6: "artifact", 10: "communication", 13: "food", 15: "location", 18: "person",
+          20: "plant"}  # fmt: skip
+MOST = 2500  # glosses of a topic
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--wordnet", required=True, metavar="FOLDER", help="that holds data.noun")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    try:
+        lines = (Path(args.wordnet) / "data.noun").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{args.wordnet}/data.noun: cannot be read: {error.strerror}") from error
+    glosses: dict[int, list[str]] = {number: [] for number in TOPICS}
+    for line in lines:
+        # offset, file number, …, | gloss; "example"; the licence on top begins with spaces
+        if not line.startswith(" ") and (number := int(line.split()[1])) in TOPICS:
+            glosses[number].append(line.partition("| ")[2].partition(";")[0].strip())
+    for number, found in glosses.items():
+        glosses[number] = found[:: max(1, len(found) // MOST)][:MOST]  # WordNet puts neighbours together
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, wanted in (("train", range(1, 10)), ("valid", range(1))):
+        rows = [
+            json.dumps({"prompt": f"{gloss}\nTopic:", "completion": f" {TOPICS[number]}"}) + "\n"
+            for number, found in glosses.items()
+            for place, gloss in enumerate(found)
+            if place % 10 in wanted
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        print(f"{folder}/{name}.jsonl: {len(rows)} glosses of {len(TOPICS)} topics")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
