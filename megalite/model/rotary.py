@@ -67,10 +67,15 @@ def turns(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """Turns the first features of each head of x [B, N, S, H]; cosine and sine from `turns`."""
+    """Turns the first features of each head of x [B, N, S, H]; cosine and sine from `turns`.
+
+    The result lies in memory as [B, S, N, H]: attention's own lies like its queries, and the output projection then
+    reads it without a copy, which backward would keep.
+    """
     size = 2 * cosine.shape[-1]
     turning, rest = x[..., :size], x[..., size:]
     first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
     first, second = first * cosine - second * sine, second * cosine + first * sine
     turned = [torch.stack([first, second], dim=-1).flatten(-2)] if interleaved else [first, second]
-    return torch.cat(turned + [rest] * (size < x.shape[-1]), dim=-1)
+    parts = turned + [rest] * (size < x.shape[-1])
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)

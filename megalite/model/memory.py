@@ -1,0 +1,230 @@
+"""What a forward pass keeps for backward, in bytes, operation by operation: a prediction that needs no model.
+
+arXiv 2205.05198 (section 4.1) counts s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits. Ours differ, since SDPA keeps no
+scores, dropout that is off has no masks, and RMSNorm works in fp32. With e bytes a number, r = b·s·h numbers between
+the split products (/ t with sequence parallelism), g = b·s·h numbers that a split product reads, q, k and f numbers of
+the rank's queries, keys and intermediate features, a layer keeps, each storage counted once:
+
+    norm, LayerNorm                   its input e·r; mean and deviation
+    norm, RMSNorm                     its input in fp32 4·r (in fp32 that is the input itself); what its weight
+                                      multiplies e·r; a root mean square a token
+    input of query, key and value     e·g: the norm's result, or with sequence parallelism what is gathered of it
+    norms of queries and keys         as norms, over q and k
+    queries, keys, values             e·(q + 2·k), as attention reads them
+    core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
+                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
+    input of the output projection    e·q: what attention gives
+    input of gate and up              e·g, as above (none where the attention's is read, without sequence parallelism)
+    activation                        its input e·f; gated, both factors too 3·e·f
+    input of the down projection      e·f (ReLU's is its own result)
+    dropout of what is added          r bytes, twice
+
+`selective` leaves out the core; recompute of every n layers keeps e·r of n layers and makes their table again, one
+group at a time, in backward. tests/distributed/test_activations.py holds each table against what autograd saves.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, split_layers
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import share
+
+FP32, INT64 = 4, 8
+Table = dict[str, int]
+"""Bytes by operation."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A training pass of one micro-batch of `batch` samples of `length` tokens on a rank of the tensor axis."""
+
+    batch: int
+    length: int
+    dtype: torch.dtype
+    split: Split
+    documents: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a rank holds between the split products."""
+        return self.batch * len(self.split.rows(self.length))
+
+    def hidden(self, spec: TransformerSpec) -> int:
+        """Bytes of hidden states between the split products."""
+        return self.width * self.rows * spec.hidden_size
+
+    def part(self, features: int, unit: int = 1) -> int:
+        """This rank's numbers of features that the tensor axis splits."""
+        start, stop = share(features, self.split.axis, unit)
+        return self.tokens * (stop - start)
+
+
+def _norm(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table:
+    """What a norm of so many numbers keeps, each of `groups` of them with statistics of its own."""
+    if kind == "layer":
+        return {f"{name}: input": at.width * numbers, f"{name}: mean, deviation": 2 * at.width * groups}
+    return {
+        f"{name}: input in fp32": FP32 * numbers,
+        f"{name}: root mean square": FP32 * groups,
+        f"{name}: what its weight multiplies": at.width * numbers,
+    }
+
+
+def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool = False) -> Table:
+    """What one layer keeps; `selective`: the core of attention is made again."""
+    hidden_norms = [
+        _norm(spec.norm, name, at.rows * spec.hidden_size, at.rows, at) for name in ("attention norm", "MLP norm")
+    ]
+    gathered = at.width * at.tokens * spec.hidden_size
+    table = hidden_norms[0] | {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
+    if not spec.shared_norm:
+        table |= hidden_norms[1]
+    if spec.parallel and (spec.norm == "layer" or at.width == FP32):  # both norms read the one input
+        table.pop("MLP norm: input", None)
+        table.pop("MLP norm: input in fp32", None)
+    if not spec.shared_norm or at.split.divides:
+        table["input of gate, up"] = gathered
+    features = at.width * at.part(spec.intermediate_size)
+    table["activation"] = 3 * features if spec.gated else features
+    if spec.activation != "relu" or spec.gated:
+        table["input of down projection"] = features
+    if spec.hidden_dropout > 0:
+        table["dropout of what is added"] = 2 * at.rows * spec.hidden_size
+    return table
+
+
+def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) -> Table:
+    """Between the input of query, key, value and the output projection's product."""
+    h, e = spec.head_size, at.width
+    queries = at.part(spec.num_heads * h, h)
+    keys = values = at.part(spec.num_kv_heads * h, h)
+    table: Table = {}
+    if spec.qk_norm != "none":
+        by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "rms"
+        for name, numbers in (("query norm", queries), ("key norm", keys)):
+            table |= _norm(kind, name, numbers, numbers // h if by_head else at.tokens, at)
+    heads, s = queries // (at.tokens * h), at.length
+    window = spec.window(layer)
+    masked = at.documents or (window is not None and window < s)
+    if spec.attention_dropout > 0:
+        if not selective:
+            keys = values = queries  # keys and values are repeated for their queries
+        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * s, "attention: mask": s * s}
+        if at.documents:
+            core["attention: mask"] *= at.batch
+    else:
+        core = {"attention: logarithms": FP32 * at.tokens * heads}
+        if masked:
+            core["attention: mask"] = e * s * s * (at.batch if at.documents else 1)
+    table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
+    return table | ({} if selective else core) | {"input of output projection": e * queries}
+
+
+def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
+    """What the embedding keeps: indices, since a look-up needs no values."""
+    split = at.split.axis.size > 1
+    table = {"ids": INT64 * at.tokens}
+    if split:
+        table["ids of other ranks"] = at.tokens
+    if spec.rotary is None:
+        table["positions"] = INT64 * (at.tokens if at.documents else at.length)
+    if spec.embedding_dropout > 0:
+        table["dropout of embeddings"] = at.rows * spec.hidden_size
+    return table
+
+
+def head_table(spec: TransformerSpec, at: Forward) -> Table:
+    """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
+    table = _norm(spec.norm, "final norm", at.rows * spec.hidden_size, at.rows, at)
+    start, stop = share(spec.vocabulary_size, at.split.axis)
+    wide = FP32 if at.dtype == torch.float16 else at.width
+    table["loss: gradient of its input"] = wide * at.tokens * spec.hidden_size
+    table["loss: gradient of its weight"] = FP32 * (stop - start) * spec.hidden_size
+    if spec.head_bias:
+        table["loss: gradient of its bias"] = FP32 * (stop - start)
+    return table
+
+
+def angles_table(spec: TransformerSpec, at: Forward) -> Table:
+    """What the layers of a stage share."""
+    if spec.rotary is None:
+        return {}
+    pairs = (spec.rotary.size + 1) // 2
+    return {"cosines, sines": 2 * at.width * pairs * (at.tokens if at.documents else at.length)}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes on one rank. table: of one micro-batch, by layer or part; micro_batches: how many are held at once under
+    1F1B, min(p - i, m) on stage i of p; again: what backward makes again at a time."""
+
+    table: Table
+    micro_batches: int
+    again: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.table.values()) * self.micro_batches + self.again
+
+
+def stage_kept(spec: TransformerSpec, grid: Grid, recompute: Recompute, at: Forward, micro_batches: int) -> Kept:
+    """What a stage keeps of its micro-batches at most."""
+    pipe, selective = grid.pipe, recompute == "selective"
+    every = 0 if recompute == "selective" else int(recompute)
+    layers = split_layers(spec, pipe.size)[pipe.rank]
+    hidden = at.hidden(spec)
+    table: Table = {}
+    if pipe.is_first:
+        table["embedding"] = total(embedding_table(spec, at))
+    elif not every and not _keeps_its_input(spec, at):
+        table["from the stage before"] = hidden
+    groups = [layers[i : i + every] for i in range(0, len(layers), every)] if every else []
+    for group in groups:
+        table[f"input of layers {group[0]} to {group[-1]}"] = hidden
+    if not every:
+        table |= {f"layer {layer}": total(layer_table(spec, layer, at, selective)) for layer in layers}
+    table["angles"] = total(angles_table(spec, at))
+    if pipe.is_last:
+        table["final norm, head, loss"] = total(head_table(spec, at))
+    else:
+        table["for the stage after"] = hidden
+    whole = {layer: total(layer_table(spec, layer, at)) for layer in layers}
+    again = max((sum(whole[layer] for layer in group) for group in groups), default=0)
+    if selective:
+        again = max(whole[layer] - table[f"layer {layer}"] for layer in layers)
+    return Kept(table, min(pipe.size - pipe.rank, micro_batches), again)
+
+
+def _keeps_its_input(spec: TransformerSpec, at: Forward) -> bool:
+    """Whether a layer's table has the hidden states that come into it themselves."""
+    if spec.norm_place == "after":
+        return not at.split.divides
+    return spec.norm == "layer" or at.width == FP32
+
+
+def total(table: Table) -> int:
+    """Bytes of all operations."""
+    return sum(table.values())
+
+
+def merged(tables: Iterable[Table]) -> Table:
+    """The sum of tables, by operation."""
+    result: Table = {}
+    for table in tables:
+        for name, size in table.items():
+            result[name] = result.get(name, 0) + size
+    return result

@@ -1,0 +1,127 @@
+"""model/memory.py against autograd: what each part of a model saves for backward, storages counted once, parameters
+left out."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.model.context import Context
+from megalite.model.dropout import Randomness
+from megalite.model.families import read_spec
+from megalite.model.memory import (
+    Forward,
+    Table,
+    angles_table,
+    embedding_table,
+    head_table,
+    layer_table,
+    stage_kept,
+    total,
+)
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, Stage
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Grid
+from tests.families import FAMILY_CONFIGS, VOCABULARY
+from tests.ranks import run_ranks
+
+BATCH, LENGTH = 3, 14  # the length is even for sequence parallelism over 2
+WITHIN = 0.02  # equal to the byte on the CPU; other kernels of attention keep a little more or less
+DROPPING = {
+    "gpt2": {**FAMILY_CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1},
+    "llama": {**FAMILY_CONFIGS["llama"], "attention_dropout": 0.2},
+}
+Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
+"""A name, a model, its type, its recompute choice and whether samples are packed documents."""
+
+
+def cases(alone: bool, sequence: bool) -> list[Case]:
+    every: list[Recompute] = [0, "selective", 2, 1] if alone or sequence else [0]
+    result: list[Case] = []
+    for name, dtype, recompute in product(("llama", "gpt2", "phi"), (torch.float32, torch.bfloat16), every):
+        result.append((name, FAMILY_CONFIGS[name], dtype, recompute, False))
+    for (name, config), recompute in product(DROPPING.items(), every):
+        result.append((f"{name} dropout", config, torch.bfloat16, recompute, True))
+    if alone:
+        for name, config in FAMILY_CONFIGS.items():
+            result.append((name, config, torch.float16, 0, False))
+            result.append((name, config, torch.bfloat16, "selective", True))
+    return result
+
+
+def saved(parameters: set[int], forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Bytes of the storages that autograd keeps of a forward pass, and its result."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters:
+            kept[address] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
+def measured(
+    config: dict[str, Any], grid: Grid, dtype: torch.dtype, recompute: Recompute, packed: bool, sequence: bool
+) -> tuple[list[int], int]:
+    """Bytes of embedding, each layer and head by themselves; and of the whole stage."""
+    spec = read_spec(config)
+    stage = Stage(spec, grid, recompute, sequence).initialise(1).to(dtype)
+    parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    documents = (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
+    context = Context(randomness=Randomness(1, 1, torch.arange(BATCH)), documents=documents)
+    whole, _ = saved(parameters, lambda: stage(ids, ids, context))
+    if stage.recompute_every:  # of whole layers: by themselves they keep all
+        return [], whole
+    assert stage.embedding is not None and stage.head is not None
+    first, hidden = saved(parameters, lambda: stage.embedding(ids, context))  # type: ignore[misc]
+    blocks = [saved(parameters, lambda b=b: b(hidden, context))[0] for b in stage.blocks.values()]
+    last, _ = saved(parameters, lambda: stage.head(hidden, ids))  # type: ignore[misc]
+    return [first, *blocks, last], whole
+
+
+def predicted(
+    spec: TransformerSpec, grid: Grid, dtype: torch.dtype, recompute: Recompute, packed: bool, sequence: bool
+) -> tuple[list[Table], int]:
+    at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
+    angles = angles_table(spec, at)  # each layer by itself saves them
+    layers = [layer_table(spec, i, at, recompute == "selective") | angles for i in range(spec.num_layers)]
+    kept = dict(stage_kept(spec, grid, recompute, at, 4).table)
+    if recompute not in (0, "selective"):
+        del kept["angles"]  # kept by the context that backward calls the layers with again: no hook sees them
+    return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
+
+
+def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[str]:
+    """The parts that are not within bounds, in words."""
+    grid, wrong = Grid.build(1, world_size) if world_size > 1 else Grid(), []
+    chosen = [(sequence, case) for sequence in sequences for case in cases(world_size == 1, sequence)]
+    for sequence, (name, config, dtype, recompute, packed) in chosen:
+        spec = read_spec(config)
+        parts, whole = measured(config, grid, dtype, recompute, packed, sequence)
+        tables, stage = predicted(spec, grid, dtype, recompute, packed, sequence)
+        label = f"{name} {dtype} {recompute} documents {packed} sequence {sequence} rank {rank} of {world_size}"
+        for number, (size, table) in enumerate(zip(parts, tables, strict=bool(parts))):
+            if size != pytest.approx(total(table), rel=WITHIN):
+                wrong.append(f"{label}, part {number}: saved {size}, predicted {total(table)}: {table}")
+        if whole != pytest.approx(stage, rel=WITHIN):
+            wrong.append(f"{label}: saved {whole}, predicted {stage}")
+    return wrong
+
+
+def test_one_rank() -> None:
+    assert not on_ranks(0, 1, (False,))
+
+
+def test_tensor_2_with_and_without_sequence_parallelism() -> None:
+    wrong = [line for lines in run_ranks(2, on_ranks, (True, False)) for line in lines]
+    assert not wrong, "\n".join(wrong)
