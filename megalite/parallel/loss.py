@@ -95,9 +95,17 @@ def _losses_and_slope(
     return losses.masked_fill(~counts, 0.0), exponentials
 
 
-def chunk_rows(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens of a chunk: its logits take no more numbers than the hidden states [n, D]."""
-    return max(1, hidden.numel() // weight.shape[0])
+def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
+    """Losses [n] of tokens in nats, fp32, the same on every rank of the axis; without autograd. logits [n, V / t],
+    fp32, are overwritten; labels [n] as in `head_loss`."""
+    start, _ = share(vocabulary_size, axis)
+    return _losses_and_slope(logits, labels, start, axis, 0.0, wanted=False)[0]
+
+
+def chunk_rows(hidden: Tensor, columns: int) -> int:
+    """Tokens of a chunk: its logits take no more numbers than the hidden states [n, D]. columns: of the axis's largest
+    share of the vocabulary, so that all ranks cut the same chunks, whose sums they exchange."""
+    return max(1, hidden.numel() // columns)
 
 
 def head_loss(
@@ -116,5 +124,5 @@ def head_loss(
     the loss where gradients are wanted, and not in evaluation. Gradients are fp32 sums over the chunks.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = chunk_rows(flat, weight)
+    rows = chunk_rows(flat, -(-vocabulary_size // axis.size))
     return _HeadLoss.apply(flat, weight, bias, labels.reshape(-1), vocabulary_size, axis, z_loss, rows)  # type: ignore[return-value]

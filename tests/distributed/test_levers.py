@@ -135,7 +135,7 @@ def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: 
     expected = expected + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
     (expected * 3).backward()
     ours = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
-    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda hidden, weight: rows)
+    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda hidden, columns: rows)
     loss = head_loss(*ours, labels, 33, ALONE, z_loss)
     (loss * 3).backward()
     torch.testing.assert_close(loss, expected)
