@@ -12,7 +12,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.parallel.layers import placed
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Engine
 
@@ -135,14 +134,3 @@ def train_steps(
         norms.append(float(engine.get_global_grad_norm()))
     return losses, norms
 
-
-def train(rank: int, world_size: int, layout: Layout, task: Task) -> dict[str, Any]:
-    """Trains on a layout; losses and norms of the steps, and this rank's slices of the final weights by name."""
-    engine, pipeline, grid = build(layout, task)
-    losses, norms = train_steps(engine, pipeline, grid, layout, task, range(task.steps))
-    slices = {}
-    if layout.dtype == "fp32":
-        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=layout.stage == 3):
-            for value, place in placed(engine.module):
-                slices[place.name] = (place.offsets, value.detach().clone().numpy())
-    return {"losses": losses, "norms": norms, "slices": slices}

@@ -74,18 +74,18 @@ class ZeroOptimization(Section):
         ge=0,
         le=3,
         description="What the data axis shares out: 1 optimizer state, 2 gradients too, 3 weights too. "
-        "pipe > 1 takes 1 or 2.",
+        "pipe > 1 takes 0 to 2.",
     )
     contiguous_gradients: bool | None = key("Copy gradients into one buffer as they are made.")
     reduce_scatter: bool | None = key("Reduce-scatter in place of all-reduce.")
-    reduce_bucket_size: Count | None = key("Elements reduced at a time.")
+    reduce_bucket_size: Count | None = key("Elements reduced at a time, a buffer of its own; left out: 4e7.")
     use_multi_rank_bucket_allreduce: bool | None = key(
         "One all-reduce in place of a reduce for each owner: fewer messages, twice the bytes. Left out: false."
     )
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
     overlap_comm: bool | None = key("Reduce while backward goes on; without effect with pipe > 1.")
-    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory; pipe 1.")
+    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory.")
     offload_param: OffloadParam | None = key("Keep the parameters in main memory; stage 3.")
     sub_group_size: Count | None = key("Elements stepped at a time, stage 3.")
     ignore_unused_parameters: bool | None = key("Take parameters without a gradient as they are.")

@@ -17,6 +17,7 @@ from megalite.config.sections import Data, Megalite, Parallel
 from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+REDUCE_BUCKET_ELEMENTS = 40_000_000
 FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result hangs on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,
@@ -237,23 +238,10 @@ def _check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
         raise broken(
             "zero_optimization.stage",
             3,
-            f"must be 1 or 2 with megalite.parallel.pipe {pipe}: each micro-batch would gather the stage's weights "
-            "again, and DeepSpeed's pipeline engine does not take it",
-        )
-    if pipe > 1 and zero.stage == 0:
-        raise broken(
-            "zero_optimization.stage",
-            0,
-            f"must be 1 or 2 with megalite.parallel.pipe {pipe}: DeepSpeed clips by a wrong norm there; "
-            "use stage 1, same result",
+            f"must be at most 2 with megalite.parallel.pipe {pipe}: each micro-batch would gather the stage's weights "
+            "again, twice, and forwards and backwards in turn would undo DeepSpeed's order of fetches",
         )
     for name in sorted(offloads):
-        if pipe > 1:
-            raise broken(
-                f"zero_optimization.{name}.device",
-                "cpu",
-                f"must be none with megalite.parallel.pipe {pipe}: tied weights drift apart in DeepSpeed",
-            )
         least = 3 if name == "offload_param" else 1
         if zero.stage < least:
             raise broken(
@@ -323,6 +311,9 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
         # DeepSpeed's default all-reduces every bucket and keeps a part; so each part goes to its owner alone, half
         # of the bytes.
         zero.setdefault("use_multi_rank_bucket_allreduce", False)
+    if zero["stage"] > 0:
+        # DeepSpeed's 5e8 is a buffer of 2 GB in fp32, whatever the model.
+        zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
     result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     fp16 = result.get("fp16", {})
     if fp16.get("enabled"):

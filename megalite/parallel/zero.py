@@ -97,9 +97,13 @@ class ShardedOptimizer(_OneVerdict, DeepSpeedZeroOptimizer):
     def sum_tied_gradients(self) -> None:
         """Adds up the gradients of a tied embedding's two copies. It has a parameter group of its own, so that
         its shards over the data axis are the same on both stages."""
-        if self.tied_group is not None:
-            for gradient in self.averaged_gradients[self.tied_group]:
-                sum_over(gradient, self.grid.ends)
+        if self.tied_group is None:
+            return
+        if self.cpu_offload:
+            sum_over(self.single_partition_of_fp32_groups[self.tied_group].grad, self.grid.ends)
+            return
+        for gradient in self.averaged_gradients[self.tied_group]:
+            sum_over(gradient, self.grid.ends)
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """Called by DeepSpeed's step; the scale is that of the loss."""

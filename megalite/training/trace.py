@@ -73,12 +73,12 @@ class Session:
 def record(config: Config, steps: int, folder: Path) -> None:
     """Trains `steps` steps and writes what this rank has after each into `folder` (collective)."""
     session, rank = Session.build(config), dist.get_rank()
-    figures = []
+    figures: list[dict[str, float]] = []
+    places: dict[str, dict[str, Any]] = {}
     for step in range(steps):
         loss, norm = session.step(step)
         figures.append({"loss": loss, "norm": norm})
         tensors: dict[str, Tensor] = {}
-        places: dict[str, dict[str, Any]] = {}
         for shard in session.engine.shards():
             place = shard.placement
             for kind, values in {"weight": shard.master, **shard.state}.items():
@@ -91,8 +91,8 @@ def record(config: Config, steps: int, folder: Path) -> None:
                     "start": shard.start,
                     "counted": place.counted,
                 }
-        save_file(tensors, folder / f"step{step}_rank{rank}.safetensors", {"places": json.dumps(places)})
-    (folder / f"rank{rank}.json").write_text(json.dumps(figures))
+        save_file(tensors, folder / f"step{step}_rank{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
 
 
 @dataclass
@@ -112,51 +112,41 @@ class Piece:
 
 
 class Trace:
-    """What `record` wrote, of all ranks."""
+    """What `record` wrote, of all ranks. figures[rank][step] has loss and norm."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         ranks = range(len(list(folder.glob("rank*.json"))))
-        self.figures = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+        written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+        self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
+        self.places: list[dict[str, dict[str, Any]]] = [rank["places"] for rank in written]
 
     @property
     def steps(self) -> int:
         return len(self.figures[0])
 
     @cached_property
-    def keys(self) -> list[str]:
-        """`kind/name` of every tensor of the model, by kind in the order of KINDS."""
-        keys = {key for rank in range(len(self.figures)) for key in self._open(0, rank)[1]}
-        return sorted(keys, key=lambda key: (KINDS.index(key.partition("/")[0]), key))
-
-    def _open(self, step: int, rank: int) -> tuple[Any, dict[str, Any]]:
-        file = safe_open(self.folder / f"step{step}_rank{rank}.safetensors", "pt")
-        return file, json.loads(file.metadata()["places"])
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes by `kind/name` of every tensor of the model, by kind in the order of KINDS."""
+        shapes = {key: tuple(place["full_shape"]) for places in self.places for key, place in places.items()}
+        return dict(sorted(shapes.items(), key=lambda item: (KINDS.index(item[0].partition("/")[0]), item[0])))
 
     def pieces(self, step: int) -> dict[str, list[Piece]]:
         """By key, all that the ranks hold after a step; values are read lazily by the file's map."""
         result: dict[str, list[Piece]] = {}
-        for rank in range(len(self.figures)):
-            file, places = self._open(step, rank)
-            for key, place in places.items():
-                full_shape, shape, offsets = (tuple(place[name]) for name in ("full_shape", "shape", "offsets"))
-                for box in boxes_of_shard(full_shape, shape, offsets, place["start"], file.get_tensor(key)):
-                    result.setdefault(key, []).append(Piece(rank, place["counted"], box.offsets, box.values))
+        for rank, places in enumerate(self.places):
+            with safe_open(self.folder / f"step{step}_rank{rank}.safetensors", "pt") as file:
+                for key, place in places.items():
+                    shape, offsets, start = tuple(place["shape"]), tuple(place["offsets"]), place["start"]
+                    for box in boxes_of_shard(self.shapes[key], shape, offsets, start, file.get_tensor(key)):
+                        result.setdefault(key, []).append(Piece(rank, place["counted"], box.offsets, box.values))
         return result
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Full shape of a tensor."""
-        for rank in range(len(self.figures)):
-            _, places = self._open(0, rank)
-            if key in places:
-                return tuple(places[key]["full_shape"])
-        raise KeyError(key)
 
     def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
         """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""
         pieces = self.pieces(step)
-        for key in self.keys:
-            whole = torch.full(self.shape(key), torch.nan)
+        for key, shape in self.shapes.items():
+            whole = torch.full(shape, torch.nan)
             for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's stays
                 if piece.counted:
                     piece.cut(whole).copy_(piece.values)

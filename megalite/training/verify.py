@@ -27,7 +27,7 @@ from megalite.training.trace import Piece, Trace
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by
 LEAST = 1e-6  # of a loss or norm, relative
-LEAST_TENSOR = 1e-7  # of a tensor, by the ratio of norms: about the rounding of fp32
+LEAST_TENSOR = 2.5e-7  # of a tensor, by the ratio of norms: two units in the last place of fp32
 DESCRIPTION = (
     "Train a few steps of the JSON on each layout and on one process, in fp32 with Adam's epsilon at 1e-4 or more, and "
     "compare losses, norms, weights and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "
@@ -119,7 +119,7 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
         ratios = [abs(rank[step][figure] - wanted) / max(abs(wanted), 1e-30) for rank in other.figures]
         worst = max(range(len(ratios)), key=lambda rank: ratios[rank] if ratios[rank] == ratios[rank] else float("inf"))
         yield figure, ratios[worst], worst
-    if missing := set(one.keys) ^ set(other.keys):
+    if missing := one.shapes.keys() ^ other.shapes.keys():
         yield from ((key, float("inf"), 0) for key in sorted(missing))
         return
     wanted_tensors = one.full(step)

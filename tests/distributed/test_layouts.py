@@ -1,124 +1,261 @@
-"""Any layout, the same training: losses, norms and weights against one process, and against transformers."""
+"""Any layout, the same training: 20 steps against one process, and one process against transformers and torch.
 
+The bounds are those of tools/verify_layouts.py: 4 times what one process itself differs by between micro-batch sizes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import combinations
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import numpy as np
+import deepspeed
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megalite.config import Config, Train
 from megalite.convert.names import from_hf
+from megalite.data.loader import TrainData
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
-from megalite.parallel.grid import Grid
-from megalite.parallel.layers import placed
+from megalite.parallel.grid import ALONE, Grid
+from megalite.parallel.layers import RowLinear, placed
+from megalite.training.batches import MicroBatch, micro_batches
+from megalite.training.layouts import Layout, config_of, micro_sizes
+from megalite.training.optimizer import parameter_groups
+from megalite.training.step import tokens_that_count
+from megalite.training.trace import Session, Trace
+from megalite.training.verify import Spread, Verdict, differences
 from tests.ranks import run_ranks
-from tests.small_models import Layout, Task, train
+from tests.traces import Request, document, marked_corpus, nothing, traces
 
-LAYOUTS = [
-    Layout(data=2, stage=0),
-    Layout(data=2, stage=1, micro=1),
-    Layout(data=2, stage=2, micro=4),
-    Layout(tensor=2, stage=1),
-    Layout(pipe=2, stage=0, recompute=True),
-    Layout(pipe=4, stage=2, micro=1),
-    Layout(pipe=2, tensor=2, stage=2),
-    Layout(pipe=2, data=2, stage=1),
-    Layout(pipe=2, tensor=2, data=2, stage=1, micro=1),
-    Layout(pipe=2, tensor=2, data=2, stage=2, recompute=True),
+STEPS, BATCH = 20, 16
+FULL = {"activation_checkpointing": "full"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SMALL_BUCKETS = {"reduce_bucket_size": 1000}  # less than most matrices have
+Case = tuple[Layout, bool, dict[str, Any]]
+"""A layout, whether embeddings are tied (a GPT-2 then, else a Llama), and keys of megalite.train or of ZeRO."""
+# With micro-batches of 1 to 16 of 16 samples the accumulation is 1, 2, 4, 8 and 16.
+BOTH: list[tuple[Layout, dict[str, Any]]] = [
+    (Layout(data=2, zero=0, micro=8), {}),
+    (Layout(data=2, zero=1, micro=1), {}),
+    (Layout(data=2, zero=2, micro=2), {}),
+    (Layout(tensor=2, zero=1, micro=16), {}),
+    (Layout(pipe=2, zero=0, micro=4), FULL),
+    (Layout(pipe=2, zero=1, micro=16), {}),
+    (Layout(pipe=4, zero=2, micro=2), {}),
+    (Layout(pipe=2, tensor=2, zero=2, micro=4), {}),
+    (Layout(pipe=2, data=2, zero=1, micro=2), {}),
+    (Layout(pipe=2, data=2, zero=2, micro=1), {}),
+    (Layout(pipe=2, tensor=2, data=2, zero=1, micro=1), {}),
+    (Layout(pipe=2, tensor=2, data=2, zero=2, micro=2), FULL),
 ]
-ONCE = [
-    (Layout(data=2, stage=3), True),
-    (Layout(tensor=2, data=2, stage=3), False),
-    (Layout(data=2, stage=1, offload=True), True),
-    (Layout(data=2, stage=2, offload=True), False),
-    (Layout(data=2, stage=3, offload=True), True),
+CASES: list[Case] = [(layout, tied, keys) for layout, keys in BOTH for tied in (True, False)] + [
+    (Layout(data=2, zero=3, micro=2), True, {}),
+    (Layout(tensor=2, data=2, zero=3, micro=1), False, {}),
+    (Layout(data=2, zero=1, micro=2), True, OFFLOAD),
+    (Layout(data=2, zero=2, micro=4), False, OFFLOAD),
+    (Layout(data=2, zero=3, micro=2), True, OFFLOAD),
+    (Layout(data=2, zero=1, micro=4), True, SMALL_BUCKETS),
+    (Layout(data=2, zero=3, micro=4), False, SMALL_BUCKETS),
+    (Layout(pipe=2, data=2, zero=2, micro=4), True, SMALL_BUCKETS),
+    (Layout(pipe=2, data=2, zero=1, micro=2), True, OFFLOAD),
+    (Layout(pipe=2, tensor=2, zero=2, micro=4), True, OFFLOAD),
 ]
-CASES = [(layout, tied) for layout in LAYOUTS for tied in (True, False)] + ONCE
-_references: dict[Task, dict[str, Any]] = {}
 
 
-def reference(task: Task) -> dict[str, Any]:
-    if task not in _references:
-        _references[task] = run_ranks(1, train, Layout(), task)[0]
-    return _references[task]
+def name(case: Case) -> str:
+    layout, tied, keys = case
+    return ",".join([str(layout), "tied" if tied else "untied", *keys])
 
 
-def gathered(results: list[dict[str, Any]], like: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Full tensors from every rank's slices; copies of one slice must be equal to the bit."""
-    full = {name: np.full_like(value, np.nan) for name, (_, value) in like["slices"].items()}
-    for result in results:
-        for name, (offsets, value) in result["slices"].items():
-            box = full[name][tuple(slice(o, o + n) for o, n in zip(offsets, value.shape, strict=True))]
-            assert np.isnan(box).all() or np.array_equal(box, value), f"{name}: two copies differ"
-            box[...] = value
-    assert not any(np.isnan(value).any() for value in full.values())
-    return full
+class Runs:
+    """Records what a test asks for, each world once with all its cases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.corpus = folder, marked_corpus(folder / "corpus")
+        self.recorded: dict[str, Trace] = {}
+
+    def config(self, layout: Layout, tied: bool, keys: dict[str, Any], bf16: bool = False) -> Config:
+        json = document(self.corpus, "gpt2" if tied else "llama", tied, BATCH)
+        json["bf16"] = {"enabled": bf16}
+        for key, value in keys.items():
+            section = json["megalite"]["train"] if key in Train.model_fields else json["zero_optimization"]
+            section[key] = value
+        return config_of(Config.from_dict(json), layout, BATCH)
+
+    def request(self, case: Case, fault: Any = nothing, bf16: bool = False, label: str = "") -> Request:
+        return self.config(*case, bf16).to_json(), fault, self.folder / (label or name(case))
+
+    @cache  # noqa: B019  (one object, which lives as long as the module's tests)
+    def alone(self, tied: bool) -> list[Trace]:
+        """One process with the micro-batch sizes that verify_layouts takes."""
+        layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
+        return traces(1, STEPS, [self.request((layout, tied, {})) for layout in layouts])
+
+    @cache  # noqa: B019
+    def spread(self, tied: bool) -> Spread:
+        reference, *others = self.alone(tied)
+        return Spread(reference, others)
+
+    def trace(self, case: Case) -> Trace:
+        if name(case) not in self.recorded:
+            world_size = case[0].world_size
+            cases = [other for other in CASES if other[0].world_size == world_size]
+            found = traces(world_size, STEPS, [self.request(other) for other in cases])
+            self.recorded |= dict(zip(map(name, cases), found, strict=True))
+        return self.recorded[name(case)]
 
 
-def case_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return "tied" if value else "untied"
-    return f"p{value.pipe}t{value.tensor}d{value.data}z{value.stage}m{value.micro}{'-offload' * value.offload}"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("layouts"))
 
 
-@pytest.mark.parametrize("layout, tied", CASES, ids=case_name)
-def test_layout_equals_one_process(layout: Layout, tied: bool) -> None:
-    task = Task("gpt2" if tied else "llama", tied)
-    expected, results = reference(task), run_ranks(layout.world_size, train, layout, task)
-    assert max(expected["norms"]) > task.clipping, "clipping must act"
-    for result in results:
-        assert result["losses"] == results[0]["losses"] and result["norms"] == results[0]["norms"]
-    np.testing.assert_allclose(results[0]["losses"], expected["losses"], rtol=1e-6)
-    np.testing.assert_allclose(results[0]["norms"], expected["norms"], rtol=2e-5)
-    for name, value in gathered(results, expected).items():
-        wanted = expected["slices"][name][1]
-        assert np.linalg.norm(value - wanted) < 2e-5 * np.linalg.norm(wanted) + 1e-7, name
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
+    spread, trace = runs.spread(case[1]), runs.trace(case)
+    assert max(row["norm"] for row in spread.reference.figures[0]) > 0.5, "clipping must act"
+    assert trace.steps == STEPS and all(rank == trace.figures[0] for rank in trace.figures)
+    for one, other in zip(spread.reference.figures[0], trace.figures[0], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    verdict: Verdict = spread.judge(trace)
+    assert not verdict.first, "; ".join(map(str, verdict.first))
 
 
-def test_pipe_alone_changes_no_bit_of_an_untied_model() -> None:
-    task = Task("llama", tied=False)
-    expected = run_ranks(1, train, Layout(stage=1), task)[0]
-    results = run_ranks(2, train, Layout(pipe=2, stage=1), task)
-    assert results[0]["losses"] == expected["losses"]
-    assert results[0]["norms"] == expected["norms"]
-    for name, value in gathered(results, expected).items():
-        assert np.array_equal(value, expected["slices"][name][1]), name
+@pytest.mark.parametrize(
+    "layout", [layout for layout, _ in BOTH if layout.world_size == layout.pipe and layout.pipe > 1], ids=str
+)
+def test_pipe_alone_changes_no_bit_of_an_untied_model(runs: Runs, layout: Layout) -> None:
+    keys = dict(BOTH)[layout]
+    request = runs.request((Layout(zero=layout.zero, micro=layout.micro), False, {}), label=f"like {layout}")
+    one = traces(1, STEPS, [request])[0]
+    other = runs.trace((layout, False, keys))
+    for step in range(STEPS):
+        assert [key for key, ratio, _ in differences(one, other, step) if ratio != 0] == []
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_keeps_near_one_process(stage: int) -> None:
-    task = Task("llama", tied=False)
-    one = run_ranks(1, train, Layout(stage=1, dtype="bf16"), task)[0]
-    other = run_ranks(4, train, Layout(pipe=2, data=2, stage=stage, dtype="bf16"), task)[0]
-    np.testing.assert_allclose(other["losses"], one["losses"], rtol=1e-3)
-    np.testing.assert_allclose(other["norms"], one["norms"], rtol=2e-2)
+@contextlib.contextmanager
+def products_split_by_rows(parts: int) -> Iterator[None]:
+    """The products that the tensor axis splits by rows, as one process can make them."""
+
+    def forward(self: RowLinear, x: Tensor) -> Tensor:
+        pieces = zip(x.chunk(parts, dim=-1), self.weight.chunk(parts, dim=1), strict=True)
+        y = sum(F.linear(part, weight) for part, weight in pieces)
+        return y if self.bias is None else y + self.bias  # type: ignore[return-value]
+
+    with mock.patch.object(RowLinear, "forward", forward):
+        yield
+
+
+def in_two_parts(rank: int) -> contextlib.AbstractContextManager[None]:
+    return products_split_by_rows(2)
+
+
+def in_four_parts(rank: int) -> contextlib.AbstractContextManager[None]:
+    return products_split_by_rows(4)
+
+
+def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
+    """Five of one process: three micro-batch sizes, and products in two and four parts."""
+    orders = [(4, nothing), (16, nothing), (1, nothing), (4, in_two_parts), (4, in_four_parts)]
+    requests = [
+        runs.request((Layout(zero=1, micro=micro), False, {}), fault, bf16=True, label=f"bf16 {micro} {fault.__name__}")
+        for micro, fault in orders
+    ]
+    alone = [[row["loss"] for row in trace.figures[0]] for trace in traces(1, STEPS, requests)]
+    layouts = [
+        Layout(pipe=2, data=2, zero=1, micro=2), Layout(pipe=2, data=2, zero=2, micro=1),
+        Layout(pipe=2, tensor=2, zero=2, micro=2), Layout(tensor=2, data=2, zero=3, micro=2),
+    ]  # fmt: skip
+    requests = [runs.request((layout, False, {}), bf16=True, label=f"bf16 {layout}") for layout in layouts]
+    found = [[row["loss"] for row in trace.figures[0]] for trace in traces(4, STEPS, requests)]
+    largest = 0.0
+    for step in range(STEPS):
+        largest = max(largest, *(abs(one[step] - other[step]) for one, other in combinations(alone, 2)))
+        for layout, losses in zip(layouts, found, strict=True):
+            assert abs(losses[step] - alone[0][step]) <= 3 * largest, f"{layout}, step {step + 1}"
+    assert 0 < largest < 0.1
+
+
+def plain_step(model: Callable[..., Tensor], batches: list[MicroBatch], weight: float) -> float:
+    """Gradients of the mean over `weight` tokens; the sum of losses."""
+    total = 0.0
+    for number, (tokens, labels, context) in enumerate(batches):
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else model.no_sync():  # type: ignore[attr-defined]
+            loss = model(tokens, labels, context)
+            (loss / weight).backward()
+        total += loss.item()
+    return total
+
+
+def beside_torch(rank: int, world_size: int, config: dict[str, Any], steps: int) -> None:
+    """ZeRO-0 on the data axis beside DistributedDataParallel, on the same samples: every bit of every step."""
+    deepspeed.init_distributed("gloo")
+    session = Session.build(Config.from_dict(config))
+    params = session.config.document.optimizer.params  # type: ignore[union-attr]
+    stage = Stage(read_spec(session.config.model), Grid()).initialise(session.config.train.seed)
+    model = nn.parallel.DistributedDataParallel(stage)
+    groups = parameter_groups(stage, params.weight_decay)
+    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.999), eps=params.eps)
+    for step in range(steps):
+        batches = session.batches(step)
+        count = tokens_that_count(batches)
+        torch.distributed.all_reduce(count)
+        plain_step(model, batches, int(count) / world_size)
+        norm = nn.utils.clip_grad_norm_(stage.parameters(), float("inf"))
+        adam.step()
+        adam.zero_grad()
+        _, found = session.step(step)
+        assert found == pytest.approx(norm.item(), rel=1e-6)
+        for (ours, place), (theirs, _) in zip(placed(session.engine.stage), placed(stage), strict=True):
+            assert torch.equal(ours, theirs), f"step {step + 1}: {place.name}"
+
+
+def test_zero_0_equals_distributed_data_parallel(runs: Runs) -> None:
+    config = runs.config(Layout(data=2, zero=0, micro=2), True, {}).to_json() | {"gradient_clipping": 0.0}
+    run_ranks(2, beside_torch, config, 8)
 
 
 @pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("gpt2", True)])
-def test_training_equals_transformers_and_torch(family: str, tied: bool) -> None:
+def test_training_equals_transformers_and_torch(runs: Runs, tmp_path: Path, family: str, tied: bool) -> None:
     """The same weights and batches through transformers' model, torch's AdamW and clip_grad_norm_."""
-    task = Task(family, tied)
-    ours = reference(task)
-    config = AutoConfig.for_model(**task.section)
+    steps = 8
+    json = document(runs.corpus, family, tied, BATCH)
+    settings = config_of(Config.from_dict(json), Layout(zero=0, micro=4), BATCH)
+    ours = traces(1, steps, [(settings.to_json(), nothing, tmp_path / "ours")])[0]
+    section = settings.model
+    assert isinstance(section, dict)
+    config = AutoConfig.for_model(**section)
     config._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(config)
-    start = Stage(read_spec(task.section), Grid()).initialise(seed=1)
     theirs = model.state_dict()
     with torch.no_grad():
-        for value, place in placed(start):
+        for value, place in placed(Stage(read_spec(section), Grid()).initialise(settings.train.seed)):
             from_hf(family, place.name, theirs.__getitem__).copy_(value)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, eps=1e-4, weight_decay=0.01)
-    for step in range(task.steps):
-        tokens, labels = task.samples(step)
-        logits = model(tokens).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    decays = [value for value in model.parameters() if value.dim() > 1]
+    rest = [value for value in model.parameters() if value.dim() == 1]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4)
+    data = TrainData(settings.data, settings.train.seed, section["vocab_size"])
+    for step in range(steps):
+        (batch,) = micro_batches(data, step * BATCH, BATCH, BATCH, ALONE, torch.device("cpu"))
+        logits = model(batch.tokens).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clipping)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        assert ours["losses"][step] == pytest.approx(loss.item(), rel=1e-5)
-        assert ours["norms"][step] == pytest.approx(norm.item(), rel=1e-4)
-    for name, (_, value) in ours["slices"].items():
-        wanted = from_hf(family, name, theirs.__getitem__).detach().numpy()
-        assert np.linalg.norm(value - wanted) < 1e-4 * np.linalg.norm(wanted) + 1e-6, name
+        assert ours.figures[0][step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert ours.figures[0][step]["norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for key, value, _ in ours.full(steps - 1):
+        kind, _, called = key.partition("/")
+        if kind == "weight":
+            wanted = from_hf(family, called, theirs.__getitem__).detach()
+            assert (value - wanted).norm() < 1e-4 * wanted.norm() + 1e-6, called

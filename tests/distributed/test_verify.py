@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import pytest
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -21,10 +20,11 @@ from megalite.parallel.norm import GlobalNorm
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import ShardedOptimizer
 from megalite.training.layouts import Layout, comparable, config_of, micro_sizes
-from megalite.training.trace import Trace, record
+from megalite.training.trace import Trace
 from megalite.training.verify import Spread, Verdict, main
-from tests.ranks import REPOSITORY, run_ranks
+from tests.ranks import REPOSITORY
 from tests.small_models import MODELS, VOCABULARY
+from tests.traces import nothing, traces
 from tests.unit.data.corpora import write_corpus
 
 STEPS, BATCH = 3, 8
@@ -72,24 +72,11 @@ def dropped_tensor_all_reduce(rank: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def nothing(rank: int) -> Iterator[None]:
-    yield
-
-
 GRID, SPLIT = Layout(pipe=2, data=2, zero=1, micro=1), Layout(tensor=2, zero=2, micro=2)
 ON_GRID: list[Callable[..., Any]] = [
     nothing, norm_of_stage_0, unreduced_tied_gradient, scale_of_m_squared, skipped_reduction
 ]
 ON_SPLIT: list[Callable[..., Any]] = [nothing, dropped_tensor_all_reduce]
-
-
-def recorded(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Callable[..., Any], Path]]) -> None:
-    """Each run with its fault, one after another on the same ranks."""
-    deepspeed.init_distributed("gloo")
-    for config, fault, folder in runs:
-        with fault(rank):
-            record(Config.from_dict(config), STEPS, folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +105,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verdicts(document: dict[str, Any], base: Path) -> dict[str, Verdict]:
     config = comparable(Config.from_dict(document))
 
-    def traces(world_size: int, runs: list[tuple[Layout, Callable[..., Any]]]) -> list[Trace]:
+    def recorded(world_size: int, runs: list[tuple[Layout, Callable[..., Any]]]) -> list[Trace]:
         folders = [base / f"{world_size}_{number}" for number in range(len(runs))]
-        requests = []
-        for (layout, fault), folder in zip(runs, folders, strict=True):
-            folder.mkdir()
-            requests.append((config_of(config, layout, BATCH).to_json(), fault, folder))
-        run_ranks(world_size, recorded, requests)
-        return [Trace(folder) for folder in folders]
+        configs = [config_of(config, layout, BATCH).to_json() for layout, _ in runs]
+        faults = [fault for _, fault in runs]
+        return traces(world_size, STEPS, list(zip(configs, faults, folders, strict=True)))
 
     sizes = micro_sizes(BATCH, 2)
-    reference, *others = traces(1, [(Layout(zero=0, micro=size), nothing) for size in sizes])
+    reference, *others = recorded(1, [(Layout(zero=0, micro=size), nothing) for size in sizes])
     spread = Spread(reference, others)
     result = {}
     for layout, faults in ((GRID, ON_GRID), (SPLIT, ON_SPLIT)):
-        for fault, trace in zip(faults, traces(layout.world_size, [(layout, f) for f in faults]), strict=True):
+        for fault, trace in zip(faults, recorded(layout.world_size, [(layout, f) for f in faults]), strict=True):
             result[f"{fault.__name__} {layout.world_size}"] = spread.judge(trace)
     return result
 

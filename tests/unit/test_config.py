@@ -19,7 +19,7 @@ def test_resolved_config_is_its_own_input() -> None:
     [
         ("zero_optimizaton.stage=1", "zero_optimizaton: unknown key; did you mean zero_optimization?"),
         ('megalite.parallel.tensor="4"', 'megalite.parallel.tensor: "4": must be an integer'),
-        ("zero_optimization.stage=3", "must be 1 or 2 with megalite.parallel.pipe 2"),
+        ("zero_optimization.stage=3", "must be at most 2 with megalite.parallel.pipe 2"),
         ("megalite.parallel.tensor=3", "world size: 8: must be a multiple of"),
         ("train_batch_size=9", "= 16"),
         ("fp16.auto_cast=true", "fp16.auto_cast: a stage's inputs are token ids"),
