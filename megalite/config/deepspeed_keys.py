@@ -184,7 +184,7 @@ class OptimizerParams(Section):
     lr: float = Field(gt=0, description="Learning rate, the highest of the schedule.")
     weight_decay: Rate = Field(0.0, description="Decay of the weights, times the learning rate.")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = key(
-        "Adam, Lion: decay of the moments; left out: [0.9, 0.999], with Lion [0.9, 0.99]."
+        "Adam: decay of the two moments; left out: [0.9, 0.999]."
     )
     eps: float | None = Field(None, gt=0, description="Adam: added to the root of the second moment; left out: 1e-8.")
     momentum: float | None = Field(None, ge=0, lt=1, description="SGD: decay of the momentum; left out: 0, none.")
@@ -207,12 +207,12 @@ ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True,
 OPTIMIZERS: dict[str, dict[str, Any]] = {  # what each takes beside lr and weight_decay, with what holds when left out
     "AdamW": ADAM,
     "Adam": ADAM,
-    "Lion": {"betas": [0.9, 0.99]},
     "SGD": {"momentum": 0.0},
 }
 REFUSED_OPTIMIZERS = {
     "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
     "ZeRO-1 on clips the update in place of the gradient: the result would hang on the layout",
+    "Lion": "DeepSpeed's moves a weight whose gradient is 0, as that of an unseen token's embedding, by a whole step",
     "Adagrad": "DeepSpeed makes it anew for ZeRO and forgets the parameter groups: norms and biases would decay",
     "Lamb": "it needs the norms of whole tensors, of which ZeRO gives it parts",
 }
@@ -229,7 +229,7 @@ class Optimizer(Section):
     """`optimizer`"""
 
     type: Annotated[str, AfterValidator(_optimizer)] = Field(
-        description="The update rule: `AdamW`, `Adam`, `Lion` (on a GPU, or with offload_optimizer), `SGD`."
+        description="The update rule: `AdamW`, `Adam`, or torch's `SGD`."
     )
     params: OptimizerParams
     refused: ClassVar = {"legacy_fusion": "it belongs to fp16 and LAMB; leave it out"}

@@ -322,14 +322,10 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
     if fp16.get("enabled") or result.get("bf16", {}).get("enabled"):
         result.setdefault("communication_data_type", "fp32")
     kind, params = result["optimizer"]["type"], result["optimizer"]["params"]
-    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    if kind == "Lion" and not has_gpu and not offloaded:
-        rule = "needs a GPU or zero_optimization.offload_optimizer.device cpu, for which DeepSpeed has compiled ones"
-        raise broken("optimizer.type", kind, rule)
     for name, value in OPTIMIZERS[kind].items():
         if value is not None:
             params.setdefault(name, value)
-    if kind in ("AdamW", "Adam") and not has_gpu:
+    if kind != "SGD" and not has_gpu:
         params.setdefault("torch_adam", True)
     return result
 

@@ -32,7 +32,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of what an optimizer keeps of each weight."""
     if isinstance(optimizer, torch.optim.SGD):
         return MOMENTS[:1] if optimizer.defaults["momentum"] else ()
-    return MOMENTS[1:2] if "Lion" in type(optimizer).__name__ else MOMENTS[1:]
+    return MOMENTS[1:]
 
 
 class _OneVerdict:
