@@ -211,10 +211,9 @@ class BoxReader(StorageReader):
             name, offsets = item.storage_index.fqn, item.storage_index.offset
             assert offsets is not None
             ends = zip(item.storage_offsets, item.lengths, strict=True)
-            target = planner.resolve_tensor(item)
-            part = files.read(self.index.chunk(name, tuple(offsets)), self.index.entries[name],
-                              tuple(slice(a, a + n) for a, n in ends))
-            target.copy_(part.view(target.shape))
+            part = tuple(slice(a, a + n) for a, n in ends)
+            chunk = self.index.chunk(name, tuple(offsets))
+            files.read_into(planner.resolve_tensor(item), chunk, self.index.entries[name], part)
         return _done(None)
 
     @classmethod
