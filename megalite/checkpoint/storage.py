@@ -103,6 +103,8 @@ class BoxWriter(StorageWriter):
             return _done([])
         tensors, results = {}, []
         path = self.transaction.folder.parent / plan.storage_data
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path.parent}: rank 0 made it: must lie on a file system that all ranks share")
         for item in plan.items:
             assert item.tensor_data is not None
             box = item.tensor_data.chunk
