@@ -165,7 +165,7 @@ class Checkpoint:
         shape = tuple(shape) if shape is not None else entry.shape
         result = torch.empty(shape, dtype=entry.dtype)
         for chunk, ours, theirs in _overlaps(entry, offsets, shape):
-            result[ours] = self.files.read(chunk, entry, theirs)
+            self.files.read_into(result[ours], chunk, entry, theirs)
         return result
 
     def _entry(self, name: str, kind: str) -> Entry:

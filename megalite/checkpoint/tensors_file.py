@@ -10,10 +10,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalite.checkpoint.folder import Chunk, Entry, write_all
@@ -79,22 +78,61 @@ def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 class TensorFiles:
-    """The boxes that an index says lie in a folder's files; each file is opened once."""
+    """The boxes that an index says lie in a folder's files; each file's header is read once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, Any] = {}
+        self._files: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
 
-    def read(self, chunk: Chunk, entry: Entry, part: tuple[slice, ...]) -> Tensor:
-        """Part of a box. CheckpointError where the file cannot be read or holds another box than the index says."""
+    def read_into(self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]) -> None:
+        """Part of a box, into memory that stands. CheckpointError where the file cannot be read or holds another box
+        than the index says."""
         path = self.folder / chunk.file
         try:
-            if chunk.file not in self._open:
-                self._open[chunk.file] = safe_open(path, framework="pt")
-            stored = self._open[chunk.file].get_slice(chunk.key)
-            if tuple(stored.get_shape()) != chunk.shape or stored.get_dtype() != _NAMES[entry.dtype]:
-                raise CheckpointError(f"{path}: {chunk.key}: {stored.get_dtype()} {stored.get_shape()}: must be "
-                                      f"{_NAMES[entry.dtype]} {list(chunk.shape)}, as the index says")
-            return stored[part]
-        except (OSError, SafetensorError) as error:
+            if chunk.file not in self._files:
+                self._files[chunk.file] = _opened(path)
+            file, data, header = self._files[chunk.file]
+            start = data + _place(header[chunk.key], chunk, entry, path.stat().st_size - data)
+            row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
+            first, count = part[0].start, part[0].stop - part[0].start
+            direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == entry.dtype
+            direct = direct and target.shape[1:] == chunk.shape[1:]
+            step = count if direct else max(1, _BLOCK_BYTES // max(1, row_bytes))
+            for i in range(0, count, step):
+                rows = target.narrow(0, i, min(step, count - i))
+                whole = rows if direct else torch.empty((len(rows), *chunk.shape[1:]), dtype=entry.dtype)
+                _read(file.fileno(), start + (first + i) * row_bytes, whole)
+                if not direct:
+                    rows.copy_(whole[(slice(None), *part[1:])])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
+    """A safetensors file, where its tensors begin, and its header."""
+    file = path.open("rb")
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length > path.stat().st_size:
+        raise ValueError("has no header of a safetensors file")
+    return file, 8 + length, json.loads(file.read(length))
+
+
+def _place(stored: dict[str, Any], chunk: Chunk, entry: Entry, size: int) -> int:
+    """The first byte of a box among the file's tensors, which take `size` bytes."""
+    dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
+    if (dtype, tuple(shape)) != (_NAMES[entry.dtype], chunk.shape):
+        raise ValueError(f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(chunk.shape)}, as the "
+                         "index says")
+    if not 0 <= start <= stop <= size or stop - start != torch.Size(chunk.shape).numel() * entry.dtype.itemsize:
+        raise ValueError(f"{chunk.key}: bytes {start} to {stop} of {size}")
+    return start
+
+
+def _read(descriptor: int, start: int, target: Tensor) -> None:
+    """Fills a contiguous tensor from the file's bytes."""
+    content: memoryview = target.detach().view(-1).view(torch.uint8).numpy().data
+    while content:
+        count = os.preadv(descriptor, [content], start)
+        if count == 0:
+            raise ValueError("ends early")
+        content, start = content[count:], start + count

@@ -275,7 +275,7 @@ def test_a_full_disk_and_a_folder_read_only_on_one_rank_lose_nothing(tmp_path: P
 
 
 def no_room(rank: int, world_size: int, run: Path) -> None:
-    """One rank has no room for its copy: all wait for the files, from live tensors."""
+    """One rank has no room for its copy: all wait for the files, from live tensors. Then each its own folder."""
     saver = Saver(run, keep=1, copy_limit_bytes=0 if rank == 1 else None)
     saver.save(1, boxes(rank, 1), {**STATE, "step": 1})
     assert saver.has_ended
@@ -291,6 +291,11 @@ def no_room(rank: int, world_size: int, run: Path) -> None:
     assert figures["checkpoint_copy_bytes"] == 2 * COLUMNS * 4 and figures["checkpoint_write_seconds"] > 0
     assert figures["checkpoint_seconds"] > 0 and saver.taken_figures() == {}
     is_good(run, {2})
+    with pytest.raises(CheckpointException) as raised:
+        save(Saver(run / str(rank), keep=1), rank, 3)
+    assert "rank 1: " in failure_line(raised.value) and "that all ranks share" in failure_line(raised.value)
+    dist.barrier()
+    assert list((run / "0" / "checkpoints").iterdir()) == []
 
 
 def test_where_one_rank_has_no_room_for_its_copy_all_wait(tmp_path: Path) -> None:

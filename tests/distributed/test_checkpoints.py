@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.small_models import Layout, Task, build, train_steps
 
 TASK = Task("gpt2", tied=True)
-CHAIN = [  # each loads what the one before has saved: pipe, tensor, data, every ZeRO stage, both types
+CHAIN = [  # each loads what the two before have saved: pipe, tensor, data, every ZeRO stage, both types
     Layout(data=2, stage=0),
     Layout(pipe=2, tensor=2, stage=1),
     Layout(data=2, stage=3),
@@ -64,34 +64,55 @@ def assert_equals_file(engine: Engine, path: Path) -> None:
     assert seen >= 3
 
 
-def save_and_resume(rank: int, world_size: int, layout: Layout, before: Path | None, run: Path) -> None:
+def load_each(rank: int, world_size: int, layout: Layout, checkpoints: list[Path]) -> None:
+    engine, *_ = build(layout, TASK)
+    for path in checkpoints:
+        load(engine, path, 2)
+        assert_equals_file(engine, path)
+
+
+def save_and_resume(rank: int, world_size: int, layout: Layout, before: list[Path], run: Path) -> None:
     engine, pipeline, grid = build(layout, TASK)
-    if before is not None:
-        load(engine, before, 2)
-        assert_equals_file(engine, before)
-    saver = Saver(run, keep=3)
+    for path in before:
+        load(engine, path, 2)
+        assert_equals_file(engine, path)
+    # Every second layout has no room for a copy.
+    saver = Saver(run, keep=3, copy_limit_bytes=0 if len(before) == 1 or layout.stage == 2 else None)
     train_steps(engine, pipeline, grid, layout, TASK, range(2))
     saver.save(2, owned_boxes(engine.shards(), grid.data, layout.stage == 0), STATE)
     going_on = train_steps(engine, pipeline, grid, layout, TASK, range(2, 4))  # while the file is written
     saver.wait()
     expected = snapshot(engine)
     engine, pipeline, grid = build(layout, TASK)
-    load(engine, find_checkpoint(run), 4 if before is not None else 2)
+    load(engine, find_checkpoint(run), 4 if before else 2)
     resumed = train_steps(engine, pipeline, grid, layout, TASK, range(2, 4))
     assert resumed == going_on
     for name, value in snapshot(engine).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_every_layout_resumes_bitwise_and_loads_the_one_before(tmp_path: Path) -> None:
-    before = None
+def test_every_layout_resumes_bitwise_and_loads_the_two_before(tmp_path: Path) -> None:
+    save_in_every_layout(tmp_path)
+
+
+def save_in_every_layout(folder: Path) -> list[Path]:
+    saved: list[Path] = []
     for number, layout in enumerate(CHAIN):
-        run = tmp_path / str(number)
-        run_ranks(layout.world_size, save_and_resume, layout, before, run)
-        before = find_checkpoint(run)
-        assert (run / "checkpoints" / "latest").read_text().strip() == before.name
-        checkpoint = Checkpoint.open(before)
+        run = folder / str(number)
+        run_ranks(layout.world_size, save_and_resume, layout, saved[-2:], run)
+        saved.append(find_checkpoint(run))
+        assert (run / "checkpoints" / "latest").read_text().strip() == saved[-1].name
+        checkpoint = Checkpoint.open(saved[-1])
         assert len(checkpoint.index.entries) == 3 * len(checkpoint.names)
+    return saved
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_every_layout_loads_every_other(tmp_path: Path) -> None:
+    saved = save_in_every_layout(tmp_path)
+    for number, layout in enumerate(CHAIN):
+        run_ranks(layout.world_size, load_each, layout, saved[:number] + saved[number + 1 :], timeout_seconds=600)
 
 
 def fail_on_one_rank(rank: int, world_size: int, run: Path) -> None:

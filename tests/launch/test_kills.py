@@ -1,4 +1,4 @@
-"""kill -9 under the real launcher while a checkpoint is saved at every step: of all ranks, of one, of the launcher."""
+"""kill -9 under the real launcher, a checkpoint saved at every step: of all ranks, of one, of the launcher."""
 
 import json
 import random
@@ -34,8 +34,9 @@ def kill_the_launcher(start: Start) -> None:
 KILLS = (kill_all_ranks, kill_one_rank, kill_the_launcher)
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [10, 100])
 @pytest.mark.timeout(4 * 3600)
+@pytest.mark.long  # a few are in test_signals.py
 def test_no_kill_leaves_a_run_that_cannot_go_on(tmp_path: Path, start: Callable[..., Start], count: int) -> None:
     config = write_config(tmp_path, checkpoint_interval=1, keep_checkpoints=1)
     run, moments = tmp_path / "run", random.Random(count)
@@ -43,16 +44,16 @@ def test_no_kill_leaves_a_run_that_cannot_go_on(tmp_path: Path, start: Callable[
     for number in range(count):
         seen = len(rows(run))
         one = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={LAST}")
-        one.wait_until(lambda: len(rows(run)) > seen + 2)  # noqa: B023
+        one.wait_until(lambda: len(rows(run)) > seen + 2, 600)  # noqa: B023
         time.sleep(moments.random() / 4)
         KILLS[number % 3](one)
-        one.wait(60)
+        one.wait(120)
         inside += any(path.name.startswith(".step") for path in (run / "checkpoints").iterdir())
         find_checkpoint(run)
         assert len(checkpoints_of(run)) <= 2, "the one before, where a kill came before it was removed"
     last = rows(run)[-1]["step"] + 2
     one = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={last}")
-    assert one.wait() == 0, one.text
+    assert one.wait(600) == 0, one.text
     print(f"{count} kills, {inside} of them inside a save, {last} steps, 0 unusable runs")
     keys = json.loads(config.read_text())
     keys["megalite"]["train"] |= {"steps": last, "run_dir": str(tmp_path / "whole"), "checkpoint_interval": 0}

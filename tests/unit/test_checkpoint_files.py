@@ -1,14 +1,25 @@
 """A checkpoint's folder: boxes, damage, what is kept, and that nothing half written is ever taken for whole."""
 
+import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from megalite.checkpoint.boxes import boxes_of_range
-from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint, newest_good, step_name, verify
+from megalite.checkpoint.files import (
+    Checkpoint,
+    CheckpointWriter,
+    checkpoints_of,
+    find_checkpoint,
+    newest_good,
+    step_name,
+    verify,
+)
 from megalite.checkpoint.folder import INDEX, STATE, SUMS, Index, Transaction, file_digest
 from megalite.errors import CheckpointError
 
@@ -21,6 +32,10 @@ def write(folder: Path) -> Path:
     with CheckpointWriter(folder, MODEL, STATE_VALUES) as writer:
         for name, tensor in TENSORS.items():
             writer.add(name, tensor)
+        carried = folder.with_name("generation_config.json")
+        carried.write_text('{"eos_token_id": 2}')
+        writer.carry(carried)
+        carried.unlink()
     return folder
 
 
@@ -51,7 +66,9 @@ def test_a_checkpoint_reads_back_whole_and_in_boxes(tmp_path: Path) -> None:
 
 def test_one_flipped_byte_is_found_in_every_file_and_place(tmp_path: Path) -> None:
     folder = write(tmp_path / "step_00000003")
-    for path in sorted(folder.iterdir()):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 5
+    for path in files:
         whole = path.read_bytes()
         for place in range(0, len(whole), max(1, len(whole) // 40)):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -65,11 +82,16 @@ def test_one_flipped_byte_is_found_in_every_file_and_place(tmp_path: Path) -> No
             verify(folder)
         path.write_bytes(whole)
     verify(folder)
+    (folder / "hugging_face" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="hugging_face/tokenizer.json: is not in SHA256SUMS"):
+        verify(folder)
 
 
 def test_sums_are_in_the_form_of_sha256sum(tmp_path: Path) -> None:
     lines = (write(tmp_path / "c") / SUMS).read_text().splitlines()
-    assert [line.split("  ")[1] for line in lines[:-1]] == [INDEX, STATE, "tensors_00000.safetensors"]
+    assert [line.split("  ")[1] for line in lines[:-1]] == [
+        "hugging_face/generation_config.json", INDEX, STATE, "tensors_00000.safetensors"
+    ]  # fmt: skip
     assert lines[-1].startswith("# ")
 
 
@@ -86,6 +108,16 @@ def test_the_newest_good_one_is_taken_and_damaged_ones_are_named(tmp_path: Path)
         find_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_one_that_made_room_for_another_counts_until_that_stands(tmp_path: Path) -> None:
+    """A kill between the two renames with which a checkpoint replaces one of its own step."""
+    folders = [write(tmp_path / "checkpoints" / step_name(step)) for step in (1, 2)]
+    hidden = folders[1].with_name(".step_00000002.replaced")
+    folders[1].rename(hidden)
+    assert checkpoints_of(tmp_path) == [folders[0], hidden] and find_checkpoint(tmp_path) == hidden
+    write(folders[1])
+    assert checkpoints_of(tmp_path) == folders and find_checkpoint(tmp_path) == folders[1]
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
@@ -117,18 +149,46 @@ class Carrier:
         return (Path.touch, (Path(self.path),))  # type: ignore[return-value]
 
 
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    """A file with code in place of tensors, its sums made anew to match, is refused."""
+def forge(folder: Path, to: Path, name: str, content: bytes) -> None:
+    """The same checkpoint with another file in place of one of its own, its sums made anew to match."""
+    shutil.copytree(folder, to)
+    (to / name).write_bytes(content)
+    sums = {path.relative_to(to): file_digest(path) for path in to.rglob("*") if path.is_file() and path.name != SUMS}
+    lines = "".join(f"{digest}  {path}\n" for path, digest in sums.items())
+    (to / SUMS).write_text(f"{lines}# of the lines above: {hashlib.sha256(lines.encode()).hexdigest()}\n")
+    verify(to)
+
+
+def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
+    """Files with code, or with other values than they should have, whose sums match."""
     folder, mark = write(tmp_path / "c"), tmp_path / "code_ran"
-    name = "tensors_00000.safetensors"
-    forged = Transaction(tmp_path / "d", {"model": MODEL, **STATE_VALUES})
-    forged.begin()
-    (forged.partial / name).write_bytes(pickle.dumps(Carrier(str(mark))))
-    index = Index.from_json(json.loads((folder / INDEX).read_text()))
-    forged.publish(index, {name: file_digest(forged.partial / name)})
-    checkpoint = Checkpoint.open(find_checkpoint(tmp_path / "d"))
-    with pytest.raises(CheckpointError, match=name):
-        checkpoint.read("b")
+    index, state = json.loads((folder / INDEX).read_text()), json.loads((folder / STATE).read_text())
+    weight = index["weight/b"]
+    torch.save(Carrier(str(mark)), tmp_path / "code.pt")
+    deep = b"[" * 100_000
+    tensors = "tensors_00000.safetensors"
+    other = save({"weight/a.weight": torch.zeros(5, 7), "weight/b": torch.zeros(2)})
+    forgeries = [
+        (tensors, pickle.dumps(Carrier(str(mark))), "tensors_00000.safetensors: cannot be read"),
+        (tensors, (tmp_path / "code.pt").read_bytes(), "tensors_00000.safetensors: cannot be read"),
+        (tensors, other, r"weight/b: F32 \[2\]: must be F32 \[3\], as the index says"),
+        (STATE, pickle.dumps(Carrier(str(mark))), "state.json: cannot be read"),
+        (STATE, deep, "state.json: cannot be read"),
+        (STATE, b"[]", "state.json: must hold an object"),
+        (STATE, json.dumps({**state, "step": "3"}).encode(), "step: '3': must be a number"),
+        (STATE, json.dumps({**state, "model": None}).encode(), "model: must be"),
+        (STATE, json.dumps({**state, "format": 9}).encode(), "format: 9: must be 1"),
+        (INDEX, deep, "index.json: cannot be read"),
+        (INDEX, json.dumps({"weight/b": 1}).encode(), "is no checkpoint"),
+        (INDEX, json.dumps({"weight/b": {**weight, "dtype": "object"}}).encode(), "is no checkpoint"),
+        (INDEX, json.dumps({"weight/b": {**weight, "shape": [10**12]}}).encode(), "3 elements of 1000000000000"),
+        (INDEX, json.dumps({"weight/b": {**weight, "boxes": [[[-1], [3], tensors, "k"]]}}).encode(), "must lie in"),
+        (INDEX, json.dumps({"weight/b": {**weight, "boxes": [[[0], [3], "../x", "k"]]}}).encode(), "outside the"),
+    ]
+    for number, (name, content, said) in enumerate(forgeries):
+        forge(folder, tmp_path / str(number), name, content)
+        with pytest.raises(CheckpointError, match=said):
+            Checkpoint.open(find_checkpoint(tmp_path / str(number))).read("b")
     assert not mark.exists()
 
 
