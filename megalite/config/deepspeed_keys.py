@@ -27,6 +27,24 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_NVME_OPTIMIZER = (
+    "between steps DeepSpeed keeps masters and moments in files and no memory, and checkpoints are read from and "
+    "written to memory"
+)
+_NVME_PARAM = "weights in files have not been tried with megalite"
+
+
+def _no_nvme(reason: str) -> Any:
+    """Refuses the device nvme by its reason."""
+
+    def check(value: Any) -> Any:
+        if value == "nvme":
+            raise PydanticCustomError("nvme", "must be none or cpu: {reason}", {"reason": reason})
+        return value
+
+    return BeforeValidator(check)
+
+
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
@@ -41,7 +59,7 @@ def key(description: str) -> Any:
 class OffloadOptimizer(Section):
     """`zero_optimization.offload_optimizer`"""
 
-    device: Literal["none", "cpu"] = Field(
+    device: Annotated[Literal["none", "cpu"], _no_nvme(_NVME_OPTIMIZER)] = Field(
         "none", description="Where the optimizer's state lies and is stepped."
     )
     pin_memory: bool | None = key("Page-locked memory.")
@@ -49,7 +67,7 @@ class OffloadOptimizer(Section):
     refused: ClassVar = {
         **dict.fromkeys(
             ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
-            "offloading to NVMe is not available; device is none or cpu",
+            f"it goes with device nvme, which is refused: {_NVME_OPTIMIZER}",
         ),
         **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
     }
@@ -58,11 +76,13 @@ class OffloadOptimizer(Section):
 class OffloadParam(Section):
     """`zero_optimization.offload_param`"""
 
-    device: Literal["none", "cpu"] = Field("none", description="Where the parameters lie between their uses.")
+    device: Annotated[Literal["none", "cpu"], _no_nvme(_NVME_PARAM)] = Field(
+        "none", description="Where the parameters lie between their uses."
+    )
     pin_memory: bool | None = key("Page-locked memory.")
     refused: ClassVar = dict.fromkeys(
         ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
-        "offloading to NVMe is not available; device is none or cpu",
+        f"it goes with device nvme, which is refused: {_NVME_PARAM}",
     )
 
 
@@ -329,7 +349,7 @@ class DeepSpeedKeys(Section):
         "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
         "weight_quantization": "not available: training only",
         "compile": "DeepCompile is not available",
-        "aio": "offloading to NVMe is not available",
+        "aio": "it goes with device nvme of the offload sections, which is refused",
         "managed_gradient_accumulation": "megalite counts the micro-batches with DeepSpeed; leave it out",
         "zero_allow_untested_optimizer": "optimizer.type is one that DeepSpeed tests; leave it out",
         "zero_force_ds_cpu_optimizer": "the optimizer is built from optimizer.type; leave it out",

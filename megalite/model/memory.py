@@ -23,7 +23,6 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
 group at a time, in backward. tests/distributed/test_activations.py holds each table against what autograd saves.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -219,12 +218,3 @@ def _keeps_its_input(spec: TransformerSpec, at: Forward) -> bool:
 def total(table: Table) -> int:
     """Bytes of all operations."""
     return sum(table.values())
-
-
-def merged(tables: Iterable[Table]) -> Table:
-    """The sum of tables, by operation."""
-    result: Table = {}
-    for table in tables:
-        for name, size in table.items():
-            result[name] = result.get(name, 0) + size
-    return result

@@ -100,6 +100,22 @@ class Grid:
         axes["tensor"] = replace(axes["tensor"], runs=tuple(_axis_through(rank, groups, clock) for groups in runs))
         return cls(**axes, world_size=world_size, rank=rank, clock=clock)
 
+    @classmethod
+    def at(cls, rank: int, pipe: int, data: int, tensor: int) -> "Grid":
+        """Where a rank stands, to reckon with: without groups, and without an initialised world."""
+
+        def axis(size: int, place: int) -> Axis:
+            runs = tuple(Axis(n, place % n, (), None) for n in range(2, size) if size % n == 0)
+            return Axis(size, place, tuple(range(size)), None, runs)
+
+        return cls(
+            pipe=axis(pipe, rank // (data * tensor)),
+            data=axis(data, rank // tensor % data),
+            tensor=axis(tensor, rank % tensor),
+            world_size=pipe * data * tensor,
+            rank=rank,
+        )
+
     # What DeepSpeed asks of an "mpu". Its "model parallel" group is our plane pipe × tensor.
     def get_model_parallel_rank(self) -> int:
         return self.model.rank

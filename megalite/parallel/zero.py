@@ -7,6 +7,7 @@ pipeline.py, which drives the engine.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,6 +185,8 @@ class FullyShardedOptimizer(_OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
 
+    _highest_gradients: int | None = None
+
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
         super().__init__(model=stage, mpu=grid, **kwargs)
@@ -289,21 +292,47 @@ class Engine(DeepSpeedEngine):
         asked = super().gradient_clipping()
         return asked if asked > 0 or self.zero_optimization() else float("inf")
 
+    @contextmanager
+    def weighed(self) -> Iterator[dict[str, int]]:
+        """Around one optimizer step: on leaving, the dict has `state_bytes` after it, with the most gradients that
+        stood after the backward of one of its micro-batches."""
+        self._highest_gradients = 0
+        result: dict[str, int] = {}
+        try:
+            yield result
+        finally:
+            highest, self._highest_gradients = self._highest_gradients, None
+        result.update(self.state_bytes() | {"gradients_bytes": highest})
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """Called after each micro-batch's backward; the update follows the last one's."""
+        if self._highest_gradients is not None:
+            self._highest_gradients = max(self._highest_gradients, self.state_bytes()["gradients_bytes"])
+        super().step(lr_kwargs)
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients stand between the last backward and the step."""
+        now, each storage once. Gradients stand between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]
         moments = [state[name] for state in self._adam.state.values() for name in MOMENTS if name in state]
-        gradients = [value.grad for value in values]
+        masters = self._masters()
+        gradients = [*(value.grad for value in values), *map(_own_sum, values), *(master.grad for master in masters)]
         held = [*_tensors_of(vars(self.optimizer))] if self.zero_optimization() else []
         return {
             "weights_bytes": _new_bytes(weights, seen),
-            "optimizer_bytes": _new_bytes([*self._masters(), *moments], seen),
+            "optimizer_bytes": _new_bytes([*masters, *moments], seen),
             # What else the ZeRO optimizer holds on to is gradients, whole or in parts.
             "gradients_bytes": _new_bytes([*gradients, *held], seen),
         }
+
+
+def _own_sum(value: Any) -> Tensor | None:
+    """The fp32 sum of a 16-bit gradient with ZeRO-1. After the reduction it is a view of DeepSpeed's bucket, no more
+    than scratch, which is kept until the next forward."""
+    held = getattr(value, "grad_accum", None)
+    return held if held is not None and held.untyped_storage().nbytes() == held.nbytes else None
 
 
 def _tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
@@ -316,10 +345,11 @@ def _tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def _new_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
-    """Bytes of the storages that are not in `seen` yet, which they then are. Scalars are left out."""
+    """Bytes of the storages that are not in `seen` yet, which they then are. Scalars and flags are left out, and meta
+    tensors, which have a size and no memory."""
     total = 0
     for tensor in tensors:
-        if tensor is not None and tensor.numel() > 1:
+        if tensor is not None and tensor.dim() > 0 and tensor.is_floating_point() and not tensor.is_meta:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

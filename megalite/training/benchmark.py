@@ -1,5 +1,6 @@
 """`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, beside a
-plain PyTorch loop with the same model.
+plain PyTorch loop with the same model. A layout may bring keys of its own, so that levers stand side by side:
+`--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`.
 
 The plain loop is one process: on a machine without a GPU it has all cores, which a layout's ranks share; with GPUs it
 has one, and a layout one for each rank. It runs before and after the layouts, so that a drift of the machine shows.
@@ -7,6 +8,7 @@ has one, and a layout one for each rank. It runs before and after the layouts, s
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,11 +18,14 @@ from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
 from megalite.launch import ArgumentParser
 from megalite.model.families import read_spec
+from megalite.parallel.grid import Grid
 from megalite.training.layouts import Layout, base_batch, config_of
 from megalite.training.local_ranks import check_room, run_local_ranks
+from megalite.training.memory import predicted_activations
 
 RANK_MODULE = "megalite.training.benchmark_rank"
 MEGABYTE = 1e6
+AXES = ("pipe", "data", "tensor", "ends", "other")
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
@@ -28,32 +33,62 @@ def main(arguments: list[str]) -> int:
     """Prints the figures; returns 0. Raises UserError with one line."""
     parser = ArgumentParser("benchmark_step.py", description="Measure a training step on several layouts.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run")
-    parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="pipe=2,tensor=2,data=2,zero=2")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="LAYOUT",
+        help='pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
+    )
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each (default: 5)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps: {options.steps}: must be 1 or more")
-    layouts = [Layout.parse(text) for text in options.layouts]
-    config = load_config(options.deepspeed_config, [*options.set, "megalite.train.batch_ramp=null"])
-    batch = base_batch(config, layouts[0])
-    configs = {layout: config_of(config, layout, batch) for layout in layouts}
-    for layout in layouts:
-        check_room(layout.world_size, str(layout))
+    overrides = [*options.set, "megalite.train.batch_ramp=null"]
+    config = load_config(options.deepspeed_config, overrides)
+    cases = [Case.parse(text, options.deepspeed_config, overrides) for text in options.layouts]
+    batch = base_batch(config, cases[0].layout)
+    configs = {case.name: config_of(case.config, case.layout, batch) for case in cases}
+    for case in cases:
+        check_room(case.layout.world_size, case.name)
     # ZeRO-1 only so that the config is valid with bf16: the plain loop has no DeepSpeed.
     alone = config_of(config, Layout(zero=1), batch, offload=False)
     TrainData(alone.data, alone.train.seed, read_spec(alone.model).vocabulary_size)
     tokens = batch * alone.data.sequence_length
     before = _measured(alone, 1, options.steps, plain=True)
     print(f"plain PyTorch, 1 process: {_speed(before, tokens)}, peak {_megabytes(before, 'peak_bytes')} MB", flush=True)
-    rows = {}
-    for layout in layouts:
-        rows[layout] = _measured(configs[layout], layout.world_size, options.steps, plain=False)
-        print(report(layout, rows[layout], tokens), flush=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, one in configs.items():
+        rows[name] = _measured(one, one.world_size, options.steps, plain=False)
+        for rank, row in enumerate(rows[name]):
+            row["kept_bytes"] = _kept_bytes(one, rank)
+        print(report(name, rows[name], tokens), flush=True)
     after = _measured(alone, 1, options.steps, plain=True)
     print(f"plain PyTorch, 1 process, again: {_speed(after, tokens)}\n", flush=True)
     print(table(rows, (step_seconds(before) + step_seconds(after)) / 2, tokens))
     return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and the config that it brings, under the name that the user gave it."""
+
+    name: str
+    layout: Layout
+    config: Config
+
+    @classmethod
+    def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
+        """`LAYOUT` or `LAYOUT KEY=VALUE …`; ConfigError where it is neither."""
+        layout, *own = text.split()
+        return cls(" ".join([layout, *own]), Layout.parse(layout), load_config(file, [*overrides, *own]))
+
+
+def _kept_bytes(config: Config, rank: int) -> int:
+    """What a rank keeps for backward, as model/memory.py predicts it."""
+    grid = Grid.at(rank, config.parallel.pipe, config.data_size, config.parallel.tensor)
+    return predicted_activations(config, read_spec(config.model), grid).bytes
 
 
 def _measured(config: Config, world_size: int, steps: int, plain: bool) -> list[dict[str, Any]]:
@@ -79,10 +114,11 @@ def _megabytes(ranks: list[dict[str, Any]], name: str) -> str:
     return " ".join(f"{rank[name] / MEGABYTE:.4g}" for rank in ranks)
 
 
-def report(layout: Layout, ranks: list[dict[str, Any]], tokens: int) -> str:
+def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
     """A layout's figures, rank by rank."""
-    lines = [f"{layout}: {_speed(ranks, tokens)}"]
-    lines += [f"    {name.removesuffix('_bytes'):9} MB by rank: {_megabytes(ranks, name)}" for name in STATES]
+    lines = [f"{name}: {_speed(ranks, tokens)}"]
+    lines += [f"    {kind.removesuffix('_bytes'):9} MB by rank: {_megabytes(ranks, kind)}" for kind in STATES]
+    lines.append(f"    kept      MB by rank: {_megabytes(ranks, 'kept_bytes')}")
     lines.append(f"    peak      MB by rank: {_megabytes(ranks, 'peak_bytes')}")
     for axis in sorted({axis for rank in ranks for axis in rank["sent"]}):
         sent = " ".join(f"{rank['sent'].get(axis, 0) / MEGABYTE:.4g}" for rank in ranks)
@@ -90,18 +126,16 @@ def report(layout: Layout, ranks: list[dict[str, Any]], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def table(rows: dict[Layout, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:
-    """A line a layout; memory and bytes of the rank that has most."""
-    width = max(len(str(layout)) for layout in rows)
-    axes = ("pipe", "data", "tensor", "ends", "other")
-    head = f"{'layout':{width}}  {'seconds':>8}  {'tokens/s':>9}  {'of plain':>8}  {'states MB':>9}"
-    lines = [head + "".join(f"  {axis + ' MB':>9}" for axis in axes)]
-    for layout, ranks in rows.items():
+def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:
+    """A line a layout; memory and bytes of the rank that has most. kept: for backward, predicted."""
+    width = max(map(len, [*rows, "layout"]))
+    columns = ("seconds", "tokens/s", "of plain", "states MB", "kept MB", "peak MB", *(f"{axis} MB" for axis in AXES))
+    lines = [f"{'layout':{width}}" + "".join(f"  {column:>9}" for column in columns)]
+    for name, ranks in rows.items():
         seconds = step_seconds(ranks)
-        states = max(sum(rank[name] for name in STATES) for rank in ranks) / MEGABYTE
-        sent = "".join(f"  {max(rank['sent'].get(axis, 0) for rank in ranks) / MEGABYTE:9.4g}" for axis in axes)
-        ratio = plain_seconds / seconds
-        lines.append(
-            f"{str(layout):{width}}  {seconds:8.4g}  {tokens / seconds:9,.0f}  {ratio:8.3f}  {states:9.4g}{sent}"
-        )
+        bytes_held = [max(sum(rank[kind] for kind in STATES) for rank in ranks)]
+        bytes_held += [max(rank[kind] for rank in ranks) for kind in ("kept_bytes", "peak_bytes")]
+        bytes_sent = [max(rank["sent"].get(axis, 0) for rank in ranks) for axis in AXES]
+        line = f"{name:{width}}  {seconds:9.4g}  {tokens / seconds:9,.0f}  {plain_seconds / seconds:9.3f}"
+        lines.append(line + "".join(f"  {size / MEGABYTE:9.4g}" for size in (*bytes_held, *bytes_sent)))
     return "\n".join(lines)

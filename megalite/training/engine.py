@@ -13,27 +13,26 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.launch import quiet
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Recompute, Stage
+from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Engine
+from megalite.training.memory import DTYPES, recompute_of
 from megalite.training.optimizer import LR_RATIO, learning_rate_factor, parameter_groups
 from megalite.training.position import Position
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     """This rank's stage with freshly initialised weights."""
-    kept, init = config.train.activation_checkpointing, config.train.init
-    recompute: Recompute = {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept
+    init = config.train.init
     spec = replace(
         spec,
         init_std=init.std or spec.init_std,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init if init.depth_scaled is None else init.depth_scaled,
     )
-    return Stage(spec, grid, recompute, config.parallel.sequence, config.train.z_loss).initialise(config.train.seed)
+    stage = Stage(spec, grid, recompute_of(config), config.parallel.sequence, config.train.z_loss)
+    return stage.initialise(config.train.seed)
 
 
 def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:

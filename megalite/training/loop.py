@@ -8,6 +8,7 @@ program.py, the command line.
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megalite.signals import EXIT_BASE, listen
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
 from megalite.training.health import Health, loss_scale_state
+from megalite.training.memory import peak_bytes, peak_line
 from megalite.training.metrics import MetricsFile
 from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
@@ -148,17 +150,11 @@ class Run:
         batches = self._batches(
             Kept(self.data, before), before.consumed_samples, count, (config.train.seed, before.step)
         )
-        memory: dict[str, int] = {}
         first = before.step == self.first_step
-
-        def before_update(loss: torch.Tensor) -> None:
-            health.take_loss(loss)
-            if first:
-                memory.update(engine.state_bytes())
-
         health.begin(before)
         self.pace.begin(before.step + 1)
-        train_step(self.pipeline, grid.data, batches, before_update)
+        with engine.weighed() if first else nullcontext({}) as memory:
+            train_step(self.pipeline, grid.data, batches, health.take_loss)
         agreed = self._agree()
         if agreed.save_ended:
             self._finish_save()
@@ -175,7 +171,8 @@ class Run:
         self._heed(health.answer(self.position.step))
         self._compare_replicas()
         if first:
-            row |= self._memory_row(memory | {"optimizer_bytes": engine.state_bytes()["optimizer_bytes"]})
+            row |= (bytes_by_rank := self._memory_row(memory | {"peak_bytes": peak_bytes(self.device)}))
+            self.note(peak_line(bytes_by_rank["peak_bytes"]))
         figures, lines = self.pace.end(self.position.step)
         for line in lines:
             self.note(line)
@@ -240,7 +237,7 @@ class Run:
         return Agreed(stop, bool(save), ended == self.grid.world_size)
 
     def _memory_row(self, memory: dict[str, int]) -> dict[str, list[int]]:
-        """Bytes of model states by rank (collective)."""
+        """Bytes of model states, and the peak, by rank (collective)."""
         everyone: list[dict[str, int]] = [{}] * self.grid.world_size
         dist.all_gather_object(everyone, memory)
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}

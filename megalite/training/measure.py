@@ -3,7 +3,6 @@
 Next: benchmark.py, which prints both side by side.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.traffic import Traffic
 from megalite.training.batches import micro_batches
 from megalite.training.engine import build_stage
+from megalite.training.memory import peak_bytes
 from megalite.training.optimizer import parameter_groups
 from megalite.training.step import tokens_that_count
 from megalite.training.trace import Session
@@ -30,12 +30,11 @@ WARMUP_STEPS = 2
 def measure_layout(config: Config, steps: int) -> dict[str, Any]:
     """`steps` timed steps of a resolved config on this rank (collective)."""
     session = Session.build(config)
-    held: dict[str, int] = {}
-    with Traffic(session.engine.grid) as traffic:
-        session.step(0, lambda: held.update(session.engine.state_bytes()))
-    held["optimizer_bytes"] = session.engine.state_bytes()["optimizer_bytes"]  # moments stand after the first step
+    with Traffic(session.engine.grid) as traffic, session.engine.weighed() as held:
+        session.step(0)
     seconds = _timed(lambda step: session.step(step), steps)
-    return {**held, "seconds": seconds, "peak_bytes": peak_bytes(), "sent": dict(traffic.bytes)}
+    peak = peak_bytes(torch.device(session.engine.device or "cpu"))
+    return {**held, "seconds": seconds, "peak_bytes": peak, "sent": dict(traffic.bytes)}
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         adam.step()
         adam.zero_grad()
 
-    return {"seconds": _timed(one_step, steps), "peak_bytes": peak_bytes()}
+    return {"seconds": _timed(one_step, steps), "peak_bytes": peak_bytes(device)}
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> list[float]:
@@ -89,10 +88,3 @@ def _timed(step: Callable[[int], Any], steps: int) -> list[float]:
 def _wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had: of its GPU, else resident in main memory, libraries included."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,9 +6,10 @@
 import argparse
 import json
 import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of
 from megalite.checkpoint.folder import write_durably
@@ -29,7 +30,8 @@ def main(arguments: list[str]) -> int:
         options = _parse(arguments)
         prepared = prepare(options.deepspeed_config, options.overrides, options.world_size or place().world_size)
         check_data(prepared.config.data, prepared.spec.vocabulary_size)
-        print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False))
+        print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
+        _tell_memory(prepared, sys.stderr)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -145,8 +147,15 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
         raise _Other(f"optimizer.type: {now}: {rule}")
 
 
+def _tell_memory(prepared: Prepared, file: TextIO) -> None:
+    """The table of what each rank will hold."""
+    from megalite.training.memory import told_lines  # here: mistakes are told without torch
+
+    print("\n".join(told_lines(prepared.config, prepared.spec)), file=file, flush=True)
+
+
 def _train(prepared: Prepared, rank: int) -> int:
-    # Imported here: --check and mistakes need neither DeepSpeed nor half a second of torch.
+    # Imported here: --check and mistakes need no DeepSpeed.
     from megalite.parallel.grid import Grid
     from megalite.training.engine import build_engine
     from megalite.training.loop import Run
@@ -167,4 +176,5 @@ def _train(prepared: Prepared, rank: int) -> int:
         if rank == 0:
             write_durably(run_dir / "config.json", json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n")
             print(f"{run_dir}: {start.told}", flush=True)
+            _tell_memory(prepared, sys.stdout)
         return Run(config, prepared.spec, prepared.model, engine, start.position, watchdog).train()

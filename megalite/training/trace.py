@@ -5,7 +5,7 @@ compares traces of layouts.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,14 +57,12 @@ class Session:
         size, draw = config.batch_plan.size(start), (config.train.seed, step)
         return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
 
-    def step(self, step: int, before_update: Callable[[], None] | None = None) -> tuple[float, float]:
-        """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping).
-        before_update: called when all gradients stand."""
+    def step(self, step: int) -> tuple[float, float]:
+        """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
         samples = self.config.batch_plan.consumed(step)
         self.rate.set(Position(step, samples, samples * self.config.data.sequence_length))
         grid, batches = self.engine.grid, self.batches(step)
-        ready = None if before_update is None else lambda _: before_update()
-        total, weight = train_step(self.pipeline, grid.data, batches, ready)
+        total, weight = train_step(self.pipeline, grid.data, batches)
         total = total.double()
         dist.all_reduce(total)
         return total.item() / (grid.tensor.size * weight), float(self.engine.get_global_grad_norm() or 0.0)

@@ -2,6 +2,7 @@
 left out."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -125,3 +126,28 @@ def test_one_rank() -> None:
 def test_tensor_2_with_and_without_sequence_parallelism() -> None:
     wrong = [line for lines in run_ranks(2, on_ranks, (True, False)) for line in lines]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_stage_keeps_its_micro_batches_under_1f1b(recompute: int) -> None:
+    """min(p - i, m) of them, each with the messages that the schedule holds on to."""
+    spec, dtype, pipe, count = read_spec(FAMILY_CONFIGS["llama"]), torch.bfloat16, 3, 2
+    for number in range(pipe):
+        grid = Grid.at(number, pipe, 1, 1)
+        stage = Stage(spec, grid, recompute).initialise(1).to(dtype)
+        parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
+        micro_batches = min(pipe - number, count)
+        held = 0
+        for _ in range(micro_batches):
+            ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
+            source = torch.randn(BATCH, LENGTH, spec.hidden_size, dtype=dtype, requires_grad=True)
+            labels = ids if grid.pipe.is_last else None
+            forward = partial(stage, ids if number == 0 else source, labels, Context())
+            size, output = saved(parameters, forward)
+            # A recomputed layer keeps its input itself; the angles are seen by no hook there.
+            held += size if recompute or number == 0 else size + source.nbytes
+            held += 0 if grid.pipe.is_last else output.nbytes
+        kept = stage_kept(spec, grid, recompute, Forward(BATCH, LENGTH, dtype, Split(grid.tensor)), count)
+        assert kept.micro_batches == micro_batches
+        unseen = kept.table["angles"] * micro_batches if recompute else 0
+        assert held == pytest.approx(kept.bytes - kept.again - unseen, rel=WITHIN)

@@ -18,6 +18,8 @@ from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.unit.data.corpora import write_corpus
 
+WITH_KEYS = "tensor=2 megalite.train.activation_checkpointing=full"
+
 
 def measured(rank: int, world_size: int, request: dict[str, Any]) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
@@ -53,18 +55,22 @@ def config_file(tmp_path: Path) -> str:
 
 def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch("megalite.training.benchmark.run_local_ranks", on_forked_ranks):
-        assert main(["--deepspeed_config", config_file, "--steps", "2", "--layouts", "pipe=2", "tensor=2"]) == 0
+        assert main(["--deepspeed_config", config_file, "--steps", "2", "--layouts", "pipe=2", WITH_KEYS]) == 0
     out = capsys.readouterr().out
     assert out.count("plain PyTorch, 1 process") == 2
     by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
     assert by_rank and all(len(line.split()) == 2 for line in by_rank)
-    table = [line.split() for line in out.splitlines()[-2:]]
-    rows = {row[0]: [float(figure.replace(",", "")) for figure in row[1:]] for row in table}
-    seconds, tokens, ratio, states, pipe, data, tensor, *_ = rows[str(Layout(pipe=2))]
+    rows = {}
+    for line in out.splitlines()[-2:]:
+        name, *figures = re.split(r"  +", line)
+        rows[name] = [float(figure.replace(",", "")) for figure in figures]
+    seconds, tokens, ratio, states, kept, peak, pipe, data, tensor, *_ = rows[str(Layout(pipe=2))]
+    assert 0 < kept < peak
     assert tokens == pytest.approx(8 * 12 / seconds, rel=0.01) and ratio > 0 and states > 0
     hidden = 8 * 12 * 32 * 2 / 1e6  # samples × tokens × features × bytes of bf16, over the one boundary
     assert pipe == pytest.approx(hidden, rel=1e-3) and data == tensor == 0
-    _, _, _, _, pipe, _, tensor, *_ = rows[str(Layout(tensor=2))]
+    *_, less, _, pipe, _, tensor, _, _ = rows[WITH_KEYS]
+    assert less < kept / 2  # a key of its own
     assert pipe == 0 and tensor > 4 * 2 * hidden  # 4 all-reduces a layer (formulas.md), embedding and head besides
 
 

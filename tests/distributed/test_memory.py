@@ -1,13 +1,21 @@
-"""What a layout holds and sends: gradient bytes by storage under ZeRO, and bytes by axis."""
+"""What a layout holds and sends: gradient bytes by storage under ZeRO, and bytes by axis; and that model states are
+told beforehand, byte for byte."""
 
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 
+from megalite.config import Config
+from megalite.model.families import read_spec
+from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from megalite.parallel.traffic import Traffic
+from megalite.training.engine import build_engine, build_pipeline
+from megalite.training.memory import States, parameter_sizes, predicted_states, told_lines
 from tests.ranks import run_ranks
-from tests.small_models import SEQUENCE, Layout, Task, build
+from tests.small_models import MODELS, SEQUENCE, VOCABULARY, Layout, Task, build
 
 FP32_BYTES = 4
 TASK = Task("llama", tied=False)
@@ -54,3 +62,91 @@ def test_zero_1_sends_half_of_an_all_reduce(measured: dict[int, list[dict[str, A
         for row in measured[stage]:
             assert row["sent"]["data"] == (reductions + 1) * FP32_BYTES * row["weights"] // 2
             assert row["sent"]["pipe"] == MICRO_BATCHES * 2 * SEQUENCE * 32 * FP32_BYTES
+
+
+def config_of(
+    model: str, pipe: int, tensor: int, stage: int, precision: str, count: int, **zero: Any
+) -> dict[str, Any]:
+    """A resolved config of 4 ranks; count: micro-batches."""
+    scale = {"enabled": True, "initial_scale_power": 4} if precision == "fp16" else {"enabled": True}
+    document = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": count,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage, **zero},
+        **({} if precision == "fp32" else {precision: scale}),
+        "megalite": {
+            "model": {**MODELS[model], "tie_word_embeddings": model == "gpt2"},
+            "parallel": {"pipe": pipe, "tensor": tensor},
+            "data": {"sequence_length": SEQUENCE, "train": ["unused"]},
+            "train": {"steps": 10, "run_dir": "unused"},
+        },
+    }
+    return Config.from_dict(document).resolve(4, has_gpu=False).to_json()
+
+
+HELD = [
+    config_of("llama", 1, 1, 0, "fp32", 2),
+    config_of("gpt2", 1, 2, 0, "fp32", 1),
+    config_of("llama", 1, 1, 1, "fp32", 1),
+    config_of("gpt2", 2, 1, 1, "fp32", 4),
+    config_of("gpt2", 2, 1, 1, "bf16", 4),
+    config_of("llama", 2, 2, 1, "bf16", 2),
+    config_of("llama", 1, 2, 1, "fp16", 1),
+    config_of("llama", 1, 1, 2, "fp32", 2),
+    config_of("gpt2", 2, 1, 2, "bf16", 2),
+    config_of("llama", 1, 2, 2, "fp16", 2),
+    config_of("gpt2", 1, 1, 2, "bf16", 2, offload_optimizer={"device": "cpu"}),
+    config_of("llama", 1, 1, 3, "fp32", 2),
+    config_of("llama", 1, 2, 3, "bf16", 2, stage3_param_persistence_threshold=1024),
+    config_of("gpt2", 1, 1, 3, "fp16", 1, stage3_param_persistence_threshold=0),
+    config_of("llama", 1, 1, 3, "bf16", 1, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+]
+
+
+def held_in_a_step(rank: int, world_size: int) -> list[tuple[States, States]]:
+    """Of each config what this rank was told to hold, and what it held."""
+    deepspeed.init_distributed("gloo")
+    result = []
+    for config in map(Config.from_dict, HELD):
+        spec = read_spec(config.model)
+        grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
+        engine = build_engine(config, spec, grid)
+        pipeline = build_pipeline(engine, config, spec)
+        tokens = torch.randint(0, VOCABULARY, (config.micro_batch_size, SEQUENCE))
+        with engine.weighed() as held:
+            pipeline.train_step([(tokens, tokens)] * config.accumulation_steps, 1.0)
+        place = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
+        told = predicted_states(config, parameter_sizes(config, spec, place), place)
+        now = States(held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets)
+        result.append((told, now))
+    return result
+
+
+def test_states_are_told_to_the_byte() -> None:
+    for rank, cases in enumerate(run_ranks(4, held_in_a_step)):
+        for config, (told, held) in zip(HELD, cases, strict=True):
+            assert told == held, (rank, config["zero_optimization"], config["megalite"]["parallel"])
+
+
+def test_ranks_that_hold_the_same_share_a_line() -> None:
+    config = Config.from_dict(config_of("llama", 2, 1, 1, "bf16", 4))
+    head, *lines = told_lines(config, read_spec(config.model))
+    assert head.split()[-5:] == ["weights", "gradients", "optimizer", "activations", "bucket"]
+    assert [line.split()[0] for line in lines] == ["0-1", "2-3"]
+
+
+def test_places_on_a_grid_that_is_not_there() -> None:
+    for there, place in zip(run_ranks(4, places, 1, 4), (Grid.at(rank, 1, 1, 4) for rank in range(4)), strict=True):
+        here = [(axis.size, axis.rank) for axis in (place.pipe, place.data, place.tensor, place.tensor.run(2))]
+        assert here == there
+    assert [(g.pipe.rank, g.data.rank, g.tensor.rank) for g in (Grid.at(r, 2, 2, 2) for r in (1, 5, 6))] == [
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 1, 0),
+    ]  # as in grid.py's picture
+
+
+def places(rank: int, world_size: int, pipe: int, tensor: int) -> list[tuple[int, int]]:
+    grid = Grid.build(pipe, tensor)
+    return [(axis.size, axis.rank) for axis in (grid.pipe, grid.data, grid.tensor, grid.tensor.run(2))]

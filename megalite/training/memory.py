@@ -1,0 +1,183 @@
+"""Model states in bytes, predicted from the config alone: weights, gradients, optimizer state, and DeepSpeed's buffers.
+
+Per parameter of a rank's (pipe, tensor) shard, with d the data axis (in fp32 DeepSpeed's ZeRO holds
+masters beside the weights, which are the same numbers):
+
+                                ZeRO-0   ZeRO-1     ZeRO-2     ZeRO-3
+    16 bits, sums in fp32                6 + 12/d   2 + 16/d   18/d
+    fp32                        16       8 + 12/d   4 + 16/d   20/d
+
+and exactly, byte for byte, with what DeepSpeed rounds up:
+
+- ZeRO-1 and 2 lay a parameter group out flat and pad it to a multiple of 2·d numbers; a rank owns 1/d of that. In
+  fp32 a rank's gradients are those of the parameters that reach into its part, whole, and zeros for the padding.
+- ZeRO-3 gives each parameter's shard ⌈n/d⌉ numbers, and keeps parameters below
+  `stage3_param_persistence_threshold` whole beside their shards.
+- With offload_optimizer gradients are held twice, on the device and in main memory; ZeRO-1 and 2 have a third buffer
+  for what goes back, in the weights' type, and two of the largest parameter's size.
+- Gradients are what stands after a micro-batch's backward at most: with ZeRO-1 and several micro-batches all of them.
+- The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
+  not written of it takes no memory.
+
+The parameters are those of a Stage on torch's meta device, which has shapes and no memory.
+"""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from megalite.config import Config
+from megalite.model.memory import Forward, Kept, stage_kept
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, Stage
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Grid
+from megalite.training.optimizer import parameter_groups
+
+FP32 = 4
+MOMENTS = 2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PERSISTENCE_THRESHOLD, BUCKET_SIZE = 100_000, 500_000_000  # DeepSpeed's defaults (runtime/zero/config.py)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank. buckets: what DeepSpeed reduces gradients in, on the device, beside them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+
+
+def recompute_of(config: Config) -> Recompute:
+    """`megalite.train.activation_checkpointing` as a Stage takes it."""
+    kept = config.train.activation_checkpointing
+    return {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept  # type: ignore[return-value]
+
+
+Sizes = list[list[int]]
+"""Numbers of the parameters of each of the optimizer's groups."""
+
+
+def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
+    """Of a rank's stage; the data axis does not matter."""
+    optimizer = config.document.optimizer
+    assert optimizer is not None
+    with torch.device("meta"):
+        stage = Stage(spec, grid)
+    return [[v.numel() for v in group["params"]] for group in parameter_groups(stage, optimizer.params.weight_decay)]
+
+
+def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
+    """What a rank of a resolved config will hold; grid: where it stands (`Grid.at`)."""
+    e, d = DTYPES[config.precision].itemsize, grid.data.size
+    match config.zero_stage:
+        case 0:
+            count = sum(map(sum, sizes))
+            return States(e * count, FP32 * count, MOMENTS * FP32 * count, 0)
+        case 3:
+            return _fully_sharded(config, sizes, e, d)
+    parts = [-(-sum(group) // (2 * d)) * 2 for group in sizes]
+    owned = [_owned(group, part, grid.data.rank) for group, part in zip(sizes, parts, strict=True)]
+    gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
+    if config.zero_stage == 1 and config.accumulation_steps > 1:
+        gradients = max(gradients, FP32 * sum(map(sum, sizes)))
+    if _offloads(config):
+        gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
+    bucket = FP32 if config.zero_stage == 1 else e
+    return States(e * d * sum(parts), gradients, (1 + MOMENTS) * FP32 * sum(parts), bucket * _bucket(config))
+
+
+def _offloads(config: Config) -> bool:
+    """Whether the optimizer is stepped in main memory."""
+    zero = config.document.zero_optimization
+    return zero is not None and zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+
+
+def _owned(sizes: list[int], part: int, rank: int) -> int:
+    """Numbers of the parameters that reach into a rank's part of their flat group, and of the part's padding."""
+    first, last, start, count = rank * part, (rank + 1) * part, 0, 0
+    for size in sizes:
+        count += size if start < last and start + size > first else 0
+        start += size
+    return count + max(0, last - max(start, first))
+
+
+def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
+    """ZeRO-3."""
+    zero = config.document.zero_optimization
+    assert zero is not None
+    threshold = zero.stage3_param_persistence_threshold
+    threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
+    numbers = [size for group in sizes for size in group]
+    shards = sum(-(-size // d) for size in numbers)
+    whole = sum(size for size in numbers if size <= threshold)
+    gradients = FP32 * shards * (2 if _offloads(config) else 1)
+    return States(e * (shards + whole), gradients, (1 + MOMENTS) * FP32 * shards, FP32 * _bucket(config))
+
+
+def _bucket(config: Config) -> int:
+    """Numbers of the bucket."""
+    zero = config.document.zero_optimization
+    assert zero is not None
+    if zero.contiguous_gradients is False:
+        return 0
+    return BUCKET_SIZE if zero.reduce_bucket_size is None else zero.reduce_bucket_size
+
+
+def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
+    """What a rank's forwards keep for its backwards at most."""
+    dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
+    at = Forward(config.micro_batch_size, config.data.sequence_length, dtype, split, config.data.reset_attention)
+    return stage_kept(spec, grid, recompute_of(config), at, config.accumulation_steps)
+
+
+def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
+    """A table of what each rank of a resolved config will hold, for people; ranks that hold the same share a line."""
+    pipe, data, tensor = config.parallel.pipe, config.data_size, config.parallel.tensor
+    sizes: dict[tuple[int, int], Sizes] = {}
+    ranks: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(config.world_size):
+        grid = Grid.at(rank, pipe, data, tensor)
+        place = grid.pipe.rank, grid.tensor.rank
+        if place not in sizes:
+            sizes[place] = parameter_sizes(config, spec, grid)
+        states = predicted_states(config, sizes[place], grid)
+        kept = predicted_activations(config, spec, grid).bytes
+        row = states.weights, states.gradients, states.optimizer, kept, states.buckets
+        ranks.setdefault(row, []).append(rank)
+    names = {row: runs(members) for row, members in ranks.items()}
+    head = "bytes, predicted, of rank"
+    width = max(len(head), *map(len, names.values()))
+    columns = ("weights", "gradients", "optimizer", "activations", "bucket")
+    lines = [f"{head:{width}}" + "".join(f"  {column:>16}" for column in columns)]
+    return lines + [f"{name:{width}}" + "".join(f"  {size:16,}" for size in row) for row, name in names.items()]
+
+
+def runs(numbers: list[int]) -> str:
+    """Ascending numbers in short: 0-3, 6, 8-9."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def peak_line(peaks: list[int]) -> str:
+    """The peaks of all ranks in a line."""
+    most, least = max(peaks), min(peaks)
+    return (
+        f"memory peak in the first step: {most / 2**30:.3f} GiB on rank {peaks.index(most)}, "
+        f"{least / 2**30:.3f} GiB on rank {peaks.index(least)}"
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: of its device; on the CPU its resident set, libraries included."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated()
