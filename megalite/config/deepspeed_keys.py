@@ -221,7 +221,7 @@ REFUSED_OPTIMIZERS = {
 def _optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         why = next((f": {why}" for known, why in REFUSED_OPTIMIZERS.items() if known.lower() == name.lower()), "")
-        raise PydanticCustomError("optimizer", f"must be one of {', '.join(OPTIMIZERS)}{why}")
+        raise PydanticCustomError("optimizer", "{rule}", {"rule": f"must be one of {', '.join(OPTIMIZERS)}{why}"})
     return name
 
 
