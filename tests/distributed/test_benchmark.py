@@ -12,7 +12,6 @@ import pytest
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.training.benchmark import main
-from megalite.training.layouts import Layout
 from megalite.training.measure import measure_layout, measure_plain
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
@@ -64,13 +63,13 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     for line in out.splitlines()[-2:]:
         name, *figures = re.split(r"  +", line)
         rows[name] = [float(figure.replace(",", "")) for figure in figures]
-    seconds, tokens, ratio, states, kept, peak, pipe, data, tensor, *_ = rows[str(Layout(pipe=2))]
+    seconds, tokens, ratio, states, kept, peak, pipe, data, tensor, *_ = rows["pipe=2"]
     assert 0 < kept < peak
     assert tokens == pytest.approx(8 * 12 / seconds, rel=0.01) and ratio > 0 and states > 0
     hidden = 8 * 12 * 32 * 2 / 1e6  # samples × tokens × features × bytes of bf16, over the one boundary
     assert pipe == pytest.approx(hidden, rel=1e-3) and data == tensor == 0
     *_, less, _, pipe, _, tensor, _, _ = rows[WITH_KEYS]
-    assert less < kept / 2  # a key of its own
+    assert less < 0.8 * kept  # a key of its own
     assert pipe == 0 and tensor > 4 * 2 * hidden  # 4 all-reduces a layer (formulas.md), embedding and head besides
 
 
