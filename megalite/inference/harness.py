@@ -151,7 +151,7 @@ class Harness(TemplateLM):
         return texts
 
     def _texts(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
-        wanted = dict(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
+        wanted: dict[str, Any] = {**normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS)}
         count = int(wanted["max_gen_toks"])
         room = self.max_length - count
         if room < 1:
