@@ -29,7 +29,7 @@ DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256  # lm-eval's, where neither model
 class Tasks(NamedTuple):
     """Tasks that were found, and who loads them."""
 
-    names: list[str]
+    names: list[Any]
     manager: Any
 
 
@@ -50,7 +50,7 @@ def run(
     model: "Harness", tasks: Tasks, num_fewshot: int | None, limit: int | None, apply_chat_template: bool
 ) -> list[dict[str, Any]]:
     """A line for each task and group: its name and lm-eval's metrics."""
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         model=model,
         tasks=tasks.names,
         task_manager=tasks.manager,
@@ -151,7 +151,7 @@ class Harness(TemplateLM):
         return texts
 
     def _texts(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
-        wanted = dict(normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS))
+        wanted: dict[str, Any] = {**normalize_gen_kwargs(settings, DEFAULT_NEW_TOKENS)}
         count = int(wanted["max_gen_toks"])
         room = self.max_length - count
         if room < 1:

@@ -129,7 +129,9 @@ def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layou
     runs.append((of("c", **scheduler), functools.partial(left_out_from_the_start, ranges=((32, 40), (48, 56)))))
     assert run_ranks(world, train, runs) == [[0] * 4] * world
     a, b, c = (tmp_path / run for run in "abc")
-    assert Checkpoint.open(find_checkpoint(a)).state["left_out"] == [[32, 40], [48, 56]]
+    state = Checkpoint.open(find_checkpoint(a)).state
+    assert state["left_out"] == [[32, 40], [48, 56]]
+    assert state["data"] == {"samples": "windows", "loss": None, "reset_attention": False, "eod_mask_loss": False}
     all_rows = [json.loads(line) for line in (a / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in all_rows if "loss" in row] == list(range(1, 9))
     assert [row["step"] for row in all_rows if "valid_loss" in row] == [2, 4, 6, 8]
