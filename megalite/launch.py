@@ -104,8 +104,8 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
             raise
         port = os.environ["MASTER_PORT"]
         raise ConfigError(f"MASTER_PORT: {port}: another program has it: must be free: --master_port N") from None
-    prepared = _agree(store, here, prepare)
     _quieten(here.rank)
+    prepared = _agree(store, here, prepare)
     import deepspeed
 
     from megalite.accelerator import use_accelerator
@@ -204,10 +204,10 @@ def interface_towards(address: str) -> str | None:
 
 
 def _quieten(rank: int) -> None:
-    """Keeps the libraries' noise out of the progress: warnings on rank 0, errors on the others."""
+    """Keeps noise out of the progress: warnings on rank 0, errors on the others."""
     level = logging.WARNING if rank == 0 else logging.ERROR
     warnings.filterwarnings("ignore")
-    for name in ("DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
+    for name in ("megalite", "DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(level)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning" if rank == 0 else "error")
 

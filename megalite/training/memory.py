@@ -36,9 +36,8 @@ from megalite.parallel.grid import Grid
 from megalite.training.optimizer import parameter_groups
 
 FP32 = 4
-MOMENTS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PERSISTENCE_THRESHOLD, BUCKET_SIZE = 100_000, 500_000_000  # DeepSpeed's defaults (runtime/zero/config.py)
+PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default (runtime/zero/config.py)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
     assert optimizer is not None
     with torch.device("meta"):
         stage = Stage(spec, grid)
-    return [[v.numel() for v in group["params"]] for group in parameter_groups(stage, optimizer.params.weight_decay)]
+    groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
+    return [[value.numel() for value in group["params"]] for group in groups]
 
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
@@ -76,7 +76,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     match config.zero_stage:
         case 0:
             count = sum(map(sum, sizes))
-            return States(e * count, FP32 * count, MOMENTS * FP32 * count, 0)
+            return States(e * count, FP32 * count, _moments(config) * FP32 * count, 0)
         case 3:
             return _fully_sharded(config, sizes, e, d)
     parts = [-(-sum(group) // (2 * d)) * 2 for group in sizes]
@@ -87,7 +87,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     if _offloads(config):
         gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
     bucket = FP32 if config.zero_stage == 1 else e
-    return States(e * d * sum(parts), gradients, (1 + MOMENTS) * FP32 * sum(parts), bucket * _bucket(config))
+    return States(e * d * sum(parts), gradients, (1 + _moments(config)) * FP32 * sum(parts), bucket * _bucket(config))
 
 
 def _offloads(config: Config) -> bool:
@@ -115,7 +115,7 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     shards = sum(-(-size // d) for size in numbers)
     whole = sum(size for size in numbers if size <= threshold)
     gradients = FP32 * shards * (2 if _offloads(config) else 1)
-    return States(e * (shards + whole), gradients, (1 + MOMENTS) * FP32 * shards, FP32 * _bucket(config))
+    return States(e * (shards + whole), gradients, (1 + _moments(config)) * FP32 * shards, FP32 * _bucket(config))
 
 
 def _bucket(config: Config) -> int:
@@ -124,7 +124,15 @@ def _bucket(config: Config) -> int:
     assert zero is not None
     if zero.contiguous_gradients is False:
         return 0
-    return BUCKET_SIZE if zero.reduce_bucket_size is None else zero.reduce_bucket_size
+    assert zero.reduce_bucket_size is not None, "resolve() writes it"
+    return zero.reduce_bucket_size
+
+
+def _moments(config: Config) -> int:
+    """Tensors that the optimizer keeps of each weight."""
+    optimizer = config.document.optimizer
+    assert optimizer is not None
+    return 2 if optimizer.type != "SGD" else int(bool(optimizer.params.momentum))
 
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:

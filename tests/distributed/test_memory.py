@@ -97,6 +97,8 @@ HELD = [
     config_of("gpt2", 2, 1, 2, "bf16", 2),
     config_of("llama", 1, 2, 2, "fp16", 2),
     config_of("gpt2", 1, 1, 2, "bf16", 2, offload_optimizer={"device": "cpu"}),
+    config_of("gpt2", 2, 1, 2, "fp32", 2, offload_optimizer={"device": "cpu"}),
+    config_of("llama", 2, 1, 1, "fp32", 1) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
     config_of("llama", 1, 1, 3, "fp32", 2),
     config_of("llama", 1, 2, 3, "bf16", 2, stage3_param_persistence_threshold=1024),
     config_of("gpt2", 1, 1, 3, "fp16", 1, stage3_param_persistence_threshold=0),

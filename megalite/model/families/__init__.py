@@ -112,8 +112,13 @@ def _read_folder(path: str) -> dict[str, Any]:
 def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
     """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
     config = load_hf_config(section)
-    spec = FAMILIES[config.model_type].read(config)
-    check_spec(spec)
+    try:
+        spec = FAMILIES[config.model_type].read(config)
+        check_spec(spec)
+    except ConfigError as error:
+        if isinstance(section, str):  # there the mistake is not in the JSON
+            raise ConfigError(str(error).replace(f"{KEY}.", f"{Path(section) / 'config.json'}: ", 1)) from None
+        raise
     return spec
 
 
