@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.signals import listen
+from megalite.signals import leave_word, listen
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
@@ -72,6 +72,10 @@ def run_program(main: Callable[[list[str]], int]) -> None:
         else:
             time.sleep(1)  # a launcher that sees one exit kills the others, and rank 0 is to print first
         code = error.exit_code
+    except Exception:
+        leave_word(1)
+        raise
+    leave_word(code)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -164,6 +168,7 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
     if verdict != _GOOD:
         # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
+        leave_word(int(verdict))
         os._exit(int(verdict))
     return prepared if prepared is not None else prepare(False)
 
