@@ -145,7 +145,7 @@ class Attempt:
         self.orphaned = False  # the ranks: `deepspeed` ended before them
         self.beat = 0.0
         self.stopped_at: float | None = None
-        self.asked = False
+        self.asked = self.ending = False
 
     def run(self) -> Outcome:
         """Starts, waits, and leaves no process on any host. Raises HostsLost before ranks start."""
@@ -277,7 +277,7 @@ class Attempt:
     def _down(self, rank: int, word: str) -> None:
         self.running.pop(rank, None)
         if word == NO_WORD:
-            if rank not in self.words and rank not in self.gone:
+            if rank not in self.words and rank not in self.gone and not self.ending:
                 self.gone.append(rank)
                 self.failed_at = self.failed_at or time.monotonic()
             return
@@ -290,6 +290,7 @@ class Attempt:
             guard.tell(line)
 
     def _end_guards(self) -> None:
+        self.ending = True
         self._tell("end")
         deadline = time.monotonic() + FAILURE_SECONDS
         while not all(guard.over or guard.lost for guard in self.guards) and time.monotonic() < deadline:

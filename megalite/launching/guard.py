@@ -32,6 +32,7 @@ class Guard:
     def __init__(self, folder: Path) -> None:
         self.folder, self.stop = folder, 0
         self.seen: dict[int, str] = {}  # rank by process
+        self.helpers: set[int] = set()  # what ranks have started themselves, and may leave behind
         self.told: set[str] = set()
         self.heard = time.monotonic()
         self.rest = b""
@@ -71,19 +72,19 @@ class Guard:
     def _signal(self, number: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop = number
-        for pid in _ranks(str(self.folder)):
+        for pid in self._ranks():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
 
     def _orphaned(self) -> bool:
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
-        while _ranks(str(self.folder)) and time.monotonic() < deadline:
+        while self._ranks() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return False
 
     def _look(self) -> None:
-        running = _ranks(str(self.folder))
+        running = self._ranks()
         for pid in self.seen.keys() - running.keys():
             self._tell(self.seen.pop(pid))
         for pid, rank in running.items():
@@ -93,6 +94,12 @@ class Guard:
                 if self.stop:  # it came after the signal
                     with contextlib.suppress(OSError):
                         os.kill(pid, self.stop)
+
+    def _ranks(self) -> dict[int, str]:
+        """Rank by process."""
+        processes = {pid: values for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
+        self.helpers |= {pid for pid in processes if parent_of(pid) in processes}
+        return {pid: values["RANK"] for pid, values in processes.items() if pid not in self.helpers}
 
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
@@ -122,12 +129,6 @@ def _processes(name: str) -> dict[int, dict[str, str]]:
                 if f"{LAUNCH}={name}\0" in text or f"{LAUNCH}={name}-" in text:
                     found[int(entry.name)] = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
     return found
-
-
-def _ranks(name: str) -> dict[int, str]:
-    """Rank by process; what a rank has started itself is none."""
-    processes = {pid: values for pid, values in _processes(name).items() if "RANK" in values}
-    return {pid: values["RANK"] for pid, values in processes.items() if parent_of(pid) not in processes}
 
 
 def _kill(name: str) -> None:

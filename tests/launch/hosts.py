@@ -65,6 +65,8 @@ UsePAM no
 PidFile none
 MaxStartups 100
 MaxSessions 100
+ClientAliveInterval 5
+ClientAliveCountMax 3
 LogLevel ERROR
 """
 
@@ -108,8 +110,11 @@ class Host:
 
     def processes(self) -> list[psutil.Process]:
         """All that run on it, those of its own set-up left out."""
-        namespace = os.readlink(f"/proc/{self.init.pid}/ns/pid")
         found = []
+        try:
+            namespace = os.readlink(f"/proc/{self.init.pid}/ns/pid")
+        except OSError:
+            return found  # the host is gone, and all that ran on it
         for process in psutil.process_iter():
             try:
                 alive = process.status() != psutil.STATUS_ZOMBIE

@@ -1,8 +1,10 @@
 """Runs over several hosts, with launcher/run.py and with what it starts alone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +62,36 @@ def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
     assert alone.wait() == 0, alone.text
     assert losses(tmp_path / "run") == losses(tmp_path / "alone")
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, LAST + 1))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cluster", [4], indirect=True)
+def test_every_launcher_gives_the_same_run(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start]
+) -> None:
+    """pipe 2 × data 2 on one machine, over four hosts by pdsh, over two by torchrun without ssh and by Open MPI."""
+    where = f"--deepspeed_config={write_config(tmp_path)}"
+
+    def begin(name: str, **how: Any) -> Start:
+        run = f"megalite.train.run_dir={tmp_path / name}"
+        return start(tmp_path, where, "megalite.parallel.pipe=2", run, **how)
+
+    def end(*starts: Start) -> None:
+        for one in starts:
+            assert one.wait(300) == 0, one.text
+
+    hosts = cluster.hosts
+    end(begin("alone", ranks=4))
+    end(begin("four", launcher="deepspeed", hosts=hosts, options=["--hostfile", str(cluster.hostfile())]))
+    meet = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "h0:31400"]
+    end(*(begin("torchrun", launcher="torchrun", hosts=hosts[i : i + 1], options=meet) for i in range(2)))
+    runs = ["alone", "four", "torchrun"]
+    if shutil.which("mpirun"):
+        exports = " ".join(f"-x {value}" for value in ("MASTER_ADDR=h0", "MASTER_PORT=31401", "OMP_NUM_THREADS=1"))
+        given = f"--allow-run-as-root --oversubscribe {exports}"
+        options = ["--hostfile", str(cluster.hostfile(2, hosts=2)), "--launcher", "openmpi", "--launcher_args", given]
+        end(begin("openmpi", launcher="deepspeed", hosts=hosts, options=options))
+        runs.append("openmpi")
+    for name in runs[1:]:
+        assert len(rows(tmp_path / name)) == 4 and losses(tmp_path / name) == losses(tmp_path / "alone"), name
