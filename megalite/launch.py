@@ -10,19 +10,20 @@ import contextlib
 import io
 import logging
 import os
+import re
 import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.signals import listen
+from megalite.signals import leave_word, listen
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
@@ -51,15 +52,29 @@ class Place:
 
 
 def place() -> Place:
-    """Read from the environment that `deepspeed`, `torchrun` and `srun` leave; alone where there is none."""
+    """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_NTASKS_PER_NODE", env["WORLD_SIZE"])
+        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env) or env["WORLD_SIZE"])
+    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
+        for ours, theirs in {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}.items():
+            env[ours] = env[f"OMPI_COMM_WORLD_{theirs}"]
+        env["RANK"], env["LOCAL_RANK"] = env["OMPI_COMM_WORLD_RANK"], env["OMPI_COMM_WORLD_LOCAL_RANK"]
     size = int(env.get("WORLD_SIZE", 1))
     local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
     return Place(int(env.get("RANK", 0)), size, int(env.get("LOCAL_RANK", 0)), local_size)
+
+
+def _slurm_local_size(env: Mapping[str, str]) -> int | None:
+    """Tasks of this node: its place in a list such as `4(x2),3`."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
+    counts: list[int] = []
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    node = int(env.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else None
 
 
 def run_program(main: Callable[[list[str]], int]) -> None:
@@ -72,6 +87,10 @@ def run_program(main: Callable[[list[str]], int]) -> None:
         else:
             time.sleep(1)  # a launcher that sees one exit kills the others, and rank 0 is to print first
         code = error.exit_code
+    except Exception:
+        leave_word(1)
+        raise
+    leave_word(code)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -164,12 +183,16 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
     if verdict != _GOOD:
         # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
+        leave_word(int(verdict))
         os._exit(int(verdict))
     return prepared if prepared is not None else prepare(False)
 
 
 def _set_environment(here: Place) -> None:
     env = os.environ
+    if "MASTER_ADDR" not in env and here.local_size < here.world_size:
+        rule = f"must name the first node: {here.world_size} ranks are on several (docs/clusters.md)"
+        raise ConfigError(f"MASTER_ADDR: missing: {rule}")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         with socket.socket() as free:

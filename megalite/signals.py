@@ -2,9 +2,10 @@
 
 Stock `deepspeed` leaves ranks running when its top process or its launcher dies: a rank watches both, and treats
 the loss of either as SIGTERM. A thread listens, since the main one may be held up in a collective, where Python's
-own handlers do not run.
+own handlers do not run. launcher/run.py, where that started the ranks, learns how each ended by a word in a folder.
 """
 
+import contextlib
 import functools
 import os
 import select
@@ -15,20 +16,26 @@ from pathlib import Path
 
 POLL_SECONDS = 0.5
 EXIT_BASE = 128  # a process that a signal ended exits with this and the signal's number
+LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' last words
+LOST = "lost"
 
 
 class Signals:
-    """stop: the signal to end for (0: none); save: whether a checkpoint was asked for. Until `defer` a signal to stop
-    ends the process at once: there is nothing to save. After the first one further ones are ignored."""
+    """stop: the signal to end for (0: none); save: whether a checkpoint was asked for; peer_lost: launcher/run.py tells
+    that a rank or host has failed. Until `defer` a signal to stop ends the process at once: there is nothing to save.
+    After the first one further ones are ignored."""
+
+    launcher_lost = False
 
     def __init__(self) -> None:
         self.stop = 0
         self.save = False
+        self.peer_lost = False
         self.deferred = False
         self.watched = ancestors()
         self.ears, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
@@ -43,14 +50,19 @@ class Signals:
             for number in self.ears.recv(64) if ready else b"":
                 if number == signal.SIGUSR1:
                     self.save = True
+                elif number == signal.SIGUSR2:
+                    self.peer_lost = True
                 else:
                     self._end_for(number)
             if not self.stop and ancestors() != self.watched:
+                Signals.launcher_lost = True
+                _mute_broken_outputs()
                 self._end_for(signal.SIGTERM)
 
     def _end_for(self, number: int) -> None:
         self.stop = self.stop or int(number)
         if not self.deferred:
+            leave_word(EXIT_BASE + self.stop)
             os._exit(EXIT_BASE + self.stop)
 
 
@@ -58,6 +70,24 @@ class Signals:
 def listen() -> Signals:
     """This process's listener, started at the first call, which is in the main thread."""
     return Signals()
+
+
+def leave_word(code: int) -> None:
+    """Tells launcher/run.py, where that started this rank, the code that it is about to end with."""
+    if folder := os.environ.get(LAUNCH):
+        with contextlib.suppress(OSError):
+            word = f"{code} {LOST}" if Signals.launcher_lost else f"{code}"
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(word)
+
+
+def _mute_broken_outputs() -> None:
+    """A remote shell that died took the other ends of the outputs with it: a line of progress would end the rank
+    before it has saved."""
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    for output, _ in poll.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def ancestors() -> tuple[int, ...]:

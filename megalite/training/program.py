@@ -157,6 +157,7 @@ def _tell_memory(prepared: Prepared, file: TextIO) -> None:
 def _train(prepared: Prepared, rank: int) -> int:
     # Imported here: --check and mistakes need no DeepSpeed.
     from megalite.parallel.grid import Grid
+    from megalite.parallel.placement import crossing_hosts
     from megalite.training.engine import build_engine
     from megalite.training.loop import Run
     from megalite.training.start import starting_point
@@ -166,6 +167,8 @@ def _train(prepared: Prepared, rank: int) -> int:
     run_dir = Path(config.train.run_dir)
     with Watchdog(run_dir, config.train.limits) as watchdog:
         grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
+        if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
+            print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load)
         if start.position.step >= config.train.steps:
             if rank == 0:

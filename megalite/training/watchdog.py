@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megalite.config.sections import Limits
 from megalite.errors import MegaliteError
 from megalite.launch import print_line
-from megalite.signals import parent_of
+from megalite.signals import leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 3.0  # that a rank that ends gives the others to write their files: a launcher kills them afterwards
@@ -87,6 +87,8 @@ class Watchdog:
             seconds = time.monotonic() - self.since
             if self.part and seconds > self.limit:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")
+            if listen().peer_lost:
+                self._end(_BUSY, _main_frames(), "when its launcher had lost another rank")
             if self.folder.exists():
                 self._end(_BUSY, _main_frames(), "when another rank had failed")
 
@@ -113,6 +115,7 @@ class Watchdog:
         self._wake_stopped()
         sys.stdout.flush()
         sys.stderr.flush()
+        leave_word(FAULT_CODE)
         os._exit(FAULT_CODE)  # the interpreter's end would wait for threads that wait for dead peers
 
     def _write(self, line: str, text: str) -> None:

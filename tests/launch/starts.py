@@ -1,17 +1,19 @@
 """Starts training as a user does, with the real `deepspeed`, and watches every process of it from outside."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.launch.hosts import Host
 from tests.ranks import REPOSITORY
 from tests.unit.data.corpora import write_corpus
 
@@ -46,21 +48,38 @@ def write_config(folder: Path, **train: Any) -> Path:
 
 
 class Start:
-    """A program that a launcher runs, in a session of its own, its output in a file."""
+    """A program that a launcher runs, in a session of its own, its output in a file; from the first of `hosts`, with
+    `options` in place of those for this machine, where they are given."""
 
-    def __init__(self, folder: Path, *arguments: str, launcher: str = "deepspeed", ranks: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        launcher: str = "deepspeed",
+        ranks: int = 2,
+        hosts: Sequence[Host] = (),
+        options: Sequence[str] | None = None,
+        program: str = "launcher/pretrain.py",
+        variables: dict[str, str] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = {
-            "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port)],
-            "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", str(port)],
+            "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks)],
+            "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", str(ranks)],
+            "run": [sys.executable, str(REPOSITORY / "launcher/run.py"), "--num_gpus", str(ranks)],
         }[launcher]
+        if options is not None:
+            command = [*command[:-2], *options]
+        command += ["--master_port", str(port), str(REPOSITORY / program), *arguments]
+        self.hosts = hosts
         self.output = folder / f"output{port}"
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        environment |= variables or {}
         with self.output.open("w") as file:
             self.top = subprocess.Popen(
-                [str(BIN / command[0]), *command[1:], str(REPOSITORY / "launcher/pretrain.py"), *arguments],
+                hosts[0].inside(folder, *command) if hosts else command,
                 cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.seen: dict[int, psutil.Process] = {}
@@ -71,14 +90,26 @@ class Start:
 
     @property
     def lines(self) -> list[str]:
-        """What the program itself says on standard error in one line."""
-        return [line for line in self.text.splitlines() if line.startswith("pretrain.py: ")]
+        """What the program itself says on standard error in one line, and launcher/run.py."""
+        return [line for line in self.text.splitlines() if line.startswith(("pretrain.py: ", "run.py: "))]
 
     def look(self) -> None:
         """Remembers every process of the start that runs now."""
         if psutil.pid_exists(self.top.pid):
             for process in psutil.Process(self.top.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process)
+        for host in self.hosts:
+            for process in host.processes():
+                self.seen.setdefault(process.pid, process)
+
+    @property
+    def run(self) -> psutil.Process:
+        """launcher/run.py, which is not the top process where that only enters a host."""
+        return next(p for p in self._living() if p.cmdline()[1:2] == [str(REPOSITORY / "launcher/run.py")])
+
+    def of(self, word: str) -> list[psutil.Process]:
+        """Those with this word on their command line."""
+        return [p for p in self._living() if word in p.cmdline()]
 
     @property
     def launcher(self) -> psutil.Process:
@@ -88,7 +119,7 @@ class Start:
     def ranks(self) -> list[psutil.Process]:
         """The ranks in order."""
         return sorted(
-            (p for p in self._living() if "deepspeed.launcher.launch" not in p.cmdline() and _rank(p)),
+            (p for p in self._living() if str(REPOSITORY / "launcher/pretrain.py") in p.cmdline()[:3] and _rank(p)),
             key=lambda p: int(_rank(p)),
         )
 
@@ -115,7 +146,8 @@ class Start:
     def kill(self) -> None:
         """All that is left of it, for a test that failed."""
         for process in [*self._living(), self.top]:
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         self.top.wait()
 
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+# sbatch launcher/slurm.sh --deepspeed_config FILE [KEY=VALUE …], from the repository: srun starts a rank a task.
+# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again goes on from it.
+set -euo pipefail
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+exec srun --kill-on-bad-exit=1 .venv/bin/python -u launcher/pretrain.py "$@"

@@ -1,0 +1,147 @@
+"""A process on each host that sees to the ranks of one start there, for as long as launcher/run.py lives.
+
+    python -m megalite.launching.guard FOLDER
+
+It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
+standard output it tells of each rank that comes (`up RANK PID`) and goes (`down RANK WORD`, the word that it left; `-`
+for none: killed). On standard input it is told `signal N`, for the ranks, `end`, and an empty line now and then. Where
+it hears nothing for a while the one who tells it is gone or out of reach: the ranks are stopped, and killed where they
+do not end. It ends with no process of the start left. Only Python's library: it is to start fast. Next: supervisor.py.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from megalite.signals import LAUNCH, parent_of
+
+POLL_SECONDS = 0.5
+SILENCE_SECONDS = 30.0
+GRACE_SECONDS = 30.0  # for the ranks' last checkpoint, as DeepSpeed's launcher has it
+KILL_SECONDS = 10.0  # a process in the kernel's hands may take its time
+NO_WORD = "-"
+
+
+class Guard:
+    """folder: of the ranks' last words, and the name of the start: PREFIX-RUN-START."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stop = folder, 0
+        self.seen: dict[int, str] = {}  # rank by process
+        self.helpers: set[int] = set()  # what ranks have started themselves, and may leave behind
+        self.told: set[str] = set()
+        self.heard = time.monotonic()
+        self.rest = b""
+
+    def run(self) -> None:
+        # An earlier start of the same run may have left ranks here while the host was out of reach.
+        _kill(str(self.folder).rpartition("-")[0])
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        _say(f"ready {_address()} {os.cpu_count()}")
+        while self._hear():
+            self._look()
+        _kill(str(self.folder))
+        self._look()
+        for word in sorted(self.folder.glob("rank_*")):  # of ranks that came and went between two looks
+            self._tell(word.name[5:])
+        for rank in self.told:
+            (self.folder / f"rank_{rank}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+        _say("over")
+
+    def _hear(self) -> bool:
+        """Takes in what there is to hear, waiting a little; False: to end now."""
+        if select.select([0], [], [], POLL_SECONDS)[0]:
+            read = os.read(0, 4096)
+            self.heard = time.monotonic()
+            *lines, self.rest = (self.rest + read).split(b"\n")
+            for line in lines:
+                if line == b"end":
+                    return False
+                if line.startswith(b"signal "):
+                    self._signal(int(line[7:]))
+            if not read:
+                return self._orphaned()
+        return time.monotonic() - self.heard < SILENCE_SECONDS or self._orphaned()
+
+    def _signal(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop = number
+        for pid in self._ranks():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+
+    def _orphaned(self) -> bool:
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._ranks() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def _look(self) -> None:
+        running = self._ranks()
+        for pid in self.seen.keys() - running.keys():
+            self._tell(self.seen.pop(pid))
+        for pid, rank in running.items():
+            if pid not in self.seen:
+                self.seen[pid] = rank
+                _say(f"up {rank} {pid}")
+                if self.stop:  # it came after the signal
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, self.stop)
+
+    def _ranks(self) -> dict[int, str]:
+        """Rank by process."""
+        processes = {pid: values for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
+        self.helpers |= {pid for pid in processes if parent_of(pid) in processes}
+        return {pid: values["RANK"] for pid, values in processes.items() if pid not in self.helpers}
+
+    def _tell(self, rank: str) -> None:
+        if rank not in self.told:
+            path = self.folder / f"rank_{rank}"
+            self.told.add(rank)
+            _say(f"down {rank} {path.read_text() if path.exists() else NO_WORD}")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def _address() -> str:
+    """An address of this host, that by which it was reached where ssh tells; others reach it by that too."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    return words[2] if len(words) > 2 else "127.0.0.1"
+
+
+def _processes(name: str) -> dict[int, dict[str, str]]:
+    """Environments of the processes of the start, or run, of this name, by process."""
+    found = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                text = Path(entry.path, "environ").read_bytes().decode(errors="replace")
+                if f"{LAUNCH}={name}\0" in text or f"{LAUNCH}={name}-" in text:
+                    found[int(entry.name)] = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+    return found
+
+
+def _kill(name: str) -> None:
+    """Every process of a start, a stopped one too; again, since one may have been about to start another."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while (found := _processes(name)) and time.monotonic() < deadline:
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when it hears so, or hears nothing
+    Guard(Path(sys.argv[1])).run()

@@ -1,0 +1,126 @@
+"""`launcher/run.py`: stock `deepspeed` with what it lacks: signals, exit codes, restarts, nothing left behind.
+
+    python launcher/run.py --hostfile FILE --restarts 3 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
+"""
+
+import argparse
+import secrets
+import sys
+import time
+
+from megalite.errors import ConfigError, MegaliteError, UserError
+from megalite.launch import ArgumentParser
+from megalite.launching.attempt import THIS, Attempt, HostsLost, Outcome, Program, Signals
+from megalite.launching.fewer import ProgramConfig
+from megalite.launching.hostfile import read_hostfile
+from megalite.launching.remote import check_bare, variables
+from megalite.signals import EXIT_BASE
+
+PAUSE_SECONDS = 1.0  # before another start
+
+
+class StartsFailed(MegaliteError):
+    """No start is left."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
+    options = _parse(arguments)
+    hosts: dict[str, int] = read_hostfile(options.hostfile) if options.hostfile else {THIS: options.num_gpus}
+    if options.num_nodes:
+        hosts = dict([*hosts.items()][: options.num_nodes])
+    if options.hostfile:
+        if options.num_gpus:
+            hosts = {host: int(options.num_gpus) for host in hosts}
+        check_bare()
+        variables({})
+    return Supervisor(options, hosts).run()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser("run.py", description="Start a program on ranks with deepspeed, and see to its end.")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh")
+    parser.add_argument("--num_gpus", type=_positive, metavar="N", help="ranks of this machine, or of each host")
+    parser.add_argument("--num_nodes", type=_positive, metavar="N", help="the first N hosts of the hostfile")
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="starts again after so many failures (0)")
+    parser.add_argument("--master_addr", help="an address of the first host that the others reach")
+    parser.add_argument("--master_port", type=_positive, metavar="P", help="a free port of the first host")
+    parser.add_argument("--ssh_port", type=_positive, metavar="P", help="of sshd on the hosts")
+    for name in ("--bind_cores_to_rank", "--quiet"):
+        parser.add_argument(name, action="store_true", help="deepspeed's")
+    for name in ("--bind_core_list", "--log_level", "--enable_each_rank_log"):
+        parser.add_argument(name, metavar="X", help="deepspeed's")
+    parser.add_argument("program", help="launcher/pretrain.py, or another that runs on every rank")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    options = parser.parse_args(arguments)
+    if options.hostfile is None and options.num_gpus is None:
+        raise ConfigError("--hostfile or --num_gpus: missing: one of them says where ranks start")
+    if options.hostfile is None and (options.num_nodes or options.ssh_port):
+        raise ConfigError("--num_nodes, --ssh_port: go with --hostfile")
+    if options.restarts < 0:
+        raise ConfigError(f"--restarts: {options.restarts}: must be at least 0")
+    return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+class Supervisor:
+    """Starts, and starts again. hosts: ranks by host."""
+
+    def __init__(self, options: argparse.Namespace, hosts: dict[str, int]) -> None:
+        self.options, self.full, self.tries = options, hosts, 0
+        self.name = f"/tmp/megalite-{secrets.token_hex(8)}"
+        self.signals = Signals()
+
+    def run(self) -> int:
+        self.signals.listen()
+        starts = 1 + self.options.restarts
+        for start in range(1, starts + 1):
+            outcome = self._start(start == 1)
+            if outcome.code in (0, UserError.exit_code) or outcome.code > EXIT_BASE:
+                return outcome.code
+            if start < starts:
+                _print(f"{outcome.who}: start {start + 1} of {starts} follows")
+                time.sleep(PAUSE_SECONDS)
+        raise StartsFailed(f"{outcome.who}: start {starts} of {starts} failed")
+
+    def _start(self, first: bool) -> Outcome:
+        """On all hosts; after the first start on those that answer, where that makes the same training."""
+        hosts, overrides = self.full, list[str]()
+        while True:
+            self.tries += 1
+            try:
+                return Attempt(self._program(overrides), hosts, f"{self.name}-{self.tries}", self.signals).run()
+            except HostsLost as error:
+                left = {host: slots for host, slots in hosts.items() if host not in error.hosts}
+                if first or not left:
+                    raise
+                hosts, overrides = self._fit(left, str(error))
+
+    def _program(self, overrides: list[str]) -> Program:
+        options, given = list[str](), vars(self.options)
+        for name in ("bind_cores_to_rank", "quiet"):
+            options += [f"--{name}"] * given[name]
+        for name in ("bind_core_list", "log_level", "enable_each_rank_log", "master_port", "ssh_port"):
+            options += [] if given[name] is None else [f"--{name}", str(given[name])]
+        words = [self.options.program, *self.options.arguments, *overrides]
+        return Program(
+            options, words, self.options.hostfile is not None, self.options.ssh_port, self.options.master_addr
+        )
+
+    def _fit(self, left: dict[str, int], why: str) -> tuple[dict[str, int], list[str]]:
+        try:
+            hosts, overrides = ProgramConfig(self.options.arguments).fit(self.full, left)
+        except ConfigError as error:
+            raise StartsFailed(f"{why}; not on {', '.join(left)} alone: {error}") from error
+        _print(f"{why}; goes on with {sum(hosts.values())} ranks on {', '.join(hosts)}")
+        return hosts, overrides
+
+
+def _print(line: str) -> None:
+    print(f"run.py: {' '.join(line.split())}", file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""tools/doctor.py on hosts: nothing to find, then all that is wrong at once."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite.doctor.findings import findings
+from megalite.doctor.probe import probe
+from tests.launch.hosts import Cluster
+from tests.launch.starts import write_config
+from tests.ranks import REPOSITORY
+
+
+def doctor(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "tools/doctor.py", *arguments]
+    return subprocess.run(cluster.hosts[0].inside(REPOSITORY, *command), capture_output=True, text=True, timeout=150)
+
+
+@pytest.mark.timeout(300)
+def test_the_doctor(tmp_path: Path, cluster: Cluster) -> None:
+    config = str(write_config(tmp_path))
+    cluster.link(cluster.hosts[1], "down")
+    done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", config)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.startswith("h1: no answer: ssh: connect to host h1 port 22: "), done.stdout
+    assert done.stdout.endswith("2 hosts, 2 ranks: 1 findings\n")
+    cluster.link(cluster.hosts[1], "up")
+    done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data axis, 2 ranks: all-reduce of 16 MiB in " in done.stdout
+    assert done.stdout.endswith("2 hosts, 2 ranks: all well\n")
+
+
+def test_a_mistake_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "tools/doctor.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--hostfile or --num_gpus" in done.stderr
+
+
+def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        wanted = {"paths": [str(tmp_path / "a"), str(tmp_path / "b")], "folders": [str(tmp_path)], "port": port}
+        first = probe(wanted) | {"clock_error": 0.0}
+    assert not first["port_free"]
+    other = json.loads(json.dumps(first))
+    other["versions"]["torch"], other["versions"]["numpy"] = "1.0", "none"
+    other["files"][str(tmp_path / "a")] = None
+    other["files"][str(tmp_path / "b")][2] = "x"
+    other |= {"memory": 2**30, "gpus": 1, "clock_error": -3.0}
+    other["disks"][str(tmp_path)] = 5
+    assert [*findings({"h0": first | {"port_free": True}}, {"h0": 1}, port, 0)] == []
+    found = "\n".join(findings({"h0": first, "h1": other}, {"h0": 1, "h1": 2}, port, 10))
+    for said in (
+        f"h0: port {port} is taken", "h1: torch is 1.0, on h0 ", "h1: numpy is not installed", "a: cannot be read",
+        "b: another content than on h0", "h1: 1.0 GiB of memory are free for 2 ranks", "slots=2: it has 1 GPUs",
+        "checkpoints take", "off by at least -3.0 s",
+    ):  # fmt: skip
+        assert said in found
+    assert len(found.splitlines()) == 9

@@ -1,0 +1,159 @@
+"""Deaths under launcher/run.py, on hosts: the others end soon, the code is not 0, the rank and its host are named, and
+no process of the run is left on any host."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.hosts import Cluster
+from tests.launch.starts import Start, checkpoints, rows, write_config
+from tests.launch.test_hosts import losses
+
+LAST = 10_000  # a step that no start of these reaches
+LIMIT = "megalite.train.limits.step_seconds=4"
+
+
+@pytest.fixture
+def begin(tmp_path: Path, start: Callable[..., Start], cluster: Cluster) -> Callable[..., Start]:
+    """A run over the hosts that has taken some steps."""
+
+    def make(*arguments: str, options: tuple[str, ...] = (), steps: int = LAST) -> Start:
+        config = write_config(tmp_path, steps=steps, checkpoint_interval=5)
+        one = start(
+            tmp_path, f"--deepspeed_config={config}", *arguments, launcher="run", hosts=cluster.hosts,
+            options=["--hostfile", str(cluster.hostfile()), *options],
+        )  # fmt: skip
+        one.wait_until(lambda: bool(checkpoints(tmp_path / "run")), 200)
+        return one
+
+    return make
+
+
+@pytest.mark.timeout(200)
+def test_the_top_process_dies(tmp_path: Path, begin: Callable[..., Start]) -> None:
+    one = begin()
+    one.run.kill()
+    assert one.wait(60) == 128 + signal.SIGKILL
+    assert checkpoints(tmp_path / "run")[-1] == rows(tmp_path / "run")[-1]["step"]
+
+
+def stop_a_rank(one: Start, cluster: Cluster) -> None:
+    one.ranks[1].send_signal(signal.SIGSTOP)
+
+
+def kill_a_launcher(one: Start, cluster: Cluster) -> None:
+    next(p for p in one.of("deepspeed.launcher.launch") if p in cluster.hosts[1].processes()).kill()
+
+
+def kill_deepspeed(one: Start, cluster: Cluster) -> None:
+    one.of("deepspeed.launcher.runner")[0].kill()
+
+
+def take_a_link_down(one: Start, cluster: Cluster) -> None:
+    cluster.link(cluster.hosts[1], "down")
+
+
+SAID = {
+    stop_a_rank: "rank 1 on h1 did not end by itself",
+    kill_a_launcher: "rank 1 on h1 lost the launcher of its host",
+    kill_deepspeed: "deepspeed ended with -9 before the ranks",
+    take_a_link_down: "host h1 was lost",
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("fail", SAID)
+def test_a_failure_is_named_and_nothing_stays(
+    fail: Callable[[Start, Cluster], None], begin: Callable[..., Start], cluster: Cluster
+) -> None:
+    one = begin(LIMIT)
+    fail(one, cluster)
+    assert one.wait(120) == 1, one.text
+    assert f"run.py: {SAID[fail]}: start 1 of 1 failed" in one.lines, one.text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_signals_to_the_top_reach_every_host(tmp_path: Path, begin: Callable[..., Start]) -> None:
+    one = begin(options=("--restarts", "2"))
+    one.run.send_signal(signal.SIGINT)
+    one.run.send_signal(signal.SIGTERM)
+    assert one.wait(60) == 130, one.text
+    assert checkpoints(tmp_path / "run")[-1] == rows(tmp_path / "run")[-1]["step"]
+    assert "stopped by signal 2" in one.text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_with_the_hosts_that_are_left(
+    tmp_path: Path, begin: Callable[..., Start], start: Callable[..., Start], cluster: Cluster
+) -> None:
+    last = 150
+    one = begin(LIMIT, options=("--restarts", "1"), steps=last)
+    cluster.link(cluster.hosts[1], "down")
+    one.wait_until(lambda: "; goes on with 1 ranks on h0" in one.text, 120)
+    assert one.wait(300) == 0, one.text
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, last + 1))
+    where = f"--deepspeed_config={tmp_path / 'config.json'}"
+    whole = start(tmp_path, where, f"megalite.train.run_dir={tmp_path / 'x'}")
+    assert whole.wait(200) == 0
+    for (a, _), (b, _) in zip(losses(tmp_path / "run"), losses(tmp_path / "x"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(200)
+def test_a_launcher_killed_in_the_middle_is_no_success(tmp_path: Path, start: Callable[..., Start]) -> None:
+    """Stock `deepspeed` ends with 0 here."""
+    config = write_config(tmp_path, steps=LAST)
+    one = start(tmp_path, f"--deepspeed_config={config}", launcher="run")
+    one.wait_until(lambda: len(rows(tmp_path / "run")) > 2)
+    one.launcher.kill()
+    assert one.wait(60) == 1, one.text
+    assert "run.py: rank 0 on localhost, rank 1 on localhost lost the launcher of its host: start 1" in one.text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4 * 3600)
+def test_a_soak(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -> None:
+    """Random faults for SOAK_MINUTES (30), one in SOAK_FAULT_MINUTES (6) on the mean: at least 95 % useful time, and
+    the last weights of a run without faults bit for bit."""
+    minutes, between = (float(os.environ.get(f"SOAK_{name}", default)) for name, default in
+                        (("MINUTES", 30), ("FAULT_MINUTES", 6)))  # fmt: skip
+    least = float(os.environ.get("SOAK_GOODPUT", 0.95))
+    config, run = write_config(tmp_path, steps=10**6, checkpoint_interval=20, keep_checkpoints=2), tmp_path / "run"
+    options = ["--hostfile", str(cluster.hostfile()), "--restarts", "1000"]
+    one = start(
+        tmp_path, f"--deepspeed_config={config}", LIMIT, launcher="run", hosts=cluster.hosts, options=options
+    )  # fmt: skip
+    chance, faults = random.Random(0), [lambda o, c: o.ranks[1].kill(), lambda o, c: o.ranks[0].kill(), kill_a_launcher,
+                                        kill_deepspeed, stop_a_rank]  # fmt: skip
+    end, count = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < end - 60:
+        seen = len(rows(run))
+        one.wait_until(lambda: len(rows(run)) > seen + 3, 200)  # noqa: B023
+        time.sleep(min(chance.expovariate(1 / (60 * between)), max(0.0, end - time.monotonic())))
+        if time.monotonic() < end - 60:
+            chance.choice(faults)(one, cluster)
+            count += 1
+    seen = len(rows(run))
+    one.wait_until(lambda: len(rows(run)) > seen + 3, 200)
+    one.run.send_signal(signal.SIGTERM)
+    assert one.wait(60) == 143, one.text
+    last = rows(run)[-1]
+    print(f"{count} faults, {one.text.count(' follows')} restarts, {last['step']} steps, goodput {last['goodput']:.3f}")
+    assert last["goodput"] >= least
+    whole = start(
+        tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={last['step']}",
+        f"megalite.train.run_dir={tmp_path / 'whole'}",
+    )  # fmt: skip
+    assert whole.wait(3600) == 0
+    assert losses(run) == losses(tmp_path / "whole")
+    for file in (tmp_path / "whole/checkpoints" / f"step_{last['step']:08d}").glob("*.safetensors"):
+        assert file.read_bytes() == (run / "checkpoints" / f"step_{last['step']:08d}" / file.name).read_bytes()

@@ -1,0 +1,97 @@
+"""Runs over several hosts, with launcher/run.py and with what it starts alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.hosts import Cluster
+from tests.launch.starts import Start, checkpoints, rows, write_config
+
+LAST = 12
+EVERY = 3  # steps between two checkpoints
+HOSTILE = [
+    "-oProxyCommand=touch {0}", "; touch {0}", "$(touch {0})", "`touch {0}`", "a\ntouch {0}", "../../x",
+    "a && touch {0}",
+    'x"; touch {0}; "', "x'; touch {0}; '", "%h %n %u %%", "%h", "\\", "a\\", "$HOME", "a $HOME `touch {0}`", '"', "'",
+    "", " ", "*", "~", "a  b", "é|&>{0}", '["a b", "c"]', "!1",
+]  # fmt: skip
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in rows(run) if "loss" in row]
+
+
+@pytest.mark.timeout(200)
+def test_nothing_hostile_runs_and_all_arrives(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -> None:
+    touched = tmp_path / "touched"
+    words = [word.format(touched) for word in HOSTILE]
+    values = {f"HF_OWN{i}": word for i, word in enumerate(words) if "\n" not in word}
+    values["NCCL_OWN"] = f"$(touch {touched})"
+    one = start(
+        tmp_path, str(tmp_path / "got"), *words, launcher="run", hosts=cluster.hosts, program="tests/launch/echo.py",
+        options=["--hostfile", str(cluster.hostfile())], variables=values,
+    )  # fmt: skip
+    assert one.wait() == 0, one.text
+    for rank in (0, 1):
+        got_words, got_values = json.loads((tmp_path / f"got{rank}").read_text())
+        assert got_words == words
+        assert got_values == values
+    assert not touched.exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start]
+) -> None:
+    config = write_config(tmp_path, steps=LAST, checkpoint_interval=EVERY)
+    where = f"--deepspeed_config={config}"
+    layout = "megalite.parallel.pipe=2"
+    options = ["--hostfile", str(cluster.hostfile()), "--restarts", "1"]
+    one = start(tmp_path, where, layout, launcher="run", hosts=cluster.hosts, options=options)
+    one.wait_until(lambda: bool(checkpoints(tmp_path / "run")))
+    one.ranks[1].kill()
+    assert one.wait() == 0, one.text
+    assert "run.py: rank 1 on h1 was killed: start 2 of 2 follows" in one.lines, one.text
+    assert "goes on from step" in one.text
+
+    alone = start(tmp_path, where, layout, f"megalite.train.run_dir={tmp_path / 'alone'}")
+    assert alone.wait() == 0, alone.text
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, LAST + 1))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("cluster", [4], indirect=True)
+def test_every_launcher_gives_the_same_run(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start]
+) -> None:
+    """pipe 2 × data 2 on one machine, over four hosts by pdsh, over two by torchrun without ssh and by Open MPI."""
+    where = f"--deepspeed_config={write_config(tmp_path)}"
+
+    def begin(name: str, **how: Any) -> Start:
+        run = f"megalite.train.run_dir={tmp_path / name}"
+        return start(tmp_path, where, "megalite.parallel.pipe=2", run, **how)
+
+    def end(*starts: Start) -> None:
+        for one in starts:
+            assert one.wait(300) == 0, one.text
+
+    hosts = cluster.hosts
+    end(begin("alone", ranks=4))
+    end(begin("four", launcher="deepspeed", hosts=hosts, options=["--hostfile", str(cluster.hostfile())]))
+    meet = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "h0:31400"]
+    end(*(begin("torchrun", launcher="torchrun", hosts=hosts[i : i + 1], options=meet) for i in range(2)))
+    runs = ["alone", "four", "torchrun"]
+    if shutil.which("mpirun"):
+        exports = " ".join(f"-x {value}" for value in ("MASTER_ADDR=h0", "MASTER_PORT=31401", "OMP_NUM_THREADS=1"))
+        given = f"--allow-run-as-root --oversubscribe {exports}"
+        options = ["--hostfile", str(cluster.hostfile(2, hosts=2)), "--launcher", "openmpi", "--launcher_args", given]
+        end(begin("openmpi", launcher="deepspeed", hosts=hosts, options=options))
+        runs.append("openmpi")
+    for name in runs[1:]:
+        assert len(rows(tmp_path / name)) == 4 and losses(tmp_path / name) == losses(tmp_path / "alone"), name

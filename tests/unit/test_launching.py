@@ -1,0 +1,131 @@
+"""launcher/run.py's parts that start nothing: hostfiles, what may be sent to hosts, fewer hosts, placement."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite.errors import ConfigError
+from megalite.launching.fewer import ProgramConfig
+from megalite.launching.hostfile import read_hostfile
+from megalite.launching.remote import variables
+from megalite.launching.supervisor import main
+from megalite.parallel.placement import crossing_hosts
+
+
+def test_a_hostfile_is_names_and_slots(tmp_path: Path) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text("# a cluster\n\nworker-1 slots=8\n  # one more\n10.0.0.2\tslots=4 # half\n")
+    assert read_hostfile(str(file)) == {"worker-1": 8, "10.0.0.2": 4}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-oProxyCommand=touch x slots=1", "-w slots=1", "a;b slots=1", "$(touch x) slots=1", "`touch x` slots=1",
+        "../x slots=1", "a\rb slots=1", "h[1-3] slots=1", "a,b slots=1", "u@h slots=1", "h slots=0", "h slots=-1",
+        "h slots=1; x", "h", "h slots=1 \x0b", "^file slots=1", "h%n slots=1", "h\u2028 slots=1", "h- slots=1",
+    ],
+)  # fmt: skip
+def test_any_other_line_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text(f"good slots=1\n{line}\n", newline="")
+    with pytest.raises(ConfigError) as error:
+        read_hostfile(str(file))
+    assert str(error.value).startswith(f"{file}: line 2: {line!r}: must be NAME slots=N")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_mistakes_of_the_command_line_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hostfile"
+    program = ["launcher/pretrain.py", "--deepspeed_config", "x"]
+    cases = {
+        "--hostfile or --num_gpus: missing": program,
+        f"--hostfile: {file}: cannot be read": ["--hostfile", str(file), *program],
+        "--restarts: -1": ["--num_gpus", "1", "--restarts", "-1", *program],
+        "--launcher_args": ["--num_gpus", "1", "--launcher_args", "x", *program],
+    }
+    for said, arguments in cases.items():
+        with pytest.raises(ConfigError, match=said):
+            main(arguments)
+    file.write_text("h slots=1\nh slots=2\n")
+    with pytest.raises(ConfigError, match="line 2.*must stand once"):
+        main(["--hostfile", str(file), *program])
+    file.write_text("h slots=1\n")
+    monkeypatch.setenv("HF_LINES", "a\nb")
+    with pytest.raises(ConfigError, match="environment: HF_LINES"):
+        main(["--hostfile", str(file), *program])
+    monkeypatch.delenv("HF_LINES")
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    with pytest.raises(ConfigError, match="the folder .*a b"):
+        main(["--hostfile", str(file), *program])
+
+
+def test_variables_are_those_of_libraries_and_of_deepspeeds_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GLOO_OWN", "$(x)")
+    monkeypatch.setenv("SECRET", "x")
+    (tmp_path / ".deepspeed_env").write_text("OWN=a=b c\nGLOO_OWN=file\n")
+    found = variables({"MEGALITE_LAUNCH": "y"})
+    assert (found["OWN"], found["GLOO_OWN"], found["MEGALITE_LAUNCH"]) == ("a=b c", "file", "y")
+    assert "SECRET" not in found and found["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+
+
+def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "megalite": {
+            "model": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 4,
+                      "num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64},
+            "parallel": {"tensor": 2},
+            "data": {"sequence_length": 32, "train": ["x"]},
+            "train": {"steps": 1, "run_dir": "x"},
+        },
+    }  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    full = {"a": 4, "b": 4, "c": 4, "d": 4}
+    program = ProgramConfig([f"--deepspeed_config={path}", "megalite.train.seed=3"])
+    assert program.fit(full, full) == (full, [])
+    batch = ["train_batch_size=48", "train_micro_batch_size_per_gpu=2", "gradient_accumulation_steps=null"]
+    assert program.fit(full, {"a": 4, "c": 4, "d": 4}) == ({"a": 4, "c": 4, "d": 4}, batch)
+    assert program.fit(full, {"d": 4}) == ({"d": 4}, batch)
+    # 5 data ranks of micro-batch 2 do not divide 48, 4 do.
+    assert program.fit(full, {"a": 4, "b": 4, "c": 2}) == ({"a": 4, "b": 4}, batch)
+    with pytest.raises(ConfigError, match="world size: 1: must be a multiple"):
+        program.fit(full, {"a": 1})
+    with pytest.raises(ConfigError, match="--deepspeed_config: missing"):
+        ProgramConfig(["--checkpoint", "x"])
+
+
+def test_a_tensor_axis_across_hosts_is_named() -> None:
+    assert crossing_hosts(["a", "a", "b", "b"], 2) is None
+    line = crossing_hosts(["a", "a", "a", "b", "b", "b"], 2)
+    assert line is not None and line.startswith("megalite.parallel.tensor 2: ranks 2 to 3 are on a, b: ")
+
+
+def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
+    folder = tmp_path / "megalite-x-1"
+    code = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    guard = subprocess.Popen(
+        [sys.executable, "-u", "-m", "megalite.launching.guard", str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert guard.stdin is not None and guard.stdout is not None
+    assert guard.stdout.readline().startswith("ready 127.0.0.1 ")
+    environment = os.environ | {"MEGALITE_LAUNCH": str(folder), "RANK": "7"}
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE)
+    assert guard.stdout.readline() == f"up 7 {rank.pid}\n"
+    (folder / "rank_9").write_text("0")  # of one that was too quick
+    guard.stdin.close()  # whoever told it is gone: SIGTERM, no word
+    assert guard.stdout.read() == "down 7 -\ndown 9 0\nover\n"
+    assert rank.wait(5) == -15 and guard.wait(5) == 0 and not folder.exists()
