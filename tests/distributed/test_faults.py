@@ -142,11 +142,11 @@ def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layou
 
 
 def test_a_run_stops_after_most_in_a_row(tmp_path: Path) -> None:
-    for action in ("skip", "rewind"):
-        faults = {"not_finite": action, "most_in_a_row": 2}
-        run = document(tmp_path, action, {}, train={"faults": faults})
-        plant = functools.partial(spoilt, on=0, at=set(range(2, 9)), factor=math.nan)
-        said = run_ranks(1, train, [(run, plant)])[0][0]
+    plant = functools.partial(spoilt, on=0, at=set(range(2, 9)), factor=math.nan)
+    actions = ("skip", "rewind")
+    faults = [{"not_finite": action, "most_in_a_row": 2} for action in actions]
+    runs = [(document(tmp_path, f["not_finite"], {}, train={"faults": f}), plant) for f in faults]
+    for action, said in zip(actions, run_ranks(1, train, runs)[0], strict=True):
         assert "2 in a row before it (megalite.train.faults.most_in_a_row)" in said
         assert len((tmp_path / action / "faults.jsonl").read_text().splitlines()) == 3
 
@@ -185,11 +185,13 @@ def test_no_checkpoint_ever_holds_a_nan(tmp_path: Path) -> None:
 
 
 def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
-    for action in ("warn", "rewind"):
-        faults = {"spike": action, "spike_factor": 2.0, "spike_window": 3}
-        plant = functools.partial(spoilt, on=0, at={2, 5}, factor=9.0, phase="forward")
-        made = document(tmp_path, action, {}, train={"faults": faults, "checkpoint_interval": 2})
-        assert run_ranks(1, train, [(made, plant)]) == [[0]]
+    plant = functools.partial(spoilt, on=0, at={2, 5}, factor=9.0, phase="forward")
+    actions = ("warn", "rewind")
+    faults = [{"spike": action, "spike_factor": 2.0, "spike_window": 3} for action in actions]
+    keys = [{"faults": each, "checkpoint_interval": 2} for each in faults]
+    runs = [(document(tmp_path, action, {}, train=key), plant) for action, key in zip(actions, keys, strict=True)]
+    assert run_ranks(1, train, runs) == [[0, 0]]
+    for action in actions:
         fault = json.loads((tmp_path / action / "faults.jsonl").read_text())
         assert (fault["step"], fault["kind"], fault["action"]) == (5, "spike", action)
         assert "times the median" in fault["text"]

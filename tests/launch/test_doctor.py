@@ -1,4 +1,4 @@
-"""tools/doctor.py on hosts: nothing to find, then all that is wrong at once."""
+"""tools/doctor.py on hosts: nothing to find, a host that is gone, and all that can be wrong at once."""
 
 import json
 import socket
@@ -20,15 +20,19 @@ def doctor(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[st
     return subprocess.run(cluster.hosts[0].inside(REPOSITORY, *command), capture_output=True, text=True, timeout=150)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
-def test_the_doctor(tmp_path: Path, cluster: Cluster) -> None:
-    config = str(write_config(tmp_path))
+def test_a_host_that_does_not_answer(tmp_path: Path, cluster: Cluster) -> None:
     cluster.link(cluster.hosts[1], "down")
-    done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", config)
+    done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", str(write_config(tmp_path)))
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith("h1: no answer: ssh: connect to host h1 port 22: "), done.stdout
     assert done.stdout.endswith("2 hosts, 2 ranks: 1 findings\n")
-    cluster.link(cluster.hosts[1], "up")
+
+
+@pytest.mark.timeout(300)
+def test_hosts_that_are_well(tmp_path: Path, cluster: Cluster) -> None:
+    config = str(write_config(tmp_path))
     done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "data axis, 2 ranks: all-reduce of 16 MiB in " in done.stdout

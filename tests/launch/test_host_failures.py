@@ -34,6 +34,7 @@ def begin(tmp_path: Path, start: Callable[..., Start], cluster: Cluster) -> Call
     return make
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_the_top_process_dies(tmp_path: Path, begin: Callable[..., Start]) -> None:
     one = begin()
@@ -155,5 +156,7 @@ def test_a_soak(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -
     )  # fmt: skip
     assert whole.wait(3600) == 0
     assert losses(run) == losses(tmp_path / "whole")
-    for file in (tmp_path / "whole/checkpoints" / f"step_{last['step']:08d}").glob("*.safetensors"):
+    files = [*(tmp_path / "whole/checkpoints" / f"step_{last['step']:08d}").glob("*.safetensors")]
+    assert files
+    for file in files:
         assert file.read_bytes() == (run / "checkpoints" / f"step_{last['step']:08d}" / file.name).read_bytes()
