@@ -46,7 +46,7 @@ class Watchdog:
         self.hosts, self.pids = [host for host, _, _ in everyone], [pid for _, pid, _ in everyone]
         # Rank 0's time names this start, so that files of an earlier one are not taken for this one's.
         self.folder = run_dir / "faults" / f"{everyone[0][2]}-{everyone[0][1]}"
-        self.lock = threading.Lock()
+        self.lock, self.signals = threading.Lock(), listen()  # here: the first call is in the main thread
         self._begin("start", limits.first_step_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -87,7 +87,7 @@ class Watchdog:
             seconds = time.monotonic() - self.since
             if self.part and seconds > self.limit:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")
-            if listen().peer_lost:
+            if self.signals.peer_lost:
                 self._end(_BUSY, _main_frames(), "when its launcher had lost another rank")
             if self.folder.exists():
                 self._end(_BUSY, _main_frames(), "when another rank had failed")

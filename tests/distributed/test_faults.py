@@ -293,6 +293,8 @@ def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / FIRST_START).read_text())["unix_seconds"] == first
     until = useful / made[-1]["goodput"]  # seconds since the first start
     assert sum(row["step_seconds"] for row in made) < until < time.time() - first
+    assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 5, **faults}), nothing)]) == [[0]]
+    assert rows(tmp_path / "run") == made  # there already
 
 
 def test_left_out_samples_are_passed_over_in_the_corpus_order() -> None:
