@@ -233,7 +233,9 @@ class Train(Section):
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
     )
-    eval_interval: Counter = Field(50, description="Steps between two evaluations; 0: never.")
+    eval_interval: Counter = Field(
+        50, description="Steps between two evaluations; the last step has one too; 0: never."
+    )
     eval_steps: Positive = Field(4, description="Global batches of an evaluation.")
     checkpoint_interval: Counter = Field(
         100, description="Steps between two checkpoints; 0: at the last step only, which always has one."

@@ -75,7 +75,8 @@ class Run:
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
-        self.valid = ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
+        evaluates = config.data.valid and config.train.eval_interval > 0
+        self.valid = ValidData(config.data, spec.vocabulary_size, check) if evaluates else None
         copy_gib = config.train.checkpoint_copy_gib
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
         self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes)

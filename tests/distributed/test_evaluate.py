@@ -1,4 +1,4 @@
-"""What launcher/evaluate.py tells, on ranks: a corpus read as the run read its own, and the accuracy of labels."""
+"""Evaluation on ranks: when a run does it; launcher/evaluate.py reading a corpus as the run did; accuracy of labels."""
 
 import contextlib
 import io
@@ -19,6 +19,7 @@ from megalite.inference.evaluate_program import evaluate_main
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
 from tests.ranks import RankFailure, run_ranks
+from tests.training_runs import document, nothing, train
 
 TUNED = {"samples": "packed", "loss": "marked", "reset_attention": True, "eod_mask_loss": False}
 LABELS = [" red", " green", " redder"]
@@ -99,3 +100,15 @@ def test_accuracy_is_the_share_of_lines_whose_label_is_likeliest(folder: Path, t
         assert printed[0]["accuracy"] == pytest.approx(np.mean(right)) and printed[0]["lines"] == len(prompts)
         assert list(printed[0]["by_label"]) == sorted(label.strip() for label in LABELS)
     assert 0 < np.mean(right) < 1  # or the comparison says nothing
+
+
+def test_a_run_evaluates_at_its_interval_and_at_the_last_step_or_never(tmp_path: Path) -> None:
+    runs = []
+    for interval in (0, 2):
+        made = document(tmp_path, str(interval), {}, train={"steps": 3, "eval_interval": interval, "eval_steps": 1})
+        made["megalite"]["data"]["valid"] = made["megalite"]["data"]["train"]
+        runs.append((made, nothing))
+    assert run_ranks(1, train, runs) == [[0, 0]]
+    for interval, wanted in ((0, []), (2, [2, 3])):
+        rows = map(json.loads, (tmp_path / str(interval) / "metrics.jsonl").read_text().splitlines())
+        assert [row["step"] for row in rows if "valid_loss" in row] == wanted
