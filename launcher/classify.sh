@@ -24,8 +24,6 @@ for part in train valid; do
     fi
 done
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
-
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config ds_configs/classify.json
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint $run --labelled $data/valid.jsonl \
     --micro-batch-size 64 megalite.parallel.tensor=2 | grep '^{'

@@ -23,8 +23,6 @@ for part in train valid; do
     fi
 done
 
-free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
-
 echo "== training on 8 ranks: pipe 2 × tensor 2 × data 2"
 deepspeed --num_gpus 8 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config ds_configs/quickstart.json 2>&1 |
     grep --line-buffered -v -e '\[INFO\] \[launch.py' -e '\[INFO\] \[runner.py' -e 'fetch_hostfile' -e 'real_accelerator.py'

@@ -1,4 +1,4 @@
-# Makes or reuses .venv with megalite installed in it; sourced by tools/test.sh and launcher/quickstart.sh.
+# Makes or reuses .venv with megalite installed in it; sourced by tools/test.sh and the examples in launcher/
 #   prepare_environment EXTRAS     ("" or "[test]"); afterwards `python` is the environment's
 # A stamp of pyproject.toml and the extras lets a second start install nothing.
 
@@ -16,3 +16,6 @@ prepare_environment() {
     PATH=$PWD/.venv/bin:$PATH
     export PATH
 }
+
+# A port for the ranks of a start to meet at.
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

@@ -18,6 +18,7 @@ from torch import Tensor
 from megalite.checkpoint.storage import BoxDict
 from megalite.config.sections import Faults
 from megalite.errors import TrainingError
+from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import SCALER_STATE, Engine
 from megalite.training.position import Position
@@ -175,9 +176,8 @@ class Health:
 
     def _rank(self, rank: int) -> str:
         grid = self.engine.grid
-        pipe, rest = divmod(rank, grid.data.size * grid.tensor.size)
-        data, tensor = divmod(rest, grid.tensor.size)
-        return f"rank {rank} on {self.hosts[rank]} (pipe {pipe}, data {data}, tensor {tensor})"
+        at = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
+        return f"rank {rank} on {self.hosts[rank]} (pipe {at.pipe.rank}, data {at.data.rank}, tensor {at.tensor.rank})"
 
     def _gather(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.engine.grid.world_size

@@ -69,5 +69,5 @@ def check_room(ranks: int, name: str) -> None:
         return
     import torch  # here: a mistake in a config is told without it
 
-    if ranks > torch.cuda.device_count():
-        raise ConfigError(f"--layouts: {name}: needs {ranks} GPUs: this machine has {torch.cuda.device_count()}")
+    if ranks > torch.accelerator.device_count():
+        raise ConfigError(f"--layouts: {name}: needs {ranks} GPUs: this machine has {torch.accelerator.device_count()}")

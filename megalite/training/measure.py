@@ -86,5 +86,5 @@ def _timed(step: Callable[[int], Any], steps: int) -> list[float]:
 
 
 def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

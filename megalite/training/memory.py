@@ -145,15 +145,15 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
 def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
     """A table of what each rank of a resolved config will hold, for people; ranks that hold the same share a line."""
     pipe, data, tensor = config.parallel.pipe, config.data_size, config.parallel.tensor
-    sizes: dict[tuple[int, int], Sizes] = {}
+    places: dict[tuple[int, int], tuple[Sizes, int]] = {}
     ranks: dict[tuple[int, ...], list[int]] = {}
     for rank in range(config.world_size):
         grid = Grid.at(rank, pipe, data, tensor)
         place = grid.pipe.rank, grid.tensor.rank
-        if place not in sizes:
-            sizes[place] = parameter_sizes(config, spec, grid)
-        states = predicted_states(config, sizes[place], grid)
-        kept = predicted_activations(config, spec, grid).bytes
+        if place not in places:
+            places[place] = parameter_sizes(config, spec, grid), predicted_activations(config, spec, grid).bytes
+        sizes, kept = places[place]
+        states = predicted_states(config, sizes, grid)
         row = states.weights, states.gradients, states.optimizer, kept, states.buckets
         ranks.setdefault(row, []).append(rank)
     names = {row: runs(members) for row, members in ranks.items()}

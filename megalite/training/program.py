@@ -21,6 +21,7 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.launch import ArgumentParser, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.training.memory import told_lines
 from megalite.training.optimizer import check_parameter_groups
 
 
@@ -149,8 +150,6 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 def _tell_memory(prepared: Prepared, file: TextIO) -> None:
     """The table of what each rank will hold."""
-    from megalite.training.memory import told_lines  # here: mistakes are told without torch
-
     print("\n".join(told_lines(prepared.config, prepared.spec)), file=file, flush=True)
 
 
