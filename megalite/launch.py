@@ -202,6 +202,8 @@ def _set_environment(here: Place) -> None:
     env.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank))
     if not machine_has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same and warn
+    # Nothing here is compiled; DeepSpeed compiles Muon for every optimizer, which takes a second of a start.
+    env.setdefault("TORCHDYNAMO_DISABLE", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env.setdefault("HF_HUB_OFFLINE", "1")
     if "GLOO_SOCKET_IFNAME" not in env and (interface := interface_towards(env["MASTER_ADDR"])):

@@ -17,6 +17,7 @@ from pathlib import Path
 POLL_SECONDS = 0.5
 EXIT_BASE = 128  # a process that a signal ended exits with this and the signal's number
 LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' last words
+KILLED = "killed_"  # with a rank's number, a file there: that rank left no word
 LOST = "lost"
 
 
@@ -78,6 +79,12 @@ def leave_word(code: int) -> None:
         with contextlib.suppress(OSError):
             word = f"{code} {LOST}" if Signals.launcher_lost else f"{code}"
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(word)
+
+
+def killed_ranks() -> set[int]:
+    """Those of which launcher/run.py has heard that they ended without a word; none where it did not start this one."""
+    folder = os.environ.get(LAUNCH)
+    return {int(path.name.removeprefix(KILLED)) for path in Path(folder).glob(f"{KILLED}*")} if folder else set()
 
 
 def _mute_broken_outputs() -> None:

@@ -36,8 +36,9 @@ from megalite.signals import EXIT_BASE, LAUNCH, LOST
 POLL_SECONDS = 0.2
 BEAT_SECONDS = 2.0  # between two words to a guard, which counts on them (guard.py)
 READY_SECONDS = 60.0
-REPORT_SECONDS = 3.0  # after a failure, until ranks that have not ended are asked for a report
-FAILURE_SECONDS = 10.0  # after a failure, until those are killed
+REPORT_SECONDS = 2.0  # after a failure, until ranks that have not ended are asked for a report
+FAILURE_SECONDS = 8.0  # after a failure, until those are killed
+LAST_LINES_SECONDS = 0.5  # after the end of all ranks, not all a good one, until `deepspeed` is not waited for
 SEEN_SECONDS = 2.0  # that the end of a rank takes to be seen
 STOP_SECONDS = 120.0  # the same after a signal: a last checkpoint is saved
 THIS = "localhost"
@@ -141,6 +142,7 @@ class Attempt:
         self.places: dict[int, str] = {}
         self.gone: list[int] = []  # without a word, in order
         self.failed_at: float | None = None
+        self.ended_at: float | None = None  # all ranks
         self.child_ended_at: float | None = None
         self.orphaned = False  # the ranks: `deepspeed` ended before them
         self.beat = 0.0
@@ -240,6 +242,8 @@ class Attempt:
                 self._tell(f"signal {signal.SIGTERM.value}")
         if self.failed_at is not None and now - self.failed_at > FAILURE_SECONDS:
             return True
+        if self.ended_at is not None and now - self.ended_at > LAST_LINES_SECONDS:
+            return True
         return self.stopped_at is not None and now - self.stopped_at > STOP_SECONDS
 
     def _hear(self) -> None:
@@ -276,14 +280,17 @@ class Attempt:
 
     def _down(self, rank: int, word: str) -> None:
         self.running.pop(rank, None)
-        if word == NO_WORD:
-            if rank not in self.words and rank not in self.gone and not self.ending:
-                self.gone.append(rank)
-                self.failed_at = self.failed_at or time.monotonic()
-            return
-        self.words[rank] = word
-        if word.split()[0] == "1":
-            self.failed_at = self.failed_at or time.monotonic()
+        now = time.monotonic()
+        if word != NO_WORD:
+            self.words[rank] = word
+            if word.split()[0] == "1":
+                self.failed_at = self.failed_at or now
+        elif rank not in self.words and rank not in self.gone and not self.ending:
+            self.gone.append(rank)
+            self.failed_at = self.failed_at or now
+            self._tell(f"killed {rank}")
+        if len(self.words) + len(self.gone) == self.world_size and {*self.words.values()} != {"0"}:
+            self.ended_at = self.ended_at or now
 
     def _tell(self, line: str) -> None:
         for guard in self.guards:

@@ -4,9 +4,10 @@
 
 It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
 standard output it tells of each rank that comes (`up RANK PID`) and goes (`down RANK WORD`, the word that it left; `-`
-for none: killed). On standard input it is told `signal N`, for the ranks, `end`, and an empty line now and then. Where
-it hears nothing for a while the one who tells it is gone or out of reach: the ranks are stopped, and killed where they
-do not end. It ends with no process of the start left. Only Python's library: it is to start fast. Next: supervisor.py.
+for none: killed). On standard input it is told `signal N`, for the ranks, `killed RANK`, of one on any host, `end`, and
+an empty line now and then. Where it hears nothing for a while the one who tells it is gone or out of reach: the ranks
+are stopped, and killed where they do not end. It ends with no process of the start left. Only Python's library: it is
+to start fast. Next: supervisor.py.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from megalite.signals import LAUNCH, parent_of
+from megalite.signals import KILLED, LAUNCH, parent_of
 
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
@@ -48,8 +49,8 @@ class Guard:
         self._look()
         for word in sorted(self.folder.glob("rank_*")):  # of ranks that came and went between two looks
             self._tell(word.name[5:])
-        for rank in self.told:
-            (self.folder / f"rank_{rank}").unlink(missing_ok=True)
+        for path in [*(self.folder / f"rank_{rank}" for rank in self.told), *self.folder.glob(f"{KILLED}*")]:
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         _say("over")
@@ -63,8 +64,12 @@ class Guard:
             for line in lines:
                 if line == b"end":
                     return False
-                if line.startswith(b"signal "):
-                    self._signal(int(line[7:]))
+                word, _, number = line.partition(b" ")
+                if word == b"signal":
+                    self._signal(int(number))
+                if word == b"killed":
+                    with contextlib.suppress(OSError):
+                        (self.folder / f"{KILLED}{int(number)}").touch()
             if not read:
                 return self._orphaned()
         return time.monotonic() - self.heard < SILENCE_SECONDS or self._orphaned()
@@ -103,9 +108,11 @@ class Guard:
 
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
-            path = self.folder / f"rank_{rank}"
+            word = NO_WORD
+            with contextlib.suppress(OSError):  # another guard on this host may have told and removed it
+                word = (self.folder / f"rank_{rank}").read_text() or NO_WORD
             self.told.add(rank)
-            _say(f"down {rank} {path.read_text() if path.exists() else NO_WORD}")
+            _say(f"down {rank} {word}")
 
 
 def _say(line: str) -> None:

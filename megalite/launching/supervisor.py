@@ -6,7 +6,6 @@
 import argparse
 import secrets
 import sys
-import time
 
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.launch import ArgumentParser
@@ -15,8 +14,6 @@ from megalite.launching.fewer import ProgramConfig
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import check_bare, variables
 from megalite.signals import EXIT_BASE
-
-PAUSE_SECONDS = 1.0  # before another start
 
 
 class StartsFailed(MegaliteError):
@@ -85,7 +82,6 @@ class Supervisor:
                 return outcome.code
             if start < starts:
                 _print(f"{outcome.who}: start {start + 1} of {starts} follows")
-                time.sleep(PAUSE_SECONDS)
         raise StartsFailed(f"{outcome.who}: start {starts} of {starts} failed")
 
     def _start(self, first: bool) -> Outcome:

@@ -26,13 +26,14 @@ import torch.distributed as dist
 from megalite.config.sections import Limits
 from megalite.errors import MegaliteError
 from megalite.launch import print_line
-from megalite.signals import leave_word, listen, parent_of
+from megalite.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 3.0  # that a rank that ends gives the others to write their files: a launcher kills them afterwards
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
-_FAILED, _SILENT, _BUSY, _WAITS = "failed", "gave no word", "was busy", "waited for others"  # the likeliest cause first
+_KILLED, _FAILED, _SILENT, _BUSY, _WAITS = "was killed", "failed", "gave no word", "was busy", "waited for others"
+_CAUSES = (_KILLED, _FAILED, _SILENT, _BUSY)  # the likeliest first
 
 
 class Watchdog:
@@ -129,10 +130,12 @@ class Watchdog:
         beside.rename(path)
 
     def _settle(self) -> dict[int, str]:
-        """First lines of the files by rank, once all are there or the time is over."""
-        self._until(lambda: len(list(self.folder.glob("rank_*.txt"))) == len(self.hosts))
-        paths = sorted(self.folder.glob("rank_*.txt"))
-        return {int(path.stem[5:]): path.read_text().partition("\n")[0] for path in paths}
+        """First lines of the files by rank, once there is one of each that may write one or the time is over."""
+        self._until(lambda: len(self._files().keys() | killed_ranks()) == len(self.hosts))
+        return {rank: path.read_text().partition("\n")[0] for rank, path in sorted(self._files().items())}
+
+    def _files(self) -> dict[int, Path]:
+        return {int(path.stem[5:]): path for path in self.folder.glob("rank_*.txt")}
 
     def _until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SETTLE_SECONDS
@@ -140,10 +143,11 @@ class Watchdog:
             time.sleep(0.1)
 
     def _sum_up(self, written: dict[int, str]) -> None:
+        killed = dict.fromkeys(killed_ranks(), f"{_KILLED} |  | ended without a word")
         nothing = f"{_SILENT} |  | no word of it: gone, stopped or out of reach"
-        parts = [written.get(rank, nothing).split(" | ", 2) for rank in range(len(self.hosts))]
+        parts = [(killed | written).get(rank, nothing).split(" | ", 2) for rank in range(len(self.hosts))]
         kinds = [kind for kind, _, _ in parts]
-        first = next((kind for kind in (_FAILED, _SILENT, _BUSY) if kind in kinds), _WAITS)
+        first = next((kind for kind in _CAUSES if kind in kinds), _WAITS)
         guilty = {rank for rank, kind in enumerate(kinds) if kind == first}
         waiting = [
             rank for rank, (_, peers, _) in enumerate(parts)

@@ -98,11 +98,12 @@ def require_hosts() -> None:
 
 
 class Host:
-    """One host. init: its first process, as this machine sees it."""
+    """One host. init: its first process, as this machine sees it, made when its sshd listens."""
 
     def __init__(self, number: int, init: psutil.Process) -> None:
         self.number, self.name, self.address = number, f"h{number}", f"10.77.0.{number + 1}"
         self.init = init
+        self.own = {init, *init.children()}  # not whatever comes to have this parent: orphans do
 
     def inside(self, folder: Path, *command: str) -> list[str]:
         """A command line that runs `command` on the host, in a folder."""
@@ -122,7 +123,7 @@ class Host:
                     found.append(process)
             except (OSError, psutil.Error):
                 continue
-        return [process for process in found if process != self.init and process.ppid() != self.init.pid]
+        return [process for process in found if process not in self.own]
 
 
 class Cluster:

@@ -95,7 +95,7 @@ class Start:
 
     def look(self) -> None:
         """Remembers every process of the start that runs now."""
-        if psutil.pid_exists(self.top.pid):
+        with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.top.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process)
         for host in self.hosts:
@@ -105,27 +105,26 @@ class Start:
     @property
     def run(self) -> psutil.Process:
         """launcher/run.py, which is not the top process where that only enters a host."""
-        return next(p for p in self._living() if p.cmdline()[1:2] == [str(REPOSITORY / "launcher/run.py")])
+        return next(p for p in self._living() if _words(p)[1:2] == [str(REPOSITORY / "launcher/run.py")])
 
     def of(self, word: str) -> list[psutil.Process]:
         """Those with this word on their command line."""
-        return [p for p in self._living() if word in p.cmdline()]
+        return [p for p in self._living() if word in _words(p)]
 
     @property
     def launcher(self) -> psutil.Process:
-        return next(p for p in self._living() if "deepspeed.launcher.launch" in p.cmdline())
+        return self.of("deepspeed.launcher.launch")[0]
 
     @property
     def ranks(self) -> list[psutil.Process]:
         """The ranks in order."""
-        return sorted(
-            (p for p in self._living() if str(REPOSITORY / "launcher/pretrain.py") in p.cmdline()[:3] and _rank(p)),
-            key=lambda p: int(_rank(p)),
-        )
+        program = str(REPOSITORY / "launcher/pretrain.py")
+        found = {_rank(p): p for p in self._living() if program in _words(p)[:3]}
+        return [found[rank] for rank in sorted(found.keys() - {""}, key=int)]
 
     def _living(self) -> list[psutil.Process]:
         self.look()
-        return [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self.seen.values() if _words(p)]
 
     def wait(self, seconds: float = START_SECONDS) -> int:
         """The top process's exit code, 128 + N for a signal; every other process has ended too."""
@@ -151,7 +150,16 @@ class Start:
         self.top.wait()
 
 
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; none where it has ended."""
+    try:
+        return process.cmdline() if process.is_running() else []
+    except psutil.Error:
+        return []
+
+
 def _rank(process: psutil.Process) -> str:
+    """Empty for a process that is no rank."""
     try:
         return process.environ().get("RANK", "")
     except psutil.Error:

@@ -1,10 +1,7 @@
 """Deaths under launcher/run.py, on hosts: the others end soon, the code is not 0, the rank and its host are named, and
 no process of the run is left on any host."""
 
-import os
-import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,45 +115,3 @@ def test_a_launcher_killed_in_the_middle_is_no_success(tmp_path: Path, start: Ca
     one.launcher.kill()
     assert one.wait(60) == 1, one.text
     assert "run.py: rank 0 on localhost, rank 1 on localhost lost the launcher of its host: start 1" in one.text
-
-
-@pytest.mark.long
-@pytest.mark.timeout(4 * 3600)
-def test_a_soak(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -> None:
-    """Random faults for SOAK_MINUTES (30), one in SOAK_FAULT_MINUTES (6) on the mean: at least 95 % useful time, and
-    the last weights of a run without faults bit for bit."""
-    minutes, between = (float(os.environ.get(f"SOAK_{name}", default)) for name, default in
-                        (("MINUTES", 30), ("FAULT_MINUTES", 6)))  # fmt: skip
-    least = float(os.environ.get("SOAK_GOODPUT", 0.95))
-    config, run = write_config(tmp_path, steps=10**6, checkpoint_interval=20, keep_checkpoints=2), tmp_path / "run"
-    options = ["--hostfile", str(cluster.hostfile()), "--restarts", "1000"]
-    one = start(
-        tmp_path, f"--deepspeed_config={config}", LIMIT, launcher="run", hosts=cluster.hosts, options=options
-    )  # fmt: skip
-    chance, faults = random.Random(0), [lambda o, c: o.ranks[1].kill(), lambda o, c: o.ranks[0].kill(), kill_a_launcher,
-                                        kill_deepspeed, stop_a_rank]  # fmt: skip
-    end, count = time.monotonic() + 60 * minutes, 0
-    while time.monotonic() < end - 60:
-        seen = len(rows(run))
-        one.wait_until(lambda: len(rows(run)) > seen + 3, 200)  # noqa: B023
-        time.sleep(min(chance.expovariate(1 / (60 * between)), max(0.0, end - time.monotonic())))
-        if time.monotonic() < end - 60:
-            chance.choice(faults)(one, cluster)
-            count += 1
-    seen = len(rows(run))
-    one.wait_until(lambda: len(rows(run)) > seen + 3, 200)
-    one.run.send_signal(signal.SIGTERM)
-    assert one.wait(60) == 143, one.text
-    last = rows(run)[-1]
-    print(f"{count} faults, {one.text.count(' follows')} restarts, {last['step']} steps, goodput {last['goodput']:.3f}")
-    assert last["goodput"] >= least
-    whole = start(
-        tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={last['step']}",
-        f"megalite.train.run_dir={tmp_path / 'whole'}",
-    )  # fmt: skip
-    assert whole.wait(3600) == 0
-    assert losses(run) == losses(tmp_path / "whole")
-    files = [*(tmp_path / "whole/checkpoints" / f"step_{last['step']:08d}").glob("*.safetensors")]
-    assert files
-    for file in files:
-        assert file.read_bytes() == (run / "checkpoints" / f"step_{last['step']:08d}" / file.name).read_bytes()
