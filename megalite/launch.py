@@ -38,7 +38,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help tells the arguments)")
+        raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: integers from `least` on."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be an integer of {least} or more")
+        return int(text)
+
+    return read
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 import argparse
 
 from megalite.convert.export_hf import DTYPES, export_hf
-from megalite.launch import run_program
+from megalite.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a run folder (its newest), or one of its checkpoints")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")

@@ -4,11 +4,11 @@
 import argparse
 
 from megalite.convert.import_hf import import_hf
-from megalite.launch import run_program
+from megalite.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json and safetensors files")
     parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="a new folder")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough")

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from megalite.data.preprocess import preprocess
-from megalite.launch import ArgumentParser, run_program
+from megalite.launch import ArgumentParser, at_least, run_program
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -28,16 +28,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that stands")
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes that tokenize")
+    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize")
     parser.add_argument("--append-eod", action="store_true", help="end each document by the end-of-sequence token")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad line instead of counting it")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def main(argv: list[str]) -> int:

@@ -4,17 +4,17 @@
 import argparse
 
 from megalite.data.tokenizer_training import train_tokenizer
-from megalite.launch import ArgumentParser, run_program
+from megalite.launch import ArgumentParser, at_least, run_program
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .txt, .parquet, .gz, .zst")
     parser.add_argument("--text-key", default="text", help="key or column that holds the text (default: text)")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, with the special ones")
+    parser.add_argument("--vocab-size", type=at_least(1), required=True, metavar="N", help="tokens, special ones too")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument(
-        "--max-sentences", type=int, default=1_000_000, metavar="N", help="lines trained on, sampled evenly"
+        "--max-sentences", type=at_least(1), default=1_000_000, metavar="N", help="lines trained on, sampled evenly"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     return parser.parse_args(argv)

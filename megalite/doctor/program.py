@@ -15,7 +15,7 @@ from megalite.config import Config, check_model, load_config
 from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
-from megalite.launch import ArgumentParser
+from megalite.launch import ArgumentParser, at_least
 from megalite.launching.attempt import THIS, Attempt, HostsLost, Program, Signals
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import check_bare, python_module, ssh, variables
@@ -30,10 +30,10 @@ def main(arguments: list[str]) -> int:
     """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
     parser = ArgumentParser("doctor.py", description="Look at the hosts of a run before it starts.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
-    parser.add_argument("--num_gpus", type=int, metavar="N", help="without a hostfile: ranks on this machine")
+    parser.add_argument("--num_gpus", type=at_least(1), metavar="N", help="without a hostfile: ranks on this machine")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="the JSON of the run: its files and grid are tried")
-    parser.add_argument("--master_port", type=int, default=PORT, metavar="P", help=f"the run's ({PORT})")
-    parser.add_argument("--ssh_port", type=int, metavar="P", help="of sshd on the hosts")
+    parser.add_argument("--master_port", type=at_least(1), default=PORT, metavar="P", help=f"the run's ({PORT})")
+    parser.add_argument("--ssh_port", type=at_least(1), metavar="P", help="of sshd on the hosts")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py")
     options = parser.parse_args(arguments)
     if (options.hostfile is None) == (options.num_gpus is None):

@@ -29,7 +29,7 @@ from megalite.inference.program import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.launch import place, start_ranks, stop_ranks
+from megalite.launch import at_least, place, start_ranks, stop_ranks
 
 FOLLOWED = ("samples", "loss", "reset_attention", "eod_mask_loss")
 """Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
@@ -47,11 +47,11 @@ def evaluate_main(arguments: list[str]) -> int:
     what.add_argument("--labelled", metavar="FILE", help="lines with prompt and completion, the label: accuracy")
     what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, commas between: its metrics")
     parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each of --tasks")
+    parser.add_argument("--num-fewshot", type=at_least(0), metavar="N", help="examples before each question of --tasks")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N questions of each of --tasks")
     parser.add_argument("--apply-chat-template", action="store_true", help="to the questions of --tasks")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a row; default: the run's, else the model's")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="rows that go through the stages together")
+    parser.add_argument("--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's")
+    parser.add_argument("--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time")
     options = parser.parse_args(arguments)
     prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
 

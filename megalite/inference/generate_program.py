@@ -21,7 +21,7 @@ from megalite.inference.program import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.launch import place, start_ranks, stop_ranks
+from megalite.launch import at_least, place, start_ranks, stop_ranks
 
 
 def generate_main(arguments: list[str]) -> int:
@@ -30,13 +30,13 @@ def generate_main(arguments: list[str]) -> int:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", help="one prompt")
     given.add_argument("--prompts", metavar="FILE", help="a prompt a line")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, help="sample from the k likeliest")
+    parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest with this probability")
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts that go through the stages together")
-    parser.add_argument("--stop-id", type=int, action="append", default=[], metavar="ID", help="ends a text, too")
+    parser.add_argument("--seed", type=at_least(0), default=1234)
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="prompts that go through the stages together")
+    parser.add_argument("--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it")
     parser.add_argument("--stream", action="store_true", help="show tokens on standard error as they come")
     options = parser.parse_args(arguments)

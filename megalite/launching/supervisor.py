@@ -8,7 +8,7 @@ import secrets
 import sys
 
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.launch import ArgumentParser
+from megalite.launch import ArgumentParser, at_least
 from megalite.launching.attempt import THIS, Attempt, HostsLost, Outcome, Program, Signals
 from megalite.launching.fewer import ProgramConfig
 from megalite.launching.hostfile import read_hostfile
@@ -37,12 +37,12 @@ def main(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser("run.py", description="Start a program on ranks with deepspeed, and see to its end.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh")
-    parser.add_argument("--num_gpus", type=_positive, metavar="N", help="ranks of this machine, or of each host")
-    parser.add_argument("--num_nodes", type=_positive, metavar="N", help="the first N hosts of the hostfile")
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="starts again after so many failures (0)")
+    parser.add_argument("--num_gpus", type=at_least(1), metavar="N", help="ranks of this machine, or of each host")
+    parser.add_argument("--num_nodes", type=at_least(1), metavar="N", help="the first N hosts of the hostfile")
+    parser.add_argument("--restarts", type=at_least(0), default=0, metavar="N", help="starts after a failure (0)")
     parser.add_argument("--master_addr", help="an address of the first host that the others reach")
-    parser.add_argument("--master_port", type=_positive, metavar="P", help="a free port of the first host")
-    parser.add_argument("--ssh_port", type=_positive, metavar="P", help="of sshd on the hosts")
+    parser.add_argument("--master_port", type=at_least(1), metavar="P", help="a free port of the first host")
+    parser.add_argument("--ssh_port", type=at_least(1), metavar="P", help="of sshd on the hosts")
     for name in ("--bind_cores_to_rank", "--quiet"):
         parser.add_argument(name, action="store_true", help="deepspeed's")
     for name in ("--bind_core_list", "--log_level", "--enable_each_rank_log"):
@@ -54,15 +54,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError("--hostfile or --num_gpus: missing: one of them says where ranks start")
     if options.hostfile is None and (options.num_nodes or options.ssh_port):
         raise ConfigError("--num_nodes, --ssh_port: go with --hostfile")
-    if options.restarts < 0:
-        raise ConfigError(f"--restarts: {options.restarts}: must be at least 0")
     return options
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be an integer of 1 or more")
-    return int(text)
 
 
 class Supervisor:

@@ -15,8 +15,7 @@ from typing import Any
 
 from megalite.config import Config, load_config
 from megalite.data.loader import TrainData
-from megalite.errors import ConfigError
-from megalite.launch import ArgumentParser
+from megalite.launch import ArgumentParser, at_least
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.training.layouts import Layout, base_batch, config_of
@@ -40,11 +39,9 @@ def main(arguments: list[str]) -> int:
         metavar="LAYOUT",
         help='pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
     )
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each (default: 5)")
+    parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        raise ConfigError(f"--steps: {options.steps}: must be 1 or more")
     overrides = [*options.set, "megalite.train.batch_ramp=null"]
     config = load_config(options.deepspeed_config, overrides)
     cases = [Case.parse(text, options.deepspeed_config, overrides) for text in options.layouts]

@@ -18,7 +18,7 @@ from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.launch import ArgumentParser, place, start_ranks, stop_ranks
+from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.training.memory import told_lines
@@ -53,7 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is")
     parser.add_argument("--check", action="store_true", help="validate config and data, print the JSON, start nothing")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --check: for so many ranks")
+    parser.add_argument("--world-size", type=at_least(1), metavar="N", help="with --check: for so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it; it is in the env
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a dotted path into the JSON and its value")
     options = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megalite.config import load_config
 from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
-from megalite.launch import ArgumentParser
+from megalite.launch import ArgumentParser, at_least
 from megalite.model.families import read_spec
 from megalite.training.layouts import Layout, base_batch, common_batch, comparable, config_of, micro_sizes
 from megalite.training.local_ranks import check_room, run_local_ranks
@@ -143,11 +143,9 @@ def main(arguments: list[str]) -> int:
     parser = ArgumentParser("verify_layouts.py", description=DESCRIPTION)
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run")
     parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="pipe=2,tensor=2,data=2,zero=2")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps (default: 5)")
+    parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="optimizer steps (default: 5)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON")
     options = parser.parse_args(arguments)
-    if options.steps < 1:
-        raise ConfigError(f"--steps: {options.steps}: must be 1 or more")
     layouts = [Layout.parse(text) for text in options.layouts]
     config = comparable(load_config(options.deepspeed_config, options.set))
     batch = base_batch(config, layouts[0])
