@@ -27,7 +27,7 @@ from megalite.training.trace import Piece, Trace
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by
 LEAST = 1e-6  # of a loss or norm, relative
-LEAST_TENSOR = 2.5e-7  # of a tensor, by the ratio of norms: two units in the last place of fp32
+LEAST_TENSOR = 5e-7  # of a tensor, by the ratio of norms: four units in the last place of fp32
 DESCRIPTION = (
     "Train a few steps of the JSON on each layout and on one process, in fp32 with Adam's epsilon at 1e-4 or more, and "
     "compare losses, norms, weights and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "

@@ -35,7 +35,7 @@ PLAIN_HEADS = {"vocab_size": VOCABULARY, "tie_word_embeddings": True}
 GPT2 = {**PLAIN_HEADS, "model_type": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 40}
 NEOX = {
     **PLAIN_HEADS, "model_type": "gpt_neox", "hidden_size": 36, "intermediate_size": 54, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "max_position_embeddings": 40,
+    "num_attention_heads": 6, "max_position_embeddings": 40, "rotary_pct": 0.34,
 }  # fmt: skip
 MODEL, TRAIN, ZERO = "megalite.model", "megalite.train", "zero_optimization"
 
@@ -47,14 +47,15 @@ def _json(key: str, value: Any) -> str:
 LEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none": (EVERY, ()),
     "one KV head on tensor 2": (EVERY, (f"{MODEL}.num_key_value_heads=1",)),
-    "two KV heads on tensor 3": (("tensor=3,pipe=2,zero=2",), (f"{MODEL}.num_key_value_heads=2",)),
+    "one KV head on tensor 3": (("tensor=3,pipe=2,zero=2",), (f"{MODEL}.num_key_value_heads=1",)),
     "sequence parallelism": (EVERY, ("megalite.parallel.sequence=true",)),
     "recompute selective": (EVERY, (f"{TRAIN}.activation_checkpointing=selective",)),
     "recompute every 2 layers": (EVERY, (f"{TRAIN}.activation_checkpointing=2",)),
     "recompute full, sequence": (EVERY, (f"{TRAIN}.activation_checkpointing=full", "megalite.parallel.sequence=true")),
     "z-loss": (EVERY, (f"{TRAIN}.z_loss=0.01",)),
     "documents apart": (EVERY, ("megalite.data.reset_attention=true",)),
-    "sliding window": (EVERY, (f"{MODEL}.model_type=mistral", f"{MODEL}.sliding_window=7")),
+    "sliding window": (EVERY, (f"{MODEL}.model_type=mistral", f"{MODEL}.num_key_value_heads=6", f"{MODEL}.sliding_window=7")),
+    "gpt2": (EVERY, (_json(MODEL, GPT2),)),
     "dropout of gpt2, sequence": (
         EVERY, (_json(MODEL, GPT2 | {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
                 "megalite.parallel.sequence=true"),
