@@ -178,6 +178,13 @@ class Config:
         return self.document.zero_optimization.stage if self.document.zero_optimization is not None else 0
 
     @property
+    def swap_folder(self) -> str | None:
+        """Where masters and moments lie in files between steps; None where they stay in memory."""
+        zero = self.document.zero_optimization
+        offload = None if zero is None else zero.offload_optimizer
+        return offload.nvme_path if offload is not None and offload.device == "nvme" else None
+
+    @property
     def gradient_clipping(self) -> float:
         """Highest global norm of the gradients; 0: no clipping."""
         return self.document.gradient_clipping

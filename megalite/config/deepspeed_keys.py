@@ -27,22 +27,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_NVME_OPTIMIZER = (
-    "between steps DeepSpeed keeps masters and moments in files and no memory, and checkpoints are read from and "
-    "written to memory"
-)
-_NVME_PARAM = "weights in files have not been tried with megalite"
+_NVME_PARAM = "weights in files have not been tried with megalite; offload_optimizer takes nvme"
 
 
-def _no_nvme(reason: str) -> Any:
-    """Refuses the device nvme by its reason."""
-
-    def check(value: Any) -> Any:
-        if value == "nvme":
-            raise PydanticCustomError("nvme", "must be none or cpu: {reason}", {"reason": reason})
-        return value
-
-    return BeforeValidator(check)
+def _no_nvme(value: Any) -> Any:
+    if value == "nvme":
+        raise PydanticCustomError("nvme", "must be none or cpu: {reason}", {"reason": _NVME_PARAM})
+    return value
 
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
@@ -59,16 +50,24 @@ def key(description: str) -> Any:
 class OffloadOptimizer(Section):
     """`zero_optimization.offload_optimizer`"""
 
-    device: Annotated[Literal["none", "cpu"], _no_nvme(_NVME_OPTIMIZER)] = Field(
-        "none", description="Where the optimizer's state lies and is stepped."
+    device: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="Where the optimizer's state lies between steps: `cpu`: main memory; `nvme`: files, stage 3 "
+        "(docs/nvme.md). Steps are taken in main memory.",
     )
     pin_memory: bool | None = key("Page-locked memory.")
-    ratio: Share | None = key("Share of the state that is offloaded; below 1 with stage 3 only.")
+    ratio: Share | None = key("Share of the state that is offloaded; below 1 with stage 3 and device cpu only.")
+    nvme_path: Annotated[str, Field(min_length=1)] | None = key(
+        "Device nvme: a folder on a disk of the node. A run makes folders of its own in it and removes them at its end."
+    )
+    buffer_count: Positive | None = key(
+        "Device nvme: page-locked buffers, each as large as the largest sub-group; left out: what a step needs, 3 for "
+        "Adam, 3 more for pipeline_read and for pipeline_write."
+    )
+    pipeline_read: bool | None = key("Device nvme: read the next sub-group while one is stepped.")
+    pipeline_write: bool | None = key("Device nvme: write a sub-group while the next one is stepped.")
     refused: ClassVar = {
-        **dict.fromkeys(
-            ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
-            f"it goes with device nvme, which is refused: {_NVME_OPTIMIZER}",
-        ),
+        "fast_init": f"it goes with offload_param.device nvme, which is refused: {_NVME_PARAM}",
         **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
     }
 
@@ -76,7 +75,7 @@ class OffloadOptimizer(Section):
 class OffloadParam(Section):
     """`zero_optimization.offload_param`"""
 
-    device: Annotated[Literal["none", "cpu"], _no_nvme(_NVME_PARAM)] = Field(
+    device: Annotated[Literal["none", "cpu"], BeforeValidator(_no_nvme)] = Field(
         "none", description="Where the parameters lie between their uses."
     )
     pin_memory: bool | None = key("Page-locked memory.")
@@ -105,9 +104,11 @@ class ZeroOptimization(Section):
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
     overlap_comm: bool | None = key("Reduce while backward goes on; without effect with pipe > 1.")
-    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory.")
+    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory or in files.")
     offload_param: OffloadParam | None = key("Keep the parameters in main memory; stage 3.")
-    sub_group_size: Count | None = key("Elements stepped at a time, stage 3.")
+    sub_group_size: Count | None = key(
+        "Elements of a rank that are stepped at a time, stage 3; left out: 1e9, with offload_optimizer.device nvme 1e8."
+    )
     ignore_unused_parameters: bool | None = key("Take parameters without a gradient as they are.")
     round_robin_gradients: bool | None = key("Share gradient copies among ranks, with offloading.")
     stage3_prefetch_bucket_size: Count | None = key("Elements fetched ahead.")
@@ -288,6 +289,17 @@ class Timers(Section):
     throughput: ThroughputTimer | None = key("Throughput timer.")
 
 
+class Aio(Section):
+    """`aio`: how files of offload_optimizer.device nvme are read and written."""
+
+    block_size: Positive | None = key("Bytes of a request; left out: 1 MiB. Sub-groups below that stay in memory.")
+    queue_depth: Positive | None = key("Requests under way at a time; left out: 8.")
+    intra_op_parallelism: Positive | None = key("Threads that share a tensor; left out: 1.")
+    single_submit: bool | None = key("Hand requests over one by one; left out: false.")
+    overlap_events: bool | None = key("Hand over the next request before all are done; left out: true.")
+    refused: ClassVar = {"use_gds": "it goes with offload_param.device nvme, which is refused"}
+
+
 class DeepSpeedKeys(Section):
     """The top level of the JSON, without `megalite`. Of the three batch sizes two are enough; null: left out."""
 
@@ -314,6 +326,7 @@ class DeepSpeedKeys(Section):
     log_level: str | None = key("Level of DeepSpeed's log.")
     comms_logger: CommsLogger | None = key("DeepSpeed's record of collectives.")
     timers: Timers | None = key("DeepSpeed's timers.")
+    aio: Aio | None = key("Reading and writing with offload_optimizer.device nvme.")
     refused: ClassVar = {
         "activation_checkpointing": "use megalite.train.activation_checkpointing",
         "tensor_parallel": "megalite splits the layers itself; use megalite.parallel.tensor",
@@ -349,7 +362,6 @@ class DeepSpeedKeys(Section):
         "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
         "weight_quantization": "not available: training only",
         "compile": "DeepCompile is not available",
-        "aio": "it goes with device nvme of the offload sections, which is refused",
         "managed_gradient_accumulation": "megalite counts the micro-batches with DeepSpeed; leave it out",
         "zero_allow_untested_optimizer": "optimizer.type is one that DeepSpeed tests; leave it out",
         "zero_force_ds_cpu_optimizer": "the optimizer is built from optimizer.type; leave it out",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megalite.config.batches import BatchPlan
-from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, Optimizer, ZeroOptimization
+from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, OffloadOptimizer, Optimizer, ZeroOptimization
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, broken, nearest, parse
 from megalite.config.sections import Data, Megalite, Parallel
@@ -18,6 +18,8 @@ from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
 REDUCE_BUCKET_ELEMENTS = 40_000_000
+NVME_SUB_GROUP_ELEMENTS = 100_000_000
+NVME_KEYS = {"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"}
 FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result hangs on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,
@@ -178,6 +180,7 @@ def check_document(document: Document) -> None:
     if document.optimizer is None:
         raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
     _check_optimizer(document.optimizer)
+    _check_nvme(document, document.optimizer)
     _check_groups(document)
 
 
@@ -242,14 +245,48 @@ def _check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
             "again, twice, and forwards and backwards in turn would undo DeepSpeed's order of fetches",
         )
     for name in sorted(offloads):
-        least = 3 if name == "offload_param" else 1
+        device = getattr(zero, name).device
+        least = 3 if name == "offload_param" or device == "nvme" else 1
         if zero.stage < least:
-            raise broken(
-                f"zero_optimization.{name}.device", "cpu", f"needs zero_optimization.stage {least} or more"
-            )
+            raise broken(f"zero_optimization.{name}.device", device, f"needs zero_optimization.stage {least} or more")
     offload = zero.offload_optimizer
     if offload is not None and offload.ratio is not None and offload.ratio < 1 and zero.stage != 3:
         raise broken("zero_optimization.offload_optimizer.ratio", offload.ratio, "must be 1 below stage 3")
+
+
+def _check_nvme(document: Document, optimizer: Optimizer) -> None:
+    """Optimizer states in files: the keys that go together."""
+    zero = document.zero_optimization
+    offload = None if zero is None else zero.offload_optimizer
+    path = "zero_optimization.offload_optimizer"
+    if zero is None or offload is None or offload.device != "nvme":
+        given = [] if offload is None else offload.model_dump(exclude_none=True, include=NVME_KEYS).items()
+        for name, value in given:
+            raise broken(f"{path}.{name}", value, f'needs {path}.device "nvme"')
+        if document.aio is not None:
+            raise broken("aio", document.aio.model_dump(exclude_none=True), f'needs {path}.device "nvme"')
+        return
+    if offload.nvme_path is None:
+        raise ConfigError(f"{path}.nvme_path: missing: device nvme needs a folder for its files")
+    if offload.ratio is not None and offload.ratio < 1:
+        raise broken(f"{path}.ratio", offload.ratio, "must be 1 with device nvme")
+    needed = buffers_needed(offload, optimizer)
+    if offload.buffer_count is not None and offload.buffer_count < needed:
+        ways = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
+        rule = f"must be at least {needed}: {needed // ways} tensors of a sub-group"
+        pipelines = [name for name in ("pipeline_read", "pipeline_write") if getattr(offload, name)]
+        raise broken(f"{path}.buffer_count", offload.buffer_count, " and again for ".join([rule, *pipelines]))
+
+
+def moments_kept(optimizer: Optimizer) -> int:
+    """Tensors that the optimizer keeps of each weight."""
+    return 2 if optimizer.type != "SGD" else int(bool(optimizer.params.momentum))
+
+
+def buffers_needed(offload: OffloadOptimizer, optimizer: Optimizer) -> int:
+    """Of a step with device nvme: masters and moments of a sub-group, of the one that is read ahead and of the one that
+    is still written."""
+    return (1 + moments_kept(optimizer)) * (1 + bool(offload.pipeline_read) + bool(offload.pipeline_write))
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
@@ -314,6 +351,11 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
     if zero["stage"] > 0:
         # DeepSpeed's 5e8 is a buffer of 2 GB in fp32, whatever the model.
         zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
+    offload = document.zero_optimization and document.zero_optimization.offload_optimizer
+    if offload and offload.device == "nvme" and document.optimizer is not None:
+        # Buffers are as large as the largest sub-group: with DeepSpeed's 1e9 they hold what the files are to hold.
+        zero.setdefault("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
+        zero["offload_optimizer"].setdefault("buffer_count", buffers_needed(offload, document.optimizer))
     result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     fp16 = result.get("fp16", {})
     if fp16.get("enabled"):

@@ -21,6 +21,7 @@ from megalite.parallel.grid import Grid
 from megalite.training.layouts import Layout, base_batch, config_of
 from megalite.training.local_ranks import check_room, run_local_ranks
 from megalite.training.memory import predicted_activations
+from megalite.training.nvme import check_nvme
 
 RANK_MODULE = "megalite.training.benchmark_rank"
 MEGABYTE = 1e6
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
     configs = {case.name: config_of(case.config, case.layout, batch) for case in cases}
     for case in cases:
         check_room(case.layout.world_size, case.name)
+        check_nvme(configs[case.name], read_spec(configs[case.name].model), case.layout.world_size)
     # ZeRO-1 only so that the config is valid with bf16: the plain loop has no DeepSpeed.
     alone = config_of(config, Layout(zero=1), batch, offload=False)
     TrainData(alone.data, alone.train.seed, read_spec(alone.model).vocabulary_size)

@@ -3,6 +3,9 @@
 What the engine really runs with is read back and compared with what was asked. Next: loop.py.
 """
 
+import copy
+import shutil
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import Engine
 from megalite.training.memory import DTYPES, recompute_of
+from megalite.training.nvme import load_op, make_swap_folder
 from megalite.training.optimizer import LR_RATIO, learning_rate_factor, parameter_groups
 from megalite.training.position import Position
 
@@ -44,15 +48,16 @@ def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
     optimizer = config.document.optimizer
     assert optimizer is not None, "the config's rules ask for one"
     groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
+    keys, folder = copy.deepcopy(config.deepspeed), make_swap_folder(config)
+    if folder is not None:
+        load_op()
+        keys["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
     with quiet():
         engine = Engine(
-            stage,
-            grid,
-            args=None,
-            model_parameters=groups,
-            config=config.deepspeed,
-            config_class=DeepSpeedConfig(config.deepspeed, grid),
+            stage, grid, args=None, model_parameters=groups, config=keys, config_class=DeepSpeedConfig(keys, grid)
         )
+    if folder is not None:
+        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
     compare_with_asked(engine, config)
     return engine
 

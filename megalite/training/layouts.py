@@ -89,6 +89,7 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
     if not offload:
         zero.pop("offload_optimizer", None)
         zero.pop("offload_param", None)
+        document.pop("aio", None)
     document["megalite"].setdefault("parallel", {}).update(pipe=layout.pipe, tensor=layout.tensor)
     resolved = Config.from_dict(document).resolve(layout.world_size)
     spec = read_spec(resolved.model)

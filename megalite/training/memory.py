@@ -13,8 +13,10 @@ and exactly, byte for byte, with what DeepSpeed rounds up:
   fp32 a rank's gradients are those of the parameters that reach into its part, whole, and zeros for the padding.
 - ZeRO-3 gives each parameter's shard ⌈n/d⌉ numbers, and keeps parameters below
   `stage3_param_persistence_threshold` whole beside their shards.
-- With offload_optimizer gradients are held twice, on the device and in main memory; ZeRO-1 and 2 have a third buffer
+- With offload_optimizer ZeRO-1 and 2 hold gradients twice, on the device and in main memory, and have a third buffer
   for what goes back, in the weights' type, and two of the largest parameter's size.
+- With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
+  too small for files; a file is rounded up to 1 KiB for each thread that reads it.
 - Gradients are what stands after a micro-batch's backward at most: with ZeRO-1 and several micro-batches all of them.
 - The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
   not written of it takes no memory.
@@ -28,6 +30,8 @@ from dataclasses import dataclass
 import torch
 
 from megalite.config import Config
+from megalite.config.deepspeed_keys import Aio
+from megalite.config.rules import moments_kept
 from megalite.model.memory import Forward, Kept, stage_kept
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
@@ -38,16 +42,19 @@ from megalite.training.optimizer import parameter_groups
 FP32 = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default (runtime/zero/config.py)
+FILE_UNIT_BYTES, LEAST_FILE_BYTES = 1024, 2**20  # DeepSpeed's (runtime/swap_tensor/utils.py)
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank. buckets: what DeepSpeed reduces gradients in, on the device, beside them."""
+    """Bytes on one rank. buckets: what DeepSpeed reduces gradients in, on the device, beside them; files: what of the
+    optimizer's lies in files."""
 
     weights: int
     gradients: int
     optimizer: int
     buckets: int
+    files: int = 0
 
 
 def recompute_of(config: Config) -> Recompute:
@@ -114,8 +121,49 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     numbers = [size for group in sizes for size in group]
     shards = sum(-(-size // d) for size in numbers)
     whole = sum(size for size in numbers if size <= threshold)
-    gradients = FP32 * shards * (2 if _offloads(config) else 1)
-    return States(e * (shards + whole), gradients, (1 + _moments(config)) * FP32 * shards, FP32 * _bucket(config))
+    optimizer, files = (1 + _moments(config)) * FP32 * shards, 0
+    if config.swap_folder is not None:
+        swapped = swap_sizes(config, sizes, d)
+        optimizer, files = sum(swapped.buffers) + swapped.memory, swapped.files
+    return States(e * (shards + whole), FP32 * shards, optimizer, FP32 * _bucket(config), files)
+
+
+@dataclass(frozen=True)
+class SwapSizes:
+    """Bytes of a rank whose optimizer states lie in files. buffers: of each that they are read into; memory: of the
+    states that stay in memory, since their sub-groups are small."""
+
+    buffers: list[int]
+    memory: int
+    files: int
+
+
+def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
+    """Of a resolved config with device nvme; d: the data axis."""
+    zero, aio = config.document.zero_optimization, config.document.aio or Aio.model_validate({})
+    assert zero is not None and zero.offload_optimizer is not None
+    buffer_count, limit = zero.offload_optimizer.buffer_count, zero.sub_group_size
+    assert buffer_count is not None and limit is not None, "resolve() writes them"
+    unit = FILE_UNIT_BYTES * (aio.intra_op_parallelism or 1)
+    least = max(LEAST_FILE_BYTES, aio.block_size or 0)
+    groups = [FP32 * numbers for group in sizes for numbers in _sub_groups(group, d, limit)]
+    rounded, kept = [-(-size // unit) * unit for size in groups], 1 + _moments(config)
+    return SwapSizes(
+        [max(rounded)] * buffer_count,
+        kept * sum(size for size in groups if size < least),
+        kept * sum(file for size, file in zip(groups, rounded, strict=True) if size >= least),
+    )
+
+
+def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
+    """Numbers of a rank in each sub-group of one of the optimizer's groups."""
+    result, numbers = [], 0
+    for size in sizes:
+        numbers += -(-size // d)
+        if numbers >= limit:
+            result.append(numbers)
+            numbers = 0
+    return [*result, numbers] if numbers else result
 
 
 def _bucket(config: Config) -> int:
@@ -130,9 +178,8 @@ def _bucket(config: Config) -> int:
 
 def _moments(config: Config) -> int:
     """Tensors that the optimizer keeps of each weight."""
-    optimizer = config.document.optimizer
-    assert optimizer is not None
-    return 2 if optimizer.type != "SGD" else int(bool(optimizer.params.momentum))
+    assert config.document.optimizer is not None
+    return moments_kept(config.document.optimizer)
 
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
@@ -155,11 +202,12 @@ def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
         sizes, kept = places[place]
         states = predicted_states(config, sizes, grid)
         row = states.weights, states.gradients, states.optimizer, kept, states.buckets
+        row += (states.files,) if config.swap_folder else ()
         ranks.setdefault(row, []).append(rank)
     names = {row: runs(members) for row, members in ranks.items()}
     head = "bytes, predicted, of rank"
     width = max(len(head), *map(len, names.values()))
-    columns = ("weights", "gradients", "optimizer", "activations", "bucket")
+    columns = ["weights", "gradients", "optimizer", "activations", "bucket"] + ["in files"] * bool(config.swap_folder)
     lines = [f"{head:{width}}" + "".join(f"  {column:>16}" for column in columns)]
     return lines + [f"{name:{width}}" + "".join(f"  {size:16,}" for size in row) for row, name in names.items()]
 

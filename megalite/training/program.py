@@ -22,6 +22,7 @@ from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_r
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.training.memory import told_lines
+from megalite.training.nvme import check_nvme, remove_swap_folders
 from megalite.training.optimizer import check_parameter_groups
 
 
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(options.deepspeed_config, options.overrides, place().world_size, thorough)
         if thorough:
             _make_run_dir(prepared.config)
+            remove_swap_folders(prepared.config)
         return prepared
 
     here, prepared = start_ranks(prepare_ranks)
@@ -81,6 +83,7 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
     if thorough:
         _check_data(config, spec)
         _check_run_dir(prepared)
+        check_nvme(config, spec, place().local_size)
     return prepared
 
 

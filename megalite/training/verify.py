@@ -23,6 +23,7 @@ from megalite.launch import ArgumentParser, at_least
 from megalite.model.families import read_spec
 from megalite.training.layouts import Layout, base_batch, common_batch, comparable, config_of, micro_sizes
 from megalite.training.local_ranks import check_room, run_local_ranks
+from megalite.training.nvme import check_nvme
 from megalite.training.trace import Piece, Trace
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by
@@ -149,9 +150,10 @@ def main(arguments: list[str]) -> int:
     layouts = [Layout.parse(text) for text in options.layouts]
     config = comparable(load_config(options.deepspeed_config, options.set))
     batch = base_batch(config, layouts[0])
-    requests = {layout: config_of(config, layout, batch).to_json() for layout in layouts}
-    for layout in layouts:
+    configs = {layout: config_of(config, layout, batch) for layout in layouts}
+    for layout, one in configs.items():
         check_room(layout.world_size, str(layout))
+        check_nvme(one, read_spec(one.model), layout.world_size)
     given = config_of(config, Layout(zero=0), batch, offload=False)
     sizes = micro_sizes(common_batch(given), given.micro_batch_size)
     if len(sizes) < 2:
@@ -165,7 +167,7 @@ def main(arguments: list[str]) -> int:
         verdicts = {}
         for number, layout in enumerate(layouts):
             with tempfile.TemporaryDirectory(prefix=f"layout{number}_", dir=folder) as inner:
-                trace = _traces([requests[layout]], layout.world_size, options.steps, Path(inner))[0]
+                trace = _traces([configs[layout].to_json()], layout.world_size, options.steps, Path(inner))[0]
                 verdicts[layout] = spread.judge(trace)
             print(f"{layout}: {'; '.join(map(str, verdicts[layout].first)) or 'agrees'}", flush=True)
     print("\n" + table(verdicts))

@@ -25,7 +25,7 @@ def test_resolved_config_is_its_own_input() -> None:
         ("fp16.auto_cast=true", "fp16.auto_cast: a stage's inputs are token ids"),
         ("bf16.check_grad_overflow=true", "see megalite.train.faults.not_finite"),
         ("megalite.train.faults.spike=skip", "needs megalite.train.faults.spike_factor"),
-        ("zero_optimization.offload_optimizer.device=nvme", 'device: "nvme": must be none or cpu: between steps'),
+        ("zero_optimization.offload_optimizer.device=nvme", "needs zero_optimization.stage 3 or more"),
         ("zero_optimization.offload_param.device=nvme", 'device: "nvme": must be none or cpu: weights in files'),
         ("bf16=3", "bf16: 3: must be an object"),
         ("megalite.model=3", "megalite.model: 3: must be"),
