@@ -54,7 +54,8 @@ LEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recompute full, sequence": (EVERY, (f"{TRAIN}.activation_checkpointing=full", "megalite.parallel.sequence=true")),
     "z-loss": (EVERY, (f"{TRAIN}.z_loss=0.01",)),
     "documents apart": (EVERY, ("megalite.data.reset_attention=true",)),
-    "sliding window": (EVERY, (f"{MODEL}.model_type=mistral", f"{MODEL}.num_key_value_heads=6", f"{MODEL}.sliding_window=7")),
+    "sliding window": (
+        EVERY, (f"{MODEL}.model_type=mistral", f"{MODEL}.num_key_value_heads=6", f"{MODEL}.sliding_window=7")),
     "gpt2": (EVERY, (_json(MODEL, GPT2),)),
     "dropout of gpt2, sequence": (
         EVERY, (_json(MODEL, GPT2 | {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
