@@ -80,6 +80,14 @@ def leave_word(code: int) -> None:
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(word)
 
 
+def settle(code: int) -> None:
+    """This process is about to end with `code`, whatever comes: a launcher that sees one rank end sends the others
+    SIGTERM, which would give them another one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    leave_word(code)
+
+
 def _mute_broken_outputs() -> None:
     """A remote shell that died took the other ends of the outputs with it: a line of progress would end the rank
     before it has saved."""
