@@ -5,8 +5,10 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
 # sbatch launcher/slurm.sh --deepspeed_config FILE [KEY=VALUE …], from the repository: srun starts a rank a task.
-# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again goes on from it.
+# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again goes on from it. With
+# --array=1-9%1 it is nine jobs, one after another: each goes on where the one before ended, in whatever way.
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))

@@ -23,11 +23,11 @@ from typing import Any, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.signals import leave_word, listen
+from megalite.signals import listen, settle
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
-HEARING_SECONDS = 10.0  # that a word which ends all ranks may take to reach them
+HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
 _GOOD = "0"
 
 
@@ -65,10 +65,10 @@ class Place:
 def place() -> Place:
     """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env) or env["WORLD_SIZE"])
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:  # a batch script itself has SLURM_PROCID, but is no task
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env))
     if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
         for ours, theirs in {"WORLD_SIZE": "SIZE", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}.items():
             env[ours] = env[f"OMPI_COMM_WORLD_{theirs}"]
@@ -78,14 +78,12 @@ def place() -> Place:
     return Place(int(env.get("RANK", 0)), size, int(env.get("LOCAL_RANK", 0)), local_size)
 
 
-def _slurm_local_size(env: Mapping[str, str]) -> int | None:
+def _slurm_local_size(env: Mapping[str, str]) -> int:
     """Tasks of this node: its place in a list such as `4(x2),3`."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
     counts: list[int] = []
-    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text):
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"]):
         counts += [int(count)] * int(times or 1)
-    node = int(env.get("SLURM_NODEID", 0))
-    return counts[node] if node < len(counts) else None
+    return counts[int(env["SLURM_NODEID"])]
 
 
 def run_program(main: Callable[[list[str]], int]) -> None:
@@ -93,15 +91,17 @@ def run_program(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except MegaliteError as error:
+        code = error.exit_code
+        settle(code)
         if place().rank == 0 or not error.agreed:
             print_line(error)
         else:
             time.sleep(1)  # a launcher that sees one exit kills the others, and rank 0 is to print first
-        code = error.exit_code
     except Exception:
-        leave_word(1)
+        settle(1)
         raise
-    leave_word(code)
+    else:
+        settle(code)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -174,27 +174,28 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
         try:
             prepared = prepare(True)
         except Exception as error:
-            if isinstance(error, UserError):
-                print_line(error)
-            else:
+            if not isinstance(error, UserError):
                 traceback.print_exc()
+            elif store.add(f"said: {error}", 1) == 1:  # once, not on every node
+                print_line(error)
             store.set("verdict", str(error.exit_code if isinstance(error, UserError) else 1))
     if store.add("checked", 1) == here.world_size:
         store.compare_set("verdict", "", _GOOD)
     try:
         store.wait(["verdict"], WAIT)
         verdict = store.get("verdict").decode()
-        if verdict != _GOOD and store.add("heard", 1) and here.rank == 0:
-            deadline = time.monotonic() + HEARING_SECONDS  # the word may live in this process
-            while store.add("heard", 0) < here.world_size and time.monotonic() < deadline:
-                time.sleep(0.05)
     except dist.DistError:
         print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
         verdict = "1"
     if verdict != _GOOD:
+        settle(int(verdict))
+        with contextlib.suppress(dist.DistError):
+            # Together: the word may live in rank 0, and a launcher that sees one exit ends those that have not heard.
+            if store.add("heard", 1) == here.world_size:
+                store.set("all heard", "")
+            store.wait(["all heard"], HEARING)
         # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
-        leave_word(int(verdict))
         os._exit(int(verdict))
     return prepared if prepared is not None else prepare(False)
 

@@ -87,6 +87,14 @@ def killed_ranks() -> set[int]:
     return {int(path.name.removeprefix(KILLED)) for path in Path(folder).glob(f"{KILLED}*")} if folder else set()
 
 
+def settle(code: int) -> None:
+    """This process is about to end with `code`, whatever comes: a launcher that sees one rank end sends the others
+    SIGTERM, which would give them another one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    leave_word(code)
+
+
 def _mute_broken_outputs() -> None:
     """A remote shell that died took the other ends of the outputs with it: a line of progress would end the rank
     before it has saved."""

@@ -86,13 +86,19 @@ def require_hosts() -> None:
     probe = subprocess.run(["unshare", *NEW, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
     if probe.returncode:
         pytest.skip(f"this machine does not let namespaces be made: {probe.stderr.decode().strip()}")
-    missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SEARCHED)]
+    require(**PACKAGES)
+
+
+@functools.cache
+def require(**packages: str) -> None:
+    """Skips where programs are missing and Debian's packages of them, by program, do not install."""
+    missing = [package for program, package in packages.items() if not shutil.which(program, path=SEARCHED)]
     if missing and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
         for command in (["apt-get", "update", "-q"], install):
             subprocess.run(command, env=environment, capture_output=True, timeout=240)
-        missing = [package for program, package in PACKAGES.items() if not shutil.which(program, path=SEARCHED)]
+        missing = [package for program, package in packages.items() if not shutil.which(program, path=SEARCHED)]
     if missing:
         pytest.skip(f"needs Debian's {', '.join(missing)}, which could not be installed")
 

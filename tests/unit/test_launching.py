@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import ConfigError
+from megalite.launch import Place, place
 from megalite.launching.fewer import ProgramConfig
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import variables
@@ -129,3 +131,31 @@ def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
     guard.stdin.close()  # whoever told it is gone: SIGTERM, no word
     assert guard.stdout.read() == "down 7 -\ndown 9 0\nover\n"
     assert rank.wait(5) == -15 and guard.wait(5) == 0 and not folder.exists()
+
+
+def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}
+    task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "11"}
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
+           {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()}  # fmt: skip
+    places = [
+        ({}, Place(0, 1, 0, 1)),
+        (batch, Place(0, 1, 0, 1)),  # a program that the batch script runs by itself
+        (batch | task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, Place(9, 11, 1, 3)),
+        (batch | ranks | {"LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2)),  # by torchrun, in a batch script
+        (ranks | {"LOCAL_SIZE": "2"}, Place(3, 4, 1, 2)),  # by deepspeed
+        (mpi, Place(3, 4, 1, 2)),
+    ]
+    for variables_, wanted in places:
+        monkeypatch.setattr(os, "environ", dict(variables_))
+        assert place() == wanted
+
+
+def test_an_end_that_is_settled_keeps_its_code() -> None:
+    code = "import sys; from megalite.signals import *; listen(); settle(2); print(flush=True); input(); sys.exit(2)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline() == b"\n"
+    rank.send_signal(signal.SIGTERM)
+    rank.communicate(b"\n")
+    assert rank.returncode == 2
