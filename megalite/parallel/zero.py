@@ -393,7 +393,7 @@ class Engine(DeepSpeedEngine):
 def _mapped(path: str, count: int) -> Tensor:
     """fp32 numbers of a file as a tensor [count] over its pages, which the system reads, writes back and drops.
     DeepSpeed goes past them (O_DIRECT); on a disk of this machine both agree (training/nvme.py tries it)."""
-    assert os.path.getsize(path) >= 4 * count, f"{path}: is shorter than what was written to it: no space is left there"
+    assert os.path.getsize(path) >= 4 * count, f"{path}: shorter than what was written, and would be lengthened here"
     return torch.from_file(path, shared=True, size=count, dtype=torch.float32)
 
 
