@@ -182,9 +182,18 @@ class Cluster:
 
     def link(self, host: Host, state: str) -> None:
         """Takes a host's link "down" or "up", at the switch."""
+        self._at_the_switch("ip", "link", "set", f"v{host.number}", state)
+
+    def limit(self, rate: str) -> None:
+        """Lets no more through to each host, as tc writes it: `100mbit`."""
+        for host in self.hosts:
+            shape = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "200ms"]
+            self._at_the_switch("tc", "qdisc", "replace", "dev", f"v{host.number}", *shape)
+
+    def _at_the_switch(self, *command: str) -> None:
         switch = psutil.Process(self.top.pid).children()[0]
-        command = ["nsenter", "-t", str(switch.pid), "--net", "ip", "link", "set", f"v{host.number}", state]
-        subprocess.run(command, check=True, env=os.environ | {"PATH": SEARCHED})
+        inside = ["nsenter", "-t", str(switch.pid), "--net", *command]
+        subprocess.run(inside, check=True, env=os.environ | {"PATH": SEARCHED})
 
     def close(self) -> None:
         self.top.send_signal(signal.SIGKILL)
