@@ -132,8 +132,11 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        port = os.environ["MASTER_PORT"]
-        raise ConfigError(f"MASTER_PORT: {port}: another program has it: must be free: --master_port N") from None
+        raise _port_taken("program") from None
+    if store.add("came", 1) > here.world_size:
+        error = _port_taken("run")
+        error.agreed = here.local_rank != 0  # one line a node
+        raise error
     _quieten(here.rank)
     prepared = _agree(store, here, prepare)
     import deepspeed
@@ -155,6 +158,11 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
     with quiet():
         deepspeed.init_distributed(verbose=False)
     return here, prepared
+
+
+def _port_taken(by: str) -> ConfigError:
+    port = os.environ["MASTER_PORT"]
+    return ConfigError(f"MASTER_PORT: {port}: another {by} has it: must be free: --master_port N")
 
 
 def stop_ranks() -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megalite.errors import MegaliteError
-from megalite.launching.guard import NO_WORD
+from megalite.errors import MegaliteError, UserError
+from megalite.launching.guard import MARK, NO_WORD
 from megalite.launching.hostfile import write_hostfile
 from megalite.launching.remote import (
     ENV_FILE,
@@ -73,7 +73,8 @@ class Signals:
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._take)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # that is nohup
+                signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
         number = signal.SIGTERM if number == signal.SIGHUP else number
@@ -109,7 +110,9 @@ class HostGuard:
         output = self.process.stdout
         assert output is not None
         for line in output:
-            into.put((self, line.decode(errors="replace").strip()))
+            _, mark, said = line.decode(errors="replace").partition(MARK)
+            if mark:
+                into.put((self, said.strip()))
         into.put((self, ""))
 
     def tell(self, line: str) -> None:
@@ -178,9 +181,11 @@ class Attempt:
                 threading.Thread(target=guard.read, args=(self.events,), daemon=True).start()
             deadline = time.monotonic() + READY_SECONDS
             while not all(guard.address or guard.lost for guard in self.guards) and time.monotonic() < deadline:
+                if self.signals.stop:
+                    break
                 self._hear()
             missing = [guard for guard in self.guards if guard.lost or not guard.address]
-            if missing:
+            if missing and not self.signals.stop:
                 self._end_guards()
                 raise HostsLost({guard.host: _last_line(guard.said) for guard in missing})
             yield
@@ -270,6 +275,8 @@ class Attempt:
         elif kind == "down":
             number, _, word = rest.partition(" ")
             self._down(int(number), word)
+            if word.split()[:1] == [str(UserError.exit_code)]:  # the others may wait for this one
+                self.failed_at = self.failed_at or time.monotonic()
         elif kind == "over":
             guard.over = True
         elif not line:

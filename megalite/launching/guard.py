@@ -25,6 +25,7 @@ SILENCE_SECONDS = 30.0
 GRACE_SECONDS = 30.0  # for the ranks' last checkpoint, as DeepSpeed's launcher has it
 KILL_SECONDS = 10.0  # a process in the kernel's hands may take its time
 NO_WORD = "-"
+MARK = "megalite guard: "  # before each line said: what a host's shell says at its start is on the same output
 
 
 class Guard:
@@ -78,8 +79,10 @@ class Guard:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop = number
         for pid in self._ranks():
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
+            # A rank that does not listen yet has nothing to save or to report: others than these would end it.
+            if number in (signal.SIGTERM, signal.SIGINT) or _catches(pid, number):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
 
     def _orphaned(self) -> bool:
         self._signal(signal.SIGTERM)
@@ -102,9 +105,12 @@ class Guard:
 
     def _ranks(self) -> dict[int, str]:
         """Rank by process."""
-        processes = {pid: values for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
-        self.helpers |= {pid for pid in processes if parent_of(pid) in processes}
-        return {pid: values["RANK"] for pid, values in processes.items() if pid not in self.helpers}
+        processes = {pid: values["RANK"] for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
+        first = {rank: pid for pid, rank in self.seen.items()}
+        for pid, rank in processes.items():
+            if parent_of(pid) in processes or rank in self.told or first.get(rank, pid) != pid:
+                self.helpers.add(pid)
+        return {pid: rank for pid, rank in processes.items() if pid not in self.helpers}
 
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
@@ -117,7 +123,15 @@ class Guard:
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print(f"{MARK}{line}", flush=True)
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    with contextlib.suppress(OSError, ValueError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+    return False
 
 
 def _address() -> str:

@@ -11,11 +11,14 @@ import pytest
 
 from megalite.errors import ConfigError
 from megalite.launch import Place, place
+from megalite.launching.attempt import Signals
 from megalite.launching.fewer import ProgramConfig
+from megalite.launching.guard import MARK
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import variables
 from megalite.launching.supervisor import main
 from megalite.parallel.placement import crossing_hosts
+from megalite.signals import command_of
 
 
 def test_a_hostfile_is_names_and_slots(tmp_path: Path) -> None:
@@ -116,21 +119,35 @@ def test_a_tensor_axis_across_hosts_is_named() -> None:
 
 
 def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
+    """The rank has a child, and an orphan that outlives it; it does not listen to SIGUSR1."""
     folder = tmp_path / "megalite-x-1"
-    code = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    code = "import os, subprocess; os.system('sleep 60 & echo $!; exit'); subprocess.run(['cat'])"
     guard = subprocess.Popen(
         [sys.executable, "-u", "-m", "megalite.launching.guard", str(folder)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
     assert guard.stdin is not None and guard.stdout is not None
-    assert guard.stdout.readline().startswith("ready 127.0.0.1 ")
+
+    def said() -> str:
+        assert guard.stdout is not None
+        _, mark, line = guard.stdout.readline().partition(MARK)
+        assert mark
+        return line.strip()
+
+    assert said().startswith("ready 127.0.0.1 ")
     environment = os.environ | {"MEGALITE_LAUNCH": str(folder), "RANK": "7"}
-    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE)
-    assert guard.stdout.readline() == f"up 7 {rank.pid}\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rank = subprocess.Popen([sys.executable, "-c", "input();" + code], env=environment, **pipes)
+    assert said() == f"up 7 {rank.pid}"
+    assert rank.stdin is not None and rank.stdout is not None
+    print(file=rank.stdin, flush=True)
+    orphan = int(rank.stdout.readline())
+    guard.stdin.write(f"signal {signal.SIGUSR1.value}\n")
     (folder / "rank_9").write_text("0")  # of one that was too quick
     guard.stdin.close()  # whoever told it is gone: SIGTERM, no word
-    assert guard.stdout.read() == "down 7 -\ndown 9 0\nover\n"
+    assert [said(), said(), said(), guard.stdout.read()] == ["down 7 -", "down 9 0", "over", ""]
     assert rank.wait(5) == -15 and guard.wait(5) == 0 and not folder.exists()
+    assert not command_of(orphan)
 
 
 def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +170,24 @@ def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_end_that_is_settled_keeps_its_code() -> None:
-    code = "import sys; from megalite.signals import *; listen(); settle(2); print(flush=True); input(); sys.exit(2)"
-    rank = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import time; from megalite.signals import *; listen(); settle(2); print(flush=True); time.sleep(0.5)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert rank.stdout is not None and rank.stdout.readline() == b"\n"
     rank.send_signal(signal.SIGTERM)
-    rank.communicate(b"\n")
-    assert rank.returncode == 2
+    assert rank.wait(5) == 0
+
+
+def test_nohup_is_heeded() -> None:
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals = Signals()
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.stop == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
