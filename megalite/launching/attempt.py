@@ -275,8 +275,6 @@ class Attempt:
         elif kind == "down":
             number, _, word = rest.partition(" ")
             self._down(int(number), word)
-            if word.split()[:1] == [str(UserError.exit_code)]:  # the others may wait for this one
-                self.failed_at = self.failed_at or time.monotonic()
         elif kind == "over":
             guard.over = True
         elif not line:
@@ -290,7 +288,7 @@ class Attempt:
         now = time.monotonic()
         if word != NO_WORD:
             self.words[rank] = word
-            if word.split()[0] == "1":
+            if int(word.split()[0]) in (MegaliteError.exit_code, UserError.exit_code):  # the others may wait for it
                 self.failed_at = self.failed_at or now
         elif rank not in self.words and rank not in self.gone and not self.ending:
             self.gone.append(rank)
