@@ -11,9 +11,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import Engine
 
 VOCABULARY, SEQUENCE = 131, 12
 MODELS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import torch
 from megalite.config import Config
 from megalite.errors import TrainingError
 from megalite.model.families import model_dict, read_spec
+from megalite.parallel.engine import Engine
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import Engine
 from megalite.training.program import Prepared, _train
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus

@@ -17,9 +17,9 @@ from megalite.errors import ConfigError
 from megalite.launch import quiet
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import Engine
 from megalite.training.memory import DTYPES, recompute_of
 from megalite.training.nvme import load_op, make_swap_folder
 from megalite.training.optimizer import LR_RATIO, learning_rate_factor, parameter_groups

@@ -18,13 +18,14 @@ from torch import Tensor
 from megalite.checkpoint.storage import BoxDict
 from megalite.config.sections import Faults
 from megalite.errors import TrainingError
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import SCALER_STATE, Engine
 from megalite.training.position import Position
 
 FILE = "faults.jsonl"
 NAMES = 3  # of tensors that a line repeats
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _LATER = 1 << 30  # after every micro-batch
 
 

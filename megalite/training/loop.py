@@ -22,9 +22,9 @@ from megalite.config import Config
 from megalite.data.loader import TrainData, ValidData
 from megalite.errors import TrainingError
 from megalite.model.spec import TransformerSpec
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.replicas import Replicas
-from megalite.parallel.zero import Engine
 from megalite.signals import EXIT_BASE, listen
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline

@@ -1,5 +1,5 @@
 """Optimizer states in files, `zero_optimization.offload_optimizer.device` nvme: what a node needs for it, looked at
-before ranks start, and the folders of a run. How they are read and written is DeepSpeed's and parallel/zero.py's.
+before ranks start, and the folders of a run. How they are read and written is DeepSpeed's and parallel/zero3.py's.
 
 DeepSpeed compiles an op for it, async_io, on first use. Where that finds no room or no page-locked memory it ends the
 process, or says nothing and the states are wrong; so a process of its own tries it first (`python -m` this module).

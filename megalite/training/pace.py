@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megalite.config.sections import Faults
 from megalite.model.spec import TransformerSpec
-from megalite.parallel.zero import Engine
+from megalite.parallel.engine import Engine
 
 
 class Pace:

@@ -16,8 +16,8 @@ from megalite.checkpoint.folder import LATEST, STEP_NAME, write_durably
 from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
 from megalite.convert.weights import Weights, open_weights_together, resolve_weights
 from megalite.errors import CheckpointError
+from megalite.parallel.engine import Engine
 from megalite.parallel.norm import GlobalNorm
-from megalite.parallel.zero import Engine
 from megalite.training.health import restore_loss_scale
 from megalite.training.position import Position
 

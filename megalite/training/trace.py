@@ -21,9 +21,10 @@ from megalite.checkpoint.boxes import boxes_of_shard
 from megalite.config import Config
 from megalite.data.loader import TrainData
 from megalite.model.families import read_spec
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import MOMENTS, Engine
+from megalite.parallel.zero import MOMENTS
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.engine import LearningRate, build_engine, build_pipeline
 from megalite.training.position import Position

@@ -13,8 +13,8 @@ from megalite.checkpoint.files import WEIGHT, Checkpoint, checkpoints_of, find_c
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.weights import check_names, load_shards, open_together
 from megalite.errors import CheckpointError
+from megalite.parallel.engine import Engine
 from megalite.parallel.layers import Shard
-from megalite.parallel.zero import Engine
 from tests.ranks import run_ranks
 from tests.small_models import Layout, Task, build, train_steps
 

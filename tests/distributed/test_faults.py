@@ -17,8 +17,8 @@ import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.sections import Faults
+from megalite.parallel.engine import Engine
 from megalite.parallel.pipeline import Pipeline
-from megalite.parallel.zero import Engine
 from megalite.training.batches import micro_batches
 from megalite.training.metrics import FIRST_START
 from megalite.training.pace import Pace

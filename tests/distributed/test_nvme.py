@@ -18,9 +18,9 @@ from megalite.checkpoint.weights import load_shards, open_together
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
+from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.parallel.zero import Engine
 from megalite.training.engine import build_engine, build_pipeline
 from megalite.training.memory import parameter_sizes, predicted_states
 from megalite.training.nvme import check_nvme, load_op, remove_swap_folders
