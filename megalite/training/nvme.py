@@ -105,10 +105,14 @@ def _stumbled(config: Config, sizes: SwapSizes, lines: list[str]) -> ConfigError
             f"makes {len(sizes.buffers)} buffers of {max(sizes.buffers):,} bytes a rank: must be within what may be "
             "locked (ulimit -l)",
         ),
-        USE: (PATH, config.swap_folder, f"must lie on a disk that takes direct I/O by {FILE_UNIT_BYTES} bytes"),
+        USE: (
+            PATH, config.swap_folder,
+            f"must lie on a disk that takes direct I/O by {FILE_UNIT_BYTES} bytes, as the section aio says",
+        ),
     }  # fmt: skip
     last = max((i for i, line in enumerate(lines) if line in steps), default=-1)
-    why = [line for line in lines[last + 1 :] if "Assertion" not in line] or ["it ended without a word"]
+    said = lines[last + 1 :]  # an assertion of the op's says least, and last
+    why = [line for line in said if "Assertion" not in line] or said or ["it ended without a word"]
     path, value, rule = steps[lines[last]] if last >= 0 else (DEVICE, "nvme", "could not be tried")
     return broken(path, value, f"{rule}: {why[-1].removeprefix('error: ')}")
 
@@ -147,7 +151,8 @@ def main(request: dict[str, Any]) -> None:
     buffers = [handle.new_cpu_locked_tensor(size // 4, example) for size in request["buffers"]]
     del buffers
     print(USE, flush=True)
-    count = (TRIED_BYTES + FILE_UNIT_BYTES * aio["intra_op_parallelism"]) // 4
+    unit = FILE_UNIT_BYTES * aio["intra_op_parallelism"]
+    count = (TRIED_BYTES // unit + 1) * unit // 4
     buffer = handle.new_cpu_locked_tensor(count, example)
     with tempfile.NamedTemporaryFile(dir=request["folder"], prefix="megalite_try_") as file:
         os.posix_fallocate(file.fileno(), 0, 4 * count)
