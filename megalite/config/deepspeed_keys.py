@@ -292,7 +292,9 @@ class Timers(Section):
 class Aio(Section):
     """`aio`: how files of offload_optimizer.device nvme are read and written."""
 
-    block_size: Annotated[int, Field(ge=1024, multiple_of=1024)] | None = key("Bytes of a request; left out: 1 MiB. Sub-groups below that stay in memory.")
+    block_size: Annotated[int, Field(ge=1024, multiple_of=1024)] | None = key(
+        "Bytes of a request; left out: 1 MiB. Sub-groups of less than that, and of less than 1 MiB, stay in memory."
+    )
     queue_depth: Positive | None = key("Requests under way at a time; left out: 8.")
     intra_op_parallelism: Positive | None = key("Threads that share a tensor; left out: 1.")
     single_submit: bool | None = key("Hand requests over one by one; left out: false.")

@@ -102,6 +102,7 @@ _RULES = {  # pydantic's error types in the words of a JSON file
     "finite_number": "must be a finite number",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",

@@ -151,7 +151,8 @@ def main(request: dict[str, Any]) -> None:
     buffers = [handle.new_cpu_locked_tensor(size // 4, example) for size in request["buffers"]]
     del buffers
     print(USE, flush=True)
-    count = (TRIED_BYTES + FILE_UNIT_BYTES * aio["intra_op_parallelism"]) // 4
+    unit = FILE_UNIT_BYTES * aio["intra_op_parallelism"]
+    count = (TRIED_BYTES // unit + 1) * unit // 4
     buffer = handle.new_cpu_locked_tensor(count, example)
     with tempfile.NamedTemporaryFile(dir=request["folder"], prefix="megalite_try_") as file:
         os.posix_fallocate(file.fileno(), 0, 4 * count)
