@@ -119,6 +119,7 @@ class Trace:
         written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
         self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
         self.places: list[dict[str, dict[str, Any]]] = [rank["places"] for rank in written]
+        self._usual: dict[int, dict[str, float]] = {}
 
     @property
     def steps(self) -> int:
@@ -140,6 +141,17 @@ class Trace:
                     for box in boxes_of_shard(self.shapes[key], shape, offsets, start, file.get_tensor(key)):
                         result.setdefault(key, []).append(Piece(rank, place["counted"], box.offsets, box.values))
         return result
+
+    def usual(self, step: int) -> dict[str, float]:
+        """By kind, how large an element is after a step: root of the mean square over all tensors."""
+        if step not in self._usual:
+            sums: dict[str, tuple[float, int]] = {}
+            for key, full, _ in self.full(step):
+                kind = key.partition("/")[0]
+                squares, count = sums.get(kind, (0.0, 0))
+                sums[kind] = squares + full.double().square().sum().item(), count + full.numel()
+            self._usual[step] = {kind: (squares / count) ** 0.5 for kind, (squares, count) in sums.items()}
+        return self._usual[step]
 
     def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
         """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""

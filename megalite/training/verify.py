@@ -112,8 +112,9 @@ class Spread:
 def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, float, int]]:
     """(loss, norm or kind/name; relative difference; rank that is farthest off) after a step.
 
-    A copy of a tensor that is not equal to the piece that counts makes its difference infinite, and so do elements
-    that no rank holds.
+    A tensor's is relative to its norm, or to that of one with elements of the usual size for its kind where that is
+    larger: some gradients are rounding alone, those of key biases (softmax takes no notice of them) above all. A copy
+    that is not equal to the piece that counts makes the difference infinite, and so do elements that no rank holds.
     """
     for figure in ("loss", "norm"):
         wanted = one.figures[0][step][figure]
@@ -123,18 +124,19 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
     if missing := one.shapes.keys() ^ other.shapes.keys():
         yield from ((key, float("inf"), 0) for key in sorted(missing))
         return
-    wanted_tensors = one.full(step)
+    wanted_tensors, usual = one.full(step), one.usual(step)
     for (key, wanted, _), (_, full, pieces) in zip(wanted_tensors, other.full(step), strict=True):
-        yield key, *_tensor_difference(wanted, full, pieces)
+        norm = max(wanted.double().norm().item(), usual[key.partition("/")[0]] * wanted.numel() ** 0.5, 1e-30)
+        yield key, *_tensor_difference(wanted, full, pieces, norm)
 
 
-def _tensor_difference(wanted: Tensor, full: Tensor, pieces: list[Piece]) -> tuple[float, int]:
+def _tensor_difference(wanted: Tensor, full: Tensor, pieces: list[Piece], norm: float) -> tuple[float, int]:
     for piece in pieces:
         if not torch.equal(piece.cut(full), piece.values):
             return float("inf"), piece.rank
     if full.isnan().any():
         return float("inf"), pieces[0].rank
-    ratio = (full - wanted).double().norm().item() / max(wanted.double().norm().item(), 1e-30)
+    ratio = (full - wanted).double().norm().item() / norm
     distances = [(piece.values - piece.cut(wanted)).double().norm().item() for piece in pieces]
     return ratio, pieces[max(range(len(pieces)), key=distances.__getitem__)].rank
 

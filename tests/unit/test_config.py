@@ -1,8 +1,12 @@
 """The rules of the configuration, each by the line that a user reads."""
 
 import pytest
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from megalite.config import Config, load_config
+from megalite.config.deepspeed_keys import Bf16, Fp16, OffloadOptimizer, OffloadParam, ZeroOptimization
 from megalite.errors import ConfigError
 
 TINY = "ds_configs/tiny_cpu.json"
@@ -60,3 +64,17 @@ def test_16_bits_need_a_stage_and_one_type() -> None:
             load_config(TINY, keys).resolve(8)
     fp16 = load_config(TINY, ["fp16.enabled=true"]).resolve(8).to_json()["fp16"]
     assert (fp16["loss_scale"], fp16["initial_scale_power"], fp16["hysteresis"]) == (0.0, 16, 2)
+
+
+def test_every_key_of_deepspeeds_sections_is_taken_or_refused() -> None:
+    sections = {
+        ZeroOptimization: DeepSpeedZeroConfig,
+        OffloadOptimizer: DeepSpeedZeroOffloadOptimizerConfig,
+        OffloadParam: DeepSpeedZeroOffloadParamConfig,
+        Bf16: DeepSpeedBF16Config,
+        Fp16: DeepSpeedFP16Config,
+    }
+    for ours, theirs in sections.items():
+        keys = {field.alias or name for name, field in theirs.model_fields.items()}
+        assert keys <= ours.model_fields.keys() | ours.refused.keys(), ours
+        assert keys >= ours.model_fields.keys(), ours
