@@ -28,6 +28,7 @@ from megalite.signals import listen, settle
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
 HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
+DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
 _GOOD = "0"
 
 
@@ -214,7 +215,9 @@ def _set_environment(here: Place) -> None:
         rule = f"must name the first node: {here.world_size} ranks are on several (docs/clusters.md)"
         raise ConfigError(f"MASTER_ADDR: missing: {rule}")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in env:
+    if "MASTER_PORT" not in env and here.world_size > 1:
+        env["MASTER_PORT"] = DEFAULT_PORT
+    elif "MASTER_PORT" not in env:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(free.getsockname()[1])
