@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash tools/test.sh [pytest arguments]: linter, types and all tests, in an environment made for it.
 # EVAL=1 installs the extra `eval` too (0.5 GB more), and with it runs the tests of lm-evaluation-harness.
-# AIO=1 installs libaio-dev where it is missing (as root, with apt): tests of docs/nvme.md run wherever it is there, and
-# build DeepSpeed's op for it once, which takes minutes.
+# AIO=1 installs libaio-dev where it is missing (as root, with apt), and with it builds DeepSpeed's async_io, which takes
+# minutes once, and runs the tests of docs/nvme.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
