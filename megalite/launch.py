@@ -203,6 +203,8 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
             if store.add("heard", 1) == here.world_size:
                 store.set("all heard", "")
             store.wait(["all heard"], HEARING)
+            if here.rank == 0:
+                time.sleep(0.2)  # the others still hear it, and torch prints stacks where it is gone
         # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
         os._exit(int(verdict))
