@@ -11,12 +11,16 @@ A folder is written beside under a hidden name, flushed to disk, and made visibl
 `sha256sum -c SHA256SUMS` checks it too. Next: files.py, which finds, opens and reads checkpoints.
 """
 
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,16 +80,20 @@ class Index:
         return next(chunk for chunk in self.entries[name].chunks if chunk.offsets == offsets)
 
     def check_whole(self) -> None:
-        """Every element of every tensor stands in it once (boxes of one save never overlap): CheckpointError."""
+        """CheckpointError unless every element of every tensor is stored exactly once."""
         for name, entry in self.entries.items():
-            held = 0
+            held, corners = 0, defaultdict[tuple[int, ...], int](int)
             for chunk in entry.chunks:
                 ends = zip(chunk.offsets, chunk.shape, entry.shape, strict=True)
                 if not all(start >= 0 and count >= 0 and start + count <= size for start, count, size in ends):
                     raise CheckpointError(f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}")
                 held += torch.Size(chunk.shape).numel()
+                _add_corners(corners, chunk.offsets, chunk.shape, 1)
             if held != entry.numel:
-                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be all")
+                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be each once")
+            _add_corners(corners, (0,) * len(entry.shape), entry.shape, -1)
+            if any(corners.values()):
+                raise CheckpointError(f"{name}: its boxes overlap: each element must be stored once")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -106,6 +114,21 @@ class Index:
                 raise ValueError(f"{name}: a file outside the folder")
             index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
         return index
+
+
+def _add_corners(
+    counts: dict[tuple[int, ...], int], offsets: tuple[int, ...], shape: tuple[int, ...], times: int
+) -> None:
+    """Counts a box's corners `times` over, with the sign that inclusion and exclusion give each. The sum of boxes'
+    indicator functions is that of another box if and only if their counts are equal: n boxes take n steps."""
+    ends = [(start, start + count) for start, count in zip(offsets, shape, strict=True)]
+    for corner, sign in zip(itertools.product(*ends), _signs(len(shape)), strict=True):
+        counts[corner] += sign * times
+
+
+@functools.cache
+def _signs(dims: int) -> tuple[int, ...]:
+    return tuple(math.prod(signs) for signs in itertools.product((1, -1), repeat=dims))
 
 
 def _dtype(name: str) -> torch.dtype:

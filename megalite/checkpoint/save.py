@@ -27,7 +27,7 @@ from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
 from megalite.parallel.grid import Axis
-from megalite.parallel.layers import Shard, share
+from megalite.parallel.layers import Shard
 
 
 def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDict:
@@ -36,7 +36,8 @@ def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDic
     for shard in shards:
         if not shard.placement.counted:
             continue
-        first, stop = share(shard.master.numel(), data) if replicated else (0, shard.master.numel())
+        count = shard.master.numel()
+        first, stop = _part(count, data) if replicated else (0, count)
         for kind, values in {WEIGHT: shard.master, **shard.state}.items():
             boxes = boxes_of_shard(
                 shard.placement.full_shape,
@@ -48,6 +49,12 @@ def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDic
             if boxes:
                 result[f"{kind}/{shard.placement.name}"] = boxes
     return result
+
+
+def _part(count: int, axis: Axis) -> tuple[int, int]:
+    """The half-open range that this rank of the axis writes of `count` elements; empty on some ranks where there are
+    more ranks than elements (layers.share would give those an element that another rank writes too)."""
+    return axis.rank * count // axis.size, (axis.rank + 1) * count // axis.size
 
 
 class Copy:

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good
-from megalite.checkpoint.save import Saver, failure_line
+from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.storage import BoxDict
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import Placement, Shard
 from tests.ranks import RankFailure, run_ranks
 from tests.writer_points import kill_at, watch_writer
 
@@ -300,6 +302,24 @@ def no_room(rank: int, world_size: int, run: Path) -> None:
 
 def test_where_one_rank_has_no_room_for_its_copy_all_wait(tmp_path: Path) -> None:
     run_ranks(WORLD, no_room, tmp_path)
+
+
+def more_ranks_than_elements(rank: int, world_size: int, run: Path) -> None:
+    """Equal copies on three ranks of a tensor of two elements and one of five (ZeRO-0)."""
+    data, shards = Axis(world_size, rank, tuple(range(world_size)), None), []
+    for name, count in (("two", 2), ("five", 5)):
+        place = Placement((count,), None, 0, 0, None, 0.0, counted=True, name=name)
+        shards.append(Shard(place, 0, torch.arange(float(count)), {}))
+    saver = Saver(run, keep=1)
+    saver.save(1, owned_boxes(shards, data, replicated=True), {**STATE, "step": 1})
+    saver.wait()
+    checkpoint = Checkpoint.open(run / "checkpoints" / "step_00000001")
+    for shard in shards:
+        assert torch.equal(checkpoint.read(shard.placement.name), shard.master)
+
+
+def test_more_data_ranks_than_a_tensor_has_elements(tmp_path: Path) -> None:
+    run_ranks(3, more_ranks_than_elements, tmp_path)
 
 
 def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(tmp_path: Path) -> None:
