@@ -131,7 +131,10 @@ class Faults(Section):
         "a smaller loss scale cures, are always skipped.",
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="A loss above this many times the median of the last spike_window losses is a spike."
+        None,
+        gt=1,
+        description="A loss above this many times the median of the last spike_window losses is a spike; none is where "
+        "that median is 0.",
     )
     spike_window: Positive = Field(
         100, description="Losses that the median is of; none is a spike before there are as many."

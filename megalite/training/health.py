@@ -82,8 +82,8 @@ class Health:
                 return Fault("overflow", f"overflow with loss scale {self.scale:g}", "skip")
             return Fault("not_finite", f"gradient norm is {norm}", faults.not_finite)
         if faults.spike_factor is not None and len(recent) == faults.spike_window:
-            usual = median(recent)
-            if loss > faults.spike_factor * usual:
+            usual = median(recent)  # 0 where no token of most batches counts: nothing to measure by
+            if loss > faults.spike_factor * usual > 0:
                 text = f"loss {loss:.4f} is {loss / usual:.2f} times the median {usual:.4f} of {len(recent)} steps"
                 return Fault("spike", text, faults.spike)
         return None

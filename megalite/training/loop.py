@@ -5,7 +5,6 @@ whether the step is sound (health.py); one message at its end carries signals an
 program.py, the command line.
 """
 
-import math
 import signal
 import time
 from contextlib import nullcontext
@@ -30,7 +29,7 @@ from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
 from megalite.training.health import Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
-from megalite.training.metrics import MetricsFile
+from megalite.training.metrics import MetricsFile, perplexity
 from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
 from megalite.training.progress import Screen, matrix_product_rate
@@ -265,10 +264,10 @@ class Run:
             sums += part
             losses[path] = (part[0] / part[1].clamp(min=1)).item()
         loss = (sums[0] / sums[1].clamp(min=1)).item()
-        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses
-        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
+        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}")
         if self.metrics is not None:
             self.metrics.write(row)
 

@@ -8,6 +8,7 @@ all seconds since the run's first start, which `first_start.json` remembers.
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class MetricsFile:
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
             row["goodput"] = self.useful_seconds / max(time.time() - self.first_start, self.useful_seconds)
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row = _finite(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.events is not None:
@@ -54,6 +55,21 @@ class MetricsFile:
         self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), and the largest float where that is beyond it; not finite where the loss is not."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return sys.float_info.max
+
+
+def _finite(value: Any) -> Any:
+    """JSON's value: null in place of each float that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _useful_seconds(row: dict[str, Any]) -> float:
