@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of
 from megalite.checkpoint.folder import write_durably
@@ -24,6 +24,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.training.memory import told_lines
 from megalite.training.nvme import check_nvme, remove_swap_folders
 from megalite.training.optimizer import check_parameter_groups
+from megalite.training.progress import say
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(options.deepspeed_config, options.overrides, options.world_size or place().world_size)
         check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
-        _tell_memory(prepared, sys.stderr)
+        print("\n".join(told_lines(prepared.config, prepared.spec)), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -151,9 +152,12 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
         raise _Other(f"optimizer.type: {now}: {rule}")
 
 
-def _tell_memory(prepared: Prepared, file: TextIO) -> None:
-    """The table of what each rank will hold."""
-    print("\n".join(told_lines(prepared.config, prepared.spec)), file=file, flush=True)
+def _write_config(config: Config) -> None:
+    path = Path(config.train.run_dir) / "config.json"
+    try:
+        write_durably(path, json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        say(f"{path}: cannot be written: {error.strerror}; the run continues")
 
 
 def _train(prepared: Prepared, rank: int) -> int:
@@ -179,7 +183,9 @@ def _train(prepared: Prepared, rank: int) -> int:
         engine = build_engine(config, prepared.spec, grid)
         start.fill(engine)
         if rank == 0:
-            write_durably(run_dir / "config.json", json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n")
-            print(f"{run_dir}: {start.told}", flush=True)
-            _tell_memory(prepared, sys.stdout)
-        return Run(config, prepared.spec, prepared.model, engine, start.position, watchdog).train()
+            _write_config(config)
+            say(f"{run_dir}: {start.told}")
+            say("\n".join(told_lines(config, prepared.spec)))
+        run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
+        run.saver.starts_from(start.position.step, start.damaged)
+        return run.train()
