@@ -104,6 +104,11 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
             pass
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state, after its SHA-256 has been checked, without its index. CheckpointError."""
+    return read_checked_json(folder, STATE, read_sums(folder)[STATE])
+
+
 @dataclass
 class Checkpoint:
     """An open checkpoint. state: step, consumed_samples, consumed_tokens, seed, layout; model: the Hugging Face

@@ -93,7 +93,7 @@ class Data(Section):
     megatron_samples: Positive | None = Field(
         None,
         description="Samples that the order `megatron` is made for, there train_iters × global_batch_size; left "
-        "out: megalite.train.steps × train_batch_size.",
+        "out: megalite.train.steps × train_batch_size, of the run's first start.",
     )
     reset_attention: bool = Field(
         False,

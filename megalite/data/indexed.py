@@ -10,6 +10,7 @@ damaged is refused (DataError with the file and the place), never read as if it 
 of these tokens is `samples.py`.
 """
 
+import hashlib
 import mmap
 import os
 import struct
@@ -229,6 +230,10 @@ class IndexedCorpus:
                 self.index_path,
                 f"the document index goes from {first} to {end}, must be 0 to {self.num_sequences}",
             )
+
+    def index_sha256(self) -> str:
+        """Of the whole index file."""
+        return hashlib.sha256(self._index).hexdigest()
 
     def check_index(self) -> None:
         """Read the whole index and hold each entry against the next. Raises DataError with the first place.

@@ -28,6 +28,7 @@ from megalite.signals import EXIT_BASE, listen
 from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
+from megalite.training.fingerprint import fingerprint
 from megalite.training.health import FAULTS, Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
 from megalite.training.metrics import MetricsFile, perplexity
@@ -87,6 +88,7 @@ class Run:
         machine_rate = matrix_product_rate(self.device, DTYPES[config.precision])
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
+        self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
         if self.grid.rank == 0:
             self.screen = Screen(
                 config.train.steps, start.step, config.train.log_interval, spec.flops_per_token(length), machine_rate
@@ -304,6 +306,7 @@ class Run:
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
             "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
+            "fingerprint": self.fingerprint,
             "model": self.model,
             "layout": {
                 "pipe": grid.pipe.size,

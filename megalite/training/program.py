@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.files import Checkpoint, checkpoints_of
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, read_state
 from megalite.checkpoint.folder import write_durably
 from megalite.config import Config, check_model, load_config
+from megalite.config.reading import apply_overrides
 from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
@@ -21,10 +22,13 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.memory import told_lines
 from megalite.training.nvme import check_nvme, remove_swap_folders
 from megalite.training.optimizer import check_parameter_groups
 from megalite.training.progress import say
+
+_NEW_RUN = "another needs a new run, with megalite.train.load"
 
 
 def main(arguments: list[str]) -> int:
@@ -76,7 +80,8 @@ class Prepared:
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
     """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
-    config = load_config(path, overrides).resolve(world_size)
+    loaded = load_config(path, overrides)
+    config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
     spec = read_spec(config.model)
     check_model(config, spec)
     check_parameter_groups(config, spec)
@@ -86,6 +91,24 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
         _check_run_dir(prepared)
         check_nvme(config, spec, place().local_size)
     return prepared
+
+
+def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Config:
+    """`config`, which is `loaded` resolved. A run that has begun in Megatron's order keeps the one of its first start,
+    where the config does not say how many samples it is made for."""
+    if loaded.data.order != "megatron" or loaded.data.megatron_samples is not None:
+        return config
+    needed = config.data.megatron_samples or 0
+    for folder in reversed(checkpoints_of(Path(config.train.run_dir))):
+        try:
+            made_for = read_state(folder).get("fingerprint", {}).get(MADE_FOR, needed)
+        except CheckpointError:
+            continue  # damaged: an older one says the same
+        if made_for < needed:
+            rule = f"the order of {folder} is made for {made_for} ({MADE_FOR}): {_NEW_RUN}"
+            raise _Other(f"megalite.train.steps: {config.train.steps}: needs {needed} samples: {rule}")
+        return Config.from_dict(apply_overrides(loaded.to_json(), [f"{MADE_FOR}={made_for}"])).resolve(world_size)
+    return config
 
 
 def _check_data(config: Config, spec: TransformerSpec) -> None:
@@ -143,13 +166,17 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
             raise _Other(f"megalite.model: {field.name} {now}: must be {was}, as in {weights.folder}")
     if seed is None or not isinstance(weights, Checkpoint):
         return
+    rule = f"as in {weights.folder}: {_NEW_RUN}"
     if weights.state["seed"] != seed:
-        raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, as in {weights.folder}")
+        raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, {rule}")
     optimizer = prepared.config.document.optimizer
     was, now = weights.state.get("optimizer", "AdamW"), optimizer and optimizer.type
     if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same of each weight
-        rule = f"must be {was}, as in {weights.folder}: another needs a new run, with megalite.train.load"
-        raise _Other(f"optimizer.type: {now}: {rule}")
+        raise _Other(f"optimizer.type: {now}: must be {was}, {rule}")
+    trained = weights.state.get("fingerprint")  # older checkpoints have none
+    if trained is not None and (found := difference(trained, prepared.config)) is not None:
+        given, was = found
+        raise _Other(f"{given}: must be {was}, {rule}")
 
 
 def _write_config(config: Config) -> None:
