@@ -4,7 +4,7 @@
     run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
                                   index.json    every tensor's full shape and where its boxes lie
                                   tensors_00000.safetensors …   boxes, one file a rank
-                                  hugging_face/…  small files that imported weights came with
+                                  hugging_face/…  tokenizer and generation settings that go with the weights
                                   SHA256SUMS    of all files, and of its own lines
 
 A folder is written beside under a hidden name, flushed to disk, and made visible by one rename; `latest` follows.
@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,12 +177,14 @@ def flush_folder(folder: Path) -> None:
 class Transaction:
     """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
 
-    state: what state.json will hold. Called by one rank; the others only write into its `partial`, on a file system
-    that all of them share. That has a name of its own: ranks of an earlier start that still write cannot get into it.
+    state: what state.json will hold; carried: small files that go with the weights, by name. Called by one rank; the
+    others only write into its `partial`, on a file system that all of them share. That has a name of its own: ranks of
+    an earlier start that still write cannot get into it.
     """
 
     folder: Path
     state: dict[str, Any]
+    carried: Mapping[str, bytes] = field(default_factory=dict)
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +202,11 @@ class Transaction:
     def publish(self, index: Index, digests: dict[str, str]) -> None:
         """Completes the folder and makes it visible by one rename. digests: of the files that lie in it, by name."""
         index.check_whole()
+        if self.carried:
+            (self.partial / CARRIED).mkdir()
+            for name, content in self.carried.items():
+                digests[f"{CARRIED}/{name}"] = write_flushed(self.partial / CARRIED / name, content)
+            flush_folder(self.partial / CARRIED)
         for name, value in ((STATE, {"format": FORMAT, **self.state}), (INDEX, index.to_json())):
             digests[name] = write_flushed(self.partial / name, json.dumps(value, indent=1).encode())
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -253,10 +261,10 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def check_carried(folder: Path, sums: dict[str, str]) -> None:
-    """CheckpointError where a file was put beside those that imported weights came with: it would be read."""
+    """CheckpointError where a file was put beside those that go with the weights: it would be read."""
     for path in sorted((folder / CARRIED).iterdir()) if (folder / CARRIED).is_dir() else []:
         if f"{CARRIED}/{path.name}" not in sums:
-            raise CheckpointError(f"{path}: is not in {SUMS}: must be one of the files that were imported")
+            raise CheckpointError(f"{path}: is not in {SUMS}: must be a file that was saved with the weights")
 
 
 def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class Saver:
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
         self.good_step: int | None = None  # of the newest checkpoint that is known to be whole
         self.damaged, self.strange = set[str](), set[str]()
+        self.carried: dict[str, bytes] = {}
+        """On rank 0, small files that go into every checkpoint, by name."""
         # Collectives of the thread must not mix with those of the steps; gloo's need no device.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -172,7 +174,7 @@ class Saver:
     def _write(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> float:
         """Seconds that it took."""
         start = time.monotonic()
-        transaction = Transaction(self.folder / step_name(step), state)
+        transaction = Transaction(self.folder / step_name(step), state, self.carried)
         try:
             save(
                 boxes,
@@ -189,7 +191,7 @@ class Saver:
 
     def _prepare(self, needed: int) -> None:
         self._remove_left_overs()
-        self._make_room(needed)
+        self._make_room(needed + sum(map(len, self.carried.values())))
 
     def _make_room(self, needed: int) -> None:
         """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many

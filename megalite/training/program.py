@@ -15,6 +15,7 @@ from megalite.checkpoint.files import Checkpoint, checkpoints_of, read_state
 from megalite.checkpoint.folder import write_durably
 from megalite.config import Config, check_model, load_config
 from megalite.config.reading import apply_overrides
+from megalite.convert.carried import carried_by_run
 from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
@@ -215,4 +216,6 @@ def _train(prepared: Prepared, rank: int) -> int:
             say("\n".join(told_lines(config, prepared.spec)))
         run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
         run.saver.starts_from(start.position.step, start.damaged)
+        if rank == 0:
+            run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
         return run.train()
