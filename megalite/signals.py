@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 POLL_SECONDS = 0.5
@@ -73,8 +74,19 @@ def listen() -> Signals:
     return Signals()
 
 
+_last_acts: list[Callable[[], None]] = []
+
+
+def at_the_end(act: Callable[[], None]) -> None:
+    """Has `act` called when this process is about to end by itself or by a signal: `os._exit` skips atexit."""
+    _last_acts.append(act)
+
+
 def leave_word(code: int) -> None:
-    """Tells launcher/run.py, where that started this rank, the code that it is about to end with."""
+    """Does the last acts, and tells launcher/run.py, where that started this rank, the code that it is about to end
+    with."""
+    for act in _last_acts:
+        act()
     if folder := os.environ.get(LAUNCH):
         with contextlib.suppress(OSError):
             word = f"{code} {LOST}" if Signals.launcher_lost else f"{code}"

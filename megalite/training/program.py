@@ -20,10 +20,11 @@ from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_ranks
+from megalite.launch import ArgumentParser, Place, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.training.fingerprint import MADE_FOR, difference
+from megalite.training.lock import take_lock
 from megalite.training.memory import told_lines
 from megalite.training.nvme import check_nvme, remove_swap_folders
 from megalite.training.optimizer import check_parameter_groups
@@ -47,11 +48,13 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(options.deepspeed_config, options.overrides, place().world_size, thorough)
         if thorough:
             _make_run_dir(prepared.config)
-            remove_swap_folders(prepared.config)
+            if place().rank == 0:
+                take_lock(Path(prepared.config.train.run_dir))
         return prepared
 
     here, prepared = start_ranks(prepare_ranks)
     try:
+        _remove_swap_folders(prepared.config, here)
         return _train(prepared, here.rank)
     finally:
         stop_ranks()
@@ -178,6 +181,16 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
     if trained is not None and (found := difference(trained, prepared.config)) is not None:
         given, was = found
         raise _Other(f"{given}: must be {was}, {rule}")
+
+
+def _remove_swap_folders(config: Config, here: Place) -> None:
+    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    import torch.distributed as dist
+
+    if config.swap_folder is not None:
+        if here.local_rank == 0:
+            remove_swap_folders(config)
+        dist.barrier()
 
 
 def _write_config(config: Config) -> None:
