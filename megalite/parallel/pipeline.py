@@ -36,8 +36,8 @@ class _Continue(torch.autograd.Function):
 
 
 class Boundary:
-    """The messages of one rank with its neighbours on the pipe axis. Sends do not wait: a tensor is kept until
-    it is gone, so that two stages that send to each other cannot block."""
+    """The messages of one rank with others on the pipe axis. Sends do not wait: a tensor is kept until it is gone.
+    Each direction has a group of its own (Axis.towards), so that two stages that send to each other cannot block."""
 
     def __init__(self, axis: Axis, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.axis, self.shape, self.dtype, self.device = axis, shape, dtype, device
@@ -47,12 +47,13 @@ class Boundary:
         """To the stage at `place` on the axis."""
         tensor = tensor.detach().contiguous()
         self.sent = [(work, kept) for work, kept in self.sent if not work.is_completed()]
-        self.sent.append((dist.isend(tensor, self.axis.ranks[place], group=self.axis.group), tensor))
+        group = self.axis.towards(self.axis.rank, place)
+        self.sent.append((dist.isend(tensor, self.axis.ranks[place], group=group), tensor))
 
     def receive(self, place: int) -> Tensor:
         """From the stage at `place` on the axis."""
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        dist.recv(tensor, self.axis.ranks[place], group=self.axis.group)
+        dist.recv(tensor, self.axis.ranks[place], group=self.axis.towards(place, self.axis.rank))
         return tensor
 
     def finish(self) -> None:
