@@ -94,7 +94,7 @@ def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
     groups = [{"params": [p for p in stage.parameters() if p is not tied]}]
     if tied is not None:
         groups.append({"params": [tied]})
-    optimizer = torch.optim.AdamW(groups, lr=task.lr, eps=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=task.lr, eps=1e-4, weight_decay=0.01, fused=True)
     config = {
         "train_batch_size": task.batch,
         "train_micro_batch_size_per_gpu": layout.micro,

@@ -55,7 +55,7 @@ def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) 
     deepspeed.init_distributed("gloo")
     results: list[int | str] = []
     for keys, plant in runs:
-        config = Config.from_dict(keys).resolve(world_size, has_gpu=False)
+        config = Config.from_dict(keys).resolve(world_size)
         prepared = Prepared(config, read_spec(config.model), model_dict(config.model))
         with plant(rank):
             try:

@@ -297,6 +297,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise broken(
             "optimizer.params.adam_w_mode", False, "must not be false with type AdamW; use type Adam"
         )
+    if optimizer.params.fused is not None and optimizer.params.torch_adam is False:
+        raise broken("optimizer.params.fused", optimizer.params.fused, "must be left out with torch_adam false")
 
 
 def _check_groups(document: Document) -> None:
@@ -323,8 +325,8 @@ def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
         raise broken(f"{key}.increment", ramp.increment, rule)
 
 
-def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any]:
-    """The JSON of `document` with everything written that a run's result or start hangs on."""
+def resolved_keys(document: Document, data: int) -> dict[str, Any]:
+    """The JSON of `document` with everything written that a run's result or start depends on."""
     batch, micro, accumulation = batch_sizes(document, data)
     plan = BatchPlan(batch, document.megalite.train.batch_ramp)
     _check_ramp(plan, micro, data)
@@ -367,8 +369,8 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
     for name, value in OPTIMIZERS[kind].items():
         if value is not None:
             params.setdefault(name, value)
-    if kind != "SGD" and not has_gpu:
-        params.setdefault("torch_adam", True)
+    if params.get("torch_adam"):
+        params.setdefault("fused", True)
     return result
 
 

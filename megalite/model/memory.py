@@ -32,6 +32,7 @@ from megalite.model.transformer import Recompute, split_layers
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import share
+from megalite.parallel.loss import chunk_rows
 
 FP32, INT64 = 4, 8
 Table = dict[str, int]
@@ -158,6 +159,14 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     return table
 
 
+def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
+    """What the loss holds of a chunk's logits, in fp32."""
+    axis = at.split.axis
+    start, stop = share(spec.vocabulary_size, axis)
+    rows = chunk_rows(at.tokens, spec.hidden_size, -(-spec.vocabulary_size // axis.size))
+    return FP32 * rows * (stop - start)
+
+
 def angles_table(spec: TransformerSpec, at: Forward) -> Table:
     """What the layers of a stage share."""
     if spec.rotary is None:
@@ -169,15 +178,17 @@ def angles_table(spec: TransformerSpec, at: Forward) -> Table:
 @dataclass(frozen=True)
 class Kept:
     """Bytes on one rank. table: of one micro-batch, by layer or part; micro_batches: how many are held at once under
-    1F1B, min(p - i, m) on stage i of p; again: what backward makes again at a time."""
+    1F1B, min(p - i, m) on stage i of p; again: what backward makes again at a time; logits: of a chunk of the loss,
+    which are gone before backward begins."""
 
     table: Table
     micro_batches: int
     again: int
+    logits: int
 
     @property
     def bytes(self) -> int:
-        return sum(self.table.values()) * self.micro_batches + self.again
+        return sum(self.table.values()) * self.micro_batches + max(self.again, self.logits)
 
 
 def stage_kept(spec: TransformerSpec, grid: Grid, recompute: Recompute, at: Forward, micro_batches: int) -> Kept:
@@ -205,7 +216,8 @@ def stage_kept(spec: TransformerSpec, grid: Grid, recompute: Recompute, at: Forw
     again = max((sum(whole[layer] for layer in group) for group in groups), default=0)
     if selective:
         again = max(whole[layer] - table[f"layer {layer}"] for layer in layers)
-    return Kept(table, min(pipe.size - pipe.rank, micro_batches), again)
+    logits = logits_bytes(spec, at) if pipe.is_last else 0
+    return Kept(table, min(pipe.size - pipe.rank, micro_batches), again, logits)
 
 
 def _keeps_its_input(spec: TransformerSpec, at: Forward) -> bool:

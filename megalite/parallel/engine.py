@@ -104,13 +104,15 @@ class Engine(DeepSpeedEngine):
         """Gives the optimizer its state as after `steps` steps, all zero, so that `shards` can be filled from a
         checkpoint before the first step (the optimizers make it lazily)."""
         optimizer = self._adam
-        counter: Any = torch.tensor(float(steps)) if type(optimizer).__module__.startswith("torch.") else steps
+        torchs, fused = type(optimizer).__module__.startswith("torch."), optimizer.defaults.get("fused")
         for number, value in enumerate(self._masters()):
             if isinstance(self.optimizer, FullyShardedOptimizer):
                 moments = self.optimizer.zero_moments(number)
             else:
                 moments = {name: torch.zeros_like(value, requires_grad=False) for name in moments_of(optimizer)}
-            optimizer.state[value] = {"step": counter.clone() if isinstance(counter, Tensor) else counter, **moments}
+            # torch's fused Adam reads the count on the device, the others on the host.
+            count = torch.tensor(float(steps), device=value.device if fused else None) if torchs else steps
+            optimizer.state[value] = {"step": count, **moments}
 
     @property
     def _adam(self) -> torch.optim.Optimizer:

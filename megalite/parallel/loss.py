@@ -15,6 +15,7 @@ from megalite.parallel.collectives import max_over, sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import share
 
+LEAST_ROWS = 256  # of a chunk
 IGNORED = -100  # torch's and transformers' label for "does not count"
 
 
@@ -102,10 +103,15 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axi
     return _losses_and_slope(logits, labels, start, axis, 0.0, wanted=False)[0]
 
 
-def chunk_rows(hidden: Tensor, columns: int) -> int:
-    """Tokens of a chunk: its logits take no more numbers than the hidden states [n, D]. columns: of the axis's largest
-    share of the vocabulary, so that all ranks cut the same chunks, whose sums they exchange."""
-    return max(1, hidden.numel() // columns)
+def chunk_rows(tokens: int, size: int, columns: int) -> int:
+    """Tokens of a chunk of `tokens` hidden states of `size` numbers.
+
+    Each chunk adds a whole [V / t, D] product to the weight's gradient: below D rows its logits would be smaller than
+    what it adds to, and below 256 matrix products are slow. Beyond that its logits take no more numbers than the hidden
+    states. columns: of the axis's largest share of the vocabulary, so that all ranks cut the same chunks, whose
+    sums they exchange.
+    """
+    return max(1, min(tokens, max(LEAST_ROWS, size, tokens * size // columns)))
 
 
 def head_loss(
@@ -124,5 +130,6 @@ def head_loss(
     the loss where gradients are wanted, and not in evaluation. Gradients are fp32 sums over the chunks.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = chunk_rows(flat, -(-vocabulary_size // axis.size))
+    tokens, size = flat.shape
+    rows = chunk_rows(tokens, size, -(-vocabulary_size // axis.size))
     return _HeadLoss.apply(flat, weight, bias, labels.reshape(-1), vocabulary_size, axis, z_loss, rows)  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 """Levers on memory and on the function, each the same on every layout: sequence parallelism, dropout, documents,
-activation checkpointing, the loss in chunks."""
+activation checkpointing, the loss in chunks; and the norm's memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.loss import head_loss
+from megalite.parallel.norm import BLOCK, squares
 from tests.families import FAMILY_CONFIGS, FEW_KV_HEADS, VOCABULARY, Result, forward_backward, full_gradients
 from tests.ranks import run_ranks
 
@@ -135,7 +137,7 @@ def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: 
     expected = expected + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
     (expected * 3).backward()
     ours = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
-    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda hidden, columns: rows)
+    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda tokens, size, columns: rows)
     loss = head_loss(*ours, labels, 33, ALONE, z_loss)
     (loss * 3).backward()
     torch.testing.assert_close(loss, expected)
@@ -148,23 +150,38 @@ def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: 
 
 def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
     """Peak of torch's allocations, by its profiler: less than a third of the fp32 logits, which stand unfused."""
-    tokens, size, vocabulary = 2048, 16, 4096
+    tokens, size, vocabulary = 8192, 16, 2048
     hidden = torch.randn(tokens, size, requires_grad=True)
     weight = torch.randn(vocabulary, size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
 
-    def peak(fused: bool) -> int:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            if fused:
-                head_loss(hidden, weight, None, labels, vocabulary, ALONE).backward()
-            else:
-                F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum").backward()
-        now = highest = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                highest = max(highest, now)
-        return highest
+    def fused() -> None:
+        head_loss(hidden, weight, None, labels, vocabulary, ALONE).backward()
+
+    def plain() -> None:
+        F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum").backward()
 
     logits = tokens * vocabulary * 4
-    assert peak(fused=True) < logits / 3 < logits < peak(fused=False)
+    assert peak_bytes(fused) < logits / 3 < logits < peak_bytes(plain)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch allocates in `work`, by its profiler."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    now = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_exact_and_makes_no_copy(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 100_001).mul(1e3).to(dtype)
+    assert squares(values).item() == pytest.approx(values.double().square().sum().item(), rel=1e-13)
+    assert squares(values[:, 1:]).item() == pytest.approx(values[:, 1:].double().square().sum().item(), rel=1e-13)
+    assert peak_bytes(lambda: squares(values)) < 1.1 * 8 * BLOCK
+    values[1, 70_000] = torch.nan
+    assert squares(values).isnan()

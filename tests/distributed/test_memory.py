@@ -82,7 +82,7 @@ def config_of(
             "train": {"steps": 10, "run_dir": "unused"},
         },
     }
-    return Config.from_dict(document).resolve(4, has_gpu=False).to_json()
+    return Config.from_dict(document).resolve(4).to_json()
 
 
 HELD = [

@@ -43,15 +43,17 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
 
 
 def test_a_resolved_config_says_what_deepspeed_would_choose_otherwise() -> None:
-    """Buckets go to their owners alone (half of the bytes of DeepSpeed's default), and without a GPU torch's Adam
-    steps, with offloading too."""
+    """Buckets go to their owners alone (half of the bytes of DeepSpeed's default), and torch's fused Adam steps, with
+    offloading too."""
     for offload in ("none", "cpu"):
         keys = ["zero_optimization.stage=2", f"zero_optimization.offload_optimizer.device={offload}"]
         keys += ["megalite.parallel.pipe=1"]
-        resolved = load_config(TINY, keys).resolve(8, has_gpu=False).to_json()
+        resolved = load_config(TINY, keys).resolve(8).to_json()
         assert resolved["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False
-        assert resolved["optimizer"]["params"]["torch_adam"] is True
-    assert "torch_adam" not in load_config(TINY).resolve(8, has_gpu=True).to_json()["optimizer"]["params"]
+        params = resolved["optimizer"]["params"]
+        assert params["torch_adam"] is True and params["fused"] is True
+    own = load_config(TINY, ["optimizer.params.torch_adam=false"]).resolve(8).to_json()["optimizer"]["params"]
+    assert "fused" not in own  # DeepSpeed's does not know the key
 
 
 def test_16_bits_need_a_stage_and_one_type() -> None:

@@ -24,7 +24,7 @@ TINY = "ds_configs/tiny_cpu.json"
 
 
 def tiny(*overrides: str) -> Config:
-    return load_config(TINY, ["megalite.train.steps=40", *overrides]).resolve(8, has_gpu=False)
+    return load_config(TINY, ["megalite.train.steps=40", *overrides]).resolve(8)
 
 
 def factors(config: Config) -> list[float]:
