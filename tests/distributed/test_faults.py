@@ -17,8 +17,9 @@ import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.sections import Faults
+from megalite.model.transformer import Stage
 from megalite.parallel.engine import Engine
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
 from megalite.training.metrics import FIRST_START
 from megalite.training.pace import Pace
@@ -93,7 +94,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict
 @contextlib.contextmanager
 def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
-    forward = Pipeline._forward
+    forward = Stage.forward
 
     def wrapped(samples: Any, *args: Any) -> Any:
         made = micro_batches(samples, *args)
@@ -104,11 +105,11 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
             batch.context.shared["bad"] = bool(own & numbers)
         return made
 
-    def spoil(self: Pipeline, k: int, tokens: Any, labels: Any, context: Any = None) -> Any:
-        source, output = forward(self, k, tokens, labels, context)
-        return source, output * math.nan if context.shared.get("bad") and self.axis.is_last else output
+    def spoil(self: Stage, x: Any, labels: Any = None, context: Any = None, chunk: Any = None) -> Any:
+        output = forward(self, x, labels, context, chunk)
+        return output * math.nan if labels is not None and context.shared.get("bad") else output
 
-    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Pipeline, "_forward", spoil):
+    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Stage, "forward", spoil):
         yield
 
 
