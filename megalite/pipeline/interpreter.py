@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from megalite.parallel.clock import Clock
 from megalite.pipeline.mailbox import Mailbox
 from megalite.pipeline.program import Action, Value, gives, needs
 from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
@@ -23,36 +24,45 @@ WORDS = {"F": "forward", "B": "backward", "I": "backward to the input", "W": "we
 
 class Interpreter:
     """Of one rank. last_chunk: of the model; dtype: of values; tells_chunk: `instruction` names it; action: what the
-    rank does now or did last."""
+    rank does now or did last; whole and busy: clocks of a run and of the actions in it, off unless a measurement turns
+    them on."""
 
     def __init__(self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False) -> None:
         self.mailbox, self.last_chunk, self.dtype, self.tells_chunk = mailbox, last_chunk, dtype, tells_chunk
         self.action: Action | None = None
+        self.whole, self.busy = Clock(), Clock()
 
     def run(self, steps: Iterable[Step], perform: Perform, shape: Shape) -> None:
         """Runs steps to their end, and until all that was sent is gone."""
+        with self.whole.computing():
+            self._run(steps, perform, shape)
+        self.action = None
+
+    def _run(self, steps: Iterable[Step], perform: Perform, shape: Shape) -> None:
         made: dict[Value, Tensor] = {}
         received: set[Value] = set()
         for step in steps:
             match step:
-                case Receive(value, source):
-                    self.mailbox.post(value, source, shape(value), self.dtype)
-                    received.add(value)
+                case Receive(key, source):
+                    self.mailbox.post(key, source, shape(key), self.dtype)
+                    received.add(key)
                 case Act(action):
                     self.action = action
                     needed = needs(action, self.last_chunk)
-                    given = perform(action, self._take(needed, made, received))
+                    value = self._take(needed, made, received)
+                    with self.busy.computing():
+                        given = perform(action, value)
+                    del value
                     if (key := gives(action, self.last_chunk)) is not None:
                         assert given is not None, f"{action} gave nothing"
                         made[key] = given
                     del given
-                case Send(value, target):
-                    self.mailbox.send(value, made.pop(value), target)
-                case Wait(value):
-                    self.mailbox.wait(value)
+                case Send(key, target):
+                    self.mailbox.send(key, made.pop(key), target)
+                case Wait(key):
+                    self.mailbox.wait(key)
         self.mailbox.finish()
         assert not made, f"made and never used: {list(made)}"
-        self.action = None
 
     def _take(self, value: Value | None, made: dict[Value, Tensor], received: set[Value]) -> Tensor | None:
         if value is None:

@@ -40,16 +40,30 @@ def same(run_dir: Path, other: Path) -> None:
     assert all(one.read(name).equal(two.read(name)) for name in one.names)
 
 
-def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(tmp_path: Path) -> None:
-    def of(run: str) -> dict[str, Any]:
-        return document(tmp_path, run, GRID)
+PLACES = [
+    (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
+    (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
+    (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
+    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+]
+PLACES_OF_V = [  # the loss is on the first ranks
+    (3, "forward", "loss is nan; first in forward of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
+    (1, "forward", "loss is nan; first in forward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1, tensor 0)"),
+    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+]
 
-    places = [
-        (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
-        (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
-        (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
-        (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
-    ]
+
+@pytest.mark.parametrize(
+    "schedule, places", [("1f1b", PLACES), ("zb-h1", PLACES[::2]), ("interleaved", PLACES[1:3]), ("zb-v", PLACES_OF_V)]
+)
+def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
+    tmp_path: Path, schedule: str, places: list[tuple[int, str, str]]
+) -> None:
+    def of(run: str) -> dict[str, Any]:
+        made = document(tmp_path, run, {**GRID, "schedule": schedule})
+        made["megalite"]["model"]["num_hidden_layers"] = 4
+        return made
+
     runs: list[Any] = [
         (of(str(number)), functools.partial(spoilt, on=rank, at={2}, factor=math.nan, phase=phase))
         for number, (rank, phase, _) in enumerate(places)

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 
+from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.config import Config
 from megalite.training.layouts import Layout, config_of, micro_sizes
 from megalite.training.trace import Trace
 from megalite.training.verify import Spread, differences
+from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
+from tests.training_runs import document as run_document
+from tests.training_runs import rows, train
 
 STEPS, BATCH, LAYERS = 4, 8, 8
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FULL = {"train": {"activation_checkpointing": "full"}}
 EVERY_2 = {"train": {"activation_checkpointing": 2}}
 SELECTIVE = {"train": {"activation_checkpointing": "selective"}}
@@ -119,3 +124,22 @@ def test_a_schedule_changes_no_bit_of_an_untied_model(runs: Runs, case: Case) ->
 def test_a_schedule_of_a_tied_model_equals_one_process(runs: Runs, case: Case) -> None:
     verdict = runs.spread().judge(runs.trace(case))
     assert not verdict.first, "; ".join(map(str, verdict.first))
+
+
+def test_checkpoints_pass_between_schedules_bit_for_bit(tmp_path: Path) -> None:
+    """A run that changes its schedule at each restart, against one that keeps 1F1B."""
+
+    def keys(run: str, steps: int, schedule: str) -> dict[str, Any]:
+        made = run_document(tmp_path, run, {"pipe": 2, "zero": 2, "schedule": schedule}, train={"steps": steps})
+        made["megalite"]["model"] |= {"num_hidden_layers": 6, "tie_word_embeddings": False}
+        return made
+
+    changing = [keys("changing", steps, name) for steps, name in ((2, "1f1b"), (4, "zb-v"), (5, "interleaved"))]
+    runs = [*changing, keys("changing", 6, "zb-h1"), keys("plain", 6, "1f1b")]
+    assert run_ranks(2, train, [(run, nothing) for run in runs]) == [[0] * 5] * 2
+    changed, plain = (rows(tmp_path / run) for run in ("changing", "plain"))
+    assert [row["loss"] for row in changed] == [row["loss"] for row in plain]
+    one, two = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in ("changing", "plain"))
+    for tensor in one.names:
+        for kind in KINDS:
+            assert one.read(tensor, kind=kind).equal(two.read(tensor, kind=kind)), f"{kind} of {tensor}"
