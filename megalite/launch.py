@@ -103,8 +103,11 @@ def run_program(main: Callable[[list[str]], int]) -> None:
         raise
     else:
         settle(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk costs the log's last lines, but not the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 

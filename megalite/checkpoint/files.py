@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import (
-    CARRIED,
     FORMAT,
     INDEX,
     LATEST,
@@ -33,10 +32,8 @@ from megalite.checkpoint.folder import (
     Transaction,
     check_carried,
     check_file,
-    flush_folder,
     read_checked_json,
     read_sums,
-    write_flushed,
 )
 from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
@@ -102,6 +99,11 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // parts)) as pool:
         for _ in pool.map(lambda item: check_file(folder, *item), ours):
             pass
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state, after its SHA-256 has been checked, without its index. CheckpointError."""
+    return read_checked_json(folder, STATE, read_sums(folder)[STATE])
 
 
 @dataclass
@@ -201,7 +203,8 @@ class CheckpointWriter:
         folder = Path(folder)
         if folder.exists():
             raise CheckpointError(f"{folder}: stands already: must be a new folder")
-        self.transaction = Transaction(folder, {**state, "model": model})
+        self.carried: dict[str, bytes] = {}
+        self.transaction = Transaction(folder, {**state, "model": model}, self.carried)
         self.index, self.digests = Index(), {}
         self.pending: dict[str, Tensor] = {}
         self.written = 0
@@ -221,9 +224,7 @@ class CheckpointWriter:
 
     def carry(self, path: Path) -> None:
         """Takes a small file that goes with the weights, into `hugging_face/`."""
-        folder = self.transaction.partial / CARRIED
-        folder.mkdir(exist_ok=True)
-        self.digests[f"{CARRIED}/{path.name}"] = write_flushed(folder / path.name, path.read_bytes())
+        self.carried[path.name] = path.read_bytes()
 
     @property
     def _file_name(self) -> str:
@@ -242,8 +243,6 @@ class CheckpointWriter:
         try:
             if self.pending:
                 self._flush()
-            if (carried := self.transaction.partial / CARRIED).exists():
-                flush_folder(carried)
             self.transaction.publish(self.index, self.digests)
         except BaseException:
             self.transaction.abandon()

@@ -113,7 +113,7 @@ class Data(Section):
     megatron_samples: Positive | None = Field(
         None,
         description="Samples that the order `megatron` is made for, there train_iters × global_batch_size; left "
-        "out: megalite.train.steps × train_batch_size.",
+        "out: megalite.train.steps × train_batch_size, of the run's first start.",
     )
     reset_attention: bool = Field(
         False,
@@ -151,7 +151,10 @@ class Faults(Section):
         "a smaller loss scale cures, are always skipped.",
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="A loss above this many times the median of the last spike_window losses is a spike."
+        None,
+        gt=1,
+        description="A loss above this many times the median of the last spike_window losses is a spike; none is where "
+        "that median is 0.",
     )
     spike_window: Positive = Field(
         100, description="Losses that the median is of; none is a spike before there are as many."

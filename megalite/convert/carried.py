@@ -1,4 +1,4 @@
-"""The small files of a Hugging Face folder that travel with the weights: generation settings and tokenizer.
+"""The small files that travel with the weights, as a Hugging Face folder has them: generation settings and tokenizer.
 
 In a checkpoint of ours they lie in `hugging_face/`, listed in its SHA256SUMS; nothing of training reads them.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from megalite.checkpoint.files import Checkpoint
 from megalite.checkpoint.folder import CARRIED
 from megalite.convert.weights import Weights
+from megalite.data.tokenizer import SENTENCEPIECE_FILE
 from megalite.errors import CheckpointError
 
 GENERATION = "generation_config.json"
@@ -20,7 +21,7 @@ _TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -45,6 +46,23 @@ def carry(source: Path, target: Path, names: tuple[str, ...] = (*_TOKENIZER, GEN
         if (source / name).is_file() and not (target / name).exists():
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
+
+
+def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, bytes]:
+    """The files, by name, that a run's checkpoints carry: its config's tokenizer, or else the one that goes with the
+    weights that it starts from, and generation settings of those. Read once: the folders may go before the run ends."""
+    files: dict[str, Path] = {}
+    if weights is not None:
+        for place in (weights.folder / CARRIED, weights.folder):
+            files |= {path.name: path for path in carried_files(place)}
+    if tokenizer is not None:
+        files = {name: path for name, path in files.items() if name == GENERATION}
+        path = Path(tokenizer)
+        files |= {SENTENCEPIECE_FILE: path} if path.is_file() else {path.name: path for path in tokenizer_files(path)}
+    try:
+        return {name: path.read_bytes() for name, path in files.items()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def tokenizer_of(weights: Weights) -> Path | None:

@@ -29,6 +29,7 @@ from megalite.parallel.layers import placed
 
 # Buffers that older releases of transformers saved: computed, not learned.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+_LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
 
@@ -78,8 +79,16 @@ class HFFolder:
             ranges = [slice(start, stop)] + [slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)]
             ranges = ranges[::-1] if entry.transposed else ranges
             piece = self._files.read(self._file_name(entry), tuple(ranges))
+            self._check_finite(self._file_name(entry), piece)
             pieces.append(piece.t() if entry.transposed else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _check_finite(self, file_name: str, part: Tensor) -> None:
+        """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
+        low, high = (end.item() for end in part.aminmax())  # NaN where any is, and then neither comparison holds
+        if not (low >= -_LARGEST and high <= _LARGEST):
+            rule = "every weight must be finite in fp32"
+            raise CheckpointError(f"{self._files.where[file_name]}: {file_name}: holds {low:g} to {high:g}: {rule}")
 
     def _file_name(self, entry: HFTensor) -> str:
         return entry.name.removeprefix(self._prefix)
@@ -191,7 +200,11 @@ class _Files:
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
         """The box of these ranges; all of it where there are none."""
-        handle = self._handle(self.where[name])
-        if isinstance(handle, dict):
-            return handle[name][ranges] if ranges else handle[name]
-        return handle.get_slice(name)[ranges] if ranges else handle.get_tensor(name)
+        path = self.where[name]
+        try:
+            handle = self._handle(path)
+            if isinstance(handle, dict):
+                return handle[name][ranges] if ranges else handle[name]
+            return handle.get_slice(name)[ranges] if ranges else handle.get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error

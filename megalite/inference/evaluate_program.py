@@ -30,6 +30,7 @@ from megalite.inference.program import (
     tokenizer_for,
 )
 from megalite.launch import at_least, place, start_ranks, stop_ranks
+from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "reset_attention", "eod_mask_loss")
 """Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
@@ -78,7 +79,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
         score = evaluate(stage, grid, samples, samples.num_samples, length, options.micro_batch_size)
         settings = data.model_dump(include={"sequence_length", *FOLLOWED})
-        return [{"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "data": settings}]
+        return [{"loss": score.loss, "perplexity": perplexity(score.loss), "tokens": score.tokens, "data": settings}]
 
     return work
 

@@ -98,8 +98,9 @@ class Attention(nn.Module):
         if self.rotary is None:
             return query, key
         if "turns" not in context.shared:
-            positions = context.places(query.shape[2], query.device)
-            context.shared["turns"] = turns(self.rotary, positions, query.dtype)
+            s, device = query.shape[2], query.device
+            spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
+            context.shared["turns"] = turns(self.rotary, context.places(s, device), spans, query.dtype)
         cosine, sine = context.shared["turns"]
         interleaved = self.rotary.interleaved
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

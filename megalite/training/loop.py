@@ -5,7 +5,6 @@ whether the step is sound (health.py); one message at its end carries signals an
 program.py, the command line.
 """
 
-import math
 import signal
 import time
 from contextlib import nullcontext
@@ -26,11 +25,13 @@ from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.replicas import Replicas
 from megalite.signals import EXIT_BASE, listen
+from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
-from megalite.training.health import Health, loss_scale_state
+from megalite.training.fingerprint import fingerprint
+from megalite.training.health import FAULTS, Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
-from megalite.training.metrics import MetricsFile
+from megalite.training.metrics import MetricsFile, perplexity
 from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
 from megalite.training.progress import Screen, matrix_product_rate
@@ -70,7 +71,8 @@ class Run:
         self.rate = LearningRate(engine, config)
         self.rate.start_at(start.step)
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
-        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, run_dir)
+        self.faults_file = Appended(run_dir / FAULTS, self.note)
+        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
         self.pace = Pace(faults, engine, spec, watchdog.hosts)
         self.replicas = Replicas(engine.stage)
         self.going_back, self.last_batch = False, range(0)
@@ -87,11 +89,12 @@ class Run:
         machine_rate = matrix_product_rate(self.device, DTYPES[config.precision])
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
+        self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
         if self.grid.rank == 0:
-            self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard)
             self.screen = Screen(
                 config.train.steps, start.step, config.train.log_interval, spec.flops_per_token(length), machine_rate
             )
+            self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard, self.note)
         self.first_step = start.step
 
     def train(self) -> int:
@@ -101,6 +104,10 @@ class Run:
         except TrainingError:
             self._finish_save()  # one from before the fault is as good as it would have been
             raise
+        finally:
+            for file in (self.metrics, self.faults_file):
+                if file is not None:
+                    file.close()
 
     def _train(self) -> int:
         train, stop, first = self.config.train, 0, self.first_step
@@ -129,9 +136,8 @@ class Run:
             self._finish_save(last=True)
         for line in self.data.share_lines(self.position.consumed_samples):
             self.note(line)
-        if self.screen is not None and self.metrics is not None:
+        if self.screen is not None:
             self.screen.close()
-            self.metrics.close()
         if stop:
             self.note(f"stopped by signal {stop} after step {self.position.step}")
         return EXIT_BASE + stop if stop else 0
@@ -204,6 +210,7 @@ class Run:
         if start.weights is None:
             raise TrainingError(f"{self.config.train.run_dir}: holds no checkpoint to go back to")
         start.fill(self.engine)
+        self.saver.starts_from(start.position.step, start.damaged)
         self.position = replace(start.position, left_out=left_out.left_out)
         self.rate.start_at(self.position.step)
         if self.metrics is not None:
@@ -266,10 +273,10 @@ class Run:
             sums += part
             losses[path] = (part[0] / part[1].clamp(min=1)).item()
         loss = (sums[0] / sums[1].clamp(min=1)).item()
-        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses
-        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
+        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}")
         if self.metrics is not None:
             self.metrics.write(row)
 
@@ -300,6 +307,7 @@ class Run:
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
             "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
+            "fingerprint": self.fingerprint,
             "model": self.model,
             "layout": {
                 "pipe": grid.pipe.size,

@@ -4,6 +4,7 @@ The share of this machine's matrix-product rate is of the rate that the ranks th
 at once, in the type that they compute with.
 """
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -70,14 +71,14 @@ class Screen:
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], description=text)
         elif row["step"] % self.log_interval == 0 or row["step"] == self.steps:
-            print(f"step {row['step']}/{self.steps}  {text}  {clock(self.seconds_left)} left", flush=True)
+            say(f"step {row['step']}/{self.steps}  {text}  {clock(self.seconds_left)} left")
 
     def note(self, text: str) -> None:
         """Anything else worth a line."""
         if self.bar is not None:
             self.bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -88,6 +89,12 @@ class Screen:
         if torch.accelerator.is_available():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
+
+
+def say(text: str) -> None:
+    """A line on standard output. Where that is a file on a full disk the run goes on without the line."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def clock(seconds: float) -> str:
