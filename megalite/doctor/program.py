@@ -4,7 +4,6 @@
 """
 
 import json
-import secrets
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
 from megalite.launch import ArgumentParser, at_least
-from megalite.launching.attempt import THIS, Attempt, HostsLost, Program, Signals
+from megalite.launching.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import check_bare, python_module, ssh, variables
 from megalite.model.families import read_spec
@@ -89,7 +88,7 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     signals = Signals()
     signals.listen()
     try:
-        outcome = Attempt(program, slots, f"/tmp/megalite-{secrets.token_hex(8)}-1", signals).run()
+        outcome = Attempt(program, slots, name_of_run(), signals).run()
     except HostsLost as error:
         yield str(error)
         return
