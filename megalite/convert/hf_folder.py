@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalite.convert.names import groups_of, hf_tensor
 from megalite.errors import CheckpointError
+from megalite.inputs import check_links
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
@@ -50,6 +51,7 @@ class HFFolder:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files")
+        check_links(self.folder, CheckpointError)
         self.model: dict[str, Any] = model_dict(str(self.folder))
         self.spec = read_spec(self.model)
         self.shapes = full_shapes(self.spec)

@@ -74,13 +74,19 @@ def fits(spec: TransformerSpec) -> bool:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits [B, S, V] of transformers' model, its stored weights computed with in fp32."""
+    """Logits [B, S, V] of transformers' model, its stored weights computed with in fp32. What computes them is chosen
+    here: a config.json may name code to fetch and run for attention and experts."""
     from transformers import AutoModelForCausalLM  # seconds to import
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
     )
     return model.eval()(tokens).logits
 

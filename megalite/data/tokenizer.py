@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 
 from megalite.errors import DataError
+from megalite.inputs import check_links
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _EQUAL_FILE = "sentencepiece_equal.json"
@@ -161,6 +162,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path)
     if not path.is_dir():
         raise DataError(f"{folder}: no such folder: must hold a tokenizer")
+    check_links(path, DataError)
     model_file = path / SENTENCEPIECE_FILE
     if model_file.is_file() and not any((path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         return SentencePieceTokenizer(model_file)
