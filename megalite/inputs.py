@@ -5,6 +5,7 @@ raises anything over a forged file. Next: config/reading.py, which reads the JSO
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from megalite.errors import ConfigError, MegaliteError, UserError
 
 TRACEBACK = "MEGALITE_TRACEBACK"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_CHARACTERS = 200  # of what a library says
 _CACHE = "snapshots"  # in Hugging Face's cache the files of models--NAME/snapshots/COMMIT are links to blobs/
 
@@ -23,12 +25,16 @@ def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[N
     """Makes an error that no rule foresaw an error of `kind` that names `what` is read; ours pass unchanged.
 
     What it was raised from is shown with MEGALITE_TRACEBACK=1 (launch.py), so that a bug of ours can be told from an
-    odd file.
+    odd file. A full disk is the machine's, and passes too.
     """
     try:
         yield
     except MegaliteError:
         raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise kind(f"{what}: cannot be read: {error.strerror or error}") from error
     except BaseException as error:
         # A panic of Rust's libraries (tokenizers, safetensors) is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -37,8 +43,6 @@ def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[N
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
     return ": ".join(filter(None, [type(error).__name__, said])) + f" ({TRACEBACK}=1 shows where)"
 
@@ -48,7 +52,7 @@ def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise kind(f"{path}: is not UTF-8 (byte {error.start})") from None
+        raise kind(f"{path}: cannot be read: it is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise kind(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -71,7 +75,7 @@ def parse_json(
     except UnicodeEncodeError:
         raise kind(f"{where}: holds half of a surrogate pair") from None
     except RecursionError:
-        raise kind(f"{where}: is nested too deeply") from None
+        raise kind(f"{where}: cannot be read: it is nested too deeply") from None
     except ValueError as error:  # of a hook, or Python's own of a number with more than 4,300 digits
         raise kind(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from None
     return value
@@ -81,7 +85,7 @@ def read_json_object(path: str | Path, kind: type[UserError] = ConfigError) -> d
     """A file that holds one JSON object. An error of `kind` where it does not."""
     value = parse_json(read_text(path, kind), path, kind)
     if not isinstance(value, dict):
-        raise kind(f"{path}: must hold one JSON object {{…}}")
+        raise kind(f"{path}: must hold an object {{…}}")
     return value
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megalite.errors import DataError
+from megalite.inputs import reading
 
 Kind = Literal["jsonl", "txt", "paragraphs", "parquet"]
 STANDARD_INPUT = "-"
@@ -88,16 +89,15 @@ def read_chunks(inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, sta
         if number < start.input:
             continue
         begin = start if number == start.input else Place(number)
-        try:
+        with reading(path, DataError):
             if kind == "parquet":
                 yield from _parquet_chunks(path, text_key, begin)
                 continue
-            with _Stream(path, begin.offset) as stream:
-                yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (EOFError, zlib.error) as error:
-            raise DataError(f"{path}: is damaged: {error}") from None
+            try:
+                with _Stream(path, begin.offset) as stream:
+                    yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
+            except (EOFError, zlib.error) as error:
+                raise DataError(f"{path}: is damaged: {error}") from None
 
 
 def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:

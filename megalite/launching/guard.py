@@ -116,7 +116,8 @@ class Guard:
 
     def _ranks(self) -> dict[int, str]:
         """Rank by process."""
-        processes = {pid: values["RANK"] for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
+        found = _processes(str(self.folder))
+        processes = {pid: values["RANK"] for pid, values in found.items() if values.get("RANK", "").isdecimal()}
         first = {rank: pid for pid, rank in self.seen.items()}
         for pid, rank in processes.items():
             if parent_of(pid) in processes or rank in self.told or first.get(rank, pid) != pid:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.errors import ConfigError
+from megalite.inputs import read_text
 
 ENV_FILE = "DS_ENV_FILE"  # DeepSpeed's: the file of variables that it exports on each host
 USER_ENV_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))  # that DeepSpeed reads where none is named
@@ -85,7 +86,7 @@ def _asked_for() -> dict[str, str]:
     named = os.environ.get(ENV_FILE)
     for path in [Path(named)] if named else USER_ENV_FILES:
         if path.expanduser().is_file():
-            for number, line in enumerate(path.expanduser().read_text().splitlines(), 1):
+            for number, line in enumerate(read_text(path.expanduser()).splitlines(), 1):
                 name, equals, value = line.partition("=")
                 if equals:
                     found[name.strip()] = value.strip()

@@ -27,10 +27,11 @@ class StartsFailed(MegaliteError):
 def main(arguments: list[str]) -> int:
     """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
     options = _parse(arguments)
-    hosts: dict[str, int] = read_hostfile(options.hostfile) if options.hostfile else {THIS: options.num_gpus}
+    over_ssh = options.hostfile is not None
+    hosts: dict[str, int] = read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
     if options.num_nodes:
         hosts = dict([*hosts.items()][: options.num_nodes])
-    if options.hostfile:
+    if over_ssh:
         if options.num_gpus:
             hosts = {host: int(options.num_gpus) for host in hosts}
         check_bare()

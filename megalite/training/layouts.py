@@ -35,7 +35,8 @@ class Layout:
         values: dict[str, int] = {}
         for part in text.split(","):
             name, _, value = part.partition("=")
-            if name not in names or name in values or not value.isdecimal() or (name != "zero" and int(value) < 1):
+            good = value.isascii() and value.isdecimal() and len(value) < 10 and (name == "zero" or int(value) > 0)
+            if name not in names or name in values or not good:
                 rule = f"must be NAME=NUMBER, each of {', '.join(names)} at most once, as in pipe=2,data=2"
                 raise ConfigError(f"--layouts: {text}: {rule}")
             values[name] = int(value)
