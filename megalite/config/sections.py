@@ -90,7 +90,7 @@ class Data(Section):
     tokenizer: Text | None = Field(
         None, description="Folder of the tokenizer; may be left out where no text is decoded."
     )
-    sequence_length: Positive = Field(description="Tokens in a sample.")
+    sequence_length: int = Field(ge=1, le=2**24, description="Tokens in a sample.")
     train: Sources = Field(
         min_length=1, description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.'
     )

@@ -78,7 +78,8 @@ def _value(name: str, value: str, text: str) -> Any:
         if value not in ("true", "false"):
             raise ConfigError(f"--layouts: {text}: sequence: must be true or false")
         return value == "true"
-    if not value.isdecimal() or (name != "zero" and int(value) < 1):
+    good = value.isascii() and value.isdecimal() and len(value) < 10
+    if not good or (name != "zero" and int(value) < 1):
         raise ConfigError(f"--layouts: {text}: {name}: must be a number, as in pipe=2,data=2")
     return int(value)
 

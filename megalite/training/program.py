@@ -20,7 +20,8 @@ from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_ranks
+from megalite.inputs import reading
+from megalite.launch import MOST_RANKS, ArgumentParser, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
     if {"--check", "--help", "-h"} & set(arguments):
         options = _parse(arguments)
         prepared = prepare(options.deepspeed_config, options.overrides, options.world_size or place().world_size)
-        check_data(prepared.config.data, prepared.spec.vocabulary_size)
+        with reading(options.deepspeed_config):
+            check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
         return 0
@@ -63,7 +65,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is")
     parser.add_argument("--check", action="store_true", help="validate config and data, print the JSON, start nothing")
-    parser.add_argument("--world-size", type=at_least(1), metavar="N", help="with --check: for so many ranks")
+    ranks = at_least(1, MOST_RANKS)
+    parser.add_argument("--world-size", type=ranks, metavar="N", help="with --check: for so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it; it is in the env
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a dotted path into the JSON and its value")
     options = parser.parse_args(arguments)
@@ -83,16 +86,18 @@ class Prepared:
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
     """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
-    loaded = load_config(path, overrides)
-    config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
-    spec = read_spec(config.model)
-    check_model(config, spec)
-    check_parameter_groups(config, spec)
-    prepared = Prepared(config, spec, model_dict(config.model))
-    if thorough:
-        _check_data(config, spec)
-        _check_run_dir(prepared)
-        check_nvme(config, spec, place().local_size)
+    with reading(path):
+        loaded = load_config(path, overrides)
+        config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
+        spec = read_spec(config.model)
+        check_model(config, spec)
+        check_parameter_groups(config, spec)
+        prepared = Prepared(config, spec, model_dict(config.model))
+        if thorough:
+            _check_data(config, spec)
+            with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
+                _check_run_dir(prepared)
+            check_nvme(config, spec, place().local_size)
     return prepared
 
 
