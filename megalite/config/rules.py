@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from megalite.config.batches import BatchPlan
 from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, OffloadOptimizer, Optimizer, ZeroOptimization
+from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, broken, nearest, parse
 from megalite.config.sections import Data, Megalite, Parallel
@@ -176,6 +177,7 @@ def check_document(document: Document) -> None:
     check_data_keys(document.megalite.data)
     _check_faults(document.megalite)
     _check_precision(document)
+    check_schedule_of_pipe(document.megalite.parallel)
     _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
     if document.optimizer is None:
         raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
@@ -330,6 +332,7 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
     batch, micro, accumulation = batch_sizes(document, data)
     plan = BatchPlan(batch, document.megalite.train.batch_ramp)
     _check_ramp(plan, micro, data)
+    check_micro_batches(document.megalite.parallel, plan, micro, data)
     schedule = check_schedule(document)
     if isinstance(schedule, Constant):
         warmup_steps(document, schedule, plan)
@@ -383,8 +386,9 @@ def machine_has_gpu() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 
 
-def check_layout(tensor: int, pipe: int, dims: ModelDims) -> None:
+def check_layout(parallel: Parallel, dims: ModelDims) -> None:
     """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
+    tensor = parallel.tensor
     for name, size in (
         ("num_attention_heads", dims.num_heads),
         ("intermediate_size", dims.intermediate_size),
@@ -396,14 +400,13 @@ def check_layout(tensor: int, pipe: int, dims: ModelDims) -> None:
         raise broken("megalite.parallel.tensor", tensor, rule)
     if dims.vocabulary_size < tensor:
         raise broken("megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}")
-    if dims.num_layers < pipe:
-        raise broken("megalite.parallel.pipe", pipe, f"must be at most num_hidden_layers {dims.num_layers}")
+    check_layers(parallel, dims.num_layers)
 
 
 def check_dims(document: Document, dims: ModelDims) -> None:
     """The model's sizes against the grid and the samples."""
     megalite = document.megalite
-    check_layout(megalite.parallel.tensor, megalite.parallel.pipe, dims)
+    check_layout(megalite.parallel, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"

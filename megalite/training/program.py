@@ -21,6 +21,8 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.launch import ArgumentParser, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.pipeline.plan import plan_of
+from megalite.pipeline.told import pipeline_lines
 from megalite.training.memory import told_lines
 from megalite.training.nvme import check_nvme, remove_swap_folders
 from megalite.training.optimizer import check_parameter_groups
@@ -152,8 +154,10 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _tell_memory(prepared: Prepared, file: TextIO) -> None:
-    """The table of what each rank will hold."""
-    print("\n".join(told_lines(prepared.config, prepared.spec)), file=file, flush=True)
+    """The table of what each rank will hold, and the pipeline's schedule."""
+    config, spec = prepared.config, prepared.spec
+    lines = told_lines(config, spec) + pipeline_lines(plan_of(config, spec), config.accumulation_steps)
+    print("\n".join(lines), file=file, flush=True)
 
 
 def _train(prepared: Prepared, rank: int) -> int:

@@ -3,7 +3,6 @@ left out."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,14 +14,15 @@ from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import read_spec
 from megalite.model.memory import (
+    ChunkPart,
     Forward,
     Table,
     angles_table,
+    chunk_table,
     embedding_table,
     head_table,
     layer_table,
     logits_bytes,
-    stage_kept,
     total,
 )
 from megalite.model.spec import TransformerSpec
@@ -78,18 +78,19 @@ def measured(
 ) -> tuple[list[int], int]:
     """Bytes of embedding, each layer and head by themselves; and of the whole stage."""
     spec = read_spec(config)
-    stage = Stage(spec, grid, recompute, sequence).initialise(1).to(dtype)
+    stage = Stage(spec, grid, None, recompute, sequence).initialise(1).to(dtype)
     parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     documents = (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
     context = Context(randomness=Randomness(1, 1, torch.arange(BATCH)), documents=documents)
     whole, _ = saved(parameters, lambda: stage(ids, ids, context))
-    if stage.recompute_every:  # of whole layers: by themselves they keep all
+    (chunk,) = stage.chunks.values()
+    if chunk.recompute_every:  # of whole layers: by themselves they keep all
         return [], whole
     assert stage.embedding is not None and stage.head is not None
     first, hidden = saved(parameters, lambda: stage.embedding(ids, context))  # type: ignore[misc]
-    blocks = [saved(parameters, lambda b=b: b(hidden, context))[0] for b in stage.blocks.values()]
+    blocks = [saved(parameters, lambda b=b: b(hidden, context))[0] for b in chunk.blocks.values()]  # type: ignore[union-attr]
     last, _ = saved(parameters, lambda: stage.head(hidden, ids))  # type: ignore[misc]
     return [first, *blocks, last], whole
 
@@ -100,7 +101,7 @@ def predicted(
     at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
     angles = angles_table(spec, at)  # each layer by itself saves them
     layers = [layer_table(spec, i, at, recompute == "selective") | angles for i in range(spec.num_layers)]
-    kept = dict(stage_kept(spec, grid, recompute, at, 4).table)
+    kept = chunk_table(spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at)
     if recompute not in (0, "selective"):
         del kept["angles"]  # kept by the context that backward calls the layers with again: no hook sees them
     return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
@@ -147,28 +148,3 @@ def test_one_rank() -> None:
 def test_tensor_2_with_and_without_sequence_parallelism() -> None:
     wrong = [line for lines in run_ranks(2, on_ranks, (True, False)) for line in lines]
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_a_stage_keeps_its_micro_batches_under_1f1b(recompute: int) -> None:
-    """min(p - i, m) of them, each with the messages that the schedule holds on to."""
-    spec, dtype, pipe, count = read_spec(FAMILY_CONFIGS["llama"]), torch.bfloat16, 3, 2
-    for number in range(pipe):
-        grid = Grid.at(number, pipe, 1, 1)
-        stage = Stage(spec, grid, recompute).initialise(1).to(dtype)
-        parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
-        micro_batches = min(pipe - number, count)
-        held = 0
-        for _ in range(micro_batches):
-            ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
-            source = torch.randn(BATCH, LENGTH, spec.hidden_size, dtype=dtype, requires_grad=True)
-            labels = ids if grid.pipe.is_last else None
-            forward = partial(stage, ids if number == 0 else source, labels, Context())
-            size, output = saved(parameters, forward)
-            # A recomputed layer keeps its input itself; the angles are seen by no hook there.
-            held += size if recompute or number == 0 else size + source.nbytes
-            held += 0 if grid.pipe.is_last else output.nbytes
-        kept = stage_kept(spec, grid, recompute, Forward(BATCH, LENGTH, dtype, Split(grid.tensor)), count)
-        assert kept.micro_batches == micro_batches
-        unseen = kept.table["angles"] * micro_batches if recompute else 0
-        assert held == pytest.approx(total(kept.table) * micro_batches - unseen, rel=WITHIN)

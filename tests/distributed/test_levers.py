@@ -15,6 +15,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.loss import head_loss
 from megalite.parallel.norm import BLOCK, squares
+from megalite.pipeline.plan import inference_cut
 from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, FEW_KV_HEADS, VOCABULARY, Result, forward_backward, full_gradients
 from tests.ranks import run_ranks
@@ -55,7 +56,8 @@ def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, cases: list[Ca
     grid = Grid.build(pipe, tensor)
     results = []
     for config, options, packed in cases:
-        stage = Stage(read_spec(config), grid, **options).initialise(1)
+        spec = read_spec(config)
+        stage = Stage(spec, grid, inference_cut(spec, pipe), **options).initialise(1)
         halves = [run(stage, packed, slice(i, i + 2)) for i in (0, 2)]  # two micro-batches add their gradients
         results.append((halves[1][0], halves[0][1] + halves[1][1], halves[1][2]))
     return results

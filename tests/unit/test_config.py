@@ -5,9 +5,10 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-from megalite.config import Config, load_config
+from megalite.config import Config, check_model, load_config
 from megalite.config.deepspeed_keys import Bf16, Fp16, OffloadOptimizer, OffloadParam, ZeroOptimization
 from megalite.errors import ConfigError
+from megalite.model.families import read_spec
 
 TINY = "ds_configs/tiny_cpu.json"
 
@@ -25,6 +26,11 @@ def test_resolved_config_is_its_own_input() -> None:
         ('megalite.parallel.tensor="4"', 'megalite.parallel.tensor: "4": must be an integer'),
         ("zero_optimization.stage=3", "must be at most 2 with megalite.parallel.pipe 2"),
         ("megalite.parallel.tensor=3", "world size: 8: must be a multiple of"),
+        ("megalite.parallel.schedule=zbv", "megalite.parallel.schedule: \"zbv\": must be '1f1b', 'interleaved'"),
+        ("megalite.parallel.chunks=2", 'chunks: 2: needs megalite.parallel.schedule "interleaved"'),
+        ("megalite.parallel.chunks=1", "megalite.parallel.chunks: 1: must be at least 2"),
+        ("megalite.parallel.cut=[4]", "cut: [4]: must have 2 numbers: megalite.parallel.pipe 2 × 1 chunks a rank"),
+        ("megalite.parallel.cut=[0,4]", "cut: [0, 4]: must have 1 or more in every place but the last"),
         ("train_batch_size=9", "= 16"),
         ("fp16.auto_cast=true", "fp16.auto_cast: a stage's inputs are token ids"),
         ("bf16.check_grad_overflow=true", "see megalite.train.faults.not_finite"),
@@ -40,6 +46,30 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(TINY, [override]).resolve(8)
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["pipe=1", "schedule=zb-v"], 'schedule: "zb-v": needs megalite.parallel.pipe of 2 or more'),
+        (["schedule=zb-v", "chunks=3"], 'chunks: 3: must be 2 with megalite.parallel.schedule "zb-v"'),
+        (["schedule=interleaved", "pipe=8", "tensor=1"], "train_batch_size: 8: must be a multiple of train_micro"),
+        (["pipe=8", "tensor=1"], "pipe: 8: must be at most num_hidden_layers + 1 (the head), 5"),
+        (["schedule=interleaved", "chunks=3"], "pipe: 2: times 3 chunks a rank, 6, must be at most num_hidden_layers"),
+        (["cut=[2,3]"], "cut: [2, 3]: has 5 layers: must have num_hidden_layers 4"),
+    ],
+)
+def test_the_pipe_axis_fits_schedule_batch_and_layers(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config = load_config(TINY, [f"megalite.parallel.{override}" for override in overrides]).resolve(8)
+        check_model(config, read_spec(config.model))
+    assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_interleaving_holds_for_every_batch_of_a_ramp() -> None:
+    ramp = 'megalite.train.batch_ramp={"start": 4, "increment": 4, "samples": 100}'
+    with pytest.raises(ConfigError, match=r"batch_ramp.start: 4: must be a multiple of .* = 8 with"):
+        load_config(TINY, [ramp, "megalite.parallel.schedule=interleaved"]).resolve(8)
 
 
 def test_a_resolved_config_says_what_deepspeed_would_choose_otherwise() -> None:

@@ -135,7 +135,7 @@ def test_initial_weights_are_spread_as_in_transformers(name: str) -> None:
 
 def test_init_keys_change_what_they_name() -> None:
     def spreads(*keys: str) -> dict[str, float]:
-        config = tiny(*keys)
+        config = tiny("megalite.parallel.pipe=1", *keys)
         stage = build_stage(config, read_spec(config.model), Grid())
         return {place.name: spread(value.detach()) for value, place in placed(stage)}
 
