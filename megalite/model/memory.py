@@ -31,7 +31,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
-from megalite.parallel.loss import chunk_rows
+from megalite.parallel.loss import chunk_rows, gradient_type
 
 FP32, INT64 = 4, 8
 Table = dict[str, int]
@@ -47,6 +47,7 @@ class Forward:
     dtype: torch.dtype
     split: Split
     documents: bool = False
+    device: str = "cpu"
 
     @property
     def width(self) -> int:
@@ -150,20 +151,27 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
     table = _norm(spec.norm, "final norm", at.rows * spec.hidden_size, at.rows, at)
     start, stop = share(spec.vocabulary_size, at.split.axis)
-    wide = FP32 if at.dtype == torch.float16 else at.width
+    wide = gradient_type(at.dtype).itemsize
+    sums = wide if _loss_rows(spec, at) >= at.tokens else FP32
     table["loss: gradient of its input"] = wide * at.tokens * spec.hidden_size
-    table["loss: gradient of its weight"] = FP32 * (stop - start) * spec.hidden_size
+    table["loss: gradient of its weight"] = sums * (stop - start) * spec.hidden_size
     if spec.head_bias:
         table["loss: gradient of its bias"] = FP32 * (stop - start)
     return table
 
 
 def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
-    """What the loss holds of a chunk's logits, in fp32."""
-    axis = at.split.axis
-    start, stop = share(spec.vocabulary_size, axis)
-    rows = chunk_rows(at.tokens, spec.hidden_size, -(-spec.vocabulary_size // axis.size))
-    return FP32 * rows * (stop - start)
+    """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    start, stop = share(spec.vocabulary_size, at.split.axis)
+    whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
+    width = at.width + FP32 if at.width < FP32 and whole else at.width
+    return width * _loss_rows(spec, at) * (stop - start)
+
+
+def _loss_rows(spec: TransformerSpec, at: Forward) -> int:
+    """Tokens of a chunk of the loss."""
+    columns = -(-spec.vocabulary_size // at.split.axis.size)
+    return chunk_rows(at.tokens, spec.hidden_size, columns, gradient_type(at.dtype).itemsize, at.device)
 
 
 def angles_table(spec: TransformerSpec, at: Forward) -> Table:

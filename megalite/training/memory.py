@@ -31,7 +31,7 @@ import torch
 
 from megalite.config import Config
 from megalite.config.deepspeed_keys import Aio
-from megalite.config.rules import moments_kept
+from megalite.config.rules import machine_has_gpu, moments_kept
 from megalite.model.memory import Forward
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
@@ -187,7 +187,8 @@ def _moments(config: Config) -> int:
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
     """What a rank's forwards keep for its backwards at most."""
     dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
-    at = Forward(config.micro_batch_size, config.data.sequence_length, dtype, split, config.data.reset_attention)
+    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
+    at = Forward(config.micro_batch_size, config.data.sequence_length, dtype, split, documents, device)
     return kept_by(spec, plan_of(config, spec), grid.pipe.rank, recompute_of(config), at, config.accumulation_steps)
 
 

@@ -2,6 +2,7 @@
 left out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,12 +22,15 @@ from megalite.model.memory import (
     embedding_table,
     head_table,
     layer_table,
+    logits_bytes,
     total,
 )
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Recompute, Stage
+from megalite.model.transformer import Head, Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
+from megalite.parallel.loss import IN_CACHE
+from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, VOCABULARY
 from tests.ranks import run_ranks
 
@@ -118,6 +122,23 @@ def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[st
         if whole != pytest.approx(stage, rel=WITHIN):
             wrong.append(f"{label}: saved {whole}, predicted {stage}")
     return wrong
+
+
+@pytest.mark.parametrize("rows", [13, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_logits_of_a_chunk(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that the head needs in forward is what it keeps and a chunk's logits."""
+    monkeypatch.setattr("megalite.parallel.loss.LEAST_ROWS", rows)
+    spec = replace(read_spec(FAMILY_CONFIGS["llama"]), vocabulary_size=20_000, hidden_size=4)
+    at = Forward(1, 200, dtype, Split(Grid().tensor))
+    head = Head(spec, at.split, None, 0.0).to(dtype)
+    hidden, labels = torch.randn(1, 200, 4, dtype=dtype), torch.randint(0, 20_000, (1, 200))
+    kept: list[Tensor] = []
+    peak = peak_bytes(lambda: kept.append(head(hidden, labels)))
+    predicted = total(head_table(spec, at)) + logits_bytes(spec, at)
+    block = 4 * IN_CACHE if dtype == torch.bfloat16 else 0
+    weight = 4 * 20_000 * 4 if dtype == torch.float16 else 0
+    assert peak == pytest.approx(predicted + block + weight, rel=0.1)
 
 
 def test_one_rank() -> None:
