@@ -6,11 +6,13 @@ own handlers do not run. launcher/run.py, where that started the ranks, learns h
 """
 
 import contextlib
+import errno
 import functools
 import os
 import select
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -90,13 +92,33 @@ def leave_word(code: int) -> None:
     if folder := os.environ.get(LAUNCH):
         with contextlib.suppress(OSError):
             word = f"{code} {LOST}" if Signals.launcher_lost else f"{code}"
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(word)
+            inside = private_folder(folder)
+            name, flags = f"rank_{os.environ.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(os.open(name, flags, 0o600, dir_fd=inside), "w") as file:
+                file.write(word)
+            os.close(inside)
 
 
 def killed_ranks() -> set[int]:
     """Those of which launcher/run.py has heard that they ended without a word; none where it did not start this one."""
-    folder = os.environ.get(LAUNCH)
-    return {int(path.name.removeprefix(KILLED)) for path in Path(folder).glob(f"{KILLED}*")} if folder else set()
+    names: list[str] = []
+    if folder := os.environ.get(LAUNCH):
+        with contextlib.suppress(OSError):
+            inside = private_folder(folder)
+            names = os.listdir(inside)
+            os.close(inside)
+    return {int(name.removeprefix(KILLED)) for name in names if name.startswith(KILLED)}
+
+
+def private_folder(path: str) -> int:
+    """A descriptor of a folder in which nobody but this user can write, or have written. OSError where it is none: it
+    lies in /tmp, where another user could have put a folder or a link of that name."""
+    inside = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(inside)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(inside)
+        raise PermissionError(errno.EPERM, f"belongs to user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}")
+    return inside
 
 
 def settle(code: int) -> None:

@@ -13,7 +13,9 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
+from megalite.pipeline.cut import ModelCosts
+from megalite.pipeline.plan import make_plan
 
 VOCABULARY, SEQUENCE = 131, 12
 MODELS: dict[str, dict[str, Any]] = {
@@ -89,12 +91,14 @@ def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
     """An engine of the task's model on this rank of the layout, with torch's AdamW."""
     deepspeed.init_distributed("gloo")
     grid = Grid.build(layout.pipe, layout.tensor)
-    stage = Stage(read_spec(task.section), grid, layout.recompute).initialise(seed=1)
+    spec = read_spec(task.section)
+    plan = make_plan("1f1b", layout.pipe, 1, None, ModelCosts.of(spec, SEQUENCE, layout.recompute))
+    stage = Stage(spec, grid, plan.cut, layout.recompute).initialise(seed=1)
     tied = stage.tied_parameter
     groups = [{"params": [p for p in stage.parameters() if p is not tied]}]
     if tied is not None:
         groups.append({"params": [tied]})
-    optimizer = torch.optim.AdamW(groups, lr=task.lr, eps=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=task.lr, eps=1e-4, weight_decay=0.01, fused=True)
     config = {
         "train_batch_size": task.batch,
         "train_micro_batch_size_per_gpu": layout.micro,
@@ -114,7 +118,7 @@ def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
         stage, grid, args=None, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config, grid)
     )
     dtype = torch.bfloat16 if layout.dtype == "bf16" else torch.float32
-    return engine, Pipeline(engine, grid.pipe, (layout.micro, SEQUENCE, 32), dtype), grid
+    return engine, Pipeline(engine, grid.pipe, plan, (layout.micro, SEQUENCE, 32), dtype), grid
 
 
 def train_steps(
@@ -128,7 +132,7 @@ def train_steps(
         weight = int((labels != -100).sum())
         starts = [(k * grid.data.size + grid.data.rank) * layout.micro for k in range(count)]
         batches = [(tokens[i : i + layout.micro], labels[i : i + layout.micro]) for i in starts]
-        total = pipeline.train_step(batches, grid.data.size * count / weight).double()
+        total = pipeline.train_step(batches, grid.data.size / weight).double()
         dist.all_reduce(total)
         losses.append(total.item() / (layout.tensor * weight))
         norms.append(float(engine.get_global_grad_norm()))

@@ -13,8 +13,8 @@ import torch
 from megalite.config import Config
 from megalite.errors import TrainingError
 from megalite.model.families import model_dict, read_spec
-from megalite.parallel.engine import Engine
-from megalite.parallel.pipeline import Pipeline
+from megalite.model.transformer import Stage
+from megalite.pipeline.actions import Pipeline
 from megalite.training.program import Prepared, _train
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus
@@ -55,7 +55,7 @@ def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) 
     deepspeed.init_distributed("gloo")
     results: list[int | str] = []
     for keys, plant in runs:
-        config = Config.from_dict(keys).resolve(world_size, has_gpu=False)
+        config = Config.from_dict(keys).resolve(world_size)
         prepared = Prepared(config, read_spec(config.model), model_dict(config.model))
         with plant(rank):
             try:
@@ -71,7 +71,7 @@ def spoilt(
 ) -> Iterator[None]:
     """On rank `on`, at the calls of train_step in `at` (from 1): what the stage gives out, or the gradient of that, of
     one micro-batch times `factor`."""
-    whole, forward, backward = Pipeline.train_step, Engine.forward, Pipeline._backward
+    whole, forward = Pipeline.train_step, Stage.forward
     calls = 0
     pipelines: list[Any] = [None]
 
@@ -80,24 +80,20 @@ def spoilt(
         calls, pipelines[:] = calls + 1, [self]
         return whole(self, *args)
 
-    def forwards(self: Engine, *args: Any) -> Any:
+    def forwards(self: Stage, *args: Any) -> Any:
         output = forward(self, *args)
-        here = phase == "forward" and calls in at and torch.is_grad_enabled()
-        return output * factor if here and pipelines[0].micro_batch == micro_batch else output
-
-    def backwards(self: Pipeline, k: int, source: Any, output: Any, scale: float) -> None:
-        if phase == "backward" and k == micro_batch and calls in at:
-            output.register_hook(lambda gradient: gradient * factor)
-        backward(self, k, source, output, scale)
+        action = pipelines[0].interpreter.action
+        if calls not in at or not torch.is_grad_enabled() or action.kind != "F" or action.micro_batch != micro_batch:
+            return output
+        if phase == "forward":
+            return output * factor
+        output.register_hook(lambda gradient: gradient * factor)
+        return output
 
     if rank != on:
         yield
         return
-    with (
-        mock.patch.object(Pipeline, "train_step", counted),
-        mock.patch.object(Engine, "forward", forwards),
-        mock.patch.object(Pipeline, "_backward", backwards),
-    ):
+    with mock.patch.object(Pipeline, "train_step", counted), mock.patch.object(Stage, "forward", forwards):
         yield
 
 

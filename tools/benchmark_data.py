@@ -26,7 +26,7 @@ from megalite.data.loader import TrainData
 from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
-from megalite.launch import ArgumentParser, at_least, run_program
+from megalite.launch import ArgumentParser, at_least, positive, run_program
 
 _WORDS = 4000  # of the made-up language
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to measure with; without it tokenizing is left out")
     parser.add_argument("--input", metavar="FILE", help=".jsonl to tokenize (default: made-up text)")
-    parser.add_argument("--megabytes", type=float, default=20, help="of made-up text (default: 20)")
+    parser.add_argument("--megabytes", type=positive, default=20, help="of made-up text (default: 20)")
     parser.add_argument("--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)")
     parser.add_argument("--tokens", type=at_least(1), default=100_000_000, help="of the largest corpus (default: 10^8)")
     parser.add_argument("--sequence-length", type=at_least(1), default=2048, help="of samples (default: 2,048)")

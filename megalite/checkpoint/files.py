@@ -39,6 +39,10 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
+_STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
+    "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
+    "sequence_length": (int,),
+}  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
 
@@ -132,10 +136,14 @@ class Checkpoint:
             for key in ("step", "consumed_samples", "consumed_tokens", "seed"):
                 if not isinstance(state[key], int) or state[key] < 0:
                     raise ValueError(f"{key}: {state[key]!r}: must be a number of 0 or more")
+            for key, kinds in _STATE_KINDS.items():
+                if not isinstance(state.get(key, kinds[0]()), kinds):
+                    raise ValueError(f"{key}: {state[key]!r}: must be {kinds[0].__name__}")
             if not isinstance(model, dict):
                 raise ValueError("model: must be a Hugging Face config")
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
-            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {error}") from error
+        except Exception as error:  # of the wrong shape it can raise anything
+            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {str(error)[:200]}") from error
+        _check_sizes(folder, index)
         return cls(folder, state, model, index)
 
     @property
@@ -247,6 +255,19 @@ class CheckpointWriter:
         except BaseException:
             self.transaction.abandon()
             raise
+
+
+def _check_sizes(folder: Path, index: Index) -> None:
+    """CheckpointError where a file is too small for the boxes that the index puts into it: they would be made room for
+    before that shows."""
+    needed: dict[str, int] = {}
+    for entry in index.entries.values():
+        for chunk in entry.chunks:
+            needed[chunk.file] = needed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+    for name, count in needed.items():
+        path = folder / name
+        if path.is_file() and (size := path.stat().st_size) < count:
+            raise CheckpointError(f"{path}: cannot be read: {size} bytes: its boxes in {INDEX} take {count}")
 
 
 def size_bytes(index: Index) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from megalite.errors import CheckpointError
+from megalite.inputs import read_json_object
 
 FORMAT = 1
 STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
@@ -40,6 +41,7 @@ _OWN_SUM = "# of the lines above: "
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")  # no path: an index cannot point out of its folder
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _READ_BYTES = 1 << 22
+_MOST_DIMS = 8  # of a tensor
 
 
 @dataclass
@@ -113,6 +115,10 @@ class Index:
             chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
             if not all(_PLAIN_NAME.match(chunk.file) for chunk in chunks):
                 raise ValueError(f"{name}: a file outside the folder")
+            if any(type(number) is not int for chunk in chunks for number in (*chunk.offsets, *chunk.shape)):
+                raise ValueError(f"{name}: a box must be given by integers")
+            if len(entry["shape"]) > _MOST_DIMS:
+                raise ValueError(f"{name}: {len(entry['shape'])} dims: must be at most {_MOST_DIMS}")
             index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
         return index
 
@@ -271,12 +277,7 @@ def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:
     """A JSON object of a checkpoint, parsed only after its SHA-256 has been checked."""
     path = folder / name
     check_file(folder, name, digest)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold an object")
+    value = read_json_object(path, CheckpointError)
     if name == STATE and value.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format: {value.get('format')!r}: must be {FORMAT}")
     return value

@@ -1,7 +1,7 @@
 """One JSON says what a run is: DeepSpeed's keys at the top, megalite's under `"megalite"`.
 
 `load_config` reads a file and `KEY=VALUE` overrides and checks each key; `Config.resolve` adds the world
-size, applies the rules between keys and writes every default that the result hangs on; `check_model`
+size, applies the rules between keys and writes every default that the result depends on; `check_model`
 holds the model's sizes against the rest. Nothing here imports torch or deepspeed or starts anything.
 
 Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.py` (what ties them).
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalite.config.batches import BatchPlan
-from megalite.config.reading import apply_overrides, read_json
+from megalite.config.reading import apply_overrides, check_numbers, read_json
 from megalite.config.rules import (
     Document,
     ModelDims,
@@ -23,13 +23,13 @@ from megalite.config.rules import (
     check_schedule,
     data_axis_size,
     decay_steps,
-    machine_has_gpu,
     resolved_keys,
     warmup_steps,
 )
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import parse
 from megalite.config.sections import Data, Parallel, Source, Train
+from megalite.inputs import reading
 
 __all__ = [
     "BatchPlan",
@@ -58,15 +58,13 @@ class Config:
         check_schedule(config.document)
         return config
 
-    def resolve(self, world_size: int, has_gpu: bool | None = None) -> "Config":
+    def resolve(self, world_size: int) -> "Config":
         """This config with every default filled in for a run of `world_size` ranks.
 
-        `has_gpu` None: as this machine has one. Raises ConfigError with one line for the first rule broken.
+        Raises ConfigError with one line for the first rule broken.
         """
         check_document(self.document)
-        data = self.data_axis_size(world_size)
-        has_gpu = machine_has_gpu() if has_gpu is None else has_gpu
-        return Config.from_dict(resolved_keys(self.document, data, has_gpu))
+        return Config.from_dict(resolved_keys(self.document, self.data_axis_size(world_size)))
 
     def data_axis_size(self, world_size: int) -> int:
         """Ranks of the data axis of `world_size` ranks. Raises ConfigError where the grid does not fit."""
@@ -195,7 +193,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line that names the file or the key, its value and the rule.
     """
-    return Config.from_dict(apply_overrides(read_json(path), overrides))
+    with reading(path):
+        document = apply_overrides(read_json(path), overrides)
+        check_numbers(document)
+        return Config.from_dict(document)
 
 
 def check_model(config: Config, dims: ModelDims) -> None:

@@ -36,7 +36,7 @@ def _no_nvme(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -213,9 +213,10 @@ class OptimizerParams(Section):
         "With type Adam: true (DeepSpeed's default) decays as AdamW does, false adds it to the gradient."
     )
     torch_adam: bool | None = key(
-        "torch's Adam in place of DeepSpeed's compiled one. When left out: true on a machine without a GPU, "
-        "where the other takes a minute to build and is no faster."
+        "torch's Adam; false: DeepSpeed's, which is compiled at the first start and needs nvcc where a GPU is. "
+        "Left out: true."
     )
+    fused: bool | None = key("With torch_adam: each weight is read and written once a step. Left out: true.")
     refused: ClassVar = {
         "max_grad_norm": "use gradient_clipping",
         "bias_correction": "it is always on",
@@ -224,7 +225,13 @@ class OptimizerParams(Section):
     }
 
 
-ADAM: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True, "torch_adam": None}
+ADAM: dict[str, Any] = {
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "adam_w_mode": True,
+    "torch_adam": True,
+    "fused": None,  # with torch_adam alone
+}
 OPTIMIZERS: dict[str, dict[str, Any]] = {  # what each takes beside lr and weight_decay, with what holds when left out
     "AdamW": ADAM,
     "Adam": ADAM,

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from megalite.config.batches import BatchPlan
 from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, OffloadOptimizer, Optimizer, ZeroOptimization
+from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, broken, nearest, parse
 from megalite.config.sections import Data, Megalite, Parallel
 from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
 REDUCE_BUCKET_ELEMENTS = 40_000_000
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 NVME_KEYS = {"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"}
@@ -176,6 +178,7 @@ def check_document(document: Document) -> None:
     check_data_keys(document.megalite.data)
     _check_faults(document.megalite)
     _check_precision(document)
+    check_schedule_of_pipe(document.megalite.parallel)
     _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
     if document.optimizer is None:
         raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
@@ -297,6 +300,8 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise broken(
             "optimizer.params.adam_w_mode", False, "must not be false with type AdamW; use type Adam"
         )
+    if optimizer.params.fused is not None and optimizer.params.torch_adam is False:
+        raise broken("optimizer.params.fused", optimizer.params.fused, "must be left out with torch_adam false")
 
 
 def _check_groups(document: Document) -> None:
@@ -321,13 +326,16 @@ def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
     if (plan.full - ramp.start) % ramp.increment:
         rule = f"must divide train_batch_size {plan.full} - start {ramp.start} = {plan.full - ramp.start}"
         raise broken(f"{key}.increment", ramp.increment, rule)
+    if plan.levels > MOST_RISES:
+        raise broken(f"{key}.increment", ramp.increment, f"makes {plan.levels:,} rises: must be at most {MOST_RISES:,}")
 
 
-def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any]:
-    """The JSON of `document` with everything written that a run's result or start hangs on."""
+def resolved_keys(document: Document, data: int) -> dict[str, Any]:
+    """The JSON of `document` with everything written that a run's result or start depends on."""
     batch, micro, accumulation = batch_sizes(document, data)
     plan = BatchPlan(batch, document.megalite.train.batch_ramp)
     _check_ramp(plan, micro, data)
+    check_micro_batches(document.megalite.parallel, plan, micro, data)
     schedule = check_schedule(document)
     if isinstance(schedule, Constant):
         warmup_steps(document, schedule, plan)
@@ -367,8 +375,8 @@ def resolved_keys(document: Document, data: int, has_gpu: bool) -> dict[str, Any
     for name, value in OPTIMIZERS[kind].items():
         if value is not None:
             params.setdefault(name, value)
-    if kind != "SGD" and not has_gpu:
-        params.setdefault("torch_adam", True)
+    if params.get("torch_adam"):
+        params.setdefault("fused", True)
     return result
 
 
@@ -381,8 +389,9 @@ def machine_has_gpu() -> bool:
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 
 
-def check_layout(tensor: int, pipe: int, dims: ModelDims) -> None:
+def check_layout(parallel: Parallel, dims: ModelDims) -> None:
     """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
+    tensor = parallel.tensor
     for name, size in (
         ("num_attention_heads", dims.num_heads),
         ("intermediate_size", dims.intermediate_size),
@@ -394,14 +403,13 @@ def check_layout(tensor: int, pipe: int, dims: ModelDims) -> None:
         raise broken("megalite.parallel.tensor", tensor, rule)
     if dims.vocabulary_size < tensor:
         raise broken("megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}")
-    if dims.num_layers < pipe:
-        raise broken("megalite.parallel.pipe", pipe, f"must be at most num_hidden_layers {dims.num_layers}")
+    check_layers(parallel, dims.num_layers)
 
 
 def check_dims(document: Document, dims: ModelDims) -> None:
     """The model's sizes against the grid and the samples."""
     megalite = document.megalite
-    check_layout(megalite.parallel.tensor, megalite.parallel.pipe, dims)
+    check_layout(megalite.parallel, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"

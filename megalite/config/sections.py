@@ -39,12 +39,32 @@ class Parallel(Section):
     """How the ranks are laid out. The data axis is what is left: world size / (tensor × pipe)."""
 
     tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
-    pipe: Positive = Field(1, description="Stages that the layers are divided among.")
+    pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
+    schedule: Literal["1f1b", "interleaved", "zb-h1", "zb-v"] = Field(
+        "1f1b",
+        description="In which order the ranks of the pipe axis work. `1f1b`: one chunk of layers a rank. "
+        "`interleaved`: several, for a smaller bubble and more messages. `zb-h1`: weight gradients fill the bubble. "
+        "`zb-v`: both, with two chunks a rank in the shape of a V: the smallest bubble. The result is the same; "
+        "docs/layouts.md says which to choose.",
+    )
+    chunks: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Chunks of layers a rank with `interleaved`; left out: 2. With `zb-v` it is always 2."
+    )
+    cut: Literal["cost"] | list[Counter] = Field(
+        "cost",
+        description="Layers of each chunk, in the order of the model, such as [5, 6, 6, 4]; the last may be 0, the "
+        "head alone. `cost`: the cut with the shortest simulated step.",
+    )
     sequence: bool = Field(
         False,
         description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
         "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
     )
+
+    @property
+    def chunks_a_rank(self) -> int:
+        """Chunks of layers that a rank of the pipe axis holds."""
+        return {"interleaved": self.chunks or 2, "zb-v": 2}.get(self.schedule, 1)
 
 
 class Source(Section):
@@ -70,7 +90,7 @@ class Data(Section):
     tokenizer: Text | None = Field(
         None, description="Folder of the tokenizer; may be left out where no text is decoded."
     )
-    sequence_length: Positive = Field(description="Tokens in a sample.")
+    sequence_length: int = Field(ge=1, le=2**24, description="Tokens in a sample.")
     train: Sources = Field(
         min_length=1, description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.'
     )

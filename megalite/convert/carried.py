@@ -3,7 +3,6 @@
 In a checkpoint of ours they lie in `hugging_face/`, listed in its SHA256SUMS; nothing of training reads them.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from megalite.checkpoint.folder import CARRIED
 from megalite.convert.weights import Weights
 from megalite.data.tokenizer import SENTENCEPIECE_FILE
 from megalite.errors import CheckpointError
+from megalite.inputs import check_links, read_json_object
 
 GENERATION = "generation_config.json"
 _TOKENIZER = (
@@ -36,12 +36,14 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
 
 
 def carried_files(folder: Path) -> Iterator[Path]:
-    """All of these that a folder holds."""
+    """All of these that a folder holds. CheckpointError where a link in it leads out."""
+    check_links(folder, CheckpointError)
     return (folder / name for name in (*_TOKENIZER, GENERATION) if (folder / name).is_file())
 
 
 def carry(source: Path, target: Path, names: tuple[str, ...] = (*_TOKENIZER, GENERATION)) -> None:
-    """Copies those small files that `source` has and `target` has not."""
+    """Copies those small files that `source` has and `target` has not. CheckpointError where a link leads out of it."""
+    check_links(source, CheckpointError)
     for name in names:
         if (source / name).is_file() and not (target / name).exists():
             target.mkdir(parents=True, exist_ok=True)
@@ -79,10 +81,7 @@ def stop_ids_of(weights: Weights) -> set[int]:
     values: Any = weights.model.get("eos_token_id")
     for place in (weights.folder, weights.folder / CARRIED):
         if (place / GENERATION).is_file():
-            try:
-                values = json.loads((place / GENERATION).read_text(encoding="utf-8")).get("eos_token_id", values)
-            except (OSError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{place / GENERATION}: cannot be read: {error}") from error
+            values = read_json_object(place / GENERATION, CheckpointError).get("eos_token_id", values)
             break
     values = values if isinstance(values, list) else [values]
     return {value for value in values if isinstance(value, int) and not isinstance(value, bool)}

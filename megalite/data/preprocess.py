@@ -42,6 +42,7 @@ from megalite.data.partial import Counts, Encoded, Partial
 from megalite.data.progress import Progress
 from megalite.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError, MegaliteError
+from megalite.inputs import reading
 
 _CHUNKS_UNDER_WAY = 3  # a worker
 
@@ -195,7 +196,7 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
     """Each chunk with its tokens, in order; in this process where there is one worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
-        yield from ((chunk, task.encode(chunk)) for chunk in chunks)
+        yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
         return
     under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
@@ -208,7 +209,7 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
         for first, future in under_way:
             yield first, future.result()
     except BrokenProcessPool:
-        raise MegaliteError("a worker was killed (out of memory?): the same command goes on from here") from None
+        raise MegaliteError("a worker was killed (out of memory?): run the same command again to resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -231,4 +232,10 @@ def _start_worker(task: Task) -> None:
 
 
 def _work(chunk: Chunk) -> Encoded:
-    return _task.encode(chunk)
+    return _encode(_task, chunk)
+
+
+def _encode(task: Task, chunk: Chunk) -> Encoded:
+    where = f"--input: number {chunk.start.input + 1}, from line or document {chunk.start.number} on"
+    with reading(where, DataError):  # tokenizers may raise anything over a text
+        return task.encode(chunk)

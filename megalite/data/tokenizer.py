@@ -15,6 +15,7 @@ from typing import Any
 import sentencepiece
 
 from megalite.errors import DataError
+from megalite.inputs import check_links, reading
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _EQUAL_FILE = "sentencepiece_equal.json"
@@ -108,7 +109,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        return self._encoder.encode_batch(texts)
+        with reading(self.inner.name_or_path, DataError):  # what is odd in its files may show at any text
+            return self._encoder.encode_batch(texts)
 
     def encoder(self) -> Encoder:
         """See Tokenizer."""
@@ -156,15 +158,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     No code of the folder is run and nothing is fetched. Raises DataError where it cannot be loaded.
     """
-    path = Path(folder)
+    with reading(folder, DataError):
+        return _loaded(Path(folder))
+
+
+def _loaded(path: Path) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path)
     if not path.is_dir():
-        raise DataError(f"{folder}: no such folder: must hold a tokenizer")
+        raise DataError(f"{path}: no such folder: must hold a tokenizer")
+    check_links(path, DataError)
     model_file = path / SENTENCEPIECE_FILE
     if model_file.is_file() and not any((path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         return SentencePieceTokenizer(model_file)
-    return HuggingFaceTokenizer(_from_transformers(path), model_file if _is_equal(path) else None)
+    tokenizer = HuggingFaceTokenizer(_from_transformers(path), model_file if _is_equal(path) else None)
+    tokenizer.decode(tokenizer.inner("a")["input_ids"])  # what is odd in its settings shows at its first use
+    return tokenizer
 
 
 def record_equal(folder: Path) -> None:

@@ -4,16 +4,18 @@ Stages pass hidden states on as in training; sums are kept in fp64, so that the 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline import Boundary
-from megalite.training.batches import Samples, micro_batches
+from megalite.pipeline.forwards import Forwards
+from megalite.training.batches import MicroBatch, Samples, micro_batches
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,25 @@ def evaluate(
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
     micro = min(micro, -(-count // data.size))
-    shape = (micro, sequence_length, stage.spec.hidden_size)
-    boundary = Boundary(axis, shape, weight.dtype, weight.device)
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of losses, of tokens
-    for first in range(0, count, micro * data.size):
-        part = min(micro * data.size, count - first)
-        # A few samples at a time: a corpus is read as it is needed.
-        for tokens, labels, context in micro_batches(samples, first, part, micro, data, weight.device):
-            source = tokens if axis.is_first else boundary.receive(axis.rank - 1)
-            output = stage(source, labels if axis.is_last else None, context)
-            if axis.is_last:
-                sums += torch.stack([output.double(), (labels != IGNORED).sum().double()])
-            else:
-                boundary.send(output, axis.rank + 1)
-    boundary.finish()
+    ready: dict[int, MicroBatch] = {}
+
+    def numbers() -> Iterator[int]:
+        """A few samples at a time: a corpus is read as it is needed."""
+        for first in range(0, count, micro * data.size):
+            part = min(micro * data.size, count - first)
+            (ready[first],) = micro_batches(samples, first, part, micro, data, weight.device)
+            yield first
+
+    def forward(number: int, hidden: Tensor | None) -> Tensor:
+        tokens, labels, context = ready.pop(number)
+        output = stage(tokens if hidden is None else hidden, labels if axis.is_last else None, context)
+        if axis.is_last:
+            sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
+        return output
+
+    shape = (micro, sequence_length, stage.spec.hidden_size)
+    Forwards(axis, weight.dtype, weight.device).run(numbers(), forward, lambda number: shape)
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum

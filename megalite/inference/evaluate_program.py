@@ -19,7 +19,7 @@ from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
 from megalite.data.tokenizer import HuggingFaceTokenizer
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
     check_ids,
@@ -29,6 +29,7 @@ from megalite.inference.program import (
     stop_ids_for,
     tokenizer_for,
 )
+from megalite.inputs import reading
 from megalite.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.metrics import perplexity
 
@@ -57,8 +58,9 @@ def evaluate_main(arguments: list[str]) -> int:
     prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
-        prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
-        return prepared, prepare_work(options, prepared, thorough)
+        with reading(options.checkpoint, CheckpointError):
+            prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
+            return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
     try:
@@ -142,7 +144,8 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
         except ImportError as error:
             line = f"--tasks: {options.tasks}: needs lm-eval: pip install 'megalite[eval]'"
             raise ConfigError(f"{line}: {error}") from error
-        tasks = harness.load_tasks(names, options.include_path)
+        with reading(f"--tasks: {options.tasks}"):
+            tasks = harness.load_tasks(names, options.include_path)
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.answers import Answers

@@ -6,6 +6,7 @@ first. Hidden states go from stage to stage; the tokens that the last stage choo
 therefore all know every text. B prompts of a batch, S tokens a row, D hidden.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from megalite.model.context import Context, KeyValueCache
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Boundary
+from megalite.pipeline.forwards import Forwards
 
 OnToken = Callable[[int, int], None]
 """Called with a prompt's number and its next token, as soon as a rank knows it."""
@@ -86,24 +87,9 @@ class Generator:
         check_lengths(self.stage.spec, prompts, max_new_tokens)
         numbers = numbers if numbers is not None else range(len(prompts))
         texts = [Text(number, list(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
-        size = self.batch_size
-        waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
-        sampling = sampling or Sampling()
-        under_way: deque[_Batch] = deque()
-        while waiting or under_way:
-            # Every rank takes the batches in this one order, so that messages need no marks.
-            if waiting and len(under_way) < self.grid.pipe.size:
-                batch = _Batch(waiting.popleft(), self, max_new_tokens)
-            else:
-                batch = under_way.popleft()
-                for text, token in batch.take(stop_ids, ends):
-                    if on_token is not None:
-                        on_token(text.number, token)
-                if batch.is_finished:
-                    batch.finish()
-                    continue
-            batch.advance(sampling)
-            under_way.append(batch)
+        forwards = Forwards(self.grid.pipe, self.dtype, self.device)
+        batches = _Batches(texts, self, max_new_tokens, sampling or Sampling(), forwards)
+        batches.run(stop_ids, ends, on_token)
         return texts
 
 
@@ -139,12 +125,74 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
+class _Batches:
+    """The batches of one generation on their way through the stages, as many at a time as there are stages."""
+
+    def __init__(
+        self, texts: list[Text], generator: Generator, max_new_tokens: int, sampling: Sampling, forwards: Forwards
+    ) -> None:
+        size = generator.batch_size
+        self.waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
+        self.generator, self.max_new_tokens, self.sampling = generator, max_new_tokens, sampling
+        self.forwards = forwards
+        self.passing: dict[int, _Batch] = {}
+        """By the number of its pass, the batch that is in it or waits for its tokens."""
+
+    def run(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> None:
+        """Until every text is finished."""
+        # A pass is asked for when the one before it is done: which batch it is may depend on tokens.
+        self.forwards.run(self._passes(stop_ids, ends, on_token), self._forward, self._shape, ahead=0)
+
+    def _passes(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> Iterator[int]:
+        """Numbers of passes; every rank takes the batches in this one order."""
+        stages = self.generator.grid.pipe.size
+        under_way: deque[int] = deque()
+        for number in itertools.count():
+            if self.waiting and len(under_way) < stages:
+                batch = _Batch(self.waiting.popleft(), self.generator, self.max_new_tokens)
+            elif under_way:
+                last = under_way.popleft()
+                batch = self.passing.pop(last)
+                for text, token in batch.take(self._chosen(batch, last), stop_ids, ends):
+                    if on_token is not None:
+                        on_token(text.number, token)
+                if batch.is_finished:
+                    continue
+            else:
+                return
+            self.passing[number] = batch
+            under_way.append(number)
+            yield number
+
+    def _forward(self, number: int, hidden: Tensor | None) -> Tensor:
+        """One pass; the last stage chooses the next tokens and tells the others."""
+        batch, axis = self.passing[number], self.generator.grid.pipe
+        output = batch.advance(hidden)
+        if axis.is_last:
+            batch.choose(output, self.sampling)
+            for place in range(axis.size - 1):
+                self.forwards.mailbox.send((number, place), batch.chosen, place)
+        return output
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return *self.passing[number].column.shape, self.generator.stage.spec.hidden_size
+
+    def _chosen(self, batch: "_Batch", number: int) -> Tensor:
+        """The tokens [B] that the last stage chose in a pass."""
+        axis = self.generator.grid.pipe
+        if axis.is_last:
+            return batch.chosen
+        mailbox = self.forwards.mailbox
+        mailbox.post(number, axis.size - 1, (len(batch.texts),), torch.int64)
+        return mailbox.take(number)
+
+
 class _Batch:
     """Prompts on their way: `advance` sends one more column of tokens through this rank's stage, `take` learns
     what the last stage chose."""
 
     def __init__(self, texts: list[Text], generator: Generator, max_new_tokens: int) -> None:
-        self.texts, self.stage, self.axis = texts, generator.stage, generator.grid.pipe
+        self.texts, self.stage = texts, generator.stage
         self.tensor_axis, self.device = generator.grid.tensor, generator.device
         self.max_new_tokens = max_new_tokens
         longest = max(len(text.prompt) for text in texts)
@@ -153,37 +201,25 @@ class _Batch:
         self.column = torch.tensor(rows, device=self.device)  # [B, S], then [B, 1]
         self.seen = 0  # columns that went through
         self.cache = KeyValueCache(longest + max_new_tokens)
-        self.chosen: Tensor | None = None
-        width = generator.stage.spec.hidden_size
-        boundaries = [
-            Boundary(self.axis, (len(texts), length, width), generator.dtype, self.device) for length in (longest, 1)
-        ]
-        self.first_hidden, self.next_hidden = boundaries
-        self.choices = Boundary(self.axis, (len(texts),), torch.int64, self.device)
+        self.chosen = torch.zeros(len(texts), dtype=torch.int64, device=self.device)
 
     @property
     def is_finished(self) -> bool:
         return all(text.finished for text in self.texts)
 
-    def advance(self, sampling: Sampling) -> None:
-        """One forward pass; the last stage chooses the next tokens and tells the others."""
-        boundary = self.first_hidden if self.seen == 0 else self.next_hidden
-        source = self.column if self.axis.is_first else boundary.receive(self.axis.rank - 1)
-        output = self.stage(source, context=self._context())
+    def advance(self, hidden: Tensor | None) -> Tensor:
+        """One forward pass of the column, or of what the stage before made of it."""
+        output = self.stage(self.column if hidden is None else hidden, context=self._context())
         self.seen += self.column.shape[1]
-        if not self.axis.is_last:
-            boundary.send(output, self.axis.rank + 1)
-            return
-        places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
-        size = self.stage.spec.vocabulary_size
-        self.chosen = choose(output[:, -1], size, self.tensor_axis, sampling, places)
-        for place in range(self.axis.size - 1):
-            self.choices.send(self.chosen, place)
+        return output
 
-    def take(self, stop_ids: Collection[int], ends: Ends) -> Iterator[tuple[Text, int]]:
+    def choose(self, output: Tensor, sampling: Sampling) -> None:
+        """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
+        places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
+        self.chosen = choose(output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places)
+
+    def take(self, chosen: Tensor, stop_ids: Collection[int], ends: Ends) -> Iterator[tuple[Text, int]]:
         """Adds the tokens that the last stage chose to the texts that are not finished, and gives them."""
-        chosen = self.chosen if self.axis.is_last else self.choices.receive(self.axis.size - 1)
-        assert chosen is not None
         self.column = chosen.unsqueeze(-1)
         for text, token in zip(self.texts, chosen.tolist(), strict=True):
             if text.finished:
@@ -194,11 +230,6 @@ class _Batch:
             elif len(text.tokens) == self.max_new_tokens:
                 text.finished = "length"
             yield text, token
-
-    def finish(self) -> None:
-        """Waits until every message of this batch is gone."""
-        for boundary in (self.first_hidden, self.next_hidden, self.choices):
-            boundary.finish()
 
     def _context(self) -> Context:
         """Positions count from a row's first real token; padding is seen by none but itself."""

@@ -2,8 +2,7 @@
 (harness.py) ask. B rows of a batch, S positions, V / t logits of a rank.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from megalite.inference.sampling import Sampling, choose
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED, token_losses
-from megalite.parallel.pipeline import Boundary
+from megalite.pipeline.forwards import Forwards
 
 
 class Likelihood(NamedTuple):
@@ -37,20 +36,26 @@ def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: in
     by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)  # losses, places not greedy
-    under_way: deque[Boundary] = deque()
-    for batch in batches[grid.data.rank :: grid.data.size]:
-        tokens, labels = (part.to(weight.device) for part in _padded([rows[number] for number in batch]))
-        boundary = Boundary(axis, (*tokens.shape, stage.spec.hidden_size), weight.dtype, weight.device)
-        output = stage(tokens if axis.is_first else boundary.receive(axis.rank - 1))
+    own = batches[grid.data.rank :: grid.data.size]
+    ready: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def numbers() -> Iterator[int]:
+        for number, batch in enumerate(own):
+            tokens, labels = _padded([rows[row] for row in batch])
+            ready[number] = tokens.to(weight.device), labels.to(weight.device)
+            yield number
+
+    def forward(number: int, hidden: Tensor | None) -> Tensor:
+        tokens, labels = ready.pop(number)
+        output = stage(tokens if hidden is None else hidden)
         if axis.is_last:
-            sums[batch] = _sums(output, labels, stage.spec.vocabulary_size, grid.tensor)
-            continue
-        boundary.send(output, axis.rank + 1)
-        under_way.append(boundary)
-        if len(under_way) > axis.size:
-            under_way.popleft().finish()
-    for boundary in under_way:
-        boundary.finish()
+            sums[own[number]] = _sums(output, labels, stage.spec.vocabulary_size, grid.tensor)
+        return output
+
+    def shape(number: int) -> tuple[int, ...]:
+        return *ready[number][0].shape, stage.spec.hidden_size
+
+    Forwards(axis, weight.dtype, weight.device).run(numbers(), forward, shape)
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum

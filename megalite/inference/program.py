@@ -21,6 +21,7 @@ from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
+AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
 
 
 @dataclass
@@ -59,9 +60,12 @@ def prepare_model(options: argparse.Namespace, world_size: int, sections: tuple[
         raise unknown(key, allowed)
     for key in document["megalite"].keys() - {"parallel", *sections}:
         raise unknown(f"megalite.{key}", nearest(f"megalite.{key}", allowed))
-    parallel = parse(Parallel, document["megalite"].pop("parallel"), "megalite.parallel")
+    axes = document["megalite"].pop("parallel")
+    for key in axes.keys() & (Parallel.model_fields.keys() - AXES):
+        raise ConfigError(f"megalite.parallel.{key}: {axes[key]}: is for training; must be left out here")
+    parallel = parse(Parallel, axes, "megalite.parallel")
     data_axis_size(parallel, world_size)
-    check_layout(parallel.tensor, parallel.pipe, spec)
+    check_layout(parallel, spec)
     return Prepared(folder, weights.model, spec, parallel, getattr(weights, "state", {}), document["megalite"])
 
 
@@ -74,9 +78,10 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from megalite.checkpoint.weights import load_module
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
+    from megalite.pipeline.plan import inference_cut
 
     grid = Grid.build(prepared.parallel.pipe, prepared.parallel.tensor)
-    stage = Stage(prepared.spec, grid)
+    stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()
     return stage.to(device=accelerator.current_device_name(), dtype=getattr(torch, dtype)), grid

@@ -99,8 +99,8 @@ class Attention(nn.Module):
             return query, key
         if "turns" not in context.shared:
             s, device = query.shape[2], query.device
-            places, spans = context.places(s, device), context.spans(s, device)
-            context.shared["turns"] = turns(self.rotary, places, spans, query.dtype)
+            spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
+            context.shared["turns"] = turns(self.rotary, context.places(s, device), spans, query.dtype)
         cosine, sine = context.shared["turns"]
         interleaved = self.rotary.interleaved
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

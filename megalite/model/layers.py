@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
+from megalite.parallel.deferred import later
 from megalite.parallel.grid import ALONE, Axis
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, holders, parameter
 
@@ -28,9 +29,9 @@ class Norm(nn.Module):
         self.bias = parameter((size,), None, axis, None) if spec.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = enter(self.weight, self.users)
+        weight = enter(later(self.weight), self.users)
         if self.bias is not None:
-            return F.layer_norm(x, weight.shape, weight, enter(self.bias, self.users), self.eps)
+            return F.layer_norm(x, weight.shape, weight, enter(later(self.bias), self.users), self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return weight * wide.to(x.dtype)
@@ -54,7 +55,7 @@ class SplitNorm(nn.Module):
         # Each rank uses the sum for features of its own: gradients are summed as the squares are.
         squares = enter(leave(squares, self.axis), self.axis)
         wide = wide * torch.rsqrt(squares / self.size + self.eps)
-        return enter(self.weight, self.holders) * wide.to(x.dtype)
+        return enter(later(self.weight), self.holders) * wide.to(x.dtype)
 
 
 class MLP(nn.Module):

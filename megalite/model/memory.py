@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import torch
 
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Recompute, split_layers
+from megalite.model.transformer import Recompute
 from megalite.parallel.collectives import Split
-from megalite.parallel.grid import Grid
 from megalite.parallel.layers import share
+from megalite.parallel.loss import chunk_rows, gradient_type
 
 FP32, INT64 = 4, 8
 Table = dict[str, int]
@@ -47,6 +47,7 @@ class Forward:
     dtype: torch.dtype
     split: Split
     documents: bool = False
+    device: str = "cpu"
 
     @property
     def width(self) -> int:
@@ -150,12 +151,27 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
     table = _norm(spec.norm, "final norm", at.rows * spec.hidden_size, at.rows, at)
     start, stop = share(spec.vocabulary_size, at.split.axis)
-    wide = FP32 if at.dtype == torch.float16 else at.width
+    wide = gradient_type(at.dtype).itemsize
+    sums = wide if _loss_rows(spec, at) >= at.tokens else FP32
     table["loss: gradient of its input"] = wide * at.tokens * spec.hidden_size
-    table["loss: gradient of its weight"] = FP32 * (stop - start) * spec.hidden_size
+    table["loss: gradient of its weight"] = sums * (stop - start) * spec.hidden_size
     if spec.head_bias:
         table["loss: gradient of its bias"] = FP32 * (stop - start)
     return table
+
+
+def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
+    """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    start, stop = share(spec.vocabulary_size, at.split.axis)
+    whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
+    width = at.width + FP32 if at.width < FP32 and whole else at.width
+    return width * _loss_rows(spec, at) * (stop - start)
+
+
+def _loss_rows(spec: TransformerSpec, at: Forward) -> int:
+    """Tokens of a chunk of the loss."""
+    columns = -(-spec.vocabulary_size // at.split.axis.size)
+    return chunk_rows(at.tokens, spec.hidden_size, columns, gradient_type(at.dtype).itemsize, at.device)
 
 
 def angles_table(spec: TransformerSpec, at: Forward) -> Table:
@@ -167,50 +183,87 @@ def angles_table(spec: TransformerSpec, at: Forward) -> Table:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes on one rank. table: of one micro-batch, by layer or part; micro_batches: how many are held at once under
-    1F1B, min(p - i, m) on stage i of p; again: what backward makes again at a time."""
+class ChunkPart:
+    """What of a model a chunk is. layers: its own; first: it has the embedding; last: the head."""
 
-    table: Table
-    micro_batches: int
-    again: int
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.table.values()) * self.micro_batches + self.again
+    layers: range
+    first: bool
+    last: bool
 
 
-def stage_kept(spec: TransformerSpec, grid: Grid, recompute: Recompute, at: Forward, micro_batches: int) -> Kept:
-    """What a stage keeps of its micro-batches at most."""
-    pipe, selective = grid.pipe, recompute == "selective"
-    every = 0 if recompute == "selective" else int(recompute)
-    layers = split_layers(spec, pipe.size)[pipe.rank]
-    hidden = at.hidden(spec)
-    table: Table = {}
-    if pipe.is_first:
+def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward) -> Table:
+    """What a chunk keeps of one micro-batch between its forward and its backward, by layer or part."""
+    selective = recompute == "selective"
+    every = 0 if selective else int(recompute)
+    hidden, table = at.hidden(spec), {}
+    if part.first:
         table["embedding"] = total(embedding_table(spec, at))
-    elif not every and not _keeps_its_input(spec, at):
-        table["from the stage before"] = hidden
-    groups = [layers[i : i + every] for i in range(0, len(layers), every)] if every else []
-    for group in groups:
+    elif not (every and part.layers) and not _keeps_its_input(spec, part, at):
+        table["from the chunk before"] = hidden
+    for group in groups(part.layers, every):
         table[f"input of layers {group[0]} to {group[-1]}"] = hidden
     if not every:
-        table |= {f"layer {layer}": total(layer_table(spec, layer, at, selective)) for layer in layers}
-    table["angles"] = total(angles_table(spec, at))
-    if pipe.is_last:
-        table["final norm, head, loss"] = total(head_table(spec, at))
-    else:
-        table["for the stage after"] = hidden
+        table |= {f"layer {layer}": total(layer_table(spec, layer, at, selective)) for layer in part.layers}
+    if part.layers:
+        table["angles"] = total(angles_table(spec, at))
+    if part.last:
+        table["final norm, head, loss"] = total(head_table(spec, at)) + FP32
+    return table
+
+
+def groups(layers: range, every: int) -> list[range]:
+    """The groups that a recompute of every so many layers makes; none where it is 0."""
+    return [layers[i : i + every] for i in range(0, len(layers), every)] if every else []
+
+
+def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward) -> int:
+    """Most bytes that the backward of a chunk makes again at a time."""
     whole = {layer: total(layer_table(spec, layer, at)) for layer in layers}
-    again = max((sum(whole[layer] for layer in group) for group in groups), default=0)
-    if selective:
-        again = max(whole[layer] - table[f"layer {layer}"] for layer in layers)
-    return Kept(table, min(pipe.size - pipe.rank, micro_batches), again)
+    if recompute == "selective":
+        return max((whole[i] - total(layer_table(spec, i, at, True)) for i in layers), default=0)
+    return max((sum(whole[layer] for layer in group) for group in groups(layers, int(recompute))), default=0)
 
 
-def _keeps_its_input(spec: TransformerSpec, at: Forward) -> bool:
-    """Whether a layer's table has the hidden states that come into it themselves."""
-    if spec.norm_place == "after":
+def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
+    """What a chunk keeps of one micro-batch between I and W: for each product with a weight its input and the gradient
+    of its result, and the gradients of small weights, which are made already. The head's was given to it in I."""
+    table: Table = {f"layer {layer}": total(_waiting_layer(spec, at)) for layer in part.layers}
+    if part.first:
+        gathered = at.width * at.tokens * spec.hidden_size
+        table["embedding"] = INT64 * at.tokens + gathered
+        if spec.rotary is None:
+            table["positions"] = at.width * (spec.max_positions or 0) * spec.hidden_size
+    if part.last:
+        table["final norm"] = _norm_weights(spec, at)
+    return table
+
+
+def _norm_weights(spec: TransformerSpec, at: Forward) -> int:
+    """Bytes of the gradients of a norm's weights."""
+    return at.width * spec.hidden_size * (2 if spec.norm == "layer" else 1)
+
+
+def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
+    """Of one layer: as in `layer_table`, g, q, k and f numbers."""
+    h, e = spec.head_size, at.width
+    g = e * at.tokens * spec.hidden_size
+    q, k = e * at.part(spec.num_heads * h, h), e * at.part(spec.num_kv_heads * h, h)
+    f = e * at.part(spec.intermediate_size)
+    table = {
+        "query, key, value: input, gradients": g + q + 2 * k,
+        "output projection: input, gradient": q + g,
+        "gate, up: gradients": f * (2 if spec.gated else 1),
+        "down projection: input, gradient": f + g,
+        "norms": _norm_weights(spec, at) * (1 if spec.shared_norm else 2),
+    }
+    if not spec.shared_norm or at.split.divides:
+        table["gate, up: input"] = g
+    return table
+
+
+def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
+    """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
+    if part.layers and spec.norm_place == "after":
         return not at.split.divides
     return spec.norm == "layer" or at.width == FP32
 

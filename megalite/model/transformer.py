@@ -1,10 +1,10 @@
-"""The model as a list of layers, and the stage of a rank: its part of that list.
+"""The model as a list of layers, cut into chunks, and the stage of a rank: the chunks that it holds.
 
     embedding, layer 0 … layer L-1, head
 
-One hidden tensor [B, S, D] goes from each to the next, within a stage and across stages; with sequence parallelism
-a rank of the tensor axis has [B, S / t, D] of it. Pipe 1 is the case of one stage; there is no second way to build
-or run the model.
+One hidden tensor [B, S, D] goes from each to the next, within a chunk and across chunks; with sequence parallelism
+a rank of the tensor axis has [B, S / t, D] of it. Pipe 1 is the case of one stage with one chunk; there is no second
+way to build or run the model.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from megalite.model.attention import Attention
+from megalite.model.chunks import Cut
 from megalite.model.context import Context
 from megalite.model.dropout import drop
 from megalite.model.layers import MLP, Norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter
+from megalite.parallel.deferred import WeightGradients, give, later
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import VocabularyEmbedding, initialise, name_parameters, parameter, placed
 from megalite.parallel.loss import head_loss
@@ -45,7 +47,7 @@ class Embedding(nn.Module):
         hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])
         if self.positions is not None:
             places = context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]
-            hidden = hidden + enter(self.positions, self.split.users)[places]
+            hidden = hidden + enter(later(self.positions), self.split.users)[places]
         return drop(hidden, context.randomness, "embedding", self.dropout, rows.start)
 
 
@@ -85,7 +87,7 @@ class Head(nn.Module):
     """Final norm and the product with the output embedding: hidden [B, S or S / t, D] -> logits [B, S, V / t], or
     with labels [B, S] the sum of the losses.
 
-    `weight` is the embedding's own parameter where both stand on one rank and are tied; on another stage a copy
+    `weight` is the embedding's own parameter where both are on one rank and tied; on another rank a copy
     under the same name, which the engine keeps equal by summing both gradients.
     """
 
@@ -103,27 +105,8 @@ class Head(nn.Module):
         hidden = self.split.enter(self.norm(hidden))
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        axis = self.split.axis
-        return head_loss(hidden, self.weight, self.bias, labels, self.vocabulary_size, axis, self.z_loss)
-
-
-def split_layers(spec: TransformerSpec, stages: int) -> list[range]:
-    """Which blocks each stage holds, so that the longest stage is as short as can be.
-
-    Cost is in multiply-adds a token: a block's weights, and the head's V·D on the last stage (the embedding's
-    look-up costs nothing). Of equally good splits the one with fewer blocks on the last stage is taken. Every
-    stage gets a block; the config's rules have refused fewer layers than stages.
-    """
-    head = spec.vocabulary_size * spec.hidden_size / spec.block_parameters
-    best: tuple[float, int] | None = None
-    for last in range(1, spec.num_layers - stages + 2) if stages > 1 else [spec.num_layers]:
-        longest_other = -(-(spec.num_layers - last) // (stages - 1)) if stages > 1 else 0
-        candidate = (max(longest_other, last + head), last)
-        best = min(best, candidate) if best else candidate
-    last = best[1] if best else spec.num_layers
-    counts = [(spec.num_layers - last + i) // (stages - 1) for i in range(stages - 1)] + [last]
-    starts = [sum(counts[:i]) for i in range(stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        weight, bias = later(self.weight), None if self.bias is None else later(self.bias)
+        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss)
 
 
 Recompute = bool | int | Literal["selective"]
@@ -131,13 +114,73 @@ Recompute = bool | int | Literal["selective"]
 the input alone is kept (True is 1), or the core of attention."""
 
 
+class Chunk(nn.Module):
+    """A run of the model's layers, each with its tensor-axis slice. first: it has the embedding; last: the head.
+
+    Input: token ids [B, S] if it is the first, else hidden [B, S or S / t, D]. Output: hidden; of the last one with
+    labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last
+    position alone, [B, 1, V / t]. tied_to: the embedding of another chunk of this rank, for a tied head.
+    """
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        layers: range,
+        first: bool,
+        last: bool,
+        split: Split,
+        recompute: Recompute,
+        z_loss: float,
+        tied_to: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.split = spec, split
+        self.recompute_every = 0 if recompute == "selective" else int(recompute)
+        self.embedding = Embedding(spec, split) if first else None
+        if self.embedding is not None:
+            name_parameters(self.embedding, "embedding")
+        self.blocks = nn.ModuleDict()
+        for layer in layers:
+            block = Block(spec, layer, split, recompute == "selective")
+            name_parameters(block, f"layers.{layer}")
+            self.blocks[str(layer)] = block
+        self.head: Head | None = None
+        if last:
+            if self.embedding is not None:
+                tied_to = self.embedding.tokens.weight
+            self.head = Head(spec, split, tied_to if spec.tied else None, z_loss)
+            self._name_head(self.head, is_copy=tied_to is None)
+
+    def _name_head(self, head: Head, is_copy: bool) -> None:
+        name_parameters(head, "head")
+        head.norm.weight.placement.name = "final_norm.weight"  # type: ignore[union-attr]
+        if head.norm.bias is not None:
+            head.norm.bias.placement.name = "final_norm.bias"  # type: ignore[union-attr]
+        if self.spec.tied:
+            head.weight.placement.name = TIED_NAME  # type: ignore[union-attr]
+            if is_copy:  # the embedding is the one that counts
+                head.weight.placement.counted = False  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor, labels: Tensor | None, context: Context) -> Tensor:
+        hidden = self.embedding(x, context) if self.embedding is not None else x
+        blocks, every = list(self.blocks.values()), self.recompute_every
+        for first in range(0, len(blocks), every or max(1, len(blocks))):
+            group = blocks[first : first + every] if every else blocks
+            if every and torch.is_grad_enabled():
+                hidden = torch.utils.checkpoint.checkpoint(_in_turn, group, hidden, context, use_reentrant=False)
+            else:
+                hidden = _in_turn(group, hidden, context)
+        if self.head is None:
+            return hidden
+        if context.cache is not None:  # generation: nothing else is read
+            hidden = hidden[:, -1:]
+        return self.head(hidden, labels)
+
+
 class Stage(nn.Module):
-    """What one rank holds of the model: a run of its layers, each with its tensor-axis slice.
+    """What one rank holds of the model: one or several chunks of its layers (chunks.py).
 
-    First stage: input is token ids [B, S]; others: hidden [B, S or S / t, D]. Last stage: with labels [B, S] the sum of
-    the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last position
-    alone, [B, 1, V / t]; others return hidden.
-
+    cut: which layers are a chunk, and where each is; None: all layers on this rank, which is the whole pipe axis.
     sequence: sequence parallelism over the tensor axis, whose size must divide S. Dropout acts in training, where
     the context carries its randomness. z_loss as in parallel/loss.py.
     """
@@ -146,38 +189,41 @@ class Stage(nn.Module):
         self,
         spec: TransformerSpec,
         grid: Grid,
+        cut: Cut | None = None,
         recompute: Recompute = False,
         sequence: bool = False,
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.spec, self.grid, self.split = spec, grid, Split(grid.tensor, sequence)
-        self.recompute_every = 0 if recompute == "selective" else int(recompute)
-        self.embedding = Embedding(spec, self.split) if grid.pipe.is_first else None
-        if self.embedding is not None:
-            name_parameters(self.embedding, "embedding")
-        self.blocks = nn.ModuleDict()
-        for layer in split_layers(spec, grid.pipe.size)[grid.pipe.rank]:
-            block = Block(spec, layer, self.split, recompute == "selective")
-            name_parameters(block, f"layers.{layer}")
-            self.blocks[str(layer)] = block
-        self.head: Head | None = None
-        if grid.pipe.is_last:
-            shared = self.embedding.tokens.weight if spec.tied and self.embedding is not None else None
-            self.head = Head(spec, self.split, shared, z_loss)
-            name_parameters(self.head, "head")
-            self.head.norm.weight.placement.name = "final_norm.weight"  # type: ignore[union-attr]
-            if self.head.norm.bias is not None:
-                self.head.norm.bias.placement.name = "final_norm.bias"  # type: ignore[union-attr]
-            if spec.tied:
-                self.head.weight.placement.name = TIED_NAME  # type: ignore[union-attr]
-                # The first stage's copy is the one that counts.
-                self.head.weight.placement.counted = grid.pipe.is_first  # type: ignore[union-attr]
+        assert cut is not None or grid.pipe.size == 1, "several stages need a cut"
+        self.cut = cut or Cut((0,), (range(spec.num_layers),))
+        self.chunks = nn.ModuleDict()
+        for number in self.cut.chunks_of(grid.pipe.rank):
+            first, last, layers = number == 0, number == self.cut.last_chunk, self.cut.layers[number]
+            tied_to = None if self.embedding is None else self.embedding.tokens.weight
+            self.chunks[str(number)] = Chunk(spec, layers, first, last, self.split, recompute, z_loss, tied_to)
+
+    @property
+    def embedding(self) -> Embedding | None:
+        """None where the first chunk is on another rank."""
+        return next((chunk.embedding for chunk in self.chunks.values() if chunk.embedding is not None), None)  # type: ignore[union-attr]
+
+    @property
+    def head(self) -> Head | None:
+        """None where the last chunk is on another rank."""
+        return next((chunk.head for chunk in self.chunks.values() if chunk.head is not None), None)  # type: ignore[union-attr]
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Of the product with the output embedding; empty where the head is on another rank."""
+        head = self.head
+        return [] if head is None else [value for value in (head.weight, head.bias) if value is not None]
 
     @property
     def tied_parameter(self) -> nn.Parameter | None:
-        """The copy of the tied embedding that another stage holds too; None where there is no other."""
-        if not self.spec.tied or self.grid.pipe.size == 1:
+        """The copy of the tied embedding that another rank holds too; None where there is no other."""
+        if not self.spec.tied or len(self.cut.ends) == 1:
             return None
         if self.embedding is not None:
             return self.embedding.tokens.weight
@@ -191,28 +237,29 @@ class Stage(nn.Module):
         return self
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of what crosses to the next stage for ids [B, S]."""
+        """Shape of what crosses to the next chunk for ids [B, S]."""
         return batch, len(self.split.rows(length)), self.spec.hidden_size
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, context: Context | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | WeightGradients,
+        labels: Tensor | None = None,
+        context: Context | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """One chunk's forward (see Chunk); chunk: its number, None: the only one. Of WeightGradients, which a backward
+        to the input has left: a scalar whose backward gives them to the parameters."""
+        if isinstance(x, WeightGradients):
+            return give(x)
         training = self.training and torch.is_grad_enabled()
         context = replace(context or Context(), shared={})
         if not training:
             context.randomness = None
         assert context.randomness is not None or not training or self.spec.dropout == 0, "dropout needs randomness"
-        hidden = self.embedding(x, context) if self.embedding is not None else x
-        blocks, every = list(self.blocks.values()), self.recompute_every
-        for first in range(0, len(blocks), every or len(blocks)):
-            group = blocks[first : first + every] if every else blocks
-            if every and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(_in_turn, group, hidden, context, use_reentrant=False)
-            else:
-                hidden = _in_turn(group, hidden, context)
-        if self.head is None:
-            return hidden
-        if context.cache is not None:  # generation: nothing else is read
-            hidden = hidden[:, -1:]
-        return self.head(hidden, labels)
+        if chunk is None:
+            (only,) = self.chunks.values()
+            return only(x, labels, context)
+        return self.chunks[str(chunk)](x, labels, context)
 
 
 def _in_turn(blocks: Sequence[nn.Module], hidden: Tensor, context: Context) -> Tensor:

@@ -1,6 +1,6 @@
 """DeepSpeed's engine around one stage of the model, with our optimizers (zero.py, zero3.py); ZeRO-0 is its plain fp32
 path with the same norm and tied sums. `Engine.shards` tells what a rank holds of masters and moments, the same way for
-every stage of ZeRO. Next: pipeline.py, which drives the engine.
+every stage of ZeRO. Next: pipeline/, which drives the engine.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,11 +43,21 @@ class Engine(DeepSpeedEngine):
         """The stage that this engine runs."""
         return self.module
 
-    def begin_step(self, micro_batches: int) -> None:
-        """Says how many micro-batches the next step has, which may change from step to step: DeepSpeed scales by their
-        number, and finds the last one by a count that goes on over all steps."""
-        self.set_train_batch_size(self.train_micro_batch_size_per_gpu() * micro_batches * self.grid.data.size)
-        self.micro_steps = 0
+    def begin_step(self) -> None:
+        """Before the first forward of a step. The caller says which backward is the last one
+        (`set_gradient_accumulation_boundary`) and calls `step` once."""
+        if self.hands_over_by_chunk:
+            # DeepSpeed counts backwards over all parameters, so the first one of a chunk is not taken for its first,
+            # and adds to what the last step has left here (runtime/zero/stage_1_and_2.py:1855).
+            for held in self.optimizer.accumulated_grads_in_cpu.values():  # type: ignore[union-attr]
+                held.zero_()
+
+    @property
+    def hands_over_by_chunk(self) -> bool:
+        """With offload ZeRO-2 copies the sums of those parameters to where the optimizer reads them whose backward is
+        the last one of a step (runtime/zero/stage_1_and_2.py:2171), so each chunk's last backward must count as
+        that."""
+        return self.zero_optimization_stage() == 2 and bool(getattr(self.optimizer, "cpu_offload", False))
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
@@ -104,13 +114,15 @@ class Engine(DeepSpeedEngine):
         """Gives the optimizer its state as after `steps` steps, all zero, so that `shards` can be filled from a
         checkpoint before the first step (the optimizers make it lazily)."""
         optimizer = self._adam
-        counter: Any = torch.tensor(float(steps)) if type(optimizer).__module__.startswith("torch.") else steps
+        torchs, fused = type(optimizer).__module__.startswith("torch."), optimizer.defaults.get("fused")
         for number, value in enumerate(self._masters()):
             if isinstance(self.optimizer, FullyShardedOptimizer):
                 moments = self.optimizer.zero_moments(number)
             else:
                 moments = {name: torch.zeros_like(value, requires_grad=False) for name in moments_of(optimizer)}
-            optimizer.state[value] = {"step": counter.clone() if isinstance(counter, Tensor) else counter, **moments}
+            # torch's fused Adam reads the count on the device, the others on the host.
+            count = torch.tensor(float(steps), device=value.device if fused else None) if torchs else steps
+            optimizer.state[value] = {"step": count, **moments}
 
     @property
     def _adam(self) -> torch.optim.Optimizer:
@@ -147,11 +159,12 @@ class Engine(DeepSpeedEngine):
             highest, self._highest_gradients = self._highest_gradients, None
         result.update(self.state_bytes() | {"gradients_bytes": highest})
 
-    def step(self, lr_kwargs: Any = None) -> None:
-        """Called after each micro-batch's backward; the update follows the last one's."""
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """As DeepSpeed's; looks at what the gradients take afterwards, where a step is `weighed`."""
+        result = super().backward(loss, retain_graph, scale_wrt_gas)
         if self._highest_gradients is not None:
             self._highest_gradients = max(self._highest_gradients, self.state_bytes()["gradients_bytes"])
-        super().step(lr_kwargs)
+        return result
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory

@@ -25,8 +25,9 @@ class Axis:
     """One line of the grid through this rank.
 
     size: number of ranks on it; rank: this rank's place on it; ranks: their global ranks, in order;
-    group: the process group, None where nothing is distributed (size 1); runs: shorter axes that cut this one
-    in runs of neighbours of equal length, each the one through this rank; clock: knows what waiting for them costs.
+    group: the process group, None where nothing is distributed (size 1); back: of the pipe axis, a second group of the
+    same ranks, for messages to a lower place (`towards`); runs: shorter axes that cut this one in runs of neighbours
+    of equal length, each the one through this rank; clock: knows what waiting for them costs.
     """
 
     size: int
@@ -34,6 +35,7 @@ class Axis:
     ranks: tuple[int, ...]
     group: Any
     runs: tuple["Axis", ...] = ()
+    back: Any = None
     clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     def run(self, size: int) -> "Axis":
@@ -41,6 +43,12 @@ class Axis:
         if size == 1:
             return Axis(1, 0, (self.ranks[self.rank],), None)
         return next(axis for axis in (self, *self.runs) if axis.size == size)
+
+    def towards(self, source: int, target: int) -> Any:
+        """The group for a message between two places on the axis. NCCL runs the messages of one communicator in order,
+        and a send may wait for its receive: if both directions shared a communicator, two neighbours that send to each
+        other first would wait for each other for ever."""
+        return self.group if source < target else self.back
 
     @property
     def is_first(self) -> bool:
@@ -97,6 +105,7 @@ class Grid:
             for size in range(2, tensor)
             if tensor % size == 0
         ]
+        axes["pipe"] = replace(axes["pipe"], back=_axis_through(rank, lines["pipe"], clock).group)
         axes["tensor"] = replace(axes["tensor"], runs=tuple(_axis_through(rank, groups, clock) for groups in runs))
         return cls(**axes, world_size=world_size, rank=rank, clock=clock)
 

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.parallel.collectives import Split, enter
+from megalite.parallel import deferred
+from megalite.parallel.collectives import Split, enter, sum_over
+from megalite.parallel.deferred import later
 from megalite.parallel.grid import Axis
 
 
@@ -140,8 +142,13 @@ class ColumnLinear(nn.Module):
         self.bias = parameter((out_size,), 0, axis, None, unit=unit) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if deferred.is_collecting():
+            return deferred.linear(x, self.weight, self.bias, self._sum_over_holders)
         bias = None if self.bias is None else enter(self.bias, self.holders)
         return F.linear(x, enter(self.weight, self.holders), bias)
+
+    def _sum_over_holders(self, gradient: Tensor) -> Tensor:
+        return sum_over(gradient.contiguous(), self.holders)
 
 
 class RowLinear(nn.Module):
@@ -158,8 +165,9 @@ class RowLinear(nn.Module):
         self.bias = parameter((out_size,), None, split.axis, None) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.split.leave(F.linear(x, self.weight))
-        return y if self.bias is None else y + enter(self.bias, self.split.users)
+        product = deferred.linear if deferred.is_collecting() else F.linear
+        y = self.split.leave(product(x, self.weight, None))
+        return y if self.bias is None else y + enter(later(self.bias), self.split.users)
 
 
 class VocabularyEmbedding(nn.Module):
@@ -181,9 +189,9 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.split.axis.size == 1:
-            return F.embedding(ids, self.weight, self.padding_row)
+            return deferred.embedding(ids, self.weight, self.padding_row)
         elsewhere = (ids < self.start) | (ids >= self.stop)
-        rows = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row)
+        rows = deferred.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row)
         return self.split.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
 

@@ -2,13 +2,13 @@
 
 Each rank has the logits of its ids; the maximum, the sum of exponentials and the label's logit are three
 numbers a token that cross the axis. The product with the head's weight is part of it, in chunks of tokens.
-Next: pipeline.py.
+Where gradients are wanted they are made in the same pass: logits are made once, their gradients take their place, and
+no more of them than a chunk's is ever in memory. Next: pipeline.py.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.parallel.collectives import max_over, sum_over
@@ -16,11 +16,98 @@ from megalite.parallel.grid import Axis
 from megalite.parallel.layers import share
 
 IGNORED = -100  # torch's and transformers' label for "does not count"
+LEAST_ROWS = 256  # of a chunk on a CPU
+LEAST_ROWS_OF_DEVICES = 2048  # GPUs need larger products
+IN_CACHE = 2**18  # logits that a CPU works on at a time: 1 MiB in fp32
+PRODUCT_ROWS = 2048  # of the weight's gradient that a CPU makes at a time, where it must be added in another type
+
+
+def gradient_type(dtype: torch.dtype) -> torch.dtype:
+    """What gradients are made in. fp16 has no room for small probabilities, which the loss scale has not raised yet."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _Gradients:
+    """Of the sum of losses with respect to hidden states, weight and bias, summed over the chunks; None where not
+    wanted. Products are in `dtype`, their sums over chunks in fp32."""
+
+    def __init__(self, wanted: tuple[bool, bool, bool], hidden: Tensor, weight: Tensor, chunks: int) -> None:
+        self.dtype = gradient_type(weight.dtype)
+        self.factor = weight.to(self.dtype) if wanted[0] else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=self.dtype) if wanted[0] else None
+        sums = self.dtype if chunks == 1 else torch.float32
+        make = weight.new_empty if chunks > 0 else weight.new_zeros
+        self.weight = make(weight.shape, dtype=sums) if wanted[1] else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wanted[2] else None
+
+    def add(self, slopes: Tensor, chunk: Tensor, first: int) -> None:
+        """slopes [n, V / t], of the logits of `chunk` [n, D], whose first row is `first` of the hidden states."""
+        if self.hidden is not None and self.factor is not None:
+            torch.mm(slopes, self.factor, out=self.hidden[first : first + len(chunk)])
+        if self.weight is None:
+            return
+        chunk, turned = chunk.to(self.dtype), slopes.t()
+        if self.weight.dtype == self.dtype:
+            self.weight.addmm_(turned, chunk, beta=0 if first == 0 else 1)
+            return
+        rows = PRODUCT_ROWS if chunk.device.type == "cpu" else turned.shape[0]
+        for total, part in zip(self.weight.split(rows), turned.split(rows), strict=True):
+            product = part @ chunk
+            total.copy_(product) if first == 0 else total.add_(product)
+
+
+def _sum_of_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    vocabulary_size: int,
+    axis: Axis,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, _Gradients]:
+    """For hidden [n, D] and labels [n]."""
+    tokens, size = hidden.shape
+    start, _ = share(vocabulary_size, axis)
+    width = gradient_type(weight.dtype).itemsize
+    rows = chunk_rows(tokens, size, -(-vocabulary_size // axis.size), width, hidden.device.type)
+    gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    room = hidden.new_empty(min(rows, tokens), weight.shape[0])
+    raised = None if gradients.dtype == room.dtype else torch.empty_like(room, dtype=gradients.dtype)
+    step = _block_rows(room, axis)
+    wide = None if gradients.dtype == torch.float32 else room.new_empty(step, room.shape[1], dtype=torch.float32)
+    for first in range(0, tokens, rows):
+        chunk = hidden[first : first + rows]
+        logits = room[: len(chunk)]
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
+        if raised is not None:
+            logits = raised[: len(chunk)].copy_(logits)
+        for block, block_labels in zip(logits.split(step), labels[first : first + rows].split(step), strict=True):
+            scores = block if wide is None else wide[: len(block)].copy_(block)
+            losses, slopes = _losses_and_slopes(scores, block_labels, start, axis, z_loss, any(wanted))
+            total += losses.sum()
+            if gradients.bias is not None:
+                gradients.bias += slopes.sum(dim=0)
+            if wide is not None and any(wanted):
+                block.copy_(slopes)
+        if any(wanted):
+            gradients.add(logits, chunk, first)
+    return total, gradients
+
+
+def _block_rows(logits: Tensor, axis: Axis) -> int:
+    """Rows of a chunk that are worked on at a time. A CPU makes several passes over what fits its cache; with a split
+    vocabulary each block would cost messages."""
+    in_cache = axis.size == 1 and logits.device.type == "cpu"
+    return max(1, min(len(logits), IN_CACHE // logits.shape[1]) if in_cache else len(logits))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sums the losses chunk by chunk and, where gradients are wanted, makes them in the same pass: logits are made
-    once, and no more of them than a chunk's ever stands in memory."""
+    """The sum of losses, whose gradients are made in forward."""
 
     @staticmethod
     def forward(
@@ -32,45 +119,35 @@ class _HeadLoss(torch.autograd.Function):
         vocabulary_size: int,
         axis: Axis,
         z_loss: float,
-        rows: int,
+        wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        start, _ = share(vocabulary_size, axis)
-        wanted = any(ctx.needs_input_grad[:3])
-        # fp16 has no room for small probabilities, whose gradients the loss scale has not raised yet.
-        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wanted else None
-        weight_slope = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if wanted else None
-        bias_slope = torch.zeros(weight.shape[0], dtype=torch.float32, device=hidden.device) if wanted else None
-        for first in range(0, hidden.shape[0], rows):
-            chunk, chunk_labels = hidden[first : first + rows], labels[first : first + rows]
-            logits = F.linear(chunk, weight, bias).float()
-            losses, slope = _losses_and_slope(logits, chunk_labels, start, axis, z_loss, wanted)
-            total += losses.sum()
-            if slopes is not None and weight_slope is not None and bias_slope is not None:
-                bias_slope += slope.sum(dim=0)
-                slope = slope.to(dtype)
-                slopes[first : first + rows] = slope @ weight.to(dtype)
-                weight_slope += slope.t() @ chunk.to(dtype)
-        if wanted:
-            ctx.save_for_backward(slopes, weight_slope, bias_slope if bias is not None else None)
-            ctx.dtypes = hidden.dtype, weight.dtype
+        counted = _rows_that_count(labels)
+        some, some_labels = (hidden, labels) if counted is None else (hidden[counted], labels[counted])
+        total, gradients = _sum_of_losses(some, weight, bias, some_labels, vocabulary_size, axis, z_loss, wanted)
+        slopes = gradients.hidden
+        if slopes is not None and counted is not None:
+            slopes = slopes.new_zeros(hidden.shape).index_copy_(0, counted, slopes)
+        ctx.save_for_backward(slopes, gradients.weight, gradients.bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, weight_slope, bias_slope = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        bias = None if bias_slope is None else (bias_slope * grads[0]).to(weight_dtype)
-        return (
-            (slopes * grads[0]).to(hidden_dtype),
-            (weight_slope * grads[0]).to(weight_dtype),
-            bias,
-            *[None] * 5,
-        )
+        # In place: a second backward raises, since autograd sees that what it saved has changed.
+        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made), *[None] * 5
 
 
-def _losses_and_slope(
+def _rows_that_count(labels: Tensor) -> Tensor | None:
+    """Indices of the labels that count; None: all are taken. On other devices than a CPU their number is not known
+    without waiting, so that all are."""
+    if labels.device.type != "cpu":
+        return None
+    counted = (labels != IGNORED).nonzero().squeeze(-1)
+    return None if len(counted) == len(labels) else counted
+
+
+def _losses_and_slopes(
     logits: Tensor, labels: Tensor, start: int, axis: Axis, z_loss: float, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] of tokens and d loss / d logits [n, V / t], which takes the place of the logits (fp32)."""
@@ -99,13 +176,20 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axi
     """Losses [n] of tokens in nats, fp32, the same on every rank of the axis; without autograd. logits [n, V / t],
     fp32, are overwritten; labels [n] as in `head_loss`."""
     start, _ = share(vocabulary_size, axis)
-    return _losses_and_slope(logits, labels, start, axis, 0.0, wanted=False)[0]
+    return _losses_and_slopes(logits, labels, start, axis, 0.0, wanted=False)[0]
 
 
-def chunk_rows(hidden: Tensor, columns: int) -> int:
-    """Tokens of a chunk: its logits take no more numbers than the hidden states [n, D]. columns: of the axis's largest
-    share of the vocabulary, so that all ranks cut the same chunks, whose sums they exchange."""
-    return max(1, hidden.numel() // columns)
+def chunk_rows(tokens: int, size: int, columns: int, width: int, device: str = "cpu") -> int:
+    """Tokens of a chunk of `tokens` hidden states of `size` numbers of `width` bytes on a type of device.
+
+    A chunk's logits take no more bytes than the weight's gradient in fp32, [V / t, D], to which each chunk adds, and
+    no more than the hidden states, whichever is more; but products of few rows are slow. Chunks are of nearly one size.
+    columns: of the axis's largest share of the vocabulary, so that all ranks cut the same chunks, whose sums they
+    exchange.
+    """
+    least = LEAST_ROWS if device == "cpu" else LEAST_ROWS_OF_DEVICES
+    rows = max(least, size * 4 // width, tokens * size // columns)
+    return max(1, -(-tokens // max(1, -(-tokens // rows))))
 
 
 def head_loss(
@@ -121,8 +205,10 @@ def head_loss(
 
     hidden [..., D], `enter`ed; weight [V / t, D]; logits are hidden weightᵀ + bias; labels [...] int64 in [0, V)
     or -100. z_loss: weight of the squared log of the sum of exponentials, part of
-    the loss where gradients are wanted, and not in evaluation. Gradients are fp32 sums over the chunks.
+    the loss where gradients are wanted, and not in evaluation. Gradients of weight and bias are fp32 sums over the
+    chunks; there is one backward.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = chunk_rows(flat, -(-vocabulary_size // axis.size))
-    return _HeadLoss.apply(flat, weight, bias, labels.reshape(-1), vocabulary_size, axis, z_loss, rows)  # type: ignore[return-value]
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    enabled = torch.is_grad_enabled()
+    wanted = tuple(enabled and value is not None and value.requires_grad for value in (hidden, weight, bias))
+    return _HeadLoss.apply(flat, weight, bias, labels, vocabulary_size, axis, z_loss, wanted)  # type: ignore[return-value]

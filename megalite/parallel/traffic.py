@@ -40,6 +40,8 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         axes = {"pipe": grid.pipe, "data": grid.data, "tensor": grid.tensor, "ends": grid.ends}
         self._axis_of = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
+        if grid.pipe.back is not None:
+            self._axis_of[grid.pipe.back.group_name] = "pipe"
         self._axis_of |= {run.group.group_name: "tensor" for run in grid.tensor.runs if run.group is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

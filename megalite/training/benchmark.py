@@ -18,6 +18,7 @@ from megalite.data.loader import TrainData
 from megalite.launch import ArgumentParser, at_least
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import plan_of
 from megalite.training.layouts import Layout, base_batch, config_of
 from megalite.training.local_ranks import check_room, run_local_ranks
 from megalite.training.memory import predicted_activations
@@ -62,6 +63,7 @@ def main(arguments: list[str]) -> int:
         rows[name] = _measured(one, one.world_size, options.steps, plain=False)
         for rank, row in enumerate(rows[name]):
             row["kept_bytes"] = _kept_bytes(one, rank)
+            row["simulated_bubble"] = _simulated_bubble(one)
         print(report(name, rows[name], tokens), flush=True)
     after = _measured(alone, 1, options.steps, plain=True)
     print(f"plain PyTorch, 1 process, again: {_speed(after, tokens)}\n", flush=True)
@@ -80,7 +82,7 @@ class Case:
     @classmethod
     def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
         """`LAYOUT` or `LAYOUT KEY=VALUE …`; ConfigError where it is neither."""
-        layout, *own = text.split()
+        layout, *own = text.split() or [""]
         return cls(" ".join([layout, *own]), Layout.parse(layout), load_config(file, [*overrides, *own]))
 
 
@@ -88,6 +90,11 @@ def _kept_bytes(config: Config, rank: int) -> int:
     """What a rank keeps for backward, as model/memory.py predicts it."""
     grid = Grid.at(rank, config.parallel.pipe, config.data_size, config.parallel.tensor)
     return predicted_activations(config, read_spec(config.model), grid).bytes
+
+
+def _simulated_bubble(config: Config) -> float:
+    """Of the pipe axis, as the schedule's program has it with the costs of its chunks."""
+    return plan_of(config, read_spec(config.model)).report(config.accumulation_steps).bubble
 
 
 def _measured(config: Config, world_size: int, steps: int, plain: bool) -> list[dict[str, Any]]:
@@ -119,6 +126,11 @@ def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
     lines += [f"    {kind.removesuffix('_bytes'):9} MB by rank: {_megabytes(ranks, kind)}" for kind in STATES]
     lines.append(f"    kept      MB by rank: {_megabytes(ranks, 'kept_bytes')}")
     lines.append(f"    peak      MB by rank: {_megabytes(ranks, 'peak_bytes')}")
+    if ranks[0]["simulated_bubble"] > 0:
+        measured = " ".join(f"{100 * rank['bubble']:.1f}" for rank in ranks)
+        simulated = f"on average; simulated {100 * ranks[0]['simulated_bubble']:.1f}"
+        average = 100 * sum(rank["bubble"] for rank in ranks) / len(ranks)
+        lines.append(f"    pipeline bubble, % by rank: {measured}; {average:.1f} {simulated}")
     for axis in sorted({axis for rank in ranks for axis in rank["sent"]}):
         sent = " ".join(f"{rank['sent'].get(axis, 0) / MEGABYTE:.4g}" for rank in ranks)
         lines.append(f"    sent over {axis}, MB a step by rank: {sent}")

@@ -19,7 +19,8 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
+from megalite.pipeline.plan import plan_of
 from megalite.training.memory import DTYPES, recompute_of
 from megalite.training.nvme import load_op, make_swap_folder
 from megalite.training.optimizer import LR_RATIO, learning_rate_factor, parameter_groups
@@ -35,7 +36,8 @@ def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init if init.depth_scaled is None else init.depth_scaled,
     )
-    stage = Stage(spec, grid, recompute_of(config), config.parallel.sequence, config.train.z_loss)
+    cut = plan_of(config, spec).cut
+    stage = Stage(spec, grid, cut, recompute_of(config), config.parallel.sequence, config.train.z_loss)
     return stage.initialise(config.train.seed)
 
 
@@ -66,7 +68,7 @@ def build_pipeline(engine: Engine, config: Config, spec: TransformerSpec) -> Pip
     """The schedule of a step over this rank's engine."""
     stage: Any = engine.module
     shape = stage.hidden_shape(config.micro_batch_size, config.data.sequence_length)
-    return Pipeline(engine, engine.grid.pipe, shape, DTYPES[config.precision])
+    return Pipeline(engine, engine.grid.pipe, plan_of(config, spec), shape, DTYPES[config.precision])
 
 
 def compare_with_asked(engine: Any, config: Config) -> None:

@@ -19,7 +19,7 @@ from megalite.config.sections import Faults
 from megalite.errors import TrainingError
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
 from megalite.training.appended import Appended
 from megalite.training.position import Position
 
@@ -146,10 +146,14 @@ class Health:
         return f"{line}: {({'skip': 'skipped', 'rewind': 'goes back', 'warn': 'goes on'})[fault.action]}"
 
     def _watch_first_gradient(self, module: Any, inputs: Any, output: Tensor) -> None:
-        """What backward leaves at the first stage's end goes to nobody; it tells of all that came before it."""
+        """What backward leaves at the embedding goes to nobody; it tells of all that came before it."""
         if output.requires_grad:
-            micro_batch = self.pipeline.micro_batch
-            output.register_hook(lambda gradient: self.pipeline.note_peak(1, micro_batch, gradient))
+            output.register_hook(self._note_first_gradient)
+
+    def _note_first_gradient(self, gradient: Tensor) -> None:
+        action = self.pipeline.interpreter.action
+        if action is not None:
+            self.pipeline.note_peak(action, gradient)
 
     def _origin(self) -> str:
         """Where numbers first were not finite (collective)."""
@@ -165,12 +169,13 @@ class Health:
         return "; ".join(gradients)
 
     def _first_found(self) -> tuple[tuple[int, int, int], str] | None:
-        """The first place on this rank, by (phase, micro-batch, order of the stages in it), and its name."""
-        pipe, found = self.engine.grid.pipe, []
-        for phase, k, peak in self.pipeline.peaks:
+        """The first place on this rank, by (phase, micro-batch, order of the chunks in it), and its name."""
+        found, last = [], self.pipeline.plan.cut.last_chunk
+        for (kind, chunk, k), peak in self.pipeline.peaks:
             if not torch.isfinite(peak).item():
-                what = "backward" if phase else "the loss" if pipe.is_last else "forward"
-                found.append(((phase, k, -pipe.rank if phase else pipe.rank), f"{what} of micro-batch {k}"))
+                backward = kind != "F"
+                what = "backward" if backward else "the loss" if chunk == last else "forward"
+                found.append(((int(backward), k, -chunk if backward else chunk), f"{what} of micro-batch {k}"))
         names = self.engine.global_norm.not_finite(own=True)
         if not found and names:
             found.append(((2, _LATER, 0), f"the gradient of {names[0]} as it is held"))

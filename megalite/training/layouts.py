@@ -1,4 +1,4 @@
-"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,zero=2,micro=1`, and the config of each.
+"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,zero=2,micro=1,schedule=zb-v`, and the config of each.
 
 All of them train the same global batch from one JSON. Used by verify.py and benchmark.py.
 """
@@ -13,6 +13,7 @@ from megalite.config.deepspeed_keys import OPTIMIZERS
 from megalite.config.sections import BatchRamp
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
+from megalite.pipeline.schedules import SCHEDULES
 from megalite.training.optimizer import check_parameter_groups
 
 LEAST_EPSILON = 1e-4
@@ -20,33 +21,67 @@ LEAST_EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes, ZeRO's stage and samples of a micro-batch; zero and micro None: as the JSON says."""
+    """Sizes of the axes, ZeRO's stage, samples of a micro-batch, and the pipe axis' schedule, its chunks a rank and
+    sequence parallelism; what is None is as the JSON says."""
 
     pipe: int = 1
     tensor: int = 1
     data: int = 1
     zero: int | None = None
     micro: int | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    sequence: bool | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
         """ConfigError where the text is not of the form above."""
         names = [field.name for field in fields(cls)]
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = part.partition("=")
-            if name not in names or name in values or not value.isdecimal() or (name != "zero" and int(value) < 1):
-                rule = f"must be NAME=NUMBER, each of {', '.join(names)} at most once, as in pipe=2,data=2"
-                raise ConfigError(f"--layouts: {text}: {rule}")
-            values[name] = int(value)
+            if name not in names or name in values:
+                raise ConfigError(f"--layouts: {text}: must be NAME=VALUE, each of {', '.join(names)} at most once")
+            values[name] = _value(name, value, text)
         return cls(**values)
 
     @property
     def world_size(self) -> int:
         return self.pipe * self.tensor * self.data
 
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """What it says of `megalite.parallel`."""
+        keys = ("pipe", "tensor", "schedule", "chunks", "sequence")
+        found = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        if self.pipe == 1 and self.schedule is None:
+            found["schedule"] = "1f1b"  # the only one of a single rank
+        return found
+
     def __str__(self) -> str:
-        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) is not None)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        words = {True: "true", False: "false"}
+        return ",".join(
+            f"{name}={words[value] if isinstance(value, bool) else value}"
+            for name, value in given.items()
+            if value is not None
+        )
+
+
+def _value(name: str, value: str, text: str) -> Any:
+    """The value of a part of a layout. Raises ConfigError."""
+    if name == "schedule":
+        if value not in SCHEDULES:
+            raise ConfigError(f"--layouts: {text}: schedule: must be one of {', '.join(SCHEDULES)}")
+        return value
+    if name == "sequence":
+        if value not in ("true", "false"):
+            raise ConfigError(f"--layouts: {text}: sequence: must be true or false")
+        return value == "true"
+    good = value.isascii() and value.isdecimal() and len(value) < 10
+    if not good or (name != "zero" and int(value) < 1):
+        raise ConfigError(f"--layouts: {text}: {name}: must be a number, as in pipe=2,data=2")
+    return int(value)
 
 
 def comparable(config: Config) -> Config:
@@ -90,7 +125,11 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
         zero.pop("offload_optimizer", None)
         zero.pop("offload_param", None)
         document.pop("aio", None)
-    document["megalite"].setdefault("parallel", {}).update(pipe=layout.pipe, tensor=layout.tensor)
+    parallel = document["megalite"].setdefault("parallel", {})
+    if (layout.pipe, layout.schedule) != (config.parallel.pipe, None):
+        for key in ("chunks", "cut"):  # of another pipe axis or schedule
+            parallel.pop(key, None)
+    parallel.update(layout.parallel)
     resolved = Config.from_dict(document).resolve(layout.world_size)
     spec = read_spec(resolved.model)
     check_model(resolved, spec)

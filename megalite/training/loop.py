@@ -67,6 +67,7 @@ class Run:
         self.pipeline = build_pipeline(engine, config, spec)
         self.watchdog = watchdog
         watchdog.instruction = lambda: self.pipeline.instruction
+        watchdog.waits_for = lambda: self.pipeline.waits_for
         self.rate = LearningRate(engine, config)
         self.rate.start_at(start.step)
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
@@ -285,7 +286,7 @@ class Run:
         self.engine.eval()
         loss = self.pipeline.evaluate(batches)
         self.engine.train()
-        counts = self.grid.tensor.is_first and self.grid.pipe.is_last
+        counts = self.grid.tensor.is_first and self.engine.stage.head is not None
         result = torch.stack([loss.double(), tokens_that_count(batches).double()]) * float(counts)
         dist.all_reduce(result)
         return result.cpu()

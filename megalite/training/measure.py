@@ -34,7 +34,20 @@ def measure_layout(config: Config, steps: int) -> dict[str, Any]:
         session.step(0)
     seconds = _timed(lambda step: session.step(step), steps)
     peak = peak_bytes(torch.device(session.engine.device or "cpu"))
-    return {**held, "seconds": seconds, "peak_bytes": peak, "sent": dict(traffic.bytes)}
+    bubble = _bubble(session, WARMUP_STEPS + steps)
+    return {**held, "seconds": seconds, "peak_bytes": peak, "sent": dict(traffic.bytes), "bubble": bubble}
+
+
+def _bubble(session: Session, step: int) -> float:
+    """Share of the time between a step's first and last action in which this rank does none: it waits for others on the
+    pipe axis."""
+    interpreter = session.pipeline.interpreter
+    interpreter.whole.on = interpreter.busy.on = True
+    dist.barrier()
+    session.step(step)
+    _wait_for_device()
+    interpreter.whole.on = interpreter.busy.on = False
+    return 1 - interpreter.busy.take() / interpreter.whole.take()
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:

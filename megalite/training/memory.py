@@ -31,12 +31,14 @@ import torch
 
 from megalite.config import Config
 from megalite.config.deepspeed_keys import Aio
-from megalite.config.rules import moments_kept
-from megalite.model.memory import Forward, Kept, stage_kept
+from megalite.config.rules import machine_has_gpu, moments_kept
+from megalite.model.memory import Forward
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
+from megalite.pipeline.kept import Kept, kept_by
+from megalite.pipeline.plan import plan_of
 from megalite.training.optimizer import parameter_groups
 
 FP32 = 4
@@ -72,7 +74,7 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
     optimizer = config.document.optimizer
     assert optimizer is not None
     with torch.device("meta"):
-        stage = Stage(spec, grid)
+        stage = Stage(spec, grid, plan_of(config, spec).cut)
     groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
     return [[value.numel() for value in group["params"]] for group in groups]
 
@@ -185,8 +187,9 @@ def _moments(config: Config) -> int:
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
     """What a rank's forwards keep for its backwards at most."""
     dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
-    at = Forward(config.micro_batch_size, config.data.sequence_length, dtype, split, config.data.reset_attention)
-    return stage_kept(spec, grid, recompute_of(config), at, config.accumulation_steps)
+    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
+    at = Forward(config.micro_batch_size, config.data.sequence_length, dtype, split, documents, device)
+    return kept_by(spec, plan_of(config, spec), grid.pipe.rank, recompute_of(config), at, config.accumulation_steps)
 
 
 def told_lines(config: Config, spec: TransformerSpec) -> list[str]:

@@ -26,7 +26,8 @@ class Pace:
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
         head = spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
-        self.work = float(len(stage.blocks) * spec.block_parameters + head)
+        layers = sum(len(stage.cut.layers[chunk]) for chunk in stage.cut.chunks_of(engine.grid.pipe.rank))
+        self.work = float(layers * spec.block_parameters + head)
         self.slow: dict[int, list[str]] = {}
 
     def begin(self, step: int) -> None:

@@ -20,9 +20,12 @@ from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.launch import ArgumentParser, Place, at_least, place, start_ranks, stop_ranks
+from megalite.inputs import reading
+from megalite.launch import MOST_RANKS, ArgumentParser, Place, at_least, place, start_ranks, stop_ranks
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.pipeline.plan import plan_of
+from megalite.pipeline.told import pipeline_lines
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
 from megalite.training.memory import told_lines
@@ -38,9 +41,10 @@ def main(arguments: list[str]) -> int:
     if {"--check", "--help", "-h"} & set(arguments):
         options = _parse(arguments)
         prepared = prepare(options.deepspeed_config, options.overrides, options.world_size or place().world_size)
-        check_data(prepared.config.data, prepared.spec.vocabulary_size)
+        with reading(options.deepspeed_config):
+            check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
-        print("\n".join(told_lines(prepared.config, prepared.spec)), file=sys.stderr, flush=True)
+        print(_told(prepared), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -64,7 +68,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is")
     parser.add_argument("--check", action="store_true", help="validate config and data, print the JSON, start nothing")
-    parser.add_argument("--world-size", type=at_least(1), metavar="N", help="with --check: for so many ranks")
+    ranks = at_least(1, MOST_RANKS)
+    parser.add_argument("--world-size", type=ranks, metavar="N", help="with --check: for so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it; it is in the env
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a dotted path into the JSON and its value")
     options = parser.parse_args(arguments)
@@ -84,16 +89,18 @@ class Prepared:
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
     """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
-    loaded = load_config(path, overrides)
-    config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
-    spec = read_spec(config.model)
-    check_model(config, spec)
-    check_parameter_groups(config, spec)
-    prepared = Prepared(config, spec, model_dict(config.model))
-    if thorough:
-        _check_data(config, spec)
-        _check_run_dir(prepared)
-        check_nvme(config, spec, place().local_size)
+    with reading(path):
+        loaded = load_config(path, overrides)
+        config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
+        spec = read_spec(config.model)
+        check_model(config, spec)
+        check_parameter_groups(config, spec)
+        prepared = Prepared(config, spec, model_dict(config.model))
+        if thorough:
+            _check_data(config, spec)
+            with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
+                _check_run_dir(prepared)
+            check_nvme(config, spec, place().local_size)
     return prepared
 
 
@@ -193,6 +200,12 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
         dist.barrier()
 
 
+def _told(prepared: Prepared) -> str:
+    """The table of what each rank will hold, and the pipeline's schedule."""
+    config, spec = prepared.config, prepared.spec
+    return "\n".join(told_lines(config, spec) + pipeline_lines(plan_of(config, spec), config.accumulation_steps))
+
+
 def _write_config(config: Config) -> None:
     path = Path(config.train.run_dir) / "config.json"
     try:
@@ -226,7 +239,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         if rank == 0:
             _write_config(config)
             say(f"{run_dir}: {start.told}")
-            say("\n".join(told_lines(config, prepared.spec)))
+            say(_told(prepared))
         run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
         run.saver.starts_from(start.position.step, start.damaged)
         if rank == 0:

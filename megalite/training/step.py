@@ -8,7 +8,7 @@ from torch import Tensor
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import MicroBatch
 
 
@@ -20,12 +20,10 @@ def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
 def train_step(
     pipeline: Pipeline, data: Axis, batches: Sequence[MicroBatch], before_update: Callable[[Tensor], None] | None = None
 ) -> tuple[Tensor, int]:
-    """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the last stage, and the
-    tokens that count in the global batch. before_update: called when all gradients stand, with this rank's part of
-    the mean loss (fp64 scalar)."""
-    pipeline.engine.begin_step(len(batches))
+    """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the rank with the head, and
+    the tokens that count in the global batch. before_update: called when all gradients are there, with this rank's part
+    of the mean loss (fp64 scalar)."""
     tokens = max(1, int(sum_over(tokens_that_count(batches), data)))
-    # DeepSpeed divides by the micro-batches and averages over the data axis; ours is a mean over tokens.
-    scale = data.size * len(batches) / tokens
+    scale = data.size / tokens  # DeepSpeed averages over the data axis; ours is a mean over tokens
     ready = None if before_update is None else lambda: before_update(pipeline.loss.double() / tokens)
     return pipeline.train_step(batches, scale, ready), tokens

@@ -23,8 +23,8 @@ from megalite.data.loader import TrainData
 from megalite.model.families import read_spec
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import MOMENTS
+from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.engine import LearningRate, build_engine, build_pipeline
 from megalite.training.position import Position

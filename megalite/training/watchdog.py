@@ -37,11 +37,13 @@ _CAUSES = (_KILLED, _FAILED, _SILENT, _BUSY)  # the likeliest first
 
 
 class Watchdog:
-    """One a rank, made together (collective). instruction: tells what the pipeline does, for the report."""
+    """One a rank, made together (collective). For the report, instruction tells what the pipeline does, and waits_for
+    whose message it waits for."""
 
     def __init__(self, run_dir: Path, limits: Limits) -> None:
         self.rank, self.limits = dist.get_rank(), limits
         self.instruction: Callable[[], str] = str
+        self.waits_for: Callable[[], int | None] = lambda: None
         everyone: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
         dist.all_gather_object(everyone, (socket.gethostname(), os.getpid(), time.strftime("%Y%m%d-%H%M%S")))
         self.hosts, self.pids = [host for host, _, _ in everyone], [pid for _, pid, _ in everyone]
@@ -101,6 +103,9 @@ class Watchdog:
         """Writes this rank's file, waits a little for the others', sums up where this is the lowest, and ends."""
         self.lock.acquire()  # for good: the main thread and the watching one may both come here
         call, peers = _collective(frames, self.rank)
+        peer = self.waits_for()
+        if not call and peer is not None:
+            call, peers = "recv", [peer]
         if call:
             kind = _WAITS if kind == _BUSY else kind
             cause = f"in {call}, waits for {_ranks(peers)}; {cause}"

@@ -2,7 +2,7 @@
 left out."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,19 +14,23 @@ from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import read_spec
 from megalite.model.memory import (
+    ChunkPart,
     Forward,
     Table,
     angles_table,
+    chunk_table,
     embedding_table,
     head_table,
     layer_table,
-    stage_kept,
+    logits_bytes,
     total,
 )
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Recompute, Stage
+from megalite.model.transformer import Head, Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
+from megalite.parallel.loss import IN_CACHE
+from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, VOCABULARY
 from tests.ranks import run_ranks
 
@@ -74,18 +78,19 @@ def measured(
 ) -> tuple[list[int], int]:
     """Bytes of embedding, each layer and head by themselves; and of the whole stage."""
     spec = read_spec(config)
-    stage = Stage(spec, grid, recompute, sequence).initialise(1).to(dtype)
+    stage = Stage(spec, grid, None, recompute, sequence).initialise(1).to(dtype)
     parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     documents = (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
     context = Context(randomness=Randomness(1, 1, torch.arange(BATCH)), documents=documents)
     whole, _ = saved(parameters, lambda: stage(ids, ids, context))
-    if stage.recompute_every:  # of whole layers: by themselves they keep all
+    (chunk,) = stage.chunks.values()
+    if chunk.recompute_every:  # of whole layers: by themselves they keep all
         return [], whole
     assert stage.embedding is not None and stage.head is not None
     first, hidden = saved(parameters, lambda: stage.embedding(ids, context))  # type: ignore[misc]
-    blocks = [saved(parameters, lambda b=b: b(hidden, context))[0] for b in stage.blocks.values()]
+    blocks = [saved(parameters, lambda b=b: b(hidden, context))[0] for b in chunk.blocks.values()]  # type: ignore[union-attr]
     last, _ = saved(parameters, lambda: stage.head(hidden, ids))  # type: ignore[misc]
     return [first, *blocks, last], whole
 
@@ -96,7 +101,7 @@ def predicted(
     at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
     angles = angles_table(spec, at)  # each layer by itself saves them
     layers = [layer_table(spec, i, at, recompute == "selective") | angles for i in range(spec.num_layers)]
-    kept = dict(stage_kept(spec, grid, recompute, at, 4).table)
+    kept = chunk_table(spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at)
     if recompute not in (0, "selective"):
         del kept["angles"]  # kept by the context that backward calls the layers with again: no hook sees them
     return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
@@ -119,6 +124,23 @@ def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[st
     return wrong
 
 
+@pytest.mark.parametrize("rows", [13, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_logits_of_a_chunk(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that the head needs in forward is what it keeps and a chunk's logits."""
+    monkeypatch.setattr("megalite.parallel.loss.LEAST_ROWS", rows)
+    spec = replace(read_spec(FAMILY_CONFIGS["llama"]), vocabulary_size=20_000, hidden_size=4)
+    at = Forward(1, 200, dtype, Split(Grid().tensor))
+    head = Head(spec, at.split, None, 0.0).to(dtype)
+    hidden, labels = torch.randn(1, 200, 4, dtype=dtype), torch.randint(0, 20_000, (1, 200))
+    kept: list[Tensor] = []
+    peak = peak_bytes(lambda: kept.append(head(hidden, labels)))
+    predicted = total(head_table(spec, at)) + logits_bytes(spec, at)
+    block = 4 * IN_CACHE if dtype == torch.bfloat16 else 0
+    weight = 4 * 20_000 * 4 if dtype == torch.float16 else 0
+    assert peak == pytest.approx(predicted + block + weight, rel=0.1)
+
+
 def test_one_rank() -> None:
     assert not on_ranks(0, 1, (False,))
 
@@ -126,28 +148,3 @@ def test_one_rank() -> None:
 def test_tensor_2_with_and_without_sequence_parallelism() -> None:
     wrong = [line for lines in run_ranks(2, on_ranks, (True, False)) for line in lines]
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_a_stage_keeps_its_micro_batches_under_1f1b(recompute: int) -> None:
-    """min(p - i, m) of them, each with the messages that the schedule holds on to."""
-    spec, dtype, pipe, count = read_spec(FAMILY_CONFIGS["llama"]), torch.bfloat16, 3, 2
-    for number in range(pipe):
-        grid = Grid.at(number, pipe, 1, 1)
-        stage = Stage(spec, grid, recompute).initialise(1).to(dtype)
-        parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
-        micro_batches = min(pipe - number, count)
-        held = 0
-        for _ in range(micro_batches):
-            ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
-            source = torch.randn(BATCH, LENGTH, spec.hidden_size, dtype=dtype, requires_grad=True)
-            labels = ids if grid.pipe.is_last else None
-            forward = partial(stage, ids if number == 0 else source, labels, Context())
-            size, output = saved(parameters, forward)
-            # A recomputed layer keeps its input itself; the angles are seen by no hook there.
-            held += size if recompute or number == 0 else size + source.nbytes
-            held += 0 if grid.pipe.is_last else output.nbytes
-        kept = stage_kept(spec, grid, recompute, Forward(BATCH, LENGTH, dtype, Split(grid.tensor)), count)
-        assert kept.micro_batches == micro_batches
-        unseen = kept.table["angles"] * micro_batches if recompute else 0
-        assert held == pytest.approx(kept.bytes - kept.again - unseen, rel=WITHIN)

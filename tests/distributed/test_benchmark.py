@@ -59,6 +59,10 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     assert out.count("plain PyTorch, 1 process") == 2
     by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
     assert by_rank and all(len(line.split()) == 2 for line in by_rank)
+    (bubbles,) = re.findall(r"pipeline bubble, % by rank: (\S+) (\S+); (\S+) on average; simulated (\S+)", out)
+    *measured, average, simulated = map(float, bubbles)
+    assert all(0 < bubble < 100 for bubble in measured) and 0 < simulated < 50
+    assert average == pytest.approx(sum(measured) / 2, abs=0.1)
     rows = {}
     for line in out.splitlines()[-2:]:
         name, *figures = re.split(r"  +", line)

@@ -24,7 +24,8 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.parallel.pipeline import Boundary
+from megalite.pipeline.forwards import Forwards
+from megalite.pipeline.plan import inference_cut
 from megalite.training.loop import Position
 from megalite.training.start import Start
 from tests.families import FAMILY_CONFIGS, batch, hf_model
@@ -46,20 +47,29 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _logits(stage: Stage, grid: Grid, tokens: Tensor) -> Tensor | None:
+    """On the last rank of the pipe axis."""
+    outputs: list[Tensor] = []
+
+    def forward(number: int, hidden: Tensor | None) -> Tensor:
+        outputs.append(stage(tokens if hidden is None else hidden))
+        return outputs[0]
+
+    shape = (*tokens.shape, stage.spec.hidden_size)
+    Forwards(grid.pipe, torch.float32, torch.device("cpu")).run([0], forward, lambda number: shape)
+    return outputs[0] if grid.pipe.is_last else None
+
+
 @torch.no_grad()
 def logits_on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]) -> list[Tensor | None]:
     grid, results = Grid.build(pipe, tensor), []
     tokens, _ = batch()
     for folder in folders:
         checkpoint = Checkpoint.open(find_checkpoint(folder))
-        stage = Stage(read_spec(checkpoint.model), grid)
+        spec = read_spec(checkpoint.model)
+        stage = Stage(spec, grid, inference_cut(spec, pipe))
         load_module(checkpoint.read, stage)
-        boundary = Boundary(grid.pipe, (*tokens.shape, stage.spec.hidden_size), torch.float32, torch.device("cpu"))
-        output = stage(tokens if grid.pipe.is_first else boundary.receive(grid.pipe.rank - 1))
-        if not grid.pipe.is_last:
-            boundary.send(output, grid.pipe.rank + 1)
-        boundary.finish()
-        results.append(output if grid.pipe.is_last else None)
+        results.append(_logits(stage, grid, tokens))
     return results
 
 

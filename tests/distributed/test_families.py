@@ -8,6 +8,7 @@ import torch
 from megalite.model.families import FAMILIES, read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import inference_cut
 from tests.families import (
     FAMILY_CONFIGS,
     FEW_KV_HEADS,
@@ -24,7 +25,12 @@ from tests.ranks import run_ranks
 
 def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, configs: list[dict[str, Any]]) -> list[Result]:
     grid = Grid.build(pipe, tensor)
-    return [forward_backward(load_hf(Stage(read_spec(c), grid), hf_model(c)), *batch()) for c in configs]
+    results = []
+    for config in configs:
+        spec = read_spec(config)
+        stage = load_hf(Stage(spec, grid, inference_cut(spec, pipe)), hf_model(config))
+        results.append(forward_backward(stage, *batch()))
+    return results
 
 
 def check(results: list[Result], config: dict[str, Any]) -> None:

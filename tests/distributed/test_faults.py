@@ -18,8 +18,9 @@ import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.sections import Faults
+from megalite.model.transformer import Stage
 from megalite.parallel.engine import Engine
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
 from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
@@ -41,16 +42,30 @@ def same(run_dir: Path, other: Path) -> None:
     assert all(one.read(name).equal(two.read(name)) for name in one.names)
 
 
-def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(tmp_path: Path) -> None:
-    def of(run: str) -> dict[str, Any]:
-        return document(tmp_path, run, GRID)
+PLACES = [
+    (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
+    (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
+    (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
+    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+]
+PLACES_OF_V = [  # the loss is on the first ranks
+    (3, "forward", "loss is nan; first in forward of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
+    (1, "forward", "loss is nan; first in forward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1, tensor 0)"),
+    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+]
 
-    places = [
-        (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
-        (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
-        (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
-        (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
-    ]
+
+@pytest.mark.parametrize(
+    "schedule, places", [("1f1b", PLACES), ("zb-h1", PLACES[::2]), ("interleaved", PLACES[1:3]), ("zb-v", PLACES_OF_V)]
+)
+def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
+    tmp_path: Path, schedule: str, places: list[tuple[int, str, str]]
+) -> None:
+    def of(run: str) -> dict[str, Any]:
+        made = document(tmp_path, run, {**GRID, "schedule": schedule})
+        made["megalite"]["model"]["num_hidden_layers"] = 4
+        return made
+
     runs: list[Any] = [
         (of(str(number)), functools.partial(spoilt, on=rank, at={2}, factor=math.nan, phase=phase))
         for number, (rank, phase, _) in enumerate(places)
@@ -95,7 +110,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict
 @contextlib.contextmanager
 def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
-    forward = Pipeline._forward
+    forward = Stage.forward
 
     def wrapped(samples: Any, *args: Any) -> Any:
         made = micro_batches(samples, *args)
@@ -106,11 +121,11 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
             batch.context.shared["bad"] = bool(own & numbers)
         return made
 
-    def spoil(self: Pipeline, k: int, tokens: Any, labels: Any, context: Any = None) -> Any:
-        source, output = forward(self, k, tokens, labels, context)
-        return source, output * math.nan if context.shared.get("bad") and self.axis.is_last else output
+    def spoil(self: Stage, x: Any, labels: Any = None, context: Any = None, chunk: Any = None) -> Any:
+        output = forward(self, x, labels, context, chunk)
+        return output * math.nan if labels is not None and context.shared.get("bad") else output
 
-    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Pipeline, "_forward", spoil):
+    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Stage, "forward", spoil):
         yield
 
 

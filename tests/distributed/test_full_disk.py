@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalite.checkpoint.files import checkpoints_of, find_checkpoint, step_of
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
 from tests.ranks import run_ranks
 from tests.small_disk import fill, small_disk
 from tests.training_runs import document, rows, spoilt, train

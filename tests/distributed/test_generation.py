@@ -18,6 +18,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Axis, Grid
 from megalite.parallel.layers import share
+from megalite.pipeline.plan import inference_cut
 from tests.families import FAMILY_CONFIGS, VOCABULARY, hf_model
 from tests.ranks import run_ranks
 
@@ -54,7 +55,7 @@ def on_a_grid(
     results = []
     for path in folders:
         folder = HFFolder(path)
-        stage = Stage(folder.spec, grid)
+        stage = Stage(folder.spec, grid, inference_cut(folder.spec, grid.pipe.size))
         load_module(folder.read, stage)
         generator, told = Generator(stage, grid, batch_size=4), []
         greedy = generator.generate(PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t)))

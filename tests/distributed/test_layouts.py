@@ -203,7 +203,7 @@ def beside_torch(rank: int, world_size: int, config: dict[str, Any], steps: int)
     stage = Stage(read_spec(session.config.model), Grid()).initialise(session.config.train.seed)
     model = nn.parallel.DistributedDataParallel(stage)
     groups = parameter_groups(stage, params.weight_decay)
-    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.999), eps=params.eps)
+    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.999), eps=params.eps, fused=True)
     for step in range(steps):
         batches = session.batches(step)
         count = tokens_that_count(batches)
@@ -242,7 +242,7 @@ def test_training_equals_transformers_and_torch(runs: Runs, tmp_path: Path, fami
     decays = [value for value in model.parameters() if value.dim() > 1]
     rest = [value for value in model.parameters() if value.dim() == 1]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, fused=True)
     data = TrainData(settings.data, settings.train.seed, section["vocab_size"])
     for step in range(steps):
         (batch,) = micro_batches(data, step * BATCH, BATCH, BATCH, ALONE, torch.device("cpu"))

@@ -1,12 +1,12 @@
 """Levers on memory and on the function, each the same on every layout: sequence parallelism, dropout, documents,
-activation checkpointing, the loss in chunks."""
+activation checkpointing, the loss in chunks; and the norm's memory."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness, dropped
@@ -14,6 +14,9 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.loss import head_loss
+from megalite.parallel.norm import BLOCK, squares
+from megalite.pipeline.plan import inference_cut
+from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, FEW_KV_HEADS, VOCABULARY, Result, forward_backward, full_gradients
 from tests.ranks import run_ranks
 
@@ -53,7 +56,8 @@ def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, cases: list[Ca
     grid = Grid.build(pipe, tensor)
     results = []
     for config, options, packed in cases:
-        stage = Stage(read_spec(config), grid, **options).initialise(1)
+        spec = read_spec(config)
+        stage = Stage(spec, grid, inference_cut(spec, pipe), **options).initialise(1)
         halves = [run(stage, packed, slice(i, i + 2)) for i in (0, 2)]  # two micro-batches add their gradients
         results.append((halves[1][0], halves[0][1] + halves[1][1], halves[1][2]))
     return results
@@ -135,15 +139,84 @@ def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: 
     expected = expected + z_loss * (logits.logsumexp(-1).square() * (labels != -100)).sum()
     (expected * 3).backward()
     ours = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
-    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda hidden, columns: rows)
+    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda *sizes: rows)
+    monkeypatch.setattr("megalite.parallel.loss.IN_CACHE", 2 * 33)
     loss = head_loss(*ours, labels, 33, ALONE, z_loss)
-    (loss * 3).backward()
+    (loss * 3).backward(retain_graph=True)
     torch.testing.assert_close(loss, expected)
     for a, b in zip(ours, inputs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # forward's gradients are given away
+        loss.backward()
+
+
+def test_the_loss_in_evaluation_has_no_z_loss_and_makes_no_gradients() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 8), nn.Parameter(torch.randn(9000, 8))
+    labels = torch.randint(0, 9000, (50,))
     with torch.no_grad():
-        plain = head_loss(hidden, weight, bias, labels, 33, ALONE, z_loss)
-    torch.testing.assert_close(plain, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        expected = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+        torch.testing.assert_close(head_loss(hidden, weight, None, labels, 9000, ALONE, z_loss=0.1), expected)
+        held = peak_bytes(lambda: head_loss(hidden, weight, None, labels, 9000, ALONE))
+    assert held < 1.1 * 4 * 9000 * 50  # the logits
+
+
+@pytest.mark.parametrize("counted", [0, 1, 40])
+def test_labels_that_do_not_count_cost_nothing(counted: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(60, 8), torch.randn(3000, 8)
+    labels = torch.full((60,), -100)
+    labels[torch.randperm(60)[:counted]] = torch.randint(0, 3000, (counted,))
+    ours, theirs = ([value.clone().requires_grad_() for value in values] for _ in range(2))
+    losses = []
+
+    def work() -> None:
+        losses.append(head_loss(*ours, None, labels, 3000, ALONE))
+        losses[0].backward()
+
+    held = peak_bytes(work)
+    assert held < 4 * (3000 * (counted + 8 + 1) + 4 * 60 * 8) + 4096  # logits, gradients
+    expected = F.cross_entropy(F.linear(*theirs), labels, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(losses[0], expected)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_16_bits_is_as_near_as_they_allow(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    values = [torch.randn(90, 16).to(dtype), torch.randn(5000, 16).to(dtype)]
+    labels = torch.randint(0, 5000, (90,))
+    wide = [value.float().requires_grad_() for value in values]
+    expected = F.cross_entropy(F.linear(*wide), labels, reduction="sum")
+    expected.backward()
+    monkeypatch.setattr("megalite.parallel.loss.chunk_rows", lambda *sizes: rows)
+    ours = [value.requires_grad_() for value in values]
+    loss = head_loss(*ours, None, labels, 5000, ALONE)
+    loss.backward()
+    rounding = torch.finfo(dtype).eps
+    assert loss.item() == pytest.approx(expected.item(), rel=rounding)
+    for a, b in zip(ours, wide, strict=True):
+        assert a.grad is not None and b.grad is not None and a.grad.dtype == dtype
+        assert (a.grad - b.grad).norm() < rounding * b.grad.norm()
+
+
+def test_the_loss_makes_the_gradients_that_are_wanted_alone() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(20, 8), torch.randn(50, 8), torch.randn(50)
+    labels = torch.randint(0, 50, (20,))
+    whole = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
+    head_loss(*whole, labels, 50, ALONE).backward()
+    for number in range(3):
+        some = [value.clone().requires_grad_(i == number) for i, value in enumerate((hidden, weight, bias))]
+        loss = head_loss(*some, labels, 50, ALONE)
+        assert [value is not None for value in loss.grad_fn.saved_tensors] == [i == number for i in range(3)]
+        loss.backward()
+        assert torch.equal(some[number].grad, whole[number].grad)  # type: ignore[arg-type]
 
 
 def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
@@ -153,18 +226,21 @@ def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
     weight = torch.randn(vocabulary, size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
 
-    def peak(fused: bool) -> int:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            if fused:
-                head_loss(hidden, weight, None, labels, vocabulary, ALONE).backward()
-            else:
-                F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum").backward()
-        now = highest = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                highest = max(highest, now)
-        return highest
+    def fused() -> None:
+        head_loss(hidden, weight, None, labels, vocabulary, ALONE).backward()
+
+    def plain() -> None:
+        F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum").backward()
 
     logits = tokens * vocabulary * 4
-    assert peak(fused=True) < logits / 3 < logits < peak(fused=False)
+    assert peak_bytes(fused) < logits / 3 < logits < peak_bytes(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_exact_and_makes_no_copy(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 100_001).mul(1e3).to(dtype)
+    assert squares(values).item() == pytest.approx(values.double().square().sum().item(), rel=1e-13)
+    assert squares(values[:, 1:]).item() == pytest.approx(values[:, 1:].double().square().sum().item(), rel=1e-13)
+    assert peak_bytes(lambda: squares(values)) < 1.1 * 8 * BLOCK
+    values[1, 70_000] = torch.nan
+    assert squares(values).isnan()

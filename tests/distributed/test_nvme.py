@@ -83,7 +83,7 @@ def config_of(folder: str | None, stage: int = 3, bf16: bool = False, **offload:
     }
     if offload.get("pipeline_read"):
         document["aio"] = {"block_size": 2**16, "intra_op_parallelism": 2}
-    return Config.from_dict(document).resolve(2, has_gpu=False)
+    return Config.from_dict(document).resolve(2)
 
 
 def build(config: Config) -> tuple[Engine, Any]:

@@ -63,7 +63,7 @@ def tensors(run: Path) -> dict[str, Tensor]:
 
 def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, norms and final weights of a loop of torch alone, its groups, rates and batches written out by hand."""
-    config = Config.from_dict(keys).resolve(1, has_gpu=False)
+    config = Config.from_dict(keys).resolve(1)
     stage = build_stage(config, read_spec(config.model), Grid())
     groups: list[dict[str, Any]] = []
     for value, place in placed(stage):
@@ -79,7 +79,7 @@ def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, 
         groups.append({"params": [value], "weight_decay": decay, "ratio": ratio})
     params = keys["optimizer"]["params"]
     sgd = keys["optimizer"]["type"] == "SGD"
-    optimizer = torch.optim.SGD(groups, momentum=0.9) if sgd else torch.optim.AdamW(groups, eps=1e-4)
+    optimizer = torch.optim.SGD(groups, momentum=0.9) if sgd else torch.optim.AdamW(groups, eps=1e-4, fused=True)
     data = TrainData(config.data, config.train.seed, VOCABULARY)
     losses, norms = [], []
     for step, size in enumerate(SIZES):
@@ -130,5 +130,5 @@ def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) ->
 
 
 def prepared(keys: dict[str, Any]) -> Prepared:
-    config = Config.from_dict(keys).resolve(1, has_gpu=False)
+    config = Config.from_dict(keys).resolve(1)
     return Prepared(config, read_spec(config.model), model_dict(config.model))

@@ -17,8 +17,8 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.parallel import collectives
 from megalite.parallel.norm import GlobalNorm
-from megalite.parallel.pipeline import Pipeline
 from megalite.parallel.zero import ShardedOptimizer
+from megalite.pipeline.actions import Pipeline
 from megalite.training.layouts import Layout, comparable, config_of, micro_sizes
 from megalite.training.trace import Trace
 from megalite.training.verify import Spread, Verdict, main
@@ -50,11 +50,11 @@ def unreduced_tied_gradient(rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def scale_of_m_squared(rank: int) -> Iterator[None]:
+def scale_of_m(rank: int) -> Iterator[None]:
     whole = Pipeline.train_step
 
     def scaled(self: Pipeline, batches: Any, scale: float, before_update: Any = None) -> Any:
-        return whole(self, batches, scale / len(batches), before_update)
+        return whole(self, batches, scale / len(batches), before_update)  # a mean of means
 
     with mock.patch.object(Pipeline, "train_step", scaled):
         yield
@@ -74,7 +74,7 @@ def dropped_tensor_all_reduce(rank: int) -> Iterator[None]:
 
 GRID, SPLIT = Layout(pipe=2, data=2, zero=1, micro=1), Layout(tensor=2, zero=2, micro=2)
 ON_GRID: list[Callable[..., Any]] = [
-    nothing, norm_of_stage_0, unreduced_tied_gradient, scale_of_m_squared, skipped_reduction
+    nothing, norm_of_stage_0, unreduced_tied_gradient, scale_of_m, skipped_reduction
 ]
 ON_SPLIT: list[Callable[..., Any]] = [nothing, dropped_tensor_all_reduce]
 
@@ -132,7 +132,7 @@ def test_sound_layouts_agree(verdicts: dict[str, Verdict]) -> None:
     [
         ("norm_of_stage_0 4", "norm", ""),
         ("unreduced_tied_gradient 4", "norm", TIED),
-        ("scale_of_m_squared 4", "norm", ""),
+        ("scale_of_m 4", "norm", ""),
         ("skipped_reduction 4", "norm", ""),
         ("dropped_tensor_all_reduce 2", "norm", ""),
     ],

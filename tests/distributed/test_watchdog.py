@@ -10,7 +10,9 @@ from torch import Tensor
 
 from megalite.config.sections import Limits
 from megalite.parallel.grid import Grid
-from megalite.parallel.pipeline import Pipeline
+from megalite.pipeline.actions import Pipeline
+from megalite.pipeline.cut import LayerCosts, ModelCosts
+from megalite.pipeline.plan import make_plan
 from megalite.training.watchdog import Watchdog
 from tests.ranks import RankFailure, run_ranks
 
@@ -20,12 +22,12 @@ STEP_SECONDS = 2.0
 class FaultyEngine:
     """A stage without weights that does not come through its second forward on rank 1."""
 
-    device = "cpu"
+    device, hands_over_by_chunk = "cpu", False
 
     def __init__(self, rank: int, fault: str) -> None:
         self.rank, self.fault, self.forwards = rank, fault, 0
 
-    def __call__(self, source: Tensor, labels: Tensor | None, context: Any) -> Tensor:
+    def __call__(self, source: Tensor, labels: Tensor | None, context: Any, chunk: int) -> Tensor:
         self.forwards += 1
         if self.rank == 1 and self.forwards == 2:
             if self.fault == "failed":
@@ -37,15 +39,23 @@ class FaultyEngine:
     def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
         loss.backward()
 
+    def begin_step(self) -> None:
+        pass
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        pass
+
     def step(self) -> None:
         pass
 
 
 def step(rank: int, world_size: int, run_dir: Path, fault: str) -> None:
     engine: Any = FaultyEngine(rank, fault)
-    pipeline = Pipeline(engine, Grid.build(world_size, 1).pipe, (1, 4), torch.float32)
+    plan = make_plan("1f1b", world_size, 1, (1,) * world_size, ModelCosts((LayerCosts(1.0, 0.0),) * world_size, 0.0))
+    pipeline = Pipeline(engine, Grid.build(world_size, 1).pipe, plan, (1, 4), torch.float32)
     with Watchdog(run_dir, Limits.model_validate({})) as watchdog, watchdog.watching("step 7", STEP_SECONDS):
         watchdog.instruction = lambda: pipeline.instruction
+        watchdog.waits_for = lambda: pipeline.waits_for
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         pipeline.train_step([(tokens, tokens)] * 4, 1.0)
 

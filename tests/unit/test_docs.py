@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = ["errors", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint", "convert"]
-LAYERS += ["training", "inference", "launching", "doctor"]
+LAYERS = ["errors", "inputs", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint"]
+LAYERS += ["convert", "pipeline", "training", "inference", "launching", "doctor"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:
@@ -15,7 +15,7 @@ def test_the_config_reference_is_made_from_the_code() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    """A part imports itself and those before it in LAYERS, anywhere in a file; `data` only the first two."""
+    """A part imports itself and those before it in LAYERS, anywhere in a file; `data` only the first three."""
     for path in sorted(Path("megalite").rglob("*.py")):
         own = path.relative_to("megalite").parts[0].removesuffix(".py")
         if own == "__init__":
@@ -25,4 +25,4 @@ def test_imports_go_one_way() -> None:
             if module is not None and module.startswith("megalite."):
                 part = module.split(".")[1]
                 assert LAYERS.index(part) <= LAYERS.index(own), f"{path} imports {module}"
-                assert own != "data" or part in ("errors", "config", "data"), f"{path} imports {module}"
+                assert own != "data" or part in ("errors", "inputs", "config", "data"), f"{path} imports {module}"

@@ -1,0 +1,182 @@
+"""Weight gradients that wait: the split of a backward into a part for the input and a part for the weights.
+
+Zero-bubble schedules (pipeline/schedules.py) run a backward to the input at once, since another rank waits for it, and
+make the gradients of the weights later. While `collecting(waiting)` is entered, in forward and in the backward to the
+input, no parameter has an edge in autograd's graph: layers keep what their weight gradients are made of in a
+WeightGradients. `give` then hands each parameter its gradient through one autograd backward, so that hooks on the
+parameters see what they always see: DeepSpeed's, which sum, shard and reduce.
+
+torch.distributed.pipelining writes `weight.grad` by hand, past all hooks (pytorch/pytorch#144530), so no ZeRO works
+with it. Next: layers.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Make = Callable[[], Tensor]
+
+
+class WeightGradients:
+    """What the weight gradients of one chunk and micro-batch are made of, between I and W."""
+
+    def __init__(self) -> None:
+        self._makers: list[tuple[nn.Parameter, Make]] = []
+
+    def add(self, weight: nn.Parameter, make: Make) -> None:
+        """Notes how a gradient is made. Called in the order of the backward."""
+        self._makers.append((weight, make))
+
+    def take(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """Makes the gradients, in that order, and forgets what they were made of. Those of one parameter are summed."""
+        makers, self._makers = self._makers, []
+        sums: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for weight, make in makers:
+            gradient = make()
+            if id(weight) in sums:
+                gradient = sums[id(weight)][1] + gradient
+            sums[id(weight)] = weight, gradient.to(weight.dtype)
+        return [weight for weight, _ in sums.values()], [gradient for _, gradient in sums.values()]
+
+    def split_off(self, weights: Sequence[Tensor]) -> "WeightGradients":
+        """Moves what is noted of some weights into another."""
+        wanted, other = {id(weight) for weight in weights}, WeightGradients()
+        other._makers = [entry for entry in self._makers if id(entry[0]) in wanted]
+        self._makers = [entry for entry in self._makers if id(entry[0]) not in wanted]
+        return other
+
+
+# Not a context variable: on some devices autograd runs backward on threads of its own.
+_now: WeightGradients | None = None
+
+
+@contextmanager
+def collecting(waiting: WeightGradients | None) -> Iterator[None]:
+    """Inside, layers put their weight gradients off into `waiting`; None: as always."""
+    global _now
+    before, _now = _now, waiting
+    try:
+        yield
+    finally:
+        _now = before
+
+
+def _waiting() -> WeightGradients | None:
+    return _now if torch.is_grad_enabled() else None
+
+
+# The functions below take parameters in a tuple, which autograd does not look into: an edge to a parameter fires its
+# hooks even where the gradient is None, and ZeRO-2's then fails (runtime/zero/stage_1_and_2.py:1457). The anchor makes
+# their results need a gradient.
+_anchors: dict[torch.device, Tensor] = {}
+
+
+def _anchor(device: torch.device) -> Tensor:
+    if device not in _anchors:
+        _anchors[device] = torch.zeros((), device=device, requires_grad=True)
+    return _anchors[device]
+
+
+class _Later(torch.autograd.Function):
+    """The weight itself, cut off: what comes back for it is its gradient, which waits."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, weights: tuple[nn.Parameter], waiting: WeightGradients) -> Tensor:
+        ctx.weight, ctx.waiting = weights[0], waiting
+        return weights[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        gradient = grads[0]
+        ctx.waiting.add(ctx.weight, lambda: gradient)
+        return None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, weights: tuple[Any, Any], finish: Any, waiting: WeightGradients
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weights, ctx.finish, ctx.waiting = weights, finish, waiting
+        return F.linear(x, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # A saved input comes back with its grad_fn. Kept in `waiting` that would hold the graph, which holds `waiting`.
+        x, slope = ctx.saved_tensors[0].detach(), grads[0]
+        (weight, bias), finish = ctx.weights, ctx.finish
+        ctx.waiting.add(weight, lambda: finish(slope.flatten(0, -2).t() @ x.flatten(0, -2)))
+        if bias is not None:
+            ctx.waiting.add(bias, lambda: finish(slope.flatten(0, -2).sum(0)))
+        return (slope @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, weights: tuple[Any], ids: Tensor, padding_row: int | None, waiting: WeightGradients
+    ) -> Tensor:
+        ctx.weight, ctx.ids, ctx.padding_row, ctx.waiting = weights[0], ids, padding_row, waiting
+        return F.embedding(ids, weights[0], padding_row)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        slope, ids, weight = grads[0], ctx.ids, ctx.weight
+        padding = -1 if ctx.padding_row is None else ctx.padding_row
+        backward = torch.ops.aten.embedding_dense_backward
+        ctx.waiting.add(weight, lambda: backward(slope, ids, weight.shape[0], padding, False))
+        return None, None, None, None, None
+
+
+def later(weight: nn.Parameter) -> Tensor:
+    """The weight, for work whose gradient is cheap: it is made in the backward to the input, and waits."""
+    waiting = _waiting()
+    return weight if waiting is None else _Later.apply(_anchor(weight.device), (weight,), waiting)  # type: ignore[return-value]
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def linear(
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Callable[[Tensor], Tensor] = _as_it_is
+) -> Tensor:
+    """x weightᵀ + bias, while gradients are collected; x [..., in], weight [out, in]. finish: what the gradients of
+    weight and bias still go through (a sum over ranks)."""
+    return _Linear.apply(x, _anchor(x.device), (weight, bias), finish, _now)  # type: ignore[return-value]
+
+
+def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Tensor:
+    """Rows of weight [V, D] for ids [...], as torch's `embedding`."""
+    waiting = _waiting()
+    if waiting is None:
+        return F.embedding(ids, weight, padding_row)
+    return _Embedding.apply(_anchor(ids.device), (weight,), ids, padding_row, waiting)  # type: ignore[return-value]
+
+
+def is_collecting() -> bool:
+    """Whether weight gradients are put off now."""
+    return _waiting() is not None
+
+
+class _Give(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return weights[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *gradients
+
+
+def give(waiting: WeightGradients) -> Tensor:
+    """A scalar whose backward gives each parameter its gradient, whatever the scalar's own is (0, fp32)."""
+    weights, gradients = waiting.take()
+    return _Give.apply(gradients, *weights)  # type: ignore[return-value]

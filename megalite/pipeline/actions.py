@@ -1,0 +1,199 @@
+"""A training step and an evaluation over DeepSpeed's engine: what the actions F, B, I and W are.
+
+One engine a rank holds all its chunks, with its own ZeRO shards over its data axis. A B here is an engine's backward,
+and so is a W, which gives the parameters what an I before it has left (parallel/deferred.py): DeepSpeed's hooks sum,
+shard and reduce as they always do, so ZeRO 0, 1 and 2 work through the pipeline. With pipe 1 it is plain gradient
+accumulation.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.parallel.deferred import WeightGradients, collecting
+from megalite.parallel.grid import Axis
+from megalite.pipeline.interpreter import Interpreter
+from megalite.pipeline.mailbox import Mailbox
+from megalite.pipeline.plan import PipelinePlan
+from megalite.pipeline.program import Action
+
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]
+"""Tokens and labels [B, S] of a micro-batch, and the context (model/context.py) that its chunks are called with."""
+
+
+class _Continue(torch.autograd.Function):
+    """A scalar whose backward gives `gradient` to `output`, whatever its own gradient is: the gradient that came
+    from the next chunk already carries DeepSpeed's loss scale."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return output.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+class Pipeline:
+    """Runs the micro-batches of a step, or of an evaluation, through the chunks.
+
+    engine: this rank's; shape [B, S, D] of what crosses chunks for a micro-batch; dtype of activations.
+    """
+
+    def __init__(
+        self, engine: Any, axis: Axis, plan: PipelinePlan, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.engine, self.axis, self.plan, self.shape = engine, axis, plan, shape
+        several = len(plan.cut.home) > plan.pipe
+        self.interpreter = Interpreter(Mailbox(axis, engine.device), plan.cut.last_chunk, dtype, several)
+        self.after = ""
+        """What follows the actions of a step, while it is done, in words."""
+        self.loss = torch.zeros(())
+        """Sum of the losses of this step's micro-batches so far (fp32 scalar), 0 but on the last chunk's rank."""
+        self.peaks: list[tuple[Action, Tensor]] = []
+        """Of this step, what tells where numbers stopped being finite: the largest absolute value of what left each
+        action. Scalars on the device, which nobody waits for."""
+
+    @property
+    def instruction(self) -> str:
+        """What this rank does now, in words: for a report when a run hangs."""
+        return self.interpreter.instruction or self.after
+
+    @property
+    def waits_for(self) -> int | None:
+        """The global rank whose message this rank waits for now."""
+        return self.interpreter.mailbox.waits_for
+
+    def train_step(
+        self, batches: Sequence[Batch], scale: float, before_update: Callable[[], None] | None = None
+    ) -> Tensor:
+        """All forwards, backwards and the optimizer's step.
+
+        batches: the micro-batches of this data rank. scale: what a micro-batch's sum of losses is multiplied by before
+        backward; DeepSpeed averages over the data axis afterwards. before_update: called when all gradients are there.
+        Returns the sum of the losses (fp32 scalar), 0 but on the last chunk's rank.
+        """
+        self.loss, self.peaks = torch.zeros((), device=self.engine.device), []
+        step = _TrainingStep(self, batches, scale)
+        self.engine.begin_step()
+        steps = self.plan.steps(len(batches), self.axis.rank)
+        self.interpreter.run(steps, step.perform, lambda value: self.shape)
+        self.after = "reduction or update"
+        if before_update is not None:
+            before_update()
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        self.after = ""
+        return self.loss
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank."""
+        total = torch.zeros((), device=self.engine.device)
+        last = self.plan.cut.last_chunk
+
+        def forward(action: Action, source: Tensor | None) -> Tensor | None:
+            tokens, labels, context = _parts(batches[action.micro_batch])
+            inputs = tokens if source is None else source
+            with self.axis.clock.computing():
+                output = self.engine(inputs, labels if action.chunk == last else None, context, action.chunk)
+            if action.chunk < last:
+                return output
+            total.add_(output)
+            return None
+
+        steps = self.plan.evaluation_steps(len(batches), self.axis.rank)
+        self.interpreter.run(steps, forward, lambda value: self.shape)
+        return total
+
+    def note_peak(self, action: Action, tensor: Tensor) -> None:
+        """Adds to `peaks`."""
+        self.peaks.append((action, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
+
+
+class _TrainingStep:
+    """The actions of one step on this rank, and what its forwards have left for its backwards."""
+
+    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float) -> None:
+        self.pipeline, self.engine, self.batches, self.scale = pipeline, pipeline.engine, batches, scale
+        program = pipeline.plan.program(len(batches))
+        self.last, self.halved = program.last_chunk, program.splits_backward
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.waiting: dict[tuple[int, int], WeightGradients] = {}
+        self.boundaries = _boundaries(program.actions[pipeline.axis.rank], self.last, self.engine.hands_over_by_chunk)
+
+    def perform(self, action: Action, value: Tensor | None) -> Tensor | None:
+        """One action (interpreter.py)."""
+        match action.kind:
+            case "F":
+                return self._forward(action, value)
+            case "W":
+                self._give(action, self.waiting.pop(action[1:]))
+                return None
+        return self._backward(action, value)
+
+    def _forward(self, action: Action, source: Tensor | None) -> Tensor | None:
+        _, chunk, k = action
+        tokens, labels, context = _parts(self.batches[k])
+        source = tokens if source is None else source.detach().requires_grad_()
+        waiting = WeightGradients() if (chunk, k) in self.halved else None
+        # Not through the engine where backward is halved: its hooks on the output begin DeepSpeed's backward, in I.
+        call = self.engine if waiting is None else self.engine.module
+        with collecting(waiting), self.pipeline.axis.clock.computing():
+            output = call(source, labels if chunk == self.last else None, context, chunk)
+        if waiting is not None:
+            self.waiting[chunk, k] = waiting
+        self.kept[chunk, k] = source, output
+        self.pipeline.note_peak(action, output)
+        if chunk == self.last:
+            self.pipeline.loss += output.detach()
+            return None
+        given = output.detach()
+        output.data = output.new_empty(0)  # backward needs the output's place in the graph, not its numbers
+        return given
+
+    def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
+        kind, chunk, k = action
+        source, output = self.kept.pop((chunk, k))
+        loss = output * self.scale if gradient is None else _Continue.apply(output, gradient)
+        if kind == "B":
+            self.engine.set_gradient_accumulation_boundary(action in self.boundaries)
+            self.engine.backward(loss, scale_wrt_gas=False)
+        else:
+            waiting = self.waiting[chunk, k]
+            with collecting(waiting):
+                loss_scale = torch.full_like(loss, self.engine.current_loss_scale)
+                torch.autograd.backward(loss, loss_scale)
+            if chunk == self.last:
+                # The head's gradient is as large as its weight, and made already: it does not wait for W.
+                self._give(action, waiting.split_off(self.engine.stage.head_parameters))
+        if chunk == 0:
+            return None
+        assert source.grad is not None
+        given, source.grad = source.grad, None
+        self.pipeline.note_peak(action, given)
+        return given
+
+    def _give(self, action: Action, waiting: WeightGradients) -> None:
+        """A backward that gives the parameters what waits for them."""
+        self.engine.set_gradient_accumulation_boundary(action in self.boundaries)
+        self.engine.backward(self.engine(waiting), scale_wrt_gas=False)
+
+
+def _parts(batch: Batch) -> tuple[Tensor, Tensor, Any]:
+    tokens, labels, *context = batch
+    return tokens, labels, context[0] if context else None
+
+
+def _boundaries(actions: Sequence[Action], last_chunk: int, by_chunk: bool) -> set[Action]:
+    """The backwards after which DeepSpeed closes its sums: the step's last. by_chunk: also the last of each chunk, and
+    of the head (Engine.hands_over_by_chunk)."""
+    closing = [action for action in actions if action.kind in "BW"]
+    if not by_chunk:
+        return set(closing[-1:])
+    found = {action.chunk: action for action in closing}
+    head = [action for action in actions if action.kind == "I" and action.chunk == last_chunk]
+    return {*found.values(), *head[-1:]}

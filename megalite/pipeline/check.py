@@ -1,0 +1,176 @@
+"""Is a program right, and what does it cost? Played on a simulated clock before a run, in milliseconds.
+
+`check` raises ProgramError, which names rank and action, for an action that is missing, doubled, on a wrong rank or in
+an order that cannot run, and for weight gradients that a chunk would not sum in the order of the micro-batches (the
+rounding of a sum depends on its order; a schedule must not change it). Its Report has the step's length, the bubble
+and what each rank holds. Messages: steps.py.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megalite.errors import MegaliteError
+from megalite.pipeline.program import Action, Kind, Program, Value
+
+Cost = Callable[[Kind, int], float]
+"""Time of an action of a kind on a chunk, in any unit."""
+
+
+class ProgramError(MegaliteError):
+    """A program that must not run."""
+
+
+def equal_costs(kind: Kind, chunk: int) -> float:
+    """F, I and W take the same, B is I and W."""
+    return 2.0 if kind == "B" else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step on the simulated clock.
+
+    length: of the step; busy[rank]: time in actions; ends[action]: when each ends; held[rank]: most micro-batches of a
+    chunk that are kept between F and B or I, all chunks of the rank together; waiting[rank]: most weight gradients
+    between I and W.
+    """
+
+    length: float
+    busy: tuple[float, ...]
+    ends: dict[Action, float]
+    held: tuple[int, ...]
+    waiting: tuple[int, ...]
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which the ranks are idle, on average."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.length)
+
+
+def check(program: Program, cost: Cost = equal_costs, hop: float = 0.0) -> Report:
+    """Checks a program and plays it. hop: time of a message. Raises ProgramError."""
+    for rank in range(program.ranks):
+        _check_complete(program, rank)
+        _check_sums(program, rank)
+    return _play(program, cost, hop)
+
+
+def _check_complete(program: Program, rank: int) -> None:
+    """Every action of the rank's chunks once, and no other."""
+    actions, own = program.actions[rank], program.chunks_of(rank)
+    doubled = [action for action, count in Counter(actions).items() if count > 1]
+    if doubled:
+        raise ProgramError(f"rank {rank}: {doubled[0]} occurs twice")
+    kinds: dict[tuple[int, int], set[str]] = {}
+    for action in actions:
+        if action.chunk not in own:
+            raise ProgramError(f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}")
+        kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
+    forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
+    allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
+    for chunk in own:
+        for k in range(program.micro_batches):
+            found = kinds.pop((chunk, k), set())
+            if found not in allowed:
+                there = ", ".join(sorted(found)) or "nothing"
+                raise ProgramError(f"rank {rank}: chunk {chunk}, micro-batch {k}: has {there}")
+    if kinds:
+        chunk, k = next(iter(kinds))
+        raise ProgramError(f"rank {rank}: chunk {chunk}: has no micro-batch {k}: a step has {program.micro_batches}")
+
+
+def _check_sums(program: Program, rank: int) -> None:
+    """Weight gradients are summed in the order of the micro-batches."""
+    for chunk in program.chunks_of(rank):
+        order = [a.micro_batch for a in program.actions[rank] if a.chunk == chunk and a.kind in "BW"]
+        if order != sorted(order):
+            raise ProgramError(f"rank {rank}: chunk {chunk}: sums weight gradients in the order {order}")
+
+
+def _play(program: Program, cost: Cost, hop: float) -> Report:
+    """Every rank does its actions in order, each as soon as what it needs is there."""
+    player = _Player(program, cost, hop)
+    while player.advance():
+        pass
+    stuck = [
+        f"rank {rank} waits at {actions[player.done[rank]]}"
+        for rank, actions in enumerate(program.actions)
+        if player.done[rank] < len(actions)
+    ]
+    if stuck:
+        raise ProgramError("; ".join(stuck))
+    return Report(
+        max(player.clock), tuple(player.busy), player.ends, tuple(player.most_held), tuple(player.most_waiting)
+    )
+
+
+class _Player:
+    """The state of the simulated ranks."""
+
+    def __init__(self, program: Program, cost: Cost, hop: float) -> None:
+        ranks = program.ranks
+        self.program, self.cost, self.hop = program, cost, hop
+        self.done = [0] * ranks
+        self.clock, self.busy = [0.0] * ranks, [0.0] * ranks
+        self.held, self.most_held = [0] * ranks, [0] * ranks
+        self.waiting, self.most_waiting = [0] * ranks, [0] * ranks
+        self.ends: dict[Action, float] = {}
+        self.arrives: dict[Value, float] = {}
+
+    def advance(self) -> bool:
+        """Moves each rank as far as it gets; whether one moved."""
+        moved = False
+        for rank, actions in enumerate(self.program.actions):
+            while self.done[rank] < len(actions):
+                ready = self._ready(actions[self.done[rank]])
+                if ready is None:
+                    break
+                self._do(rank, actions[self.done[rank]], ready)
+                moved = True
+        return moved
+
+    def _ready(self, action: Action) -> float | None:
+        """When what an action needs is there; None: not yet."""
+        times: list[float | None] = [0.0]
+        value = self.program.needs(action)
+        if value is not None:
+            times.append(self.arrives.get(value))
+        if action.kind in "BI":
+            times.append(self.ends.get(action._replace(kind="F")))
+        elif action.kind == "W":
+            times.append(self.ends.get(action._replace(kind="I")))
+        known = [time for time in times if time is not None]
+        return max(known) if len(known) == len(times) else None
+
+    def _do(self, rank: int, action: Action, ready: float) -> None:
+        length = self.cost(action.kind, action.chunk)
+        self.clock[rank] = self.ends[action] = max(self.clock[rank], ready) + length
+        self.busy[rank] += length
+        value = self.program.gives(action)
+        if value is not None:
+            self.arrives[value] = self.clock[rank] + (self.hop if self.program.crosses(value) else 0.0)
+        self.held[rank] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
+        self.waiting[rank] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
+        self.most_held[rank] = max(self.most_held[rank], self.held[rank])
+        self.most_waiting[rank] = max(self.most_waiting[rank], self.waiting[rank])
+        self.done[rank] += 1
+
+
+def most_bytes(
+    program: Program, rank: int, whole: Callable[[int], int], between: Callable[[int], int]
+) -> tuple[int, dict[int, tuple[int, int]]]:
+    """Most bytes that a rank keeps for its backwards: (bytes, at that time for each chunk the micro-batches that are
+    held between F and its backward, and those that wait between I and W).
+
+    whole(chunk): bytes of one between F and B or I; between(chunk): between I and W.
+    """
+    now = {chunk: [0, 0] for chunk in program.chunks_of(rank)}
+    most, found = 0, {chunk: (0, 0) for chunk in now}
+    for kind, chunk, _ in program.actions[rank]:
+        held, waits = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}[kind]
+        now[chunk][0] += held
+        now[chunk][1] += waits
+        size = sum(whole(c) * n + between(c) * w for c, (n, w) in now.items())
+        if size > most:
+            most, found = size, {c: (n, w) for c, (n, w) in now.items()}
+    return most, found

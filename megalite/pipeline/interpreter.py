@@ -1,0 +1,81 @@
+"""Runs the steps of a rank (steps.py): posts receives, does actions, sends what they give.
+
+What an action is, is the caller's: a function from the action and the value that it needs to the value that it gives.
+Training, evaluation, likelihoods and generation differ in that function and in their steps alone. Next: actions.py.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from megalite.parallel.clock import Clock
+from megalite.pipeline.mailbox import Mailbox
+from megalite.pipeline.program import Action, Value, gives, needs
+from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
+
+Perform = Callable[[Action, Tensor | None], Tensor | None]
+"""Does an action: takes the value that it needs, returns the one that it gives, each None where there is none."""
+Shape = Callable[[Value], tuple[int, ...]]
+"""Shape of a value that is received."""
+
+WORDS = {"F": "forward", "B": "backward", "I": "backward to the input", "W": "weight gradients"}
+
+
+class Interpreter:
+    """Of one rank. last_chunk: of the model; dtype: of values; tells_chunk: `instruction` names it; action: what the
+    rank does now or did last; whole and busy: clocks of a run and of the actions in it, off unless a measurement turns
+    them on."""
+
+    def __init__(self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False) -> None:
+        self.mailbox, self.last_chunk, self.dtype, self.tells_chunk = mailbox, last_chunk, dtype, tells_chunk
+        self.action: Action | None = None
+        self.whole, self.busy = Clock(), Clock()
+
+    def run(self, steps: Iterable[Step], perform: Perform, shape: Shape) -> None:
+        """Runs steps to their end, and until all that was sent is gone."""
+        with self.whole.computing():
+            self._run(steps, perform, shape)
+        self.action = None
+
+    def _run(self, steps: Iterable[Step], perform: Perform, shape: Shape) -> None:
+        made: dict[Value, Tensor] = {}
+        received: set[Value] = set()
+        for step in steps:
+            match step:
+                case Receive(key, source):
+                    self.mailbox.post(key, source, shape(key), self.dtype)
+                    received.add(key)
+                case Act(action):
+                    self.action = action
+                    needed = needs(action, self.last_chunk)
+                    value = self._take(needed, made, received)
+                    with self.busy.computing():
+                        given = perform(action, value)
+                    del value
+                    if (key := gives(action, self.last_chunk)) is not None:
+                        assert given is not None, f"{action} gave nothing"
+                        made[key] = given
+                    del given
+                case Send(key, target):
+                    self.mailbox.send(key, made.pop(key), target)
+                case Wait(key):
+                    self.mailbox.wait(key)
+        self.mailbox.finish()
+        assert not made, f"made and never used: {list(made)}"
+
+    def _take(self, value: Value | None, made: dict[Value, Tensor], received: set[Value]) -> Tensor | None:
+        if value is None:
+            return None
+        if value in received:
+            received.remove(value)
+            return self.mailbox.take(value)
+        return made.pop(value)
+
+    @property
+    def instruction(self) -> str:
+        """What the rank does now, in words, for the report of a hang."""
+        if self.action is None:
+            return ""
+        kind, chunk, k = self.action
+        return f"{WORDS[kind]} of micro-batch {k}" + (f" on chunk {chunk}" if self.tells_chunk else "")

@@ -1,0 +1,101 @@
+"""The pipeline of a run: its schedule, how its layers are cut, and its program for a number of micro-batches.
+
+All of it follows from config and model, so every rank has the same without a message. Next: mailbox.py.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from megalite.config import Config
+from megalite.model.chunks import Cut, layers_of
+from megalite.model.spec import TransformerSpec
+from megalite.pipeline.check import Cost, Report, check
+from megalite.pipeline.cut import ModelCosts, cut_by_cost
+from megalite.pipeline.program import Program
+from megalite.pipeline.schedules import forward_only, home_of, make_program, straight
+from megalite.pipeline.steps import Step, check_steps, steps_of
+
+SEARCH_ROUNDS = 2  # micro-batches a rank, in the programs that cuts are compared by
+LISTED = 6  # how many times as long a program of the list scheduler takes as one in closed form
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """schedule: its name; pipe: ranks of the axis; chunks: a rank's, for `interleaved`; costs: of the model."""
+
+    schedule: str
+    pipe: int
+    chunks: int
+    cut: Cut
+    costs: ModelCosts
+
+    @property
+    def cost(self) -> Cost:
+        """Of each action, in multiply-adds a token."""
+        return self.costs.of_chunks([len(layers) for layers in self.cut.layers])
+
+    def program(self, micro_batches: int) -> Program:
+        """Of a training step."""
+        return _training(self, micro_batches)
+
+    def report(self, micro_batches: int) -> Report:
+        """What a training step costs by the simulated clock."""
+        return check(self.program(micro_batches), self.cost)
+
+    def steps(self, micro_batches: int, rank: int) -> list[Step]:
+        """What a rank does in a training step; checked."""
+        return _training_steps(self, micro_batches)[rank]
+
+    def evaluation_steps(self, micro_batches: int, rank: int) -> list[Step]:
+        """What a rank does in an evaluation; checked."""
+        return _evaluation_steps(self.cut.home, micro_batches)[rank]
+
+
+@cache
+def _training(plan: PipelinePlan, micro_batches: int) -> Program:
+    return make_program(plan.schedule, plan.pipe, micro_batches, plan.chunks, plan.cost)
+
+
+@cache
+def _training_steps(plan: PipelinePlan, micro_batches: int) -> list[list[Step]]:
+    steps = steps_of(plan.program(micro_batches), plan.cost)
+    check_steps(steps)
+    return steps
+
+
+@cache
+def _evaluation_steps(home: tuple[int, ...], micro_batches: int) -> list[list[Step]]:
+    steps = steps_of(forward_only(home, micro_batches))
+    check_steps(steps)
+    return steps
+
+
+def plan_of(config: Config, spec: TransformerSpec) -> PipelinePlan:
+    """The pipeline of a training run, from its resolved config."""
+    parallel, length = config.parallel, config.data.sequence_length
+    recomputes = config.train.activation_checkpointing not in ("none", "selective")
+    counts = None if parallel.cut == "cost" else tuple(parallel.cut)
+    costs = ModelCosts.of(spec, length, recomputes)
+    return make_plan(parallel.schedule, parallel.pipe, parallel.chunks_a_rank, counts, costs)
+
+
+@cache
+def make_plan(
+    schedule: str, pipe: int, chunks: int, counts: tuple[int, ...] | None, costs: ModelCosts
+) -> PipelinePlan:
+    """counts: layers of each chunk; None: the cut that costs least."""
+    home = home_of(schedule, pipe, chunks)
+    if counts is not None:
+        cut = Cut(home, layers_of(counts))
+    else:
+        rounds, effort = SEARCH_ROUNDS * pipe, LISTED if schedule == "zb-v" else 1
+        cut = cut_by_cost(costs, home, lambda cost: make_program(schedule, pipe, rounds, chunks, cost), effort)
+    return PipelinePlan(schedule, pipe, chunks, cut, costs)
+
+
+def inference_cut(spec: TransformerSpec, pipe: int) -> Cut:
+    """A chunk a rank, for forwards alone: the longest is as short as can be."""
+    costs = ModelCosts.of(spec, length=1, recomputes=False)
+    costs = replace(costs, head=costs.head / 3)  # without the gradients that training makes with the loss
+    home = straight(pipe)
+    return cut_by_cost(costs, home, lambda cost: forward_only(home, SEARCH_ROUNDS * pipe))

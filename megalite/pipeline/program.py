@@ -1,0 +1,117 @@
+"""A pipeline schedule as data: for each rank of the pipe axis the list of its actions.
+
+The layers are cut into chunks, 0 … C-1 along the model; with one chunk a rank a chunk is a stage. An action is work on
+one chunk and one micro-batch:
+
+    F   forward
+    B   backward: gradients of the input and of the weights
+    I   backward to the input alone            } the two halves of B, for schedules that let weight gradients wait
+    W   gradients of the weights, after I      }   (zero bubble, arXiv 2401.10241)
+
+What goes from an action to another is a Value: the activation that enters a chunk, or the gradient of what leaves it.
+Where both chunks are on one rank it stays there, else it is a message. Next: schedules.py, which makes programs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B", "I", "W"]
+
+
+class Action(NamedTuple):
+    """Work on one chunk and one micro-batch."""
+
+    kind: Kind
+    chunk: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.chunk}.{self.micro_batch}"
+
+
+class Value(NamedTuple):
+    """What crosses from a chunk to the next: the `activation` that enters `chunk`, or the `gradient` of what leaves
+    it."""
+
+    kind: Literal["activation", "gradient"]
+    chunk: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of chunk {self.chunk}, micro-batch {self.micro_batch}"
+
+
+def needs(action: Action, last_chunk: int) -> Value | None:
+    """The value that an action takes in from another chunk; last_chunk: the one with the head."""
+    kind, chunk, k = action
+    if kind == "F" and chunk > 0:
+        return Value("activation", chunk, k)
+    if kind in "BI" and chunk < last_chunk:
+        return Value("gradient", chunk, k)
+    return None
+
+
+def gives(action: Action, last_chunk: int) -> Value | None:
+    """The value that an action makes for another chunk."""
+    kind, chunk, k = action
+    if kind == "F" and chunk < last_chunk:
+        return Value("activation", chunk + 1, k)
+    if kind in "BI" and chunk > 0:
+        return Value("gradient", chunk - 1, k)
+    return None
+
+
+@dataclass(frozen=True)
+class Program:
+    """What each rank of a pipe axis does in one step.
+
+    home[c]: the rank that holds chunk c; micro_batches: of a step; actions[rank]: in order. A program without B and I
+    is forward only.
+    """
+
+    home: tuple[int, ...]
+    micro_batches: int
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        """Size of the pipe axis."""
+        return len(self.actions)
+
+    @property
+    def last_chunk(self) -> int:
+        """The chunk that has the head."""
+        return len(self.home) - 1
+
+    def chunks_of(self, rank: int) -> list[int]:
+        """The chunks that a rank holds, in the order of the model."""
+        return [chunk for chunk, home in enumerate(self.home) if home == rank]
+
+    def needs(self, action: Action) -> Value | None:
+        """The value that an action takes in from another chunk."""
+        return needs(action, self.last_chunk)
+
+    def gives(self, action: Action) -> Value | None:
+        """The value that an action makes for another chunk."""
+        return gives(action, self.last_chunk)
+
+    def way(self, value: Value) -> tuple[int, int]:
+        """The ranks that a value goes from and to, which may be one."""
+        source = value.chunk - 1 if value.kind == "activation" else value.chunk + 1
+        return self.home[source], self.home[value.chunk]
+
+    def crosses(self, value: Value | None) -> bool:
+        """Whether a value is a message between ranks."""
+        return value is not None and len(set(self.way(value))) == 2
+
+    def all_actions(self) -> Iterator[tuple[int, Action]]:
+        """Every action with its rank."""
+        for rank, actions in enumerate(self.actions):
+            yield from ((rank, action) for action in actions)
+
+    @cached_property
+    def splits_backward(self) -> frozenset[tuple[int, int]]:
+        """Chunk and micro-batch of each backward that is done in halves, I and W."""
+        return frozenset((action.chunk, action.micro_batch) for _, action in self.all_actions() if action.kind == "I")

@@ -1,0 +1,217 @@
+"""Pipeline schedules: pure functions from the pipe axis and the number of micro-batches to a Program.
+
+| name        | chunks a rank | source                                                                        |
+|-------------|---------------|-------------------------------------------------------------------------------|
+| 1f1b        | 1             | arXiv 2104.04473, section 2.2                                                 |
+| interleaved | v             | arXiv 2104.04473, section 2.3                                                 |
+| zb-h1       | 1             | zero bubble with 1F1B's memory, arXiv 2401.10241, section 4                   |
+| zb-v        | 2, in a V     | zero bubble over two chunks a rank, arXiv 2401.10241, section 6; 2405.15362   |
+
+p ranks, m micro-batches, v chunks a rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
+"""
+
+from collections.abc import Callable
+
+from megalite.pipeline.check import Cost, ProgramError, equal_costs
+from megalite.pipeline.program import Action, Kind, Program
+
+
+def straight(p: int) -> tuple[int, ...]:
+    """A chunk a rank."""
+    return tuple(range(p))
+
+
+def round_robin(p: int, v: int) -> tuple[int, ...]:
+    """v chunks a rank, each p apart."""
+    return tuple(chunk % p for chunk in range(p * v))
+
+
+def v_shaped(p: int) -> tuple[int, ...]:
+    """Two chunks a rank: down the ranks and up again, so that rank 0 has both ends of the model."""
+    return (*range(p), *reversed(range(p)))
+
+
+def one_f_one_b(p: int, m: int) -> Program:
+    """Rank i runs p - i - 1 forwards ahead, then a forward and a backward in turn, then the backwards that are left."""
+    actions = []
+    for rank in range(p):
+        ahead, own = min(p - rank - 1, m), []
+        for k in range(m + ahead):
+            if k < m:
+                own.append(Action("F", rank, k))
+            if k >= ahead:
+                own.append(Action("B", rank, k - ahead))
+        actions.append(tuple(own))
+    return Program(straight(p), m, tuple(actions))
+
+
+def interleaved(p: int, m: int, v: int) -> Program:
+    """1F1B over p · v chunks: a rank works on p micro-batches of one chunk, then on the same of its next. p divides
+    m."""
+    if m % p:
+        raise ProgramError(f"interleaved: {m} micro-batches: must be a multiple of the pipe axis {p}")
+    total, actions = m * v, []
+    for rank in range(p):
+        ahead, own = min(total, 2 * (p - rank - 1) + (v - 1) * p), []
+        for n in range(total + ahead):
+            if n < total:
+                own.append(_nth(p, v, rank, n, "F"))
+            if n >= ahead:
+                own.append(_nth(p, v, rank, n - ahead, "B"))
+        actions.append(tuple(own))
+    return Program(round_robin(p, v), m, tuple(actions))
+
+
+def _nth(p: int, v: int, rank: int, n: int, kind: Kind) -> Action:
+    """The n-th forward or backward of a rank: groups of p micro-batches, chunk by chunk; backwards from the last."""
+    group, within = divmod(n, p * v)
+    turn = within // p
+    local = turn if kind == "F" else v - 1 - turn
+    return Action(kind, local * p + rank, group * p + within % p)
+
+
+def zb_h1(p: int, m: int) -> Program:
+    """1F1B with backwards in halves, whose rank i lets the weight gradients of i micro-batches wait: they fill the
+    bubble at its end, with the activations of 1F1B's first rank on each."""
+    actions = []
+    for rank in range(p):
+        forward = min(p - rank - 1, m)
+        own = [Action("F", rank, k) for k in range(forward)]
+        for k in range(m):
+            if forward < m:
+                own.append(Action("F", rank, forward))
+                forward += 1
+            own.append(Action("I", rank, k))
+            if k >= rank:
+                own.append(Action("W", rank, k - rank))
+        own += [Action("W", rank, k) for k in range(max(0, m - rank), m)]
+        actions.append(tuple(own))
+    return Program(straight(p), m, tuple(actions))
+
+
+def zb_v(p: int, m: int, cost: Cost = equal_costs) -> Program:
+    """Two chunks a rank in a V, by list scheduling. A rank keeps at most 2p micro-batches of its half-size chunks, as
+    much as 1F1B's first rank.
+
+    A free rank takes what is ready in this order: a backward to the input, a forward of its second chunk, a weight
+    gradient, a forward of its first chunk. With weight gradients before new forwards, and equal times of F, I and W,
+    the step takes 6m + p - 1 of them, which is the least: the last rank gets its first input after p - 1, and has 6m
+    to do. With uneven times the other order may be shorter, so both are tried.
+    """
+    home = v_shaped(p)
+
+    def made(*ranking: str) -> tuple[Program, float]:
+        def ranked(kind: str, chunk: int) -> tuple[int, int]:
+            name = kind if kind != "F" else "F2" if chunk >= p else "F1"
+            return ranking.index(name), -chunk  # of equal ones the later chunk
+
+        return _Lister(home, m, cost, "FIW", room=2 * p).program(ranked)
+
+    programs = [made("I", "F2", "W", "F1"), made("I", "F2", "F1", "W")]
+    return min(programs, key=lambda found: found[1])[0]
+
+
+def forward_only(home: tuple[int, ...], m: int) -> Program:
+    """Forwards alone, for evaluation: of what is ready a rank takes its later chunk first."""
+    lister = _Lister(home, m, equal_costs, "F", room=len(home) * m)
+    return lister.program(lambda kind, chunk: (0, -chunk))[0]
+
+
+class _Lister:
+    """List scheduling on a simulated clock. room: most micro-batches that a rank may keep between F and W."""
+
+    def __init__(self, home: tuple[int, ...], m: int, cost: Cost, kinds: str, room: int) -> None:
+        self.home, self.m, self.kinds, self.room = home, m, kinds, room
+        self.ranks, self.last = max(home) + 1, len(home) - 1
+        self.own = [[chunk for chunk, rank in enumerate(home) if rank == r] for r in range(self.ranks)]
+        self.costs = {kind: [cost(kind, chunk) for chunk in range(len(home))] for kind in kinds}  # type: ignore[arg-type]
+        # Of each kind and chunk, when the actions that are placed end, in the order of the micro-batches.
+        self.ends: dict[str, list[list[float]]] = {kind: [[] for _ in home] for kind in kinds}
+        self.free, self.held = [0.0] * self.ranks, [0] * self.ranks
+        self.lists: list[list[Action]] = [[] for _ in range(self.ranks)]
+
+    def program(self, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[Program, float]:
+        """The program and its length. ranked(kind, chunk): of what is ready the least goes first."""
+        plans = [self._plan(rank, ranked) for rank in range(self.ranks)]
+        for _ in range(len(self.kinds) * len(self.home) * self.m):
+            waiting = [(plan[0], rank) for rank, plan in enumerate(plans) if plan is not None]
+            if not waiting:
+                raise ProgramError("no rank can go on: too little room")
+            rank = min(waiting)[1]
+            start, kind, chunk = plans[rank]  # type: ignore[misc]
+            self._place(rank, kind, chunk, start)
+            # Only this rank and those of the neighbouring chunks can see a change.
+            neighbours = [self.home[c] for c in (chunk - 1, chunk + 1) if 0 <= c <= self.last]
+            for changed in {rank, *neighbours}:
+                plans[changed] = self._plan(changed, ranked)
+        program = Program(self.home, self.m, tuple(tuple(actions) for actions in self.lists))
+        return program, max(self.free)
+
+    def _plan(self, rank: int, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[float, str, int] | None:
+        """What the rank does next, and when, as far as is known: (start, kind, chunk)."""
+        found = []
+        for kind in self.kinds:
+            for chunk in self.own[rank]:
+                ready = self._ready(rank, kind, chunk)
+                if ready is not None:
+                    found.append((ready, ranked(kind, chunk), kind, chunk))
+        if not found:
+            return None
+        start = max(self.free[rank], min(found)[0])
+        _, kind, chunk = min(choice[1:] for choice in found if choice[0] <= start)
+        return start, kind, chunk
+
+    def _ready(self, rank: int, kind: str, chunk: int) -> float | None:
+        """When what the next action of a kind needs is there; None: not known yet, or there is no room, or no next
+        one."""
+        ends, k = self.ends, len(self.ends[kind][chunk])
+        if k == self.m:
+            return None
+        match kind:
+            case "F":
+                # Room is left for one of each later chunk: else forwards of the first fill it and nothing can go on.
+                needed = 1 + sum(later > chunk for later in self.own[rank])
+                if self.held[rank] + needed > self.room:
+                    return None
+                before = [ends["F"][chunk - 1]] if chunk > 0 else []
+            case "I":
+                before = [ends["F"][chunk]] + ([ends["I"][chunk + 1]] if chunk < self.last else [])
+            case _:
+                before = [ends["I"][chunk]]
+        if any(len(times) <= k for times in before):
+            return None
+        return max((times[k] for times in before), default=0.0)
+
+    def _place(self, rank: int, kind: str, chunk: int, start: float) -> None:
+        times = self.ends[kind][chunk]
+        self.lists[rank].append(Action(kind, chunk, len(times)))  # type: ignore[arg-type]
+        self.free[rank] = start + self.costs[kind][chunk]
+        times.append(self.free[rank])
+        self.held[rank] += {"F": 1, "I": 0, "W": -1}[kind]
+
+
+SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-v")
+
+
+def home_of(schedule: str, p: int, v: int) -> tuple[int, ...]:
+    """The rank that holds each chunk under a schedule. v: chunks a rank, for `interleaved`."""
+    match schedule:
+        case "interleaved":
+            return round_robin(p, v)
+        case "zb-v":
+            return v_shaped(p)
+    return straight(p)
+
+
+def make_program(schedule: str, p: int, m: int, v: int, cost: Cost = equal_costs) -> Program:
+    """The program of a schedule by its name."""
+    match schedule:
+        case "1f1b":
+            return one_f_one_b(p, m)
+        case "interleaved":
+            return interleaved(p, m, v)
+        case "zb-h1":
+            return zb_h1(p, m)
+        case "zb-v":
+            return zb_v(p, m, cost)
+    raise ProgramError(f"{schedule}: unknown schedule: must be one of {', '.join(SCHEDULES)}")

@@ -1,0 +1,260 @@
+"""What a rank's host does in order: receive, act, send; with one global order of all messages of a step.
+
+NCCL runs the messages of one stream in order, and a send may wait until its receive runs (NVIDIA/nccl#783), so two
+ranks that queue their messages in different orders can wait for each other for ever. Here all messages of a program are
+ordered by the simulated time at which they are sent, and each rank queues its own part of that one order. Then the
+first message that is not complete is next on both of its ranks, whatever shares a stream, so something always moves.
+Receives are posted as early as the order and `AHEAD` allow, so that a message travels while its rank computes.
+
+`check_steps` plays the steps of all ranks with one stream each and sends that wait for their receives. Next: cut.py.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from megalite.pipeline.check import Cost, ProgramError, check, equal_costs
+from megalite.pipeline.program import Action, Program, Value
+
+AHEAD = 1  # actions before the one that needs it, a receive is posted
+IN_FLIGHT = 2  # sends of a forward-only program that may be under way from one rank: its back-pressure
+
+
+class Receive(NamedTuple):
+    """Post a receive of a value from a rank of the pipe axis."""
+
+    value: Value
+    source: int
+
+
+class Act(NamedTuple):
+    """Do an action, once the value that it needs is there."""
+
+    action: Action
+
+
+class Send(NamedTuple):
+    """Send a value to a rank of the pipe axis."""
+
+    value: Value
+    target: int
+
+
+class Wait(NamedTuple):
+    """Wait until a value that was sent is gone."""
+
+    value: Value
+
+
+Step = Receive | Act | Send | Wait
+
+
+def steps_of(program: Program, cost: Cost = equal_costs) -> list[list[Step]]:
+    """Each rank's steps. A forward-only program waits for sends, so that a fast rank does not run away from a slow one
+    and hold what it has made for it."""
+    ends = check(program, cost).ends
+    sent = [
+        (ends[action], value)
+        for _, action in program.all_actions()
+        if (value := program.gives(action)) is not None and program.crosses(value)
+    ]
+    # Of those sent at one time activations come first: their receives are then posted before a backward.
+    place = {value: number for number, (_, value) in enumerate(sorted(sent))}
+    forward_only = all(action.kind == "F" for _, action in program.all_actions())
+    steps = [_Merger(program, rank, place).steps() for rank in range(program.ranks)]
+    return [_with_waits(own, IN_FLIGHT) for own in steps] if forward_only else steps
+
+
+class _Merger:
+    """Puts the messages of one rank between its actions. place: of each message in the global order."""
+
+    def __init__(self, program: Program, rank: int, place: dict[Value, int]) -> None:
+        self.program, self.rank, self.place = program, rank, place
+        self.actions = program.actions[rank]
+        needed = [program.needs(action) for action in self.actions]
+        self.user = {value: number for number, value in enumerate(needed) if value is not None and value in place}
+        self.to_receive = deque(sorted(self.user, key=place.__getitem__))
+        sent = [value for value in place if program.way(value)[0] == rank]
+        self.to_send = deque(sorted(sent, key=place.__getitem__))
+        self.result: list[Step] = []
+
+    def steps(self) -> list[Step]:
+        for number, action in enumerate(self.actions):
+            self._post(number)
+            self.result.append(Act(action))
+            given = self.program.gives(action)
+            if given is not None and given in self.place:
+                self._post_before(self.place[given])
+                assert self.to_send.popleft() == given, given
+                self.result.append(Send(given, self.program.way(given)[1]))
+        return self.result
+
+    def _post(self, number: int) -> None:
+        """Before the action of that number: the receive that it needs with all that come before it in the order, then
+        those that the next actions need, as far as the order allows."""
+        needed = self.program.needs(self.actions[number])
+        if needed is not None and needed in self.to_receive:
+            self._post_before(self.place[needed] + 1)
+        limit = self.place[self.to_send[0]] if self.to_send else len(self.place)
+        while self.to_receive and self.place[self.to_receive[0]] < limit:
+            if self.user[self.to_receive[0]] > number + AHEAD:
+                break
+            self._receive()
+
+    def _post_before(self, limit: int) -> None:
+        """The receives whose place in the global order is below `limit`."""
+        while self.to_receive and self.place[self.to_receive[0]] < limit:
+            self._receive()
+
+    def _receive(self) -> None:
+        value = self.to_receive.popleft()
+        self.result.append(Receive(value, self.program.way(value)[0]))
+
+
+def forward_stream(p: int, rank: int, numbers: Iterable[int], ahead: int = AHEAD) -> Iterator[Step]:
+    """A rank's steps for forward passes that follow one another through p chunks, one a rank, where they are not known
+    beforehand: each is asked for when its turn comes, `ahead` passes before it is done. The same steps as of
+    `forward_only` (schedules.py); every rank must get the same numbers."""
+    ready: deque[int] = deque()
+    under_way: deque[Value] = deque()
+
+    def act(number: int) -> Iterator[Step]:
+        yield Act(Action("F", rank, number))
+        if rank < p - 1:
+            if len(under_way) == IN_FLIGHT:
+                yield Wait(under_way.popleft())
+            under_way.append(Value("activation", rank + 1, number))
+            yield Send(under_way[-1], rank + 1)
+
+    for number in numbers:
+        if rank > 0:
+            yield Receive(Value("activation", rank, number), rank - 1)
+        ready.append(number)
+        if len(ready) > ahead:
+            yield from act(ready.popleft())
+    for number in ready:
+        yield from act(number)
+
+
+def _with_waits(steps: list[Step], most: int) -> list[Step]:
+    """A wait for the oldest send before each one that would exceed `most` under way."""
+    under_way: list[Value] = []
+    result: list[Step] = []
+    for step in steps:
+        if isinstance(step, Send):
+            if len(under_way) == most:
+                result.append(Wait(under_way.pop(0)))
+            under_way.append(step.value)
+        result.append(step)
+    return result
+
+
+def check_steps(ranks: Sequence[Sequence[Step]]) -> None:
+    """Raises ProgramError where a message has no other end, or where the ranks would hang under NCCL's strictest rules:
+    one stream a rank for all its messages, and sends that complete only with their receive."""
+    _check_ends(ranks)
+    player = _Streams(ranks)
+    while player.advance():
+        pass
+    if player.stuck:
+        raise ProgramError("; ".join(player.stuck))
+
+
+def _check_ends(ranks: Sequence[Sequence[Step]]) -> None:
+    sent: dict[tuple[Value, int, int], int] = defaultdict(int)
+    for rank, steps in enumerate(ranks):
+        for step in steps:
+            if isinstance(step, Send):
+                sent[step.value, rank, step.target] += 1
+            elif isinstance(step, Receive):
+                sent[step.value, step.source, rank] -= 1
+    for (value, source, target), count in sent.items():
+        if count:
+            what = "is sent and not received" if count > 0 else "is received and not sent"
+            raise ProgramError(f"{value}, rank {source} to {target}: {what}")
+
+
+class _Streams:
+    """Ranks whose hosts queue messages on one stream each."""
+
+    def __init__(self, ranks: Sequence[Sequence[Step]]) -> None:
+        self.ranks = ranks
+        self.host = [0] * len(ranks)
+        self.queues: list[list[Receive | Send]] = [[] for _ in ranks]
+        self.complete: set[Value] = set()
+        self.made: set[Value] = set()
+
+    def advance(self) -> bool:
+        """Moves hosts and messages as far as they get; whether anything moved."""
+        moved = False
+        for rank, steps in enumerate(self.ranks):
+            while self.host[rank] < len(steps) and self._passes(rank, steps[self.host[rank]]):
+                self.host[rank] += 1
+                moved = True
+        for rank, queue in enumerate(self.queues):
+            while queue and self._completes(rank, queue[0]):
+                moved = True
+        return moved
+
+    def _passes(self, rank: int, step: Step) -> bool:
+        """Whether the host gets past a step. An action waits for the receives posted before it that it needs: here for
+        all of them that are older than the newest it needs, since they share a stream."""
+        match step:
+            case Wait(value):
+                return value in self.complete
+            case Act(action):
+                return all(self._arrived(rank, value) for value in _inputs(action))
+            case _:
+                self.queues[rank].append(step)
+                return True
+
+    def _arrived(self, rank: int, value: Value) -> bool:
+        return value in self.complete or not any(
+            isinstance(step, Receive) and step.value == value for step in self.ranks[rank]
+        )
+
+    def _completes(self, rank: int, message: Receive | Send) -> bool:
+        """Completes a message whose two ends are next on their streams."""
+        other = message.target if isinstance(message, Send) else message.source
+        queue = self.queues[other]
+        if not queue or queue[0].value != message.value or isinstance(queue[0], Send) == isinstance(message, Send):
+            return False
+        self.queues[rank].pop(0)
+        queue.pop(0)
+        self.complete.add(message.value)
+        return True
+
+    @property
+    def stuck(self) -> list[str]:
+        """What each rank is blocked at."""
+        result = []
+        for rank, steps in enumerate(self.ranks):
+            if self.host[rank] < len(steps) or self.queues[rank]:
+                at = steps[self.host[rank]] if self.host[rank] < len(steps) else "the end"
+                message = f"; next message: {_words(self.queues[rank][0])}" if self.queues[rank] else ""
+                result.append(f"rank {rank} waits at {_words(at)}{message}")
+        return result
+
+
+def _inputs(action: Action) -> list[Value]:
+    """The values that an action may need, received or not."""
+    kind, chunk, k = action
+    match kind:
+        case "F":
+            return [Value("activation", chunk, k)]
+        case "B" | "I":
+            return [Value("gradient", chunk, k)]
+    return []
+
+
+def _words(step: Step | str) -> str:
+    match step:
+        case Receive(value, source):
+            return f"receive of {value} from rank {source}"
+        case Send(value, target):
+            return f"send of {value} to rank {target}"
+        case Wait(value):
+            return f"wait for {value}"
+        case Act(action):
+            return str(action)
+    return step

@@ -1,0 +1,115 @@
+"""The bubble of each schedule, measured on real ranks whose work is sleep: what messages and the interpreter add to the
+simulated clock. A machine that is busy otherwise lengthens it, so this is a long form."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.parallel.deferred import WeightGradients
+from megalite.parallel.grid import Grid
+from megalite.pipeline.actions import Pipeline
+from megalite.pipeline.check import check
+from megalite.pipeline.cut import LayerCosts, ModelCosts
+from megalite.pipeline.plan import PipelinePlan, make_plan
+from tests.ranks import run_ranks
+
+UNIT_SECONDS, STEPS, WITHIN = 0.15, 3, 0.01
+SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-v")
+
+
+class _Sleeps(torch.autograd.Function):
+    """What sleeps in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return source.view_as(source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grads[0], None
+
+
+class Sleeper:
+    """An engine whose forward, backward to the input and weight gradients take a unit each, shared out to the chunks of
+    a rank."""
+
+    device, hands_over_by_chunk, current_loss_scale = "cpu", False, 1.0
+    head_parameters: list[Any] = []
+
+    def __init__(self, plan: PipelinePlan) -> None:
+        self.seconds = UNIT_SECONDS * plan.pipe / len(plan.cut.home)
+        self.halves = plan.schedule.startswith("zb")
+        self.module = self.stage = self
+        self.kind: Callable[[], str] = str
+        """Of the action that the rank does now."""
+
+    def __call__(self, source: Any, labels: Any = None, context: Any = None, chunk: int = 0) -> Tensor:
+        if isinstance(source, WeightGradients):
+            if self.kind() == "W":  # else it is the head's part of I
+                time.sleep(self.seconds)
+            return torch.zeros((), requires_grad=True) * 1.0
+        time.sleep(self.seconds)
+        base = source if source.is_floating_point() else torch.zeros(4, requires_grad=True)
+        output: Any = _Sleeps.apply(base, self.seconds * (1 if self.halves else 2))
+        return output.sum() if labels is not None else output
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+    def begin_step(self) -> None:
+        pass
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+
+def measure(rank: int, world_size: int, micro_batches: int) -> dict[str, float]:
+    """The shortest step of each schedule, in seconds."""
+    axis = Grid.build(world_size, 1).pipe
+    batches = [(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))] * micro_batches
+    found = {}
+    for schedule in SCHEDULES:
+        chunks = 2 if schedule in ("interleaved", "zb-v") else 1
+        costs = ModelCosts((LayerCosts(1.0, 0.0),) * (world_size * chunks), 0.0)
+        plan = make_plan(schedule, world_size, chunks, (1,) * (world_size * chunks), costs)
+        sleeper: Any = Sleeper(plan)
+        pipeline = Pipeline(sleeper, axis, plan, (4,), torch.float32)
+        sleeper.kind = lambda pipeline=pipeline: pipeline.interpreter.action.kind  # type: ignore[union-attr]
+        seconds = []
+        for _ in range(STEPS):
+            dist.barrier()
+            start = time.monotonic()
+            pipeline.train_step(batches, 1.0)
+            dist.barrier()
+            seconds.append(time.monotonic() - start)
+        found[schedule] = min(seconds)
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("p, m", [(2, 8), (4, 8), (8, 16)])
+def test_measured_bubbles_are_the_simulated_ones(p: int, m: int) -> None:
+    ranks = run_ranks(p, measure, m, timeout_seconds=300)
+    work, bubbles, wrong = 3 * m * UNIT_SECONDS, {}, []
+    for schedule in SCHEDULES:
+        bubbles[schedule] = 1 - work / max(found[schedule] for found in ranks)
+        chunks = 2 if schedule in ("interleaved", "zb-v") else 1
+        costs = ModelCosts((LayerCosts(1.0, 0.0),) * (p * chunks), 0.0)
+        plan = make_plan(schedule, p, chunks, (1,) * (p * chunks), costs)
+        simulated = check(plan.program(m), plan.cost).bubble
+        line = f"p {p}, m {m}, {schedule}: measured {100 * bubbles[schedule]:.1f} %, simulated {100 * simulated:.1f} %"
+        print(line)
+        if schedule != "zb-v" and bubbles[schedule] > simulated + WITHIN:
+            wrong.append(line)
+    assert not wrong, "; ".join(wrong)
+    assert bubbles["zb-v"] < bubbles["zb-h1"] < bubbles["interleaved"] < bubbles["1f1b"]
