@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megalite.model.context import Context
 from megalite.model.dropout import dropped
 from megalite.model.layers import Norm, SplitNorm
-from megalite.model.rotary import rotate, turns
+from megalite.model.rotary import rotate, spread, turns
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
@@ -66,13 +66,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.split.enter(x)  # [B, S, D]
-        query, key, value = self.query(x), self.key(x), self._heads(self.value(x))
+        query, key, value = self.query(x), self.key(x), self._heads(self.value(x)).transpose(1, 2)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = self._heads(query), self._heads(key)
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self._turn(query, key, context)
+        query, key = self._turn(query.transpose(1, 2), key.transpose(1, 2), context)
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         if self.recompute and torch.is_grad_enabled():
@@ -90,17 +90,18 @@ class Attention(nn.Module):
         return attend(query, key, value, visible, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, S, heads · H] -> [B, heads, S, H]"""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        """[B, S, heads · H] -> [B, S, heads, H]"""
+        return x.unflatten(-1, (-1, self.head_size))
 
     def _turn(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Rotary positions; the angles are the same for all layers."""
         if self.rotary is None:
             return query, key
+        interleaved = self.rotary.interleaved
         if "turns" not in context.shared:
             s, device = query.shape[2], query.device
             spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
-            context.shared["turns"] = turns(self.rotary, context.places(s, device), spans, query.dtype)
+            cosine, sine = turns(self.rotary, context.places(s, device), spans, query.dtype)
+            context.shared["turns"] = spread(cosine, interleaved), sine
         cosine, sine = context.shared["turns"]
-        interleaved = self.rotary.interleaved
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

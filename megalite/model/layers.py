@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.model.rms_norm import rms_norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
 from megalite.parallel.deferred import later
@@ -16,7 +17,7 @@ from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, hold
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm over the last dim, computed in fp32 as transformers does.
+    """RMSNorm or LayerNorm over the last dim, computed in fp32 as transformers does.
 
     x [..., size]. users: the ranks that each apply the one weight to a part of the work; their parts of its
     gradient are summed.
@@ -32,9 +33,7 @@ class Norm(nn.Module):
         weight = enter(later(self.weight), self.users)
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, enter(later(self.bias), self.users), self.eps)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return weight * wide.to(x.dtype)
+        return rms_norm(x, weight, self.eps)
 
 
 class SplitNorm(nn.Module):

@@ -1,15 +1,15 @@
 """What a forward pass keeps for backward, in bytes, operation by operation: a prediction that needs no model.
 
 arXiv 2205.05198 (section 4.1) counts s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits. Ours differ, since SDPA keeps no
-scores, dropout that is off has no masks, and RMSNorm works in fp32. With e bytes a number, r = b·s·h numbers between
+scores, and dropout that is off has no masks. With e bytes a number, r = b·s·h numbers between
 the split products (/ t with sequence parallelism), g = b·s·h numbers that a split product reads, q, k and f numbers of
 the rank's queries, keys and intermediate features, a layer keeps, each storage counted once:
 
     norm, LayerNorm                   its input e·r; mean and deviation
-    norm, RMSNorm                     its input in fp32 4·r (in fp32 that is the input itself); what its weight
-                                      multiplies e·r; a root mean square a token
+    norm, RMSNorm                     its input e·r; a root mean square a token
     input of query, key and value     e·g: the norm's result, or with sequence parallelism what is gathered of it
-    norms of queries and keys         as norms, over q and k
+    norms of queries and keys         as norms, over q and k; where the tensor axis splits them, the input in fp32 and
+                                      what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
     core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
                                       with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
@@ -74,9 +74,12 @@ class Forward:
 
 
 def _norm(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table:
-    """What a norm of so many numbers keeps, each of `groups` of them with statistics of its own."""
+    """What a norm of so many numbers keeps, each of `groups` of them with statistics of its own. kind: `layer`, `rms`,
+    or `split`: of features that the tensor axis splits."""
     if kind == "layer":
         return {f"{name}: input": at.width * numbers, f"{name}: mean, deviation": 2 * at.width * groups}
+    if kind == "rms":
+        return {f"{name}: input": at.width * numbers, f"{name}: root mean square": FP32 * groups}
     return {
         f"{name}: input in fp32": FP32 * numbers,
         f"{name}: root mean square": FP32 * groups,
@@ -93,9 +96,8 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
     table = hidden_norms[0] | {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
     if not spec.shared_norm:
         table |= hidden_norms[1]
-    if spec.parallel and (spec.norm == "layer" or at.width == FP32):  # both norms read the one input
+    if spec.parallel:  # both norms read the one input
         table.pop("MLP norm: input", None)
-        table.pop("MLP norm: input in fp32", None)
     if not spec.shared_norm or at.split.divides:
         table["input of gate, up"] = gathered
     features = at.width * at.part(spec.intermediate_size)
@@ -114,7 +116,7 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
     keys = values = at.part(spec.num_kv_heads * h, h)
     table: Table = {}
     if spec.qk_norm != "none":
-        by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "rms"
+        by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "split"
         for name, numbers in (("query norm", queries), ("key norm", keys)):
             table |= _norm(kind, name, numbers, numbers // h if by_head else at.tokens, at)
     heads, s = queries // (at.tokens * h), at.length
@@ -179,7 +181,7 @@ def angles_table(spec: TransformerSpec, at: Forward) -> Table:
     if spec.rotary is None:
         return {}
     pairs = (spec.rotary.size + 1) // 2
-    return {"cosines, sines": 2 * at.width * pairs * (at.tokens if at.documents else at.length)}
+    return {"cosines twice, sines": 3 * at.width * pairs * (at.tokens if at.documents else at.length)}
 
 
 @dataclass(frozen=True)
@@ -263,9 +265,7 @@ def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
 
 def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
     """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
-    if part.layers and spec.norm_place == "after":
-        return not at.split.divides
-    return spec.norm == "layer" or at.width == FP32
+    return not (part.layers and spec.norm_place == "after" and at.split.divides)
 
 
 def total(table: Table) -> int:

@@ -5,6 +5,7 @@ of operations of transformers' `modeling_rope_utils.py`, so that frequencies are
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,16 +75,44 @@ def _frequencies_of(rotary: Rotary, spans: Tensor) -> Tensor:
     return torch.stack([frequencies(rotary, length, spans.device) for length in lengths.tolist()])[which]
 
 
+def spread(cosine: Tensor, interleaved: bool) -> Tensor:
+    """Each pair's cosine at both of its features: [..., size / 2] -> [..., size]."""
+    return cosine.repeat_interleave(2, dim=-1) if interleaved else torch.cat([cosine, cosine], dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient turns back by the same angles: nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        ctx.interleaved = interleaved
+        return _turned(x, cosine, sine, interleaved, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turned(grads[0], cosine, sine, ctx.interleaved, -1), None, None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
+    """As `rotate`; sign -1: by the negative angles."""
+    size, half = cosine.shape[-1], sine.shape[-1]
+    result = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    turning = torch.mul(x[..., :size], cosine, out=result[..., :size])
+    first, second = (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(half), slice(half, size))
+    turning[..., first].addcmul_(x[..., second], sine, value=-sign)
+    turning[..., second].addcmul_(x[..., first], sine, value=sign)
+    if size < x.shape[-1]:
+        result[..., size:] = x[..., size:]
+    return result
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """Turns the first features of each head of x [B, N, S, H]; cosine and sine from `turns`.
+    """Turns the first features of each head of x [B, N, S, H]; cosine [B or 1, 1, S, size] from `spread`, sine
+    [B or 1, 1, S, size / 2] from `turns`.
 
     The result lies in memory as [B, S, N, H]: attention's own lies like its queries, and the output projection then
     reads it without a copy, which backward would keep.
     """
-    size = 2 * cosine.shape[-1]
-    turning, rest = x[..., :size], x[..., size:]
-    first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
-    first, second = first * cosine - second * sine, second * cosine + first * sine
-    turned = [torch.stack([first, second], dim=-1).flatten(-2)] if interleaved else [first, second]
-    parts = turned + [rest] * (size < x.shape[-1])
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=-1).transpose(1, 2)
+    return _Rotate.apply(x, cosine, sine, interleaved)  # type: ignore[return-value]

@@ -55,7 +55,10 @@ class _Enter(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: Axis) -> Tensor:
-        return sum_over(partial.contiguous().clone(), axis)
+        if not partial.is_contiguous():
+            return sum_over(partial.contiguous(), axis)
+        ctx.mark_dirty(partial)
+        return sum_over(partial, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -68,7 +71,7 @@ def enter(hidden: Tensor, axis: Axis) -> Tensor:
 
 
 def leave(partial: Tensor, axis: Axis) -> Tensor:
-    """g: partial sums on the ranks of the axis become the whole on each of them."""
+    """g: partial sums on the ranks of the axis become the whole on each of them, in place."""
     return _Leave.apply(partial, axis) if axis.size > 1 else partial  # type: ignore[return-value]
 
 
@@ -136,7 +139,7 @@ class Split:
         return enter(hidden, self.axis)
 
     def leave(self, partial: Tensor) -> Tensor:
-        """Partial sums [B, S, D] -> [B, S or S / t, D]."""
+        """Partial sums [B, S, D], which may be overwritten -> [B, S or S / t, D]."""
         if self.divides:
             return _ScatterSequence.apply(partial, self.axis)  # type: ignore[return-value]
         return leave(partial, self.axis)

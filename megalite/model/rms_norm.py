@@ -1,0 +1,46 @@
+"""RMSNorm (arXiv 1910.07467) with one backward of its own. Next: layers.py.
+
+y = w · x r with r = (mean x² + eps)^-1/2, of which autograd would make ten passes over x backward, each keeping what
+it reads. With u = g w and m the mean over the features of a token:
+
+    dx = r (u - x r m(u x r)),    dw = Σ over tokens of g x r
+
+LayerNorm's backward, told that the mean of x is 0, gives dw and dx - r m(u): torch has that in one fused pass.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Computes in fp32 as transformers does; x [..., size], weight [size]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide, size = x.float(), x.shape[-1]
+        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, root)
+        normed = wide * root if wide is x else wide.mul_(root).to(x.dtype)
+        return normed.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, root = ctx.saved_tensors
+        slope, scale, size = grads[0].float(), weight.float(), x.shape[-1]
+        wanted = [*ctx.needs_input_grad[:2], False]
+        layer_norm = torch.ops.aten.native_layer_norm_backward
+        dx, dw, _ = layer_norm(slope, x.float(), (size,), torch.zeros_like(root), root, scale, None, wanted)
+        if dx is not None:
+            mean = torch.mv(slope.reshape(-1, size), scale).view(root.shape).div_(size)
+            dx = dx.addcmul_(root, mean).to(x.dtype)
+        return dx, None if dw is None else dw.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., size] over the root of its mean square, times weight [size]; as x in type."""
+    if x.device.type != "cpu":  # GPUs have kernels for both directions
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
