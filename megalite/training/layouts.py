@@ -85,10 +85,11 @@ def _value(name: str, value: str, text: str) -> Any:
 
 
 def comparable(config: Config) -> Config:
-    """The config in fp32 and with Adam's epsilon, if it is Adam, at 1e-4 or more. With less, an element whose gradient
-    is rounding alone makes a whole step of its sign, and faults hide among chance."""
+    """The config in fp32, at a constant learning rate, and with Adam's epsilon, if it is Adam, at 1e-4 or more. With
+    less, an element whose gradient is rounding alone makes a whole step of its sign, and faults hide among chance; at
+    the start of a warm-up they hide in the rounding of the weights."""
     document = copy.deepcopy(config.to_json())
-    for key in ("bf16", "fp16", "communication_data_type"):
+    for key in ("bf16", "fp16", "communication_data_type", "scheduler"):
         document.pop(key, None)
     optimizer = document.get("optimizer", {})
     if "eps" in OPTIMIZERS.get(optimizer.get("type"), {}):

@@ -28,6 +28,7 @@ from megalite.signals import EXIT_BASE, listen
 from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
+from megalite.training.evaluation import loss_and_tokens
 from megalite.training.fingerprint import fingerprint
 from megalite.training.health import FAULTS, Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
@@ -36,7 +37,7 @@ from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
 from megalite.training.progress import Screen, matrix_product_rate
 from megalite.training.start import starting_point
-from megalite.training.step import tokens_that_count, train_step
+from megalite.training.step import train_step
 from megalite.training.watchdog import Watchdog
 
 
@@ -282,14 +283,7 @@ class Run:
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        batches = self._batches(samples, start, count)
-        self.engine.eval()
-        loss = self.pipeline.evaluate(batches)
-        self.engine.train()
-        counts = self.grid.tensor.is_first and self.engine.stage.head is not None
-        result = torch.stack([loss.double(), tokens_that_count(batches).double()]) * float(counts)
-        dist.all_reduce(result)
-        return result.cpu()
+        return loss_and_tokens(self.pipeline, self._batches(samples, start, count))
 
     def _save(self) -> None:
         if self.saved_step == self.position.step:
