@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
-from megalite.signals import listen, settle
+from megalite.signals import AGAIN, EXIT_BASE, RESUME, interrupted, listen, settle, tell_interrupted
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
@@ -137,9 +138,12 @@ def _slurm_local_size(env: Mapping[str, str]) -> int:
     raise ConfigError("environment: SLURM_STEP_TASKS_PER_NODE: must name the tasks of node SLURM_NODEID, as in 4(x2),3")
 
 
-def run_program(main: Callable[[list[str]], int]) -> None:
+def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
     """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
-    or folder that cannot be made or opened before ranks work (a full disk: 1)."""
+    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
+    whether the same command then goes on where it was."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # there may be something to clean up from now on
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8, and may be repeated
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -151,6 +155,11 @@ def run_program(main: Callable[[list[str]], int]) -> None:
             print_line(error)
         else:
             time.sleep(1)  # a launcher that sees one exit kills the others, and rank 0 is to print first
+    except KeyboardInterrupt:
+        settle(EXIT_BASE + signal.SIGINT)
+        tell_interrupted(RESUME if resumes else AGAIN)
+        sys.stdout.flush()
+        os._exit(EXIT_BASE + signal.SIGINT)  # not after threads that are deep in a library
     except OSError as error:
         is_full = error.errno in FULL
         code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code

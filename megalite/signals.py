@@ -13,13 +13,18 @@ import select
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 POLL_SECONDS = 0.5
 EXIT_BASE = 128  # a process that a signal ended exits with this and the signal's number
 LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' last words
+AGAIN = "run the same command again"
+RESUME = f"{AGAIN} to resume"
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # by which a launcher numbers its processes
 KILLED = "killed_"  # with a rank's number, a file there: that rank left no word
 LOST = "lost"
 
@@ -66,6 +71,8 @@ class Signals:
     def _end_for(self, number: int) -> None:
         self.stop = self.stop or int(number)
         if not self.deferred:
+            if self.stop == signal.SIGINT:
+                tell_interrupted()
             leave_word(EXIT_BASE + self.stop)
             os._exit(EXIT_BASE + self.stop)
 
@@ -82,6 +89,20 @@ _last_acts: list[Callable[[], None]] = []
 def at_the_end(act: Callable[[], None]) -> None:
     """Has `act` called when this process is about to end by itself or by a signal: `os._exit` skips atexit."""
     _last_acts.append(act)
+
+
+def interrupted(number: int, frame: object) -> NoReturn:
+    """A handler of SIGINT for a process that has nothing to clean up yet."""
+    tell_interrupted()
+    leave_word(EXIT_BASE + number)
+    os._exit(EXIT_BASE + number)
+
+
+def tell_interrupted(what_next: str = AGAIN) -> None:
+    """One line on standard error, of one rank; of none where launcher/run.py has started them, which says it itself."""
+    if LAUNCH not in os.environ and next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"{os.path.basename(sys.argv[0])}: interrupted: {what_next}", file=sys.stderr, flush=True)
 
 
 def leave_word(code: int) -> None:

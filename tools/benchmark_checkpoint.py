@@ -5,6 +5,9 @@ All write the same fp32 tensors and end with fsync; all read with nothing of the
 that stand. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
 """
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
 import gc
 import math
 import os

@@ -5,6 +5,9 @@ Rates of tokenizing are per second of processor time, of all processes together:
 moved by what else the machine does.
 """
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
 import importlib
 import json
 import os

@@ -10,6 +10,7 @@ Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion
 import json
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.launch import ArgumentParser, run_program

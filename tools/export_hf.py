@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.convert.carried import tokenizer_files
 from megalite.convert.export_hf import DTYPES, export_hf
 from megalite.launch import ArgumentParser, run_program

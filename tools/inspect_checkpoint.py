@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
 from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.inspect import described

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Put indexed corpora of one tokenizer one after another into a new one."""
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
 from megalite.data.verify import write_checksums
 from megalite.errors import DataError

@@ -5,6 +5,7 @@ a worker are under way, which bounds the memory. `documents.py` reads, `partial.
 until it is whole, `indexed.py` has the form.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -202,7 +203,8 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
     try:
         for chunk in chunks:
-            under_way.append((chunk, pool.submit(_work, chunk)))
+            with _interrupts_later():
+                under_way.append((chunk, pool.submit(_work, chunk)))
             while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (under_way and under_way[0][1].done()):
                 first, future = under_way.popleft()
                 yield first, future.result()
@@ -214,13 +216,23 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches a process that is started in it: a worker would end
+    with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _task: Task  # of a worker process
 
 
 def _start_worker(task: Task) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reading process ends the workers
     parent = parent_process()
     assert parent is not None
 

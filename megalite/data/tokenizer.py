@@ -7,6 +7,7 @@ new ones.
 import copy
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 import sentencepiece
 
 from megalite.errors import DataError
-from megalite.inputs import check_links, reading
+from megalite.inputs import check_links, read_json_object, reading
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+_HIGHEST_ID = 10**7
+_LONG_NUMBER = re.compile(rb"\d{8}")
 _EQUAL_FILE = "sentencepiece_equal.json"
 _COMPARED = (SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json")
 
@@ -193,6 +196,17 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _COMPARED}
 
 
+def _check_ids(file: Path) -> None:
+    """DataError for an id that no vocabulary has: the tokenizers library makes a table up to the highest."""
+    if not file.is_file() or not _LONG_NUMBER.search(file.read_bytes()):
+        return
+    model = read_json_object(file, DataError).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(number, int) and number > _HIGHEST_ID:
+            raise DataError(f"{file}: token {token!r} has the id {number}: must be at most {_HIGHEST_ID}")
+
+
 def _from_transformers(path: Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
@@ -200,6 +214,7 @@ def _from_transformers(path: Path) -> Any:
     if not any((path / name).is_file() for name in known):
         raise DataError(f"{path}: holds no tokenizer: none of {', '.join(known)}, {SENTENCEPIECE_FILE}")
     config = path / "tokenizer_config.json"
+    _check_ids(path / "tokenizer.json")
     try:
         if config.is_file():
             json.loads(config.read_text(encoding="utf-8"))

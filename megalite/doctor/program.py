@@ -4,6 +4,7 @@
 """
 
 import json
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,8 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     except HostsLost as error:
         yield str(error)
         return
+    if signals.stop == signal.SIGINT:
+        raise KeyboardInterrupt
     if outcome.code:
         yield f"a collective of each axis: {outcome.who or 'failed'}: what is above tells more"
 

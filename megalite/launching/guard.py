@@ -90,10 +90,7 @@ class Guard:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop = number
         for pid in self._ranks():
-            # A rank that does not listen yet has nothing to save or to report: others than these would end it.
-            if number in (signal.SIGTERM, signal.SIGINT) or _catches(pid, number):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, number)
+            _send(pid, number)
 
     def _orphaned(self) -> bool:
         self._signal(signal.SIGTERM)
@@ -111,8 +108,7 @@ class Guard:
                 self.seen[pid] = rank
                 _say(f"up {rank} {pid}")
                 if self.stop:  # it came after the signal
-                    with contextlib.suppress(OSError):
-                        os.kill(pid, self.stop)
+                    _send(pid, self.stop)
 
     def _ranks(self) -> dict[int, str]:
         """Rank by process."""
@@ -138,6 +134,17 @@ class Guard:
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"{MARK}{line}", flush=True)
+
+
+def _send(pid: int, number: int) -> None:
+    """A signal for a rank. One that does not listen yet has nothing to save or to report: what would end it is left
+    out, and SIGTERM ends it without the traceback that Python has for SIGINT."""
+    if not _catches(pid, signal.SIGUSR2):
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        number = signal.SIGTERM
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -5,6 +5,7 @@
 
 import argparse
 import re
+import signal
 import sys
 
 from megalite.errors import ConfigError, MegaliteError, UserError
@@ -13,7 +14,7 @@ from megalite.launching.attempt import THIS, Attempt, HostsLost, Outcome, Progra
 from megalite.launching.fewer import ProgramConfig
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import check_bare, secrets, variables
-from megalite.signals import EXIT_BASE
+from megalite.signals import EXIT_BASE, RESUME, tell_interrupted
 
 _ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]*")
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -39,7 +40,10 @@ def main(arguments: list[str]) -> int:
         if unsent := secrets():
             why = "not sent to other hosts, where every user could read them in a command line (docs/clusters.md)"
             _print(f"{why}: {', '.join(unsent)}")
-    return Supervisor(options, hosts).run()
+    code = Supervisor(options, hosts).run()
+    if code == EXIT_BASE + signal.SIGINT:
+        tell_interrupted(RESUME)
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.replicas import Replicas
-from megalite.signals import EXIT_BASE, listen
+from megalite.signals import EXIT_BASE, RESUME, listen
 from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
@@ -140,7 +140,7 @@ class Run:
         if self.screen is not None:
             self.screen.close()
         if stop:
-            self.note(f"stopped by signal {stop} after step {self.position.step}")
+            self.note(f"stopped by signal {stop} after step {self.position.step}: {RESUME}")
         return EXIT_BASE + stop if stop else 0
 
     def note(self, text: str) -> None:

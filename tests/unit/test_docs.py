@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = ["errors", "inputs", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint"]
-LAYERS += ["convert", "pipeline", "training", "inference", "launching", "doctor"]
+LAYERS = ["errors", "inputs", "config", "signals", "interrupt", "accelerator", "launch", "parallel", "model", "data"]
+LAYERS += ["checkpoint", "convert", "pipeline", "training", "inference", "launching", "doctor"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:
@@ -26,3 +26,11 @@ def test_imports_go_one_way() -> None:
                 part = module.split(".")[1]
                 assert LAYERS.index(part) <= LAYERS.index(own), f"{path} imports {module}"
                 assert own != "data" or part in ("errors", "inputs", "config", "data"), f"{path} imports {module}"
+
+
+def test_every_program_imports_what_hears_ctrl_c_first() -> None:
+    for path in [*Path("launcher").glob("*.py"), *Path("tools").glob("*.py"), Path("megalite/doctor/axes.py")]:
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+        slow = [name for name in names if name is not None and name.partition(".")[0] not in sys.stdlib_module_names]
+        assert slow[0] == "megalite.interrupt", path

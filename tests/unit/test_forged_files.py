@@ -23,6 +23,7 @@ from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
 from megalite.data.inspection import Show, inspect
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from megalite.errors import DataError
 from megalite.model.families import read_spec
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, changed, damaged, holds
@@ -190,6 +191,16 @@ def test_a_forged_tokenizer(model: Path, tmp_path: Path, name: str, examples: in
             encoder.encode({"prompt": "a ", "completion": "b"})
 
     holds(read, changed(good), examples, NotChat)
+
+
+def test_an_id_that_would_fill_the_memory(model: Path, tmp_path: Path) -> None:
+    for path in model.glob("*token*.json"):
+        shutil.copy(path, tmp_path)
+    whole = json.loads((model / "tokenizer.json").read_text())
+    whole["model"]["vocab"]["!"] = 2**31 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(DataError, match="token '!' has the id 2147483647: must be at most 10000000"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
