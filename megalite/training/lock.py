@@ -146,8 +146,9 @@ class _Lock:
             raise _unusable(self.path, error) from error
 
     def release(self) -> None:
+        """By the holder alone: a process forked from it has the same last acts."""
         with self.mutex, contextlib.suppress(OSError):
-            if not self.released and self.path.read_text() == self.text:
+            if not self.released and os.getpid() == self.holder.pid and self.path.read_text() == self.text:
                 self.path.unlink()
             self.released = True
 

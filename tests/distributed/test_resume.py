@@ -1,7 +1,9 @@
 """What a run may be resumed with, and what would make another run of it: said in one line, before ranks start."""
 
 import json
+import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpo
 from megalite.data.indexed import IndexedWriter, files_of
 from megalite.errors import CheckpointError
 from megalite.training.fingerprint import fingerprint
-from megalite.training.program import _train, prepare
+from megalite.training.lock import Holder
+from megalite.training.program import _train, main, prepare
 from tests.ranks import run_ranks
 from tests.training_runs import LENGTH, VOCABULARY, document, rows
 from tests.unit.data.corpora import write_corpus
@@ -120,6 +123,16 @@ def test_another_corpus_under_the_same_name_is_found(tmp_path: Path, change: str
     write(tmp_path)
     with pytest.raises(CheckpointError, match="megalite.data.train.1.path: .*/other: holds .*: must be the corpus of "):
         prepare(str(path), [], 2)
+
+
+def test_check_looks_at_a_run_that_is_going_on(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+    trained(path)
+    lock = tmp_path / "run" / "lock"
+    lock.write_text(json.dumps(asdict(Holder.this(tmp_path / "run"))))
+    before = lock.read_text()
+    assert main([f"--deepspeed_config={path}", "--check", "--world-size=2"]) == 0
+    assert lock.read_text() == before and sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "lock"]
 
 
 def test_a_checkpoint_without_a_fingerprint_resumes(tmp_path: Path) -> None:
