@@ -92,7 +92,9 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         if self.tied_group is None:
             return
         if self.cpu_offload:
-            sum_over(self.single_partition_of_fp32_groups[self.tied_group].grad, self.grid.ends)
+            held = self.single_partition_of_fp32_groups[self.tied_group].grad
+            device = self.bit16_groups[self.tied_group][0].device  # that messages between ranks are for
+            held.copy_(sum_over(held.to(device), self.grid.ends))
             return
         for gradient in self.averaged_gradients[self.tied_group]:
             sum_over(gradient, self.grid.ends)

@@ -82,7 +82,8 @@ class Run:
         self.valid = ValidData(config.data, spec.vocabulary_size, check) if evaluates else None
         copy_gib = config.train.checkpoint_copy_gib
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
-        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes)
+        timeout = config.train.limits.collective_timeout
+        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes, timeout)
         self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
             remove_swap_folders(prepared.config)
         return prepared
 
-    here, prepared = start_ranks(prepare_ranks)
+    here, prepared = start_ranks(prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout)
     try:
         return _train(prepared, here.rank)
     finally:
@@ -213,7 +213,7 @@ def _train(prepared: Prepared, rank: int) -> int:
     config = prepared.config
     run_dir = Path(config.train.run_dir)
     with Watchdog(run_dir, config.train.limits) as watchdog:
-        grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
+        grid = Grid.build(config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout)
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load)

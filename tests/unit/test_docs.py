@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = ["errors", "inputs", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint"]
-LAYERS += ["convert", "pipeline", "training", "inference", "launching", "doctor"]
+LAYERS = ["errors", "inputs", "config", "signals", "accelerator", "devices", "launch"]
+LAYERS += ["parallel", "model", "data", "checkpoint", "convert", "pipeline", "training", "inference"]
+LAYERS += ["launching", "doctor"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:
