@@ -105,6 +105,16 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
         return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
 
+    def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+        """DeepSpeed's, but that it asks once more, for each group, whether the norm is valid; step has."""
+        if self.clip_grad == 0.0 and self.loss_scale == 1.0:
+            return
+        factor: Any = self.loss_scale
+        if self.clip_grad > 0.0:
+            factor = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(min=1.0) * self.loss_scale
+        for gradient in grad_groups_flat:
+            gradient.data.mul_(1.0 / factor)
+
     def shards(self) -> Iterator[Shard]:
         for value, partition, start, count, first in self.fragments():
             state = self.optimizer.state.get(partition, {})
