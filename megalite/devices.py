@@ -81,6 +81,7 @@ def library_settings(environment: Mapping[str, str], on_gpu: bool, interface: st
         wanted["GLOO_SOCKET_IFNAME"] = interface
     if on_gpu:
         wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        wanted["TORCH_FR_BUFFER_SIZE"] = "2000"  # entries of the flight recorder, which the watchdog reads
         # NCCL's bootstrap, and its data where there is no InfiniBand. Of a lone node it takes what it likes.
         wanted |= {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, "lo") else {}
     else:
