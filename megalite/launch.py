@@ -24,6 +24,8 @@ from datetime import timedelta
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
+from megalite.config.sections import DEFAULT_TIMEOUT
+from megalite.devices import GPUNames, gpu_name, library_settings, own_gpu, raise_open_files, visible_gpus
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
 from megalite.signals import AGAIN, EXIT_BASE, RESUME, interrupted, listen, settle, tell_interrupted
@@ -190,8 +192,11 @@ def print_line(error: Exception) -> None:
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
 
 
-def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
-    """Makes this process a rank of an initialised world, and returns what `prepare` made.
+def start_ranks(
+    prepare: Callable[[bool], T], timeout: Callable[[T], timedelta] = lambda prepared: DEFAULT_TIMEOUT
+) -> tuple[Place, T]:
+    """Makes this process a rank of an initialised world, and returns what `prepare` made. timeout: of a
+    collective, by what was prepared.
 
     prepare(True) is called on one rank a node and checks everything; prepare(False), on the others after its word,
     may leave out what is slow. Where it raises UserError the line is printed there and every rank exits with 2.
@@ -199,6 +204,7 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
     listen()
     here = place()
     _set_environment(here)
+    raise_open_files()
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -216,7 +222,8 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
         error.agreed = here.local_rank != 0  # one line a node
         raise error
     _quieten(here.rank)
-    prepared = _agree(store, here, prepare)
+    visible = visible_gpus()
+    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare))
     Place.started = True
     import deepspeed
 
@@ -224,7 +231,7 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
 
     accelerator = use_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(here.local_rank)
+        accelerator.set_device(own_gpu(here.local_rank, here.local_size, visible))
     backend = accelerator.communication_backend_name()
     # The CPU accelerator names its own backend; gloo has every collective that is used here.
     backend = "gloo" if accelerator.device_name() == "cpu" else f"cpu:gloo,{accelerator.device_name()}:{backend}"
@@ -233,10 +240,29 @@ def start_ranks(prepare: Callable[[bool], T]) -> tuple[Place, T]:
         store=torch.distributed.distributed_c10d.PrefixStore("world", store),
         rank=here.rank,
         world_size=here.world_size,
+        timeout=timeout(prepared),
     )
     with quiet():
         deepspeed.init_distributed(verbose=False)
     return here, prepared
+
+
+def _after_gpus(store: Any, here: Place, visible: int, prepare: Callable[[bool], T]) -> Callable[[bool], T]:
+    """`prepare` with a look before it at whether this node has a GPU for each of its ranks, of which each sees
+    `visible`; 0: they compute on the CPU."""
+    if visible == 0 or visible >= here.local_size:
+        return prepare
+    names = GPUNames(store, socket.gethostname())
+    if visible == 1:
+        names.tell(gpu_name(0), here.local_size)
+
+    def look_and_prepare(thorough: bool) -> T:
+        if thorough:
+            own_gpu(here.local_rank, here.local_size, visible)
+            names.check(here.local_size)
+        return prepare(thorough)
+
+    return look_and_prepare
 
 
 def _port_taken(by: str) -> ConfigError:
@@ -307,13 +333,10 @@ def _set_environment(here: Place) -> None:
     env.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank))
     if not machine_has_gpu():
         env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same and warn
-    # Nothing here is compiled; DeepSpeed compiles Muon for every optimizer, which takes a second of a start.
-    env.setdefault("TORCHDYNAMO_DISABLE", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env.setdefault("HF_HUB_OFFLINE", "1")
-    if "GLOO_SOCKET_IFNAME" not in env and (interface := interface_towards(env["MASTER_ADDR"])):
-        # gloo resolves the host's name, and where that fails takes 127.0.0.1 and dies while other nodes hang.
-        env["GLOO_SOCKET_IFNAME"] = interface
+    interface = env.get("GLOO_SOCKET_IFNAME") or interface_towards(env["MASTER_ADDR"])
+    env.update(library_settings(env, machine_has_gpu(), interface))
 
 
 def interface_towards(address: str) -> str | None:

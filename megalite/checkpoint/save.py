@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megalite.checkpoint.boxes import Box, boxes_of_shard
 from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
+from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Shard
 
@@ -103,15 +105,17 @@ class Copy:
 class Saver:
     """Saves a run's checkpoints: one at a time, in a thread. Every rank makes one and calls it at the same steps."""
 
-    def __init__(self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None) -> None:
-        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's."""
+    def __init__(
+        self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> None:
+        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's; timeout: of a collective."""
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
         self.good_step: int | None = None  # of the newest checkpoint that is known to be whole
         self.damaged, self.strange = set[str](), set[str]()
         self.carried: dict[str, bytes] = {}
         """On rank 0, small files that go into every checkpoint, by name."""
         # Collectives of the thread must not mix with those of the steps; gloo's need no device.
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group: Any = dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: Future[float] | None = None

@@ -80,6 +80,8 @@ class Config:
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
         if keys.get("optimizer", {}).get("type") == "SGD":
             keys["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_recipes.py
+        # Left out, it is on, and waits for the device twice a micro-batch.
+        keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})
         if scheduler.get("type") in OURS:
             del keys["scheduler"]

@@ -4,6 +4,7 @@ Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: De
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
 """
 
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -126,7 +127,7 @@ class Data(Section):
     )
 
 
-Seconds = Annotated[float, Field(gt=0, le=1800)]  # after that gloo's own limit ends a collective
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Limits(Section):
@@ -137,6 +138,15 @@ class Limits(Section):
     step_seconds: Seconds = Field(600.0, description="One later step.")
     checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
     evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
+        longest = max(self.first_step_seconds, self.step_seconds, self.checkpoint_seconds, self.evaluation_seconds)
+        return timedelta(seconds=longest + 300)
+
+
+DEFAULT_TIMEOUT = Limits.model_validate({}).collective_timeout  # of programs without limits of their own
 
 
 class Faults(Section):

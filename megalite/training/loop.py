@@ -1,8 +1,8 @@
 """The run: steps, evaluations, checkpoints, until the last step or a signal.
 
-The whole position of a run is a value (position.py), beside weights and moments. Before an update every rank has heard
-whether the step is sound (health.py); one message at its end carries signals and the end of a background save. Next:
-program.py, the command line.
+The whole position of a run is a value (position.py), beside weights and moments. One message before the update tells
+every rank whether the step is sound (health.py), of signals, and of the end of a background save. Next: program.py, the
+command line.
 """
 
 import signal
@@ -25,6 +25,7 @@ from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.replicas import Replicas
 from megalite.signals import EXIT_BASE, RESUME, listen
+from megalite.training.ahead import Ahead
 from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
@@ -33,9 +34,10 @@ from megalite.training.fingerprint import fingerprint
 from megalite.training.health import FAULTS, Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
 from megalite.training.metrics import MetricsFile, perplexity
+from megalite.training.mfu import Utilisation, peak_flops
 from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
-from megalite.training.progress import Screen, matrix_product_rate
+from megalite.training.progress import Screen
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
 from megalite.training.watchdog import Watchdog
@@ -83,18 +85,20 @@ class Run:
         self.valid = ValidData(config.data, spec.vocabulary_size, check) if evaluates else None
         copy_gib = config.train.checkpoint_copy_gib
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
-        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes)
+        timeout = config.train.limits.collective_timeout
+        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes, timeout)
+        self.ahead = Ahead(self._read, self.device)
+        engine.global_norm.riders = self._flags
         self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length
-        machine_rate = matrix_product_rate(self.device, DTYPES[config.precision])
+        peak = peak_flops(self.device, DTYPES[config.precision])
+        self.utilisation = Utilisation(spec.flops_per_token(length), peak, self.grid.world_size)
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
         self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
         if self.grid.rank == 0:
-            self.screen = Screen(
-                config.train.steps, start.step, config.train.log_interval, spec.flops_per_token(length), machine_rate
-            )
+            self.screen = Screen(config.train.steps, start.step, config.train.log_interval)
             self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard, self.note)
         self.first_step = start.step
 
@@ -106,6 +110,7 @@ class Run:
             self._finish_save()  # one from before the fault is as good as it would have been
             raise
         finally:
+            self.ahead.close()
             for file in (self.metrics, self.faults_file):
                 if file is not None:
                     file.close()
@@ -156,15 +161,14 @@ class Run:
         count = config.batch_plan.size(before.consumed_samples)
         step_tokens = count * config.data.sequence_length
         rate = self.rate.set(before)
-        batches = self._batches(
-            Kept(self.data, before), before.consumed_samples, count, (config.train.seed, before.step)
-        )
+        following = before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
+        batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
         self.pace.begin(before.step + 1)
         with engine.weighed() if first else nullcontext({}) as memory:
             train_step(self.pipeline, grid.data, batches, health.take_loss)
-        agreed = self._agree()
+        agreed = self._agreed()
         if agreed.save_ended:
             self._finish_save()
         self.position = health.after(count, step_tokens)
@@ -225,24 +229,24 @@ class Run:
     def _left_out(self) -> str:
         return ", ".join(f"{start} to {stop - 1}" for start, stop in self.position.left_out)
 
-    def _batches(
-        self, samples: Samples, start: int, count: int, draw: tuple[int, int] | None = None
-    ) -> list[MicroBatch]:
-        return micro_batches(
-            samples, start, count, self.config.micro_batch_size, self.grid.data, self.device, draw
-        )
+    def _read(self, position: Position) -> list[MicroBatch]:
+        """This rank's micro-batches of the step that begins at a position, in main memory."""
+        config, start = self.config, position.consumed_samples
+        samples, count = Kept(self.data, position), config.batch_plan.size(start)
+        draw, cpu = (config.train.seed, position.step), torch.device("cpu")
+        return micro_batches(samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw)
 
-    def _agree(self) -> Agreed:
-        """One all-reduce over the world."""
+    def _flags(self) -> list[float]:
+        """What the other ranks must hear of this one."""
         signals = self.signals
-        flags = [
-            signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended
-        ]
-        own = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        flags = [signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended]
         # A flag that came after this line counts at the next step's end.
         signals.save = signals.save and not flags[2]
-        dist.all_reduce(own)
-        term, interrupt, save, ended = own.tolist()
+        return [float(flag) for flag in flags]
+
+    def _agreed(self) -> Agreed:
+        """What the step's message has told of all ranks."""
+        term, interrupt, save, ended = self.engine.global_norm.heard
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
         return Agreed(stop, bool(save), ended == self.grid.world_size)
 
@@ -253,7 +257,8 @@ class Run:
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
     def _report(self, row: dict[str, Any], tokens: int, seconds: float) -> None:
-        row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        rate = tokens / seconds
+        row |= {"step_seconds": seconds, "tokens_per_second": rate, **self.utilisation.row(rate)}
         row |= self.saver.taken_figures()
         if self.metrics is not None and self.screen is not None:
             self.metrics.write(row)
@@ -283,7 +288,8 @@ class Run:
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        return loss_and_tokens(self.pipeline, self._batches(samples, start, count))
+        batches = micro_batches(samples, start, count, self.config.micro_batch_size, self.grid.data, self.device)
+        return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:
         if self.saved_step == self.position.step:

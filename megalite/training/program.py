@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
                 take_lock(Path(prepared.config.train.run_dir))
         return prepared
 
-    here, prepared = start_ranks(prepare_ranks)
+    here, prepared = start_ranks(prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout)
     try:
         _remove_swap_folders(prepared.config, here)
         return _train(prepared, here.rank)
@@ -226,7 +226,7 @@ def _train(prepared: Prepared, rank: int) -> int:
     config = prepared.config
     run_dir = Path(config.train.run_dir)
     with Watchdog(run_dir, config.train.limits) as watchdog:
-        grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
+        grid = Grid.build(config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout)
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load)

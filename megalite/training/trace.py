@@ -82,7 +82,7 @@ class Session:
         total, weight = train_step(self.pipeline, grid.data, batches)
         total = total.double()
         dist.all_reduce(total)
-        return total.item() / (grid.tensor.size * weight), float(self.engine.get_global_grad_norm() or 0.0)
+        return (total / (grid.tensor.size * weight)).item(), float(self.engine.get_global_grad_norm() or 0.0)
 
     def evaluate(self, step: int) -> float:
         """The mean loss of what a step would train on, as an evaluation of a run has it."""

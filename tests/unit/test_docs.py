@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-LAYERS = ["errors", "inputs", "config", "signals", "interrupt", "accelerator", "launch", "parallel", "model", "data"]
-LAYERS += ["checkpoint", "convert", "pipeline", "training", "inference", "launching", "doctor"]
+LAYERS = ["errors", "inputs", "config", "signals", "interrupt", "accelerator", "devices", "launch", "parallel", "model"]
+LAYERS += ["data", "checkpoint", "convert", "pipeline", "training", "inference", "launching", "doctor"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:
