@@ -22,6 +22,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
+    check_decoder,
     check_ids,
     load_stage,
     model_parser,
@@ -117,6 +118,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
 def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     from megalite.inference.labels import accuracy, read_labelled
 
+    check_decoder(prepared, "--labelled")
     tokenizer = tokenizer_for(options, prepared)
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
@@ -132,6 +134,7 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
 
 def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    check_decoder(prepared, "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks")

@@ -18,30 +18,32 @@ from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, shar
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, drops: Tensor | None, rate: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool, drops: Tensor | None, rate: float
 ) -> Tensor:
     """softmax(query keyᵀ / √H) value, with the kernel that torch finds; by hand where weights are dropped.
 
-    query [B, N / t, S, H]; key, value [B, K / t, T, H]; visible as `Context.mask` gives it; drops: where the
+    query [B, N / t, S, H]; key, value [B, K / t, T, H]; visible and causal as of `Context.mask`; drops: where the
     weights [B, N / t, S, T] are dropped. Result like query.
     """
     grouped = query.shape[1] != key.shape[1]
     if drops is None:
         return F.scaled_dot_product_attention(
-            query, key, value, visible, is_causal=visible is None, enable_gqa=grouped
+            query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
         )
     if grouped:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-    if visible is None:
+    if visible is None and causal:
         visible = torch.ones(drops.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
 
 
 class Attention(nn.Module):
-    """Causal self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
+    """Self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
 
     With K < t each rank holds the one key/value head that its queries read, a copy of its neighbours'.
     """
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         axis = split.axis
         self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary, spec.head_size
         self.window, self.qk_norm, self.dropout = spec.window(layer), spec.qk_norm, spec.attention_dropout
-        self.recompute, self.heads = recompute, range(*share(spec.num_heads, axis))
+        self.causal, self.recompute, self.heads = spec.causal, recompute, range(*share(spec.num_heads, axis))
         d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
         queries, keys = spec.num_heads * h, spec.num_kv_heads * h
         out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
@@ -83,11 +85,11 @@ class Attention(nn.Module):
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         s, t = query.shape[2], key.shape[2]
-        visible, drops = context.mask(self.window, s, t, query.device), None
+        visible, drops = context.mask(self.window, s, t, query.device, self.causal), None
         if context.randomness is not None and self.dropout > 0:
             place = f"layers.{self.layer}.attention"
             drops = dropped(context.randomness, place, self.dropout, [self.heads, range(s), range(t)])
-        return attend(query, key, value, visible, drops, self.dropout)
+        return attend(query, key, value, visible, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads · H] -> [B, S, heads, H]"""
