@@ -128,12 +128,13 @@ class TransformerSpec:
         norms = self.embedding_norm + self.final_norm + (self.head_transform is not None)
         return self.num_layers * self.block_parameters + embeddings + transform + norms * self.norm_parameters
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:
         """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products
         over the positions that a token sees, half of them on average in a decoder, times 3 (arXiv 2104.04473,
-        appendix)."""
+        appendix). counted: share of the tokens that the head's product is made for."""
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         lookups *= self.hidden_size
         seen = sequence_length / 2 if self.causal else sequence_length
         attention = 12 * self.num_layers * self.num_heads * self.head_size * seen
-        return 6.0 * (self.num_parameters - lookups) + attention
+        left_out = (1 - counted) * self.vocabulary_size * self.hidden_size
+        return 6.0 * (self.num_parameters - lookups - left_out) + attention

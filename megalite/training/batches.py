@@ -16,6 +16,8 @@ from megalite.model.dropout import Randomness
 from megalite.parallel.grid import Axis
 from megalite.parallel.loss import IGNORED
 
+LEAST_COUNTED = 0.5  # share of the labels from which on the head takes them all: picking rows costs a copy of them
+
 
 class MicroBatch(NamedTuple):
     """Tokens and labels, int64 [B, S]; a label that does not count is -100. context: where documents are kept apart,
@@ -65,7 +67,11 @@ def _micro_batch(
     tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
     labels = np.array(labels)
     labels[len(real) :] = IGNORED
-    context = Context(documents=None if documents is None else torch.from_numpy(documents).to(device))
+    counted = np.flatnonzero(labels != IGNORED)
+    context = Context(
+        documents=None if documents is None else torch.from_numpy(documents).to(device),
+        counted=torch.from_numpy(counted).to(device) if len(counted) < LEAST_COUNTED * labels.size else None,
+    )
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions, device=device))
     return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)).to(device), torch.from_numpy(labels).to(device),

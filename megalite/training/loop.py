@@ -39,6 +39,9 @@ from megalite.training.start import starting_point
 from megalite.training.step import tokens_that_count, train_step
 from megalite.training.watchdog import Watchdog
 
+READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
+"""Keys of `megalite.data` that tell how a corpus is read."""
+
 
 @dataclass
 class Agreed:
@@ -73,7 +76,7 @@ class Run:
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
         self.faults_file = Appended(run_dir / FAULTS, self.note)
         self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
-        self.pace = Pace(faults, engine, spec, watchdog.hosts)
+        self.pace = Pace(faults, engine, spec, config.data.counted_share, watchdog.hosts)
         self.replicas = Replicas(engine.stage)
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
@@ -91,8 +94,9 @@ class Run:
         self.screen: Screen | None = None
         self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
         if self.grid.rank == 0:
+            flops_per_token = spec.flops_per_token(length, config.data.counted_share)
             self.screen = Screen(
-                config.train.steps, start.step, config.train.log_interval, spec.flops_per_token(length), machine_rate
+                config.train.steps, start.step, config.train.log_interval, flops_per_token, machine_rate
             )
             self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard, self.note)
         self.first_step = start.step
@@ -306,7 +310,7 @@ class Run:
             "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
-            "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
+            "data": config.data.model_dump(include=READ_BY),
             "fingerprint": self.fingerprint,
             "model": self.model,
             "layout": {
