@@ -36,6 +36,7 @@ class Context:
 
     positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
+    counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
@@ -47,6 +48,7 @@ class Context:
     visible: Tensor | None = None
     cache: KeyValueCache | None = None
     documents: Tensor | None = None
+    counted: Tensor | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)

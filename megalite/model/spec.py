@@ -128,13 +128,15 @@ class TransformerSpec:
         norms = self.embedding_norm + self.final_norm + (self.head_transform is not None)
         return self.num_layers * self.block_parameters + embeddings + transform + norms * self.norm_parameters
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:
         """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
         the positions that a token sees on average, times 3 (arXiv 2104.04473, appendix, which counts all S; causal
-        attention needs S / 2 of them, and a window of w needs w - w² / 2S)."""
+        attention needs S / 2 of them, and a window of w needs w - w² / 2S). counted: share
+        of the tokens that the head's product is made for."""
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
-        return 6.0 * (self.num_parameters - lookups * self.hidden_size) + 12 * self.num_heads * self.head_size * seen
+        left_out = lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
+        return 6.0 * (self.num_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
 
     def _seen(self, layer: int, length: int) -> float:
         """Positions that a token of the layer sees on average."""

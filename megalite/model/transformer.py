@@ -145,14 +145,15 @@ class Head(nn.Module):
         self.weight = tied_to
         self.bias = parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+        """counted: as of `Context`."""
         for part in (self.norm, self.transform):
             hidden = hidden if part is None else part(hidden)
         hidden = self.split.enter(hidden)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         weight, bias = later(self.weight), None if self.bias is None else later(self.bias)
-        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss)
+        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss, counted)
 
 
 Recompute = bool | int | Literal["selective"]
@@ -219,7 +220,7 @@ class Chunk(nn.Module):
             return hidden
         if context.cache is not None:  # generation: nothing else is read
             hidden = hidden[:, -1:]
-        return self.head(hidden, labels)
+        return self.head(hidden, labels, context.counted)
 
 
 class Stage(nn.Module):

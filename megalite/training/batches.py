@@ -17,6 +17,8 @@ from megalite.model.dropout import Randomness
 from megalite.parallel.grid import Axis
 from megalite.parallel.loss import IGNORED
 
+LEAST_COUNTED = 0.5  # share of the labels from which on the head takes them all: picking rows costs a copy of them
+
 
 class MicroBatch(NamedTuple):
     """Tokens and labels, int64 [B, S]; a label that does not count is -100. context: where documents are kept apart,
@@ -67,7 +69,11 @@ def _micro_batch(
     tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
     labels = np.array(labels)
     labels[len(real) :] = IGNORED
-    context = Context(documents=None if documents is None else torch.from_numpy(documents))
+    counted = np.flatnonzero(labels != IGNORED)
+    context = Context(
+        documents=None if documents is None else torch.from_numpy(documents),
+        counted=torch.from_numpy(counted) if len(counted) < LEAST_COUNTED * labels.size else None,
+    )
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
     return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context)
@@ -86,10 +92,11 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
     """With each of its tensors changed."""
     tokens, labels, context = batch
-    documents, randomness = context.documents, context.randomness
+    documents, counted, randomness = context.documents, context.counted, context.randomness
     context = replace(
         context,
         documents=None if documents is None else change(documents),
+        counted=None if counted is None else change(counted),
         randomness=None if randomness is None else replace(randomness, samples=change(randomness.samples)),
     )
     return MicroBatch(change(tokens), change(labels), context)
