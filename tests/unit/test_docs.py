@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 LAYERS = ["errors", "config", "signals", "accelerator", "launch", "parallel", "model", "data", "checkpoint", "convert"]
-LAYERS += ["pipeline", "training", "inference", "launching", "doctor"]
+LAYERS += ["pipeline", "training", "inference", "launching", "doctor", "prove"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:

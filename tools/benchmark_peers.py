@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Measure training beside the programs that a user would take instead: see --help and docs/speed.md."""
+
+from megalite.launch import run_program
+from megalite.prove.races import main
+
+if __name__ == "__main__":
+    run_program(main)
