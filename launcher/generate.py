@@ -1,5 +1,6 @@
 """Continues prompts with a trained model on the ranks that `deepspeed` (or torchrun, or srun) starts; see --help."""
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.inference.generate_program import generate_main
 from megalite.launch import run_program
 

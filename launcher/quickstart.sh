@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model: environment, corpus, tokenizer, training on pipe 2 × tensor 2 × data 2
-# (8 ranks), a validation loss and a sample. What stands from an earlier start is used again.
+# (8 ranks, on the CPU or on 8 GPUs; a smaller grid on fewer), a validation loss and a sample. What an earlier start has
+# made is used again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -23,14 +24,24 @@ for part in train valid; do
     fi
 done
 
-echo "== training on 8 ranks: pipe 2 × tensor 2 × data 2"
-deepspeed --num_gpus 8 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config ds_configs/quickstart.json 2>&1 |
+gpus=$(python -c 'from megalite.devices import visible_gpus; print(visible_gpus())')
+read -r ranks pipe tensor <<<"$(quickstart_grid "$gpus")"
+if ((gpus == 0)); then
+    where=CPU
+    export DS_ACCELERATOR=cpu
+else
+    where=GPUs
+fi
+data_ranks=$((ranks / pipe / tensor))
+echo "== training on $ranks ranks: pipe $pipe × tensor $tensor × data $data_ranks, on the $where"
+deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config ds_configs/quickstart.json \
+    "megalite.parallel.pipe=$pipe" "megalite.parallel.tensor=$tensor" "gradient_accumulation_steps=$((4 / data_ranks))" 2>&1 |
     grep --line-buffered -v -e '\[INFO\] \[launch.py' -e '\[INFO\] \[runner.py' -e 'fetch_hostfile' -e 'real_accelerator.py'
 
 entropy=$(python tools/unigram_entropy.py $data/valid)
 loss=$(grep valid_loss $run/metrics.jsonl | tail -n 1 | sed 's/.*"valid_loss": \([0-9.]*\).*/\1/')
 echo "== validation loss $loss nats a token; knowing only how often each token occurs, it would be $entropy"
-echo "== a sample, from tensor 2"
-deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/generate.py --checkpoint $run --prompt "    def __init__(self, " --max-new-tokens 80 \
-    --temperature 0.7 megalite.parallel.tensor=2 | grep '^{'
+echo "== a sample, from tensor $tensor"
+deepspeed --num_gpus "$tensor" --master_port "$(free_port)" launcher/generate.py --checkpoint $run --prompt "    def __init__(self, " --max-new-tokens 80 \
+    --temperature 0.7 "megalite.parallel.tensor=$tensor" | grep '^{'
 echo "== the run is in $run: config.json, metrics.jsonl, checkpoints/, tensorboard/"

@@ -1,7 +1,8 @@
 """Starts one of its neighbours with `deepspeed`, and sees to its end; see --help."""
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.launch import run_program
 from megalite.launching.supervisor import main
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resumes=True)

@@ -7,9 +7,11 @@
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 # sbatch launcher/slurm.sh --deepspeed_config FILE [KEY=VALUE …], from the repository: srun starts a rank a task.
-# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again goes on from it. With
-# --array=1-9%1 it is nine jobs, one after another: each goes on where the one before ended, in whatever way.
+# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again resumes from it.
+# With --array=1-9%1 it is nine jobs, one after another: each resumes where the one before ended, in whatever way.
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-exec srun --kill-on-bad-exit=1 .venv/bin/python -u launcher/pretrain.py "$@"
+# A rank's main thread, NCCL, gloo and the thread that writes checkpoints share a core unless srun is told to give more.
+cores=$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))
+exec srun --cpus-per-task="$((cores > 0 ? cores : 1))" --kill-on-bad-exit=1 .venv/bin/python -u launcher/pretrain.py "$@"

@@ -6,17 +6,25 @@ own handlers do not run. launcher/run.py, where that started the ranks, learns h
 """
 
 import contextlib
+import errno
 import functools
 import os
 import select
 import signal
 import socket
+import stat
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 POLL_SECONDS = 0.5
 EXIT_BASE = 128  # a process that a signal ended exits with this and the signal's number
 LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' last words
+AGAIN = "run the same command again"
+RESUME = f"{AGAIN} to resume"
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # by which a launcher numbers its processes
 KILLED = "killed_"  # with a rank's number, a file there: that rank left no word
 LOST = "lost"
 
@@ -63,6 +71,8 @@ class Signals:
     def _end_for(self, number: int) -> None:
         self.stop = self.stop or int(number)
         if not self.deferred:
+            if self.stop == signal.SIGINT:
+                tell_interrupted()
             leave_word(EXIT_BASE + self.stop)
             os._exit(EXIT_BASE + self.stop)
 
@@ -73,18 +83,63 @@ def listen() -> Signals:
     return Signals()
 
 
+_last_acts: list[Callable[[], None]] = []
+
+
+def at_the_end(act: Callable[[], None]) -> None:
+    """Has `act` called when this process is about to end by itself or by a signal: `os._exit` skips atexit."""
+    _last_acts.append(act)
+
+
+def interrupted(number: int, frame: object) -> NoReturn:
+    """A handler of SIGINT for a process that has nothing to clean up yet."""
+    tell_interrupted()
+    leave_word(EXIT_BASE + number)
+    os._exit(EXIT_BASE + number)
+
+
+def tell_interrupted(what_next: str = AGAIN) -> None:
+    """One line on standard error, of one rank; of none where launcher/run.py has started them, which says it itself."""
+    if LAUNCH not in os.environ and next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"{os.path.basename(sys.argv[0])}: interrupted: {what_next}", file=sys.stderr, flush=True)
+
+
 def leave_word(code: int) -> None:
-    """Tells launcher/run.py, where that started this rank, the code that it is about to end with."""
+    """Does the last acts, and tells launcher/run.py, where that started this rank, the code that it is about to end
+    with."""
+    for act in _last_acts:
+        act()
     if folder := os.environ.get(LAUNCH):
         with contextlib.suppress(OSError):
             word = f"{code} {LOST}" if Signals.launcher_lost else f"{code}"
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(word)
+            inside = private_folder(folder)
+            name, flags = f"rank_{os.environ.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(os.open(name, flags, 0o600, dir_fd=inside), "w") as file:
+                file.write(word)
+            os.close(inside)
 
 
 def killed_ranks() -> set[int]:
     """Those of which launcher/run.py has heard that they ended without a word; none where it did not start this one."""
-    folder = os.environ.get(LAUNCH)
-    return {int(path.name.removeprefix(KILLED)) for path in Path(folder).glob(f"{KILLED}*")} if folder else set()
+    names: list[str] = []
+    if folder := os.environ.get(LAUNCH):
+        with contextlib.suppress(OSError):
+            inside = private_folder(folder)
+            names = os.listdir(inside)
+            os.close(inside)
+    return {int(name.removeprefix(KILLED)) for name in names if name.startswith(KILLED)}
+
+
+def private_folder(path: str) -> int:
+    """A descriptor of a folder in which nobody but this user can write, or have written. OSError where it is none: it
+    lies in /tmp, where another user could have put a folder or a link of that name."""
+    inside = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(inside)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(inside)
+        raise PermissionError(errno.EPERM, f"belongs to user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}")
+    return inside
 
 
 def settle(code: int) -> None:

@@ -5,6 +5,9 @@ All write the same fp32 tensors and end with fsync; all read with nothing of the
 that stand. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
 """
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
 import gc
 import math
 import os
@@ -20,7 +23,7 @@ import torch
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, verify
 from megalite.checkpoint.save import Saver
-from megalite.launch import ArgumentParser, at_least, run_program
+from megalite.launch import ArgumentParser, at_least, positive, run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
 STATE = {"step": 1, "consumed_samples": 0, "consumed_tokens": 0, "seed": 0, "model": {}}
@@ -108,7 +111,7 @@ def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="checkpoint_benchmark", help="a new folder on the disk to measure")
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the tensors")
+    parser.add_argument("--gib", type=positive, default=1.0, help="size of the tensors")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     options = parser.parse_args(argv)
     folder = Path(options.folder)

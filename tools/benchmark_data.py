@@ -5,6 +5,9 @@ Rates of tokenizing are per second of processor time, of all processes together:
 moved by what else the machine does.
 """
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
 import importlib
 import json
 import os
@@ -26,7 +29,7 @@ from megalite.data.loader import TrainData
 from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
-from megalite.launch import ArgumentParser, at_least, run_program
+from megalite.launch import ArgumentParser, at_least, positive, run_program
 from megalite.prove.loader import write_random_corpus
 
 _WORDS = 4000  # of the made-up language
@@ -167,7 +170,7 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to measure with; without it tokenizing is left out")
     parser.add_argument("--input", metavar="FILE", help=".jsonl to tokenize (default: made-up text)")
-    parser.add_argument("--megabytes", type=float, default=20, help="of made-up text (default: 20)")
+    parser.add_argument("--megabytes", type=positive, default=20, help="of made-up text (default: 20)")
     parser.add_argument("--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)")
     parser.add_argument("--tokens", type=at_least(1), default=100_000_000, help="of the largest corpus (default: 10^8)")
     parser.add_argument("--sequence-length", type=at_least(1), default=2048, help="of samples (default: 2,048)")

@@ -10,7 +10,9 @@ Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion
 import json
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.errors import DataError
+from megalite.inputs import reading
 from megalite.launch import ArgumentParser, run_program
 
 # Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
@@ -24,15 +26,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--wordnet", required=True, metavar="FOLDER", help="that holds data.noun")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     args = parser.parse_args(argv)
-    try:
-        lines = (Path(args.wordnet) / "data.noun").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{args.wordnet}/data.noun: cannot be read: {error.strerror}") from error
+    source = Path(args.wordnet) / "data.noun"
     glosses: dict[int, list[str]] = {number: [] for number in TOPICS}
-    for line in lines:
-        # offset, file number, …, | gloss; "example"; the licence on top begins with spaces
-        if not line.startswith(" ") and (number := int(line.split()[1])) in TOPICS:
-            glosses[number].append(line.partition("| ")[2].partition(";")[0].strip())
+    with reading(source, DataError):
+        for line in source.read_text(encoding="utf-8").splitlines():
+            # offset, file number, …, | gloss; "example"; the licence on top begins with spaces
+            if not line.startswith(" ") and (number := int(line.split()[1])) in TOPICS:
+                glosses[number].append(line.partition("| ")[2].partition(";")[0].strip())
     for number, found in glosses.items():
         glosses[number] = found[:: max(1, len(found) // MOST)][:MOST]  # WordNet puts neighbours together
     folder = Path(args.output)

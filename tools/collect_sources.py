@@ -8,6 +8,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.errors import DataError
 from megalite.launch import ArgumentParser, run_program
 

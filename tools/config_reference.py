@@ -5,6 +5,7 @@ import types
 import typing
 from typing import Any
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.config.deepspeed_keys import DeepSpeedKeys
 from megalite.config.rules import Document
 from megalite.config.schedules import SCHEDULES

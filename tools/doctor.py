@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Look at the hosts of a run before it starts; see --help."""
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.doctor.program import main
 from megalite.launch import run_program
 

@@ -19,3 +19,16 @@ prepare_environment() {
 
 # A port for the ranks of a start to meet at.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+# Ranks, pipe and tensor of the quickstart on a machine with so many GPUs (0: on the CPU); the data axis is the rest.
+quickstart_grid() {
+    if (($1 == 0 || $1 >= 8)); then
+        echo 8 2 2
+    elif (($1 >= 4)); then
+        echo 4 2 2
+    elif (($1 >= 2)); then
+        echo 2 1 2
+    else
+        echo 1 1 1
+    fi
+}

@@ -2,7 +2,11 @@
 """Turn a checkpoint into a Hugging Face folder; its logits are held against transformers'."""
 
 import argparse
+import sys
+from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.convert.carried import tokenizer_files
 from megalite.convert.export_hf import DTYPES, export_hf
 from megalite.launch import ArgumentParser, run_program
 
@@ -16,6 +20,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     compared = export_hf(args.checkpoint, args.output, args.dtype, args.verify)
     print(f"{args.output}: {compared or 'written; not verified'}")
+    if next(tokenizer_files(Path(args.output)), None) is None:
+        print(f"export_hf.py: {args.output}: has no tokenizer: the checkpoint carries none", file=sys.stderr)
     return 0
 
 

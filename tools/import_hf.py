@@ -3,6 +3,7 @@
 
 import argparse
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.convert.import_hf import import_hf
 from megalite.launch import ArgumentParser, run_program
 

@@ -3,9 +3,12 @@
 
 from pathlib import Path
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
 from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.inspect import described
+from megalite.errors import CheckpointError
+from megalite.inputs import reading
 from megalite.launch import ArgumentParser, run_program
 
 
@@ -16,9 +19,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tensors", action="store_true", help="list every weight")
     options = parser.parse_args(argv)
     path = Path(options.checkpoint)
-    standing = [path] if (path / SUMS).exists() else checkpoints_of(path.parent if path.name == "checkpoints" else path)
-    folder = standing[-1] if standing else find_checkpoint(path)
-    for line in described(Checkpoint.open(folder), options.tensors):
+    with reading(path, CheckpointError):
+        run_dir = path.parent if path.name == "checkpoints" else path
+        standing = [path] if (path / SUMS).exists() else checkpoints_of(run_dir)
+        folder = standing[-1] if standing else find_checkpoint(path)
+        lines = list(described(Checkpoint.open(folder), options.tensors))
+    for line in lines:
         print(line)
     if options.verify:
         verify(folder)

@@ -3,8 +3,9 @@
 
 import argparse
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.inspection import Show, inspect
-from megalite.launch import ArgumentParser, at_least, run_program
+from megalite.launch import ArgumentParser, at_least, positive, run_program
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -16,7 +17,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--first", type=at_least(0), default=0, metavar="N", help="number of the first document shown")
     parser.add_argument("--width", type=at_least(1), default=200, metavar="N", help="characters shown of a document")
     parser.add_argument("--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of a blend, one a PREFIX")
+    parser.add_argument("--weights", type=positive, nargs="+", metavar="W", help="of a blend, one a PREFIX")
     parser.add_argument("--samples", type=at_least(1), default=10_000, metavar="N", help="of a blend (default: 10,000)")
     parser.add_argument("--sequence-length", type=at_least(1), default=1024, metavar="S", help="default: 1,024")
     return parser.parse_args(argv)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Put indexed corpora of one tokenizer one after another into a new one."""
 
-
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
 from megalite.data.verify import write_checksums
+from megalite.errors import DataError
+from megalite.inputs import reading
 from megalite.launch import ArgumentParser, run_program
 
 
@@ -12,9 +14,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     args = parser.parse_args(argv)
-    with IndexedWriter(args.output, IndexedCorpus(args.input[0]).dtype) as writer:
+    with reading(args.input[0], DataError):
+        first = IndexedCorpus(args.input[0])
+    with IndexedWriter(args.output, first.dtype) as writer:
         for prefix in args.input:
-            writer.add_corpus(prefix)
+            with reading(prefix, DataError):
+                writer.add_corpus(prefix)
     write_checksums(args.output)
     print(f"{args.output}: {IndexedCorpus(args.output).num_documents} documents")
     return 0

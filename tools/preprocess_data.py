@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Tokenize text files into a corpus: PREFIX.bin and PREFIX.idx in Megatron's indexed format.
 
-The same command goes on where a stopped one was.
+After a stop, run the same command again: it resumes.
 """
 
 import argparse
 import sys
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.preprocess import preprocess
 from megalite.launch import ArgumentParser, at_least, run_program
 
@@ -36,23 +37,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
-    try:
-        counts = preprocess(
-            args.input,
-            args.tokenizer,
-            args.output,
-            text_key=args.text_key,
-            workers=args.workers,
-            append_eod=args.append_eod,
-            strict=args.strict,
-            overwrite=args.overwrite,
-            kind=args.format,
-            paragraphs=args.blank_lines,
-            chat=args.chat,
-        )
-    except KeyboardInterrupt:
-        print("preprocess_data.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    counts = preprocess(
+        args.input,
+        args.tokenizer,
+        args.output,
+        text_key=args.text_key,
+        workers=args.workers,
+        append_eod=args.append_eod,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        kind=args.format,
+        paragraphs=args.blank_lines,
+        chat=args.chat,
+    )
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)
     print(
@@ -63,4 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, resumes=True)

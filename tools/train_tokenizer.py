@@ -3,6 +3,7 @@
 
 import argparse
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.launch import ArgumentParser, at_least, run_program
 

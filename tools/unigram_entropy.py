@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
 """Print the unigram entropy of an indexed corpus, in nats a token: a loss to be far below of."""
 
-
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.data.entropy import unigram_entropy
+from megalite.errors import DataError
+from megalite.inputs import reading
 from megalite.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
-    print(f"{unigram_entropy(parser.parse_args(argv).prefix):.4f}")
+    prefix = parser.parse_args(argv).prefix
+    with reading(prefix, DataError):
+        entropy = unigram_entropy(prefix)
+    print(f"{entropy:.4f}")
     return 0
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import (
-    CARRIED,
     FORMAT,
     INDEX,
     LATEST,
@@ -33,15 +32,17 @@ from megalite.checkpoint.folder import (
     Transaction,
     check_carried,
     check_file,
-    flush_folder,
     read_checked_json,
     read_sums,
-    write_flushed,
 )
 from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
+_STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
+    "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
+    "sequence_length": (int,),
+}  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
 
@@ -104,6 +105,11 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
             pass
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state, after its SHA-256 has been checked, without its index. CheckpointError."""
+    return read_checked_json(folder, STATE, read_sums(folder)[STATE])
+
+
 @dataclass
 class Checkpoint:
     """An open checkpoint. state: step, consumed_samples, consumed_tokens, seed, layout; model: the Hugging Face
@@ -130,10 +136,14 @@ class Checkpoint:
             for key in ("step", "consumed_samples", "consumed_tokens", "seed"):
                 if not isinstance(state[key], int) or state[key] < 0:
                     raise ValueError(f"{key}: {state[key]!r}: must be a number of 0 or more")
+            for key, kinds in _STATE_KINDS.items():
+                if not isinstance(state.get(key, kinds[0]()), kinds):
+                    raise ValueError(f"{key}: {state[key]!r}: must be {kinds[0].__name__}")
             if not isinstance(model, dict):
                 raise ValueError("model: must be a Hugging Face config")
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
-            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {error}") from error
+        except Exception as error:  # of the wrong shape it can raise anything
+            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {str(error)[:200]}") from error
+        _check_sizes(folder, index)
         return cls(folder, state, model, index)
 
     @property
@@ -201,7 +211,8 @@ class CheckpointWriter:
         folder = Path(folder)
         if folder.exists():
             raise CheckpointError(f"{folder}: stands already: must be a new folder")
-        self.transaction = Transaction(folder, {**state, "model": model})
+        self.carried: dict[str, bytes] = {}
+        self.transaction = Transaction(folder, {**state, "model": model}, self.carried)
         self.index, self.digests = Index(), {}
         self.pending: dict[str, Tensor] = {}
         self.written = 0
@@ -221,9 +232,7 @@ class CheckpointWriter:
 
     def carry(self, path: Path) -> None:
         """Takes a small file that goes with the weights, into `hugging_face/`."""
-        folder = self.transaction.partial / CARRIED
-        folder.mkdir(exist_ok=True)
-        self.digests[f"{CARRIED}/{path.name}"] = write_flushed(folder / path.name, path.read_bytes())
+        self.carried[path.name] = path.read_bytes()
 
     @property
     def _file_name(self) -> str:
@@ -242,12 +251,23 @@ class CheckpointWriter:
         try:
             if self.pending:
                 self._flush()
-            if (carried := self.transaction.partial / CARRIED).exists():
-                flush_folder(carried)
             self.transaction.publish(self.index, self.digests)
         except BaseException:
             self.transaction.abandon()
             raise
+
+
+def _check_sizes(folder: Path, index: Index) -> None:
+    """CheckpointError where a file is too small for the boxes that the index puts into it: they would be made room for
+    before that shows."""
+    needed: dict[str, int] = {}
+    for entry in index.entries.values():
+        for chunk in entry.chunks:
+            needed[chunk.file] = needed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+    for name, count in needed.items():
+        path = folder / name
+        if path.is_file() and (size := path.stat().st_size) < count:
+            raise CheckpointError(f"{path}: cannot be read: {size} bytes: its boxes in {INDEX} take {count}")
 
 
 def size_bytes(index: Index) -> int:

@@ -4,19 +4,24 @@
     run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
                                   index.json    every tensor's full shape and where its boxes lie
                                   tensors_00000.safetensors …   boxes, one file a rank
-                                  hugging_face/…  small files that imported weights came with
+                                  hugging_face/…  tokenizer and generation settings that go with the weights
                                   SHA256SUMS    of all files, and of its own lines
 
 A folder is written beside under a hidden name, flushed to disk, and made visible by one rename; `latest` follows.
 `sha256sum -c SHA256SUMS` checks it too. Next: files.py, which finds, opens and reads checkpoints.
 """
 
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from typing import Any
 import torch
 
 from megalite.errors import CheckpointError
+from megalite.inputs import read_json_object
 
 FORMAT = 1
 STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
@@ -35,6 +41,7 @@ _OWN_SUM = "# of the lines above: "
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")  # no path: an index cannot point out of its folder
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _READ_BYTES = 1 << 22
+_MOST_DIMS = 8  # of a tensor
 
 
 @dataclass
@@ -76,16 +83,20 @@ class Index:
         return next(chunk for chunk in self.entries[name].chunks if chunk.offsets == offsets)
 
     def check_whole(self) -> None:
-        """Every element of every tensor stands in it once (boxes of one save never overlap): CheckpointError."""
+        """CheckpointError unless every element of every tensor is stored exactly once."""
         for name, entry in self.entries.items():
-            held = 0
+            held, corners = 0, defaultdict[tuple[int, ...], int](int)
             for chunk in entry.chunks:
                 ends = zip(chunk.offsets, chunk.shape, entry.shape, strict=True)
                 if not all(start >= 0 and count >= 0 and start + count <= size for start, count, size in ends):
                     raise CheckpointError(f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}")
                 held += torch.Size(chunk.shape).numel()
+                _add_corners(corners, chunk.offsets, chunk.shape, 1)
             if held != entry.numel:
-                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be all")
+                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be each once")
+            _add_corners(corners, (0,) * len(entry.shape), entry.shape, -1)
+            if any(corners.values()):
+                raise CheckpointError(f"{name}: its boxes overlap: each element must be stored once")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -104,8 +115,27 @@ class Index:
             chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
             if not all(_PLAIN_NAME.match(chunk.file) for chunk in chunks):
                 raise ValueError(f"{name}: a file outside the folder")
+            if any(type(number) is not int for chunk in chunks for number in (*chunk.offsets, *chunk.shape)):
+                raise ValueError(f"{name}: a box must be given by integers")
+            if len(entry["shape"]) > _MOST_DIMS:
+                raise ValueError(f"{name}: {len(entry['shape'])} dims: must be at most {_MOST_DIMS}")
             index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
         return index
+
+
+def _add_corners(
+    counts: dict[tuple[int, ...], int], offsets: tuple[int, ...], shape: tuple[int, ...], times: int
+) -> None:
+    """Counts a box's corners `times` over, with the sign that inclusion and exclusion give each. The sum of boxes'
+    indicator functions is that of another box if and only if their counts are equal: n boxes take n steps."""
+    ends = [(start, start + count) for start, count in zip(offsets, shape, strict=True)]
+    for corner, sign in zip(itertools.product(*ends), _signs(len(shape)), strict=True):
+        counts[corner] += sign * times
+
+
+@functools.cache
+def _signs(dims: int) -> tuple[int, ...]:
+    return tuple(math.prod(signs) for signs in itertools.product((1, -1), repeat=dims))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -153,12 +183,14 @@ def flush_folder(folder: Path) -> None:
 class Transaction:
     """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
 
-    state: what state.json will hold. Called by one rank; the others only write into its `partial`, on a file system
-    that all of them share. That has a name of its own: ranks of an earlier start that still write cannot get into it.
+    state: what state.json will hold; carried: small files that go with the weights, by name. Called by one rank; the
+    others only write into its `partial`, on a file system that all of them share. That has a name of its own: ranks of
+    an earlier start that still write cannot get into it.
     """
 
     folder: Path
     state: dict[str, Any]
+    carried: Mapping[str, bytes] = field(default_factory=dict)
     partial: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +208,11 @@ class Transaction:
     def publish(self, index: Index, digests: dict[str, str]) -> None:
         """Completes the folder and makes it visible by one rename. digests: of the files that lie in it, by name."""
         index.check_whole()
+        if self.carried:
+            (self.partial / CARRIED).mkdir()
+            for name, content in self.carried.items():
+                digests[f"{CARRIED}/{name}"] = write_flushed(self.partial / CARRIED / name, content)
+            flush_folder(self.partial / CARRIED)
         for name, value in ((STATE, {"format": FORMAT, **self.state}), (INDEX, index.to_json())):
             digests[name] = write_flushed(self.partial / name, json.dumps(value, indent=1).encode())
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -230,22 +267,17 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def check_carried(folder: Path, sums: dict[str, str]) -> None:
-    """CheckpointError where a file was put beside those that imported weights came with: it would be read."""
+    """CheckpointError where a file was put beside those that go with the weights: it would be read."""
     for path in sorted((folder / CARRIED).iterdir()) if (folder / CARRIED).is_dir() else []:
         if f"{CARRIED}/{path.name}" not in sums:
-            raise CheckpointError(f"{path}: is not in {SUMS}: must be one of the files that were imported")
+            raise CheckpointError(f"{path}: is not in {SUMS}: must be a file that was saved with the weights")
 
 
 def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:
     """A JSON object of a checkpoint, parsed only after its SHA-256 has been checked."""
     path = folder / name
     check_file(folder, name, digest)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold an object")
+    value = read_json_object(path, CheckpointError)
     if name == STATE and value.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format: {value.get('format')!r}: must be {FORMAT}")
     return value

@@ -15,7 +15,7 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
     for key in SHOWN_STATE:
         if key in state:
             yield f"  {key}: {state[key]}"
-    for key, value in state.get("layout", {}).items():
+    for key, value in (state.get("layout") or {}).items():  # null: imported, written by no layout
         yield f"  written by {key}: {value}"
     yield f"  model: {checkpoint.model.get('model_type')}, " + ", ".join(
         f"{key} {checkpoint.model[key]}"

@@ -9,9 +9,10 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from megalite.checkpoint.boxes import Box, boxes_of_shard
 from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
+from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.parallel.grid import Axis
-from megalite.parallel.layers import Shard, share
+from megalite.parallel.layers import Shard
 
 
 def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDict:
@@ -36,7 +38,8 @@ def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDic
     for shard in shards:
         if not shard.placement.counted:
             continue
-        first, stop = share(shard.master.numel(), data) if replicated else (0, shard.master.numel())
+        count = shard.master.numel()
+        first, stop = _part(count, data) if replicated else (0, count)
         for kind, values in {WEIGHT: shard.master, **shard.state}.items():
             boxes = boxes_of_shard(
                 shard.placement.full_shape,
@@ -48,6 +51,12 @@ def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDic
             if boxes:
                 result[f"{kind}/{shard.placement.name}"] = boxes
     return result
+
+
+def _part(count: int, axis: Axis) -> tuple[int, int]:
+    """The half-open range that this rank of the axis writes of `count` elements; empty on some ranks where there are
+    more ranks than elements (layers.share would give those an element that another rank writes too)."""
+    return axis.rank * count // axis.size, (axis.rank + 1) * count // axis.size
 
 
 class Copy:
@@ -96,11 +105,17 @@ class Copy:
 class Saver:
     """Saves a run's checkpoints: one at a time, in a thread. Every rank makes one and calls it at the same steps."""
 
-    def __init__(self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None) -> None:
-        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's."""
+    def __init__(
+        self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> None:
+        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's; timeout: of a collective."""
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
+        self.good_step: int | None = None  # of the newest checkpoint that is known to be whole
+        self.damaged, self.strange = set[str](), set[str]()
+        self.carried: dict[str, bytes] = {}
+        """On rank 0, small files that go into every checkpoint, by name."""
         # Collectives of the thread must not mix with those of the steps; gloo's need no device.
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.group: Any = dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: Future[float] | None = None
@@ -109,7 +124,12 @@ class Saver:
         """Since the last look (`taken_figures`): checkpoint_seconds, that steps have waited; of saves that ended,
         checkpoint_write_seconds, and checkpoint_copy_bytes, this rank's memory for the copy (0: the steps waited)."""
         self.told: list[str] = []
-        """On rank 0, for the log: what went wrong after a checkpoint stood."""
+        """On rank 0, for the log: checkpoints that were removed early or renamed, or could not be."""
+
+    def starts_from(self, step: int, damaged: Collection[str]) -> None:
+        """The run starts from the checkpoint of that step, where there is one, and has found those of these names
+        damaged."""
+        self.good_step, self.damaged = step, {*damaged}
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
         """Starts saving; what is given may change as soon as this returns. An earlier save still going on is
@@ -158,11 +178,11 @@ class Saver:
     def _write(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> float:
         """Seconds that it took."""
         start = time.monotonic()
-        transaction = Transaction(self.folder / step_name(step), state)
+        transaction = Transaction(self.folder / step_name(step), state, self.carried)
         try:
             save(
                 boxes,
-                storage_writer=BoxWriter(transaction, self._remove_left_overs, lambda: self._has_appeared(step)),
+                storage_writer=BoxWriter(transaction, self._prepare, lambda: self._has_appeared(step)),
                 planner=BoxSavePlanner(),
                 process_group=self.group,
                 no_dist=self.group is None,
@@ -173,6 +193,25 @@ class Saver:
             raise
         return time.monotonic() - start
 
+    def _prepare(self, needed: int) -> None:
+        self._remove_left_overs()
+        self._make_room(needed + sum(map(len, self.carried.values())))
+
+    def _make_room(self, needed: int) -> None:
+        """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many
+        as it takes; the newest that is known to be whole stays in any case."""
+        standing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
+        if not self.keep or self.good_step is None or self.good_step not in standing:
+            return
+        missing, doomed = needed - shutil.disk_usage(self.folder).free, list[Path]()
+        for step, path in standing.items():
+            if missing > 0 and step < self.good_step:
+                doomed.append(path)
+                missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        for path in doomed if missing <= 0 else ():
+            _remove(path)
+            self.told.append(f"{path}: removed before the next checkpoint is written, which had no room")
+
     def _remove_left_overs(self) -> None:
         """What a kill left of earlier saves and removals."""
         for path in self.folder.glob(".step_*"):
@@ -182,32 +221,42 @@ class Saver:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _has_appeared(self, step: int) -> None:
-        """`latest` names it and others go. It stands whatever happens here, and so the ranks need not agree."""
+        """`latest` names it and others go. It is there whatever happens here, and so the ranks need not agree."""
+        self.good_step = step
         try:
             write_durably(self.folder / LATEST, step_name(step) + "\n")
             self._set_aside_later(step)
-            self._remove_old()
+            self._remove_old(step)
         except OSError as error:
             self.told.append(f"checkpoint of step {step} is saved; {LATEST} or others could not be changed: {error}")
 
     def _set_aside_later(self, step: int) -> None:
-        """Checkpoints of later steps were found damaged when the run started from an older one. A start must not come
-        back to one of them, nor may it count among those that are kept."""
+        """Checkpoints of later steps that were found damaged when the run started from an older one: no start must come
+        back to them. Any others are not this run's to touch."""
         for path in checkpoints_of(self.folder.parent):
-            if (step_of(path) or 0) > step:
+            if (step_of(path) or 0) > step and path.name in self.damaged:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
                 self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
+            elif (step_of(path) or 0) > step and path.name not in self.strange:
+                self.strange.add(path.name)
+                self.told.append(f"{path}: of a later step than {step}: not written by this start, and left as it is")
 
-    def _remove_old(self) -> None:
-        """Keeps the newest `keep` checkpoints; the one just written is whole, so a good one always stays."""
-        for path in checkpoints_of(self.folder.parent)[: -self.keep] if self.keep else []:
-            # Hidden first, so that a half removed one is never taken for whole.
-            doomed = path.with_name(f".{step_name(step_of(path) or 0)}.removed")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    def _remove_old(self, step: int) -> None:
+        """Keeps the newest `keep` checkpoints up to that step; the one just written is whole, so a good one always
+        stays."""
+        own = [path for path in checkpoints_of(self.folder.parent) if (step_of(path) or 0) <= step]
+        for path in own[: -self.keep] if self.keep else []:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Hides a checkpoint first, so that a half removed one is never taken for whole."""
+    doomed = path.with_name(f".{step_name(step_of(path) or 0)}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def failure_line(error: BaseException) -> str:

@@ -39,6 +39,7 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 BoxDict = dict[str, list[Box]]
+BOX_BYTES, OTHER_BYTES = 512, 1 << 16  # of a checkpoint beside its tensors: for each box, and in all
 
 
 def _done(value: Any) -> Future[Any]:
@@ -76,10 +77,10 @@ class BoxSavePlanner(SavePlanner):
 class BoxWriter(StorageWriter):
     """Writes a rank's boxes into one safetensors file of an unpublished folder; the coordinator publishes it.
 
-    before, after: called on the coordinator, around it all.
+    before, after: called on the coordinator, around it all; before is given the bytes that will be written.
     """
 
-    def __init__(self, transaction: Transaction, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(self, transaction: Transaction, before: Callable[[int], None], after: Callable[[], None]) -> None:
         self.transaction, self.before, self.after = transaction, before, after
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -92,7 +93,7 @@ class BoxWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        self.before()
+        self.before(_planned_bytes(plans))
         self.transaction.begin()
         folder = self.transaction.partial.name  # the other ranks' transactions would call theirs otherwise
         names = [f"{folder}/tensors_{rank:05d}.safetensors" for rank in range(len(plans))]
@@ -132,6 +133,16 @@ class BoxWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+
+def _planned_bytes(plans: list[SavePlan]) -> int:
+    """Of the tensors, and about those of the JSON that names each box."""
+    total = OTHER_BYTES
+    for item in (item for plan in plans for item in plan.items):
+        assert item.tensor_data is not None
+        data = item.tensor_data
+        total += data.chunk.sizes.numel() * data.properties.dtype.itemsize + BOX_BYTES
+    return total
 
 
 class BoxLoadPlanner(LoadPlanner):

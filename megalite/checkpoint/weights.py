@@ -4,7 +4,7 @@ a Hugging Face folder.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,33 +15,44 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megalite.checkpoint.boxes import boxes_of_shard
 from megalite.checkpoint.files import WEIGHT, Checkpoint, verify
 from megalite.checkpoint.storage import BoxDict, BoxLoadPlanner, BoxReader
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, UserError
 from megalite.parallel.layers import Shard, placed
 
+T = TypeVar("T")
 ReadBox = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 """A source of weights: (our full name, first index, shape) -> that box."""
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` makes, on every rank (collective). Where it raises UserError on any rank, every rank raises the first
+    of these: a rank that failed alone would leave the others waiting for it."""
+    made: list[T] = []
+    own: UserError | None = None
+    try:
+        made.append(work())
+    except UserError as error:
+        own = error
+    errors = [own]
+    if dist.is_initialized():
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, own)
+    for error in errors:
+        if error is not None:
+            error.agreed = True
+            raise error
+    return made[0]
 
 
 def open_together(path: Path) -> Checkpoint:
     """Opens a checkpoint on every rank; its files are checked once, shared out among the ranks (collective).
     Every rank raises CheckpointError where any of them found damage."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found: list[str | None] = [None] * size
-    checkpoint = None
-    try:
+
+    def opened() -> Checkpoint:
         verify(path, rank, size)
-        checkpoint = Checkpoint.open(path)
-    except CheckpointError as error:
-        found[rank] = str(error)
-    if dist.is_initialized():
-        dist.all_gather_object(found, found[rank])
-    for message in found:
-        if message is not None:
-            error = CheckpointError(message)
-            error.agreed = True
-            raise error
-    assert checkpoint is not None
-    return checkpoint
+        return Checkpoint.open(path)
+
+    return together(opened)
 
 
 def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) -> None:
@@ -85,15 +96,23 @@ def check_names(source: Named, names: Sequence[str]) -> None:
 
 
 def load_module(read: ReadBox, module: nn.Module) -> None:
-    """Fills a module's slices from any source, tensor by tensor; no engine, no moments."""
-    with torch.no_grad():
+    """Fills a module's slices from any source, tensor by tensor; no engine, no moments (collective)."""
+
+    def fill() -> None:
         for value, place in placed(module):
             value.copy_(read(place.name, place.offsets, place.shape))
 
+    with torch.no_grad():
+        together(fill)
+
 
 def load_shards_from(read: ReadBox, shards: Sequence[Shard]) -> None:
-    """Fills masters from any source, box by box."""
-    for shard in shards:
-        place = shard.placement
-        for box in boxes_of_shard(place.full_shape, place.shape, place.offsets, shard.start, shard.master):
-            box.values.copy_(read(place.name, box.offsets, tuple(box.values.shape)))
+    """Fills masters from any source, box by box (collective)."""
+
+    def fill() -> None:
+        for shard in shards:
+            place = shard.placement
+            for box in boxes_of_shard(place.full_shape, place.shape, place.offsets, shard.start, shard.master):
+                box.values.copy_(read(place.name, box.offsets, tuple(box.values.shape)))
+
+    together(fill)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalite.config.batches import BatchPlan
-from megalite.config.reading import apply_overrides, read_json
+from megalite.config.reading import apply_overrides, check_numbers, read_json
 from megalite.config.rules import (
     Document,
     ModelDims,
@@ -29,6 +29,7 @@ from megalite.config.rules import (
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import parse
 from megalite.config.sections import Data, Parallel, Source, Train
+from megalite.inputs import reading
 
 __all__ = [
     "BatchPlan",
@@ -79,6 +80,8 @@ class Config:
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
         if keys.get("optimizer", {}).get("type") == "SGD":
             keys["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_recipes.py
+        # Left out, it is on, and waits for the device twice a micro-batch.
+        keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})
         if scheduler.get("type") in OURS:
             del keys["scheduler"]
@@ -192,7 +195,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line that names the file or the key, its value and the rule.
     """
-    return Config.from_dict(apply_overrides(read_json(path), overrides))
+    with reading(path):
+        document = apply_overrides(read_json(path), overrides)
+        check_numbers(document)
+        return Config.from_dict(document)
 
 
 def check_model(config: Config, dims: ModelDims) -> None:

@@ -1,12 +1,14 @@
 """A JSON file and `KEY=VALUE` overrides to one plain dict. What its keys mean is not known here."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalite.config.section import broken, join
+from megalite.config.section import broken, join, shown_text
 from megalite.errors import ConfigError
+from megalite.inputs import parse_json, read_text
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -15,21 +17,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises ConfigError for a file that cannot be read, is no JSON (with its line), holds a key twice or
     a number that JSON does not have (NaN, Infinity).
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from None
-    except _Refused as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
+    value = parse_json(read_text(path), path, pairs=_no_key_twice, constant=_no_constant)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold one JSON object {{…}}")
+        raise ConfigError(f"{path}: must hold an object {{…}}")
     return value
 
 
@@ -44,9 +34,8 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
         path, equals, text = override.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
-            raise ConfigError(
-                f"{override}: must be KEY=VALUE, KEY a dotted path such as megalite.parallel.tensor"
-            )
+            rule = "must be KEY=VALUE, KEY a dotted path such as megalite.parallel.tensor"
+            raise ConfigError(f"{shown_text(override)}: {rule}")
         node: Any = document
         for depth, key in enumerate(keys[:-1]):
             node = _step_into(node, key, join("", *keys[: depth + 1]))
@@ -54,39 +43,56 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     return document
 
 
-class _Refused(ValueError):
-    """JSON that Python reads and megalite does not take."""
-
-
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused(f"the key {json.dumps(twice)} stands twice in one object")
+        raise ValueError(f"the key {json.dumps(twice)} appears twice in one object")
     return result
 
 
 def _no_constant(name: str) -> Any:
-    raise _Refused(f"{name} is not a JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _value(override: str, text: str) -> Any:
     """JSON where it is JSON, else the string itself; what opens as JSON must be whole."""
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        if text[:1] in ("{", "[", '"'):
-            raise ConfigError(
-                f"{override}: the value is not JSON: {error.msg} (column {error.colno})"
-            ) from None
-        return text
-    except _Refused as error:
-        raise ConfigError(f"{override}: {error}") from None
+        json.loads(text)
+    except json.JSONDecodeError:
+        if text[:1] not in ("{", "[", '"'):
+            if not _is_text(text):
+                raise ConfigError(f"{shown_text(override)}: the value is not UTF-8") from None
+            return text
+    except (ValueError, RecursionError):
+        pass  # told below
+    return parse_json(text, shown_text(override), pairs=_no_key_twice, constant=_no_constant)
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can write it: what a shell hands over as other bytes it cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_numbers(value: Any, path: str = "") -> None:
+    """ConfigError for a number anywhere in `value` that is not finite or takes more than 64 bits: no key means one,
+    and much that is computed of keys would not take it."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            check_numbers(inner, join(path, key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: {value}: must be a finite number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{path}: {shown_text(str(value))}: must be an integer of 64 bits")
 
 
 def _index(node: list[Any], key: str, path: str) -> int:
-    if not (key.isascii() and key.isdigit() and int(key) < len(node)):
+    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node)):
         raise ConfigError(f"{path}: is no entry of a list of {len(node)}")
     return int(key)
 

@@ -18,6 +18,7 @@ from megalite.config.sections import Data, Megalite, Parallel
 from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
 REDUCE_BUCKET_ELEMENTS = 40_000_000
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
 NVME_KEYS = {"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"}
@@ -325,6 +326,8 @@ def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
     if (plan.full - ramp.start) % ramp.increment:
         rule = f"must divide train_batch_size {plan.full} - start {ramp.start} = {plan.full - ramp.start}"
         raise broken(f"{key}.increment", ramp.increment, rule)
+    if plan.levels > MOST_RISES:
+        raise broken(f"{key}.increment", ramp.increment, f"makes {plan.levels:,} rises: must be at most {MOST_RISES:,}")
 
 
 def resolved_keys(document: Document, data: int) -> dict[str, Any]:

@@ -87,7 +87,11 @@ def join(path: str, *keys: str | int) -> str:
 
 def shown(value: Any) -> str:
     """A value as JSON on one line, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    return shown_text(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def shown_text(text: str) -> str:
+    """What an error repeats, cut where it is long."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 

@@ -4,6 +4,7 @@ Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: De
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
 """
 
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -90,7 +91,7 @@ class Data(Section):
     tokenizer: Text | None = Field(
         None, description="Folder of the tokenizer; may be left out where no text is decoded."
     )
-    sequence_length: Positive = Field(description="Tokens in a sample.")
+    sequence_length: int = Field(ge=1, le=2**24, description="Tokens in a sample.")
     train: Sources = Field(
         min_length=1, description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.'
     )
@@ -113,7 +114,7 @@ class Data(Section):
     megatron_samples: Positive | None = Field(
         None,
         description="Samples that the order `megatron` is made for, there train_iters × global_batch_size; left "
-        "out: megalite.train.steps × train_batch_size.",
+        "out: megalite.train.steps × train_batch_size, of the run's first start.",
     )
     reset_attention: bool = Field(
         False,
@@ -126,7 +127,7 @@ class Data(Section):
     )
 
 
-Seconds = Annotated[float, Field(gt=0, le=1800)]  # after that gloo's own limit ends a collective
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Limits(Section):
@@ -137,6 +138,15 @@ class Limits(Section):
     step_seconds: Seconds = Field(600.0, description="One later step.")
     checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
     evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
+        longest = max(self.first_step_seconds, self.step_seconds, self.checkpoint_seconds, self.evaluation_seconds)
+        return timedelta(seconds=longest + 300)
+
+
+DEFAULT_TIMEOUT = Limits.model_validate({}).collective_timeout  # of programs without limits of their own
 
 
 class Faults(Section):
@@ -151,7 +161,10 @@ class Faults(Section):
         "a smaller loss scale cures, are always skipped.",
     )
     spike_factor: float | None = Field(
-        None, gt=1, description="A loss above this many times the median of the last spike_window losses is a spike."
+        None,
+        gt=1,
+        description="A loss above this many times the median of the last spike_window losses is a spike; none is where "
+        "that median is 0.",
     )
     spike_window: Positive = Field(
         100, description="Losses that the median is of; none is a spike before there are as many."

@@ -19,6 +19,7 @@ from megalite.convert.shards import Shard, plan_shards, write_index, write_shard
 from megalite.convert.verify import Comparison, compare
 from megalite.convert.whole import appearing
 from megalite.errors import CheckpointError
+from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 
@@ -73,7 +74,8 @@ def export_hf(
         shards: list[Shard] = plan_shards(weights.shapes(), weights.dtype, shard_bytes)
         write_shards(partial, shards, weights.tensors())
         write_index(partial, shards)
-        _write_settings(source, partial, dtype)
+        with reading(source.folder, CheckpointError):
+            _write_settings(source, partial, dtype)
         return compare(source.folder, partial, verify, weights.dtype)
 
 

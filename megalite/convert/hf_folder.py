@@ -8,7 +8,6 @@ R rows of our tensor; where P of ours are fused by groups (heads, or one group),
 (g·P + part)·R/groups + j of the file's.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from megalite.convert.names import groups_of, hf_tensor
 from megalite.errors import CheckpointError
+from megalite.inputs import check_links, read_json_object, reading
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
@@ -29,6 +29,7 @@ from megalite.parallel.layers import placed
 
 # Buffers that older releases of transformers saved: computed, not learned.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+_LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
 
@@ -50,12 +51,14 @@ class HFFolder:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files")
-        self.model: dict[str, Any] = model_dict(str(self.folder))
-        self.spec = read_spec(self.model)
-        self.shapes = full_shapes(self.spec)
-        self._files = _Files(self.folder)
-        self._prefix = self._missing_prefix()
-        self._check()
+        check_links(self.folder, CheckpointError)
+        with reading(self.folder, CheckpointError):
+            self.model: dict[str, Any] = model_dict(str(self.folder))
+            self.spec = read_spec(self.model)
+            self.shapes = full_shapes(self.spec)
+            self._files = _Files(self.folder)
+            self._prefix = self._missing_prefix()
+            self._check()
 
     @property
     def names(self) -> list[str]:
@@ -78,8 +81,16 @@ class HFFolder:
             ranges = [slice(start, stop)] + [slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)]
             ranges = ranges[::-1] if entry.transposed else ranges
             piece = self._files.read(self._file_name(entry), tuple(ranges))
+            self._check_finite(self._file_name(entry), piece)
             pieces.append(piece.t() if entry.transposed else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _check_finite(self, file_name: str, part: Tensor) -> None:
+        """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
+        low, high = (end.item() for end in part.aminmax())  # NaN where any is, and then neither comparison holds
+        if not (low >= -_LARGEST and high <= _LARGEST):
+            rule = "every weight must be finite in fp32"
+            raise CheckpointError(f"{self._files.where[file_name]}: {file_name}: holds {low:g} to {high:g}: {rule}")
 
     def _file_name(self, entry: HFTensor) -> str:
         return entry.name.removeprefix(self._prefix)
@@ -132,6 +143,13 @@ def _file_rows(rows: int, groups: int, entry: HFTensor, start: int, stop: int) -
         yield first + shift, last + shift
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value of one of torch's files is a tensor with all its numbers in the file."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
 class _Files:
     """Tensors of a folder by name, in safetensors or, where there are none, torch's own files (never unpickled
     beyond tensors)."""
@@ -154,10 +172,11 @@ class _Files:
         ):
             path = self.folder / index
             if path.exists():
-                try:
-                    names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-                except (OSError, ValueError, KeyError, AttributeError) as error:
-                    raise CheckpointError(f"{path}: is no index of tensors: {error}") from error
+                where = read_json_object(path, CheckpointError).get("weight_map")
+                named = list(where.values()) if isinstance(where, dict) else []
+                if not named or not all(isinstance(name, str) for name in named):
+                    raise CheckpointError(f"{path}: weight_map: must name the file of each tensor")
+                names = set(named)
                 if any(Path(name).name != name for name in names):
                     raise CheckpointError(f"{path}: names a file outside its folder")
                 return sorted(self.folder / name for name in names)
@@ -177,6 +196,14 @@ class _Files:
                 raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
             except Exception as error:  # pickle's errors, and torch's refusal of what is no tensor
                 raise CheckpointError(f"{path}: is no file of tensors alone: {type(error).__name__}") from error
+            held = self._open[path]
+            if isinstance(held, dict):
+                odd = [name for name, value in held.items() if not (isinstance(name, str) and _is_plain(value))]
+            else:
+                odd = [type(held).__name__] if path.suffix == ".bin" else []
+            if odd:
+                del self._open[path]
+                raise CheckpointError(f"{path}: is no file of tensors alone: {odd[0]!r}")
         return self._open[path]
 
     def shape(self, name: str) -> tuple[list[int], str]:
@@ -191,7 +218,11 @@ class _Files:
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
         """The box of these ranges; all of it where there are none."""
-        handle = self._handle(self.where[name])
-        if isinstance(handle, dict):
-            return handle[name][ranges] if ranges else handle[name]
-        return handle.get_slice(name)[ranges] if ranges else handle.get_tensor(name)
+        path = self.where[name]
+        try:
+            handle = self._handle(path)
+            if isinstance(handle, dict):
+                return handle[name][ranges] if ranges else handle[name]
+            return handle.get_slice(name)[ranges] if ranges else handle.get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.folder import SUMS
-from megalite.checkpoint.weights import open_together
+from megalite.checkpoint.weights import open_together, together
 from megalite.convert.hf_folder import HFFolder
 from megalite.errors import CheckpointError
 
@@ -31,5 +31,6 @@ def open_weights(folder: Path) -> Weights:
 
 
 def open_weights_together(folder: Path) -> Weights:
-    """Opens it on every rank; a checkpoint's files are checked, shared out among the ranks (collective)."""
-    return HFFolder(folder) if is_hf_folder(folder) else open_together(folder)
+    """Opens it on every rank; a checkpoint's files are checked, shared out among the ranks (collective). An error on
+    one rank is every rank's."""
+    return together(lambda: HFFolder(folder)) if is_hf_folder(folder) else open_together(folder)

@@ -48,13 +48,16 @@ class BatchReader:
 
     def read(self, streams: Sequence[Stream], corpora: np.ndarray, places: np.ndarray) -> Batch:
         """The samples at `places` [B] of the orders of the streams `corpora` [B]. Raises DataError for a token
-        id that the vocabulary does not have."""
+        id that the vocabulary does not have, and for a corpus that has changed since it was opened."""
         shape = (len(corpora), self.length)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
         documents = np.zeros(shape, np.int32) if self.apart else None
         fill = self._fill_whole if self.whole else self._fill_window
         for number in np.unique(corpora).tolist():
             stream, rows = streams[number], np.flatnonzero(corpora == number)
+            for corpus in (stream.samples.corpus, stream.marks):
+                if corpus is not None:
+                    corpus.check_unchanged()
             for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
                 fill(stream, pieces, tokens[row], labels[row], None if documents is None else documents[row])
         if self.eod_id is not None:
@@ -85,12 +88,12 @@ class BatchReader:
         filled = 0
         for number, piece in enumerate(pieces):
             start, stop = piece
-            ids = stream.samples.corpus.tokens[start:stop].astype(np.int64)
+            ids = stream.samples.corpus.read(start, stop).astype(np.int64)
             self._check(stream, [piece], ids)
             end = filled + len(ids) - 1
             tokens[filled:end], labels[filled:end] = ids[:-1], ids[1:]
             if stream.marks is not None:
-                labels[filled:end][stream.marks.tokens[start + 1 : stop] == 0] = UNCOUNTED
+                labels[filled:end][stream.marks.read(start + 1, stop) == 0] = UNCOUNTED
             if documents is not None:
                 documents[filled:end] = number
             filled = end

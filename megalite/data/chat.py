@@ -15,13 +15,12 @@ import pickle
 import re
 from typing import Any
 
-from jinja2 import TemplateError
-
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.errors import DataError
 
 Marked = tuple[list[int], list[int]]  # token ids, and of each 1 where the loss counts it
 Span = tuple[int, int]
+_SHOWN_CHARACTERS = 200  # of what a template says
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -55,7 +54,10 @@ class ChatEncoder:
             raise NotChat('has neither "messages" nor "prompt" and "completion"')
         prompt, completion = line["prompt"], line["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            ids, marks = self._marked(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+            try:
+                ids, marks = self._marked(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+            except Exception as error:
+                raise NotChat(f"cannot be tokenized: {_said(error)}") from None
             end = [] if self._eod_id is None else [self._eod_id]
             return [(ids + end, marks + [1] * len(end))]
         before = _messages(prompt, "prompt")
@@ -72,8 +74,10 @@ class ChatEncoder:
             if first == 0 and _GENERATION.search(self._template):
                 return [self._by_template(messages)]
             return self._by_difference(messages, answers)
-        except TemplateError as error:
-            raise NotChat(f"is refused by the chat template: {error}") from None
+        except NotChat:
+            raise
+        except Exception as error:  # a template is a program: it can raise anything over a message
+            raise NotChat(f"is refused by the chat template: {_said(error)}") from None
 
     def _by_template(self, messages: list[dict[str, Any]]) -> Marked:
         found = self._inner.apply_chat_template(
@@ -109,6 +113,10 @@ class ChatEncoder:
             for begin, end in found["offset_mapping"]
         ]
         return list(found["input_ids"]), marks
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Two halves, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
 whole lines without looking into them (`read_chunks`); any process makes documents of a chunk (`parse`).
 A chunk knows the place where the next one begins, which is all that is needed to go on after a kill.
-Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut.
+Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut, and a line or
+paragraph that does not end within a limit is refused.
 """
 
 import gzip
@@ -19,14 +20,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megalite.errors import DataError
+from megalite.inputs import reading
 
 Kind = Literal["jsonl", "txt", "paragraphs", "parquet"]
 STANDARD_INPUT = "-"
 CHUNK_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16  # read from a compressed file at a time
+_SLICE_BYTES = 1 << 8  # unpacked at a time: zstd makes up to 32 KB of a byte
 _ROWS = 256  # of a .parquet file in a chunk
 _WHOLE_BYTES = 1 << 22  # a .txt file up to this size is one piece
 _LARGEST_PARAGRAPH = 1 << 26
+_LARGEST_LINE = 1 << 28
 _SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -85,16 +89,15 @@ def read_chunks(inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, sta
         if number < start.input:
             continue
         begin = start if number == start.input else Place(number)
-        try:
+        with reading(path, DataError):
             if kind == "parquet":
                 yield from _parquet_chunks(path, text_key, begin)
                 continue
-            with _Stream(path, begin.offset) as stream:
-                yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (EOFError, zlib.error) as error:
-            raise DataError(f"{path}: is damaged: {error}") from None
+            try:
+                with _Stream(path, begin.offset) as stream:
+                    yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
+            except (EOFError, zlib.error) as error:
+                raise DataError(f"{path}: is damaged: {error}") from None
 
 
 def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
@@ -211,15 +214,21 @@ class _Stream:
         """Frame by frame: the library's own reader takes a file that ends inside a frame for a whole one."""
         zstandard = _library("zstandard", self.path)
         frame = None
-        while block := self._raw.read(_BLOCK_BYTES):
-            while block:
+        while read := self._raw.read(_BLOCK_BYTES):
+            unpacked = bytearray()
+            while read:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                part, read = read[:_SLICE_BYTES], read[_SLICE_BYTES:]
                 try:
-                    yield frame.decompress(block)
+                    unpacked += frame.decompress(part)
                 except zstandard.ZstdError as error:
                     raise EOFError(str(error)) from None
-                block = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
+                if frame.eof:
+                    read, frame = frame.unused_data + read, None
+                if len(unpacked) > CHUNK_BYTES:
+                    yield bytes(unpacked)
+                    unpacked.clear()
+            yield bytes(unpacked)
         if frame is not None:
             raise EOFError("Compressed file ended before the end of its last frame")
 
@@ -238,6 +247,9 @@ def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
                 raise DataError(f"{stream.path}: byte {place.offset}: no blank line in the next {size} MiB")
         if cut == 0:
             parts.append(block)
+            if sum(map(len, parts)) > _LARGEST_LINE:
+                rule = f"does not end within {_LARGEST_LINE >> 20} MiB: must be lines of JSON"
+                raise DataError(f"{stream.path}: line {place.number}: {rule}")
             continue
         data = b"".join([*parts, block[:cut]])
         parts = [block[cut:]]

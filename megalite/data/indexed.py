@@ -5,15 +5,18 @@
     prefix.bin   the tokens of all sequences, one after another, nothing between them
 
 All little-endian; the index holds exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat run of
-tokens with marks in it, and that is how it is read here: `tokens[a:b]` of a memory map. What is damaged
-is refused (DataError with the file and the place), never read as if it were data. What samples are made of
-these tokens is `samples.py`.
+tokens with marks in it, and that is how it is read here: `read(a, b)`, or `tokens[a:b]` of a memory map. What is
+damaged is refused (DataError with the file and the place), never read as if it were data. What samples are made
+of these tokens is `samples.py`.
 """
 
+import hashlib
 import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -46,15 +49,24 @@ def marks_prefix(prefix: str | Path) -> str:
     return f"{prefix}.mask"
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """A file as read-only memory. Raises DataError where it cannot be read or is empty."""
+def _opened(path: Path) -> tuple[FileIO, int]:
+    """A file and its bytes. Raises DataError where it cannot be read or is empty."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise DataError(f"{path}: is empty: must hold an indexed corpus")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = FileIO(path)
+        size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if size == 0:
+        raise DataError(f"{path}: is empty: must hold an indexed corpus")
+    return file, size
+
+
+def _mapped(file: FileIO, path: Path, size: int) -> mmap.mmap:
+    """A file as read-only memory. Raises DataError where it is not as long any more, or cannot be mapped."""
+    try:
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 class IndexedCorpus:
@@ -68,23 +80,55 @@ class IndexedCorpus:
         """Open a prefix. Raises DataError where a file is absent or header and sizes do not agree."""
         self.prefix = str(prefix)
         self.index_path, self.tokens_path = files_of(prefix)
-        index = _mapped(self.index_path)
+        file, size = _opened(self.index_path)
+        with file:
+            self._index = index = _mapped(file, self.index_path, size)
         self.dtype, sequences, documents = self._read_header(index)
         self.sizes = np.frombuffer(index, "<i4", sequences, HEADER_BYTES)
         self.pointers = np.frombuffer(index, "<i8", sequences, HEADER_BYTES + 4 * sequences)
         self.document_index = np.frombuffer(index, "<i8", documents, HEADER_BYTES + 12 * sequences)
-        data = _mapped(self.tokens_path)
-        if len(data) % self.dtype.itemsize:
+        self._file, self._bytes = _opened(self.tokens_path)
+        if self._bytes % self.dtype.itemsize:
             self._refuse(
-                self.tokens_path, f"{len(data)} bytes are no whole number of {self.dtype} tokens of the index"
+                self.tokens_path, f"{self._bytes} bytes are no whole number of {self.dtype} tokens of the index"
             )
-        self.tokens = np.frombuffer(data, self.dtype)
         self._check_ends()
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All tokens, as a memory map: for programs that read a corpus through. A process that touches what was cut
+        off the file meanwhile ends by SIGBUS, so a run takes `read`."""
+        return np.frombuffer(_mapped(self._file, self.tokens_path, self._bytes), self.dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens [start, stop), in memory of their own. Raises DataError where the file does not hold them any
+        more."""
+        place, end, content = start * self.dtype.itemsize, stop * self.dtype.itemsize, b""
+        try:
+            while missing := end - place - len(content):
+                part = os.pread(self._file.fileno(), missing, place + len(content))
+                if not part:
+                    raise self._changed(self.tokens_path, os.fstat(self._file.fileno()).st_size, self._bytes)
+                content = content + part if content else part
+        except OSError as error:
+            raise DataError(f"{self.tokens_path}: cannot be read: {error.strerror}") from None
+        return np.frombuffer(content, self.dtype)
+
+    def check_unchanged(self) -> None:
+        """Raises DataError where a file is not as long as when it was opened. A run asks before it looks into the
+        index, whose lost pages would end it by SIGBUS."""
+        if (size := self._index.size()) != len(self._index):
+            raise self._changed(self.index_path, size, len(self._index))
+        if (size := os.fstat(self._file.fileno()).st_size) != self._bytes:
+            raise self._changed(self.tokens_path, size, self._bytes)
+
+    def _changed(self, path: Path, size: int, before: int) -> DataError:
+        return DataError(f"{path}: {size} bytes, {before} when it was opened: must not change under a run")
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the corpus."""
-        return len(self.tokens)
+        return self._bytes // self.dtype.itemsize
 
     @property
     def num_sequences(self) -> int:
@@ -186,6 +230,10 @@ class IndexedCorpus:
                 self.index_path,
                 f"the document index goes from {first} to {end}, must be 0 to {self.num_sequences}",
             )
+
+    def index_sha256(self) -> str:
+        """Of the whole index file."""
+        return hashlib.sha256(self._index).hexdigest()
 
     def check_index(self) -> None:
         """Read the whole index and hold each entry against the next. Raises DataError with the first place.

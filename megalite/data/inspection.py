@@ -10,7 +10,8 @@ from megalite.data.blend import Blend
 from megalite.data.indexed import CODES, IndexedCorpus
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.verify import checksum_file, read_through, unknown_id_of
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, DataError
+from megalite.inputs import reading
 
 _CHUNK = 1 << 20  # documents looked at together
 _BAR = 40  # characters of the longest bar
@@ -41,14 +42,15 @@ def inspect(prefixes: Sequence[str], show: Show) -> Iterator[str]:
     vocabulary = show.vocabulary_size or (tokenizer.vocabulary_size if tokenizer else None)
     corpora = []
     for prefix in prefixes:
-        corpus = IndexedCorpus(prefix)
-        corpora.append(corpus)
-        yield from describe(corpus)
-        if show.verify:
-            yield from verified(corpus, vocabulary)
-        yield from histogram(corpus)
-        shown = range(show.first, min(show.first + show.documents, corpus.num_documents))
-        yield from documents(corpus, shown, tokenizer, show.width)
+        with reading(prefix, DataError):
+            corpus = IndexedCorpus(prefix)
+            corpora.append(corpus)
+            yield from describe(corpus)
+            if show.verify:
+                yield from verified(corpus, vocabulary)
+            yield from histogram(corpus)
+            shown = range(show.first, min(show.first + show.documents, corpus.num_documents))
+            yield from documents(corpus, shown, tokenizer, show.width)
     if show.weights is not None:
         yield from blend_table(corpora, show.weights, show.samples, show.sequence_length)
 

@@ -21,6 +21,7 @@ from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.verify import check_corpus
 from megalite.errors import ConfigError, DataError
+from megalite.inputs import reading
 
 __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data", "marks_prefix"]
 
@@ -130,6 +131,11 @@ def check_data(data: Data, vocabulary_size: int) -> None:
 
 
 def _open(source: Source, data: Data, check: bool) -> _Opened:
+    with reading(source.path, DataError):
+        return _opened(source, data, check)
+
+
+def _opened(source: Source, data: Data, check: bool) -> _Opened:
     corpus = IndexedCorpus(source.path)
     standing = files_of(marks_prefix(source.path))[0]
     if data.loss is None and standing.exists():
@@ -153,7 +159,8 @@ def _in_order(of: _Opened, data: Data, notes: list[str]) -> tuple[Windows | Whol
     if data.samples == "windows":
         return Windows(of.corpus, data.sequence_length, of.source.split), of.marks
     documents = part_of(of.corpus.num_documents, of.source.split)
-    whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed")
+    with reading(of.source.path, DataError):
+        whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed")
     if whole.cut:
         notes.append(
             f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "

@@ -5,6 +5,7 @@ a worker are under way, which bounds the memory. `documents.py` reads, `partial.
 until it is whole, `indexed.py` has the form.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from megalite.data.partial import Counts, Encoded, Partial
 from megalite.data.progress import Progress
 from megalite.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError, MegaliteError
+from megalite.inputs import reading
 
 _CHUNKS_UNDER_WAY = 3  # a worker
 
@@ -195,22 +197,34 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
     """Each chunk with its tokens, in order; in this process where there is one worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
-        yield from ((chunk, task.encode(chunk)) for chunk in chunks)
+        yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
         return
     under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
     try:
         for chunk in chunks:
-            under_way.append((chunk, pool.submit(_work, chunk)))
+            with _interrupts_later():
+                under_way.append((chunk, pool.submit(_work, chunk)))
             while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (under_way and under_way[0][1].done()):
                 first, future = under_way.popleft()
                 yield first, future.result()
         for first, future in under_way:
             yield first, future.result()
     except BrokenProcessPool:
-        raise MegaliteError("a worker was killed (out of memory?): the same command goes on from here") from None
+        raise MegaliteError("a worker was killed (out of memory?): run the same command again to resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches a process that is started in it: a worker would end
+    with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _task: Task  # of a worker process
@@ -219,7 +233,6 @@ _task: Task  # of a worker process
 def _start_worker(task: Task) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reading process ends the workers
     parent = parent_process()
     assert parent is not None
 
@@ -231,4 +244,10 @@ def _start_worker(task: Task) -> None:
 
 
 def _work(chunk: Chunk) -> Encoded:
-    return _task.encode(chunk)
+    return _encode(_task, chunk)
+
+
+def _encode(task: Task, chunk: Chunk) -> Encoded:
+    where = f"--input: number {chunk.start.input + 1}, from line or document {chunk.start.number} on"
+    with reading(where, DataError):  # tokenizers may raise anything over a text
+        return task.encode(chunk)

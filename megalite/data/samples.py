@@ -88,7 +88,7 @@ def read_tokens(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) -> 
     """Copy the pieces of a sample one after another into `row` int64 [S + 1]."""
     filled = 0
     for start, stop in sample:
-        row[filled : filled + stop - start] = corpus.tokens[start:stop]
+        row[filled : filled + stop - start] = corpus.read(start, stop)
         filled += stop - start
 
 

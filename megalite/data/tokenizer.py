@@ -7,6 +7,7 @@ new ones.
 import copy
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 import sentencepiece
 
 from megalite.errors import DataError
+from megalite.inputs import check_links, read_json_object, reading
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+_HIGHEST_ID = 10**7
+_LONG_NUMBER = re.compile(rb"\d{8}")
 _EQUAL_FILE = "sentencepiece_equal.json"
 _COMPARED = (SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json")
 
@@ -108,7 +112,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        return self._encoder.encode_batch(texts)
+        with reading(self.inner.name_or_path, DataError):  # what is odd in its files may show at any text
+            return self._encoder.encode_batch(texts)
 
     def encoder(self) -> Encoder:
         """See Tokenizer."""
@@ -156,15 +161,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     No code of the folder is run and nothing is fetched. Raises DataError where it cannot be loaded.
     """
-    path = Path(folder)
+    with reading(folder, DataError):
+        return _loaded(Path(folder))
+
+
+def _loaded(path: Path) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path)
     if not path.is_dir():
-        raise DataError(f"{folder}: no such folder: must hold a tokenizer")
+        raise DataError(f"{path}: no such folder: must hold a tokenizer")
+    check_links(path, DataError)
     model_file = path / SENTENCEPIECE_FILE
     if model_file.is_file() and not any((path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         return SentencePieceTokenizer(model_file)
-    return HuggingFaceTokenizer(_from_transformers(path), model_file if _is_equal(path) else None)
+    tokenizer = HuggingFaceTokenizer(_from_transformers(path), model_file if _is_equal(path) else None)
+    tokenizer.decode(tokenizer.inner("a")["input_ids"])  # what is odd in its settings shows at its first use
+    return tokenizer
 
 
 def record_equal(folder: Path) -> None:
@@ -184,6 +196,17 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _COMPARED}
 
 
+def _check_ids(file: Path) -> None:
+    """DataError for an id that no vocabulary has: the tokenizers library makes a table up to the highest."""
+    if not file.is_file() or not _LONG_NUMBER.search(file.read_bytes()):
+        return
+    model = read_json_object(file, DataError).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(number, int) and number > _HIGHEST_ID:
+            raise DataError(f"{file}: token {token!r} has the id {number}: must be at most {_HIGHEST_ID}")
+
+
 def _from_transformers(path: Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
@@ -191,6 +214,7 @@ def _from_transformers(path: Path) -> Any:
     if not any((path / name).is_file() for name in known):
         raise DataError(f"{path}: holds no tokenizer: none of {', '.join(known)}, {SENTENCEPIECE_FILE}")
     config = path / "tokenizer_config.json"
+    _check_ids(path / "tokenizer.json")
     try:
         if config.is_file():
             json.loads(config.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ built here from the model's pieces, and held against the model on the training t
 its name. Text is taken as it is: no normalisation, every space kept, unknown characters as bytes.
 """
 
+import functools
 import importlib
 import io
 import itertools
@@ -12,7 +13,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +71,48 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
     first = next(lines, None)
     if first is None:
         raise DataError("--input: holds no text")
+    train = functools.partial(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=itertools.chain([first], lines),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        input_sentence_size=max_sentences,
+        shuffle_input_sentence=True,
+        max_sentence_length=_LONGEST_LINE,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=0.9995,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=len(os.sched_getaffinity(0)),
+        minloglevel=2,
+    )
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            input_sentence_size=max_sentences,
-            shuffle_input_sentence=True,
-            max_sentence_length=_LONGEST_LINE,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=len(os.sched_getaffinity(0)),
-            minloglevel=2,
-        )
+        _beside(train)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise DataError(f"--vocab-size {vocab_size}: sentencepiece cannot train it on this text: {reason}") from None
     return _with_exact_scores(model.getvalue())
+
+
+def _beside(call: Callable[[], Any]) -> None:
+    """Makes a call that does not come back to Python for minutes, in a thread: the main one hears Ctrl-C meanwhile."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    future.result()
 
 
 def _with_exact_scores(model: bytes) -> bytes:

@@ -5,6 +5,7 @@
 
 import time
 
+import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.launch import run_program, start_ranks, stop_ranks
 
 ELEMENTS = 2**22  # fp32: 16 MiB

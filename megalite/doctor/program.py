@@ -4,7 +4,7 @@
 """
 
 import json
-import secrets
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
 from megalite.launch import ArgumentParser, at_least
-from megalite.launching.attempt import THIS, Attempt, HostsLost, Program, Signals
+from megalite.launching.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
 from megalite.launching.hostfile import read_hostfile
 from megalite.launching.remote import check_bare, python_module, ssh, variables
 from megalite.model.families import read_spec
@@ -38,8 +38,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.hostfile is None) == (options.num_gpus is None):
         raise ConfigError("--hostfile or --num_gpus: one of them says where ranks start")
-    slots: dict[str, int] = read_hostfile(options.hostfile) if options.hostfile else {THIS: options.num_gpus}
-    if options.hostfile:
+    over_ssh = options.hostfile is not None
+    slots: dict[str, int] = read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
+    if over_ssh:
         check_bare()
         variables({})
     config = _config(options.deepspeed_config, options.overrides, sum(slots.values()))
@@ -89,10 +90,12 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     signals = Signals()
     signals.listen()
     try:
-        outcome = Attempt(program, slots, f"/tmp/megalite-{secrets.token_hex(8)}-1", signals).run()
+        outcome = Attempt(program, slots, name_of_run(), signals).run()
     except HostsLost as error:
         yield str(error)
         return
+    if signals.stop == signal.SIGINT:
+        raise KeyboardInterrupt
     if outcome.code:
         yield f"a collective of each axis: {outcome.who or 'failed'}: what is above tells more"
 
@@ -111,7 +114,10 @@ def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any
     after = time.time()
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    seen = json.loads(done.stdout.splitlines()[-1])
+    try:
+        seen = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return "what it said was not the probe's"
     early, late = seen["time"] - after, seen["time"] - before  # its clock lies between, as far as this one can tell
     error = early if early > 0 else late if late < 0 else 0.0
     seen["clock_error"] = error if abs(error) > CLOCK_SECONDS else 0.0

@@ -19,7 +19,7 @@ from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
 from megalite.data.tokenizer import HuggingFaceTokenizer
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
     check_ids,
@@ -29,7 +29,9 @@ from megalite.inference.program import (
     stop_ids_for,
     tokenizer_for,
 )
+from megalite.inputs import reading
 from megalite.launch import at_least, place, start_ranks, stop_ranks
+from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "reset_attention", "eod_mask_loss")
 """Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
@@ -56,8 +58,9 @@ def evaluate_main(arguments: list[str]) -> int:
     prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
-        prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
-        return prepared, prepare_work(options, prepared, thorough)
+        with reading(options.checkpoint, CheckpointError):
+            prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
+            return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
     try:
@@ -78,7 +81,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
         score = evaluate(stage, grid, samples, samples.num_samples, length, options.micro_batch_size)
         settings = data.model_dump(include={"sequence_length", *FOLLOWED})
-        return [{"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens, "data": settings}]
+        return [{"loss": score.loss, "perplexity": perplexity(score.loss), "tokens": score.tokens, "data": settings}]
 
     return work
 
@@ -141,7 +144,8 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
         except ImportError as error:
             line = f"--tasks: {options.tasks}: needs lm-eval: pip install 'megalite[eval]'"
             raise ConfigError(f"{line}: {error}") from error
-        tasks = harness.load_tasks(names, options.include_path)
+        with reading(f"--tasks: {options.tasks}"):
+            tasks = harness.load_tasks(names, options.include_path)
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.answers import Answers

@@ -7,11 +7,10 @@ import argparse
 import json
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
     check_ids,
@@ -21,6 +20,7 @@ from megalite.inference.program import (
     stop_ids_for,
     tokenizer_for,
 )
+from megalite.inputs import read_text, reading
 from megalite.launch import at_least, place, start_ranks, stop_ranks
 
 
@@ -43,10 +43,11 @@ def generate_main(arguments: list[str]) -> int:
     from megalite.inference.sampling import Sampling
 
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
-        prepared = prepare_model(options, place().world_size)
-        tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-        ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
+        with reading(options.checkpoint, CheckpointError):
+            prepared = prepare_model(options, place().world_size)
+            tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
+            sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+            ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
         return prepared, tokenizer, prompts, ids, sampling
 
     here, (prepared, tokenizer, prompts, ids, sampling) = start_ranks(prepare)
@@ -105,10 +106,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         return [options.prompt]
     if options.prompts is None:
         raise ConfigError("--prompt: missing: give it or --prompts FILE")
-    try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: {options.prompts}: cannot be read: {error}") from error
+    lines = read_text(options.prompts).splitlines()
     if not any(lines):
         raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
     return [line for line in lines if line]
@@ -119,7 +117,8 @@ def _encoded(
 ) -> list[list[int]]:
     from megalite.inference.generate import check_lengths
 
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    with reading("--prompt"):
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     check_ids(prepared, ids)
     check_lengths(prepared.spec, ids, max_new_tokens)
     return ids

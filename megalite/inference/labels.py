@@ -3,7 +3,6 @@
 A line is one of fine-tuning (data/chat.py), with the label as its completion, or as a conversation's last answer.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from megalite.data.chat import ChatEncoder, Marked, NotChat
 from megalite.errors import DataError
 from megalite.inference.likelihood import Likelihood
+from megalite.inputs import parse_json, read_text
 
 LARGEST = 1000  # labels; each line is scored with every one
 
@@ -66,18 +66,12 @@ def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
 
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    lines = read_text(path, DataError).splitlines()
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: is not JSON: {error}") from error
+    line = parse_json(text, f"{path}:{number}", DataError)
     if isinstance(line, dict) and isinstance(messages := line.get("messages"), list) and len(messages) > 1:
         return messages[:-1], messages[-1:]
     if not isinstance(line, dict) or "prompt" not in line or "completion" not in line:

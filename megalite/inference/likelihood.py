@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalite.data.chat import Marked
 from megalite.inference.sampling import Sampling, choose
+from megalite.model.context import Context
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED, token_losses
@@ -37,17 +38,18 @@ def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: in
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)  # losses, places not greedy
     own = batches[grid.data.rank :: grid.data.size]
-    ready: dict[int, tuple[Tensor, Tensor]] = {}
+    ready: dict[int, tuple[Tensor, Tensor, Context]] = {}
 
     def numbers() -> Iterator[int]:
         for number, batch in enumerate(own):
             tokens, labels = _padded([rows[row] for row in batch])
-            ready[number] = tokens.to(weight.device), labels.to(weight.device)
+            lengths = torch.tensor([len(rows[row][0]) - 1 for row in batch], device=weight.device)
+            ready[number] = tokens.to(weight.device), labels.to(weight.device), Context(lengths=lengths)
             yield number
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
-        tokens, labels = ready.pop(number)
-        output = stage(tokens if hidden is None else hidden)
+        tokens, labels, context = ready.pop(number)
+        output = stage(tokens if hidden is None else hidden, context=context)
         if axis.is_last:
             sums[own[number]] = _sums(output, labels, stage.spec.vocabulary_size, grid.tensor)
         return output

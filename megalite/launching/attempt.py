@@ -7,6 +7,7 @@ and over ssh with whatever came last. Next: supervisor.py.
 import contextlib
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from megalite.launching.hostfile import write_hostfile
 from megalite.launching.remote import (
     ENV_FILE,
     SSH_ALIVE,
+    bare_for_deepspeed,
     harmless_environment,
     python_module,
     ssh,
@@ -46,11 +48,16 @@ SSH_ARGS = "PDSH_SSH_ARGS_APPEND"  # pdsh's
 
 
 class HostsLost(MegaliteError):
-    """Hosts whose guard does not start, with what ssh said of each."""
+    """Hosts whose guard does not start, with why."""
 
     def __init__(self, said: Mapping[str, str]) -> None:
         self.hosts = list(said)
-        super().__init__("; ".join(f"{host}: no answer by ssh: {words}" for host, words in said.items()))
+        super().__init__("; ".join(f"{host}: {words}" for host, words in said.items()))
+
+
+def name_of_run() -> str:
+    """A prefix for the folders of its starts, the same on every host; nobody can make them beforehand."""
+    return f"/tmp/megalite-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ class HostGuard:
 
     def __init__(self, host: str, folder: str, port: int | None, said: Path) -> None:
         self.host, self.said, self.lost, self.over = host, said, False, False
-        self.address, words = "", python_module("megalite.launching.guard", folder)
+        self.address, self.refusal = "", ""
+        words = python_module("megalite.launching.guard", folder)
         with said.open("w") as file:
             self.process = subprocess.Popen(
                 words if host == THIS else ssh(host, words, port),
@@ -133,10 +141,11 @@ class HostGuard:
 
 
 class Attempt:
-    """A start on `hosts` (ranks by host, in order); name: of the start, PREFIX-RUN-START."""
+    """A start on `hosts` (ranks by host, in order) of the run with that name."""
 
-    def __init__(self, program: Program, hosts: dict[str, int], name: str, signals: Signals) -> None:
-        self.program, self.hosts, self.name, self.signals = program, hosts, name, signals
+    def __init__(self, program: Program, hosts: dict[str, int], run: str, signals: Signals) -> None:
+        self.program, self.hosts, self.signals = program, hosts, signals
+        self.name = f"{run}-{secrets.token_hex(8)}"  # another one each time: that of the last start was seen by all
         self.world_size = sum(hosts.values())
         self.events: queue.Queue[tuple[HostGuard, str]] = queue.Queue()
         self.guards: list[HostGuard] = []
@@ -187,7 +196,8 @@ class Attempt:
             missing = [guard for guard in self.guards if guard.lost or not guard.address]
             if missing and not self.signals.stop:
                 self._end_guards()
-                raise HostsLost({guard.host: _last_line(guard.said) for guard in missing})
+                why = {g.host: g.refusal or f"no answer by ssh: {_last_line(g.said)}" for g in missing}
+                raise HostsLost(why)
             yield
         finally:
             for guard in self.guards:
@@ -202,7 +212,8 @@ class Attempt:
             write_env_file(folder / "environment", variables(own))
             options += ["--hostfile", str(folder / "hostfile"), "--force_multi", "--no_ssh_check"]
             options += ["--master_addr", program.master_addr or self._master()]
-            words = [word_for_deepspeed(word) for word in words]
+            options = [bare_for_deepspeed(option) for option in options]
+            words = [bare_for_deepspeed(words[0]), *map(word_for_deepspeed, words[1:])]
             environment = harmless_environment()
             environment[SSH_ARGS] = " ".join(filter(None, [environment.get(SSH_ARGS, ""), SSH_ALIVE]))
             environment[ENV_FILE] = str(folder / "environment")
@@ -220,7 +231,10 @@ class Attempt:
         if first.address.startswith(("127.", "::1")) and len(self.hosts) > 1:
             # Debian's /etc/hosts gives a host's own name such an address; DeepSpeed asks in this way too.
             command = ssh(first.host, ["hostname", "-I"], self.program.ssh_port)
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+            addresses = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            if not addresses:
+                raise MegaliteError(f"{first.host}: hostname -I names no address: give one: --master_addr")
+            return addresses[0]
         return first.address
 
     def _step(self) -> None:
@@ -268,6 +282,8 @@ class Attempt:
         kind, _, rest = line.partition(" ")
         if kind == "ready":
             guard.address = rest.split()[0]
+        elif kind == "refused":
+            guard.refusal = rest
         elif kind == "up":
             rank = int(rest.split()[0])
             if guard.host != THIS or not self.program.over_ssh:

@@ -4,10 +4,10 @@
 
 It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
 standard output it tells of each rank that comes (`up RANK PID`) and goes (`down RANK WORD`, the word that it left; `-`
-for none: killed). On standard input it is told `signal N`, for the ranks, `killed RANK`, of one on any host, `end`, and
-an empty line now and then. Where it hears nothing for a while the one who tells it is gone or out of reach: the ranks
-are stopped, and killed where they do not end. It ends with no process of the start left. Only Python's library: it is
-to start fast. Next: supervisor.py.
+for none: killed), and where FOLDER is not this user's alone: `refused WHY`. On standard input come `signal N`, for the
+ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. Where nothing comes for a while whoever
+tells it is gone or out of reach: the ranks are stopped, and killed where they do not end. It ends with no process of
+the start left. Only Python's library: it is to start fast. Next: supervisor.py.
 """
 
 import contextlib
@@ -18,21 +18,23 @@ import sys
 import time
 from pathlib import Path
 
-from megalite.signals import KILLED, LAUNCH, parent_of
+from megalite.signals import KILLED, LAUNCH, parent_of, private_folder
 
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
 GRACE_SECONDS = 30.0  # for the ranks' last checkpoint, as DeepSpeed's launcher has it
 KILL_SECONDS = 10.0  # a process in the kernel's hands may take its time
 NO_WORD = "-"
+WORD_BYTES = 80  # more than any word has
 MARK = "megalite guard: "  # before each line said: what a host's shell says at its start is on the same output
 
 
 class Guard:
-    """folder: of the ranks' last words, and the name of the start: PREFIX-RUN-START."""
+    """folder: of the ranks' last words, and the name of the start: RUN-START."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.stop = folder, 0
+        self.inside = -1  # a descriptor of it: its path may come to be another's
         self.seen: dict[int, str] = {}  # rank by process
         self.helpers: set[int] = set()  # what ranks have started themselves, and may leave behind
         self.told: set[str] = set()
@@ -42,16 +44,25 @@ class Guard:
     def run(self) -> None:
         # An earlier start of the same run may have left ranks here while the host was out of reach.
         _kill(str(self.folder).rpartition("-")[0])
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with contextlib.suppress(FileExistsError):  # another guard on this host may have made it
+                self.folder.mkdir(mode=0o700)
+            self.inside = private_folder(str(self.folder))
+        except OSError as error:
+            _say(f"refused {self.folder}: {error.strerror}: must be a folder of this user's alone")
+            return
         _say(f"ready {_address()} {os.cpu_count()}")
         while self._hear():
             self._look()
         _kill(str(self.folder))
         self._look()
-        for word in sorted(self.folder.glob("rank_*")):  # of ranks that came and went between two looks
-            self._tell(word.name[5:])
-        for path in [*(self.folder / f"rank_{rank}" for rank in self.told), *self.folder.glob(f"{KILLED}*")]:
-            path.unlink(missing_ok=True)
+        for name in sorted(os.listdir(self.inside)):  # of ranks that came and went between two looks
+            if name.startswith("rank_"):
+                self._tell(name.removeprefix("rank_"))
+        for name in os.listdir(self.inside):
+            if name.removeprefix("rank_") in self.told or name.startswith(KILLED):
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self.inside)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
         _say("over")
@@ -70,7 +81,7 @@ class Guard:
                     self._signal(int(number))
                 if word == b"killed":
                     with contextlib.suppress(OSError):
-                        (self.folder / f"{KILLED}{int(number)}").touch()
+                        os.close(os.open(f"{KILLED}{int(number)}", os.O_CREAT, 0o600, dir_fd=self.inside))
             if not read:
                 return self._orphaned()
         return time.monotonic() - self.heard < SILENCE_SECONDS or self._orphaned()
@@ -79,10 +90,7 @@ class Guard:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.stop = number
         for pid in self._ranks():
-            # A rank that does not listen yet has nothing to save or to report: others than these would end it.
-            if number in (signal.SIGTERM, signal.SIGINT) or _catches(pid, number):
-                with contextlib.suppress(OSError):
-                    os.kill(pid, number)
+            _send(pid, number)
 
     def _orphaned(self) -> bool:
         self._signal(signal.SIGTERM)
@@ -100,12 +108,12 @@ class Guard:
                 self.seen[pid] = rank
                 _say(f"up {rank} {pid}")
                 if self.stop:  # it came after the signal
-                    with contextlib.suppress(OSError):
-                        os.kill(pid, self.stop)
+                    _send(pid, self.stop)
 
     def _ranks(self) -> dict[int, str]:
         """Rank by process."""
-        processes = {pid: values["RANK"] for pid, values in _processes(str(self.folder)).items() if "RANK" in values}
+        found = _processes(str(self.folder))
+        processes = {pid: values["RANK"] for pid, values in found.items() if values.get("RANK", "").isdecimal()}
         first = {rank: pid for pid, rank in self.seen.items()}
         for pid, rank in processes.items():
             if parent_of(pid) in processes or rank in self.told or first.get(rank, pid) != pid:
@@ -116,7 +124,9 @@ class Guard:
         if rank not in self.told:
             word = NO_WORD
             with contextlib.suppress(OSError):  # another guard on this host may have told and removed it
-                word = (self.folder / f"rank_{rank}").read_text() or NO_WORD
+                file = os.open(f"rank_{rank}", os.O_RDONLY, dir_fd=self.inside)
+                word = os.read(file, WORD_BYTES).decode(errors="replace") or NO_WORD
+                os.close(file)
             self.told.add(rank)
             _say(f"down {rank} {word}")
 
@@ -124,6 +134,17 @@ class Guard:
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"{MARK}{line}", flush=True)
+
+
+def _send(pid: int, number: int) -> None:
+    """A signal for a rank. One that does not listen yet has nothing to save or to report: what would end it is left
+    out, and SIGTERM ends it without the traceback that Python has for SIGINT."""
+    if not _catches(pid, signal.SIGUSR2):
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            return
+        number = signal.SIGTERM
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
 
 
 def _catches(pid: int, number: int) -> bool:
@@ -141,11 +162,13 @@ def _address() -> str:
 
 
 def _processes(name: str) -> dict[int, dict[str, str]]:
-    """Environments of the processes of the start, or run, of this name, by process."""
+    """Environments of this user's processes of the start, or run, of this name, by process."""
     found = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
+                if entry.stat().st_uid != os.geteuid():  # root can read everybody's
+                    continue
                 text = Path(entry.path, "environ").read_bytes().decode(errors="replace")
                 if f"{LAUNCH}={name}\0" in text or f"{LAUNCH}={name}-" in text:
                     found[int(entry.name)] = dict(item.split("=", 1) for item in text.split("\0") if "=" in item)

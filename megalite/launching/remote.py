@@ -2,8 +2,9 @@
 
 DeepSpeed's pdsh launcher joins everything to one line for the shell of each host: variables in double quotes, where
 `$()` and backticks run; arguments with a blank in double quotes, others bare; the folder and Python bare; and pdsh puts
-its own values for %h, %n and %u. Here everything is quoted so that DeepSpeed's own treatment leaves it whole. The
-shell of a host is taken to be a POSIX one.
+its own values for %h, %n and %u. Here everything is quoted so that DeepSpeed's own treatment leaves it whole. Every
+user of a host can read that line, so what looks like a secret is left out of it. The shell of a host is taken to be a
+POSIX one.
 """
 
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.errors import ConfigError
+from megalite.inputs import read_text
 
 ENV_FILE = "DS_ENV_FILE"  # DeepSpeed's: the file of variables that it exports on each host
 USER_ENV_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))  # that DeepSpeed reads where none is named
@@ -27,6 +29,8 @@ SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *SSH_ALIVE.spli
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BARE = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 _ACTIVE = re.compile(r"[\"$`\\\n%]")
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|KEY|CREDENTIAL)S?[_0-9]*$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"://[^/\s@]*:[^/\s@]*@")  # an address with a password
 
 
 def ssh(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
@@ -49,26 +53,47 @@ def word_for_deepspeed(word: str) -> str:
     return shlex.quote(word)
 
 
+def bare_for_deepspeed(word: str) -> str:
+    """The same for what DeepSpeed hands to the shell as it is: its own options and the program's name."""
+    return shlex.quote(word.replace("%", "%%"))
+
+
 def variables(extra: dict[str, str]) -> dict[str, str]:
-    """What the ranks of every host are to have of this process's environment and of .deepspeed_env, and `extra`."""
-    found = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), found.get("PYTHONPATH", "")]))
-    named = os.environ.get(ENV_FILE)
-    for path in [Path(named)] if named else USER_ENV_FILES:
-        if path.expanduser().is_file():
-            for number, line in enumerate(path.expanduser().read_text().splitlines(), 1):
-                name, equals, value = line.partition("=")
-                if equals:
-                    found[name.strip()] = value.strip()
-                elif line.strip():
-                    raise ConfigError(f"{path}: line {number}: {line!r}: must be NAME=VALUE")
-    found.pop(ENV_FILE, None)
+    """What the ranks of every host are to have of this process's environment and of .deepspeed_env, and `extra`;
+    no secrets."""
+    found = {name: value for name, value in _asked_for().items() if not _is_secret(name, value)}
     for name, value in (found | extra).items():
         if not _NAME.fullmatch(name):
             raise ConfigError(f"environment: {name!r}: a name must be of letters, digits and _")
         if len(value.splitlines()) > 1:
             raise ConfigError(f"environment: {name}: {value!r}: must hold no line break to be sent to other hosts")
     return found | extra
+
+
+def secrets() -> list[str]:
+    """Names of the variables that are not sent to other hosts, since a command line would show them."""
+    return sorted(name for name, value in _asked_for().items() if _is_secret(name, value))
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return bool(value) and bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
+
+
+def _asked_for() -> dict[str, str]:
+    """By name, or in DeepSpeed's file."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), found.get("PYTHONPATH", "")]))
+    named = os.environ.get(ENV_FILE)
+    for path in [Path(named)] if named else USER_ENV_FILES:
+        if path.expanduser().is_file():
+            for number, line in enumerate(read_text(path.expanduser()).splitlines(), 1):
+                name, equals, value = line.partition("=")
+                if equals:
+                    found[name.strip()] = value.strip()
+                elif line.strip():
+                    raise ConfigError(f"{path}: line {number}: {line!r}: must be NAME=VALUE")
+    found.pop(ENV_FILE, None)
+    return found
 
 
 def write_env_file(path: Path, values: dict[str, str]) -> None:
@@ -80,9 +105,13 @@ def write_env_file(path: Path, values: dict[str, str]) -> None:
 
 
 def harmless_environment() -> dict[str, str]:
-    """This process's environment for `deepspeed` itself, which sends some of it on as it likes: what a shell would
-    take for more than a value is left out."""
-    return {k: v for k, v in os.environ.items() if _NAME.fullmatch(k) and not _ACTIVE.search(v)}
+    """This process's environment for `deepspeed` itself, which sends some of it on as it likes: secrets, and what a
+    shell would take for more than a value, are left out."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _NAME.fullmatch(name) and not _ACTIVE.search(value) and not _is_secret(name, value)
+    }
 
 
 def check_bare() -> None:

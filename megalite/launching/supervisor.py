@@ -4,16 +4,21 @@
 """
 
 import argparse
-import secrets
+import re
+import signal
 import sys
 
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.launch import ArgumentParser, at_least
-from megalite.launching.attempt import THIS, Attempt, HostsLost, Outcome, Program, Signals
+from megalite.launching.attempt import THIS, Attempt, HostsLost, Outcome, Program, Signals, name_of_run
 from megalite.launching.fewer import ProgramConfig
 from megalite.launching.hostfile import read_hostfile
-from megalite.launching.remote import check_bare, variables
-from megalite.signals import EXIT_BASE
+from megalite.launching.remote import check_bare, secrets, variables
+from megalite.signals import EXIT_BASE, RESUME, tell_interrupted
+
+_ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]*")
+_CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class StartsFailed(MegaliteError):
@@ -23,15 +28,22 @@ class StartsFailed(MegaliteError):
 def main(arguments: list[str]) -> int:
     """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
     options = _parse(arguments)
-    hosts: dict[str, int] = read_hostfile(options.hostfile) if options.hostfile else {THIS: options.num_gpus}
+    over_ssh = options.hostfile is not None
+    hosts: dict[str, int] = read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
     if options.num_nodes:
         hosts = dict([*hosts.items()][: options.num_nodes])
-    if options.hostfile:
+    if over_ssh:
         if options.num_gpus:
             hosts = {host: int(options.num_gpus) for host in hosts}
         check_bare()
         variables({})
-    return Supervisor(options, hosts).run()
+        if unsent := secrets():
+            why = "not sent to other hosts, where every user could read them in a command line (docs/clusters.md)"
+            _print(f"{why}: {', '.join(unsent)}")
+    code = Supervisor(options, hosts).run()
+    if code == EXIT_BASE + signal.SIGINT:
+        tell_interrupted(RESUME)
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -45,8 +57,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ssh_port", type=at_least(1), metavar="P", help="of sshd on the hosts")
     for name in ("--bind_cores_to_rank", "--quiet"):
         parser.add_argument(name, action="store_true", help="deepspeed's")
-    for name in ("--bind_core_list", "--log_level", "--enable_each_rank_log"):
-        parser.add_argument(name, metavar="X", help="deepspeed's")
+    parser.add_argument("--bind_core_list", metavar="A-B,…", help="deepspeed's")
+    parser.add_argument("--log_level", choices=_LOG_LEVELS, help="deepspeed's")
+    parser.add_argument("--enable_each_rank_log", metavar="FOLDER", help="deepspeed's")
     parser.add_argument("program", help="launcher/pretrain.py, or another that runs on every rank")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
     options = parser.parse_args(arguments)
@@ -54,6 +67,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError("--hostfile or --num_gpus: missing: one of them says where ranks start")
     if options.hostfile is None and (options.num_nodes or options.ssh_port):
         raise ConfigError("--num_nodes, --ssh_port: go with --hostfile")
+    if options.hostfile is not None and (options.bind_cores_to_rank or options.bind_core_list is not None):
+        rule = "go with --num_gpus: deepspeed does not send them to hosts"
+        raise ConfigError(f"--bind_cores_to_rank, --bind_core_list: {rule}")
+    for name, form, rule in (
+        ("master_addr", _ADDRESS, "must be a name or an address"),
+        ("bind_core_list", _CORES, "must be cores as in 0-3,8"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not form.fullmatch(value):
+            raise ConfigError(f"--{name}: {value!r}: {rule}")
     return options
 
 
@@ -61,8 +84,7 @@ class Supervisor:
     """Starts, and starts again. hosts: ranks by host."""
 
     def __init__(self, options: argparse.Namespace, hosts: dict[str, int]) -> None:
-        self.options, self.full, self.tries = options, hosts, 0
-        self.name = f"/tmp/megalite-{secrets.token_hex(8)}"
+        self.options, self.full, self.name = options, hosts, name_of_run()
         self.signals = Signals()
 
     def run(self) -> int:
@@ -80,9 +102,8 @@ class Supervisor:
         """On all hosts; after the first start on those that answer, where that makes the same training."""
         hosts, overrides = self.full, list[str]()
         while True:
-            self.tries += 1
             try:
-                return Attempt(self._program(overrides), hosts, f"{self.name}-{self.tries}", self.signals).run()
+                return Attempt(self._program(overrides), hosts, self.name, self.signals).run()
             except HostsLost as error:
                 left = {host: slots for host, slots in hosts.items() if host not in error.hosts}
                 if first or not left:

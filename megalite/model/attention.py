@@ -99,8 +99,9 @@ class Attention(nn.Module):
             return query, key
         interleaved = self.rotary.interleaved
         if "turns" not in context.shared:
-            positions = context.places(query.shape[2], query.device)
-            cosine, sine = turns(self.rotary, positions, query.dtype)
+            s, device = query.shape[2], query.device
+            spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
+            cosine, sine = turns(self.rotary, context.places(s, device), spans, query.dtype)
             context.shared["turns"] = spread(cosine, interleaved), sine
         cosine, sine = context.shared["turns"]
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

@@ -36,6 +36,7 @@ class Context:
 
     positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
+    lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself.
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
@@ -45,6 +46,7 @@ class Context:
     visible: Tensor | None = None
     cache: KeyValueCache | None = None
     documents: Tensor | None = None
+    lengths: Tensor | None = None
     randomness: Randomness | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
@@ -58,6 +60,19 @@ class Context:
         begins = torch.ones_like(self.documents, dtype=torch.bool)
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
         return index - (index * begins).cummax(dim=1).values
+
+    def spans(self, s: int, device: torch.device) -> Tensor:
+        """Tokens of the sequence that each token is part of, its document's or its row's, int64 [B or 1, S or 1]."""
+        if self.positions is not None:
+            return self.positions.max(dim=1, keepdim=True).values + 1
+        if self.documents is None:
+            return torch.full((1, 1), s, device=device) if self.lengths is None else self.lengths.unsqueeze(-1)
+        places = self.places(s, device)
+        ends = torch.ones_like(places, dtype=torch.bool)
+        ends[:, :-1] = places[:, 1:] == 0
+        index = torch.arange(s, device=device)
+        next_end = torch.where(ends, index, s).flip(1).cummin(dim=1).values.flip(1)
+        return places + (next_end - index) + 1
 
     def mask(self, window: int | None, s: int, t: int, device: torch.device) -> Tensor | None:
         """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and

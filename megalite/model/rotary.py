@@ -59,12 +59,20 @@ def _yarn(rotary: Rotary, wavelengths: Tensor) -> Tensor:
     return 1.0 / (rotary.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
-def turns(rotary: Rotary, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32."""
-    length = int(positions.max()) + 1 if rotary.scaling == "dynamic" else 0
-    angles = positions.unsqueeze(-1).float() * frequencies(rotary, length, positions.device)
+def turns(rotary: Rotary, positions: Tensor, spans: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: as `Context.spans`, for
+    `dynamic` alone."""
+    own = frequencies(rotary, 0, positions.device) if spans is None else _frequencies_of(rotary, spans)
+    angles = positions.unsqueeze(-1).float() * own
     cosine, sine = angles.cos() * rotary.attention_factor, angles.sin() * rotary.attention_factor
     return cosine.unsqueeze(1).to(dtype), sine.unsqueeze(1).to(dtype)
+
+
+def _frequencies_of(rotary: Rotary, spans: Tensor) -> Tensor:
+    """Radians a position for each token and pair, fp32 [B or 1, S or 1, size / 2]."""
+    # By a token's own sequence: the longest of a micro-batch would make the result depend on what shares it.
+    lengths, which = spans.clamp(min=rotary.max_positions).unique(return_inverse=True)
+    return torch.stack([frequencies(rotary, length, spans.device) for length in lengths.tolist()])[which]
 
 
 def spread(cosine: Tensor, interleaved: bool) -> Tensor:

@@ -105,10 +105,12 @@ class TransformerSpec:
         return self.num_layers * self.block_parameters + norm + embeddings + learned
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products
-        over half of the positions on average times 3 (arXiv 2104.04473, appendix)."""
+        """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
+        the positions that a token sees on average, times 3 (arXiv 2104.04473, appendix, which counts all S; causal
+        attention needs S / 2 of them, and a window of w needs w - w² / 2S)."""
         lookups = 0 if self.tied else self.vocabulary_size * self.hidden_size
         if self.rotary is None:
             lookups += (self.max_positions or 0) * self.hidden_size
-        attention = 12 * self.num_layers * self.num_heads * self.head_size * sequence_length / 2
-        return 6.0 * (self.num_parameters - lookups) + attention
+        windows = [min(self.window(layer) or sequence_length, sequence_length) for layer in range(self.num_layers)]
+        seen = sum(window - window**2 / (2 * sequence_length) for window in windows)
+        return 6.0 * (self.num_parameters - lookups) + 12 * self.num_heads * self.head_size * seen

@@ -3,6 +3,7 @@ path with the same norm and tied sums. `Engine.shards` tells what a rank holds o
 every stage of ZeRO. Next: pipeline/, which drives the engine.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,7 @@ class Engine(DeepSpeedEngine):
         gradients = [(place, value.grad) for value, place in placed(stage) if value.grad is not None]
         norm = self.global_norm(gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size)
         self._global_grad_norm = norm.float()
-        if not norm.isfinite():
+        if not math.isfinite(norm.item()):  # in main memory
             for value, _ in placed(stage):
                 value.grad = None
         elif self.gradient_clipping() > 0:

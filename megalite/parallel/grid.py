@@ -13,10 +13,13 @@ Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data grou
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.parallel.clock import Clock
 
 
@@ -77,11 +80,11 @@ class Grid:
     clock: Clock = field(default_factory=Clock, compare=False, repr=False)
 
     @classmethod
-    def build(cls, pipe: int, tensor: int) -> "Grid":
-        """Makes every group, in the same order on all ranks (collective over the world).
+    def build(cls, pipe: int, tensor: int, timeout: timedelta = DEFAULT_TIMEOUT) -> "Grid":
+        """Makes every group, in the same order on all ranks (collective over the world); on GPUs connects them too.
 
         The data axis is what is left of the world; sizes that do not divide it are a caller's mistake, which
-        the config's rules have refused before.
+        the config's rules have refused before. timeout: of a collective.
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
         data = world_size // (pipe * tensor)
@@ -98,16 +101,44 @@ class Grid:
             "model": [[at(p, d, t) for p in pipes for t in range(tensor)] for d in range(data)],
             "ends": [sorted({at(0, d, t), at(pipe - 1, d, t)}) for d in range(data) for t in range(tensor)],
         }
-        clock = Clock()
-        axes = {name: _axis_through(rank, groups, clock) for name, groups in lines.items()}
+        clock, (device, backend) = Clock(), backend_of_axes(dist.get_backend_config())
+
+        def through(groups: Iterable[list[int]]) -> Axis:
+            return _axis_through(rank, groups, clock, backend, timeout)
+
+        axes = {name: through(groups) for name, groups in lines.items()}
         runs = [
             [line[i : i + size] for line in lines["tensor"] for i in range(0, tensor, size)]
             for size in range(2, tensor)
             if tensor % size == 0
         ]
-        axes["pipe"] = replace(axes["pipe"], back=_axis_through(rank, lines["pipe"], clock).group)
-        axes["tensor"] = replace(axes["tensor"], runs=tuple(_axis_through(rank, groups, clock) for groups in runs))
-        return cls(**axes, world_size=world_size, rank=rank, clock=clock)
+        axes["pipe"] = replace(axes["pipe"], back=through(lines["pipe"]).group)
+        axes["tensor"] = replace(axes["tensor"], runs=tuple(through(groups) for groups in runs))
+        grid = cls(**axes, world_size=world_size, rank=rank, clock=clock)
+        if device != "cpu":
+            grid.connect(torch.device(device))
+        return grid
+
+    def connect(self, device: torch.device) -> None:
+        """One message on everything that NCCL makes a communicator for, in one order on all ranks (collective).
+
+        NCCL makes a group's communicator at its first collective, and one for each pair of ranks at their first
+        message; both ends must come there. In the middle of a step they would come in an order of their own, and two
+        ranks that wait in different communicators wait for ever.
+        """
+        word = torch.zeros(1, device=device)
+        dist.all_reduce(word)
+        for axis in (self.pipe, self.data, self.tensor, self.model, self.ends, *self.tensor.runs):
+            if axis.size > 1:
+                dist.all_reduce(word, group=axis.group)
+        pipe = self.pipe
+        for here in range(pipe.size if pipe.size > 1 else 0):
+            there = (here + 1) % pipe.size  # neighbours, and the ends, which interleaved schedules join
+            for source, target in ((here, there), (there, here)):
+                if pipe.rank == source:
+                    dist.send(word, pipe.ranks[target], group=pipe.towards(source, target))
+                elif pipe.rank == target:
+                    dist.recv(word, pipe.ranks[source], group=pipe.towards(source, target))
 
     @classmethod
     def at(cls, rank: int, pipe: int, data: int, tensor: int) -> "Grid":
@@ -154,12 +185,21 @@ class Grid:
         return self.tensor.group
 
 
-def _axis_through(rank: int, lines: Iterable[list[int]], clock: Clock) -> Axis:
-    """Makes a group for every line and returns the one through `rank`. A rank that stands on none (a middle
+def backend_of_axes(config: str) -> tuple[str, str]:
+    """(type of device, backend) of the groups along axes, of the world's such as cpu:gloo,cuda:nccl. Objects go over
+    the world alone, so groups along axes need no gloo, which has descriptors and threads of its own for each."""
+    backends = dict(part.split(":") for part in config.split(","))
+    if len(set(backends.values())) == 1:  # one for all devices, such as gloo on a CPU
+        return "cpu", backends["cpu"]
+    return next((device, backend) for device, backend in backends.items() if device != "cpu")
+
+
+def _axis_through(rank: int, lines: Iterable[list[int]], clock: Clock, backend: str, timeout: timedelta) -> Axis:
+    """Makes a group for every line and returns the one through `rank`. A rank that is on none (a middle
     stage has no `ends`) gets an axis of its own."""
     mine = Axis(1, 0, (rank,), None, clock=clock)
     for ranks in lines:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout, backend)
         if rank in ranks:
             mine = Axis(len(ranks), ranks.index(rank), tuple(ranks), group, clock=clock)
     return mine

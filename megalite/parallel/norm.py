@@ -2,12 +2,14 @@
 
 DeepSpeed's own is wrong for fp32 ZeRO-0 with pipe (runtime/utils.py:393 counts stage 0's untied parameters) and
 sums in an order that depends on the layout. Here each tensor's squares are summed in fp64, summed over the ranks that
-hold pieces of it, and then added in the order of names. The step's loss goes with them in one message, so that
-every rank knows both before the update, and all leave it out or none. Next: zero.py, which asks.
+hold pieces of it, and then added in the order of names. The step's loss and what else the ranks must hear of each other
+go with them in one message, which is the one thing of a step that the host waits for: every rank knows all of it before
+the update, and all leave that out or none. Next: zero.py, which asks.
 """
 
+import ctypes
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,8 +40,9 @@ def squares(values: Tensor) -> Tensor:
 class GlobalNorm:
     """L2 norm of the gradients of the whole model. Made once: a collective agrees on the list of names.
 
-    loss: this rank's part of the step's loss, None: 0; judge: asked at each call. After one, `overflowed` tells
-    whether it was the gradient alone that was not finite.
+    loss: this rank's part of the step's loss, None: 0; judge: asked at each call; riders: asked for this rank's numbers
+    that go with the message, as many on every rank. After a call `heard` has their sums over all ranks, and
+    `overflowed` tells whether it was the gradient alone that was not finite.
     """
 
     def __init__(self, placements: Iterable[Placement]) -> None:
@@ -52,32 +55,40 @@ class GlobalNorm:
         self.row = {name: row for row, name in enumerate(names)}
         self.loss: Tensor | None = None
         self.judge: Judge | None = None
+        self.riders: Callable[[], Sequence[float]] = tuple
+        self.heard: list[float] = []
         self.overflowed = False
         self._own = self._all = torch.zeros(0)
 
     def __call__(self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, copies: int) -> Tensor:
-        """The norm as an fp64 scalar; NaN or infinite where a gradient is, and where the judge refuses the update
-        (collective over the world).
+        """The norm as an fp64 scalar in main memory, so that what is asked of it later waits for no device; NaN or
+        infinite where a gradient is, and NaN where the judge refuses the update (collective over the world).
 
         pieces: this rank's gradients with their parameters' places, each any part of the slice. copies: how
         many ranks of the data axis pass the same pieces (1 under ZeRO, where each passes its own).
         """
-        sums = torch.zeros(len(self.row) + 1, dtype=torch.float64, device=device)
+        rows, riders = len(self.row), torch.tensor(self.riders(), dtype=torch.float64)
+        sums = torch.zeros(rows + 1 + len(riders), dtype=torch.float64, device=device)
+        if len(riders):
+            riders = riders if device.type == "cpu" else riders.pin_memory()
+            sums[rows + 1 :].copy_(riders, non_blocking=True)
         for placement, gradient in pieces:
             if placement.counted:
                 sums[self.row[placement.name]] += squares(gradient)
         if self.loss is not None:
-            sums[-1] = self.loss
-        self._own, self._all = sums.clone(), sums
+            sums[rows] = self.loss
+        self._own = sums[:rows].clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
-        norm = (sums[:-1].sum() / copies).sqrt()
-        loss, found = sums[-1].item(), norm.float().item()  # DeepSpeed goes on with fp32
+        self._all = sums[:rows]
+        told = torch.cat([(self._all.sum() / copies).sqrt().unsqueeze(0), sums[rows:]])
+        norm, loss, *self.heard = told.tolist()
+        found = ctypes.c_float(norm).value  # DeepSpeed goes on with fp32, where it may be infinite
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)
         accepted = self.judge is None or self.judge(loss, found)
-        return norm if accepted else torch.full_like(norm, math.nan)
+        return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
 
     def not_finite(self, own: bool = False) -> list[str]:
         """Names of the tensors whose gradient was not finite at the last call; own: by this rank's pieces alone."""
-        bad = (~(self._own if own else self._all)[:-1].isfinite()).tolist()
+        bad = (~(self._own if own else self._all).isfinite()).tolist()
         return [name for name, row in self.row.items() if bad[row]]

@@ -92,7 +92,9 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         if self.tied_group is None:
             return
         if self.cpu_offload:
-            sum_over(self.single_partition_of_fp32_groups[self.tied_group].grad, self.grid.ends)
+            held = self.single_partition_of_fp32_groups[self.tied_group].grad
+            device = self.bit16_groups[self.tied_group][0].device  # that messages between ranks are for
+            held.copy_(sum_over(held.to(device), self.grid.ends))
             return
         for gradient in self.averaged_gradients[self.tied_group]:
             sum_over(gradient, self.grid.ends)
@@ -102,6 +104,16 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         self.sum_tied_gradients()
         norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
         return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
+
+    def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+        """DeepSpeed's, but that it asks once more, for each group, whether the norm is valid; step has."""
+        if self.clip_grad == 0.0 and self.loss_scale == 1.0:
+            return
+        factor: Any = self.loss_scale
+        if self.clip_grad > 0.0:
+            factor = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(min=1.0) * self.loss_scale
+        for gradient in grad_groups_flat:
+            gradient.data.mul_(1.0 / factor)
 
     def shards(self) -> Iterator[Shard]:
         for value, partition, start, count, first in self.fragments():

@@ -68,12 +68,13 @@ class Pipeline:
         return self.interpreter.mailbox.waits_for
 
     def train_step(
-        self, batches: Sequence[Batch], scale: float, before_update: Callable[[], None] | None = None
+        self, batches: Sequence[Batch], scale: float | Tensor, before_update: Callable[[], None] | None = None
     ) -> Tensor:
         """All forwards, backwards and the optimizer's step.
 
         batches: the micro-batches of this data rank. scale: what a micro-batch's sum of losses is multiplied by before
-        backward; DeepSpeed averages over the data axis afterwards. before_update: called when all gradients are there.
+        backward, a tensor where the host need not know it; DeepSpeed averages over the data axis afterwards.
+        before_update: called when all gradients are there.
         Returns the sum of the losses (fp32 scalar), 0 but on the last chunk's rank.
         """
         self.loss, self.peaks = torch.zeros((), device=self.engine.device), []
@@ -117,7 +118,7 @@ class Pipeline:
 class _TrainingStep:
     """The actions of one step on this rank, and what its forwards have left for its backwards."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float) -> None:
+    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float | Tensor) -> None:
         self.pipeline, self.engine, self.batches, self.scale = pipeline, pipeline.engine, batches, scale
         program = pipeline.plan.program(len(batches))
         self.last, self.halved = program.last_chunk, program.splits_backward

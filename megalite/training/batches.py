@@ -1,10 +1,11 @@
 """Which samples a rank computes in a step: a pure function of the position in the run and the rank's place.
 
-Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not hang on the
-data axis, and any part of it may change between steps.
+Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
+data axis, and any part of it may change between steps. Next: ahead.py, which reads a step ahead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -54,19 +55,41 @@ def micro_batches(
     """
     rounds = -(-count // (micro * data.size))
     padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
-    return [_micro_batch(samples, positions, start + count, device, draw) for positions in padded]
+    made = [_micro_batch(samples, positions, start + count, draw) for positions in padded]
+    return [on_device(pinned(batch, device), device) for batch in made]
 
 
 def _micro_batch(
-    samples: Samples, positions: list[int], stop: int, device: torch.device, draw: tuple[int, int] | None
+    samples: Samples, positions: list[int], stop: int, draw: tuple[int, int] | None
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
-    # A position that stands again serves as the filling.
+    # A position that is there again serves as the filling.
     tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
     labels = np.array(labels)
     labels[len(real) :] = IGNORED
-    context = Context(documents=None if documents is None else torch.from_numpy(documents).to(device))
+    context = Context(documents=None if documents is None else torch.from_numpy(documents))
     if draw is not None:
-        context.randomness = Randomness(*draw, torch.tensor(positions, device=device))
-    return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)).to(device), torch.from_numpy(labels).to(device),
-                      context)
+        context.randomness = Randomness(*draw, torch.tensor(positions))
+    return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context)
+
+
+def pinned(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch in main memory, page-locked where the device is not the CPU: copies from there wait for nobody."""
+    return batch if device.type == "cpu" else _mapped(batch, Tensor.pin_memory)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same on the device; from page-locked memory the copies are queued behind what the device has to do."""
+    return batch if device.type == "cpu" else _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+    """With each of its tensors changed."""
+    tokens, labels, context = batch
+    documents, randomness = context.documents, context.randomness
+    context = replace(
+        context,
+        documents=None if documents is None else change(documents),
+        randomness=None if randomness is None else replace(randomness, samples=change(randomness.samples)),
+    )
+    return MicroBatch(change(tokens), change(labels), context)

@@ -82,7 +82,7 @@ class Case:
     @classmethod
     def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
         """`LAYOUT` or `LAYOUT KEY=VALUE …`; ConfigError where it is neither."""
-        layout, *own = text.split()
+        layout, *own = text.split() or [""]
         return cls(" ".join([layout, *own]), Layout.parse(layout), load_config(file, [*overrides, *own]))
 
 

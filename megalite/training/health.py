@@ -7,7 +7,6 @@ or going back follow from its word, in loop.py. Not ranks that differ (parallel/
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -21,9 +20,10 @@ from megalite.errors import TrainingError
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
+from megalite.training.appended import Appended
 from megalite.training.position import Position
 
-FILE = "faults.jsonl"
+FAULTS = "faults.jsonl"
 NAMES = 3  # of tensors that a line repeats
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _LATER = 1 << 30  # after every micro-batch
@@ -42,9 +42,11 @@ class Health:
     """Of one run on this rank; every rank has one. `fault`, `loss` and `norm` are of the step judged last; the norm is
     without the loss scale, and `scale` is that of the step."""
 
-    def __init__(self, faults: Faults, engine: Engine, pipeline: Pipeline, hosts: list[str], run_dir: Path) -> None:
-        self.faults, self.engine, self.pipeline, self.hosts = faults, engine, pipeline, hosts
-        self.file = run_dir / FILE
+    def __init__(
+        self, faults: Faults, engine: Engine, pipeline: Pipeline, hosts: list[str], file: Appended
+    ) -> None:
+        """file: takes a line for each fault, of rank 0's."""
+        self.faults, self.engine, self.pipeline, self.hosts, self.file = faults, engine, pipeline, hosts, file
         self.position = Position()
         self.fault: Fault | None = None
         self.loss = self.norm = math.nan
@@ -82,8 +84,8 @@ class Health:
                 return Fault("overflow", f"overflow with loss scale {self.scale:g}", "skip")
             return Fault("not_finite", f"gradient norm is {norm}", faults.not_finite)
         if faults.spike_factor is not None and len(recent) == faults.spike_window:
-            usual = median(recent)
-            if loss > faults.spike_factor * usual:
+            usual = median(recent)  # 0 where no token of most batches counts: nothing to measure by
+            if loss > faults.spike_factor * usual > 0:
                 text = f"loss {loss:.4f} is {loss / usual:.2f} times the median {usual:.4f} of {len(recent)} steps"
                 return Fault("spike", text, faults.spike)
         return None
@@ -138,8 +140,7 @@ class Health:
             line += f"; {self.faults.most_in_a_row} in a row before it (megalite.train.faults.most_in_a_row)"
             fault = replace(fault, action="stop")
         if self.engine.grid.rank == 0:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"step": step, **asdict(fault)}) + "\n")
+            self.file.append(f"{json.dumps({'step': step, **asdict(fault)})}\n".encode())
         if fault.action == "stop":
             raise TrainingError(f"{line}: nothing of this step is saved")
         return f"{line}: {({'skip': 'skipped', 'rewind': 'goes back', 'warn': 'goes on'})[fault.action]}"

@@ -78,16 +78,18 @@ def _value(name: str, value: str, text: str) -> Any:
         if value not in ("true", "false"):
             raise ConfigError(f"--layouts: {text}: sequence: must be true or false")
         return value == "true"
-    if not value.isdecimal() or (name != "zero" and int(value) < 1):
+    good = value.isascii() and value.isdecimal() and len(value) < 10
+    if not good or (name != "zero" and int(value) < 1):
         raise ConfigError(f"--layouts: {text}: {name}: must be a number, as in pipe=2,data=2")
     return int(value)
 
 
 def comparable(config: Config) -> Config:
-    """The config in fp32 and with Adam's epsilon, if it is Adam, at 1e-4 or more. With less, an element whose gradient
-    is rounding alone makes a whole step of its sign, and faults hide among chance."""
+    """The config in fp32, at a constant learning rate, and with Adam's epsilon, if it is Adam, at 1e-4 or more. With
+    less, an element whose gradient is rounding alone makes a whole step of its sign, and faults hide among chance; at
+    the start of a warm-up they hide in the rounding of the weights."""
     document = copy.deepcopy(config.to_json())
-    for key in ("bf16", "fp16", "communication_data_type"):
+    for key in ("bf16", "fp16", "communication_data_type", "scheduler"):
         document.pop(key, None)
     optimizer = document.get("optimizer", {})
     if "eps" in OPTIMIZERS.get(optimizer.get("type"), {}):

@@ -17,6 +17,7 @@ from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, MegaliteError
 
 POLL_SECONDS = 0.05
+MOST_RANKS = 1024
 SHOWN_CHARACTERS = 2000  # of a failed rank's output
 
 
@@ -64,8 +65,10 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], outputs: Sequence[Path]) -
 
 
 def check_room(ranks: int, name: str) -> None:
-    """ConfigError where this machine has GPUs, but fewer than ranks: each rank takes one."""
+    """ConfigError where this machine has GPUs, but fewer than ranks: each rank takes one; without, for thousands."""
     if not machine_has_gpu():
+        if ranks > MOST_RANKS:
+            raise ConfigError(f"--layouts: {name}: {ranks} ranks: must be at most {MOST_RANKS} on one machine")
         return
     import torch  # here: a mistake in a config is told without it
 

@@ -1,11 +1,10 @@
 """The run: steps, evaluations, checkpoints, until the last step or a signal.
 
-The whole position of a run is a value (position.py), beside weights and moments. Before an update every rank has heard
-whether the step is sound (health.py); one message at its end carries signals and the end of a background save. Next:
-program.py, the command line.
+The whole position of a run is a value (position.py), beside weights and moments. One message before the update tells
+every rank whether the step is sound (health.py), of signals, and of the end of a background save. Next: program.py, the
+command line.
 """
 
-import math
 import signal
 import time
 from contextlib import nullcontext
@@ -25,17 +24,22 @@ from megalite.model.spec import TransformerSpec
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.replicas import Replicas
-from megalite.signals import EXIT_BASE, listen
+from megalite.signals import EXIT_BASE, RESUME, listen
+from megalite.training.ahead import Ahead
+from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.engine import DTYPES, LearningRate, build_pipeline
-from megalite.training.health import Health, loss_scale_state
+from megalite.training.evaluation import loss_and_tokens
+from megalite.training.fingerprint import fingerprint
+from megalite.training.health import FAULTS, Health, loss_scale_state
 from megalite.training.memory import peak_bytes, peak_line
-from megalite.training.metrics import MetricsFile
+from megalite.training.metrics import MetricsFile, perplexity
+from megalite.training.mfu import Utilisation, peak_flops
 from megalite.training.pace import Pace
 from megalite.training.position import Kept, Position
-from megalite.training.progress import Screen, matrix_product_rate
+from megalite.training.progress import Screen
 from megalite.training.start import starting_point
-from megalite.training.step import tokens_that_count, train_step
+from megalite.training.step import train_step
 from megalite.training.watchdog import Watchdog
 
 
@@ -70,7 +74,8 @@ class Run:
         self.rate = LearningRate(engine, config)
         self.rate.start_at(start.step)
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
-        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, run_dir)
+        self.faults_file = Appended(run_dir / FAULTS, self.note)
+        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
         self.pace = Pace(faults, engine, spec, watchdog.hosts)
         self.replicas = Replicas(engine.stage)
         self.going_back, self.last_batch = False, range(0)
@@ -80,18 +85,21 @@ class Run:
         self.valid = ValidData(config.data, spec.vocabulary_size, check) if evaluates else None
         copy_gib = config.train.checkpoint_copy_gib
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
-        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes)
+        timeout = config.train.limits.collective_timeout
+        self.saver = Saver(run_dir, config.train.keep_checkpoints, copy_bytes, timeout)
+        self.ahead = Ahead(self._read, self.device)
+        engine.global_norm.riders = self._flags
         self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
         self.signals = listen()
         length = config.data.sequence_length
-        machine_rate = matrix_product_rate(self.device, DTYPES[config.precision])
+        peak = peak_flops(self.device, DTYPES[config.precision])
+        self.utilisation = Utilisation(spec.flops_per_token(length), peak, self.grid.world_size)
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
+        self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
         if self.grid.rank == 0:
-            self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard)
-            self.screen = Screen(
-                config.train.steps, start.step, config.train.log_interval, spec.flops_per_token(length), machine_rate
-            )
+            self.screen = Screen(config.train.steps, start.step, config.train.log_interval)
+            self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard, self.note)
         self.first_step = start.step
 
     def train(self) -> int:
@@ -101,6 +109,11 @@ class Run:
         except TrainingError:
             self._finish_save()  # one from before the fault is as good as it would have been
             raise
+        finally:
+            self.ahead.close()
+            for file in (self.metrics, self.faults_file):
+                if file is not None:
+                    file.close()
 
     def _train(self) -> int:
         train, stop, first = self.config.train, 0, self.first_step
@@ -129,11 +142,10 @@ class Run:
             self._finish_save(last=True)
         for line in self.data.share_lines(self.position.consumed_samples):
             self.note(line)
-        if self.screen is not None and self.metrics is not None:
+        if self.screen is not None:
             self.screen.close()
-            self.metrics.close()
         if stop:
-            self.note(f"stopped by signal {stop} after step {self.position.step}")
+            self.note(f"stopped by signal {stop} after step {self.position.step}: {RESUME}")
         return EXIT_BASE + stop if stop else 0
 
     def note(self, text: str) -> None:
@@ -149,15 +161,14 @@ class Run:
         count = config.batch_plan.size(before.consumed_samples)
         step_tokens = count * config.data.sequence_length
         rate = self.rate.set(before)
-        batches = self._batches(
-            Kept(self.data, before), before.consumed_samples, count, (config.train.seed, before.step)
-        )
+        following = before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
+        batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
         self.pace.begin(before.step + 1)
         with engine.weighed() if first else nullcontext({}) as memory:
             train_step(self.pipeline, grid.data, batches, health.take_loss)
-        agreed = self._agree()
+        agreed = self._agreed()
         if agreed.save_ended:
             self._finish_save()
         self.position = health.after(count, step_tokens)
@@ -204,6 +215,7 @@ class Run:
         if start.weights is None:
             raise TrainingError(f"{self.config.train.run_dir}: holds no checkpoint to go back to")
         start.fill(self.engine)
+        self.saver.starts_from(start.position.step, start.damaged)
         self.position = replace(start.position, left_out=left_out.left_out)
         self.rate.start_at(self.position.step)
         if self.metrics is not None:
@@ -217,24 +229,24 @@ class Run:
     def _left_out(self) -> str:
         return ", ".join(f"{start} to {stop - 1}" for start, stop in self.position.left_out)
 
-    def _batches(
-        self, samples: Samples, start: int, count: int, draw: tuple[int, int] | None = None
-    ) -> list[MicroBatch]:
-        return micro_batches(
-            samples, start, count, self.config.micro_batch_size, self.grid.data, self.device, draw
-        )
+    def _read(self, position: Position) -> list[MicroBatch]:
+        """This rank's micro-batches of the step that begins at a position, in main memory."""
+        config, start = self.config, position.consumed_samples
+        samples, count = Kept(self.data, position), config.batch_plan.size(start)
+        draw, cpu = (config.train.seed, position.step), torch.device("cpu")
+        return micro_batches(samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw)
 
-    def _agree(self) -> Agreed:
-        """One all-reduce over the world."""
+    def _flags(self) -> list[float]:
+        """What the other ranks must hear of this one."""
         signals = self.signals
-        flags = [
-            signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended
-        ]
-        own = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        flags = [signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended]
         # A flag that came after this line counts at the next step's end.
         signals.save = signals.save and not flags[2]
-        dist.all_reduce(own)
-        term, interrupt, save, ended = own.tolist()
+        return [float(flag) for flag in flags]
+
+    def _agreed(self) -> Agreed:
+        """What the step's message has told of all ranks."""
+        term, interrupt, save, ended = self.engine.global_norm.heard
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
         return Agreed(stop, bool(save), ended == self.grid.world_size)
 
@@ -245,7 +257,8 @@ class Run:
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
     def _report(self, row: dict[str, Any], tokens: int, seconds: float) -> None:
-        row |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        rate = tokens / seconds
+        row |= {"step_seconds": seconds, "tokens_per_second": rate, **self.utilisation.row(rate)}
         row |= self.saver.taken_figures()
         if self.metrics is not None and self.screen is not None:
             self.metrics.write(row)
@@ -266,23 +279,17 @@ class Run:
             sums += part
             losses[path] = (part[0] / part[1].clamp(min=1)).item()
         loss = (sums[0] / sums[1].clamp(min=1)).item()
-        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses
-        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {math.exp(loss):.2f}")
+        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}")
         if self.metrics is not None:
             self.metrics.write(row)
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        batches = self._batches(samples, start, count)
-        self.engine.eval()
-        loss = self.pipeline.evaluate(batches)
-        self.engine.train()
-        counts = self.grid.tensor.is_first and self.engine.stage.head is not None
-        result = torch.stack([loss.double(), tokens_that_count(batches).double()]) * float(counts)
-        dist.all_reduce(result)
-        return result.cpu()
+        batches = micro_batches(samples, start, count, self.config.micro_batch_size, self.grid.data, self.device)
+        return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:
         if self.saved_step == self.position.step:
@@ -300,6 +307,7 @@ class Run:
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
             "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
+            "fingerprint": self.fingerprint,
             "model": self.model,
             "layout": {
                 "pipe": grid.pipe.size,

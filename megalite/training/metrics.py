@@ -5,31 +5,36 @@ stands twice. Each row of training carries the run's goodput: seconds of the ste
 all seconds since the run's first start, which `first_start.json` remembers.
 """
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.folder import write_durably
+from megalite.training.appended import Appended
+from megalite.training.events import Events
 
 FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 
 
 class MetricsFile:
-    """Appends rows to a run's metrics. Made by one rank only."""
+    """Appends rows to a run's metrics. Made by one rank only. tell: takes lines for the log, of a disk that is full."""
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
-        self.run_dir, self.path, self.tensorboard = run_dir, run_dir / FILE, tensorboard
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool, tell: Callable[[str], None]) -> None:
+        self.run_dir, self.path, self.tensorboard, self.tell = run_dir, run_dir / FILE, tensorboard, tell
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
         run_dir = self.run_dir
         self.useful_seconds = sum(map(_useful_seconds, _keep_until(self.path, first_step)))
         self.first_start = _first_start(run_dir, self.useful_seconds)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.events: Any = _event_writer(run_dir, first_step) if self.tensorboard else None
+        self.file = Appended(self.path, self.tell)
+        self.events = Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
 
     def go_back(self, step: int) -> None:
         """Removes the rows after `step`; further ones follow it."""
@@ -37,23 +42,36 @@ class MetricsFile:
         self._open(step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on its way to the disk when this returns. A figure that is not finite becomes null,
-        since JSON has no other word for it."""
+        """Appends a row; it is on its way to the disk when this returns, or waits where that has no room. A figure that
+        is not finite becomes null, since JSON has no other word for it."""
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
             row["goodput"] = self.useful_seconds / max(time.time() - self.first_start, self.useful_seconds)
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        row = _finite(row)
+        self.file.append(f"{json.dumps(row)}\n".encode())
         if self.events is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.events.add_scalar(name, value, row["step"])
+            figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+            self.events.append(row["step"], figures)
 
     def close(self) -> None:
         self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), and the largest float where that is beyond it; not finite where the loss is not."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return sys.float_info.max
+
+
+def _finite(value: Any) -> Any:
+    """JSON's value: null in place of each float that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _useful_seconds(row: dict[str, Any]) -> float:
@@ -68,30 +86,29 @@ def _first_start(run_dir: Path, useful_seconds: float) -> float:
         return float(json.loads(path.read_text())["unix_seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         first = time.time() - useful_seconds
-        write_durably(path, json.dumps({"unix_seconds": first}) + "\n")
+        with contextlib.suppress(OSError):  # no room: a later start takes a later time for it
+            write_durably(path, json.dumps({"unix_seconds": first}) + "\n")
         return first
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites the file with the rows up to `step`, whole lines only, by one rename; returns them."""
-    if not path.exists():
+    """Leaves in the file the rows up to `step`, whole lines only; returns them."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    rows, lines = [], []
+    for line in content.splitlines():
         try:
             row = json.loads(line)
             if row["step"] <= step:
-                kept.append(row)
+                rows.append(row)
+                lines.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(beside, path)
-    return kept
-
-
-def _event_writer(run_dir: Path, first_step: int) -> Any:
-    # Imported here because it takes longer than the rest of the start.
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+    kept = b"".join(lines)
+    if content.startswith(kept):
+        os.truncate(path, len(kept))  # takes no room on a full disk
+    else:
+        write_durably(path, kept.decode())
+    return rows

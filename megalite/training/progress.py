@@ -1,47 +1,20 @@
-"""What a person sees of a run: a live line in a terminal, plain lines elsewhere. Rank 0 only.
+"""What a person sees of a run: a live line in a terminal, plain lines elsewhere. Rank 0 only."""
 
-The share of this machine's matrix-product rate is of the rate that the ranks themselves measured at the start, all
-at once, in the type that they compute with.
-"""
-
+import contextlib
 import sys
-import time
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-MATRIX = 512
-MEASURED_SECONDS = 0.1
-
-
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products over all ranks, each doing 512 × 512 ones at the same time (collective)."""
-    a = torch.randn(MATRIX, MATRIX, dtype=dtype, device=device)
-    b = torch.randn(MATRIX, MATRIX, dtype=dtype, device=device)
-    (a @ b).sum().item()  # what is made at the first use
-    if dist.is_initialized():
-        dist.barrier()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < MEASURED_SECONDS:
-        (a @ b)[0, 0].item()
-        count += 1
-    rate = torch.tensor(2.0 * MATRIX**3 * count / (time.perf_counter() - start), dtype=torch.float64)
-    if dist.is_initialized():
-        rate = rate.to(device)
-        dist.all_reduce(rate)
-    return rate.item()
-
 
 class Screen:
-    """Shows rows of metrics. machine_flops: FLOP/s of all ranks' matrix products; flops_per_token: of the model."""
+    """Shows rows of metrics."""
 
-    def __init__(self, steps: int, first_step: int, log_interval: int, flops_per_token: float, machine_flops: float):
+    def __init__(self, steps: int, first_step: int, log_interval: int) -> None:
         self.steps, self.log_interval = steps, log_interval
-        self.share_per_rate = flops_per_token / machine_flops
         self.process = psutil.Process()
         self.seconds_left = 0.0
         self.bar: Progress | None = None
@@ -63,21 +36,20 @@ class Screen:
         skipped = f"{row['skipped']}: skipped  " if "skipped" in row else ""
         text = (
             f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  "
-            f"{100 * row['tokens_per_second'] * self.share_per_rate:.0f} % of matrix rate  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {100 * row['mfu']:.0f} %  "
             f"{self._memory_gib():.2f} GiB"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], description=text)
         elif row["step"] % self.log_interval == 0 or row["step"] == self.steps:
-            print(f"step {row['step']}/{self.steps}  {text}  {clock(self.seconds_left)} left", flush=True)
+            say(f"step {row['step']}/{self.steps}  {text}  {clock(self.seconds_left)} left")
 
     def note(self, text: str) -> None:
         """Anything else worth a line."""
         if self.bar is not None:
             self.bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -88,6 +60,12 @@ class Screen:
         if torch.accelerator.is_available():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
+
+
+def say(text: str) -> None:
+    """A line on standard output. Where that is a file on a full disk the run goes on without the line."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -24,12 +24,14 @@ from megalite.training.position import Position
 
 @dataclass
 class Start:
-    """A run's first position, and what its engine is to be filled with. told: for the log."""
+    """A run's first position, and what its engine is to be filled with. told: for the log; damaged: names of newer
+    checkpoints that were passed over."""
 
     position: Position
     told: str
     weights: Weights | None = None
     moments: bool = False
+    damaged: tuple[str, ...] = ()
 
     def fill(self, engine: Engine) -> None:
         """Puts weights, and on going on moments and the loss scale, into an engine, fresh or not (collective)."""
@@ -51,20 +53,20 @@ class Start:
 def starting_point(run_dir: Path, load: str | None) -> Start:
     """Looks at the run folder, then at `load` (collective). A damaged checkpoint is named, and an older good one
     taken; CheckpointError where none is good."""
-    damaged: list[CheckpointError] = []
+    damaged: dict[str, CheckpointError] = {}
     for path in reversed(_agreed(lambda: checkpoints_of(run_dir))):
         try:
             checkpoint = open_together(path)
         except CheckpointError as error:
-            damaged.append(error)
+            damaged[path.name] = error
             if dist.get_rank() == 0:
                 print(f"{error}; an older checkpoint is looked for", file=sys.stderr, flush=True)
             continue
         position = Position.from_state(checkpoint.state)
         _name_latest(run_dir, path.name)
-        return Start(position, f"goes on from step {position.step}", checkpoint, moments=True)
-    if damaged:
-        raise damaged[0]
+        return Start(position, f"resumes from step {position.step}", checkpoint, True, tuple(damaged))
+    for error in damaged.values():
+        raise error
     if load is None:
         return Start(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))

@@ -1,12 +1,15 @@
-"""A few steps of a run written down in full: losses, norms, and what every rank holds of masters and Adam moments.
+"""A few steps of a run written down in full: losses, norms, what every rank holds of masters and Adam moments; with a
+resume from a checkpoint on the way and an evaluation at the end.
 
 `record` runs on the ranks; `Trace` puts a recorded step together again, tensor by tensor. Next: verify.py, which
 compares traces of layouts.
 """
 
+import contextlib
+import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,19 +21,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite.checkpoint.boxes import boxes_of_shard
+from megalite.checkpoint.save import Saver, owned_boxes
 from megalite.config import Config
 from megalite.data.loader import TrainData
-from megalite.model.families import read_spec
+from megalite.model.families import model_dict, read_spec
 from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.zero import MOMENTS
 from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.engine import LearningRate, build_engine, build_pipeline
+from megalite.training.evaluation import loss_and_tokens
 from megalite.training.position import Position
+from megalite.training.start import starting_point
 from megalite.training.step import train_step
 
 KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
+
+
+@functools.cache
+def _grid(pipe: int, tensor: int) -> Grid:
+    """Made once in a process: every grid opens its own groups."""
+    return Grid.build(pipe, tensor)
 
 
 @dataclass
@@ -47,51 +59,95 @@ class Session:
     def build(cls, config: Config) -> "Session":
         """From a resolved config (collective over the world)."""
         spec = read_spec(config.model)
-        engine = build_engine(config, spec, Grid.build(config.parallel.pipe, config.parallel.tensor))
+        engine = build_engine(config, spec, _grid(config.parallel.pipe, config.parallel.tensor))
         data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
         return cls(config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config))
 
-    def batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step."""
+    def position(self, step: int) -> Position:
+        """Before a step."""
+        samples = self.config.batch_plan.consumed(step)
+        return Position(step, samples, samples * self.config.data.sequence_length)
+
+    def batches(self, step: int, training: bool = True) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; not training: for an evaluation."""
         config, axis = self.config, self.engine.grid.data
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
-        size, draw = config.batch_plan.size(start), (config.train.seed, step)
+        size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
         return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
-        samples = self.config.batch_plan.consumed(step)
-        self.rate.set(Position(step, samples, samples * self.config.data.sequence_length))
+        self.rate.set(self.position(step))
         grid, batches = self.engine.grid, self.batches(step)
         total, weight = train_step(self.pipeline, grid.data, batches)
         total = total.double()
         dist.all_reduce(total)
-        return total.item() / (grid.tensor.size * weight), float(self.engine.get_global_grad_norm() or 0.0)
+        return (total / (grid.tensor.size * weight)).item(), float(self.engine.get_global_grad_norm() or 0.0)
+
+    def evaluate(self, step: int) -> float:
+        """The mean loss of what a step would train on, as an evaluation of a run has it."""
+        loss, tokens = loss_and_tokens(self.pipeline, self.batches(step, training=False))
+        return (loss / tokens.clamp(min=1)).item()
+
+    def resumed(self, step: int, run_dir: Path) -> "Session":
+        """Another session that goes on after `step` steps from a checkpoint that this one writes (collective)."""
+        saver, grid = Saver(run_dir, keep=0), self.engine.grid
+        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=self.config.zero_stage == 0)
+        state = {**asdict(self.position(step)), "seed": self.config.train.seed, "model": model_dict(self.config.model)}
+        saver.save(step, boxes, state)
+        saver.wait()
+        session = Session.build(self.config)
+        starting_point(run_dir, None).fill(session.engine)
+        session.rate.start_at(step)
+        return session
 
 
-def record(config: Config, steps: int, folder: Path) -> None:
-    """Trains `steps` steps and writes what this rank has after each into `folder` (collective)."""
-    session, rank = Session.build(config), dist.get_rank()
-    figures: list[dict[str, float]] = []
+Plant = Callable[[Session, str, contextlib.ExitStack], None]
+"""Makes a session wrong (mutants.py): called when it is "built" and when it has "resumed"; what it changes beyond the
+session is put back by the stack."""
+
+
+def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    """Changes nothing."""
+
+
+def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) -> None:
+    """Trains `steps` steps, resumes after the first half of them, evaluates at the end, and writes what this rank has
+    before the first step and after each into `folder` (collective)."""
+    with contextlib.ExitStack() as stack:
+        session, rank = Session.build(config), dist.get_rank()
+        plant(session, "built", stack)
+        figures: list[dict[str, float]] = []
+        places = _write_tensors(session.engine, folder / f"start_rank{rank}.safetensors")
+        for step in range(steps):
+            loss, norm = session.step(step)
+            figures.append({"loss": loss, "norm": norm})
+            places |= _write_tensors(session.engine, folder / f"step{step}_rank{rank}.safetensors")
+            if step + 1 == (steps + 1) // 2 < steps:
+                session = session.resumed(step + 1, folder / "run")
+                plant(session, "resumed", stack)
+        figures[-1]["evaluation"] = session.evaluate(steps)
+        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+
+
+def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
+    """Writes masters and moments; where each stands in its full tensor, by key."""
+    tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
-    for step in range(steps):
-        loss, norm = session.step(step)
-        figures.append({"loss": loss, "norm": norm})
-        tensors: dict[str, Tensor] = {}
-        for shard in session.engine.shards():
-            place = shard.placement
-            for kind, values in {"weight": shard.master, **shard.state}.items():
-                key = f"{kind}/{place.name}"
-                tensors[key] = values.detach().cpu().clone()
-                places[key] = {
-                    "full_shape": place.full_shape,
-                    "shape": place.shape,
-                    "offsets": place.offsets,
-                    "start": shard.start,
-                    "counted": place.counted,
-                }
-        save_file(tensors, folder / f"step{step}_rank{rank}.safetensors")
-    (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+    for shard in engine.shards():
+        place = shard.placement
+        for kind, values in {"weight": shard.master, **shard.state}.items():
+            key = f"{kind}/{place.name}"
+            tensors[key] = values.detach().cpu().clone()
+            places[key] = {
+                "full_shape": place.full_shape,
+                "shape": place.shape,
+                "offsets": place.offsets,
+                "start": shard.start,
+                "counted": place.counted,
+            }
+    save_file(tensors, path)
+    return places
 
 
 @dataclass
@@ -111,7 +167,7 @@ class Piece:
 
 
 class Trace:
-    """What `record` wrote, of all ranks. figures[rank][step] has loss and norm."""
+    """What `record` wrote, of all ranks. figures[rank][step] has loss and norm, the last step's an evaluation too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -120,6 +176,7 @@ class Trace:
         self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
         self.places: list[dict[str, dict[str, Any]]] = [rank["places"] for rank in written]
         self._usual: dict[int, dict[str, float]] = {}
+        self._weights: tuple[int, dict[str, Tensor]] = -2, {}
 
     @property
     def steps(self) -> int:
@@ -132,11 +189,15 @@ class Trace:
         return dict(sorted(shapes.items(), key=lambda item: (KINDS.index(item[0].partition("/")[0]), item[0])))
 
     def pieces(self, step: int) -> dict[str, list[Piece]]:
-        """By key, all that the ranks hold after a step; values are read lazily by the file's map."""
+        """By key, all that the ranks hold after a step, before the first one with step -1."""
         result: dict[str, list[Piece]] = {}
         for rank, places in enumerate(self.places):
-            with safe_open(self.folder / f"step{step}_rank{rank}.safetensors", "pt") as file:
+            name = f"step{step}" if step >= 0 else "start"
+            with safe_open(self.folder / f"{name}_rank{rank}.safetensors", "pt") as file:
+                held = set(file.keys())
                 for key, place in places.items():
+                    if key not in held:
+                        continue
                     shape, offsets, start = tuple(place["shape"]), tuple(place["offsets"]), place["start"]
                     for box in boxes_of_shard(self.shapes[key], shape, offsets, start, file.get_tensor(key)):
                         result.setdefault(key, []).append(Piece(rank, place["counted"], box.offsets, box.values))
@@ -153,10 +214,19 @@ class Trace:
             self._usual[step] = {kind: (squares / count) ** 0.5 for kind, (squares, count) in sums.items()}
         return self._usual[step]
 
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The full weights after a step by name, before the first one with step -1."""
+        if self._weights[0] != step:
+            found = {key.partition("/")[2]: full for key, full, _ in self.full(step) if key.startswith("weight/")}
+            self._weights = step, found
+        return self._weights[1]
+
     def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
         """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""
         pieces = self.pieces(step)
         for key, shape in self.shapes.items():
+            if key not in pieces:
+                continue
             whole = torch.full(shape, torch.nan)
             for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's stays
                 if piece.counted:

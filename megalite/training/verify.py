@@ -2,12 +2,15 @@
 
 One process trains a few steps with several micro-batch sizes; what these differ by is rounding, and what a layout may
 differ by is 4 times that. Then each layout trains the same steps, and every loss, norm, weight and Adam moment is
-held against the one process. In fp32 and with Adam's epsilon at 1e-4, where a fault cannot hide in rounding.
+held against the one process, as are what each step added to the weights, an evaluation, and all of it after a resume
+half way. In fp32, at a constant learning rate and with Adam's epsilon at 1e-4, where a fault cannot hide in rounding.
+Next: mutants.py, which plants faults and tells how many of them this finds.
 """
 
 import json
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,22 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.config import load_config
+from megalite.config import Config, load_config
 from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
 from megalite.launch import ArgumentParser, at_least
 from megalite.model.families import read_spec
 from megalite.training.layouts import Layout, base_batch, common_batch, comparable, config_of, micro_sizes
 from megalite.training.local_ranks import check_room, run_local_ranks
+from megalite.training.mutants import chosen, mutants
 from megalite.training.nvme import check_nvme
 from megalite.training.trace import Piece, Trace
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by
 LEAST = 1e-6  # of a loss or norm, relative
 LEAST_TENSOR = 5e-7  # of a tensor, by the ratio of norms: four units in the last place of fp32
+CHANGED = 1e-5  # of a tensor: what no order of summation does in a few steps of fp32
+AT_A_TIME = 12  # mutants that one start of ranks tries
+UNIT_IN_LAST_PLACE = 2.0**-23  # of fp32, relative
 DESCRIPTION = (
-    "Train a few steps of the JSON on each layout and on one process, in fp32 with Adam's epsilon at 1e-4 or more, and "
-    "compare losses, norms, weights and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "
+    "Train a few steps of the JSON on each layout and on one process, in fp32, at a constant learning rate and with "
+    "Adam's epsilon at 1e-4 or more, resume half way, evaluate at the end, and compare losses, norms, weights, updates "
+    "and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "
     "temporary files."
 )
 RANK_MODULE = "megalite.training.verify_rank"
@@ -110,13 +118,15 @@ class Spread:
 
 
 def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, float, int]]:
-    """(loss, norm or kind/name; relative difference; rank that is farthest off) after a step.
+    """(loss, norm, evaluation or kind/name; relative difference; rank that is farthest off) after a step.
 
     A tensor's is relative to its norm, or to that of one with elements of the usual size for its kind where that is
-    larger: some gradients are rounding alone, those of key biases (softmax takes no notice of them) above all. A copy
-    that is not equal to the piece that counts makes the difference infinite, and so do elements that no rank holds.
+    larger: some gradients are rounding alone, those of key biases (softmax takes no notice of them) above all. The
+    update of a weight, what the step added to it, is compared too: a missing weight decay is small beside the weight.
+    A copy that is not equal to the piece that counts makes the difference infinite, and so do elements that no rank
+    holds.
     """
-    for figure in ("loss", "norm"):
+    for figure in one.figures[0][step].keys() & other.figures[0][step].keys():
         wanted = one.figures[0][step][figure]
         ratios = [abs(rank[step][figure] - wanted) / max(abs(wanted), 1e-30) for rank in other.figures]
         worst = max(range(len(ratios)), key=lambda rank: ratios[rank] if ratios[rank] == ratios[rank] else float("inf"))
@@ -124,10 +134,22 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
     if missing := one.shapes.keys() ^ other.shapes.keys():
         yield from ((key, float("inf"), 0) for key in sorted(missing))
         return
+    wanted_before, before = one.weights(step - 1), other.weights(step - 1)
     wanted_tensors, usual = one.full(step), one.usual(step)
     for (key, wanted, _), (_, full, pieces) in zip(wanted_tensors, other.full(step), strict=True):
-        norm = max(wanted.double().norm().item(), usual[key.partition("/")[0]] * wanted.numel() ** 0.5, 1e-30)
-        yield key, *_tensor_difference(wanted, full, pieces, norm)
+        kind, _, name = key.partition("/")
+        norm = max(wanted.double().norm().item(), usual[kind] * wanted.numel() ** 0.5, 1e-30)
+        ratio, rank = _tensor_difference(wanted, full, pieces, norm)
+        yield key, ratio, rank
+        if kind == "weight":
+            yield f"update/{name}", *_update_difference(wanted - wanted_before[name], full - before[name], norm, rank)
+
+
+def _update_difference(wanted: Tensor, update: Tensor, weight_norm: float, rank: int) -> tuple[float, int]:
+    """Relative to the update's norm; half a unit in the last place of each weight on both sides is rounding."""
+    rounding = UNIT_IN_LAST_PLACE * weight_norm
+    distance = max(0.0, (update - wanted).double().norm().item() - rounding)
+    return distance / max(wanted.double().norm().item(), rounding, 1e-30), rank
 
 
 def _tensor_difference(wanted: Tensor, full: Tensor, pieces: list[Piece], norm: float) -> tuple[float, int]:
@@ -142,13 +164,18 @@ def _tensor_difference(wanted: Tensor, full: Tensor, pieces: list[Piece], norm: 
 
 
 def main(arguments: list[str]) -> int:
-    """0: all layouts agree; 1: one differs. Raises UserError with one line."""
+    """0: all layouts agree, and all mutants that change a number are found; 1: not so. Raises UserError with one
+    line."""
     parser = ArgumentParser("verify_layouts.py", description=DESCRIPTION)
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run")
     parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help="pipe=2,tensor=2,data=2,zero=2")
     parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help="optimizer steps (default: 5)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON")
+    mutants_help = "then plant up to N faults in each layout, and tell how many are found (default: 0)"
+    parser.add_argument("--mutants", type=at_least(0), default=0, metavar="N", help=mutants_help)
     options = parser.parse_args(arguments)
+    if options.mutants and options.steps < 2:
+        raise ConfigError(f"--steps: {options.steps}: must be 2 or more with --mutants: a resume must be among them")
     layouts = [Layout.parse(text) for text in options.layouts]
     config = comparable(load_config(options.deepspeed_config, options.set))
     batch = base_batch(config, layouts[0])
@@ -166,23 +193,63 @@ def main(arguments: list[str]) -> int:
         print(f"one process, micro-batches of {', '.join(map(str, sizes))} of {batch} samples", flush=True)
         reference, *others = _traces(alone, 1, options.steps, Path(folder) / "one")
         spread = Spread(reference, others)
-        verdicts = {}
+        verdicts, all_found = {}, True
         for number, layout in enumerate(layouts):
             with tempfile.TemporaryDirectory(prefix=f"layout{number}_", dir=folder) as inner:
-                trace = _traces([configs[layout].to_json()], layout.world_size, options.steps, Path(inner))[0]
+                trace = _traces([configs[layout].to_json()], layout.world_size, options.steps, Path(inner) / "own")[0]
                 verdicts[layout] = spread.judge(trace)
-            print(f"{layout}: {'; '.join(map(str, verdicts[layout].first)) or 'agrees'}", flush=True)
+                print(f"{layout}: {'; '.join(map(str, verdicts[layout].first)) or 'agrees'}", flush=True)
+                if options.mutants:
+                    all_found &= _try_mutants(configs[layout], options.mutants, spread, trace, Path(inner))
     print("\n" + table(verdicts))
-    return 1 if any(verdict.first for verdict in verdicts.values()) else 0
+    return 1 if any(verdict.first for verdict in verdicts.values()) or not all_found else 0
 
 
-def _traces(configs: list[dict[str, Any]], world_size: int, steps: int, folder: Path) -> list[Trace]:
-    """Trains each config, one after another, on freshly started ranks."""
+def _try_mutants(config: Config, count: int, spread: Spread, sound: Trace, folder: Path) -> bool:
+    """Plants faults in a layout and prints what became of them; whether all that change a number were found."""
+    names = chosen(mutants(config), count)
+    without_effect, missed = [], []
+    for first in range(0, len(names), AT_A_TIME):
+        some = names[first : first + AT_A_TIME]
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            requests = [config.to_json()] * len(some)
+            traces = _traces(requests, config.world_size, sound.steps, Path(inner), some)
+            for name, trace in zip(some, traces, strict=True):
+                if not _changes(sound, trace):
+                    without_effect.append(name)
+                elif not spread.judge(trace).first:
+                    missed.append(name)
+    changing = len(names) - len(without_effect)
+    found = f"{changing - len(missed)} of these are found"
+    print(f"    {len(names)} mutants: {changing} change a number beyond rounding, {found}")
+    for what, some in (("missed", missed), ("without effect", without_effect)):
+        print(*(f"    {what}: {name}" for name in some), sep="\n", end="\n" if some else "")
+    sys.stdout.flush()
+    return not missed
+
+
+def _changes(sound: Trace, trace: Trace) -> bool:
+    """Whether a mutant differs from the same layout without it by more than rounding could."""
+    return any(
+        not ratio <= (LEAST if key in ("loss", "norm", "evaluation") else CHANGED)
+        for step in range(sound.steps)
+        for key, ratio, _ in differences(sound, trace, step)
+    )
+
+
+def _traces(
+    configs: list[dict[str, Any]], world_size: int, steps: int, folder: Path, planted: Sequence[str] = ()
+) -> list[Trace]:
+    """Trains each config, one after another, on freshly started ranks. planted: a mutant for each."""
     folders = [folder / str(number) for number in range(len(configs))]
     for each in folders:
         each.mkdir(parents=True)
     request = folder / "request.json"
-    runs = [{"config": config, "folder": str(each)} for config, each in zip(configs, folders, strict=True)]
+    runs: list[dict[str, Any]] = [
+        {"config": config, "folder": str(each)} for config, each in zip(configs, folders, strict=True)
+    ]
+    for run, name in zip(runs, planted, strict=False):
+        run["mutant"] = name
     request.write_text(json.dumps({"steps": steps, "runs": runs}))
     run_local_ranks(world_size, RANK_MODULE, [str(request)])
     return [Trace(each) for each in folders]
@@ -190,7 +257,7 @@ def _traces(configs: list[dict[str, Any]], world_size: int, steps: int, folder: 
 
 def table(verdicts: dict[Layout, Verdict]) -> str:
     """A line a layout: for each kind the largest difference, in multiples of what is allowed."""
-    kinds = ["loss", "norm", "exp_avg", "exp_avg_sq", "weight"]
+    kinds = ["loss", "norm", "evaluation", "exp_avg", "exp_avg_sq", "weight", "update"]
     width = max(len(str(layout)) for layout in verdicts)
     lines = [f"{'layout':{width}}  " + "  ".join(f"{kind:>10}" for kind in kinds) + "  (1 = allowed)"]
     for layout, verdict in verdicts.items():

@@ -12,10 +12,14 @@ def main(arguments: list[str]) -> int:
     """Records every run of the request."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     start_ranks(lambda thorough: None)
-    from megalite.training.trace import record  # after start_ranks, which sets what DeepSpeed's import reads
+    # After start_ranks, which sets what DeepSpeed's import reads.
+    from megalite.training.mutants import mutants
+    from megalite.training.trace import no_plant, record
 
     for run in request["runs"]:
-        record(Config.from_dict(run["config"]), request["steps"], Path(run["folder"]))
+        config = Config.from_dict(run["config"])
+        plant = mutants(config)[run["mutant"]] if run.get("mutant") else no_plant
+        record(config, request["steps"], Path(run["folder"]), plant)
     stop_ranks()
     return 0
 

@@ -1,9 +1,10 @@
 """A run that cannot go on says why: a limit of time for each part of a run, and what each rank was doing.
 
 A thread on each rank. Where a part takes longer than its limit, or a rank fails (a peer's death shows as an error of
-gloo or NCCL), every live rank writes a file into the run's `faults/START/`: a line of where it stands and whom it waits
-for, then the stacks of its threads. The lowest of them writes `summary.txt` and prints its first line; all end with 1.
-The ranks learn of each other through that folder alone, since collectives no longer work. Not signals (signals.py).
+gloo or NCCL), every live rank writes a file into the run's `faults/START/`: a line of where it is and whom it waits
+for, a line of what NCCL's flight recorder says (flight.py), then the stacks of its threads. The lowest of them writes
+`summary.txt` and prints its first line; all end with 1. Collectives no longer work then: one rank of each node looks at
+that folder, which all nodes share, and tells its neighbours by a signal. Not signals themselves (signals.py).
 """
 
 import contextlib
@@ -27,13 +28,17 @@ from megalite.config.sections import Limits
 from megalite.errors import MegaliteError
 from megalite.launch import print_line
 from megalite.signals import killed_ranks, leave_word, listen, parent_of
+from megalite.training.flight import Flight, from_text, in_words, own_flight, to_text, waited_for
+from megalite.training.flight import guilty as late_ranks
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 1.0  # between two looks of a node at the folder
 SETTLE_SECONDS = 3.0  # that a rank that ends gives the others to write their files: a launcher kills them afterwards
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
 _KILLED, _FAILED, _SILENT, _BUSY, _WAITS = "was killed", "failed", "gave no word", "was busy", "waited for others"
 _CAUSES = (_KILLED, _FAILED, _SILENT, _BUSY)  # the likeliest first
+_LATE = "had not come to what others waited in"
 
 
 class Watchdog:
@@ -85,15 +90,28 @@ class Watchdog:
         self.since, self.limit, self.part = time.monotonic(), limit_seconds, part
 
     def _watch(self) -> None:
+        looked = 0.0
         while True:
             time.sleep(POLL_SECONDS)
-            seconds = time.monotonic() - self.since
-            if self.part and seconds > self.limit:
+            now = time.monotonic()
+            if self.part and now - self.since > self.limit:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")
             if self.signals.peer_lost:
-                self._end(_BUSY, _main_frames(), "when its launcher had lost another rank")
-            if self.folder.exists():
-                self._end(_BUSY, _main_frames(), "when another rank had failed")
+                self._end(_BUSY, _main_frames(), "when another rank was lost or had failed")
+            if now - looked > LOOK_SECONDS and self._looks_for_its_node():
+                looked = now
+                if self.folder.exists():
+                    self._end(_BUSY, _main_frames(), "when another rank had failed")
+
+    def _looks_for_its_node(self) -> bool:
+        """Whether no rank of this node below this one is alive: thousands that look would keep a file system busy."""
+        return not any(rank < self.rank for rank, _ in self._neighbours())
+
+    def _neighbours(self) -> Iterator[tuple[int, int]]:
+        """Live ranks of this node other than this one, and their processes."""
+        for rank, (host, pid) in enumerate(zip(self.hosts, self.pids, strict=True)):
+            if rank != self.rank and host == self.hosts[self.rank] and parent_of(pid) == os.getppid():
+                yield rank, pid
 
     def _where(self) -> str:
         seconds = time.monotonic() - self.since
@@ -102,6 +120,7 @@ class Watchdog:
     def _end(self, kind: str, frames: Iterable[FrameType], cause: str, text: str = "") -> NoReturn:
         """Writes this rank's file, waits a little for the others', sums up where this is the lowest, and ends."""
         self.lock.acquire()  # for good: the main thread and the watching one may both come here
+        flight = own_flight()
         call, peers = _collective(frames, self.rank)
         peer = self.waits_for()
         if not call and peer is not None:
@@ -109,35 +128,40 @@ class Watchdog:
         if call:
             kind = _WAITS if kind == _BUSY else kind
             cause = f"in {call}, waits for {_ranks(peers)}; {cause}"
+        if kind == _BUSY and (words := in_words(flight)):  # its host waits for the device, in any call
+            kind, cause = _WAITS, f"in {words}; {cause}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(f"{kind} | {','.join(map(str, peers))} | {self._where()}: {cause}", text)
+            self._write(f"{kind} | {','.join(map(str, peers))} | {self._where()}: {cause}", flight, text)
+            self._signal_neighbours(signal.SIGUSR2)
             written = self._settle()
             if min(written, default=self.rank) == self.rank:
                 self._sum_up(written)
             self._until(lambda: (self.folder / SUMMARY).exists())
         except OSError as error:
             print_line(RuntimeError(f"rank {self.rank}: {self._where()}: {cause}; no report: {error}"))
-        self._wake_stopped()
+        # A neighbour that was stopped could not hear the launcher's SIGTERM: it goes on, and ends by itself.
+        self._signal_neighbours(signal.SIGCONT)
         sys.stdout.flush()
         sys.stderr.flush()
         leave_word(FAULT_CODE)
         os._exit(FAULT_CODE)  # the interpreter's end would wait for threads that wait for dead peers
 
-    def _write(self, line: str, text: str) -> None:
+    def _write(self, line: str, flight: Flight, text: str) -> None:
         """Whole or not there: others read it."""
         path = self.folder / f"rank_{self.rank:05d}.txt"
         beside = path.with_name(f".{path.name}")
         with beside.open("w") as file:
-            file.write(f"{line}\n\n{text}\n")
+            file.write(f"{line}\n{to_text(flight)}\n{text}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         beside.rename(path)
 
-    def _settle(self) -> dict[int, str]:
+    def _settle(self) -> dict[int, tuple[str, Flight]]:
         """First lines of the files by rank, once there is one of each that may write one or the time is over."""
         self._until(lambda: len(self._files().keys() | killed_ranks()) == len(self.hosts))
-        return {rank: path.read_text().partition("\n")[0] for rank, path in sorted(self._files().items())}
+        heads = {rank: path.read_text().split("\n", 2) for rank, path in sorted(self._files().items())}
+        return {rank: (line, from_text(flight)) for rank, (line, flight, _) in heads.items()}
 
     def _files(self) -> dict[int, Path]:
         return {int(path.stem[5:]): path for path in self.folder.glob("rank_*.txt")}
@@ -147,16 +171,22 @@ class Watchdog:
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def _sum_up(self, written: dict[int, str]) -> None:
+    def _sum_up(self, written: dict[int, tuple[str, Flight]]) -> None:
         killed = dict.fromkeys(killed_ranks(), f"{_KILLED} |  | ended without a word")
         nothing = f"{_SILENT} |  | no word of it: gone, stopped or out of reach"
-        parts = [(killed | written).get(rank, nothing).split(" | ", 2) for rank in range(len(self.hosts))]
+        said = killed | {rank: line for rank, (line, _) in written.items()}
+        parts = [said.get(rank, nothing).split(" | ", 2) for rank in range(len(self.hosts))]
         kinds = [kind for kind, _, _ in parts]
         first = next((kind for kind in _CAUSES if kind in kinds), _WAITS)
         guilty = {rank for rank, kind in enumerate(kinds) if kind == first}
+        flights = {rank: flight for rank, (_, flight) in written.items()}
+        if first in (_BUSY, _WAITS) and (late := late_ranks(flights)):
+            guilty, first = late, first if late <= guilty and first == _BUSY else _LATE
+        waits = waited_for(flights)
         waiting = [
             rank for rank, (_, peers, _) in enumerate(parts)
-            if rank not in guilty and guilty & {int(peer) for peer in peers.split(",") if peer.strip()}
+            if rank not in guilty
+            and guilty & ({int(peer) for peer in peers.split(",") if peer.strip()} | waits.get(rank, set()))
         ]  # fmt: skip
         names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in sorted(guilty))
         head = f"{names} {first}" + f"; {_ranks(waiting)} waited for it" * bool(waiting)
@@ -167,12 +197,10 @@ class Watchdog:
             file.write("\n".join([head, *lines, ""]))
             print_line(RuntimeError(f"{head}: {path} and the stacks beside it tell more"))
 
-    def _wake_stopped(self) -> None:
-        """A sibling that was stopped could not hear the launcher's SIGTERM: it goes on, and ends by itself."""
-        for host, pid in zip(self.hosts, self.pids, strict=True):
-            if host == self.hosts[self.rank] and parent_of(pid) == os.getppid():
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGCONT)
+    def _signal_neighbours(self, number: int) -> None:
+        for _, pid in self._neighbours():
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
 
 
 def _main_frames() -> Iterator[FrameType]:

@@ -14,10 +14,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good
-from megalite.checkpoint.save import Saver, failure_line
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good, step_of
+from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.storage import BoxDict
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import Placement, Shard
 from tests.ranks import RankFailure, run_ranks
+from tests.small_disk import small_disk
 from tests.writer_points import kill_at, watch_writer
 
 STATE: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": {"model_type": "gpt2"}}
@@ -140,6 +143,18 @@ def test_ranks_killed_at_every_point_leave_a_good_checkpoint(tmp_path: Path) -> 
     assert points[0, 1] == points[0,] > 25 and points[1, 0] == points[1,] >= 3
 
 
+ONE_BOX: BoxDict = {"weight/a": [Box((2, 3), (0, 0), torch.ones(2, 3))]}
+
+
+def saver_of(run: Path, steps: tuple[int, ...]) -> Saver:
+    """That has saved these steps, and from now on keeps one."""
+    saver = Saver(run, keep=0)
+    for step in steps:
+        saver.save(step, ONE_BOX, {**STATE, "step": step})
+        saver.wait()
+    return Saver(run, keep=1)
+
+
 def log_operations(rank: int, world_size: int, run: Path) -> list[tuple[str, str]]:
     log: list[tuple[str, str]] = []
 
@@ -218,8 +233,8 @@ def test_an_operation_that_fails_on_one_rank_is_every_rank_s_word(tmp_path: Path
 
 
 def disk_is_full(rank: int, world_size: int, run: Path) -> None:
-    """The folder's disk has room for two checkpoints."""
-    saver = Saver(run, keep=3)
+    """The folder's disk has room for two checkpoints, and all are to be kept."""
+    saver = Saver(run, keep=0)
     save(saver, rank, 1)
     save(saver, rank, 2)
     for step in (3, 4):
@@ -236,6 +251,34 @@ def disk_is_full(rank: int, world_size: int, run: Path) -> None:
     dist.barrier()
     save(saver, rank, 5)
     is_good(run, {5})
+
+
+def room_is_made(rank: int, world_size: int, run: Path) -> None:
+    """On the same disk, with three to be kept: the oldest goes before the third is written, and the newest good one
+    stays even where that leaves no room."""
+    shutil.rmtree(run, ignore_errors=True)
+    dist.barrier()
+    saver = Saver(run, keep=3)
+    for step in (1, 2, 3, 4):
+        save(saver, rank, step)
+        dist.barrier()
+        assert [step_of(path) for path in checkpoints_of(run)] == ([step - 1, step] if step > 1 else [1])
+        assert is_good(run, {step})
+        dist.barrier()
+    removed = [line.partition(": ")[0] for line in saver.told]
+    assert removed == ([str(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2)] if rank == 0 else [])
+    saver = Saver(run, keep=3)  # a later start, from the older one of the two: the newer is damaged
+    saver.starts_from(3, {"step_00000004"})
+    if rank == 0:
+        (run / "checkpoints" / "step_00000004" / "index.json").write_text("{}")
+    dist.barrier()
+    with pytest.raises(CheckpointException) as raised:
+        save(saver, rank, 5)
+    assert "No space left on device" in failure_line(raised.value)
+    dist.barrier()
+    assert [path.name for path in checkpoints_of(run)] == ["step_00000003", "step_00000004"]
+    assert is_good(run, {3}) and saver.told == []
+    dist.barrier()
 
 
 def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None:
@@ -261,16 +304,11 @@ def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 def test_a_full_disk_and_a_folder_read_only_on_one_rank_lose_nothing(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this container may not mount")
-    try:
+    with small_disk(tmp_path / "small", "900k") as small:
+        run_ranks(WORLD, room_is_made, small / "run")
+        shutil.rmtree(small / "run")
         run_ranks(WORLD, disk_is_full, small / "run")
         shutil.copytree(small / "run" / "checkpoints", tmp_path / "good")
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
     run_ranks(WORLD, folder_is_read_only_on_rank_1, tmp_path / "run")
 
 
@@ -302,19 +340,45 @@ def test_where_one_rank_has_no_room_for_its_copy_all_wait(tmp_path: Path) -> Non
     run_ranks(WORLD, no_room, tmp_path)
 
 
+def more_ranks_than_elements(rank: int, world_size: int, run: Path) -> None:
+    """Equal copies on three ranks of a tensor of two elements and one of five (ZeRO-0)."""
+    data, shards = Axis(world_size, rank, tuple(range(world_size)), None), []
+    for name, count in (("two", 2), ("five", 5)):
+        place = Placement((count,), None, 0, 0, None, 0.0, counted=True, name=name)
+        shards.append(Shard(place, 0, torch.arange(float(count)), {}))
+    saver = Saver(run, keep=1)
+    saver.save(1, owned_boxes(shards, data, replicated=True), {**STATE, "step": 1})
+    saver.wait()
+    checkpoint = Checkpoint.open(run / "checkpoints" / "step_00000001")
+    for shard in shards:
+        assert torch.equal(checkpoint.read(shard.placement.name), shard.master)
+
+
+def test_more_data_ranks_than_a_tensor_has_elements(tmp_path: Path) -> None:
+    run_ranks(3, more_ranks_than_elements, tmp_path)
+
+
 def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, keep=1)
-    whole = {"weight/a": [Box((2, 3), (0, 0), torch.ones(2, 3))]}
-    for step in (1, 7):
-        saver.keep = step  # 7 does not remove 1
-        saver.save(step, whole, {**STATE, "step": step})
-        saver.wait()
+    saver = saver_of(tmp_path, (1, 7))
     (tmp_path / "checkpoints" / "step_00000007" / "index.json").write_text("{}")
     path, damaged = newest_good(tmp_path)
     assert path is not None and path.name == "step_00000001" and "index.json" in str(damaged[0])
-    saver.keep = 1
-    saver.save(4, whole, {**STATE, "step": 4})
+    saver.starts_from(1, {"step_00000007"})
+    saver.save(4, ONE_BOX, {**STATE, "step": 4})
     saver.wait()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000004", "step_00000007.damaged"]
     assert "step_00000007: damaged, and passed over: is now step_00000007.damaged" in saver.told[0]
     assert newest_good(tmp_path)[1] == []
+
+
+def test_a_later_checkpoint_that_was_not_found_damaged_is_left_alone(tmp_path: Path) -> None:
+    """Of another start of the same run: this one has not looked at it."""
+    saver = saver_of(tmp_path, (1, 7))
+    saver.starts_from(1, ())
+    for step in (4, 5):
+        saver.save(step, ONE_BOX, {**STATE, "step": step})
+        saver.wait()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000005", "step_00000007"]
+    assert newest_good(tmp_path) == (tmp_path / "checkpoints" / "step_00000007", [])
+    (line,) = saver.told
+    assert line.endswith("step_00000007: of a later step than 4: not written by this start, and left as it is")

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
-from megalite.checkpoint.weights import load_module
+from megalite.checkpoint.weights import load_module, load_shards_from
 from megalite.convert import verify
 from megalite.convert.export_hf import export_hf
 from megalite.convert.hf_folder import HFFolder
 from megalite.convert.import_hf import import_hf
+from megalite.convert.weights import open_weights_together
 from megalite.errors import CheckpointError, ConversionError, MegaliteError
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -28,7 +30,7 @@ from megalite.training.loop import Position
 from megalite.training.start import Start
 from tests.families import FAMILY_CONFIGS, batch, hf_model
 from tests.ranks import run_ranks
-from tests.small_models import Layout, Task, build
+from tests.small_models import MODELS, Layout, Task, build
 
 TIED = {name: {**config, "tie_word_embeddings": True} for name, config in FAMILY_CONFIGS.items()}
 UNTIED = {name: {**config, "tie_word_embeddings": False} for name, config in FAMILY_CONFIGS.items()}
@@ -174,3 +176,40 @@ def test_nothing_is_written_over_nor_left_half_done(
     with pytest.raises(MegaliteError):
         import_hf(tmp_path / "nothing", tmp_path / "wrong")
     assert [path.name for path in tmp_path.iterdir()] == ["stands"] and not list((tmp_path / "stands").iterdir())
+
+
+def failing_on_rank_1(rank: int, world_size: int, source: Path) -> None:
+    """Each step of loading a folder fails on one rank: opening it, and a read for a module, an engine or a run."""
+    engine, _, grid = build(Layout(data=2, stage=1), Task("gpt2", tied=True))
+    whole, path = HFFolder.read, source / "model.safetensors"
+    folder = open_weights_together(source)
+    assert isinstance(folder, HFFolder)
+
+    def read(self: HFFolder, name: str, *args: Any) -> Tensor:
+        if rank == 1 and name.startswith("final_norm"):
+            raise CheckpointError(f"{path}: {name}: cannot be read: Input/output error")
+        return whole(self, name, *args)
+
+    def opened(self: HFFolder, *args: Any) -> None:
+        raise CheckpointError(f"{path}: cannot be read: Input/output error")
+
+    stage = Stage(folder.spec, grid)
+    with mock.patch.object(HFFolder, "read", read):
+        for load in (
+            lambda: load_module(folder.read, stage),
+            lambda: load_shards_from(folder.read, engine.shards()),
+            lambda: Start(Position(), "", folder).fill(engine),
+        ):
+            with pytest.raises(CheckpointError, match="model.safetensors: final_norm.*Input/output error") as raised:
+                load()
+            assert raised.value.agreed
+    said = "model.safetensors: cannot be read: Input/output error"
+    planted = mock.patch.object(HFFolder, "__init__", opened if rank == 1 else HFFolder.__init__)
+    with planted, pytest.raises(CheckpointError, match=said):
+        open_weights_together(source)
+    load_module(folder.read, stage)
+
+
+def test_a_read_that_fails_on_one_rank_is_every_rank_s_error_at_once(tmp_path: Path) -> None:
+    hf_model({**MODELS["gpt2"], "tie_word_embeddings": True}).save_pretrained(tmp_path)
+    run_ranks(2, failing_on_rank_1, tmp_path, timeout_seconds=30)

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.engine import Engine
 from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
+from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
 from megalite.training.pace import Pace
 from megalite.training.position import Position
@@ -211,6 +213,22 @@ def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
         assert (fault["step"], fault["kind"], fault["action"]) == (5, "spike", action)
         assert "times the median" in fault["text"]
         assert ["skipped" in row for row in rows(tmp_path / action)] == [False] * 6
+
+
+@contextlib.contextmanager
+def evaluating_to(rank: int, loss: float) -> Iterator[None]:
+    """Every evaluation finds this loss."""
+    with mock.patch.object(Run, "_loss_and_tokens", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)):
+        yield
+
+
+def test_a_validation_loss_beyond_what_exp_can_take_does_not_end_the_run(tmp_path: Path) -> None:
+    run = document(tmp_path, "run", {}, train={"steps": 2, "eval_interval": 1})
+    run["megalite"]["data"]["valid"] = run["megalite"]["data"]["train"]
+    assert run_ranks(1, train, [(run, functools.partial(evaluating_to, loss=800.0))]) == [[0]]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if "valid_loss" in row]
+    assert found == [{"step": n, "valid_loss": 800.0, "valid_perplexity": sys.float_info.max} for n in (1, 2)]
 
 
 @contextlib.contextmanager

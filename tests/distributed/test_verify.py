@@ -1,6 +1,7 @@
 """tools/verify_layouts.py: sound layouts agree, and five planted faults are found, each by name."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import pytest
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -20,9 +22,10 @@ from megalite.parallel.norm import GlobalNorm
 from megalite.parallel.zero import ShardedOptimizer
 from megalite.pipeline.actions import Pipeline
 from megalite.training.layouts import Layout, comparable, config_of, micro_sizes
-from megalite.training.trace import Trace
+from megalite.training.mutants import chosen, mutants
+from megalite.training.trace import Trace, no_plant, record
 from megalite.training.verify import Spread, Verdict, main
-from tests.ranks import REPOSITORY
+from tests.ranks import REPOSITORY, run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.traces import nothing, traces
 from tests.unit.data.corpora import write_corpus
@@ -170,6 +173,37 @@ def test_the_exit_code_and_the_table(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(str(GRID)) and lines[-1].endswith("differs" if code else "agrees")
     assert (TIED in lines[1]) == bool(code)
+
+
+def _recorded(rank: int, world_size: int, request: dict[str, Any]) -> None:
+    deepspeed.init_distributed("gloo")
+    for run in request["runs"]:
+        config = Config.from_dict(run["config"])
+        plant = mutants(config)[run["mutant"]] if "mutant" in run else no_plant
+        record(config, request["steps"], Path(run["folder"]), plant)
+
+
+def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
+    """In place of run_local_ranks: ranks that start quickly."""
+    run_ranks(world_size, _recorded, json.loads(Path(arguments[0]).read_text()), timeout_seconds=280)
+
+
+def test_mutants_are_found(document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--deepspeed_config", config_file(document, tmp_path), "--steps", "2", "--mutants", "12"]
+    with mock.patch("megalite.training.verify.run_local_ranks", on_forked_ranks):
+        assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
+    out = capsys.readouterr().out
+    ((changing, found),) = re.findall(r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out)
+    assert int(changing) >= 9 and changing == found, out
+
+
+def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:
+    config = config_of(comparable(Config.from_dict(document)), Layout(pipe=2, tensor=2, data=2, zero=2, micro=1), BATCH)
+    names = list(mutants(config))
+    assert len(names) > 60 and names == list(mutants(config))
+    for words in ("counted twice in the norm", "weight decay dropped", "gradients are not summed", "shifted by one"):
+        assert any(words in name for name in names), words
+    assert chosen(names, 10) == [names[len(names) * number // 10] for number in range(10)]
 
 
 def test_the_program_agrees_and_refuses(document: dict[str, Any], tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+import megalite.training.watchdog as watchdog_module
 from megalite.config.sections import Limits
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import LayerCosts, ModelCosts
 from megalite.pipeline.plan import make_plan
+from megalite.training.flight import Stay
 from megalite.training.watchdog import Watchdog
 from tests.ranks import RankFailure, run_ranks
 
@@ -74,3 +77,22 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
     for rank in range(3):
         assert f"step 7, {doing[rank]}, for " in lines[rank] and said[rank] in lines[rank], lines
         assert " in step\n" in (folder / f"rank_{rank:05d}.txt").read_text()
+
+
+def step_on_a_device(rank: int, world_size: int, run_dir: Path) -> None:
+    """Each host waits for its device; of these rank 1's has not been given what the others' wait in."""
+    everyone = tuple(range(world_size))
+    came = Stay(everyone, last=6) if rank == 1 else Stay(everyone, last=7, waits_in=7, name="all_reduce")
+    with mock.patch.object(watchdog_module, "own_flight", lambda: {"0": came}):
+        limits = Limits.model_validate({})
+        with Watchdog(run_dir, limits) as watchdog, watchdog.watching("step 7", 1.0 if rank == 0 else 60.0):
+            time.sleep(60)
+
+
+def test_under_nccl_the_rank_that_has_not_come_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="died with exit code 1"):
+        run_ranks(3, step_on_a_device, tmp_path, timeout_seconds=30)
+    head, *lines = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
+    assert head.startswith("rank 1 on ") and head.endswith(" was busy; ranks 0, 2 waited for it"), head
+    assert "in all_reduce 7 of ranks 0, 1, 2; longer than its limit of 1 s" in lines[0]
+    assert "when another rank was lost or had failed" in lines[1], "it was told by a signal"

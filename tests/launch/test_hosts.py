@@ -10,6 +10,7 @@ import pytest
 
 from tests.launch.hosts import Cluster, require
 from tests.launch.starts import BIN, Start, checkpoints, rows, write_config
+from tests.ranks import REPOSITORY
 
 LAST = 12
 EVERY = 3  # steps between two checkpoints
@@ -31,11 +32,21 @@ def test_nothing_hostile_runs_and_all_arrives(tmp_path: Path, cluster: Cluster, 
     words = [word.format(touched) for word in HOSTILE]
     values = {f"HF_OWN{i}": word for i, word in enumerate(words) if "\n" not in word}
     values["NCCL_OWN"] = f"$(touch {touched})"
+    secrets = {"HF_TOKEN": "hidden-1", "MLFLOW_URI": "https://me:hidden-2@there", "MLFLOW_PASSWORD": "hidden-3"}
+    (tmp_path / ".deepspeed_env").write_text("OWN_API_KEY=hidden-4\nNCCL_FILE=seen\n")
+    program = tmp_path / "a b;touch touched;$(touch touched)"
+    program.write_text((REPOSITORY / "tests/launch/echo.py").read_text())
+    logs = "$(touch touched) ; touch touched"
     one = start(
-        tmp_path, str(tmp_path / "got"), *words, launcher="run", hosts=cluster.hosts, program="tests/launch/echo.py",
-        options=["--hostfile", str(cluster.hostfile())], variables=values,
+        tmp_path, str(tmp_path / "got"), *words, launcher="run", hosts=cluster.hosts, program=str(program),
+        options=["--hostfile", str(cluster.hostfile()), "--enable_each_rank_log", logs], variables=values | secrets,
     )  # fmt: skip
     assert one.wait() == 0, one.text
+    assert len([*(tmp_path / logs).glob("*_rank?.log")]) == 2
+    assert "hidden" not in one.text and "NCCL_FILE" in one.text, one.text  # DeepSpeed logs the whole command line
+    assert [line.rpartition(": ")[2] for line in one.lines] == [
+        "HF_TOKEN, MLFLOW_PASSWORD, MLFLOW_URI, OWN_API_KEY"
+    ]
     for rank in (0, 1):
         got_words, got_values = json.loads((tmp_path / f"got{rank}").read_text())
         assert got_words == words
@@ -56,7 +67,7 @@ def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
     one.ranks[1].kill()
     assert one.wait() == 0, one.text
     assert "run.py: rank 1 on h1 was killed: start 2 of 2 follows" in one.lines, one.text
-    assert "goes on from step" in one.text
+    assert "resumes from step" in one.text
 
     alone = start(tmp_path, where, layout, f"megalite.train.run_dir={tmp_path / 'alone'}")
     assert alone.wait() == 0, alone.text

@@ -76,6 +76,7 @@ def test_a_run_goes_on_bit_for_bit_after_each_signal(
         assert "Traceback" not in one.text.partition("KeyboardInterrupt")[0] or send is to_the_group, one.text
         last, step = step, rows(run)[-1]["step"]
         assert step > last + SEEN_STEPS and checkpoints(run)[-1] == step, (send, one.text)
+        assert not (run / "lock").exists()
 
     for first in (1, 0) if all_forms else (1,):  # of the ranks that kill -9 meets, perhaps inside a save
         one = begin(LAST, SAVING)

@@ -20,8 +20,11 @@ from megalite.checkpoint.files import (
     step_name,
     verify,
 )
-from megalite.checkpoint.folder import INDEX, STATE, SUMS, Index, Transaction, file_digest
+from megalite.checkpoint.folder import INDEX, STATE, SUMS, Chunk, Entry, Index, Transaction, file_digest
+from megalite.checkpoint.save import owned_boxes
 from megalite.errors import CheckpointError
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import Placement, Shard
 
 STATE_VALUES = {"step": 3, "consumed_samples": 12, "consumed_tokens": 96, "seed": 1}
 MODEL = {"model_type": "llama"}
@@ -137,6 +140,54 @@ def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="3 elements of 4"):
         transaction.publish(index, {})
     assert not (tmp_path / "c").exists()
+
+
+WHOLE = [
+    [([0, 0], [2, 3]), ([2, 0], [1, 3])],
+    [([0, 0], [1, 1]), ([0, 1], [1, 2]), ([1, 0], [2, 1]), ([1, 1], [2, 2])],
+    [([0, 0], [3, 1]), ([0, 1], [1, 2]), ([1, 1], [2, 2]), ([0, 0], [0, 3])],
+]
+NOT_WHOLE = [
+    ([([0, 0], [2, 3]), ([1, 0], [1, 3])], "overlap"),
+    ([([0, 0], [3, 2]), ([0, 1], [3, 1])], "overlap"),
+    ([([0, 0], [1, 3]), ([0, 0], [1, 3]), ([2, 0], [1, 3])], "overlap"),
+    ([([0, 0], [3, 3]), ([0, 0], [1, 1])], "10 elements of 9"),
+    ([([0, 0], [2, 3])], "6 elements of 9"),
+]
+
+
+def index_of(boxes: list[tuple[list[int], list[int]]], shape: list[int]) -> Index:
+    named = [[offsets, sizes, "f", f"k{number}"] for number, (offsets, sizes) in enumerate(boxes)]
+    return Index.from_json({"weight/a": {"shape": shape, "dtype": "float32", "boxes": named}})
+
+
+def test_each_element_must_be_stored_exactly_once() -> None:
+    """Boxes that overlap may hold as many elements as the tensor, and still not all of them."""
+    for boxes in WHOLE:
+        index_of(boxes, [3, 3]).check_whole()
+    for boxes, said in NOT_WHOLE:
+        with pytest.raises(CheckpointError, match=f"weight/a: .*{said}"):
+            index_of(boxes, [3, 3]).check_whole()
+    index_of([([], [])], []).check_whole()
+    with pytest.raises(CheckpointError, match="2 elements of 1"):
+        index_of([([], []), ([], [])], []).check_whole()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int) -> None:
+    """ZeRO-0: every rank of the data axis holds all of it and writes its share, which may be nothing."""
+    values = torch.arange(float(count))
+    place = Placement((count,), None, 0, 0, None, 0.0, counted=True, name="a")
+    index = Index()
+    for rank in range(5):
+        shard = Shard(place, 0, values, {"exp_avg": values})
+        boxes = owned_boxes([shard], Axis(5, rank, tuple(range(5)), None), replicated=True)
+        for name, box in ((name, box) for name, some in boxes.items() for box in some):
+            assert torch.equal(box.values, values[box.offsets[0] : box.offsets[0] + box.values.numel()])
+            chunk = Chunk(box.offsets, tuple(box.values.shape), f"f{rank}", name)
+            index.add(name, Entry(box.full_shape, torch.float32), chunk)
+    assert set(index.entries) == {"weight/a", "exp_avg/a"}
+    index.check_whole()
 
 
 class Carrier:

@@ -40,6 +40,13 @@ def test_resolved_config_is_its_own_input() -> None:
         ("bf16=3", "bf16: 3: must be an object"),
         ("megalite.model=3", "megalite.model: 3: must be"),
         ("tensorboard={}", "use megalite.train.tensorboard"),
+        ("megalite.data.sequence_length=1000000000", "megalite.data.sequence_length: 1000000000: must be at most"),
+        ("megalite.train.steps=9223372036854775808", "9223372036854775808: must be an integer of 64 bits"),
+        ("megalite.train.z_loss=1e999", "megalite.train.z_loss: inf: must be a finite number"),
+        (f"megalite.train.steps={'9' * 5000}", "4300 digits"),
+        (f"megalite.model={'[' * 100_000}", "nested too deeply"),
+        ('megalite.train.run_dir="\\ud800"', "half of a surrogate pair"),
+        ("megalite.train.run_dir=\udcff", "the value is not UTF-8"),
     ],
 )
 def test_a_mistake_is_one_line(override: str, line: str) -> None:
@@ -90,6 +97,8 @@ def test_16_bits_need_a_stage_and_one_type() -> None:
     for keys, line in (
         (["fp16.enabled=true", "bf16.enabled=true"], "must not be on together with bf16.enabled"),
         (["fp16.enabled=true", "zero_optimization.stage=0", "megalite.parallel.pipe=1"], "ZeRO-0 with fp16"),
+        (["train_batch_size=4000000", "gradient_accumulation_steps=null",
+          'megalite.train.batch_ramp={"start": 4, "increment": 4, "samples": 9000000}'], "makes 999,999 rises: must"),
         (["megalite.train.faults.not_finite=rewind", "megalite.data.order=megatron"], "must not be rewind with"),
     ):
         with pytest.raises(ConfigError, match=line):

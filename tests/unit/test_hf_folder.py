@@ -1,6 +1,7 @@
 """Hugging Face folders read under our names: whole and by boxes, and every way in which one is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalite.convert.hf_folder import HFFolder
+from megalite.convert.import_hf import import_hf
 from megalite.convert.names import from_hf
 from megalite.errors import CheckpointError, UserError
 from tests.families import FAMILY_CONFIGS, hf_model
@@ -86,6 +88,32 @@ def test_tensors_that_do_not_fit_are_named(gpt2_folder: Path, tmp_path: Path, ch
     with pytest.raises(CheckpointError) as raised:
         HFFolder(folder)
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("name", ["transformer.h.1.attn.c_attn.weight", "transformer.wpe.weight"])
+def test_a_weight_that_is_not_finite_is_named(
+    gpt2_folder: Path, tmp_path: Path, dtype: torch.dtype, value: float, name: str
+) -> None:
+    """Also one in a position that the comparison of logits does not reach, and one that fp32 cannot hold."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][-1, -1] = value if math.isfinite(value) and dtype == torch.float64 else value * math.inf
+
+    folder = altered(gpt2_folder, tmp_path / "x", change)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: holds .*: every weight must be finite"):
+        import_hf(folder, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_file_that_cannot_be_read_any_more_is_named(gpt2_folder: Path, tmp_path: Path) -> None:
+    folder = HFFolder(altered(gpt2_folder, tmp_path / "x", lambda tensors: None))
+    (tmp_path / "x" / "model.safetensors").unlink()
+    folder._files._open.clear()
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read: "):
+        folder.read("final_norm.weight")
 
 
 def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -11,14 +11,16 @@ import pytest
 
 from megalite.errors import ConfigError
 from megalite.launch import Place, place
-from megalite.launching.attempt import Signals
+from megalite.launching.attempt import Attempt, Signals, name_of_run
+from megalite.launching.attempt import Program as AttemptProgram
 from megalite.launching.fewer import ProgramConfig
 from megalite.launching.guard import MARK
+from megalite.launching.guard import _processes as guarded_processes
 from megalite.launching.hostfile import read_hostfile
-from megalite.launching.remote import variables
+from megalite.launching.remote import harmless_environment, secrets, variables
 from megalite.launching.supervisor import main
 from megalite.parallel.placement import crossing_hosts
-from megalite.signals import command_of
+from megalite.signals import command_of, killed_ranks, leave_word
 
 
 def test_a_hostfile_is_names_and_slots(tmp_path: Path) -> None:
@@ -52,6 +54,10 @@ def test_mistakes_of_the_command_line_are_one_line(tmp_path: Path, monkeypatch: 
         f"--hostfile: {file}: cannot be read": ["--hostfile", str(file), *program],
         "--restarts: -1": ["--num_gpus", "1", "--restarts", "-1", *program],
         "--launcher_args": ["--num_gpus", "1", "--launcher_args", "x", *program],
+        "--master_addr: 'a;x': must be a name": ["--num_gpus", "1", "--master_addr", "a;x", *program],
+        "--bind_core_list: '1;x': must be cores": ["--num_gpus", "1", "--bind_core_list", "1;x", *program],
+        "--bind_cores_to_rank.*go with --num_gpus": ["--hostfile", "x", "--bind_cores_to_rank", *program],
+        "--log_level: invalid choice": ["--num_gpus", "1", "--log_level", "$(x)", *program],
     }
     for said, arguments in cases.items():
         with pytest.raises(ConfigError, match=said):
@@ -81,6 +87,71 @@ def test_variables_are_those_of_libraries_and_of_deepspeeds_file(
     found = variables({"MEGALITE_LAUNCH": "y"})
     assert (found["OWN"], found["GLOO_OWN"], found["MEGALITE_LAUNCH"]) == ("a=b c", "file", "y")
     assert "SECRET" not in found and found["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sent"),
+    [
+        ("HF_TOKEN", "x", False), ("HF_TOKEN_PATH", "/x", True), ("MLFLOW_TRACKING_PASSWORD", "x", False),
+        ("MLFLOW_TRACKING_URI", "https://me:x@there", False), ("MLFLOW_TRACKING_URI", "https://there:80/a@b", True),
+        ("TOKENIZERS_PARALLELISM", "false", True), ("MLFLOW_S3_ACCESS_KEY_2", "x", False), ("HF_TOKEN", "", True),
+    ],
+)  # fmt: skip
+def test_secrets_are_not_sent_on(name: str, value: str, sent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {name: value})
+    assert (name in variables({})) == (name in harmless_environment()) == sent
+    assert secrets() == ([] if sent else [name])
+
+
+def _another_users(folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a folder of another user's")
+    os.chown(folder, 65534, 65534)
+
+
+SPOILED = {
+    "a link": lambda path: path.symlink_to(path.parent),
+    "a file": lambda path: path.touch(),
+    "open to the group": lambda path: path.mkdir(mode=0o750),
+    "another user's": lambda path: (path.mkdir(mode=0o700), _another_users(path)),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_folder_of_words_that_another_user_can_reach_is_not_used(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, victim = tmp_path / "megalite-x-1", tmp_path / "rank_0"
+    SPOILED[how](folder)
+    monkeypatch.setenv("MEGALITE_LAUNCH", str(folder))
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "killed_3").touch()
+    leave_word(1)
+    assert not victim.exists() and (not folder.is_dir() or not [*folder.glob("rank_*")]) and not killed_ranks()
+    guard = subprocess.run(
+        [sys.executable, "-m", "megalite.launching.guard", str(folder)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert guard.stdout.startswith(f"{MARK}refused {folder}: ") and guard.stdout.count("\n") == 1, guard
+
+
+def test_no_two_starts_share_a_name() -> None:
+    program, run = AttemptProgram([], [], False, None, None), name_of_run()
+    names = {Attempt(program, {}, run, Signals()).name for _ in range(3)}
+    assert len(names) == 3 and all(name.startswith(f"{run}-") for name in names)
+
+
+def test_the_guard_does_not_see_other_users_processes() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can start another user's process")
+    environment = {"MEGALITE_LAUNCH": "/tmp/megalite-mine-1", "RANK": "0"}
+    other = subprocess.Popen(["sleep", "60"], env=environment, user=65534)
+    try:
+        assert not guarded_processes("/tmp/megalite-mine-1")
+        os.kill(other.pid, 0)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ To add a family, in ten lines:
 
 import contextlib
 import difflib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,9 @@ from types import ModuleType
 from typing import Any
 
 from megalite.errors import ConfigError
+from megalite.inputs import read_json_object, reading
 from megalite.model.families import gpt2, gpt_neox, gptj, llama, mistral, olmo2, phi, qwen2, qwen3
-from megalite.model.families.common import KEY, check_spec
+from megalite.model.families.common import KEY, check_sizes, check_spec, written
 from megalite.model.spec import TransformerSpec
 
 FAMILIES: dict[str, ModuleType] = {
@@ -47,6 +47,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
 }
+_SHOWN_CHARACTERS = 300  # of what transformers says
 _log = logging.getLogger("megalite")
 _told: set[str] = set()  # files whose unknown keys have been listed
 
@@ -59,19 +60,20 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
     """
     from transformers import AutoConfig
 
-    where = str(Path(section) / "config.json") if isinstance(section, str) else KEY
-    values = _read_folder(where) if isinstance(section, str) else dict(section)
+    where = _place(section)
+    values = read_json_object(where) if isinstance(section, str) else dict(section)
     model_type = values.pop("model_type", None)
-    if model_type not in FAMILIES:
-        raise ConfigError(f"{where}: model_type: {model_type!r}: must be one of {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError(f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}")
+    check_sizes(values, f"{KEY}." if where == KEY else f"{where}: ")
     for key in values.keys() & _REFUSED.keys():
         if values[key] not in _REFUSED[key]:
-            raise ConfigError(f"{where}: {key}: {values[key]!r}: is not honoured: leave it out")
+            raise ConfigError(f"{where}: {key}: {written(values[key])}: is not honoured: leave it out")
     try:
         with _quiet_transformers():
             config = AutoConfig.for_model(model_type, **values)
     except Exception as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
     unknown = [key for key in values if key not in known and key not in _REFUSED]
     if unknown and where == KEY:
@@ -97,27 +99,21 @@ def _quiet_transformers() -> Iterator[None]:
         noise.set_verbosity(level)
 
 
-def _read_folder(path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{KEY}: {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{KEY}: {path}: is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{KEY}: {path}: must hold one JSON object")
-    return values
+def _place(section: dict[str, Any] | str) -> str:
+    """Where a model section is, for its errors."""
+    return str(Path(section) / "config.json") if isinstance(section, str) else KEY
 
 
 def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
     """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
     config = load_hf_config(section)
     try:
-        spec = FAMILIES[config.model_type].read(config)
-        check_spec(spec)
+        with reading(_place(section)):  # by transformers: a value of another type than a field's shows where it is used
+            spec = FAMILIES[config.model_type].read(config)
+            check_spec(spec)
     except ConfigError as error:
         if isinstance(section, str):  # there the mistake is not in the JSON
-            raise ConfigError(str(error).replace(f"{KEY}.", f"{Path(section) / 'config.json'}: ", 1)) from None
+            raise ConfigError(f"{_place(section)}: {str(error).removeprefix(KEY).lstrip('.: ')}") from None
         raise
     return spec
 
@@ -127,7 +123,8 @@ def model_dict(section: dict[str, Any] | str) -> dict[str, Any]:
     family does not have are left out."""
     config = load_hf_config(section)
     known = _known_keys(config) - {"transformers_version"} | {"model_type"}
-    return {key: value for key, value in config.to_diff_dict().items() if key in known}
+    with reading(_place(section)):
+        return {key: value for key, value in config.to_diff_dict().items() if key in known}
 
 
 def _known_keys(config: Any) -> set[str]:

@@ -1,9 +1,11 @@
 """What families share: refusing a field, rotary positions and windows, one line of a table of tensor names."""
 
 import math
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megalite.config.section import shown_text
 from megalite.errors import ConfigError
 from megalite.model.spec import Rotary, TransformerSpec
 
@@ -36,6 +38,17 @@ _ROPE_KEYS = {
 }
 
 
+_LAYERS = {"num_hidden_layers", "n_layer"}
+_SIZES = _LAYERS | {
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "sliding_window", "n_embd", "n_head", "n_inner", "n_positions",
+}  # fmt: skip
+MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
+MOST_LAYERS = 10_000
+MOST_NUMBER = 1e300  # NaN is not below it
+MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
+
+
 @dataclass(frozen=True)
 class HFTensor:
     """Where one of our tensors stands in a Hugging Face file.
@@ -61,19 +74,24 @@ def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str
     }
 
 
+def written(value: Any) -> str:
+    """A field's value as an error shows it."""
+    return shown_text(repr(value))
+
+
 def require(config: Any, field: str, *allowed: Any) -> None:
     """Refuses a field whose value changes the function in a way that the model does not honour."""
     value = getattr(config, field, allowed[0])
     if value not in allowed:
         choices = " or ".join(repr(choice) for choice in allowed)
-        raise ConfigError(f"{KEY}.{field}: {value!r}: must be {choices} (others are not honoured)")
+        raise ConfigError(f"{KEY}.{field}: {written(value)}: must be {choices} (others are not honoured)")
 
 
 def choose(config: Any, field: str, table: dict[Any, Any]) -> Any:
     """Our word for a field's value; refuses one that has none."""
     value = getattr(config, field)
-    if value not in table:
-        raise ConfigError(f"{KEY}.{field}: {value!r}: must be one of {', '.join(map(str, table))}")
+    if not isinstance(value, Hashable) or value not in table:
+        raise ConfigError(f"{KEY}.{field}: {written(value)}: must be one of {', '.join(map(str, table))}")
     return table[value]
 
 
@@ -99,16 +117,17 @@ def padding(config: Any) -> int | None:
 def rotary(config: Any, size_of_head: int) -> Rotary:
     """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured."""
     given = dict(config.rope_parameters or {})
-    kind = given.get("rope_type", "default")
+    kind: Any = given.get("rope_type", "default")
     where = f"{KEY}.rope_parameters"
-    if kind not in _ROPE_KEYS:
-        raise ConfigError(f"{where}.rope_type: {kind!r}: must be one of {', '.join(_ROPE_KEYS)}")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise ConfigError(f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}")
     for key in given:
         if key not in _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ConfigError(f"{where}.{key}: unknown key with rope_type {kind!r}")
     for key in ("factor", "low_freq_factor", "high_freq_factor"):
         if key in _ROPE_KEYS[kind] and not _is_positive(given.get(key)) and (kind, key) != ("yarn", "factor"):
-            raise ConfigError(f"{where}.{key}: {given.get(key)!r}: must be a positive number with rope_type {kind!r}")
+            rule = f"must be a positive number with rope_type {kind!r}"
+            raise ConfigError(f"{where}.{key}: {written(given.get(key))}: {rule}")
     size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
     if size < 2 or size % 2:
         raise ConfigError(f"{where}: {size} of the head's {size_of_head} features turn: must be even and at least 2")
@@ -117,7 +136,7 @@ def rotary(config: Any, size_of_head: int) -> Rotary:
     return Rotary(
         theta=given.get("rope_theta") or 10000.0,
         size=size,
-        scaling=kind,
+        scaling=kind,  # type: ignore[arg-type]  # a key of _ROPE_KEYS
         factor=factor,
         max_positions=config.max_position_embeddings,
         original_positions=original,
@@ -161,25 +180,43 @@ def windows(config: Any) -> tuple[int | None, ...]:
     return tuple(config.sliding_window if slides else None for slides in sliding) if any(sliding) else ()
 
 
+def check_sizes(values: dict[str, Any], where: str = f"{KEY}.") -> None:
+    """Refuses fields that no size can be read from, before transformers or a family calculates with them."""
+    for name in _SIZES & values.keys():
+        size = values[name]
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{where}{name}: {written(size)}: must be at least 1, an integer")
+        most = MOST_LAYERS if name in _LAYERS else MOST_SIZE
+        if size > most:
+            raise ConfigError(f"{where}{name}: {written(size)}: must be at most {most:,}")
+
+
 def check_spec(spec: TransformerSpec) -> None:
-    """Refuses sizes that make no model, whatever the family."""
-    sizes = {
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_size,
-        "intermediate_size": spec.intermediate_size,
-        "vocab_size": spec.vocabulary_size,
-        "max_position_embeddings": spec.max_positions,
-        "sliding_window": min((window for window in spec.windows if window is not None), default=None),
-    }
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ConfigError(f"{KEY}.{name}: {size}: must be at least 1")
+    """Refuses what makes no model, whatever the family."""
+    for window in {*spec.windows, None}:
+        check_sizes({"head_dim": spec.head_size, "sliding_window": window})
+    if (count := spec.num_parameters) > MOST_PARAMETERS:
+        raise ConfigError(f"{KEY}: makes {count:,} parameters: must be at most {MOST_PARAMETERS:,}")
+    for name, value in _numbers(spec):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_NUMBER:
+            raise ConfigError(f"{KEY}: the {name.replace('_', ' ')} is {written(value)}: must be a finite number")
     if spec.num_heads % spec.num_kv_heads:
         rule = f"must divide num_attention_heads {spec.num_heads}"
         raise ConfigError(f"{KEY}.num_key_value_heads: {spec.num_kv_heads}: {rule}")
     for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(spec, name) < 1:
             raise ConfigError(f"{KEY}: the {name.replace('_', ' ')} is {getattr(spec, name)}: must be in [0, 1)")
+
+
+def _numbers(spec: TransformerSpec) -> Iterator[tuple[str, Any]]:
+    """Those that are no sizes, by name."""
+    for name in ("norm_eps", "init_std", "embedding_dropout", "attention_dropout", "hidden_dropout"):
+        yield name, getattr(spec, name)
+    if spec.rotary is not None:
+        for name in (
+            "theta", "factor", "original_positions", "low_frequency_factor", "high_frequency_factor", "beta_fast",
+            "beta_slow", "attention_factor",
+        ):  # fmt: skip
+            yield f"rope {name}", getattr(spec.rotary, name)

@@ -1,5 +1,6 @@
 """300 damaged pairs of files, each found, named in one line, and never read as data; under `python -O` too."""
 
+import json
 import os
 import random
 import shutil
@@ -9,10 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalite.data import verify
-from megalite.data.indexed import files_of
+from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
 from megalite.data.verify import check_corpus, write_checksums
 from megalite.errors import DataError
 from tests.unit.data.corpora import write_corpus
@@ -137,6 +139,51 @@ def test_each_damage_is_found_without_assertions_too(damaged: list[tuple[str, Pa
         [sys.executable, "-O", "-c", program], input=prefixes, capture_output=True, text=True, timeout=60
     )
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
+
+
+READER = """
+import json, os, sys
+from megalite.config import Data
+from megalite.config.section import parse
+from megalite.data.loader import TrainData
+from megalite.errors import DataError
+
+for number, (prefix, keys, name) in enumerate(json.load(sys.stdin)):
+    data = TrainData(parse(Data, {"train": [prefix], "sequence_length": 64, **keys}), 1, 1000)
+    data.batch(range(40))
+    os.truncate(f"{prefix}{name}", os.stat(f"{prefix}{name}").st_size // 3)
+    try:
+        data.batch(range(40))
+    except DataError as error:
+        print(error, flush=True)
+"""
+
+
+def test_a_corpus_cut_under_a_run_is_named(tmp_path: Path) -> None:
+    """Pages of a map beyond the end of its file would end the process by SIGBUS, without a word."""
+    kinds: list[dict[str, object]] = [
+        {}, {"reset_attention": True}, {"order": "megatron", "megatron_samples": 200}, {"samples": "packed"},
+        {"samples": "padded", "loss": "marked"},
+    ]  # fmt: skip
+    cases: list[tuple[str, dict[str, object], str]] = []
+    for number, keys in enumerate(kinds):
+        marked = "loss" in keys
+        for name in (".bin", ".idx", *([".mask.bin", ".mask.idx"] if marked else [])):
+            prefix = tmp_path / f"{number}{name}"
+            documents = write_corpus(prefix, 2000)
+            if marked:
+                with IndexedWriter(marks_prefix(prefix), np.uint8) as writer:
+                    for document in documents:
+                        writer.add_document(np.ones(len(document), np.uint8))
+            cases.append((str(prefix), keys, name))
+    run = subprocess.run(
+        [sys.executable, "-c", READER], input=json.dumps(cases), capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
+    for line, (prefix, _, name) in zip(run.stdout.splitlines(), cases, strict=True):
+        path = Path(f"{prefix}{name}")
+        assert line.startswith(f"{path}: ") and line.endswith("must not change under a run"), line
+        assert f"{path.stat().st_size} bytes" in line
 
 
 def test_the_check_is_remembered_and_made_again_for_a_changed_file(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,28 @@ def test_files_that_cannot_be_used_are_named(
         assert "\n" not in str(raised.value)
         assert not list(tmp_path.glob("out.???"))
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 MiB of one line, packed into some hundred KB, against a bound of 8."""
+    path, part = tmp_path / f"endless.{form}", bytes(1 << 20)
+    pack = {"jsonl": open, "jsonl.gz": gzip.open, "jsonl.zst": zstandard.open}[form]
+    with pack(path, "wb") as file:
+        file.write(b'{"text": "good"}\n')
+        for _ in range(256):
+            file.write(part)
+    monkeypatch.setattr(documents, "_LARGEST_LINE", 8 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"line 2: does not end within 8 MiB: must be lines of JSON") as raised:
+            list(read_texts([str(path)]))
+        assert str(raised.value).startswith(f"{path}: ")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_stands_is_kept(tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path]) -> None:

@@ -1,0 +1,51 @@
+"""TensorBoard's event files, written row by row: torch's SummaryWriter has a thread that a full disk ends for good.
+
+A file is a run of records: u64 length, its checksum, an Event as a protocol buffer, its checksum.
+"""
+
+import io
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalite.training.appended import Appended
+
+_numbers = itertools.count()  # of the files of one process, which may begin anew in the same second
+
+
+class Events:
+    """Appends figures to an event file of its own. A run that starts from a step has TensorBoard pass over what earlier
+    files hold of later ones."""
+
+    def __init__(self, folder: Path, first_step: int, tell: Callable[[str], None]) -> None:
+        # Imported here because it takes longer than the rest of the start.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.of_event: Any = event_pb2
+        self.of_summary: Any = summary_pb2
+        self.writer = RecordWriter
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self.file = Appended(folder / name, tell)
+        self._append(file_version="brain.Event:2")
+        if first_step:
+            log = self.of_event.SessionLog
+            self._append(step=first_step + 1, session_log=log(status=log.START))
+
+    def append(self, step: int, figures: Mapping[str, float]) -> None:
+        """One event with all of a row's figures, rounded to fp32."""
+        summary = self.of_summary.Summary
+        values = [summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._append(step=step, summary=summary(value=values))
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _append(self, **fields: object) -> None:
+        record = io.BytesIO()
+        self.writer(record).write(self.of_event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self.file.append(record.getvalue())

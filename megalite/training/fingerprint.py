@@ -1,0 +1,65 @@
+"""What the samples of a run depend on beside its seed and position: written into state.json, and compared when it
+resumes. With another value it would silently be another run.
+
+Steps, batch sizes, layout, ZeRO stage and paths are not in it: they may change.
+"""
+
+import json
+from typing import Any
+
+from megalite.config import Config
+from megalite.data.identity import identity
+from megalite.data.loader import marks_prefix
+
+TRAIN = "megalite.data.train"
+MADE_FOR = "megalite.data.megatron_samples"
+_DIGITS = 12  # of shares: weights may be given as any multiple
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """Of a resolved config: JSON values by the keys that they are of. Reads the corpora's indices."""
+    data = config.data
+    whole = sum(source.weight for source in data.train)
+    corpora = []
+    for source in data.train:
+        corpus: dict[str, Any] = {
+            "share": round(source.weight / whole, _DIGITS), "split": source.split or [0.0, 1.0],
+            "corpus": identity(source.path),
+        }  # fmt: skip
+        if data.loss == "marked":
+            corpus["marks"] = identity(marks_prefix(source.path))
+        corpora.append(corpus)
+    keys = ("sequence_length", "samples", "order", "reset_attention", "eod_mask_loss")
+    values = {f"megalite.data.{key}": getattr(data, key) for key in keys}
+    values["megalite.data.loss"] = data.loss or "all"
+    if data.megatron_samples is not None:
+        values[MADE_FOR] = data.megatron_samples
+    return {**values, TRAIN: corpora}
+
+
+def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
+    """Of a checkpoint's fingerprint and a resolved config, where they differ: the key with the config's value, and the
+    checkpoint's."""
+    now = fingerprint(config)
+    for key in sorted(now.keys() & was.keys() - {TRAIN}):
+        if now[key] != was[key]:
+            return f"{key}: {json.dumps(now[key])}", json.dumps(was[key])
+    ours, theirs = now[TRAIN], was[TRAIN]
+    if len(ours) != len(theirs):
+        return f"{TRAIN}: {len(ours)} corpora", str(len(theirs))
+    for number, (source, ours_here, theirs_here) in enumerate(zip(config.data.train, ours, theirs, strict=True)):
+        key = f"{TRAIN}.{number}"
+        for kind, path in (("corpus", source.path), ("marks", marks_prefix(source.path))):
+            if ours_here.get(kind) != theirs_here.get(kind):
+                holds = f"{key}.path: {path}: holds {_told(ours_here[kind])}"
+                return holds, f"the corpus of {_told(theirs_here[kind])}"
+        if ours_here["split"] != theirs_here["split"]:
+            return f"{key}.split: {ours_here['split']}", str(theirs_here["split"])
+        if ours_here["share"] != theirs_here["share"]:
+            return f"{key}.weight: {ours_here['share']} of all", f"{theirs_here['share']} of all"
+    return None
+
+
+def _told(corpus: dict[str, Any]) -> str:
+    sums = f"index {corpus['index_sha256'][:8]}…, tokens {corpus['tokens_sha256'][:8]}…"
+    return f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents ({sums})"

@@ -1,0 +1,104 @@
+"""Model FLOP utilisation (MFU): the FLOP/s that the model needs for its tokens, over what the devices can do at most.
+
+    MFU = tokens_per_second × flops_per_token / peak
+
+flops_per_token is the model's (`TransformerSpec.flops_per_token`): matrix products alone, forward and backward once,
+whatever is computed again. peak is the sum over ranks of the rate in the device's data sheet, dense, in the type of the
+run; of a CPU, and of a device that is not in the table, the rate of large matrix products that all ranks measured
+together. Next: progress.py, which shows it.
+"""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# TFLOP/s without sparsity, from the makers' data sheets: (in bf16 or fp16, in fp32 on the units that torch uses by
+# default). The first entry that is part of a device's name holds.
+DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
+    ("H100 PCIe", 756.0, 51.0),
+    ("H100 NVL", 835.0, 60.0),
+    ("H200 NVL", 835.0, 60.0),
+    ("H100", 989.0, 67.0),
+    ("H200", 989.0, 67.0),
+    ("H800", 989.0, 67.0),
+    ("H20", 148.0, 44.0),
+    ("GH200", 989.0, 67.0),
+    ("GB200", 2500.0, 80.0),
+    ("B200", 2250.0, 75.0),
+    ("A100", 312.0, 19.5),
+    ("A800", 312.0, 19.5),
+    ("A40", 149.7, 37.4),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 31.2),
+    ("L40S", 362.0, 91.6),
+    ("L40", 181.0, 90.5),
+    ("L4", 121.0, 30.3),
+    ("MI355X", 2500.0, 157.3),
+    ("MI325X", 1307.0, 163.4),
+    ("MI300X", 1307.0, 163.4),
+    ("MI250X", 191.5, 47.9),  # of one of its two dies, which are a device each
+]
+MEASURED_SECONDS = 0.1
+ROWS = {"cpu": 1024}  # of the measured products, by type of device
+ROWS_OF_DEVICES = 8192
+
+
+def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a device by its name; None where it is not in the table."""
+    words = name.replace("-", " ").replace("_", " ").split()
+    for known, half, single in DATA_SHEET_TFLOPS:
+        if all(word in words for word in known.split()):
+            found = single if dtype == torch.float32 else half
+            return None if found is None else 1e12 * found
+    return None
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix products on this rank: they are queued, and waited for once."""
+    rows = ROWS.get(device.type, ROWS_OF_DEVICES)
+    a = torch.randn(rows, rows, device=device).to(dtype)
+    b, room = torch.randn(rows, rows, device=device).to(dtype), torch.empty(rows, rows, dtype=dtype, device=device)
+    count, seconds = 1, 0.0
+    while seconds < MEASURED_SECONDS:
+        torch.mm(a, b, out=room)  # what is made at the first use
+        _wait_for_device(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.mm(a, b, out=room)
+        _wait_for_device(device)
+        seconds, count = time.perf_counter() - start, 2 * count
+    return 2.0 * rows**3 * (count // 2) / seconds
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of all ranks together (collective)."""
+    known = None
+    if device.type != "cpu":
+        module: Any = torch.get_device_module(device)
+        known = data_sheet_flops(module.get_device_name(device), dtype)
+    if dist.is_initialized():
+        dist.barrier()  # so that those that measure share the machine as they will in the run
+    own = known if known is not None else measured_flops(device, dtype)
+    total = torch.tensor(own, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
+
+
+def _wait_for_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Utilisation:
+    """Figures of a step from its tokens a second. flops_per_token: of the model; peak: of all ranks, FLOP/s."""
+
+    def __init__(self, flops_per_token: float, peak: float, ranks: int) -> None:
+        self.flops_per_token, self.peak, self.ranks = flops_per_token, peak, ranks
+
+    def row(self, tokens_per_second: float) -> dict[str, float]:
+        """Fields of the step's row of metrics: the model's TFLOP/s on a rank, and MFU as a share of 1."""
+        flops = tokens_per_second * self.flops_per_token
+        return {"tflops_per_rank": flops / self.ranks / 1e12, "mfu": flops / self.peak}

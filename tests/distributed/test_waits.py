@@ -1,0 +1,160 @@
+"""How often a step's host reads a number of its tensors: on a GPU each time it waits until the device has done all that
+was asked of it. And that batches are read a step ahead."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelerator
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalite.model.context import Context
+from megalite.parallel import loss
+from megalite.pipeline.interpreter import Interpreter
+from megalite.training.ahead import Ahead
+from megalite.training.batches import MicroBatch
+from megalite.training.loop import Run
+from megalite.training.position import Position
+from tests.ranks import run_ranks
+from tests.training_runs import document, train
+
+MOST_READS = 3
+READS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.equal"}
+STEPS = 4
+
+
+class Reads(TorchDispatchMode):
+    """Counts what needs a tensor's numbers on the host, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        by_mask = name in ("aten.index", "aten.index_put_") and any(
+            place is not None and place.dtype == torch.bool for place in args[1]
+        )
+        if name in READS or by_mask:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterator[None]:
+    """Adds the reads of each optimizer step, and of its forwards and backwards alone."""
+    whole, actions = Run._step, Interpreter.run
+    reads: list[Reads] = []
+
+    def step(self: Run) -> Any:
+        with Reads() as found:
+            reads.append(found)
+            result = whole(self)
+        steps.append(Counter(found.found))  # not what saving reads afterwards
+        return result
+
+    def run(self: Interpreter, *args: Any) -> None:
+        before = Counter(reads[-1].found)
+        actions(self, *args)
+        in_actions.append(reads[-1].found - before)
+
+    def told(kind: type, name: str) -> Any:
+        original = getattr(kind, name)
+
+        def read(self: Any, *args: Any) -> Any:
+            if reads:
+                reads[-1].found[name] += 1
+            return original(self, *args)
+
+        return mock.patch.object(kind, name, read)
+
+    with contextlib.ExitStack() as patches:
+        for patch in (
+            mock.patch.object(Run, "_step", step), mock.patch.object(Interpreter, "run", run),
+            mock.patch.object(loss, "_rows_that_count", lambda labels: None),  # as on every device but a CPU
+            told(Tensor, "tolist"), told(Tensor, "numpy"), told(Tensor, "cpu"), told(CPUAccelerator, "synchronize"),
+        ):  # fmt: skip
+            patches.enter_context(patch)
+        yield
+
+
+def counts(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[list[Counter[str]], list[Counter[str]]]:
+    steps: list[Counter[str]] = []
+    in_actions: list[Counter[str]] = []
+    with counted(steps, in_actions):
+        assert train(rank, world_size, [(keys, lambda rank: contextlib.nullcontext())]) == [0]
+    return steps, in_actions
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 1, "pipe": 2}, {"zero": 2, "tensor": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_reads_at_most_three_numbers_and_a_micro_batch_none(tmp_path: Path, layout: dict[str, int]) -> None:
+    keys = document(tmp_path, "run", layout, train={"steps": STEPS, "checkpoint_interval": 0})
+    if layout["zero"]:
+        keys["bf16"] = {"enabled": True}
+    for steps, in_actions in run_ranks(2, counts, keys):
+        assert len(steps) == len(in_actions) == STEPS
+        for step in steps[1:]:  # the first one's memory is weighed
+            assert sum(step.values()) <= MOST_READS, step
+        assert not any(in_actions[1:]), in_actions  # in the first one ZeRO-3 records the order of fetches
+
+
+def test_a_timer_that_waits_is_counted(tmp_path: Path) -> None:
+    keys = document(tmp_path, "run", {"zero": 1}, train={"steps": STEPS, "checkpoint_interval": 0})
+    keys["timers"] = {"throughput": {"enabled": True}}
+    for _, in_actions in run_ranks(2, counts, keys):
+        assert any(actions["synchronize"] for actions in in_actions)
+
+
+def test_the_counter_counts() -> None:
+    values = torch.tensor([1.0, 0.0])
+    with Reads() as reads:
+        values[0].item(), bool(values[0]), int(values[0]), float(values[0])
+        values[values > 0]
+        values.nonzero()
+    assert reads.found == {"aten._local_scalar_dense": 4, "aten.index": 1, "aten.nonzero": 1}
+
+
+def test_batches_are_those_of_the_position_however_the_run_moves() -> None:
+    """One step ahead where the run goes on, anew where it goes back or leaves samples out."""
+    asked: list[tuple[int, int]] = []
+
+    def read(position: Position) -> list[MicroBatch]:
+        asked.append((position.step, len(position.left_out)))
+        tokens = torch.from_numpy(np.full((1, 2), position.consumed_samples + 1000 * len(position.left_out)))
+        return [MicroBatch(tokens, tokens, Context())]
+
+    ahead = Ahead(read, torch.device("cpu"))
+    first = Position()
+    second = first.after(4, 8)
+    for position, following in ((first, second), (second, second.after(4, 8)), (first, second)):
+        assert ahead.take(position, following)[0].tokens.unique().tolist() == [position.consumed_samples]
+    gone_back = first.leaving_out(range(2))
+    assert ahead.take(gone_back, None)[0].tokens.unique().tolist() == [1000]
+    ahead.close()
+    assert asked == [(0, 0), (1, 0), (2, 0), (0, 0), (1, 0), (0, 1)]
+
+
+def test_what_reading_ahead_raised_is_raised_at_its_step() -> None:
+    def read(position: Position) -> list[MicroBatch]:
+        if position.step == 1:
+            raise ValueError("a token id that the vocabulary does not have")
+        return []
+
+    ahead, first = Ahead(read, torch.device("cpu")), Position()
+    assert ahead.take(first, first.after(1, 1)) == []
+    with pytest.raises(ValueError, match="a token id"):
+        ahead.take(first.after(1, 1), None)
+    ahead.close()

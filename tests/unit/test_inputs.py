@@ -1,0 +1,108 @@
+"""What a user gives is read whole or refused in a line: links in folders, JSON, errors that no rule foresaw."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megalite.convert.export_hf import export_hf
+from megalite.convert.hf_folder import HFFolder
+from megalite.convert.import_hf import import_hf
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import CheckpointError, ConfigError, DataError, UserError
+from megalite.inputs import parse_json, reading
+from tests.byte_model import save_byte_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"])
+def test_a_link_out_of_a_model_folder_is_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("../secret")
+    line = rf"model/{name}: is a link to \.\./secret: must not lead out of the folder"
+    with pytest.raises(CheckpointError, match=line):
+        HFFolder(model)
+    with pytest.raises(CheckpointError, match=line):
+        import_hf(model, tmp_path / "checkpoint")
+    with pytest.raises(DataError, match=line):
+        load_tokenizer(model)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_link_in_a_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> None:
+    """SHA256SUMS proves nothing here: whoever forges a checkpoint makes it too."""
+    import_hf(folder, tmp_path / "checkpoint", verify=False)
+    carried = tmp_path / "checkpoint" / "hugging_face" / "tokenizer.json"
+    shutil.move(carried, tmp_path / "secret")
+    carried.symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"hugging_face/tokenizer\.json: is a link to .*secret"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_links_within_are_followed_and_those_of_hugging_faces_cache(folder: Path, tmp_path: Path) -> None:
+    commit = tmp_path / "models--x--y" / "snapshots" / "0123"
+    blobs = commit.parent.parent / "blobs"
+    for place in (commit, blobs):
+        place.mkdir(parents=True)
+    for number, path in enumerate(folder.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (commit / path.name).symlink_to(f"../../blobs/{number}")
+    (commit / "again.json").symlink_to("config.json")
+    (tmp_path / "name").symlink_to(commit)
+    for path in (commit, tmp_path / "name"):
+        assert HFFolder(path).names
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("value", ["flash_attention_2", "kernels-community/any", {"": "kernels-community/any"}])
+def test_the_verifying_model_takes_no_attention_from_a_file(folder: Path, tmp_path: Path, value: object) -> None:
+    """A name with a slash is code to fetch and run."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_implementation": value}))
+    compared = import_hf(model, tmp_path / "checkpoint", verify=True)
+    assert compared is not None and compared.difference < 1e-4
+    export_hf(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
+    assert "kernels" not in (tmp_path / "exported" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "4300 digits"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"\\ud800": 1}', "half of a surrogate pair"),
+        ("{", "is not JSON: .*line 1, column 2"),
+    ],
+)
+def test_json_that_is_none_for_us_is_one_line(text: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^here: .*{line}") as raised:
+        parse_json(text, "here")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_what_nobody_foresaw_names_what_was_read() -> None:
+    class PanicException(BaseException):  # as of Rust's libraries
+        pass
+
+    for error in (ZeroDivisionError("x"), MemoryError(), RecursionError(), PanicException("y\nz")):
+        line = r"^FILE: cannot be read: \w+.*MEGALITE_TRACEBACK=1"
+        with pytest.raises(DataError, match=line) as raised, reading("FILE", DataError):
+            raise error
+        assert raised.value.__cause__ is error and "\n" not in str(raised.value)
+    for passing in (UserError("ours"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(passing)) as same, reading("FILE"):
+            raise passing
+        assert same.value is passing
