@@ -292,6 +292,12 @@ class Train(Section):
         description="What is computed again in backward instead of being kept. `selective`: the core of attention; "
         "`full`: all of a layer but its input; a number n: all of n layers but the input of the first.",
     )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs: kernels and collectives whose sums have one order, so that a run and its repetition or "
+        "resumption on the same GPUs are equal to the bit, at some cost in speed; an operation without such a kernel "
+        "is an error. On a CPU that holds anyway.",
+    )
     batch_ramp: BatchRamp | None = Field(
         None,
         description="A global batch that starts smaller and grows with the samples consumed; left out: constant.",

@@ -13,19 +13,36 @@ from megalite.model.dropout import dropped
 from megalite.model.layers import Norm, SplitNorm
 from megalite.model.rotary import rotate, spread, turns
 from megalite.model.spec import TransformerSpec
+from megalite.model.varlen import attend_pieces, kernel_takes, new_enough
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool, drops: Tensor | None, rate: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: Context,
+    window: int | None,
+    causal: bool,
+    drops: Tensor | None,
+    rate: float,
 ) -> Tensor:
-    """softmax(query keyᵀ / √H) value, with the kernel that torch finds; by hand where weights are dropped.
+    """softmax(query keyᵀ / √H) value, by the fastest kernel: flash attention for what is causal, in a window or within
+    documents where the device can, else with a mask; by hand where weights are dropped.
 
-    query [B, N / t, S, H]; key, value [B, K / t, T, H]; visible and causal as of `Context.mask`; drops: where the
-    weights [B, N / t, S, T] are dropped. Result like query.
+    query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops: where the weights [B, N / t, S, T] are dropped. Result
+    like query. window and causal: as of `Context.mask`.
     """
+    b, _, s, h = query.shape
+    t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
+    plain = context.documents is None and (window is None or window >= t)
+    if drops is None and causal and not plain and kernel_takes(device.type, query.dtype, h) and new_enough(device):
+        pieces = context.pieces(b, s, device)
+        if pieces is not None:
+            return attend_pieces(query, key, value, pieces, window)
+    visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(
             query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
@@ -85,11 +102,11 @@ class Attention(nn.Module):
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         s, t = query.shape[2], key.shape[2]
-        visible, drops = context.mask(self.window, s, t, query.device, self.causal), None
+        drops = None
         if context.randomness is not None and self.dropout > 0:
             place = f"layers.{self.layer}.attention"
             drops = dropped(context.randomness, place, self.dropout, [self.heads, range(s), range(t)])
-        return attend(query, key, value, visible, self.causal, drops, self.dropout)
+        return attend(query, key, value, context, self.window, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads · H] -> [B, S, heads, H]"""

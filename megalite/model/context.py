@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megalite.model.dropout import Randomness
+from megalite.model.varlen import Bounds, rows_as_pieces
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Context:
     positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
     counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
+    bounds: the same as pieces, where they are known without waiting for a device.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
@@ -49,6 +51,7 @@ class Context:
     cache: KeyValueCache | None = None
     documents: Tensor | None = None
     counted: Tensor | None = None
+    bounds: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -86,6 +89,16 @@ class Context:
         index = torch.arange(s, device=device)
         next_end = torch.where(ends, index, s).flip(1).cummin(dim=1).values.flip(1)
         return places + (next_end - index) + 1
+
+    def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
+        """What a token looks at, itself and those before it in its piece of [B, S]; None where that is not so, or not
+        known."""
+        if self.visible is not None or self.cache is not None or self.documents is not None:
+            return self.bounds
+        key = ("rows", b, s)
+        if key not in self.shared:
+            self.shared[key] = (rows_as_pieces(b, s, device).starts,)
+        return Bounds(self.shared[key][0], s)
 
     def mask(self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True) -> Tensor | None:
         """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and

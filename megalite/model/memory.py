@@ -32,6 +32,7 @@ import torch
 
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
+from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
 from megalite.parallel.loss import chunk_rows, gradient_type
@@ -133,7 +134,7 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
             core["attention: mask"] = s * s * (at.batch if at.documents else 1)
     else:
         core = {"attention: logarithms": FP32 * at.tokens * heads}
-        if masked:
+        if masked and not kernel_takes(at.device, at.dtype, h):
             core["attention: mask"] = e * s * s * (at.batch if at.documents else 1)
     table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
     return table | ({} if selective else core) | {"input of output projection": e * queries}
