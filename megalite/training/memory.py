@@ -12,7 +12,7 @@ and exactly, byte for byte, with what DeepSpeed rounds up:
 - ZeRO-1 and 2 lay a parameter group out flat and pad it to a multiple of 2·d numbers; a rank owns 1/d of that. In
   fp32 a rank's gradients are those of the parameters that reach into its part, whole, and zeros for the padding.
 - ZeRO-3 gives each parameter's shard ⌈n/d⌉ numbers, and keeps parameters below
-  `stage3_param_persistence_threshold` whole beside their shards.
+  `stage3_param_persistence_threshold` whole beside their shards, where there are several.
 - With offload_optimizer ZeRO-1 and 2 hold gradients twice, on the device and in main memory, and have a third buffer
   for what goes back, in the weights' type, and two of the largest parameter's size.
 - With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
@@ -122,7 +122,7 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
     numbers = [size for group in sizes for size in group]
     shards = sum(-(-size // d) for size in numbers)
-    whole = sum(size for size in numbers if size <= threshold)
+    whole = sum(size for size in numbers if size <= threshold) if d > 1 else 0  # alone, its shard is the whole
     optimizer, files = (1 + _moments(config)) * FP32 * shards, 0
     if config.swap_folder is not None:
         swapped = swap_sizes(config, sizes, d)

@@ -75,12 +75,15 @@ class Session:
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
         return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
 
+    def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step on these (train_step); the host waits for the norm alone."""
+        return train_step(self.pipeline, self.engine.grid.data, batches)
+
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
         self.rate.set(self.position(step))
-        grid, batches = self.engine.grid, self.batches(step)
-        total, weight = train_step(self.pipeline, grid.data, batches)
-        total = total.double()
+        total, weight = self.train(self.batches(step))
+        grid, total = self.engine.grid, total.double()
         dist.all_reduce(total)
         return (total / (grid.tensor.size * weight)).item(), float(self.engine.get_global_grad_norm() or 0.0)
 

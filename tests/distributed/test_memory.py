@@ -98,11 +98,11 @@ HELD = [
 ]
 
 
-def held_in_a_step(rank: int, world_size: int) -> list[tuple[States, States]]:
+def held_in_a_step(rank: int, world_size: int, configs: list[dict[str, Any]]) -> list[tuple[States, States]]:
     """Of each config what this rank was told to hold, and what it held."""
     deepspeed.init_distributed("gloo")
     result = []
-    for config in map(Config.from_dict, HELD):
+    for config in map(Config.from_dict, configs):
         spec = read_spec(config.model)
         grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
         engine = build_engine(config, spec, grid)
@@ -118,9 +118,15 @@ def held_in_a_step(rank: int, world_size: int) -> list[tuple[States, States]]:
 
 
 def test_states_are_told_to_the_byte() -> None:
-    for rank, cases in enumerate(run_ranks(4, held_in_a_step)):
+    for rank, cases in enumerate(run_ranks(4, held_in_a_step, HELD)):
         for config, (told, held) in zip(HELD, cases, strict=True):
             assert told == held, (rank, config["zero_optimization"], config["megalite"]["parallel"])
+
+
+def test_zero_3_on_one_rank_holds_small_weights_once() -> None:
+    document = config_of("llama", 1, 1, 3, "bf16", 1) | {"train_batch_size": 2}
+    [[(told, held)]] = run_ranks(1, held_in_a_step, [Config.from_dict(document).resolve(1).to_json()])
+    assert told == held
 
 
 def test_ranks_that_hold_the_same_share_a_line() -> None:

@@ -25,7 +25,7 @@ from megalite.training.position import Position
 from tests.ranks import run_ranks
 from tests.training_runs import document, train
 
-MOST_READS = 3
+MOST_READS = 2  # of the device one: the other is of a number in main memory
 READS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.equal"}
 STEPS = 4
 
@@ -100,7 +100,7 @@ def counts(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[list[Count
     ],
     ids=str,
 )  # fmt: skip
-def test_a_step_reads_at_most_three_numbers_and_a_micro_batch_none(tmp_path: Path, layout: dict[str, int]) -> None:
+def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, layout: dict[str, int]) -> None:
     keys = document(tmp_path, "run", layout, train={"steps": STEPS, "checkpoint_interval": 0})
     if layout["zero"]:
         keys["bf16"] = {"enabled": True}

@@ -1,0 +1,103 @@
+"""What one GPU can show: bash tools/test_gpu.sh."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.configs import config
+from tests.gpu.ranks import on_ranks
+from tests.launch.starts import Start, rows
+
+Needs = Callable[[int], None]
+STEPS = 5
+
+
+def start(folder: Path, document: dict[str, Any], **train: Any) -> list[dict[str, Any]]:
+    """A run by the real `deepspeed` on one GPU, without nvcc: its rows of metrics."""
+    document["megalite"]["train"] |= train
+    (folder / "config.json").write_text(json.dumps(document))
+    path = ":".join(part for part in os.environ["PATH"].split(":") if not (Path(part) / "nvcc").exists())
+    variables = {"PATH": path, "CUDA_HOME": "", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+    begun = Start(folder, f"--deepspeed_config={folder / 'config.json'}", ranks=1, variables=variables)
+    assert begun.wait(300) == 0, begun.text
+    assert not (folder / "compiled").exists() or not any((folder / "compiled").rglob("*.so")), "something was compiled"
+    return rows(Path(document["megalite"]["train"]["run_dir"]))
+
+
+def test_a_run_starts_without_a_compiler_and_tells_its_mfu(tmp_path: Path, needs: Needs) -> None:
+    needs(1)
+    made = start(tmp_path, config(tmp_path), steps=3)
+    assert [row["step"] for row in made] == [1, 2, 3]
+    assert all(0 < row["mfu"] < 1 for row in made)
+
+
+def test_a_rank_is_on_its_gpu_with_what_torch_was_told(needs: Needs) -> None:
+    needs(1)
+    (told,) = on_ranks(1, "device")
+    assert told["ordinal"] == 0 and told["expandable_segments"] and told["backend"] == "cpu:gloo,cuda:nccl"
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_waits_for_the_device_at_most_three_times(tmp_path: Path, zero: int, needs: Needs) -> None:
+    """And in no forward or backward: there set_sync_debug_mode is "error"."""
+    needs(1)
+    document = config(tmp_path, zero=zero, precision="bf16" if zero else "fp32", data={"reset_attention": True})
+    (counts,) = on_ranks(1, "waits", config=document, steps=3)
+    assert max(counts) <= 3, counts
+
+
+def test_attention_is_flash_attention(needs: Needs) -> None:
+    needs(1)
+    (names,) = on_ranks(1, "kernels")
+    for case, found in names.items():
+        assert any("flash" in name for name in found), (case, found)
+        assert not any("fmha" in name and "cutlass" in name for name in found), (case, found)  # the one with a mask
+
+
+def test_windows_and_documents_are_those_of_the_cpu(needs: Needs) -> None:
+    needs(1)
+    (found,) = on_ranks(1, "attention_differences")
+    assert max(found.values()) < 0.03, found  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_states_are_as_predicted(tmp_path: Path, zero: int, precision: str, needs: Needs) -> None:
+    needs(1)
+    (told, held), = on_ranks(1, "states", config=config(tmp_path, zero=zero, precision=precision))
+    assert told == held
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_losses_are_those_of_the_cpu(tmp_path: Path, zero: int, needs: Needs) -> None:
+    needs(1)
+    document = config(tmp_path, zero=zero, precision="fp32")
+    runs = [on_ranks(1, "losses", accelerator=name, config=document, steps=STEPS)[0] for name in ("cpu", None)]
+    for (cpu_loss, cpu_norm), (loss, norm) in zip(*runs, strict=True):
+        assert loss == pytest.approx(cpu_loss, rel=1e-5) and norm == pytest.approx(cpu_norm, rel=1e-4)
+
+
+def test_bf16_differs_from_the_cpus_as_bf16_does_from_fp32(tmp_path: Path, needs: Needs) -> None:
+    needs(1)
+
+    def of(precision: str, name: str | None) -> list[float]:
+        made = on_ranks(1, "losses", accelerator=name, config=config(tmp_path, precision=precision), steps=STEPS)
+        return [loss for loss, _ in made[0]]
+
+    exact, cpu, gpu = of("fp32", "cpu"), of("bf16", "cpu"), of("bf16", None)
+    spread = max(abs(a - b) for a, b in zip(exact, cpu, strict=True))
+    assert max(abs(a - b) for a, b in zip(exact, gpu, strict=True)) <= 4 * spread
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_deterministic_run_resumes_to_the_bit(tmp_path: Path, zero: int, needs: Needs) -> None:
+    needs(1)
+    document, last = config(tmp_path, zero=zero), 2 * STEPS
+    whole = start(tmp_path, document, deterministic=True, steps=last, run_dir=str(tmp_path / "whole"))
+    for steps in (STEPS, last):
+        resumed = start(tmp_path, document, deterministic=True, steps=steps, run_dir=str(tmp_path / "resumed"))
+    figures = [[(row["step"], row["loss"], row["grad_norm"]) for row in made] for made in (whole, resumed)]
+    assert figures[0] == figures[1]

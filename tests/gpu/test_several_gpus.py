@@ -1,0 +1,51 @@
+"""What needs two GPUs or more: NCCL between them. bash tools/test_gpu.sh."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.configs import config
+from tests.gpu.ranks import on_ranks
+from tests.ranks import REPOSITORY
+
+Needs = Callable[[int], None]
+STEPS = 3
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
+def test_messages_larger_than_nccls_buffers_do_not_hang(tmp_path: Path, schedule: str, needs: Needs) -> None:
+    """4 × 4,096 × 4,096 numbers in bf16 are 128 MiB."""
+    needs(2)
+    document = config(
+        tmp_path, 2, parallel={"pipe": 2, "schedule": schedule}, data={"sequence_length": 4096},
+        model={"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 1024},
+        train_micro_batch_size_per_gpu=4, train_batch_size=32,
+    )  # fmt: skip
+    everyone = on_ranks(2, "losses", config=document, steps=2)
+    assert len(everyone[0]) == 2
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipe": 2}, {}], ids=str)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_layout_is_the_run_of_one_gpu(tmp_path: Path, parallel: dict[str, int], zero: int, needs: Needs) -> None:
+    needs(2)
+    if "pipe" in parallel and zero == 3:
+        pytest.skip("ZeRO-3 takes no pipe axis")
+    one = on_ranks(1, "losses", config=config(tmp_path, zero=1, precision="fp32"), steps=STEPS)[0]
+    document = config(tmp_path, 2, zero=zero, precision="fp32", parallel=parallel)
+    for rank in on_ranks(2, "losses", config=document, steps=STEPS):
+        for (loss, norm), (one_loss, one_norm) in zip(rank, one, strict=True):
+            assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(one_norm, rel=1e-4)
+
+
+def test_layouts_are_verified(tmp_path: Path, needs: Needs) -> None:
+    needs(2)
+    (tmp_path / "config.json").write_text(json.dumps(config(tmp_path, precision="fp32")))
+    layouts = ["tensor=2,zero=1", "pipe=2,zero=2", "data=2,zero=3"]
+    command = [sys.executable, "tools/verify_layouts.py", "--deepspeed_config", str(tmp_path / "config.json")]
+    done = subprocess.run([*command, "--layouts", *layouts], cwd=REPOSITORY, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
