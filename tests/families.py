@@ -29,6 +29,7 @@ _SIZES: dict[str, Any] = {
 _GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 16}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_MODERNBERT_IDS = {"pad_token_id": 7, "cls_token_id": 1, "sep_token_id": 2}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,30 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 24,  # of which the first is that of the padding id
         "hidden_act": "gelu_new",
         "type_vocab_size": 1,
+    },
+    "modernbert": {
+        **_SIZES,
+        **_MODERNBERT_IDS,
+        "model_type": "modernbert",
+        "local_attention": 6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1.6e5, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "modernbert with biases": {
+        **_SIZES,
+        **_MODERNBERT_IDS,
+        "model_type": "modernbert",
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "local_attention": 9,
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "classifier_bias": True,
+        "decoder_bias": False,
+        "hidden_activation": "silu",
+        "tie_word_embeddings": False,
     },
 }
 

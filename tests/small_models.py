@@ -51,6 +51,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     },
+    "modernbert": {
+        "model_type": "modernbert",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "local_attention": 6,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "cls_token_id": 1,
+        "eos_token_id": 2,
+        "sep_token_id": 2,
+    },
 }
 
 

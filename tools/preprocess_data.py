@@ -31,6 +31,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that stands")
     parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize")
     parser.add_argument("--append-eod", action="store_true", help="end each document by the end-of-sequence token")
+    parser.add_argument("--cls-sep", action="store_true", help="for encoders: begin by [CLS], end by [SEP]")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad line instead of counting it")
     return parser.parse_args(argv)
 
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
         text_key=args.text_key,
         workers=args.workers,
         append_eod=args.append_eod,
+        cls_sep=args.cls_sep,
         strict=args.strict,
         overwrite=args.overwrite,
         kind=args.format,

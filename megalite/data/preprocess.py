@@ -41,7 +41,7 @@ from megalite.data.documents import (
 from megalite.data.indexed import token_dtype
 from megalite.data.partial import Counts, Encoded, Partial
 from megalite.data.progress import Progress
-from megalite.data.tokenizer import Encoder, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Encoder, FastEncoder, Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError, MegaliteError
 from megalite.inputs import reading
 
@@ -70,7 +70,8 @@ class TextTask(Task):
     encoder: Encoder
     dtype: np.dtype[Any]
     text_key: str
-    end: list[int]  # the end-of-document token, or nothing
+    begin: list[int]  # [CLS], or nothing
+    end: list[int]  # the end-of-document token or [SEP], or nothing
 
     def encode(self, chunk: Chunk) -> Encoded:
         """See Task."""
@@ -82,6 +83,8 @@ class TextTask(Task):
             else:
                 texts.append(found)
         ids = [found for found in self.encoder.encode_batch(texts) if found]
+        if chunk.kind != "txt" or chunk.start.offset == 0:  # else a piece of a document that has begun
+            ids = [self.begin + found for found in ids]
         if not chunk.open_end:
             for found in ids:
                 found += self.end
@@ -89,7 +92,7 @@ class TextTask(Task):
 
     def fingerprint(self) -> str:
         """See Task."""
-        what = (self.text_key, self.end, self.dtype.str)
+        what = (self.text_key, self.begin, self.end, self.dtype.str)
         return hashlib.sha256(pickle.dumps(what) + pickle.dumps(self.encoder)).hexdigest()
 
 
@@ -136,6 +139,7 @@ def preprocess(
     text_key: str = "text",
     workers: int = 1,
     append_eod: bool = False,
+    cls_sep: bool = False,
     strict: bool = False,
     overwrite: bool = False,
     kind: Literal["jsonl", "txt", "parquet"] | None = None,
@@ -146,7 +150,8 @@ def preprocess(
 
     `strict`: the first bad line raises DataError; otherwise bad lines are counted and the first few named.
     `kind` says what inputs hold whose names do not; `paragraphs`: blank lines part the documents of .txt.
-    `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
+    `append_eod`: each document ends by the tokenizer's end of document; `cls_sep`: it begins by [CLS] and ends by
+    [SEP]. `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
     own, marks with 1 the tokens that the loss counts.
     An output that stands is refused, unless `overwrite`. Raises DataError with one line.
     """
@@ -157,11 +162,20 @@ def preprocess(
     if chat:
         if set(kinds) != {"jsonl"}:
             raise DataError(f"{inputs[0]}: must be lines of JSON for --chat")
+        if cls_sep:
+            raise ConfigError("--cls-sep: not with --chat, which is for decoders")
         if append_eod:
             raise ConfigError("--append-eod: not with --chat: the template ends messages, and completions are ended")
         task: Task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
-        task = TextTask(loaded.encoder(), dtype, text_key, _end_of_document(loaded, tokenizer) if append_eod else [])
+        if append_eod and cls_sep:
+            raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
+        begin, end = _cls_and_sep(loaded, tokenizer) if cls_sep else ([], [])
+        end = _end_of_document(loaded, tokenizer) if append_eod else end
+        encoder = loaded.encoder()
+        if cls_sep and isinstance(encoder, FastEncoder):
+            encoder = encoder.splitting()  # "[SEP]" in a text ends no document
+        task = TextTask(encoder, dtype, text_key, begin, end)
     fingerprint = _fingerprint(inputs, kinds, task)
     with Partial(output, fingerprint, overwrite, chat) as partial, Progress(inputs, size) as progress:
         if not partial.written:
@@ -178,6 +192,12 @@ def _end_of_document(loaded: Tokenizer, folder: str | Path) -> list[int]:
     if loaded.eod_id is None:
         raise DataError(f"{folder}: has no end-of-sequence token, which --append-eod needs")
     return [loaded.eod_id]
+
+
+def _cls_and_sep(loaded: Tokenizer, folder: str | Path) -> tuple[list[int], list[int]]:
+    if loaded.cls_id is None or loaded.sep_id is None:
+        raise DataError(f"{folder}: has no [CLS] and [SEP] tokens, which --cls-sep needs")
+    return [loaded.cls_id], [loaded.sep_id]
 
 
 def _fingerprint(inputs: Sequence[str], kinds: Sequence[str], task: Task) -> str:

@@ -36,6 +36,9 @@ class Tokenizer(ABC):
     """The token that ends a document (Hugging Face's eos), where there is one."""
     mask_id: int | None
     """The token that stands in a masked one's place, where there is one."""
+    cls_id: int | None
+    sep_id: int | None
+    """The tokens that begin and end a text for an encoder, where there are some."""
     special_ids: frozenset[int]
     """Tokens that no text gives."""
 
@@ -77,6 +80,10 @@ class FastEncoder(Encoder):
         """The ids of each text."""
         return [found.ids for found in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def splitting(self) -> "FastEncoder":
+        """One that takes a special token's name in a text for text."""
+        return FastEncoder(self._inner, split_special_tokens=True)
+
     def __reduce__(self) -> Any:
         return FastEncoder, (self._inner, self._split)
 
@@ -112,6 +119,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._equal = None if equal_model is None else SentencePieceTokenizer(equal_model).encoder()
         self.vocabulary_size = max(inner.get_vocab().values()) + 1
         self.bos_id, self.eod_id, self.mask_id = inner.bos_token_id, inner.eos_token_id, inner.mask_token_id
+        self.cls_id, self.sep_id = inner.cls_token_id, inner.sep_token_id
         self.special_ids = frozenset(inner.all_special_ids)
         self._encoder = self.encoder()
 
@@ -147,7 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{model_file}: is no sentencepiece model") from None
         self.vocabulary_size = len(self._inner)
         self.bos_id, self.eod_id = (i if i >= 0 else None for i in (self._inner.bos_id(), self._inner.eos_id()))
-        self.mask_id = None
+        self.mask_id = self.cls_id = self.sep_id = None
         ids = range(self.vocabulary_size)
         self.special_ids = frozenset(i for i in ids if self._inner.is_control(i) or self._inner.is_unknown(i))
 

@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
         super().__init__()
         axis = split.axis
-        self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary, spec.head_size
+        self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary_of(layer), spec.head_size
         self.window, self.qk_norm, self.dropout = spec.window(layer), spec.qk_norm, spec.attention_dropout
         self.causal, self.recompute, self.heads = spec.causal, recompute, range(*share(spec.num_heads, axis))
         d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
@@ -113,14 +113,14 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_size))
 
     def _turn(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Rotary positions; the angles are the same for all layers."""
+        """Rotary positions; the angles are the same for all layers that turn alike."""
         if self.rotary is None:
             return query, key
-        interleaved = self.rotary.interleaved
-        if "turns" not in context.shared:
+        interleaved, key_of_turns = self.rotary.interleaved, ("turns", self.rotary)
+        if key_of_turns not in context.shared:
             s, device = query.shape[2], query.device
             spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
             cosine, sine = turns(self.rotary, context.places(s, device), spans, query.dtype)
-            context.shared["turns"] = spread(cosine, interleaved), sine
-        cosine, sine = context.shared["turns"]
+            context.shared[key_of_turns] = spread(cosine, interleaved), sine
+        cosine, sine = context.shared[key_of_turns]
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

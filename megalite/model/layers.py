@@ -25,14 +25,15 @@ class Norm(nn.Module):
 
     def __init__(self, spec: TransformerSpec, axis: Axis, size: int, users: Axis = ALONE) -> None:
         super().__init__()
-        self.eps, self.users = spec.norm_eps, users
+        self.eps, self.users, self.centred = spec.norm_eps, users, spec.norm == "layer"
         self.weight = parameter((size,), None, axis, None, fill=1.0)
-        self.bias = parameter((size,), None, axis, None) if spec.norm == "layer" else None
+        self.bias = parameter((size,), None, axis, None) if self.centred and spec.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = enter(later(self.weight), self.users)
-        if self.bias is not None:
-            return F.layer_norm(x, weight.shape, weight, enter(later(self.bias), self.users), self.eps)
+        if self.centred:
+            bias = None if self.bias is None else enter(later(self.bias), self.users)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         return rms_norm(x, weight, self.eps)
 
 

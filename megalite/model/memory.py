@@ -26,6 +26,7 @@ recompute of every n layers keeps e·r of n layers and makes their table again, 
 tests/distributed/test_activations.py holds each table against what autograd saves.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,8 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
         _norm(spec.norm, name, at.rows * spec.hidden_size, at.rows, at) for name in ("attention norm", "MLP norm")
     ]
     gathered = at.width * at.tokens * spec.hidden_size
-    table = hidden_norms[0] | {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
+    table: Table = hidden_norms[0] if layer or spec.first_norm else {}
+    table |= {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
     if not spec.shared_norm:
         table |= hidden_norms[1]
     if spec.parallel:  # both norms read the one input
@@ -109,7 +111,7 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
     if spec.activation != "relu" or spec.gated:
         table["input of down projection"] = features
     if spec.hidden_dropout > 0:
-        table["dropout of what is added"] = 2 * at.rows * spec.hidden_size
+        table["dropout of what is added"] = (1 + spec.drops_mlp) * at.rows * spec.hidden_size
     return table
 
 
@@ -189,11 +191,9 @@ def _loss_rows(spec: TransformerSpec, at: Forward) -> int:
     return chunk_rows(at.tokens, spec.hidden_size, columns, gradient_type(at.dtype).itemsize, at.device)
 
 
-def angles_table(spec: TransformerSpec, at: Forward) -> Table:
-    """What the layers of a stage share."""
-    if spec.rotary is None:
-        return {}
-    pairs = (spec.rotary.size + 1) // 2
+def angles_table(spec: TransformerSpec, layers: Iterable[int], at: Forward) -> Table:
+    """What these layers of a chunk share."""
+    pairs = sum((rotary.size + 1) // 2 for rotary in {spec.rotary_of(layer) for layer in layers} if rotary is not None)
     return {"cosines twice, sines": 3 * at.width * pairs * (at.tokens if at.documents else at.length)}
 
 
@@ -220,7 +220,7 @@ def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at
     if not every:
         table |= {f"layer {layer}": total(layer_table(spec, layer, at, selective)) for layer in part.layers}
     if part.layers:
-        table["angles"] = total(angles_table(spec, at))
+        table["angles"] = total(angles_table(spec, part.layers, at))
     if part.last:
         table["final norm, head, loss"] = total(head_table(spec, at)) + FP32
     return table
@@ -242,7 +242,7 @@ def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: F
 def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
     """What a chunk keeps of one micro-batch between I and W: for each product with a weight its input and the gradient
     of its result, and the gradients of small weights, which are made already. The head's was given to it in I."""
-    table: Table = {f"layer {layer}": total(_waiting_layer(spec, at)) for layer in part.layers}
+    table: Table = {f"layer {layer}": total(_waiting_layer(spec, layer, at)) for layer in part.layers}
     if part.first:
         gathered = at.width * at.tokens * spec.hidden_size
         table["embedding"] = INT64 * at.tokens + gathered
@@ -258,7 +258,7 @@ def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
     return table
 
 
-def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
+def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
     """Of one layer: as in `layer_table`, g, q, k and f numbers."""
     h, e = spec.head_size, at.width
     g = e * at.tokens * spec.hidden_size
@@ -269,7 +269,7 @@ def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
         "output projection: input, gradient": q + g,
         "gate, up: gradients": f * (2 if spec.gated else 1),
         "down projection: input, gradient": f + g,
-        "norms": at.width * spec.norm_parameters * (1 if spec.shared_norm else 2),
+        "norms": e * spec.norm_parameters * (2 - spec.shared_norm - (layer == 0 and not spec.first_norm)),
         "biases of output, down": e * spec.hidden_size * (spec.attention_output_bias + spec.mlp_bias),
     }
     if not spec.shared_norm or at.split.divides:

@@ -72,8 +72,15 @@ class TransformerSpec:
     """Rows of the embedding of token types, of which every token has the first; 0: there is none."""
     embedding_norm: bool = False
     final_norm: bool = True
+    norm_bias: bool = True
+    """Of LayerNorm; RMSNorm has none."""
+    first_norm: bool = True
+    """Whether the first layer has a norm before attention, as the others have."""
+    local_rotary: Rotary | None = None
+    """Of layers with a window, where it is not the others'."""
     head_transform: Activation | None = None
     """The activation of a dense layer before the head, which a norm follows; None: there is neither."""
+    head_transform_bias: bool = True
     parallel: bool = False
     """Whether attention and MLP read the same hidden states and are added together."""
     shared_norm: bool = False
@@ -82,13 +89,16 @@ class TransformerSpec:
     """A norm of queries and of keys: each head by itself, or all heads together."""
     head_bias: bool = False
     windows: tuple[int | None, ...] = ()
-    """For each layer how many positions a token sees, itself included; None or an empty tuple: all before it."""
+    """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
+    tuple: all."""
     padding_id: int | None = None
     """A token whose look-up trains no embedding."""
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     """Of what attention and MLP add to the hidden states."""
+    drops_mlp: bool = True
+    """False: of what attention adds alone."""
 
     @property
     def dropout(self) -> float:
@@ -99,6 +109,10 @@ class TransformerSpec:
         """Positions that a token of the layer sees, None for all."""
         return self.windows[layer] if self.windows else None
 
+    def rotary_of(self, layer: int) -> Rotary | None:
+        """Rotary positions of a layer."""
+        return self.rotary if self.window(layer) is None else self.local_rotary or self.rotary
+
     @property
     def position_rows(self) -> int:
         """Rows of the embedding of learned positions, 0 where there is none."""
@@ -107,16 +121,21 @@ class TransformerSpec:
     @property
     def norm_parameters(self) -> int:
         """Parameters of a norm of hidden states."""
-        return self.hidden_size * (2 if self.norm == "layer" else 1)
+        return self.hidden_size * self._per_feature
+
+    @property
+    def _per_feature(self) -> int:
+        """Parameters of a norm for each of its features."""
+        return 2 if self.norm == "layer" and self.norm_bias else 1
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of one layer."""
+        """Parameters of a layer, which has all norms."""
         d, n, k, h, f = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_size, self.intermediate_size
         attention = d * h * (2 * n + 2 * k) + self.attention_bias * h * (n + 2 * k) + self.attention_output_bias * d
         mlp = d * f * (3 if self.gated else 2) + self.mlp_bias * (f * (2 if self.gated else 1) + d)
         norms = d * (1 if self.shared_norm else 2) + {"none": 0, "head": 2 * h, "projection": h * (n + k)}[self.qk_norm]
-        return attention + mlp + norms * (2 if self.norm == "layer" else 1)
+        return attention + mlp + norms * self._per_feature
 
     @property
     def num_parameters(self) -> int:
@@ -124,8 +143,8 @@ class TransformerSpec:
         d = self.hidden_size
         embeddings = self.vocabulary_size * (d * (1 if self.tied else 2) + self.head_bias)
         embeddings += (self.position_rows + self.token_types) * d
-        transform = d * d + d if self.head_transform else 0
-        norms = self.embedding_norm + self.final_norm + (self.head_transform is not None)
+        transform = d * d + d * self.head_transform_bias if self.head_transform else 0
+        norms = self.embedding_norm + self.final_norm + (self.head_transform is not None) - (not self.first_norm)
         return self.num_layers * self.block_parameters + embeddings + transform + norms * self.norm_parameters
 
     def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:

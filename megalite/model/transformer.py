@@ -84,7 +84,7 @@ class Block(nn.Module):
         super().__init__()
         self.spec, self.layer, self.split = spec, layer, split
         size, users = spec.hidden_size, split.users
-        self.attention_norm = Norm(spec, split.axis, size, users)
+        self.attention_norm = Norm(spec, split.axis, size, users) if layer or spec.first_norm else nn.Identity()
         self.attention = Attention(spec, layer, split, recompute_attention)
         self.mlp_norm = None if spec.shared_norm else Norm(spec, split.axis, size, users)
         self.mlp = MLP(spec, split)
@@ -106,6 +106,8 @@ class Block(nn.Module):
         return hidden + self._drop(self.mlp(mlp_norm(hidden)), context, "mlp")
 
     def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
+        if part == "mlp" and not self.spec.drops_mlp:
+            return added
         first_row = self.split.rows(added.shape[1] * self.split.axis.size).start
         place = f"layers.{self.layer}.{part}.output"
         return drop(added, context.randomness, place, self.spec.hidden_dropout, first_row)
@@ -119,7 +121,7 @@ class Transform(nn.Module):
         assert spec.head_transform is not None
         self.activation: Activation = spec.head_transform
         std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
-        self.dense = WholeLinear(spec.hidden_size, spec.hidden_size, True, split, std)
+        self.dense = WholeLinear(spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std)
         self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
 
     def forward(self, hidden: Tensor) -> Tensor:

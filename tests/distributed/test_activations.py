@@ -40,6 +40,7 @@ DROPPING = {
     "gpt2": {**FAMILY_CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1},
     "llama": {**FAMILY_CONFIGS["llama"], "attention_dropout": 0.2},
     "bert": {**FAMILY_CONFIGS["bert"], "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1},
+    "modernbert": {**FAMILY_CONFIGS["modernbert"], "attention_dropout": 0.1},
 }
 Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 """A name, a model, its type, its recompute choice and whether samples are packed documents."""
@@ -48,7 +49,8 @@ Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 def cases(alone: bool, sequence: bool) -> list[Case]:
     every: list[Recompute] = [0, "selective", 2, 1] if alone or sequence else [0]
     result: list[Case] = []
-    for name, dtype, recompute in product(("llama", "gpt2", "phi", "bert"), (torch.float32, torch.bfloat16), every):
+    names = ("llama", "gpt2", "phi", "bert", "modernbert")
+    for name, dtype, recompute in product(names, (torch.float32, torch.bfloat16), every):
         result.append((name, FAMILY_CONFIGS[name], dtype, recompute, False))
     for (name, config), recompute in product(DROPPING.items(), every):
         result.append((f"{name} dropout", config, torch.bfloat16, recompute, True))
@@ -101,8 +103,9 @@ def predicted(
     spec: TransformerSpec, grid: Grid, dtype: torch.dtype, recompute: Recompute, packed: bool, sequence: bool
 ) -> tuple[list[Table], int]:
     at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
-    angles = angles_table(spec, at)  # each layer by itself saves them
-    layers = [layer_table(spec, i, at, recompute == "selective") | angles for i in range(spec.num_layers)]
+    layers = [  # each layer by itself saves its angles
+        layer_table(spec, i, at, recompute == "selective") | angles_table(spec, [i], at) for i in range(spec.num_layers)
+    ]
     kept = chunk_table(spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at)
     if recompute not in (0, "selective"):
         del kept["angles"]  # kept by the context that backward calls the layers with again: no hook sees them

@@ -31,7 +31,10 @@ from tests.unit.data.corpora import data_section, write_corpus
 
 STEPS, BATCH = 4, 8
 MASKED = {"masked": 0.3, "mask_token_id": 4, "special_token_ids": [0, 1, 2, 3]}
-DROPOUT: dict[str, dict[str, Any]] = {"bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    "modernbert": {"embedding_dropout": 0.1, "attention_dropout": 0.1},
+}
 LAYOUTS = [
     Layout(data=2, zero=3, micro=2),
     Layout(data=2, zero=0, micro=1),

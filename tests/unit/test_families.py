@@ -23,6 +23,8 @@ from tests.families import FAMILY_CONFIGS, hf_model
 
 # Fields of the config classes that change no function of a decoder that is trained.
 NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "is_decoder", "classifier_dropout"}
+NO_EFFECT |= {"classifier_pooling", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index"}
+NO_EFFECT |= {"cls_token_id", "sep_token_id"}
 NO_EFFECT |= {field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")}
 OTHERS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -38,6 +40,8 @@ OTHERS: dict[str, Any] = {
     "head_dim": 14,
     "n_inner": 60,
     "max_window_layers": 0,
+    "hidden_activation": "relu",
+    "classifier_activation": "relu",
 }
 
 

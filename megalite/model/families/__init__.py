@@ -22,7 +22,20 @@ from typing import Any
 
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
-from megalite.model.families import bert, gpt2, gpt_neox, gptj, llama, mistral, olmo2, phi, qwen2, qwen3, roberta
+from megalite.model.families import (
+    bert,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    modernbert,
+    olmo2,
+    phi,
+    qwen2,
+    qwen3,
+    roberta,
+)
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
 from megalite.model.spec import TransformerSpec
 
@@ -38,6 +51,7 @@ FAMILIES: dict[str, ModuleType] = {
     "phi": phi,
     "bert": bert,
     "roberta": roberta,
+    "modernbert": modernbert,
 }
 # Older names and places of fields that transformers still reads.
 _OLD_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype"}
@@ -132,4 +146,5 @@ def model_dict(section: dict[str, Any] | str) -> dict[str, Any]:
 def _known_keys(config: Any) -> set[str]:
     """The keys that transformers gives a meaning in a config of this one's family."""
     known = set(type(config)().to_dict()) | set(config.attribute_map)
+    known |= getattr(FAMILIES[config.model_type], "OLD_KEYS", set())
     return known | (_OLD_KEYS if hasattr(config, "rope_parameters") else {"torch_dtype"})

@@ -41,7 +41,8 @@ _ROPE_KEYS = {
 _LAYERS = {"num_hidden_layers", "n_layer"}
 _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "sliding_window", "type_vocab_size", "n_embd", "n_head", "n_inner", "n_positions",
+    "max_position_embeddings", "sliding_window", "local_attention", "type_vocab_size", "n_embd", "n_head",
+    "n_inner", "n_positions",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000
@@ -114,11 +115,12 @@ def padding(config: Any) -> int | None:
     return pad % size
 
 
-def rotary(config: Any, size_of_head: int) -> Rotary:
-    """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured."""
-    given = dict(config.rope_parameters or {})
+def rotary(config: Any, size_of_head: int, parameters: Any = None, field: str = "rope_parameters") -> Rotary:
+    """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured.
+    parameters, field: of a config that has several."""
+    given = dict(parameters or config.rope_parameters or {})
     kind: Any = given.get("rope_type", "default")
-    where = f"{KEY}.rope_parameters"
+    where = f"{KEY}.{field}"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ConfigError(f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}")
     for key in given:
@@ -214,9 +216,9 @@ def _numbers(spec: TransformerSpec) -> Iterator[tuple[str, Any]]:
     """Those that are no sizes, by name."""
     for name in ("norm_eps", "init_std", "embedding_dropout", "attention_dropout", "hidden_dropout"):
         yield name, getattr(spec, name)
-    if spec.rotary is not None:
-        for name in (
+    for rotary in (spec.rotary, spec.local_rotary):
+        for name in () if rotary is None else (
             "theta", "factor", "original_positions", "low_frequency_factor", "high_frequency_factor", "beta_fast",
             "beta_slow", "attention_factor",
         ):  # fmt: skip
-            yield f"rope {name}", getattr(spec.rotary, name)
+            yield f"rope {name}", getattr(rotary, name)
