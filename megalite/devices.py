@@ -90,6 +90,27 @@ def library_settings(environment: Mapping[str, str], on_gpu: bool, interface: st
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
+def sum_in_fp32() -> None:
+    """Products of 16-bit matrices are summed in fp32 to the end, also where a kernel splits the sum among its parts."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def be_deterministic() -> None:
+    """From now on the same numbers from the same inputs, to the bit; to be called before the first product and the
+    first collective on a GPU."""
+    import torch
+    import torch.utils.deterministic
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # no sums within switches, and no choice by measured speed
+    torch.use_deterministic_algorithms(True)
+    # What torch.empty gives is written here before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def raise_open_files() -> None:
     """Lets this process open as many files as the system allows: sockets to other ranks count as such."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

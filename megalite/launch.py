@@ -25,7 +25,15 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from megalite.config.rules import machine_has_gpu
 from megalite.config.sections import DEFAULT_TIMEOUT
-from megalite.devices import GPUNames, gpu_name, library_settings, own_gpu, raise_open_files, visible_gpus
+from megalite.devices import (
+    GPUNames,
+    gpu_name,
+    library_settings,
+    own_gpu,
+    raise_open_files,
+    sum_in_fp32,
+    visible_gpus,
+)
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
 from megalite.signals import AGAIN, EXIT_BASE, RESUME, interrupted, listen, settle, tell_interrupted
@@ -225,6 +233,7 @@ def start_ranks(
         raise error
     _quieten(here.rank)
     visible = visible_gpus()
+    sum_in_fp32()
     prepared = _agree(store, here, _after_gpus(store, here, visible, prepare))
     Place.started = True
     import deepspeed

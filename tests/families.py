@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from megalite.convert.names import from_hf
+from megalite.convert.names import from_hf, hf_auto_class
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {
 }
 _GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 16}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,16 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
     },
+    "bert": {**_SIZES, **_NO_BERT_DROPOUT, "model_type": "bert", "pad_token_id": 7, "type_vocab_size": 3},
+    "roberta": {
+        **_SIZES,
+        **_NO_BERT_DROPOUT,
+        "model_type": "roberta",
+        "pad_token_id": 7,
+        "max_position_embeddings": 24,  # of which the first is that of the padding id
+        "hidden_act": "gelu_new",
+        "type_vocab_size": 1,
+    },
 }
 
 # Fewer key/value heads than ranks of the tensor axis, with every kind of weight that is then held in copies.
@@ -117,11 +128,11 @@ def hf_model(config: dict[str, Any]) -> Any:
     """transformers' model in fp32 with random weights, norms and biases too, the same at every call."""
     hf_config = AutoConfig.for_model(**config)
     hf_config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(hf_config).eval()
+    model = hf_auto_class(read_spec(config)).from_config(hf_config).eval()
     torch.manual_seed(5)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            value.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.2)
+            value.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, 0.2)
     return model
 
 

@@ -40,6 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
+    "bert": {
+        "model_type": "bert",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
 }
 
 

@@ -30,6 +30,7 @@ from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.launch import ArgumentParser, at_least, positive, run_program
+from megalite.prove.loader import write_random_corpus
 
 _WORDS = 4000  # of the made-up language
 
@@ -107,19 +108,6 @@ def tokenizing(text: Path, folder: str, scratch: Path, workers: int) -> Iterator
     ours = rates.pop("megalite")
     for name, rate in rates.items():
         yield f"  {ours / rate:8.2f} times the rate of {name}"
-
-
-def write_random_corpus(prefix: Path, tokens: int, mean: int) -> None:
-    """A corpus of random ids, a chunk at a time."""
-    chance = np.random.default_rng(0)
-    sizes = chance.integers(1, 2 * mean, tokens // mean).astype(np.int32)
-    left = int(sizes.sum(dtype=np.int64))
-    with open(f"{prefix}.bin", "wb") as file:
-        while left > 0:
-            part = min(left, 1 << 22)
-            file.write(chance.integers(0, 50_000, part, dtype=np.uint16).tobytes())
-            left -= part
-    write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), sizes, None)
 
 
 def batches(scratch: Path, tokens: int, length: int) -> Iterator[str]:

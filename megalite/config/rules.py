@@ -14,7 +14,7 @@ from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, OffloadOpt
 from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, Wrong, all_of, broken, nearest, parse, read
-from megalite.config.sections import Data, Megalite, Parallel
+from megalite.config.sections import Data, Masked, Megalite, Parallel
 from megalite.errors import ConfigError
 
 LEAST_SHARE = 1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
@@ -46,6 +46,10 @@ class ModelDims(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def causal(self) -> bool: ...
     @property
     def num_heads(self) -> int: ...
     @property
@@ -206,6 +210,7 @@ def check_data_keys(data: Data) -> None:
         raise broken("megalite.data.samples", "packed", "needs megalite.data.reset_attention true")
     if data.samples != "windows" and data.order == "megatron":
         raise broken("megalite.data.samples", data.samples, 'must be "windows" with megalite.data.order "megatron"')
+    _check_masked(data)
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for i, source in enumerate(sources):
             if source.split is not None and source.split[0] >= source.split[1]:
@@ -215,6 +220,39 @@ def check_data_keys(data: Data) -> None:
         i = next(i for i, source in enumerate(data.train) if source.weight == least)
         rule = f"must be at least {LEAST_SHARE:g} of the sum of weights {total:g}"
         raise broken(f"megalite.data.train.{i}.weight", least, rule)
+
+
+def _check_masked(data: Data) -> None:
+    """What goes together with masked language modelling."""
+    objective = data.objective
+    if not isinstance(objective, Masked):
+        return
+    path = "megalite.data.objective"
+    if objective.keep + objective.swap > 1:
+        raise broken(f"{path}.keep", objective.keep, f"must be at most 1 together with {path}.swap {objective.swap}")
+    if data.tokenizer is None and objective.mask_token_id is None:
+        raise ConfigError(f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token")
+    with_masks = f"with a masked {path}"
+    if data.samples != "windows" and not data.reset_attention:
+        rule = f"needs megalite.data.reset_attention true {with_masks}: a token would see the filling"
+        raise broken("megalite.data.samples", data.samples, rule)
+    for key, value, only in (("order", data.order, "shuffled"), ("loss", data.loss or "all", "all")):
+        if value != only:
+            raise broken(f"megalite.data.{key}", value, f'must be "{only}" {with_masks}')
+    if data.eod_mask_loss:
+        rule = f"must be false {with_masks}: special tokens are never masked"
+        raise broken("megalite.data.eod_mask_loss", True, rule)
+
+
+def check_objective(data: Data, dims: ModelDims) -> None:
+    """What is asked for against what a token sees."""
+    if dims.causal and isinstance(data.objective, Masked):
+        value = data.objective.model_dump(exclude_none=True)
+        rule = f"needs an encoder, such as bert: a {dims.family} model sees only what is before a token"
+        raise broken("megalite.data.objective", value, rule)
+    if not dims.causal and data.objective == "causal":
+        rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees what is asked for'
+        raise broken("megalite.data.objective", "causal", rule)
 
 
 def _check_faults(megalite: Megalite) -> None:
@@ -427,6 +465,7 @@ def check_dims(document: Document, dims: ModelDims) -> None:
     """The model's sizes against the grid and the samples."""
     megalite = document.megalite
     check_layout(megalite.parallel, dims)
+    check_objective(megalite.data, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"

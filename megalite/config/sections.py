@@ -82,6 +82,30 @@ class Source(Section):
     )
 
 
+class Masked(Section):
+    """Masked language modelling, for encoders: some tokens are hidden and asked for. Which ones is drawn anew in each
+    epoch, the same on every layout and after a restart; special tokens never are."""
+
+    masked: float = Field(gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15.")
+    keep: Share = Field(0.1, description="Share of those that are left as they are.")
+    swap: Share = Field(0.1, description="Share of those in whose place another token stands; the rest is masked.")
+    mask_token_id: Counter | None = Field(
+        None, description="What stands in a masked token's place; left out: the tokenizer's mask token."
+    )
+    special_token_ids: list[Counter] | None = Field(
+        None,
+        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
+    )
+
+
+def _objective(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Masked.model_validate(value)  # pydantic takes its errors in, at their places
+    if value == "causal" or isinstance(value, Masked):
+        return value
+    raise PydanticCustomError("objective", 'must be "causal" or an object such as {{"masked": 0.15}}')
+
+
 Sources = list[Annotated[Source, BeforeValidator(_source)]]
 
 
@@ -106,6 +130,12 @@ class Data(Section):
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
         "--chat writes it; left out: all, and a `prefix.mask` that stands is refused.",
     )
+    objective: Annotated[Literal["causal"] | Masked, BeforeValidator(_objective)] = Field(
+        "causal",
+        description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
+        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time. '
+        "docs/encoders.md has more.",
+    )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
         description="`shuffled`: windows of the files in a new order each epoch, computed, with no tables. "
@@ -125,6 +155,17 @@ class Data(Section):
         False,
         description="Leave out of the loss what is predicted from the tokenizer's end-of-document token.",
     )
+
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that a sample needs after its last position: what is asked for there."""
+        return 1 if self.objective == "causal" else 0
+
+    @property
+    def counted_share(self) -> float:
+        """About which share of the positions counts in the loss, by the objective alone."""
+        return self.objective.masked if isinstance(self.objective, Masked) else 1.0
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -250,6 +291,12 @@ class Train(Section):
         "none",
         description="What is computed again in backward instead of being kept. `selective`: the core of attention; "
         "`full`: all of a layer but its input; a number n: all of n layers but the input of the first.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="On GPUs: kernels and collectives whose sums have one order, so that a run and its repetition or "
+        "resumption on the same GPUs are equal to the bit, at some cost in speed; an operation without such a kernel "
+        "is an error. On a CPU that holds anyway.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,

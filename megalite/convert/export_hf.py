@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.convert.carried import CARRIED, GENERATION, carry, tokenizer_of
-from megalite.convert.names import hf_tensor, to_hf
+from megalite.convert.names import hf_auto_class, hf_tensor, to_hf
 from megalite.convert.shards import Shard, plan_shards, write_index, write_shards
 from megalite.convert.verify import Comparison, compare
 from megalite.convert.whole import appearing
@@ -75,23 +75,22 @@ def export_hf(
         write_shards(partial, shards, weights.tensors())
         write_index(partial, shards)
         with reading(source.folder, CheckpointError):
-            _write_settings(source, partial, dtype)
+            _write_settings(source, weights.spec, partial, dtype)
         return compare(source.folder, partial, verify, weights.dtype)
 
 
-def _write_settings(source: Checkpoint, folder: Path, dtype: str) -> None:
-    """The config with the model's class and dtype, generation settings, the tokenizer's files."""
+def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dtype: str) -> None:
+    """The config with the model's class and dtype, a decoder's generation settings, the tokenizer's files."""
     from transformers import AutoConfig, GenerationConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values: dict[str, Any] = {**source.model, "dtype": dtype}
     model_type = values.pop("model_type")
     config = AutoConfig.for_model(model_type, **values)
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    config.architectures = [hf_auto_class(spec)._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     carry(source.folder / CARRIED, folder)
     tokenizer = tokenizer_of(source)
     if tokenizer is not None:
         carry(tokenizer, folder)
-    if not (folder / GENERATION).exists():
+    if spec.causal and not (folder / GENERATION).exists():
         GenerationConfig.from_model_config(config).save_pretrained(folder)

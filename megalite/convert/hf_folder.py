@@ -29,6 +29,8 @@ from megalite.parallel.layers import placed
 
 # Buffers that older releases of transformers saved: computed, not learned.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+# Names that older releases of TensorFlow's BERT gave to a norm's weight and bias; transformers reads them too.
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
@@ -118,8 +120,9 @@ class HFFolder:
                 raise CheckpointError(f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}")
         if self.spec.tied:
             known |= self._tied_head()
+        unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
         for file_name in sorted(self._files.where.keys() - known):
-            if not _BUFFERS.search(file_name):
+            if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
                 raise CheckpointError(f"{self.folder}: {file_name}: a tensor that a {self.spec.family} model of this "
                                       "config does not have")
 
@@ -157,13 +160,17 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[str, Path] = {}
+        self._written: dict[str, str] = {}  # old names as the file has them
         self._open: dict[Path, Any] = {}
         paths = self._paths()
         if not paths:
             raise CheckpointError(f"{folder}: must hold config.json and safetensors (or pytorch_model.bin) files")
         for path in paths:
             for name in self._handle(path).keys():  # noqa: SIM118
-                self.where[name] = path
+                known = name
+                for old, new in _OLD_NAMES:
+                    known = known.replace(old, new)
+                self.where[known], self._written[known] = path, name
 
     def _paths(self) -> list[Path]:
         for index, single in (
@@ -208,7 +215,7 @@ class _Files:
 
     def shape(self, name: str) -> tuple[list[int], str]:
         """Shape and dtype (as safetensors writes it)."""
-        handle = self._handle(self.where[name])
+        handle, name = self._handle(self.where[name]), self._written[name]
         if isinstance(handle, dict):
             tensor = handle[name]
             names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -218,7 +225,7 @@ class _Files:
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
         """The box of these ranges; all of it where there are none."""
-        path = self.where[name]
+        path, name = self.where[name], self._written[name]
         try:
             handle = self._handle(path)
             if isinstance(handle, dict):

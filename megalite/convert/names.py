@@ -7,6 +7,7 @@ head, and may have them transposed. Reading files: import_hf.py; writing them: e
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from megalite.errors import CheckpointError
 from megalite.model.families import FAMILIES
 from megalite.model.families.common import HFTensor
+from megalite.model.spec import TransformerSpec
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
@@ -52,6 +54,13 @@ def to_hf(
         tensors = [read(parts[part]).unflatten(0, (groups_of(entry, heads), -1)) for part in sorted(parts)]
         tensor = torch.stack(tensors, dim=1).flatten(0, 2)
         yield file_name, (tensor.t() if entry.transposed else tensor).contiguous()
+
+
+def hf_auto_class(spec: TransformerSpec) -> Any:
+    """transformers' class that makes a model of this kind from a config or a folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # seconds to import
+
+    return AutoModelForCausalLM if spec.causal else AutoModelForMaskedLM
 
 
 def groups_of(entry: HFTensor, heads: int | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalite.checkpoint.weights import load_module
 from megalite.convert.hf_folder import HFFolder, full_shapes
+from megalite.convert.names import hf_auto_class
 from megalite.convert.weights import Weights, open_weights
 from megalite.errors import CheckpointError, ConversionError
 from megalite.inputs import reading
@@ -57,7 +58,7 @@ def compare(ours: Path, theirs: Path, wanted: bool | None, dtype: torch.dtype | 
     length = min(TOKENS[1], spec.max_positions or TOKENS[1])
     tokens = torch.randint(0, spec.vocabulary_size, (TOKENS[0], length), generator=generator)
     with reading(theirs, CheckpointError):
-        expected = hf_logits(theirs, tokens)
+        expected = hf_logits(theirs, tokens, spec)
     difference = (our_logits(source, spec, tokens, dtype) - expected).abs().max().item()
     largest = expected.abs().max().item()
     result = Comparison(difference, largest, BOUND * max(1.0, largest))
@@ -75,14 +76,13 @@ def fits(spec: TransformerSpec) -> bool:
 
 
 @torch.no_grad()
-def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
+def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
     """Logits [B, S, V] of transformers' model, its stored weights computed with in fp32. What computes them is chosen
     here: a config.json may name code to fetch and run for attention and experts."""
-    from transformers import AutoModelForCausalLM  # seconds to import
-    from transformers.utils import logging
+    from transformers.utils import logging  # seconds to import
 
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = hf_auto_class(spec).from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",

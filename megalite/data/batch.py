@@ -1,7 +1,8 @@
 """Samples to batches: tokens, labels, what does not count in the loss, and the check of each id.
 
-B samples, S sequence length in tokens. A label is the token that follows; -100 does not count: after the end
-of a document where documents are kept apart, where `prefix.mask` marks no answer, and in filling.
+B samples, S sequence length in tokens. A label is the token that follows, or with masks (masking.py) the token itself;
+-100 does not count: after the end of a document where documents are kept apart, where `prefix.mask` marks no answer, in
+filling, and where nothing is masked.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.data.indexed import IndexedCorpus
+from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.samples import Piece, Samples, read_documents, read_tokens
 from megalite.data.verify import unknown_id
-
-UNCOUNTED = -100  # the label of a position that does not count in the loss
 
 
 class Batch(NamedTuple):
@@ -45,10 +45,19 @@ class BatchReader:
     """Each piece of a sample is a document (packing.py), not a part of one run of tokens."""
     eod_id: int | None
     """What is predicted from this token does not count."""
+    masking: Masking | None = None
 
-    def read(self, streams: Sequence[Stream], corpora: np.ndarray, places: np.ndarray) -> Batch:
-        """The samples at `places` [B] of the orders of the streams `corpora` [B]. Raises DataError for a token
-        id that the vocabulary does not have, and for a corpus that has changed since it was opened."""
+    @property
+    def ahead(self) -> int:
+        """How far after a position its label is."""
+        return 1 if self.masking is None else 0
+
+    def read(
+        self, streams: Sequence[Stream], corpora: np.ndarray, places: np.ndarray, numbers: np.ndarray
+    ) -> Batch:
+        """The samples at `places` [B] of the orders of the streams `corpora` [B]; numbers [B]: theirs in the run, which
+        masks are drawn from. Raises DataError for a token id that the vocabulary does not have, and for a corpus that
+        has changed since it was opened."""
         shape = (len(corpora), self.length)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
         documents = np.zeros(shape, np.int32) if self.apart else None
@@ -62,38 +71,43 @@ class BatchReader:
                 fill(stream, pieces, tokens[row], labels[row], None if documents is None else documents[row])
         if self.eod_id is not None:
             labels[tokens == self.eod_id] = UNCOUNTED
+        if self.masking is not None:
+            self.masking.apply(tokens, labels, numbers)
         return Batch(tokens, labels, documents)
 
     def _fill_window(
         self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
     ) -> None:
-        """Rows [S] of one sample: S + 1 tokens in a run."""
-        window = np.empty(self.length + 1, np.int64)
+        """Rows [S] of one sample: its tokens in a run, and the one after them where that is asked for."""
+        ahead = self.ahead
+        window = np.empty(self.length + ahead, np.int64)
         read_tokens(stream.samples.corpus, pieces, window)
         self._check(stream, pieces, window)
-        tokens[:], labels[:] = window[:-1], window[1:]
+        tokens[:], labels[:] = window[: self.length], window[ahead:]
         if stream.marks is not None:
             read_tokens(stream.marks, pieces, window)
-            labels[window[1:] == 0] = UNCOUNTED
+            labels[window[ahead:] == 0] = UNCOUNTED
         if documents is not None:
-            numbers = np.empty(self.length + 1, np.int32)
+            numbers = np.empty(self.length + ahead, np.int32)
             read_documents(stream.samples.corpus, pieces, numbers)
-            documents[:] = numbers[:-1]
-            labels[numbers[1:] != numbers[:-1]] = UNCOUNTED  # no document foretells the next
+            documents[:] = numbers[: self.length]
+            # A document's last token must not predict the next document's first.
+            labels[numbers[ahead:] != numbers[: self.length]] = UNCOUNTED
 
     def _fill_whole(
         self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
     ) -> None:
-        """Rows [S] of one sample: each document's tokens but the last, then filling."""
-        filled = 0
+        """Rows [S] of one sample: each document's tokens but the last, which nothing is asked for after, then
+        filling."""
+        filled, ahead = 0, self.ahead
         for number, piece in enumerate(pieces):
             start, stop = piece
             ids = stream.samples.corpus.read(start, stop).astype(np.int64)
             self._check(stream, [piece], ids)
-            end = filled + len(ids) - 1
-            tokens[filled:end], labels[filled:end] = ids[:-1], ids[1:]
+            end = filled + len(ids) - ahead
+            tokens[filled:end], labels[filled:end] = ids[: len(ids) - ahead], ids[ahead:]
             if stream.marks is not None:
-                labels[filled:end][stream.marks.read(start + 1, stop) == 0] = UNCOUNTED
+                labels[filled:end][stream.marks.read(start + ahead, stop) == 0] = UNCOUNTED
             if documents is not None:
                 documents[filled:end] = number
             filled = end

@@ -15,8 +15,10 @@ from megalite.config.sections import Source
 from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
 from megalite.data.blend import Blend
 from megalite.data.indexed import IndexedCorpus, files_of, marks_prefix
+from megalite.data.masking import masking_of
 from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
+from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.verify import check_corpus
@@ -24,6 +26,9 @@ from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 
 __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data", "marks_prefix"]
+
+
+_TRAINING, _EVALUATION = range(2)  # what masks are drawn for
 
 
 class Share(NamedTuple):
@@ -49,7 +54,7 @@ class TrainData:
         for the others. Raises DataError or ConfigError with one line."""
         opened = [_open(source, data, check) for source in data.train]
         self.paths = [source.path for source in data.train]
-        self._reader = _reader(data, vocabulary_size)
+        self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING))
         self.notes: list[str] = []  # lines for the log: documents that had to be cut
         weights = [source.weight for source in data.train]
         if data.order == "megatron":
@@ -71,7 +76,8 @@ class TrainData:
 
         Raises DataError for a token id that the vocabulary does not have.
         """
-        return self._reader.read(self._streams, *self._blend.locate(np.asarray(positions, np.int64)))
+        numbers = np.asarray(positions, np.int64)
+        return self._reader.read(self._streams, *self._blend.locate(numbers), numbers)
 
     def shares(self, consumed_samples: int) -> list[Share]:
         """What each corpus has given after so many samples of the run."""
@@ -100,7 +106,7 @@ class ValidData:
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
         self._streams = [Stream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
-        self._reader = _reader(data, vocabulary_size)
+        self._reader = _reader(data, vocabulary_size, mixed(0, _EVALUATION))  # the same masks in every run
         self.corpora = [
             (source.path, range(int(start), int(stop)))
             for source, start, stop in zip(data.valid, self._ends[:-1], self._ends[1:], strict=True)
@@ -115,7 +121,7 @@ class ValidData:
         """The samples at these positions in [0, num_samples). Raises DataError as TrainData.batch does."""
         places = np.asarray(positions, np.int64)
         corpora = np.searchsorted(self._ends, places, "right") - 1
-        return self._reader.read(self._streams, corpora, places - self._ends[corpora])
+        return self._reader.read(self._streams, corpora, places - self._ends[corpora], places)
 
 
 def check_data(data: Data, vocabulary_size: int) -> None:
@@ -157,14 +163,14 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
 def _in_order(of: _Opened, data: Data, notes: list[str]) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
     """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
     if data.samples == "windows":
-        return Windows(of.corpus, data.sequence_length, of.source.split), of.marks
+        return Windows(of.corpus, data.sequence_length, of.source.split, data.ahead), of.marks
     documents = part_of(of.corpus.num_documents, of.source.split)
     with reading(of.source.path, DataError):
-        whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed")
+        whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed", data.ahead)
     if whole.cut:
         notes.append(
             f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "
-            f"megalite.data.sequence_length {data.sequence_length} + 1 tokens"
+            f"megalite.data.sequence_length {data.sequence_length}{' + 1' if data.ahead else ''} tokens"
         )
     return whole, of.marks
 
@@ -174,10 +180,12 @@ def _megatron_samples(of: _Opened, data: Data, samples: int, seed: int) -> Megat
     return MegatronSamples(of.corpus, sequences, data.sequence_length, samples, seed)
 
 
-def _reader(data: Data, vocabulary_size: int) -> BatchReader:
+def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
+    """seed: of masks, where there are some."""
     eod_id = _end_of_document(data) if data.eod_mask_loss else None
     whole = data.samples != "windows"
-    return BatchReader(data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id)
+    masking = masking_of(data, vocabulary_size, seed)
+    return BatchReader(data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id, masking)
 
 
 def _end_of_document(data: Data) -> int:

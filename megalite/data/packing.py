@@ -1,9 +1,9 @@
 """Samples of whole documents, for fine-tuning: several in a sample, as many as fit, or one and then filling.
 
 A document of n tokens takes n - 1 positions, since nothing is asked for after its last token; one longer than
-S + 1 tokens is cut, and one of a single token left out. Which documents share a sample is found once, the
-longest first, each into the fullest sample that it still fits ("best fit decreasing"); where documents are
-kept apart in attention it changes no result.
+S + 1 tokens is cut, and one of a single token left out. Where tokens are masked instead it takes n positions, and one
+longer than S is cut. Which documents share a sample is found once, the longest first, each into the fullest sample
+that it still fits ("best fit decreasing"); where documents are kept apart in attention it changes no result.
 """
 
 import numpy as np
@@ -16,15 +16,19 @@ from megalite.errors import DataError
 class WholeDocuments:
     """The samples of a corpus, of whole documents each; `cut` of them are longer than a sample."""
 
-    def __init__(self, corpus: IndexedCorpus, documents: range, sequence_length: int, together: bool) -> None:
-        """`documents` of the corpus, `together` or one a sample. Raises DataError where none has two tokens."""
-        self.corpus, self.length = corpus, sequence_length
+    def __init__(
+        self, corpus: IndexedCorpus, documents: range, sequence_length: int, together: bool, ahead: int = 1
+    ) -> None:
+        """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position. Raises
+        DataError where none is long enough."""
+        self.corpus, self.longest = corpus, sequence_length + ahead
         lengths = corpus.document_lengths(documents.start, documents.stop)
-        usable = np.flatnonzero(lengths > 1)
+        usable = np.flatnonzero(lengths > ahead)
         if not usable.size:
-            raise DataError(f"{corpus.index_path}: no document of two tokens among those that are used")
-        self.cut = int((lengths > sequence_length + 1).sum())
-        needed = np.minimum(lengths[usable] - 1, sequence_length)
+            least = "two tokens" if ahead else "a token"
+            raise DataError(f"{corpus.index_path}: no document of {least} among those that are used")
+        self.cut = int((lengths > self.longest).sum())
+        needed = np.minimum(lengths[usable] - ahead, sequence_length)
         usable += documents.start
         if together:
             sample_of = best_fit(needed, sequence_length)
@@ -48,7 +52,7 @@ class WholeDocuments:
 
     def _piece(self, document: int) -> Piece:
         start = self.corpus.document_start(document)
-        return start, min(self.corpus.document_start(document + 1), start + self.length + 1)
+        return start, min(self.corpus.document_start(document + 1), start + self.longest)
 
 
 def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:

@@ -42,13 +42,13 @@ def _feistel(values: np.ndarray, bits: int, key: int) -> np.ndarray:
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
     low, high = values & low_mask, values >> low_bits
     for turn in range(0, _ROUNDS, 2):
-        high ^= _hash(low, mixed(key, turn)) & high_mask
-        low ^= _hash(high, mixed(key, turn + 1)) & low_mask
+        high ^= hashed(low, mixed(key, turn)) & high_mask
+        low ^= hashed(high, mixed(key, turn + 1)) & low_mask
     return (high << low_bits) | low
 
 
-def _hash(values: np.ndarray, key: int) -> np.ndarray:
-    """64 well-mixed bits of each value (MurmurHash3's finaliser); products wrap around."""
+def hashed(values: np.ndarray, key: int) -> np.ndarray:
+    """64 well-mixed bits of each value, uint64 (MurmurHash3's finaliser); products wrap around."""
     values = values ^ np.uint64(key)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)

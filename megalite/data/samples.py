@@ -1,4 +1,5 @@
-"""Samples of one corpus: S tokens and the one after them, taken at multiples of S from the tokens laid end to end.
+"""Samples of one corpus: S tokens, and the one after them where it is asked for (`ahead` 1; masked language modelling
+has 0), taken at multiples of S from the tokens laid end to end.
 
 S sequence length in tokens, B samples asked for. Two orders: the windows of the file itself, in turn or
 shuffled anew in each epoch by a permutation that is computed at the position asked for, so that a start
@@ -19,7 +20,7 @@ Piece = tuple[int, int]  # tokens [start, stop) of a corpus
 
 
 class Samples(Protocol):
-    """What a corpus offers to the loader: the pieces that each sample is made of, S + 1 tokens in all."""
+    """What a corpus offers to the loader: the pieces that each sample is made of, S + ahead tokens in all."""
 
     @property
     def corpus(self) -> IndexedCorpus: ...
@@ -43,26 +44,28 @@ def part_of(count: int, split: Sequence[float] | None) -> range:
 
 
 class Windows:
-    """The windows of a corpus in its own order: window i holds tokens [i·S, i·S + S] of the corpus, or of the
+    """The windows of a corpus in its own order: window i holds tokens [i·S, i·S + S + ahead) of the corpus, or of the
     part of it that is used; a partial last one is dropped."""
 
-    def __init__(self, corpus: IndexedCorpus, sequence_length: int, split: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, corpus: IndexedCorpus, sequence_length: int, split: Sequence[float] | None = None, ahead: int = 1
+    ) -> None:
         """Raises DataError where the corpus does not fill one window."""
-        self.corpus, self.length = corpus, sequence_length
+        self.corpus, self.length, self.ahead = corpus, sequence_length, ahead
         sequences = part_of(corpus.num_sequences, split)
         self._first = corpus.sequence_start(sequences.start)
         tokens = corpus.sequence_start(sequences.stop) - self._first
-        self.num_samples = (tokens - 1) // sequence_length
+        self.num_samples = (tokens - ahead) // sequence_length
         if self.num_samples < 1:
             raise DataError(
                 f"{corpus.tokens_path}: holds {tokens} tokens{'' if split is None else f' in the split {split}'}: a "
-                f"sample needs megalite.data.sequence_length {sequence_length} + 1"
+                f"sample needs megalite.data.sequence_length {sequence_length}{' + 1' if ahead else ''}"
             )
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """See Samples; positions are window numbers."""
         starts = (self._first + positions * self.length).tolist()
-        return [[(start, start + self.length + 1)] for start in starts]
+        return [[(start, start + self.length + self.ahead)] for start in starts]
 
 
 class Shuffled:

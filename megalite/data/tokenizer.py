@@ -34,6 +34,10 @@ class Tokenizer(ABC):
     """The token that begins a text, where there is one."""
     eod_id: int | None
     """The token that ends a document (Hugging Face's eos), where there is one."""
+    mask_id: int | None
+    """The token that stands in a masked one's place, where there is one."""
+    special_ids: frozenset[int]
+    """Tokens that no text gives."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -107,7 +111,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.inner = inner
         self._equal = None if equal_model is None else SentencePieceTokenizer(equal_model).encoder()
         self.vocabulary_size = max(inner.get_vocab().values()) + 1
-        self.bos_id, self.eod_id = inner.bos_token_id, inner.eos_token_id
+        self.bos_id, self.eod_id, self.mask_id = inner.bos_token_id, inner.eos_token_id, inner.mask_token_id
+        self.special_ids = frozenset(inner.all_special_ids)
         self._encoder = self.encoder()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -142,6 +147,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{model_file}: is no sentencepiece model") from None
         self.vocabulary_size = len(self._inner)
         self.bos_id, self.eod_id = (i if i >= 0 else None for i in (self._inner.bos_id(), self._inner.eos_id()))
+        self.mask_id = None
+        ids = range(self.vocabulary_size)
+        self.special_ids = frozenset(i for i in ids if self._inner.is_control(i) or self._inner.is_unknown(i))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""

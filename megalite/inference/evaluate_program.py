@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megalite.config import Data
-from megalite.config.rules import check_data_keys
+from megalite.config.rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
 from megalite.convert.carried import tokenizer_of
 from megalite.convert.weights import open_weights
@@ -22,6 +22,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
+    check_decoder,
     check_ids,
     load_stage,
     model_parser,
@@ -33,8 +34,9 @@ from megalite.inputs import reading
 from megalite.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.metrics import perplexity
 
-FOLLOWED = ("samples", "loss", "reset_attention", "eod_mask_loss")
+FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
 """Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
+MASKED = 0.15  # of the tokens, where an encoder's weights do not say how they were trained
 _GIVEN = ("sequence_length", "tokenizer", *FOLLOWED)
 
 Work = Callable[[Any, Any], list[dict[str, Any]]]
@@ -80,7 +82,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
         from megalite.inference.evaluate import evaluate
 
         score = evaluate(stage, grid, samples, samples.num_samples, length, options.micro_batch_size)
-        settings = data.model_dump(include={"sequence_length", *FOLLOWED})
+        settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
         return [{"loss": score.loss, "perplexity": perplexity(score.loss), "tokens": score.tokens, "data": settings}]
 
     return work
@@ -95,12 +97,15 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
         keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
+    if not prepared.spec.causal:
+        keys.setdefault("objective", {"masked": MASKED})
     keys |= {"sequence_length": _sequence_length(options, prepared, given), "train": [options.data]}
     data = parse(Data, {**keys, "valid": [options.data], **given}, "megalite.data")
-    if data.eod_mask_loss and data.tokenizer is None:
+    if (data.eod_mask_loss or data.objective != "causal") and data.tokenizer is None:
         folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
         data = data.model_copy(update={"tokenizer": folder and str(folder)})
     check_data_keys(data)
+    check_objective(data, prepared.spec)
     return data
 
 
@@ -117,6 +122,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
 def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     from megalite.inference.labels import accuracy, read_labelled
 
+    check_decoder(prepared, "--labelled")
     tokenizer = tokenizer_for(options, prepared)
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
@@ -132,6 +138,7 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
 
 def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    check_decoder(prepared, "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks")

@@ -13,6 +13,7 @@ from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.program import (
     Prepared,
+    check_decoder,
     check_ids,
     load_stage,
     model_parser,
@@ -45,6 +46,7 @@ def generate_main(arguments: list[str]) -> int:
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
         with reading(options.checkpoint, CheckpointError):
             prepared = prepare_model(options, place().world_size)
+            check_decoder(prepared, "generation")
             tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
             sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
             ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)

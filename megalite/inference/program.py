@@ -69,6 +69,13 @@ def prepare_model(options: argparse.Namespace, world_size: int, sections: tuple[
     return Prepared(folder, weights.model, spec, parallel, getattr(weights, "state", {}), document["megalite"])
 
 
+def check_decoder(prepared: Prepared, use: str) -> None:
+    """ConfigError where an encoder is asked for what needs a decoder."""
+    if not prepared.spec.causal:
+        model = f"a {prepared.spec.family} model is an encoder"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {model}: {use} needs a decoder, such as llama")
+
+
 def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     """This rank's stage with its weights, and the grid (collective)."""
     # Imported here: a mistake on the command line is told before torch's half of the start.

@@ -13,35 +13,54 @@ from megalite.model.dropout import dropped
 from megalite.model.layers import Norm, SplitNorm
 from megalite.model.rotary import rotate, spread, turns
 from megalite.model.spec import TransformerSpec
+from megalite.model.varlen import attend_pieces, kernel_takes, new_enough
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, drops: Tensor | None, rate: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: Context,
+    window: int | None,
+    causal: bool,
+    drops: Tensor | None,
+    rate: float,
 ) -> Tensor:
-    """softmax(query keyᵀ / √H) value, with the kernel that torch finds; by hand where weights are dropped.
+    """softmax(query keyᵀ / √H) value, by the fastest kernel: flash attention for what is causal, in a window or within
+    documents where the device can, else with a mask; by hand where weights are dropped.
 
-    query [B, N / t, S, H]; key, value [B, K / t, T, H]; visible as `Context.mask` gives it; drops: where the
-    weights [B, N / t, S, T] are dropped. Result like query.
+    query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops: where the weights [B, N / t, S, T] are dropped. Result
+    like query. window and causal: as of `Context.mask`.
     """
+    b, _, s, h = query.shape
+    t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
+    plain = context.documents is None and (window is None or window >= t)
+    if drops is None and causal and not plain and kernel_takes(device.type, query.dtype, h) and new_enough(device):
+        pieces = context.pieces(b, s, device)
+        if pieces is not None:
+            return attend_pieces(query, key, value, pieces, window)
+    visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(
-            query, key, value, visible, is_causal=visible is None, enable_gqa=grouped
+            query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
         )
     if grouped:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-    if visible is None:
+    if visible is None and causal:
         visible = torch.ones(drops.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
 
 
 class Attention(nn.Module):
-    """Causal self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
+    """Self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
 
     With K < t each rank holds the one key/value head that its queries read, a copy of its neighbours'.
     """
@@ -51,7 +70,7 @@ class Attention(nn.Module):
         axis = split.axis
         self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary, spec.head_size
         self.window, self.qk_norm, self.dropout = spec.window(layer), spec.qk_norm, spec.attention_dropout
-        self.recompute, self.heads = recompute, range(*share(spec.num_heads, axis))
+        self.causal, self.recompute, self.heads = spec.causal, recompute, range(*share(spec.num_heads, axis))
         d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
         queries, keys = spec.num_heads * h, spec.num_kv_heads * h
         out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
@@ -83,11 +102,11 @@ class Attention(nn.Module):
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
         s, t = query.shape[2], key.shape[2]
-        visible, drops = context.mask(self.window, s, t, query.device), None
+        drops = None
         if context.randomness is not None and self.dropout > 0:
             place = f"layers.{self.layer}.attention"
             drops = dropped(context.randomness, place, self.dropout, [self.heads, range(s), range(t)])
-        return attend(query, key, value, visible, drops, self.dropout)
+        return attend(query, key, value, context, self.window, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads · H] -> [B, S, heads, H]"""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megalite.model.dropout import Randomness
+from megalite.model.varlen import Bounds, rows_as_pieces
 
 
 @dataclass
@@ -36,8 +37,11 @@ class Context:
 
     positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
+    counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
+    bounds: the same as pieces, where they are known without waiting for a device.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
-    visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself.
+    visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
+    all.
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
@@ -46,6 +50,8 @@ class Context:
     visible: Tensor | None = None
     cache: KeyValueCache | None = None
     documents: Tensor | None = None
+    counted: Tensor | None = None
+    bounds: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -61,6 +67,16 @@ class Context:
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
         return index - (index * begins).cummax(dim=1).values
 
+    def counted_places(self, counts: Tensor) -> Tensor:
+        """The how manieth of its document's tokens that count each is, from 1 on; 0 for those that do not. counts and
+        result [B, S]."""
+        so_far = counts.cumsum(dim=1)
+        if self.documents is not None:
+            begins = torch.ones_like(counts)
+            begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+            so_far = so_far - ((so_far - counts.long()) * begins).cummax(dim=1).values
+        return so_far * counts
+
     def spans(self, s: int, device: torch.device) -> Tensor:
         """Tokens of the sequence that each token is part of, its document's or its row's, int64 [B or 1, S or 1]."""
         if self.positions is not None:
@@ -74,16 +90,28 @@ class Context:
         next_end = torch.where(ends, index, s).flip(1).cummin(dim=1).values.flip(1)
         return places + (next_end - index) + 1
 
-    def mask(self, window: int | None, s: int, t: int, device: torch.device) -> Tensor | None:
+    def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
+        """What a token looks at, itself and those before it in its piece of [B, S]; None where that is not so, or not
+        known."""
+        if self.visible is not None or self.cache is not None or self.documents is not None:
+            return self.bounds
+        key = ("rows", b, s)
+        if key not in self.shared:
+            self.shared[key] = (rows_as_pieces(b, s, device).starts,)
+        return Bounds(self.shared[key][0], s)
+
+    def mask(self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True) -> Tensor | None:
         """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and
-        itself, where S = T, which needs no mask. Made once for all layers with that window."""
+        itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
+        included, to each side without `causal`. Made once for all layers with that window."""
         if window is not None and window >= t:
             window = None
-        if window is None and self.documents is None and (self.visible is not None or s == t):
+        if window is None and self.documents is None and (self.visible is not None or s == t or not causal):
             return self.visible
         key = ("mask", window, s, t)
         if key not in self.shared:
             distance = torch.arange(t - s, t, device=device).unsqueeze(-1) - torch.arange(t, device=device)
+            distance = distance if causal else distance.abs()
             mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
             if self.documents is not None:
                 assert s == t, "documents are for whole samples, not for a cache"

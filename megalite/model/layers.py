@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.model.rms_norm import rms_norm
-from megalite.model.spec import TransformerSpec
+from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
 from megalite.parallel.deferred import later
 from megalite.parallel.grid import ALONE, Axis
@@ -62,7 +62,8 @@ class MLP(nn.Module):
 
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
         super().__init__()
-        self.split, self.activation, axis = split, spec.activation, split.axis
+        self.split, axis = split, split.axis
+        self.activation: Activation = spec.activation
         d, f, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
         out_std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
         self.gate = ColumnLinear(d, f, bias, axis, spec.init_std) if spec.gated else None
@@ -72,13 +73,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.split.enter(x)
         if self.gate is None:
-            return self.down(self._activate(self.up(x)))
-        return self.down(self._activate(self.gate(x)) * self.up(x))
+            return self.down(activate(self.up(x), self.activation))
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))
 
-    def _activate(self, x: Tensor) -> Tensor:
-        match self.activation:
-            case "silu":
-                return F.silu(x)
-            case "relu":
-                return F.relu(x)
-        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of each number."""
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "relu":
+            return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

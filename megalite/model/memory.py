@@ -19,8 +19,11 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     input of the down projection      e·f (ReLU's is its own result)
     dropout of what is added          r bytes, twice
 
-`selective` leaves out the core; recompute of every n layers keeps e·r of n layers and makes their table again, one
-group at a time, in backward. tests/distributed/test_activations.py holds each table against what autograd saves.
+    dense layer before the head       its input e·r and its activation's; the norm after it as above
+
+Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core;
+recompute of every n layers keeps e·r of n layers and makes their table again, one group at a time, in backward.
+tests/distributed/test_activations.py holds each table against what autograd saves.
 """
 
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ import torch
 
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
+from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
 from megalite.parallel.loss import chunk_rows, gradient_type
@@ -125,12 +129,12 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
     if spec.attention_dropout > 0:
         if not selective:
             keys = values = queries  # keys and values are repeated for their queries
-        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * s, "attention: mask": s * s}
-        if at.documents:
-            core["attention: mask"] *= at.batch
+        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * s}
+        if masked or spec.causal:
+            core["attention: mask"] = s * s * (at.batch if at.documents else 1)
     else:
         core = {"attention: logarithms": FP32 * at.tokens * heads}
-        if masked:
+        if masked and not kernel_takes(at.device, at.dtype, h):
             core["attention: mask"] = e * s * s * (at.batch if at.documents else 1)
     table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
     return table | ({} if selective else core) | {"input of output projection": e * queries}
@@ -143,7 +147,9 @@ def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
     if split:
         table["ids of other ranks"] = at.tokens
     if spec.rotary is None:
-        table["positions"] = INT64 * (at.tokens if at.documents else at.length)
+        table["positions"] = INT64 * (at.tokens if at.documents or spec.position_offset else at.length)
+    if spec.embedding_norm:
+        table |= _norm(spec.norm, "embedding norm", at.rows * spec.hidden_size, at.rows, at)
     if spec.embedding_dropout > 0:
         table["dropout of embeddings"] = at.rows * spec.hidden_size
     return table
@@ -151,7 +157,14 @@ def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
 
 def head_table(spec: TransformerSpec, at: Forward) -> Table:
     """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
-    table = _norm(spec.norm, "final norm", at.rows * spec.hidden_size, at.rows, at)
+    numbers, table = at.rows * spec.hidden_size, {}
+    if spec.final_norm:
+        table |= _norm(spec.norm, "final norm", numbers, at.rows, at)
+    if spec.head_transform:
+        table["dense: input"] = at.width * numbers
+        if spec.head_transform != "relu":  # whose result is the norm's input
+            table["dense: input of its activation"] = at.width * numbers
+        table |= _norm(spec.norm, "norm of the dense layer", numbers, at.rows, at)
     start, stop = share(spec.vocabulary_size, at.split.axis)
     wide = gradient_type(at.dtype).itemsize
     sums = wide if _loss_rows(spec, at) >= at.tokens else FP32
@@ -233,16 +246,16 @@ def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
     if part.first:
         gathered = at.width * at.tokens * spec.hidden_size
         table["embedding"] = INT64 * at.tokens + gathered
-        if spec.rotary is None:
-            table["positions"] = at.width * (spec.max_positions or 0) * spec.hidden_size
+        table["positions, types"] = at.width * (spec.position_rows + spec.token_types) * spec.hidden_size
+        if spec.embedding_norm:
+            table["embedding norm"] = at.width * spec.norm_parameters
     if part.last:
-        table["final norm"] = _norm_weights(spec, at)
+        if spec.final_norm:
+            table["final norm"] = at.width * spec.norm_parameters
+        if spec.head_transform:
+            table["dense: input, gradient"] = 2 * at.hidden(spec)
+            table["norm of the dense layer"] = at.width * spec.norm_parameters
     return table
-
-
-def _norm_weights(spec: TransformerSpec, at: Forward) -> int:
-    """Bytes of the gradients of a norm's weights."""
-    return at.width * spec.hidden_size * (2 if spec.norm == "layer" else 1)
 
 
 def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
@@ -256,7 +269,8 @@ def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
         "output projection: input, gradient": q + g,
         "gate, up: gradients": f * (2 if spec.gated else 1),
         "down projection: input, gradient": f + g,
-        "norms": _norm_weights(spec, at) * (1 if spec.shared_norm else 2),
+        "norms": at.width * spec.norm_parameters * (1 if spec.shared_norm else 2),
+        "biases of output, down": e * spec.hidden_size * (spec.attention_output_bias + spec.mlp_bias),
     }
     if not spec.shared_norm or at.split.divides:
         table["gate, up: input"] = g
@@ -265,7 +279,7 @@ def _waiting_layer(spec: TransformerSpec, at: Forward) -> Table:
 
 def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
     """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
-    return not (part.layers and spec.norm_place == "after" and at.split.divides)
+    return not (part.layers and spec.norm_place in ("after", "sum") and at.split.divides)
 
 
 def total(table: Table) -> int:

@@ -1,10 +1,12 @@
-"""What our one block can be: the whole architecture of a decoder as plain numbers and choices.
+"""What our one block can be: the whole architecture of a decoder or an encoder as plain numbers and choices.
 
 A family (families/) reads a Hugging Face config into one of these; the layers read only this. Next: layers.py.
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """A decoder-only transformer. Sizes are of the whole model, not of a rank's share."""
+    """A transformer of one stack. Sizes are of the whole model, not of a rank's share."""
 
     family: str
     hidden_size: int
@@ -49,7 +51,7 @@ class TransformerSpec:
     norm_eps: float
     rotary: Rotary | None
     """None: positions are learned and added to the embedding."""
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Activation
     gated: bool
     attention_bias: bool
     attention_output_bias: bool
@@ -59,8 +61,19 @@ class TransformerSpec:
     depth_scaled_init: bool = False
     embedding_init_std: float | None = None
     """None: as init_std."""
-    norm_place: Literal["before", "after"] = "before"
-    """Whether a norm reads what goes into attention and MLP, or what comes out of them."""
+    norm_place: Literal["before", "after", "sum"] = "before"
+    """Whether a norm reads what goes into attention and MLP, what comes out of them, or the sum of both."""
+    causal: bool = True
+    """Whether a token sees only those before it and itself (a decoder), or those after it too (an encoder)."""
+    position_offset: int = 0
+    """Of learned positions: rows before the first one's. Above 0 as RoBERTa has it: padding tokens are not counted and
+    take the row before, which is not trained."""
+    token_types: int = 0
+    """Rows of the embedding of token types, of which every token has the first; 0: there is none."""
+    embedding_norm: bool = False
+    final_norm: bool = True
+    head_transform: Activation | None = None
+    """The activation of a dense layer before the head, which a norm follows; None: there is neither."""
     parallel: bool = False
     """Whether attention and MLP read the same hidden states and are added together."""
     shared_norm: bool = False
@@ -87,6 +100,16 @@ class TransformerSpec:
         return self.windows[layer] if self.windows else None
 
     @property
+    def position_rows(self) -> int:
+        """Rows of the embedding of learned positions, 0 where there is none."""
+        return (self.max_positions or 0) + self.position_offset if self.rotary is None else 0
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of a norm of hidden states."""
+        return self.hidden_size * (2 if self.norm == "layer" else 1)
+
+    @property
     def block_parameters(self) -> int:
         """Parameters of one layer."""
         d, n, k, h, f = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_size, self.intermediate_size
@@ -99,18 +122,25 @@ class TransformerSpec:
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
         d = self.hidden_size
-        norm = d * (2 if self.norm == "layer" else 1)
         embeddings = self.vocabulary_size * (d * (1 if self.tied else 2) + self.head_bias)
-        learned = (self.max_positions or 0) * d if self.rotary is None else 0
-        return self.num_layers * self.block_parameters + norm + embeddings + learned
+        embeddings += (self.position_rows + self.token_types) * d
+        transform = d * d + d if self.head_transform else 0
+        norms = self.embedding_norm + self.final_norm + (self.head_transform is not None)
+        return self.num_layers * self.block_parameters + embeddings + transform + norms * self.norm_parameters
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:
         """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
         the positions that a token sees on average, times 3 (arXiv 2104.04473, appendix, which counts all S; causal
-        attention needs S / 2 of them, and a window of w needs w - w² / 2S)."""
-        lookups = 0 if self.tied else self.vocabulary_size * self.hidden_size
-        if self.rotary is None:
-            lookups += (self.max_positions or 0) * self.hidden_size
-        windows = [min(self.window(layer) or sequence_length, sequence_length) for layer in range(self.num_layers)]
-        seen = sum(window - window**2 / (2 * sequence_length) for window in windows)
-        return 6.0 * (self.num_parameters - lookups) + 12 * self.num_heads * self.head_size * seen
+        attention needs S / 2 of them, and a window of w needs w - w² / 2S). counted: share
+        of the tokens that the head's product is made for."""
+        lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
+        seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
+        left_out = lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
+        return 6.0 * (self.num_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
+
+    def _seen(self, layer: int, length: int) -> float:
+        """Positions that a token of the layer sees on average."""
+        if not self.causal:
+            return length
+        window = min(self.window(layer) or length, length)
+        return window - window**2 / (2 * length)

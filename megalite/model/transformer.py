@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -19,36 +20,60 @@ from megalite.model.attention import Attention
 from megalite.model.chunks import Cut
 from megalite.model.context import Context
 from megalite.model.dropout import drop
-from megalite.model.layers import MLP, Norm
-from megalite.model.spec import TransformerSpec
+from megalite.model.layers import MLP, Norm, activate
+from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import WeightGradients, give, later
 from megalite.parallel.grid import Grid
-from megalite.parallel.layers import VocabularyEmbedding, initialise, name_parameters, parameter, placed
+from megalite.parallel.layers import (
+    VocabularyEmbedding,
+    WholeLinear,
+    depth_scaled,
+    initialise,
+    name_parameters,
+    parameter,
+    placed,
+)
 from megalite.parallel.loss import head_loss
 
 TIED_NAME = "embedding.tokens.weight"
 
 
 class Embedding(nn.Module):
-    """Token ids [B, S] -> hidden [B, S or S / t, D], learned positions added where the model has them."""
+    """Token ids [B, S] -> hidden [B, S or S / t, D]: learned positions and a token type are added, and a norm follows,
+    where the model has them."""
 
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
         super().__init__()
         self.split, self.dropout = split, spec.embedding_dropout
         std = spec.embedding_init_std or spec.init_std
         self.tokens = VocabularyEmbedding(spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id)
-        self.positions: nn.Parameter | None = None
+        self.position_offset, self.positions, self.types = spec.position_offset, None, None
         if spec.rotary is None:
-            shape = (spec.max_positions or 0, spec.hidden_size)
-            self.positions = parameter(shape, None, split.axis, std)
+            self.positions = parameter((spec.position_rows, spec.hidden_size), None, split.axis, std)
+        if spec.token_types:
+            self.types = parameter((spec.token_types, spec.hidden_size), None, split.axis, std)
+        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users) if spec.embedding_norm else None
 
     def forward(self, ids: Tensor, context: Context) -> Tensor:
         hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])
         if self.positions is not None:
-            places = context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]
-            hidden = hidden + enter(later(self.positions), self.split.users)[places]
+            table = enter(later(self.positions), self.split.users)
+            hidden = hidden + self._of_positions(table, ids, context, rows)
+        if self.types is not None:
+            hidden = hidden + enter(later(self.types), self.split.users)[0]
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return drop(hidden, context.randomness, "embedding", self.dropout, rows.start)
+
+
+    def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
+        """Rows of the table of positions for this rank's part of the tokens."""
+        if not self.position_offset:
+            return table[context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]]
+        padding = self.position_offset - 1
+        places = context.counted_places(ids != padding) + padding
+        return F.embedding(places[:, rows.start : rows.stop], table, padding)
 
 
 class Block(nn.Module):
@@ -69,6 +94,9 @@ class Block(nn.Module):
         if self.spec.norm_place == "after":  # OLMo 2
             hidden = hidden + self._drop(self.attention_norm(self.attention(hidden, context)), context, "attention")
             return hidden + self._drop(mlp_norm(self.mlp(hidden)), context, "mlp")
+        if self.spec.norm_place == "sum":  # BERT
+            hidden = self.attention_norm(hidden + self._drop(self.attention(hidden, context), context, "attention"))
+            return mlp_norm(hidden + self._drop(self.mlp(hidden), context, "mlp"))
         normed = self.attention_norm(hidden)
         mixed = self._drop(self.attention(normed, context), context, "attention")
         if self.spec.parallel:  # GPT-J, GPT-NeoX, Phi
@@ -83,9 +111,24 @@ class Block(nn.Module):
         return drop(added, context.randomness, place, self.spec.hidden_dropout, first_row)
 
 
+class Transform(nn.Module):
+    """Between the layers and the head of an encoder, [B, S or S / t, D] -> the same: dense layer, activation, norm."""
+
+    def __init__(self, spec: TransformerSpec, split: Split) -> None:
+        super().__init__()
+        assert spec.head_transform is not None
+        self.activation: Activation = spec.head_transform
+        std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
+        self.dense = WholeLinear(spec.hidden_size, spec.hidden_size, True, split, std)
+        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(activate(self.dense(hidden), self.activation))
+
+
 class Head(nn.Module):
-    """Final norm and the product with the output embedding: hidden [B, S or S / t, D] -> logits [B, S, V / t], or
-    with labels [B, S] the sum of the losses.
+    """Final norm, transform and the product with the output embedding: hidden [B, S or S / t, D] -> logits
+    [B, S, V / t], or with labels [B, S] the sum of the losses.
 
     `weight` is the embedding's own parameter where both are on one rank and tied; on another rank a copy
     under the same name, which the engine keeps equal by summing both gradients.
@@ -94,19 +137,23 @@ class Head(nn.Module):
     def __init__(self, spec: TransformerSpec, split: Split, tied_to: nn.Parameter | None, z_loss: float) -> None:
         super().__init__()
         self.split, self.vocabulary_size, self.z_loss = split, spec.vocabulary_size, z_loss
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
+        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users) if spec.final_norm else None
+        self.transform = Transform(spec, split) if spec.head_transform else None
         if tied_to is None:
             std = spec.embedding_init_std if spec.tied else None
             tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, std or spec.init_std)
         self.weight = tied_to
         self.bias = parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        hidden = self.split.enter(self.norm(hidden))
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+        """counted: as of `Context`."""
+        for part in (self.norm, self.transform):
+            hidden = hidden if part is None else part(hidden)
+        hidden = self.split.enter(hidden)
         if labels is None:
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            return F.linear(hidden, self.weight, self.bias)
         weight, bias = later(self.weight), None if self.bias is None else later(self.bias)
-        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss)
+        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss, counted)
 
 
 Recompute = bool | int | Literal["selective"]
@@ -153,9 +200,8 @@ class Chunk(nn.Module):
 
     def _name_head(self, head: Head, is_copy: bool) -> None:
         name_parameters(head, "head")
-        head.norm.weight.placement.name = "final_norm.weight"  # type: ignore[union-attr]
-        if head.norm.bias is not None:
-            head.norm.bias.placement.name = "final_norm.bias"  # type: ignore[union-attr]
+        if head.norm is not None:
+            name_parameters(head.norm, "final_norm")
         if self.spec.tied:
             head.weight.placement.name = TIED_NAME  # type: ignore[union-attr]
             if is_copy:  # the embedding is the one that counts
@@ -174,7 +220,7 @@ class Chunk(nn.Module):
             return hidden
         if context.cache is not None:  # generation: nothing else is read
             hidden = hidden[:, -1:]
-        return self.head(hidden, labels)
+        return self.head(hidden, labels, context.counted)
 
 
 class Stage(nn.Module):

@@ -1,4 +1,5 @@
-"""Parameters that know their place, and the three split layers made of them: column, row, vocabulary.
+"""Parameters that know their place, and the layers made of them: column, row and vocabulary, which
+the tensor axis splits, and one that is whole.
 
 A parameter says once how it is split: its full name, full shape, the dim that the tensor axis cuts and its
 range there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
@@ -168,6 +169,25 @@ class RowLinear(nn.Module):
         product = deferred.linear if deferred.is_collecting() else F.linear
         y = self.split.leave(product(x, self.weight, None))
         return y if self.bias is None else y + enter(later(self.bias), self.split.users)
+
+
+class WholeLinear(nn.Module):
+    """y = x Wᵀ + b between the split products, with W whole on every rank. x [B, S or S / t, in_size]."""
+
+    def __init__(self, in_size: int, out_size: int, bias: bool, split: Split, std: float) -> None:
+        super().__init__()
+        self.users = split.users
+        self.weight = parameter((out_size, in_size), None, split.axis, std)
+        self.bias = parameter((out_size,), None, split.axis, None) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if deferred.is_collecting():
+            return deferred.linear(x, self.weight, self.bias, self._sum_over_users)
+        bias = None if self.bias is None else enter(self.bias, self.users)
+        return F.linear(x, enter(self.weight, self.users), bias)
+
+    def _sum_over_users(self, gradient: Tensor) -> Tensor:
+        return sum_over(gradient.contiguous(), self.users)
 
 
 class VocabularyEmbedding(nn.Module):

@@ -120,8 +120,9 @@ class _HeadLoss(torch.autograd.Function):
         axis: Axis,
         z_loss: float,
         wanted: tuple[bool, bool, bool],
+        counted: Tensor | None,
     ) -> Tensor:
-        counted = _rows_that_count(labels)
+        counted = _rows_that_count(labels) if counted is None else counted
         some, some_labels = (hidden, labels) if counted is None else (hidden[counted], labels[counted])
         total, gradients = _sum_of_losses(some, weight, bias, some_labels, vocabulary_size, axis, z_loss, wanted)
         slopes = gradients.hidden
@@ -135,12 +136,12 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second backward raises, since autograd sees that what it saved has changed.
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made), *[None] * 5
+        return *(None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made), *[None] * 6
 
 
 def _rows_that_count(labels: Tensor) -> Tensor | None:
     """Indices of the labels that count; None: all are taken. On other devices than a CPU their number is not known
-    without waiting, so that all are."""
+    without waiting, so that all are where the caller does not know it either."""
     if labels.device.type != "cpu":
         return None
     counted = (labels != IGNORED).nonzero().squeeze(-1)
@@ -200,15 +201,16 @@ def head_loss(
     vocabulary_size: int,
     axis: Axis,
     z_loss: float = 0.0,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum (not mean) of the losses of the tokens that count, in nats, fp32, the same on every rank of the axis.
 
     hidden [..., D], `enter`ed; weight [V / t, D]; logits are hidden weightᵀ + bias; labels [...] int64 in [0, V)
-    or -100. z_loss: weight of the squared log of the sum of exponentials, part of
-    the loss where gradients are wanted, and not in evaluation. Gradients of weight and bias are fp32 sums over the
-    chunks; there is one backward.
+    or -100. z_loss: weight of the squared log of the sum of exponentials, part of the loss where gradients are wanted,
+    and not in evaluation. counted [n] int64: which labels count, of all flattened, where the caller knows it: nothing
+    is computed of others. Gradients of weight and bias are fp32 sums over the chunks; there is one backward.
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     enabled = torch.is_grad_enabled()
     wanted = tuple(enabled and value is not None and value.requires_grad for value in (hidden, weight, bias))
-    return _HeadLoss.apply(flat, weight, bias, labels, vocabulary_size, axis, z_loss, wanted)  # type: ignore[return-value]
+    return _HeadLoss.apply(flat, weight, bias, labels, vocabulary_size, axis, z_loss, wanted, counted)  # type: ignore[return-value]

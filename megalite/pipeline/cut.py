@@ -36,11 +36,13 @@ class ModelCosts:
     recomputes: bool = False
 
     @classmethod
-    def of(cls, spec: TransformerSpec, length: int, recomputes: bool) -> "ModelCosts":
-        """Of training on samples of `length` tokens. The head's loss makes both gradients in forward
-        (parallel/loss.py), so that its backward costs nothing; the embedding's look-up never does."""
-        head = 3.0 * spec.vocabulary_size * spec.hidden_size
-        spans = [min(length, spec.window(layer) or length) for layer in range(spec.num_layers)]
+    def of(cls, spec: TransformerSpec, length: int, recomputes: bool, counted: float = 1.0) -> "ModelCosts":
+        """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
+        makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
+        never does. A dense layer before the head is counted with it, as if it had no backward."""
+        head = 3.0 * counted * spec.vocabulary_size * spec.hidden_size
+        head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
+        spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
         heads = spec.num_heads * spec.head_size
         return cls(tuple(LayerCosts(spec.block_parameters, heads * span) for span in spans), head, recomputes)
 
@@ -66,6 +68,14 @@ class ModelCosts:
             return inputs[chunk] + weights[chunk]
 
         return cost
+
+
+def _span(spec: TransformerSpec, layer: int, length: int) -> int:
+    """Positions that attention works on for a token, taken twice in an encoder: a decoder's kernel leaves out half."""
+    window = spec.window(layer)
+    if spec.causal:
+        return min(length, window or length)
+    return 2 * min(length, 2 * window - 1 if window else length)
 
 
 def even_counts(layers: int, chunks: int) -> list[int]:

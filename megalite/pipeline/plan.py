@@ -75,7 +75,7 @@ def plan_of(config: Config, spec: TransformerSpec) -> PipelinePlan:
     parallel, length = config.parallel, config.data.sequence_length
     recomputes = config.train.activation_checkpointing not in ("none", "selective")
     counts = None if parallel.cut == "cost" else tuple(parallel.cut)
-    costs = ModelCosts.of(spec, length, recomputes)
+    costs = ModelCosts.of(spec, length, recomputes, config.data.counted_share)
     return make_plan(parallel.schedule, parallel.pipe, parallel.chunks_a_rank, counts, costs)
 
 

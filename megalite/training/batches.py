@@ -14,8 +14,11 @@ from torch import Tensor
 
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
+from megalite.model.varlen import documents_as_pieces
 from megalite.parallel.grid import Axis
 from megalite.parallel.loss import IGNORED
+
+LEAST_COUNTED = 0.5  # share of the labels from which on the head takes them all: picking rows costs a copy of them
 
 
 class MicroBatch(NamedTuple):
@@ -67,7 +70,12 @@ def _micro_batch(
     tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
     labels = np.array(labels)
     labels[len(real) :] = IGNORED
-    context = Context(documents=None if documents is None else torch.from_numpy(documents))
+    context = Context()
+    if documents is not None:
+        context.documents, context.bounds = torch.from_numpy(documents), documents_as_pieces(documents)
+    counted = np.flatnonzero(labels != IGNORED)
+    if len(counted) < LEAST_COUNTED * labels.size:
+        context.counted = torch.from_numpy(counted)
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
     return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context)
@@ -86,10 +94,13 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
     """With each of its tensors changed."""
     tokens, labels, context = batch
-    documents, randomness = context.documents, context.randomness
+    documents, bounds = context.documents, context.bounds
+    counted, randomness = context.counted, context.randomness
     context = replace(
         context,
         documents=None if documents is None else change(documents),
+        bounds=None if bounds is None else bounds._replace(starts=change(bounds.starts)),
+        counted=None if counted is None else change(counted),
         randomness=None if randomness is None else replace(randomness, samples=change(randomness.samples)),
     )
     return MicroBatch(change(tokens), change(labels), context)

@@ -32,6 +32,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     keys = ("sequence_length", "samples", "order", "reset_attention", "eod_mask_loss")
     values = {f"megalite.data.{key}": getattr(data, key) for key in keys}
     values["megalite.data.loss"] = data.loss or "all"
+    objective = data.objective
+    values["megalite.data.objective"] = objective if isinstance(objective, str) else objective.model_dump()
     if data.megatron_samples is not None:
         values[MADE_FOR] = data.megatron_samples
     return {**values, TRAIN: corpora}

@@ -42,6 +42,9 @@ from megalite.training.start import starting_point
 from megalite.training.step import train_step
 from megalite.training.watchdog import Watchdog
 
+READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
+"""Keys of `megalite.data` that tell how a corpus is read."""
+
 
 @dataclass
 class Agreed:
@@ -76,7 +79,7 @@ class Run:
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
         self.faults_file = Appended(run_dir / FAULTS, self.note)
         self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
-        self.pace = Pace(faults, engine, spec, watchdog.hosts)
+        self.pace = Pace(faults, engine, spec, config.data.counted_share, watchdog.hosts)
         self.replicas = Replicas(engine.stage)
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
@@ -93,7 +96,8 @@ class Run:
         self.signals = listen()
         length = config.data.sequence_length
         peak = peak_flops(self.device, DTYPES[config.precision])
-        self.utilisation = Utilisation(spec.flops_per_token(length), peak, self.grid.world_size)
+        flops_per_token = spec.flops_per_token(length, config.data.counted_share)
+        self.utilisation = Utilisation(flops_per_token, peak, self.grid.world_size)
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
         self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
@@ -306,7 +310,7 @@ class Run:
             "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
-            "data": config.data.model_dump(include={"samples", "loss", "reset_attention", "eod_mask_loss"}),
+            "data": config.data.model_dump(include=READ_BY),
             "fingerprint": self.fingerprint,
             "model": self.model,
             "layout": {

@@ -44,7 +44,9 @@ def check_parameter_groups(config: Config, spec: TransformerSpec) -> None:
 def parameter_groups(stage: Any, weight_decay: float, entries: Sequence[ParameterGroup] = ()) -> list[dict[str, Any]]:
     """Groups for the optimizer, alike in learning rate and weight decay: by `entries`, else matrices decay, and norms
     and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
-    both stages that hold one. Stages may differ in their groups: each is an engine of its own."""
+    both stages that hold one. So have tensors that the tensor axis cuts unevenly (an odd vocabulary): ZeRO lays a group
+    out flat, and kernels round the last numbers of a stretch in another way, so that copies of what is whole would
+    differ where what stands beside them does. Stages may differ in their groups: each is an engine of its own."""
 
     def choice(place: Placement) -> tuple[float, float]:
         """(lr_ratio, weight_decay)"""
@@ -55,12 +57,13 @@ def parameter_groups(stage: Any, weight_decay: float, entries: Sequence[Paramete
         decay = entries[number].weight_decay
         return entries[number].lr_ratio, usual if decay is None else decay
 
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for value, place in placed(stage):
         ratio, decay = choice(place)
         tied = value is stage.tied_parameter
         empty = {"params": [], "weight_decay": decay, LR_RATIO: ratio}
-        groups.setdefault((ratio, decay, tied), empty)["params"].append(value)
+        uneven = place.dim is not None and place.full_shape[place.dim] % stage.split.axis.size != 0
+        groups.setdefault((ratio, decay, tied, uneven), empty)["params"].append(value)
     return list(groups.values())
 
 

@@ -20,12 +20,15 @@ from megalite.parallel.engine import Engine
 class Pace:
     """Of one run on this rank; every rank has one and calls it at the same steps."""
 
-    def __init__(self, faults: Faults, engine: Engine, spec: TransformerSpec, hosts: Sequence[str]) -> None:
+    def __init__(
+        self, faults: Faults, engine: Engine, spec: TransformerSpec, counted: float, hosts: Sequence[str]
+    ) -> None:
+        """counted: about which share of the tokens the head's product is made for."""
         self.faults, self.engine, self.hosts = faults, engine, hosts
         self.clock = engine.grid.clock
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
-        head = spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
+        head = counted * spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
         layers = sum(len(stage.cut.layers[chunk]) for chunk in stage.cut.chunks_of(engine.grid.pipe.rank))
         self.work = float(layers * spec.block_parameters + head)
         self.slow: dict[int, list[str]] = {}

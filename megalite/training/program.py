@@ -19,6 +19,7 @@ from megalite.convert.carried import carried_by_run
 from megalite.convert.weights import Weights, open_weights, resolve_weights
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
+from megalite.devices import be_deterministic
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inputs import reading
 from megalite.launch import MOST_RANKS, ArgumentParser, Place, at_least, place, start_ranks, stop_ranks
@@ -226,6 +227,8 @@ def _train(prepared: Prepared, rank: int) -> int:
 
     config = prepared.config
     run_dir = Path(config.train.run_dir)
+    if config.train.deterministic:
+        be_deterministic()
     with Watchdog(run_dir, config.train.limits) as watchdog:
         grid = Grid.build(config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout)
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):

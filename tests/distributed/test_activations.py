@@ -39,6 +39,7 @@ WITHIN = 0.02  # equal to the byte on the CPU; other kernels of attention keep a
 DROPPING = {
     "gpt2": {**FAMILY_CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1},
     "llama": {**FAMILY_CONFIGS["llama"], "attention_dropout": 0.2},
+    "bert": {**FAMILY_CONFIGS["bert"], "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1},
 }
 Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 """A name, a model, its type, its recompute choice and whether samples are packed documents."""
@@ -47,10 +48,11 @@ Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 def cases(alone: bool, sequence: bool) -> list[Case]:
     every: list[Recompute] = [0, "selective", 2, 1] if alone or sequence else [0]
     result: list[Case] = []
-    for name, dtype, recompute in product(("llama", "gpt2", "phi"), (torch.float32, torch.bfloat16), every):
+    for name, dtype, recompute in product(("llama", "gpt2", "phi", "bert"), (torch.float32, torch.bfloat16), every):
         result.append((name, FAMILY_CONFIGS[name], dtype, recompute, False))
     for (name, config), recompute in product(DROPPING.items(), every):
         result.append((f"{name} dropout", config, torch.bfloat16, recompute, True))
+    result.append(("bert dropout", DROPPING["bert"], torch.float32, 0, False))
     if alone:
         for name, config in FAMILY_CONFIGS.items():
             result.append((name, config, torch.float16, 0, False))

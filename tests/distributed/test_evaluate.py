@@ -71,7 +71,7 @@ def test_a_corpus_is_read_as_the_run_read_its_own(folder: Path, tmp_path: Path) 
     for overrides, wanted in (([], chosen), (["megalite.data.loss=all"], torch.cat(losses))):
         (line,) = run_ranks(2, evaluated, [*arguments, *overrides], init=False)[0]
         assert line["tokens"] == len(wanted) and line["loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
-    assert line["data"] == {"sequence_length": 24, **TUNED, "loss": "all"}
+    assert line["data"] == {"sequence_length": 24, **TUNED, "loss": "all", "objective": "causal"}
 
     # A Hugging Face folder does not say whether the marks count.
     with pytest.raises(RankFailure, match=r"exit code 2(.|\n)*megalite.data.loss: missing"):

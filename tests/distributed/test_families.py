@@ -39,7 +39,7 @@ def check(results: list[Result], config: dict[str, Any]) -> None:
     ours = torch.cat([part for part, _, _ in results if part is not None], dim=-1)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
     assert max(value for _, value, _ in results) == pytest.approx(loss, rel=1e-5)
-    tied = config.get("tie_word_embeddings", config["model_type"] == "gpt2")
+    tied = read_spec(config).tied
     sums = full_gradients(results)
     assert sums.keys() == gradients.keys()
     for name, value in gradients.items():

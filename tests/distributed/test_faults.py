@@ -148,7 +148,8 @@ def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layou
     a, b, c = (tmp_path / run for run in "abc")
     state = Checkpoint.open(find_checkpoint(a)).state
     assert state["left_out"] == [[32, 40], [48, 56]]
-    assert state["data"] == {"samples": "windows", "loss": None, "reset_attention": False, "eod_mask_loss": False}
+    read_by = {"samples": "windows", "loss": None, "reset_attention": False, "eod_mask_loss": False}
+    assert state["data"] == read_by | {"objective": "causal"}
     all_rows = [json.loads(line) for line in (a / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in all_rows if "loss" in row] == list(range(1, 9))
     assert [row["step"] for row in all_rows if "valid_loss" in row] == [2, 4, 6, 8]

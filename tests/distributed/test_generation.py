@@ -26,6 +26,7 @@ from tests.ranks import run_ranks
 CONFIGS = {
     name: {**config, "max_position_embeddings": 16} if "n_positions" not in config else config
     for name, config in FAMILY_CONFIGS.items()
+    if read_spec(config).causal
 }
 PROMPTS = [[5, 9, 3], [77], [11, 12, 13, 14, 15, 16, 17, 18], [130, 0, 64, 2, 5], [40, 41], [8, 7, 6, 5]]
 NEW = 7

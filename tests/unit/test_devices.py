@@ -1,6 +1,7 @@
 """GPUs and a rank's start (megalite/devices.py, launch.py, grid.py), on a machine that has none: ordinals, too few
 GPUs, settings of torch and NCCL, descriptors, timeouts, and the order in which communicators are made."""
 
+import functools
 import os
 import resource
 import subprocess
@@ -26,6 +27,7 @@ from megalite.parallel.grid import Axis, Grid, backend_of_axes
 from megalite.pipeline.plan import plan_of
 from megalite.pipeline.steps import Send
 from tests.ranks import REPOSITORY, RankFailure, run_ranks
+from tests.training_runs import document, nothing, rows, train
 
 
 def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one() -> None:
@@ -73,7 +75,8 @@ def test_libraries_are_told_what_the_user_has_not_said() -> None:
     several = library_settings({}, on_gpu=True, interface="eth1")
     assert (several["GLOO_SOCKET_IFNAME"], several["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
     users = {"NCCL_SOCKET_IFNAME": "ib0", "PYTORCH_CUDA_ALLOC_CONF": "x", "GLOO_SOCKET_IFNAME": "eth0"}
-    assert library_settings(users, on_gpu=True, interface="eth0") == {"TORCH_GLOO_LAZY_INIT": "1"}
+    left = library_settings(users, on_gpu=True, interface="eth0")
+    assert set(left) == {"TORCH_GLOO_LAZY_INIT", "TORCH_FR_BUFFER_SIZE"}
     assert set(library_settings({}, on_gpu=False, interface=None)) == {"TORCH_GLOO_LAZY_INIT", "TORCHDYNAMO_DISABLE"}
 
 
@@ -235,3 +238,33 @@ def test_slurm_gives_a_rank_its_share_of_the_cores(tmp_path: Path) -> None:
         }  # fmt: skip
         said = subprocess.check_output(["bash", "launcher/slurm.sh", "--check"], cwd=REPOSITORY, env=env, text=True)
         assert said.startswith(f"--cpus-per-task={wanted} --kill-on-bad-exit=1 ")
+
+
+def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
+    devices.sum_in_fp32()
+    devices.be_deterministic()
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction,
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Ring",
+    )
+
+
+def test_sums_in_fp32_and_in_one_order() -> None:
+    assert run_ranks(1, numerics) == [(True, True, True)]
+
+
+def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:
+    """On a CPU its numbers are those without it, and no operation lacks a deterministic form."""
+    of = functools.partial(document, tmp_path, layout={"zero": 1})
+    runs: list[Any] = [(of(run="a", train={"steps": 2}), nothing)]
+    runs.append((of(run="b", train={"steps": 2, "deterministic": True}), nothing))
+    assert run_ranks(2, train, runs) == [[0, 0]] * 2
+    losses = [[row["loss"] for row in rows(tmp_path / run)] for run in "ab"]
+    assert losses[0] == losses[1] and run_ranks(2, trained_deterministically, runs[1:]) == [True, True]
+
+
+def trained_deterministically(rank: int, world_size: int, runs: list[Any]) -> bool:
+    train(rank, world_size, runs)
+    return torch.are_deterministic_algorithms_enabled()

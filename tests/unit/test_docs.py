@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 LAYERS = ["errors", "inputs", "config", "signals", "interrupt", "accelerator", "devices", "launch", "parallel", "model"]
-LAYERS += ["data", "checkpoint", "convert", "pipeline", "training", "inference", "launching", "doctor"]
+LAYERS += ["data", "checkpoint", "convert", "pipeline", "training", "inference", "launching", "doctor", "prove"]
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:

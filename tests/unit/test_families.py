@@ -49,6 +49,8 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
     own = [field for field in type(defaults).__annotations__ if "_plan" not in field and field != "model_type"]
     assert len(own) > 10
     no_effect = NO_EFFECT | ({"pad_token_id"} if spec.family.startswith("gpt") else set())  # no padding_idx there
+    if not spec.causal:
+        no_effect = no_effect - {"is_decoder"}
     for field in own:
         value = section.get(field, getattr(defaults, field))
         other = OTHERS.get(field, not value if isinstance(value, bool) else 0.5 if "drop" in field else None)
@@ -90,7 +92,12 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types.0: 'chunked_attention': must be"),
         ("gptj", {"rotary_dim": 3}, "megalite.model.rotary_dim: 3: must be even"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: must be False"),
-        ("bert", {}, "model_type: 'bert': must be one of llama, mistral"),
+        ("bert", {"is_decoder": True}, "megalite.model.is_decoder: True: must be False"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings: False: must be True"),
+        ("bert", {"type_vocab_size": 0}, "type_vocab_size: 0: must be at least 1"),
+        ("roberta", {"pad_token_id": None}, "pad_token_id: None: must be a token id: positions begin after it"),
+        ("roberta", {"max_position_embeddings": 8}, "max_position_embeddings: 8: must be at least 9"),
+        ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any], line: str) -> None:

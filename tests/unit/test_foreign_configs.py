@@ -138,7 +138,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         "train_batch_sise=3", "zero_optimization.stage=7", "zero_optimization.cpu_offload=true", "wandb.enabled=true",
         "optimizer.params.lr=-1", "scheduler.params.warmup_stepz=3", "megalite.data.sequence_length=x",
         'megalite.data.train=[3, {"path": "a", "wait": 1}]', "megalite.train.seed=1.5", "megalite.parallel.pip=2",
-        'megalite.train.parameter_groups=[{"match": "*"}, {"lr_ratio": 2}]',
+        'megalite.train.parameter_groups=[{"match": "*"}, {"lr_ratio": 2}]', 'megalite.data.objective={"mask": 0.1}',
     ]  # fmt: skip
     with pytest.raises(ConfigError) as raised:
         load_config("ds_configs/tiny_cpu.json", overrides)
@@ -153,6 +153,8 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         'megalite.data.sequence_length: "x": must be an integer',
         "megalite.data.train.0: 3: must be a prefix or",
         "megalite.data.train.1.wait: unknown key; did you mean megalite.data.train.1.weight",
+        "megalite.data.objective.mask: unknown key; did you mean megalite.data.objective.masked?",
+        "megalite.data.objective.masked: missing",
         "megalite.train.seed: 1.5: must be an integer",
         "megalite.train.parameter_groups.1.match: missing",
         "train_batch_sise: unknown key; did you mean train_batch_size?",

@@ -68,6 +68,31 @@ def test_forms_that_transformers_reads_too(gpt2_folder: Path, tmp_path: Path) ->
             assert torch.equal(HFFolder(folder).read(name), wanted.read(name))
 
 
+def test_bert_s_own_files_are_read(tmp_path: Path) -> None:
+    """With a pooler, a next-sentence head, the tied head, a buffer, and the names that TensorFlow gave to norms."""
+    from transformers import AutoConfig, BertForPreTraining
+
+    model = BertForPreTraining(AutoConfig.for_model(**FAMILY_CONFIGS["bert"]))
+    model.save_pretrained(tmp_path / "plain")
+
+    def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        renamed = {
+            key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+            for key, value in tensors.items()
+        }
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        head = {"weight": words.clone(), "bias": tensors["cls.predictions.bias"].clone()}
+        renamed |= {f"cls.predictions.decoder.{kind}": value for kind, value in head.items()}
+        return renamed | {"bert.embeddings.position_ids": torch.arange(16)[None]}
+
+    folder = altered(tmp_path / "plain", tmp_path / "old", old)
+    stored = load_file(folder / "model.safetensors")
+    assert {"bert.pooler.dense.weight", "cls.seq_relationship.bias"} <= stored.keys()
+    norm = stored["bert.encoder.layer.1.output.LayerNorm.beta"]
+    assert torch.equal(HFFolder(folder).read("layers.1.mlp_norm.bias"), norm)
+    assert import_hf(folder, tmp_path / "checkpoint", verify=True) is not None
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return (print, ("code ran",))

@@ -112,7 +112,16 @@ def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch
 @pytest.mark.parametrize("recompute", [0, "selective", 1, 2])
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
 def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> None:
-    config = {**MODELS["llama"], "num_hidden_layers": LAYERS, "hidden_size": 48, "intermediate_size": 80}
+    check_kept("llama", schedule, recompute)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-v"])
+def test_a_rank_keeps_what_is_predicted_of_an_encoder(schedule: str) -> None:
+    check_kept("bert", schedule, 0)
+
+
+def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
+    config = {**MODELS[model], "num_hidden_layers": LAYERS, "hidden_size": 48, "intermediate_size": 80}
     spec, wrong = read_spec(config), []
     gc.disable()  # nothing that is kept may wait for it
     try:

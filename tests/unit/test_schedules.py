@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.optimization import get_inverse_sqrt_schedule, get_wsd_schedule
 
 from megalite.config import BatchPlan, Config, load_config
 from megalite.config.sections import BatchRamp
-from megalite.convert.names import from_hf
+from megalite.convert.names import from_hf, hf_auto_class
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
@@ -123,7 +123,7 @@ def spread(value: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_initial_weights_are_spread_as_in_transformers(name: str) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILY_CONFIGS[name]))
+    model = hf_auto_class(read_spec(FAMILY_CONFIGS[name])).from_config(AutoConfig.for_model(**FAMILY_CONFIGS[name]))
     config = tiny()
     spec, read = read_spec(FAMILY_CONFIGS[name]), file_reader(model.state_dict())
     for value, place in placed(build_stage(config, spec, Grid())):

@@ -22,7 +22,7 @@ from typing import Any
 
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
-from megalite.model.families import gpt2, gpt_neox, gptj, llama, mistral, olmo2, phi, qwen2, qwen3
+from megalite.model.families import bert, gpt2, gpt_neox, gptj, llama, mistral, olmo2, phi, qwen2, qwen3, roberta
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
 from megalite.model.spec import TransformerSpec
 
@@ -36,6 +36,8 @@ FAMILIES: dict[str, ModuleType] = {
     "gptj": gptj,
     "gpt_neox": gpt_neox,
     "phi": phi,
+    "bert": bert,
+    "roberta": roberta,
 }
 # Older names and places of fields that transformers still reads.
 _OLD_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype"}

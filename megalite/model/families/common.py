@@ -41,7 +41,7 @@ _ROPE_KEYS = {
 _LAYERS = {"num_hidden_layers", "n_layer"}
 _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "sliding_window", "n_embd", "n_head", "n_inner", "n_positions",
+    "max_position_embeddings", "sliding_window", "type_vocab_size", "n_embd", "n_head", "n_inner", "n_positions",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000

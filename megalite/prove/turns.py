@@ -1,0 +1,56 @@
+"""A contender's side of a race: it waits for its turn, and then says what the step took. Imports nothing of torch.
+
+Every rank is told on one pipe and answers on another; when the first is closed the race is over.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PIPES = "RACE_PIPES"  # in the environment: the numbers of both, comma between
+
+
+def request() -> dict[str, Any]:
+    """What this contender is asked to do: the JSON that its command names."""
+    return json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+
+
+class Turns:
+    """Of one rank. A step is what happens between `begin` and `end`, or in the call that `serve` is given."""
+
+    def __init__(self) -> None:
+        told, answered = map(int, os.environ[PIPES].split(","))
+        self._told, self._answered = os.fdopen(told), os.fdopen(answered, "w")
+        self._wall = self._processor = 0.0
+
+    def begin(self) -> None:
+        """Waits for this rank's turn. Ends the process where there is none any more."""
+        if not self._told.readline():
+            os._exit(0)
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def end(self, loss: float | None) -> None:
+        """Answers. loss: a mean in nats; None on a rank that does not know it."""
+        processor, wall = time.process_time() - self._processor, time.perf_counter() - self._wall
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        answer = {
+            "processor": processor,
+            "wall": wall,
+            "loss": loss,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "since_start": time.process_time() + children.ru_utime + children.ru_stime,
+        }
+        print(json.dumps(answer), file=self._answered, flush=True)
+
+    def serve(self, step: Callable[[int], float | None]) -> None:
+        """Takes all turns: step(0), step(1) …; each returns the loss."""
+        number = 0
+        while True:
+            self.begin()
+            self.end(step(number))
+            number += 1

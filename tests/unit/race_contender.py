@@ -1,0 +1,19 @@
+"""A contender for test_races.py: its loss is what it is asked for, and where asked it ends."""
+
+import sys
+import time
+
+from megalite.prove.turns import Turns, request
+
+if __name__ == "__main__":
+    asked, turns = request(), Turns()
+
+    def step(number: int) -> float:
+        if number == asked.get("ends"):
+            sys.exit("it broke")
+        end = time.process_time() + asked.get("seconds", 0.0)
+        while time.process_time() < end:
+            pass
+        return asked["loss"]
+
+    turns.serve(step)
