@@ -20,7 +20,12 @@ class UserError(MegaliteError):
 
 
 class ConfigError(UserError):
-    """A key of the JSON, an override or an argument breaks a rule."""
+    """A key of the JSON, an override or an argument breaks a rule. lines: one for each that does; the error's text is
+    the first."""
+
+    def __init__(self, first: str, *others: str) -> None:
+        super().__init__(first)
+        self.lines = (first, *others)
 
 
 class DataError(UserError):

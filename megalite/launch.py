@@ -191,13 +191,15 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
 
 
 def print_line(error: Exception) -> None:
-    """An error as one line on standard error; with MEGALITE_TRACEBACK=1 after where it was raised."""
+    """An error as one line on standard error, or a config's as one for each mistake; with MEGALITE_TRACEBACK=1 after
+    where it was raised."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
-    line = " ".join(str(error).split())
-    if len(line) > _LINE_CHARACTERS:  # a path or a value of thousands: what is said of it is at the end
-        line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    for text in error.lines if isinstance(error, ConfigError) else [str(error)]:
+        line = " ".join(text.split())
+        if len(line) > _LINE_CHARACTERS:  # a path or a value of thousands: what is said of it is at the end
+            line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
 
 
 def start_ranks(

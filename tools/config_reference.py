@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """Print the reference of every config key, made from the descriptions beside the fields in megalite/config."""
 
-import types
-import typing
-from typing import Any
+import json
+from collections.abc import Iterator
 
 import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.config.deepspeed_keys import DeepSpeedKeys
+from megalite.config.foreign import AUTO
 from megalite.config.rules import Document
 from megalite.config.schedules import SCHEDULES
-from megalite.config.section import Section
+from megalite.config.section import Section, sections_of
 from megalite.launch import ArgumentParser, run_program
 
 HEADER = """# Config reference
@@ -20,15 +19,18 @@ holds the two together. A default of `-` is DeepSpeed's own or follows from othe
 | key | default | meaning |
 |---|---|---|
 """
+FOREIGN = """
 
+A JSON made for Hugging Face's Trainer or for DeepSpeed alone needs a section `megalite` and no other change, unless it
+asks for what is refused below: there `false`, `null` and `{"enabled": false}` may stay. `zero_allow_untested_optimizer`
+and `stage3_gather_16bit_weights_on_model_save` may be true, without effect. `"auto"` is taken for these keys, and
+`--check` and the log say what it became:
 
-def sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a field's type holds, through lists and unions."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [found for part in typing.get_args(annotation) for found in sections_of(part)]
-    return []
+"""
+REFUSED = """
+DeepSpeed's keys that are refused where they are on, and why:
+
+"""
 
 
 def rows(section: type[Section], prefix: str) -> list[str]:
@@ -51,8 +53,22 @@ def reference() -> str:
     lines = rows(Document, "")
     for name, section in SCHEDULES.items():
         lines += [f"| `scheduler.type: {name}` | | its `params`: |", *rows(section, "scheduler.params.")]
-    refused = "".join(f"- `{key}`: {why}\n" for key, why in sorted(DeepSpeedKeys.refused.items()))
-    return HEADER + "\n".join(lines) + f"\n\nDeepSpeed's top-level keys that are refused, and why:\n\n{refused}"
+    return HEADER + "\n".join(lines) + FOREIGN + "".join(autos()) + REFUSED + "".join(refusals(Document, ""))
+
+
+def autos() -> Iterator[str]:
+    """A line for each key of which `auto` is taken."""
+    for key, becomes in AUTO.items():
+        yield f"- `{key}`: {f'left out: {becomes[1]}' if isinstance(becomes, tuple) else json.dumps(becomes)}\n"
+
+
+def refusals(section: type[Section], prefix: str) -> Iterator[str]:
+    """A line for each key that is refused, nested ones after their section's own."""
+    for key, why in sorted(section.refused.items()):
+        yield f"- `{prefix}{key}`: {why}\n"
+    for name, field in section.model_fields.items():
+        for inner in sections_of(field.annotation):
+            yield from refusals(inner, f"{prefix}{name}.")
 
 
 def main(argv: list[str]) -> int:

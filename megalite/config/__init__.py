@@ -8,12 +8,13 @@ Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from megalite.config.batches import BatchPlan
+from megalite.config.foreign import without_foreign
 from megalite.config.reading import apply_overrides, check_numbers, read_json
 from megalite.config.rules import (
     Document,
@@ -25,9 +26,10 @@ from megalite.config.rules import (
     decay_steps,
     resolved_keys,
     warmup_steps,
+    wrong_schedule,
 )
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
-from megalite.config.section import parse
+from megalite.config.section import all_of, read, refuse
 from megalite.config.sections import Data, Parallel, Source, Train
 from megalite.inputs import reading
 
@@ -50,21 +52,27 @@ class Config:
     """A whole configuration. Its sizes of the batch are there after `resolve`."""
 
     document: Document
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """Lines about values that were made for another trainer (foreign.py)."""
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Config":
-        """Check a JSON object key by key. Raises ConfigError with one line."""
-        config = cls(parse(Document, value))
-        check_schedule(config.document)
-        return config
+        """Check a JSON object key by key. Raises ConfigError with a line for each that is wrong."""
+        value, notes = without_foreign(Document, value)
+        document, wrong = read(Document, value)
+        refuse(wrong | wrong_schedule(value), value)
+        assert document is not None
+        check_schedule(document)
+        return cls(document, tuple(notes))
 
     def resolve(self, world_size: int) -> "Config":
         """This config with every default filled in for a run of `world_size` ranks.
 
-        Raises ConfigError with one line for the first rule broken.
+        Raises ConfigError with a line for each rule that is broken.
         """
-        check_document(self.document)
-        return Config.from_dict(resolved_keys(self.document, self.data_axis_size(world_size)))
+        all_of(lambda: check_document(self.document), lambda: self.data_axis_size(world_size))
+        resolved = Config.from_dict(resolved_keys(self.document, self.data_axis_size(world_size)))
+        return replace(resolved, notes=self.notes)
 
     def data_axis_size(self, world_size: int) -> int:
         """Ranks of the data axis of `world_size` ranks. Raises ConfigError where the grid does not fit."""

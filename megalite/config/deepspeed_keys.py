@@ -103,7 +103,10 @@ class ZeroOptimization(Section):
     )
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
-    overlap_comm: bool | None = key("Reduce while backward goes on; without effect with pipe > 1.")
+    overlap_comm: bool | None = key(
+        "On a GPU: reduce gradients in a stream of their own while backward goes on, on every layout. Left out: with "
+        "stage 3 alone."
+    )
     offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory or in files.")
     offload_param: OffloadParam | None = key("Keep the parameters in main memory; stage 3.")
     sub_group_size: Count | None = key(
@@ -116,7 +119,6 @@ class ZeroOptimization(Section):
     stage3_model_persistence_threshold: Count | None = key("Elements that may stay whole in all.")
     stage3_max_live_parameters: Count | None = key("Elements held whole at a time.")
     stage3_max_reuse_distance: Count | None = key("Elements after which a parameter is released.")
-    stage3_module_granularity_threshold: Count | None = key("Modules finer than this are fetched whole.")
     stage3_use_all_reduce_for_fetch_params: bool | None = key("Fetch by all-reduce.")
     stage3_allgather_sequential: bool | None = key("Fetch parameters one by one: less memory.")
     memory_efficient_linear: bool | None = key("DeepSpeed's own linear function, stage 3.")
@@ -134,6 +136,8 @@ class ZeroOptimization(Section):
         "zero_hpz_partition_size": "a second copy of the weights (hpZ) is not available",
         "save_muon_momentum_buffer_in_memory": "Muon is not available; see optimizer.type",
         "leaf_module": _NO_EXPERTS,
+        "stage3_module_granularity_threshold": "with it DeepSpeed has not gathered the weights when gradients are "
+        "added up in backward: the first step fails",
         **dict.fromkeys(
             ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
             _CHANGES_RESULT,
@@ -152,6 +156,12 @@ class ZeroOptimization(Section):
             ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), _REMOVED
         ),
     }
+    neutral: ClassVar = {
+        "compute_grad_norm": (True,),
+        "zero_hpz_partition_size": (1,),
+        "mics_shard_size": (-1,),
+        "stage3_module_granularity_threshold": (0,),
+    }
 
 
 class Bf16(Section):
@@ -160,12 +170,12 @@ class Bf16(Section):
     enabled: bool = Field(
         False, description="Weights and activations in bf16, masters and accumulation in fp32."
     )
-    immediate_grad_update: bool | None = key("Add each gradient to the fp32 one as it is made: less memory.")
     refused: ClassVar = {
         **dict.fromkeys(
             ("bf16_master_weights_and_grads", "bf16_optimizer_states"), "masters and moments are kept in fp32"
         ),
         "check_grad_overflow": "gradients are always looked at; see megalite.train.faults.not_finite",
+        "immediate_grad_update": "it is for DeepSpeed's BF16_Optimizer, which is not used: ZeRO does without",
     }
 
 
@@ -223,6 +233,7 @@ class OptimizerParams(Section):
         "amsgrad": "not available in DeepSpeed's Adam",
         "fp32_optimizer_states": "masters and moments are kept in fp32",
     }
+    neutral: ClassVar = {"bias_correction": (True,)}
 
 
 ADAM: dict[str, Any] = {
@@ -332,7 +343,7 @@ class DeepSpeedKeys(Section):
     memory_breakdown: bool | None = key("DeepSpeed logs its memory.")
     dump_state: bool | None = key("DeepSpeed logs its whole state after starting.")
     disable_python_gc: bool | None = key("Switch Python's garbage collector off while training.")
-    log_level: str | None = key("Level of DeepSpeed's log.")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key("Level of DeepSpeed's log.")
     comms_logger: CommsLogger | None = key("DeepSpeed's record of collectives.")
     timers: Timers | None = key("DeepSpeed's timers.")
     aio: Aio | None = key("Reading and writing with offload_optimizer.device nvme.")
@@ -377,4 +388,9 @@ class DeepSpeedKeys(Section):
         "disable_allgather": "without effect in DeepSpeed; use zero_optimization.allgather_partitions",
         "allgather_size": "DeepSpeed's old name; use zero_optimization.allgather_bucket_size",
         "vocabulary_size": "the model's config says it: megalite.model",
+    }
+    neutral: ClassVar = {
+        "gradient_predivide_factor": (1,),
+        "sequence_parallel_size": (1,),
+        "managed_gradient_accumulation": (True,),
     }

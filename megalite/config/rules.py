@@ -13,7 +13,7 @@ from megalite.config.batches import BatchPlan
 from megalite.config.deepspeed_keys import OPTIMIZERS, DeepSpeedKeys, OffloadOptimizer, Optimizer, ZeroOptimization
 from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.schedules import DEEPSPEEDS, SCHEDULES, WSD, Constant, InverseSqrt, Linear
-from megalite.config.section import Section, broken, nearest, parse
+from megalite.config.section import Section, Wrong, all_of, broken, nearest, parse, read
 from megalite.config.sections import Data, Masked, Megalite, Parallel
 from megalite.errors import ConfigError
 
@@ -115,6 +115,16 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
     return batch, micro or batch // factor, accumulation or batch // factor
 
 
+def wrong_schedule(value: Any) -> Wrong:
+    """What is wrong with `scheduler.params` of a whole JSON, of which other parts may be wrong too."""
+    scheduler = value.get("scheduler") if isinstance(value, dict) else None
+    kind, params = (scheduler.get("type"), scheduler.get("params")) if isinstance(scheduler, dict) else (None, None)
+    if not isinstance(kind, str) or kind not in SCHEDULES or not isinstance(params, dict):
+        return {}
+    _, wrong = read(SCHEDULES[kind], params, "scheduler.params")
+    return {("scheduler", "params", *place): line for place, line in wrong.items()}
+
+
 def check_schedule(document: Document) -> Section | None:
     """The parameters of `scheduler` as the section of its type; None where there is no scheduler."""
     scheduler = document.scheduler
@@ -179,16 +189,16 @@ def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
 
 def check_document(document: Document) -> None:
     """Every rule between keys that needs neither the world size nor the model."""
-    check_data_keys(document.megalite.data)
-    _check_faults(document.megalite)
-    _check_precision(document)
-    check_schedule_of_pipe(document.megalite.parallel)
-    _check_zero(document.zero_optimization or ZeroOptimization.model_validate({}), document.megalite.parallel)
-    if document.optimizer is None:
-        raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
-    _check_optimizer(document.optimizer)
-    _check_nvme(document, document.optimizer)
-    _check_groups(document)
+    megalite, zero = document.megalite, document.zero_optimization or ZeroOptimization.model_validate({})
+    all_of(
+        lambda: check_data_keys(megalite.data),
+        lambda: _check_faults(megalite),
+        lambda: _check_precision(document),
+        lambda: check_schedule_of_pipe(megalite.parallel),
+        lambda: _check_zero(zero, megalite.parallel),
+        lambda: _check_optimizer(document),
+        lambda: _check_groups(document),
+    )
 
 
 def check_data_keys(data: Data) -> None:
@@ -330,7 +340,14 @@ def buffers_needed(offload: OffloadOptimizer, optimizer: Optimizer) -> int:
     return (1 + moments_kept(optimizer)) * (1 + bool(offload.pipeline_read) + bool(offload.pipeline_write))
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _check_optimizer(document: Document) -> None:
+    optimizer = document.optimizer
+    if optimizer is None:
+        raise ConfigError('optimizer: missing: a run needs {"type": "AdamW", "params": {"lr": …}}')
+    all_of(lambda: _check_update(optimizer), lambda: _check_nvme(document, optimizer))
+
+
+def _check_update(optimizer: Optimizer) -> None:
     for name, value in optimizer.params.model_dump(exclude_none=True, exclude={"lr", "weight_decay"}).items():
         if name not in OPTIMIZERS[optimizer.type]:
             raise broken(f"optimizer.params.{name}", value, f"is not a parameter of {optimizer.type}; leave it out")

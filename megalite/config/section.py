@@ -7,55 +7,118 @@ error that names the nearest known one), each field with its meaning beside it. 
 
 import difflib
 import json
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from megalite.errors import ConfigError
 
 _SHOWN_CHARACTERS = 80  # of a value that an error repeats
+_MOST_LINES = 40  # of an error
 _LEAST_LIKENESS = 0.5  # one wrong letter of two ("lx" for "lr") is still recognised
 
 
 class Section(BaseModel):
     """A closed, frozen part of the JSON. `refused` maps keys that DeepSpeed knows and megalite does not
-    take to the reason, which names the key to use instead where there is one."""
+    take to the reason, which names the key to use instead where there is one; `neutral` those of them to the values
+    that ask for what holds anyway, where that is not false (foreign.py)."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
     refused: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key in value:
-                if key in cls.refused:
-                    raise PydanticCustomError(
-                        "refused_key", "{reason}", {"key": key, "reason": cls.refused[key]}
-                    )
-                if key not in cls.model_fields:
-                    near = nearest(key, cls.model_fields)
-                    raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "near": near})
-        return value
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+Place = tuple[str | int, ...]
+Wrong = dict[Place, str]
+"""Lines about what is wrong by its place in a JSON value, as keys and indices from the top."""
 
 
 def parse(section: type[AnySection], value: Any, path: str = "") -> AnySection:
-    """Read `value`, what stands at the dotted `path` of the JSON, as `section`.
+    """Read `value`, which lies at the dotted `path` of the JSON, as `section`.
 
-    Raises ConfigError with one line for the first thing that is wrong.
+    Raises ConfigError with a line for each thing that is wrong.
     """
+    found, wrong = read(section, value, path)
+    refuse(wrong, value)
+    assert found is not None
+    return found
+
+
+def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySection | None, Wrong]:
+    """The section, or what is wrong."""
     try:
-        return section.model_validate(value)
+        return section.model_validate(value), {}
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise ConfigError(_one_line(details[0], path)) from None
+        wrong: Wrong = {}
+        for detail in error.errors(include_url=False):
+            place = _place(value, detail)
+            line = _line(section, detail, place, path)
+            # Each form that a value may have has an error of its own: of a list, a word, a number.
+            wrong[place] = f"{wrong[place]}, or {line.rpartition(': ')[2]}" if place in wrong else line
+        return None, wrong
+
+
+def refuse(wrong: Wrong, value: Any) -> None:
+    """ConfigError with the lines in the order of the JSON value that they are about; nothing where there are none."""
+    if wrong:
+        lines = [wrong[place] for place in sorted(wrong, key=lambda place: _position(value, place))]
+        rest = [f"and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
+        raise ConfigError(*lines[:_MOST_LINES], *rest)
+
+
+def all_of(*checks: Callable[[], Any]) -> None:
+    """Makes every check. ConfigError with the lines of all that raise one."""
+    lines: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            lines += error.lines
+    if lines:
+        raise ConfigError(*dict.fromkeys(lines))
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type holds, through lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [found for part in typing.get_args(annotation) for found in sections_of(part)]
+    return []
+
+
+def _place(value: Any, detail: ErrorDetails) -> Place:
+    """Where an error is, without the names that pydantic has for the forms of a value."""
+    place: Place = ()
+    for step in detail["loc"]:
+        if detail["type"] == "missing" and isinstance(value, dict) and step not in value:
+            return (*place, step)
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            break
+        place = (*place, step)
+    return place
+
+
+def _position(value: Any, place: Place) -> list[int]:
+    """Of a place among others, in the order in which the JSON has them; a missing key comes last."""
+    position = []
+    for step in place:
+        if isinstance(value, dict):
+            position.append([*value, step].index(step))
+            value = value.get(step)
+        else:
+            position.append(int(step))
+            value = value[int(step)]
+    return position
 
 
 def nearest(key: str, known: Iterable[str]) -> list[str]:
@@ -116,15 +179,25 @@ _RULES = {  # pydantic's error types in the words of a JSON file
 }
 
 
-def _one_line(detail: ErrorDetails, path: str) -> str:
-    here, context = join(path, *detail["loc"]), detail.get("ctx", {})
+def _line(section: type[Section], detail: ErrorDetails, place: Place, path: str) -> str:
+    here, context = join(path, *place), detail.get("ctx", {})
     match detail["type"]:
-        case "unknown_key":
-            return str(unknown(join(here, context["key"]), [join(here, name) for name in context["near"]]))
-        case "refused_key":
-            return f"{join(here, context['key'])}: {context['reason']}"
+        case "extra_forbidden":
+            key, owner = str(place[-1]), _owner(section, place[:-1])
+            if key in owner.refused:
+                return f"{here}: {owner.refused[key]}"
+            near = nearest(key, owner.model_fields)
+            return str(unknown(here, [join(path, *place[:-1], name) for name in near]))
         case "missing":
             return f"{here}: missing: this key has no default"
         case kind:
             rule = _RULES.get(kind, detail["msg"]).format_map(context)
             return str(broken(here, detail["input"], rule))
+
+
+def _owner(section: type[Section], place: Place) -> type[Section]:
+    """The section that lies at a place."""
+    for step in place:
+        if isinstance(step, str):
+            section = sections_of(section.model_fields[step].annotation)[0]
+    return section

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from megalite.config.section import Section, parse
+from megalite.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Counter = Annotated[int, Field(ge=0)]
@@ -100,7 +100,7 @@ class Masked(Section):
 
 def _objective(value: Any) -> Any:
     if isinstance(value, dict):
-        return parse(Masked, value, "megalite.data.objective")
+        return Masked.model_validate(value)  # pydantic takes its errors in, at their places
     if value == "causal" or isinstance(value, Masked):
         return value
     raise PydanticCustomError("objective", 'must be "causal" or an object such as {{"masked": 0.15}}')

@@ -202,9 +202,10 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
 
 
 def _told(prepared: Prepared) -> str:
-    """The table of what each rank will hold, and the pipeline's schedule."""
+    """What `auto` in the config became, the table of what each rank will hold, and the pipeline's schedule."""
     config, spec = prepared.config, prepared.spec
-    return "\n".join(told_lines(config, spec) + pipeline_lines(plan_of(config, spec), config.accumulation_steps))
+    plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
+    return "\n".join([*config.notes, *told_lines(config, spec), *plan])
 
 
 def _write_config(config: Config) -> None:

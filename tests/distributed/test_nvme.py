@@ -82,7 +82,9 @@ def config_of(folder: str | None, stage: int = 3, bf16: bool = False, **offload:
         },
     }
     if offload.get("pipeline_read"):
-        document["aio"] = {"block_size": 2**16, "intra_op_parallelism": 2}
+        document["aio"] = {
+            "block_size": 2**16, "intra_op_parallelism": 2, "single_submit": True, "overlap_events": False,
+        }  # fmt: skip
     return Config.from_dict(document).resolve(2)
 
 

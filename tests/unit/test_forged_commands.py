@@ -31,7 +31,7 @@ class Started(Exception):
     """Ranks, or deepspeed, would have been started."""
 
 
-def _prepared(prepare: Callable[[bool], Any]) -> Any:
+def _prepared(prepare: Callable[[bool], Any], *_: Any) -> Any:
     prepare(True)
     raise Started
 

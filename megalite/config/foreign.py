@@ -1,0 +1,75 @@
+"""What a JSON that was made for another trainer holds and that asks nothing of megalite: keys that are off, and "auto".
+
+Hugging Face's Trainer fills `auto` in from its own arguments; here it becomes what those hold when left out, or is left
+out. What that is in each case, and what has no effect, is said in a note. Next: rules.py.
+"""
+
+import json
+from typing import Any
+
+from megalite.config.section import Section, join, sections_of
+
+LEFT_OUT = object()
+_DERIVED = "it follows from the other two batch sizes"
+AUTO: dict[str, Any] = {  # by key: what `auto` becomes, or (LEFT_OUT, what then holds)
+    "train_batch_size": (LEFT_OUT, _DERIVED),
+    "train_micro_batch_size_per_gpu": (LEFT_OUT, _DERIVED),
+    "gradient_accumulation_steps": (LEFT_OUT, _DERIVED),
+    "gradient_clipping": 1.0,
+    "bf16.enabled": False,
+    "fp16.enabled": False,
+    "optimizer.params.lr": 5e-5,
+    "optimizer.params.betas": [0.9, 0.999],
+    "optimizer.params.eps": 1e-8,
+    "optimizer.params.weight_decay": 0.0,
+    "scheduler.params.warmup_min_lr": 0.0,
+    "scheduler.params.warmup_max_lr": (LEFT_OUT, "optimizer.params.lr holds"),
+    "scheduler.params.warmup_num_steps": 1,
+    "scheduler.params.total_num_steps": (LEFT_OUT, "megalite.train.steps holds"),
+    "zero_optimization.reduce_bucket_size": (LEFT_OUT, "4e7 holds"),
+    "zero_optimization.stage3_prefetch_bucket_size": (LEFT_OUT, "DeepSpeed's 5e7 holds"),
+    "zero_optimization.stage3_param_persistence_threshold": (LEFT_OUT, "DeepSpeed's 1e5 holds"),
+}
+IDLE = {  # keys that are often true, and then ask for what megalite does in its own way, or does not need
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "checkpoints hold whole tensors always",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "checkpoints hold whole tensors always",
+    "zero_allow_untested_optimizer": "optimizer.type is one that is tested",
+}
+
+
+def without_foreign(section: type[Section], value: Any, path: str = "") -> tuple[Any, list[str]]:
+    """`value`, which lies at the dotted `path` of the JSON, as far as it asks for something, and the notes."""
+    if not isinstance(value, dict):
+        return value, []
+    result, notes = {}, []
+    for key, inner in value.items():
+        here = join(path, key)
+        if key in section.refused and is_off(section, key, inner):
+            continue
+        if here in IDLE and inner is True:
+            notes.append(f"{here}: true has no effect: {IDLE[here]}")
+            continue
+        if inner == "auto" and here in AUTO:
+            becomes = AUTO[here]
+            if isinstance(becomes, tuple):
+                notes.append(f"{here}: auto is left out: {becomes[1]}")
+                continue
+            notes.append(f"{here}: auto becomes {json.dumps(becomes)}")
+            inner = becomes
+        field = section.model_fields.get(key)
+        inside = sections_of(field.annotation) if field is not None else []
+        result[key], more = without_foreign(inside[0] if inside else Section, inner, here)
+        notes += more
+    return result, notes
+
+
+def is_off(section: type[Section], key: str, value: Any) -> bool:
+    """Whether a refused key asks for what holds anyway."""
+    return value in section.neutral[key] if key in section.neutral else _is_off(value)
+
+
+def _is_off(value: Any) -> bool:
+    """False, null, and an object that says so of itself or of all in it."""
+    if isinstance(value, dict):
+        return value.get("enabled") is False or ("enabled" not in value and all(map(_is_off, value.values())))
+    return value is None or value is False
