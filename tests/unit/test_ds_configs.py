@@ -13,6 +13,8 @@ ROWS = dict(re.findall(r"\| `(\w+\.json)` \| (\d+) \|", (FOLDER / "README.md").r
 PARAMETERS = {
     "gpt_125m_zero1_3d.json": 125e6,
     "gpt_1b3_3d.json": 1.3e9,
+    "bert.json": 110e6,
+    "modernbert.json": 149e6,
     "llama_7b_3d.json": 6.7e9,
     "llama_13b_zero3_tensor.json": 13e9,
 }
