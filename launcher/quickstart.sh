@@ -24,7 +24,7 @@ for part in train valid; do
     fi
 done
 
-gpus=$(python -c 'from megalite.devices import visible_gpus; print(visible_gpus())')
+gpus=$(python -c 'from megalite.ranks.devices import visible_gpus; print(visible_gpus())')
 read -r ranks pipe tensor <<<"$(quickstart_grid "$gpus")"
 if ((gpus == 0)); then
     where=CPU

@@ -68,15 +68,21 @@ def parse_json(
     by ValueError is told likewise."""
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        if "\\u" in text:  # JSON can write half of a character that needs two: nothing can write that out again
+        if (
+            "\\u" in text
+        ):  # JSON can write half of a character that needs two: nothing can write that out again
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise kind(f"{where}: is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+        raise kind(
+            f"{where}: is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+        ) from None
     except UnicodeEncodeError:
         raise kind(f"{where}: holds half of a surrogate pair") from None
     except RecursionError:
         raise kind(f"{where}: cannot be read: it is nested too deeply") from None
-    except ValueError as error:  # of a hook, or Python's own of a number with more than 4,300 digits
+    except (
+        ValueError
+    ) as error:  # of a hook, or Python's own of a number with more than 4,300 digits
         raise kind(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from None
     return value
 
@@ -99,4 +105,6 @@ def check_links(folder: str | Path, kind: type[UserError]) -> None:
             path = Path(place, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 link = Path(folder) / path.relative_to(top)
-                raise kind(f"{link}: is a link to {os.readlink(path)}: must not lead out of the folder")
+                raise kind(
+                    f"{link}: is a link to {os.readlink(path)}: must not lead out of the folder"
+                )

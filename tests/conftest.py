@@ -16,7 +16,9 @@ import pytest  # noqa: E402  (after the settings)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the long forms too: hours, not minutes")
+    parser.addoption(
+        "--long", action="store_true", help="run the long forms too: hours, not minutes"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

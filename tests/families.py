@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from megalite.convert.names import from_hf, hf_auto_class
+from megalite.hub.names import from_hf, hf_auto_class
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -26,7 +26,13 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 16}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 16,
+}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _MODERNBERT_IDS = {"pad_token_id": 7, "cls_token_id": 1, "sep_token_id": 2}
@@ -70,12 +76,30 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 100,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
     },
-    "gpt2": {**_GPT, **_NO_DROPOUT, "model_type": "gpt2", "n_inner": 50, "bos_token_id": 1, "eos_token_id": 2},
-    "gptj": {**_GPT, **_NO_DROPOUT, "model_type": "gptj", "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        **_GPT,
+        **_NO_DROPOUT,
+        "model_type": "gpt2",
+        "n_inner": 50,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gptj": {
+        **_GPT,
+        **_NO_DROPOUT,
+        "model_type": "gptj",
+        "rotary_dim": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gpt_neox": {
         **_SIZES,
         "model_type": "gpt_neox",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.7,
+        },
     },
     "gpt_neox sequential": {
         **_SIZES,
@@ -83,16 +107,31 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "use_parallel_residual": False,
         "attention_bias": False,
         "max_position_embeddings": 8,  # shorter than the batch: the frequencies change
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1.0},
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "partial_rotary_factor": 1.0,
+        },
     },
     "phi": {
         **_SIZES,
         "model_type": "phi",
         "qk_layernorm": True,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.7,
+        },
     },
-    "bert": {**_SIZES, **_NO_BERT_DROPOUT, "model_type": "bert", "pad_token_id": 7, "type_vocab_size": 3},
+    "bert": {
+        **_SIZES,
+        **_NO_BERT_DROPOUT,
+        "model_type": "bert",
+        "pad_token_id": 7,
+        "type_vocab_size": 3,
+    },
     "roberta": {
         **_SIZES,
         **_NO_BERT_DROPOUT,
@@ -179,7 +218,9 @@ def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tenso
     """Logits, the sum of the losses, and the gradients of that sum under our names, from transformers."""
     model, (tokens, labels) = hf_model(config), batch()
     logits = model(tokens).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
     loss.backward()
     spec = read_spec(config)
     read = file_reader({name: value.grad for name, value in model.named_parameters()})
@@ -191,7 +232,9 @@ def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tenso
 Result = tuple[Tensor | None, float, dict[str, tuple[Placement, Tensor]]]
 
 
-def forward_backward(stage: Stage, tokens: Tensor, labels: Tensor, context: Context | None = None) -> Result:
+def forward_backward(
+    stage: Stage, tokens: Tensor, labels: Tensor, context: Context | None = None
+) -> Result:
     """One micro-batch through the stages of the grid: this rank's logits (last stage), loss and gradients."""
     axis, source, logits = stage.grid.pipe, tokens, None
     if not axis.is_first:
@@ -210,7 +253,9 @@ def forward_backward(stage: Stage, tokens: Tensor, labels: Tensor, context: Cont
         output.backward(gradient)
     if not axis.is_first:
         dist.send(source.grad, axis.ranks[axis.rank - 1])
-    gradients = {place.name: (place, value.grad) for value, place in placed(stage) if value.grad is not None}
+    gradients = {
+        place.name: (place, value.grad) for value, place in placed(stage) if value.grad is not None
+    }
     return logits, output.item() if axis.is_last else 0.0, gradients
 
 

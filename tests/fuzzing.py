@@ -28,7 +28,9 @@ ODD = [
 odd: Any = st.sampled_from(ODD).map(copy.deepcopy)
 anything: Any = st.recursive(
     odd | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 
@@ -40,7 +42,9 @@ EXAMPLES = [
 """How many inputs a property is tried on, for `pytest.mark.parametrize("examples", EXAMPLES)`."""
 
 
-def holds(read: Callable[[Any], Any], inputs: Any, examples: int, *passing: type[BaseException]) -> None:
+def holds(
+    read: Callable[[Any], Any], inputs: Any, examples: int, *passing: type[BaseException]
+) -> None:
     """The property of a reader over drawn inputs: the same ones each time in the short form, others in the long one."""
 
     @settings(
@@ -101,9 +105,13 @@ def damaged(draw: Any, content: bytes) -> bytes:
             case "flip" if result:
                 result[place] ^= 1 << draw(st.integers(0, 7))
             case "number":
-                number = draw(st.sampled_from([0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1]))
+                number = draw(
+                    st.sampled_from([0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1])
+                )
                 width = draw(st.sampled_from([4, 8]))
-                result[place : place + width] = (number % 2 ** (8 * width)).to_bytes(width, "little")
+                result[place : place + width] = (number % 2 ** (8 * width)).to_bytes(
+                    width, "little"
+                )
             case "cut":
                 del result[place:]
             case _:

@@ -86,7 +86,9 @@ class Recorder:
     def exchange(self, send: tuple[int, Any], receive: tuple[int, Any], group: Any = None) -> None:
         """batch_isend_irecv of one send and one receive, waited for."""
         ends = [(send[0], True), (receive[0], False)]
-        self._note([Message(self.rank, peer, sends, str(group)) for peer, sends in ends], batched=True).wait()
+        self._note(
+            [Message(self.rank, peer, sends, str(group)) for peer, sends in ends], batched=True
+        ).wait()
 
     def synchronize(self) -> None:
         self.calls.append(Call("synchronize"))
@@ -112,7 +114,11 @@ def stuck(ranks: Sequence[Sequence[Call]], lazy: bool, buffered: int = 0) -> lis
             moved |= _start(calls[: hosts[rank]], lazy)
         for sends, receives in directions:
             moved |= _deliver(sends, receives, buffered)
-    return [_blocked(rank, calls[: hosts[rank]]) for rank, calls in enumerate(ranks) if not all(c.done for c in calls)]
+    return [
+        _blocked(rank, calls[: hosts[rank]])
+        for rank, calls in enumerate(ranks)
+        if not all(c.done for c in calls)
+    ]
 
 
 def _messages(ranks: Sequence[Sequence[Call]]) -> Iterator[Message]:
@@ -185,6 +191,8 @@ def _blocked(rank: int, calls: Sequence[Call]) -> str:
     for number, call in enumerate(calls):
         for message in call.messages:
             if message.started and not message.done:
-                what = f"send to {message.peer}" if message.sends else f"receive from {message.peer}"
+                what = (
+                    f"send to {message.peer}" if message.sends else f"receive from {message.peer}"
+                )
                 running.append(f"call {number}: {what}")
     return f"rank {rank}: {', '.join(running) or 'nothing runs'}"

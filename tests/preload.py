@@ -17,7 +17,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import megalite
-from megalite.accelerator import use_accelerator
+from megalite.ranks.accelerator import use_accelerator
 
 
 def import_megalite() -> None:

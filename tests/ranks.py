@@ -67,7 +67,11 @@ class Rank:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120, init: bool = True
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_seconds: float = 120,
+    init: bool = True,
 ) -> list[Any]:
     """Call `function(rank, world_size, *args)` in `world_size` processes and return their results in rank order.
 
@@ -85,7 +89,9 @@ def run_ranks(
     try:
         call = pickle.dumps((function, args))
         for number in range(world_size):
-            ranks.append(_start_rank(number, world_size, store.port, folder, call, timeout_seconds, init))
+            ranks.append(
+                _start_rank(number, world_size, store.port, folder, call, timeout_seconds, init)
+            )
         _collect(ranks, timeout_seconds)
         for rank in ranks:
             _print_output(rank)
@@ -108,7 +114,9 @@ def _start_server() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "GLOO_SOCKET_IFNAME": "lo",
         # Python 3.11's forkserver does not pass sys.path on to what it preloads (CPython issue 126631).
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        ),
     }
     with _environment(environment):
         _context.set_forkserver_preload(["tests.preload"])
@@ -135,7 +143,13 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _start_rank(
-    number: int, world_size: int, port: int, folder: Path, call: bytes, timeout_seconds: float, init: bool
+    number: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    call: bytes,
+    timeout_seconds: float,
+    init: bool,
 ) -> Rank:
     ours, theirs = _context.Pipe(duplex=False)
     rank = Rank(number, None, ours, folder)  # type: ignore[arg-type]
@@ -148,8 +162,18 @@ def _start_rank(
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands, rank 0 makes none
     }
-    arguments = (theirs, environment, rank.output_file, rank.stack_file, call, timeout_seconds, init)
-    rank.process = _context.Process(target=_rank_main, args=arguments, name=f"rank{number}", daemon=False)
+    arguments = (
+        theirs,
+        environment,
+        rank.output_file,
+        rank.stack_file,
+        call,
+        timeout_seconds,
+        init,
+    )
+    rank.process = _context.Process(
+        target=_rank_main, args=arguments, name=f"rank{number}", daemon=False
+    )
     rank.process.start()
     theirs.close()
     return rank
@@ -209,9 +233,13 @@ def _collect(ranks: Sequence[Rank], timeout_seconds: float) -> None:
     """Wait for each rank's report; raise RankFailure at the first bad one."""
     __tracebackhide__ = True
     deadline = time.monotonic() + timeout_seconds
-    failed: list[Rank] = []  # in the order of their reports: the first is likely the cause of the others
+    failed: list[
+        Rank
+    ] = []  # in the order of their reports: the first is likely the cause of the others
     while waiting := {rank.connection: rank for rank in ranks if rank.outcome is None}:
-        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ready = multiprocessing.connection.wait(
+            list(waiting), max(0.0, deadline - time.monotonic())
+        )
         if not ready:
             break
         for connection in ready:
@@ -226,7 +254,9 @@ def _collect(ranks: Sequence[Rank], timeout_seconds: float) -> None:
     if stuck:
         numbers = ", ".join(str(rank.number) for rank in stuck)
         _dump_stacks(stuck)
-        raise RankFailure(f"rank {numbers} did not end within {timeout_seconds} s\n" + _report(stuck, len(ranks)))
+        raise RankFailure(
+            f"rank {numbers} did not end within {timeout_seconds} s\n" + _report(stuck, len(ranks))
+        )
 
 
 def _receive(rank: Rank) -> None:
@@ -251,7 +281,9 @@ def _report(shown: Sequence[Rank], world_size: int) -> str:
     lines = []
     for rank in shown:
         assert rank.outcome is not None
-        lines.append(f"---- rank {rank.number} of {world_size}: {rank.outcome[0]}\n{rank.outcome[1]}")
+        lines.append(
+            f"---- rank {rank.number} of {world_size}: {rank.outcome[0]}\n{rank.outcome[1]}"
+        )
         lines += [_section("stacks", rank.stack_file), _section("output", rank.output_file)]
     return "\n".join(line for line in lines if line)
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from megalite.engine.engine import Engine
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
-from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import ModelCosts
@@ -141,7 +141,12 @@ def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
         "steps_per_print": 10**9,
     }
     engine = Engine(
-        stage, grid, args=None, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config, grid)
+        stage,
+        grid,
+        args=None,
+        optimizer=optimizer,
+        config=config,
+        config_class=DeepSpeedConfig(config, grid),
     )
     dtype = torch.bfloat16 if layout.dtype == "bf16" else torch.float32
     return engine, Pipeline(engine, grid.pipe, plan, (layout.micro, SEQUENCE, 32), dtype), grid
@@ -163,4 +168,3 @@ def train_steps(
         losses.append(total.item() / (layout.tensor * weight))
         norms.append(float(engine.get_global_grad_norm()))
     return losses, norms
-

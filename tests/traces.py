@@ -1,4 +1,4 @@
-"""Runs recorded step by step on forked ranks (training/trace.py): for tests of what layouts have in common."""
+"""Runs recorded step by step on forked ranks (prove/trace.py): for tests of what layouts have in common."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 
 from megalite.config import Config
 from megalite.data.indexed import IndexedWriter, marks_prefix
-from megalite.training.trace import Trace, record
+from megalite.prove.trace import Trace, record
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.unit.data.corpora import write_corpus

@@ -15,7 +15,7 @@ from megalite.errors import TrainingError
 from megalite.model.families import model_dict, read_spec
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
-from megalite.training.program import Prepared, _train
+from megalite.training.pretrain import Prepared, _train
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus
 
@@ -30,7 +30,12 @@ def document(folder: Path, run: str, layout: dict[str, int], **keys: Any) -> dic
     (folder / run).mkdir(exist_ok=True)
     layout = dict(layout)
     zero = layout.pop("zero", 1)
-    train = {"steps": 6, "run_dir": str(folder / run), "tensorboard": False, "checkpoint_interval": 0}
+    train = {
+        "steps": 6,
+        "run_dir": str(folder / run),
+        "tensorboard": False,
+        "checkpoint_interval": 0,
+    }
     return {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": 2,
@@ -83,7 +88,12 @@ def spoilt(
     def forwards(self: Stage, *args: Any) -> Any:
         output = forward(self, *args)
         action = pipelines[0].interpreter.action
-        if calls not in at or not torch.is_grad_enabled() or action.kind != "F" or action.micro_batch != micro_batch:
+        if (
+            calls not in at
+            or not torch.is_grad_enabled()
+            or action.kind != "F"
+            or action.micro_batch != micro_batch
+        ):
             return output
         if phase == "forward":
             return output * factor
@@ -93,10 +103,17 @@ def spoilt(
     if rank != on:
         yield
         return
-    with mock.patch.object(Pipeline, "train_step", counted), mock.patch.object(Stage, "forward", forwards):
+    with (
+        mock.patch.object(Pipeline, "train_step", counted),
+        mock.patch.object(Stage, "forward", forwards),
+    ):
         yield
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """A run's rows of training."""
-    return [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    return [
+        row
+        for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]

@@ -19,7 +19,9 @@ def watch_writer(act: Callable[[int, str, Any], None]) -> None:
 
     def before(operation: str, argument: Any) -> None:
         nonlocal count
-        if not threading.current_thread().name.startswith("checkpoint") or getattr(inside, "here", False):
+        if not threading.current_thread().name.startswith("checkpoint") or getattr(
+            inside, "here", False
+        ):
             return
         inside.here = True
         try:

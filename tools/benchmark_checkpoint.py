@@ -5,7 +5,7 @@ All write the same fp32 tensors and end with fsync; all read with nothing of the
 that stand. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
 """
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 import gc
@@ -23,7 +23,7 @@ import torch
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, verify
 from megalite.checkpoint.save import Saver
-from megalite.launch import ArgumentParser, at_least, positive, run_program
+from megalite.ranks.launch import ArgumentParser, at_least, positive, run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
 STATE = {"step": 1, "consumed_samples": 0, "consumed_tokens": 0, "seed": 0, "model": {}}
@@ -97,7 +97,10 @@ def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float
         uncached(folder)
         note("write: torch.save", timed(torch_save, folder / "torch", tensors))
         uncached(folder)
-        note("first copy" if step == 1 else "copy, which steps wait for", timed(saver.save, step, boxes, STATE))
+        note(
+            "first copy" if step == 1 else "copy, which steps wait for",
+            timed(saver.save, step, boxes, STATE),
+        )
         saver.wait()
         note("write: checkpoint", saver.taken_figures()["checkpoint_write_seconds"])
         for name, call, path in (("disk", disk_read, folder / "plain"), ("torch.load", torch_load, folder / "torch"),
@@ -110,7 +113,9 @@ def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", default="checkpoint_benchmark", help="a new folder on the disk to measure")
+    parser.add_argument(
+        "--folder", default="checkpoint_benchmark", help="a new folder on the disk to measure"
+    )
     parser.add_argument("--gib", type=positive, default=1.0, help="size of the tensors")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     options = parser.parse_args(argv)
@@ -124,7 +129,9 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(folder)
     rates = {name: size / statistics.median(values) / 1e9 for name, values in seconds.items()}
-    print(f"{size / 1e9:.2f} GB in {len(tensors)} tensors, {len(os.sched_getaffinity(0))} cores, medians of rounds")
+    print(
+        f"{size / 1e9:.2f} GB in {len(tensors)} tensors, {len(os.sched_getaffinity(0))} cores, medians of rounds"
+    )
     for name, rate in sorted(rates.items()):
         values = seconds[name]
         spread = f"{size / max(values) / 1e9:.2f} to {size / min(values) / 1e9:.2f}"

@@ -5,7 +5,7 @@ Rates of tokenizing are per second of processor time, of all processes together:
 moved by what else the machine does.
 """
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 
 # isort: split
 import importlib
@@ -29,8 +29,8 @@ from megalite.data.loader import TrainData
 from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
-from megalite.launch import ArgumentParser, at_least, positive, run_program
-from megalite.prove.loader import write_random_corpus
+from megalite.races.loader import write_random_corpus
+from megalite.ranks.launch import ArgumentParser, at_least, positive, run_program
 
 _WORDS = 4000  # of the made-up language
 
@@ -45,7 +45,9 @@ def made_up_text(path: Path, megabytes: float) -> None:
     with open(path, "w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
             count = chance.randint(10, 700)
-            written += file.write(json.dumps({"text": " ".join(chance.choices(words, frequencies, k=count))}) + "\n")
+            written += file.write(
+                json.dumps({"text": " ".join(chance.choices(words, frequencies, k=count))}) + "\n"
+            )
 
 
 def processor_seconds() -> float:
@@ -91,8 +93,12 @@ def tokenizing(text: Path, folder: str, scratch: Path, workers: int) -> Iterator
     load_tokenizer(folder).encode("one")  # what is loaded once in this process is no way's start-up
     ways: dict[str, Callable[[Path, Path], Any]] = {
         "megalite": lambda source, to: preprocess([str(source)], folder, to, workers=workers),
-        "Megatron's way, transformers' call": lambda source, to: megatron_way(source, folder, to, workers, False),
-        "Megatron's way, our call": lambda source, to: megatron_way(source, folder, to, workers, True),
+        "Megatron's way, transformers' call": lambda source, to: megatron_way(
+            source, folder, to, workers, False
+        ),
+        "Megatron's way, our call": lambda source, to: megatron_way(
+            source, folder, to, workers, True
+        ),
     }
     rates, results = {}, []
     for number, (name, way) in enumerate(ways.items()):
@@ -168,12 +174,27 @@ def fastest(call: Callable[..., Any], *arguments: Any) -> float:
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="to measure with; without it tokenizing is left out")
-    parser.add_argument("--input", metavar="FILE", help=".jsonl to tokenize (default: made-up text)")
-    parser.add_argument("--megabytes", type=positive, default=20, help="of made-up text (default: 20)")
-    parser.add_argument("--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)")
-    parser.add_argument("--tokens", type=at_least(1), default=100_000_000, help="of the largest corpus (default: 10^8)")
-    parser.add_argument("--sequence-length", type=at_least(1), default=2048, help="of samples (default: 2,048)")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="to measure with; without it tokenizing is left out"
+    )
+    parser.add_argument(
+        "--input", metavar="FILE", help=".jsonl to tokenize (default: made-up text)"
+    )
+    parser.add_argument(
+        "--megabytes", type=positive, default=20, help="of made-up text (default: 20)"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=at_least(1),
+        default=100_000_000,
+        help="of the largest corpus (default: 10^8)",
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), default=2048, help="of samples (default: 2,048)"
+    )
     args = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as folder:

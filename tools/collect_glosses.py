@@ -10,10 +10,10 @@ Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion
 import json
 from pathlib import Path
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.launch import ArgumentParser, run_program
+from megalite.ranks.launch import ArgumentParser, run_program
 
 # Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 10: "communication", 13: "food", 15: "location", 18: "person",
@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
             if not line.startswith(" ") and (number := int(line.split()[1])) in TOPICS:
                 glosses[number].append(line.partition("| ")[2].partition(";")[0].strip())
     for number, found in glosses.items():
-        glosses[number] = found[:: max(1, len(found) // MOST)][:MOST]  # WordNet puts neighbours together
+        glosses[number] = found[:: max(1, len(found) // MOST)][
+            :MOST
+        ]  # WordNet puts neighbours together
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", range(1, 10)), ("valid", range(1))):

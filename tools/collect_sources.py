@@ -8,11 +8,20 @@ import json
 import sysconfig
 from pathlib import Path
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.errors import DataError
-from megalite.launch import ArgumentParser, run_program
+from megalite.ranks.launch import ArgumentParser, run_program
 
-LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
+LEFT_OUT = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 MANY_FILES = 100
 
 
@@ -21,13 +30,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER")
     folder = Path(parser.parse_args(argv).output)
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in library.rglob("*.py") if not LEFT_OUT & set(path.relative_to(library).parts))
+    files = sorted(
+        path
+        for path in library.rglob("*.py")
+        if not LEFT_OUT & set(path.relative_to(library).parts)
+    )
     if len(files) < MANY_FILES:
-        raise DataError(f"{library}: {len(files)} Python files: must hold the standard library's sources")
+        raise DataError(
+            f"{library}: {len(files)} Python files: must hold the standard library's sources"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", [f for i, f in enumerate(files) if i % 20]), ("valid", files[::20])):
-        documents = (json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) for path in part)
-        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in documents), encoding="utf-8")
+    for name, part in (
+        ("train", [f for i, f in enumerate(files) if i % 20]),
+        ("valid", files[::20]),
+    ):
+        documents = (
+            json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")})
+            for path in part
+        )
+        (folder / f"{name}.jsonl").write_text(
+            "".join(line + "\n" for line in documents), encoding="utf-8"
+        )
         print(f"{folder}/{name}.jsonl: {len(part)} files of the standard library")
     return 0
 

@@ -4,12 +4,12 @@
 import json
 from collections.abc import Iterator
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.config.document import Document
 from megalite.config.foreign import AUTO
-from megalite.config.rules import Document
 from megalite.config.schedules import SCHEDULES
 from megalite.config.section import Section, sections_of
-from megalite.launch import ArgumentParser, run_program
+from megalite.ranks.launch import ArgumentParser, run_program
 
 HEADER = """# Config reference
 
@@ -38,10 +38,18 @@ def rows(section: type[Section], prefix: str) -> list[str]:
     result = []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation)
-        default = "required" if field.is_required() else "-" if field.default is None else repr(field.default)
+        default = (
+            "required"
+            if field.is_required()
+            else "-"
+            if field.default is None
+            else repr(field.default)
+        )
         if inner:
             default = "required" if field.is_required() else "-"
-        meaning = (field.description or (inner[0].__doc__ if inner else "") or "").replace("|", "\\|")
+        meaning = (field.description or (inner[0].__doc__ if inner else "") or "").replace(
+            "|", "\\|"
+        )
         result.append(f"| `{prefix}{name}` | {default} | {' '.join(meaning.split())} |")
         for part in inner:
             result += rows(part, f"{prefix}{name}.")
@@ -52,8 +60,18 @@ def reference() -> str:
     """The whole page."""
     lines = rows(Document, "")
     for name, section in SCHEDULES.items():
-        lines += [f"| `scheduler.type: {name}` | | its `params`: |", *rows(section, "scheduler.params.")]
-    return HEADER + "\n".join(lines) + FOREIGN + "".join(autos()) + REFUSED + "".join(refusals(Document, ""))
+        lines += [
+            f"| `scheduler.type: {name}` | | its `params`: |",
+            *rows(section, "scheduler.params."),
+        ]
+    return (
+        HEADER
+        + "\n".join(lines)
+        + FOREIGN
+        + "".join(autos())
+        + REFUSED
+        + "".join(refusals(Document, ""))
+    )
 
 
 def autos() -> Iterator[str]:

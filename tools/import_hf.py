@@ -3,16 +3,20 @@
 
 import argparse
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.convert.import_hf import import_hf
-from megalite.launch import ArgumentParser, run_program
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.hub.import_hf import import_hf
+from megalite.ranks.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="config.json and safetensors files")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="config.json and safetensors files"
+    )
     parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="a new folder")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
+    )
     args = parser.parse_args(argv)
     compared = import_hf(args.model, args.output, args.verify)
     print(f"{args.output}: {compared or 'written; not verified'}")

@@ -3,18 +3,20 @@
 
 from pathlib import Path
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
 from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.inspect import described
 from megalite.errors import CheckpointError
 from megalite.inputs import reading
-from megalite.launch import ArgumentParser, run_program
+from megalite.ranks.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest"
+    )
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
     parser.add_argument("--tensors", action="store_true", help="list every weight")
     options = parser.parse_args(argv)

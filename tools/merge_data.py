@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Put indexed corpora of one tokenizer one after another into a new one."""
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.data.corpus_check import write_checksums
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
-from megalite.data.verify import write_checksums
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.launch import ArgumentParser, run_program
+from megalite.ranks.launch import ArgumentParser, run_program
 
 
 def main(argv: list[str]) -> int:

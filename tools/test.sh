@@ -12,5 +12,6 @@ if [ -n "${AIO:-}" ] && [ ! -e /usr/include/libaio.h ]; then
 fi
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ruff check .
+ruff format --check .
 pyright
 exec python -m pytest "$@"

@@ -35,10 +35,14 @@ def boxes_of_range(
     for size in shape[1:]:
         row *= size
     stop = start + count
-    if start % row or count < row:  # a row that is not whole: its part within this range, one dim down
+    if (
+        start % row or count < row
+    ):  # a row that is not whole: its part within this range, one dim down
         index = start // row
         first_stop = min(stop, (index + 1) * row)
-        for offsets, sizes, flat in boxes_of_range(shape[1:], start - index * row, first_stop - start):
+        for offsets, sizes, flat in boxes_of_range(
+            shape[1:], start - index * row, first_stop - start
+        ):
             yield (index, *offsets), (1, *sizes), flat + index * row
         start = first_stop
     rows = (stop - start) // row

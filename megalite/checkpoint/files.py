@@ -61,7 +61,11 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them; one that was
     hidden to make room for another of its step is, where a kill came before that took its place."""
     folder = run_dir / "checkpoints"
-    found = {step: path for path in sorted(folder.glob(".step_*.replaced")) if (step := step_of(path)) is not None}
+    found = {
+        step: path
+        for path in sorted(folder.glob(".step_*.replaced"))
+        if (step := step_of(path)) is not None
+    }
     found |= {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None}
     return [found[step] for step in sorted(found)]
 
@@ -79,7 +83,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return good
     if damaged:
         raise CheckpointError("; ".join(map(str, damaged)))
-    raise CheckpointError(f"{path}: holds no checkpoint: must be a run folder or its checkpoints/step_…")
+    raise CheckpointError(
+        f"{path}: holds no checkpoint: must be a run folder or its checkpoints/step_…"
+    )
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
@@ -142,7 +148,9 @@ class Checkpoint:
             if not isinstance(model, dict):
                 raise ValueError("model: must be a Hugging Face config")
         except Exception as error:  # of the wrong shape it can raise anything
-            raise CheckpointError(f"{folder}: is no checkpoint of format {FORMAT}: {str(error)[:200]}") from error
+            raise CheckpointError(
+                f"{folder}: is no checkpoint of format {FORMAT}: {str(error)[:200]}"
+            ) from error
         _check_sizes(folder, index)
         return cls(folder, state, model, index)
 
@@ -167,7 +175,11 @@ class Checkpoint:
         return self._entry(name, kind).shape
 
     def read(
-        self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None, kind: str = WEIGHT
+        self,
+        name: str,
+        offsets: Sequence[int] | None = None,
+        shape: Sequence[int] | None = None,
+        kind: str = WEIGHT,
     ) -> Tensor:
         """A parameter, or its box at `offsets` of `shape`, as stored (fp32 masters)."""
         entry = self._entry(name, kind)
@@ -195,8 +207,12 @@ def _overlaps(
         stored_ends = [a + n for a, n in zip(chunk.offsets, chunk.shape, strict=True)]
         stops = [min(a, b) for a, b in zip(wanted_ends, stored_ends, strict=True)]
         if all(a < b for a, b in zip(starts, stops, strict=True)):
-            ours = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offsets, strict=True))
-            theirs = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets, strict=True))
+            ours = tuple(
+                slice(a - o, b - o) for a, b, o in zip(starts, stops, offsets, strict=True)
+            )
+            theirs = tuple(
+                slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets, strict=True)
+            )
             yield chunk, ours, theirs
 
 
@@ -224,7 +240,10 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor, kind: str = WEIGHT) -> None:
         """Takes a full tensor."""
         full_name, shape = f"{kind}/{name}", tuple(tensor.shape)
-        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > FILE_BYTES:
+        if (
+            self.pending
+            and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > FILE_BYTES
+        ):
             self._flush()
         chunk = Chunk((0,) * len(shape), shape, self._file_name, full_name)
         self.index.add(full_name, Entry(shape, tensor.dtype), chunk)
@@ -244,7 +263,12 @@ class CheckpointWriter:
         self.pending.clear()
         self.written += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         if error is not None:
             self.transaction.abandon()
             return
@@ -263,11 +287,15 @@ def _check_sizes(folder: Path, index: Index) -> None:
     needed: dict[str, int] = {}
     for entry in index.entries.values():
         for chunk in entry.chunks:
-            needed[chunk.file] = needed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+            needed[chunk.file] = (
+                needed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
+            )
     for name, count in needed.items():
         path = folder / name
         if path.is_file() and (size := path.stat().st_size) < count:
-            raise CheckpointError(f"{path}: cannot be read: {size} bytes: its boxes in {INDEX} take {count}")
+            raise CheckpointError(
+                f"{path}: cannot be read: {size} bytes: its boxes in {INDEX} take {count}"
+            )
 
 
 def size_bytes(index: Index) -> int:

@@ -35,10 +35,16 @@ FORMAT = 1
 STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
-REPLACED_NAME = re.compile(r"^\.step_(\d{8,})\.replaced$")  # was hidden to make room; counts where no step_… stands
-LEFT_OVER_NAME = re.compile(r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$")  # what a killed save or removal leaves
+REPLACED_NAME = re.compile(
+    r"^\.step_(\d{8,})\.replaced$"
+)  # was hidden to make room; counts where no step_… stands
+LEFT_OVER_NAME = re.compile(
+    r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$"
+)  # what a killed save or removal leaves
 _OWN_SUM = "# of the lines above: "
-_PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")  # no path: an index cannot point out of its folder
+_PLAIN_NAME = re.compile(
+    r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+)  # no path: an index cannot point out of its folder
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _READ_BYTES = 1 << 22
 _MOST_DIMS = 8  # of a tensor
@@ -88,15 +94,24 @@ class Index:
             held, corners = 0, defaultdict[tuple[int, ...], int](int)
             for chunk in entry.chunks:
                 ends = zip(chunk.offsets, chunk.shape, entry.shape, strict=True)
-                if not all(start >= 0 and count >= 0 and start + count <= size for start, count, size in ends):
-                    raise CheckpointError(f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}")
+                if not all(
+                    start >= 0 and count >= 0 and start + count <= size
+                    for start, count, size in ends
+                ):
+                    raise CheckpointError(
+                        f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}"
+                    )
                 held += torch.Size(chunk.shape).numel()
                 _add_corners(corners, chunk.offsets, chunk.shape, 1)
             if held != entry.numel:
-                raise CheckpointError(f"{name}: {held} elements of {entry.numel} stored: must be each once")
+                raise CheckpointError(
+                    f"{name}: {held} elements of {entry.numel} stored: must be each once"
+                )
             _add_corners(corners, (0,) * len(entry.shape), entry.shape, -1)
             if any(corners.values()):
-                raise CheckpointError(f"{name}: its boxes overlap: each element must be stored once")
+                raise CheckpointError(
+                    f"{name}: its boxes overlap: each element must be stored once"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,10 +130,16 @@ class Index:
             chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
             if not all(_PLAIN_NAME.match(chunk.file) for chunk in chunks):
                 raise ValueError(f"{name}: a file outside the folder")
-            if any(type(number) is not int for chunk in chunks for number in (*chunk.offsets, *chunk.shape)):
+            if any(
+                type(number) is not int
+                for chunk in chunks
+                for number in (*chunk.offsets, *chunk.shape)
+            ):
                 raise ValueError(f"{name}: a box must be given by integers")
             if len(entry["shape"]) > _MOST_DIMS:
-                raise ValueError(f"{name}: {len(entry['shape'])} dims: must be at most {_MOST_DIMS}")
+                raise ValueError(
+                    f"{name}: {len(entry['shape'])} dims: must be at most {_MOST_DIMS}"
+                )
             index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
         return index
 
@@ -219,7 +240,9 @@ class Transaction:
         own = hashlib.sha256(lines.encode()).hexdigest()
         write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
         flush_folder(self.partial)
-        if self.folder.exists():  # one that was found damaged, or that a run which goes back writes again
+        if (
+            self.folder.exists()
+        ):  # one that was found damaged, or that a run which goes back writes again
             replaced = self.folder.with_name(f".{self.folder.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.folder, replaced)
@@ -248,7 +271,9 @@ def read_sums(folder: Path) -> dict[str, str]:
     lines, mark, own = text.rpartition(_OWN_SUM)
     if not mark or own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         raise CheckpointError(f"{path}: damaged: its lines do not have the SHA-256 that it states")
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    sums = {
+        name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())
+    }
     for name in (STATE, INDEX, *sums):
         if not _LISTED_NAME.match(name) or name not in sums:
             raise CheckpointError(f"{path}: {name}: must be the plain name of a file that it lists")
@@ -270,7 +295,9 @@ def check_carried(folder: Path, sums: dict[str, str]) -> None:
     """CheckpointError where a file was put beside those that go with the weights: it would be read."""
     for path in sorted((folder / CARRIED).iterdir()) if (folder / CARRIED).is_dir() else []:
         if f"{CARRIED}/{path.name}" not in sums:
-            raise CheckpointError(f"{path}: is not in {SUMS}: must be a file that was saved with the weights")
+            raise CheckpointError(
+                f"{path}: is not in {SUMS}: must be a file that was saved with the weights"
+            )
 
 
 def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:

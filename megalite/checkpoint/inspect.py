@@ -5,7 +5,14 @@ from collections.abc import Iterator
 
 from megalite.checkpoint.files import WEIGHT, Checkpoint, size_bytes
 
-SHOWN_STATE = ("step", "consumed_samples", "consumed_tokens", "seed", "sequence_length", "tokenizer")
+SHOWN_STATE = (
+    "step",
+    "consumed_samples",
+    "consumed_tokens",
+    "seed",
+    "sequence_length",
+    "tokenizer",
+)
 
 
 def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
@@ -25,7 +32,9 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
     parameters = sum(entries[f"{WEIGHT}/{name}"].numel for name in checkpoint.names)
     files = Counter(chunk.file for entry in entries.values() for chunk in entry.chunks)
     yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, " + (
-        f"with {', '.join(sorted(checkpoint.moments))}" if checkpoint.has_moments else "without moments"
+        f"with {', '.join(sorted(checkpoint.moments))}"
+        if checkpoint.has_moments
+        else "without moments"
     )
     yield f"  {size_bytes(checkpoint.index):,} bytes in {len(files)} files, {sum(files.values())} boxes"
     if tensors:

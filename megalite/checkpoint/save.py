@@ -74,7 +74,10 @@ class Copy:
         for box in (box for some in boxes.values() for box in some):
             counts[box.values.dtype] += box.values.numel()
         wanted = sum(dtype.itemsize * count for dtype, count in counts.items())
-        free = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + self.held_bytes
+        free = (
+            psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            + self.held_bytes
+        )
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
@@ -92,7 +95,9 @@ class Copy:
             for box in some:
                 dtype, count = box.values.dtype, box.values.numel()
                 place = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
-                result[name].append(Box(box.full_shape, box.offsets, place.copy_(box.values.detach())))
+                result[name].append(
+                    Box(box.full_shape, box.offsets, place.copy_(box.values.detach()))
+                )
                 used[dtype] += count
         return result
 
@@ -106,7 +111,11 @@ class Saver:
     """Saves a run's checkpoints: one at a time, in a thread. Every rank makes one and calls it at the same steps."""
 
     def __init__(
-        self, run_dir: str | Path, keep: int, copy_limit_bytes: int | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+        self,
+        run_dir: str | Path,
+        keep: int,
+        copy_limit_bytes: int | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
         """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's; timeout: of a collective."""
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
@@ -115,7 +124,9 @@ class Saver:
         self.carried: dict[str, bytes] = {}
         """On rank 0, small files that go into every checkpoint, by name."""
         # Collectives of the thread must not mix with those of the steps; gloo's need no device.
-        self.group: Any = dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
+        self.group: Any = (
+            dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
+        )
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: Future[float] | None = None
@@ -138,7 +149,9 @@ class Saver:
         start = time.monotonic()
         copy = self.copy.take(boxes)
         in_background = self._everywhere(copy is not None)
-        self.running = self.thread.submit(self._write, step, copy if copy and in_background else boxes, state)
+        self.running = self.thread.submit(
+            self._write, step, copy if copy and in_background else boxes, state
+        )
         if not in_background:
             self.copy.memory.clear()
             futures.wait([self.running])
@@ -182,7 +195,9 @@ class Saver:
         try:
             save(
                 boxes,
-                storage_writer=BoxWriter(transaction, self._prepare, lambda: self._has_appeared(step)),
+                storage_writer=BoxWriter(
+                    transaction, self._prepare, lambda: self._has_appeared(step)
+                ),
                 planner=BoxSavePlanner(),
                 process_group=self.group,
                 no_dist=self.group is None,
@@ -210,7 +225,9 @@ class Saver:
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         for path in doomed if missing <= 0 else ():
             _remove(path)
-            self.told.append(f"{path}: removed before the next checkpoint is written, which had no room")
+            self.told.append(
+                f"{path}: removed before the next checkpoint is written, which had no room"
+            )
 
     def _remove_left_overs(self) -> None:
         """What a kill left of earlier saves and removals."""
@@ -228,7 +245,9 @@ class Saver:
             self._set_aside_later(step)
             self._remove_old(step)
         except OSError as error:
-            self.told.append(f"checkpoint of step {step} is saved; {LATEST} or others could not be changed: {error}")
+            self.told.append(
+                f"checkpoint of step {step} is saved; {LATEST} or others could not be changed: {error}"
+            )
 
     def _set_aside_later(self, step: int) -> None:
         """Checkpoints of later steps that were found damaged when the run started from an older one: no start must come
@@ -241,7 +260,9 @@ class Saver:
                 self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
-                self.told.append(f"{path}: of a later step than {step}: not written by this start, and left as it is")
+                self.told.append(
+                    f"{path}: of a later step than {step}: not written by this start, and left as it is"
+                )
 
     def _remove_old(self, step: int) -> None:
         """Keeps the newest `keep` checkpoints up to that step; the one just written is whole, so a good one always

@@ -39,7 +39,10 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 BoxDict = dict[str, list[Box]]
-BOX_BYTES, OTHER_BYTES = 512, 1 << 16  # of a checkpoint beside its tensors: for each box, and in all
+BOX_BYTES, OTHER_BYTES = (
+    512,
+    1 << 16,
+)  # of a checkpoint beside its tensors: for each box, and in all
 
 
 def _done(value: Any) -> Future[Any]:
@@ -51,8 +54,12 @@ def _done(value: Any) -> Future[Any]:
 class BoxSavePlanner(SavePlanner):
     """Plans to write every box once. Boxes of different ranks never overlap: each element has one owner."""
 
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self.boxes = {(name, box.offsets): box for name, boxes in state_dict.items() for box in boxes}
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
+        self.boxes = {
+            (name, box.offsets): box for name, boxes in state_dict.items() for box in boxes
+        }
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([self._item(name, box) for (name, _), box in self.boxes.items()])
@@ -61,7 +68,9 @@ class BoxSavePlanner(SavePlanner):
         chunk = ChunkStorageMetadata(torch.Size(box.offsets), box.values.shape)
         properties = TensorProperties(dtype=box.values.dtype)
         data = TensorWriteData(chunk, properties, torch.Size(box.full_shape))
-        return WriteItem(MetadataIndex(name, torch.Size(box.offsets)), WriteItemType.SHARD, tensor_data=data)
+        return WriteItem(
+            MetadataIndex(name, torch.Size(box.offsets)), WriteItemType.SHARD, tensor_data=data
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -80,7 +89,9 @@ class BoxWriter(StorageWriter):
     before, after: called on the coordinator, around it all; before is given the bytes that will be written.
     """
 
-    def __init__(self, transaction: Transaction, before: Callable[[int], None], after: Callable[[], None]) -> None:
+    def __init__(
+        self, transaction: Transaction, before: Callable[[int], None], after: Callable[[], None]
+    ) -> None:
         self.transaction, self.before, self.after = transaction, before, after
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -95,9 +106,13 @@ class BoxWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.before(_planned_bytes(plans))
         self.transaction.begin()
-        folder = self.transaction.partial.name  # the other ranks' transactions would call theirs otherwise
+        folder = (
+            self.transaction.partial.name
+        )  # the other ranks' transactions would call theirs otherwise
         names = [f"{folder}/tensors_{rank:05d}.safetensors" for rank in range(len(plans))]
-        return [SavePlan(plan.items, storage_data=name) for plan, name in zip(plans, names, strict=True)]
+        return [
+            SavePlan(plan.items, storage_data=name) for plan, name in zip(plans, names, strict=True)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if not plan.items:
@@ -105,7 +120,9 @@ class BoxWriter(StorageWriter):
         tensors, results = {}, []
         path = self.transaction.folder.parent / plan.storage_data
         if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: rank 0 made it: must lie on a file system that all ranks share")
+            raise CheckpointError(
+                f"{path.parent}: rank 0 made it: must lie on a file system that all ranks share"
+            )
         for item in plan.items:
             assert item.tensor_data is not None
             box = item.tensor_data.chunk
@@ -148,8 +165,12 @@ def _planned_bytes(plans: list[SavePlan]) -> int:
 class BoxLoadPlanner(LoadPlanner):
     """Plans to read, for every box wanted, the parts of stored boxes that it overlaps."""
 
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self.boxes = {(name, box.offsets): box for name, boxes in state_dict.items() for box in boxes}
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.boxes = {
+            (name, box.offsets): box for name, boxes in state_dict.items() for box in boxes
+        }
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
@@ -160,8 +181,10 @@ class BoxLoadPlanner(LoadPlanner):
             if not isinstance(stored, TensorStorageMetadata):
                 raise CheckpointError(f"{name}: no such tensor in the checkpoint")
             if tuple(stored.size) != box.full_shape:
-                raise CheckpointError(f"{name}: shape {list(stored.size)} in the checkpoint, {list(box.full_shape)} "
-                                      "in the model: must be equal")
+                raise CheckpointError(
+                    f"{name}: shape {list(stored.size)} in the checkpoint, {list(box.full_shape)} "
+                    "in the model: must be equal"
+                )
             wanted = ChunkStorageMetadata(torch.Size(offsets), box.values.shape)
             found = create_read_items_for_chunk_list(name, stored, [wanted])
             if sum(item.lengths.numel() for item in found) != box.values.numel():
@@ -181,7 +204,9 @@ class BoxLoadPlanner(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         assert read_item.dest_index.offset is not None
         target = self.boxes[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)].values
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             target = target.narrow(dim, start, length)
         return target
 
@@ -203,13 +228,18 @@ class BoxReader(StorageReader):
             name: TensorStorageMetadata(
                 TensorProperties(dtype=entry.dtype),
                 torch.Size(entry.shape),
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in entry.chunks],
+                [
+                    ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape))
+                    for c in entry.chunks
+                ],
             )
             for name, entry in self.index.entries.items()
         }
         return Metadata(tensors)
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

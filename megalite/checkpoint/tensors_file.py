@@ -31,7 +31,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         descriptor, unflushed = file.fileno(), 0
         flushing: Future[None] | None = None
         for block in _joined(_pieces(tensors)):
-            hashing = helpers.submit(digest.update, block)  # beside the write: neither holds Python's lock
+            hashing = helpers.submit(
+                digest.update, block
+            )  # beside the write: neither holds Python's lock
             try:
                 write_all(descriptor, block)
             finally:
@@ -53,7 +55,11 @@ def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     start = 0
     for name, tensor in tensors.items():
         stop = start + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -84,7 +90,9 @@ class TensorFiles:
         self.folder = folder
         self._files: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
 
-    def read_into(self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]) -> None:
+    def read_into(
+        self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]
+    ) -> None:
         """Part of a box, into memory that stands. CheckpointError where the file cannot be read or holds another box
         than the index says."""
         path = self.folder / chunk.file
@@ -95,12 +103,20 @@ class TensorFiles:
             start = data + _place(header[chunk.key], chunk, entry, path.stat().st_size - data)
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
-            direct = target.device.type == "cpu" and target.is_contiguous() and target.dtype == entry.dtype
+            direct = (
+                target.device.type == "cpu"
+                and target.is_contiguous()
+                and target.dtype == entry.dtype
+            )
             direct = direct and target.shape[1:] == chunk.shape[1:]
             step = count if direct else max(1, _BLOCK_BYTES // max(1, row_bytes))
             for i in range(0, count, step):
                 rows = target.narrow(0, i, min(step, count - i))
-                whole = rows if direct else torch.empty((len(rows), *chunk.shape[1:]), dtype=entry.dtype)
+                whole = (
+                    rows
+                    if direct
+                    else torch.empty((len(rows), *chunk.shape[1:]), dtype=entry.dtype)
+                )
                 _read(file.fileno(), start + (first + i) * row_bytes, whole)
                 if not direct:
                     rows.copy_(whole[(slice(None), *part[1:])])
@@ -121,9 +137,14 @@ def _place(stored: dict[str, Any], chunk: Chunk, entry: Entry, size: int) -> int
     """The first byte of a box among the file's tensors, which take `size` bytes."""
     dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
     if (dtype, tuple(shape)) != (_NAMES[entry.dtype], chunk.shape):
-        raise ValueError(f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(chunk.shape)}, as the "
-                         "index says")
-    if not 0 <= start <= stop <= size or stop - start != torch.Size(chunk.shape).numel() * entry.dtype.itemsize:
+        raise ValueError(
+            f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(chunk.shape)}, as the "
+            "index says"
+        )
+    if (
+        not 0 <= start <= stop <= size
+        or stop - start != torch.Size(chunk.shape).numel() * entry.dtype.itemsize
+    ):
         raise ValueError(f"{chunk.key}: bytes {start} to {stop} of {size}")
     return start
 

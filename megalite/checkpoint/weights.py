@@ -112,7 +112,9 @@ def load_shards_from(read: ReadBox, shards: Sequence[Shard]) -> None:
     def fill() -> None:
         for shard in shards:
             place = shard.placement
-            for box in boxes_of_shard(place.full_shape, place.shape, place.offsets, shard.start, shard.master):
+            for box in boxes_of_shard(
+                place.full_shape, place.shape, place.offsets, shard.start, shard.master
+            ):
                 box.values.copy_(read(place.name, box.offsets, tuple(box.values.shape)))
 
     together(fill)

@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalite.config.batches import BatchPlan
+from megalite.config.document import Document, ModelDims
 from megalite.config.foreign import without_foreign
+from megalite.config.rate_rules import check_schedule, decay_steps, warmup_steps, wrong_schedule
 from megalite.config.reading import apply_overrides, check_numbers, read_json
-from megalite.config.rules import (
-    Document,
-    ModelDims,
-    check_dims,
-    check_document,
-    check_schedule,
-    data_axis_size,
-    decay_steps,
-    resolved_keys,
-    warmup_steps,
-    wrong_schedule,
-)
+from megalite.config.rules import check_dims, check_document, data_axis_size, resolved_keys
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import all_of, read, refuse
 from megalite.config.sections import Data, Parallel, Source, Train
@@ -87,7 +78,9 @@ class Config:
         """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
         if keys.get("optimizer", {}).get("type") == "SGD":
-            keys["zero_allow_untested_optimizer"] = True  # tested here: tests/distributed/test_recipes.py
+            keys["zero_allow_untested_optimizer"] = (
+                True  # tested here: tests/distributed/test_recipes.py
+            )
         # Left out, it is on, and waits for the device twice a micro-batch.
         keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})
@@ -97,7 +90,11 @@ class Config:
             params, fields = scheduler["params"], DEEPSPEEDS[scheduler["type"]].model_fields
             if "total_num_steps" in fields and params.get("total_num_steps") is None:
                 params["total_num_steps"] = self.train.steps
-            if "warmup_max_lr" in fields and params.get("warmup_max_lr") is None and self.document.optimizer:
+            if (
+                "warmup_max_lr" in fields
+                and params.get("warmup_max_lr") is None
+                and self.document.optimizer
+            ):
                 params["warmup_max_lr"] = self.document.optimizer.params.lr
         return keys
 
@@ -116,11 +113,20 @@ class Config:
         match params:
             case WSD():
                 steps = decay_steps(params, total)
-                return replace(schedule, min_ratio=params.min_ratio, decay_steps=steps, decay_shape=params.decay_shape)
+                return replace(
+                    schedule,
+                    min_ratio=params.min_ratio,
+                    decay_steps=steps,
+                    decay_shape=params.decay_shape,
+                )
             case Linear():
                 return replace(schedule, min_ratio=params.min_ratio)
             case InverseSqrt():
-                return replace(schedule, min_ratio=params.min_ratio, timescale_steps=params.timescale_steps or warmup)
+                return replace(
+                    schedule,
+                    min_ratio=params.min_ratio,
+                    timescale_steps=params.timescale_steps or warmup,
+                )
         return schedule
 
     @property
@@ -183,7 +189,11 @@ class Config:
     @property
     def zero_stage(self) -> int:
         """ZeRO's stage, 0 to 3."""
-        return self.document.zero_optimization.stage if self.document.zero_optimization is not None else 0
+        return (
+            self.document.zero_optimization.stage
+            if self.document.zero_optimization is not None
+            else 0
+        )
 
     @property
     def swap_folder(self) -> str | None:

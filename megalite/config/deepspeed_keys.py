@@ -56,7 +56,9 @@ class OffloadOptimizer(Section):
         "(docs/nvme.md). Steps are taken in main memory.",
     )
     pin_memory: bool | None = key("Page-locked memory.")
-    ratio: Share | None = key("Share of the state that is offloaded; below 1 with stage 3 and device cpu only.")
+    ratio: Share | None = key(
+        "Share of the state that is offloaded; below 1 with stage 3 and device cpu only."
+    )
     nvme_path: Annotated[str, Field(min_length=1)] | None = key(
         "Device nvme: a folder on a disk of the node. A run makes folders of its own in it and removes them at its end."
     )
@@ -65,7 +67,9 @@ class OffloadOptimizer(Section):
         "Adam, 3 more for pipeline_read and for pipeline_write."
     )
     pipeline_read: bool | None = key("Device nvme: read the next sub-group while one is stepped.")
-    pipeline_write: bool | None = key("Device nvme: write a sub-group while the next one is stepped.")
+    pipeline_write: bool | None = key(
+        "Device nvme: write a sub-group while the next one is stepped."
+    )
     refused: ClassVar = {
         "fast_init": f"it goes with offload_param.device nvme, which is refused: {_NVME_PARAM}",
         **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
@@ -97,7 +101,9 @@ class ZeroOptimization(Section):
     )
     contiguous_gradients: bool | None = key("Copy gradients into one buffer as they are made.")
     reduce_scatter: bool | None = key("Reduce-scatter in place of all-reduce.")
-    reduce_bucket_size: Count | None = key("Elements reduced at a time, a buffer of its own; left out: 4e7.")
+    reduce_bucket_size: Count | None = key(
+        "Elements reduced at a time, a buffer of its own; left out: 4e7."
+    )
     use_multi_rank_bucket_allreduce: bool | None = key(
         "One all-reduce in place of a reduce for each owner: fewer messages, twice the bytes. Left out: false."
     )
@@ -107,7 +113,9 @@ class ZeroOptimization(Section):
         "On a GPU: reduce gradients in a stream of their own while backward goes on, on every layout. Left out: with "
         "stage 3 alone."
     )
-    offload_optimizer: OffloadOptimizer | None = key("Keep the optimizer's state in main memory or in files.")
+    offload_optimizer: OffloadOptimizer | None = key(
+        "Keep the optimizer's state in main memory or in files."
+    )
     offload_param: OffloadParam | None = key("Keep the parameters in main memory; stage 3.")
     sub_group_size: Count | None = key(
         "Elements of a rank that are stepped at a time, stage 3; left out: 1e9, with offload_optimizer.device nvme 1e8."
@@ -115,7 +123,9 @@ class ZeroOptimization(Section):
     ignore_unused_parameters: bool | None = key("Take parameters without a gradient as they are.")
     round_robin_gradients: bool | None = key("Share gradient copies among ranks, with offloading.")
     stage3_prefetch_bucket_size: Count | None = key("Elements fetched ahead.")
-    stage3_param_persistence_threshold: Count | None = key("Parameters below this many elements stay whole.")
+    stage3_param_persistence_threshold: Count | None = key(
+        "Parameters below this many elements stay whole."
+    )
     stage3_model_persistence_threshold: Count | None = key("Elements that may stay whole in all.")
     stage3_max_live_parameters: Count | None = key("Elements held whole at a time.")
     stage3_max_reuse_distance: Count | None = key("Elements after which a parameter is released.")
@@ -139,7 +149,11 @@ class ZeroOptimization(Section):
         "stage3_module_granularity_threshold": "with it DeepSpeed has not gathered the weights when gradients are "
         "added up in backward: the first step fails",
         **dict.fromkeys(
-            ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+            (
+                "zero_quantized_weights",
+                "zero_quantized_nontrainable_weights",
+                "zero_quantized_gradients",
+            ),
             _CHANGES_RESULT,
         ),
         **dict.fromkeys(
@@ -172,7 +186,8 @@ class Bf16(Section):
     )
     refused: ClassVar = {
         **dict.fromkeys(
-            ("bf16_master_weights_and_grads", "bf16_optimizer_states"), "masters and moments are kept in fp32"
+            ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+            "masters and moments are kept in fp32",
         ),
         "check_grad_overflow": "gradients are always looked at; see megalite.train.faults.not_finite",
         "immediate_grad_update": "it is for DeepSpeed's BF16_Optimizer, which is not used: ZeRO does without",
@@ -183,11 +198,16 @@ class Fp16(Section):
     """`fp16`"""
 
     enabled: bool = Field(
-        False, description="Weights and activations in fp16, masters and accumulation in fp32, with a loss scale."
+        False,
+        description="Weights and activations in fp16, masters and accumulation in fp32, with a loss scale.",
     )
     loss_scale: Rate | None = key("Factor of the loss before backward; 0 (when left out): dynamic.")
-    initial_scale_power: Count | None = key("A dynamic scale starts at 2 to this power; left out: 16.")
-    loss_scale_window: Positive | None = key("Steps without overflow after which it doubles; left out: 1000.")
+    initial_scale_power: Count | None = key(
+        "A dynamic scale starts at 2 to this power; left out: 16."
+    )
+    loss_scale_window: Positive | None = key(
+        "Steps without overflow after which it doubles; left out: 1000."
+    )
     hysteresis: Positive | None = key("Overflows after which it is halved; left out: 2.")
     consecutive_hysteresis: bool | None = key("Count overflows in a row alone; left out: false.")
     min_loss_scale: Positive | None = key(
@@ -203,9 +223,12 @@ class Fp16(Section):
 class DataTypes(Section):
     """`data_types`"""
 
-    grad_accum_dtype: Literal["fp32"] = Field("fp32", description="Type that gradients are summed in.")
+    grad_accum_dtype: Literal["fp32"] = Field(
+        "fp32", description="Type that gradients are summed in."
+    )
     refused: ClassVar = dict.fromkeys(
-        ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"), "bf16.enabled and fp16.enabled say the types"
+        ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+        "bf16.enabled and fp16.enabled say the types",
     )
 
 
@@ -214,11 +237,16 @@ class OptimizerParams(Section):
 
     lr: float = Field(gt=0, description="Learning rate, the highest of the schedule.")
     weight_decay: Rate = Field(0.0, description="Decay of the weights, times the learning rate.")
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = key(
-        "Adam: decay of the two moments; left out: [0.9, 0.999]."
+    betas: (
+        Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+        | None
+    ) = key("Adam: decay of the two moments; left out: [0.9, 0.999].")
+    eps: float | None = Field(
+        None, gt=0, description="Adam: added to the root of the second moment; left out: 1e-8."
     )
-    eps: float | None = Field(None, gt=0, description="Adam: added to the root of the second moment; left out: 1e-8.")
-    momentum: float | None = Field(None, ge=0, lt=1, description="SGD: decay of the momentum; left out: 0, none.")
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="SGD: decay of the momentum; left out: 0, none."
+    )
     adam_w_mode: bool | None = key(
         "With type Adam: true (DeepSpeed's default) decays as AdamW does, false adds it to the gradient."
     )
@@ -226,7 +254,9 @@ class OptimizerParams(Section):
         "torch's Adam; false: DeepSpeed's, which is compiled at the first start and needs nvcc where a GPU is. "
         "Left out: true."
     )
-    fused: bool | None = key("With torch_adam: each weight is read and written once a step. Left out: true.")
+    fused: bool | None = key(
+        "With torch_adam: each weight is read and written once a step. Left out: true."
+    )
     refused: ClassVar = {
         "max_grad_norm": "use gradient_clipping",
         "bias_correction": "it is always on",
@@ -243,7 +273,9 @@ ADAM: dict[str, Any] = {
     "torch_adam": True,
     "fused": None,  # with torch_adam alone
 }
-OPTIMIZERS: dict[str, dict[str, Any]] = {  # what each takes beside lr and weight_decay, with what holds when left out
+OPTIMIZERS: dict[
+    str, dict[str, Any]
+] = {  # what each takes beside lr and weight_decay, with what holds when left out
     "AdamW": ADAM,
     "Adam": ADAM,
     "SGD": {"momentum": 0.0},
@@ -259,8 +291,17 @@ REFUSED_OPTIMIZERS = {
 
 def _optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
-        why = next((f": {why}" for known, why in REFUSED_OPTIMIZERS.items() if known.lower() == name.lower()), "")
-        raise PydanticCustomError("optimizer", "{rule}", {"rule": f"must be one of {', '.join(OPTIMIZERS)}{why}"})
+        why = next(
+            (
+                f": {why}"
+                for known, why in REFUSED_OPTIMIZERS.items()
+                if known.lower() == name.lower()
+            ),
+            "",
+        )
+        raise PydanticCustomError(
+            "optimizer", "{rule}", {"rule": f"must be one of {', '.join(OPTIMIZERS)}{why}"}
+        )
     return name
 
 
@@ -316,7 +357,9 @@ class Aio(Section):
     queue_depth: Positive | None = key("Requests under way at a time; left out: 8.")
     intra_op_parallelism: Positive | None = key("Threads that share a tensor; left out: 1.")
     single_submit: bool | None = key("Hand requests over one by one; left out: false.")
-    overlap_events: bool | None = key("Hand over the next request before all are done; left out: true.")
+    overlap_events: bool | None = key(
+        "Hand over the next request before all are done; left out: true."
+    )
     refused: ClassVar = {"use_gds": "it goes with offload_param.device nvme, which is refused"}
 
 
@@ -324,9 +367,13 @@ class DeepSpeedKeys(Section):
     """The top level of the JSON, without `megalite`. Of the three batch sizes two are enough; null: left out."""
 
     train_batch_size: Positive | None = key("Samples of an optimizer step, over all ranks.")
-    train_micro_batch_size_per_gpu: Positive | None = key("Samples of a micro-batch on one data rank.")
+    train_micro_batch_size_per_gpu: Positive | None = key(
+        "Samples of a micro-batch on one data rank."
+    )
     gradient_accumulation_steps: Positive | None = key("Micro-batches of a step on one data rank.")
-    gradient_clipping: Rate = Field(1.0, description="Highest global norm of the gradients; 0: no clipping.")
+    gradient_clipping: Rate = Field(
+        1.0, description="Highest global norm of the gradients; 0: no clipping."
+    )
     optimizer: Optimizer | None = key("The optimizer; a run must have one.")
     scheduler: Scheduler | None = key("The learning rate over the steps; left out: constant.")
     zero_optimization: ZeroOptimization | None = key("ZeRO; left out: stage 0.")
@@ -337,13 +384,18 @@ class DeepSpeedKeys(Section):
         "Type that gradients travel in; fp32 when left out, bf16 with bf16.enabled only."
     )
     steps_per_print: Positive = Field(
-        1_000_000_000, description="Steps between DeepSpeed's own lines; megalite prints its own progress."
+        1_000_000_000,
+        description="Steps between DeepSpeed's own lines; megalite prints its own progress.",
     )
-    wall_clock_breakdown: bool | None = key("DeepSpeed logs the time of forward, backward and step.")
+    wall_clock_breakdown: bool | None = key(
+        "DeepSpeed logs the time of forward, backward and step."
+    )
     memory_breakdown: bool | None = key("DeepSpeed logs its memory.")
     dump_state: bool | None = key("DeepSpeed logs its whole state after starting.")
     disable_python_gc: bool | None = key("Switch Python's garbage collector off while training.")
-    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key("Level of DeepSpeed's log.")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key(
+        "Level of DeepSpeed's log."
+    )
     comms_logger: CommsLogger | None = key("DeepSpeed's record of collectives.")
     timers: Timers | None = key("DeepSpeed's timers.")
     aio: Aio | None = key("Reading and writing with offload_optimizer.device nvme.")
@@ -360,7 +412,9 @@ class DeepSpeedKeys(Section):
         **dict.fromkeys(("wandb", "csv_monitor", "comet"), _OWN_METRICS),
         "flops_profiler": _OWN_METRICS,
         **dict.fromkeys(("checkpoint", "datastates_ckpt", "nebula"), _OWN_CHECKPOINTS),
-        **dict.fromkeys(("data_efficiency", "curriculum_learning", "dataloader_drop_last"), _OWN_SAMPLES),
+        **dict.fromkeys(
+            ("data_efficiency", "curriculum_learning", "dataloader_drop_last"), _OWN_SAMPLES
+        ),
         **dict.fromkeys(
             ("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"), _OWN_SCALE
         ),

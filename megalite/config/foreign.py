@@ -71,5 +71,7 @@ def is_off(section: type[Section], key: str, value: Any) -> bool:
 def _is_off(value: Any) -> bool:
     """False, null, and an object that says so of itself or of all in it."""
     if isinstance(value, dict):
-        return value.get("enabled") is False or ("enabled" not in value and all(map(_is_off, value.values())))
+        return value.get("enabled") is False or (
+            "enabled" not in value and all(map(_is_off, value.values()))
+        )
     return value is None or value is False

@@ -25,7 +25,9 @@ def check_schedule_of_pipe(parallel: Parallel) -> None:
             rule = f"must have {needed} numbers: {PATH}.pipe {pipe} × {parallel.chunks_a_rank} chunks a rank"
             raise broken(f"{PATH}.cut", parallel.cut, rule)
         if 0 in parallel.cut[:-1]:
-            raise broken(f"{PATH}.cut", parallel.cut, "must have 1 or more in every place but the last")
+            raise broken(
+                f"{PATH}.cut", parallel.cut, "must have 1 or more in every place but the last"
+            )
 
 
 def check_micro_batches(parallel: Parallel, plan: BatchPlan, micro: int, data: int) -> None:
@@ -56,4 +58,6 @@ def check_layers(parallel: Parallel, layers: int) -> None:
         raise broken(f"{PATH}.pipe", parallel.pipe, rule)
     if parallel.cut != "cost" and sum(parallel.cut) != layers:
         total = sum(parallel.cut)
-        raise broken(f"{PATH}.cut", parallel.cut, f"has {total} layers: must have num_hidden_layers {layers}")
+        raise broken(
+            f"{PATH}.cut", parallel.cut, f"has {total} layers: must have num_hidden_layers {layers}"
+        )

@@ -19,8 +19,12 @@ Steps = Annotated[int, Field(ge=1)]
 class Constant(Section):
     """`constant`"""
 
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to `lr`; the first is above 0.")
-    warmup_tokens: Steps | None = key("In place of warmup_steps: tokens of linear rise, whatever a step holds of them.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps of linear rise to `lr`; the first is above 0."
+    )
+    warmup_tokens: Steps | None = key(
+        "In place of warmup_steps: tokens of linear rise, whatever a step holds of them."
+    )
 
 
 class Linear(Constant):
@@ -41,7 +45,10 @@ class WSD(Linear):
 
     decay_steps: Steps | None = key("Steps of the decay.")
     decay_share: float | None = Field(
-        None, gt=0, le=1, description="In place of decay_steps: a share of total_steps; both left out: 0.1."
+        None,
+        gt=0,
+        le=1,
+        description="In place of decay_steps: a share of total_steps; both left out: 0.1.",
     )
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = Field(
         "1-sqrt", description="Form of the decay; `1-sqrt` as in arXiv 2405.18392, section 3."
@@ -67,7 +74,9 @@ class WarmupLR(Section):
 class WarmupDecayLR(WarmupLR):
     """`WarmupDecayLR`"""
 
-    total_num_steps: Steps | None = key("Step at which 0 is reached; left out: megalite.train.steps.")
+    total_num_steps: Steps | None = key(
+        "Step at which 0 is reached; left out: megalite.train.steps."
+    )
 
 
 class WarmupCosineLR(Section):
@@ -78,7 +87,9 @@ class WarmupCosineLR(Section):
         None, ge=0, le=1, description="Rate at the start, as a share of `lr`."
     )
     warmup_num_steps: Steps | None = key("Steps of warm-up.")
-    cos_min_ratio: float | None = Field(None, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
+    cos_min_ratio: float | None = Field(
+        None, ge=0, le=1, description="Lowest rate, as a share of `lr`."
+    )
     warmup_type: Literal["log", "linear"] | None = key("Form of the rise.")
 
 
@@ -116,14 +127,15 @@ OURS: dict[str, type[Section]] = {
     "inverse_sqrt": InverseSqrt,
 }
 DEEPSPEEDS: dict[str, type[Section]] = {
-    section.__name__: section for section in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
+    section.__name__: section
+    for section in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
 }
 SCHEDULES = OURS | DEEPSPEEDS
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule that megalite runs itself: `lr` times a factor of the position (training/optimizer.py)."""
+    """A schedule that megalite runs itself: `lr` times a factor of the position (model/parameter_groups.py)."""
 
     type: str
     total_steps: int

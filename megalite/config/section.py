@@ -61,7 +61,9 @@ def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySect
             place = _place(value, detail)
             line = _line(section, detail, place, path)
             # Each form that a value may have has an error of its own: of a list, a word, a number.
-            wrong[place] = f"{wrong[place]}, or {line.rpartition(': ')[2]}" if place in wrong else line
+            wrong[place] = (
+                f"{wrong[place]}, or {line.rpartition(': ')[2]}" if place in wrong else line
+            )
         return None, wrong
 
 
@@ -140,7 +142,9 @@ def broken(path: str, value: Any, rule: str) -> ConfigError:
 
 def unknown(path: str, near: list[str]) -> ConfigError:
     """The error of a key that nothing knows, with the full paths of the nearest that are known."""
-    return ConfigError(f"{path}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return ConfigError(
+        f"{path}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
 
 
 def join(path: str, *keys: str | int) -> str:

@@ -21,7 +21,9 @@ Text = Annotated[str, Field(min_length=1)]
 def _model(value: Any) -> Any:
     if isinstance(value, dict):
         if not isinstance(value.get("model_type"), str):
-            raise PydanticCustomError("model", 'must hold "model_type", as in a Hugging Face config')
+            raise PydanticCustomError(
+                "model", 'must hold "model_type", as in a Hugging Face config'
+            )
         return value
     if isinstance(value, str) and value:
         return value
@@ -49,7 +51,8 @@ class Parallel(Section):
         "docs/layouts.md says which to choose.",
     )
     chunks: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Chunks of layers a rank with `interleaved`; left out: 2. With `zb-v` it is always 2."
+        None,
+        description="Chunks of layers a rank with `interleaved`; left out: 2. With `zb-v` it is always 2.",
     )
     cut: Literal["cost"] | list[Counter] = Field(
         "cost",
@@ -71,8 +74,12 @@ class Parallel(Section):
 class Source(Section):
     """One corpus of a blend."""
 
-    path: Text = Field(description="Prefix of `prefix.bin` and `prefix.idx` (Megatron's indexed format).")
-    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other entries.")
+    path: Text = Field(
+        description="Prefix of `prefix.bin` and `prefix.idx` (Megatron's indexed format)."
+    )
+    weight: float = Field(
+        1.0, gt=0, description="Share of the samples, relative to the other entries."
+    )
     split: list[Share] | None = Field(
         None,
         min_length=2,
@@ -86,11 +93,16 @@ class Masked(Section):
     """Masked language modelling, for encoders: some tokens are hidden and asked for. Which ones is drawn anew in each
     epoch, the same on every layout and after a restart; special tokens never are."""
 
-    masked: float = Field(gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15.")
+    masked: float = Field(
+        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
+    )
     keep: Share = Field(0.1, description="Share of those that are left as they are.")
-    swap: Share = Field(0.1, description="Share of those in whose place another token stands; the rest is masked.")
+    swap: Share = Field(
+        0.1, description="Share of those in whose place another token stands; the rest is masked."
+    )
     mask_token_id: Counter | None = Field(
-        None, description="What stands in a masked token's place; left out: the tokenizer's mask token."
+        None,
+        description="What stands in a masked token's place; left out: the tokenizer's mask token.",
     )
     special_token_ids: list[Counter] | None = Field(
         None,
@@ -103,7 +115,9 @@ def _objective(value: Any) -> Any:
         return Masked.model_validate(value)  # pydantic takes its errors in, at their places
     if value == "causal" or isinstance(value, Masked):
         return value
-    raise PydanticCustomError("objective", 'must be "causal" or an object such as {{"masked": 0.15}}')
+    raise PydanticCustomError(
+        "objective", 'must be "causal" or an object such as {{"masked": 0.15}}'
+    )
 
 
 Sources = list[Annotated[Source, BeforeValidator(_source)]]
@@ -117,9 +131,12 @@ class Data(Section):
     )
     sequence_length: int = Field(ge=1, le=2**24, description="Tokens in a sample.")
     train: Sources = Field(
-        min_length=1, description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.'
+        min_length=1,
+        description='Corpora to train on: prefixes, or `{"path": prefix, "weight": number}`.',
     )
-    valid: Sources = Field([], description="Corpora to evaluate on, in the same form; empty: no evaluation.")
+    valid: Sources = Field(
+        [], description="Corpora to evaluate on, in the same form; empty: no evaluation."
+    )
     samples: Literal["windows", "packed", "padded"] = Field(
         "windows",
         description="`windows`: the corpus in pieces of sequence_length. For fine-tuning, whole documents: `packed`, "
@@ -156,7 +173,6 @@ class Data(Section):
         description="Leave out of the loss what is predicted from the tokenizer's end-of-document token.",
     )
 
-
     @property
     def ahead(self) -> int:
         """Tokens that a sample needs after its last position: what is asked for there."""
@@ -175,7 +191,9 @@ class Limits(Section):
     """How long each part of a run may take. One that takes longer is taken for stuck: each rank writes its stacks into
     the run folder's `faults/`, and all end."""
 
-    first_step_seconds: Seconds = Field(1800.0, description="The engine's start, and as much again for the first step.")
+    first_step_seconds: Seconds = Field(
+        1800.0, description="The engine's start, and as much again for the first step."
+    )
     step_seconds: Seconds = Field(600.0, description="One later step.")
     checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
     evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
@@ -183,11 +201,18 @@ class Limits(Section):
     @property
     def collective_timeout(self) -> timedelta:
         """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
-        longest = max(self.first_step_seconds, self.step_seconds, self.checkpoint_seconds, self.evaluation_seconds)
+        longest = max(
+            self.first_step_seconds,
+            self.step_seconds,
+            self.checkpoint_seconds,
+            self.evaluation_seconds,
+        )
         return timedelta(seconds=longest + 300)
 
 
-DEFAULT_TIMEOUT = Limits.model_validate({}).collective_timeout  # of programs without limits of their own
+DEFAULT_TIMEOUT = Limits.model_validate(
+    {}
+).collective_timeout  # of programs without limits of their own
 
 
 class Faults(Section):
@@ -214,7 +239,8 @@ class Faults(Section):
         "warn", description="What is done about a spike: a line in the log, or as in not_finite."
     )
     most_in_a_row: Positive = Field(
-        10, description="After so many skips or rewinds with no step past them, the next one stops the run."
+        10,
+        description="After so many skips or rewinds with no step past them, the next one stops the run.",
     )
     replica_check_interval: Counter = Field(
         100,
@@ -222,12 +248,17 @@ class Faults(Section):
         "the tensor axis, and of tied embeddings; 0: never. A rank that differs is named and the run ends with 1.",
     )
     pace_interval: Counter = Field(
-        10, description="Steps between two comparisons of the ranks' own seconds of computing; 0: never."
+        10,
+        description="Steps between two comparisons of the ranks' own seconds of computing; 0: never.",
     )
     slow_factor: float = Field(
-        1.5, gt=1, description="A rank is slow that computes longer than the median of all by this factor."
+        1.5,
+        gt=1,
+        description="A rank is slow that computes longer than the median of all by this factor.",
     )
-    slow_looks: Positive = Field(3, description="Comparisons in a row after which a slow rank is named.")
+    slow_looks: Positive = Field(
+        3, description="Comparisons in a row after which a slow rank is named."
+    )
 
 
 class BatchRamp(Section):
@@ -250,7 +281,9 @@ class Init(Section):
         description="Standard deviation of matrices; left out: the model config's initializer_range.",
     )
     embedding_std: float | None = Field(
-        None, gt=0, description="That of token and learned position embeddings, a tied head's too; left out: as std."
+        None,
+        gt=0,
+        description="That of token and learned position embeddings, a tied head's too; left out: as std.",
     )
     depth_scaled: bool | None = Field(
         None,
@@ -267,9 +300,13 @@ class ParameterGroup(Section):
         description="Full names, with `*`, `?` and `[…]` as in a shell: `layers.*.mlp.*`, `embedding.*`. Of entries "
         "that match a name the first holds; one that is left with none is refused."
     )
-    lr_ratio: float = Field(1.0, ge=0, description="Learning rate, as a multiple of the run's; 0: not trained.")
+    lr_ratio: float = Field(
+        1.0, ge=0, description="Learning rate, as a multiple of the run's; 0: not trained."
+    )
     weight_decay: float | None = Field(
-        None, ge=0, description="Left out: optimizer.params.weight_decay, and 0 for norms and biases."
+        None,
+        ge=0,
+        description="Left out: optimizer.params.weight_decay, and 0 for norms and biases.",
     )
 
 
@@ -303,10 +340,12 @@ class Train(Section):
         description="A global batch that starts smaller and grows with the samples consumed; left out: constant.",
     )
     parameter_groups: list[ParameterGroup] = Field(
-        [], description="Learning rate and weight decay by names; norms and biases do not decay where none says so."
+        [],
+        description="Learning rate and weight decay by names; norms and biases do not decay where none says so.",
     )
     init: Init = Field(
-        default_factory=lambda: Init.model_validate({}), description="The weights that a new run starts from."
+        default_factory=lambda: Init.model_validate({}),
+        description="The weights that a new run starts from.",
     )
     z_loss: float = Field(
         0.0,
@@ -318,7 +357,8 @@ class Train(Section):
     )
     eval_steps: Positive = Field(4, description="Global batches of an evaluation.")
     checkpoint_interval: Counter = Field(
-        100, description="Steps between two checkpoints; 0: at the last step only, which always has one."
+        100,
+        description="Steps between two checkpoints; 0: at the last step only, which always has one.",
     )
     checkpoint_copy_gib: float | None = Field(
         None,
@@ -332,12 +372,16 @@ class Train(Section):
         1,
         description="Steps between two lines of progress where there is no terminal; `metrics.jsonl` has all.",
     )
-    tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
+    tensorboard: bool = Field(
+        True, description="Write TensorBoard event files into the run folder."
+    )
     limits: Limits = Field(
-        default_factory=lambda: Limits.model_validate({}), description="Limits of time, for a run that hangs."
+        default_factory=lambda: Limits.model_validate({}),
+        description="Limits of time, for a run that hangs.",
     )
     faults: Faults = Field(
-        default_factory=lambda: Faults.model_validate({}), description="Steps that go wrong, and ranks that do."
+        default_factory=lambda: Faults.model_validate({}),
+        description="Steps that go wrong, and ranks that do.",
     )
 
 
@@ -347,6 +391,8 @@ class Megalite(Section):
     model: Annotated[dict[str, Any] | str, BeforeValidator(_model)] = Field(
         description='A Hugging Face config, `{"model_type": "llama", …}`, or a folder with its `config.json`.'
     )
-    parallel: Parallel = Field(default_factory=lambda: Parallel.model_validate({}), description="The grid.")
+    parallel: Parallel = Field(
+        default_factory=lambda: Parallel.model_validate({}), description="The grid."
+    )
     data: Data
     train: Train

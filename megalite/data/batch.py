@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megalite.data.corpus_check import unknown_id
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.samples import Piece, Samples, read_documents, read_tokens
-from megalite.data.verify import unknown_id
 
 
 class Batch(NamedTuple):
@@ -53,7 +53,11 @@ class BatchReader:
         return 1 if self.masking is None else 0
 
     def read(
-        self, streams: Sequence[Stream], corpora: np.ndarray, places: np.ndarray, numbers: np.ndarray
+        self,
+        streams: Sequence[Stream],
+        corpora: np.ndarray,
+        places: np.ndarray,
+        numbers: np.ndarray,
     ) -> Batch:
         """The samples at `places` [B] of the orders of the streams `corpora` [B]; numbers [B]: theirs in the run, which
         masks are drawn from. Raises DataError for a token id that the vocabulary does not have, and for a corpus that
@@ -68,7 +72,13 @@ class BatchReader:
                 if corpus is not None:
                     corpus.check_unchanged()
             for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
-                fill(stream, pieces, tokens[row], labels[row], None if documents is None else documents[row])
+                fill(
+                    stream,
+                    pieces,
+                    tokens[row],
+                    labels[row],
+                    None if documents is None else documents[row],
+                )
         if self.eod_id is not None:
             labels[tokens == self.eod_id] = UNCOUNTED
         if self.masking is not None:
@@ -76,7 +86,12 @@ class BatchReader:
         return Batch(tokens, labels, documents)
 
     def _fill_window(
-        self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
+        self,
+        stream: Stream,
+        pieces: list[Piece],
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        documents: np.ndarray | None,
     ) -> None:
         """Rows [S] of one sample: its tokens in a run, and the one after them where that is asked for."""
         ahead = self.ahead
@@ -95,7 +110,12 @@ class BatchReader:
             labels[numbers[ahead:] != numbers[: self.length]] = UNCOUNTED
 
     def _fill_whole(
-        self, stream: Stream, pieces: list[Piece], tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray | None
+        self,
+        stream: Stream,
+        pieces: list[Piece],
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        documents: np.ndarray | None,
     ) -> None:
         """Rows [S] of one sample: each document's tokens but the last, which nothing is asked for after, then
         filling."""

@@ -31,7 +31,9 @@ class Blend:
         """`weights` of the corpora, above 0; taken as the decimals that they are written as. A block is twice
         as long as the least share is small, so config/rules.py has a limit for that."""
         exact = [Fraction(repr(float(weight))) for weight in weights]
-        self._parts, self._total = _integers([weight / sum(exact) for weight in exact])  # w_i = parts[i] / total
+        self._parts, self._total = _integers(
+            [weight / sum(exact) for weight in exact]
+        )  # w_i = parts[i] / total
         self._block = max(_LEAST_BLOCK, 2 * math.ceil(self._total / min(self._parts)) + 2)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -74,7 +76,10 @@ class Blend:
         """Serve positions [start, start + block), earliest deadline first."""
         parts, total = self._parts, self._total
         given, goal = self._counts_at(start), self._counts_at(start + self._block)
-        closed = [(count * total // part, i) for i, (count, part) in enumerate(zip(given, parts, strict=True))]
+        closed = [
+            (count * total // part, i)
+            for i, (count, part) in enumerate(zip(given, parts, strict=True))
+        ]
         closed = [entry for entry in closed if given[entry[1]] < goal[entry[1]]]
         heapq.heapify(closed)  # (position at which the next window opens, corpus)
         opened: list[tuple[int, int]] = []  # (position by which it closes, corpus)

@@ -43,7 +43,9 @@ class ChatEncoder:
 
     def fingerprint(self) -> str:
         """Of all that the result hangs on."""
-        return hashlib.sha256(pickle.dumps((self._template, self._encoder, self._eod_id))).hexdigest()
+        return hashlib.sha256(
+            pickle.dumps((self._template, self._encoder, self._eod_id))
+        ).hexdigest()
 
     def encode(self, line: dict[str, Any]) -> list[Marked]:
         """The documents of a line: one, or one an answer where the template writes earlier answers otherwise
@@ -55,7 +57,9 @@ class ChatEncoder:
         prompt, completion = line["prompt"], line["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             try:
-                ids, marks = self._marked(prompt + completion, [(len(prompt), len(prompt) + len(completion))])
+                ids, marks = self._marked(
+                    prompt + completion, [(len(prompt), len(prompt) + len(completion))]
+                )
             except Exception as error:
                 raise NotChat(f"cannot be tokenized: {_said(error)}") from None
             end = [] if self._eod_id is None else [self._eod_id]
@@ -67,7 +71,9 @@ class ChatEncoder:
         """The documents of a conversation of which the answers from message `first` on count."""
         if not self._template:
             raise NotChat("needs a chat template, which the tokenizer does not have")
-        answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+        answers = [
+            i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"
+        ]
         if not answers:
             raise NotChat("holds no message of the assistant")
         try:
@@ -92,12 +98,18 @@ class ChatEncoder:
     def _by_difference(self, messages: list[dict[str, Any]], answers: list[int]) -> list[Marked]:
         texts, spans = [], []
         for i in answers:
-            opened = self._inner.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            opened = self._inner.apply_chat_template(
+                messages[:i], tokenize=False, add_generation_prompt=True
+            )
             answered = self._inner.apply_chat_template(messages[: i + 1], tokenize=False)
             if not answered.startswith(opened):
-                raise NotChat(f"message {i}: the chat template does not go on from its own opening for an answer")
+                raise NotChat(
+                    f"message {i}: the chat template does not go on from its own opening for an answer"
+                )
             texts.append(answered)
-            spans.append((len(opened), len(answered.rstrip())))  # a line's end after the turn is the template's
+            spans.append(
+                (len(opened), len(answered.rstrip()))
+            )  # a line's end after the turn is the template's
         if all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)):
             return [self._marked(texts[-1], spans)]
         return [self._marked(text, [span]) for text, span in zip(texts, spans, strict=True)]

@@ -70,11 +70,15 @@ class Bad(NamedTuple):
     reason: str
 
 
-def kind_of(path: str, given: Literal["jsonl", "txt", "parquet"] | None = None, paragraphs: bool = False) -> Kind:
+def kind_of(
+    path: str, given: Literal["jsonl", "txt", "parquet"] | None = None, paragraphs: bool = False
+) -> Kind:
     """What an input holds: as `given`, else by its name; standard input has lines of JSON. `paragraphs`: blank
     lines part the documents of a .txt. Raises DataError for a name that does not say."""
     unpacked = path.removesuffix(".gz").removesuffix(".zst")
-    kind = given or ("jsonl" if path == STANDARD_INPUT else _SUFFIXES.get(Path(unpacked).suffix.lower()))
+    kind = given or (
+        "jsonl" if path == STANDARD_INPUT else _SUFFIXES.get(Path(unpacked).suffix.lower())
+    )
     if kind is None:
         raise DataError(
             f"{path}: must end in .jsonl, .txt or .parquet (.gz or .zst after it), or --format must say what it is"
@@ -82,7 +86,9 @@ def kind_of(path: str, given: Literal["jsonl", "txt", "parquet"] | None = None, 
     return "paragraphs" if kind == "txt" and paragraphs else kind
 
 
-def read_chunks(inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: Place) -> Iterator[Chunk]:
+def read_chunks(
+    inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: Place
+) -> Iterator[Chunk]:
     """The chunks of all inputs from a place on. Raises DataError for a file that cannot be read or ends in the
     middle of its compressed data."""
     for number, (path, kind) in enumerate(zip(inputs, kinds, strict=True)):
@@ -95,7 +101,11 @@ def read_chunks(inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, sta
                 continue
             try:
                 with _Stream(path, begin.offset) as stream:
-                    yield from _whole_chunks(stream, begin) if kind == "txt" else _line_chunks(stream, kind, begin)
+                    yield from (
+                        _whole_chunks(stream, begin)
+                        if kind == "txt"
+                        else _line_chunks(stream, kind, begin)
+                    )
             except (EOFError, zlib.error) as error:
                 raise DataError(f"{path}: is damaged: {error}") from None
 
@@ -107,10 +117,14 @@ def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
         yield from (_text_of(found, text_key, row) for row, found in parse_objects(chunk))
     elif chunk.kind == "parquet":
         missing = f"{json.dumps(text_key)} holds no text"
-        yield from (Bad(row, missing) if text is None else text for row, text in enumerate(data, number))
+        yield from (
+            Bad(row, missing) if text is None else text for row, text in enumerate(data, number)
+        )
     elif chunk.kind == "paragraphs":
         for row, part in enumerate((part for part in _GAP.split(data) if part.strip()), number):
-            yield _decoded(part.strip(b"\r\n").removeprefix(_BOM if chunk.start.offset == 0 else b""), row)
+            yield _decoded(
+                part.strip(b"\r\n").removeprefix(_BOM if chunk.start.offset == 0 else b""), row
+            )
     else:
         yield _decoded(data.removeprefix(_BOM if chunk.start.offset == 0 else b""), number)
 
@@ -140,7 +154,9 @@ def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
 def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
     try:
         value = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:  # JSON can write half of a character that needs two: no tokenizer takes it
+        if (
+            b"\\u" in line
+        ):  # JSON can write half of a character that needs two: no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         return Bad(number, f"is not UTF-8 (byte {error.start})")
@@ -244,7 +260,9 @@ def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
             parts, cut = [], _last_gap(block)
             if cut == 0 and len(block) > _LARGEST_PARAGRAPH:
                 size = _LARGEST_PARAGRAPH >> 20
-                raise DataError(f"{stream.path}: byte {place.offset}: no blank line in the next {size} MiB")
+                raise DataError(
+                    f"{stream.path}: byte {place.offset}: no blank line in the next {size} MiB"
+                )
         if cut == 0:
             parts.append(block)
             if sum(map(len, parts)) > _LARGEST_LINE:
@@ -269,7 +287,11 @@ def _last_gap(block: bytes) -> int:
 
 
 def _chunk(kind: Kind, place: Place, data: bytes, read_bytes: int) -> Chunk:
-    count = sum(map(bool, map(bytes.strip, _GAP.split(data)))) if kind == "paragraphs" else data.count(b"\n")
+    count = (
+        sum(map(bool, map(bytes.strip, _GAP.split(data))))
+        if kind == "paragraphs"
+        else data.count(b"\n")
+    )
     end = Place(place.input, place.offset + len(data), place.number + count)
     return Chunk(kind, place, end, data, read_bytes)
 
@@ -280,7 +302,9 @@ def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
     for block in stream.blocks():
         rest += block
         if len(rest) > _WHOLE_BYTES:
-            cut = max(rest.rfind(b"\n", 0, -1), rest.rfind(b" ", 0, -1)) + 1 or _character_start(rest)
+            cut = max(rest.rfind(b"\n", 0, -1), rest.rfind(b" ", 0, -1)) + 1 or _character_start(
+                rest
+            )
             end = Place(place.input, place.offset + cut, place.number)
             yield Chunk("txt", place, end, rest[:cut], stream.read_bytes, open_end=True)
             place, rest = end, rest[cut:]
@@ -321,7 +345,10 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
                 row += batch.num_rows
                 if texts:
                     first = row - len(texts)
-                    start, end = Place(place.input, first, first + 1), Place(place.input, row, row + 1)
+                    start, end = (
+                        Place(place.input, first, first + 1),
+                        Place(place.input, row, row + 1),
+                    )
                     yield Chunk("parquet", start, end, texts, size * row // total)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
@@ -346,7 +373,9 @@ def _library(name: str, path: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"{path}: needs {name.split('.')[0]}: pip install 'megalite[data]'") from None
+        raise DataError(
+            f"{path}: needs {name.split('.')[0]}: pip install 'megalite[data]'"
+        ) from None
 
 
 def total_bytes(inputs: Iterable[str]) -> int | None:

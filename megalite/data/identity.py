@@ -9,7 +9,10 @@ from typing import Any
 
 from megalite.data.indexed import IndexedCorpus, files_of
 
-PLACES, PLACE_TOKENS = 64, 1024  # evenly over the tokens, so that equal lengths of documents do not pass for equal text
+PLACES, PLACE_TOKENS = (
+    64,
+    1024,
+)  # evenly over the tokens, so that equal lengths of documents do not pass for equal text
 
 
 def identity(prefix: str) -> dict[str, Any]:

@@ -29,7 +29,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-_FLOATS = "is for floating point, and 6 and 7 are swapped between Megatron-LM and gpt-neox: no tokens"
+_FLOATS = (
+    "is for floating point, and 6 and 7 are swapped between Megatron-LM and gpt-neox: no tokens"
+)
 _SMALL_VOCABULARY = 65_500  # below it tokens are u16, as in Megatron
 _CHUNK = 1 << 20  # entries that are checked or written at a time
 
@@ -90,7 +92,8 @@ class IndexedCorpus:
         self._file, self._bytes = _opened(self.tokens_path)
         if self._bytes % self.dtype.itemsize:
             self._refuse(
-                self.tokens_path, f"{self._bytes} bytes are no whole number of {self.dtype} tokens of the index"
+                self.tokens_path,
+                f"{self._bytes} bytes are no whole number of {self.dtype} tokens of the index",
             )
         self._check_ends()
 
@@ -108,7 +111,9 @@ class IndexedCorpus:
             while missing := end - place - len(content):
                 part = os.pread(self._file.fileno(), missing, place + len(content))
                 if not part:
-                    raise self._changed(self.tokens_path, os.fstat(self._file.fileno()).st_size, self._bytes)
+                    raise self._changed(
+                        self.tokens_path, os.fstat(self._file.fileno()).st_size, self._bytes
+                    )
                 content = content + part if content else part
         except OSError as error:
             raise DataError(f"{self.tokens_path}: cannot be read: {error.strerror}") from None
@@ -123,7 +128,9 @@ class IndexedCorpus:
             raise self._changed(self.tokens_path, size, self._bytes)
 
     def _changed(self, path: Path, size: int, before: int) -> DataError:
-        return DataError(f"{path}: {size} bytes, {before} when it was opened: must not change under a run")
+        return DataError(
+            f"{path}: {size} bytes, {before} when it was opened: must not change under a run"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -170,7 +177,10 @@ class IndexedCorpus:
 
     def document_at(self, token: int) -> int:
         """The document that holds the token at a place of the corpus."""
-        low, high = 0, self.num_documents  # bisect: the last document that starts at or before `token`
+        low, high = (
+            0,
+            self.num_documents,
+        )  # bisect: the last document that starts at or before `token`
         while high - low > 1:
             middle = (low + high) // 2
             if self.document_start(middle) <= token:
@@ -183,7 +193,9 @@ class IndexedCorpus:
         """The places in (start, stop) at which a document begins."""
         places, document = [], self.document_at(start) + 1
         while document < self.num_documents and (place := self.document_start(document)) < stop:
-            if place > start and (not places or place > places[-1]):  # an empty document begins nothing
+            if place > start and (
+                not places or place > places[-1]
+            ):  # an empty document begins nothing
                 places.append(place)
             document += 1
         return places
@@ -194,9 +206,13 @@ class IndexedCorpus:
     def _read_header(self, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         path = self.index_path
         if len(index) < HEADER_BYTES:
-            raise DataError(f"{path}: {len(index)} bytes: an index begins with a header of {HEADER_BYTES}")
+            raise DataError(
+                f"{path}: {len(index)} bytes: an index begins with a header of {HEADER_BYTES}"
+            )
         if index[:9] != MAGIC:
-            raise DataError(f"{path}: byte 0: begins with {index[:9]!r}, must be {MAGIC!r}: not an index")
+            raise DataError(
+                f"{path}: byte 0: begins with {index[:9]!r}, must be {MAGIC!r}: not an index"
+            )
         version, code, sequences, documents = struct.unpack("<QBQQ", index[9:HEADER_BYTES])
         if version != 1:
             raise DataError(f"{path}: byte 9: version {version}: must be 1")
@@ -211,7 +227,9 @@ class IndexedCorpus:
                 "document entries (bytes 18 to 33)",
             )
         if sequences == 0 or documents < 2:
-            raise DataError(f"{path}: byte 18: {sequences} sequences, {documents} document entries: no data")
+            raise DataError(
+                f"{path}: byte 18: {sequences} sequences, {documents} document entries: no data"
+            )
         return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
 
     def _check_ends(self) -> None:
@@ -297,7 +315,9 @@ class IndexedWriter:
         self._partial = [Path(f"{path}.partial") for path in files_of(prefix)]
         self._file: BinaryIO = create(self._partial[1])
 
-    def add_document(self, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None) -> None:
+    def add_document(
+        self, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
+    ) -> None:
         """Append one document; `sizes` divides it into sequences. Raises DataError for an id that does not
         fit the type."""
         array = np.asarray(tokens)
@@ -318,7 +338,9 @@ class IndexedWriter:
         other = IndexedCorpus(prefix)
         other.check_index()
         if other.dtype != self.dtype:
-            raise DataError(f"{other.index_path}: tokens are {other.dtype}, must be {self.dtype} to be merged")
+            raise DataError(
+                f"{other.index_path}: tokens are {other.dtype}, must be {self.dtype} to be merged"
+            )
         for start in range(0, other.num_tokens, _CHUNK):
             self._file.write(other.tokens[start : start + _CHUNK].tobytes())
         self._add(np.array(other.sizes), np.array(other.document_index[1:]))
@@ -333,7 +355,9 @@ class IndexedWriter:
         sync_close(self._file)
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
         write_index(self._partial[0], self.dtype, sizes, np.concatenate(self._documents))
-        for partial, path in zip(reversed(self._partial), reversed(files_of(self.prefix)), strict=True):
+        for partial, path in zip(
+            reversed(self._partial), reversed(files_of(self.prefix)), strict=True
+        ):
             os.replace(partial, path)  # the index last: a pair is whole when it has one
 
     def discard(self) -> None:
@@ -346,7 +370,10 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.finish()
@@ -377,14 +404,18 @@ def sync_close(file: BinaryIO) -> None:
     file.close()
 
 
-def write_index(path: Path, dtype: np.dtype[Any], sizes: np.ndarray, documents: np.ndarray | None) -> None:
+def write_index(
+    path: Path, dtype: np.dtype[Any], sizes: np.ndarray, documents: np.ndarray | None
+) -> None:
     """Write `prefix.idx`, a part at a time: the arrays may be memory maps.
 
     `sizes` i32 [N] tokens of each sequence; `documents` i64 [D], or None: each sequence is a document.
     """
     entries = len(sizes) + 1 if documents is None else len(documents)
     with create(path) as file:
-        file.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype.newbyteorder("=")], len(sizes), entries))
+        file.write(
+            MAGIC + struct.pack("<QBQQ", 1, CODES[dtype.newbyteorder("=")], len(sizes), entries)
+        )
         for part in _parts(sizes):
             file.write(part.astype("<i4").tobytes())
         begin = 0

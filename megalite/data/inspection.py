@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalite.config.rules import LEAST_SHARE
+from megalite.config.data_rules import LEAST_SHARE
 from megalite.data.blend import Blend
+from megalite.data.corpus_check import checksum_file, read_through, unknown_id_of
 from megalite.data.indexed import CODES, IndexedCorpus
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.verify import checksum_file, read_through, unknown_id_of
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 
@@ -89,13 +89,21 @@ def histogram(corpus: IndexedCorpus) -> Iterator[str]:
         yield f"  {low:>11,} to {high:>11,} {int(counts[power]):>13,}  {bar}".rstrip()
 
 
-def documents(corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, width: int) -> Iterator[str]:
+def documents(
+    corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, width: int
+) -> Iterator[str]:
     """Some documents, as text where there is a tokenizer, cut to `width` characters (tokens without one)."""
     for number in numbers:
         ids = corpus.document(number)
         yield f"  document {number}, {len(ids):,} tokens:"
-        text = tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)[:width] if tokenizer else None
-        yield "    " + (repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist())))
+        text = (
+            tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)[:width]
+            if tokenizer
+            else None
+        )
+        yield "    " + (
+            repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist()))
+        )
 
 
 def verified(corpus: IndexedCorpus, vocabulary_size: int | None) -> Iterator[str]:

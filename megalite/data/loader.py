@@ -14,6 +14,7 @@ from megalite.config import Data
 from megalite.config.sections import Source
 from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
 from megalite.data.blend import Blend
+from megalite.data.corpus_check import check_corpus
 from megalite.data.indexed import IndexedCorpus, files_of, marks_prefix
 from megalite.data.masking import masking_of
 from megalite.data.megatron import MegatronBlend, MegatronSamples
@@ -21,7 +22,6 @@ from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.tokenizer import load_tokenizer
-from megalite.data.verify import check_corpus
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 
@@ -68,7 +68,8 @@ class TrainData:
             self._blend = Blend(weights)
             in_order = [_in_order(of, data, self.notes) for of in opened]
             self._streams = [
-                Stream(Shuffled(samples, seed, number), marks) for number, (samples, marks) in enumerate(in_order)
+                Stream(Shuffled(samples, seed, number), marks)
+                for number, (samples, marks) in enumerate(in_order)
             ]
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
@@ -106,7 +107,9 @@ class ValidData:
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
         self._streams = [Stream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
-        self._reader = _reader(data, vocabulary_size, mixed(0, _EVALUATION))  # the same masks in every run
+        self._reader = _reader(
+            data, vocabulary_size, mixed(0, _EVALUATION)
+        )  # the same masks in every run
         self.corpora = [
             (source.path, range(int(start), int(stop)))
             for source, start, stop in zip(data.valid, self._ends[:-1], self._ends[1:], strict=True)
@@ -152,7 +155,10 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
     for opened in (corpus, marks) if check else ():
         if opened is not None:
             opened.check_index()
-    if marks is not None and (marks.num_tokens, marks.dtype) != (corpus.num_tokens, np.dtype(np.uint8)):
+    if marks is not None and (marks.num_tokens, marks.dtype) != (
+        corpus.num_tokens,
+        np.dtype(np.uint8),
+    ):
         raise DataError(
             f"{marks.tokens_path}: holds {marks.num_tokens} tokens of {marks.dtype}: must mark each of the "
             f"{corpus.num_tokens} of {corpus.tokens_path} with a byte"
@@ -160,13 +166,17 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
     return _Opened(source, corpus, marks)
 
 
-def _in_order(of: _Opened, data: Data, notes: list[str]) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
+def _in_order(
+    of: _Opened, data: Data, notes: list[str]
+) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
     """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
     if data.samples == "windows":
         return Windows(of.corpus, data.sequence_length, of.source.split, data.ahead), of.marks
     documents = part_of(of.corpus.num_documents, of.source.split)
     with reading(of.source.path, DataError):
-        whole = WholeDocuments(of.corpus, documents, data.sequence_length, data.samples == "packed", data.ahead)
+        whole = WholeDocuments(
+            of.corpus, documents, data.sequence_length, data.samples == "packed", data.ahead
+        )
     if whole.cut:
         notes.append(
             f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "
@@ -185,12 +195,16 @@ def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
     eod_id = _end_of_document(data) if data.eod_mask_loss else None
     whole = data.samples != "windows"
     masking = masking_of(data, vocabulary_size, seed)
-    return BatchReader(data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id, masking)
+    return BatchReader(
+        data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id, masking
+    )
 
 
 def _end_of_document(data: Data) -> int:
     assert data.tokenizer is not None, "config/rules.py asks for it"
     eod_id = load_tokenizer(data.tokenizer).eod_id
     if eod_id is None:
-        raise DataError(f"{data.tokenizer}: has no end-of-sequence token, which megalite.data.eod_mask_loss needs")
+        raise DataError(
+            f"{data.tokenizer}: has no end-of-sequence token, which megalite.data.eod_mask_loss needs"
+        )
     return eod_id

@@ -23,7 +23,9 @@ _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 class Masking:
     """An objective with its tokens. seed: of the masks."""
 
-    def __init__(self, objective: Masked, mask_id: int, special_ids: list[int], ids: int, seed: int) -> None:
+    def __init__(
+        self, objective: Masked, mask_id: int, special_ids: list[int], ids: int, seed: int
+    ) -> None:
         """`special_ids` are never asked for, nor do they stand in another's place; `ids`: another is below this."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)

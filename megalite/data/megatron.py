@@ -32,12 +32,18 @@ class MegatronSamples:
     ) -> None:
         """`sequences` of the corpus, for `samples` samples. Raises DataError where they hold no token."""
         self.corpus = corpus
-        sizes = np.array(corpus.sizes[sequences.start : sequences.stop])  # aligned, unlike the file's
+        sizes = np.array(
+            corpus.sizes[sequences.start : sequences.stop]
+        )  # aligned, unlike the file's
         epoch_tokens = int(sizes.sum(dtype=np.int64))
         if epoch_tokens == 0:
-            raise DataError(f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} hold no token")
+            raise DataError(
+                f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} hold no token"
+            )
         epochs = -(-(samples * sequence_length + 1) // epoch_tokens)
-        before_last = ((epochs - 1) * epoch_tokens - 1) // sequence_length  # samples of all epochs but the last
+        before_last = (
+            (epochs - 1) * epoch_tokens - 1
+        ) // sequence_length  # samples of all epochs but the last
         least = int(_LEAST_LAST_EPOCH * ((epoch_tokens - 1) // sequence_length))
         apart = epochs > 1 and samples - before_last < least
         self.num_samples = (epochs * epoch_tokens - 1) // sequence_length
@@ -51,7 +57,11 @@ class MegatronSamples:
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """See samples.Samples; positions below `num_samples`. Each piece is a sequence or a part of one."""
         chosen = self.shuffle_index[positions].astype(np.int64)
-        ends = [column.tolist() for at in (chosen, chosen + 1) for column in self.sample_index.begins(at)]
+        ends = [
+            column.tolist()
+            for at in (chosen, chosen + 1)
+            for column in self.sample_index.begins(at)
+        ]
         return [self._pieces(*sample) for sample in zip(*ends, strict=True)]
 
     def _pieces(self, first: int, first_offset: int, last: int, last_offset: int) -> list[Piece]:
@@ -66,7 +76,9 @@ class MegatronSamples:
         return pieces
 
 
-def document_index(sequences: int, epochs: int, apart: bool, random: np.random.RandomState) -> np.ndarray:
+def document_index(
+    sequences: int, epochs: int, apart: bool, random: np.random.RandomState
+) -> np.ndarray:
     """The sequences of all epochs in their order, int32; `apart`: the last epoch is shuffled by itself."""
     parts = [epochs - 1, 1] if apart else [epochs]
     shuffled = [np.tile(np.arange(sequences, dtype=np.int32), part) for part in parts]
@@ -84,10 +96,14 @@ class SampleIndex:
         self._sizes, self._documents, self._length = sizes, documents, sequence_length
         whole = len(documents) - len(documents) % _STRIDE
         sums = [
-            sizes[documents[start : min(start + _CHUNK, whole)]].reshape(-1, _STRIDE).sum(axis=1, dtype=np.int64)
+            sizes[documents[start : min(start + _CHUNK, whole)]]
+            .reshape(-1, _STRIDE)
+            .sum(axis=1, dtype=np.int64)
             for start in range(0, whole, _CHUNK)
         ]
-        self._ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sums]))  # tokens before each 64th document
+        self._ends = np.cumsum(
+            np.concatenate([np.zeros(1, np.int64), *sums])
+        )  # tokens before each 64th document
 
     def begins(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in `documents`, token in that document), int64 [B] each, of samples [B]."""
@@ -117,10 +133,14 @@ class MegatronBlend:
 
     def __init__(self, weights: Sequence[float], samples: int) -> None:
         """For a run of `samples` samples, as Megatron was started with."""
-        self.shares: list[float] = (np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))).tolist()
+        self.shares: list[float] = (
+            np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))
+        ).tolist()
         needed = [math.ceil(samples * share) for share in self.shares]
         self.num_samples = sum(needed) if len(weights) > 1 else samples
-        self.samples_of = [math.ceil(n * (1 + _SURPLUS)) for n in needed] if len(weights) > 1 else [samples]
+        self.samples_of = (
+            [math.ceil(n * (1 + _SURPLUS)) for n in needed] if len(weights) > 1 else [samples]
+        )
         self._corpora, self._places = self._walk()
 
     def _walk(self) -> tuple[np.ndarray, np.ndarray]:

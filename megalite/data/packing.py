@@ -17,7 +17,12 @@ class WholeDocuments:
     """The samples of a corpus, of whole documents each; `cut` of them are longer than a sample."""
 
     def __init__(
-        self, corpus: IndexedCorpus, documents: range, sequence_length: int, together: bool, ahead: int = 1
+        self,
+        corpus: IndexedCorpus,
+        documents: range,
+        sequence_length: int,
+        together: bool,
+        ahead: int = 1,
     ) -> None:
         """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position. Raises
         DataError where none is long enough."""
@@ -26,13 +31,17 @@ class WholeDocuments:
         usable = np.flatnonzero(lengths > ahead)
         if not usable.size:
             least = "two tokens" if ahead else "a token"
-            raise DataError(f"{corpus.index_path}: no document of {least} among those that are used")
+            raise DataError(
+                f"{corpus.index_path}: no document of {least} among those that are used"
+            )
         self.cut = int((lengths > self.longest).sum())
         needed = np.minimum(lengths[usable] - ahead, sequence_length)
         usable += documents.start
         if together:
             sample_of = best_fit(needed, sequence_length)
-            order = np.argsort(sample_of, kind="stable")  # within a sample in the order of the corpus
+            order = np.argsort(
+                sample_of, kind="stable"
+            )  # within a sample in the order of the corpus
             self._documents, counts = usable[order], np.bincount(sample_of)
         else:
             self._documents, counts = usable, np.ones(len(usable), np.int64)
@@ -47,7 +56,9 @@ class WholeDocuments:
         """The documents of each sample; see samples.Samples."""
         return [
             [self._piece(document) for document in self._documents[start:stop].tolist()]
-            for start, stop in zip(self._starts[positions], self._starts[positions + 1], strict=True)
+            for start, stop in zip(
+                self._starts[positions], self._starts[positions + 1], strict=True
+            )
         ]
 
     def _piece(self, document: int) -> Piece:

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megalite.data.corpus_check import checksum_file, checksum_lines
 from megalite.data.documents import Bad, Chunk, Place
 from megalite.data.indexed import files_of, marks_prefix, refuse_standing, write_index
-from megalite.data.verify import checksum_file, checksum_lines
 from megalite.errors import DataError
 
 _JOURNAL_SECONDS = 5.0
@@ -64,7 +64,9 @@ class Partial:
         self._open_tokens = 0  # of the last document, where it goes on
         self._saved = time.monotonic()
         state = self._read_journal()
-        self._prefixes = {"tokens": str(output)} | ({"marks": marks_prefix(output)} if marked else {})
+        self._prefixes = {"tokens": str(output)} | (
+            {"marks": marks_prefix(output)} if marked else {}
+        )
         if not overwrite and not state.get("written"):
             for prefix in self._prefixes.values():
                 refuse_standing(prefix)
@@ -122,7 +124,9 @@ class Partial:
             sizes = [self._open_tokens]
         self._open_tokens = (sizes.pop() if sizes else self._open_tokens) if chunk.open_end else 0
         if max([self._open_tokens, *sizes]) > _LONGEST_DOCUMENT:
-            raise DataError(f"{path}:{chunk.start.number}: a document of more than {_LONGEST_DOCUMENT} tokens")
+            raise DataError(
+                f"{path}:{chunk.start.number}: a document of more than {_LONGEST_DOCUMENT} tokens"
+            )
         self._files["sizes.i32"].write(np.array(sizes, "<i4").tobytes())
         self.counts.documents += len(sizes)
         self.counts.empty += encoded.empty
@@ -132,7 +136,11 @@ class Partial:
 
     def save(self) -> None:
         """Bring all to the disk and then say so in the journal."""
-        state = {"fingerprint": self.fingerprint, "place": self.place, "counts": asdict(self.counts)}
+        state = {
+            "fingerprint": self.fingerprint,
+            "place": self.place,
+            "counts": asdict(self.counts),
+        }
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -148,7 +156,9 @@ class Partial:
         self.save()
         if self.counts.documents == 0:
             self.discard()
-            raise DataError(f"{self.output}: nothing to write: no document in the inputs, {self.counts.bad} bad lines")
+            raise DataError(
+                f"{self.output}: nothing to write: no document in the inputs, {self.counts.bad} bad lines"
+            )
         sizes = np.memmap(self.folder / "sizes.i32", "<i4", "r")
         for name, prefix in self._prefixes.items():
             index, tokens = self.folder / f"{name}.idx", self.folder / f"{name}.bin"
@@ -165,7 +175,11 @@ class Partial:
             index, tokens = files_of(prefix)
             if (self.folder / f"{name}.bin").exists():
                 index.unlink(missing_ok=True)
-            for source, path in ((".bin", tokens), (".sha256", checksum_file(prefix)), (".idx", index)):
+            for source, path in (
+                (".bin", tokens),
+                (".sha256", checksum_file(prefix)),
+                (".idx", index),
+            ):
                 if (self.folder / f"{name}{source}").exists():
                     os.replace(self.folder / f"{name}{source}", path)
         shutil.rmtree(self.folder)

@@ -83,7 +83,9 @@ class TextTask(Task):
             else:
                 texts.append(found)
         ids = [found for found in self.encoder.encode_batch(texts) if found]
-        if chunk.kind != "txt" or chunk.start.offset == 0:  # else a piece of a document that has begun
+        if (
+            chunk.kind != "txt" or chunk.start.offset == 0
+        ):  # else a piece of a document that has begun
             ids = [self.begin + found for found in ids]
         if not chunk.open_end:
             for found in ids:
@@ -165,7 +167,9 @@ def preprocess(
         if cls_sep:
             raise ConfigError("--cls-sep: not with --chat, which is for decoders")
         if append_eod:
-            raise ConfigError("--append-eod: not with --chat: the template ends messages, and completions are ended")
+            raise ConfigError(
+                "--append-eod: not with --chat: the template ends messages, and completions are ended"
+            )
         task: Task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
         if append_eod and cls_sep:
@@ -177,12 +181,20 @@ def preprocess(
             encoder = encoder.splitting()  # "[SEP]" in a text ends no document
         task = TextTask(encoder, dtype, text_key, begin, end)
     fingerprint = _fingerprint(inputs, kinds, task)
-    with Partial(output, fingerprint, overwrite, chat) as partial, Progress(inputs, size) as progress:
+    with (
+        Partial(output, fingerprint, overwrite, chat) as partial,
+        Progress(inputs, size) as progress,
+    ):
         if not partial.written:
             chunks = read_chunks(inputs, kinds, text_key, partial.place)
             for chunk, encoded in _encoded(chunks, task, workers):
                 partial.add(chunk, encoded, inputs[chunk.start.input], strict)
-                progress.show(chunk.start.input, chunk.read_bytes, partial.counts.documents, partial.counts.tokens)
+                progress.show(
+                    chunk.start.input,
+                    chunk.read_bytes,
+                    partial.counts.documents,
+                    partial.counts.tokens,
+                )
             partial.finish(dtype)
         partial.give_names()
     return partial.counts
@@ -220,18 +232,24 @@ def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tupl
         yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
         return
     under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(task,))
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(task,)
+    )
     try:
         for chunk in chunks:
             with _interrupts_later():
                 under_way.append((chunk, pool.submit(_work, chunk)))
-            while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (under_way and under_way[0][1].done()):
+            while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (
+                under_way and under_way[0][1].done()
+            ):
                 first, future = under_way.popleft()
                 yield first, future.result()
         for first, future in under_way:
             yield first, future.result()
     except BrokenProcessPool:
-        raise MegaliteError("a worker was killed (out of memory?): run the same command again to resume") from None
+        raise MegaliteError(
+            "a worker was killed (out of memory?): run the same command again to resume"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -268,6 +286,8 @@ def _work(chunk: Chunk) -> Encoded:
 
 
 def _encode(task: Task, chunk: Chunk) -> Encoded:
-    where = f"--input: number {chunk.start.input + 1}, from line or document {chunk.start.number} on"
+    where = (
+        f"--input: number {chunk.start.input + 1}, from line or document {chunk.start.number} on"
+    )
     with reading(where, DataError):  # tokenizers may raise anything over a text
         return task.encode(chunk)

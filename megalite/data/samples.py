@@ -48,7 +48,11 @@ class Windows:
     part of it that is used; a partial last one is dropped."""
 
     def __init__(
-        self, corpus: IndexedCorpus, sequence_length: int, split: Sequence[float] | None = None, ahead: int = 1
+        self,
+        corpus: IndexedCorpus,
+        sequence_length: int,
+        split: Sequence[float] | None = None,
+        ahead: int = 1,
     ) -> None:
         """Raises DataError where the corpus does not fill one window."""
         self.corpus, self.length, self.ahead = corpus, sequence_length, ahead

@@ -78,7 +78,9 @@ class FastEncoder(Encoder):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        return [found.ids for found in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            found.ids for found in self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def splitting(self) -> "FastEncoder":
         """One that takes a special token's name in a text for text."""
@@ -118,14 +120,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.inner = inner
         self._equal = None if equal_model is None else SentencePieceTokenizer(equal_model).encoder()
         self.vocabulary_size = max(inner.get_vocab().values()) + 1
-        self.bos_id, self.eod_id, self.mask_id = inner.bos_token_id, inner.eos_token_id, inner.mask_token_id
+        self.bos_id, self.eod_id, self.mask_id = (
+            inner.bos_token_id,
+            inner.eos_token_id,
+            inner.mask_token_id,
+        )
         self.cls_id, self.sep_id = inner.cls_token_id, inner.sep_token_id
         self.special_ids = frozenset(inner.all_special_ids)
         self._encoder = self.encoder()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        with reading(self.inner.name_or_path, DataError):  # what is odd in its files may show at any text
+        with reading(
+            self.inner.name_or_path, DataError
+        ):  # what is odd in its files may show at any text
             return self._encoder.encode_batch(texts)
 
     def encoder(self) -> Encoder:
@@ -135,7 +143,9 @@ class HuggingFaceTokenizer(Tokenizer):
         fast = getattr(self.inner, "backend_tokenizer", None)
         if fast is None:
             return SlowEncoder(self.inner)
-        return FastEncoder(copy.deepcopy(fast), bool(getattr(self.inner, "split_special_tokens", False)))
+        return FastEncoder(
+            copy.deepcopy(fast), bool(getattr(self.inner, "split_special_tokens", False))
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids, with its spaces as they are."""
@@ -154,10 +164,14 @@ class SentencePieceTokenizer(Tokenizer):
         except (OSError, RuntimeError):
             raise DataError(f"{model_file}: is no sentencepiece model") from None
         self.vocabulary_size = len(self._inner)
-        self.bos_id, self.eod_id = (i if i >= 0 else None for i in (self._inner.bos_id(), self._inner.eos_id()))
+        self.bos_id, self.eod_id = (
+            i if i >= 0 else None for i in (self._inner.bos_id(), self._inner.eos_id())
+        )
         self.mask_id = self.cls_id = self.sep_id = None
         ids = range(self.vocabulary_size)
-        self.special_ids = frozenset(i for i in ids if self._inner.is_control(i) or self._inner.is_unknown(i))
+        self.special_ids = frozenset(
+            i for i in ids if self._inner.is_control(i) or self._inner.is_unknown(i)
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -188,10 +202,16 @@ def _loaded(path: Path) -> Tokenizer:
         raise DataError(f"{path}: no such folder: must hold a tokenizer")
     check_links(path, DataError)
     model_file = path / SENTENCEPIECE_FILE
-    if model_file.is_file() and not any((path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+    if model_file.is_file() and not any(
+        (path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")
+    ):
         return SentencePieceTokenizer(model_file)
-    tokenizer = HuggingFaceTokenizer(_from_transformers(path), model_file if _is_equal(path) else None)
-    tokenizer.decode(tokenizer.inner("a")["input_ids"])  # what is odd in its settings shows at its first use
+    tokenizer = HuggingFaceTokenizer(
+        _from_transformers(path), model_file if _is_equal(path) else None
+    )
+    tokenizer.decode(
+        tokenizer.inner("a")["input_ids"]
+    )  # what is odd in its settings shows at its first use
     return tokenizer
 
 
@@ -220,7 +240,9 @@ def _check_ids(file: Path) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
         if isinstance(number, int) and number > _HIGHEST_ID:
-            raise DataError(f"{file}: token {token!r} has the id {number}: must be at most {_HIGHEST_ID}")
+            raise DataError(
+                f"{file}: token {token!r} has the id {number}: must be at most {_HIGHEST_ID}"
+            )
 
 
 def _from_transformers(path: Path) -> Any:
@@ -228,13 +250,19 @@ def _from_transformers(path: Path) -> Any:
 
     known = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in known):
-        raise DataError(f"{path}: holds no tokenizer: none of {', '.join(known)}, {SENTENCEPIECE_FILE}")
+        raise DataError(
+            f"{path}: holds no tokenizer: none of {', '.join(known)}, {SENTENCEPIECE_FILE}"
+        )
     config = path / "tokenizer_config.json"
     _check_ids(path / "tokenizer.json")
     try:
         if config.is_file():
             json.loads(config.read_text(encoding="utf-8"))
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot read
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises bare Exception for a file that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be loaded as a tokenizer: {reason[:200]}") from None

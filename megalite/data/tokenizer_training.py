@@ -23,14 +23,36 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from megalite.data.documents import read_texts
-from megalite.data.tokenizer import SENTENCEPIECE_FILE, HuggingFaceTokenizer, SentencePieceTokenizer, record_equal
+from megalite.data.tokenizer import (
+    SENTENCEPIECE_FILE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    record_equal,
+)
 from megalite.errors import DataError
 
 _LONGEST_LINE = 16_384  # bytes; sentencepiece passes over longer sentences
 _CHECKED_CHARACTERS = 1 << 24
 _SCORE_STEP = 1 / 16
-_NEVER = -1000.0  # the score of pieces that text must not match: no path over plain characters is as bad
-_AWKWARD = ["", " ", "  a ", "\n", "\r\n\n  x", "\t", "é漢🙂", "<s>a</s>", "<unk>", "<0x0A>", "▁", "a▁b", "\x00", "ﬁ Å"]
+_NEVER = (
+    -1000.0
+)  # the score of pieces that text must not match: no path over plain characters is as bad
+_AWKWARD = [
+    "",
+    " ",
+    "  a ",
+    "\n",
+    "\r\n\n  x",
+    "\t",
+    "é漢🙂",
+    "<s>a</s>",
+    "<unk>",
+    "<0x0A>",
+    "▁",
+    "a▁b",
+    "\x00",
+    "ﬁ Å",
+]
 
 
 def train_tokenizer(
@@ -54,9 +76,15 @@ def train_tokenizer(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         model = Path(scratch) / SENTENCEPIECE_FILE
-        model.write_bytes(_trained(read_texts(inputs, text_key, bad.append), vocab_size, model_type, max_sentences))
+        model.write_bytes(
+            _trained(
+                read_texts(inputs, text_key, bad.append), vocab_size, model_type, max_sentences
+            )
+        )
         export_sentencepiece(model, Path(scratch) / "folder")
-        _compare(model, Path(scratch) / "folder", itertools.chain(_AWKWARD, read_texts(inputs, text_key)))
+        _compare(
+            model, Path(scratch) / "folder", itertools.chain(_AWKWARD, read_texts(inputs, text_key))
+        )
         record_equal(Path(scratch) / "folder")
         os.chmod(Path(scratch) / "folder", 0o755)
         if output.is_dir():
@@ -97,7 +125,9 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
         _beside(train)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise DataError(f"--vocab-size {vocab_size}: sentencepiece cannot train it on this text: {reason}") from None
+        raise DataError(
+            f"--vocab-size {vocab_size}: sentencepiece cannot train it on this text: {reason}"
+        ) from None
     return _with_exact_scores(model.getvalue())
 
 
@@ -143,7 +173,11 @@ def export_sentencepiece(model_file: Path, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast  # seconds to import
 
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    special = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    special = {
+        "unk_token": model.unk_id(),
+        "bos_token": model.bos_id(),
+        "eos_token": model.eos_id(),
+    }
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_fast(model),
         clean_up_tokenization_spaces=False,
@@ -157,7 +191,10 @@ def export_sentencepiece(model_file: Path, folder: Path) -> None:
 def _fast(model: Any) -> Any:
     """The `tokenizers.Tokenizer` with a sentencepiece model's pieces and rules."""
     pieces = [model.id_to_piece(i) for i in range(len(model))]
-    plain = [not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i)) for i in range(len(model))]
+    plain = [
+        not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        for i in range(len(model))
+    ]
     scores = [model.get_score(i) for i in range(len(model))]
     if _is_bpe(_proto(model.serialized_model_proto())):
         ids = {piece: i for i, piece in enumerate(pieces)}
@@ -179,16 +216,25 @@ def _fast(model: Any) -> Any:
         vocabulary = list(zip(pieces, matched, strict=True))
         kind = models.Unigram(vocabulary, unk_id=model.unk_id(), byte_fallback=True)
     tokenizer = Tokenizer(kind)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return tokenizer
 
 
 def _proto(model: bytes) -> Any:
     """A model's own description, with its pieces and how it was trained."""
-    pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # knows its names at run time only
+    pb2: Any = importlib.import_module(
+        "sentencepiece.sentencepiece_model_pb2"
+    )  # knows its names at run time only
     return pb2.ModelProto.FromString(model)
 
 
@@ -201,13 +247,17 @@ def _compare(model_file: Path, folder: Path, texts: Iterable[str]) -> None:
     that is no user's mistake."""
     from transformers import AutoTokenizer
 
-    exported = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    exported = HuggingFaceTokenizer(
+        AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    )
     reference = SentencePieceTokenizer(model_file)
     characters = 0
     for text in texts:
         expected, found = reference.encode(text), exported.encode(text)
         if expected != found:
-            raise AssertionError(f"{folder}: other ids than {model_file} for the text {text[:200]!r}")
+            raise AssertionError(
+                f"{folder}: other ids than {model_file} for the text {text[:200]!r}"
+            )
         characters += len(text)
         if characters > _CHECKED_CHARACTERS:
             return

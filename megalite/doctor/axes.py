@@ -1,12 +1,12 @@
 """The rank's side of the doctor: an all-reduce on each axis of the grid, with its rate.
 
-    python axes.py PIPE TENSOR      (under launcher/run.py's start)
+python axes.py PIPE TENSOR      (under launcher/run.py's start)
 """
 
 import time
 
-import megalite.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.launch import run_program, start_ranks, stop_ranks
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.ranks.launch import run_program, start_ranks, stop_ranks
 
 ELEMENTS = 2**22  # fp32: 16 MiB
 REPEATS = 3
@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from megalite.accelerator import use_accelerator
     from megalite.parallel.grid import Grid
+    from megalite.ranks.accelerator import use_accelerator
 
     pipe, tensor = (int(word) for word in arguments if word.isdigit())
     grid = Grid.build(pipe, tensor)

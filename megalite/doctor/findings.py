@@ -30,18 +30,24 @@ def findings(
             yield f"{host}: its clock is off by at least {error:+.1f} s: start chrony or ntpd: goodput and logs use it"
 
 
-def _file_findings(host: str, seen: dict[str, Any], first: str, reference: dict[str, Any]) -> Iterator[str]:
+def _file_findings(
+    host: str, seen: dict[str, Any], first: str, reference: dict[str, Any]
+) -> Iterator[str]:
     for path, facts in seen["files"].items():
         wanted = reference["files"][path]
         if facts is None:
             yield f"{host}: {path}: cannot be read: put it on a file system that every host mounts, or copy it"
         elif wanted is not None and facts != wanted:
             names = ("size", "time of change", "content")
-            what = ", ".join(name for name, a, b in zip(names, facts, wanted, strict=True) if a != b)
+            what = ", ".join(
+                name for name, a, b in zip(names, facts, wanted, strict=True) if a != b
+            )
             yield f"{host}: {path}: another {what} than on {first}: copy it again, with rsync -a"
 
 
-def _room_findings(host: str, seen: dict[str, Any], slots: int, checkpoint_bytes: int) -> Iterator[str]:
+def _room_findings(
+    host: str, seen: dict[str, Any], slots: int, checkpoint_bytes: int
+) -> Iterator[str]:
     if seen["memory"] < slots * RANK_BYTES:
         free = f"{seen['memory'] / GIB:.1f} GiB"
         yield f"{host}: {free} of memory are free for {slots} ranks: less than 1 GiB each: free some, or fewer slots"

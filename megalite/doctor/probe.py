@@ -21,14 +21,17 @@ from typing import Any
 import megalite
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-HASHED_BYTES = 2**20  # of a file's beginning; with its size and time that tells one file from another
+HASHED_BYTES = (
+    2**20
+)  # of a file's beginning; with its size and time that tells one file from another
 
 
 def probe(wanted: dict[str, Any]) -> dict[str, Any]:
     """See the module; memory and disks in bytes, time in seconds."""
     return {
         "name": socket.gethostname(),
-        "versions": {"Python": platform.python_version(), "megalite": _sources()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"Python": platform.python_version(), "megalite": _sources()}
+        | {p: _version(p) for p in PACKAGES},
         "files": {path: _file(Path(path)) for path in wanted["paths"]},
         "port_free": wanted["port"] is None or _is_free(wanted["port"]),
         "memory": _available_memory(),
@@ -59,7 +62,11 @@ def _file(path: Path) -> list[Any] | None:
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            return [stat.st_size, int(stat.st_mtime), hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()[:12]]
+            return [
+                stat.st_size,
+                int(stat.st_mtime),
+                hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()[:12],
+            ]
     except OSError:
         return None
 
@@ -81,7 +88,9 @@ def _available_memory() -> int:
 
 def _free_disk(folder: Path) -> int:
     """Of the file system on which the folder is, or will be."""
-    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    standing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     return shutil.disk_usage(standing).free if os.access(standing, os.W_OK) else 0
 
 

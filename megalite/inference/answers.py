@@ -1,11 +1,11 @@
 """Rank 0 asks, all ranks answer: for a program that runs on rank 0 alone and needs the model now and then (harness.py).
 
-    answers = Answers(stage, grid, …)
-    if rank == 0:
-        try: … answers.ask("likelihoods", rows) …
-        finally: answers.end()
-    else:
-        answers.take_part()
+answers = Answers(stage, grid, …)
+if rank == 0:
+    try: … answers.ask("likelihoods", rows) …
+    finally: answers.end()
+else:
+    answers.take_part()
 """
 
 from collections.abc import Collection, Sequence
@@ -28,7 +28,12 @@ class Answers:
     """What all ranks can be asked for. batch_size: rows that go through the stages together."""
 
     def __init__(
-        self, stage: Stage, grid: Grid, tokenizer: Tokenizer, stop_ids: Collection[int], batch_size: int = 8
+        self,
+        stage: Stage,
+        grid: Grid,
+        tokenizer: Tokenizer,
+        stop_ids: Collection[int],
+        batch_size: int = 8,
     ) -> None:
         self.stage, self.grid, self.tokenizer = stage, grid, tokenizer
         self.stop_ids, self.batch_size = stop_ids, batch_size
@@ -53,10 +58,17 @@ class Answers:
         return likelihoods(self.stage, self.grid, rows, self.batch_size)
 
     def texts(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stops: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str],
     ) -> list[str]:
         """The text that goes on from each prompt's ids, up to the first of `stops`."""
-        generator, ends = Generator(self.stage, self.grid, self.batch_size), ends_at(self.tokenizer, stops)
+        generator, ends = (
+            Generator(self.stage, self.grid, self.batch_size),
+            ends_at(self.tokenizer, stops),
+        )
         found = generate_all(generator, prompts, max_new_tokens, sampling, self.stop_ids, ends)
         return [cut_at(self.tokenizer.decode(tokens), stops) for tokens in found]
 

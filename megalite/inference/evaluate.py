@@ -55,7 +55,9 @@ def evaluate(
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
         tokens, labels, context = ready.pop(number)
-        output = stage(tokens if hidden is None else hidden, labels if axis.is_last else None, context)
+        output = stage(
+            tokens if hidden is None else hidden, labels if axis.is_last else None, context
+        )
         if axis.is_last:
             sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
         return output

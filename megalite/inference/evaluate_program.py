@@ -1,8 +1,8 @@
 """`launcher/evaluate.py`: from the command line to JSON lines on standard output. What is measured is one of
 
-    --data PREFIX       the loss on an indexed corpus
-    --labelled FILE     the accuracy of a classification
-    --tasks NAME …      tasks of lm-evaluation-harness
+--data PREFIX       the loss on an indexed corpus
+--labelled FILE     the accuracy of a classification
+--tasks NAME …      tasks of lm-evaluation-harness
 """
 
 import argparse
@@ -11,16 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from megalite.config import Data
-from megalite.config.rules import check_data_keys, check_objective
+from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
-from megalite.convert.carried import tokenizer_of
-from megalite.convert.weights import open_weights
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
 from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.inference.program import (
+from megalite.hub.carried import tokenizer_of
+from megalite.hub.sources import open_weights
+from megalite.inference.prepare import (
     Prepared,
     check_decoder,
     check_ids,
@@ -31,7 +31,7 @@ from megalite.inference.program import (
     tokenizer_for,
 )
 from megalite.inputs import reading
-from megalite.launch import at_least, place, start_ranks, stop_ranks
+from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
@@ -47,15 +47,39 @@ def evaluate_main(arguments: list[str]) -> int:
     """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
     parser = model_parser("evaluate.py", "Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity")
-    what.add_argument("--labelled", metavar="FILE", help="lines with prompt and completion, the label: accuracy")
-    what.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, commas between: its metrics")
+    what.add_argument(
+        "--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity"
+    )
+    what.add_argument(
+        "--labelled", metavar="FILE", help="lines with prompt and completion, the label: accuracy"
+    )
+    what.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, commas between: its metrics",
+    )
     parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
-    parser.add_argument("--num-fewshot", type=at_least(0), metavar="N", help="examples before each question of --tasks")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N questions of each of --tasks")
-    parser.add_argument("--apply-chat-template", action="store_true", help="to the questions of --tasks")
-    parser.add_argument("--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's")
-    parser.add_argument("--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time")
+    parser.add_argument(
+        "--num-fewshot",
+        type=at_least(0),
+        metavar="N",
+        help="examples before each question of --tasks",
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help="only the first N questions of each of --tasks",
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="to the questions of --tasks"
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
+    )
     options = parser.parse_args(arguments)
     prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
 
@@ -76,14 +100,26 @@ def evaluate_main(arguments: list[str]) -> int:
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     data = _data(options, prepared)
-    samples, length = ValidData(data, prepared.spec.vocabulary_size, check=thorough), data.sequence_length
+    samples, length = (
+        ValidData(data, prepared.spec.vocabulary_size, check=thorough),
+        data.sequence_length,
+    )
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.evaluate import evaluate
 
-        score = evaluate(stage, grid, samples, samples.num_samples, length, options.micro_batch_size)
+        score = evaluate(
+            stage, grid, samples, samples.num_samples, length, options.micro_batch_size
+        )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
-        return [{"loss": score.loss, "perplexity": perplexity(score.loss), "tokens": score.tokens, "data": settings}]
+        return [
+            {
+                "loss": score.loss,
+                "perplexity": perplexity(score.loss),
+                "tokens": score.tokens,
+                "data": settings,
+            }
+        ]
 
     return work
 
@@ -110,12 +146,18 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
 
 
 def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dict[str, Any]) -> int:
-    for length in (given.get("sequence_length"), options.sequence_length, prepared.state.get("sequence_length")):
+    for length in (
+        given.get("sequence_length"),
+        options.sequence_length,
+        prepared.state.get("sequence_length"),
+    ):
         if length is not None:
             return length
     length = prepared.spec.max_positions
     if length is None:
-        raise ConfigError("--sequence-length: missing: neither the checkpoint nor the model's config says one")
+        raise ConfigError(
+            "--sequence-length: missing: neither the checkpoint nor the model's config says one"
+        )
     return length
 
 
@@ -132,7 +174,9 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.likelihood import likelihoods
 
-        return [accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))]
+        return [
+            accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))
+        ]
 
     return work
 
@@ -141,7 +185,9 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
     check_decoder(prepared, "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ConfigError(f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks")
+        raise ConfigError(
+            f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks"
+        )
     names, stop_ids = options.tasks.split(","), stop_ids_for(prepared, tokenizer)
     length = options.sequence_length or prepared.spec.max_positions
     is_asking = place().rank == 0
@@ -163,7 +209,9 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
             return []
         try:
             model = harness.Harness(answers, tokenizer.inner, length)
-            return harness.run(model, tasks, options.num_fewshot, options.limit, options.apply_chat_template)
+            return harness.run(
+                model, tasks, options.num_fewshot, options.limit, options.apply_chat_template
+            )
         finally:
             answers.end()
 

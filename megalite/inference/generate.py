@@ -41,7 +41,9 @@ class Text:
     finished: str = ""
 
 
-def check_lengths(spec: TransformerSpec, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_lengths(
+    spec: TransformerSpec, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     """ConfigError where a prompt is empty or what is asked for goes beyond the model's positions."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens: {max_new_tokens}: must be at least 1")
@@ -86,7 +88,9 @@ class Generator:
         """
         check_lengths(self.stage.spec, prompts, max_new_tokens)
         numbers = numbers if numbers is not None else range(len(prompts))
-        texts = [Text(number, list(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
+        texts = [
+            Text(number, list(prompt)) for number, prompt in zip(numbers, prompts, strict=True)
+        ]
         forwards = Forwards(self.grid.pipe, self.dtype, self.device)
         batches = _Batches(texts, self, max_new_tokens, sampling or Sampling(), forwards)
         batches.run(stop_ids, ends, on_token)
@@ -122,14 +126,21 @@ def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """What stands before the first of some texts."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    return text[
+        : min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
+    ]
 
 
 class _Batches:
     """The batches of one generation on their way through the stages, as many at a time as there are stages."""
 
     def __init__(
-        self, texts: list[Text], generator: Generator, max_new_tokens: int, sampling: Sampling, forwards: Forwards
+        self,
+        texts: list[Text],
+        generator: Generator,
+        max_new_tokens: int,
+        sampling: Sampling,
+        forwards: Forwards,
     ) -> None:
         size = generator.batch_size
         self.waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
@@ -141,9 +152,13 @@ class _Batches:
     def run(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> None:
         """Until every text is finished."""
         # A pass is asked for when the one before it is done: which batch it is may depend on tokens.
-        self.forwards.run(self._passes(stop_ids, ends, on_token), self._forward, self._shape, ahead=0)
+        self.forwards.run(
+            self._passes(stop_ids, ends, on_token), self._forward, self._shape, ahead=0
+        )
 
-    def _passes(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> Iterator[int]:
+    def _passes(
+        self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None
+    ) -> Iterator[int]:
         """Numbers of passes; every rank takes the batches in this one order."""
         stages = self.generator.grid.pipe.size
         under_way: deque[int] = deque()
@@ -196,7 +211,9 @@ class _Batch:
         self.tensor_axis, self.device = generator.grid.tensor, generator.device
         self.max_new_tokens = max_new_tokens
         longest = max(len(text.prompt) for text in texts)
-        self.padding = torch.tensor([longest - len(text.prompt) for text in texts], device=self.device)  # [B]
+        self.padding = torch.tensor(
+            [longest - len(text.prompt) for text in texts], device=self.device
+        )  # [B]
         rows = [[0] * (longest - len(text.prompt)) + text.prompt for text in texts]
         self.column = torch.tensor(rows, device=self.device)  # [B, S], then [B, 1]
         self.seen = 0  # columns that went through
@@ -216,9 +233,13 @@ class _Batch:
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
         places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
-        self.chosen = choose(output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places)
+        self.chosen = choose(
+            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places
+        )
 
-    def take(self, chosen: Tensor, stop_ids: Collection[int], ends: Ends) -> Iterator[tuple[Text, int]]:
+    def take(
+        self, chosen: Tensor, stop_ids: Collection[int], ends: Ends
+    ) -> Iterator[tuple[Text, int]]:
         """Adds the tokens that the last stage chose to the texts that are not finished, and gives them."""
         self.column = chosen.unsqueeze(-1)
         for text, token in zip(self.texts, chosen.tolist(), strict=True):
@@ -237,6 +258,8 @@ class _Batch:
         places = torch.arange(self.seen, self.seen + length, device=self.device)
         positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
         columns = torch.arange(self.seen + length, device=self.device)
-        visible = (columns <= places.unsqueeze(-1)) & (columns >= self.padding[:, None, None])  # [B, S, T]
+        visible = (columns <= places.unsqueeze(-1)) & (
+            columns >= self.padding[:, None, None]
+        )  # [B, S, T]
         visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
         return Context(positions, visible.unsqueeze(1), self.cache)

@@ -1,6 +1,6 @@
 """`launcher/generate.py`: from the command line to a JSON line for each prompt on standard output.
 
-    deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" megalite.parallel.tensor=4
+deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" megalite.parallel.tensor=4
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.errors import CheckpointError, ConfigError
-from megalite.inference.program import (
+from megalite.inference.prepare import (
     Prepared,
     check_decoder,
     check_ids,
@@ -22,24 +22,41 @@ from megalite.inference.program import (
     tokenizer_for,
 )
 from megalite.inputs import read_text, reading
-from megalite.launch import at_least, place, start_ranks, stop_ranks
+from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
 
 def generate_main(arguments: list[str]) -> int:
     """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order."""
-    parser = model_parser("generate.py", "Continue prompts on any layout of the pipe and tensor axes.")
+    parser = model_parser(
+        "generate.py", "Continue prompts on any layout of the pipe and tensor axes."
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", help="one prompt")
     given.add_argument("--prompts", metavar="FILE", help="a prompt a line")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the likeliest token"
+    )
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest with this probability")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest with this probability"
+    )
     parser.add_argument("--seed", type=at_least(0), default=1234)
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="prompts that go through the stages together")
-    parser.add_argument("--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it")
-    parser.add_argument("--stream", action="store_true", help="show tokens on standard error as they come")
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=8,
+        help="prompts that go through the stages together",
+    )
+    parser.add_argument(
+        "--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text before it"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="show tokens on standard error as they come"
+    )
     options = parser.parse_args(arguments)
     from megalite.inference.sampling import Sampling
 
@@ -64,7 +81,11 @@ def generate_main(arguments: list[str]) -> int:
 
 
 def _generate(
-    prepared: Prepared, tokenizer: Tokenizer, ids: list[list[int]], sampling: Any, options: argparse.Namespace
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    ids: list[list[int]],
+    sampling: Any,
+    options: argparse.Namespace,
 ) -> list[str]:
     """The texts of all prompts, on every rank."""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
@@ -88,7 +109,9 @@ def _generate(
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
     ends = ends_at(tokenizer, options.stop)
-    found = generate_all(generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None)
+    found = generate_all(
+        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None
+    )
     if shown:
         print(file=sys.stderr, flush=True)
     return [text_of(number, tokens) for number, tokens in enumerate(found)]

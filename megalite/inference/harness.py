@@ -38,16 +38,24 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
-            raise ConfigError(f"--tasks: {name}: no such task: must be one of lm-eval's own or of --include-path")
+            raise ConfigError(
+                f"--tasks: {name}: no such task: must be one of lm-eval's own or of --include-path"
+            )
         try:
             manager.load([name])
         except Exception as error:  # datasets raises whatever its readers do
-            raise ConfigError(f"--tasks: {name}: its data cannot be loaded: {type(error).__name__}: {error}") from error
+            raise ConfigError(
+                f"--tasks: {name}: its data cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
     return Tasks(list(names), manager)
 
 
 def run(
-    model: "Harness", tasks: Tasks, num_fewshot: int | None, limit: int | None, apply_chat_template: bool
+    model: "Harness",
+    tasks: Tasks,
+    num_fewshot: int | None,
+    limit: int | None,
+    apply_chat_template: bool,
 ) -> list[dict[str, Any]]:
     """A line for each task and group: its name and lm-eval's metrics."""
     found: Any = simple_evaluate(
@@ -71,7 +79,11 @@ class Harness(TemplateLM):
 
     def __init__(self, answers: Answers, tokenizer: Any, max_length: int | None) -> None:
         super().__init__()
-        self.answers, self.tokenizer, self.max_length = answers, tokenizer, max_length or DEFAULT_LENGTH
+        self.answers, self.tokenizer, self.max_length = (
+            answers,
+            tokenizer,
+            max_length or DEFAULT_LENGTH,
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -89,7 +101,9 @@ class Harness(TemplateLM):
         """For lm-eval's cache of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as a text."""
         return self.tokenizer.apply_chat_template(
             chat_history,
@@ -98,9 +112,13 @@ class Harness(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids as the tokenizer gives them, with no second token that begins a text."""
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and has_bos_prefix(
+            string, self.tokenizer.decode(self.prefix_token_id)
+        ):
             add_special_tokens = False
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **given)
@@ -127,11 +145,15 @@ class Harness(TemplateLM):
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+            for window in get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, context_len=1
+            ):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         sums = [0.0] * len(requests)
-        for number, (log_probability, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for number, (log_probability, _) in zip(
+            owners, self._loglikelihood_tokens(windows), strict=True
+        ):
             sums[number] += log_probability
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -145,7 +167,9 @@ class Harness(TemplateLM):
         texts = [""] * len(requests)
         for numbers in groups.values():
             prompts = [requests[number].args[0] for number in numbers]
-            for number, text in zip(numbers, self._texts(prompts, requests[numbers[0]].args[1]), strict=True):
+            for number, text in zip(
+                numbers, self._texts(prompts, requests[numbers[0]].args[1]), strict=True
+            ):
                 texts[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
@@ -155,10 +179,14 @@ class Harness(TemplateLM):
         count = int(wanted["max_gen_toks"])
         room = self.max_length - count
         if room < 1:
-            raise ConfigError(f"--tasks: max_gen_toks: {count}: must be below the model's {self.max_length} positions")
+            raise ConfigError(
+                f"--tasks: max_gen_toks: {count}: must be below the model's {self.max_length} positions"
+            )
         stops = handle_stop_sequences(wanted["until"], eos=self.tokenizer.decode(self.eot_token_id))
         temperature = float(wanted.get("temperature") or 0.0) if wanted["do_sample"] else 0.0
-        chosen = {name: wanted[name] for name in ("top_k", "top_p") if temperature and wanted.get(name)}
+        chosen = {
+            name: wanted[name] for name in ("top_k", "top_p") if temperature and wanted.get(name)
+        }
         ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
         stops = [stop for stop in stops if stop]
         return self.answers.ask("texts", ids, count, Sampling(temperature, **chosen), stops)

@@ -33,7 +33,9 @@ def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> L
     completions = {_name(completion): completion for _, _, completion in lines}
     names = sorted(completions)
     if not 2 <= len(names) <= LARGEST:
-        raise DataError(f"{path}: holds {len(names)} different completions: must be 2 to {LARGEST} labels")
+        raise DataError(
+            f"{path}: holds {len(names)} different completions: must be 2 to {LARGEST} labels"
+        )
     rows = []
     for number, prompt, _ in lines:
         for name in names:
@@ -42,7 +44,9 @@ def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> L
             except NotChat as error:
                 raise DataError(f"{path}:{number}: {error}") from None
             if not any(marks[-most_tokens:][1:]):
-                raise DataError(f"{path}:{number}: no token of the label {name!r} has one before it")
+                raise DataError(
+                    f"{path}:{number}: no token of the label {name!r} has one before it"
+                )
             rows.append((ids[-most_tokens:], marks[-most_tokens:]))
     truth = [names.index(_name(completion)) for _, _, completion in lines]
     return Labelled(names, truth, rows)
@@ -61,7 +65,9 @@ def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
         "accuracy": right.total() / len(truth),
         "commonest": max(lines.values()) / len(truth),
         "lines": len(truth),
-        "by_label": {name: right[number] / lines[number] for number, name in enumerate(labelled.names)},
+        "by_label": {
+            name: right[number] / lines[number] for number, name in enumerate(labelled.names)
+        },
     }
 
 
@@ -72,7 +78,11 @@ def _lines(path: str | Path) -> list[tuple[int, str]]:
 
 def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:
     line = parse_json(text, f"{path}:{number}", DataError)
-    if isinstance(line, dict) and isinstance(messages := line.get("messages"), list) and len(messages) > 1:
+    if (
+        isinstance(line, dict)
+        and isinstance(messages := line.get("messages"), list)
+        and len(messages) > 1
+    ):
         return messages[:-1], messages[-1:]
     if not isinstance(line, dict) or "prompt" not in line or "completion" not in line:
         raise DataError(f'{path}:{number}: must hold "prompt" and "completion", or "messages"')

@@ -26,7 +26,9 @@ class Likelihood(NamedTuple):
 
 
 @torch.inference_mode()
-def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: int = 8) -> list[Likelihood]:
+def likelihoods(
+    stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: int = 8
+) -> list[Likelihood]:
     """Of each row's marked tokens, each given all before it; the same on every rank (collective over the world).
 
     A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the
@@ -36,7 +38,9 @@ def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: in
     axis, weight = grid.pipe, next(stage.parameters())
     by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)  # losses, places not greedy
+    sums = torch.zeros(
+        len(rows), 2, dtype=torch.float64, device=weight.device
+    )  # losses, places not greedy
     own = batches[grid.data.rank :: grid.data.size]
     ready: dict[int, tuple[Tensor, Tensor, Context]] = {}
 
@@ -44,7 +48,11 @@ def likelihoods(stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: in
         for number, batch in enumerate(own):
             tokens, labels = _padded([rows[row] for row in batch])
             lengths = torch.tensor([len(rows[row][0]) - 1 for row in batch], device=weight.device)
-            ready[number] = tokens.to(weight.device), labels.to(weight.device), Context(lengths=lengths)
+            ready[number] = (
+                tokens.to(weight.device),
+                labels.to(weight.device),
+                Context(lengths=lengths),
+            )
             yield number
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
@@ -71,7 +79,9 @@ def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
     labels = torch.full_like(tokens, IGNORED)
     for row, (ids, marks) in enumerate(rows):
         tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1], dtype=torch.int64)
-        counted = [token if mark else IGNORED for token, mark in zip(ids[1:], marks[1:], strict=True)]
+        counted = [
+            token if mark else IGNORED for token, mark in zip(ids[1:], marks[1:], strict=True)
+        ]
         labels[row, : len(ids) - 1] = torch.tensor(counted, dtype=torch.int64)
     return tokens, labels
 
@@ -84,4 +94,6 @@ def _sums(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> T
     missed = choose(chosen, vocabulary_size, axis, Sampling(), ()) != wanted
     losses = token_losses(chosen, wanted, vocabulary_size, axis)
     found = torch.stack([losses, missed], dim=-1).double()
-    return torch.zeros(len(labels), 2, dtype=torch.float64, device=logits.device).index_add_(0, rows, found)
+    return torch.zeros(len(labels), 2, dtype=torch.float64, device=logits.device).index_add_(
+        0, rows, found
+    )

@@ -39,11 +39,17 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p: {self.top_p}: must be above 0 and at most 1")
         if self.temperature == 0.0 and (self.top_k is not None or self.top_p < 1.0):
-            raise ConfigError("--temperature: 0: must be above 0 with --top-k or --top-p: 0 takes the likeliest token")
+            raise ConfigError(
+                "--temperature: 0: must be above 0 with --top-k or --top-p: 0 takes the likeliest token"
+            )
 
 
 def choose(
-    logits: Tensor, vocabulary_size: int, axis: Axis, sampling: Sampling, places: Sequence[tuple[int, int]]
+    logits: Tensor,
+    vocabulary_size: int,
+    axis: Axis,
+    sampling: Sampling,
+    places: Sequence[tuple[int, int]],
 ) -> Tensor:
     """The next token of each row, int64 [B], the same on every rank of the axis (collective over it).
 
@@ -52,12 +58,18 @@ def choose(
     start, _ = share(vocabulary_size, axis)
     logits = logits.float()
     if sampling.temperature == 0.0:
-        column = logits.argmax(dim=-1, keepdim=True)  # of equal ones the first, on every rank and over ranks
+        column = logits.argmax(
+            dim=-1, keepdim=True
+        )  # of equal ones the first, on every rank and over ranks
         best = torch.cat([logits.gather(-1, column).double(), (column + start).double()], dim=-1)
         values, ids = gather_over(best, axis).unbind(-1)  # [t, B]
         return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
-    scores, ids = _candidates(logits / sampling.temperature, start, vocabulary_size, axis, sampling.top_k)
-    chances = torch.tensor([uniform(sampling.seed, *place) for place in places], dtype=torch.float64)
+    scores, ids = _candidates(
+        logits / sampling.temperature, start, vocabulary_size, axis, sampling.top_k
+    )
+    chances = torch.tensor(
+        [uniform(sampling.seed, *place) for place in places], dtype=torch.float64
+    )
     rank = _draw(scores, sampling.top_p, chances.to(scores.device))
     return ids.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
 
@@ -69,7 +81,9 @@ def _candidates(
     largest_share = -(-vocabulary_size // axis.size)
     width = min(top_k or largest_share, largest_share)
     ordered, columns = scores.sort(dim=-1, descending=True, stable=True)
-    missing = max(0, width - ordered.shape[-1])  # shares differ by one where the vocabulary does not divide
+    missing = max(
+        0, width - ordered.shape[-1]
+    )  # shares differ by one where the vocabulary does not divide
     ordered = torch.nn.functional.pad(ordered[:, :width], (0, missing), value=-torch.inf)
     ids = torch.nn.functional.pad(columns[:, :width] + start, (0, missing))
     ordered = gather_over(ordered, axis).transpose(0, 1).flatten(1)  # [B, t · width]

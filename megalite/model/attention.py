@@ -38,7 +38,13 @@ def attend(
     t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
     plain = context.documents is None and (window is None or window >= t)
-    if drops is None and causal and not plain and kernel_takes(device.type, query.dtype, h) and new_enough(device):
+    if (
+        drops is None
+        and causal
+        and not plain
+        and kernel_takes(device.type, query.dtype, h)
+        and new_enough(device)
+    ):
         pieces = context.pieces(b, s, device)
         if pieces is not None:
             return attend_pieces(query, key, value, pieces, window)
@@ -68,9 +74,22 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
         super().__init__()
         axis = split.axis
-        self.split, self.layer, self.rotary, self.head_size = split, layer, spec.rotary_of(layer), spec.head_size
-        self.window, self.qk_norm, self.dropout = spec.window(layer), spec.qk_norm, spec.attention_dropout
-        self.causal, self.recompute, self.heads = spec.causal, recompute, range(*share(spec.num_heads, axis))
+        self.split, self.layer, self.rotary, self.head_size = (
+            split,
+            layer,
+            spec.rotary_of(layer),
+            spec.head_size,
+        )
+        self.window, self.qk_norm, self.dropout = (
+            spec.window(layer),
+            spec.qk_norm,
+            spec.attention_dropout,
+        )
+        self.causal, self.recompute, self.heads = (
+            spec.causal,
+            recompute,
+            range(*share(spec.num_heads, axis)),
+        )
         d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
         queries, keys = spec.num_heads * h, spec.num_kv_heads * h
         out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
@@ -81,7 +100,9 @@ class Attention(nn.Module):
         if spec.qk_norm == "head":
             self.query_norm, self.key_norm = (Norm(spec, axis, h, users=axis) for _ in range(2))
         elif spec.qk_norm == "projection":
-            self.query_norm, self.key_norm = (SplitNorm(spec, axis, size) for size in (queries, keys))
+            self.query_norm, self.key_norm = (
+                SplitNorm(spec, axis, size) for size in (queries, keys)
+            )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.split.enter(x)  # [B, S, D]
@@ -95,7 +116,9 @@ class Attention(nn.Module):
         if context.cache is not None:
             key, value = context.cache.extend(self.layer, key, value)
         if self.recompute and torch.is_grad_enabled():
-            mixed = torch.utils.checkpoint.checkpoint(self._core, query, key, value, context, use_reentrant=False)
+            mixed = torch.utils.checkpoint.checkpoint(
+                self._core, query, key, value, context, use_reentrant=False
+            )
         else:
             mixed = self._core(query, key, value, context)
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, N H / t] -> [B, S, D]
@@ -105,7 +128,9 @@ class Attention(nn.Module):
         drops = None
         if context.randomness is not None and self.dropout > 0:
             place = f"layers.{self.layer}.attention"
-            drops = dropped(context.randomness, place, self.dropout, [self.heads, range(s), range(t)])
+            drops = dropped(
+                context.randomness, place, self.dropout, [self.heads, range(s), range(t)]
+            )
         return attend(query, key, value, context, self.window, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -23,7 +23,10 @@ class KeyValueCache:
         """Adds [B, K / t, S, H] and returns all of the layer's, [B, K / t, T, H], as views."""
         if layer not in self.entries:
             b, k, _, h = key.shape
-            self.entries[layer] = (key.new_empty(b, k, self.capacity, h), value.new_empty(b, k, self.capacity, h))
+            self.entries[layer] = (
+                key.new_empty(b, k, self.capacity, h),
+                value.new_empty(b, k, self.capacity, h),
+            )
         start = self.lengths.get(layer, 0)
         stop = self.lengths[layer] = start + key.shape[2]
         keys, values = self.entries[layer]
@@ -82,7 +85,11 @@ class Context:
         if self.positions is not None:
             return self.positions.max(dim=1, keepdim=True).values + 1
         if self.documents is None:
-            return torch.full((1, 1), s, device=device) if self.lengths is None else self.lengths.unsqueeze(-1)
+            return (
+                torch.full((1, 1), s, device=device)
+                if self.lengths is None
+                else self.lengths.unsqueeze(-1)
+            )
         places = self.places(s, device)
         ends = torch.ones_like(places, dtype=torch.bool)
         ends[:, :-1] = places[:, 1:] == 0
@@ -100,19 +107,29 @@ class Context:
             self.shared[key] = (rows_as_pieces(b, s, device).starts,)
         return Bounds(self.shared[key][0], s)
 
-    def mask(self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True) -> Tensor | None:
+    def mask(
+        self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True
+    ) -> Tensor | None:
         """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and
         itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
         included, to each side without `causal`. Made once for all layers with that window."""
         if window is not None and window >= t:
             window = None
-        if window is None and self.documents is None and (self.visible is not None or s == t or not causal):
+        if (
+            window is None
+            and self.documents is None
+            and (self.visible is not None or s == t or not causal)
+        ):
             return self.visible
         key = ("mask", window, s, t)
         if key not in self.shared:
-            distance = torch.arange(t - s, t, device=device).unsqueeze(-1) - torch.arange(t, device=device)
+            distance = torch.arange(t - s, t, device=device).unsqueeze(-1) - torch.arange(
+                t, device=device
+            )
             distance = distance if causal else distance.abs()
-            mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+            mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[
+                None, None
+            ]
             if self.documents is not None:
                 assert s == t, "documents are for whole samples, not for a cache"
                 mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers, whose products wrap as unsigned ones do
+_GOLDEN = (
+    0x9E3779B97F4A7C15 - 2**64
+)  # as signed 64-bit numbers, whose products wrap as unsigned ones do
 AT_A_TIME = {"cpu": 2**16}  # numbers that are drawn; a CPU's cache has 512 KiB for them
 AT_A_TIME_ON_DEVICES = 2**22
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -45,18 +47,24 @@ def dropped(randomness: Randomness, place: str, rate: float, ranges: Sequence[ra
     digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{place}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
     state = _mixed(randomness.samples.long() * _GOLDEN + key)
-    *outer, inner = [torch.arange(r.start + 1, r.stop + 1, device=state.device) * _GOLDEN for r in ranges]
+    *outer, inner = [
+        torch.arange(r.start + 1, r.stop + 1, device=state.device) * _GOLDEN for r in ranges
+    ]
     for counter in outer:
         state = _mixed(state.unsqueeze(-1) + counter)
     result = torch.empty(*state.shape, len(inner), dtype=torch.bool, device=state.device)
     # A mask of attention has [B, N, S, T] numbers, of 8 bytes each on the way: some rows at a time.
     rows = max(1, AT_A_TIME.get(state.device.type, AT_A_TIME_ON_DEVICES) // max(1, len(inner)))
-    for drawn, states in zip(result.flatten(0, -2).split(rows), state.flatten().split(rows), strict=True):
+    for drawn, states in zip(
+        result.flatten(0, -2).split(rows), state.flatten().split(rows), strict=True
+    ):
         torch.lt(_mixed(states.unsqueeze(-1) + inner), int(rate * 2**64) - 2**63, out=drawn)
     return result
 
 
-def drop(x: Tensor, randomness: Randomness | None, place: str, rate: float, first_row: int = 0) -> Tensor:
+def drop(
+    x: Tensor, randomness: Randomness | None, place: str, rate: float, first_row: int = 0
+) -> Tensor:
     """Dropout of hidden states x [B, S, D], of which the first row stands at `first_row` of the whole sequence."""
     if randomness is None or rate == 0.0:
         return x

@@ -27,7 +27,9 @@ class Norm(nn.Module):
         super().__init__()
         self.eps, self.users, self.centred = spec.norm_eps, users, spec.norm == "layer"
         self.weight = parameter((size,), None, axis, None, fill=1.0)
-        self.bias = parameter((size,), None, axis, None) if self.centred and spec.norm_bias else None
+        self.bias = (
+            parameter((size,), None, axis, None) if self.centred and spec.norm_bias else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = enter(later(self.weight), self.users)
@@ -66,7 +68,11 @@ class MLP(nn.Module):
         self.split, axis = split, split.axis
         self.activation: Activation = spec.activation
         d, f, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
-        out_std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
+        out_std = (
+            depth_scaled(spec.init_std, spec.num_layers)
+            if spec.depth_scaled_init
+            else spec.init_std
+        )
         self.gate = ColumnLinear(d, f, bias, axis, spec.init_std) if spec.gated else None
         self.up = ColumnLinear(d, f, bias, axis, spec.init_std)
         self.down = RowLinear(f, d, bias, split, out_std)

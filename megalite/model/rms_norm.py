@@ -21,7 +21,13 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide, size = x.float(), x.shape[-1]
-        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        root = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            .square_()
+            .div_(size)
+            .add_(eps)
+            .rsqrt_()
+        )
         ctx.save_for_backward(x, weight, root)
         normed = wide * root if wide is x else wide.mul_(root).to(x.dtype)
         return normed.mul_(weight)
@@ -32,7 +38,9 @@ class _RmsNorm(torch.autograd.Function):
         slope, scale, size = grads[0].float(), weight.float(), x.shape[-1]
         wanted = [*ctx.needs_input_grad[:2], False]
         layer_norm = torch.ops.aten.native_layer_norm_backward
-        dx, dw, _ = layer_norm(slope, x.float(), (size,), torch.zeros_like(root), root, scale, None, wanted)
+        dx, dw, _ = layer_norm(
+            slope, x.float(), (size,), torch.zeros_like(root), root, scale, None, wanted
+        )
         if dx is not None:
             mean = torch.mv(slope.reshape(-1, size), scale).view(root.shape).div_(size)
             dx = dx.addcmul_(root, mean).to(x.dtype)

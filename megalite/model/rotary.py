@@ -18,7 +18,9 @@ def frequencies(rotary: Rotary, length: int, device: torch.device | None = None)
     `dynamic` alone."""
     theta, size = rotary.theta, rotary.size
     if rotary.scaling == "dynamic":  # NTK-aware: the base grows with the length
-        grown = rotary.factor * max(length, rotary.max_positions) / rotary.max_positions - (rotary.factor - 1)
+        grown = rotary.factor * max(length, rotary.max_positions) / rotary.max_positions - (
+            rotary.factor - 1
+        )
         theta = theta * grown ** (size / (size - 2))
     wavelengths = theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     if rotary.scaling == "yarn":
@@ -31,7 +33,11 @@ def frequencies(rotary: Rotary, length: int, device: torch.device | None = None)
 
 def _llama3(rotary: Rotary, plain: Tensor) -> Tensor:
     """Llama 3.1: slow pairs are divided by the factor, fast ones kept, those between blended."""
-    low, high, length = rotary.low_frequency_factor, rotary.high_frequency_factor, rotary.original_positions
+    low, high, length = (
+        rotary.low_frequency_factor,
+        rotary.high_frequency_factor,
+        rotary.original_positions,
+    )
     turn = 2 * math.pi / plain  # positions a full turn
     slow = turn > length / low
     result = torch.where(slow, plain / rotary.factor, plain)
@@ -59,10 +65,16 @@ def _yarn(rotary: Rotary, wavelengths: Tensor) -> Tensor:
     return 1.0 / (rotary.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
-def turns(rotary: Rotary, positions: Tensor, spans: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def turns(
+    rotary: Rotary, positions: Tensor, spans: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: as `Context.spans`, for
     `dynamic` alone."""
-    own = frequencies(rotary, 0, positions.device) if spans is None else _frequencies_of(rotary, spans)
+    own = (
+        frequencies(rotary, 0, positions.device)
+        if spans is None
+        else _frequencies_of(rotary, spans)
+    )
     angles = positions.unsqueeze(-1).float() * own
     cosine, sine = angles.cos() * rotary.attention_factor, angles.sin() * rotary.attention_factor
     return cosine.unsqueeze(1).to(dtype), sine.unsqueeze(1).to(dtype)
@@ -72,12 +84,16 @@ def _frequencies_of(rotary: Rotary, spans: Tensor) -> Tensor:
     """Radians a position for each token and pair, fp32 [B or 1, S or 1, size / 2]."""
     # By a token's own sequence: the longest of a micro-batch would make the result depend on what shares it.
     lengths, which = spans.clamp(min=rotary.max_positions).unique(return_inverse=True)
-    return torch.stack([frequencies(rotary, length, spans.device) for length in lengths.tolist()])[which]
+    return torch.stack([frequencies(rotary, length, spans.device) for length in lengths.tolist()])[
+        which
+    ]
 
 
 def spread(cosine: Tensor, interleaved: bool) -> Tensor:
     """Each pair's cosine at both of its features: [..., size / 2] -> [..., size]."""
-    return cosine.repeat_interleave(2, dim=-1) if interleaved else torch.cat([cosine, cosine], dim=-1)
+    return (
+        cosine.repeat_interleave(2, dim=-1) if interleaved else torch.cat([cosine, cosine], dim=-1)
+    )
 
 
 class _Rotate(torch.autograd.Function):
@@ -98,9 +114,13 @@ class _Rotate(torch.autograd.Function):
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
     """As `rotate`; sign -1: by the negative angles."""
     size, half = cosine.shape[-1], sine.shape[-1]
-    result = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    result = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
     turning = torch.mul(x[..., :size], cosine, out=result[..., :size])
-    first, second = (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(half), slice(half, size))
+    first, second = (
+        (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(half), slice(half, size))
+    )
     turning[..., first].addcmul_(x[..., second], sine, value=-sign)
     turning[..., second].addcmul_(x[..., first], sine, value=sign)
     if size < x.shape[-1]:

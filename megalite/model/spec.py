@@ -131,10 +131,23 @@ class TransformerSpec:
     @property
     def block_parameters(self) -> int:
         """Parameters of a layer, which has all norms."""
-        d, n, k, h, f = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_size, self.intermediate_size
-        attention = d * h * (2 * n + 2 * k) + self.attention_bias * h * (n + 2 * k) + self.attention_output_bias * d
+        d, n, k, h, f = (
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            self.intermediate_size,
+        )
+        attention = (
+            d * h * (2 * n + 2 * k)
+            + self.attention_bias * h * (n + 2 * k)
+            + self.attention_output_bias * d
+        )
         mlp = d * f * (3 if self.gated else 2) + self.mlp_bias * (f * (2 if self.gated else 1) + d)
-        norms = d * (1 if self.shared_norm else 2) + {"none": 0, "head": 2 * h, "projection": h * (n + k)}[self.qk_norm]
+        norms = (
+            d * (1 if self.shared_norm else 2)
+            + {"none": 0, "head": 2 * h, "projection": h * (n + k)}[self.qk_norm]
+        )
         return attention + mlp + norms * self._per_feature
 
     @property
@@ -144,8 +157,18 @@ class TransformerSpec:
         embeddings = self.vocabulary_size * (d * (1 if self.tied else 2) + self.head_bias)
         embeddings += (self.position_rows + self.token_types) * d
         transform = d * d + d * self.head_transform_bias if self.head_transform else 0
-        norms = self.embedding_norm + self.final_norm + (self.head_transform is not None) - (not self.first_norm)
-        return self.num_layers * self.block_parameters + embeddings + transform + norms * self.norm_parameters
+        norms = (
+            self.embedding_norm
+            + self.final_norm
+            + (self.head_transform is not None)
+            - (not self.first_norm)
+        )
+        return (
+            self.num_layers * self.block_parameters
+            + embeddings
+            + transform
+            + norms * self.norm_parameters
+        )
 
     def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:
         """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
@@ -154,7 +177,9 @@ class TransformerSpec:
         of the tokens that the head's product is made for."""
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
-        left_out = lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
+        left_out = (
+            lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
+        )
         return 6.0 * (self.num_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
 
     def _seen(self, layer: int, length: int) -> float:

@@ -47,13 +47,19 @@ class Embedding(nn.Module):
         super().__init__()
         self.split, self.dropout = split, spec.embedding_dropout
         std = spec.embedding_init_std or spec.init_std
-        self.tokens = VocabularyEmbedding(spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id)
+        self.tokens = VocabularyEmbedding(
+            spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id
+        )
         self.position_offset, self.positions, self.types = spec.position_offset, None, None
         if spec.rotary is None:
-            self.positions = parameter((spec.position_rows, spec.hidden_size), None, split.axis, std)
+            self.positions = parameter(
+                (spec.position_rows, spec.hidden_size), None, split.axis, std
+            )
         if spec.token_types:
             self.types = parameter((spec.token_types, spec.hidden_size), None, split.axis, std)
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users) if spec.embedding_norm else None
+        self.norm = (
+            Norm(spec, split.axis, spec.hidden_size, split.users) if spec.embedding_norm else None
+        )
 
     def forward(self, ids: Tensor, context: Context) -> Tensor:
         hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])
@@ -65,7 +71,6 @@ class Embedding(nn.Module):
         if self.norm is not None:
             hidden = self.norm(hidden)
         return drop(hidden, context.randomness, "embedding", self.dropout, rows.start)
-
 
     def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
         """Rows of the table of positions for this rank's part of the tokens."""
@@ -80,11 +85,15 @@ class Block(nn.Module):
     """Attention and MLP, each added to the hidden states, with norms where the family has them.
     [B, S or S / t, D] -> the same."""
 
-    def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute_attention: bool) -> None:
+    def __init__(
+        self, spec: TransformerSpec, layer: int, split: Split, recompute_attention: bool
+    ) -> None:
         super().__init__()
         self.spec, self.layer, self.split = spec, layer, split
         size, users = spec.hidden_size, split.users
-        self.attention_norm = Norm(spec, split.axis, size, users) if layer or spec.first_norm else nn.Identity()
+        self.attention_norm = (
+            Norm(spec, split.axis, size, users) if layer or spec.first_norm else nn.Identity()
+        )
         self.attention = Attention(spec, layer, split, recompute_attention)
         self.mlp_norm = None if spec.shared_norm else Norm(spec, split.axis, size, users)
         self.mlp = MLP(spec, split)
@@ -92,10 +101,14 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         mlp_norm = self.mlp_norm or self.attention_norm
         if self.spec.norm_place == "after":  # OLMo 2
-            hidden = hidden + self._drop(self.attention_norm(self.attention(hidden, context)), context, "attention")
+            hidden = hidden + self._drop(
+                self.attention_norm(self.attention(hidden, context)), context, "attention"
+            )
             return hidden + self._drop(mlp_norm(self.mlp(hidden)), context, "mlp")
         if self.spec.norm_place == "sum":  # BERT
-            hidden = self.attention_norm(hidden + self._drop(self.attention(hidden, context), context, "attention"))
+            hidden = self.attention_norm(
+                hidden + self._drop(self.attention(hidden, context), context, "attention")
+            )
             return mlp_norm(hidden + self._drop(self.mlp(hidden), context, "mlp"))
         normed = self.attention_norm(hidden)
         mixed = self._drop(self.attention(normed, context), context, "attention")
@@ -120,8 +133,14 @@ class Transform(nn.Module):
         super().__init__()
         assert spec.head_transform is not None
         self.activation: Activation = spec.head_transform
-        std = depth_scaled(spec.init_std, spec.num_layers) if spec.depth_scaled_init else spec.init_std
-        self.dense = WholeLinear(spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std)
+        std = (
+            depth_scaled(spec.init_std, spec.num_layers)
+            if spec.depth_scaled_init
+            else spec.init_std
+        )
+        self.dense = WholeLinear(
+            spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std
+        )
         self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -136,18 +155,28 @@ class Head(nn.Module):
     under the same name, which the engine keeps equal by summing both gradients.
     """
 
-    def __init__(self, spec: TransformerSpec, split: Split, tied_to: nn.Parameter | None, z_loss: float) -> None:
+    def __init__(
+        self, spec: TransformerSpec, split: Split, tied_to: nn.Parameter | None, z_loss: float
+    ) -> None:
         super().__init__()
         self.split, self.vocabulary_size, self.z_loss = split, spec.vocabulary_size, z_loss
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users) if spec.final_norm else None
+        self.norm = (
+            Norm(spec, split.axis, spec.hidden_size, split.users) if spec.final_norm else None
+        )
         self.transform = Transform(spec, split) if spec.head_transform else None
         if tied_to is None:
             std = spec.embedding_init_std if spec.tied else None
-            tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, std or spec.init_std)
+            tied_to = parameter(
+                (spec.vocabulary_size, spec.hidden_size), 0, split.axis, std or spec.init_std
+            )
         self.weight = tied_to
-        self.bias = parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
+        self.bias = (
+            parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
+        )
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, counted: Tensor | None = None
+    ) -> Tensor:
         """counted: as of `Context`."""
         for part in (self.norm, self.transform):
             hidden = hidden if part is None else part(hidden)
@@ -155,7 +184,16 @@ class Head(nn.Module):
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         weight, bias = later(self.weight), None if self.bias is None else later(self.bias)
-        return head_loss(hidden, weight, bias, labels, self.vocabulary_size, self.split.axis, self.z_loss, counted)
+        return head_loss(
+            hidden,
+            weight,
+            bias,
+            labels,
+            self.vocabulary_size,
+            self.split.axis,
+            self.z_loss,
+            counted,
+        )
 
 
 Recompute = bool | int | Literal["selective"]
@@ -215,7 +253,9 @@ class Chunk(nn.Module):
         for first in range(0, len(blocks), every or max(1, len(blocks))):
             group = blocks[first : first + every] if every else blocks
             if every and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(_in_turn, group, hidden, context, use_reentrant=False)
+                hidden = torch.utils.checkpoint.checkpoint(
+                    _in_turn, group, hidden, context, use_reentrant=False
+                )
             else:
                 hidden = _in_turn(group, hidden, context)
         if self.head is None:
@@ -248,14 +288,22 @@ class Stage(nn.Module):
         self.cut = cut or Cut((0,), (range(spec.num_layers),))
         self.chunks = nn.ModuleDict()
         for number in self.cut.chunks_of(grid.pipe.rank):
-            first, last, layers = number == 0, number == self.cut.last_chunk, self.cut.layers[number]
+            first, last, layers = (
+                number == 0,
+                number == self.cut.last_chunk,
+                self.cut.layers[number],
+            )
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
-            self.chunks[str(number)] = Chunk(spec, layers, first, last, self.split, recompute, z_loss, tied_to)
+            self.chunks[str(number)] = Chunk(
+                spec, layers, first, last, self.split, recompute, z_loss, tied_to
+            )
 
     @property
     def embedding(self) -> Embedding | None:
         """None where the first chunk is on another rank."""
-        return next((chunk.embedding for chunk in self.chunks.values() if chunk.embedding is not None), None)  # type: ignore[union-attr]
+        return next(
+            (chunk.embedding for chunk in self.chunks.values() if chunk.embedding is not None), None
+        )  # type: ignore[union-attr]
 
     @property
     def head(self) -> Head | None:
@@ -266,7 +314,11 @@ class Stage(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """Of the product with the output embedding; empty where the head is on another rank."""
         head = self.head
-        return [] if head is None else [value for value in (head.weight, head.bias) if value is not None]
+        return (
+            []
+            if head is None
+            else [value for value in (head.weight, head.bias) if value is not None]
+        )
 
     @property
     def tied_parameter(self) -> nn.Parameter | None:
@@ -303,7 +355,9 @@ class Stage(nn.Module):
         context = replace(context or Context(), shared={})
         if not training:
             context.randomness = None
-        assert context.randomness is not None or not training or self.spec.dropout == 0, "dropout needs randomness"
+        assert context.randomness is not None or not training or self.spec.dropout == 0, (
+            "dropout needs randomness"
+        )
         if chunk is None:
             (only,) = self.chunks.values()
             return only(x, labels, context)

@@ -39,7 +39,11 @@ def documents_as_pieces(documents: np.ndarray) -> Bounds:
 
 def kernel_takes(device_type: str, dtype: torch.dtype, head_size: int) -> bool:
     """Whether there is a kernel for such heads on a new enough device of this type."""
-    if device_type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+    if (
+        device_type != "cuda"
+        or torch.version.hip is not None
+        or dtype not in (torch.bfloat16, torch.float16)
+    ):
         return False
     return head_size <= LARGEST_HEAD and head_size % 8 == 0
 
@@ -50,12 +54,16 @@ def new_enough(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-def attend_pieces(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: int | None) -> Tensor:
+def attend_pieces(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: int | None
+) -> Tensor:
     """Causal attention in each piece; window: of how many positions a token sees, itself included.
 
     query [B, N, S, H]; key, value [B, K, S, H]; result like query, in memory as [B, S, N, H].
     """
-    from torch.nn.attention.varlen import varlen_attn  # takes seconds, which runs on a CPU do without
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # takes seconds, which runs on a CPU do without
+    )
 
     b, n, s, h = query.shape
     query, key, value = (x.transpose(1, 2).reshape(b * s, -1, h) for x in (query, key, value))
@@ -63,7 +71,15 @@ def attend_pieces(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, win
     left = -1 if window is None else window - 1  # the kernel counts those before the token
     grouped = query.shape[1] != key.shape[1]
     mixed = varlen_attn(
-        query, key, value, starts, starts, longest, longest, window_size=(left, 0), enable_gqa=grouped
+        query,
+        key,
+        value,
+        starts,
+        starts,
+        longest,
+        longest,
+        window_size=(left, 0),
+        enable_gqa=grouped,
     )
     assert isinstance(mixed, Tensor)
     return mixed.view(b, s, n, h).transpose(1, 2)

@@ -147,4 +147,8 @@ class Split:
     def rows(self, length: int) -> range:
         """Which of `length` tokens this rank holds between the products."""
         part = length // self.axis.size
-        return range(self.axis.rank * part, (self.axis.rank + 1) * part) if self.divides else range(length)
+        return (
+            range(self.axis.rank * part, (self.axis.rank + 1) * part)
+            if self.divides
+            else range(length)
+        )

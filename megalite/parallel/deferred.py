@@ -85,7 +85,9 @@ class _Later(torch.autograd.Function):
     """The weight itself, cut off: what comes back for it is its gradient, which waits."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weights: tuple[nn.Parameter], waiting: WeightGradients) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, weights: tuple[nn.Parameter], waiting: WeightGradients
+    ) -> Tensor:
         ctx.weight, ctx.waiting = weights[0], waiting
         return weights[0].detach()
 
@@ -99,7 +101,12 @@ class _Later(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weights: tuple[Any, Any], finish: Any, waiting: WeightGradients
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        weights: tuple[Any, Any],
+        finish: Any,
+        waiting: WeightGradients,
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weights, ctx.finish, ctx.waiting = weights, finish, waiting
@@ -119,7 +126,12 @@ class _Linear(torch.autograd.Function):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, weights: tuple[Any], ids: Tensor, padding_row: int | None, waiting: WeightGradients
+        ctx: Any,
+        anchor: Tensor,
+        weights: tuple[Any],
+        ids: Tensor,
+        padding_row: int | None,
+        waiting: WeightGradients,
     ) -> Tensor:
         ctx.weight, ctx.ids, ctx.padding_row, ctx.waiting = weights[0], ids, padding_row, waiting
         return F.embedding(ids, weights[0], padding_row)
@@ -144,7 +156,10 @@ def _as_it_is(gradient: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Callable[[Tensor], Tensor] = _as_it_is
+    x: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    finish: Callable[[Tensor], Tensor] = _as_it_is,
 ) -> Tensor:
     """x weightᵀ + bias, while gradients are collected; x [..., in], weight [out, in]. finish: what the gradients of
     weight and bias still go through (a sum over ranks)."""

@@ -99,7 +99,11 @@ class Grid:
             "data": [[at(p, d, t) for d in range(data)] for p in pipes for t in range(tensor)],
             "tensor": [[at(p, d, t) for t in range(tensor)] for p in pipes for d in range(data)],
             "model": [[at(p, d, t) for p in pipes for t in range(tensor)] for d in range(data)],
-            "ends": [sorted({at(0, d, t), at(pipe - 1, d, t)}) for d in range(data) for t in range(tensor)],
+            "ends": [
+                sorted({at(0, d, t), at(pipe - 1, d, t)})
+                for d in range(data)
+                for t in range(tensor)
+            ],
         }
         clock, (device, backend) = Clock(), backend_of_axes(dist.get_backend_config())
 
@@ -133,7 +137,9 @@ class Grid:
                 dist.all_reduce(word, group=axis.group)
         pipe = self.pipe
         for here in range(pipe.size if pipe.size > 1 else 0):
-            there = (here + 1) % pipe.size  # neighbours, and the ends, which interleaved schedules join
+            there = (
+                here + 1
+            ) % pipe.size  # neighbours, and the ends, which interleaved schedules join
             for source, target in ((here, there), (there, here)):
                 if pipe.rank == source:
                     dist.send(word, pipe.ranks[target], group=pipe.towards(source, target))
@@ -194,7 +200,9 @@ def backend_of_axes(config: str) -> tuple[str, str]:
     return next((device, backend) for device, backend in backends.items() if device != "cpu")
 
 
-def _axis_through(rank: int, lines: Iterable[list[int]], clock: Clock, backend: str, timeout: timedelta) -> Axis:
+def _axis_through(
+    rank: int, lines: Iterable[list[int]], clock: Clock, backend: str, timeout: timedelta
+) -> Axis:
     """Makes a group for every line and returns the one through `rank`. A rank that is on none (a middle
     stage has no `ends`) gets an axis of its own."""
     mine = Axis(1, 0, (rank,), None, clock=clock)

@@ -49,11 +49,15 @@ class Placement:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the slice."""
-        return tuple(self.stop - self.start if d == self.dim else n for d, n in enumerate(self.full_shape))
+        return tuple(
+            self.stop - self.start if d == self.dim else n for d, n in enumerate(self.full_shape)
+        )
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's slice (a view) of the full tensor."""
-        return full if self.dim is None else full.narrow(self.dim, self.start, self.stop - self.start)
+        return (
+            full if self.dim is None else full.narrow(self.dim, self.start, self.stop - self.start)
+        )
 
 
 @dataclass
@@ -87,7 +91,12 @@ def holders(length: int, axis: Axis, unit: int = 1) -> Axis:
 
 
 def parameter(
-    shape: tuple[int, ...], dim: int | None, axis: Axis, std: float | None, fill: float = 0.0, unit: int = 1
+    shape: tuple[int, ...],
+    dim: int | None,
+    axis: Axis,
+    std: float | None,
+    fill: float = 0.0,
+    unit: int = 1,
 ) -> nn.Parameter:
     """An empty parameter with this rank's slice of `shape`; `initialise` gives it values."""
     start, stop = share(shape[dim], axis, unit) if dim is not None else (0, 0)
@@ -122,7 +131,9 @@ def initialise(module: nn.Module, seed: int) -> None:
                 value.fill_(placement.fill)
                 continue
             digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            generator = torch.Generator().manual_seed(
+                int.from_bytes(digest[:8], "little", signed=True)
+            )
             full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
             full.normal_(0.0, placement.std, generator=generator)
             value.copy_(placement.cut(full))
@@ -136,7 +147,9 @@ class ColumnLinear(nn.Module):
     hold copies, each takes part of the gradient, and the parts are summed over the holders.
     """
 
-    def __init__(self, in_size: int, out_size: int, bias: bool, axis: Axis, std: float, unit: int = 1) -> None:
+    def __init__(
+        self, in_size: int, out_size: int, bias: bool, axis: Axis, std: float, unit: int = 1
+    ) -> None:
         super().__init__()
         self.holders = holders(out_size, axis, unit)
         self.weight = parameter((out_size, in_size), 0, axis, std, unit=unit)
@@ -198,7 +211,12 @@ class VocabularyEmbedding(nn.Module):
     """
 
     def __init__(
-        self, vocabulary_size: int, hidden_size: int, split: Split, std: float, padding_id: int | None = None
+        self,
+        vocabulary_size: int,
+        hidden_size: int,
+        split: Split,
+        std: float,
+        padding_id: int | None = None,
     ) -> None:
         super().__init__()
         self.split = split
@@ -211,7 +229,9 @@ class VocabularyEmbedding(nn.Module):
         if self.split.axis.size == 1:
             return deferred.embedding(ids, self.weight, self.padding_row)
         elsewhere = (ids < self.start) | (ids >= self.stop)
-        rows = deferred.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row)
+        rows = deferred.embedding(
+            (ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row
+        )
         return self.split.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
 

@@ -31,7 +31,9 @@ class _Gradients:
     """Of the sum of losses with respect to hidden states, weight and bias, summed over the chunks; None where not
     wanted. Products are in `dtype`, their sums over chunks in fp32."""
 
-    def __init__(self, wanted: tuple[bool, bool, bool], hidden: Tensor, weight: Tensor, chunks: int) -> None:
+    def __init__(
+        self, wanted: tuple[bool, bool, bool], hidden: Tensor, weight: Tensor, chunks: int
+    ) -> None:
         self.dtype = gradient_type(weight.dtype)
         self.factor = weight.to(self.dtype) if wanted[0] else None
         self.hidden = hidden.new_empty(hidden.shape, dtype=self.dtype) if wanted[0] else None
@@ -74,9 +76,15 @@ def _sum_of_losses(
     gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     room = hidden.new_empty(min(rows, tokens), weight.shape[0])
-    raised = None if gradients.dtype == room.dtype else torch.empty_like(room, dtype=gradients.dtype)
+    raised = (
+        None if gradients.dtype == room.dtype else torch.empty_like(room, dtype=gradients.dtype)
+    )
     step = _block_rows(room, axis)
-    wide = None if gradients.dtype == torch.float32 else room.new_empty(step, room.shape[1], dtype=torch.float32)
+    wide = (
+        None
+        if gradients.dtype == torch.float32
+        else room.new_empty(step, room.shape[1], dtype=torch.float32)
+    )
     for first in range(0, tokens, rows):
         chunk = hidden[first : first + rows]
         logits = room[: len(chunk)]
@@ -86,9 +94,13 @@ def _sum_of_losses(
             torch.addmm(bias, chunk, weight.t(), out=logits)
         if raised is not None:
             logits = raised[: len(chunk)].copy_(logits)
-        for block, block_labels in zip(logits.split(step), labels[first : first + rows].split(step), strict=True):
+        for block, block_labels in zip(
+            logits.split(step), labels[first : first + rows].split(step), strict=True
+        ):
             scores = block if wide is None else wide[: len(block)].copy_(block)
-            losses, slopes = _losses_and_slopes(scores, block_labels, start, axis, z_loss, any(wanted))
+            losses, slopes = _losses_and_slopes(
+                scores, block_labels, start, axis, z_loss, any(wanted)
+            )
             total += losses.sum()
             if gradients.bias is not None:
                 gradients.bias += slopes.sum(dim=0)
@@ -123,8 +135,12 @@ class _HeadLoss(torch.autograd.Function):
         counted: Tensor | None,
     ) -> Tensor:
         counted = _rows_that_count(labels) if counted is None else counted
-        some, some_labels = (hidden, labels) if counted is None else (hidden[counted], labels[counted])
-        total, gradients = _sum_of_losses(some, weight, bias, some_labels, vocabulary_size, axis, z_loss, wanted)
+        some, some_labels = (
+            (hidden, labels) if counted is None else (hidden[counted], labels[counted])
+        )
+        total, gradients = _sum_of_losses(
+            some, weight, bias, some_labels, vocabulary_size, axis, z_loss, wanted
+        )
         slopes = gradients.hidden
         if slopes is not None and counted is not None:
             slopes = slopes.new_zeros(hidden.shape).index_copy_(0, counted, slopes)
@@ -136,7 +152,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second backward raises, since autograd sees that what it saved has changed.
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made), *[None] * 6
+        return *(
+            None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made
+        ), *[None] * 6
 
 
 def _rows_that_count(labels: Tensor) -> Tensor | None:
@@ -169,7 +187,9 @@ def _losses_and_slopes(
     if wanted:
         factor = counts * (1 + 2 * z_loss * log_sum) / total
         exponentials.mul_(factor.unsqueeze(-1))
-        exponentials.scatter_add_(-1, columns, -(here & counts).to(exponentials.dtype).unsqueeze(-1))
+        exponentials.scatter_add_(
+            -1, columns, -(here & counts).to(exponentials.dtype).unsqueeze(-1)
+        )
     return losses.masked_fill(~counts, 0.0), exponentials
 
 
@@ -212,5 +232,9 @@ def head_loss(
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     enabled = torch.is_grad_enabled()
-    wanted = tuple(enabled and value is not None and value.requires_grad for value in (hidden, weight, bias))
-    return _HeadLoss.apply(flat, weight, bias, labels, vocabulary_size, axis, z_loss, wanted, counted)  # type: ignore[return-value]
+    wanted = tuple(
+        enabled and value is not None and value.requires_grad for value in (hidden, weight, bias)
+    )
+    return _HeadLoss.apply(
+        flat, weight, bias, labels, vocabulary_size, axis, z_loss, wanted, counted
+    )  # type: ignore[return-value]

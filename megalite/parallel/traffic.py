@@ -39,10 +39,14 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.bytes: Counter[str] = Counter()
         axes = {"pipe": grid.pipe, "data": grid.data, "tensor": grid.tensor, "ends": grid.ends}
-        self._axis_of = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
+        self._axis_of = {
+            axis.group.group_name: name for name, axis in axes.items() if axis.group is not None
+        }
         if grid.pipe.back is not None:
             self._axis_of[grid.pipe.back.group_name] = "pipe"
-        self._axis_of |= {run.group.group_name: "tensor" for run in grid.tensor.runs if run.group is not None}
+        self._axis_of |= {
+            run.group.group_name: "tensor" for run in grid.tensor.runs if run.group is not None
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -51,13 +55,17 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         entry = _SHARES.get(func._schema.name.removeprefix("c10d::"))
-        script = next((arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)), None)
+        script = next(
+            (arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)), None
+        )
         if entry is None or script is None:
             return
         argument, share = entry
         group = dist.ProcessGroup.unbox(script)
         whole = sum(leaf.nbytes for leaf in tree_leaves(args[argument]) if isinstance(leaf, Tensor))
-        self.bytes[self._axis_of.get(group.group_name, "other")] += round(whole * share(group.size()))
+        self.bytes[self._axis_of.get(group.group_name, "other")] += round(
+            whole * share(group.size())
+        )
 
 
 def _is_group(script: Any) -> bool:

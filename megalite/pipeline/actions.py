@@ -44,11 +44,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, engine: Any, axis: Axis, plan: PipelinePlan, shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        engine: Any,
+        axis: Axis,
+        plan: PipelinePlan,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
         self.engine, self.axis, self.plan, self.shape = engine, axis, plan, shape
         several = len(plan.cut.home) > plan.pipe
-        self.interpreter = Interpreter(Mailbox(axis, engine.device), plan.cut.last_chunk, dtype, several)
+        self.interpreter = Interpreter(
+            Mailbox(axis, engine.device), plan.cut.last_chunk, dtype, several
+        )
         self.after = ""
         """What follows the actions of a step, while it is done, in words."""
         self.loss = torch.zeros(())
@@ -68,7 +75,10 @@ class Pipeline:
         return self.interpreter.mailbox.waits_for
 
     def train_step(
-        self, batches: Sequence[Batch], scale: float | Tensor, before_update: Callable[[], None] | None = None
+        self,
+        batches: Sequence[Batch],
+        scale: float | Tensor,
+        before_update: Callable[[], None] | None = None,
     ) -> Tensor:
         """All forwards, backwards and the optimizer's step.
 
@@ -100,7 +110,9 @@ class Pipeline:
             tokens, labels, context = _parts(batches[action.micro_batch])
             inputs = tokens if source is None else source
             with self.axis.clock.computing():
-                output = self.engine(inputs, labels if action.chunk == last else None, context, action.chunk)
+                output = self.engine(
+                    inputs, labels if action.chunk == last else None, context, action.chunk
+                )
             if action.chunk < last:
                 return output
             total.add_(output)
@@ -119,12 +131,19 @@ class _TrainingStep:
     """The actions of one step on this rank, and what its forwards have left for its backwards."""
 
     def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float | Tensor) -> None:
-        self.pipeline, self.engine, self.batches, self.scale = pipeline, pipeline.engine, batches, scale
+        self.pipeline, self.engine, self.batches, self.scale = (
+            pipeline,
+            pipeline.engine,
+            batches,
+            scale,
+        )
         program = pipeline.plan.program(len(batches))
         self.last, self.halved = program.last_chunk, program.splits_backward
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.waiting: dict[tuple[int, int], WeightGradients] = {}
-        self.boundaries = _boundaries(program.actions[pipeline.axis.rank], self.last, self.engine.hands_over_by_chunk)
+        self.boundaries = _boundaries(
+            program.actions[pipeline.axis.rank], self.last, self.engine.hands_over_by_chunk
+        )
 
     def perform(self, action: Action, value: Tensor | None) -> Tensor | None:
         """One action (interpreter.py)."""
@@ -153,7 +172,9 @@ class _TrainingStep:
             self.pipeline.loss += output.detach()
             return None
         given = output.detach()
-        output.data = output.new_empty(0)  # backward needs the output's place in the graph, not its numbers
+        output.data = output.new_empty(
+            0
+        )  # backward needs the output's place in the graph, not its numbers
         return given
 
     def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:

@@ -64,7 +64,9 @@ def _check_complete(program: Program, rank: int) -> None:
     kinds: dict[tuple[int, int], set[str]] = {}
     for action in actions:
         if action.chunk not in own:
-            raise ProgramError(f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}")
+            raise ProgramError(
+                f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}"
+            )
         kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
     forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
     allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
@@ -76,15 +78,21 @@ def _check_complete(program: Program, rank: int) -> None:
                 raise ProgramError(f"rank {rank}: chunk {chunk}, micro-batch {k}: has {there}")
     if kinds:
         chunk, k = next(iter(kinds))
-        raise ProgramError(f"rank {rank}: chunk {chunk}: has no micro-batch {k}: a step has {program.micro_batches}")
+        raise ProgramError(
+            f"rank {rank}: chunk {chunk}: has no micro-batch {k}: a step has {program.micro_batches}"
+        )
 
 
 def _check_sums(program: Program, rank: int) -> None:
     """Weight gradients are summed in the order of the micro-batches."""
     for chunk in program.chunks_of(rank):
-        order = [a.micro_batch for a in program.actions[rank] if a.chunk == chunk and a.kind in "BW"]
+        order = [
+            a.micro_batch for a in program.actions[rank] if a.chunk == chunk and a.kind in "BW"
+        ]
         if order != sorted(order):
-            raise ProgramError(f"rank {rank}: chunk {chunk}: sums weight gradients in the order {order}")
+            raise ProgramError(
+                f"rank {rank}: chunk {chunk}: sums weight gradients in the order {order}"
+            )
 
 
 def _play(program: Program, cost: Cost, hop: float) -> Report:
@@ -100,7 +108,11 @@ def _play(program: Program, cost: Cost, hop: float) -> Report:
     if stuck:
         raise ProgramError("; ".join(stuck))
     return Report(
-        max(player.clock), tuple(player.busy), player.ends, tuple(player.most_held), tuple(player.most_waiting)
+        max(player.clock),
+        tuple(player.busy),
+        player.ends,
+        tuple(player.most_held),
+        tuple(player.most_waiting),
     )
 
 
@@ -148,7 +160,9 @@ class _Player:
         self.busy[rank] += length
         value = self.program.gives(action)
         if value is not None:
-            self.arrives[value] = self.clock[rank] + (self.hop if self.program.crosses(value) else 0.0)
+            self.arrives[value] = self.clock[rank] + (
+                self.hop if self.program.crosses(value) else 0.0
+            )
         self.held[rank] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
         self.waiting[rank] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
         self.most_held[rank] = max(self.most_held[rank], self.held[rank])

@@ -36,7 +36,9 @@ class ModelCosts:
     recomputes: bool = False
 
     @classmethod
-    def of(cls, spec: TransformerSpec, length: int, recomputes: bool, counted: float = 1.0) -> "ModelCosts":
+    def of(
+        cls, spec: TransformerSpec, length: int, recomputes: bool, counted: float = 1.0
+    ) -> "ModelCosts":
         """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
         makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
         never does. A dense layer before the head is counted with it, as if it had no backward."""
@@ -44,7 +46,11 @@ class ModelCosts:
         head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
         spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
         heads = spec.num_heads * spec.head_size
-        return cls(tuple(LayerCosts(spec.block_parameters, heads * span) for span in spans), head, recomputes)
+        return cls(
+            tuple(LayerCosts(spec.block_parameters, heads * span) for span in spans),
+            head,
+            recomputes,
+        )
 
     def of_chunks(self, counts: Sequence[int]) -> Cost:
         """The cost of each action where the chunks have so many layers."""
@@ -53,7 +59,10 @@ class ModelCosts:
             own = [self.layers[layer] for layer in layers]
             forward = sum(layer.weights + layer.core for layer in own)
             forwards.append(forward)
-            inputs.append(sum(layer.weights + 2 * layer.core for layer in own) + (forward if self.recomputes else 0.0))
+            inputs.append(
+                sum(layer.weights + 2 * layer.core for layer in own)
+                + (forward if self.recomputes else 0.0)
+            )
             weights.append(sum(layer.weights for layer in own))
         forwards[-1] += self.head
 
@@ -109,12 +118,16 @@ def cut_by_cost(
         return played[key]
 
     starts = [even_counts(layers, len(home))]
-    starts.append(_climb(starts[0], lambda counts: _longest_rank(costs, home, counts), lambda: True))
+    starts.append(
+        _climb(starts[0], lambda counts: _longest_rank(costs, home, counts), lambda: True)
+    )
     found = [_climb(start, length, lambda: budget > 0) for start in starts]
     return Cut(home, layers_of(min(found, key=length)))
 
 
-def _climb(start: list[int], height: Callable[[list[int]], float], goes_on: Callable[[], bool]) -> list[int]:
+def _climb(
+    start: list[int], height: Callable[[list[int]], float], goes_on: Callable[[], bool]
+) -> list[int]:
     """Takes the best move of one layer while there is one that makes it lower, else the best of two moves whose first
     is among the least bad."""
     best, lowest = start, height(start)
@@ -146,5 +159,7 @@ def _longest_rank(costs: ModelCosts, home: tuple[int, ...], counts: list[int]) -
     """Cost of a micro-batch on the rank that has most; of equal ones that with the lighter chunks."""
     cost = costs.of_chunks(counts)
     chunks = [cost("F", chunk) + cost("B", chunk) for chunk in range(len(home))]
-    ranks = [sum(c for c, there in zip(chunks, home, strict=True) if there == rank) for rank in set(home)]
+    ranks = [
+        sum(c for c, there in zip(chunks, home, strict=True) if there == rank) for rank in set(home)
+    ]
     return max(ranks) + 1e-6 * sum(chunk**2 for chunk in chunks) / sum(chunks)

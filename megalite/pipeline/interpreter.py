@@ -27,8 +27,15 @@ class Interpreter:
     rank does now or did last; whole and busy: clocks of a run and of the actions in it, off unless a measurement turns
     them on."""
 
-    def __init__(self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False) -> None:
-        self.mailbox, self.last_chunk, self.dtype, self.tells_chunk = mailbox, last_chunk, dtype, tells_chunk
+    def __init__(
+        self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False
+    ) -> None:
+        self.mailbox, self.last_chunk, self.dtype, self.tells_chunk = (
+            mailbox,
+            last_chunk,
+            dtype,
+            tells_chunk,
+        )
         self.action: Action | None = None
         self.whole, self.busy = Clock(), Clock()
 
@@ -64,7 +71,9 @@ class Interpreter:
         self.mailbox.finish()
         assert not made, f"made and never used: {list(made)}"
 
-    def _take(self, value: Value | None, made: dict[Value, Tensor], received: set[Value]) -> Tensor | None:
+    def _take(
+        self, value: Value | None, made: dict[Value, Tensor], received: set[Value]
+    ) -> Tensor | None:
         if value is None:
             return None
         if value in received:
@@ -78,4 +87,6 @@ class Interpreter:
         if self.action is None:
             return ""
         kind, chunk, k = self.action
-        return f"{WORDS[kind]} of micro-batch {k}" + (f" on chunk {chunk}" if self.tells_chunk else "")
+        return f"{WORDS[kind]} of micro-batch {k}" + (
+            f" on chunk {chunk}" if self.tells_chunk else ""
+        )

@@ -63,4 +63,6 @@ class Mailbox:
         self.waits_for = None
 
     def _forget_gone(self) -> None:
-        self._sent = {key: entry for key, entry in self._sent.items() if not entry[0].is_completed()}
+        self._sent = {
+            key: entry for key, entry in self._sent.items() if not entry[0].is_completed()
+        }

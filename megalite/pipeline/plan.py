@@ -89,13 +89,17 @@ def make_plan(
         cut = Cut(home, layers_of(counts))
     else:
         rounds, effort = SEARCH_ROUNDS * pipe, LISTED if schedule == "zb-v" else 1
-        cut = cut_by_cost(costs, home, lambda cost: make_program(schedule, pipe, rounds, chunks, cost), effort)
+        cut = cut_by_cost(
+            costs, home, lambda cost: make_program(schedule, pipe, rounds, chunks, cost), effort
+        )
     return PipelinePlan(schedule, pipe, chunks, cut, costs)
 
 
 def inference_cut(spec: TransformerSpec, pipe: int) -> Cut:
     """A chunk a rank, for forwards alone: the longest is as short as can be."""
     costs = ModelCosts.of(spec, length=1, recomputes=False)
-    costs = replace(costs, head=costs.head / 3)  # without the gradients that training makes with the loss
+    costs = replace(
+        costs, head=costs.head / 3
+    )  # without the gradients that training makes with the loss
     home = straight(pipe)
     return cut_by_cost(costs, home, lambda cost: forward_only(home, SEARCH_ROUNDS * pipe))

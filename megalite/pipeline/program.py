@@ -114,4 +114,8 @@ class Program:
     @cached_property
     def splits_backward(self) -> frozenset[tuple[int, int]]:
         """Chunk and micro-batch of each backward that is done in halves, I and W."""
-        return frozenset((action.chunk, action.micro_batch) for _, action in self.all_actions() if action.kind == "I")
+        return frozenset(
+            (action.chunk, action.micro_batch)
+            for _, action in self.all_actions()
+            if action.kind == "I"
+        )

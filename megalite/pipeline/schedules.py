@@ -49,7 +49,9 @@ def interleaved(p: int, m: int, v: int) -> Program:
     """1F1B over p · v chunks: a rank works on p micro-batches of one chunk, then on the same of its next. p divides
     m."""
     if m % p:
-        raise ProgramError(f"interleaved: {m} micro-batches: must be a multiple of the pipe axis {p}")
+        raise ProgramError(
+            f"interleaved: {m} micro-batches: must be a multiple of the pipe axis {p}"
+        )
     total, actions = m * v, []
     for rank in range(p):
         ahead, own = min(total, 2 * (p - rank - 1) + (v - 1) * p), []
@@ -123,7 +125,9 @@ class _Lister:
     def __init__(self, home: tuple[int, ...], m: int, cost: Cost, kinds: str, room: int) -> None:
         self.home, self.m, self.kinds, self.room = home, m, kinds, room
         self.ranks, self.last = max(home) + 1, len(home) - 1
-        self.own = [[chunk for chunk, rank in enumerate(home) if rank == r] for r in range(self.ranks)]
+        self.own = [
+            [chunk for chunk, rank in enumerate(home) if rank == r] for r in range(self.ranks)
+        ]
         self.costs = {kind: [cost(kind, chunk) for chunk in range(len(home))] for kind in kinds}  # type: ignore[arg-type]
         # Of each kind and chunk, when the actions that are placed end, in the order of the micro-batches.
         self.ends: dict[str, list[list[float]]] = {kind: [[] for _ in home] for kind in kinds}
@@ -147,7 +151,9 @@ class _Lister:
         program = Program(self.home, self.m, tuple(tuple(actions) for actions in self.lists))
         return program, max(self.free)
 
-    def _plan(self, rank: int, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[float, str, int] | None:
+    def _plan(
+        self, rank: int, ranked: Callable[[str, int], tuple[int, int]]
+    ) -> tuple[float, str, int] | None:
         """What the rank does next, and when, as far as is known: (start, kind, chunk)."""
         found = []
         for kind in self.kinds:

@@ -17,7 +17,9 @@ from megalite.pipeline.check import Cost, ProgramError, check, equal_costs
 from megalite.pipeline.program import Action, Program, Value
 
 AHEAD = 1  # actions before the one that needs it, a receive is posted
-IN_FLIGHT = 2  # sends of a forward-only program that may be under way from one rank: its back-pressure
+IN_FLIGHT = (
+    2  # sends of a forward-only program that may be under way from one rank: its back-pressure
+)
 
 
 class Receive(NamedTuple):
@@ -72,7 +74,11 @@ class _Merger:
         self.program, self.rank, self.place = program, rank, place
         self.actions = program.actions[rank]
         needed = [program.needs(action) for action in self.actions]
-        self.user = {value: number for number, value in enumerate(needed) if value is not None and value in place}
+        self.user = {
+            value: number
+            for number, value in enumerate(needed)
+            if value is not None and value in place
+        }
         self.to_receive = deque(sorted(self.user, key=place.__getitem__))
         sent = [value for value in place if program.way(value)[0] == rank]
         self.to_send = deque(sorted(sent, key=place.__getitem__))
@@ -217,7 +223,11 @@ class _Streams:
         """Completes a message whose two ends are next on their streams."""
         other = message.target if isinstance(message, Send) else message.source
         queue = self.queues[other]
-        if not queue or queue[0].value != message.value or isinstance(queue[0], Send) == isinstance(message, Send):
+        if (
+            not queue
+            or queue[0].value != message.value
+            or isinstance(queue[0], Send) == isinstance(message, Send)
+        ):
             return False
         self.queues[rank].pop(0)
         queue.pop(0)
@@ -231,7 +241,9 @@ class _Streams:
         for rank, steps in enumerate(self.ranks):
             if self.host[rank] < len(steps) or self.queues[rank]:
                 at = steps[self.host[rank]] if self.host[rank] < len(steps) else "the end"
-                message = f"; next message: {_words(self.queues[rank][0])}" if self.queues[rank] else ""
+                message = (
+                    f"; next message: {_words(self.queues[rank][0])}" if self.queues[rank] else ""
+                )
                 result.append(f"rank {rank} waits at {_words(at)}{message}")
         return result
 

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from megalite.data.position import Position
 from megalite.training.batches import MicroBatch, on_device, pinned
-from megalite.training.position import Position
 
 Read = Callable[[Position], list[MicroBatch]]
 """This rank's micro-batches of the step that begins at a position, in main memory."""
@@ -45,7 +45,9 @@ class Ahead:
         return [pinned(batch, self.device) for batch in self.read(position)]
 
     def _begin(self) -> None:
-        if self.device.type != "cpu":  # a thread begins with GPU 0, where every rank would then take memory
+        if (
+            self.device.type != "cpu"
+        ):  # a thread begins with GPU 0, where every rank would then take memory
             torch.accelerator.set_device_index(self.device.index or 0)
 
 

@@ -36,7 +36,9 @@ class Samples(Protocol):
     def batch(self, positions: Sequence[int]) -> Any: ...
 
 
-def own_positions(start: int, stop: int, micro: int, data_size: int, data_rank: int) -> Iterator[list[int]]:
+def own_positions(
+    start: int, stop: int, micro: int, data_size: int, data_rank: int
+) -> Iterator[list[int]]:
     """Positions of this data rank's micro-batches, of those in [start, stop)."""
     for first in range(start + data_rank * micro, stop, data_size * micro):
         yield list(range(first, min(first + micro, stop)))
@@ -72,13 +74,18 @@ def _micro_batch(
     labels[len(real) :] = IGNORED
     context = Context()
     if documents is not None:
-        context.documents, context.bounds = torch.from_numpy(documents), documents_as_pieces(documents)
+        context.documents, context.bounds = (
+            torch.from_numpy(documents),
+            documents_as_pieces(documents),
+        )
     counted = np.flatnonzero(labels != IGNORED)
     if len(counted) < LEAST_COUNTED * labels.size:
         context.counted = torch.from_numpy(counted)
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
-    return MicroBatch(torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context)
+    return MicroBatch(
+        torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context
+    )
 
 
 def pinned(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -88,7 +95,11 @@ def pinned(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The same on the device; from page-locked memory the copies are queued behind what the device has to do."""
-    return batch if device.type == "cpu" else _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return (
+        batch
+        if device.type == "cpu"
+        else _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    )
 
 
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
@@ -101,6 +112,8 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
         documents=None if documents is None else change(documents),
         bounds=None if bounds is None else bounds._replace(starts=change(bounds.starts)),
         counted=None if counted is None else change(counted),
-        randomness=None if randomness is None else replace(randomness, samples=change(randomness.samples)),
+        randomness=None
+        if randomness is None
+        else replace(randomness, samples=change(randomness.samples)),
     )
     return MicroBatch(change(tokens), change(labels), context)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalite.training.appended import Appended
+from megalite.checkpoint.appended import Appended
 
 _numbers = itertools.count()  # of the files of one process, which may begin anew in the same second
 
@@ -47,5 +47,7 @@ class Events:
 
     def _append(self, **fields: object) -> None:
         record = io.BytesIO()
-        self.writer(record).write(self.of_event.Event(wall_time=time.time(), **fields).SerializeToString())
+        self.writer(record).write(
+            self.of_event.Event(wall_time=time.time(), **fields).SerializeToString()
+        )
         self.file.append(record.getvalue())

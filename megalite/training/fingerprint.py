@@ -33,7 +33,9 @@ def fingerprint(config: Config) -> dict[str, Any]:
     values = {f"megalite.data.{key}": getattr(data, key) for key in keys}
     values["megalite.data.loss"] = data.loss or "all"
     objective = data.objective
-    values["megalite.data.objective"] = objective if isinstance(objective, str) else objective.model_dump()
+    values["megalite.data.objective"] = (
+        objective if isinstance(objective, str) else objective.model_dump()
+    )
     if data.megatron_samples is not None:
         values[MADE_FOR] = data.megatron_samples
     return {**values, TRAIN: corpora}
@@ -49,7 +51,9 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
     ours, theirs = now[TRAIN], was[TRAIN]
     if len(ours) != len(theirs):
         return f"{TRAIN}: {len(ours)} corpora", str(len(theirs))
-    for number, (source, ours_here, theirs_here) in enumerate(zip(config.data.train, ours, theirs, strict=True)):
+    for number, (source, ours_here, theirs_here) in enumerate(
+        zip(config.data.train, ours, theirs, strict=True)
+    ):
         key = f"{TRAIN}.{number}"
         for kind, path in (("corpus", source.path), ("marks", marks_prefix(source.path))):
             if ours_here.get(kind) != theirs_here.get(kind):

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalite.errors import ConfigError
-from megalite.launch import print_line
-from megalite.signals import LAUNCH, at_the_end, leave_word
+from megalite.ranks.launch import print_line
+from megalite.ranks.signals import LAUNCH, at_the_end, leave_word
 
 FILE = "lock"
 BEAT_SECONDS, PATIENCE_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
@@ -52,7 +52,10 @@ class Holder:
         environment = os.environ
         run, _, start = environment.get(LAUNCH, "").rpartition("-")
         if not run and "SLURM_JOB_ID" in environment:
-            run, start = f"slurm {environment['SLURM_JOB_ID']}", environment.get("SLURM_RESTART_COUNT", "0")
+            run, start = (
+                f"slurm {environment['SLURM_JOB_ID']}",
+                environment.get("SLURM_RESTART_COUNT", "0"),
+            )
         boot = processes = ""
         with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -69,7 +72,11 @@ class Holder:
             holder = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return None
-        return holder if isinstance(holder.pid, int) and holder.pid > 0 and isinstance(holder.folder, str) else None
+        return (
+            holder
+            if isinstance(holder.pid, int) and holder.pid > 0 and isinstance(holder.folder, str)
+            else None
+        )
 
     def is_before(self, other: "Holder") -> bool:
         """Whether `other` is a later start of the same launcher's run."""
@@ -110,7 +117,11 @@ class _Lock:
     has been released."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
-        self.path, self.holder, self.text = path, holder, json.dumps(asdict(holder), indent=1) + "\n"
+        self.path, self.holder, self.text = (
+            path,
+            holder,
+            json.dumps(asdict(holder), indent=1) + "\n",
+        )
         self.mutex, self.released = threading.Lock(), False
 
     def create(self) -> bool:
@@ -136,7 +147,9 @@ class _Lock:
         aside = self.path.with_name(f".{FILE}.{secrets.token_hex(4)}")
         try:
             os.rename(self.path, aside)
-            if aside.read_text(errors="replace") != text:  # another start was quicker, and this is its file
+            if (
+                aside.read_text(errors="replace") != text
+            ):  # another start was quicker, and this is its file
                 with contextlib.suppress(OSError):
                     os.link(aside, self.path)
             aside.unlink()
@@ -148,7 +161,11 @@ class _Lock:
     def release(self) -> None:
         """By the holder alone: a process forked from it has the same last acts."""
         with self.mutex, contextlib.suppress(OSError):
-            if not self.released and os.getpid() == self.holder.pid and self.path.read_text() == self.text:
+            if (
+                not self.released
+                and os.getpid() == self.holder.pid
+                and self.path.read_text() == self.text
+            ):
                 self.path.unlink()
             self.released = True
 
@@ -167,7 +184,11 @@ class _Lock:
                     continue
                 self.released = True
                 break
-        print_line(RuntimeError(f"{_KEY}: {self.path.parent}: {Holder.read(text)} has taken it over: this start ends"))
+        print_line(
+            RuntimeError(
+                f"{_KEY}: {self.path.parent}: {Holder.read(text)} has taken it over: this start ends"
+            )
+        )
         sys.stderr.flush()
         leave_word(TAKEN_CODE)
         os._exit(TAKEN_CODE)
@@ -222,7 +243,9 @@ def _birth(pid: int) -> int | None:
 
 
 def _held(path: Path, holder: Holder | None) -> ConfigError:
-    rule = f"one start at a time: stop that one, choose another folder, or remove {path} if it is gone"
+    rule = (
+        f"one start at a time: stop that one, choose another folder, or remove {path} if it is gone"
+    )
     return ConfigError(f"{_KEY}: {path.parent}: in use by {holder or 'another start'}: {rule}")
 
 

@@ -16,31 +16,31 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.config import Config
 from megalite.data.loader import TrainData, ValidData
+from megalite.data.position import Kept, Position
+from megalite.engine.build import DTYPES, LearningRate, build_pipeline
+from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
+from megalite.guard.health import FAULTS, Health, loss_scale_state
+from megalite.guard.pace import Pace
+from megalite.guard.replicas import Replicas
+from megalite.guard.watchdog import Watchdog
 from megalite.model.spec import TransformerSpec
-from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
-from megalite.parallel.replicas import Replicas
-from megalite.signals import EXIT_BASE, RESUME, listen
+from megalite.plan.states import peak_bytes, peak_line
+from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
-from megalite.training.appended import Appended
 from megalite.training.batches import MicroBatch, Samples, micro_batches
-from megalite.training.engine import DTYPES, LearningRate, build_pipeline
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.fingerprint import fingerprint
-from megalite.training.health import FAULTS, Health, loss_scale_state
-from megalite.training.memory import peak_bytes, peak_line
 from megalite.training.metrics import MetricsFile, perplexity
 from megalite.training.mfu import Utilisation, peak_flops
-from megalite.training.pace import Pace
-from megalite.training.position import Kept, Position
-from megalite.training.progress import Screen
+from megalite.training.screen import Screen
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
-from megalite.training.watchdog import Watchdog
 
 READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
 """Keys of `megalite.data` that tell how a corpus is read."""
@@ -67,7 +67,13 @@ class Run:
         start: Position,
         watchdog: Watchdog,
     ) -> None:
-        self.config, self.spec, self.model, self.engine, self.position = config, spec, model, engine, start
+        self.config, self.spec, self.model, self.engine, self.position = (
+            config,
+            spec,
+            model,
+            engine,
+            start,
+        )
         self.grid: Grid = engine.grid
         self.device = torch.device(engine.device or "cpu")
         self.pipeline = build_pipeline(engine, config, spec)
@@ -100,7 +106,9 @@ class Run:
         self.utilisation = Utilisation(flops_per_token, peak, self.grid.world_size)
         self.metrics: MetricsFile | None = None
         self.screen: Screen | None = None
-        self.fingerprint = fingerprint(config) if self.grid.rank == 0 else {}  # that rank writes state.json
+        self.fingerprint = (
+            fingerprint(config) if self.grid.rank == 0 else {}
+        )  # that rank writes state.json
         if self.grid.rank == 0:
             self.screen = Screen(config.train.steps, start.step, config.train.log_interval)
             self.metrics = MetricsFile(run_dir, start.step, config.train.tensorboard, self.note)
@@ -129,11 +137,18 @@ class Run:
             self._save()  # a run that may go back has something to go back to
         while self.position.step < train.steps and not stop:
             step = self.position.step + 1
-            with watching(f"step {step}", limits.first_step_seconds if step == 1 + first else limits.step_seconds):
+            with watching(
+                f"step {step}",
+                limits.first_step_seconds if step == 1 + first else limits.step_seconds,
+            ):
                 agreed = self._step()
             stop = agreed.stop
             if not self.going_back:
-                if self.valid is not None and not stop and due(step, train.eval_interval, train.steps):
+                if (
+                    self.valid is not None
+                    and not stop
+                    and due(step, train.eval_interval, train.steps)
+                ):
                     with watching(f"evaluation after step {step}", limits.evaluation_seconds):
                         self._evaluate(self.valid)
                 if agreed.save or stop or due(step, train.checkpoint_interval, train.steps):
@@ -165,7 +180,9 @@ class Run:
         count = config.batch_plan.size(before.consumed_samples)
         step_tokens = count * config.data.sequence_length
         rate = self.rate.set(before)
-        following = before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
+        following = (
+            before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
+        )
         batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
@@ -188,7 +205,9 @@ class Run:
         self._heed(health.answer(self.position.step))
         self._compare_replicas()
         if first:
-            row |= (bytes_by_rank := self._memory_row(memory | {"peak_bytes": peak_bytes(self.device)}))
+            row |= (
+                bytes_by_rank := self._memory_row(memory | {"peak_bytes": peak_bytes(self.device)})
+            )
             self.note(peak_line(bytes_by_rank["peak_bytes"]))
         figures, lines = self.pace.end(self.position.step)
         for line in lines:
@@ -224,7 +243,9 @@ class Run:
         self.rate.start_at(self.position.step)
         if self.metrics is not None:
             self.metrics.go_back(self.position.step)
-        self.note(f"back at step {self.position.step}; the run leaves out samples {self._left_out()}")
+        self.note(
+            f"back at step {self.position.step}; the run leaves out samples {self._left_out()}"
+        )
         # Written down at once, so that a restart leaves them out too.
         self.going_back, self.saved_step = False, None
         self._save()
@@ -238,12 +259,19 @@ class Run:
         config, start = self.config, position.consumed_samples
         samples, count = Kept(self.data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
-        return micro_batches(samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw)
+        return micro_batches(
+            samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw
+        )
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""
         signals = self.signals
-        flags = [signals.stop == signal.SIGTERM, signals.stop == signal.SIGINT, signals.save, self.saver.has_ended]
+        flags = [
+            signals.stop == signal.SIGTERM,
+            signals.stop == signal.SIGINT,
+            signals.save,
+            self.saver.has_ended,
+        ]
         # A flag that came after this line counts at the next step's end.
         signals.save = signals.save and not flags[2]
         return [float(flag) for flag in flags]
@@ -283,16 +311,24 @@ class Run:
             sums += part
             losses[path] = (part[0] / part[1].clamp(min=1)).item()
         loss = (sums[0] / sums[1].clamp(min=1)).item()
-        row: dict[str, Any] = {"step": self.position.step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
+        row: dict[str, Any] = {
+            "step": self.position.step,
+            "valid_loss": loss,
+            "valid_perplexity": perplexity(loss),
+        }
         if len(losses) > 1:
             row["valid_losses"] = losses
-        self.note(f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}")
+        self.note(
+            f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}"
+        )
         if self.metrics is not None:
             self.metrics.write(row)
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        batches = micro_batches(samples, start, count, self.config.micro_batch_size, self.grid.data, self.device)
+        batches = micro_batches(
+            samples, start, count, self.config.micro_batch_size, self.grid.data, self.device
+        )
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.folder import write_durably
-from megalite.training.appended import Appended
 from megalite.training.events import Events
 
 FILE, FIRST_START = "metrics.jsonl", "first_start.json"
@@ -25,8 +25,15 @@ FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 class MetricsFile:
     """Appends rows to a run's metrics. Made by one rank only. tell: takes lines for the log, of a disk that is full."""
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool, tell: Callable[[str], None]) -> None:
-        self.run_dir, self.path, self.tensorboard, self.tell = run_dir, run_dir / FILE, tensorboard, tell
+    def __init__(
+        self, run_dir: Path, first_step: int, tensorboard: bool, tell: Callable[[str], None]
+    ) -> None:
+        self.run_dir, self.path, self.tensorboard, self.tell = (
+            run_dir,
+            run_dir / FILE,
+            tensorboard,
+            tell,
+        )
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
@@ -34,7 +41,9 @@ class MetricsFile:
         self.useful_seconds = sum(map(_useful_seconds, _keep_until(self.path, first_step)))
         self.first_start = _first_start(run_dir, self.useful_seconds)
         self.file = Appended(self.path, self.tell)
-        self.events = Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
+        self.events = (
+            Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
+        )
 
     def go_back(self, step: int) -> None:
         """Removes the rows after `step`; further ones follow it."""
@@ -46,11 +55,17 @@ class MetricsFile:
         is not finite becomes null, since JSON has no other word for it."""
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
-            row["goodput"] = self.useful_seconds / max(time.time() - self.first_start, self.useful_seconds)
+            row["goodput"] = self.useful_seconds / max(
+                time.time() - self.first_start, self.useful_seconds
+            )
         row = _finite(row)
         self.file.append(f"{json.dumps(row)}\n".encode())
         if self.events is not None:
-            figures = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+            figures = {
+                name: value
+                for name, value in row.items()
+                if isinstance(value, int | float) and name != "step"
+            }
             self.events.append(row["step"], figures)
 
     def close(self) -> None:

@@ -59,7 +59,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of large matrix products on this rank: they are queued, and waited for once."""
     rows = ROWS.get(device.type, ROWS_OF_DEVICES)
     a = torch.randn(rows, rows, device=device).to(dtype)
-    b, room = torch.randn(rows, rows, device=device).to(dtype), torch.empty(rows, rows, dtype=dtype, device=device)
+    b, room = (
+        torch.randn(rows, rows, device=device).to(dtype),
+        torch.empty(rows, rows, dtype=dtype, device=device),
+    )
     count, seconds = 1, 0.0
     while seconds < MEASURED_SECONDS:
         torch.mm(a, b, out=room)  # what is made at the first use

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_named
 from megalite.checkpoint.folder import LATEST, STEP_NAME, write_durably
 from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
-from megalite.convert.weights import Weights, open_weights_together, resolve_weights
+from megalite.data.position import Position
+from megalite.engine.engine import Engine
+from megalite.engine.norm import GlobalNorm
 from megalite.errors import CheckpointError
-from megalite.parallel.engine import Engine
-from megalite.parallel.norm import GlobalNorm
-from megalite.training.health import restore_loss_scale
-from megalite.training.position import Position
+from megalite.guard.health import restore_loss_scale
+from megalite.hub.sources import Weights, open_weights_together, resolve_weights
 
 
 @dataclass
@@ -64,13 +64,17 @@ def starting_point(run_dir: Path, load: str | None) -> Start:
             continue
         position = Position.from_state(checkpoint.state)
         _name_latest(run_dir, path.name)
-        return Start(position, f"resumes from step {position.step}", checkpoint, True, tuple(damaged))
+        return Start(
+            position, f"resumes from step {position.step}", checkpoint, True, tuple(damaged)
+        )
     for error in damaged.values():
         raise error
     if load is None:
         return Start(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))
-    return Start(Position(), f"a new run with the weights of {folder}", open_weights_together(folder))
+    return Start(
+        Position(), f"a new run with the weights of {folder}", open_weights_together(folder)
+    )
 
 
 def _name_latest(run_dir: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""model/memory.py against autograd: what each part of a model saves for backward, storages counted once, parameters
+"""plan/activations.py against autograd: what each part of a model saves for backward, storages counted once, parameters
 left out."""
 
 from collections.abc import Callable
@@ -13,7 +13,12 @@ from torch import Tensor
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import read_spec
-from megalite.model.memory import (
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Head, Recompute, Stage
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Grid
+from megalite.parallel.loss import IN_CACHE
+from megalite.plan.activations import (
     ChunkPart,
     Forward,
     Table,
@@ -25,11 +30,6 @@ from megalite.model.memory import (
     logits_bytes,
     total,
 )
-from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Head, Recompute, Stage
-from megalite.parallel.collectives import Split
-from megalite.parallel.grid import Grid
-from megalite.parallel.loss import IN_CACHE
 from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, VOCABULARY
 from tests.ranks import run_ranks
@@ -39,7 +39,11 @@ WITHIN = 0.02  # equal to the byte on the CPU; other kernels of attention keep a
 DROPPING = {
     "gpt2": {**FAMILY_CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1},
     "llama": {**FAMILY_CONFIGS["llama"], "attention_dropout": 0.2},
-    "bert": {**FAMILY_CONFIGS["bert"], "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.1},
+    "bert": {
+        **FAMILY_CONFIGS["bert"],
+        "hidden_dropout_prob": 0.3,
+        "attention_probs_dropout_prob": 0.1,
+    },
     "modernbert": {**FAMILY_CONFIGS["modernbert"], "attention_dropout": 0.1},
 }
 Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
@@ -78,7 +82,12 @@ def saved(parameters: set[int], forward: Callable[[], Tensor]) -> tuple[int, Ten
 
 
 def measured(
-    config: dict[str, Any], grid: Grid, dtype: torch.dtype, recompute: Recompute, packed: bool, sequence: bool
+    config: dict[str, Any],
+    grid: Grid,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    packed: bool,
+    sequence: bool,
 ) -> tuple[list[int], int]:
     """Bytes of embedding, each layer and head by themselves; and of the whole stage."""
     spec = read_spec(config)
@@ -86,7 +95,9 @@ def measured(
     parameters = {value.untyped_storage().data_ptr() for value in stage.parameters()}
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    documents = (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
+    documents = (
+        (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
+    )
     context = Context(randomness=Randomness(1, 1, torch.arange(BATCH)), documents=documents)
     whole, _ = saved(parameters, lambda: stage(ids, ids, context))
     (chunk,) = stage.chunks.values()
@@ -100,22 +111,34 @@ def measured(
 
 
 def predicted(
-    spec: TransformerSpec, grid: Grid, dtype: torch.dtype, recompute: Recompute, packed: bool, sequence: bool
+    spec: TransformerSpec,
+    grid: Grid,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    packed: bool,
+    sequence: bool,
 ) -> tuple[list[Table], int]:
     at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
     layers = [  # each layer by itself saves its angles
-        layer_table(spec, i, at, recompute == "selective") | angles_table(spec, [i], at) for i in range(spec.num_layers)
+        layer_table(spec, i, at, recompute == "selective") | angles_table(spec, [i], at)
+        for i in range(spec.num_layers)
     ]
-    kept = chunk_table(spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at)
+    kept = chunk_table(
+        spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at
+    )
     if recompute not in (0, "selective"):
-        del kept["angles"]  # kept by the context that backward calls the layers with again: no hook sees them
+        del kept[
+            "angles"
+        ]  # kept by the context that backward calls the layers with again: no hook sees them
     return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
 
 
 def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[str]:
     """The parts that are not within bounds, in words."""
     grid, wrong = Grid.build(1, world_size) if world_size > 1 else Grid(), []
-    chosen = [(sequence, case) for sequence in sequences for case in cases(world_size == 1, sequence)]
+    chosen = [
+        (sequence, case) for sequence in sequences for case in cases(world_size == 1, sequence)
+    ]
     for sequence, (name, config, dtype, recompute, packed) in chosen:
         spec = read_spec(config)
         parts, whole = measured(config, grid, dtype, recompute, packed, sequence)
@@ -123,7 +146,9 @@ def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[st
         label = f"{name} {dtype} {recompute} documents {packed} sequence {sequence} rank {rank} of {world_size}"
         for number, (size, table) in enumerate(zip(parts, tables, strict=bool(parts))):
             if size != pytest.approx(total(table), rel=WITHIN):
-                wrong.append(f"{label}, part {number}: saved {size}, predicted {total(table)}: {table}")
+                wrong.append(
+                    f"{label}, part {number}: saved {size}, predicted {total(table)}: {table}"
+                )
         if whole != pytest.approx(stage, rel=WITHIN):
             wrong.append(f"{label}: saved {whole}, predicted {stage}")
     return wrong
@@ -131,7 +156,9 @@ def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[st
 
 @pytest.mark.parametrize("rows", [13, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_logits_of_a_chunk(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_a_chunk(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The most that the head needs in forward is what it keeps and a chunk's logits."""
     monkeypatch.setattr("megalite.parallel.loss.LEAST_ROWS", rows)
     spec = replace(read_spec(FAMILY_CONFIGS["llama"]), vocabulary_size=20_000, hidden_size=4)

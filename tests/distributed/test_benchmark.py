@@ -11,8 +11,8 @@ import pytest
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.training.benchmark import main
-from megalite.training.measure import measure_layout, measure_plain
+from megalite.prove.benchmark import main
+from megalite.prove.measure import measure_layout, measure_plain
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.unit.data.corpora import write_corpus
@@ -22,7 +22,9 @@ WITH_KEYS = "tensor=2 megalite.train.activation_checkpointing=full"
 
 def measured(rank: int, world_size: int, request: dict[str, Any]) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
-    return (measure_plain if request["plain"] else measure_layout)(Config.from_dict(request["config"]), 2)
+    return (measure_plain if request["plain"] else measure_layout)(
+        Config.from_dict(request["config"]), 2
+    )
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
@@ -53,13 +55,28 @@ def config_file(tmp_path: Path) -> str:
 
 
 def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch("megalite.training.benchmark.run_local_ranks", on_forked_ranks):
-        assert main(["--deepspeed_config", config_file, "--steps", "2", "--layouts", "pipe=2", WITH_KEYS]) == 0
+    with mock.patch("megalite.prove.benchmark.run_local_ranks", on_forked_ranks):
+        assert (
+            main(
+                [
+                    "--deepspeed_config",
+                    config_file,
+                    "--steps",
+                    "2",
+                    "--layouts",
+                    "pipe=2",
+                    WITH_KEYS,
+                ]
+            )
+            == 0
+        )
     out = capsys.readouterr().out
     assert out.count("plain PyTorch, 1 process") == 2
     by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
     assert by_rank and all(len(line.split()) == 2 for line in by_rank)
-    (bubbles,) = re.findall(r"pipeline bubble, % by rank: (\S+) (\S+); (\S+) on average; simulated (\S+)", out)
+    (bubbles,) = re.findall(
+        r"pipeline bubble, % by rank: (\S+) (\S+); (\S+) on average; simulated (\S+)", out
+    )
     *measured, average, simulated = map(float, bubbles)
     assert all(0 < bubble < 100 for bubble in measured) and 0 < simulated < 50
     assert average == pytest.approx(sum(measured) / 2, abs=0.1)
@@ -70,11 +87,15 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     seconds, tokens, ratio, states, kept, peak, pipe, data, tensor, *_ = rows["pipe=2"]
     assert 0 < kept < peak
     assert tokens == pytest.approx(8 * 12 / seconds, rel=0.01) and ratio > 0 and states > 0
-    hidden = 8 * 12 * 32 * 2 / 1e6  # samples × tokens × features × bytes of bf16, over the one boundary
+    hidden = (
+        8 * 12 * 32 * 2 / 1e6
+    )  # samples × tokens × features × bytes of bf16, over the one boundary
     assert pipe == pytest.approx(hidden, rel=1e-3) and data == tensor == 0
     *_, less, _, pipe, _, tensor, _, _ = rows[WITH_KEYS]
     assert less < 0.8 * kept  # a key of its own
-    assert pipe == 0 and tensor > 4 * 2 * hidden  # 4 all-reduces a layer (formulas.md), embedding and head besides
+    assert (
+        pipe == 0 and tensor > 4 * 2 * hidden
+    )  # 4 all-reduces a layer (formulas.md), embedding and head besides
 
 
 def test_a_wrong_argument_is_one_line(config_file: str) -> None:

@@ -50,7 +50,9 @@ class Sleeper:
         self.kind: Callable[[], str] = str
         """Of the action that the rank does now."""
 
-    def __call__(self, source: Any, labels: Any = None, context: Any = None, chunk: int = 0) -> Tensor:
+    def __call__(
+        self, source: Any, labels: Any = None, context: Any = None, chunk: int = 0
+    ) -> Tensor:
         if isinstance(source, WeightGradients):
             if self.kind() == "W":  # else it is the head's part of I
                 time.sleep(self.seconds)
@@ -76,7 +78,9 @@ class Sleeper:
 def measure(rank: int, world_size: int, micro_batches: int) -> dict[str, float]:
     """The shortest step of each schedule, in seconds."""
     axis = Grid.build(world_size, 1).pipe
-    batches = [(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))] * micro_batches
+    batches = [
+        (torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    ] * micro_batches
     found = {}
     for schedule in SCHEDULES:
         chunks = 2 if schedule in ("interleaved", "zb-v") else 1

@@ -15,11 +15,11 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
-from megalite.convert.carried import tokenizer_of
-from megalite.convert.export_hf import export_hf
-from megalite.convert.hf_folder import HFFolder
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError
+from megalite.hub.carried import tokenizer_of
+from megalite.hub.export_hf import export_hf
+from megalite.hub.hf_folder import HFFolder
 from megalite.inference.generate_program import generate_main
 from tests.byte_model import save_byte_model
 from tests.ranks import REPOSITORY, run_ranks
@@ -39,7 +39,9 @@ def with_tokenizer(folder: Path, run: str, tokenizer: Path, steps: int) -> dict[
     return made
 
 
-def generated(rank: int, world_size: int, arguments: list[str], elsewhere: Path) -> list[dict[str, Any]]:
+def generated(
+    rank: int, world_size: int, arguments: list[str], elsewhere: Path
+) -> list[dict[str, Any]]:
     os.chdir(elsewhere)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -47,7 +49,9 @@ def generated(rank: int, world_size: int, arguments: list[str], elsewhere: Path)
     return [json.loads(line) for line in printed.getvalue().splitlines()]
 
 
-def test_a_run_without_its_tokenizer_s_folder_generates_and_is_exported(hf: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_tokenizer_s_folder_generates_and_is_exported(
+    hf: Path, tmp_path: Path
+) -> None:
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(hf, tokenizer)
     wanted = load_tokenizer(tokenizer).encode(TEXT)
@@ -76,7 +80,10 @@ def test_a_run_without_its_tokenizer_s_folder_generates_and_is_exported(hf: Path
 def test_a_tokenizer_may_be_a_file(tmp_path: Path) -> None:
     lines, model = ["abc bcd cde", "efg bcd", "abc efg"] * 20, tmp_path / "letters.model"
     sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "letters"), vocab_size=13, minloglevel=2
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "letters"),
+        vocab_size=13,
+        minloglevel=2,
     )
     assert run_ranks(1, train, [(with_tokenizer(tmp_path, "run", model, 1), nothing)]) == [[0]]
     wanted = load_tokenizer(model).encode(TEXT)
@@ -87,14 +94,31 @@ def test_a_tokenizer_may_be_a_file(tmp_path: Path) -> None:
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     """A checkpoint of an earlier release names a folder, which may lie elsewhere by now."""
-    assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 1}), nothing)]) == [[0]]
-    command = [sys.executable, "tools/export_hf.py", "--no-verify", "--checkpoint", str(tmp_path / "run")]
+    assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 1}), nothing)]) == [
+        [0]
+    ]
+    command = [
+        sys.executable,
+        "tools/export_hf.py",
+        "--no-verify",
+        "--checkpoint",
+        str(tmp_path / "run"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "out")], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+        [*command, "--output", str(tmp_path / "out")],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0 and done.stdout == f"{tmp_path}/out: written; not verified\n", done.stderr
-    assert done.stderr == f"export_hf.py: {tmp_path}/out: has no tokenizer: the checkpoint carries none\n"
+    assert done.returncode == 0 and done.stdout == f"{tmp_path}/out: written; not verified\n", (
+        done.stderr
+    )
+    assert (
+        done.stderr
+        == f"export_hf.py: {tmp_path}/out: has no tokenizer: the checkpoint carries none\n"
+    )
 
 
 def test_what_goes_with_loaded_weights_goes_with_the_run_s(hf: Path, tmp_path: Path) -> None:

@@ -21,14 +21,24 @@ from tests.training_runs import document, nothing, rows, train
 from tests.writer_points import kill_at, watch_writer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-SAME = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "skipped_steps")
+SAME = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "consumed_samples",
+    "consumed_tokens",
+    "skipped_steps",
+)
 ALL = "all"
 
 
 def assert_same(run: Path, unbroken: Path) -> None:
     """Rows, state, weights and moments, to the bit."""
     ours, theirs = rows(run), rows(unbroken)
-    assert [[row[key] for key in SAME] for row in ours] == [[row[key] for key in SAME] for row in theirs]
+    assert [[row[key] for key in SAME] for row in ours] == [
+        [row[key] for key in SAME] for row in theirs
+    ]
     one, two = (Checkpoint.open(find_checkpoint(folder)) for folder in (run, unbroken))
     assert one.state == two.state and one.names == two.names
     for name, kind in itertools.product(one.names, KINDS):
@@ -45,7 +55,9 @@ def killing(rank: int, victim: int | str, point: int) -> Iterator[None]:
     yield
 
 
-def killed_run(folder: Path, layout: dict[str, int], kills: list[tuple[int | str, int]], steps: int) -> int:
+def killed_run(
+    folder: Path, layout: dict[str, int], kills: list[tuple[int | str, int]], steps: int
+) -> int:
     """A run that saves at each step, killed again and again, then left to end: equals one that was not. How many of
     the kills met a save."""
     saving = {"steps": steps, "checkpoint_interval": 1, "keep_checkpoints": 1}
@@ -74,14 +86,21 @@ def test_a_run_killed_inside_saves_equals_one_that_was_not(tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", [{"zero": 2}, {"pipe": 2}], ids=str)
 def test_runs_killed_at_every_point_of_a_save(tmp_path: Path, layout: dict[str, int]) -> None:
     """Points 30 to 75 lie in a start's second save, where the first is removed; of rank 1, 3 to 5."""
-    kills: list[Any] = [(ALL, point) for point in range(30, 75)] + [(0, point) for point in range(30, 75)]
-    assert killed_run(tmp_path, layout, kills + [(1, point) for point in range(1, 6)], 150) == len(kills) + 5
+    kills: list[Any] = [(ALL, point) for point in range(30, 75)] + [
+        (0, point) for point in range(30, 75)
+    ]
+    assert (
+        killed_run(tmp_path, layout, kills + [(1, point) for point in range(1, 6)], 150)
+        == len(kills) + 5
+    )
 
 
 LAYOUTS = {"data": {}, "tensor": {"tensor": 2}, "pipe": {"pipe": 2}}
 COMBINATIONS = [
     (axis, zero, dtype, background)
-    for axis, zero, dtype, background in itertools.product(LAYOUTS, range(4), ("fp32", "bf16"), (True, False))
+    for axis, zero, dtype, background in itertools.product(
+        LAYOUTS, range(4), ("fp32", "bf16"), (True, False)
+    )
     if not (axis == "pipe" and zero not in (1, 2)) and not (zero == 0 and dtype == "bf16")
 ]
 SOME = [
@@ -89,7 +108,9 @@ SOME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wanted", [SOME, pytest.param(COMBINATIONS, marks=pytest.mark.long)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "wanted", [SOME, pytest.param(COMBINATIONS, marks=pytest.mark.long)], ids=["some", "all"]
+)
 @pytest.mark.timeout(1800)
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path, wanted: list[Any]) -> None:
     runs = []
@@ -99,7 +120,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path, wanted: l
         name = f"{axis}{zero}{dtype}{background}"
         for run, steps in ((f"{name}_whole", 4), (name, 2), (name, 4)):
             layout = {**LAYOUTS[axis], "zero": zero}
-            runs.append((document(tmp_path, run, layout, train={**saving, "steps": steps}, **keys), nothing))
+            runs.append(
+                (document(tmp_path, run, layout, train={**saving, "steps": steps}, **keys), nothing)
+            )
     assert run_ranks(2, train, runs, timeout_seconds=1500) == [[0] * len(runs)] * 2
     for axis, zero, dtype, background in wanted:
         run = tmp_path / f"{axis}{zero}{dtype}{background}"

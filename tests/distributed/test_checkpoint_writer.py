@@ -23,7 +23,12 @@ from tests.ranks import RankFailure, run_ranks
 from tests.small_disk import small_disk
 from tests.writer_points import kill_at, watch_writer
 
-STATE: dict[str, Any] = {"consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": {"model_type": "gpt2"}}
+STATE: dict[str, Any] = {
+    "consumed_samples": 0,
+    "consumed_tokens": 0,
+    "seed": 1,
+    "model": {"model_type": "gpt2"},
+}
 WORLD, COLUMNS = 2, 20_000  # 160 kB a rank
 CLONE_NEWNS = 0x20000
 
@@ -46,7 +51,9 @@ def is_good(run: Path, steps: set[int]) -> int:
     checkpoint = Checkpoint.open(path)
     step = checkpoint.state["step"]
     assert step in steps
-    assert torch.equal(checkpoint.read("a"), boxes(0, step)["weight/a"][0].values[:1].expand(2 * WORLD, COLUMNS))
+    assert torch.equal(
+        checkpoint.read("a"), boxes(0, step)["weight/a"][0].values[:1].expand(2 * WORLD, COLUMNS)
+    )
     return step
 
 
@@ -69,7 +76,9 @@ def copy_at_each_point(rank: int, world_size: int, run: Path, copies: Path) -> N
     dist.barrier()
 
     def copy(number: int, operation: str, argument: Any) -> None:
-        shutil.copytree(run, copies / f"rank{rank}_{number:03d}_{operation}", ignore_dangling_symlinks=True)
+        shutil.copytree(
+            run, copies / f"rank{rank}_{number:03d}_{operation}", ignore_dangling_symlinks=True
+        )
 
     def careful(number: int, operation: str, argument: Any) -> None:
         for _ in range(5):  # the other rank works in the folder meanwhile
@@ -93,7 +102,15 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(tmp_path: Path) -> None:
         if number % 4 == 0:
             saves_after(left)
     operations = {operation for operation, _ in seen}
-    assert operations == {"open", "write", "fsync", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+    assert operations == {
+        "open",
+        "write",
+        "fsync",
+        "os.mkdir",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+    }
     assert {("os.rename", 1), ("os.rename", 2)} <= seen and len(list(copies.iterdir())) > 60
 
 
@@ -179,7 +196,10 @@ def test_nothing_becomes_visible_before_it_is_on_the_disk(tmp_path: Path) -> Non
                        (second, ("tensors_00001.safetensors",))):  # fmt: skip
         for name in names:
             of_file = [operation for operation, path in log if path == f"{partial}/{name}"]
-            assert of_file[0] == "open" and "write" in of_file and of_file[-1] == "fsync", (name, of_file)
+            assert of_file[0] == "open" and "write" in of_file and of_file[-1] == "fsync", (
+                name,
+                of_file,
+            )
     assert first[published - 1] == ("fsync", partial)
     assert ("fsync", str(folder)) in first[published : published + 3]
     assert ("fsync", str(tmp_path)) in first[:published]  # the name `checkpoints` itself
@@ -194,7 +214,10 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
     def refuse(number: int, operation: str, argument: Any) -> None:
         state["seen"] = state.get("seen", -1) + 1
         if state["seen"] == state["at"]:
-            raise OSError(28 if number % 2 else 5, "No space left on device" if number % 2 else "Input/output error")
+            raise OSError(
+                28 if number % 2 else 5,
+                "No space left on device" if number % 2 else "Input/output error",
+            )
 
     watch_writer(refuse)
     saver, step, refusals = Saver(run, keep=2), 1, 0
@@ -210,7 +233,9 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
                 failed = failure_line(error)
                 assert f"rank {victim}: [Errno " in failed, failed
             everyone: list[Any] = [None] * world_size
-            dist.all_gather_object(everyone, (failed, state["seen"] >= point and rank == victim, list(saver.told)))
+            dist.all_gather_object(
+                everyone, (failed, state["seen"] >= point and rank == victim, list(saver.told))
+            )
             assert len({outcome for outcome, _, _ in everyone}) == 1, everyone
             standing = [Checkpoint.open(path).state["step"] for path in checkpoints_of(run)]
             good = is_good(run, {step} if not failed else {step - 1, step, *standing})
@@ -227,7 +252,9 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
 
 
 @pytest.mark.parametrize("point_step", [3, pytest.param(1, marks=pytest.mark.long)])
-def test_an_operation_that_fails_on_one_rank_is_every_rank_s_word(tmp_path: Path, point_step: int) -> None:
+def test_an_operation_that_fails_on_one_rank_is_every_rank_s_word(
+    tmp_path: Path, point_step: int
+) -> None:
     counts = run_ranks(WORLD, refused, tmp_path / "run", point_step)
     assert counts[0] == counts[1] >= 30 // point_step
 
@@ -246,7 +273,11 @@ def disk_is_full(rank: int, world_size: int, run: Path) -> None:
         assert is_good(run, {2})
     dist.barrier()
     if rank == 0:
-        assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step_00000001", "step_00000002"]
+        assert sorted(os.listdir(run / "checkpoints")) == [
+            "latest",
+            "step_00000001",
+            "step_00000002",
+        ]
         shutil.rmtree(run / "checkpoints" / "step_00000001")
     dist.barrier()
     save(saver, rank, 5)
@@ -262,11 +293,15 @@ def room_is_made(rank: int, world_size: int, run: Path) -> None:
     for step in (1, 2, 3, 4):
         save(saver, rank, step)
         dist.barrier()
-        assert [step_of(path) for path in checkpoints_of(run)] == ([step - 1, step] if step > 1 else [1])
+        assert [step_of(path) for path in checkpoints_of(run)] == (
+            [step - 1, step] if step > 1 else [1]
+        )
         assert is_good(run, {step})
         dist.barrier()
     removed = [line.partition(": ")[0] for line in saver.told]
-    assert removed == ([str(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2)] if rank == 0 else [])
+    assert removed == (
+        [str(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2)] if rank == 0 else []
+    )
     saver = Saver(run, keep=3)  # a later start, from the older one of the two: the newer is damaged
     saver.starts_from(3, {"step_00000004"})
     if rank == 0:
@@ -288,7 +323,11 @@ def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None
     if rank == 1:  # mounts of its own, which threads that start later share
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
-        for command in (["--make-rprivate", "/"], ["--bind", str(run), str(run)], ["-o", "remount,bind,ro", str(run)]):
+        for command in (
+            ["--make-rprivate", "/"],
+            ["--bind", str(run), str(run)],
+            ["-o", "remount,bind,ro", str(run)],
+        ):
             subprocess.run(["mount", *command], check=True)
     if rank == 0:
         shutil.copytree(run.parent / "good", run / "checkpoints")
@@ -299,7 +338,11 @@ def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None
     dist.barrier()
     assert is_good(run, {5})
     if rank == 0:
-        assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step_00000002", "step_00000005"]
+        assert sorted(os.listdir(run / "checkpoints")) == [
+            "latest",
+            "step_00000002",
+            "step_00000005",
+        ]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
@@ -326,12 +369,17 @@ def no_room(rank: int, world_size: int, run: Path) -> None:
         box.values.zero_()
     saver.wait()
     figures = saver.taken_figures()
-    assert figures["checkpoint_copy_bytes"] == 2 * COLUMNS * 4 and figures["checkpoint_write_seconds"] > 0
+    assert (
+        figures["checkpoint_copy_bytes"] == 2 * COLUMNS * 4
+        and figures["checkpoint_write_seconds"] > 0
+    )
     assert figures["checkpoint_seconds"] > 0 and saver.taken_figures() == {}
     is_good(run, {2})
     with pytest.raises(CheckpointException) as raised:
         save(Saver(run / str(rank), keep=1), rank, 3)
-    assert "rank 1: " in failure_line(raised.value) and "that all ranks share" in failure_line(raised.value)
+    assert "rank 1: " in failure_line(raised.value) and "that all ranks share" in failure_line(
+        raised.value
+    )
     dist.barrier()
     assert list((run / "0" / "checkpoints").iterdir()) == []
 
@@ -358,7 +406,9 @@ def test_more_data_ranks_than_a_tensor_has_elements(tmp_path: Path) -> None:
     run_ranks(3, more_ranks_than_elements, tmp_path)
 
 
-def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(tmp_path: Path) -> None:
+def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(
+    tmp_path: Path,
+) -> None:
     saver = saver_of(tmp_path, (1, 7))
     (tmp_path / "checkpoints" / "step_00000007" / "index.json").write_text("{}")
     path, damaged = newest_good(tmp_path)
@@ -366,7 +416,11 @@ def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(t
     saver.starts_from(1, {"step_00000007"})
     saver.save(4, ONE_BOX, {**STATE, "step": 4})
     saver.wait()
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000004", "step_00000007.damaged"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "latest",
+        "step_00000004",
+        "step_00000007.damaged",
+    ]
     assert "step_00000007: damaged, and passed over: is now step_00000007.damaged" in saver.told[0]
     assert newest_good(tmp_path)[1] == []
 
@@ -378,7 +432,13 @@ def test_a_later_checkpoint_that_was_not_found_damaged_is_left_alone(tmp_path: P
     for step in (4, 5):
         saver.save(step, ONE_BOX, {**STATE, "step": step})
         saver.wait()
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000005", "step_00000007"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "latest",
+        "step_00000005",
+        "step_00000007",
+    ]
     assert newest_good(tmp_path) == (tmp_path / "checkpoints" / "step_00000007", [])
     (line,) = saver.told
-    assert line.endswith("step_00000007: of a later step than 4: not written by this start, and left as it is")
+    assert line.endswith(
+        "step_00000007: of a later step than 4: not written by this start, and left as it is"
+    )

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalite.checkpoint.files import WEIGHT, Checkpoint, checkpoints_of, find_checkpoint
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.weights import check_names, load_shards, open_together
+from megalite.engine.engine import Engine
 from megalite.errors import CheckpointError
-from megalite.parallel.engine import Engine
 from megalite.parallel.layers import Shard
 from tests.ranks import run_ranks
 from tests.small_models import Layout, Task, build, train_steps
@@ -29,7 +29,13 @@ CHAIN = [  # each loads what the two before have saved: pipe, tensor, data, ever
     Layout(pipe=4, stage=1, dtype="bf16"),
     Layout(stage=1),
 ]
-STATE: dict[str, Any] = {"step": 2, "consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": TASK.section}
+STATE: dict[str, Any] = {
+    "step": 2,
+    "consumed_samples": 0,
+    "consumed_tokens": 0,
+    "seed": 1,
+    "model": TASK.section,
+}
 
 
 def kinds(shard: Shard) -> dict[str, torch.Tensor]:
@@ -38,9 +44,14 @@ def kinds(shard: Shard) -> dict[str, torch.Tensor]:
 
 def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
     """Masters and moments, and the weights that the model computes with."""
-    held = {f"{k}/{s.placement.name}": v.clone() for s in engine.shards() for k, v in kinds(s).items()}
+    held = {
+        f"{k}/{s.placement.name}": v.clone() for s in engine.shards() for k, v in kinds(s).items()
+    }
     if engine.zero_optimization_stage() < 3:
-        held |= {f"model/{name}": value.detach().clone() for name, value in engine.module.named_parameters()}
+        held |= {
+            f"model/{name}": value.detach().clone()
+            for name, value in engine.module.named_parameters()
+        }
     return held
 
 
@@ -59,7 +70,10 @@ def assert_equals_file(engine: Engine, path: Path) -> None:
         for kind, values in kinds(shard).items():
             whole = checkpoint.read(shard.placement.name, kind=kind)
             own = shard.placement.cut(whole).contiguous().view(-1)
-            assert torch.equal(values, own[shard.start : shard.start + values.numel()]), (kind, shard.placement.name)
+            assert torch.equal(values, own[shard.start : shard.start + values.numel()]), (
+                kind,
+                shard.placement.name,
+            )
             seen += 1
     assert seen >= 3
 
@@ -71,16 +85,22 @@ def load_each(rank: int, world_size: int, layout: Layout, checkpoints: list[Path
         assert_equals_file(engine, path)
 
 
-def save_and_resume(rank: int, world_size: int, layout: Layout, before: list[Path], run: Path) -> None:
+def save_and_resume(
+    rank: int, world_size: int, layout: Layout, before: list[Path], run: Path
+) -> None:
     engine, pipeline, grid = build(layout, TASK)
     for path in before:
         load(engine, path, 2)
         assert_equals_file(engine, path)
     # Every second layout has no room for a copy.
-    saver = Saver(run, keep=3, copy_limit_bytes=0 if len(before) == 1 or layout.stage == 2 else None)
+    saver = Saver(
+        run, keep=3, copy_limit_bytes=0 if len(before) == 1 or layout.stage == 2 else None
+    )
     train_steps(engine, pipeline, grid, layout, TASK, range(2))
     saver.save(2, owned_boxes(engine.shards(), grid.data, layout.stage == 0), STATE)
-    going_on = train_steps(engine, pipeline, grid, layout, TASK, range(2, 4))  # while the file is written
+    going_on = train_steps(
+        engine, pipeline, grid, layout, TASK, range(2, 4)
+    )  # while the file is written
     saver.wait()
     expected = snapshot(engine)
     engine, pipeline, grid = build(layout, TASK)
@@ -112,7 +132,13 @@ def save_in_every_layout(folder: Path) -> list[Path]:
 def test_every_layout_loads_every_other(tmp_path: Path) -> None:
     saved = save_in_every_layout(tmp_path)
     for number, layout in enumerate(CHAIN):
-        run_ranks(layout.world_size, load_each, layout, saved[:number] + saved[number + 1 :], timeout_seconds=600)
+        run_ranks(
+            layout.world_size,
+            load_each,
+            layout,
+            saved[:number] + saved[number + 1 :],
+            timeout_seconds=600,
+        )
 
 
 def fail_on_one_rank(rank: int, world_size: int, run: Path) -> None:
@@ -174,5 +200,7 @@ def save_once(rank: int, world_size: int, run: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run_ranks(1, save_once, tmp_path)
-    assert not Checkpoint.open(find_checkpoint(tmp_path)).has_moments  # none stand before the first step
+    assert not Checkpoint.open(
+        find_checkpoint(tmp_path)
+    ).has_moments  # none stand before the first step
     run_ranks(1, load_another_model, tmp_path)

@@ -21,35 +21,62 @@ GLOSSES = """  1 This software and database is being provided to you
 
 
 def collect(wordnet: Path, output: Path) -> None:
-    command = [sys.executable, "tools/collect_glosses.py", "--wordnet", str(wordnet), "--output", str(output)]
+    command = [
+        sys.executable,
+        "tools/collect_glosses.py",
+        "--wordnet",
+        str(wordnet),
+        "--output",
+        str(output),
+    ]
     subprocess.run(command, cwd=REPOSITORY, check=True, env={"PYTHONPATH": str(REPOSITORY)})
 
 
 def test_a_gloss_is_the_prompt_and_its_topic_the_completion(tmp_path: Path) -> None:
     (tmp_path / "data.noun").write_text(GLOSSES)
     collect(tmp_path, tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "valid.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "valid.jsonl").read_text().splitlines()
+    ]
     assert lines == [
         {"prompt": "a living organism\nTopic:", "completion": " animal"},
-        {"prompt": "any substance that can be metabolized by an animal\nTopic:", "completion": " food"},
+        {
+            "prompt": "any substance that can be metabolized by an animal\nTopic:",
+            "completion": " food",
+        },
     ]
-    assert (tmp_path / "out" / "train.jsonl").read_text() == ""  # the first of each ten is for validation
+    assert (
+        tmp_path / "out" / "train.jsonl"
+    ).read_text() == ""  # the first of each ten is for validation
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_topics_are_told_apart(tmp_path: Path) -> None:
-    for command in (["apt-get", "download", "wordnet-base"], ["sh", "-c", "dpkg-deb -x wordnet-base_*.deb wordnet"]):
+    for command in (
+        ["apt-get", "download", "wordnet-base"],
+        ["sh", "-c", "dpkg-deb -x wordnet-base_*.deb wordnet"],
+    ):
         if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0:
             pytest.skip("Debian's wordnet-base cannot be had here")
     collect(tmp_path / "wordnet/usr/share/wordnet", tmp_path)
     train_tokenizer([str(tmp_path / "train.jsonl")], 4096, "bpe", tmp_path / "tokenizer", "prompt")
     for part in ("train", "valid"):
-        preprocess([str(tmp_path / f"{part}.jsonl")], str(tmp_path / "tokenizer"), str(tmp_path / part), chat=True)
+        preprocess(
+            [str(tmp_path / f"{part}.jsonl")],
+            str(tmp_path / "tokenizer"),
+            str(tmp_path / part),
+            chat=True,
+        )
     text = Path("ds_configs/classify.json").read_text()
-    text = text.replace("runs/classify-data", str(tmp_path)).replace("runs/classify", str(tmp_path / "run"))
+    text = text.replace("runs/classify-data", str(tmp_path)).replace(
+        "runs/classify", str(tmp_path / "run")
+    )
     (tmp_path / "config.json").write_text(text)
-    assert run_ranks(2, tuned, str(tmp_path / "config.json"), init=False, timeout_seconds=2000) == [0, 0]
+    assert run_ranks(2, tuned, str(tmp_path / "config.json"), init=False, timeout_seconds=2000) == [
+        0,
+        0,
+    ]
     arguments = ["--checkpoint", str(tmp_path / "run"), "--labelled", str(tmp_path / "valid.jsonl")]
     arguments += ["--micro-batch-size", "64", "megalite.parallel.tensor=2"]
     (found,) = run_ranks(2, evaluated, arguments, init=False, timeout_seconds=1000)[0]

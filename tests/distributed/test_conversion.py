@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.weights import load_module, load_shards_from
-from megalite.convert import verify
-from megalite.convert.export_hf import export_hf
-from megalite.convert.hf_folder import HFFolder
-from megalite.convert.import_hf import import_hf
-from megalite.convert.names import hf_auto_class
-from megalite.convert.weights import open_weights_together
 from megalite.errors import CheckpointError, ConversionError, MegaliteError
+from megalite.hub import same_logits as verify
+from megalite.hub.export_hf import export_hf
+from megalite.hub.hf_folder import HFFolder
+from megalite.hub.import_hf import import_hf
+from megalite.hub.names import hf_auto_class
+from megalite.hub.sources import open_weights_together
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -40,9 +40,11 @@ UNTIED = {
     for name, config in FAMILY_CONFIGS.items()
     if config["model_type"] not in _TIED_ALONE
 }
-CONFIGS = {f"{name} tied": config for name, config in TIED.items() if config["model_type"] not in ("gptj", "phi")} | {
-    f"{name} untied": config for name, config in UNTIED.items()
-}
+CONFIGS = {
+    f"{name} tied": config
+    for name, config in TIED.items()
+    if config["model_type"] not in ("gptj", "phi")
+} | {f"{name} untied": config for name, config in UNTIED.items()}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -67,7 +69,9 @@ def _logits(stage: Stage, grid: Grid, tokens: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def logits_on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]) -> list[Tensor | None]:
+def logits_on_a_grid(
+    rank: int, world_size: int, pipe: int, tensor: int, folders: list[Path]
+) -> list[Tensor | None]:
     grid, results = Grid.build(pipe, tensor), []
     tokens, _ = batch()
     for folder in folders:
@@ -91,26 +95,38 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     return result
 
 
-def test_logits_on_pipe_2_tensor_2_are_those_of_transformers(imported: dict[str, tuple[Path, Path]]) -> None:
-    results = run_ranks(4, logits_on_a_grid, 2, 2, [checkpoint for _, checkpoint in imported.values()])
+def test_logits_on_pipe_2_tensor_2_are_those_of_transformers(
+    imported: dict[str, tuple[Path, Path]],
+) -> None:
+    results = run_ranks(
+        4, logits_on_a_grid, 2, 2, [checkpoint for _, checkpoint in imported.values()]
+    )
     for number, (name, config) in enumerate(CONFIGS.items()):
         ours = torch.cat([parts[number] for parts in results if parts[number] is not None], dim=-1)
         with torch.no_grad():
-            torch.testing.assert_close(ours, hf_model(config)(batch()[0]).logits, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                ours, hf_model(config)(batch()[0]).logits, rtol=1e-5, atol=1e-5, msg=name
+            )
 
 
-def start_from_folders(rank: int, world_size: int, layout: Layout, folders: list[tuple[Path, Task]]) -> None:
+def start_from_folders(
+    rank: int, world_size: int, layout: Layout, folders: list[tuple[Path, Task]]
+) -> None:
     """What `train.load` does: every rank's weights are its slices of the folder's."""
     for path, task in folders:
         engine = build(layout, task)[0]
         folder = HFFolder(path)
         Start(Position(), "", folder).fill(engine)
         for value, place in placed(engine.module):
-            assert torch.equal(value.detach(), folder.read(place.name, place.offsets, place.shape)), place.name
+            assert torch.equal(
+                value.detach(), folder.read(place.name, place.offsets, place.shape)
+            ), place.name
         for shard in engine.shards():
             place = shard.placement
             own = folder.read(place.name, place.offsets, place.shape).flatten()
-            assert torch.equal(shard.master, own[shard.start : shard.start + shard.master.numel()]), place.name
+            assert torch.equal(
+                shard.master, own[shard.start : shard.start + shard.master.numel()]
+            ), place.name
 
 
 def test_training_starts_from_a_folder_on_a_grid(tmp_path: Path) -> None:
@@ -129,7 +145,10 @@ def test_what_goes_in_comes_out_to_the_bit(
     export_hf(checkpoint, tmp_path / "out", verify=True, shard_bytes=40_000)
     before, after = stored(hf), stored(tmp_path / "out")
     assert before.keys() == after.keys() and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert all(
+        torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype
+        for key in before
+    )
     import_hf(tmp_path / "out", tmp_path / "again", verify=False)
     first, second = Checkpoint.open(checkpoint), Checkpoint.open(tmp_path / "again")
     assert read_spec(first.model) == read_spec(second.model) and first.names == second.names
@@ -151,7 +170,9 @@ def test_what_goes_in_comes_out_to_the_bit(
     }
 
 
-def test_dtypes_and_files_that_travel(imported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_dtypes_and_files_that_travel(
+    imported: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
     hf, _ = imported["qwen2 untied"]
     (hf / "tokenizer_config.json").write_text('{"a": 1}')
     (hf / "generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.5}')
@@ -162,7 +183,9 @@ def test_dtypes_and_files_that_travel(imported: dict[str, tuple[Path, Path]], tm
     tensors = stored(tmp_path / "half")
     assert all(torch.equal(value.bfloat16(), tensors[key]) for key, value in stored(hf).items())
     assert (tmp_path / "half" / "tokenizer_config.json").read_text() == '{"a": 1}'
-    assert json.loads((tmp_path / "half" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+    assert json.loads((tmp_path / "half" / "generation_config.json").read_text())[
+        "eos_token_id"
+    ] == [2, 5]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
@@ -182,7 +205,9 @@ def test_nothing_is_written_over_nor_left_half_done(
             call(tmp_path / "wrong")
     with pytest.raises(MegaliteError):
         import_hf(tmp_path / "nothing", tmp_path / "wrong")
-    assert [path.name for path in tmp_path.iterdir()] == ["stands"] and not list((tmp_path / "stands").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["stands"] and not list(
+        (tmp_path / "stands").iterdir()
+    )
 
 
 def failing_on_rank_1(rank: int, world_size: int, source: Path) -> None:
@@ -207,7 +232,9 @@ def failing_on_rank_1(rank: int, world_size: int, source: Path) -> None:
             lambda: load_shards_from(folder.read, engine.shards()),
             lambda: Start(Position(), "", folder).fill(engine),
         ):
-            with pytest.raises(CheckpointError, match="model.safetensors: final_norm.*Input/output error") as raised:
+            with pytest.raises(
+                CheckpointError, match="model.safetensors: final_norm.*Input/output error"
+            ) as raised:
                 load()
             assert raised.value.agreed
     said = "model.safetensors: cannot be read: Input/output error"

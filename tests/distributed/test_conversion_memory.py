@@ -11,14 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.ranks import REPOSITORY
 
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
 MIB = 1 << 20
 
 
 def peak_bytes(*command: str) -> int:
     """The most private memory that a program of this project had; mapped files, which the kernel may drop, are not in
     it."""
-    process = psutil.Popen([sys.executable, *command], cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)})
+    process = psutil.Popen(
+        [sys.executable, *command], cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)}
+    )
     most = 0
     while process.poll() is None:
         try:
@@ -38,7 +45,9 @@ def test_conversions_do_not_grow_with_the_model(tmp_path: Path) -> None:
     for layers in (8, 24):
         hf, checkpoint, out = (tmp_path / f"{name}{layers}" for name in ("hf", "checkpoint", "out"))
         config = AutoConfig.for_model("llama", vocab_size=32000, num_hidden_layers=layers, **SIZES)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(hf, max_shard_size="200MB")
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+            hf, max_shard_size="200MB"
+        )
         arguments = ("--model", str(hf), "--output", str(checkpoint), "--no-verify")
         peaks["import", layers] = peak_bytes("tools/import_hf.py", *arguments)
         arguments = ("--checkpoint", str(checkpoint), "--output", str(out), "--no-verify")

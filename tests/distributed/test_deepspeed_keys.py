@@ -79,14 +79,26 @@ def test_adam_w_mode_says_how_weights_decay(tmp_path: Path) -> None:
 
     def of(name: str, kind: str, **params: Any) -> dict[str, Any]:
         keys = document(tmp_path, name, {"zero": 2}, train={"steps": STEPS})
-        keys["optimizer"] = {"type": kind, "params": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.5, **params}}
+        keys["optimizer"] = {
+            "type": kind,
+            "params": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.5, **params},
+        }
         return keys
 
-    cases = [of("w", "AdamW"), of("true", "Adam", adam_w_mode=True), of("false", "Adam", adam_w_mode=False)]
+    cases = [
+        of("w", "AdamW"),
+        of("true", "Adam", adam_w_mode=True),
+        of("false", "Adam", adam_w_mode=False),
+    ]
     run_ranks(2, train, [(keys, nothing) for keys in cases])
     run_ranks(1, train, [(of("one", "Adam", adam_w_mode=False), nothing)])
-    losses = {name: [row["loss"] for row in rows(tmp_path / name)] for name in ("w", "true", "false", "one")}
-    assert losses["w"] == losses["true"] and losses["false"] == pytest.approx(losses["one"], rel=1e-6)
+    losses = {
+        name: [row["loss"] for row in rows(tmp_path / name)]
+        for name in ("w", "true", "false", "one")
+    }
+    assert losses["w"] == losses["true"] and losses["false"] == pytest.approx(
+        losses["one"], rel=1e-6
+    )
     assert losses["false"][-1] != pytest.approx(losses["w"][-1], rel=1e-4)
 
 
@@ -99,8 +111,16 @@ def test_a_loss_scale_counts_overflows_in_a_row_or_all_and_has_an_end(tmp_path: 
         fp16 = {"enabled": True, "initial_scale_power": 10, "hysteresis": 2, **keys}
         return document(tmp_path, name, {"zero": 2}, train={"steps": 5}, fp16=fp16)
 
-    cases = [of("all"), of("row", consecutive_hysteresis=True), of("end", min_loss_scale=1024, hysteresis=1)]
+    cases = [
+        of("all"),
+        of("row", consecutive_hysteresis=True),
+        of("end", min_loss_scale=1024, hysteresis=1),
+    ]
     first, second = run_ranks(2, train, [(keys, plant) for keys in cases])
-    assert first == second and first[:2] == [0, 0] and str(first[2]).startswith("step 2: gradient norm is ")
+    assert (
+        first == second
+        and first[:2] == [0, 0]
+        and str(first[2]).startswith("step 2: gradient norm is ")
+    )
     scales = {name: [row["loss_scale"] for row in rows(tmp_path / name)] for name in ("all", "row")}
     assert scales == {"all": [1024] * 4 + [512], "row": [1024] * 5}, json.dumps(scales)

@@ -18,9 +18,9 @@ from megalite.config import Config
 from megalite.data.indexed import IndexedWriter
 from megalite.data.loader import ValidData
 from megalite.inference.evaluate_program import evaluate_main
-from megalite.training.layouts import Layout, config_of, micro_sizes
-from megalite.training.trace import Trace
-from megalite.training.verify import Spread
+from megalite.prove.layouts import Layout, config_of, micro_sizes
+from megalite.prove.trace import Trace
+from megalite.prove.verify import Spread
 from tests.families import FAMILY_CONFIGS, hf_model
 from tests.ranks import REPOSITORY, run_ranks
 from tests.small_models import MODELS, VOCABULARY
@@ -61,15 +61,24 @@ class Runs:
         """Documents of about ten tokens, packed whole and kept apart; dropout on."""
         json = document(self.corpus, model, True, BATCH)
         json["megalite"]["model"] |= DROPOUT[model]
-        json["megalite"]["data"] |= {"loss": "all", "objective": MASKED, "samples": "packed", "reset_attention": True}
+        json["megalite"]["data"] |= {
+            "loss": "all",
+            "objective": MASKED,
+            "samples": "packed",
+            "reset_attention": True,
+        }
         config = config_of(Config.from_dict(json), layout, BATCH)
         return config.to_json(), nothing, self.folder / f"{model} {layout}"
 
     def trace(self, model: str, layout: Layout) -> Trace:
         if (model, layout) not in self.recorded:
             together = [other for other in LAYOUTS if other.world_size == layout.world_size]
-            found = traces(layout.world_size, STEPS, [self.request(model, other) for other in together])
-            self.recorded |= {(model, other): trace for other, trace in zip(together, found, strict=True)}
+            found = traces(
+                layout.world_size, STEPS, [self.request(model, other) for other in together]
+            )
+            self.recorded |= {
+                (model, other): trace for other, trace in zip(together, found, strict=True)
+            }
         return self.recorded[model, layout]
 
     @cache  # noqa: B019  (one object, which lives as long as the module's tests)
@@ -91,7 +100,9 @@ def test_a_layout_equals_one_process(runs: Runs, model: str, layout: Layout) -> 
     assert not verdict.first, "; ".join(map(str, verdict.first))
 
 
-def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout(tmp_path: Path) -> None:
+def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout(
+    tmp_path: Path,
+) -> None:
     """Documents of one word each: a token follows from those on both sides of it, and from nothing else."""
     random, ids, steps = np.random.default_rng(0), 40, 100
     with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
@@ -99,15 +110,24 @@ def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout
             writer.add_document(np.full(LENGTH, 5 + random.integers(ids)))
 
     def keys(run: str, layout: dict[str, Any], steps: int) -> dict[str, Any]:
-        made = run_document(tmp_path, run, layout, train={"steps": steps, "eval_interval": steps // 2})
-        made["megalite"]["model"] = {**MODELS["bert"], "num_hidden_layers": 3, "initializer_range": 0.1}
+        made = run_document(
+            tmp_path, run, layout, train={"steps": steps, "eval_interval": steps // 2}
+        )
+        made["megalite"]["model"] = {
+            **MODELS["bert"],
+            "num_hidden_layers": 3,
+            "initializer_range": 0.1,
+        }
         corpus = [str(tmp_path / "corpus")]
         made["megalite"]["data"] |= {"train": corpus, "valid": corpus, "objective": MASKED}
         return made
 
     first = keys("changing", {"pipe": 2, "zero": 2, "schedule": "zb-v"}, steps // 2)
     starts = [first, keys("changing", {"tensor": 2}, steps), keys("one", {"pipe": 2}, 10)]
-    assert run_ranks(2, train, [(start, nothing) for start in starts], timeout_seconds=300) == [[0, 0, 0]] * 2
+    assert (
+        run_ranks(2, train, [(start, nothing) for start in starts], timeout_seconds=300)
+        == [[0, 0, 0]] * 2
+    )
     changing, one = (rows(tmp_path / run) for run in ("changing", "one"))
     for step in range(10):  # then rounding has grown
         assert changing[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
@@ -138,8 +158,13 @@ def test_an_evaluation_is_that_of_transformers_on_the_same_masks(tmp_path: Path)
     valid = ValidData(data, VOCABULARY)
     tokens, labels, _ = valid.batch(range(valid.num_samples))
     logits = model(torch.from_numpy(tokens)).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).flatten())
-    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["tokens"] == (labels != -100).sum() > 50
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(labels).flatten()
+    )
+    assert (
+        line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        and line["tokens"] == (labels != -100).sum() > 50
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalite.checkpoint.files import CheckpointWriter
-from megalite.convert.hf_folder import HFFolder
 from megalite.data.indexed import IndexedWriter
 from megalite.data.loader import marks_prefix
+from megalite.hub.hf_folder import HFFolder
 from megalite.inference.evaluate_program import evaluate_main
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
@@ -54,7 +54,10 @@ def test_a_corpus_is_read_as_the_run_read_its_own(folder: Path, tmp_path: Path) 
     random, prefix = np.random.default_rng(0), tmp_path / "corpus"
     documents = [random.integers(0, VOCABULARY, int(n)) for n in random.integers(2, 20, 13)]
     marks = [random.integers(0, 2, len(document)) for document in documents]
-    for path, parts, dtype in ((prefix, documents, np.uint16), (marks_prefix(str(prefix)), marks, np.uint8)):
+    for path, parts, dtype in (
+        (prefix, documents, np.uint16),
+        (marks_prefix(str(prefix)), marks, np.uint8),
+    ):
         with IndexedWriter(path, dtype) as writer:
             for part in parts:
                 writer.add_document(part)
@@ -63,14 +66,20 @@ def test_a_corpus_is_read_as_the_run_read_its_own(folder: Path, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(folder)
     losses = [
         torch.nn.functional.cross_entropy(
-            model(torch.tensor(document[None])).logits[0, :-1], torch.tensor(document[1:]), reduction="none"
+            model(torch.tensor(document[None])).logits[0, :-1],
+            torch.tensor(document[1:]),
+            reduction="none",
         )
         for document in documents
     ]
-    chosen = torch.cat([loss[torch.tensor(mark[1:]) == 1] for loss, mark in zip(losses, marks, strict=True)])
+    chosen = torch.cat(
+        [loss[torch.tensor(mark[1:]) == 1] for loss, mark in zip(losses, marks, strict=True)]
+    )
     for overrides, wanted in (([], chosen), (["megalite.data.loss=all"], torch.cat(losses))):
         (line,) = run_ranks(2, evaluated, [*arguments, *overrides], init=False)[0]
-        assert line["tokens"] == len(wanted) and line["loss"] == pytest.approx(wanted.mean().item(), rel=1e-5)
+        assert line["tokens"] == len(wanted) and line["loss"] == pytest.approx(
+            wanted.mean().item(), rel=1e-5
+        )
     assert line["data"] == {"sequence_length": 24, **TUNED, "loss": "all", "objective": "causal"}
 
     # A Hugging Face folder does not say whether the marks count.
@@ -79,16 +88,24 @@ def test_a_corpus_is_read_as_the_run_read_its_own(folder: Path, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_accuracy_is_the_share_of_lines_whose_label_is_likeliest(folder: Path, tmp_path: Path) -> None:
+def test_accuracy_is_the_share_of_lines_whose_label_is_likeliest(
+    folder: Path, tmp_path: Path
+) -> None:
     random, model = np.random.default_rng(1), AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = ["".join(random.choice(list("abcdefgh "), size)) + "\nLabel:" for size in random.integers(1, 30, 24)]
+    prompts = [
+        "".join(random.choice(list("abcdefgh "), size)) + "\nLabel:"
+        for size in random.integers(1, 30, 24)
+    ]
     truth = [LABELS[i] for i in random.integers(0, len(LABELS), len(prompts))]
     right = []
     for prompt, label in zip(prompts, truth, strict=True):
         scores = []
         for other in LABELS:
-            before, ids = tokenizer.encode(prompt), tokenizer.encode(prompt + other) + [tokenizer.eos_token_id]
+            before, ids = (
+                tokenizer.encode(prompt),
+                tokenizer.encode(prompt + other) + [tokenizer.eos_token_id],
+            )
             found = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             scores.append(sum(found[i - 1, ids[i]].item() for i in range(len(before), len(ids))))
         right.append(LABELS[int(np.argmax(scores))] == label)
@@ -97,7 +114,9 @@ def test_accuracy_is_the_share_of_lines_whose_label_is_likeliest(folder: Path, t
     file.write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--checkpoint", str(folder), "--labelled", str(file), "megalite.parallel.tensor=2"]
     for printed in run_ranks(4, evaluated, arguments, init=False)[:1]:
-        assert printed[0]["accuracy"] == pytest.approx(np.mean(right)) and printed[0]["lines"] == len(prompts)
+        assert printed[0]["accuracy"] == pytest.approx(np.mean(right)) and printed[0][
+            "lines"
+        ] == len(prompts)
         assert list(printed[0]["by_label"]) == sorted(label.strip() for label in LABELS)
     assert 0 < np.mean(right) < 1  # or the comparison says nothing
 
@@ -105,10 +124,17 @@ def test_accuracy_is_the_share_of_lines_whose_label_is_likeliest(folder: Path, t
 def test_a_run_evaluates_at_its_interval_and_at_the_last_step_or_never(tmp_path: Path) -> None:
     runs = []
     for interval in (0, 2):
-        made = document(tmp_path, str(interval), {}, train={"steps": 3, "eval_interval": interval, "eval_steps": 1})
+        made = document(
+            tmp_path,
+            str(interval),
+            {},
+            train={"steps": 3, "eval_interval": interval, "eval_steps": 1},
+        )
         made["megalite"]["data"]["valid"] = made["megalite"]["data"]["train"]
         runs.append((made, nothing))
     assert run_ranks(1, train, runs) == [[0, 0]]
     for interval, wanted in ((0, []), (2, [2, 3])):
-        rows = map(json.loads, (tmp_path / str(interval) / "metrics.jsonl").read_text().splitlines())
+        rows = map(
+            json.loads, (tmp_path / str(interval) / "metrics.jsonl").read_text().splitlines()
+        )
         assert [row["step"] for row in rows if "valid_loss" in row] == wanted

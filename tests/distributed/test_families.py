@@ -23,7 +23,9 @@ from tests.families import (
 from tests.ranks import run_ranks
 
 
-def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, configs: list[dict[str, Any]]) -> list[Result]:
+def on_a_grid(
+    rank: int, world_size: int, pipe: int, tensor: int, configs: list[dict[str, Any]]
+) -> list[Result]:
     grid = Grid.build(pipe, tensor)
     results = []
     for config in configs:
@@ -43,7 +45,9 @@ def check(results: list[Result], config: dict[str, Any]) -> None:
     sums = full_gradients(results)
     assert sums.keys() == gradients.keys()
     for name, value in gradients.items():
-        torch.testing.assert_close(sums[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            sums[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text
+        )
     for _, _, held in results:  # a copy that does not count is equal to the one that does
         for name, (place, value) in held.items():
             if not (tied and name == "embedding.tokens.weight"):
@@ -55,7 +59,9 @@ def test_a_family_equals_transformers_on_one_rank(name: str) -> None:
     config = FAMILY_CONFIGS[name]
     stage = load_hf(Stage(read_spec(config), Grid()), hf_model(config))
     check([forward_backward(stage, *batch())], config)
-    assert stage.spec.num_parameters == sum(value.numel() for value in hf_model(config).parameters())
+    assert stage.spec.num_parameters == sum(
+        value.numel() for value in hf_model(config).parameters()
+    )
 
 
 def test_every_family_has_a_small_config() -> None:

@@ -18,19 +18,21 @@ import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.sections import Faults
+from megalite.data.position import Position
+from megalite.engine.engine import Engine
+from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
-from megalite.parallel.engine import Engine
 from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
 from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
-from megalite.training.pace import Pace
-from megalite.training.position import Position
 from tests.ranks import run_ranks
 from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
 
 GRID = {"pipe": 2, "zero": 2}  # on 4 ranks: ranks 2 and 3 hold the last stage
-LONG, LONG_TENSOR = (pytest.param(lay, 2, marks=pytest.mark.long) for lay in ({"zero": 3}, {"tensor": 2, "zero": 2}))
+LONG, LONG_TENSOR = (
+    pytest.param(lay, 2, marks=pytest.mark.long) for lay in ({"zero": 3}, {"tensor": 2, "zero": 2})
+)
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SAME = ("step", "loss", "grad_norm", "skipped_steps", "consumed_samples")
 
@@ -43,20 +45,49 @@ def same(run_dir: Path, other: Path) -> None:
 
 
 PLACES = [
-    (3, "forward", "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
-    (0, "forward", "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)"),
-    (1, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1"),
-    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+    (
+        3,
+        "forward",
+        "loss is nan; first in the loss of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)",
+    ),
+    (
+        0,
+        "forward",
+        "loss is nan; first in forward of micro-batch 1 on rank 0 on HOST (pipe 0, data 0, tensor 0)",
+    ),
+    (
+        1,
+        "backward",
+        "gradient norm is nan; first in backward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1",
+    ),
+    (
+        2,
+        "backward",
+        "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0",
+    ),
 ]
 PLACES_OF_V = [  # the loss is on the first ranks
-    (3, "forward", "loss is nan; first in forward of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)"),
-    (1, "forward", "loss is nan; first in forward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1, tensor 0)"),
-    (2, "backward", "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0"),
+    (
+        3,
+        "forward",
+        "loss is nan; first in forward of micro-batch 1 on rank 3 on HOST (pipe 1, data 1, tensor 0)",
+    ),
+    (
+        1,
+        "forward",
+        "loss is nan; first in forward of micro-batch 1 on rank 1 on HOST (pipe 0, data 1, tensor 0)",
+    ),
+    (
+        2,
+        "backward",
+        "gradient norm is nan; first in backward of micro-batch 1 on rank 2 on HOST (pipe 1, data 0",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    "schedule, places", [("1f1b", PLACES), ("zb-h1", PLACES[::2]), ("interleaved", PLACES[1:3]), ("zb-v", PLACES_OF_V)]
+    "schedule, places",
+    [("1f1b", PLACES), ("zb-h1", PLACES[::2]), ("interleaved", PLACES[1:3]), ("zb-v", PLACES_OF_V)],
 )
 def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
     tmp_path: Path, schedule: str, places: list[tuple[int, str, str]]
@@ -75,27 +106,40 @@ def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
     host = socket.gethostname()
     for number, (said, (_, _, wanted)) in enumerate(zip(results[0], places, strict=True)):
         assert f"step 2: {wanted.replace('HOST', host)}" in said and "gradients of " in said, said
-        assert len(rows(tmp_path / str(number))) == 1 and checkpoints_of(tmp_path / str(number)) == []
+        assert (
+            len(rows(tmp_path / str(number))) == 1 and checkpoints_of(tmp_path / str(number)) == []
+        )
 
 
 @contextlib.contextmanager
 def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> Iterator[None]:
     """A corpus order that never had these samples."""
     place = Position.place
-    with mock.patch.object(Position, "place", lambda self, sample: place(Position(left_out=ranges), sample)):
+    with mock.patch.object(
+        Position, "place", lambda self, sample: place(Position(left_out=ranges), sample)
+    ):
         yield
 
 
 @pytest.mark.parametrize("layout, world", [(GRID, 4), ({"zero": 0}, 2), LONG, LONG_TENSOR])
-def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict[str, int], world: int) -> None:
+def test_a_skipped_step_leaves_no_trace_but_its_row(
+    tmp_path: Path, layout: dict[str, int], world: int
+) -> None:
     """Weights and moments equal those of a run without that batch, to the bit, also where a restart follows."""
 
     def of(run: str, steps: int) -> dict[str, Any]:
-        return document(tmp_path, run, layout, train={"steps": steps, "faults": {"not_finite": "skip"}})
+        return document(
+            tmp_path, run, layout, train={"steps": steps, "faults": {"not_finite": "skip"}}
+        )
 
     plant = functools.partial(spoilt, on=world - 1, at={3}, factor=math.nan)
     without = functools.partial(left_out_from_the_start, ranges=((2 * BATCH, 3 * BATCH),))
-    runs: list[Any] = [(of("a", 6), plant), (of("b", 3), plant), (of("b", 6), nothing), (of("c", 5), without)]
+    runs: list[Any] = [
+        (of("a", 6), plant),
+        (of("b", 3), plant),
+        (of("b", 6), nothing),
+        (of("c", 5), without),
+    ]
     assert run_ranks(world, train, runs) == [[0] * 4] * world
     made = rows(tmp_path / "a")
     assert [row.get("skipped") for row in made] == [None, None, "not_finite", None, None, None]
@@ -104,7 +148,9 @@ def test_a_skipped_step_leaves_no_trace_but_its_row(tmp_path: Path, layout: dict
     same(tmp_path / "a", tmp_path / "b")
     one, two = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in "ac")
     for name in one.names:
-        assert all(one.read(name, kind=kind).equal(two.read(name, kind=kind)) for kind in KINDS), name
+        assert all(one.read(name, kind=kind).equal(two.read(name, kind=kind)) for kind in KINDS), (
+            name
+        )
 
 
 @contextlib.contextmanager
@@ -117,23 +163,38 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
         for batch in made:
             if batch.context.randomness is None:  # of an evaluation
                 continue
-            own = {samples.position.place(number) for number in batch.context.randomness.samples.tolist()}
+            own = {
+                samples.position.place(number)
+                for number in batch.context.randomness.samples.tolist()
+            }
             batch.context.shared["bad"] = bool(own & numbers)
         return made
 
-    def spoil(self: Stage, x: Any, labels: Any = None, context: Any = None, chunk: Any = None) -> Any:
+    def spoil(
+        self: Stage, x: Any, labels: Any = None, context: Any = None, chunk: Any = None
+    ) -> Any:
         output = forward(self, x, labels, context, chunk)
         return output * math.nan if labels is not None and context.shared.get("bad") else output
 
-    with mock.patch("megalite.training.loop.micro_batches", wrapped), mock.patch.object(Stage, "forward", spoil):
+    with (
+        mock.patch("megalite.training.loop.micro_batches", wrapped),
+        mock.patch.object(Stage, "forward", spoil),
+    ):
         yield
 
 
 @pytest.mark.parametrize("layout, world", [(GRID, 4), LONG, ({"zero": 0}, 1)])
-def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layout: dict[str, int], world: int) -> None:
+def test_a_run_goes_back_and_leaves_the_batch_out_for_good(
+    tmp_path: Path, layout: dict[str, int], world: int
+) -> None:
     """Samples 33 and 50 spoil steps 5 and 6; the checkpoint before is of step 4. In the end the run equals one whose
     corpus never had those batches, also where a restart follows, and each step stands once."""
-    extra = {"checkpoint_interval": 2, "eval_interval": 2, "steps": 8, "faults": {"not_finite": "rewind"}}
+    extra = {
+        "checkpoint_interval": 2,
+        "eval_interval": 2,
+        "steps": 8,
+        "faults": {"not_finite": "rewind"},
+    }
 
     def of(run: str, steps: int = 8, **keys: Any) -> dict[str, Any]:
         made = document(tmp_path, run, layout, train={**extra, "steps": steps}, **keys)
@@ -142,8 +203,17 @@ def test_a_run_goes_back_and_leaves_the_batch_out_for_good(tmp_path: Path, layou
 
     plant = functools.partial(bad_samples, numbers={33, 50})
     scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
-    runs: list[Any] = [(of("a", **scheduler), plant), (of("b", 5, **scheduler), plant), (of("b", **scheduler), plant)]
-    runs.append((of("c", **scheduler), functools.partial(left_out_from_the_start, ranges=((32, 40), (48, 56)))))
+    runs: list[Any] = [
+        (of("a", **scheduler), plant),
+        (of("b", 5, **scheduler), plant),
+        (of("b", **scheduler), plant),
+    ]
+    runs.append(
+        (
+            of("c", **scheduler),
+            functools.partial(left_out_from_the_start, ranges=((32, 40), (48, 56))),
+        )
+    )
     assert run_ranks(world, train, runs) == [[0] * 4] * world
     a, b, c = (tmp_path / run for run in "abc")
     state = Checkpoint.open(find_checkpoint(a)).state
@@ -199,7 +269,9 @@ def test_no_checkpoint_ever_holds_a_nan(tmp_path: Path) -> None:
     for path in checkpoints_of(tmp_path / "back"):
         held = Checkpoint.open(path)
         kinds = KINDS if held.has_moments else KINDS[:1]
-        assert all(held.read(name, kind=kind).isfinite().all() for name in held.names for kind in kinds)
+        assert all(
+            held.read(name, kind=kind).isfinite().all() for name in held.names for kind in kinds
+        )
 
 
 def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
@@ -207,7 +279,10 @@ def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
     actions = ("warn", "rewind")
     faults = [{"spike": action, "spike_factor": 2.0, "spike_window": 3} for action in actions]
     keys = [{"faults": each, "checkpoint_interval": 2} for each in faults]
-    runs = [(document(tmp_path, action, {}, train=key), plant) for action, key in zip(actions, keys, strict=True)]
+    runs = [
+        (document(tmp_path, action, {}, train=key), plant)
+        for action, key in zip(actions, keys, strict=True)
+    ]
     assert run_ranks(1, train, runs) == [[0, 0]]
     for action in actions:
         fault = json.loads((tmp_path / action / "faults.jsonl").read_text())
@@ -219,7 +294,9 @@ def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def evaluating_to(rank: int, loss: float) -> Iterator[None]:
     """Every evaluation finds this loss."""
-    with mock.patch.object(Run, "_loss_and_tokens", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)):
+    with mock.patch.object(
+        Run, "_loss_and_tokens", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)
+    ):
         yield
 
 
@@ -229,7 +306,9 @@ def test_a_validation_loss_beyond_what_exp_can_take_does_not_end_the_run(tmp_pat
     assert run_ranks(1, train, [(run, functools.partial(evaluating_to, loss=800.0))]) == [[0]]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     found = [row for row in map(json.loads, lines) if "valid_loss" in row]
-    assert found == [{"step": n, "valid_loss": 800.0, "valid_perplexity": sys.float_info.max} for n in (1, 2)]
+    assert found == [
+        {"step": n, "valid_loss": 800.0, "valid_perplexity": sys.float_info.max} for n in (1, 2)
+    ]
 
 
 @contextlib.contextmanager
@@ -254,10 +333,27 @@ def flipped(rank: int, on: int, name: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     "layout, world, name, on, said",
     [
-        ({"tensor": 2, "zero": 1}, 4, "layers.1.mlp_norm.weight", 2, "rank 2 on HOST holds another value"),
-        ({"pipe": 2, "zero": 1}, 2, "embedding.tokens.weight", 1, "rank 0 on HOST, rank 1 on HOST hold different"),
+        (
+            {"tensor": 2, "zero": 1},
+            4,
+            "layers.1.mlp_norm.weight",
+            2,
+            "rank 2 on HOST holds another value",
+        ),
+        (
+            {"pipe": 2, "zero": 1},
+            2,
+            "embedding.tokens.weight",
+            1,
+            "rank 0 on HOST, rank 1 on HOST hold different",
+        ),
         pytest.param(
-            {"zero": 2}, 3, "layers.0.attention.query.weight", 1, "rank 1 on HOST holds another", marks=pytest.mark.long
+            {"zero": 2},
+            3,
+            "layers.0.attention.query.weight",
+            1,
+            "rank 1 on HOST holds another",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -270,10 +366,14 @@ def test_one_flipped_bit_is_found(
         if world == 3:
             keys |= {"train_batch_size": 12}
         keys["bf16"] = {"enabled": world == 2}
-    results = run_ranks(world, train, [(run, functools.partial(flipped, on=on, name=name)), (sound, nothing)])
+    results = run_ranks(
+        world, train, [(run, functools.partial(flipped, on=on, name=name)), (sound, nothing)]
+    )
     host = socket.gethostname()
     for line, code in results:
-        assert code == 0 and str(line).startswith(f"step 4: {name}: {said.replace('HOST', host)}"), line
+        assert code == 0 and str(line).startswith(
+            f"step 4: {name}: {said.replace('HOST', host)}"
+        ), line
 
 
 @contextlib.contextmanager
@@ -290,19 +390,31 @@ def slowed(rank: int, on: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, pytest.param({"zero": 3}, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, pytest.param({"zero": 3}, marks=pytest.mark.long)]
+)
 def test_a_slow_rank_s_own_time_is_told_from_that_of_ranks_that_wait_for_it(
     tmp_path: Path, layout: dict[str, int]
 ) -> None:
     """A loaded machine may slow the other rank down too, at a step or two."""
     run = document(tmp_path, "run", layout, train={"steps": 5, "faults": {"pace_interval": 1}})
     run_ranks(2, train, [(run, functools.partial(slowed, on=1))])
-    assert sum(row["slowest_rank"] == 1 and row["forward_seconds"] > 0.2 for row in rows(tmp_path / "run")) >= 3
+    assert (
+        sum(
+            row["slowest_rank"] == 1 and row["forward_seconds"] > 0.2
+            for row in rows(tmp_path / "run")
+        )
+        >= 3
+    )
 
 
 def test_a_rank_is_named_that_is_slow_for_its_stage_s_work_time_after_time() -> None:
     pace = Pace.__new__(Pace)
-    pace.faults, pace.hosts, pace.slow = Faults.model_validate({"slow_looks": 2}), ["a", "a", "b", "b"], {}
+    pace.faults, pace.hosts, pace.slow = (
+        Faults.model_validate({"slow_looks": 2}),
+        ["a", "a", "b", "b"],
+        {},
+    )
     work = [2.0, 2.0, 4.0, 4.0]  # the last stage has twice the work
     assert pace.judge(10, [1.0, 1.1, 2.1, 3.3], work)[1] == []
     assert pace.judge(20, [1.0, 1.0, 2.0, 2.0], work)[1] == []
@@ -327,7 +439,9 @@ def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> No
     assert json.loads((tmp_path / "run" / FIRST_START).read_text())["unix_seconds"] == first
     until = useful / made[-1]["goodput"]  # seconds since the first start
     assert sum(row["step_seconds"] for row in made) < until < time.time() - first
-    assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 5, **faults}), nothing)]) == [[0]]
+    assert run_ranks(
+        1, train, [(document(tmp_path, "run", {}, train={"steps": 5, **faults}), nothing)]
+    ) == [[0]]
     assert rows(tmp_path / "run") == made  # there already
 
 
@@ -339,4 +453,9 @@ def test_left_out_samples_are_passed_over_in_the_corpus_order() -> None:
         position = position.leaving_out(batch)
         order = [place for place in order if place not in taken]
         assert [position.place(number) for number in range(40)] == order[:40]
-    assert Position.from_state({"step": 3, "consumed_samples": 24, "consumed_tokens": 9, "x": 1}).updates == 3
+    assert (
+        Position.from_state(
+            {"step": 3, "consumed_samples": 24, "consumed_tokens": 9, "x": 1}
+        ).updates
+        == 3
+    )

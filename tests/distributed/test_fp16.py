@@ -19,7 +19,9 @@ LAYOUTS = [
     {"pipe": 2, "zero": 1},
 ]
 STEPS = 6
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1}}
+FP16 = {
+    "fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1}
+}
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -30,15 +32,29 @@ def test_losses_keep_near_fp32_on_every_layout(tmp_path: Path) -> None:
     """Nearer than bf16's, which has 8 times the rounding. The scale grows after steps 3 and 5: DeepSpeed's own step
     halves the gradient there."""
     one = {"zero": 1}
-    precisions: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": FP16}
-    run_ranks(1, train, [(document(tmp_path, name, one, **keys), nothing) for name, keys in precisions.items()])
+    precisions: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "bf16": {"bf16": {"enabled": True}},
+        "fp16": FP16,
+    }
+    run_ranks(
+        1,
+        train,
+        [(document(tmp_path, name, one, **keys), nothing) for name, keys in precisions.items()],
+    )
     whole = losses(tmp_path / "fp32")
     assert len(whole) == STEPS
     bound = max(np.abs(np.subtract(losses(tmp_path / "bf16"), whole)))
-    run_ranks(2, train, [(document(tmp_path, f"two{i}", lay, **FP16), nothing) for i, lay in enumerate(LAYOUTS)])
+    run_ranks(
+        2,
+        train,
+        [(document(tmp_path, f"two{i}", lay, **FP16), nothing) for i, lay in enumerate(LAYOUTS)],
+    )
     for name in ("fp16", *(f"two{i}" for i in range(len(LAYOUTS)))):
         assert max(np.abs(np.subtract(losses(tmp_path / name), whole))) < bound, name
-        assert [row["loss_scale"] for row in rows(tmp_path / name)] == [2**10] * 3 + [2**11] * 2 + [2**12]
+        assert [row["loss_scale"] for row in rows(tmp_path / name)] == [2**10] * 3 + [2**11] * 2 + [
+            2**12
+        ]
 
 
 @pytest.mark.parametrize(
@@ -54,20 +70,38 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_a_resumed_run_is_the_
 ) -> None:
     """On the last rank at step 3; the one run is broken off after step 4, the other is not."""
     plant = functools.partial(spoilt, on=world - 1, at={3}, factor=1e6, micro_batch=0)
-    keys = {**FP16, "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 9}}}
+    keys = {
+        **FP16,
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_num_steps": 3, "total_num_steps": 9},
+        },
+    }
 
     def of(run: str, steps: int) -> dict[str, Any]:
         return document(tmp_path, run, layout, train={"steps": steps}, **keys)
 
-    results = run_ranks(world, train, [(of("a", 6), plant), (of("b", 4), plant), (of("b", 6), nothing)])
+    results = run_ranks(
+        world, train, [(of("a", 6), plant), (of("b", 4), plant), (of("b", 6), nothing)]
+    )
     assert results == [[0, 0, 0]] * world
     whole, broken = rows(tmp_path / "a"), rows(tmp_path / "b")
     assert [row.get("skipped") for row in whole] == [None, None, "overflow", None, None, None]
     assert [row["skipped_steps"] for row in whole] == [0, 0, 1, 1, 1, 1]
     assert [row["loss_scale"] for row in whole] == [2**10, 2**10, 2**10, 2**9, 2**9, 2**9]
     assert whole[2]["grad_norm"] is None and whole[2]["consumed_samples"] == 24
-    assert whole[3]["learning_rate"] > whole[2]["learning_rate"], "the schedule is a function of the step"
-    same = ("step", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped_steps", "consumed_samples")
+    assert whole[3]["learning_rate"] > whole[2]["learning_rate"], (
+        "the schedule is a function of the step"
+    )
+    same = (
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "loss_scale",
+        "skipped_steps",
+        "consumed_samples",
+    )
     for a, b in zip(whole, broken, strict=True):
         assert [a[key] for key in same] == [b[key] for key in same]
     a, b = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in "ab")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.weights import load_module
-from megalite.convert.hf_folder import HFFolder
 from megalite.errors import ConfigError
+from megalite.hub.hf_folder import HFFolder
 from megalite.inference.evaluate import Score, evaluate
 from megalite.inference.generate import Generator, Text, check_lengths
 from megalite.inference.likelihood import Likelihood, likelihoods
@@ -28,10 +28,20 @@ CONFIGS = {
     for name, config in FAMILY_CONFIGS.items()
     if read_spec(config).causal
 }
-PROMPTS = [[5, 9, 3], [77], [11, 12, 13, 14, 15, 16, 17, 18], [130, 0, 64, 2, 5], [40, 41], [8, 7, 6, 5]]
+PROMPTS = [
+    [5, 9, 3],
+    [77],
+    [11, 12, 13, 14, 15, 16, 17, 18],
+    [130, 0, 64, 2, 5],
+    [40, 41],
+    [8, 7, 6, 5],
+]
 NEW = 7
 # What is asked for of each prompt: its tokens from a place on, or some in between.
-ROWS = [(prompt, [0] * (len(prompt) // 2) + [1] * (len(prompt) - len(prompt) // 2)) for prompt in PROMPTS]
+ROWS = [
+    (prompt, [0] * (len(prompt) // 2) + [1] * (len(prompt) - len(prompt) // 2))
+    for prompt in PROMPTS
+]
 ROWS += [([9, 8, 7, 6, 5, 4], [0, 1, 0, 0, 1, 0]), ([3, 4], [1, 1])]
 SAMPLED = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)
 
@@ -59,11 +69,16 @@ def on_a_grid(
         stage = Stage(folder.spec, grid, inference_cut(folder.spec, grid.pipe.size))
         load_module(folder.read, stage)
         generator, told = Generator(stage, grid, batch_size=4), []
-        greedy = generator.generate(PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t)))
+        greedy = generator.generate(
+            PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t))
+        )
         sampled = generator.generate(PROMPTS[3:], NEW, SAMPLED, numbers=[3, 4, 5])
         score = evaluate(stage, grid, Windows(), Windows.count, 13, micro=2)
         # With each text that was chosen greedily, which is known to be the likeliest.
-        rows = [*ROWS, *((t.prompt + t.tokens, [0] * len(t.prompt) + [1] * len(t.tokens)) for t in greedy[:2])]
+        rows = [
+            *ROWS,
+            *((t.prompt + t.tokens, [0] * len(t.prompt) + [1] * len(t.tokens)) for t in greedy[:2]),
+        ]
         results.append((greedy, sampled, score, told, likelihoods(stage, grid, rows, batch_size=3)))
     return results
 
@@ -83,7 +98,9 @@ def one_rank(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_and_loss_are_those_of_transformers(name: str, one_rank: dict[str, Any]) -> None:
+def test_greedy_tokens_and_loss_are_those_of_transformers(
+    name: str, one_rank: dict[str, Any]
+) -> None:
     model = hf_model(CONFIGS[name])
     greedy, _, score, told, likely = one_rank[name]
     for text in greedy:
@@ -102,7 +119,9 @@ def test_greedy_tokens_and_loss_are_those_of_transformers(name: str, one_rank: d
         logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         places = torch.tensor(marks[1:]).nonzero()[:, 0]
         wanted = torch.tensor(ids[1:], dtype=torch.int64)[places]
-        assert found.log_probability == pytest.approx(logits[places, wanted].sum().item(), rel=1e-5, abs=1e-6)
+        assert found.log_probability == pytest.approx(
+            logits[places, wanted].sum().item(), rel=1e-5, abs=1e-6
+        )
         assert found.greedy == bool((logits[places].argmax(-1) == wanted).all())
     assert [found.greedy for found in likely[-2:]] == [True, True] and not likely[0].greedy
 
@@ -112,11 +131,18 @@ def test_a_layout_gives_the_same_texts_and_loss(
     pipe: int, tensor: int, data: int, folders: dict[str, Path], one_rank: dict[str, Any]
 ) -> None:
     for results in run_ranks(pipe * tensor * data, on_a_grid, pipe, tensor, list(folders.values())):
-        for (greedy, sampled, score, told, likely), wanted in zip(results, one_rank.values(), strict=True):
+        for (greedy, sampled, score, told, likely), wanted in zip(
+            results, one_rank.values(), strict=True
+        ):
             assert (greedy, sampled) == wanted[:2] and sorted(told) == sorted(wanted[3])
-            assert score.loss == pytest.approx(wanted[2].loss, rel=1e-6) and score.tokens == wanted[2].tokens
+            assert (
+                score.loss == pytest.approx(wanted[2].loss, rel=1e-6)
+                and score.tokens == wanted[2].tokens
+            )
             for found, expected in zip(likely, wanted[4], strict=True):
-                assert found.log_probability == pytest.approx(expected.log_probability, rel=1e-5, abs=1e-6)
+                assert found.log_probability == pytest.approx(
+                    expected.log_probability, rel=1e-5, abs=1e-6
+                )
                 assert found.greedy == expected.greedy
 
 
@@ -146,7 +172,9 @@ def test_sampling_follows_its_settings() -> None:
         assert (shares(sampling) - expected).abs().max() < 0.03
         assert ((shares(sampling) > 0) == (expected > 0)).all()
     assert choices(logits, Sampling(), 2, ALONE) == [3, 3]
-    assert choices(logits, Sampling(1.0, seed=1), 50, ALONE) != choices(logits, Sampling(1.0, seed=2), 50, ALONE)
+    assert choices(logits, Sampling(1.0, seed=1), 50, ALONE) != choices(
+        logits, Sampling(1.0, seed=2), 50, ALONE
+    )
     cases = [Sampling(), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(0.7, top_p=0.9, top_k=6)]
     for result in run_ranks(3, chosen, logits, cases, 100):
         assert result == [choices(logits, case, 100, ALONE) for case in cases]
@@ -168,13 +196,19 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], line: str) ->
 
 def test_lengths_that_do_not_fit_are_refused() -> None:
     spec = read_spec(CONFIGS["llama"])
-    cases = (([[1], []], 3, "prompt 1: is empty"), ([[1] * 14], 3, "14 tokens"), ([[1]], 0, "0: must"))
+    cases = (
+        ([[1], []], 3, "prompt 1: is empty"),
+        ([[1] * 14], 3, "14 tokens"),
+        ([[1]], 0, "0: must"),
+    )
     for prompts, count, line in cases:
         with pytest.raises(ConfigError, match=line):
             check_lengths(spec, prompts, count)
 
 
-def chosen(rank: int, world_size: int, logits: Tensor, cases: list[Sampling], rows: int) -> list[list[int]]:
+def chosen(
+    rank: int, world_size: int, logits: Tensor, cases: list[Sampling], rows: int
+) -> list[list[int]]:
     axis = Grid.build(1, world_size).tensor
     return [choices(logits, sampling, rows, axis) for sampling in cases]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megalite.convert.export_hf import export_hf
-from megalite.convert.import_hf import import_hf
+from megalite.hub.export_hf import export_hf
+from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.distributed.test_evaluate import evaluated
 from tests.ranks import RankFailure, run_ranks
@@ -24,7 +24,24 @@ try:
     INSTALLED = True
 except ImportError:
     INSTALLED = False
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "an", "old", "red", "hat", "in", "far", "away", "lands"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "an",
+    "old",
+    "red",
+    "hat",
+    "in",
+    "far",
+    "away",
+    "lands",
+]
 SETTINGS = {
     "choice": {
         "output_type": "multiple_choice",
@@ -53,13 +70,20 @@ SETTINGS = {
 def tasks(tmp_path: Path) -> Path:
     """A folder of tasks that read one local file: texts shorter and longer than the model's positions."""
     rows = [
-        {"text": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 9] * (1 + i % 4)), "label": i % 3, "answer": "7Y7Y7Y"}
+        {
+            "text": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 9] * (1 + i % 4)),
+            "label": i % 3,
+            "answer": "7Y7Y7Y",
+        }
         for i in range(17)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
     for name, keys in SETTINGS.items():
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}
+        data = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        }
         task = {"task": name, "test_split": "test", **data, **keys}
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
     return tmp_path / "tasks"
@@ -69,18 +93,37 @@ def tasks(tmp_path: Path) -> Path:
 def test_a_layout_gives_what_lm_eval_gives_on_the_export(tasks: Path, tmp_path: Path) -> None:
     import_hf(save_byte_model(tmp_path / "hf"), tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "lm_eval", "--model", "hf", "--model_args"]
-    command += [f"pretrained={tmp_path / 'out'}", "--tasks", ",".join(SETTINGS), "--include_path", str(tasks)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+    ]
+    command += [
+        f"pretrained={tmp_path / 'out'}",
+        "--tasks",
+        ",".join(SETTINGS),
+        "--include_path",
+        str(tasks),
+    ]
     command += ["--device", "cpu", "--output_path", str(tmp_path / "results.json")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=250, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("results_*.json")
     wanted = json.loads(file.read_text())["results"]
 
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--tasks", ",".join(SETTINGS)]
     arguments += ["--include-path", str(tasks), "megalite.parallel.pipe=2"]
-    found: dict[str, Any] = {line["task"]: line for line in run_ranks(4, evaluated, arguments, init=False)[0]}
+    found: dict[str, Any] = {
+        line["task"]: line for line in run_ranks(4, evaluated, arguments, init=False)[0]
+    }
     assert found.keys() == wanted.keys() == SETTINGS.keys()
     for name, settings in SETTINGS.items():
         for metric in settings["metric_list"]:
@@ -88,11 +131,15 @@ def test_a_layout_gives_what_lm_eval_gives_on_the_export(tasks: Path, tmp_path: 
             assert found[name][key] == pytest.approx(wanted[name][key], rel=1e-5), (name, key)
 
     with pytest.raises(RankFailure, match=r"exit code 2(.|\n)*--tasks: chioce: no such task"):
-        run_ranks(1, evaluated, ["--checkpoint", str(tmp_path / "hf"), "--tasks", "chioce"], init=False)
+        run_ranks(
+            1, evaluated, ["--checkpoint", str(tmp_path / "hf"), "--tasks", "chioce"], init=False
+        )
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
 def test_without_lm_eval_one_line_says_what_to_install(tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(save_byte_model(tmp_path / "hf")), "--tasks", "choice"]
-    with pytest.raises(RankFailure, match=r"exit code 2(.|\n)*needs lm-eval: pip install 'megalite\[eval\]'"):
+    with pytest.raises(
+        RankFailure, match=r"exit code 2(.|\n)*needs lm-eval: pip install 'megalite\[eval\]'"
+    ):
         run_ranks(1, evaluated, arguments, init=False)

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalite.config import Config, Train
-from megalite.convert.names import from_hf
 from megalite.data.loader import TrainData
+from megalite.hub.names import from_hf
 from megalite.model.families import read_spec
+from megalite.model.parameter_groups import parameter_groups
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.layers import RowLinear, placed
+from megalite.prove.layouts import Layout, config_of, micro_sizes
+from megalite.prove.trace import Session, Trace
+from megalite.prove.verify import Spread, Verdict, differences
 from megalite.training.batches import MicroBatch, micro_batches
-from megalite.training.layouts import Layout, config_of, micro_sizes
-from megalite.training.optimizer import parameter_groups
 from megalite.training.step import tokens_that_count
-from megalite.training.trace import Session, Trace
-from megalite.training.verify import Spread, Verdict, differences
 from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 
@@ -67,7 +67,11 @@ CASES: list[Case] = [
     (Layout(data=2, zero=3, micro=4), False, SMALL_BUCKETS),
     (Layout(pipe=2, data=2, zero=2, micro=2), True, SMALL_BUCKETS),
 ]
-OTHERS: list[Case] = [(layout, not tied, keys) for layout, tied, keys in CASES if (layout, not tied, keys) not in CASES]
+OTHERS: list[Case] = [
+    (layout, not tied, keys)
+    for layout, tied, keys in CASES
+    if (layout, not tied, keys) not in CASES
+]
 PIPES = [case for case in CASES if case[0].world_size == case[0].pipe and not case[1]]
 
 
@@ -83,15 +87,23 @@ class Runs:
         self.folder, self.corpus = folder, marked_corpus(folder / "corpus")
         self.recorded: dict[str, Trace] = {}
 
-    def config(self, layout: Layout, tied: bool, keys: dict[str, Any], bf16: bool = False) -> Config:
+    def config(
+        self, layout: Layout, tied: bool, keys: dict[str, Any], bf16: bool = False
+    ) -> Config:
         json = document(self.corpus, "gpt2" if tied else "llama", tied, BATCH)
         json["bf16"] = {"enabled": bf16}
         for key, value in keys.items():
-            section = json["megalite"]["train"] if key in Train.model_fields else json["zero_optimization"]
+            section = (
+                json["megalite"]["train"]
+                if key in Train.model_fields
+                else json["zero_optimization"]
+            )
             section[key] = value
         return config_of(Config.from_dict(json), layout, BATCH)
 
-    def request(self, case: Case, fault: Any = nothing, bf16: bool = False, label: str = "") -> Request:
+    def request(
+        self, case: Case, fault: Any = nothing, bf16: bool = False, label: str = ""
+    ) -> Request:
         return self.config(*case, bf16).to_json(), fault, self.folder / (label or name(case))
 
     @cache  # noqa: B019  (one object, which lives as long as the module's tests)
@@ -120,7 +132,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("layouts"))
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in OTHERS)], ids=name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in OTHERS)], ids=name
+)
 def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
     spread, trace = runs.spread(case[1]), runs.trace(case)
     assert max(row["norm"] for row in spread.reference.figures[0]) > 0.5, "clipping must act"
@@ -134,7 +148,9 @@ def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
 @pytest.mark.parametrize("case", PIPES, ids=name)
 def test_pipe_alone_changes_no_bit_of_an_untied_model(runs: Runs, case: Case) -> None:
     layout, _, _ = case
-    request = runs.request((Layout(zero=layout.zero, micro=layout.micro), False, {}), label=f"like {name(case)}")
+    request = runs.request(
+        (Layout(zero=layout.zero, micro=layout.micro), False, {}), label=f"like {name(case)}"
+    )
     one, other = traces(1, STEPS, [request])[0], runs.trace(case)
     for step in range(STEPS):
         assert [key for key, ratio, _ in differences(one, other, step) if ratio != 0] == []
@@ -165,7 +181,12 @@ def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
     """Five of one process: three micro-batch sizes, and products in two and four parts."""
     orders = [(4, nothing), (8, nothing), (1, nothing), (4, in_two_parts), (4, in_four_parts)]
     requests = [
-        runs.request((Layout(zero=1, micro=micro), False, {}), fault, bf16=True, label=f"bf16 {micro} {fault.__name__}")
+        runs.request(
+            (Layout(zero=1, micro=micro), False, {}),
+            fault,
+            bf16=True,
+            label=f"bf16 {micro} {fault.__name__}",
+        )
         for micro, fault in orders
     ]
     alone = [[row["loss"] for row in trace.figures[0]] for trace in traces(1, STEPS, requests)]
@@ -173,11 +194,15 @@ def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
         Layout(pipe=2, data=2, zero=1, micro=2), Layout(pipe=2, tensor=2, zero=2, micro=2),
         Layout(tensor=2, data=2, zero=3, micro=2),
     ]  # fmt: skip
-    requests = [runs.request((layout, False, {}), bf16=True, label=f"bf16 {layout}") for layout in layouts]
+    requests = [
+        runs.request((layout, False, {}), bf16=True, label=f"bf16 {layout}") for layout in layouts
+    ]
     found = [[row["loss"] for row in trace.figures[0]] for trace in traces(4, STEPS, requests)]
     largest = 0.0
     for step in range(STEPS):
-        largest = max(largest, *(abs(one[step] - other[step]) for one, other in combinations(alone, 2)))
+        largest = max(
+            largest, *(abs(one[step] - other[step]) for one, other in combinations(alone, 2))
+        )
         for layout, losses in zip(layouts, found, strict=True):
             assert abs(losses[step] - alone[0][step]) <= 3 * largest, f"{layout}, step {step + 1}"
     assert 0 < largest < 0.1
@@ -214,17 +239,23 @@ def beside_torch(rank: int, world_size: int, config: dict[str, Any], steps: int)
         adam.zero_grad()
         _, found = session.step(step)
         assert found == pytest.approx(norm.item(), rel=1e-6)
-        for (ours, place), (theirs, _) in zip(placed(session.engine.stage), placed(stage), strict=True):
+        for (ours, place), (theirs, _) in zip(
+            placed(session.engine.stage), placed(stage), strict=True
+        ):
             assert torch.equal(ours, theirs), f"step {step + 1}: {place.name}"
 
 
 def test_zero_0_equals_distributed_data_parallel(runs: Runs) -> None:
-    config = runs.config(Layout(data=2, zero=0, micro=2), True, {}).to_json() | {"gradient_clipping": 0.0}
+    config = runs.config(Layout(data=2, zero=0, micro=2), True, {}).to_json() | {
+        "gradient_clipping": 0.0
+    }
     run_ranks(2, beside_torch, config, 8)
 
 
 @pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("gpt2", True)])
-def test_training_equals_transformers_and_torch(runs: Runs, tmp_path: Path, family: str, tied: bool) -> None:
+def test_training_equals_transformers_and_torch(
+    runs: Runs, tmp_path: Path, family: str, tied: bool
+) -> None:
     """The same weights and batches through transformers' model, torch's AdamW and clip_grad_norm_."""
     steps = 8
     json = document(runs.corpus, family, tied, BATCH)
@@ -237,7 +268,9 @@ def test_training_equals_transformers_and_torch(runs: Runs, tmp_path: Path, fami
     model = AutoModelForCausalLM.from_config(config)
     theirs = model.state_dict()
     with torch.no_grad():
-        for value, place in placed(Stage(read_spec(section), Grid()).initialise(settings.train.seed)):
+        for value, place in placed(
+            Stage(read_spec(section), Grid()).initialise(settings.train.seed)
+        ):
             from_hf(family, place.name, theirs.__getitem__).copy_(value)
     decays = [value for value in model.parameters() if value.dim() > 1]
     rest = [value for value in model.parameters() if value.dim() == 1]

@@ -8,26 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.engine.norm import BLOCK, squares
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness, dropped
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.loss import head_loss
-from megalite.parallel.norm import BLOCK, squares
 from megalite.pipeline.plan import inference_cut
 from tests.allocations import peak_bytes
-from tests.families import FAMILY_CONFIGS, FEW_KV_HEADS, VOCABULARY, Result, forward_backward, full_gradients
+from tests.families import (
+    FAMILY_CONFIGS,
+    FEW_KV_HEADS,
+    VOCABULARY,
+    Result,
+    forward_backward,
+    full_gradients,
+)
 from tests.ranks import run_ranks
 
 LENGTH = 12
-_DROPS = {"gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.2}, "llama": {"attention_dropout": 0.2}}
+_DROPS = {
+    "gpt_neox": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
+    "llama": {"attention_dropout": 0.2},
+}
 _DROPS |= {"gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1}}
 DROPPING = {name: {**FAMILY_CONFIGS[name], **rates} for name, rates in _DROPS.items()}
 Case = tuple[dict[str, Any], dict[str, Any], bool]
 """A model, the options of its stage, and whether its samples are packed documents."""
 CASES: list[Case] = [
-    *((FAMILY_CONFIGS[name], {"sequence": True}, False) for name in ("gpt2", "qwen3", "olmo2", "phi", "gpt_neox")),
+    *(
+        (FAMILY_CONFIGS[name], {"sequence": True}, False)
+        for name in ("gpt2", "qwen3", "olmo2", "phi", "gpt_neox")
+    ),
     *((config, {"sequence": True}, False) for config in DROPPING.values()),
     *((config, {"recompute": 1}, False) for config in DROPPING.values()),
     (DROPPING["gpt2"], {"recompute": "selective", "sequence": True}, True),
@@ -52,13 +65,17 @@ def run(stage: Stage, packed: bool, rows: slice) -> Result:
     return forward_backward(stage, tokens[rows], labels[rows], context)
 
 
-def on_a_grid(rank: int, world_size: int, pipe: int, tensor: int, cases: list[Case]) -> list[Result]:
+def on_a_grid(
+    rank: int, world_size: int, pipe: int, tensor: int, cases: list[Case]
+) -> list[Result]:
     grid = Grid.build(pipe, tensor)
     results = []
     for config, options, packed in cases:
         spec = read_spec(config)
         stage = Stage(spec, grid, inference_cut(spec, pipe), **options).initialise(1)
-        halves = [run(stage, packed, slice(i, i + 2)) for i in (0, 2)]  # two micro-batches add their gradients
+        halves = [
+            run(stage, packed, slice(i, i + 2)) for i in (0, 2)
+        ]  # two micro-batches add their gradients
         results.append((halves[1][0], halves[0][1] + halves[1][1], halves[1][2]))
     return results
 
@@ -71,11 +88,15 @@ def check(results: list[list[Result]], cases: list[Case]) -> None:
         assert max(value for _, value, _ in ours) == pytest.approx(loss, rel=1e-5)
         parts = [part for part, _, _ in ours if part is not None]
         assert logits is not None
-        if one.spec.dropout == 0:  # else the first stage's output is that of training, and one rank's logits are not
+        if (
+            one.spec.dropout == 0
+        ):  # else the first stage's output is that of training, and one rank's logits are not
             torch.testing.assert_close(torch.cat(parts, dim=-1), logits[2:], rtol=1e-5, atol=1e-5)
         expected = full_gradients([wanted])
         for name, value in full_gradients(ours).items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=f"{number} {name}")
+            torch.testing.assert_close(
+                value, expected[name], rtol=1e-4, atol=1e-4, msg=f"{number} {name}"
+            )
 
 
 def test_levers_change_nothing_on_pipe_2_tensor_2() -> None:
@@ -110,7 +131,9 @@ def test_the_generator_is_splitmix64_and_any_part_of_a_mask_is_part_of_the_whole
     whole = dropped(randomness, "x", 0.3, [range(300), range(400)])
     assert abs(whole.float().mean().item() - 0.3) < 0.004
     assert abs((whole[0] == whole[1]).float().mean().item() - 0.58) < 0.01
-    assert torch.equal(dropped(randomness, "x", 0.3, [range(17, 40), range(3, 90)]), whole[:, 17:40, 3:90])
+    assert torch.equal(
+        dropped(randomness, "x", 0.3, [range(17, 40), range(3, 90)]), whole[:, 17:40, 3:90]
+    )
     assert not torch.equal(dropped(randomness, "y", 0.3, [range(300), range(400)]), whole)
 
 
@@ -128,7 +151,9 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.02])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_in_chunks_equals_torch(
+    z_loss: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 5, 8), torch.randn(33, 8)
     bias, labels = torch.randn(33), torch.randint(0, 33, (3, 5))
@@ -146,7 +171,9 @@ def test_the_loss_in_chunks_equals_torch(z_loss: float, rows: int, monkeypatch: 
     torch.testing.assert_close(loss, expected)
     for a, b in zip(ours, inputs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # forward's gradients are given away
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation"
+    ):  # forward's gradients are given away
         loss.backward()
 
 
@@ -156,7 +183,9 @@ def test_the_loss_in_evaluation_has_no_z_loss_and_makes_no_gradients() -> None:
     labels = torch.randint(0, 9000, (50,))
     with torch.no_grad():
         expected = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
-        torch.testing.assert_close(head_loss(hidden, weight, None, labels, 9000, ALONE, z_loss=0.1), expected)
+        torch.testing.assert_close(
+            head_loss(hidden, weight, None, labels, 9000, ALONE, z_loss=0.1), expected
+        )
         held = peak_bytes(lambda: head_loss(hidden, weight, None, labels, 9000, ALONE))
     assert held < 1.1 * 4 * 9000 * 50  # the logits
 
@@ -212,9 +241,14 @@ def test_the_loss_makes_the_gradients_that_are_wanted_alone() -> None:
     whole = [value.clone().requires_grad_() for value in (hidden, weight, bias)]
     head_loss(*whole, labels, 50, ALONE).backward()
     for number in range(3):
-        some = [value.clone().requires_grad_(i == number) for i, value in enumerate((hidden, weight, bias))]
+        some = [
+            value.clone().requires_grad_(i == number)
+            for i, value in enumerate((hidden, weight, bias))
+        ]
         loss = head_loss(*some, labels, 50, ALONE)
-        assert [value is not None for value in loss.grad_fn.saved_tensors] == [i == number for i in range(3)]
+        assert [value is not None for value in loss.grad_fn.saved_tensors] == [
+            i == number for i in range(3)
+        ]
         loss.backward()
         assert torch.equal(some[number].grad, whole[number].grad)  # type: ignore[arg-type]
 
@@ -240,7 +274,9 @@ def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
 def test_the_norm_is_exact_and_makes_no_copy(dtype: torch.dtype) -> None:
     values = torch.randn(3, 100_001).mul(1e3).to(dtype)
     assert squares(values).item() == pytest.approx(values.double().square().sum().item(), rel=1e-13)
-    assert squares(values[:, 1:]).item() == pytest.approx(values[:, 1:].double().square().sum().item(), rel=1e-13)
+    assert squares(values[:, 1:]).item() == pytest.approx(
+        values[:, 1:].double().square().sum().item(), rel=1e-13
+    )
     assert peak_bytes(lambda: squares(values)) < 1.1 * 8 * BLOCK
     values[1, 70_000] = torch.nan
     assert squares(values).isnan()

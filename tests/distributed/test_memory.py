@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megalite.config import Config
+from megalite.engine.build import build_engine, build_pipeline
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from megalite.parallel.traffic import Traffic
-from megalite.training.engine import build_engine, build_pipeline
-from megalite.training.memory import States, parameter_sizes, predicted_states, told_lines
+from megalite.plan.states import States, parameter_sizes, predicted_states, told_lines
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, SEQUENCE, VOCABULARY, Layout, Task, build
 
@@ -30,7 +30,12 @@ def one_step(rank: int, world_size: int, layout: Layout) -> dict[str, Any]:
     with Traffic(grid) as traffic, engine.weighed() as weighed:
         pipeline.train_step(batches, 1.0)
     sizes = [value.numel() for value, _ in placed(engine.stage)]
-    return {"held": weighed["gradients_bytes"], "sent": traffic.bytes, "weights": sum(sizes), "largest": max(sizes)}
+    return {
+        "held": weighed["gradients_bytes"],
+        "sent": traffic.bytes,
+        "weights": sum(sizes),
+        "largest": max(sizes),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ def measured() -> dict[int, list[dict[str, Any]]]:
     return {stage: run_ranks(4, one_step, Layout(pipe=2, data=2, stage=stage)) for stage in (1, 2)}
 
 
-def test_zero_2_holds_half_of_the_gradients_through_the_pipe(measured: dict[int, list[dict[str, Any]]]) -> None:
+def test_zero_2_holds_half_of_the_gradients_through_the_pipe(
+    measured: dict[int, list[dict[str, Any]]],
+) -> None:
     """Between micro-batches: 1/d in fp32. The tensor that straddles two owners is kept whole by its view."""
     for row in measured[2]:
         half = FP32_BYTES * row["weights"] / 2
@@ -60,7 +67,9 @@ def config_of(
     model: str, pipe: int, tensor: int, stage: int, precision: str, count: int, **zero: Any
 ) -> dict[str, Any]:
     """A resolved config of 4 ranks; count: micro-batches."""
-    scale = {"enabled": True, "initial_scale_power": 4} if precision == "fp16" else {"enabled": True}
+    scale = (
+        {"enabled": True, "initial_scale_power": 4} if precision == "fp16" else {"enabled": True}
+    )
     document = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": count,
@@ -90,15 +99,27 @@ HELD = [
     config_of("llama", 1, 2, 2, "fp16", 2),
     config_of("gpt2", 1, 1, 2, "bf16", 2, offload_optimizer={"device": "cpu"}),
     config_of("gpt2", 2, 1, 2, "fp32", 2, offload_optimizer={"device": "cpu"}),
-    config_of("llama", 2, 1, 1, "fp32", 1) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
+    config_of("llama", 2, 1, 1, "fp32", 1)
+    | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
     config_of("llama", 1, 1, 3, "fp32", 2),
     config_of("llama", 1, 2, 3, "bf16", 2, stage3_param_persistence_threshold=1024),
     config_of("gpt2", 1, 1, 3, "fp16", 1, stage3_param_persistence_threshold=0),
-    config_of("llama", 1, 1, 3, "bf16", 1, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+    config_of(
+        "llama",
+        1,
+        1,
+        3,
+        "bf16",
+        1,
+        offload_optimizer={"device": "cpu"},
+        offload_param={"device": "cpu"},
+    ),
 ]
 
 
-def held_in_a_step(rank: int, world_size: int, configs: list[dict[str, Any]]) -> list[tuple[States, States]]:
+def held_in_a_step(
+    rank: int, world_size: int, configs: list[dict[str, Any]]
+) -> list[tuple[States, States]]:
     """Of each config what this rank was told to hold, and what it held."""
     deepspeed.init_distributed("gloo")
     result = []
@@ -112,7 +133,9 @@ def held_in_a_step(rank: int, world_size: int, configs: list[dict[str, Any]]) ->
             pipeline.train_step([(tokens, tokens)] * config.accumulation_steps, 1.0)
         place = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
         told = predicted_states(config, parameter_sizes(config, spec, place), place)
-        now = States(held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets)
+        now = States(
+            held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets
+        )
         result.append((told, now))
     return result
 
@@ -125,7 +148,9 @@ def test_states_are_told_to_the_byte() -> None:
 
 def test_zero_3_on_one_rank_holds_small_weights_once() -> None:
     document = config_of("llama", 1, 1, 3, "bf16", 1) | {"train_batch_size": 2}
-    [[(told, held)]] = run_ranks(1, held_in_a_step, [Config.from_dict(document).resolve(1).to_json()])
+    [[(told, held)]] = run_ranks(
+        1, held_in_a_step, [Config.from_dict(document).resolve(1).to_json()]
+    )
     assert told == held
 
 
@@ -137,10 +162,17 @@ def test_ranks_that_hold_the_same_share_a_line() -> None:
 
 
 def test_places_on_a_grid_that_is_not_there() -> None:
-    for there, place in zip(run_ranks(4, places, 1, 4), (Grid.at(rank, 1, 1, 4) for rank in range(4)), strict=True):
-        here = [(axis.size, axis.rank) for axis in (place.pipe, place.data, place.tensor, place.tensor.run(2))]
+    for there, place in zip(
+        run_ranks(4, places, 1, 4), (Grid.at(rank, 1, 1, 4) for rank in range(4)), strict=True
+    ):
+        here = [
+            (axis.size, axis.rank)
+            for axis in (place.pipe, place.data, place.tensor, place.tensor.run(2))
+        ]
         assert here == there
-    assert [(g.pipe.rank, g.data.rank, g.tensor.rank) for g in (Grid.at(r, 2, 2, 2) for r in (1, 5, 6))] == [
+    assert [
+        (g.pipe.rank, g.data.rank, g.tensor.rank) for g in (Grid.at(r, 2, 2, 2) for r in (1, 5, 6))
+    ] == [
         (0, 0, 1),
         (1, 0, 1),
         (1, 1, 0),
@@ -149,4 +181,6 @@ def test_places_on_a_grid_that_is_not_there() -> None:
 
 def places(rank: int, world_size: int, pipe: int, tensor: int) -> list[tuple[int, int]]:
     grid = Grid.build(pipe, tensor)
-    return [(axis.size, axis.rank) for axis in (grid.pipe, grid.data, grid.tensor, grid.tensor.run(2))]
+    return [
+        (axis.size, axis.rank) for axis in (grid.pipe, grid.data, grid.tensor, grid.tensor.run(2))
+    ]

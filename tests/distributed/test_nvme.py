@@ -16,19 +16,22 @@ from megalite.checkpoint.files import find_checkpoint
 from megalite.checkpoint.save import Saver, owned_boxes
 from megalite.checkpoint.weights import load_shards, open_together
 from megalite.config import Config
+from megalite.engine.build import build_engine, build_pipeline
+from megalite.engine.engine import Engine
+from megalite.engine.nvme import check_nvme, load_op, remove_swap_folders
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
-from megalite.parallel.engine import Engine
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.training.engine import build_engine, build_pipeline
-from megalite.training.memory import parameter_sizes, predicted_states
-from megalite.training.nvme import check_nvme, load_op, remove_swap_folders
+from megalite.plan.states import parameter_sizes, predicted_states
 from tests.distributed.test_checkpoints import assert_equals_file
 from tests.ranks import run_ranks
 from tests.small_models import MODELS
 
-VOCABULARY, LENGTH = 2049, 12  # a rank's half of the embedding is just above 1 MiB, and not a multiple of 1 KiB
+VOCABULARY, LENGTH = (
+    2049,
+    12,
+)  # a rank's half of the embedding is just above 1 MiB, and not a multiple of 1 KiB
 MODEL = {
     **MODELS["llama"], "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 341, "num_hidden_layers": 3,
     "tie_word_embeddings": True,
@@ -50,7 +53,9 @@ def build_op(rank: int, world_size: int) -> str:
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for files; skips where DeepSpeed's op does not build. It is built once for a user."""
     if not os.environ.get("AIO"):
-        pytest.skip("AIO=1 bash tools/test.sh builds DeepSpeed's async_io, which takes minutes once, and runs this")
+        pytest.skip(
+            "AIO=1 bash tools/test.sh builds DeepSpeed's async_io, which takes minutes once, and runs this"
+        )
     if reason := run_ranks(1, build_op, timeout_seconds=1200, init=False)[0]:
         pytest.skip(f"DeepSpeed's async_io does not build: {reason}")
     folder = tmp_path_factory.mktemp("disk")
@@ -63,7 +68,9 @@ def config_of(folder: str | None, stage: int = 3, bf16: bool = False, **offload:
     """Of 2 ranks, resolved. folder None: all in memory."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        zero["sub_group_size"] = 270_000  # of the matrices two in files, and one of what is left in memory
+        zero["sub_group_size"] = (
+            270_000  # of the matrices two in files, and one of what is left in memory
+        )
     if folder is not None:
         zero["offload_optimizer"] = {"device": "nvme", "nvme_path": folder, **offload}
     elif offload:
@@ -94,14 +101,18 @@ def build(config: Config) -> tuple[Engine, Any]:
     return engine, build_pipeline(engine, config, spec)
 
 
-def train(engine: Engine, pipeline: Any, steps: range, refused: int | None = None) -> list[tuple[float, float]]:
+def train(
+    engine: Engine, pipeline: Any, steps: range, refused: int | None = None
+) -> list[tuple[float, float]]:
     """(loss of this rank, norm) of each step; the update of step `refused` is left out."""
     figures = []
     for step in steps:
         generator = torch.Generator().manual_seed(2 * step + engine.grid.rank)
         ids = torch.randint(0, VOCABULARY, (2, 2, LENGTH + 1), generator=generator)
         engine.global_norm.judge = lambda loss, norm, step=step: step != refused
-        loss = pipeline.train_step([(some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in ids], 0.01)
+        loss = pipeline.train_step(
+            [(some[:, :-1].contiguous(), some[:, 1:].contiguous()) for some in ids], 0.01
+        )
         figures.append((loss.item(), float(engine.get_global_grad_norm() or 0.0)))
     return figures
 
@@ -113,7 +124,9 @@ def snapshot(engine: Engine) -> dict[str, Tensor]:
         for shard in engine.shards()
         for kind, values in {"weight": shard.master, **shard.state}.items()
     }
-    weights = ((place.name, getattr(value, "ds_tensor", value)) for value, place in placed(engine.stage))
+    weights = (
+        (place.name, getattr(value, "ds_tensor", value)) for value, place in placed(engine.stage)
+    )
     return held | {f"model/{name}": value.detach().clone() for name, value in weights}
 
 
@@ -137,13 +150,17 @@ def train_twins(rank: int, world_size: int, disk: Path) -> None:
         assert len({norm for _, norm in figures}) > 1 and figures[0][1] > 0.5  # clipped
         config = config_of(str(disk), **filed)
         engine, pipeline = build(config)
-        (folder,) = (path for path in disk.glob("*/zero_stage_3/optimizer/*") if path.name == f"rank{rank}")
+        (folder,) = (
+            path for path in disk.glob("*/zero_stage_3/optimizer/*") if path.name == f"rank{rank}"
+        )
         with engine.weighed() as held:
             first = train(engine, pipeline, range(1))
         assert first + train(engine, pipeline, range(1, 3), refused=1) == figures
         assert_same(snapshot(engine), expected)
         place = Grid.at(rank, 1, 2, 1)
-        told = predicted_states(config, parameter_sizes(config, read_spec(config.model), place), place)
+        told = predicted_states(
+            config, parameter_sizes(config, read_spec(config.model), place), place
+        )
         names = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
         assert [held[name] for name in names] == [told.weights, told.gradients, told.optimizer]
         assert sum(file.stat().st_size for file in folder.iterdir()) == told.files > 0
@@ -217,7 +234,9 @@ def look_for_what_is_missing(rank: int, world_size: int, disk: Path) -> list[str
 def test_what_is_missing_is_named_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nvme_path: .*must be a folder that can be written"):
         check_nvme(config_of(str(tmp_path / "absent")), read_spec(MODEL), 2)
-    with pytest.raises(ConfigError, match=r"nvme_path: .*must have [0-9,]+ bytes free for .* of 10000000 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"nvme_path: .*must have [0-9,]+ bytes free for .* of 10000000 ranks"
+    ):
         check_nvme(config_of(str(tmp_path)), read_spec(MODEL), 10_000_000)
     compiler, libaio = run_ranks(1, look_for_what_is_missing, tmp_path, init=False)[0]
     rule = f'{OFFLOAD}.device: "nvme": needs DeepSpeed\'s op async_io, which does not build here: '
@@ -245,7 +264,11 @@ def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], line: st
 
 
 def test_a_resolved_config_has_the_buffers_that_a_step_needs() -> None:
-    for keys, count in (({}, 3), ({"pipeline_write": True}, 6), ({"pipeline_read": True, "pipeline_write": True}, 9)):
+    for keys, count in (
+        ({}, 3),
+        ({"pipeline_write": True}, 6),
+        ({"pipeline_read": True, "pipeline_write": True}, 9),
+    ):
         offload = config_of("x", **keys).to_json()["zero_optimization"]["offload_optimizer"]
         assert offload["buffer_count"] == count
     with pytest.raises(ConfigError, match=r'aio: \{"block_size": 65536\}: needs .*device "nvme"'):

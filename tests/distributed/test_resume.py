@@ -17,7 +17,7 @@ from megalite.data.indexed import IndexedWriter, files_of
 from megalite.errors import CheckpointError
 from megalite.training.fingerprint import fingerprint
 from megalite.training.lock import Holder
-from megalite.training.program import _train, main, prepare
+from megalite.training.pretrain import _train, main, prepare
 from tests.ranks import run_ranks
 from tests.training_runs import LENGTH, VOCABULARY, document, rows
 from tests.unit.data.corpora import write_corpus
@@ -27,11 +27,16 @@ STEPS = 6
 
 def config_file(folder: Path, **data: Any) -> Path:
     """Of a blend of two corpora, in `folder/run`."""
-    made = document(folder, "run", {}, train={"steps": STEPS, "checkpoint_interval": 2, "keep_checkpoints": 0})
+    made = document(
+        folder, "run", {}, train={"steps": STEPS, "checkpoint_interval": 2, "keep_checkpoints": 0}
+    )
     for name, seed in (("other", 1), ("third", 2)):
         if not (folder / f"{name}.idx").exists():
             write_corpus(folder / name, 60, vocabulary=VOCABULARY, seed=seed)
-    corpora = [{"path": str(folder / "corpus"), "weight": 0.5, "split": [0, 0.9]}, str(folder / "other")]
+    corpora = [
+        {"path": str(folder / "corpus"), "weight": 0.5, "split": [0, 0.9]},
+        str(folder / "other"),
+    ]
     made["megalite"]["data"] |= {"train": corpora} | data
     path = folder / "config.json"
     path.write_text(json.dumps(made))
@@ -41,7 +46,12 @@ def config_file(folder: Path, **data: Any) -> Path:
 def trained(path: Path, step: int = 2) -> Path:
     """A checkpoint as a run of that config leaves it, but for its weights."""
     prepared = prepare(str(path), [], 2)
-    state = {"step": step, "consumed_samples": 8 * step, "consumed_tokens": 8 * step * LENGTH, "seed": 1234}
+    state = {
+        "step": step,
+        "consumed_samples": 8 * step,
+        "consumed_tokens": 8 * step * LENGTH,
+        "seed": 1234,
+    }
     state |= {"optimizer": "AdamW", "fingerprint": fingerprint(prepared.config)}
     folder = path.parent / "run" / "checkpoints" / f"step_{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +89,10 @@ def test_what_positions_do_not_depend_on_may_change(tmp_path: Path) -> None:
 def test_what_positions_depend_on_is_named_with_both_values(tmp_path: Path) -> None:
     path = config_file(tmp_path)
     folder = trained(path)
-    corpus, other = {"path": str(tmp_path / "corpus"), "weight": 0.5, "split": [0, 0.9]}, str(tmp_path / "other")
+    corpus, other = (
+        {"path": str(tmp_path / "corpus"), "weight": 0.5, "split": [0, 0.9]},
+        str(tmp_path / "other"),
+    )
     rule = f"as in {folder}: another needs a new run, with megalite.train.load"
     for override, line in {
         "megalite.data.sequence_length=16": "megalite.data.sequence_length: 16: must be 12, ",
@@ -87,11 +100,17 @@ def test_what_positions_depend_on_is_named_with_both_values(tmp_path: Path) -> N
         "megalite.data.order=megatron": 'megalite.data.order: "megatron": must be "shuffled", ',
         "megalite.data.reset_attention=true": "megalite.data.reset_attention: true: must be false, ",
         "megalite.train.seed=5": "megalite.train.seed: 5: must be 1234, ",
-        as_json({**corpus, "split": [0, 1]}, other): "megalite.data.train.0.split: [0.0, 1.0]: must be [0.0, 0.9], ",
-        as_json({**corpus, "weight": 1.5}, other): "megalite.data.train.0.weight: 0.6 of all: must be 0.33",
+        as_json(
+            {**corpus, "split": [0, 1]}, other
+        ): "megalite.data.train.0.split: [0.0, 1.0]: must be [0.0, 0.9], ",
+        as_json(
+            {**corpus, "weight": 1.5}, other
+        ): "megalite.data.train.0.weight: 0.6 of all: must be 0.33",
         as_json(corpus): "megalite.data.train: 1 corpora: must be 2, ",
         as_json(corpus, str(tmp_path / "third")): f"megalite.data.train.1.path: {tmp_path}/third: ",
-        as_json({**corpus, "path": other}, corpus["path"]): f"megalite.data.train.0.path: {other}: ",
+        as_json(
+            {**corpus, "path": other}, corpus["path"]
+        ): f"megalite.data.train.0.path: {other}: ",
     }.items():
         with pytest.raises(CheckpointError) as raised:
             prepare(str(path), [override], 2)
@@ -121,7 +140,10 @@ def test_another_corpus_under_the_same_name_is_found(tmp_path: Path, change: str
     else:
         documents[0], documents[3] = documents[3], documents[0]
     write(tmp_path)
-    with pytest.raises(CheckpointError, match="megalite.data.train.1.path: .*/other: holds .*: must be the corpus of "):
+    with pytest.raises(
+        CheckpointError,
+        match="megalite.data.train.1.path: .*/other: holds .*: must be the corpus of ",
+    ):
         prepare(str(path), [], 2)
 
 
@@ -132,7 +154,10 @@ def test_check_looks_at_a_run_that_is_going_on(tmp_path: Path) -> None:
     lock.write_text(json.dumps(asdict(Holder.this(tmp_path / "run"))))
     before = lock.read_text()
     assert main([f"--deepspeed_config={path}", "--check", "--world-size=2"]) == 0
-    assert lock.read_text() == before and sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "lock"]
+    assert lock.read_text() == before and sorted(os.listdir(tmp_path / "run")) == [
+        "checkpoints",
+        "lock",
+    ]
 
 
 def test_a_checkpoint_without_a_fingerprint_resumes(tmp_path: Path) -> None:
@@ -145,7 +170,9 @@ def test_a_checkpoint_without_a_fingerprint_resumes(tmp_path: Path) -> None:
     prepare(str(path), ["megalite.data.sequence_length=16"], 2)
 
 
-def train_prepared(rank: int, world_size: int, path: Path, starts: list[list[str]]) -> list[int | str]:
+def train_prepared(
+    rank: int, world_size: int, path: Path, starts: list[list[str]]
+) -> list[int | str]:
     deepspeed.init_distributed("gloo")
     results: list[int | str] = []
     for overrides in starts:
@@ -163,7 +190,9 @@ def test_megatron_s_order_is_that_of_the_run_s_first_start(tmp_path: Path) -> No
     assert run_ranks(2, train_prepared, path, [[]]) == [[0], [0]]
     whole = rows(run)
     state = Checkpoint.open(find_checkpoint(run)).state
-    assert state["fingerprint"] == json.loads(json.dumps(fingerprint(prepare(str(path), [], 2).config)))
+    assert state["fingerprint"] == json.loads(
+        json.dumps(fingerprint(prepare(str(path), [], 2).config))
+    )
     assert state["fingerprint"]["megalite.data.megatron_samples"] == 8 * STEPS
     for step in (4, 6):
         shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
@@ -175,7 +204,9 @@ def test_megatron_s_order_is_that_of_the_run_s_first_start(tmp_path: Path) -> No
         f"megalite.train.steps: 9: needs 72 samples: the order of {run}/checkpoints/step_00000004 is made for 48 "
         "(megalite.data.megatron_samples): another needs a new run, with megalite.train.load"
     )
-    with pytest.raises(CheckpointError, match="megalite.data.megatron_samples: 72: must be 48, as in "):
+    with pytest.raises(
+        CheckpointError, match="megalite.data.megatron_samples: 72: must be 48, as in "
+    ):
         prepare(str(path), ["megalite.data.megatron_samples=72"], 2)
     resolved = run / "config.json"  # says what it was made for
     assert prepare(str(resolved), [], 2).config.data.megatron_samples == 48

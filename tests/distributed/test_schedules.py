@@ -11,9 +11,9 @@ import pytest
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.config import Config
-from megalite.training.layouts import Layout, config_of, micro_sizes
-from megalite.training.trace import Trace
-from megalite.training.verify import Spread, differences
+from megalite.prove.layouts import Layout, config_of, micro_sizes
+from megalite.prove.trace import Trace
+from megalite.prove.verify import Spread, differences
 from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 from tests.training_runs import document as run_document
@@ -33,7 +33,9 @@ Case = tuple[Layout, bool, dict[str, Any]]
 """A layout with a schedule, whether embeddings are tied, and keys by section."""
 
 
-def scheduled(layout: Layout, schedules: str = "interleaved zb-h1 zb-v", tied: bool = False, **keys: Any) -> list[Case]:
+def scheduled(
+    layout: Layout, schedules: str = "interleaved zb-h1 zb-v", tied: bool = False, **keys: Any
+) -> list[Case]:
     return [(replace(layout, schedule=schedule), tied, keys) for schedule in schedules.split()]
 
 
@@ -85,12 +87,18 @@ class Runs:
         json["zero_optimization"] |= keys.get("zero", {})
         for part in ("model", "data", "train"):
             section[part] |= keys.get(part, {})
-        return config_of(Config.from_dict(json), layout, BATCH).to_json(), nothing, self.folder / name(case)
+        return (
+            config_of(Config.from_dict(json), layout, BATCH).to_json(),
+            nothing,
+            self.folder / name(case),
+        )
 
     def trace(self, case: Case) -> Trace:
         if name(case) not in self.recorded:
             world_size = case[0].world_size
-            every = [one for one in [*CASES, *map(like_1f1b, CASES)] if one[0].world_size == world_size]
+            every = [
+                one for one in [*CASES, *map(like_1f1b, CASES)] if one[0].world_size == world_size
+            ]
             missing = {name(one): one for one in every}
             found = traces(world_size, STEPS, [self.request(one) for one in missing.values()])
             self.recorded |= dict(zip(missing, found, strict=True))
@@ -99,7 +107,9 @@ class Runs:
     @cache  # noqa: B019  (one object, which lives as long as the module's tests)
     def spread(self) -> Spread:
         layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
-        reference, *others = traces(1, STEPS, [self.request((layout, True, {})) for layout in layouts])
+        reference, *others = traces(
+            1, STEPS, [self.request((layout, True, {})) for layout in layouts]
+        )
         return Spread(reference, others)
 
 
@@ -117,7 +127,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_a_schedule_changes_no_bit_of_an_untied_model(runs: Runs, case: Case) -> None:
     trace, like = runs.trace(case), runs.trace(like_1f1b(case))
     for step in range(STEPS):
-        assert [key for key, ratio, _ in differences(like, trace, step) if ratio != 0] == [], f"step {step + 1}"
+        assert [key for key, ratio, _ in differences(like, trace, step) if ratio != 0] == [], (
+            f"step {step + 1}"
+        )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[1]], ids=name)
@@ -130,11 +142,16 @@ def test_checkpoints_pass_between_schedules_bit_for_bit(tmp_path: Path) -> None:
     """A run that changes its schedule at each restart, against one that keeps 1F1B."""
 
     def keys(run: str, steps: int, schedule: str) -> dict[str, Any]:
-        made = run_document(tmp_path, run, {"pipe": 2, "zero": 2, "schedule": schedule}, train={"steps": steps})
+        made = run_document(
+            tmp_path, run, {"pipe": 2, "zero": 2, "schedule": schedule}, train={"steps": steps}
+        )
         made["megalite"]["model"] |= {"num_hidden_layers": 6, "tie_word_embeddings": False}
         return made
 
-    changing = [keys("changing", steps, name) for steps, name in ((2, "1f1b"), (4, "zb-v"), (5, "interleaved"))]
+    changing = [
+        keys("changing", steps, name)
+        for steps, name in ((2, "1f1b"), (4, "zb-v"), (5, "interleaved"))
+    ]
     runs = [*changing, keys("changing", 6, "zb-h1"), keys("plain", 6, "1f1b")]
     assert run_ranks(2, train, [(run, nothing) for run in runs]) == [[0] * 5] * 2
     changed, plain = (rows(tmp_path / run) for run in ("changing", "plain"))
@@ -142,4 +159,6 @@ def test_checkpoints_pass_between_schedules_bit_for_bit(tmp_path: Path) -> None:
     one, two = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in ("changing", "plain"))
     for tensor in one.names:
         for kind in KINDS:
-            assert one.read(tensor, kind=kind).equal(two.read(tensor, kind=kind)), f"{kind} of {tensor}"
+            assert one.read(tensor, kind=kind).equal(two.read(tensor, kind=kind)), (
+                f"{kind} of {tensor}"
+            )

@@ -32,7 +32,14 @@ DOCUMENT: dict[str, Any] = {
     },
 }  # fmt: skip
 PLAIN_HEADS = {"vocab_size": VOCABULARY, "tie_word_embeddings": True}
-GPT2 = {**PLAIN_HEADS, "model_type": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 40}
+GPT2 = {
+    **PLAIN_HEADS,
+    "model_type": "gpt2",
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 40,
+}
 NEOX = {
     **PLAIN_HEADS, "model_type": "gpt_neox", "hidden_size": 36, "intermediate_size": 54, "num_hidden_layers": 3,
     "num_attention_heads": 6, "max_position_embeddings": 40, "rotary_pct": 0.34,
@@ -96,7 +103,10 @@ def test_layouts_agree_with_a_lever(lever: str, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", documents=60, vocabulary=VOCABULARY)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(DOCUMENT))
-    places = [_json("megalite.data.train", [str(tmp_path / "corpus")]), f"{TRAIN}.run_dir={tmp_path / 'run'}"]
+    places = [
+        _json("megalite.data.train", [str(tmp_path / "corpus")]),
+        f"{TRAIN}.run_dir={tmp_path / 'run'}",
+    ]
     done = subprocess.run(
         [sys.executable, "tools/verify_layouts.py", "--deepspeed_config", str(config), "--steps", str(STEPS),
          "--layouts", *layouts, "--set", *places, *keys],

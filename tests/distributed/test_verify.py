@@ -16,15 +16,15 @@ import pytest
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megalite.config import Config
+from megalite.engine.norm import GlobalNorm
+from megalite.engine.zero import ShardedOptimizer
 from megalite.errors import ConfigError
 from megalite.parallel import collectives
-from megalite.parallel.norm import GlobalNorm
-from megalite.parallel.zero import ShardedOptimizer
 from megalite.pipeline.actions import Pipeline
-from megalite.training.layouts import Layout, comparable, config_of, micro_sizes
-from megalite.training.mutants import chosen, mutants
-from megalite.training.trace import Trace, no_plant, record
-from megalite.training.verify import Spread, Verdict, main
+from megalite.prove.layouts import Layout, comparable, config_of, micro_sizes
+from megalite.prove.mutants import chosen, mutants
+from megalite.prove.trace import Trace, no_plant, record
+from megalite.prove.verify import Spread, Verdict, main
 from tests.ranks import REPOSITORY, run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.traces import nothing, traces
@@ -65,19 +65,27 @@ def scale_of_m(rank: int) -> Iterator[None]:
 
 @contextmanager
 def skipped_reduction(rank: int) -> Iterator[None]:
-    with mock.patch.object(DeepSpeedZeroOptimizer, "allreduce_no_retain", lambda *args, **kwargs: None):
+    with mock.patch.object(
+        DeepSpeedZeroOptimizer, "allreduce_no_retain", lambda *args, **kwargs: None
+    ):
         yield
 
 
 @contextmanager
 def dropped_tensor_all_reduce(rank: int) -> Iterator[None]:
-    with mock.patch.object(collectives._Enter, "backward", staticmethod(lambda ctx, *grads: (grads[0], None))):
+    with mock.patch.object(
+        collectives._Enter, "backward", staticmethod(lambda ctx, *grads: (grads[0], None))
+    ):
         yield
 
 
 GRID, SPLIT = Layout(pipe=2, data=2, zero=1, micro=1), Layout(tensor=2, zero=2, micro=2)
 ON_GRID: list[Callable[..., Any]] = [
-    nothing, norm_of_stage_0, unreduced_tied_gradient, scale_of_m, skipped_reduction
+    nothing,
+    norm_of_stage_0,
+    unreduced_tied_gradient,
+    scale_of_m,
+    skipped_reduction,
 ]
 ON_SPLIT: list[Callable[..., Any]] = [nothing, dropped_tensor_all_reduce]
 
@@ -119,7 +127,9 @@ def verdicts(document: dict[str, Any], base: Path) -> dict[str, Verdict]:
     spread = Spread(reference, others)
     result = {}
     for layout, faults in ((GRID, ON_GRID), (SPLIT, ON_SPLIT)):
-        for fault, trace in zip(faults, recorded(layout.world_size, [(layout, f) for f in faults]), strict=True):
+        for fault, trace in zip(
+            faults, recorded(layout.world_size, [(layout, f) for f in faults]), strict=True
+        ):
             result[f"{fault.__name__} {layout.world_size}"] = spread.judge(trace)
     return result
 
@@ -140,7 +150,9 @@ def test_sound_layouts_agree(verdicts: dict[str, Verdict]) -> None:
         ("dropped_tensor_all_reduce 2", "norm", ""),
     ],
 )
-def test_a_planted_fault_is_found(verdicts: dict[str, Verdict], fault: str, figure: str, tensors: str) -> None:
+def test_a_planted_fault_is_found(
+    verdicts: dict[str, Verdict], fault: str, figure: str, tensors: str
+) -> None:
     first = verdicts[fault].first
     assert first, "not found"
     assert [d.step for d in first] == [1] * len(first)
@@ -157,8 +169,13 @@ def config_file(document: dict[str, Any], folder: Path) -> str:
 
 @pytest.mark.parametrize("fault, code", [(nothing, 0), (unreduced_tied_gradient, 1)])
 def test_the_exit_code_and_the_table(
-    verdicts: dict[str, Verdict], document: dict[str, Any], base: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], fault: Callable[..., Any], code: int,
+    verdicts: dict[str, Verdict],
+    document: dict[str, Any],
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[..., Any],
+    code: int,
 ) -> None:
     """With what the ranks above have written, in place of ranks."""
 
@@ -167,8 +184,15 @@ def test_the_exit_code_and_the_table(
             recorded = number if world_size == 1 else ON_GRID.index(fault)
             shutil.copytree(base / f"{world_size}_{recorded}", run["folder"], dirs_exist_ok=True)
 
-    arguments = ["--deepspeed_config", config_file(document, tmp_path), "--layouts", str(GRID), "--steps", str(STEPS)]
-    with mock.patch("megalite.training.verify.run_local_ranks", replay):
+    arguments = [
+        "--deepspeed_config",
+        config_file(document, tmp_path),
+        "--layouts",
+        str(GRID),
+        "--steps",
+        str(STEPS),
+    ]
+    with mock.patch("megalite.prove.verify.run_local_ranks", replay):
         assert main(arguments) == code
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(str(GRID)) and lines[-1].endswith("differs" if code else "agrees")
@@ -185,32 +209,61 @@ def _recorded(rank: int, world_size: int, request: dict[str, Any]) -> None:
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
     """In place of run_local_ranks: ranks that start quickly."""
-    run_ranks(world_size, _recorded, json.loads(Path(arguments[0]).read_text()), timeout_seconds=280)
+    run_ranks(
+        world_size, _recorded, json.loads(Path(arguments[0]).read_text()), timeout_seconds=280
+    )
 
 
-def test_mutants_are_found(document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--deepspeed_config", config_file(document, tmp_path), "--steps", "2", "--mutants", "12"]
-    with mock.patch("megalite.training.verify.run_local_ranks", on_forked_ranks):
+def test_mutants_are_found(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--deepspeed_config",
+        config_file(document, tmp_path),
+        "--steps",
+        "2",
+        "--mutants",
+        "12",
+    ]
+    with mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks):
         assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
     out = capsys.readouterr().out
-    ((changing, found),) = re.findall(r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out)
+    ((changing, found),) = re.findall(
+        r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out
+    )
     assert int(changing) >= 9 and changing == found, out
 
 
 def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:
-    config = config_of(comparable(Config.from_dict(document)), Layout(pipe=2, tensor=2, data=2, zero=2, micro=1), BATCH)
+    config = config_of(
+        comparable(Config.from_dict(document)),
+        Layout(pipe=2, tensor=2, data=2, zero=2, micro=1),
+        BATCH,
+    )
     names = list(mutants(config))
     assert len(names) > 60 and names == list(mutants(config))
-    for words in ("counted twice in the norm", "weight decay dropped", "gradients are not summed", "shifted by one"):
+    for words in (
+        "counted twice in the norm",
+        "weight decay dropped",
+        "gradients are not summed",
+        "shifted by one",
+    ):
         assert any(words in name for name in names), words
     assert chosen(names, 10) == [names[len(names) * number // 10] for number in range(10)]
 
 
 def test_the_program_agrees_and_refuses(document: dict[str, Any], tmp_path: Path) -> None:
-    command = [sys.executable, "tools/verify_layouts.py", "--deepspeed_config", config_file(document, tmp_path)]
+    command = [
+        sys.executable,
+        "tools/verify_layouts.py",
+        "--deepspeed_config",
+        config_file(document, tmp_path),
+    ]
 
     def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+        return subprocess.run(
+            [*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+        )
 
     done = verify("--steps", "1", "--layouts", "pipe=2,zero=2,micro=1")
     assert done.returncode == 0 and done.stdout.endswith("agrees\n"), done.stdout + done.stderr

@@ -15,18 +15,24 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelera
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite.data.position import Position
 from megalite.model.context import Context
 from megalite.parallel import loss
 from megalite.pipeline.interpreter import Interpreter
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch
 from megalite.training.loop import Run
-from megalite.training.position import Position
 from tests.ranks import run_ranks
 from tests.training_runs import document, train
 
 MOST_READS = 2  # of the device one: the other is of a number in main memory
-READS = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.equal"}
+READS = {
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten._unique2",
+    "aten.equal",
+}
 STEPS = 4
 
 
@@ -85,7 +91,9 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
         yield
 
 
-def counts(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[list[Counter[str]], list[Counter[str]]]:
+def counts(
+    rank: int, world_size: int, keys: dict[str, Any]
+) -> tuple[list[Counter[str]], list[Counter[str]]]:
     steps: list[Counter[str]] = []
     in_actions: list[Counter[str]] = []
     with counted(steps, in_actions):
@@ -108,7 +116,9 @@ def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, layout: dict
         assert len(steps) == len(in_actions) == STEPS
         for step in steps[1:]:  # the first one's memory is weighed
             assert sum(step.values()) <= MOST_READS, step
-        assert not any(in_actions[1:]), in_actions  # in the first one ZeRO-3 records the order of fetches
+        assert not any(in_actions[1:]), (
+            in_actions
+        )  # in the first one ZeRO-3 records the order of fetches
 
 
 def test_a_timer_that_waits_is_counted(tmp_path: Path) -> None:
@@ -133,14 +143,18 @@ def test_batches_are_those_of_the_position_however_the_run_moves() -> None:
 
     def read(position: Position) -> list[MicroBatch]:
         asked.append((position.step, len(position.left_out)))
-        tokens = torch.from_numpy(np.full((1, 2), position.consumed_samples + 1000 * len(position.left_out)))
+        tokens = torch.from_numpy(
+            np.full((1, 2), position.consumed_samples + 1000 * len(position.left_out))
+        )
         return [MicroBatch(tokens, tokens, Context())]
 
     ahead = Ahead(read, torch.device("cpu"))
     first = Position()
     second = first.after(4, 8)
     for position, following in ((first, second), (second, second.after(4, 8)), (first, second)):
-        assert ahead.take(position, following)[0].tokens.unique().tolist() == [position.consumed_samples]
+        assert ahead.take(position, following)[0].tokens.unique().tolist() == [
+            position.consumed_samples
+        ]
     gone_back = first.leaving_out(range(2))
     assert ahead.take(gone_back, None)[0].tokens.unique().tolist() == [1000]
     ahead.close()

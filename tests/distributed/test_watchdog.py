@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import megalite.training.watchdog as watchdog_module
+import megalite.guard.watchdog as watchdog_module
 from megalite.config.sections import Limits
+from megalite.guard.flight import Stay
+from megalite.guard.watchdog import Watchdog
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import LayerCosts, ModelCosts
 from megalite.pipeline.plan import make_plan
-from megalite.training.flight import Stay
-from megalite.training.watchdog import Watchdog
 from tests.ranks import RankFailure, run_ranks
 
 STEP_SECONDS = 2.0
@@ -54,9 +54,18 @@ class FaultyEngine:
 
 def step(rank: int, world_size: int, run_dir: Path, fault: str) -> None:
     engine: Any = FaultyEngine(rank, fault)
-    plan = make_plan("1f1b", world_size, 1, (1,) * world_size, ModelCosts((LayerCosts(1.0, 0.0),) * world_size, 0.0))
+    plan = make_plan(
+        "1f1b",
+        world_size,
+        1,
+        (1,) * world_size,
+        ModelCosts((LayerCosts(1.0, 0.0),) * world_size, 0.0),
+    )
     pipeline = Pipeline(engine, Grid.build(world_size, 1).pipe, plan, (1, 4), torch.float32)
-    with Watchdog(run_dir, Limits.model_validate({})) as watchdog, watchdog.watching("step 7", STEP_SECONDS):
+    with (
+        Watchdog(run_dir, Limits.model_validate({})) as watchdog,
+        watchdog.watching("step 7", STEP_SECONDS),
+    ):
         watchdog.instruction = lambda: pipeline.instruction
         watchdog.waits_for = lambda: pipeline.waits_for
         tokens = torch.zeros(1, 4, dtype=torch.int64)
@@ -73,7 +82,11 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
     head, *lines = (folder / "summary.txt").read_text().splitlines()
     assert head.startswith("rank 1 on ") and head.endswith(f" {fault}; ranks 0, 2 waited for it")
     doing = ["backward of micro-batch 0", "forward of micro-batch 1", "forward of micro-batch 1"]
-    said = ["in recv, waits for rank 1", "limit of 2 s" if fault == "was busy" else "the reason", "waits for rank 1"]
+    said = [
+        "in recv, waits for rank 1",
+        "limit of 2 s" if fault == "was busy" else "the reason",
+        "waits for rank 1",
+    ]
     for rank in range(3):
         assert f"step 7, {doing[rank]}, for " in lines[rank] and said[rank] in lines[rank], lines
         assert " in step\n" in (folder / f"rank_{rank:05d}.txt").read_text()
@@ -82,10 +95,17 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
 def step_on_a_device(rank: int, world_size: int, run_dir: Path) -> None:
     """Each host waits for its device; of these rank 1's has not been given what the others' wait in."""
     everyone = tuple(range(world_size))
-    came = Stay(everyone, last=6) if rank == 1 else Stay(everyone, last=7, waits_in=7, name="all_reduce")
+    came = (
+        Stay(everyone, last=6)
+        if rank == 1
+        else Stay(everyone, last=7, waits_in=7, name="all_reduce")
+    )
     with mock.patch.object(watchdog_module, "own_flight", lambda: {"0": came}):
         limits = Limits.model_validate({})
-        with Watchdog(run_dir, limits) as watchdog, watchdog.watching("step 7", 1.0 if rank == 0 else 60.0):
+        with (
+            Watchdog(run_dir, limits) as watchdog,
+            watchdog.watching("step 7", 1.0 if rank == 0 else 60.0),
+        ):
             time.sleep(60)
 
 
@@ -93,6 +113,8 @@ def test_under_nccl_the_rank_that_has_not_come_is_named(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="died with exit code 1"):
         run_ranks(3, step_on_a_device, tmp_path, timeout_seconds=30)
     head, *lines = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
-    assert head.startswith("rank 1 on ") and head.endswith(" was busy; ranks 0, 2 waited for it"), head
+    assert head.startswith("rank 1 on ") and head.endswith(" was busy; ranks 0, 2 waited for it"), (
+        head
+    )
     assert "in all_reduce 7 of ranks 0, 1, 2; longer than its limit of 1 s" in lines[0]
     assert "when another rank was lost or had failed" in lines[1], "it was told by a signal"

@@ -9,7 +9,9 @@ from tests.unit.data.corpora import write_corpus
 VOCABULARY = 1024
 
 
-def config(folder: Path, ranks: int = 1, zero: int = 1, precision: str = "bf16", **keys: Any) -> dict[str, Any]:
+def config(
+    folder: Path, ranks: int = 1, zero: int = 1, precision: str = "bf16", **keys: Any
+) -> dict[str, Any]:
     """A resolved config. keys: `model`, `data`, `train` and `parallel` change those sections, others the top level."""
     if not (folder / "corpus.idx").exists():
         write_corpus(folder / "corpus", 400, vocabulary=VOCABULARY)
@@ -18,7 +20,12 @@ def config(folder: Path, ranks: int = 1, zero: int = 1, precision: str = "bf16",
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
         "sliding_window": None,
     }  # fmt: skip
-    run = {"steps": 10, "run_dir": str(folder / "run"), "checkpoint_interval": 0, "tensorboard": False}
+    run = {
+        "steps": 10,
+        "run_dir": str(folder / "run"),
+        "checkpoint_interval": 0,
+        "tensorboard": False,
+    }
     document = {
         "train_micro_batch_size_per_gpu": 2,
         "train_batch_size": 16,
@@ -28,7 +35,8 @@ def config(folder: Path, ranks: int = 1, zero: int = 1, precision: str = "bf16",
         "megalite": {
             "model": model | keys.pop("model", {}),
             "parallel": keys.pop("parallel", {}),
-            "data": {"sequence_length": 128, "train": [str(folder / "corpus")]} | keys.pop("data", {}),
+            "data": {"sequence_length": 128, "train": [str(folder / "corpus")]}
+            | keys.pop("data", {}),
             "train": run | keys.pop("train", {}),
         },
     }

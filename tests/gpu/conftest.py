@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megalite.devices import visible_gpus
+from megalite.ranks.devices import visible_gpus
 
 
 @pytest.fixture
@@ -15,6 +15,8 @@ def needs() -> Callable[[int], None]:
     def check(gpus: int) -> None:
         found = visible_gpus()
         if found < gpus:
-            pytest.skip(f"needs {gpus} GPU{'s' * (gpus > 1)}, sees {found}: for bash tools/test_gpu.sh where they are")
+            pytest.skip(
+                f"needs {gpus} GPU{'s' * (gpus > 1)}, sees {found}: for bash tools/test_gpu.sh where they are"
+            )
 
     return check

@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megalite.launch import run_program, start_ranks, stop_ranks
-from megalite.training.local_ranks import run_local_ranks
+from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+from megalite.ranks.local import run_local_ranks
 
 
-def on_ranks(ranks: int, function: str, *, accelerator: str | None = None, **arguments: Any) -> list[Any]:
+def on_ranks(
+    ranks: int, function: str, *, accelerator: str | None = None, **arguments: Any
+) -> list[Any]:
     """What a function of work.py returns on each rank. accelerator: DeepSpeed's name of it, None: the machine's."""
     settings = {} if accelerator is None else {"DS_ACCELERATOR": accelerator}
-    with tempfile.TemporaryDirectory(prefix="gpu_") as folder, mock.patch.dict(os.environ, settings):
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu_") as folder,
+        mock.patch.dict(os.environ, settings),
+    ):
         request = Path(folder) / "request.json"
         request.write_text(json.dumps({"function": function, "arguments": arguments}))
         run_local_ranks(ranks, "tests.gpu.ranks", [str(request)])
-        return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        return [
+            json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)
+        ]
 
 
 def main(arguments: list[str]) -> int:

@@ -20,11 +20,17 @@ def start(folder: Path, document: dict[str, Any], **train: Any) -> list[dict[str
     """A run by the real `deepspeed` on one GPU, without nvcc: its rows of metrics."""
     document["megalite"]["train"] |= train
     (folder / "config.json").write_text(json.dumps(document))
-    path = ":".join(part for part in os.environ["PATH"].split(":") if not (Path(part) / "nvcc").exists())
+    path = ":".join(
+        part for part in os.environ["PATH"].split(":") if not (Path(part) / "nvcc").exists()
+    )
     variables = {"PATH": path, "CUDA_HOME": "", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
-    begun = Start(folder, f"--deepspeed_config={folder / 'config.json'}", ranks=1, variables=variables)
+    begun = Start(
+        folder, f"--deepspeed_config={folder / 'config.json'}", ranks=1, variables=variables
+    )
     assert begun.wait(300) == 0, begun.text
-    assert not (folder / "compiled").exists() or not any((folder / "compiled").rglob("*.so")), "something was compiled"
+    assert not (folder / "compiled").exists() or not any((folder / "compiled").rglob("*.so")), (
+        "something was compiled"
+    )
     return rows(Path(document["megalite"]["train"]["run_dir"]))
 
 
@@ -38,14 +44,22 @@ def test_a_run_starts_without_a_compiler_and_tells_its_mfu(tmp_path: Path, needs
 def test_a_rank_is_on_its_gpu_with_what_torch_was_told(needs: Needs) -> None:
     needs(1)
     (told,) = on_ranks(1, "device")
-    assert told["ordinal"] == 0 and told["expandable_segments"] and told["backend"] == "cpu:gloo,cuda:nccl"
+    assert (
+        told["ordinal"] == 0
+        and told["expandable_segments"]
+        and told["backend"] == "cpu:gloo,cuda:nccl"
+    )
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_step_waits_for_the_device_at_most_three_times(tmp_path: Path, zero: int, needs: Needs) -> None:
+def test_a_step_waits_for_the_device_at_most_three_times(
+    tmp_path: Path, zero: int, needs: Needs
+) -> None:
     """And in no forward or backward: there set_sync_debug_mode is "error"."""
     needs(1)
-    document = config(tmp_path, zero=zero, precision="bf16" if zero else "fp32", data={"reset_attention": True})
+    document = config(
+        tmp_path, zero=zero, precision="bf16" if zero else "fp32", data={"reset_attention": True}
+    )
     (counts,) = on_ranks(1, "waits", config=document, steps=3)
     assert max(counts) <= 3, counts
 
@@ -55,7 +69,10 @@ def test_attention_is_flash_attention(needs: Needs) -> None:
     (names,) = on_ranks(1, "kernels")
     for case, found in names.items():
         assert any("flash" in name for name in found), (case, found)
-        assert not any("fmha" in name and "cutlass" in name for name in found), (case, found)  # the one with a mask
+        assert not any("fmha" in name and "cutlass" in name for name in found), (
+            case,
+            found,
+        )  # the one with a mask
 
 
 def test_windows_and_documents_are_those_of_the_cpu(needs: Needs) -> None:
@@ -64,10 +81,12 @@ def test_windows_and_documents_are_those_of_the_cpu(needs: Needs) -> None:
     assert max(found.values()) < 0.03, found  # bf16 has 8 bits
 
 
-@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "zero, precision", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
 def test_states_are_as_predicted(tmp_path: Path, zero: int, precision: str, needs: Needs) -> None:
     needs(1)
-    (told, held), = on_ranks(1, "states", config=config(tmp_path, zero=zero, precision=precision))
+    ((told, held),) = on_ranks(1, "states", config=config(tmp_path, zero=zero, precision=precision))
     assert told == held
 
 
@@ -75,16 +94,23 @@ def test_states_are_as_predicted(tmp_path: Path, zero: int, precision: str, need
 def test_losses_are_those_of_the_cpu(tmp_path: Path, zero: int, needs: Needs) -> None:
     needs(1)
     document = config(tmp_path, zero=zero, precision="fp32")
-    runs = [on_ranks(1, "losses", accelerator=name, config=document, steps=STEPS)[0] for name in ("cpu", None)]
+    runs = [
+        on_ranks(1, "losses", accelerator=name, config=document, steps=STEPS)[0]
+        for name in ("cpu", None)
+    ]
     for (cpu_loss, cpu_norm), (loss, norm) in zip(*runs, strict=True):
-        assert loss == pytest.approx(cpu_loss, rel=1e-5) and norm == pytest.approx(cpu_norm, rel=1e-4)
+        assert loss == pytest.approx(cpu_loss, rel=1e-5) and norm == pytest.approx(
+            cpu_norm, rel=1e-4
+        )
 
 
 def test_bf16_differs_from_the_cpus_as_bf16_does_from_fp32(tmp_path: Path, needs: Needs) -> None:
     needs(1)
 
     def of(precision: str, name: str | None) -> list[float]:
-        made = on_ranks(1, "losses", accelerator=name, config=config(tmp_path, precision=precision), steps=STEPS)
+        made = on_ranks(
+            1, "losses", accelerator=name, config=config(tmp_path, precision=precision), steps=STEPS
+        )
         return [loss for loss, _ in made[0]]
 
     exact, cpu, gpu = of("fp32", "cpu"), of("bf16", "cpu"), of("bf16", None)
@@ -96,8 +122,14 @@ def test_bf16_differs_from_the_cpus_as_bf16_does_from_fp32(tmp_path: Path, needs
 def test_a_deterministic_run_resumes_to_the_bit(tmp_path: Path, zero: int, needs: Needs) -> None:
     needs(1)
     document, last = config(tmp_path, zero=zero), 2 * STEPS
-    whole = start(tmp_path, document, deterministic=True, steps=last, run_dir=str(tmp_path / "whole"))
+    whole = start(
+        tmp_path, document, deterministic=True, steps=last, run_dir=str(tmp_path / "whole")
+    )
     for steps in (STEPS, last):
-        resumed = start(tmp_path, document, deterministic=True, steps=steps, run_dir=str(tmp_path / "resumed"))
-    figures = [[(row["step"], row["loss"], row["grad_norm"]) for row in made] for made in (whole, resumed)]
+        resumed = start(
+            tmp_path, document, deterministic=True, steps=steps, run_dir=str(tmp_path / "resumed")
+        )
+    figures = [
+        [(row["step"], row["loss"], row["grad_norm"]) for row in made] for made in (whole, resumed)
+    ]
     assert figures[0] == figures[1]

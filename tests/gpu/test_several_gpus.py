@@ -17,7 +17,9 @@ STEPS = 3
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
-def test_messages_larger_than_nccls_buffers_do_not_hang(tmp_path: Path, schedule: str, needs: Needs) -> None:
+def test_messages_larger_than_nccls_buffers_do_not_hang(
+    tmp_path: Path, schedule: str, needs: Needs
+) -> None:
     """4 × 4,096 × 4,096 numbers in bf16 are 128 MiB."""
     needs(2)
     document = config(
@@ -29,9 +31,13 @@ def test_messages_larger_than_nccls_buffers_do_not_hang(tmp_path: Path, schedule
     assert len(everyone[0]) == 2
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipe": 2}, {}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipe": 2}, {}], ids=str
+)
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_layout_is_the_run_of_one_gpu(tmp_path: Path, parallel: dict[str, int], zero: int, needs: Needs) -> None:
+def test_a_layout_is_the_run_of_one_gpu(
+    tmp_path: Path, parallel: dict[str, int], zero: int, needs: Needs
+) -> None:
     needs(2)
     if "pipe" in parallel and zero == 3:
         pytest.skip("ZeRO-3 takes no pipe axis")
@@ -39,13 +45,22 @@ def test_a_layout_is_the_run_of_one_gpu(tmp_path: Path, parallel: dict[str, int]
     document = config(tmp_path, 2, zero=zero, precision="fp32", parallel=parallel)
     for rank in on_ranks(2, "losses", config=document, steps=STEPS):
         for (loss, norm), (one_loss, one_norm) in zip(rank, one, strict=True):
-            assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(one_norm, rel=1e-4)
+            assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(
+                one_norm, rel=1e-4
+            )
 
 
 def test_layouts_are_verified(tmp_path: Path, needs: Needs) -> None:
     needs(2)
     (tmp_path / "config.json").write_text(json.dumps(config(tmp_path, precision="fp32")))
     layouts = ["tensor=2,zero=1", "pipe=2,zero=2", "data=2,zero=3"]
-    command = [sys.executable, "tools/verify_layouts.py", "--deepspeed_config", str(tmp_path / "config.json")]
-    done = subprocess.run([*command, "--layouts", *layouts], cwd=REPOSITORY, text=True, capture_output=True)
+    command = [
+        sys.executable,
+        "tools/verify_layouts.py",
+        "--deepspeed_config",
+        str(tmp_path / "config.json"),
+    ]
+    done = subprocess.run(
+        [*command, "--layouts", *layouts], cwd=REPOSITORY, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

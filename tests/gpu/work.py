@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config
-from megalite.devices import be_deterministic
 from megalite.model.attention import attend
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.varlen import documents_as_pieces
 from megalite.parallel.grid import Grid
 from megalite.pipeline.interpreter import Interpreter
-from megalite.training.memory import States, parameter_sizes, predicted_states
-from megalite.training.trace import Session
+from megalite.plan.states import States, parameter_sizes, predicted_states
+from megalite.prove.trace import Session
+from megalite.ranks.devices import be_deterministic
 
 
 def losses(config: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -50,8 +50,12 @@ def states(config: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
         session.step(0)
     grid = session.engine.grid
     place = Grid.at(grid.rank, grid.pipe.size, grid.data.size, grid.tensor.size)
-    told = predicted_states(resolved, parameter_sizes(resolved, read_spec(resolved.model), place), place)
-    now = States(held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets)
+    told = predicted_states(
+        resolved, parameter_sizes(resolved, read_spec(resolved.model), place), place
+    )
+    now = States(
+        held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets
+    )
     return dataclasses.asdict(told), dataclasses.asdict(now)
 
 
@@ -92,7 +96,8 @@ def kernels() -> dict[str, list[str]]:
     for name, (context, window) in cases.items():
         shapes = [(b, heads, s, h) for heads in (n, k, k)]
         query, key, value = (
-            torch.randn(shape, device=cuda, dtype=torch.bfloat16, requires_grad=True) for shape in shapes
+            torch.randn(shape, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+            for shape in shapes
         )
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             attend(query, key, value, context, window, None, 0.0).sum().backward()
@@ -118,6 +123,10 @@ def attention_differences() -> dict[str, float]:
             query, key, value = (x.to(place, dtype).requires_grad_() for x in plain)
             mixed = attend(query, key, value, context, window, None, 0.0)
             mixed.float().square().sum().backward()
-            results.append([x.float().cpu() for x in (mixed.detach(), query.grad, key.grad, value.grad)])  # type: ignore[union-attr]
-        found[name] = max(float((x - y).abs().max() / x.abs().max()) for x, y in zip(*results, strict=True))
+            results.append(
+                [x.float().cpu() for x in (mixed.detach(), query.grad, key.grad, value.grad)]
+            )  # type: ignore[union-attr]
+        found[name] = max(
+            float((x - y).abs().max() / x.abs().max()) for x, y in zip(*results, strict=True)
+        )
     return found

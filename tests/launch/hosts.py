@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megalite.signals import command_of
+from megalite.ranks.signals import command_of
 
 PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "ip": "iproute2"}
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -83,22 +83,32 @@ def require_hosts() -> None:
     """Skips where hosts cannot be made: not root, no namespaces, or packages that are missing and do not install."""
     if os.geteuid() != 0:
         pytest.skip("hosts are namespaces, which only root makes")
-    probe = subprocess.run(["unshare", *NEW, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    probe = subprocess.run(
+        ["unshare", *NEW, "--fork", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True
+    )
     if probe.returncode:
-        pytest.skip(f"this machine does not let namespaces be made: {probe.stderr.decode().strip()}")
+        pytest.skip(
+            f"this machine does not let namespaces be made: {probe.stderr.decode().strip()}"
+        )
     require(**PACKAGES)
 
 
 @functools.cache
 def require(**packages: str) -> None:
     """Skips where programs are missing and Debian's packages of them, by program, do not install."""
-    missing = [package for program, package in packages.items() if not shutil.which(program, path=SEARCHED)]
+    missing = [
+        package for program, package in packages.items() if not shutil.which(program, path=SEARCHED)
+    ]
     if missing and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
         for command in (["apt-get", "update", "-q"], install):
             subprocess.run(command, env=environment, capture_output=True, timeout=240)
-        missing = [package for program, package in packages.items() if not shutil.which(program, path=SEARCHED)]
+        missing = [
+            package
+            for program, package in packages.items()
+            if not shutil.which(program, path=SEARCHED)
+        ]
     if missing:
         pytest.skip(f"needs Debian's {', '.join(missing)}, which could not be installed")
 
@@ -142,12 +152,16 @@ class Cluster:
         names = "".join(f"10.77.0.{i + 1} h{i}\n" for i in range(count))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         # No DNS, which would be asked for each peer of torch's store, and not answer.
-        (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+        (folder / "nsswitch.conf").write_text(
+            "passwd: files\ngroup: files\nshadow: files\nhosts: files\n"
+        )
         (folder / "switch.sh").write_text(SWITCH)
         (folder / "host.sh").write_text(HOST)
         (ssh / "sshd_config").write_text(SSHD.format(folder=folder))
         (ssh / "ssh_config").write_text(SSH.format(folder=folder))
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / "key")], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / "key")], check=True
+        )
         self.output = folder / "output"
         script = ["bash", str(folder / "switch.sh"), str(count)]
         with self.output.open("w") as file:
@@ -167,8 +181,14 @@ class Cluster:
         while True:
             tree = psutil.Process(self.top.pid).children(recursive=True)
             commands = {process: command_of(process.pid).split(b"\0")[:-1] for process in tree}
-            inits = {int(words[2]): p for p, words in commands.items() if words[:2] == [b"bash", b"host.sh"]}
-            listening = [words for words in commands.values() if words and words[0].startswith(b"sshd: ")]
+            inits = {
+                int(words[2]): p
+                for p, words in commands.items()
+                if words[:2] == [b"bash", b"host.sh"]
+            }
+            listening = [
+                words for words in commands.values() if words and words[0].startswith(b"sshd: ")
+            ]
             if len(inits) == len(listening) == count and (self.folder / "made").exists():
                 return [Host(i, inits[i]) for i in range(count)]
             assert self.top.poll() is None and time.monotonic() < deadline, self.output.read_text()

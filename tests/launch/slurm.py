@@ -11,7 +11,12 @@ import psutil
 from tests.launch.hosts import SEARCHED, Cluster, Host
 from tests.ranks import REPOSITORY
 
-PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+}
 
 CONFIG = """
 ClusterName=test
@@ -45,19 +50,31 @@ class Slurm:
         self.folder.mkdir()
         (self.folder / "launcher").symlink_to(REPOSITORY / "launcher")
         (self.folder / ".venv").symlink_to(sys.prefix)
-        nodes = "".join(f"NodeName={host.name} NodeAddr={host.address} CPUs=4\n" for host in cluster.hosts)
+        nodes = "".join(
+            f"NodeName={host.name} NodeAddr={host.address} CPUs=4\n" for host in cluster.hosts
+        )
         self.config, key = self.folder / "slurm.conf", self.folder / "key"
         self.config.write_text(CONFIG.format(folder=self.folder, nodes=nodes))
         key.write_bytes(os.urandom(64))
         key.chmod(0o600)
         self.daemons = [self._begin(host, MUNGED.format(key=key)) for host in cluster.hosts]
         self.daemons.append(self._begin(cluster.hosts[0], "exec slurmctld -D"))
-        self.daemons += [self._begin(host, f"exec slurmd -D -N {host.name}") for host in cluster.hosts]
-        self.wait_until(lambda: set(self.tell("sinfo", "-h", "-N", "-o", "%T", check=False).split()) == {"idle"}, 30)
+        self.daemons += [
+            self._begin(host, f"exec slurmd -D -N {host.name}") for host in cluster.hosts
+        ]
+        self.wait_until(
+            lambda: (
+                set(self.tell("sinfo", "-h", "-N", "-o", "%T", check=False).split()) == {"idle"}
+            ),
+            30,
+        )
 
     def submit(self, *words: str) -> "Job":
         """sbatch's options, launcher/slurm.sh and its arguments."""
-        return Job(self, self.tell("sbatch", "--parsable", f"--output={self.folder}/output%j", *words).strip())
+        return Job(
+            self,
+            self.tell("sbatch", "--parsable", f"--output={self.folder}/output%j", *words).strip(),
+        )
 
     def tell(self, *command: str, check: bool = True) -> str:
         """What a command on h0 says."""
@@ -66,19 +83,29 @@ class Slurm:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float, job: "Job | None" = None) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], seconds: float, job: "Job | None" = None
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, job.text if job else (self.folder / "daemons").read_text()
+            assert time.monotonic() < deadline, (
+                job.text if job else (self.folder / "daemons").read_text()
+            )
             time.sleep(0.1)
 
     def _begin(self, host: Host, script: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "daemons").open("a") as file:
             command = host.inside(self.folder, "bash", "-c", script)
-            return subprocess.Popen(command, env=self._environment(), stdout=file, stderr=file, start_new_session=True)
+            return subprocess.Popen(
+                command, env=self._environment(), stdout=file, stderr=file, start_new_session=True
+            )
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"PATH": SEARCHED, "SLURM_CONF": str(self.config), "PYTHONPATH": str(REPOSITORY)}
+        return os.environ | {
+            "PATH": SEARCHED,
+            "SLURM_CONF": str(self.config),
+            "PYTHONPATH": str(REPOSITORY),
+        }
 
 
 class Job:
@@ -102,7 +129,9 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """Its ranks in the order of hosts."""
         processes = [process for host in self.slurm.cluster.hosts for process in host.processes()]
-        return [p for p in processes if p.cmdline()[1:3] == ["-u", "launcher/pretrain.py"]]  # srun has the words too
+        return [
+            p for p in processes if p.cmdline()[1:3] == ["-u", "launcher/pretrain.py"]
+        ]  # srun has the words too
 
     def wait_for(self, state: str, seconds: float = 60) -> dict[str, str]:
         """Its facts once it is in a state."""

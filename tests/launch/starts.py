@@ -75,7 +75,11 @@ class Start:
         command += ["--master_port", str(port), str(REPOSITORY / program), *arguments]
         self.hosts = hosts
         self.output = folder / f"output{port}"
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        environment = {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+        }
         environment |= variables or {}
         with self.output.open("w") as file:
             self.top = subprocess.Popen(
@@ -91,7 +95,11 @@ class Start:
     @property
     def lines(self) -> list[str]:
         """What the program itself says on standard error in one line, and launcher/run.py."""
-        return [line for line in self.text.splitlines() if line.startswith(("pretrain.py: ", "run.py: "))]
+        return [
+            line
+            for line in self.text.splitlines()
+            if line.startswith(("pretrain.py: ", "run.py: "))
+        ]
 
     def look(self) -> None:
         """Remembers every process of the start that runs now."""
@@ -105,7 +113,9 @@ class Start:
     @property
     def run(self) -> psutil.Process:
         """launcher/run.py, which is not the top process where that only enters a host."""
-        return next(p for p in self._living() if _words(p)[1:2] == [str(REPOSITORY / "launcher/run.py")])
+        return next(
+            p for p in self._living() if _words(p)[1:2] == [str(REPOSITORY / "launcher/run.py")]
+        )
 
     def of(self, word: str) -> list[psutil.Process]:
         """Those with this word on their command line."""
@@ -130,7 +140,9 @@ class Start:
         """The top process's exit code, 128 + N for a signal; every other process has ended too."""
         deadline = time.monotonic() + seconds
         while self.top.poll() is None or self._living():
-            assert time.monotonic() < deadline, f"{self._living()} still run after {seconds} s\n{self.text}"
+            assert time.monotonic() < deadline, (
+                f"{self._living()} still run after {seconds} s\n{self.text}"
+            )
             time.sleep(0.05)
         code = self.top.returncode
         return 128 - code if code < 0 else code
@@ -169,12 +181,18 @@ def _rank(process: psutil.Process) -> str:
 def rows(run: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics."""
     file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == "\n"]
+        if file.exists()
+        else []
+    )
 
 
 def checkpoints(run: Path) -> list[int]:
     """Steps that have a checkpoint."""
-    return sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    return sorted(
+        int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")
+    )
 
 
 def shared_memory() -> set[str]:

@@ -17,14 +17,22 @@ from tests.ranks import REPOSITORY
 
 def doctor(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "tools/doctor.py", *arguments]
-    return subprocess.run(cluster.hosts[0].inside(REPOSITORY, *command), capture_output=True, text=True, timeout=150)
+    return subprocess.run(
+        cluster.hosts[0].inside(REPOSITORY, *command), capture_output=True, text=True, timeout=150
+    )
 
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_host_that_does_not_answer(tmp_path: Path, cluster: Cluster) -> None:
     cluster.link(cluster.hosts[1], "down")
-    done = doctor(cluster, "--hostfile", str(cluster.hostfile()), "--deepspeed_config", str(write_config(tmp_path)))
+    done = doctor(
+        cluster,
+        "--hostfile",
+        str(cluster.hostfile()),
+        "--deepspeed_config",
+        str(write_config(tmp_path)),
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith("h1: no answer: ssh: connect to host h1 port 22: "), done.stdout
     assert done.stdout.endswith("2 hosts, 2 ranks: 1 findings\n")
@@ -41,7 +49,11 @@ def test_hosts_that_are_well(tmp_path: Path, cluster: Cluster) -> None:
 
 def test_a_mistake_is_one_line() -> None:
     done = subprocess.run([sys.executable, "tools/doctor.py"], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--hostfile or --num_gpus" in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and "--hostfile or --num_gpus" in done.stderr
+    )
 
 
 def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
@@ -51,7 +63,11 @@ def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        wanted = {"paths": [str(tmp_path / "a"), str(tmp_path / "b")], "folders": [str(tmp_path)], "port": port}
+        wanted = {
+            "paths": [str(tmp_path / "a"), str(tmp_path / "b")],
+            "folders": [str(tmp_path)],
+            "port": port,
+        }
         first = probe(wanted) | {"clock_error": 0.0}
     assert not first["port_free"]
     other = json.loads(json.dumps(first))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from megalite.convert.import_hf import import_hf
 from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
 from tests.ranks import REPOSITORY
@@ -24,7 +24,9 @@ PROMPT = "bcd"
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
+    )
 
 
 def launch(program: str, *arguments: str, ranks: int = 4) -> subprocess.CompletedProcess[str]:
@@ -37,7 +39,11 @@ def json_lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 
 def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith(("generate.py:", "import_hf.py:"))]
+    return [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith(("generate.py:", "import_hf.py:"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +51,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_byte_model(tmp_path_factory.mktemp("launch") / "hf")
 
 
-def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
+    folder: Path, tmp_path: Path
+) -> None:
     import_hf(folder, tmp_path / "checkpoint")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT}\nx y z w\n")
     arguments = ["--max-new-tokens", "9", *LAYOUT]
-    lines = json_lines(launch("generate", "--checkpoint", str(folder), "--prompts", str(prompts), *arguments))
+    lines = json_lines(
+        launch("generate", "--checkpoint", str(folder), "--prompts", str(prompts), *arguments)
+    )
     assert [line["prompt"] for line in lines] == [PROMPT, "x y z w"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for line in lines:
         ids = tokenizer(line["prompt"], return_tensors="pt", return_token_type_ids=False)
         whole = model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0]
-        assert line["text"] == tokenizer.decode(whole[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["text"] == tokenizer.decode(
+            whole[ids["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     ids = torch.randint(0, VOCABULARY, (101,), generator=torch.Generator().manual_seed(0))
     with IndexedWriter(tmp_path / "corpus", token_dtype(VOCABULARY)) as writer:
         writer.add_document(ids.numpy())
-    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--data", str(tmp_path / "corpus"), LAYOUT[1]]
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--data",
+        str(tmp_path / "corpus"),
+        LAYOUT[1],
+    ]
     found = json_lines(launch("evaluate", *arguments, "--sequence-length", "10", ranks=2))
     windows = ids.unfold(0, 11, 10)
     with torch.no_grad():
@@ -74,19 +92,54 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(folder: Path,
 
 
 def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
-    done = launch("generate", "--checkpoint", str(folder), "--prompt", "a", "megalite.parallel.tensro=2", ranks=2)
+    done = launch(
+        "generate",
+        "--checkpoint",
+        str(folder),
+        "--prompt",
+        "a",
+        "megalite.parallel.tensro=2",
+        ranks=2,
+    )
     assert done.returncode == 2
-    line = "generate.py: megalite.parallel.tensro: unknown key; did you mean megalite.parallel.tensor?"
+    line = (
+        "generate.py: megalite.parallel.tensro: unknown key; did you mean megalite.parallel.tensor?"
+    )
     assert error_lines(done) == [line]
     (tmp_path / "stands").mkdir()
-    done = run(sys.executable, "tools/import_hf.py", "--model", str(folder), "--output", str(tmp_path / "stands"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "stands already" in done.stderr
+    done = run(
+        sys.executable,
+        "tools/import_hf.py",
+        "--model",
+        str(folder),
+        "--output",
+        str(tmp_path / "stands"),
+    )
+    assert (
+        done.returncode == 2
+        and len(done.stderr.splitlines()) == 1
+        and "stands already" in done.stderr
+    )
 
 
 def test_tools_convert_and_say_what_they_compared(folder: Path, tmp_path: Path) -> None:
-    done = run(sys.executable, "tools/import_hf.py", "--model", str(folder), "--output", str(tmp_path / "in"))
+    done = run(
+        sys.executable,
+        "tools/import_hf.py",
+        "--model",
+        str(folder),
+        "--output",
+        str(tmp_path / "in"),
+    )
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
-    arguments = ["--checkpoint", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+        "--dtype",
+        "bfloat16",
+    ]
     done = run(sys.executable, "tools/export_hf.py", *arguments)
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").decode([40, 41]) != ""

@@ -107,11 +107,16 @@ def test_a_run_goes_on_with_the_hosts_that_are_left(
 
 @pytest.mark.long
 @pytest.mark.timeout(200)
-def test_a_launcher_killed_in_the_middle_is_no_success(tmp_path: Path, start: Callable[..., Start]) -> None:
+def test_a_launcher_killed_in_the_middle_is_no_success(
+    tmp_path: Path, start: Callable[..., Start]
+) -> None:
     """Stock `deepspeed` ends with 0 here."""
     config = write_config(tmp_path, steps=LAST)
     one = start(tmp_path, f"--deepspeed_config={config}", launcher="run")
     one.wait_until(lambda: len(rows(tmp_path / "run")) > 2)
     one.launcher.kill()
     assert one.wait(60) == 1, one.text
-    assert "run.py: rank 0 on localhost, rank 1 on localhost lost the launcher of its host: start 1" in one.text
+    assert (
+        "run.py: rank 0 on localhost, rank 1 on localhost lost the launcher of its host: start 1"
+        in one.text
+    )

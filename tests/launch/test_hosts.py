@@ -27,12 +27,18 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.timeout(200)
-def test_nothing_hostile_runs_and_all_arrives(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -> None:
+def test_nothing_hostile_runs_and_all_arrives(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start]
+) -> None:
     touched = tmp_path / "touched"
     words = [word.format(touched) for word in HOSTILE]
     values = {f"HF_OWN{i}": word for i, word in enumerate(words) if "\n" not in word}
     values["NCCL_OWN"] = f"$(touch {touched})"
-    secrets = {"HF_TOKEN": "hidden-1", "MLFLOW_URI": "https://me:hidden-2@there", "MLFLOW_PASSWORD": "hidden-3"}
+    secrets = {
+        "HF_TOKEN": "hidden-1",
+        "MLFLOW_URI": "https://me:hidden-2@there",
+        "MLFLOW_PASSWORD": "hidden-3",
+    }
     (tmp_path / ".deepspeed_env").write_text("OWN_API_KEY=hidden-4\nNCCL_FILE=seen\n")
     program = tmp_path / "a b;touch touched;$(touch touched)"
     program.write_text((REPOSITORY / "tests/launch/echo.py").read_text())
@@ -43,7 +49,9 @@ def test_nothing_hostile_runs_and_all_arrives(tmp_path: Path, cluster: Cluster, 
     )  # fmt: skip
     assert one.wait() == 0, one.text
     assert len([*(tmp_path / logs).glob("*_rank?.log")]) == 2
-    assert "hidden" not in one.text and "NCCL_FILE" in one.text, one.text  # DeepSpeed logs the whole command line
+    assert "hidden" not in one.text and "NCCL_FILE" in one.text, (
+        one.text
+    )  # DeepSpeed logs the whole command line
     assert [line.rpartition(": ")[2] for line in one.lines] == [
         "HF_TOKEN, MLFLOW_PASSWORD, MLFLOW_URI, OWN_API_KEY"
     ]
@@ -78,7 +86,9 @@ def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("cluster", [4], indirect=True)
-def test_every_launcher_gives_the_same_run(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -> None:
+def test_every_launcher_gives_the_same_run(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start]
+) -> None:
     """pipe 2 × data 2 on one machine, over four hosts by pdsh and over two by torchrun without ssh."""
     where = f"--deepspeed_config={write_config(tmp_path)}"
 
@@ -92,11 +102,34 @@ def test_every_launcher_gives_the_same_run(tmp_path: Path, cluster: Cluster, sta
 
     hosts = cluster.hosts
     end(begin("alone", ranks=4))
-    end(begin("four", launcher="deepspeed", hosts=hosts, options=["--hostfile", str(cluster.hostfile())]))
-    meet = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "h0:31400"]
-    end(*(begin("torchrun", launcher="torchrun", hosts=hosts[i : i + 1], options=meet) for i in range(2)))
+    end(
+        begin(
+            "four",
+            launcher="deepspeed",
+            hosts=hosts,
+            options=["--hostfile", str(cluster.hostfile())],
+        )
+    )
+    meet = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "h0:31400",
+    ]
+    end(
+        *(
+            begin("torchrun", launcher="torchrun", hosts=hosts[i : i + 1], options=meet)
+            for i in range(2)
+        )
+    )
     for name in ("four", "torchrun"):
-        assert len(rows(tmp_path / name)) == 4 and losses(tmp_path / name) == losses(tmp_path / "alone"), name
+        assert len(rows(tmp_path / name)) == 4 and losses(tmp_path / name) == losses(
+            tmp_path / "alone"
+        ), name
 
 
 MPI = {  # Debian's package of the launcher that `deepspeed --launcher` needs, its mpirun, and what it is told beside
@@ -109,7 +142,9 @@ MPI = {  # Debian's package of the launcher that `deepspeed --launcher` needs, i
 @pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", MPI)
-def test_mpi_gives_the_same_run(tmp_path: Path, cluster: Cluster, start: Callable[..., Start], kind: str) -> None:
+def test_mpi_gives_the_same_run(
+    tmp_path: Path, cluster: Cluster, start: Callable[..., Start], kind: str
+) -> None:
     """pipe 2 × data 2 over two hosts, and on one machine."""
     package, mpirun, given = MPI[kind]
     require(**{mpirun: package})
@@ -122,6 +157,12 @@ def test_mpi_gives_the_same_run(tmp_path: Path, cluster: Cluster, start: Callabl
         tmp_path, where, "megalite.parallel.pipe=2", hosts=cluster.hosts, options=options, variables=variables
     )  # fmt: skip
     assert one.wait(200) == 0, one.text
-    alone = start(tmp_path, where, "megalite.parallel.pipe=2", f"megalite.train.run_dir={tmp_path / 'x'}", ranks=4)
+    alone = start(
+        tmp_path,
+        where,
+        "megalite.parallel.pipe=2",
+        f"megalite.train.run_dir={tmp_path / 'x'}",
+        ranks=4,
+    )
     assert alone.wait(200) == 0, alone.text
     assert len(rows(tmp_path / "run")) == 4 and losses(tmp_path / "run") == losses(tmp_path / "x")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.convert.import_hf import import_hf
+from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.launch.starts import checkpoints, rows, write_config
 from tests.ranks import REPOSITORY
@@ -49,16 +49,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = '{"text": "one two three four five six seven"}\n' * 20_000
     (made / "text.jsonl").write_text(lines)
     chance = random.Random(0)
-    words = (["".join(chance.choices("abcdefghijk", k=chance.randint(1, 9))) for _ in range(50)] for _ in range(20_000))
-    (made / "words.jsonl").write_text("".join(json.dumps({"text": " ".join(line)}) + "\n" for line in words))
+    words = (
+        ["".join(chance.choices("abcdefghijk", k=chance.randint(1, 9))) for _ in range(50)]
+        for _ in range(20_000)
+    )
+    (made / "words.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(line)}) + "\n" for line in words)
+    )
     write_config(made, steps=10_000)
     return made
 
 
-def interrupted(folder: Path, phase: tuple[str, str, float], program: str, *words: str) -> tuple[int, str, str]:
+def interrupted(
+    folder: Path, phase: tuple[str, str, float], program: str, *words: str
+) -> tuple[int, str, str]:
     """The exit code, what was said on standard error, and on standard output."""
     command = [sys.executable, "-c", HARNESS, *map(str, phase), str(REPOSITORY / program), *words]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
     process = subprocess.Popen(
         command, cwd=folder, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
@@ -72,7 +82,15 @@ def interrupted(folder: Path, phase: tuple[str, str, float], program: str, *word
 
 
 CONFIG, PRETRAIN = ("--deepspeed_config", "config.json"), str(REPOSITORY / "launcher/pretrain.py")
-PREPROCESS = ("tools/preprocess_data.py", "--input", "text.jsonl", "--tokenizer", "model", "--output", "OUT/x")
+PREPROCESS = (
+    "tools/preprocess_data.py",
+    "--input",
+    "text.jsonl",
+    "--tokenizer",
+    "model",
+    "--output",
+    "OUT/x",
+)
 PHASES: dict[str, tuple[tuple[str, str, float], tuple[str, ...], str]] = {
     "pretrain: imports": (("import", "pydantic", 0), ("launcher/pretrain.py", *CONFIG), AGAIN),
     "pretrain --check: corpus": (("open", "corpus.bin", 0), ("launcher/pretrain.py", *CONFIG, "--check"), RESUME),
@@ -131,7 +149,9 @@ LONG = [pytest.param(name, marks=pytest.mark.long) for name in MORE_PHASES]
 def test_ctrl_c_is_one_line(folder: Path, name: str) -> None:
     phase, (program, *words), what_next = (PHASES | MORE_PHASES)[name]
     out = folder / f"out {name}"
-    code, errors, said = interrupted(folder, phase, program, *(word.replace("OUT", str(out)) for word in words))
+    code, errors, said = interrupted(
+        folder, phase, program, *(word.replace("OUT", str(out)) for word in words)
+    )
     assert code == 130, (code, errors, said)
     assert errors.splitlines() == [f"{Path(program).name}: interrupted: {what_next}"], errors
     assert "Traceback" not in said

@@ -37,7 +37,9 @@ KILLS = (kill_all_ranks, kill_one_rank, kill_the_launcher)
 @pytest.mark.parametrize("count", [10, 100])
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.long  # a few are in test_signals.py
-def test_no_kill_leaves_a_run_that_cannot_go_on(tmp_path: Path, start: Callable[..., Start], count: int) -> None:
+def test_no_kill_leaves_a_run_that_cannot_go_on(
+    tmp_path: Path, start: Callable[..., Start], count: int
+) -> None:
     config = write_config(tmp_path, checkpoint_interval=1, keep_checkpoints=1)
     run, moments = tmp_path / "run", random.Random(count)
     inside = 0
@@ -50,15 +52,23 @@ def test_no_kill_leaves_a_run_that_cannot_go_on(tmp_path: Path, start: Callable[
         one.wait(120)
         inside += any(path.name.startswith(".step") for path in (run / "checkpoints").iterdir())
         find_checkpoint(run)
-        assert len(checkpoints_of(run)) <= 2, "the one before, where a kill came before it was removed"
+        assert len(checkpoints_of(run)) <= 2, (
+            "the one before, where a kill came before it was removed"
+        )
     last = rows(run)[-1]["step"] + 2
     one = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={last}")
     assert one.wait(600) == 0, one.text
     print(f"{count} kills, {inside} of them inside a save, {last} steps, 0 unusable runs")
     keys = json.loads(config.read_text())
-    keys["megalite"]["train"] |= {"steps": last, "run_dir": str(tmp_path / "whole"), "checkpoint_interval": 0}
+    keys["megalite"]["train"] |= {
+        "steps": last,
+        "run_dir": str(tmp_path / "whole"),
+        "checkpoint_interval": 0,
+    }
     (tmp_path / "whole").mkdir()
     assert run_ranks(2, train, [(keys, nothing)], timeout_seconds=1000) == [[0], [0]]
-    got, wanted = ([[row[key] for key in SAME] for row in rows(folder)] for folder in (run, tmp_path / "whole"))
+    got, wanted = (
+        [[row[key] for key in SAME] for row in rows(folder)] for folder in (run, tmp_path / "whole")
+    )
     assert got == wanted
     shutil.rmtree(run)

@@ -14,15 +14,22 @@ LAST = 10_000
 
 
 @pytest.mark.timeout(400)
-def test_a_second_start_is_refused_and_the_first_keeps_all(tmp_path: Path, start: Callable[..., Start]) -> None:
-    config, run = f"--deepspeed_config={write_config(tmp_path, checkpoint_interval=5)}", tmp_path / "run"
+def test_a_second_start_is_refused_and_the_first_keeps_all(
+    tmp_path: Path, start: Callable[..., Start]
+) -> None:
+    config, run = (
+        f"--deepspeed_config={write_config(tmp_path, checkpoint_interval=5)}",
+        tmp_path / "run",
+    )
     first = start(tmp_path, config, f"megalite.train.steps={LAST}")
     first.wait_until(lambda: len(checkpoints(run)) > 1)
     holder = json.loads((run / "lock").read_text())
     assert holder["pid"] == first.ranks[0].pid
     said = f"run_dir: {run}: in use by process {holder['pid']} on {holder['host']} since {holder['since']}: "
     codes = {"deepspeed": 2, "torchrun": 1}
-    more = {launcher: start(tmp_path, config, launcher=launcher, ranks=1) for launcher in codes}  # all at once
+    more = {
+        launcher: start(tmp_path, config, launcher=launcher, ranks=1) for launcher in codes
+    }  # all at once
     for launcher, second in more.items():
         assert second.wait() == codes[launcher], second.text
         (line,) = second.lines
@@ -37,18 +44,30 @@ def test_a_second_start_is_refused_and_the_first_keeps_all(tmp_path: Path, start
 
 
 @pytest.mark.timeout(300)
-def test_run_py_starts_again_over_its_own_dead_start(tmp_path: Path, start: Callable[..., Start]) -> None:
+def test_run_py_starts_again_over_its_own_dead_start(
+    tmp_path: Path, start: Callable[..., Start]
+) -> None:
     config, run = write_config(tmp_path, checkpoint_interval=1, steps=LAST), tmp_path / "run"
     one = start(
-        tmp_path, f"--deepspeed_config={config}", launcher="run", options=["--num_gpus", "1", "--restarts", "1"]
+        tmp_path,
+        f"--deepspeed_config={config}",
+        launcher="run",
+        options=["--num_gpus", "1", "--restarts", "1"],
     )
     one.wait_until(lambda: len(rows(run)) > 3)
     first = json.loads((run / "lock").read_text())
     for rank in one.ranks:
         rank.kill()
-    one.wait_until(lambda: (run / "lock").exists() and json.loads((run / "lock").read_text())["pid"] != first["pid"])
+    one.wait_until(
+        lambda: (
+            (run / "lock").exists()
+            and json.loads((run / "lock").read_text())["pid"] != first["pid"]
+        )
+    )
     second = json.loads((run / "lock").read_text())
-    assert (second["run"], second["start"] != first["start"]) == (first["run"], True) and first["run"]
+    assert (second["run"], second["start"] != first["start"]) == (first["run"], True) and first[
+        "run"
+    ]
     step = rows(run)[-1]["step"]
     one.wait_until(lambda: rows(run)[-1]["step"] > step + 3)
     one.top.terminate()

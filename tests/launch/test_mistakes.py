@@ -24,7 +24,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, start: Callable[.
     config = str(write_config(tmp_path))
     cases = {
         "megalite.train.stepz": [f"--deepspeed_config={config}", "megalite.train.stepz=3"],
-        "bad.idx": [f"--deepspeed_config={config}", f'megalite.data.train=["{write_bad_corpus(tmp_path)}"]'],
+        "bad.idx": [
+            f"--deepspeed_config={config}",
+            f'megalite.data.train=["{write_bad_corpus(tmp_path)}"]',
+        ],
         "--deepspeed_config": [],
     }
     # All at once: a start waits more than it computes.
@@ -37,7 +40,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, start: Callable[.
         assert len(one.lines) == 1 and said in one.lines[0], one.text
         assert "Traceback" not in one.text
     assert under_torchrun.wait() == 1, under_torchrun.text
-    assert len(under_torchrun.lines) == 1 and "megalite.parallel" in under_torchrun.lines[0], under_torchrun.text
+    assert len(under_torchrun.lines) == 1 and "megalite.parallel" in under_torchrun.lines[0], (
+        under_torchrun.text
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -47,13 +52,21 @@ def test_a_port_that_another_run_has_is_one_line(tmp_path: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         ended = subprocess.run(
             [sys.executable, "launcher/pretrain.py", "--deepspeed_config", str(config)],
             env=os.environ | world, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
-    assert [line for line in ended.stderr.splitlines() if f"MASTER_PORT: {port}: " in line] == ended.stderr.splitlines()
+    assert [
+        line for line in ended.stderr.splitlines() if f"MASTER_PORT: {port}: " in line
+    ] == ended.stderr.splitlines()
 
 
 def test_check_makes_nothing(tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def test_a_run_goes_on_bit_for_bit_after_each_signal(
 
     def begin(steps: int, *keys: str) -> Start:
         count = len(rows(run))
-        one = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={steps}", *keys)
+        one = start(
+            tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={steps}", *keys
+        )
         if steps == LAST:
             one.wait_until(lambda: len(rows(run)) > count + SEEN_STEPS)
         return one
@@ -73,12 +75,16 @@ def test_a_run_goes_on_bit_for_bit_after_each_signal(
         code = one.wait(20)
         assert code != 0 or send is kill_the_launcher, one.text  # that one is `deepspeed`'s own
         assert said in one.text, one.text
-        assert "Traceback" not in one.text.partition("KeyboardInterrupt")[0] or send is to_the_group, one.text
+        assert (
+            "Traceback" not in one.text.partition("KeyboardInterrupt")[0] or send is to_the_group
+        ), one.text
         last, step = step, rows(run)[-1]["step"]
         assert step > last + SEEN_STEPS and checkpoints(run)[-1] == step, (send, one.text)
         assert not (run / "lock").exists()
 
-    for first in (1, 0) if all_forms else (1,):  # of the ranks that kill -9 meets, perhaps inside a save
+    for first in (
+        (1, 0) if all_forms else (1,)
+    ):  # of the ranks that kill -9 meets, perhaps inside a save
         one = begin(LAST, SAVING)
         for rank in one.ranks[first:]:
             rank.kill()
@@ -93,7 +99,11 @@ def test_a_run_goes_on_bit_for_bit_after_each_signal(
     assert [row["step"] for row in got] == list(range(1, step + 3))
 
     unbroken_dir = f"megalite.train.run_dir={tmp_path / 'unbroken'}"
-    whole = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={step + 2}", unbroken_dir)
+    whole = start(
+        tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={step + 2}", unbroken_dir
+    )
     assert whole.wait() == 0
     for broken, unbroken in zip(got, rows(tmp_path / "unbroken"), strict=True):
-        assert [broken[key] for key in ("loss", "grad_norm")] == [unbroken[key] for key in ("loss", "grad_norm")]
+        assert [broken[key] for key in ("loss", "grad_norm")] == [
+            unbroken[key] for key in ("loss", "grad_norm")
+        ]

@@ -22,17 +22,27 @@ def slurm(cluster: Cluster) -> Slurm:
 
 def submit(slurm: Slurm, ranks: int, *words: str, options: tuple[str, ...] = ()) -> Job:
     """So many ranks on each of two hosts without a GPU."""
-    return slurm.submit(*options, f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "launcher/slurm.sh", *words)
+    return slurm.submit(
+        *options, f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "launcher/slurm.sh", *words
+    )
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_job_is_the_run_of_one_machine(tmp_path: Path, slurm: Slurm, start: Callable[..., Start]) -> None:
+def test_a_job_is_the_run_of_one_machine(
+    tmp_path: Path, slurm: Slurm, start: Callable[..., Start]
+) -> None:
     where = f"--deepspeed_config={write_config(tmp_path)}"
     for ranks, layout in {1: "megalite.parallel.pipe=1", 2: "megalite.parallel.pipe=2"}.items():
         job = submit(slurm, ranks, where, layout, f"megalite.train.run_dir={tmp_path}/job{ranks}")
         assert job.wait_for("COMPLETED", START_SECONDS)["ExitCode"] == "0:0"
-        alone = start(tmp_path, where, layout, f"megalite.train.run_dir={tmp_path}/alone{ranks}", ranks=2 * ranks)
+        alone = start(
+            tmp_path,
+            where,
+            layout,
+            f"megalite.train.run_dir={tmp_path}/alone{ranks}",
+            ranks=2 * ranks,
+        )
         assert alone.wait() == 0, alone.text
         assert len(rows(tmp_path / f"job{ranks}")) == 4
         assert losses(tmp_path / f"job{ranks}") == losses(tmp_path / f"alone{ranks}")
@@ -97,7 +107,10 @@ def test_a_job_that_ends_early_goes_on(
     ends("143:0", 20)
     assert checkpoints(run)[-1] == last_step()
 
-    words = [f"megalite.train.steps={last_step()}", f"megalite.train.run_dir={tmp_path / 'unbroken'}"]
+    words = [
+        f"megalite.train.steps={last_step()}",
+        f"megalite.train.run_dir={tmp_path / 'unbroken'}",
+    ]
     unbroken = start(tmp_path, where, *words)
     assert unbroken.wait(300) == 0, unbroken.text
     assert [row["step"] for row in rows(run)] == list(range(1, last_step() + 1))

@@ -19,7 +19,12 @@ from tests.launch.test_hosts import losses
 MINUTES = float(os.environ.get("SOAK_MINUTES", 30))
 FAULT_MINUTES = float(os.environ.get("SOAK_FAULT_MINUTES", 7.5))
 LEAST_GOODPUT = float(os.environ.get("SOAK_GOODPUT", 0.95))
-MODEL = {"hidden_size": 256, "intermediate_size": 690, "num_hidden_layers": 4, "max_position_embeddings": 128}
+MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 690,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 128,
+}
 
 
 def kill_rank_0(one: Start, cluster: Cluster) -> None:
@@ -58,7 +63,10 @@ def test_a_soak(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -
     random order: at least 95 % useful time, losses and last weights those of a run without faults bit for bit. Between
     the hosts is a network on which a step of so small a model takes more than a second."""
     cluster.limit("200mbit")
-    config, run = write_config(tmp_path, steps=10**6, checkpoint_interval=2, keep_checkpoints=2), tmp_path / "run"
+    config, run = (
+        write_config(tmp_path, steps=10**6, checkpoint_interval=2, keep_checkpoints=2),
+        tmp_path / "run",
+    )
     model = [f"megalite.model.{key}={value}" for key, value in MODEL.items()]
     arguments = [f"--deepspeed_config={config}", *model, "megalite.data.sequence_length=128"]
     one = start(
@@ -93,4 +101,7 @@ def test_a_soak(tmp_path: Path, cluster: Cluster, start: Callable[..., Start]) -
     files = [*(tmp_path / "whole/checkpoints" / f"step_{last['step']:08d}").glob("*.safetensors")]
     assert files
     for file in files:
-        assert file.read_bytes() == (run / "checkpoints" / f"step_{last['step']:08d}" / file.name).read_bytes()
+        assert (
+            file.read_bytes()
+            == (run / "checkpoints" / f"step_{last['step']:08d}" / file.name).read_bytes()
+        )

@@ -20,7 +20,16 @@ from megalite.checkpoint.files import (
     step_name,
     verify,
 )
-from megalite.checkpoint.folder import INDEX, STATE, SUMS, Chunk, Entry, Index, Transaction, file_digest
+from megalite.checkpoint.folder import (
+    INDEX,
+    STATE,
+    SUMS,
+    Chunk,
+    Entry,
+    Index,
+    Transaction,
+    file_digest,
+)
 from megalite.checkpoint.save import owned_boxes
 from megalite.errors import CheckpointError
 from megalite.parallel.grid import Axis
@@ -50,7 +59,11 @@ def test_boxes_tile_every_range(shape: tuple[int, ...]) -> None:
             found: list[int] = []
             boxes = list(boxes_of_range(shape, start, count))
             for offsets, sizes, flat in boxes:
-                box = full[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].flatten().tolist()
+                box = (
+                    full[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+                    .flatten()
+                    .tolist()
+                )
                 assert box[0] == flat
                 found += box
             assert found == list(range(start, start + count))
@@ -59,9 +72,15 @@ def test_boxes_tile_every_range(shape: tuple[int, ...]) -> None:
 
 def test_a_checkpoint_reads_back_whole_and_in_boxes(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(find_checkpoint(write(tmp_path / "step_00000003")))
-    assert checkpoint.state["step"] == 3 and checkpoint.model == MODEL and set(checkpoint.names) == set(TENSORS)
+    assert (
+        checkpoint.state["step"] == 3
+        and checkpoint.model == MODEL
+        and set(checkpoint.names) == set(TENSORS)
+    )
     for name, tensor in TENSORS.items():
-        assert checkpoint.shape(name) == tuple(tensor.shape) and torch.equal(checkpoint.read(name), tensor)
+        assert checkpoint.shape(name) == tuple(tensor.shape) and torch.equal(
+            checkpoint.read(name), tensor
+        )
     assert torch.equal(checkpoint.read("a.weight", (1, 2), (3, 4)), TENSORS["a.weight"][1:4, 2:6])
     with pytest.raises(CheckpointError, match="c: no such tensor"):
         checkpoint.read("c")
@@ -124,7 +143,10 @@ def test_one_that_made_room_for_another_counts_until_that_stands(tmp_path: Path)
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES) as writer,
+    ):
         writer.add("a", torch.zeros(3))
         raise RuntimeError("no space")
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +158,9 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
     transaction = Transaction(tmp_path / "c", {"model": MODEL})
     transaction.begin()
-    index = Index.from_json({"weight/a": {"shape": [4], "dtype": "float32", "boxes": [[[0], [3], "f", "k"]]}})
+    index = Index.from_json(
+        {"weight/a": {"shape": [4], "dtype": "float32", "boxes": [[[0], [3], "f", "k"]]}}
+    )
     with pytest.raises(CheckpointError, match="3 elements of 4"):
         transaction.publish(index, {})
     assert not (tmp_path / "c").exists()
@@ -183,7 +207,9 @@ def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int
         shard = Shard(place, 0, values, {"exp_avg": values})
         boxes = owned_boxes([shard], Axis(5, rank, tuple(range(5)), None), replicated=True)
         for name, box in ((name, box) for name, some in boxes.items() for box in some):
-            assert torch.equal(box.values, values[box.offsets[0] : box.offsets[0] + box.values.numel()])
+            assert torch.equal(
+                box.values, values[box.offsets[0] : box.offsets[0] + box.values.numel()]
+            )
             chunk = Chunk(box.offsets, tuple(box.values.shape), f"f{rank}", name)
             index.add(name, Entry(box.full_shape, torch.float32), chunk)
     assert set(index.entries) == {"weight/a", "exp_avg/a"}
@@ -204,16 +230,25 @@ def forge(folder: Path, to: Path, name: str, content: bytes) -> None:
     """The same checkpoint with another file in place of one of its own, its sums made anew to match."""
     shutil.copytree(folder, to)
     (to / name).write_bytes(content)
-    sums = {path.relative_to(to): file_digest(path) for path in to.rglob("*") if path.is_file() and path.name != SUMS}
+    sums = {
+        path.relative_to(to): file_digest(path)
+        for path in to.rglob("*")
+        if path.is_file() and path.name != SUMS
+    }
     lines = "".join(f"{digest}  {path}\n" for path, digest in sums.items())
-    (to / SUMS).write_text(f"{lines}# of the lines above: {hashlib.sha256(lines.encode()).hexdigest()}\n")
+    (to / SUMS).write_text(
+        f"{lines}# of the lines above: {hashlib.sha256(lines.encode()).hexdigest()}\n"
+    )
     verify(to)
 
 
 def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
     """Files with code, or with other values than they should have, whose sums match."""
     folder, mark = write(tmp_path / "c"), tmp_path / "code_ran"
-    index, state = json.loads((folder / INDEX).read_text()), json.loads((folder / STATE).read_text())
+    index, state = (
+        json.loads((folder / INDEX).read_text()),
+        json.loads((folder / STATE).read_text()),
+    )
     weight = index["weight/b"]
     torch.save(Carrier(str(mark)), tmp_path / "code.pt")
     deep = b"[" * 100_000
@@ -231,10 +266,26 @@ def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
         (STATE, json.dumps({**state, "format": 9}).encode(), "format: 9: must be 1"),
         (INDEX, deep, "index.json: cannot be read"),
         (INDEX, json.dumps({"weight/b": 1}).encode(), "is no checkpoint"),
-        (INDEX, json.dumps({"weight/b": {**weight, "dtype": "object"}}).encode(), "is no checkpoint"),
-        (INDEX, json.dumps({"weight/b": {**weight, "shape": [10**12]}}).encode(), "3 elements of 1000000000000"),
-        (INDEX, json.dumps({"weight/b": {**weight, "boxes": [[[-1], [3], tensors, "k"]]}}).encode(), "must lie in"),
-        (INDEX, json.dumps({"weight/b": {**weight, "boxes": [[[0], [3], "../x", "k"]]}}).encode(), "outside the"),
+        (
+            INDEX,
+            json.dumps({"weight/b": {**weight, "dtype": "object"}}).encode(),
+            "is no checkpoint",
+        ),
+        (
+            INDEX,
+            json.dumps({"weight/b": {**weight, "shape": [10**12]}}).encode(),
+            "3 elements of 1000000000000",
+        ),
+        (
+            INDEX,
+            json.dumps({"weight/b": {**weight, "boxes": [[[-1], [3], tensors, "k"]]}}).encode(),
+            "must lie in",
+        ),
+        (
+            INDEX,
+            json.dumps({"weight/b": {**weight, "boxes": [[[0], [3], "../x", "k"]]}}).encode(),
+            "outside the",
+        ),
     ]
     for number, (name, content, said) in enumerate(forgeries):
         forge(folder, tmp_path / str(number), name, content)
@@ -246,4 +297,6 @@ def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
 def test_an_index_cannot_point_out_of_its_folder() -> None:
     for file in ("../x", "/etc/passwd", ".hidden", "a/b"):
         with pytest.raises(ValueError, match="outside the folder"):
-            Index.from_json({"weight/a": {"shape": [1], "dtype": "float32", "boxes": [[[0], [1], file, "k"]]}})
+            Index.from_json(
+                {"weight/a": {"shape": [1], "dtype": "float32", "boxes": [[[0], [1], file, "k"]]}}
+            )

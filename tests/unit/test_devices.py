@@ -1,4 +1,4 @@
-"""GPUs and a rank's start (megalite/devices.py, launch.py, grid.py), on a machine that has none: ordinals, too few
+"""GPUs and a rank's start (megalite/ranks, grid.py), on a machine that has none: ordinals, too few
 GPUs, settings of torch and NCCL, descriptors, timeouts, and the order in which communicators are made."""
 
 import functools
@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-import megalite.devices as devices
-import megalite.launch as launch
 import megalite.parallel.grid as grid_module
+import megalite.ranks.devices as devices
+import megalite.ranks.launch as launch
 from megalite.config import load_config
 from megalite.config.sections import Limits
-from megalite.devices import GPUNames, library_settings, own_gpu
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Axis, Grid, backend_of_axes
 from megalite.pipeline.plan import plan_of
 from megalite.pipeline.steps import Send
+from megalite.ranks.devices import GPUNames, library_settings, own_gpu
 from tests.ranks import REPOSITORY, RankFailure, run_ranks
 from tests.training_runs import document, nothing, rows, train
 
@@ -34,14 +34,19 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one() -> None:
     assert [own_gpu(rank, 8, 8) for rank in range(8)] == list(range(8))
     assert [own_gpu(rank, 2, 8) for rank in range(2)] == [0, 1]
     assert {own_gpu(rank, 8, 1) for rank in range(8)} == {0}  # Slurm's --gpus-per-task=1
-    with pytest.raises(ConfigError, match="ranks on a node: 8: must be at most the 4 GPUs that torch sees there"):
+    with pytest.raises(
+        ConfigError, match="ranks on a node: 8: must be at most the 4 GPUs that torch sees there"
+    ):
         own_gpu(0, 8, 4)
 
 
 def tell_all(names: list[str]) -> None:
     """What the ranks of a node do that see one GPU each, of these names; the first one checks."""
     store = HashStore()
-    told = [threading.Thread(target=GPUNames(store, "node").tell, args=(name, len(names))) for name in names]
+    told = [
+        threading.Thread(target=GPUNames(store, "node").tell, args=(name, len(names)))
+        for name in names
+    ]
     GPUNames(store, "another node").tell(names[0], 1)
     for thread in told:
         thread.start()
@@ -50,13 +55,18 @@ def tell_all(names: list[str]) -> None:
 
 def test_one_visible_gpu_is_each_ranks_own_or_a_mistake() -> None:
     tell_all(["a", "b", "c"])
-    with pytest.raises(ConfigError, match="ranks on a node: 3: must be at most the 1 GPU that torch sees there"):
+    with pytest.raises(
+        ConfigError, match="ranks on a node: 3: must be at most the 1 GPU that torch sees there"
+    ):
         tell_all(["a", "b", "a"])
 
 
 def start_with_one_gpu(rank: int, world_size: int) -> None:
     """The start of a rank that sees one GPU, the same as its neighbour."""
-    with patch.object(launch, "visible_gpus", lambda: 1), patch.object(launch, "gpu_name", lambda ordinal: "GPU-0"):
+    with (
+        patch.object(launch, "visible_gpus", lambda: 1),
+        patch.object(launch, "gpu_name", lambda ordinal: "GPU-0"),
+    ):
         launch.start_ranks(lambda thorough: pytest.fail("prepared"))
 
 
@@ -65,7 +75,9 @@ def test_too_few_gpus_are_one_line_before_ranks_start() -> None:
         run_ranks(2, start_with_one_gpu, init=False)
     text = str(failure.value)
     assert "died with exit code 2" in text
-    assert text.count("ranks on a node: 2: must be at most the 1 GPU that torch sees there") == 1, text
+    assert text.count("ranks on a node: 2: must be at most the 1 GPU that torch sees there") == 1, (
+        text
+    )
 
 
 def test_libraries_are_told_what_the_user_has_not_said() -> None:
@@ -74,10 +86,17 @@ def test_libraries_are_told_what_the_user_has_not_said() -> None:
     assert "NCCL_SOCKET_IFNAME" not in alone and "TORCHDYNAMO_DISABLE" not in alone
     several = library_settings({}, on_gpu=True, interface="eth1")
     assert (several["GLOO_SOCKET_IFNAME"], several["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
-    users = {"NCCL_SOCKET_IFNAME": "ib0", "PYTORCH_CUDA_ALLOC_CONF": "x", "GLOO_SOCKET_IFNAME": "eth0"}
+    users = {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "PYTORCH_CUDA_ALLOC_CONF": "x",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
     left = library_settings(users, on_gpu=True, interface="eth0")
     assert set(left) == {"TORCH_GLOO_LAZY_INIT", "TORCH_FR_BUFFER_SIZE"}
-    assert set(library_settings({}, on_gpu=False, interface=None)) == {"TORCH_GLOO_LAZY_INIT", "TORCHDYNAMO_DISABLE"}
+    assert set(library_settings({}, on_gpu=False, interface=None)) == {
+        "TORCH_GLOO_LAZY_INIT",
+        "TORCHDYNAMO_DISABLE",
+    }
 
 
 def test_as_many_files_as_the_system_allows() -> None:
@@ -137,9 +156,13 @@ def test_torchs_timeout_is_above_every_limit() -> None:
 
 
 def timeouts(rank: int, world_size: int) -> set[float]:
-    grid = Grid.build(world_size, 1, Limits.model_validate({"step_seconds": 4000}).collective_timeout)
+    grid = Grid.build(
+        world_size, 1, Limits.model_validate({"step_seconds": 4000}).collective_timeout
+    )
     groups = [grid.pipe.group, grid.pipe.back, grid.model.group]
-    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+    return {
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups
+    }
 
 
 def test_groups_have_it() -> None:
@@ -149,8 +172,14 @@ def test_groups_have_it() -> None:
 class Messages:
     """Stands in for torch.distributed on a rank: communicators in the order in which it comes to them."""
 
-    def __init__(self, rank: int, world: frozenset[int], members: dict[str, frozenset[int]]) -> None:
-        self.rank, self.members, self.order = rank, members | {"world": world}, list[tuple[str, frozenset[int]]]()
+    def __init__(
+        self, rank: int, world: frozenset[int], members: dict[str, frozenset[int]]
+    ) -> None:
+        self.rank, self.members, self.order = (
+            rank,
+            members | {"world": world},
+            list[tuple[str, frozenset[int]]](),
+        )
 
     def all_reduce(self, tensor: Any, group: str = "world") -> None:
         self.order.append((group, self.members[group]))
@@ -190,10 +219,18 @@ def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
 def test_no_message_of_a_step_is_the_first_on_its_communicator(schedule: str) -> None:
     pipe = 4
-    keys = [f"megalite.parallel.schedule={schedule}", f"megalite.parallel.pipe={pipe}", "megalite.parallel.tensor=1"]
-    config = load_config(REPOSITORY / "ds_configs/quickstart.json", keys + ["gradient_accumulation_steps=4"])
+    keys = [
+        f"megalite.parallel.schedule={schedule}",
+        f"megalite.parallel.pipe={pipe}",
+        "megalite.parallel.tensor=1",
+    ]
+    config = load_config(
+        REPOSITORY / "ds_configs/quickstart.json", keys + ["gradient_accumulation_steps=4"]
+    )
     config = config.resolve(pipe)
-    spec = read_spec(config.model | {"num_hidden_layers": 8} if isinstance(config.model, dict) else config.model)
+    spec = read_spec(
+        config.model | {"num_hidden_layers": 8} if isinstance(config.model, dict) else config.model
+    )
     made = {key for order in connected(pipe) for key in order}
     for rank in range(pipe):
         axis = Axis(pipe, rank, tuple(range(pipe)), "up", back="down")
@@ -214,14 +251,17 @@ def test_the_groups_connect() -> None:
 @pytest.mark.parametrize("gpus", range(10))
 def test_the_quickstart_fits_its_grid_to_the_gpus(gpus: int) -> None:
     words = subprocess.check_output(
-        ["bash", "-c", f"source tools/environment.sh; quickstart_grid {gpus}"], cwd=REPOSITORY, text=True
+        ["bash", "-c", f"source tools/environment.sh; quickstart_grid {gpus}"],
+        cwd=REPOSITORY,
+        text=True,
     )
     ranks, pipe, tensor = map(int, words.split())
     assert ranks <= gpus or (gpus, ranks) == (0, 8)
     accumulation = 4 // (ranks // pipe // tensor)
     keys = [f"megalite.parallel.pipe={pipe}", f"megalite.parallel.tensor={tensor}"]
     config = load_config(
-        REPOSITORY / "ds_configs/quickstart.json", [*keys, f"gradient_accumulation_steps={accumulation}"]
+        REPOSITORY / "ds_configs/quickstart.json",
+        [*keys, f"gradient_accumulation_steps={accumulation}"],
     )
     assert config.resolve(ranks).train_batch_size == 32
 
@@ -236,7 +276,9 @@ def test_slurm_gives_a_rank_its_share_of_the_cores(tmp_path: Path) -> None:
             "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_ID": "7",
             "SLURM_CPUS_ON_NODE": cores, "SLURM_NTASKS_PER_NODE": "8",
         }  # fmt: skip
-        said = subprocess.check_output(["bash", "launcher/slurm.sh", "--check"], cwd=REPOSITORY, env=env, text=True)
+        said = subprocess.check_output(
+            ["bash", "launcher/slurm.sh", "--check"], cwd=REPOSITORY, env=env, text=True
+        )
         assert said.startswith(f"--cpus-per-task={wanted} --kill-on-bad-exit=1 ")
 
 
@@ -246,7 +288,8 @@ def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
     matmul = torch.backends.cuda.matmul
     return (
         torch.are_deterministic_algorithms_enabled(),
-        not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction,
+        not matmul.allow_bf16_reduced_precision_reduction
+        and not matmul.allow_fp16_reduced_precision_reduction,
         os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Ring",
     )
 
@@ -262,7 +305,10 @@ def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:
     runs.append((of(run="b", train={"steps": 2, "deterministic": True}), nothing))
     assert run_ranks(2, train, runs) == [[0, 0]] * 2
     losses = [[row["loss"] for row in rows(tmp_path / run)] for run in "ab"]
-    assert losses[0] == losses[1] and run_ranks(2, trained_deterministically, runs[1:]) == [True, True]
+    assert losses[0] == losses[1] and run_ranks(2, trained_deterministically, runs[1:]) == [
+        True,
+        True,
+    ]
 
 
 def trained_deterministically(rank: int, world_size: int, runs: list[Any]) -> bool:

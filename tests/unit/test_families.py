@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalite.config import check_model, load_config
-from megalite.convert.names import from_hf, to_hf
 from megalite.errors import ConfigError
+from megalite.hub.names import from_hf, to_hf
 from megalite.model.families import read_spec
 from megalite.model.rotary import frequencies
 from megalite.model.transformer import Stage
@@ -23,9 +23,16 @@ from tests.families import FAMILY_CONFIGS, hf_model
 
 # Fields of the config classes that change no function of a decoder that is trained.
 NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "is_decoder", "classifier_dropout"}
-NO_EFFECT |= {"classifier_pooling", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index"}
+NO_EFFECT |= {
+    "classifier_pooling",
+    "deterministic_flash_attn",
+    "sparse_prediction",
+    "sparse_pred_ignore_index",
+}
 NO_EFFECT |= {"cls_token_id", "sep_token_id"}
-NO_EFFECT |= {field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")}
+NO_EFFECT |= {
+    field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")
+}
 OTHERS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "rope_parameters": {"rope_type": "linear", "rope_theta": 10.0, "factor": 7.0},
@@ -50,21 +57,31 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
     section = FAMILY_CONFIGS[name]
     spec = read_spec(section)
     defaults = AutoConfig.for_model(section["model_type"])
-    own = [field for field in type(defaults).__annotations__ if "_plan" not in field and field != "model_type"]
+    own = [
+        field
+        for field in type(defaults).__annotations__
+        if "_plan" not in field and field != "model_type"
+    ]
     assert len(own) > 10
-    no_effect = NO_EFFECT | ({"pad_token_id"} if spec.family.startswith("gpt") else set())  # no padding_idx there
+    no_effect = NO_EFFECT | (
+        {"pad_token_id"} if spec.family.startswith("gpt") else set()
+    )  # no padding_idx there
     if not spec.causal:
         no_effect = no_effect - {"is_decoder"}
     for field in own:
         value = section.get(field, getattr(defaults, field))
-        other = OTHERS.get(field, not value if isinstance(value, bool) else 0.5 if "drop" in field else None)
+        other = OTHERS.get(
+            field, not value if isinstance(value, bool) else 0.5 if "drop" in field else None
+        )
         if other is None and isinstance(value, int | float):
             other = value * 2
         if field in no_effect or other is None:
             assert field in no_effect, f"{field}: no value to try"
             continue
         try:
-            assert read_spec({**section, field: other}) != spec, f"{field} {value!r} -> {other!r}: not honoured"
+            assert read_spec({**section, field: other}) != spec, (
+                f"{field} {value!r} -> {other!r}: not honoured"
+            )
         except ConfigError as error:
             assert field in str(error), field
 
@@ -110,13 +127,19 @@ def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any],
     assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_unknown_keys_of_a_folder_are_listed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_keys_of_a_folder_are_listed_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = {**FAMILY_CONFIGS["mistral"], "my_note": 1, "torch_dtype": "bfloat16", "another": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING, "megalite"):
         assert read_spec(str(tmp_path)) == read_spec(FAMILY_CONFIGS["mistral"])
-    assert len(caplog.records) == 1 and caplog.records[0].getMessage().endswith("does not use: another, my_note")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention"] * 3}))
+    assert len(caplog.records) == 1 and caplog.records[0].getMessage().endswith(
+        "does not use: another, my_note"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "layer_types": ["full_attention"] * 3})
+    )
     with pytest.raises(ConfigError, match="layer_types"):
         read_spec(str(tmp_path))
 
@@ -165,13 +188,22 @@ def test_names_lead_to_files_and_back(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("kv_heads", "tensor", "refused"), [(2, 4, False), (1, 4, False), (4, 2, False), (3, 2, True)])
+@pytest.mark.parametrize(
+    ("kv_heads", "tensor", "refused"), [(2, 4, False), (1, 4, False), (4, 2, False), (3, 2, True)]
+)
 def test_key_value_heads_against_the_tensor_axis(kv_heads: int, tensor: int, refused: bool) -> None:
     overrides = [f"megalite.parallel.tensor={tensor}", "megalite.data.sequence_length=8"]
     config = load_config("ds_configs/tiny_cpu.json", overrides).resolve(8)
-    sizes = {"num_attention_heads": 12, "hidden_size": 48, "intermediate_size": 64, "num_key_value_heads": kv_heads}
+    sizes = {
+        "num_attention_heads": 12,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_key_value_heads": kv_heads,
+    }
     spec = read_spec({**FAMILY_CONFIGS["mistral"], **sizes})
     if not refused:
         return check_model(config, spec)
-    with pytest.raises(ConfigError, match="tensor: 2: must divide num_key_value_heads 3 or be a multiple of it"):
+    with pytest.raises(
+        ConfigError, match="tensor: 2: must divide num_key_value_heads 3 or be a multiple of it"
+    ):
         check_model(config, spec)

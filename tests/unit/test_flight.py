@@ -1,4 +1,4 @@
-"""Who is guilty of a hang, by the flight recorder's traces (megalite/training/flight.py): traces that torch recorded,
+"""Who is guilty of a hang, by the flight recorder's traces (megalite/guard/flight.py): traces that torch recorded,
 of gloo's collectives on forked ranks, and entries as ProcessGroupNCCL.cpp writes them."""
 
 import os
@@ -10,11 +10,26 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from megalite.training.flight import Flight, Stay, flight_of, from_text, guilty, in_words, to_text, waited_for
+from megalite.guard.flight import (
+    Flight,
+    Stay,
+    flight_of,
+    from_text,
+    guilty,
+    in_words,
+    to_text,
+    waited_for,
+)
 from tests.ranks import run_ranks
 
 
-def entry(group: str, number: int, state: str = "started", name: str = "nccl:all_reduce", p2p: bool = False) -> Any:
+def entry(
+    group: str,
+    number: int,
+    state: str = "started",
+    name: str = "nccl:all_reduce",
+    p2p: bool = False,
+) -> Any:
     """The fields of an entry that tell of it."""
     return {
         "process_group": (group, "undefined"), "collective_seq_id": number, "p2p_seq_id": number if p2p else 0,
@@ -23,8 +38,13 @@ def entry(group: str, number: int, state: str = "started", name: str = "nccl:all
 
 
 def flight(groups: dict[str, list[int]], *entries: Any) -> Flight:
-    configured = {name: {"name": name, "desc": "undefined", "ranks": str(ranks)} for name, ranks in groups.items()}
-    return flight_of({"version": "2.10", "pg_config": configured, "pg_status": {}, "entries": list(entries)})
+    configured = {
+        name: {"name": name, "desc": "undefined", "ranks": str(ranks)}
+        for name, ranks in groups.items()
+    }
+    return flight_of(
+        {"version": "2.10", "pg_config": configured, "pg_status": {}, "entries": list(entries)}
+    )
 
 
 WORLD = {"0": [0, 1, 2, 3]}
@@ -99,7 +119,9 @@ def test_traces_that_torch_recorded() -> None:
     traces = run_ranks(3, recorded, init=False)
     assert {trace["version"] for trace in traces} == {"2.10"}
     for trace in traces:
-        trace["pg_config"] = {"1": {"name": "1", "desc": "undefined", "ranks": "[0, 1, 2]"}}  # gloo leaves it empty
+        trace["pg_config"] = {
+            "1": {"name": "1", "desc": "undefined", "ranks": "[0, 1, 2]"}
+        }  # gloo leaves it empty
     flights = {rank: flight_of(trace) for rank, trace in enumerate(traces)}
     assert flights[0]["1"].members == (0, 1, 2) and flights[0]["1"].name == "all_reduce"
     assert guilty(flights) == {2}

@@ -49,11 +49,21 @@ ZERO3 = {
 @pytest.mark.parametrize("zero", [ZERO2, ZERO3])
 def test_the_trainers_configs_are_taken_and_what_auto_becomes_is_said(zero: dict[str, Any]) -> None:
     config = Config.from_dict({**TRAINERS, "zero_optimization": zero, "megalite": ALONE}).resolve(2)
-    assert Config.from_dict(config.to_json()) == config and "auto" not in json.dumps(config.deepspeed)
-    assert (config.micro_batch_size, config.accumulation_steps, config.gradient_clipping) == (8, 1, 1.0)
+    assert Config.from_dict(config.to_json()) == config and "auto" not in json.dumps(
+        config.deepspeed
+    )
+    assert (config.micro_batch_size, config.accumulation_steps, config.gradient_clipping) == (
+        8,
+        1,
+        1.0,
+    )
     optimizer, scheduler = config.document.optimizer, config.document.scheduler
     assert optimizer is not None and scheduler is not None and config.precision == "fp32"
-    assert (optimizer.params.lr, optimizer.params.betas, optimizer.params.weight_decay) == (5e-5, [0.9, 0.999], 0.0)
+    assert (optimizer.params.lr, optimizer.params.betas, optimizer.params.weight_decay) == (
+        5e-5,
+        [0.9, 0.999],
+        0.0,
+    )
     assert config.deepspeed["scheduler"]["params"]["total_num_steps"] == config.train.steps
     assert {
         "optimizer.params.lr: auto becomes 5e-05",
@@ -61,7 +71,10 @@ def test_the_trainers_configs_are_taken_and_what_auto_becomes_is_said(zero: dict
         "bf16.enabled: auto becomes false",
         "train_micro_batch_size_per_gpu: auto is left out: it follows from the other two batch sizes",
     } <= set(config.notes)
-    assert any(line.startswith("zero_optimization.reduce_bucket_size: auto is left out") for line in config.notes)
+    assert any(
+        line.startswith("zero_optimization.reduce_bucket_size: auto is left out")
+        for line in config.notes
+    )
     gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save: true has no effect"
     assert any(line.startswith(gathers) for line in config.notes) == (zero is ZERO3)
 
@@ -75,7 +88,9 @@ def test_check_says_what_auto_becomes(tmp_path: Path) -> None:
         [sys.executable, "launcher/pretrain.py", "--deepspeed_config", str(tmp_path / "config.json"), "--check"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and json.loads(done.stdout)["optimizer"]["params"]["lr"] == 5e-5, done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout)["optimizer"]["params"]["lr"] == 5e-5, (
+        done.stderr
+    )
     assert "optimizer.params.lr: auto becomes 5e-05\n" in done.stderr
 
 
@@ -88,7 +103,11 @@ OFF = {
     "wandb": {"enabled": False},
     "flops_profiler": {"enabled": False, "profile_step": 1, "detailed": True},
     "elasticity": {"enabled": False, "max_train_batch_size": 2000},
-    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": False},
+    "activation_checkpointing": {
+        "partition_activations": False,
+        "number_checkpoints": None,
+        "profile": False,
+    },
     "data_efficiency": {"enabled": False},
     "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
     "zero_allow_untested_optimizer": True,
@@ -116,14 +135,26 @@ def test_what_is_off_is_taken() -> None:
         ("prescale_gradients=true", "prescale_gradients: megalite scales gradients itself"),
         ("gradient_predivide_factor=2.0", "gradient_predivide_factor: megalite scales"),
         ('flops_profiler={"enabled":true}', "flops_profiler: metrics go to metrics.jsonl"),
-        ('activation_checkpointing={"partition_activations":true}', "use megalite.train.activation_checkpointing"),
-        ("optimizer.params.bias_correction=false", "optimizer.params.bias_correction: it is always on"),
+        (
+            'activation_checkpointing={"partition_activations":true}',
+            "use megalite.train.activation_checkpointing",
+        ),
+        (
+            "optimizer.params.bias_correction=false",
+            "optimizer.params.bias_correction: it is always on",
+        ),
         ("zero_optimization.compute_grad_norm=false", "the norm is always computed"),
-        ("zero_optimization.stage3_module_granularity_threshold=10", "stage3_module_granularity_threshold: "),
+        (
+            "zero_optimization.stage3_module_granularity_threshold=10",
+            "stage3_module_granularity_threshold: ",
+        ),
         ("bf16.immediate_grad_update=true", "bf16.immediate_grad_update: "),
         ("megalite.train.steps=auto", 'megalite.train.steps: "auto": must be an integer'),
         ("optimizer.params.momentum=auto", 'optimizer.params.momentum: "auto": must be a number'),
-        ("train_batch_size=auto train_micro_batch_size_per_gpu=auto", "train_batch_size: missing: give it or"),
+        (
+            "train_batch_size=auto train_micro_batch_size_per_gpu=auto",
+            "train_batch_size: missing: give it or",
+        ),
         ("log_level=loud", 'log_level: "loud": must be'),
     ],
 )

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from megalite import launch
-from megalite.convert.import_hf import import_hf
-from megalite.doctor import program as doctor
+from megalite.doctor import examine as doctor
 from megalite.errors import ConfigError
+from megalite.hub.import_hf import import_hf
 from megalite.inference import evaluate_program, generate_program
-from megalite.launching import supervisor
-from megalite.training import program as training
+from megalite.ranks import launch
+from megalite.supervisor import restarts as supervisor
+from megalite.training import pretrain as training
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, ODD, holds
 from tests.ranks import REPOSITORY
@@ -53,7 +53,11 @@ def loaded(path: Path) -> ModuleType:
 
 def main_of(path: Path) -> Callable[[list[str]], int]:
     module = loaded(path)
-    for work in ("measure", "tokenizing", "batches"):  # of benchmarks, which take what time they are given
+    for work in (
+        "measure",
+        "tokenizing",
+        "batches",
+    ):  # of benchmarks, which take what time they are given
         if hasattr(module, work):
             setattr(module, work, _stop)
     name = {"generate": "generate_main", "evaluate": "evaluate_main"}.get(path.stem, "main")
@@ -78,10 +82,34 @@ def test_a_forged_command_line(
     main = main_of(path)
     with pytest.raises(SystemExit):
         main(["--help"])
-    flags = sorted(set(re.findall(r"--?[a-zA-Z][\w-]*", capsys.readouterr().out)) - {"--help", "-h"})
-    words = [word for word in ODD if isinstance(word, str) and not {"\0", "\ud800"} & {*word}]  # as of a kernel
-    words += ["corpus", "text.jsonl", "config.json", ".", "-", "--", "-1", "9" * 30, "1.5", "nan", "1e999", "x=1"]
-    words += ["a,b", "pipe=2,data=999999999", "h" * 300, "megalite.parallel.tensor=0", "=", "a=" + "[" * 500]
+    flags = sorted(
+        set(re.findall(r"--?[a-zA-Z][\w-]*", capsys.readouterr().out)) - {"--help", "-h"}
+    )
+    words = [
+        word for word in ODD if isinstance(word, str) and not {"\0", "\ud800"} & {*word}
+    ]  # as of a kernel
+    words += [
+        "corpus",
+        "text.jsonl",
+        "config.json",
+        ".",
+        "-",
+        "--",
+        "-1",
+        "9" * 30,
+        "1.5",
+        "nan",
+        "1e999",
+        "x=1",
+    ]
+    words += [
+        "a,b",
+        "pipe=2,data=999999999",
+        "h" * 300,
+        "megalite.parallel.tensor=0",
+        "=",
+        "a=" + "[" * 500,
+    ]
     word = st.sampled_from(words) | st.sampled_from(flags or words)
 
     def read(arguments: list[str]) -> None:
@@ -92,7 +120,12 @@ def test_a_forged_command_line(
         except OSError as error:
             assert error.filename is not None  # run_program makes a line of it
 
-    required = {"--deepspeed_config": "config.json", "--checkpoint": ".", "--input": "text.jsonl", "--model": "."}
+    required = {
+        "--deepspeed_config": "config.json",
+        "--checkpoint": ".",
+        "--input": "text.jsonl",
+        "--model": ".",
+    }
     start = [part for flag, value in required.items() if flag in flags for part in (flag, value)]
     lists = st.lists(word, max_size=5)
     holds(read, lists | lists.map(lambda rest: [*start, *rest]), examples, Started)
@@ -100,7 +133,9 @@ def test_a_forged_command_line(
 
 def run(program: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     command = [sys.executable, program, *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, timeout=120)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, timeout=120
+    )
 
 
 def test_what_nobody_foresaw_is_one_line_and_shown_on_demand(tmp_path: Path) -> None:
@@ -108,12 +143,23 @@ def test_what_nobody_foresaw_is_one_line_and_shown_on_demand(tmp_path: Path) -> 
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": ""}')
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "text.jsonl").write_text('{"text": "a"}')
-    words = ["--input", str(tmp_path / "text.jsonl"), "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
+    words = [
+        "--input",
+        str(tmp_path / "text.jsonl"),
+        "--tokenizer",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     ended = run("tools/preprocess_data.py", *words)
     assert ended.returncode == 2 and ended.stderr.startswith(b"preprocess_data.py: "), ended.stderr
     assert ended.stderr.count(b"\n") == 1 and str(tmp_path).encode() in ended.stderr
     shown = run("tools/preprocess_data.py", *words, MEGALITE_TRACEBACK="1")
-    assert shown.returncode == 2 and b"Traceback" in shown.stderr and shown.stderr.endswith(ended.stderr)
+    assert (
+        shown.returncode == 2
+        and b"Traceback" in shown.stderr
+        and shown.stderr.endswith(ended.stderr)
+    )
 
 
 def test_what_was_seen_to_end_in_a_traceback(tmp_path: Path) -> None:
@@ -121,13 +167,27 @@ def test_what_was_seen_to_end_in_a_traceback(tmp_path: Path) -> None:
     Path(config).write_text((REPOSITORY / "ds_configs/tiny_cpu.json").read_text())
     train = ["--deepspeed_config", config]
     for program, words, environment, said in (
-        ("launcher/pretrain.py", train, {"RANK": "8", "WORLD_SIZE": "8"}, "RANK: 8: must be below WORLD_SIZE 8"),
+        (
+            "launcher/pretrain.py",
+            train,
+            {"RANK": "8", "WORLD_SIZE": "8"},
+            "RANK: 8: must be below WORLD_SIZE 8",
+        ),
         ("launcher/pretrain.py", train, {"RANK": "x"}, "RANK: 'x': must be an integer"),
-        ("tools/benchmark_step.py", ["--deepspeed_config", config, "--layouts", ""], {}, "--layouts: "),
+        (
+            "tools/benchmark_step.py",
+            ["--deepspeed_config", config, "--layouts", ""],
+            {},
+            "--layouts: ",
+        ),
         ("tools/inspect_checkpoint.py", ["h" * 5000], {}, "File name too long"),
     ):
         ended = run(program, *words, **environment)
-        assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1 and said.encode() in ended.stderr, ended
+        assert (
+            ended.returncode == 2
+            and ended.stderr.count(b"\n") == 1
+            and said.encode() in ended.stderr
+        ), ended
 
 
 def test_an_imported_checkpoint_is_inspected(tmp_path: Path) -> None:
@@ -149,7 +209,10 @@ def test_names_that_are_no_text_and_no_files(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").symlink_to("/dev/full")
     ended = run("tools/collect_sources.py", "--output", str(tmp_path))
-    assert ended.returncode == 1 and ended.stderr == b"collect_sources.py: a file: No space left on device\n", ended
+    assert (
+        ended.returncode == 1
+        and ended.stderr == b"collect_sources.py: a file: No space left on device\n"
+    ), ended
 
 
 def test_a_line_of_an_error_has_an_end(capsys: Any) -> None:

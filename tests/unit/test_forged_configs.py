@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megalite.config import Config
 from megalite.config.reading import read_json
-from megalite.launch import place
-from megalite.launching.hostfile import read_hostfile
 from megalite.model.families import FAMILIES, model_dict, read_spec
-from megalite.training.program import main
+from megalite.ranks.launch import place
+from megalite.supervisor.hostfile import read_hostfile
+from megalite.training.pretrain import main
 from tests.families import FAMILY_CONFIGS
 from tests.fuzzing import EXAMPLES, anything, changed, damaged, holds, odd, paths_of
 from tests.unit.data.corpora import write_corpus
@@ -57,7 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def placed(document: Any, folder: Path) -> str:
-    return json.dumps(document).replace("CORPUS", str(folder / "corpus")).replace("RUN", str(folder / "run"))
+    return (
+        json.dumps(document)
+        .replace("CORPUS", str(folder / "corpus"))
+        .replace("RUN", str(folder / "run"))
+    )
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -66,7 +70,12 @@ def test_a_forged_config(folder: Path, examples: int, capsys: Any) -> None:
 
     def read(document: Any) -> None:
         (folder / "config.json").write_text(placed(document, folder))
-        assert main(["--deepspeed_config", str(folder / "config.json"), "--check", "--world-size", "2"]) == 0
+        assert (
+            main(
+                ["--deepspeed_config", str(folder / "config.json"), "--check", "--world-size", "2"]
+            )
+            == 0
+        )
 
     read(DOCUMENT)
     capsys.readouterr()
@@ -85,7 +94,9 @@ def test_a_file_that_is_hardly_json(folder: Path, examples: int) -> None:
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_forged_overrides(folder: Path, examples: int) -> None:
     (folder / "config.json").write_text(placed(DOCUMENT, folder))
-    keys = st.sampled_from([".".join(map(str, path)) for path in paths_of(DOCUMENT) if path]) | st.text(max_size=9)
+    keys = st.sampled_from(
+        [".".join(map(str, path)) for path in paths_of(DOCUMENT) if path]
+    ) | st.text(max_size=9)
     values = st.text(max_size=9) | anything.map(json.dumps)
     values |= st.sampled_from(["[" * 2000, "9" * 5000, "\udcff", "1e999"])
     override = st.builds("{}={}".format, keys, values) | st.text(max_size=12)
@@ -120,14 +131,25 @@ def test_a_forged_model(tmp_path: Path, family: str, examples: int) -> None:
 def test_a_forged_environment(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
     names += [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    names += ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE"]
-    values = st.sampled_from(["", "0", "1", "2", "-1", "x", "9" * 5000, "4(x2),3", "1(x999999999)", "(x", "٣"])
+    names += [
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_STEP_TASKS_PER_NODE",
+    ]
+    values = st.sampled_from(
+        ["", "0", "1", "2", "-1", "x", "9" * 5000, "4(x2),3", "1(x999999999)", "(x", "٣"]
+    )
     values |= st.text(max_size=4)
 
     def read(environment: dict[str, str]) -> None:
         monkeypatch.setattr(os, "environ", dict(environment))
         here = place()
-        assert 0 <= here.rank < here.world_size and 0 <= here.local_rank < here.local_size <= here.world_size
+        assert (
+            0 <= here.rank < here.world_size
+            and 0 <= here.local_rank < here.local_size <= here.world_size
+        )
 
     holds(read, st.dictionaries(st.sampled_from(names), values), examples * 5)
 
@@ -138,4 +160,8 @@ def test_a_forged_hostfile(tmp_path: Path, examples: int) -> None:
         (tmp_path / "hostfile").write_bytes(content)
         assert read_hostfile(str(tmp_path / "hostfile"))
 
-    holds(read, damaged(b"# all\nworker-1 slots=8\n10.0.0.2\tslots=4 # half\n") | st.binary(max_size=40), examples * 5)
+    holds(
+        read,
+        damaged(b"# all\nworker-1 slots=8\n10.0.0.2\tslots=4 # half\n") | st.binary(max_size=40),
+        examples * 5,
+    )

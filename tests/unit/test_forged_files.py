@@ -13,10 +13,6 @@ from hypothesis import strategies as st
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.inspect import described
-from megalite.convert.carried import stop_ids_of, tokenizer_of
-from megalite.convert.export_hf import export_hf
-from megalite.convert.hf_folder import HFFolder
-from megalite.convert.import_hf import import_hf
 from megalite.data.chat import ChatEncoder, NotChat
 from megalite.data.documents import Bad, Chunk, Place, parse_objects
 from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
@@ -24,6 +20,10 @@ from megalite.data.inspection import Show, inspect
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megalite.errors import DataError
+from megalite.hub.carried import stop_ids_of, tokenizer_of
+from megalite.hub.export_hf import export_hf
+from megalite.hub.hf_folder import HFFolder
+from megalite.hub.import_hf import import_hf
 from megalite.model.families import read_spec
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, changed, damaged, holds
@@ -46,15 +46,25 @@ def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resum(folder: Path) -> None:
     """Makes SHA256SUMS right again."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
-    lines = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    names = sorted(
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "SHA256SUMS"
+    )
+    lines = "".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names
+    )
     own = hashlib.sha256(lines.encode()).hexdigest()
     (folder / "SHA256SUMS").write_text(f"{lines}# of the lines above: {own}\n")
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("name", ["index.json", "state.json", "hugging_face/generation_config.json"])
-def test_a_forged_json_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, examples: int) -> None:
+@pytest.mark.parametrize(
+    "name", ["index.json", "state.json", "hugging_face/generation_config.json"]
+)
+def test_a_forged_json_of_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, name: str, examples: int
+) -> None:
     forged = tmp_path / "forged"
     shutil.copytree(checkpoint, forged)
     good = json.loads((checkpoint / name).read_text())
@@ -77,7 +87,9 @@ def test_a_forged_json_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", ["tensors_00000.safetensors", "SHA256SUMS", "index.json"])
-def test_a_damaged_file_of_a_checkpoint(checkpoint: Path, tmp_path: Path, name: str, examples: int) -> None:
+def test_a_damaged_file_of_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, name: str, examples: int
+) -> None:
     forged = tmp_path / "forged"
     shutil.copytree(checkpoint, forged)
 
@@ -102,7 +114,9 @@ def _with_header(header: Any, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_a_forged_header_of_tensors(model: Path, checkpoint: Path, tmp_path: Path, examples: int) -> None:
+def test_a_forged_header_of_tensors(
+    model: Path, checkpoint: Path, tmp_path: Path, examples: int
+) -> None:
     """In both kinds of folder."""
     for source, name in ((model, "model.safetensors"), (checkpoint, "tensors_00000.safetensors")):
         forged = tmp_path / name
@@ -110,7 +124,13 @@ def test_a_forged_header_of_tensors(model: Path, checkpoint: Path, tmp_path: Pat
         header, data = _header((source / name).read_bytes())
         names = list(header)[:3]
 
-        def read(part: Any, header: Any = header, data: bytes = data, forged: Path = forged, name: str = name) -> None:
+        def read(
+            part: Any,
+            header: Any = header,
+            data: bytes = data,
+            forged: Path = forged,
+            name: str = name,
+        ) -> None:
             whole = {**header, **part} if isinstance(part, dict) else part
             (forged / name).write_bytes(_with_header(whole, data))
             if name == "model.safetensors":
@@ -143,10 +163,16 @@ def test_a_damaged_file_of_tensors(model: Path, tmp_path: Path, name: str, examp
         for one in folder.names:
             folder.read(one)
 
-    holds(read, damaged(whole[:4000]).map(lambda start: start + whole[4000:]) | damaged(whole), examples)
+    holds(
+        read,
+        damaged(whole[:4000]).map(lambda start: start + whole[4000:]) | damaged(whole),
+        examples,
+    )
 
 
-@pytest.mark.parametrize("value", [["x"], {"a": 1}, 3, None, {"transformer.wte.weight": "x"}, {"x": [1]}, {1: 2}])
+@pytest.mark.parametrize(
+    "value", [["x"], {"a": 1}, 3, None, {"transformer.wte.weight": "x"}, {"x": [1]}, {1: 2}]
+)
 def test_a_torch_file_that_holds_no_tensors(model: Path, tmp_path: Path, value: Any) -> None:
     import torch
 
@@ -162,7 +188,10 @@ def test_a_forged_index_of_shards(model: Path, tmp_path: Path, examples: int) ->
     forged = tmp_path / "forged"
     shutil.copytree(model, forged)
     names = list(HFFolder(model).shapes)
-    good = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names[:3], "model.safetensors")}
+    good = {
+        "metadata": {"total_size": 1},
+        "weight_map": dict.fromkeys(names[:3], "model.safetensors"),
+    }
 
     def read(value: Any) -> None:
         (forged / "model.safetensors.index.json").write_text(json.dumps(value))
@@ -172,13 +201,17 @@ def test_a_forged_index_of_shards(model: Path, tmp_path: Path, examples: int) ->
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
 def test_a_forged_tokenizer(model: Path, tmp_path: Path, name: str, examples: int) -> None:
     forged = tmp_path / "forged"
     forged.mkdir()
     for path in model.glob("*token*.json"):
         shutil.copy(path, forged)
-    good = json.loads((model / name).read_text()) if (model / name).exists() else {"eos_token": "</s>"}
+    good = (
+        json.loads((model / name).read_text()) if (model / name).exists() else {"eos_token": "</s>"}
+    )
     if "model" in good:
         good["model"]["vocab"] = dict(list(good["model"]["vocab"].items())[:6])
 
@@ -199,12 +232,16 @@ def test_an_id_that_would_fill_the_memory(model: Path, tmp_path: Path) -> None:
     whole = json.loads((model / "tokenizer.json").read_text())
     whole["model"]["vocab"]["!"] = 2**31 - 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(DataError, match="token '!' has the id 2147483647: must be at most 10000000"):
+    with pytest.raises(
+        DataError, match="token '!' has the id 2147483647: must be at most 10000000"
+    ):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("name", ["corpus.idx", "corpus.bin", "corpus.mask.idx", "corpus.mask.bin", "corpus.sha256"])
+@pytest.mark.parametrize(
+    "name", ["corpus.idx", "corpus.bin", "corpus.mask.idx", "corpus.mask.bin", "corpus.sha256"]
+)
 def test_a_damaged_corpus(
     tmp_path: Path, name: str, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +252,10 @@ def test_a_damaged_corpus(
         for document in documents:
             writer.add_document(document % 2)
     if name == "corpus.sha256":
-        sums = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files_of(prefix))
+        sums = (
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+            for path in files_of(prefix)
+        )
         (tmp_path / name).write_text("".join(sums))
     whole = (tmp_path / name).read_bytes()
     marked: dict[str, Any] = {"loss": "marked", "valid": [str(prefix)]}
@@ -243,12 +283,17 @@ def test_a_damaged_corpus(
 def test_forged_lines_of_conversations(model: Path, examples: int) -> None:
     tokenizer = load_tokenizer(model)
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    tokenizer.inner.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    tokenizer.inner.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    )
     encoder = ChatEncoder(tokenizer, str(model))
     good = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"prompt": "a", "completion": "b"},
-        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
     ]
 
     def read(line: bytes) -> None:
@@ -258,7 +303,12 @@ def test_forged_lines_of_conversations(model: Path, examples: int) -> None:
 
     values = st.one_of([changed(value) for value in good])
     lines = values.map(lambda value: json.dumps(value).encode())
-    holds(read, lines | damaged(json.dumps(good[0]).encode()) | st.binary(max_size=20), examples * 3, NotChat)
+    holds(
+        read,
+        lines | damaged(json.dumps(good[0]).encode()) | st.binary(max_size=20),
+        examples * 3,
+        NotChat,
+    )
 
 
 TEMPLATES = [

@@ -51,19 +51,31 @@ def test_the_norm_gives_the_gradient_that_is_wanted_alone() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("size", [8, 4])
-def test_rotation_turns_pairs_and_its_gradient_turns_them_back(interleaved: bool, size: int) -> None:
+def test_rotation_turns_pairs_and_its_gradient_turns_them_back(
+    interleaved: bool, size: int
+) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [B, N, S, H] as [B, S, N, H]
+    x = (
+        torch.randn(2, 3, 5, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    )  # [B, N, S, H] as [B, S, N, H]
     angles = torch.rand(1, 1, 3, size // 2, dtype=torch.float64)
     turned = rotate(x, spread(angles.cos(), interleaved), angles.sin(), interleaved)
     assert turned.transpose(1, 2).is_contiguous()
-    pairs = x[..., :size].unflatten(-1, (-1, 2) if interleaved else (2, -1)).movedim(-1 if interleaved else -2, 0)
+    pairs = (
+        x[..., :size]
+        .unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        .movedim(-1 if interleaved else -2, 0)
+    )
     complex_pairs = torch.complex(pairs[0], pairs[1]) * torch.polar(torch.ones_like(angles), angles)
-    parts = torch.stack([complex_pairs.real, complex_pairs.imag], dim=-1 if interleaved else -2).flatten(-2)
+    parts = torch.stack(
+        [complex_pairs.real, complex_pairs.imag], dim=-1 if interleaved else -2
+    ).flatten(-2)
     expected = torch.cat([parts, x[..., size:]], dim=-1)
     torch.testing.assert_close(turned, expected)
     slope = torch.randn_like(expected)
-    for ours, theirs in zip(gradients(turned, [x], slope), gradients(expected, [x], slope), strict=True):
+    for ours, theirs in zip(
+        gradients(turned, [x], slope), gradients(expected, [x], slope), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -72,5 +84,7 @@ def test_a_sum_over_ranks_makes_no_copy() -> None:
     with mock.patch("torch.distributed.all_reduce", lambda tensor, **_: tensor.mul_(2)):
         held = peak_bytes(lambda: leave(value * 3, axis).backward(torch.ones(1000, 1000)))
         (total,) = torch.autograd.grad(leave(value * 3, axis).sum(), [value])
-    assert held < 4 * 1000 * 1000 * 3.1  # the product, the gradient that comes in and the one that goes out
+    assert (
+        held < 4 * 1000 * 1000 * 3.1
+    )  # the product, the gradient that comes in and the one that goes out
     assert torch.equal(total, torch.full((1000, 1000), 3.0))

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalite.convert.hf_folder import HFFolder
-from megalite.convert.import_hf import import_hf
-from megalite.convert.names import from_hf
 from megalite.errors import CheckpointError, UserError
+from megalite.hub.hf_folder import HFFolder
+from megalite.hub.import_hf import import_hf
+from megalite.hub.names import from_hf
 from tests.families import FAMILY_CONFIGS, hf_model
 
 
@@ -24,7 +24,11 @@ def test_any_box_of_any_tensor_is_its_part_of_the_whole(name: str, tmp_path: Pat
     hf_model(FAMILY_CONFIGS[name]).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     folder = HFFolder(tmp_path)
-    stored = {key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()}
+    stored = {
+        key: value
+        for file in tmp_path.glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
     assert len(folder.names) == len(set(folder.names)) >= len(stored)
     for ours in folder.names:
         full = from_hf(folder.spec.family, ours, stored.__getitem__, folder.spec.num_heads)
@@ -77,7 +81,9 @@ def test_bert_s_own_files_are_read(tmp_path: Path) -> None:
 
     def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed = {
-            key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+            key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): value
             for key, value in tensors.items()
         }
         words = tensors["bert.embeddings.word_embeddings.weight"]
@@ -101,14 +107,31 @@ class Evil:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda t: {k: v for k, v in t.items() if "h.1.ln_1.bias" not in k}, "h.1.ln_1.bias: missing tensor"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(35)}), "shape [35]: must be [36] by config.json"),
-        (lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(36)}), "h.3.ln_1.bias: a tensor that a gpt2"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(131, 36)}), "lm_head.weight: differs from the embedding"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(36).int()}), "I32: must be one of F64"),
+        (
+            lambda t: {k: v for k, v in t.items() if "h.1.ln_1.bias" not in k},
+            "h.1.ln_1.bias: missing tensor",
+        ),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.ones(35)}),
+            "shape [35]: must be [36] by config.json",
+        ),
+        (
+            lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(36)}),
+            "h.3.ln_1.bias: a tensor that a gpt2",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(131, 36)}),
+            "lm_head.weight: differs from the embedding",
+        ),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.ones(36).int()}),
+            "I32: must be one of F64",
+        ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(gpt2_folder: Path, tmp_path: Path, change: Any, line: str) -> None:
+def test_tensors_that_do_not_fit_are_named(
+    gpt2_folder: Path, tmp_path: Path, change: Any, line: str
+) -> None:
     folder = altered(gpt2_folder, tmp_path / "x", change)
     with pytest.raises(CheckpointError) as raised:
         HFFolder(folder)
@@ -125,10 +148,14 @@ def test_a_weight_that_is_not_finite_is_named(
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].to(dtype)
-        tensors[name][-1, -1] = value if math.isfinite(value) and dtype == torch.float64 else value * math.inf
+        tensors[name][-1, -1] = (
+            value if math.isfinite(value) and dtype == torch.float64 else value * math.inf
+        )
 
     folder = altered(gpt2_folder, tmp_path / "x", change)
-    with pytest.raises(CheckpointError, match=f"model.safetensors: {name}: holds .*: every weight must be finite"):
+    with pytest.raises(
+        CheckpointError, match=f"model.safetensors: {name}: holds .*: every weight must be finite"
+    ):
         import_hf(folder, tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
 
@@ -169,9 +196,15 @@ def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, ca
     assert "pytorch_model.bin: is no file of tensors alone" in broken("pickle", pickled)
     assert "code ran" not in capsys.readouterr().out
     assert "model.safetensors: cannot be read" in broken("cut", cut)
-    assert "must hold config.json and safetensors" in broken("none", lambda f: (f / "model.safetensors").unlink())
+    assert "must hold config.json and safetensors" in broken(
+        "none", lambda f: (f / "model.safetensors").unlink()
+    )
     index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
     text = json.dumps(index)
-    assert "outside its folder" in broken("out", lambda f: (f / "model.safetensors.index.json").write_text(text))
+    assert "outside its folder" in broken(
+        "out", lambda f: (f / "model.safetensors.index.json").write_text(text)
+    )
     assert "model_type: 't5'" in broken("family", config(model_type="t5"))
-    assert "scale_attn_by_inverse_layer_idx" in broken("field", config(scale_attn_by_inverse_layer_idx=True))
+    assert "scale_attn_by_inverse_layer_idx" in broken(
+        "field", config(scale_attn_by_inverse_layer_idx=True)
+    )

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megalite.convert.export_hf import export_hf
-from megalite.convert.hf_folder import HFFolder
-from megalite.convert.import_hf import import_hf
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError, UserError
+from megalite.hub.export_hf import export_hf
+from megalite.hub.hf_folder import HFFolder
+from megalite.hub.import_hf import import_hf
 from megalite.inputs import parse_json, reading
 from tests.byte_model import save_byte_model
 
@@ -20,8 +20,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_byte_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"])
-def test_a_link_out_of_a_model_folder_is_not_followed(folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"]
+)
+def test_a_link_out_of_a_model_folder_is_not_followed(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     secret = tmp_path / "secret"
     secret.write_text("{}")
     model = tmp_path / "model"
@@ -44,12 +48,16 @@ def test_a_link_in_a_checkpoint_is_not_exported(folder: Path, tmp_path: Path) ->
     carried = tmp_path / "checkpoint" / "hugging_face" / "tokenizer.json"
     shutil.move(carried, tmp_path / "secret")
     carried.symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"hugging_face/tokenizer\.json: is a link to .*secret"):
+    with pytest.raises(
+        CheckpointError, match=r"hugging_face/tokenizer\.json: is a link to .*secret"
+    ):
         export_hf(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
     assert not (tmp_path / "exported").exists()
 
 
-def test_links_within_are_followed_and_those_of_hugging_faces_cache(folder: Path, tmp_path: Path) -> None:
+def test_links_within_are_followed_and_those_of_hugging_faces_cache(
+    folder: Path, tmp_path: Path
+) -> None:
     commit = tmp_path / "models--x--y" / "snapshots" / "0123"
     blobs = commit.parent.parent / "blobs"
     for place in (commit, blobs):
@@ -64,8 +72,12 @@ def test_links_within_are_followed_and_those_of_hugging_faces_cache(folder: Path
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("value", ["flash_attention_2", "kernels-community/any", {"": "kernels-community/any"}])
-def test_the_verifying_model_takes_no_attention_from_a_file(folder: Path, tmp_path: Path, value: object) -> None:
+@pytest.mark.parametrize(
+    "value", ["flash_attention_2", "kernels-community/any", {"": "kernels-community/any"}]
+)
+def test_the_verifying_model_takes_no_attention_from_a_file(
+    folder: Path, tmp_path: Path, value: object
+) -> None:
     """A name with a slash is code to fetch and run."""
     model = tmp_path / "model"
     shutil.copytree(folder, model)

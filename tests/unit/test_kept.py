@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megalite.model.context import Context
 from megalite.model.families import read_spec
-from megalite.model.memory import Forward
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.actions import Pipeline, _TrainingStep
 from megalite.pipeline.cut import ModelCosts
-from megalite.pipeline.kept import kept_by
 from megalite.pipeline.plan import make_plan
 from megalite.pipeline.program import needs
+from megalite.plan.activations import Forward
+from megalite.plan.kept import kept_by
 from tests.small_models import MODELS, VOCABULARY
 
 PIPE, COUNT, BATCH, LENGTH, LAYERS = 3, 6, 5, 24, 12
@@ -78,7 +78,9 @@ class Meter:
                 cells = [cell.cell_contents for cell in make.__closure__ or ()]
                 tensors += [value for value in cells if isinstance(value, Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        self.most = max(self.most, sum(size for at, size in storages.items() if at not in self.parameters))
+        self.most = max(
+            self.most, sum(size for at, size in storages.items() if at not in self.parameters)
+        )
 
 
 def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch.dtype) -> int:
@@ -115,27 +117,47 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
     check_kept("llama", schedule, recompute)
 
 
-@pytest.mark.parametrize(("model", "schedule"), [("bert", "zb-h1"), ("bert", "zb-v"), ("modernbert", "zb-v")])
+@pytest.mark.parametrize(
+    ("model", "schedule"), [("bert", "zb-h1"), ("bert", "zb-v"), ("modernbert", "zb-v")]
+)
 def test_a_rank_keeps_what_is_predicted_of_an_encoder(model: str, schedule: str) -> None:
     check_kept(model, schedule, 0)
 
 
 def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
-    config = {**MODELS[model], "num_hidden_layers": LAYERS, "hidden_size": 48, "intermediate_size": 80}
+    config = {
+        **MODELS[model],
+        "num_hidden_layers": LAYERS,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+    }
     spec, wrong = read_spec(config), []
     gc.disable()  # nothing that is kept may wait for it
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            plan = make_plan(schedule, PIPE, 2, None, ModelCosts.of(spec, LENGTH, recompute not in (0, "selective")))
+            plan = make_plan(
+                schedule,
+                PIPE,
+                2,
+                None,
+                ModelCosts.of(spec, LENGTH, recompute not in (0, "selective")),
+            )
             for rank in range(PIPE):
                 at = Forward(BATCH, LENGTH, dtype, Split(Grid().tensor))
                 kept = kept_by(spec, plan, rank, recompute, at, COUNT)
                 wanted = kept.bytes - max(kept.again, kept.logits)
-                if recompute in (1, 2):  # the context that backward calls layers with again keeps them: no hook sees it
-                    wanted -= sum(chunk.table.get("angles", 0) * chunk.held for chunk in kept.chunks.values())
+                if recompute in (
+                    1,
+                    2,
+                ):  # the context that backward calls layers with again keeps them: no hook sees it
+                    wanted -= sum(
+                        chunk.table.get("angles", 0) * chunk.held for chunk in kept.chunks.values()
+                    )
                 found = measured(spec, plan, rank, recompute, dtype)
                 if found != wanted:
-                    counts = {number: (chunk.held, chunk.waits) for number, chunk in kept.chunks.items()}
+                    counts = {
+                        number: (chunk.held, chunk.waits) for number, chunk in kept.chunks.items()
+                    }
                     wrong.append(f"{dtype} rank {rank}: kept {found}, predicted {wanted}: {counts}")
     finally:
         gc.enable()

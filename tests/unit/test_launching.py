@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.launch import Place, place
-from megalite.launching.attempt import Attempt, Signals, name_of_run
-from megalite.launching.attempt import Program as AttemptProgram
-from megalite.launching.fewer import ProgramConfig
-from megalite.launching.guard import MARK
-from megalite.launching.guard import _processes as guarded_processes
-from megalite.launching.hostfile import read_hostfile
-from megalite.launching.remote import harmless_environment, secrets, variables
-from megalite.launching.supervisor import main
-from megalite.parallel.placement import crossing_hosts
-from megalite.signals import command_of, killed_ranks, leave_word
+from megalite.ranks.launch import Place, place
+from megalite.ranks.signals import command_of, killed_ranks, leave_word
+from megalite.supervisor.attempt import Attempt, Signals, name_of_run
+from megalite.supervisor.attempt import Program as AttemptProgram
+from megalite.supervisor.fewer import ProgramConfig
+from megalite.supervisor.host_guard import MARK
+from megalite.supervisor.host_guard import _processes as guarded_processes
+from megalite.supervisor.hostfile import read_hostfile
+from megalite.supervisor.remote import harmless_environment, secrets, variables
+from megalite.supervisor.restarts import main
+from megalite.topology.hosts import crossing_hosts
 
 
 def test_a_hostfile_is_names_and_slots(tmp_path: Path) -> None:
@@ -46,7 +46,9 @@ def test_any_other_line_is_refused_by_its_number(tmp_path: Path, line: str) -> N
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_mistakes_of_the_command_line_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_of_the_command_line_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "hostfile"
     program = ["launcher/pretrain.py", "--deepspeed_config", "x"]
     cases = {
@@ -54,9 +56,26 @@ def test_mistakes_of_the_command_line_are_one_line(tmp_path: Path, monkeypatch: 
         f"--hostfile: {file}: cannot be read": ["--hostfile", str(file), *program],
         "--restarts: -1": ["--num_gpus", "1", "--restarts", "-1", *program],
         "--launcher_args": ["--num_gpus", "1", "--launcher_args", "x", *program],
-        "--master_addr: 'a;x': must be a name": ["--num_gpus", "1", "--master_addr", "a;x", *program],
-        "--bind_core_list: '1;x': must be cores": ["--num_gpus", "1", "--bind_core_list", "1;x", *program],
-        "--bind_cores_to_rank.*go with --num_gpus": ["--hostfile", "x", "--bind_cores_to_rank", *program],
+        "--master_addr: 'a;x': must be a name": [
+            "--num_gpus",
+            "1",
+            "--master_addr",
+            "a;x",
+            *program,
+        ],
+        "--bind_core_list: '1;x': must be cores": [
+            "--num_gpus",
+            "1",
+            "--bind_core_list",
+            "1;x",
+            *program,
+        ],
+        "--bind_cores_to_rank.*go with --num_gpus": [
+            "--hostfile",
+            "x",
+            "--bind_cores_to_rank",
+            *program,
+        ],
         "--log_level: invalid choice": ["--num_gpus", "1", "--log_level", "$(x)", *program],
     }
     for said, arguments in cases.items():
@@ -97,7 +116,9 @@ def test_variables_are_those_of_libraries_and_of_deepspeeds_file(
         ("TOKENIZERS_PARALLELISM", "false", True), ("MLFLOW_S3_ACCESS_KEY_2", "x", False), ("HF_TOKEN", "", True),
     ],
 )  # fmt: skip
-def test_secrets_are_not_sent_on(name: str, value: str, sent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_sent_on(
+    name: str, value: str, sent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "environ", {name: value})
     assert (name in variables({})) == (name in harmless_environment()) == sent
     assert secrets() == ([] if sent else [name])
@@ -127,12 +148,18 @@ def test_a_folder_of_words_that_another_user_can_reach_is_not_used(
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "killed_3").touch()
     leave_word(1)
-    assert not victim.exists() and (not folder.is_dir() or not [*folder.glob("rank_*")]) and not killed_ranks()
+    assert (
+        not victim.exists()
+        and (not folder.is_dir() or not [*folder.glob("rank_*")])
+        and not killed_ranks()
+    )
     guard = subprocess.run(
-        [sys.executable, "-m", "megalite.launching.guard", str(folder)],
+        [sys.executable, "-m", "megalite.supervisor.host_guard", str(folder)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert guard.stdout.startswith(f"{MARK}refused {folder}: ") and guard.stdout.count("\n") == 1, guard
+    assert guard.stdout.startswith(f"{MARK}refused {folder}: ") and guard.stdout.count("\n") == 1, (
+        guard
+    )
 
 
 def test_no_two_starts_share_a_name() -> None:
@@ -172,7 +199,11 @@ def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:
     full = {"a": 4, "b": 4, "c": 4, "d": 4}
     program = ProgramConfig([f"--deepspeed_config={path}", "megalite.train.seed=3"])
     assert program.fit(full, full) == (full, [])
-    batch = ["train_batch_size=48", "train_micro_batch_size_per_gpu=2", "gradient_accumulation_steps=null"]
+    batch = [
+        "train_batch_size=48",
+        "train_micro_batch_size_per_gpu=2",
+        "gradient_accumulation_steps=null",
+    ]
     assert program.fit(full, {"a": 4, "c": 4, "d": 4}) == ({"a": 4, "c": 4, "d": 4}, batch)
     assert program.fit(full, {"d": 4}) == ({"d": 4}, batch)
     # 5 data ranks of micro-batch 2 do not divide 48, 4 do.
@@ -186,7 +217,9 @@ def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:
 def test_a_tensor_axis_across_hosts_is_named() -> None:
     assert crossing_hosts(["a", "a", "b", "b"], 2) is None
     line = crossing_hosts(["a", "a", "a", "b", "b", "b"], 2)
-    assert line is not None and line.startswith("megalite.parallel.tensor 2: ranks 2 to 3 are on a, b: ")
+    assert line is not None and line.startswith(
+        "megalite.parallel.tensor 2: ranks 2 to 3 are on a, b: "
+    )
 
 
 def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
@@ -194,7 +227,7 @@ def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
     folder = tmp_path / "megalite-x-1"
     code = "import os, subprocess; os.system('sleep 60 & echo $!; exit'); subprocess.run(['cat'])"
     guard = subprocess.Popen(
-        [sys.executable, "-u", "-m", "megalite.launching.guard", str(folder)],
+        [sys.executable, "-u", "-m", "megalite.supervisor.host_guard", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
     assert guard.stdin is not None and guard.stdout is not None
@@ -222,8 +255,18 @@ def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
 
 
 def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}
-    task = {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "11"}
+    batch = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "16",
+        "SLURM_TASKS_PER_NODE": "8(x2)",
+    }
+    task = {
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_NUM_TASKS": "11",
+    }
     ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
     mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
            {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()}  # fmt: skip
@@ -231,7 +274,10 @@ def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, Place(0, 1, 0, 1)),
         (batch, Place(0, 1, 0, 1)),  # a program that the batch script runs by itself
         (batch | task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, Place(9, 11, 1, 3)),
-        (batch | ranks | {"LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2)),  # by torchrun, in a batch script
+        (
+            batch | ranks | {"LOCAL_WORLD_SIZE": "2"},
+            Place(3, 4, 1, 2),
+        ),  # by torchrun, in a batch script
         (ranks | {"LOCAL_SIZE": "2"}, Place(3, 4, 1, 2)),  # by deepspeed
         (mpi, Place(3, 4, 1, 2)),
     ]
@@ -241,7 +287,7 @@ def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_end_that_is_settled_keeps_its_code() -> None:
-    code = "import time; from megalite.signals import *; listen(); settle(0); print(flush=True); time.sleep(0.5)"
+    code = "import time; from megalite.ranks.signals import *; listen(); settle(0); print(flush=True); time.sleep(0.5)"
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert rank.stdout is not None and rank.stdout.readline() == b"\n"
     rank.send_signal(signal.SIGTERM)

@@ -24,8 +24,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from megalite.errors import ConfigError
-from megalite.launch import run_program
-from megalite.signals import listen
+from megalite.ranks.launch import run_program
+from megalite.ranks.signals import listen
 from megalite.training import lock
 
 lock.BEAT_SECONDS, lock.PATIENCE_SECONDS = 0.2, 1.0
@@ -54,8 +54,14 @@ class Starts:
     def __init__(self, folder: Path) -> None:
         self.folder, self.made = folder, list[subprocess.Popen[str]]()
 
-    def begin(self, at: float = 0.0, deferred: bool = False, **variables: str) -> "subprocess.Popen[str]":
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    def begin(
+        self, at: float = 0.0, deferred: bool = False, **variables: str
+    ) -> "subprocess.Popen[str]":
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(self.folder), str(at), "x" * deferred],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | variables, text=True, **pipes,
@@ -105,7 +111,11 @@ def test_a_second_start_is_refused_until_the_first_has_ended(starts: Starts) -> 
     before = starts.path.read_text()
     assert ended(starts.begin()) == (2, [refusal(starts, first.pid)])
     assert starts.path.read_text() == before
-    assert first.communicate("end\n", timeout=30) and first.returncode == 0 and not starts.path.exists()
+    assert (
+        first.communicate("end\n", timeout=30)
+        and first.returncode == 0
+        and not starts.path.exists()
+    )
     assert starts.holding().pid == starts.pid
 
 
@@ -145,8 +155,12 @@ def test_a_copy_of_a_folder_in_use_is_not_in_use(starts: Starts, tmp_path: Path)
     assert starts.holding().pid == starts.pid
 
 
-@pytest.mark.parametrize("where", [{"host": "elsewhere"}, {"boot": "another"}, {"processes": "pid:[1]"}])
-def test_one_of_another_machine_is_watched_for_a_sign_of_life(starts: Starts, where: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "where", [{"host": "elsewhere"}, {"boot": "another"}, {"processes": "pid:[1]"}]
+)
+def test_one_of_another_machine_is_watched_for_a_sign_of_life(
+    starts: Starts, where: dict[str, str]
+) -> None:
     holder = written(starts, **where)
     os.utime(starts.path, (0, 0))
     second = starts.begin()
@@ -179,7 +193,9 @@ def test_a_later_start_of_one_launcher_s_run_takes_it_and_the_earlier_ends(
     other = starts.holding(**second)
     holder = Holder.read(starts.path.read_text())
     one.send_signal(signal.SIGCONT)
-    line = f"-c: megalite.train.run_dir: {starts.folder}: {holder} has taken it over: this start ends"
+    line = (
+        f"-c: megalite.train.run_dir: {starts.folder}: {holder} has taken it over: this start ends"
+    )
     assert ended(one) == (1, [line])
     assert starts.pid == other.pid
 
@@ -202,7 +218,10 @@ def test_of_many_starts_one_gets_a_stale_lock(starts: Starts, stale: str) -> Non
     at = time.time() + 2
     many = [starts.begin(at) for _ in range(8)]
     deadline = time.monotonic() + 30
-    while len(refused := [one for one in many if one.poll() is not None]) < 7 and time.monotonic() < deadline:
+    while (
+        len(refused := [one for one in many if one.poll() is not None]) < 7
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     assert [process.returncode for process in refused] == [2] * 7
     (left,) = set(many) - set(refused)
@@ -215,7 +234,9 @@ def test_a_folder_that_cannot_be_written_is_a_line(tmp_path: Path) -> None:
         take_lock(tmp_path)
     with small_disk(tmp_path / "disk", "64k") as disk:
         fill(disk / "filler")
-        with pytest.raises(ConfigError, match="run_dir: .*: lock cannot be used: No space left on device"):
+        with pytest.raises(
+            ConfigError, match="run_dir: .*: lock cannot be used: No space left on device"
+        ):
             take_lock(disk)
         assert os.listdir(disk) == ["filler"]
     assert not any(thread.name == "lock" for thread in threading.enumerate())

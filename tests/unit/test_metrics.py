@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalite.checkpoint import appended
+from megalite.checkpoint.appended import Appended
 from megalite.config.sections import Faults
-from megalite.training import appended
-from megalite.training.appended import Appended
-from megalite.training.health import Fault, Health
+from megalite.data.position import Position
+from megalite.guard.health import Fault, Health
 from megalite.training.metrics import MetricsFile, perplexity
-from megalite.training.position import Position
 
 
 def strict_rows(path: Path) -> list[dict[str, Any]]:
@@ -38,20 +38,37 @@ def test_a_perplexity_is_a_float_whatever_the_loss(loss: float) -> None:
 def test_what_is_not_finite_is_null_in_a_row(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0, False, print)
     for loss in (math.nan, math.inf, 800.0):
-        row = {"step": 1, "valid_loss": loss, "valid_perplexity": perplexity(loss), "valid_losses": {"a": loss}}
+        row = {
+            "step": 1,
+            "valid_loss": loss,
+            "valid_perplexity": perplexity(loss),
+            "valid_losses": {"a": loss},
+        }
         metrics.write(row)
     metrics.close()
     nothing = {"step": 1, "valid_loss": None, "valid_perplexity": None, "valid_losses": {"a": None}}
-    large = {"step": 1, "valid_loss": 800.0, "valid_perplexity": sys.float_info.max, "valid_losses": {"a": 800.0}}
+    large = {
+        "step": 1,
+        "valid_loss": 800.0,
+        "valid_perplexity": sys.float_info.max,
+        "valid_losses": {"a": 800.0},
+    }
     assert strict_rows(tmp_path / "metrics.jsonl") == [nothing, nothing, large]
 
 
-@pytest.mark.parametrize("recent, spike", [((0.0, 0.0, 0.0), None), ((0.0, 0.1, 0.1), "5.00 times the median 0.1000")])
-def test_a_median_of_zero_is_no_measure_of_a_spike(recent: tuple[float, ...], spike: str | None) -> None:
+@pytest.mark.parametrize(
+    "recent, spike", [((0.0, 0.0, 0.0), None), ((0.0, 0.1, 0.1), "5.00 times the median 0.1000")]
+)
+def test_a_median_of_zero_is_no_measure_of_a_spike(
+    recent: tuple[float, ...], spike: str | None
+) -> None:
     """Losses are 0 where no token of a batch counts."""
     faults = Faults.model_validate({"spike_factor": 2.0, "spike_window": 3})
     health: Any = SimpleNamespace(
-        faults=faults, position=Position(recent_losses=recent), engine=SimpleNamespace(dynamic_scaler=None), scale=1.0
+        faults=faults,
+        position=Position(recent_losses=recent),
+        engine=SimpleNamespace(dynamic_scaler=None),
+        scale=1.0,
     )
     fault: Fault | None = Health._fault_of(health, 0.5, 1.0)
     assert (fault is None) if spike is None else (fault is not None and spike in fault.text)
@@ -93,16 +110,23 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, disk: Disk, room: int)
     for number in range(2, 6):
         file.append(f"row {number:05d}\n".encode())
         assert path.read_bytes() == b"row 00001\n"
-    assert told == [f"{path}: cannot be written: No space left on device; the run continues, rows wait in memory"]
+    assert told == [
+        f"{path}: cannot be written: No space left on device; the run continues, rows wait in memory"
+    ]
     disk.room = None
     file.append(b"row 00006\n")
     assert told[1:] == [f"{path}: is written again; no rows are lost"]
     file.append(b"row 00007\n")
     file.close()
-    assert path.read_text() == "".join(f"row {number:05d}\n" for number in range(1, 8)) and len(told) == 2
+    assert (
+        path.read_text() == "".join(f"row {number:05d}\n" for number in range(1, 8))
+        and len(told) == 2
+    )
 
 
-def test_rows_that_are_lost_are_told(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_lost_are_told(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(appended, "WAITING_BYTES", 35)
     told: list[str] = []
     path = tmp_path / "rows"
@@ -134,7 +158,9 @@ def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, di
     metrics.go_back(2)
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
     disk.room = None
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n')  # torn in the middle, not by us
+    path.write_text(
+        '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+    )  # torn in the middle, not by us
     MetricsFile(tmp_path, 2, False, print).close()
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
 
@@ -144,7 +170,9 @@ def test_events_are_read_by_tensorboard(tmp_path: Path, disk: Disk) -> None:
         metrics = MetricsFile(tmp_path, first, True, print)
         for step in steps:
             disk.room = rooms.get(step, disk.room)
-            metrics.write({"step": step, "loss": step + first / 2, "loss_scale": None, "weights_bytes": [1]})
+            metrics.write(
+                {"step": step, "loss": step + first / 2, "loss_scale": None, "weights_bytes": [1]}
+            )
         metrics.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
@@ -155,9 +183,11 @@ def test_events_are_read_by_tensorboard(tmp_path: Path, disk: Disk) -> None:
 
 def test_a_log_on_a_full_disk_costs_lines_but_not_the_exit_code() -> None:
     program = (
-        "from megalite.launch import run_program\nfrom megalite.training.progress import say\n"
+        "from megalite.ranks.launch import run_program\nfrom megalite.training.screen import say\n"
         "def main(arguments):\n    for _ in range(9999): say('a line of progress')\n    return 0\nrun_program(main)"
     )
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
     assert (done.returncode, done.stderr) == (0, b"")

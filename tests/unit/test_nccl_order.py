@@ -132,8 +132,14 @@ def calls_of_forwards(stages: int, count: int) -> list[list[Call]]:
 @pytest.mark.parametrize("timer", [False, True], ids=["", "timer"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
-def test_training_and_evaluation_complete(stages: int, schedule: str, timer: bool, lazy: bool) -> None:
-    counts = (2, 8) if stages == 8 else (1, 2, 3, stages, 2 * stages + 1, 33 if stages == 2 else stages + 1)
+def test_training_and_evaluation_complete(
+    stages: int, schedule: str, timer: bool, lazy: bool
+) -> None:
+    counts = (
+        (2, 8)
+        if stages == 8
+        else (1, 2, 3, stages, 2 * stages + 1, 33 if stages == 2 else stages + 1)
+    )
     for micro_batches in counts:
         if schedule != "interleaved" or micro_batches % stages == 0:
             assert stuck(calls_of_training(stages, micro_batches, timer, schedule), lazy) == []

@@ -10,14 +10,36 @@ from megalite.model.chunks import layers_of
 from megalite.pipeline.check import ProgramError, check, most_bytes
 from megalite.pipeline.cut import LayerCosts, ModelCosts, cut_by_cost, even_counts
 from megalite.pipeline.program import Action, Program, Value
-from megalite.pipeline.schedules import SCHEDULES, forward_only, home_of, make_program, round_robin, straight, v_shaped
-from megalite.pipeline.steps import IN_FLIGHT, Act, Receive, Send, Step, Wait, check_steps, forward_stream, steps_of
+from megalite.pipeline.schedules import (
+    SCHEDULES,
+    forward_only,
+    home_of,
+    make_program,
+    round_robin,
+    straight,
+    v_shaped,
+)
+from megalite.pipeline.steps import (
+    IN_FLIGHT,
+    Act,
+    Receive,
+    Send,
+    Step,
+    Wait,
+    check_steps,
+    forward_stream,
+    steps_of,
+)
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, p, 2 * p + 1, 4 * p)]
 
 
 def programs(p: int, m: int) -> list[tuple[str, int, Program]]:
-    kinds = [(schedule, v) for schedule in SCHEDULES for v in ((2, 3) if schedule == "interleaved" else (2,))]
+    kinds = [
+        (schedule, v)
+        for schedule in SCHEDULES
+        for v in ((2, 3) if schedule == "interleaved" else (2,))
+    ]
     kinds = [(schedule, v) for schedule, v in kinds if schedule != "interleaved" or m % p == 0]
     return [(schedule, v, make_program(schedule, p, m, v)) for schedule, v in kinds]
 
@@ -72,7 +94,9 @@ def test_uneven_costs_do_not_stop_the_list_scheduler() -> None:
 def edited(program: Program, rank: int, edit: Callable[[list[Action]], None]) -> Program:
     actions = list(program.actions[rank])
     edit(actions)
-    return replace(program, actions=(*program.actions[:rank], tuple(actions), *program.actions[rank + 1 :]))
+    return replace(
+        program, actions=(*program.actions[:rank], tuple(actions), *program.actions[rank + 1 :])
+    )
 
 
 def missing(actions: list[Action]) -> None:
@@ -130,15 +154,23 @@ def test_weight_gradients_before_their_backward_are_named() -> None:
 def test_a_crossing_order_of_messages_is_named() -> None:
     """Each rank sends first: with NCCL's rules both sends wait for receives behind them."""
     there, back = Value("activation", 1, 0), Value("gradient", 0, 0)
-    steps: list[list[Step]] = [[Send(there, 1), Receive(back, 1)], [Send(back, 0), Receive(there, 0)]]
-    with pytest.raises(ProgramError, match="rank 0 waits at the end; next message: send of activation of chunk 1"):
+    steps: list[list[Step]] = [
+        [Send(there, 1), Receive(back, 1)],
+        [Send(back, 0), Receive(there, 0)],
+    ]
+    with pytest.raises(
+        ProgramError, match="rank 0 waits at the end; next message: send of activation of chunk 1"
+    ):
         check_steps(steps)
 
 
 def test_a_message_without_its_other_end_is_named() -> None:
     steps = steps_of(make_program("1f1b", 2, 3, 1))
     lost = next(step for step in steps[1] if isinstance(step, Send))
-    with pytest.raises(ProgramError, match="gradient of chunk 0, micro-batch 0, rank 1 to 0: is received and not sent"):
+    with pytest.raises(
+        ProgramError,
+        match="gradient of chunk 0, micro-batch 0, rank 1 to 0: is received and not sent",
+    ):
         check_steps([steps[0], [step for step in steps[1] if step != lost]])
 
 
@@ -170,7 +202,9 @@ def test_a_stream_of_forwards_has_the_steps_of_a_program(p: int) -> None:
     check_steps(ranks)
     like = steps_of(forward_only(straight(p), 5))
     for one, other in zip(ranks, like, strict=True):
-        assert [step for step in one if isinstance(step, Act)] == [step for step in other if isinstance(step, Act)]
+        assert [step for step in one if isinstance(step, Act)] == [
+            step for step in other if isinstance(step, Act)
+        ]
         assert {*one} == {*other}
 
 
@@ -197,7 +231,9 @@ def cuts(layers: int, chunks: int) -> list[list[int]]:
     ("1f1b", 2, 9), ("1f1b", 4, 9), ("zb-h1", 3, 10), ("interleaved", 2, 8), ("interleaved", 3, 7), ("zb-v", 2, 8),
 ])  # fmt: skip
 @pytest.mark.parametrize("head, recomputes", [(0.0, False), (2.2, False), (8.0, True)])
-def test_no_cut_has_a_shorter_step(schedule: str, p: int, layers: int, head: float, recomputes: bool) -> None:
+def test_no_cut_has_a_shorter_step(
+    schedule: str, p: int, layers: int, head: float, recomputes: bool
+) -> None:
     costs = ModelCosts(tuple(LayerCosts(1.0, 0.1) for _ in range(layers)), head, recomputes)
     home = home_of(schedule, p, 2)
 
@@ -214,7 +250,9 @@ def test_no_cut_has_a_shorter_step(schedule: str, p: int, layers: int, head: flo
 def test_equal_layers_without_a_head_are_cut_evenly() -> None:
     costs = ModelCosts((LayerCosts(1.0, 0.0),) * 12, head=0.0)
     for p in (2, 3, 4):
-        found = cut_by_cost(costs, straight(p), lambda cost, p=p: make_program("1f1b", p, 2 * p, 1, cost))
+        found = cut_by_cost(
+            costs, straight(p), lambda cost, p=p: make_program("1f1b", p, 2 * p, 1, cost)
+        )
         assert [len(part) for part in found.layers] == even_counts(12, p)
 
 

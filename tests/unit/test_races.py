@@ -6,10 +6,10 @@ from unittest import mock
 import pytest
 
 from megalite.errors import ConfigError, UserError
-from megalite.prove import races
-from megalite.prove.inputs import Shape
-from megalite.prove.races import RACES, main, report
-from megalite.prove.referee import Contender, RaceFailed, race
+from megalite.races import races
+from megalite.races.inputs import Shape
+from megalite.races.races import RACES, main, report
+from megalite.races.referee import Contender, RaceFailed, race
 
 MODULE = "tests.unit.race_contender"
 TINY = Shape(hidden=128, layers=2, intermediate=64, vocabulary=512, length=32)
@@ -29,7 +29,11 @@ def test_ratios_are_of_processor_seconds_of_all_ranks() -> None:
 
 
 def test_other_losses_are_no_race() -> None:
-    teams = race([Contender(name, MODULE, 1, {"loss": loss}) for name, loss in (("a", 2.0), ("b", 2.01))], 1, 1)
+    teams = race(
+        [Contender(name, MODULE, 1, {"loss": loss}) for name, loss in (("a", 2.0), ("b", 2.01))],
+        1,
+        1,
+    )
     with pytest.raises(UserError, match="b: losses differ from ours by 5.0e-03: 2.00000 2.01000"):
         report(RACES["one-fp32"], teams)
 
@@ -46,7 +50,9 @@ def test_a_wrong_row_is_one_line() -> None:
 
 def tiny(row: str) -> races.Race:
     asked = RACES[row]
-    return races.Race(asked.told, TINY, asked.batch, asked.micro, asked.bf16, asked.make, asked.figure)
+    return races.Race(
+        asked.told, TINY, asked.batch, asked.micro, asked.bf16, asked.make, asked.figure
+    )
 
 
 @pytest.mark.long

@@ -74,7 +74,9 @@ def shared_memory() -> set[str]:
 
 def test_an_exception_fails_the_call_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(RankFailure, match="rank 1 of 2: error(.|\n)*ValueError: a reason of rank one"):
+    with pytest.raises(
+        RankFailure, match="rank 1 of 2: error(.|\n)*ValueError: a reason of rank one"
+    ):
         run_ranks(2, raise_on_one, init=False)
     assert time.monotonic() - start < 20
 
@@ -90,7 +92,9 @@ def test_a_result_that_cannot_be_pickled_is_told() -> None:
 
 
 def test_a_timeout_shows_the_stack_of_the_stuck_rank() -> None:
-    with pytest.raises(RankFailure, match="rank 0 did not end within 5 s(.|\n)*in get_stuck_here") as failure:
+    with pytest.raises(
+        RankFailure, match="rank 0 did not end within 5 s(.|\n)*in get_stuck_here"
+    ) as failure:
         run_ranks(2, get_stuck_here, timeout_seconds=5, init=False)
     assert "rank 1 of 2" not in str(failure.value)
 
@@ -122,13 +126,17 @@ def test_no_rank_outlives_its_caller(tmp_path: Path) -> None:
     try:
         assert_gone(ranks)
     finally:
-        for pid in children:  # a rank's own children are its own to mind when nobody is left to do it
+        for (
+            pid
+        ) in children:  # a rank's own children are its own to mind when nobody is left to do it
             os.kill(pid, 9)
 
 
 def assert_gone(pids: list[int]) -> None:
     """Each process has ended within 20 s (one that nobody has waited for yet counts as ended)."""
     deadline = time.monotonic() + 20
-    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+    while alive := [
+        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+    ]:
         assert time.monotonic() < deadline, f"processes {alive} are left"
         time.sleep(0.05)

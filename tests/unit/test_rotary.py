@@ -33,7 +33,9 @@ def logits(stage: Stage, tokens: Tensor, context: Context | None = None) -> Tens
 
 def rows() -> tuple[Tensor, Tensor]:
     """Tokens and documents [6, LENGTH]."""
-    tokens = torch.randint(0, VOCABULARY, (len(LENGTHS), LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, VOCABULARY, (len(LENGTHS), LENGTH), generator=torch.Generator().manual_seed(1)
+    )
     numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
     return tokens, torch.stack(numbers).to(torch.int32)
 

@@ -11,13 +11,13 @@ from transformers.optimization import get_inverse_sqrt_schedule, get_wsd_schedul
 
 from megalite.config import BatchPlan, Config, load_config
 from megalite.config.sections import BatchRamp
-from megalite.convert.names import from_hf, hf_auto_class
+from megalite.engine.build import build_stage
 from megalite.errors import ConfigError
+from megalite.hub.names import from_hf, hf_auto_class
 from megalite.model.families import read_spec
+from megalite.model.parameter_groups import check_parameter_groups, learning_rate_factor
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.training.engine import build_stage
-from megalite.training.optimizer import check_parameter_groups, learning_rate_factor
 from tests.families import FAMILY_CONFIGS, file_reader
 
 TINY = "ds_configs/tiny_cpu.json"
@@ -31,7 +31,10 @@ def factors(config: Config) -> list[float]:
     schedule, plan, length = config.schedule, config.batch_plan, config.data.sequence_length
     assert schedule is not None
     before = [plan.consumed(step) for step in range(40)]
-    return [learning_rate_factor(schedule, i, n * length, plan.size(n) * length) for i, n in enumerate(before)]
+    return [
+        learning_rate_factor(schedule, i, n * length, plan.size(n) * length)
+        for i, n in enumerate(before)
+    ]
 
 
 def of_transformers(make: Any, **keys: Any) -> list[float]:
@@ -49,21 +52,42 @@ def test_schedules_are_those_of_transformers_after_the_warm_up() -> None:
     """During it ours is a step ahead: the first rate is above 0."""
     rise = [(step + 1) / 8 for step in range(8)]
     for shape in ("linear", "cosine", "1-sqrt"):
-        params = f'{{"warmup_steps": 8, "decay_share": 0.3, "decay_shape": "{shape}", "min_ratio": 0.1}}'
-        keys = {"num_decay_steps": 12, "num_training_steps": 40, "decay_type": shape, "min_lr_ratio": 0.1}
+        params = (
+            f'{{"warmup_steps": 8, "decay_share": 0.3, "decay_shape": "{shape}", "min_ratio": 0.1}}'
+        )
+        keys = {
+            "num_decay_steps": 12,
+            "num_training_steps": 40,
+            "decay_type": shape,
+            "min_lr_ratio": 0.1,
+        }
         ours = factors(tiny("scheduler.type=wsd", f"scheduler.params={params}"))
         assert ours == pytest.approx(rise + of_transformers(get_wsd_schedule, **keys)[8:])
-    for timescale, params in ((None, '{"warmup_steps": 8}'), (20, '{"warmup_steps": 8, "timescale_steps": 20}')):
+    for timescale, params in (
+        (None, '{"warmup_steps": 8}'),
+        (20, '{"warmup_steps": 8, "timescale_steps": 20}'),
+    ):
         ours = factors(tiny("scheduler.type=inverse_sqrt", f"scheduler.params={params}"))
-        assert ours == pytest.approx(rise + of_transformers(get_inverse_sqrt_schedule, timescale=timescale)[8:])
+        assert ours == pytest.approx(
+            rise + of_transformers(get_inverse_sqrt_schedule, timescale=timescale)[8:]
+        )
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd", "inverse_sqrt"])
 def test_a_warm_up_in_tokens_is_one_in_steps_where_batches_are_equal(kind: str) -> None:
     steps = factors(tiny(f"scheduler.type={kind}", 'scheduler.params={"warmup_steps": 8}'))
-    assert factors(tiny(f"scheduler.type={kind}", f'scheduler.params={{"warmup_tokens": {8 * 16 * 128}}}')) == steps
+    assert (
+        factors(
+            tiny(f"scheduler.type={kind}", f'scheduler.params={{"warmup_tokens": {8 * 16 * 128}}}')
+        )
+        == steps
+    )
     ramp = 'megalite.train.batch_ramp={"start": 4, "increment": 4, "samples": 64}'
-    ramped = factors(tiny(ramp, f"scheduler.type={kind}", f'scheduler.params={{"warmup_tokens": {8 * 16 * 128}}}'))
+    ramped = factors(
+        tiny(
+            ramp, f"scheduler.type={kind}", f'scheduler.params={{"warmup_tokens": {8 * 16 * 128}}}'
+        )
+    )
     # Batches of 4 (6 steps), 8 (3), 12 (2), then 16: 72 samples in 11 steps, of 128 in the warm-up.
     assert ramped[:11] == [n / 128 for n in (4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 72)]
     assert ramped[14] == 1.0 and ramped[13] < 1.0 and ramped[15] == steps[8]
@@ -77,7 +101,11 @@ def test_the_ramp_is_megatron_s(ramp: tuple[int, int, int]) -> None:
     for step in range(60):
         theirs.update(consumed, consistency_check=False)
         assert plan.size(consumed) == theirs.get_current_global_batch_size()
-        assert (plan.consumed(step), plan.steps(consumed), plan.steps(consumed + 1)) == (consumed, step, step + 1)
+        assert (plan.consumed(step), plan.steps(consumed), plan.steps(consumed + 1)) == (
+            consumed,
+            step,
+            step + 1,
+        )
         consumed += plan.size(consumed)
     assert plan.size(consumed) == 64
 
@@ -123,7 +151,9 @@ def spread(value: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_initial_weights_are_spread_as_in_transformers(name: str) -> None:
     torch.manual_seed(0)
-    model = hf_auto_class(read_spec(FAMILY_CONFIGS[name])).from_config(AutoConfig.for_model(**FAMILY_CONFIGS[name]))
+    model = hf_auto_class(read_spec(FAMILY_CONFIGS[name])).from_config(
+        AutoConfig.for_model(**FAMILY_CONFIGS[name])
+    )
     config = tiny()
     spec, read = read_spec(FAMILY_CONFIGS[name]), file_reader(model.state_dict())
     for value, place in placed(build_stage(config, spec, Grid())):
@@ -140,7 +170,9 @@ def test_init_keys_change_what_they_name() -> None:
         return {place.name: spread(value.detach()) for value, place in placed(stage)}
 
     found = spreads("megalite.train.init.std=0.05", "megalite.train.init.depth_scaled=true")
-    found |= {f"{name} 2": v for name, v in spreads("megalite.train.init.embedding_std=0.3").items()}
+    found |= {
+        f"{name} 2": v for name, v in spreads("megalite.train.init.embedding_std=0.3").items()
+    }
     for name, std in {
         "embedding.tokens.weight": 0.05,
         "layers.3.attention.output.weight": 0.05 / 8**0.5,

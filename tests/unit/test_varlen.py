@@ -18,10 +18,10 @@ from megalite.model.attention import attend
 from megalite.model.context import Context, KeyValueCache
 from megalite.model.dropout import Randomness, dropped
 from megalite.model.families import read_spec
-from megalite.model.memory import Forward, layer_table
 from megalite.model.varlen import attend_pieces, documents_as_pieces, kernel_takes, rows_as_pieces
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE
+from megalite.plan.activations import Forward, layer_table
 from megalite.training.batches import micro_batches
 from tests.allocations import peak_bytes
 from tests.small_models import MODELS
@@ -53,7 +53,9 @@ def twin(
         ahead = index.unsqueeze(0) - index.unsqueeze(1)
         seen = ((right < 0) | (ahead <= right)) & ((left < 0) | (-ahead <= left))
         q, k, v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        result[start:stop] = scaled_dot_product_attention(q, k, v, seen, enable_gqa=enable_gqa)[0].transpose(0, 1)
+        result[start:stop] = scaled_dot_product_attention(q, k, v, seen, enable_gqa=enable_gqa)[
+            0
+        ].transpose(0, 1)
     return result
 
 
@@ -67,7 +69,9 @@ def documents(seed: int) -> np.ndarray:
 
 def inputs(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, heads, S, H, generator=generator, requires_grad=True) for heads in (N, K, K)]
+    return [
+        torch.randn(B, heads, S, H, generator=generator, requires_grad=True) for heads in (N, K, K)
+    ]
 
 
 def result_and_gradients(context: Context, window: int | None, seed: int) -> list[Tensor]:
@@ -82,7 +86,11 @@ def result_and_gradients(context: Context, window: int | None, seed: int) -> lis
 @pytest.mark.parametrize("packed", [True, False])
 def test_pieces_equal_a_mask(window: int | None, packed: bool) -> None:
     made = documents(seed=window or 0)
-    context = Context(documents=torch.from_numpy(made), bounds=documents_as_pieces(made)) if packed else Context()
+    context = (
+        Context(documents=torch.from_numpy(made), bounds=documents_as_pieces(made))
+        if packed
+        else Context()
+    )
     wanted = result_and_gradients(context, window, seed=1)
     asked: list[int] = []
 
@@ -96,7 +104,9 @@ def test_pieces_equal_a_mask(window: int | None, packed: bool) -> None:
         mock.patch.object(attention, "kernel_takes", lambda *args: True),
     ):
         found = result_and_gradients(context, window, seed=1)
-    assert bool(asked) == (packed or (window is not None and window < S)), "plain causal attention has its own kernel"
+    assert bool(asked) == (packed or (window is not None and window < S)), (
+        "plain causal attention has its own kernel"
+    )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -104,7 +114,9 @@ def test_pieces_equal_a_mask(window: int | None, packed: bool) -> None:
 def test_what_pieces_cannot_say_takes_a_mask() -> None:
     assert Context(visible=torch.ones(B, 1, S, S, dtype=torch.bool)).pieces(B, S, CPU) is None
     assert Context(cache=KeyValueCache(S)).pieces(B, S, CPU) is None
-    assert Context(documents=torch.from_numpy(documents(0))).pieces(B, S, CPU) is None, "would wait for the device"
+    assert Context(documents=torch.from_numpy(documents(0))).pieces(B, S, CPU) is None, (
+        "would wait for the device"
+    )
     assert rows_as_pieces(B, S, CPU).starts.tolist() == [0, S, 2 * S, 3 * S]
     starts, longest = documents_as_pieces(np.array([[0, 0, 1, 1], [1, 1, 1, 2]]))
     assert (starts.tolist(), starts.dtype, longest) == ([0, 2, 4, 7, 8], torch.int32, 3)
@@ -119,14 +131,21 @@ def test_micro_batches_bring_their_pieces() -> None:
     (batch,) = micro_batches(Packed(), 0, B, B, ALONE, CPU, (1, 0))
     wanted = documents_as_pieces(documents(0))
     assert batch.context.bounds is not None
-    assert batch.context.bounds.starts.equal(wanted.starts) and batch.context.bounds.longest == wanted.longest
+    assert (
+        batch.context.bounds.starts.equal(wanted.starts)
+        and batch.context.bounds.longest == wanted.longest
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torchs_kernel_takes_these_arguments(dtype: torch.dtype) -> None:
-    query, key, value = (torch.empty(B, n, S, H, dtype=dtype, device="meta", requires_grad=True) for n in (N, K, K))
+    query, key, value = (
+        torch.empty(B, n, S, H, dtype=dtype, device="meta", requires_grad=True) for n in (N, K, K)
+    )
     starts, _ = rows_as_pieces(B, S, torch.device("meta"))
-    mixed = attend_pieces(query, key, value, documents_as_pieces(documents(0))._replace(starts=starts), 5)
+    mixed = attend_pieces(
+        query, key, value, documents_as_pieces(documents(0))._replace(starts=starts), 5
+    )
     assert mixed.shape == query.shape and mixed.dtype == dtype
     mixed.sum().backward()
     assert key.grad is not None and key.grad.shape == key.shape
@@ -134,12 +153,18 @@ def test_torchs_kernel_takes_these_arguments(dtype: torch.dtype) -> None:
 
 def test_where_there_is_a_kernel() -> None:
     assert kernel_takes("cuda", torch.bfloat16, 128)
-    for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.float16, 260)):
+    for other in (
+        ("cpu", torch.bfloat16, 128),
+        ("cuda", torch.float32, 128),
+        ("cuda", torch.float16, 260),
+    ):
         assert not kernel_takes(*other)
     assert not kernel_takes("cuda", torch.bfloat16, 100)
     spec = read_spec(MODELS["llama"] | {"hidden_size": 64})
     tables = [
-        layer_table(spec, 0, Forward(1, 64, torch.bfloat16, Split(ALONE), documents=True, device=device))
+        layer_table(
+            spec, 0, Forward(1, 64, torch.bfloat16, Split(ALONE), documents=True, device=device)
+        )
         for device in ("cpu", "cuda")
     ]
     assert [("attention: mask" in table) for table in tables] == [True, False]

@@ -54,7 +54,14 @@ FAMILIES: dict[str, ModuleType] = {
     "modernbert": modernbert,
 }
 # Older names and places of fields that transformers still reads.
-_OLD_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype"}
+_OLD_KEYS = {
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "rotary_pct",
+    "rotary_emb_base",
+    "torch_dtype",
+}
 # Fields that any config may have and that change the function, with the values by which they do not.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -80,11 +87,15 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
     values = read_json_object(where) if isinstance(section, str) else dict(section)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}"
+        )
     check_sizes(values, f"{KEY}." if where == KEY else f"{where}: ")
     for key in values.keys() & _REFUSED.keys():
         if values[key] not in _REFUSED[key]:
-            raise ConfigError(f"{where}: {key}: {written(values[key])}: is not honoured: leave it out")
+            raise ConfigError(
+                f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
+            )
     try:
         with _quiet_transformers():
             config = AutoConfig.for_model(model_type, **values)
@@ -98,7 +109,12 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
         raise ConfigError(f"{KEY}.{unknown[0]}: unknown key of a {model_type} config{hint}")
     if unknown and where not in _told:
         _told.add(where)
-        _log.warning("%s: keys that a %s model does not use: %s", where, model_type, ", ".join(sorted(unknown)))
+        _log.warning(
+            "%s: keys that a %s model does not use: %s",
+            where,
+            model_type,
+            ", ".join(sorted(unknown)),
+        )
     return config
 
 
@@ -124,12 +140,16 @@ def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
     """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
     config = load_hf_config(section)
     try:
-        with reading(_place(section)):  # by transformers: a value of another type than a field's shows where it is used
+        with reading(
+            _place(section)
+        ):  # by transformers: a value of another type than a field's shows where it is used
             spec = FAMILIES[config.model_type].read(config)
             check_spec(spec)
     except ConfigError as error:
         if isinstance(section, str):  # there the mistake is not in the JSON
-            raise ConfigError(f"{_place(section)}: {str(error).removeprefix(KEY).lstrip('.: ')}") from None
+            raise ConfigError(
+                f"{_place(section)}: {str(error).removeprefix(KEY).lstrip('.: ')}"
+            ) from None
         raise
     return spec
 

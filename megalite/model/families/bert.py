@@ -8,7 +8,15 @@ language modelling leaves them out too. With untied embeddings that class has a 
 import re
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, HFTensor, choose, head_size, padding, require, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    HFTensor,
+    choose,
+    head_size,
+    padding,
+    require,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 
@@ -42,7 +50,10 @@ TENSORS = (
             "head.transform.norm": "cls.predictions.transform.LayerNorm",
         }
     )
-    | {"head.weight": HFTensor("cls.predictions.decoder.weight"), "head.bias": HFTensor("cls.predictions.bias")}
+    | {
+        "head.weight": HFTensor("cls.predictions.decoder.weight"),
+        "head.bias": HFTensor("cls.predictions.bias"),
+    }
 )
 UNUSED = re.compile(
     r"^(bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$)"

@@ -69,7 +69,9 @@ class HFTensor:
 def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str, HFTensor]:
     """A table of weights and biases from a table of modules: ours to the file's, `transposed` by our names."""
     return {
-        f"{ours}.{kind}": HFTensor(f"{theirs}.{kind}", transposed=kind == "weight" and ours in transposed)
+        f"{ours}.{kind}": HFTensor(
+            f"{theirs}.{kind}", transposed=kind == "weight" and ours in transposed
+        )
         for ours, theirs in names.items()
         for kind in ("weight", "bias")
     }
@@ -85,14 +87,18 @@ def require(config: Any, field: str, *allowed: Any) -> None:
     value = getattr(config, field, allowed[0])
     if value not in allowed:
         choices = " or ".join(repr(choice) for choice in allowed)
-        raise ConfigError(f"{KEY}.{field}: {written(value)}: must be {choices} (others are not honoured)")
+        raise ConfigError(
+            f"{KEY}.{field}: {written(value)}: must be {choices} (others are not honoured)"
+        )
 
 
 def choose(config: Any, field: str, table: dict[Any, Any]) -> Any:
     """Our word for a field's value; refuses one that has none."""
     value = getattr(config, field)
     if not isinstance(value, Hashable) or value not in table:
-        raise ConfigError(f"{KEY}.{field}: {written(value)}: must be one of {', '.join(map(str, table))}")
+        raise ConfigError(
+            f"{KEY}.{field}: {written(value)}: must be one of {', '.join(map(str, table))}"
+        )
     return table[value]
 
 
@@ -115,24 +121,39 @@ def padding(config: Any) -> int | None:
     return pad % size
 
 
-def rotary(config: Any, size_of_head: int, parameters: Any = None, field: str = "rope_parameters") -> Rotary:
+def rotary(
+    config: Any, size_of_head: int, parameters: Any = None, field: str = "rope_parameters"
+) -> Rotary:
     """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured.
     parameters, field: of a config that has several."""
     given = dict(parameters or config.rope_parameters or {})
     kind: Any = given.get("rope_type", "default")
     where = f"{KEY}.{field}"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise ConfigError(f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}")
+        raise ConfigError(
+            f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}"
+        )
     for key in given:
-        if key not in _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        if key not in _ROPE_KEYS[kind] | {
+            "rope_type",
+            "type",
+            "rope_theta",
+            "partial_rotary_factor",
+        }:
             raise ConfigError(f"{where}.{key}: unknown key with rope_type {kind!r}")
     for key in ("factor", "low_freq_factor", "high_freq_factor"):
-        if key in _ROPE_KEYS[kind] and not _is_positive(given.get(key)) and (kind, key) != ("yarn", "factor"):
+        if (
+            key in _ROPE_KEYS[kind]
+            and not _is_positive(given.get(key))
+            and (kind, key) != ("yarn", "factor")
+        ):
             rule = f"must be a positive number with rope_type {kind!r}"
             raise ConfigError(f"{where}.{key}: {written(given.get(key))}: {rule}")
     size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
     if size < 2 or size % 2:
-        raise ConfigError(f"{where}: {size} of the head's {size_of_head} features turn: must be even and at least 2")
+        raise ConfigError(
+            f"{where}: {size} of the head's {size_of_head} features turn: must be even and at least 2"
+        )
     original = given.get("original_max_position_embeddings") or config.max_position_embeddings
     factor = given.get("factor") or config.max_position_embeddings / original
     return Rotary(
@@ -174,12 +195,18 @@ def windows(config: Any) -> tuple[int | None, ...]:
             rule = "must be 'full_attention' or 'sliding_attention' (others are not honoured)"
             raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
         if kind == "sliding_attention" and config.sliding_window is None:
-            raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true")
+            raise ConfigError(
+                f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true"
+            )
     if len(config.layer_types) != config.num_hidden_layers:
         rule = f"must have num_hidden_layers {config.num_hidden_layers} entries"
         raise ConfigError(f"{KEY}.layer_types: {len(config.layer_types)} entries: {rule}")
     sliding = ["sliding" in kind for kind in config.layer_types]
-    return tuple(config.sliding_window if slides else None for slides in sliding) if any(sliding) else ()
+    return (
+        tuple(config.sliding_window if slides else None for slides in sliding)
+        if any(sliding)
+        else ()
+    )
 
 
 def check_sizes(values: dict[str, Any], where: str = f"{KEY}.") -> None:
@@ -202,19 +229,33 @@ def check_spec(spec: TransformerSpec) -> None:
     if (count := spec.num_parameters) > MOST_PARAMETERS:
         raise ConfigError(f"{KEY}: makes {count:,} parameters: must be at most {MOST_PARAMETERS:,}")
     for name, value in _numbers(spec):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_NUMBER:
-            raise ConfigError(f"{KEY}: the {name.replace('_', ' ')} is {written(value)}: must be a finite number")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) < MOST_NUMBER
+        ):
+            raise ConfigError(
+                f"{KEY}: the {name.replace('_', ' ')} is {written(value)}: must be a finite number"
+            )
     if spec.num_heads % spec.num_kv_heads:
         rule = f"must divide num_attention_heads {spec.num_heads}"
         raise ConfigError(f"{KEY}.num_key_value_heads: {spec.num_kv_heads}: {rule}")
     for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(spec, name) < 1:
-            raise ConfigError(f"{KEY}: the {name.replace('_', ' ')} is {getattr(spec, name)}: must be in [0, 1)")
+            raise ConfigError(
+                f"{KEY}: the {name.replace('_', ' ')} is {getattr(spec, name)}: must be in [0, 1)"
+            )
 
 
 def _numbers(spec: TransformerSpec) -> Iterator[tuple[str, Any]]:
     """Those that are no sizes, by name."""
-    for name in ("norm_eps", "init_std", "embedding_dropout", "attention_dropout", "hidden_dropout"):
+    for name in (
+        "norm_eps",
+        "init_std",
+        "embedding_dropout",
+        "attention_dropout",
+        "hidden_dropout",
+    ):
         yield name, getattr(spec, name)
     for rotary in (spec.rotary, spec.local_rotary):
         for name in () if rotary is None else (

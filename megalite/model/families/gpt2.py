@@ -3,7 +3,14 @@
 
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, HFTensor, choose, head_size, require, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    HFTensor,
+    choose,
+    head_size,
+    require,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 _CONV1D = ("layers.{layer}.attention.output", "layers.{layer}.mlp.up", "layers.{layer}.mlp.down")
@@ -23,7 +30,10 @@ TENSORS = (
     )
     | {
         f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-            f"transformer.h.{{layer}}.attn.c_attn.{kind}", transposed=kind == "weight", part=part, parts=3
+            f"transformer.h.{{layer}}.attn.c_attn.{kind}",
+            transposed=kind == "weight",
+            part=part,
+            parts=3,
         )
         for part, ours in enumerate(("query", "key", "value"))
         for kind in ("weight", "bias")

@@ -19,7 +19,10 @@ TENSORS = tensors(
     }
 ) | {
     f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-        f"gpt_neox.layers.{{layer}}.attention.query_key_value.{kind}", part=part, parts=3, by_head=True
+        f"gpt_neox.layers.{{layer}}.attention.query_key_value.{kind}",
+        part=part,
+        parts=3,
+        by_head=True,
     )
     for part, ours in enumerate(("query", "key", "value"))
     for kind in ("weight", "bias")

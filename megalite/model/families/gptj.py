@@ -27,7 +27,9 @@ def read(config: Any) -> TransformerSpec:
     """A GPTJConfig as our spec."""
     size, turning = head_size(config), config.rotary_dim
     if not turning or turning % 2 or turning > size:
-        raise ConfigError(f"{KEY}.rotary_dim: {turning}: must be even and at most the head's {size} features")
+        raise ConfigError(
+            f"{KEY}.rotary_dim: {turning}: must be even and at most the head's {size} features"
+        )
     return TransformerSpec(
         family="gptj",
         hidden_size=config.n_embd,

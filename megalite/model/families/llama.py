@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, choose, head_size, padding, require, rotary, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    choose,
+    head_size,
+    padding,
+    require,
+    rotary,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -30,7 +38,9 @@ def read(config: Any) -> TransformerSpec:
     return gated(config, attention_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias)
 
 
-def gated(config: Any, attention_bias: bool, output_bias: bool, mlp_bias: bool = False) -> TransformerSpec:
+def gated(
+    config: Any, attention_bias: bool, output_bias: bool, mlp_bias: bool = False
+) -> TransformerSpec:
     """What Llama and its relatives share, from the fields that their configs share."""
     size = head_size(config)
     return TransformerSpec(

@@ -42,17 +42,26 @@ TENSORS = (
         }
     )
     | {
-        f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(f"{_LAYER}.attn.Wqkv.{kind}", part=part, parts=3)
+        f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
+            f"{_LAYER}.attn.Wqkv.{kind}", part=part, parts=3
+        )
         for part, ours in enumerate(("query", "key", "value"))
         for kind in ("weight", "bias")
     }
     | {
-        f"layers.{{layer}}.mlp.{ours}.{kind}": HFTensor(f"{_LAYER}.mlp.Wi.{kind}", part=part, parts=2)
+        f"layers.{{layer}}.mlp.{ours}.{kind}": HFTensor(
+            f"{_LAYER}.mlp.Wi.{kind}", part=part, parts=2
+        )
         for part, ours in enumerate(("gate", "up"))
         for kind in ("weight", "bias")
     }
 )
-OLD_KEYS = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "reference_compile"}
+OLD_KEYS = {
+    "global_attn_every_n_layers",
+    "global_rope_theta",
+    "local_rope_theta",
+    "reference_compile",
+}
 
 
 def read(config: Any) -> TransformerSpec:
@@ -60,7 +69,10 @@ def read(config: Any) -> TransformerSpec:
     require(config, "mlp_dropout", 0, 0.0)
     size, kinds = head_size(config), config.rope_parameters
     spans = windows(config)
-    by_kind = {kind: rotary(config, size, kinds[kind], f"rope_parameters.{kind}") for kind in set(config.layer_types)}
+    by_kind = {
+        kind: rotary(config, size, kinds[kind], f"rope_parameters.{kind}")
+        for kind in set(config.layer_types)
+    }
     local = by_kind.get("sliding_attention")
     everywhere = by_kind.get("full_attention", local)
     return TransformerSpec(
@@ -78,7 +90,9 @@ def read(config: Any) -> TransformerSpec:
         norm_eps=config.norm_eps,
         rotary=everywhere,
         local_rotary=local,
-        windows=tuple(None if span is None else span + 1 for span in spans),  # ours count the token itself
+        windows=tuple(
+            None if span is None else span + 1 for span in spans
+        ),  # ours count the token itself
         activation=choose(config, "hidden_activation", ACTIVATIONS),
         gated=True,
         attention_bias=config.attention_bias,
@@ -105,6 +119,8 @@ def _spread(cutoff: Any) -> float:
     """Standard deviation of a standard normal that is cut at ± cutoff; transformers takes 3 for none."""
     cutoff = 3.0 if cutoff is None else cutoff
     if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < math.inf:
-        raise ConfigError(f"{KEY}.initializer_cutoff_factor: {written(cutoff)}: must be a positive number")
+        raise ConfigError(
+            f"{KEY}.initializer_cutoff_factor: {written(cutoff)}: must be a positive number"
+        )
     density = math.exp(-(cutoff**2) / 2) / math.sqrt(2 * math.pi)
     return math.sqrt(1 - 2 * cutoff * density / math.erf(cutoff / math.sqrt(2)))

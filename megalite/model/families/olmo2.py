@@ -22,5 +22,7 @@ TENSORS = llama.TENSORS | tensors(
 
 def read(config: Any) -> TransformerSpec:
     """An Olmo2Config as our spec."""
-    spec = llama.gated(config, attention_bias=config.attention_bias, output_bias=config.attention_bias)
+    spec = llama.gated(
+        config, attention_bias=config.attention_bias, output_bias=config.attention_bias
+    )
     return replace(spec, norm_place="after", qk_norm="projection")

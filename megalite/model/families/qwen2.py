@@ -12,4 +12,6 @@ TENSORS = llama.TENSORS
 
 def read(config: Any) -> TransformerSpec:
     """A Qwen2Config as our spec."""
-    return replace(llama.gated(config, attention_bias=True, output_bias=False), windows=windows(config))
+    return replace(
+        llama.gated(config, attention_bias=True, output_bias=False), windows=windows(config)
+    )

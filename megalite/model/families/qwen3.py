@@ -17,5 +17,7 @@ TENSORS = llama.TENSORS | tensors(
 
 def read(config: Any) -> TransformerSpec:
     """A Qwen3Config as our spec."""
-    spec = llama.gated(config, attention_bias=config.attention_bias, output_bias=config.attention_bias)
+    spec = llama.gated(
+        config, attention_bias=config.attention_bias, output_bias=config.attention_bias
+    )
     return replace(spec, qk_norm="head", windows=windows(config))

@@ -11,10 +11,14 @@ from megalite.model.spec import TransformerSpec
 
 TENSORS = (
     bert.encoder_tensors("roberta")
-    | tensors({"head.transform.dense": "lm_head.dense", "head.transform.norm": "lm_head.layer_norm"})
+    | tensors(
+        {"head.transform.dense": "lm_head.dense", "head.transform.norm": "lm_head.layer_norm"}
+    )
     | {"head.weight": HFTensor("lm_head.decoder.weight"), "head.bias": HFTensor("lm_head.bias")}
 )
-UNUSED = re.compile(r"^(roberta\.pooler\.|roberta\.embeddings\.position_ids$|lm_head\.decoder\.bias$)")
+UNUSED = re.compile(
+    r"^(roberta\.pooler\.|roberta\.embeddings\.position_ids$|lm_head\.decoder\.bias$)"
+)
 
 
 def read(config: Any) -> TransformerSpec:
@@ -28,4 +32,6 @@ def read(config: Any) -> TransformerSpec:
         raise ConfigError(f"{KEY}.max_position_embeddings: {rows}: {rule}")
     spec = bert.encoder(config)
     # Its head has GELU whatever hidden_act says.
-    return replace(spec, max_positions=rows - pad - 1, position_offset=pad + 1, head_transform="gelu")
+    return replace(
+        spec, max_positions=rows - pad - 1, position_offset=pad + 1, head_transform="gelu"
+    )

@@ -18,7 +18,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def texts() -> list[str]:
     """The Python files of this project and some awkward documents."""
     files = sorted(Path(__file__).parents[3].glob("megalite/**/*.py"))
-    awkward = ["é漢🙂 a\tb\r\n\r\n c", "   leading\n\n\n", "</s><s> <unk> <0x0A> ▁x", "~" * 40 + " " * 70 + "=" * 33]
+    awkward = [
+        "é漢🙂 a\tb\r\n\r\n c",
+        "   leading\n\n\n",
+        "</s><s> <unk> <0x0A> ▁x",
+        "~" * 40 + " " * 70 + "=" * 33,
+    ]
     return [file.read_text() for file in files if file.stat().st_size] + awkward
 
 

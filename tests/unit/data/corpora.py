@@ -12,7 +12,12 @@ from megalite.data.indexed import IndexedWriter
 
 
 def write_corpus(
-    prefix: Path, documents: int, mean: int = 40, vocabulary: int = 1000, seed: int = 0, dtype: Any = np.uint16
+    prefix: Path,
+    documents: int,
+    mean: int = 40,
+    vocabulary: int = 1000,
+    seed: int = 0,
+    dtype: Any = np.uint16,
 ) -> list[np.ndarray]:
     """Documents of 1 to 2·mean - 1 random tokens, and the same as arrays."""
     random = np.random.default_rng(seed)

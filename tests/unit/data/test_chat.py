@@ -28,7 +28,8 @@ GENERATION = PLAIN.replace("{{ m.content }}{% if m.role == 'assistant' %}{{ eos_
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}")  # fmt: skip
 LAST_DIFFERS = PLAIN.replace(
-    "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<last>{% endif %}{{ m.content }}"
+    "{{ m.content }}",
+    "{% if loop.last and m.role == 'assistant' %}<last>{% endif %}{{ m.content }}",
 )
 TALK = [
     {"role": "system", "content": "Answer with import."},
@@ -52,14 +53,20 @@ def counted(tokenizer: HuggingFaceTokenizer, ids: list[int], marks: list[int]) -
             if place == 0 or not marks[place - 1]:
                 runs.append([])
             runs[-1].append(token)
-    return [tokenizer.decode([0, *run], skip_special_tokens=False).removeprefix("<unk>") for run in runs]
+    return [
+        tokenizer.decode([0, *run], skip_special_tokens=False).removeprefix("<unk>") for run in runs
+    ]
 
 
 @pytest.mark.parametrize("template", [PLAIN, GENERATION])
-def test_the_assistants_tokens_count_and_no_others(tokenizer: HuggingFaceTokenizer, template: str) -> None:
+def test_the_assistants_tokens_count_and_no_others(
+    tokenizer: HuggingFaceTokenizer, template: str
+) -> None:
     tokenizer.inner.chat_template = template
     ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
-    whole = tokenizer.inner.apply_chat_template(TALK, tokenizer_kwargs={"split_special_tokens": False})
+    whole = tokenizer.inner.apply_chat_template(
+        TALK, tokenizer_kwargs={"split_special_tokens": False}
+    )
     assert ids == whole["input_ids"]
     assert counted(tokenizer, ids, marks) == ["a  function:\n  def f</s>", "return</s>"]
 
@@ -79,10 +86,14 @@ def test_a_completion_counts_with_its_end(tokenizer: HuggingFaceTokenizer) -> No
     assert ids == [*tokenizer.encode("import os\nLabel: class"), 2]
     assert counted(tokenizer, ids, marks)[0].strip() == "class</s>"
     assert sum(marks) == len(ids) - len(tokenizer.encode("import os\nLabel:"))
-    ((ids, marks),) = encoder.encode({"prompt": "Label: ", "completion": "class"})  # the space goes with the answer
+    ((ids, marks),) = encoder.encode(
+        {"prompt": "Label: ", "completion": "class"}
+    )  # the space goes with the answer
     assert counted(tokenizer, ids, marks)[0].strip() == "class</s>"
     tokenizer.inner.chat_template = PLAIN
-    ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode({"prompt": TALK[:4], "completion": TALK[4:]})
+    ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode(
+        {"prompt": TALK[:4], "completion": TALK[4:]}
+    )
     assert counted(tokenizer, ids, marks) == ["return</s>"]
 
 
@@ -97,7 +108,9 @@ def test_a_completion_counts_with_its_end(tokenizer: HuggingFaceTokenizer) -> No
         ({"prompt": "a", "completion": 3}, '"prompt" is no list of messages'),
     ],
 )
-def test_a_line_of_another_form_is_refused(tokenizers: dict[str, Path], line: dict[str, Any], reason: str) -> None:
+def test_a_line_of_another_form_is_refused(
+    tokenizers: dict[str, Path], line: dict[str, Any], reason: str
+) -> None:
     tokenizer = HuggingFaceTokenizer(AutoTokenizer.from_pretrained(tokenizers["bpe"]))
     tokenizer.inner.chat_template = PLAIN
     with pytest.raises(NotChat) as raised:
@@ -122,7 +135,9 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + bad)
     inputs, output = [str(folder / "chats.jsonl")], folder / "chats"
     counts = preprocess(inputs, folder / "tokenizer", output, chat=True, workers=2)
-    assert (counts.documents, counts.bad) == (60, 1) and counts.named[0].endswith('"messages" is no list of messages')
+    assert (counts.documents, counts.bad) == (60, 1) and counts.named[0].endswith(
+        '"messages" is no list of messages'
+    )
     return output
 
 
@@ -135,10 +150,14 @@ def test_marks_lie_beside_the_tokens(chats: Path) -> None:
     encoder = ChatEncoder(tokenizer, "folder")
     lines = (chats.parent / "chats.jsonl").read_text().splitlines()[:60]
     for number, line in enumerate(lines):
-        assert encoder.encode(json.loads(line)) == [(corpus.document(number).tolist(), marks.document(number).tolist())]
+        assert encoder.encode(json.loads(line)) == [
+            (corpus.document(number).tolist(), marks.document(number).tolist())
+        ]
 
 
-def answers(data: ValidData | TrainData, positions: range) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def answers(
+    data: ValidData | TrainData, positions: range
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Each document of some samples: its tokens and its labels."""
     batch = data.batch(positions)
     assert batch.documents is not None
@@ -156,11 +175,18 @@ def test_packed_documents_are_those_of_padded_ones(chats: Path) -> None:
     expected = []
     for i in range(60):
         ids, counts = corpus.document(i)[: length + 1].astype(int), marks.document(i)[: length + 1]
-        expected.append((tuple(ids[:-1].tolist()), tuple(np.where(counts[1:], ids[1:], -100).tolist())))
+        expected.append(
+            (tuple(ids[:-1].tolist()), tuple(np.where(counts[1:], ids[1:], -100).tolist()))
+        )
     found = {}
     for samples in ("packed", "padded"):
         section = data_section(
-            [chats], length, valid=[str(chats)], samples=samples, loss="marked", reset_attention=True
+            [chats],
+            length,
+            valid=[str(chats)],
+            samples=samples,
+            loss="marked",
+            reset_attention=True,
         )
         check_data(section, 500)
         valid = ValidData(section, 500)
@@ -187,7 +213,9 @@ def test_windows_can_be_marked_too(chats: Path) -> None:
 
 
 def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx stands: say "marked"'):
+    with pytest.raises(
+        ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx stands: say "marked"'
+    ):
         TrainData(data_section([chats], 32), 1, 500)
     TrainData(data_section([chats], 32, loss="all"), 1, 500)
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
@@ -196,15 +224,23 @@ def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> 
         TrainData(data_section([tmp_path / "a"], 32, loss="marked"), 1, 500)
     with IndexedWriter(tmp_path / "a.mask", np.uint8) as writer:
         writer.add_document([1] * 99)
-    with pytest.raises(DataError, match="a.mask.bin: holds 99 tokens of uint8: must mark each of the 100"):
+    with pytest.raises(
+        DataError, match="a.mask.bin: holds 99 tokens of uint8: must mark each of the 100"
+    ):
         TrainData(data_section([tmp_path / "a"], 32, loss="marked"), 1, 500)
 
 
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (["samples=packed"], 'megalite.data.samples: "packed": needs megalite.data.reset_attention true'),
-        (["samples=padded", "order=megatron"], 'megalite.data.samples: "padded": must be "windows" with'),
+        (
+            ["samples=packed"],
+            'megalite.data.samples: "packed": needs megalite.data.reset_attention true',
+        ),
+        (
+            ["samples=padded", "order=megatron"],
+            'megalite.data.samples: "padded": must be "windows" with',
+        ),
         (["loss=answers"], "megalite.data.loss: \"answers\": must be 'all' or 'marked'"),
     ],
 )
@@ -228,4 +264,8 @@ def test_best_fit_is_the_plain_rule(sizes: list[int]) -> None:
         expected[place] = room
     found = best_fit(np.array(sizes), 50)
     used = np.bincount(found, weights=sizes)
-    assert len(used) == len(rooms) and used.max() <= 50 and sorted((50 - used).tolist()) == sorted(rooms)
+    assert (
+        len(used) == len(rooms)
+        and used.max() <= 50
+        and sorted((50 - used).tolist()) == sorted(rooms)
+    )

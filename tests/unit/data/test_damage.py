@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data import verify
+from megalite.data import corpus_check as verify
+from megalite.data.corpus_check import check_corpus, write_checksums
 from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
-from megalite.data.verify import check_corpus, write_checksums
 from megalite.errors import DataError
 from tests.unit.data.corpora import write_corpus
 
@@ -76,7 +76,12 @@ KINDS: dict[str, tuple[int, Damage]] = {
     "tokens cut": (30, lambda index, tokens, chance: cut(tokens, chance)),
     "index longer": (10, lambda index, tokens, chance: grow(index, chance)),
     "tokens longer": (10, lambda index, tokens, chance: grow(tokens, chance)),
-    "type code": (9, lambda index, tokens, chance: overwrite(index, 17, bytes([chance.choice([0, 1, 4, 5, 6, 7, 9])]))),
+    "type code": (
+        9,
+        lambda index, tokens, chance: overwrite(
+            index, 17, bytes([chance.choice([0, 1, 4, 5, 6, 7, 9])])
+        ),
+    ),
     "pointer": (15, bad_pointer),
     "token id": (15, bad_token),
     "index of another": (10, other_pair),
@@ -85,8 +90,14 @@ KINDS: dict[str, tuple[int, Damage]] = {
     "empty tokens": (1, lambda index, tokens, chance: tokens.write_bytes(b"") and None),
     "no index": (1, lambda index, tokens, chance: index.unlink()),
     "no tokens": (1, lambda index, tokens, chance: tokens.unlink()),
-    "no documents": (1, lambda index, tokens, chance: index.write_bytes(index.read_bytes()[:18] + bytes(16))),
-    "bit of the tokens, with checksums": (5, lambda index, tokens, chance: flip_one_low(tokens, chance)),
+    "no documents": (
+        1,
+        lambda index, tokens, chance: index.write_bytes(index.read_bytes()[:18] + bytes(16)),
+    ),
+    "bit of the tokens, with checksums": (
+        5,
+        lambda index, tokens, chance: flip_one_low(tokens, chance),
+    ),
 }
 
 
@@ -123,12 +134,15 @@ def test_each_damage_is_found_and_named(damaged: list[tuple[str, Path]]) -> None
         with pytest.raises(DataError) as raised:
             check_corpus(str(prefix), VOCABULARY)
         line = str(raised.value)
-        assert "\n" not in line and any(line.startswith(str(path)) for path in files_of(prefix)), (kind, line)
+        assert "\n" not in line and any(line.startswith(str(path)) for path in files_of(prefix)), (
+            kind,
+            line,
+        )
 
 
 def test_each_damage_is_found_without_assertions_too(damaged: list[tuple[str, Path]]) -> None:
     program = (
-        "import sys\nfrom megalite.data.verify import check_corpus\nfrom megalite.errors import DataError\n"
+        "import sys\nfrom megalite.data.corpus_check import check_corpus\nfrom megalite.errors import DataError\n"
         "for prefix in sys.stdin.read().split():\n"
         f"    try: check_corpus(prefix, {VOCABULARY})\n"
         "    except DataError: continue\n"
@@ -136,7 +150,11 @@ def test_each_damage_is_found_without_assertions_too(damaged: list[tuple[str, Pa
     )
     prefixes = "\n".join(str(prefix) for _, prefix in damaged)
     run = subprocess.run(
-        [sys.executable, "-O", "-c", program], input=prefixes, capture_output=True, text=True, timeout=60
+        [sys.executable, "-O", "-c", program],
+        input=prefixes,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
@@ -177,7 +195,11 @@ def test_a_corpus_cut_under_a_run_is_named(tmp_path: Path) -> None:
                         writer.add_document(np.ones(len(document), np.uint8))
             cases.append((str(prefix), keys, name))
     run = subprocess.run(
-        [sys.executable, "-c", READER], input=json.dumps(cases), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", READER],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
     for line, (prefix, _, name) in zip(run.stdout.splitlines(), cases, strict=True):
@@ -193,7 +215,9 @@ def test_the_check_is_remembered_and_made_again_for_a_changed_file(
     write_corpus(tmp_path / "a", 30, vocabulary=500)
     reads: list[str] = []
     read_through = verify.read_through
-    monkeypatch.setattr(verify, "read_through", lambda corpus: reads.append(corpus.prefix) or read_through(corpus))
+    monkeypatch.setattr(
+        verify, "read_through", lambda corpus: reads.append(corpus.prefix) or read_through(corpus)
+    )
     check_corpus(str(tmp_path / "a"), 500)
     check_corpus(str(tmp_path / "a"), 600)
     with pytest.raises(DataError, match="must be from 0 to 9,"):

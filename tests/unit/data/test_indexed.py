@@ -40,14 +40,20 @@ def test_every_type_comes_back(tmp_path: Path, dtype: type) -> None:
 
 def test_a_merge_is_what_one_writer_makes(tmp_path: Path) -> None:
     made = write_corpus(tmp_path / "a", 30, seed=1) + write_corpus(tmp_path / "b", 20, seed=2)
-    with IndexedWriter(tmp_path / "merged", np.uint16) as merged, IndexedWriter(tmp_path / "one", np.uint16) as one:
+    with (
+        IndexedWriter(tmp_path / "merged", np.uint16) as merged,
+        IndexedWriter(tmp_path / "one", np.uint16) as one,
+    ):
         merged.add_corpus(tmp_path / "a")
         merged.add_corpus(tmp_path / "b")
         for document in made:
             one.add_document(document)
     assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "one")
     write_corpus(tmp_path / "wide", 3, dtype=np.int32)
-    with pytest.raises(DataError, match="must be uint16 to be merged"), IndexedWriter(tmp_path / "c", "u2") as writer:
+    with (
+        pytest.raises(DataError, match="must be uint16 to be merged"),
+        IndexedWriter(tmp_path / "c", "u2") as writer,
+    ):
         writer.add_corpus(tmp_path / "wide")
     assert not list(tmp_path.glob("c.*"))
 
@@ -57,7 +63,10 @@ def test_a_writer_keeps_what_stands_and_leaves_nothing_half(tmp_path: Path) -> N
     before = bytes_of(tmp_path / "a")
     with pytest.raises(DataError, match="stands already"):
         IndexedWriter(tmp_path / "a", np.uint16)
-    with pytest.raises(DataError, match="token id 65536: does not fit"), IndexedWriter(tmp_path / "b", "u2") as writer:
+    with (
+        pytest.raises(DataError, match="token id 65536: does not fit"),
+        IndexedWriter(tmp_path / "b", "u2") as writer,
+    ):
         writer.add_document([1, 65536])
     assert bytes_of(tmp_path / "a") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
@@ -68,7 +77,9 @@ def test_the_type_follows_the_vocabulary() -> None:
 
 
 def test_megatron_core_writes_and_reads_the_same_files(tmp_path: Path) -> None:
-    theirs = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    theirs = pytest.importorskip(
+        "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed"
+    )
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(3)
     for dtype in (np.uint16, np.int32):

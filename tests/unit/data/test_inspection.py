@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.data.corpus_check import write_checksums
 from megalite.data.indexed import IndexedCorpus, IndexedWriter, files_of
 from megalite.data.inspection import Show, histogram, inspect
-from megalite.data.verify import write_checksums
 from tests.unit.data.corpora import write_corpus
 
 
@@ -18,11 +18,19 @@ def test_lengths_are_counted_by_powers_of_two(tmp_path: Path) -> None:
         for length in lengths:
             writer.add_document(np.zeros(length, np.int64), [length // 2, length - length // 2])
     corpus = IndexedCorpus(tmp_path / "a")
-    assert corpus.document_lengths(0, 8).tolist() == lengths and corpus.document_lengths(2, 5).tolist() == [2, 3, 4]
+    assert corpus.document_lengths(0, 8).tolist() == lengths and corpus.document_lengths(
+        2, 5
+    ).tolist() == [2, 3, 4]
     lines = list(histogram(corpus))
     assert lines[0] == "  tokens a document: 0 to 1,000, 128.1 on average"
     counts = [line.split()[:4] for line in lines[1:]]
-    expected = [("0", "0", "1"), ("1", "1", "1"), ("2", "3", "2"), ("4", "7", "2"), ("8", "15", "1")]
+    expected = [
+        ("0", "0", "1"),
+        ("1", "1", "1"),
+        ("2", "3", "2"),
+        ("4", "7", "2"),
+        ("8", "15", "1"),
+    ]
     assert counts[:5] == [[low, "to", high, count] for low, high, count in expected]
     assert counts[-1] == ["512", "to", "1,023", "1"] and len(counts) == 11
 
@@ -31,7 +39,11 @@ def test_what_is_shown(tmp_path: Path, tokenizers: dict[str, Path]) -> None:
     made = write_corpus(tmp_path / "a", 50, vocabulary=400)
     write_corpus(tmp_path / "b", 10, vocabulary=400)
     prefixes = [str(tmp_path / name) for name in "ab"]
-    text = "\n".join(inspect(prefixes, Show(weights=[3, 1], samples=1000, sequence_length=16, verify=True, first=7)))
+    text = "\n".join(
+        inspect(
+            prefixes, Show(weights=[3, 1], samples=1000, sequence_length=16, verify=True, first=7)
+        )
+    )
     assert "tokens uint16 (code 8)" in text and "50 documents and 50 sequences" in text
     assert " ".join(map(str, made[7][:50].tolist())) in text
     assert "75.0000%  75.0000%           750" in text and "no checksum file; token ids" in text

@@ -21,7 +21,9 @@ from tests.unit.data.corpora import data_section, write_corpus
 def test_a_batch_is_a_function_of_its_positions(tmp_path: Path, order: dict) -> None:
     for i in range(3):
         write_corpus(tmp_path / f"c{i}", 40, seed=i)
-    sources = [{"path": str(tmp_path / f"c{i}"), "weight": weight} for i, weight in enumerate((0.5, 2, 1))]
+    sources = [
+        {"path": str(tmp_path / f"c{i}"), "weight": weight} for i, weight in enumerate((0.5, 2, 1))
+    ]
     data = data_section(sources, 16, **order)
     whole = TrainData(data, 3, 1000).batch(range(4200))
     assert whole.tokens.dtype == whole.labels.dtype == np.int64 and whole.documents is None
@@ -34,13 +36,18 @@ def test_a_batch_is_a_function_of_its_positions(tmp_path: Path, order: dict) -> 
     for share, asked in zip(again.shares(4200), (1 / 7, 4 / 7, 2 / 7), strict=True):
         assert share.asked == pytest.approx(asked) and abs(share.samples - 4200 * asked) <= 1
     lines = again.share_lines(4200)
-    assert lines[1] == f"data: {tmp_path}/c1: 2,400 of 4,200 samples, 57.1429%; asked 57.1429%" and len(lines) == 3
+    assert (
+        lines[1] == f"data: {tmp_path}/c1: 2,400 of 4,200 samples, 57.1429%; asked 57.1429%"
+        and len(lines) == 3
+    )
 
 
 def test_a_far_position_is_read_without_a_table(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 40)
     write_corpus(tmp_path / "b", 40, seed=1)
-    data = TrainData(data_section([tmp_path / "a", {"path": str(tmp_path / "b"), "weight": 0.17}], 16), 3, 1000)
+    data = TrainData(
+        data_section([tmp_path / "a", {"path": str(tmp_path / "b"), "weight": 0.17}], 16), 3, 1000
+    )
     assert data.batch([10**11]).tokens.shape == (1, 16)
 
 
@@ -55,19 +62,31 @@ def test_validation_takes_each_window_once_in_order(tmp_path: Path) -> None:
         (str(tmp_path / "c1"), range(sizes[0], sum(sizes))),
     ]
     for tokens, (_, positions) in zip(flat, valid.corpora, strict=True):
-        assert valid.batch(positions).tokens.ravel().tolist() == tokens[: len(positions) * 16].tolist()
-        assert valid.batch(positions).labels.ravel().tolist() == tokens[1 : len(positions) * 16 + 1].tolist()
+        assert (
+            valid.batch(positions).tokens.ravel().tolist() == tokens[: len(positions) * 16].tolist()
+        )
+        assert (
+            valid.batch(positions).labels.ravel().tolist()
+            == tokens[1 : len(positions) * 16 + 1].tolist()
+        )
 
 
 def test_documents_kept_apart_do_not_foretell_each_other(tmp_path: Path) -> None:
     made = write_corpus(tmp_path / "a", 60, mean=9)
-    flat, owner = np.concatenate(made), np.repeat(np.arange(60), [len(document) for document in made])
-    valid = ValidData(data_section(["x"], 20, valid=[str(tmp_path / "a")], reset_attention=True), 1000)
+    flat, owner = (
+        np.concatenate(made),
+        np.repeat(np.arange(60), [len(document) for document in made]),
+    )
+    valid = ValidData(
+        data_section(["x"], 20, valid=[str(tmp_path / "a")], reset_attention=True), 1000
+    )
     batch = valid.batch(range(valid.num_samples))
     assert batch.documents is not None and batch.documents.dtype == np.int32
     used = valid.num_samples * 20
     ends = owner[:used] != owner[1 : used + 1]
-    assert (batch.labels.ravel() == np.where(ends, -100, flat[1 : used + 1])).all() and ends.sum() > 20
+    assert (
+        batch.labels.ravel() == np.where(ends, -100, flat[1 : used + 1])
+    ).all() and ends.sum() > 20
     starts = owner[:used].reshape(-1, 20)
     assert (batch.documents == starts - starts[:, :1]).all()
 
@@ -94,18 +113,35 @@ def test_a_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
 def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document(range(16))
-    with pytest.raises(DataError, match="holds 16 tokens: a sample needs megalite.data.sequence_length 16 . 1"):
+    with pytest.raises(
+        DataError, match="holds 16 tokens: a sample needs megalite.data.sequence_length 16 . 1"
+    ):
         TrainData(data_section([tmp_path / "a"], 16), 1, 1000)
-    assert TrainData(data_section([tmp_path / "a"], 15), 1, 1000).batch([0, 1]).tokens.tolist() == [list(range(15))] * 2
+    assert (
+        TrainData(data_section([tmp_path / "a"], 15), 1, 1000).batch([0, 1]).tokens.tolist()
+        == [list(range(15))] * 2
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("megalite.data.megatron_samples=5", 'megalite.data.megatron_samples: 5: needs megalite.data.order "megatron"'),
-        ("megalite.data.order=megatorn", "megalite.data.order: \"megatorn\": must be 'shuffled' or 'megatron'"),
-        ('megalite.data.train=[{"path":"a","split":[0.5,0.5]}]', "megalite.data.train.0.split: [0.5, 0.5]: must be"),
-        ('megalite.data.train=["a",{"path":"b","weight":1e-7}]', "megalite.data.train.1.weight: 1e-07: must be at"),
+        (
+            "megalite.data.megatron_samples=5",
+            'megalite.data.megatron_samples: 5: needs megalite.data.order "megatron"',
+        ),
+        (
+            "megalite.data.order=megatorn",
+            "megalite.data.order: \"megatorn\": must be 'shuffled' or 'megatron'",
+        ),
+        (
+            'megalite.data.train=[{"path":"a","split":[0.5,0.5]}]',
+            "megalite.data.train.0.split: [0.5, 0.5]: must be",
+        ),
+        (
+            'megalite.data.train=["a",{"path":"b","weight":1e-7}]',
+            "megalite.data.train.1.weight: 1e-07: must be at",
+        ),
     ],
 )
 def test_a_mistake_in_the_section_is_one_line(override: str, line: str) -> None:
@@ -118,8 +154,12 @@ def test_megatrons_order_is_made_for_the_whole_run() -> None:
     keys = ["megalite.data.order=megatron", "megalite.train.steps=30"]
     config = load_config("ds_configs/tiny_cpu.json", keys).resolve(8)
     assert config.data.megatron_samples == 30 * config.train_batch_size
-    with pytest.raises(ConfigError, match="must be at least the samples of megalite.train.steps, 480"):
-        load_config("ds_configs/tiny_cpu.json", [*keys, "megalite.data.megatron_samples=479"]).resolve(8)
+    with pytest.raises(
+        ConfigError, match="must be at least the samples of megalite.train.steps, 480"
+    ):
+        load_config(
+            "ds_configs/tiny_cpu.json", [*keys, "megalite.data.megatron_samples=479"]
+        ).resolve(8)
 
 
 def test_start_and_batch_cost_the_same_at_any_size(tmp_path: Path) -> None:
@@ -142,8 +182,17 @@ def test_the_benchmark_and_the_merge_run(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 5)
     for command in (
         ["tools/benchmark_data.py", "--tokens", "300000", "--sequence-length", "64"],
-        ["tools/merge_data.py", "--input", str(tmp_path / "a"), str(tmp_path / "a"), "--output", str(tmp_path / "b")],
+        [
+            "tools/merge_data.py",
+            "--input",
+            str(tmp_path / "a"),
+            str(tmp_path / "a"),
+            "--output",
+            str(tmp_path / "b"),
+        ],
     ):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         assert "samples/s" in done.stdout or "b: 10 documents" in done.stdout

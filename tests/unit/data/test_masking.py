@@ -19,13 +19,21 @@ from tests.small_models import MODELS
 from tests.unit.data.corpora import data_section, write_corpus
 
 VOCABULARY, LENGTH, MASK, SPECIAL = 1000, 32, 4, [0, 1, 2, 3]
-OBJECTIVE = {"masked": 0.15, "keep": 0.1, "swap": 0.2, "mask_token_id": MASK, "special_token_ids": SPECIAL}
+OBJECTIVE = {
+    "masked": 0.15,
+    "keep": 0.1,
+    "swap": 0.2,
+    "mask_token_id": MASK,
+    "special_token_ids": SPECIAL,
+}
 
 
 def training(folder: Path, seed: int = 7, documents: int = 400, **keys: Any) -> TrainData:
     if not (folder / "c.idx").exists():
         write_corpus(folder / "c", documents, vocabulary=VOCABULARY)
-    return TrainData(data_section([folder / "c"], LENGTH, **{"objective": OBJECTIVE, **keys}), seed, VOCABULARY)
+    return TrainData(
+        data_section([folder / "c"], LENGTH, **{"objective": OBJECTIVE, **keys}), seed, VOCABULARY
+    )
 
 
 def within_four_deviations(count: int, of: int, share: float) -> bool:
@@ -37,7 +45,9 @@ def test_shares_are_those_asked_for(tmp_path: Path) -> None:
     plain, _, _ = training(tmp_path, objective={**OBJECTIVE, "masked": 1e-9}).batch(range(4000))
     chosen, possible = labels != UNCOUNTED, ~np.isin(plain, [MASK, *SPECIAL])
     assert (labels[chosen] == plain[chosen]).all() and (tokens[~chosen] == plain[~chosen]).all()
-    assert not (chosen & ~possible).any() and (~possible).sum() > 300, "special tokens are never asked for"
+    assert not (chosen & ~possible).any() and (~possible).sum() > 300, (
+        "special tokens are never asked for"
+    )
     assert within_four_deviations(chosen.sum(), possible.sum(), 0.15)
     masked, kept = (tokens == MASK) & chosen, (tokens == plain) & chosen
     swapped = chosen & ~masked & ~kept
@@ -59,7 +69,9 @@ def test_masks_follow_from_the_sample_s_number_alone(tmp_path: Path) -> None:
     again = training(tmp_path)
     for positions in ([63, 5, 5], range(17, 40), [0]):
         for name in ("tokens", "labels"):
-            assert (getattr(again.batch(positions), name) == getattr(whole, name)[list(positions)]).all()
+            assert (
+                getattr(again.batch(positions), name) == getattr(whole, name)[list(positions)]
+            ).all()
     assert not (training(tmp_path, seed=8).batch(range(64)).labels == whole.labels).all()
     device, made = torch.device("cpu"), []
     for micro, data_size in ((2, 1), (4, 2), (1, 4)):
@@ -70,7 +82,10 @@ def test_masks_follow_from_the_sample_s_number_alone(tmp_path: Path) -> None:
                 first = (number * data_size + rank) * micro
                 rows |= {first + i: (batch.tokens[i], batch.labels[i]) for i in range(micro)}
                 assert batch.context.counted is not None
-                assert batch.context.counted.tolist() == (batch.labels.flatten() != -100).nonzero()[:, 0].tolist()
+                assert (
+                    batch.context.counted.tolist()
+                    == (batch.labels.flatten() != -100).nonzero()[:, 0].tolist()
+                )
         made.append(torch.stack([torch.stack(rows[i]) for i in range(16)]))
     assert made[0].equal(made[1]) and made[0].equal(made[2])
     assert made[0][:, 0].equal(torch.from_numpy(whole.tokens[8:24]))
@@ -109,12 +124,16 @@ def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_
 
 def test_another_objective_is_another_run(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", 10)
-    run = load_config(TINY, [*BASE, f"megalite.data.train={[str(tmp_path / 'c')]}".replace("'", '"')]).resolve(8)
+    run = load_config(
+        TINY, [*BASE, f"megalite.data.train={[str(tmp_path / 'c')]}".replace("'", '"')]
+    ).resolve(8)
     assert difference(fingerprint(run), run) is None
     document = run.to_json()
     document["megalite"]["data"]["objective"]["keep"] = 0.2
     found = difference(fingerprint(run), Config.from_dict(document))
-    assert found is not None and found[0].startswith("megalite.data.objective: ") and "0.2" in found[0]
+    assert (
+        found is not None and found[0].startswith("megalite.data.objective: ") and "0.2" in found[0]
+    )
 
 
 TINY = "ds_configs/tiny_cpu.json"
@@ -125,15 +144,36 @@ BASE += ['megalite.data.objective={"masked":0.15,"mask_token_id":4}']
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["megalite.data.objective=masked"], 'objective: "masked": must be "causal" or an object such as {"masked":'),
-        (['megalite.data.objective={"maskd":0.1}'], "maskd: unknown key; did you mean megalite.data.objective.masked?"),
-        (['megalite.data.objective={"masked":1.5}'], "megalite.data.objective.masked: 1.5: must be less than 1"),
+        (
+            ["megalite.data.objective=masked"],
+            'objective: "masked": must be "causal" or an object such as {"masked":',
+        ),
+        (
+            ['megalite.data.objective={"maskd":0.1}'],
+            "maskd: unknown key; did you mean megalite.data.objective.masked?",
+        ),
+        (
+            ['megalite.data.objective={"masked":1.5}'],
+            "megalite.data.objective.masked: 1.5: must be less than 1",
+        ),
         (['megalite.data.objective={"keep":0.5}'], "megalite.data.objective.masked: missing"),
-        (['megalite.data.objective={"masked":0.1,"keep":0.6,"swap":0.5}'], "keep: 0.6: must be at most 1 together"),
-        ([BASE[0], 'megalite.data.objective={"masked":0.1}'], "megalite.data.objective.mask_token_id: missing"),
-        ([*BASE, "megalite.data.order=megatron"], 'order: "megatron": must be "shuffled" with a masked'),
+        (
+            ['megalite.data.objective={"masked":0.1,"keep":0.6,"swap":0.5}'],
+            "keep: 0.6: must be at most 1 together",
+        ),
+        (
+            [BASE[0], 'megalite.data.objective={"masked":0.1}'],
+            "megalite.data.objective.mask_token_id: missing",
+        ),
+        (
+            [*BASE, "megalite.data.order=megatron"],
+            'order: "megatron": must be "shuffled" with a masked',
+        ),
         ([*BASE, "megalite.data.loss=marked"], 'loss: "marked": must be "all" with a masked'),
-        ([*BASE, "megalite.data.samples=padded"], 'samples: "padded": needs megalite.data.reset_attention true with a'),
+        (
+            [*BASE, "megalite.data.samples=padded"],
+            'samples: "padded": needs megalite.data.reset_attention true with a',
+        ),
     ],
 )
 def test_a_mistake_is_one_line(overrides: list[str], line: str) -> None:
@@ -147,15 +187,24 @@ def test_the_objective_must_suit_the_model() -> None:
     causal, masked = (load_config(TINY, [*BASE[:2], *keys]).resolve(8) for keys in ([], BASE[2:]))
     check_model(masked, bert)
     check_model(causal, llama)
-    with pytest.raises(ConfigError, match="objective: .*0.15.*: needs an encoder, such as bert: a llama model"):
+    with pytest.raises(
+        ConfigError, match="objective: .*0.15.*: needs an encoder, such as bert: a llama model"
+    ):
         check_model(masked, llama)
-    with pytest.raises(ConfigError, match='objective: "causal": must be {"masked": 0.15} or the like with a bert'):
+    with pytest.raises(
+        ConfigError, match='objective: "causal": must be {"masked": 0.15} or the like with a bert'
+    ):
         check_model(causal, bert)
 
 
 def test_tokens_come_from_the_tokenizer(tmp_path: Path, tokenizers: dict[str, Path]) -> None:
     keys = {"tokenizer": str(tokenizers["bpe"]), "objective": {"masked": 0.15}}
-    with pytest.raises(ConfigError, match="tokenizer: .*: has no mask token: give megalite.data.objective.mask_tok"):
+    with pytest.raises(
+        ConfigError, match="tokenizer: .*: has no mask token: give megalite.data.objective.mask_tok"
+    ):
         training(tmp_path, **keys)
-    with pytest.raises(ConfigError, match="objective.mask_token_id: 1000: must be below the model's vocab_size 1000"):
+    with pytest.raises(
+        ConfigError,
+        match="objective.mask_token_id: 1000: must be below the model's vocab_size 1000",
+    ):
         training(tmp_path, objective={"masked": 0.15, "mask_token_id": 1000})

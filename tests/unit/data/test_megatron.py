@@ -55,8 +55,14 @@ def read(samples: MegatronSamples, length: int) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(12))
 def test_samples_are_those_of_the_oracle(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
-    made = write_corpus(tmp_path / "a", chance.randint(1, 60), mean=chance.choice([3, 30, 200]), seed=seed)
-    corpus, length, wanted = IndexedCorpus(tmp_path / "a"), chance.randint(1, 60), chance.randint(1, 300)
+    made = write_corpus(
+        tmp_path / "a", chance.randint(1, 60), mean=chance.choice([3, 30, 200]), seed=seed
+    )
+    corpus, length, wanted = (
+        IndexedCorpus(tmp_path / "a"),
+        chance.randint(1, 60),
+        chance.randint(1, 300),
+    )
     samples = MegatronSamples(corpus, range(len(made)), length, wanted, seed)
     assert samples.num_samples >= wanted
     assert read(samples, length) == oracle(made, length, wanted, seed)
@@ -78,7 +84,9 @@ def test_a_sample_begins_where_counting_says(sizes: list[int], length: int) -> N
 
 def test_a_run_beyond_what_the_order_is_made_for_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 50)
-    data = TrainData(data_section([tmp_path / "a"], 8, order="megatron", megatron_samples=100), 1, 1000)
+    data = TrainData(
+        data_section([tmp_path / "a"], 8, order="megatron", megatron_samples=100), 1, 1000
+    )
     assert data.batch(range(100)).tokens.shape == (100, 8)
     with pytest.raises(DataError, match="made for 100 samples and the run asks for sample 100"):
         data.batch([100])
@@ -97,8 +105,14 @@ class TestMegatronCore:
         class Tokenizer:
             eod, vocab_size, unique_identifiers, pad = 0, 1000, {"tokenizer": "test"}, -1
 
-        def build(blend: Any, samples: int, length: int, seed: int, folder: Path, split: str | None) -> Any:
-            apart = {"blend_per_split": [blend, None, None]} if split is None else {"blend": blend, "split": split}
+        def build(
+            blend: Any, samples: int, length: int, seed: int, folder: Path, split: str | None
+        ) -> Any:
+            apart = (
+                {"blend_per_split": [blend, None, None]}
+                if split is None
+                else {"blend": blend, "split": split}
+            )
             config = gpt_dataset.GPTDatasetConfig(
                 random_seed=seed,
                 sequence_length=length,
@@ -123,17 +137,23 @@ class TestMegatronCore:
         """BlendedDataset asks for a rank."""
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
         yield
         dist.destroy_process_group()
 
-    @pytest.mark.parametrize(("samples", "length"), [(20, 16), (300, 16), (410, 16), (1000, 7), (90, 50)])
+    @pytest.mark.parametrize(
+        ("samples", "length"), [(20, 16), (300, 16), (410, 16), (1000, 7), (90, 50)]
+    )
     def test_one_corpus(self, core: Any, tmp_path: Path, samples: int, length: int) -> None:
         made = write_corpus(tmp_path / "a", 100)
         split = "969,31,0" if length == 7 else "1,0,0"
         theirs = core(([str(tmp_path / "a")], None), samples, length, 77, tmp_path, split)
         source = {"path": str(tmp_path / "a"), "split": [0, 0.969] if length == 7 else None}
-        ours = TrainData(data_section([source], length, order="megatron", megatron_samples=samples), 77, 1000)
+        ours = TrainData(
+            data_section([source], length, order="megatron", megatron_samples=samples), 77, 1000
+        )
         batch = ours.batch(range(samples))
         assert len(made) == 100
         for i in range(samples):
@@ -147,7 +167,10 @@ class TestMegatronCore:
         for i, prefix in enumerate(prefixes):
             write_corpus(Path(prefix), 40, seed=i)
         theirs = core((prefixes, weights), 500, 16, 5, tmp_path, None)
-        sources = [{"path": prefix, "weight": weight} for prefix, weight in zip(prefixes, weights, strict=True)]
+        sources = [
+            {"path": prefix, "weight": weight}
+            for prefix, weight in zip(prefixes, weights, strict=True)
+        ]
         ours = TrainData(data_section(sources, 16, order="megatron", megatron_samples=500), 5, 1000)
         tokens = ours.batch(range(500)).tokens
         assert all(theirs[i]["tokens"].tolist() == tokens[i].tolist() for i in range(500))

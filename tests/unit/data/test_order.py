@@ -95,7 +95,9 @@ def deviations(blend: Blend, start: int, count: int) -> float:
     corpora, places = blend.locate(np.arange(start, start + count))
     given = blend.counts(start)
     worst = Fraction(0)
-    for position, (corpus, place) in enumerate(zip(corpora.tolist(), places.tolist(), strict=True), start + 1):
+    for position, (corpus, place) in enumerate(
+        zip(corpora.tolist(), places.tolist(), strict=True), start + 1
+    ):
         assert place == given[corpus]
         given[corpus] += 1
         for part, number in zip(blend._parts, given, strict=True):

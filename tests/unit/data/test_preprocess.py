@@ -39,12 +39,17 @@ def written(prefix: Path) -> list[bytes]:
 def forms(tmp_path: Path, texts: list[str]) -> dict[str, Path]:
     """The same documents in each form that holds several."""
     data = lines_of(texts).encode()
-    paths = {name: tmp_path / f"texts.{name}" for name in ("jsonl", "jsonl.gz", "jsonl.zst", "json", "parquet")}
+    paths = {
+        name: tmp_path / f"texts.{name}"
+        for name in ("jsonl", "jsonl.gz", "jsonl.zst", "json", "parquet")
+    }
     paths["jsonl"].write_bytes(data)
     paths["json"].write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n\n").rstrip())
     paths["jsonl.gz"].write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))
     compressor = zstandard.ZstdCompressor()
-    paths["jsonl.zst"].write_bytes(compressor.compress(data[:5000]) + compressor.compress(data[5000:]))
+    paths["jsonl.zst"].write_bytes(
+        compressor.compress(data[:5000]) + compressor.compress(data[5000:])
+    )
     table = pyarrow.table({"n": list(range(len(texts))), "text": texts})
     pyarrow.parquet.write_table(table, paths["parquet"], row_group_size=7)
     return paths
@@ -60,7 +65,9 @@ def test_every_form_holds_the_same_documents(
     assert list(read_texts([str(forms["jsonl"]), str(forms["parquet"])])) == texts * 2
 
 
-def test_reading_goes_on_from_any_chunk(forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_goes_on_from_any_chunk(
+    forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 500)
     monkeypatch.setattr(documents, "_ROWS", 5)
@@ -71,10 +78,14 @@ def test_reading_goes_on_from_any_chunk(forms: dict[str, Path], monkeypatch: pyt
         for i in range(0, len(chunks), 3):
             again = list(read_chunks(inputs, kinds, "text", chunks[i].end))
             found = [list(parse(chunk, "text")) for chunk in again]
-            assert sum(found, []) == sum([list(parse(chunk, "text")) for chunk in chunks[i + 1 :]], [])
+            assert sum(found, []) == sum(
+                [list(parse(chunk, "text")) for chunk in chunks[i + 1 :]], []
+            )
 
 
-def test_a_text_file_is_one_document_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_file_is_one_document_or_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "One line,\nand another.\n\n\n  Two: é漢\r\n\r\nThree\nends.\n \n\t\nFour"
     (tmp_path / "a.txt").write_bytes(text.encode())
     kinds = [kind_of(str(tmp_path / "a.txt"), paragraphs=True)]
@@ -90,7 +101,9 @@ def test_a_text_file_is_one_document_or_several(tmp_path: Path, monkeypatch: pyt
 def test_a_large_text_file_is_read_in_pieces_and_stays_one_document(
     tmp_path: Path, tokenizers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "".join(random.Random(1).choice(["word ", "é漢🙂\n", "other\n", "x" * 20]) for _ in range(3000))
+    words = "".join(
+        random.Random(1).choice(["word ", "é漢🙂\n", "other\n", "x" * 20]) for _ in range(3000)
+    )
     (tmp_path / "a.txt").write_text(words)
     (tmp_path / "b.txt").write_text("short")
     monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
@@ -114,12 +127,24 @@ def test_tokens_are_the_tokenizers(
     counts = preprocess([str(forms["jsonl"])], tokenizers["unigram"], tmp_path / "plain")
     corpus = IndexedCorpus(tmp_path / "plain")
     assert [corpus.document(i).tolist() for i in range(len(texts))] == tokenizer.encode_batch(texts)
-    assert (counts.documents, counts.tokens, counts.bad, counts.empty) == (len(texts), corpus.num_tokens, 0, 0)
+    assert (counts.documents, counts.tokens, counts.bad, counts.empty) == (
+        len(texts),
+        corpus.num_tokens,
+        0,
+        0,
+    )
     assert corpus.dtype == np.uint16
     preprocess([str(forms["parquet"])], tokenizers["unigram"], tmp_path / "ended", append_eod=True)
     ended = IndexedCorpus(tmp_path / "ended")
-    assert all(ended.document(i).tolist() == [*corpus.document(i).tolist(), 2] for i in range(len(texts)))
-    assert subprocess.run(["sha256sum", "-c", "ended.sha256"], cwd=tmp_path, capture_output=True).returncode == 0
+    assert all(
+        ended.document(i).tolist() == [*corpus.document(i).tolist(), 2] for i in range(len(texts))
+    )
+    assert (
+        subprocess.run(
+            ["sha256sum", "-c", "ended.sha256"], cwd=tmp_path, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 BAD = [
@@ -135,9 +160,15 @@ BAD = [
 ]
 
 
-def test_bad_lines_are_counted_and_named_or_stop(tmp_path: Path, tokenizers: dict[str, Path]) -> None:
+def test_bad_lines_are_counted_and_named_or_stop(
+    tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "first"}\n' + "\n".join(line for line, _ in BAD).encode() + b'\n{"text": "\xff"}\n')
+    path.write_bytes(
+        b'{"text": "first"}\n'
+        + "\n".join(line for line, _ in BAD).encode()
+        + b'\n{"text": "\xff"}\n'
+    )
     counts = preprocess([str(path)], tokenizers["bpe"], tmp_path / "out")
     assert (counts.documents, counts.bad, counts.empty) == (3, 7, 1)
     expected = [reason for _, reason in BAD if reason] + ["11: is not UTF-8"]
@@ -190,7 +221,9 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     monkeypatch.setattr(documents, "_LARGEST_LINE", 8 << 20)
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"line 2: does not end within 8 MiB: must be lines of JSON") as raised:
+        with pytest.raises(
+            DataError, match=r"line 2: does not end within 8 MiB: must be lines of JSON"
+        ) as raised:
             list(read_texts([str(path)]))
         assert str(raised.value).startswith(f"{path}: ")
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
@@ -198,13 +231,17 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
         tracemalloc.stop()
 
 
-def test_what_stands_is_kept(tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path]) -> None:
+def test_what_stands_is_kept(
+    tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path]
+) -> None:
     preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
     before = written(tmp_path / "out")
     with pytest.raises(DataError, match="out.idx: stands already"):
         preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out", append_eod=True)
     assert written(tmp_path / "out") == before
-    preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out", append_eod=True, overwrite=True)
+    preprocess(
+        [str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out", append_eod=True, overwrite=True
+    )
     assert written(tmp_path / "out") != before
     IndexedCorpus(tmp_path / "out").check_index()
     assert not list(tmp_path.glob("out.partial"))
@@ -240,10 +277,16 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("workers", "where", "stops"), [(1, "add", [3, 9, 40]), (2, "add", [5]), (1, "rename", [0, 1, 1])]
+    ("workers", "where", "stops"),
+    [(1, "add", [3, 9, 40]), (2, "add", [5]), (1, "rename", [0, 1, 1])],
 )
 def test_a_killed_run_is_gone_on_with(
-    tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path], workers: int, where: str, stops: list[int]
+    tmp_path: Path,
+    forms: dict[str, Path],
+    tokenizers: dict[str, Path],
+    workers: int,
+    where: str,
+    stops: list[int],
 ) -> None:
     """Killed at several places; what comes out in the end has the bytes of a run that was left alone."""
     inputs = ",".join(str(forms[name]) for name in ("jsonl.gz", "parquet", "jsonl.zst", "jsonl"))
@@ -254,7 +297,10 @@ def test_a_killed_run_is_gone_on_with(
     def run(stop: int) -> subprocess.CompletedProcess[str]:
         arguments = [inputs, str(model), str(tmp_path / "out"), str(workers), str(stop), where]
         return subprocess.run(
-            [sys.executable, str(tmp_path / "killed.py"), *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, str(tmp_path / "killed.py"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     for stop in stops:
@@ -282,7 +328,9 @@ def _small_chunks(path: str) -> list[documents.Chunk]:
 def _wait_until_gone(command: str) -> None:
     """No worker outlives a killed run."""
     for _ in range(100):
-        found = [pid for pid in os.listdir("/proc") if pid.isdigit() and command in _command_line(pid)]
+        found = [
+            pid for pid in os.listdir("/proc") if pid.isdigit() and command in _command_line(pid)
+        ]
         if not found:
             return
         time.sleep(0.1)
@@ -297,7 +345,10 @@ def _command_line(pid: str) -> str:
 
 
 def test_a_partial_result_of_other_arguments_is_refused(
-    tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    forms: dict[str, Path],
+    tokenizers: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -309,20 +360,34 @@ def test_a_partial_result_of_other_arguments_is_refused(
     with pytest.raises(DataError, match="out.partial: left by other inputs, options or tokenizer"):
         preprocess([str(forms["jsonl"])], tokenizers["unigram"], tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("megalite.data.preprocess.read_chunks", lambda inputs, kinds, key, place: iter(()))
-        counts = preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")  # all had been taken in
+        patch.setattr(
+            "megalite.data.preprocess.read_chunks", lambda inputs, kinds, key, place: iter(())
+        )
+        counts = preprocess(
+            [str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out"
+        )  # all had been taken in
     assert counts.documents == IndexedCorpus(tmp_path / "out").num_documents > 0
 
 
-def test_the_program(tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path], texts: list[str]) -> None:
+def test_the_program(
+    tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path], texts: list[str]
+) -> None:
     def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         model = str(tokenizers["bpe"] / "tokenizer.model")
         command = [sys.executable, "tools/preprocess_data.py", "--tokenizer", model, *arguments]
         return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
 
-    done = run("--input", "-", "--output", str(tmp_path / "out"), stdin=forms["jsonl"].read_bytes() + b"{\n")
+    done = run(
+        "--input",
+        "-",
+        "--output",
+        str(tmp_path / "out"),
+        stdin=forms["jsonl"].read_bytes() + b"{\n",
+    )
     assert done.returncode == 0, done.stderr
-    assert f"{len(texts)} documents" in done.stdout.decode() and "1 bad lines" in done.stdout.decode()
+    assert (
+        f"{len(texts)} documents" in done.stdout.decode() and "1 bad lines" in done.stdout.decode()
+    )
     assert done.stderr.decode().startswith("bad line: -:")
     preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "same")
     assert written(tmp_path / "out") == written(tmp_path / "same")
@@ -330,7 +395,9 @@ def test_the_program(tmp_path: Path, forms: dict[str, Path], tokenizers: dict[st
     assert again.returncode == 2 and len(again.stderr.decode().splitlines()) == 1
 
 
-def test_progress_is_a_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_progress_is_a_line_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from megalite.data import progress
 
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)

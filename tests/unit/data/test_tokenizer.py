@@ -15,7 +15,21 @@ from megalite.data.tokenizer import FastEncoder, SentencePieceEncoder, load_toke
 from megalite.data.tokenizer_training import train_tokenizer
 from megalite.errors import DataError
 
-PIECES = ["", " ", "  a ", "a", "\n", "\t x", "é漢🙂", "</s>", "x</s>", "▁", "\x00", "word. Word", "-" * 100]
+PIECES = [
+    "",
+    " ",
+    "  a ",
+    "a",
+    "\n",
+    "\t x",
+    "é漢🙂",
+    "</s>",
+    "x</s>",
+    "▁",
+    "\x00",
+    "word. Word",
+    "-" * 100,
+]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -39,7 +53,9 @@ def test_transformers_and_sentencepiece_agree(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_one_face_over_both(tokenizers: dict[str, Path], texts: list[str], kind: str, tmp_path: Path) -> None:
+def test_one_face_over_both(
+    tokenizers: dict[str, Path], texts: list[str], kind: str, tmp_path: Path
+) -> None:
     whole = load_tokenizer(tokenizers[kind])
     shutil.copy(tokenizers[kind] / "tokenizer.model", tmp_path)
     alone = load_tokenizer(tmp_path)
@@ -49,19 +65,31 @@ def test_one_face_over_both(tokenizers: dict[str, Path], texts: list[str], kind:
         assert tokenizer.encode_batch(texts) == [alone.encode(text) for text in texts]
         assert tokenizer.decode([*tokenizer.encode("x  y"), 2, 10**6]) == "x  y"
         sent = pickle.loads(pickle.dumps(tokenizer.encoder()))
-        assert sent.encode_batch(texts) == tokenizer.encode_batch(texts) and sent.encode_batch([]) == []
+        assert (
+            sent.encode_batch(texts) == tokenizer.encode_batch(texts)
+            and sent.encode_batch([]) == []
+        )
     assert whole.decode([*whole.encode("x"), 2], skip_special_tokens=False) == "x</s>"
 
 
 def random_texts(count: int) -> Iterator[str]:
     """Spaces, letters of many scripts, controls, private characters and special tokens, mixed."""
     chance = random.Random(3)
-    ranges = [(32, 127), (0, 32), (0xA0, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1F700), (0xE000, 0xF000)]
+    ranges = [
+        (32, 127),
+        (0, 32),
+        (0xA0, 0x3000),
+        (0x4E00, 0x9FFF),
+        (0x1F300, 0x1F700),
+        (0xE000, 0xF000),
+    ]
     words = [" ", "  ", "▁", "</s>", "<s>", "<unk>", "<0x0A>", "def ", "    ", "~~~~"]
     for _ in range(count):
         weights = [chance.random() ** 3 for _ in range(len(ranges) + 4)]
         picks = chance.choices([*ranges, *[None] * 4], weights, k=chance.randrange(1, 60))
-        yield "".join(chr(chance.randrange(*pick)) if pick else chance.choice(words) for pick in picks)
+        yield "".join(
+            chr(chance.randrange(*pick)) if pick else chance.choice(words) for pick in picks
+        )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -86,7 +114,9 @@ def test_the_model_encodes_for_a_folder_only_while_it_is_as_it_was_checked(
     assert changed.encode("import os") == [500] and changed.vocabulary_size == 501
 
 
-def test_mistakes_are_one_line(text_file: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    text_file: Path, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "tokenizer.json").write_text("{")
     (tmp_path / "bad").mkdir()
@@ -103,6 +133,8 @@ def test_mistakes_are_one_line(text_file: Path, tokenizers: dict[str, Path], tmp
         assert "\n" not in str(raised.value) and name in str(raised.value)
     with pytest.raises(DataError, match="stands already"):
         train_tokenizer([str(text_file)], 500, "bpe", tokenizers["bpe"])
-    with pytest.raises(DataError, match="--vocab-size 100000: sentencepiece cannot train it on this text: .*<= "):
+    with pytest.raises(
+        DataError, match="--vocab-size 100000: sentencepiece cannot train it on this text: .*<= "
+    ):
         train_tokenizer([str(text_file)], 100_000, "unigram", tmp_path / "large")
     assert not (tmp_path / "large").exists()

@@ -37,8 +37,12 @@ def test_transformers_reads_what_was_trained(folder: Path) -> None:
 def test_an_existing_bert_tokenizer_is_read(folder: Path, tmp_path: Path) -> None:
     """As the older files have it: vocab.txt alone with a config."""
     vocabulary = load_tokenizer(folder).inner.get_vocab()  # type: ignore[attr-defined]
-    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer"})
+    )
     old = load_tokenizer(tmp_path)
     assert isinstance(old.inner, BertTokenizerFast)  # type: ignore[attr-defined]
     assert (old.mask_id, old.cls_id, old.sep_id) == (4, 2, 3)
@@ -53,14 +57,23 @@ def test_documents_begin_by_cls_and_end_by_sep_which_are_never_masked(
     for document in range(counts.documents):
         ids = corpus.read(corpus.document_start(document), corpus.document_start(document + 1))
         assert ids[0] == 2 and ids[-1] == 3 and not np.isin(ids[1:-1], [2, 3]).any()
-    keys = {"tokenizer": str(folder), "samples": "packed", "reset_attention": True, "objective": {"masked": 0.15}}
+    keys = {
+        "tokenizer": str(folder),
+        "samples": "packed",
+        "reset_attention": True,
+        "objective": {"masked": 0.15},
+    }
     batch = TrainData(data_section([tmp_path / "corpus"], 64, **keys), 1, SIZE).batch(range(50))
     asked = batch.labels != UNCOUNTED
-    assert (batch.tokens[asked] == 4).mean() > 0.7 and not np.isin(batch.labels[asked], [0, 1, 2, 3, 4]).any()
+    assert (batch.tokens[asked] == 4).mean() > 0.7 and not np.isin(
+        batch.labels[asked], [0, 1, 2, 3, 4]
+    ).any()
     assert (batch.tokens[:, 0] == 2).all()
 
 
-def test_mistakes_are_one_line(folder: Path, text_file: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    folder: Path, text_file: Path, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="already exists; choose a new folder"):
         train_wordpiece([str(text_file)], SIZE, folder)
     with pytest.raises(DataError, match="--vocab-size 90000: the text makes"):

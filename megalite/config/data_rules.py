@@ -1,0 +1,98 @@
+"""The rules of `megalite.data`: samples, order, loss, objective and blends.
+
+Each function takes the validated document (or sizes) and raises ConfigError with one line that names the key, its
+value and the rule.
+"""
+
+from megalite.config.document import ModelDims
+from megalite.config.section import broken
+from megalite.config.sections import Data, Masked
+from megalite.errors import ConfigError
+
+LEAST_SHARE = (
+    1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
+)
+
+
+def check_data_keys(data: Data) -> None:
+    if data.eod_mask_loss and data.tokenizer is None:
+        raise broken(
+            "megalite.data.eod_mask_loss",
+            True,
+            "needs megalite.data.tokenizer, which names the token",
+        )
+    if data.megatron_samples is not None and data.order != "megatron":
+        raise broken(
+            "megalite.data.megatron_samples",
+            data.megatron_samples,
+            'needs megalite.data.order "megatron"',
+        )
+    if data.samples == "packed" and not data.reset_attention:
+        raise broken("megalite.data.samples", "packed", "needs megalite.data.reset_attention true")
+    if data.samples != "windows" and data.order == "megatron":
+        raise broken(
+            "megalite.data.samples",
+            data.samples,
+            'must be "windows" with megalite.data.order "megatron"',
+        )
+    _check_masked(data)
+    for name, sources in (("train", data.train), ("valid", data.valid)):
+        for i, source in enumerate(sources):
+            if source.split is not None and source.split[0] >= source.split[1]:
+                raise broken(
+                    f"megalite.data.{name}.{i}.split",
+                    source.split,
+                    "must be [from, to] with from < to",
+                )
+    least, total = (
+        min(source.weight for source in data.train),
+        sum(source.weight for source in data.train),
+    )
+    if least < LEAST_SHARE * total:
+        i = next(i for i, source in enumerate(data.train) if source.weight == least)
+        rule = f"must be at least {LEAST_SHARE:g} of the sum of weights {total:g}"
+        raise broken(f"megalite.data.train.{i}.weight", least, rule)
+
+
+def _check_masked(data: Data) -> None:
+    """What goes together with masked language modelling."""
+    objective = data.objective
+    if not isinstance(objective, Masked):
+        return
+    path = "megalite.data.objective"
+    if objective.keep + objective.swap > 1:
+        raise broken(
+            f"{path}.keep",
+            objective.keep,
+            f"must be at most 1 together with {path}.swap {objective.swap}",
+        )
+    if data.tokenizer is None and objective.mask_token_id is None:
+        raise ConfigError(
+            f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token"
+        )
+    with_masks = f"with a masked {path}"
+    if data.samples != "windows" and not data.reset_attention:
+        rule = (
+            f"needs megalite.data.reset_attention true {with_masks}: a token would see the filling"
+        )
+        raise broken("megalite.data.samples", data.samples, rule)
+    for key, value, only in (
+        ("order", data.order, "shuffled"),
+        ("loss", data.loss or "all", "all"),
+    ):
+        if value != only:
+            raise broken(f"megalite.data.{key}", value, f'must be "{only}" {with_masks}')
+    if data.eod_mask_loss:
+        rule = f"must be false {with_masks}: special tokens are never masked"
+        raise broken("megalite.data.eod_mask_loss", True, rule)
+
+
+def check_objective(data: Data, dims: ModelDims) -> None:
+    """What is asked for against what a token sees."""
+    if dims.causal and isinstance(data.objective, Masked):
+        value = data.objective.model_dump(exclude_none=True)
+        rule = f"needs an encoder, such as bert: a {dims.family} model sees only what is before a token"
+        raise broken("megalite.data.objective", value, rule)
+    if not dims.causal and data.objective == "causal":
+        rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees what is asked for'
+        raise broken("megalite.data.objective", "causal", rule)

@@ -1,0 +1,109 @@
+"""The rules of `scheduler`: the parameters of each type, and a warm-up that leaves room for what follows it.
+
+Each function takes the validated document (or sizes) and raises ConfigError with one line that names the key, its
+value and the rule.
+"""
+
+from typing import Any
+
+from megalite.config.batches import BatchPlan
+from megalite.config.document import Document
+from megalite.config.schedules import SCHEDULES, WSD, Constant, InverseSqrt, Linear
+from megalite.config.section import Section, Wrong, broken, nearest, parse, read
+from megalite.errors import ConfigError
+
+
+def wrong_schedule(value: Any) -> Wrong:
+    """What is wrong with `scheduler.params` of a whole JSON, of which other parts may be wrong too."""
+    scheduler = value.get("scheduler") if isinstance(value, dict) else None
+    kind, params = (
+        (scheduler.get("type"), scheduler.get("params"))
+        if isinstance(scheduler, dict)
+        else (None, None)
+    )
+    if not isinstance(kind, str) or kind not in SCHEDULES or not isinstance(params, dict):
+        return {}
+    _, wrong = read(SCHEDULES[kind], params, "scheduler.params")
+    return {("scheduler", "params", *place): line for place, line in wrong.items()}
+
+
+def check_schedule(document: Document) -> Section | None:
+    """The parameters of `scheduler` as the section of its type; None where there is no scheduler."""
+    scheduler = document.scheduler
+    if scheduler is None:
+        return None
+    if scheduler.type not in SCHEDULES:
+        near = nearest(scheduler.type, SCHEDULES)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise broken(
+            "scheduler.type", scheduler.type, f"must be one of {', '.join(SCHEDULES)}{hint}"
+        )
+    params = parse(SCHEDULES[scheduler.type], scheduler.params, "scheduler.params")
+    if isinstance(params, Constant):
+        _check_own_schedule(params)
+    warmup_key = "warmup_steps" if hasattr(params, "warmup_steps") else "warmup_num_steps"
+    total_key = "total_steps" if hasattr(params, "total_steps") else "total_num_steps"
+    if hasattr(params, total_key):
+        total = getattr(params, total_key) or document.megalite.train.steps
+        warmup = getattr(params, warmup_key)
+        if warmup is not None:
+            _check_fall(params, f"scheduler.params.{warmup_key}", warmup, warmup, total, total_key)
+    return params
+
+
+def _check_own_schedule(params: Constant) -> None:
+    if params.warmup_tokens is not None and params.warmup_steps > 0:
+        raise broken(
+            "scheduler.params.warmup_tokens",
+            params.warmup_tokens,
+            "must not stand beside warmup_steps",
+        )
+    if (
+        isinstance(params, WSD)
+        and params.decay_steps is not None
+        and params.decay_share is not None
+    ):
+        raise broken(
+            "scheduler.params.decay_share", params.decay_share, "must not stand beside decay_steps"
+        )
+    unscaled = isinstance(params, InverseSqrt) and params.timescale_steps is None
+    if unscaled and params.warmup_steps == 0 and params.warmup_tokens is None:
+        raise ConfigError(
+            "scheduler.params.timescale_steps: missing: give it, warmup_steps or warmup_tokens"
+        )
+
+
+def decay_steps(params: WSD, total: int) -> int:
+    """Steps of the decay, of `total` of the schedule."""
+    return params.decay_steps or max(1, round((params.decay_share or 0.1) * total))
+
+
+def _check_fall(
+    params: Section, key: str, value: int, warmup: int, total: int, total_key: str = "total_steps"
+) -> None:
+    """`value` of `key` makes a warm-up of `warmup` steps: they must leave room for what follows."""
+    if isinstance(params, WSD) and (params.decay_steps or 0) > total:
+        raise broken(
+            "scheduler.params.decay_steps",
+            params.decay_steps,
+            f"must be at most {total_key} {total}",
+        )
+    so_many = "" if value == warmup else f"makes {warmup} steps of warm-up: "
+    if isinstance(params, WSD) and warmup + decay_steps(params, total) > total:
+        rule = f"and the decay's {decay_steps(params, total)} steps must be at most {total_key} {total} together"
+        raise broken(key, value, f"{so_many}{rule}")
+    if warmup > total:
+        rule = f"must be at most {total_key} {total} (megalite.train.steps where it is left out)"
+        raise broken(key, value, f"{so_many}{rule}")
+
+
+def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
+    """Steps of the warm-up, also where it is counted in tokens. ConfigError where it is too long for the schedule."""
+    megalite = document.megalite
+    if params.warmup_tokens is None:
+        return params.warmup_steps
+    steps = plan.steps(-(-params.warmup_tokens // megalite.data.sequence_length))
+    if isinstance(params, Linear):
+        total = params.total_steps or megalite.train.steps
+        _check_fall(params, "scheduler.params.warmup_tokens", params.warmup_tokens, steps, total)
+    return steps

@@ -1,0 +1,171 @@
+"""`tools/doctor.py`: looks at the hosts of a run before it starts.
+
+python tools/doctor.py --hostfile FILE [--deepspeed_config FILE [KEY=VALUE …]]
+"""
+
+import json
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megalite.config import Config, check_model, load_config
+from megalite.doctor import axes
+from megalite.doctor.findings import CLOCK_SECONDS, findings
+from megalite.errors import ConfigError
+from megalite.model.families import read_spec
+from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.supervisor.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
+from megalite.supervisor.hostfile import read_hostfile
+from megalite.supervisor.remote import check_bare, python_module, ssh, variables
+from megalite.topology.hosts import crossing_hosts
+
+PROBE_SECONDS = 120
+PORT = 29500  # DeepSpeed's
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
+    parser = ArgumentParser("doctor.py", description="Look at the hosts of a run before it starts.")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
+    parser.add_argument(
+        "--num_gpus",
+        type=at_least(1),
+        metavar="N",
+        help="without a hostfile: ranks on this machine",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="the JSON of the run: its files and grid are tried",
+    )
+    parser.add_argument(
+        "--master_port", type=at_least(1), default=PORT, metavar="P", help=f"the run's ({PORT})"
+    )
+    parser.add_argument("--ssh_port", type=at_least(1), metavar="P", help="of sshd on the hosts")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
+    )
+    options = parser.parse_args(arguments)
+    if (options.hostfile is None) == (options.num_gpus is None):
+        raise ConfigError("--hostfile or --num_gpus: one of them says where ranks start")
+    over_ssh = options.hostfile is not None
+    slots: dict[str, int] = (
+        read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
+    )
+    if over_ssh:
+        check_bare()
+        variables({})
+    config = _config(options.deepspeed_config, options.overrides, sum(slots.values()))
+    count = 0
+    for line in _lines(options, slots, config):
+        print(line, flush=True)
+        count += 1
+    print(
+        f"{len(slots)} hosts, {sum(slots.values())} ranks: "
+        + (f"{count} findings" if count else "all well")
+    )
+    return 1 if count else 0
+
+
+def _config(path: str | None, overrides: list[str], world_size: int) -> Config | None:
+    if path is None:
+        return None
+    config = load_config(path, overrides).resolve(world_size)
+    check_model(config, read_spec(config.model))
+    return config
+
+
+def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
+    """Findings, one after another."""
+    over_ssh = options.hostfile is not None
+    wanted = {
+        "paths": _paths(options.deepspeed_config, config),
+        "folders": [],
+        "port": options.master_port,
+    }
+    checkpoints = 0
+    if config is not None:
+        wanted["folders"] = [config.train.run_dir]
+        # Weights and two moments in fp32; one more stands while another is written.
+        checkpoints = (
+            12 * read_spec(config.model).num_parameters * ((config.train.keep_checkpoints or 1) + 1)
+        )
+    with ThreadPoolExecutor(len(slots)) as pool:
+        probes = dict(
+            zip(
+                slots,
+                pool.map(lambda host: _probe(host, wanted, options.ssh_port), slots),
+                strict=True,
+            )
+        )
+    failed = {host: seen for host, seen in probes.items() if isinstance(seen, str)}
+    for host, said in failed.items():
+        yield f"{host}: no answer: {said}: `ssh {host} true` must work without a question, and this folder be there"
+    answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
+    if answered:
+        yield from findings(answered, slots, options.master_port, checkpoints)
+    pipe, tensor = (config.parallel.pipe, config.parallel.tensor) if config is not None else (1, 1)
+    line = crossing_hosts([host for host, count in slots.items() for _ in range(count)], tensor)
+    if line is not None:
+        yield line
+    if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
+        return
+    program = Program(
+        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor)],
+        over_ssh, options.ssh_port, None,
+    )  # fmt: skip
+    signals = Signals()
+    signals.listen()
+    try:
+        outcome = Attempt(program, slots, name_of_run(), signals).run()
+    except HostsLost as error:
+        yield str(error)
+        return
+    if signals.stop == signal.SIGINT:
+        raise KeyboardInterrupt
+    if outcome.code:
+        yield f"a collective of each axis: {outcome.who or 'failed'}: what is above tells more"
+
+
+def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any] | str:
+    """What a host says of itself, with `clock_error`; or why it says nothing."""
+    words = python_module("megalite.doctor.probe", json.dumps(wanted))
+    command = words if host == THIS else ssh(host, words, port)
+    before = time.time()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing within {PROBE_SECONDS} s"
+    after = time.time()
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    try:
+        seen = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return "what it said was not the probe's"
+    early, late = (
+        seen["time"] - after,
+        seen["time"] - before,
+    )  # its clock lies between, as far as this one can tell
+    error = early if early > 0 else late if late < 0 else 0.0
+    seen["clock_error"] = error if abs(error) > CLOCK_SECONDS else 0.0
+    return seen
+
+
+def _paths(config_path: str | None, config: Config | None) -> list[str]:
+    """Files that every host must see alike."""
+    if config is None or config_path is None:
+        return []
+    paths = [config_path]
+    for source in [*config.data.train, *config.data.valid]:
+        paths += [f"{source.path}.idx", f"{source.path}.bin"]
+    folders = [config.data.tokenizer, config.model if isinstance(config.model, str) else None]
+    paths += [
+        str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
+    ]
+    return paths

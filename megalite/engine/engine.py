@@ -1,0 +1,256 @@
+"""DeepSpeed's engine around one stage of the model, with our optimizers (zero.py, zero3.py); ZeRO-0 is its plain fp32
+path with the same norm and tied sums. `Engine.shards` tells what a rank holds of masters and moments, the same way for
+every stage of ZeRO. Next: pipeline/, which drives the engine.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from megalite.engine.norm import GlobalNorm
+from megalite.engine.zero import MOMENTS, ShardedOptimizer, moments_of
+from megalite.engine.zero3 import FullyShardedOptimizer
+from megalite.parallel.collectives import sum_over
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import Shard, placed
+
+
+class Engine(DeepSpeedEngine):
+    """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
+
+    _highest_gradients: int | None = None
+
+    def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
+        self.grid = grid
+        super().__init__(model=stage, mpu=grid, **kwargs)
+        self.global_norm = GlobalNorm(placement for _, placement in placed(stage))
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
+            ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
+        elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm, grid.clock)
+            if self.optimizer.swap_optimizer:
+                self.make_moments(0)
+
+    @property
+    def stage(self) -> Any:
+        """The stage that this engine runs."""
+        return self.module
+
+    def begin_step(self) -> None:
+        """Before the first forward of a step. The caller says which backward is the last one
+        (`set_gradient_accumulation_boundary`) and calls `step` once."""
+        if self.hands_over_by_chunk:
+            # DeepSpeed counts backwards over all parameters, so the first one of a chunk is not taken for its first,
+            # and adds to what the last step has left here (runtime/zero/stage_1_and_2.py:1855).
+            for held in self.optimizer.accumulated_grads_in_cpu.values():  # type: ignore[union-attr]
+                held.zero_()
+
+    @property
+    def hands_over_by_chunk(self) -> bool:
+        """With offload ZeRO-2 copies the sums of those parameters to where the optimizer reads them whose backward is
+        the last one of a step (runtime/zero/stage_1_and_2.py:2171), so each chunk's last backward must count as
+        that."""
+        return self.zero_optimization_stage() == 2 and bool(
+            getattr(self.optimizer, "cpu_offload", False)
+        )
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        super()._take_model_step(lr_kwargs)
+        if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+
+    @property
+    def dynamic_scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None where the scale is fixed or there is none."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+    @property
+    def current_loss_scale(self) -> float:
+        """What the loss is multiplied with in backward."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0))
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        """ZeRO-1 with bf16 goes the way of ZeRO-1 and 2 in all other types, not to BF16_Optimizer, which
+        all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones."""
+        chosen = super()._do_optimizer_sanity_check(basic_optimizer)
+        return "zero_optimization" if self.zero_optimization() else chosen
+
+    def clip_fp32_gradients(self) -> None:
+        """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
+        gradients go, and optimizers leave alone what has none."""
+        stage = self.stage
+        if stage.tied_parameter is not None and stage.tied_parameter.grad is not None:
+            sum_over(stage.tied_parameter.grad, self.grid.ends)
+        gradients = [
+            (place, value.grad) for value, place in placed(stage) if value.grad is not None
+        ]
+        norm = self.global_norm(
+            gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size
+        )
+        self._global_grad_norm = norm.float()
+        if not math.isfinite(norm.item()):  # in main memory
+            for value, _ in placed(stage):
+                value.grad = None
+        elif self.gradient_clipping() > 0:
+            factor = (self.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+            for _, gradient in gradients:
+                gradient.mul_(factor.to(gradient.dtype))
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds of masters and moments. With ZeRO-0 every rank of the data axis holds all of it."""
+        if self.zero_optimization():
+            return list(self.optimizer.shards())  # type: ignore[union-attr]
+        held = self._adam.state
+        return [
+            Shard(
+                place,
+                0,
+                value.detach().view(-1),
+                {
+                    name: held[value][name].view(-1)
+                    for name in MOMENTS
+                    if name in held.get(value, {})
+                },
+            )
+            for value, place in placed(self.stage)
+        ]
+
+    def make_moments(self, steps: int) -> None:
+        """Gives the optimizer its state as after `steps` steps, all zero, so that `shards` can be filled from a
+        checkpoint before the first step (the optimizers make it lazily)."""
+        optimizer = self._adam
+        torchs, fused = (
+            type(optimizer).__module__.startswith("torch."),
+            optimizer.defaults.get("fused"),
+        )
+        for number, value in enumerate(self._masters()):
+            if isinstance(self.optimizer, FullyShardedOptimizer):
+                moments = self.optimizer.zero_moments(number)
+            else:
+                moments = {
+                    name: torch.zeros_like(value, requires_grad=False)
+                    for name in moments_of(optimizer)
+                }
+            # torch's fused Adam reads the count on the device, the others on the host.
+            count = (
+                torch.tensor(float(steps), device=value.device if fused else None)
+                if torchs
+                else steps
+            )
+            optimizer.state[value] = {"step": count, **moments}
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed wraps."""
+        assert self.basic_optimizer is not None
+        return self.basic_optimizer
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that the optimizer steps."""
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return self.optimizer.fp32_partitioned_groups_flat
+        return [value for group in self._adam.param_groups for value in group["params"]]
+
+    def masters_changed(self) -> None:
+        """To be called after `shards` were written to: the model's weights follow (collective)."""
+        if self.zero_optimization():
+            self.optimizer.masters_changed()  # type: ignore[union-attr]
+
+    def gradient_clipping(self) -> float:
+        """ZeRO-0: DeepSpeed calls `clip_fp32_gradients` only where this is above 0, and the norm, the tied sum and
+        the check for NaN are wanted always."""
+        asked = super().gradient_clipping()
+        return asked if asked > 0 or self.zero_optimization() else float("inf")
+
+    @contextmanager
+    def weighed(self) -> Iterator[dict[str, int]]:
+        """Around one optimizer step: on leaving, the dict has `state_bytes` after it, with the most gradients that
+        stood after the backward of one of its micro-batches."""
+        self._highest_gradients = 0
+        result: dict[str, int] = {}
+        try:
+            yield result
+        finally:
+            highest, self._highest_gradients = self._highest_gradients, None
+        result.update(self.state_bytes() | {"gradients_bytes": highest})
+
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
+        """As DeepSpeed's; looks at what the gradients take afterwards, where a step is `weighed`."""
+        result = super().backward(loss, retain_graph, scale_wrt_gas)
+        if self._highest_gradients is not None:
+            self._highest_gradients = max(
+                self._highest_gradients, self.state_bytes()["gradients_bytes"]
+            )
+        return result
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
+        now, each storage once. Gradients stand between the first backward and the update."""
+        seen: set[int] = set()
+        values = [value for value, _ in placed(self.stage)]
+        weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]
+        moments = [
+            state[name] for state in self._adam.state.values() for name in MOMENTS if name in state
+        ]
+        masters = self._masters()
+        buffers = (
+            self.optimizer.swap_buffers if isinstance(self.optimizer, FullyShardedOptimizer) else []
+        )
+        gradients = [
+            *(value.grad for value in values),
+            *map(_own_sum, values),
+            *(master.grad for master in masters),
+        ]
+        held = [*_tensors_of(vars(self.optimizer))] if self.zero_optimization() else []
+        return {
+            "weights_bytes": _new_bytes(weights, seen),
+            "optimizer_bytes": _new_bytes([*masters, *moments, *buffers], seen),
+            # What else the ZeRO optimizer holds on to is gradients, whole or in parts.
+            "gradients_bytes": _new_bytes([*gradients, *held], seen),
+        }
+
+
+def _own_sum(value: Any) -> Tensor | None:
+    """The fp32 sum of a 16-bit gradient with ZeRO-1. After the reduction it is a view of DeepSpeed's bucket, no more
+    than scratch, which is kept until the next forward."""
+    held = getattr(value, "grad_accum", None)
+    return held if held is not None and held.untyped_storage().nbytes() == held.nbytes else None
+
+
+def _tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_of(part, depth - 1)
+
+
+def _new_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
+    """Bytes of the storages that are not in `seen` yet, which they then are. Scalars and flags are left out, and meta
+    tensors, which have a size and no memory."""
+    total = 0
+    for tensor in tensors:
+        if (
+            tensor is not None
+            and tensor.dim() > 0
+            and tensor.is_floating_point()
+            and not tensor.is_meta
+        ):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+    return total

@@ -1,0 +1,98 @@
+"""The global gradient norm, the same number on every rank and on every pipe split; and the word on a step's update.
+
+DeepSpeed's own is wrong for fp32 ZeRO-0 with pipe (runtime/utils.py:393 counts stage 0's untied parameters) and
+sums in an order that depends on the layout. Here each tensor's squares are summed in fp64, summed over the ranks that
+hold pieces of it, and then added in the order of names. The step's loss and what else the ranks must hear of each other
+go with them in one message, which is the one thing of a step that the host waits for: every rank knows all of it before
+the update, and all leave that out or none. Next: zero.py, which asks.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.parallel.layers import Placement
+
+Judge = Callable[[float, float], bool]
+"""(loss, norm) -> whether the update may happen; must say the same on every rank. The norm still has the loss scale."""
+
+
+BLOCK = (
+    2**16
+)  # numbers that are squared at a time on a CPU: 512 KiB in fp64, which stay in its cache
+
+
+def squares(values: Tensor) -> Tensor:
+    """Sum of the squares as an fp64 scalar, without an fp64 copy of the values."""
+    if values.device.type != "cpu":
+        return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    # On a CPU vector_norm converts all values first.
+    flat, total = values.reshape(-1), torch.zeros((), dtype=torch.float64)
+    room = torch.empty(min(BLOCK, flat.numel()), dtype=torch.float64)
+    for block in flat.split(BLOCK):
+        wide = room[: block.numel()].copy_(block)
+        total += torch.dot(wide, wide)
+    return total
+
+
+class GlobalNorm:
+    """L2 norm of the gradients of the whole model. Made once: a collective agrees on the list of names.
+
+    loss: this rank's part of the step's loss, None: 0; judge: asked at each call; riders: asked for this rank's numbers
+    that go with the message, as many on every rank. After a call `heard` has their sums over all ranks, and
+    `overflowed` tells whether it was the gradient alone that was not finite.
+    """
+
+    def __init__(self, placements: Iterable[Placement]) -> None:
+        mine = sorted({placement.name for placement in placements})
+        everyone: list[list[str]] = [mine]
+        if dist.is_initialized():
+            everyone = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, mine)
+        names = sorted({name for names in everyone for name in names})
+        self.row = {name: row for row, name in enumerate(names)}
+        self.loss: Tensor | None = None
+        self.judge: Judge | None = None
+        self.riders: Callable[[], Sequence[float]] = tuple
+        self.heard: list[float] = []
+        self.overflowed = False
+        self._own = self._all = torch.zeros(0)
+
+    def __call__(
+        self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, copies: int
+    ) -> Tensor:
+        """The norm as an fp64 scalar in main memory, so that what is asked of it later waits for no device; NaN or
+        infinite where a gradient is, and NaN where the judge refuses the update (collective over the world).
+
+        pieces: this rank's gradients with their parameters' places, each any part of the slice. copies: how
+        many ranks of the data axis pass the same pieces (1 under ZeRO, where each passes its own).
+        """
+        rows, riders = len(self.row), torch.tensor(self.riders(), dtype=torch.float64)
+        sums = torch.zeros(rows + 1 + len(riders), dtype=torch.float64, device=device)
+        if len(riders):
+            riders = riders if device.type == "cpu" else riders.pin_memory()
+            sums[rows + 1 :].copy_(riders, non_blocking=True)
+        for placement, gradient in pieces:
+            if placement.counted:
+                sums[self.row[placement.name]] += squares(gradient)
+        if self.loss is not None:
+            sums[rows] = self.loss
+        self._own = sums[:rows].clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self._all = sums[:rows]
+        told = torch.cat([(self._all.sum() / copies).sqrt().unsqueeze(0), sums[rows:]])
+        norm, loss, *self.heard = told.tolist()
+        found = ctypes.c_float(norm).value  # DeepSpeed goes on with fp32, where it may be infinite
+        self.overflowed = math.isfinite(loss) and not math.isfinite(found)
+        accepted = self.judge is None or self.judge(loss, found)
+        return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
+
+    def not_finite(self, own: bool = False) -> list[str]:
+        """Names of the tensors whose gradient was not finite at the last call; own: by this rank's pieces alone."""
+        bad = (~(self._own if own else self._all).isfinite()).tolist()
+        return [name for name, row in self.row.items() if bad[row]]

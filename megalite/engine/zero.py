@@ -1,0 +1,153 @@
+"""DeepSpeed's ZeRO-1 and 2, extended where the model plane (pipe × tensor) needs it; what all stages have in common.
+
+The norm is ours (norm.py); both copies of a tied embedding get the sum of their gradients. Whether a step's update
+happens is the norm's word, on every rank or on none. Next: zero3.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from megalite.engine.norm import GlobalNorm
+from megalite.parallel.collectives import sum_over
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import Placement, Shard
+
+INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
+MOMENTS = (
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+)  # of all optimizers, by torch's and DeepSpeed's names
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of what an optimizer keeps of each weight."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return MOMENTS[:1] if optimizer.defaults["momentum"] else ()
+    return MOMENTS[1:]
+
+
+class OneVerdict:
+    """Of both optimizers: the global norm, which is the same on every rank, says alone whether a step is skipped."""
+
+    global_norm: GlobalNorm
+    loss_scaler: Any
+    overflow: bool
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Called by DeepSpeed's step before the norm: two more messages that would say no more than it does."""
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Called by DeepSpeed's step before it divides the gradients by the loss scale: where the scale grew just then
+        they would come out too small (tests/distributed/test_fp16.py). So it moves after the step."""
+
+    def step(self, closure: Any = None) -> None:
+        """DeepSpeed's, then the loss scale's. A step that was refused for another reason than overflow leaves it."""
+        super().step(closure)  # type: ignore[misc]
+        overflowed = self.global_norm.overflowed
+        if self.loss_scaler.dynamic and self.overflow == overflowed:
+            self.loss_scaler.raise_error_at_min_scale = (
+                False  # the judge has decided what happens there
+            )
+            self.loss_scaler.update_scale(overflowed)
+
+
+class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
+    """ZeRO-1 and ZeRO-2. An optimizer that DeepSpeed has made becomes one by `adopt`: its constructor takes 40
+    arguments that only the engine knows, and nothing of what it made is changed."""
+
+    grid: Grid
+    tied_group: int | None
+
+    @classmethod
+    def adopt(
+        cls,
+        optimizer: DeepSpeedZeroOptimizer,
+        norm: GlobalNorm,
+        grid: Grid,
+        tied: nn.Parameter | None,
+    ) -> None:
+        """Turns DeepSpeed's optimizer into ours, in place."""
+        optimizer.__class__ = cls
+        assert isinstance(optimizer, ShardedOptimizer)
+        optimizer.global_norm, optimizer.grid = norm, grid
+        groups = optimizer.bit16_groups
+        optimizer.tied_group = next(
+            (i for i, group in enumerate(groups) if any(p is tied for p in group)), None
+        )
+
+    def fragments(self) -> Iterator[tuple[Any, Any, int, int, int]]:
+        """This rank's part of each parameter: (parameter, flat fp32 partition, first element there, number of
+        elements, first element in the parameter)."""
+        for group, partition in zip(
+            self.bit16_groups, self.single_partition_of_fp32_groups, strict=True
+        ):
+            for value in group:
+                if value._hp_mapping is not None:
+                    here, there = (
+                        value._hp_mapping.hp_fragment_address,
+                        value._hp_mapping.lp_fragment_address,
+                    )
+                    yield value, partition, here.start, here.numel, there.start
+
+    def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
+        """This rank's part of the averaged gradients; padding left out."""
+        if self.cpu_offload:
+            for value, partition, start, count, _ in self.fragments():
+                yield value.placement, partition.grad.narrow(0, start, count)
+            return
+        for group in range(len(self.bit16_groups)):
+            pieces = (
+                g for g in self.averaged_gradients[group] if not getattr(g, "_zero_padding", False)
+            )
+            for value, gradient in zip(self.params_in_partition[group], pieces, strict=False):
+                yield value.placement, gradient
+
+    def sum_tied_gradients(self) -> None:
+        """Adds up the gradients of a tied embedding's two copies. It has a parameter group of its own, so that
+        its shards over the data axis are the same on both stages."""
+        if self.tied_group is None:
+            return
+        if self.cpu_offload:
+            held = self.single_partition_of_fp32_groups[self.tied_group].grad
+            device = self.bit16_groups[self.tied_group][
+                0
+            ].device  # that messages between ranks are for
+            held.copy_(sum_over(held.to(device), self.grid.ends))
+            return
+        for gradient in self.averaged_gradients[self.tied_group]:
+            sum_over(gradient, self.grid.ends)
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """Called by DeepSpeed's step; the scale is that of the loss."""
+        self.sum_tied_gradients()
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
+
+    def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+        """DeepSpeed's, but that it asks once more, for each group, whether the norm is valid; step has."""
+        if self.clip_grad == 0.0 and self.loss_scale == 1.0:
+            return
+        factor: Any = self.loss_scale
+        if self.clip_grad > 0.0:
+            factor = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(
+                min=1.0
+            ) * self.loss_scale
+        for gradient in grad_groups_flat:
+            gradient.data.mul_(1.0 / factor)
+
+    def shards(self) -> Iterator[Shard]:
+        for value, partition, start, count, first in self.fragments():
+            state = self.optimizer.state.get(partition, {})
+            moments = {
+                name: state[name].narrow(0, start, count) for name in MOMENTS if name in state
+            }
+            yield Shard(value.placement, first, partition.detach().narrow(0, start, count), moments)
+
+    def masters_changed(self) -> None:
+        """Copies the masters to the weights that the model computes with (collective over the data axis)."""
+        self.update_lp_params()

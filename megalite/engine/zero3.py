@@ -1,0 +1,144 @@
+"""DeepSpeed's ZeRO-3, extended in the same way: weights are shards too, and the optimizer's states may lie in files.
+Next: engine.py.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor
+
+from megalite.engine.norm import GlobalNorm
+from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
+from megalite.parallel.clock import Clock
+from megalite.parallel.layers import Placement, Shard
+
+
+class _TimedCoordinator(PartitionedParameterCoordinator):
+    """ZeRO-3's gathering of weights, on the clock as waiting for others."""
+
+    clock: Clock
+
+    def fetch_sub_module(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.waiting():
+            super().fetch_sub_module(*args, **kwargs)
+
+
+class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO-3, adopted in the same way. Its gradient shards may end with padding, which is zero.
+
+    With offload_optimizer.device nvme masters and moments of a sub-group lie in files between steps, one flat run of
+    fp32 numbers each, and what is held in memory of them means nothing. `shards` maps the files into memory.
+    """
+
+    optimizer_swapper: Any
+
+    @classmethod
+    def adopt(
+        cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm, clock: Clock
+    ) -> None:
+        """Turns DeepSpeed's optimizer into ours, in place."""
+        optimizer.__class__ = cls
+        assert isinstance(optimizer, FullyShardedOptimizer)
+        optimizer.global_norm = norm
+        coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
+        coordinator.__class__, coordinator.clock = _TimedCoordinator, clock
+        for partition in optimizer.fp32_partitioned_groups_flat:
+            partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does without
+
+    def flat_gradient(self, group: int) -> Tensor:
+        """A sub-group's part of the buffer that gradients are summed in."""
+        sizes = self.fp16_partitioned_groups_flat_numel
+        return self.grad_partitions_flat_buffer.narrow(0, sum(sizes[:group]), sizes[group])
+
+    def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
+        """This rank's part of the averaged gradients."""
+        for group, values in enumerate(self.fp16_groups):
+            flat = self.flat_gradient(group)
+            for value in values:
+                _, start, count = self.grad_position[self.get_param_id(value)]
+                yield value.placement, flat.narrow(0, start, count)
+
+    def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
+        """Called by DeepSpeed's reduction, with offloading, to copy a gradient from the buffer, which is in main memory
+        already, to main memory or to a file."""
+
+    def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
+        """Called by DeepSpeed's step: reads a sub-group's files where it has any."""
+        super()._prepare_sub_group(sub_group_id, timer_names)
+        if self.offload_optimizer:
+            partition = self.fp32_partitioned_groups_flat[sub_group_id]
+            partition.grad = self.flat_gradient(sub_group_id).to(partition.device)
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        """Called by DeepSpeed's step, which takes the root of the sum of squares: of one, ours."""
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        return [torch.where(norm.isfinite(), norm, INVALID_NORM).float()]
+
+    def shards(self) -> Iterator[Shard]:
+        for group, values in enumerate(self.fp16_groups):
+            master, state = self.flat_tensors(group)
+            for value in values:
+                _, start, count = self.grad_position[self.get_param_id(value)]
+                first = count * self._get_param_partition_rank(value)
+                count = max(0, min(count, value.ds_numel - first))
+                moments = {name: moment.narrow(0, start, count) for name, moment in state.items()}
+                yield Shard(value.placement, first, master.narrow(0, start, count), moments)
+
+    def flat_tensors(self, group: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Master and moments of a sub-group: in memory, or in files that are mapped, so that writing writes there."""
+        partition = self.fp32_partitioned_groups_flat[group]
+        state = self.optimizer.state.get(partition, {})
+        held = {name: state[name] for name in MOMENTS if name in state}
+        if not self._swappable_optimizer_subgroup(group):
+            return partition.detach(), held
+        size = self.fp16_partitioned_groups_flat_numel[group]
+        master, *moments = (_mapped(file.swap_path, size) for file in self.files(partition).tensors)
+        return master, dict(zip(held, moments, strict=True))
+
+    def files(self, partition: Any) -> Any:
+        """DeepSpeed's record of the files of a sub-group."""
+        return self.optimizer_swapper.swap_params_info[partition.ds_id]
+
+    def zero_moments(self, group: int) -> dict[str, Tensor]:
+        """New moments of a sub-group. Files are made before the first step, which would hold all moments in memory; and
+        with their room on the disk, since DeepSpeed does not notice where there is none."""
+        partition, names = self.fp32_partitioned_groups_flat[group], moments_of(self.optimizer)
+        if not self._swappable_optimizer_subgroup(group):
+            return {name: torch.zeros_like(partition, requires_grad=False) for name in names}
+        moments = {name: torch.empty(0) for name in names}
+        for name, moment in moments.items():
+            moment.ds_id = f"{name}-{partition.ds_id}"  # type: ignore[attr-defined]  # DeepSpeed names the file by it
+        files = self.files(partition)
+        del files.tensors[1:]
+        files.add_state_tensors(moments.values())
+        for file in files.tensors[1:]:
+            with open(file.swap_path, "wb") as made:
+                os.posix_fallocate(made.fileno(), 0, os.path.getsize(files.tensors[0].swap_path))
+        return moments
+
+    @property
+    def swap_buffers(self) -> list[Tensor]:
+        """What sub-groups in files are read into."""
+        return self.optimizer_swapper.swap_buffer_manager.all_buffers if self.swap_optimizer else []
+
+    def masters_changed(self) -> None:
+        """Copies the masters to the shards that the model's weights are gathered from, as DeepSpeed's step does."""
+        self._partition_all_parameters()
+        for group, weights in enumerate(self.fp16_partitioned_groups_flat):
+            weights.data.copy_(self.flat_tensors(group)[0])
+            self._unflatten_partitioned_parameters(group)
+        if self.persistent_parameters:
+            self.persistent_parameters[0].all_gather(self.persistent_parameters)
+
+
+def _mapped(path: str, count: int) -> Tensor:
+    """fp32 numbers of a file as a tensor [count] over its pages, which the system reads, writes back and drops.
+    DeepSpeed goes past them (O_DIRECT); on a disk of this machine both agree (engine/nvme.py tries it)."""
+    assert os.path.getsize(path) >= 4 * count, (
+        f"{path}: shorter than what was written, and would be lengthened here"
+    )
+    return torch.from_file(path, shared=True, size=count, dtype=torch.float32)

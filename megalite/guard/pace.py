@@ -1,0 +1,82 @@
+"""Names a rank that computes more slowly than the others, with its figures: those that wait for it look as slow.
+
+Every `pace_interval` steps each rank's own seconds in forward are measured (parallel/clock.py) and gathered. Stages
+differ in work, so seconds are divided by the multiply-adds of a rank's stage before they are held against the median
+of all ranks.
+"""
+
+from collections.abc import Sequence
+from statistics import median_low
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.sections import Faults
+from megalite.engine.engine import Engine
+from megalite.model.spec import TransformerSpec
+
+
+class Pace:
+    """Of one run on this rank; every rank has one and calls it at the same steps."""
+
+    def __init__(
+        self,
+        faults: Faults,
+        engine: Engine,
+        spec: TransformerSpec,
+        counted: float,
+        hosts: Sequence[str],
+    ) -> None:
+        """counted: about which share of the tokens the head's product is made for."""
+        self.faults, self.engine, self.hosts = faults, engine, hosts
+        self.clock = engine.grid.clock
+        self.device = torch.device(engine.device or "cpu")
+        stage = engine.stage
+        head = counted * spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
+        layers = sum(
+            len(stage.cut.layers[chunk]) for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
+        )
+        self.work = float(layers * spec.block_parameters + head)
+        self.slow: dict[int, list[str]] = {}
+
+    def begin(self, step: int) -> None:
+        """Before a step: starts the clock where the step is one to be measured."""
+        interval = self.faults.pace_interval
+        self.clock.on = interval > 0 and step % interval == 0
+
+    def end(self, step: int) -> tuple[dict[str, Any], list[str]]:
+        """After it: fields of the step's row, and lines for the log (collective at the steps that are measured)."""
+        if not self.clock.on:
+            return {}, []
+        self.clock.on = False
+        own = torch.tensor([self.clock.take(), self.work], dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.engine.grid.world_size)]
+        dist.all_gather(everyone, own)
+        return self.judge(step, *torch.stack(everyone).t().tolist())
+
+    def judge(
+        self, step: int, seconds: list[float], work: list[float]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What `end` returns, of every rank's seconds in forward and its stage's work."""
+        usual = median_low([s / w for s, w in zip(seconds, work, strict=True)])
+        ratios = [s / (w * usual) for s, w in zip(seconds, work, strict=True)]
+        worst = max(range(len(ratios)), key=ratios.__getitem__)
+        lines = []
+        for rank, ratio in enumerate(ratios):
+            if ratio < self.faults.slow_factor:
+                self.slow.pop(rank, None)
+                continue
+            seen = self.slow.setdefault(rank, [])
+            seen.append(f"step {step}: {seconds[rank]:.3g} s, {ratio:.2f} times the median")
+            if len(seen) == self.faults.slow_looks:
+                figures = "; ".join(seen)
+                lines.append(
+                    f"rank {rank} on {self.hosts[rank]} is slow: own time in forward at {figures}"
+                )
+        row = {
+            "forward_seconds": max(seconds),
+            "slowest_rank": worst,
+            "slowest_ratio": ratios[worst],
+        }
+        return row, lines

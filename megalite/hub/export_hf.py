@@ -1,0 +1,100 @@
+"""A checkpoint of ours into a Hugging Face folder, tensor by tensor. The other way: import_hf.py.
+
+Memory: three copies of the largest tensor of the files (its parts, the whole, its bytes), whatever the model's size;
+`verify` needs more and says so (verify.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.errors import CheckpointError
+from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
+from megalite.hub.names import hf_auto_class, hf_tensor, to_hf
+from megalite.hub.same_logits import Comparison, compare
+from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
+from megalite.hub.whole import appearing
+from megalite.inputs import reading
+from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint's weights as the family's files have them."""
+
+    checkpoint: Checkpoint
+    spec: TransformerSpec
+    dtype: torch.dtype
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of the files, in the order in which `tensors` gives them."""
+        result = {}
+        for name in self.names():
+            entry, shape = hf_tensor(self.spec.family, name), self.checkpoint.shape(name)
+            shape = (shape[0] * entry.parts, *shape[1:])
+            result.setdefault(entry.name, shape[::-1] if entry.transposed else shape)
+        return result
+
+    def names(self) -> list[str]:
+        return self.checkpoint.names
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in to_hf(
+            self.spec.family, self.names(), self.checkpoint.read, self.spec.num_heads
+        ):
+            if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
+                raise CheckpointError(
+                    f"--dtype: float16: {name}: its largest value {tensor.abs().max().item():.3g} "
+                    "is beyond that type: use bfloat16"
+                )
+            yield name, tensor.to(self.dtype)
+
+
+def export_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str = "float32",
+    verify: bool | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Comparison | None:
+    """Writes safetensors files with an index where there is more than one, config.json, generation_config.json and
+    the tokenizer's files. The folder appears when all is written and verified, or not at all.
+
+    verify: as of `import_hf`, which says what is returned and raised.
+    """
+    with appearing(output, CheckpointError) as partial:
+        source = Checkpoint.open(find_checkpoint(checkpoint))
+        weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
+        partial.mkdir()
+        shards: list[Shard] = plan_shards(weights.shapes(), weights.dtype, shard_bytes)
+        write_shards(partial, shards, weights.tensors())
+        write_index(partial, shards)
+        with reading(source.folder, CheckpointError):
+            _write_settings(source, weights.spec, partial, dtype)
+        return compare(source.folder, partial, verify, weights.dtype)
+
+
+def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dtype: str) -> None:
+    """The config with the model's class and dtype, a decoder's generation settings, the tokenizer's files."""
+    from transformers import AutoConfig, GenerationConfig
+
+    values: dict[str, Any] = {**source.model, "dtype": dtype}
+    model_type = values.pop("model_type")
+    config = AutoConfig.for_model(model_type, **values)
+    config.architectures = [hf_auto_class(spec)._model_mapping[type(config)].__name__]
+    config.save_pretrained(folder)
+    carry(source.folder / CARRIED, folder)
+    tokenizer = tokenizer_of(source)
+    if tokenizer is not None:
+        carry(tokenizer, folder)
+    if spec.causal and not (folder / GENERATION).exists():
+        GenerationConfig.from_model_config(config).save_pretrained(folder)

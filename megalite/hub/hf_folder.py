@@ -1,0 +1,280 @@
+"""A Hugging Face folder read under our names, lazily: a tensor, or one box of it, straight from its file.
+
+Opening reads `config.json` and the files' headers, and holds them against the model: a tensor that is missing, has
+another shape or is not known is refused. Reading a box reads its bytes alone. What is fused or transposed in the
+files comes from the family's table (names.py).
+
+R rows of our tensor; where P of ours are fused by groups (heads, or one group), our row j of group g is row
+(g·P + part)·R/groups + j of the file's.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalite.errors import CheckpointError
+from megalite.hub.names import groups_of, hf_tensor
+from megalite.inputs import check_links, read_json_object, reading
+from megalite.model.families import FAMILIES, model_dict, read_spec
+from megalite.model.families.common import HFTensor
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import TIED_NAME, Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.layers import placed
+
+# Buffers that older releases of transformers saved: computed, not learned.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+# Names that older releases of TensorFlow's BERT gave to a norm's weight and bias; transformers reads them too.
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+_LARGEST = torch.finfo(torch.float32).max
+_FLOATS = ("F64", "F32", "F16", "BF16")
+HEAD = "head.weight"
+
+
+def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every parameter, tied ones once; takes no memory."""
+    with torch.device("meta"):
+        return {place.name: place.full_shape for _, place in placed(Stage(spec, Grid()))}
+
+
+class HFFolder:
+    """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
+    where it cannot be used whole.
+
+    model: the config as a plain dict; spec: it as ours.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        if not (self.folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
+            )
+        check_links(self.folder, CheckpointError)
+        with reading(self.folder, CheckpointError):
+            self.model: dict[str, Any] = model_dict(str(self.folder))
+            self.spec = read_spec(self.model)
+            self.shapes = full_shapes(self.spec)
+            self._files = _Files(self.folder)
+            self._prefix = self._missing_prefix()
+            self._check()
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of our parameters."""
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+        return self.shapes[name]
+
+    def read(
+        self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """A parameter, or its box at `offsets` of `shape`, in the file's dtype."""
+        full = self.shapes[name]
+        offsets = tuple(offsets) if offsets is not None else (0,) * len(full)
+        shape = tuple(shape) if shape is not None else full
+        entry = hf_tensor(self.spec.family, name)
+        groups = groups_of(entry, self.spec.num_heads)
+        pieces = []
+        for start, stop in _file_rows(full[0], groups, entry, offsets[0], offsets[0] + shape[0]):
+            ranges = [slice(start, stop)] + [
+                slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True)
+            ]
+            ranges = ranges[::-1] if entry.transposed else ranges
+            piece = self._files.read(self._file_name(entry), tuple(ranges))
+            self._check_finite(self._file_name(entry), piece)
+            pieces.append(piece.t() if entry.transposed else piece)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _check_finite(self, file_name: str, part: Tensor) -> None:
+        """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
+        low, high = (
+            end.item() for end in part.aminmax()
+        )  # NaN where any is, and then neither comparison holds
+        if not (low >= -_LARGEST and high <= _LARGEST):
+            rule = "every weight must be finite in fp32"
+            raise CheckpointError(
+                f"{self._files.where[file_name]}: {file_name}: holds {low:g} to {high:g}: {rule}"
+            )
+
+    def _file_name(self, entry: HFTensor) -> str:
+        return entry.name.removeprefix(self._prefix)
+
+    def _missing_prefix(self) -> str:
+        """GPT-2's own files leave "transformer." out: they were saved from the model without its head."""
+        first = hf_tensor(self.spec.family, TIED_NAME).name
+        prefix = first.partition(".")[0] + "."
+        return (
+            prefix
+            if first not in self._files.where and first.removeprefix(prefix) in self._files.where
+            else ""
+        )
+
+    def _check(self) -> None:
+        """Every tensor of the model stands in the files with its shape, and no other does."""
+        known = set()
+        for name, full in self.shapes.items():
+            entry = hf_tensor(self.spec.family, name)
+            file_name, shape = self._file_name(entry), [full[0] * entry.parts, *full[1:]]
+            known.add(file_name)
+            if file_name not in self._files.where:
+                raise CheckpointError(
+                    f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
+                )
+            found, dtype = self._files.shape(file_name)
+            wanted = shape[::-1] if entry.transposed else shape
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
+                )
+            if dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
+                )
+        if self.spec.tied:
+            known |= self._tied_head()
+        unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
+        for file_name in sorted(self._files.where.keys() - known):
+            if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
+                raise CheckpointError(
+                    f"{self.folder}: {file_name}: a tensor that a {self.spec.family} model of this "
+                    "config does not have"
+                )
+
+    def _tied_head(self) -> set[str]:
+        """A head that stands in the files though the config ties it must be the embedding."""
+        head = self._file_name(FAMILIES[self.spec.family].TENSORS[HEAD])
+        if head not in self._files.where:
+            return set()
+        if not torch.equal(self._files.read(head, ()), self.read(TIED_NAME)):
+            raise CheckpointError(
+                f"{self.folder}: {head}: differs from the embedding: tie_word_embeddings: True: must "
+                "be false in config.json"
+            )
+        return {head}
+
+
+def _file_rows(
+    rows: int, groups: int, entry: HFTensor, start: int, stop: int
+) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of the file's rows that hold our rows [start, stop)."""
+    height = rows // groups
+    for group in range(start // height, -(-stop // height)):
+        first, last = max(start, group * height), min(stop, (group + 1) * height)
+        shift = (group * entry.parts + entry.part) * height - group * height
+        yield first + shift, last + shift
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of one of torch's files is a tensor with all its numbers in the file."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
+class _Files:
+    """Tensors of a folder by name, in safetensors or, where there are none, torch's own files (never unpickled
+    beyond tensors)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where: dict[str, Path] = {}
+        self._written: dict[str, str] = {}  # old names as the file has them
+        self._open: dict[Path, Any] = {}
+        paths = self._paths()
+        if not paths:
+            raise CheckpointError(
+                f"{folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
+            )
+        for path in paths:
+            for name in self._handle(path).keys():  # noqa: SIM118
+                known = name
+                for old, new in _OLD_NAMES:
+                    known = known.replace(old, new)
+                self.where[known], self._written[known] = path, name
+
+    def _paths(self) -> list[Path]:
+        for index, single in (
+            ("model.safetensors.index.json", "model.safetensors"),
+            ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+        ):
+            path = self.folder / index
+            if path.exists():
+                where = read_json_object(path, CheckpointError).get("weight_map")
+                named = list(where.values()) if isinstance(where, dict) else []
+                if not named or not all(isinstance(name, str) for name in named):
+                    raise CheckpointError(f"{path}: weight_map: must name the file of each tensor")
+                names = set(named)
+                if any(Path(name).name != name for name in names):
+                    raise CheckpointError(f"{path}: names a file outside its folder")
+                return sorted(self.folder / name for name in names)
+            if (self.folder / single).exists():
+                return [self.folder / single]
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open.clear()  # one file at a time is mapped: a mapped page counts as this process's memory
+            try:
+                if path.suffix == ".bin":
+                    self._open[path] = torch.load(
+                        path, map_location="cpu", weights_only=True, mmap=True
+                    )
+                else:
+                    self._open[path] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: cannot be read: {' '.join(str(error).split())[:200]}"
+                ) from error
+            except Exception as error:  # pickle's errors, and torch's refusal of what is no tensor
+                raise CheckpointError(
+                    f"{path}: is no file of tensors alone: {type(error).__name__}"
+                ) from error
+            held = self._open[path]
+            if isinstance(held, dict):
+                odd = [
+                    name
+                    for name, value in held.items()
+                    if not (isinstance(name, str) and _is_plain(value))
+                ]
+            else:
+                odd = [type(held).__name__] if path.suffix == ".bin" else []
+            if odd:
+                del self._open[path]
+                raise CheckpointError(f"{path}: is no file of tensors alone: {odd[0]!r}")
+        return self._open[path]
+
+    def shape(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype (as safetensors writes it)."""
+        handle, name = self._handle(self.where[name]), self._written[name]
+        if isinstance(handle, dict):
+            tensor = handle[name]
+            names = {
+                torch.float64: "F64",
+                torch.float32: "F32",
+                torch.float16: "F16",
+                torch.bfloat16: "BF16",
+            }
+            return list(tensor.shape), names.get(tensor.dtype, str(tensor.dtype))
+        part = handle.get_slice(name)
+        return list(part.get_shape()), part.get_dtype()
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
+        """The box of these ranges; all of it where there are none."""
+        path, name = self.where[name], self._written[name]
+        try:
+            handle = self._handle(path)
+            if isinstance(handle, dict):
+                return handle[name][ranges] if ranges else handle[name]
+            return handle.get_slice(name)[ranges] if ranges else handle.get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: {name}: cannot be read: {' '.join(str(error).split())[:200]}"
+            ) from error

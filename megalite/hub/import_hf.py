@@ -1,0 +1,40 @@
+"""A Hugging Face folder into a checkpoint of ours, tensor by tensor. Back: export_hf.py.
+
+Memory: a file of the checkpoint (checkpoint/files.py, FILE_BYTES) and two copies of the largest tensor, whatever the
+model's size, beside what is mapped of one source file; `verify` needs more and says so (verify.py).
+"""
+
+from pathlib import Path
+
+from megalite.checkpoint.files import CheckpointWriter
+from megalite.errors import CheckpointError
+from megalite.hub.carried import carried_files
+from megalite.hub.hf_folder import HFFolder
+from megalite.hub.same_logits import Comparison, compare
+from megalite.hub.whole import appearing
+
+
+def import_hf(
+    model: str | Path, output: str | Path, verify: bool | None = None
+) -> Comparison | None:
+    """Writes a checkpoint of step 0 in fp32. The folder appears when all is written and verified, or not at all.
+
+    verify: hold the logits against transformers'; None: where memory is enough. Returns what was compared, None
+    where nothing was. Raises CheckpointError, ConfigError, ConversionError.
+    """
+    source = HFFolder(model)
+    state = {
+        "step": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "seed": 0,
+        "layout": None,
+        "tokenizer": None,
+    }
+    with appearing(output, CheckpointError) as partial:
+        with CheckpointWriter(partial, source.model, state) as writer:
+            for name in source.names:
+                writer.add(name, source.read(name).float())
+            for path in carried_files(source.folder):
+                writer.carry(path)
+        return compare(partial, source.folder, verify)

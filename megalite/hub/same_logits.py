@@ -1,0 +1,112 @@
+"""The proof of a conversion: transformers' model and ours give the same logits for the same tokens.
+
+The two models stand in memory one after the other, in fp32: 4 bytes a parameter and the logits of TOKENS positions.
+Without a wish either way it is done where that is at most FITS of the memory that is available.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.weights import load_module
+from megalite.errors import CheckpointError, ConversionError
+from megalite.hub.hf_folder import HFFolder, full_shapes
+from megalite.hub.names import hf_auto_class
+from megalite.hub.sources import Weights, open_weights
+from megalite.inputs import reading
+from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+
+BOUND = 1e-4
+"""Largest difference of two logits, as a part of the largest logit (or of 1 where that is less): rounding of fp32
+over tens of layers stays well below it, a wrong or misplaced tensor far above."""
+TOKENS = (2, 24)
+FITS = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """difference: largest of two logits; largest: logit; bound: of the difference."""
+
+    difference: float
+    largest: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"logits equal transformers': maximum difference {self.difference:.3g}, "
+            f"bound {self.bound:.3g}, largest logit {self.largest:.3g}"
+        )
+
+
+def compare(
+    ours: Path, theirs: Path, wanted: bool | None, dtype: torch.dtype | None = None
+) -> Comparison | None:
+    """Holds a folder of either kind, read by us, against a Hugging Face folder, read by transformers.
+
+    wanted None: where memory is enough; None is returned where it is not. dtype: that the Hugging Face folder was
+    rounded to. Raises ConversionError beyond the bound.
+    """
+    source = open_weights(ours)
+    spec = source.spec if isinstance(source, HFFolder) else read_spec(source.model)
+    if wanted is False or (wanted is None and not fits(spec)):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    length = min(TOKENS[1], spec.max_positions or TOKENS[1])
+    tokens = torch.randint(0, spec.vocabulary_size, (TOKENS[0], length), generator=generator)
+    with reading(theirs, CheckpointError):
+        expected = hf_logits(theirs, tokens, spec)
+    difference = (our_logits(source, spec, tokens, dtype) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    result = Comparison(difference, largest, BOUND * max(1.0, largest))
+    if not math.isfinite(difference) or difference > result.bound:
+        raise ConversionError(
+            f"{theirs}: logits differ from transformers' by {difference:.3g}: must be at most "
+            f"{result.bound:.3g}"
+        )
+    return result
+
+
+def fits(spec: TransformerSpec) -> bool:
+    """Whether the memory that is available takes the comparison."""
+    numbers = sum(math.prod(shape) for shape in full_shapes(spec).values())
+    logits = 3 * TOKENS[0] * TOKENS[1] * spec.vocabulary_size
+    return 4 * (numbers + logits) <= FITS * psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
+    """Logits [B, S, V] of transformers' model, its stored weights computed with in fp32. What computes them is chosen
+    here: a config.json may name code to fetch and run for attention and experts."""
+    from transformers.utils import logging  # seconds to import
+
+    logging.disable_progress_bar()
+    model: Any = hf_auto_class(spec).from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def our_logits(
+    source: Weights, spec: TransformerSpec, tokens: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Logits [B, S, V] of our model in fp32, its weights rounded to `dtype` first."""
+    stage = Stage(spec, Grid()).eval()
+    load_module(source.read, stage)
+    if dtype is not None:
+        for value in stage.parameters():
+            value.copy_(value.to(dtype))
+    return stage(tokens)

@@ -1,0 +1,42 @@
+"""Weights by path, whatever the path is: a run folder, a checkpoint, a Hugging Face folder."""
+
+from pathlib import Path
+
+from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.checkpoint.folder import SUMS
+from megalite.checkpoint.weights import open_together, together
+from megalite.errors import CheckpointError
+from megalite.hub.hf_folder import HFFolder
+
+Weights = Checkpoint | HFFolder
+"""Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape)."""
+
+
+def is_hf_folder(path: str | Path) -> bool:
+    """Whether a path is a Hugging Face model: a config.json that no run of ours wrote."""
+    path = Path(path)
+    return (
+        (path / "config.json").is_file()
+        and not (path / "checkpoints").exists()
+        and not (path / SUMS).exists()
+    )
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """The folder that a user's path means, its files checked where they are ours. CheckpointError."""
+    if not Path(path).exists():
+        raise CheckpointError(
+            f"{path}: does not exist: must be a run folder, a checkpoint or a Hugging Face folder"
+        )
+    return Path(path) if is_hf_folder(path) else find_checkpoint(path)
+
+
+def open_weights(folder: Path) -> Weights:
+    """Opens what `resolve_weights` found, without checking tensors' files again."""
+    return HFFolder(folder) if is_hf_folder(folder) else Checkpoint.open(folder)
+
+
+def open_weights_together(folder: Path) -> Weights:
+    """Opens it on every rank; a checkpoint's files are checked, shared out among the ranks (collective). An error on
+    one rank is every rank's."""
+    return together(lambda: HFFolder(folder)) if is_hf_folder(folder) else open_together(folder)

@@ -1,0 +1,133 @@
+"""What `launcher/generate.py` and `launcher/evaluate.py` share: the arguments that name a model and a layout, their
+checks, and this rank's stage with its weights. Next: generate_program.py, evaluate_program.py.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalite.config import Parallel
+from megalite.config.reading import apply_overrides
+from megalite.config.rules import check_layout, data_axis_size
+from megalite.config.section import nearest, parse, unknown
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import ConfigError
+from megalite.hub.carried import stop_ids_of, tokenizer_of
+from megalite.hub.sources import open_weights, open_weights_together, resolve_weights
+from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
+from megalite.ranks.launch import ArgumentParser
+
+DTYPES = ("float32", "bfloat16", "float16")
+AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
+
+
+@dataclass
+class Prepared:
+    """What the ranks need. folder: of the weights; model: the Hugging Face config as a dict; state: of the checkpoint,
+    empty for a Hugging Face folder; sections: the overrides of other sections than `parallel`, not checked yet."""
+
+    folder: Path
+    model: dict[str, Any]
+    spec: TransformerSpec
+    parallel: Parallel
+    state: dict[str, Any]
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def model_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The arguments that both programs take."""
+    parser = ArgumentParser(name, description=about)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run folder, a checkpoint or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="where the checkpoint does not say")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="megalite.parallel.tensor=N, ….pipe=N"
+    )
+    return parser
+
+
+def prepare_model(
+    options: argparse.Namespace, world_size: int, sections: tuple[str, ...] = ()
+) -> Prepared:
+    """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
+    name beside `parallel`."""
+    folder = resolve_weights(options.checkpoint)
+    weights = open_weights(folder)
+    spec = read_spec(weights.model)
+    document = apply_overrides({"megalite": {"parallel": {}}}, options.overrides)
+    allowed = [f"megalite.{name}" for name in ("parallel", *sections)]
+    for key in document.keys() - {"megalite"}:
+        raise unknown(key, allowed)
+    for key in document["megalite"].keys() - {"parallel", *sections}:
+        raise unknown(f"megalite.{key}", nearest(f"megalite.{key}", allowed))
+    axes = document["megalite"].pop("parallel")
+    for key in axes.keys() & (Parallel.model_fields.keys() - AXES):
+        raise ConfigError(
+            f"megalite.parallel.{key}: {axes[key]}: is for training; must be left out here"
+        )
+    parallel = parse(Parallel, axes, "megalite.parallel")
+    data_axis_size(parallel, world_size)
+    check_layout(parallel, spec)
+    return Prepared(
+        folder, weights.model, spec, parallel, getattr(weights, "state", {}), document["megalite"]
+    )
+
+
+def check_decoder(prepared: Prepared, use: str) -> None:
+    """ConfigError where an encoder is asked for what needs a decoder."""
+    if not prepared.spec.causal:
+        model = f"a {prepared.spec.family} model is an encoder"
+        raise ConfigError(
+            f"--checkpoint: {prepared.folder}: {model}: {use} needs a decoder, such as llama"
+        )
+
+
+def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
+    """This rank's stage with its weights, and the grid (collective)."""
+    # Imported here: a mistake on the command line is told before torch's half of the start.
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from megalite.checkpoint.weights import load_module
+    from megalite.model.transformer import Stage
+    from megalite.parallel.grid import Grid
+    from megalite.pipeline.plan import inference_cut
+
+    grid = Grid.build(prepared.parallel.pipe, prepared.parallel.tensor)
+    stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
+    load_module(open_weights_together(prepared.folder).read, stage)
+    accelerator: Any = get_accelerator()
+    return stage.to(device=accelerator.current_device_name(), dtype=getattr(torch, dtype)), grid
+
+
+def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
+    """The tokenizer that is named on the command line, or goes with the weights; its ids are the model's."""
+    folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
+    if folder is None:
+        raise ConfigError(
+            f"--tokenizer: missing: {prepared.folder} does not say which tokenizer it was trained with"
+        )
+    return load_tokenizer(folder)
+
+
+def check_ids(prepared: Prepared, rows: Iterable[Sequence[int]]) -> None:
+    """ConfigError where a tokenizer gives ids that the model does not have."""
+    highest = max((max(row, default=0) for row in rows), default=0)
+    if highest >= prepared.spec.vocabulary_size:
+        raise ConfigError(
+            f"--tokenizer: gives id {highest}: must be below the model's vocab_size {prepared.spec.vocabulary_size}"
+        )
+
+
+def stop_ids_for(prepared: Prepared, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends a text: the tokenizer's end of document, and what generation_config.json says."""
+    ends = stop_ids_of(open_weights(prepared.folder))
+    return frozenset(ends if tokenizer.eod_id is None else ends | {tokenizer.eod_id})

@@ -1,0 +1,315 @@
+"""What a forward pass keeps for backward, in bytes, operation by operation: a prediction that needs no model.
+
+arXiv 2205.05198 (section 4.1) counts s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits. Ours differ, since SDPA keeps no
+scores, and dropout that is off has no masks. With e bytes a number, r = b·s·h numbers between
+the split products (/ t with sequence parallelism), g = b·s·h numbers that a split product reads, q, k and f numbers of
+the rank's queries, keys and intermediate features, a layer keeps, each storage counted once:
+
+    norm, LayerNorm                   its input e·r; mean and deviation
+    norm, RMSNorm                     its input e·r; a root mean square a token
+    input of query, key and value     e·g: the norm's result, or with sequence parallelism what is gathered of it
+    norms of queries and keys         as norms, over q and k; where the tensor axis splits them, the input in fp32 and
+                                      what the weight multiplies
+    queries, keys, values             e·(q + 2·k), as attention reads them
+    core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
+                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
+    input of the output projection    e·q: what attention gives
+    input of gate and up              e·g, as above (none where the attention's is read, without sequence parallelism)
+    activation                        its input e·f; gated, both factors too 3·e·f
+    input of the down projection      e·f (ReLU's is its own result)
+    dropout of what is added          r bytes, twice
+
+    dense layer before the head       its input e·r and its activation's; the norm after it as above
+
+Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core;
+recompute of every n layers keeps e·r of n layers and makes their table again, one group at a time, in backward.
+tests/distributed/test_activations.py holds each table against what autograd saves.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute
+from megalite.model.varlen import kernel_takes
+from megalite.parallel.collectives import Split
+from megalite.parallel.layers import share
+from megalite.parallel.loss import chunk_rows, gradient_type
+
+FP32, INT64 = 4, 8
+Table = dict[str, int]
+"""Bytes by operation."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A training pass of one micro-batch of `batch` samples of `length` tokens on a rank of the tensor axis."""
+
+    batch: int
+    length: int
+    dtype: torch.dtype
+    split: Split
+    documents: bool = False
+    device: str = "cpu"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def rows(self) -> int:
+        """Tokens that a rank holds between the split products."""
+        return self.batch * len(self.split.rows(self.length))
+
+    def hidden(self, spec: TransformerSpec) -> int:
+        """Bytes of hidden states between the split products."""
+        return self.width * self.rows * spec.hidden_size
+
+    def part(self, features: int, unit: int = 1) -> int:
+        """This rank's numbers of features that the tensor axis splits."""
+        start, stop = share(features, self.split.axis, unit)
+        return self.tokens * (stop - start)
+
+
+def _norm(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table:
+    """What a norm of so many numbers keeps, each of `groups` of them with statistics of its own. kind: `layer`, `rms`,
+    or `split`: of features that the tensor axis splits."""
+    if kind == "layer":
+        return {
+            f"{name}: input": at.width * numbers,
+            f"{name}: mean, deviation": 2 * at.width * groups,
+        }
+    if kind == "rms":
+        return {f"{name}: input": at.width * numbers, f"{name}: root mean square": FP32 * groups}
+    return {
+        f"{name}: input in fp32": FP32 * numbers,
+        f"{name}: root mean square": FP32 * groups,
+        f"{name}: what its weight multiplies": at.width * numbers,
+    }
+
+
+def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool = False) -> Table:
+    """What one layer keeps; `selective`: the core of attention is made again."""
+    hidden_norms = [
+        _norm(spec.norm, name, at.rows * spec.hidden_size, at.rows, at)
+        for name in ("attention norm", "MLP norm")
+    ]
+    gathered = at.width * at.tokens * spec.hidden_size
+    table: Table = hidden_norms[0] if layer or spec.first_norm else {}
+    table |= {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
+    if not spec.shared_norm:
+        table |= hidden_norms[1]
+    if spec.parallel:  # both norms read the one input
+        table.pop("MLP norm: input", None)
+    if not spec.shared_norm or at.split.divides:
+        table["input of gate, up"] = gathered
+    features = at.width * at.part(spec.intermediate_size)
+    table["activation"] = 3 * features if spec.gated else features
+    if spec.activation != "relu" or spec.gated:
+        table["input of down projection"] = features
+    if spec.hidden_dropout > 0:
+        table["dropout of what is added"] = (1 + spec.drops_mlp) * at.rows * spec.hidden_size
+    return table
+
+
+def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) -> Table:
+    """Between the input of query, key, value and the output projection's product."""
+    h, e = spec.head_size, at.width
+    queries = at.part(spec.num_heads * h, h)
+    keys = values = at.part(spec.num_kv_heads * h, h)
+    table: Table = {}
+    if spec.qk_norm != "none":
+        by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "split"
+        for name, numbers in (("query norm", queries), ("key norm", keys)):
+            table |= _norm(kind, name, numbers, numbers // h if by_head else at.tokens, at)
+    heads, s = queries // (at.tokens * h), at.length
+    window = spec.window(layer)
+    masked = at.documents or (window is not None and window < s)
+    if spec.attention_dropout > 0:
+        if not selective:
+            keys = values = queries  # keys and values are repeated for their queries
+        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * s}
+        if masked or spec.causal:
+            core["attention: mask"] = s * s * (at.batch if at.documents else 1)
+    else:
+        core = {"attention: logarithms": FP32 * at.tokens * heads}
+        if masked and not kernel_takes(at.device, at.dtype, h):
+            core["attention: mask"] = e * s * s * (at.batch if at.documents else 1)
+    table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
+    return table | ({} if selective else core) | {"input of output projection": e * queries}
+
+
+def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
+    """What the embedding keeps: indices, since a look-up needs no values."""
+    split = at.split.axis.size > 1
+    table = {"ids": INT64 * at.tokens}
+    if split:
+        table["ids of other ranks"] = at.tokens
+    if spec.rotary is None:
+        table["positions"] = INT64 * (
+            at.tokens if at.documents or spec.position_offset else at.length
+        )
+    if spec.embedding_norm:
+        table |= _norm(spec.norm, "embedding norm", at.rows * spec.hidden_size, at.rows, at)
+    if spec.embedding_dropout > 0:
+        table["dropout of embeddings"] = at.rows * spec.hidden_size
+    return table
+
+
+def head_table(spec: TransformerSpec, at: Forward) -> Table:
+    """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
+    numbers, table = at.rows * spec.hidden_size, {}
+    if spec.final_norm:
+        table |= _norm(spec.norm, "final norm", numbers, at.rows, at)
+    if spec.head_transform:
+        table["dense: input"] = at.width * numbers
+        if spec.head_transform != "relu":  # whose result is the norm's input
+            table["dense: input of its activation"] = at.width * numbers
+        table |= _norm(spec.norm, "norm of the dense layer", numbers, at.rows, at)
+    start, stop = share(spec.vocabulary_size, at.split.axis)
+    wide = gradient_type(at.dtype).itemsize
+    sums = wide if _loss_rows(spec, at) >= at.tokens else FP32
+    table["loss: gradient of its input"] = wide * at.tokens * spec.hidden_size
+    table["loss: gradient of its weight"] = sums * (stop - start) * spec.hidden_size
+    if spec.head_bias:
+        table["loss: gradient of its bias"] = FP32 * (stop - start)
+    return table
+
+
+def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
+    """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    start, stop = share(spec.vocabulary_size, at.split.axis)
+    whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
+    width = at.width + FP32 if at.width < FP32 and whole else at.width
+    return width * _loss_rows(spec, at) * (stop - start)
+
+
+def _loss_rows(spec: TransformerSpec, at: Forward) -> int:
+    """Tokens of a chunk of the loss."""
+    columns = -(-spec.vocabulary_size // at.split.axis.size)
+    return chunk_rows(
+        at.tokens, spec.hidden_size, columns, gradient_type(at.dtype).itemsize, at.device
+    )
+
+
+def angles_table(spec: TransformerSpec, layers: Iterable[int], at: Forward) -> Table:
+    """What these layers of a chunk share."""
+    pairs = sum(
+        (rotary.size + 1) // 2
+        for rotary in {spec.rotary_of(layer) for layer in layers}
+        if rotary is not None
+    )
+    return {
+        "cosines twice, sines": 3 * at.width * pairs * (at.tokens if at.documents else at.length)
+    }
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """What of a model a chunk is. layers: its own; first: it has the embedding; last: the head."""
+
+    layers: range
+    first: bool
+    last: bool
+
+
+def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward) -> Table:
+    """What a chunk keeps of one micro-batch between its forward and its backward, by layer or part."""
+    selective = recompute == "selective"
+    every = 0 if selective else int(recompute)
+    hidden, table = at.hidden(spec), {}
+    if part.first:
+        table["embedding"] = total(embedding_table(spec, at))
+    elif not (every and part.layers) and not _keeps_its_input(spec, part, at):
+        table["from the chunk before"] = hidden
+    for group in groups(part.layers, every):
+        table[f"input of layers {group[0]} to {group[-1]}"] = hidden
+    if not every:
+        table |= {
+            f"layer {layer}": total(layer_table(spec, layer, at, selective))
+            for layer in part.layers
+        }
+    if part.layers:
+        table["angles"] = total(angles_table(spec, part.layers, at))
+    if part.last:
+        table["final norm, head, loss"] = total(head_table(spec, at)) + FP32
+    return table
+
+
+def groups(layers: range, every: int) -> list[range]:
+    """The groups that a recompute of every so many layers makes; none where it is 0."""
+    return [layers[i : i + every] for i in range(0, len(layers), every)] if every else []
+
+
+def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward) -> int:
+    """Most bytes that the backward of a chunk makes again at a time."""
+    whole = {layer: total(layer_table(spec, layer, at)) for layer in layers}
+    if recompute == "selective":
+        return max((whole[i] - total(layer_table(spec, i, at, True)) for i in layers), default=0)
+    return max(
+        (sum(whole[layer] for layer in group) for group in groups(layers, int(recompute))),
+        default=0,
+    )
+
+
+def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
+    """What a chunk keeps of one micro-batch between I and W: for each product with a weight its input and the gradient
+    of its result, and the gradients of small weights, which are made already. The head's was given to it in I."""
+    table: Table = {
+        f"layer {layer}": total(_waiting_layer(spec, layer, at)) for layer in part.layers
+    }
+    if part.first:
+        gathered = at.width * at.tokens * spec.hidden_size
+        table["embedding"] = INT64 * at.tokens + gathered
+        table["positions, types"] = (
+            at.width * (spec.position_rows + spec.token_types) * spec.hidden_size
+        )
+        if spec.embedding_norm:
+            table["embedding norm"] = at.width * spec.norm_parameters
+    if part.last:
+        if spec.final_norm:
+            table["final norm"] = at.width * spec.norm_parameters
+        if spec.head_transform:
+            table["dense: input, gradient"] = 2 * at.hidden(spec)
+            table["norm of the dense layer"] = at.width * spec.norm_parameters
+    return table
+
+
+def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
+    """Of one layer: as in `layer_table`, g, q, k and f numbers."""
+    h, e = spec.head_size, at.width
+    g = e * at.tokens * spec.hidden_size
+    q, k = e * at.part(spec.num_heads * h, h), e * at.part(spec.num_kv_heads * h, h)
+    f = e * at.part(spec.intermediate_size)
+    table = {
+        "query, key, value: input, gradients": g + q + 2 * k,
+        "output projection: input, gradient": q + g,
+        "gate, up: gradients": f * (2 if spec.gated else 1),
+        "down projection: input, gradient": f + g,
+        "norms": e
+        * spec.norm_parameters
+        * (2 - spec.shared_norm - (layer == 0 and not spec.first_norm)),
+        "biases of output, down": e
+        * spec.hidden_size
+        * (spec.attention_output_bias + spec.mlp_bias),
+    }
+    if not spec.shared_norm or at.split.divides:
+        table["gate, up: input"] = g
+    return table
+
+
+def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
+    """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
+    return not (part.layers and spec.norm_place in ("after", "sum") and at.split.divides)
+
+
+def total(table: Table) -> int:
+    """Bytes of all operations."""
+    return sum(table.values())

@@ -1,0 +1,77 @@
+"""What the forwards of a rank keep for its backwards at most: the program says how many micro-batches of each chunk are
+held at once, plan/activations.py what one takes."""
+
+from dataclasses import dataclass
+
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute
+from megalite.pipeline.check import most_bytes
+from megalite.pipeline.plan import PipelinePlan
+from megalite.plan.activations import (
+    ChunkPart,
+    Forward,
+    Table,
+    chunk_table,
+    logits_bytes,
+    made_again,
+    total,
+    waiting_table,
+)
+
+
+@dataclass(frozen=True)
+class KeptChunk:
+    """table: bytes of one micro-batch between F and its backward; waiting: between I and W; held and waits: how many
+    of each there are when the rank keeps most."""
+
+    table: Table
+    waiting: Table
+    held: int
+    waits: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes on one rank. chunks: by number; again: what a backward makes again at a time; logits: of a chunk of the
+    loss, which are gone before its backward begins."""
+
+    chunks: dict[int, KeptChunk]
+    again: int
+    logits: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all together."""
+        chunks = self.chunks.values()
+        held = sum(
+            total(chunk.table) * chunk.held + total(chunk.waiting) * chunk.waits for chunk in chunks
+        )
+        return held + max(self.again, self.logits)
+
+
+def parts_of(plan: PipelinePlan, rank: int) -> dict[int, ChunkPart]:
+    """The chunks of a rank of the pipe axis."""
+    cut = plan.cut
+    return {
+        chunk: ChunkPart(cut.layers[chunk], first=chunk == 0, last=chunk == cut.last_chunk)
+        for chunk in cut.chunks_of(rank)
+    }
+
+
+def kept_by(
+    spec: TransformerSpec,
+    plan: PipelinePlan,
+    rank: int,
+    recompute: Recompute,
+    at: Forward,
+    micro_batches: int,
+) -> Kept:
+    """What a rank of the pipe axis keeps in a step."""
+    parts, program = parts_of(plan, rank), plan.program(micro_batches)
+    tables = {chunk: chunk_table(spec, part, recompute, at) for chunk, part in parts.items()}
+    waiting = {chunk: waiting_table(spec, part, at) for chunk, part in parts.items()}
+    _, counts = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))
+    again = max(made_again(spec, part.layers, recompute, at) for part in parts.values())
+    logits = logits_bytes(spec, at) if any(part.last for part in parts.values()) else 0
+    chunks = {chunk: KeptChunk(tables[chunk], waiting[chunk], *counts[chunk]) for chunk in parts}
+    return Kept(chunks, again, logits)

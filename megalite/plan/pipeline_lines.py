@@ -1,0 +1,39 @@
+"""What `--check` and the start of a run say of the pipeline."""
+
+from megalite.pipeline.check import most_bytes
+from megalite.pipeline.plan import PipelinePlan
+
+
+def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:
+    """A line of the schedule and its bubble, then one for each rank of the pipe axis; none where it has one rank."""
+    if plan.pipe == 1:
+        return []
+    report, program = plan.report(micro_batches), plan.program(micro_batches)
+    bubble = f"bubble {100 * report.bubble:.1f} % of a step with {micro_batches} micro-batches, simulated"
+    lines = [f"pipeline: schedule {plan.schedule}, {bubble}"]
+    for rank in range(plan.pipe):
+        _, counts = most_bytes(
+            program, rank, lambda chunk: max(1, len(plan.cut.layers[chunk])), lambda chunk: 0
+        )
+        parts = [
+            f"{_words(plan, chunk)}, {held} micro-batches held"
+            for chunk, (held, _) in counts.items()
+        ]
+        if report.waiting[rank]:
+            parts.append(f"up to {report.waiting[rank]} weight gradients wait")
+        parts.append(f"busy {100 * report.busy[rank] / report.length:.1f} %")
+        lines.append(f"    pipe {rank}: {'; '.join(parts)}")
+    return lines
+
+
+def _words(plan: PipelinePlan, chunk: int) -> str:
+    """The layers of a chunk, and the head where it has it."""
+    layers = plan.cut.layers[chunk]
+    words = []
+    if layers:
+        words.append(
+            f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        )
+    if chunk == plan.cut.last_chunk:
+        words.append("head")
+    return " and ".join(words)

@@ -1,0 +1,270 @@
+"""Model states in bytes, predicted from the config alone: weights, gradients, optimizer state, and DeepSpeed's buffers.
+
+Per parameter of a rank's (pipe, tensor) shard, with d the data axis (in fp32 DeepSpeed's ZeRO holds
+masters beside the weights, which are the same numbers):
+
+                                ZeRO-0   ZeRO-1     ZeRO-2     ZeRO-3
+    16 bits, sums in fp32                6 + 12/d   2 + 16/d   18/d
+    fp32                        16       8 + 12/d   4 + 16/d   20/d
+
+and exactly, byte for byte, with what DeepSpeed rounds up:
+
+- ZeRO-1 and 2 lay a parameter group out flat and pad it to a multiple of 2·d numbers; a rank owns 1/d of that. In
+  fp32 a rank's gradients are those of the parameters that reach into its part, whole, and zeros for the padding.
+- ZeRO-3 gives each parameter's shard ⌈n/d⌉ numbers, and keeps parameters below
+  `stage3_param_persistence_threshold` whole beside their shards, where there are several.
+- With offload_optimizer ZeRO-1 and 2 hold gradients twice, on the device and in main memory, and have a third buffer
+  for what goes back, in the weights' type, and two of the largest parameter's size.
+- With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
+  too small for files; a file is rounded up to 1 KiB for each thread that reads it.
+- Gradients are what stands after a micro-batch's backward at most: with ZeRO-1 and several micro-batches all of them.
+- The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
+  not written of it takes no memory.
+
+The parameters are those of a Stage on torch's meta device, which has shapes and no memory.
+"""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from megalite.config import Config
+from megalite.config.deepspeed_keys import Aio
+from megalite.config.optimizer_rules import moments_kept
+from megalite.config.rules import machine_has_gpu
+from megalite.model.parameter_groups import parameter_groups
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, Stage
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import plan_of
+from megalite.plan.activations import Forward
+from megalite.plan.kept import Kept, kept_by
+
+FP32 = 4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PERSISTENCE_THRESHOLD = 100_000  # DeepSpeed's default (runtime/zero/config.py)
+FILE_UNIT_BYTES, LEAST_FILE_BYTES = 1024, 2**20  # DeepSpeed's (runtime/swap_tensor/utils.py)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank. buckets: what DeepSpeed reduces gradients in, on the device, beside them; files: what of the
+    optimizer's lies in files."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    files: int = 0
+
+
+def recompute_of(config: Config) -> Recompute:
+    """`megalite.train.activation_checkpointing` as a Stage takes it."""
+    kept = config.train.activation_checkpointing
+    return {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept  # type: ignore[return-value]
+
+
+Sizes = list[list[int]]
+"""Numbers of the parameters of each of the optimizer's groups."""
+
+
+def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
+    """Of a rank's stage; the data axis does not matter."""
+    optimizer = config.document.optimizer
+    assert optimizer is not None
+    with torch.device("meta"):
+        stage = Stage(spec, grid, plan_of(config, spec).cut)
+    groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
+    return [[value.numel() for value in group["params"]] for group in groups]
+
+
+def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
+    """What a rank of a resolved config will hold; grid: where it stands (`Grid.at`)."""
+    e, d = DTYPES[config.precision].itemsize, grid.data.size
+    match config.zero_stage:
+        case 0:
+            count = sum(map(sum, sizes))
+            return States(e * count, FP32 * count, _moments(config) * FP32 * count, 0)
+        case 3:
+            return _fully_sharded(config, sizes, e, d)
+    parts = [-(-sum(group) // (2 * d)) * 2 for group in sizes]
+    owned = [_owned(group, part, grid.data.rank) for group, part in zip(sizes, parts, strict=True)]
+    gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
+    if config.zero_stage == 1 and config.accumulation_steps > 1:
+        gradients = max(gradients, FP32 * sum(map(sum, sizes)))
+    if _offloads(config):
+        gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
+    bucket = FP32 if config.zero_stage == 1 else e
+    return States(
+        e * d * sum(parts),
+        gradients,
+        (1 + _moments(config)) * FP32 * sum(parts),
+        bucket * _bucket(config),
+    )
+
+
+def _offloads(config: Config) -> bool:
+    """Whether the optimizer is stepped in main memory."""
+    zero = config.document.zero_optimization
+    return (
+        zero is not None
+        and zero.offload_optimizer is not None
+        and zero.offload_optimizer.device != "none"
+    )
+
+
+def _owned(sizes: list[int], part: int, rank: int) -> int:
+    """Numbers of the parameters that reach into a rank's part of their flat group, and of the part's padding."""
+    first, last, start, count = rank * part, (rank + 1) * part, 0, 0
+    for size in sizes:
+        count += size if start < last and start + size > first else 0
+        start += size
+    return count + max(0, last - max(start, first))
+
+
+def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
+    """ZeRO-3."""
+    zero = config.document.zero_optimization
+    assert zero is not None
+    threshold = zero.stage3_param_persistence_threshold
+    threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
+    numbers = [size for group in sizes for size in group]
+    shards = sum(-(-size // d) for size in numbers)
+    whole = (
+        sum(size for size in numbers if size <= threshold) if d > 1 else 0
+    )  # alone, its shard is the whole
+    optimizer, files = (1 + _moments(config)) * FP32 * shards, 0
+    if config.swap_folder is not None:
+        swapped = swap_sizes(config, sizes, d)
+        optimizer, files = sum(swapped.buffers) + swapped.memory, swapped.files
+    return States(e * (shards + whole), FP32 * shards, optimizer, FP32 * _bucket(config), files)
+
+
+@dataclass(frozen=True)
+class SwapSizes:
+    """Bytes of a rank whose optimizer states lie in files. buffers: of each that they are read into; memory: of the
+    states that stay in memory, since their sub-groups are small."""
+
+    buffers: list[int]
+    memory: int
+    files: int
+
+
+def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
+    """Of a resolved config with device nvme; d: the data axis."""
+    zero, aio = config.document.zero_optimization, config.document.aio or Aio.model_validate({})
+    assert zero is not None and zero.offload_optimizer is not None
+    buffer_count, limit = zero.offload_optimizer.buffer_count, zero.sub_group_size
+    assert buffer_count is not None and limit is not None, "resolve() writes them"
+    unit = FILE_UNIT_BYTES * (aio.intra_op_parallelism or 1)
+    least = max(LEAST_FILE_BYTES, aio.block_size or 0)
+    groups = [FP32 * numbers for group in sizes for numbers in _sub_groups(group, d, limit)]
+    rounded, kept = [-(-size // unit) * unit for size in groups], 1 + _moments(config)
+    return SwapSizes(
+        [max(rounded)] * buffer_count,
+        kept * sum(size for size in groups if size < least),
+        kept * sum(file for size, file in zip(groups, rounded, strict=True) if size >= least),
+    )
+
+
+def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
+    """Numbers of a rank in each sub-group of one of the optimizer's groups."""
+    result, numbers = [], 0
+    for size in sizes:
+        numbers += -(-size // d)
+        if numbers >= limit:
+            result.append(numbers)
+            numbers = 0
+    return [*result, numbers] if numbers else result
+
+
+def _bucket(config: Config) -> int:
+    """Numbers of the bucket."""
+    zero = config.document.zero_optimization
+    assert zero is not None
+    if zero.contiguous_gradients is False:
+        return 0
+    assert zero.reduce_bucket_size is not None, "resolve() writes it"
+    return zero.reduce_bucket_size
+
+
+def _moments(config: Config) -> int:
+    """Tensors that the optimizer keeps of each weight."""
+    assert config.document.optimizer is not None
+    return moments_kept(config.document.optimizer)
+
+
+def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
+    """What a rank's forwards keep for its backwards at most."""
+    dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
+    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
+    at = Forward(
+        config.micro_batch_size, config.data.sequence_length, dtype, split, documents, device
+    )
+    return kept_by(
+        spec,
+        plan_of(config, spec),
+        grid.pipe.rank,
+        recompute_of(config),
+        at,
+        config.accumulation_steps,
+    )
+
+
+def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
+    """A table of what each rank of a resolved config will hold, for people; ranks that hold the same share a line."""
+    pipe, data, tensor = config.parallel.pipe, config.data_size, config.parallel.tensor
+    places: dict[tuple[int, int], tuple[Sizes, int]] = {}
+    ranks: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(config.world_size):
+        grid = Grid.at(rank, pipe, data, tensor)
+        place = grid.pipe.rank, grid.tensor.rank
+        if place not in places:
+            places[place] = (
+                parameter_sizes(config, spec, grid),
+                predicted_activations(config, spec, grid).bytes,
+            )
+        sizes, kept = places[place]
+        states = predicted_states(config, sizes, grid)
+        row = states.weights, states.gradients, states.optimizer, kept, states.buckets
+        row += (states.files,) if config.swap_folder else ()
+        ranks.setdefault(row, []).append(rank)
+    names = {row: runs(members) for row, members in ranks.items()}
+    head = "bytes, predicted, of rank"
+    width = max(len(head), *map(len, names.values()))
+    columns = ["weights", "gradients", "optimizer", "activations", "bucket"] + ["in files"] * bool(
+        config.swap_folder
+    )
+    lines = [f"{head:{width}}" + "".join(f"  {column:>16}" for column in columns)]
+    return lines + [
+        f"{name:{width}}" + "".join(f"  {size:16,}" for size in row) for row, name in names.items()
+    ]
+
+
+def runs(numbers: list[int]) -> str:
+    """Ascending numbers in short: 0-3, 6, 8-9."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def peak_line(peaks: list[int]) -> str:
+    """The peaks of all ranks in a line."""
+    most, least = max(peaks), min(peaks)
+    return (
+        f"memory peak in the first step: {most / 2**30:.3f} GiB on rank {peaks.index(most)}, "
+        f"{least / 2**30:.3f} GiB on rank {peaks.index(least)}"
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: of its device; on the CPU its resident set, libraries included."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated()

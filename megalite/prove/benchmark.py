@@ -1,0 +1,185 @@
+"""`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, beside a
+plain PyTorch loop with the same model. A layout may bring keys of its own, so that levers stand side by side:
+`--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`.
+
+The plain loop is one process: on a machine without a GPU it has all cores, which a layout's ranks share; with GPUs it
+has one, and a layout one for each rank. It runs before and after the layouts, so that a drift of the machine shows.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megalite.config import Config, load_config
+from megalite.data.loader import TrainData
+from megalite.engine.nvme import check_nvme
+from megalite.model.families import read_spec
+from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import plan_of
+from megalite.plan.states import predicted_activations
+from megalite.prove.layouts import Layout, base_batch, config_of
+from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.local import check_room, run_local_ranks
+
+RANK_MODULE = "megalite.prove.benchmark_rank"
+MEGABYTE = 1e6
+AXES = ("pipe", "data", "tensor", "ends", "other")
+STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the figures; returns 0. Raises UserError with one line."""
+    parser = ArgumentParser(
+        "benchmark_step.py", description="Measure a training step on several layouts."
+    )
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        required=True,
+        metavar="LAYOUT",
+        help='pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
+    )
+    parser.add_argument(
+        "--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON"
+    )
+    options = parser.parse_args(arguments)
+    overrides = [*options.set, "megalite.train.batch_ramp=null"]
+    config = load_config(options.deepspeed_config, overrides)
+    cases = [Case.parse(text, options.deepspeed_config, overrides) for text in options.layouts]
+    batch = base_batch(config, cases[0].layout)
+    configs = {case.name: config_of(case.config, case.layout, batch) for case in cases}
+    for case in cases:
+        check_room(case.layout.world_size, case.name)
+        check_nvme(configs[case.name], read_spec(configs[case.name].model), case.layout.world_size)
+    # ZeRO-1 only so that the config is valid with bf16: the plain loop has no DeepSpeed.
+    alone = config_of(config, Layout(zero=1), batch, offload=False)
+    TrainData(alone.data, alone.train.seed, read_spec(alone.model).vocabulary_size)
+    tokens = batch * alone.data.sequence_length
+    before = _measured(alone, 1, options.steps, plain=True)
+    print(
+        f"plain PyTorch, 1 process: {_speed(before, tokens)}, peak {_megabytes(before, 'peak_bytes')} MB",
+        flush=True,
+    )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, one in configs.items():
+        rows[name] = _measured(one, one.world_size, options.steps, plain=False)
+        for rank, row in enumerate(rows[name]):
+            row["kept_bytes"] = _kept_bytes(one, rank)
+            row["simulated_bubble"] = _simulated_bubble(one)
+        print(report(name, rows[name], tokens), flush=True)
+    after = _measured(alone, 1, options.steps, plain=True)
+    print(f"plain PyTorch, 1 process, again: {_speed(after, tokens)}\n", flush=True)
+    print(table(rows, (step_seconds(before) + step_seconds(after)) / 2, tokens))
+    return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and the config that it brings, under the name that the user gave it."""
+
+    name: str
+    layout: Layout
+    config: Config
+
+    @classmethod
+    def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
+        """`LAYOUT` or `LAYOUT KEY=VALUE …`; ConfigError where it is neither."""
+        layout, *own = text.split() or [""]
+        return cls(
+            " ".join([layout, *own]), Layout.parse(layout), load_config(file, [*overrides, *own])
+        )
+
+
+def _kept_bytes(config: Config, rank: int) -> int:
+    """What a rank keeps for backward, as plan/activations.py predicts it."""
+    grid = Grid.at(rank, config.parallel.pipe, config.data_size, config.parallel.tensor)
+    return predicted_activations(config, read_spec(config.model), grid).bytes
+
+
+def _simulated_bubble(config: Config) -> float:
+    """Of the pipe axis, as the schedule's program has it with the costs of its chunks."""
+    return plan_of(config, read_spec(config.model)).report(config.accumulation_steps).bubble
+
+
+def _measured(config: Config, world_size: int, steps: int, plain: bool) -> list[dict[str, Any]]:
+    """What each rank has measured, in the order of ranks."""
+    with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
+        request = Path(folder) / "request.json"
+        request.write_text(
+            json.dumps(
+                {"config": config.to_json(), "steps": steps, "plain": plain, "folder": folder}
+            )
+        )
+        run_local_ranks(world_size, RANK_MODULE, [str(request)])
+        return [
+            json.loads((Path(folder) / f"rank{rank}.json").read_text())
+            for rank in range(world_size)
+        ]
+
+
+def step_seconds(ranks: list[dict[str, Any]]) -> float:
+    """Median over the steps of the slowest rank's time."""
+    return median(max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True))
+
+
+def _speed(ranks: list[dict[str, Any]], tokens: int) -> str:
+    seconds = step_seconds(ranks)
+    return f"{seconds:.4g} s a step, {tokens / seconds:,.0f} tokens/s"
+
+
+def _megabytes(ranks: list[dict[str, Any]], name: str) -> str:
+    return " ".join(f"{rank[name] / MEGABYTE:.4g}" for rank in ranks)
+
+
+def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
+    """A layout's figures, rank by rank."""
+    lines = [f"{name}: {_speed(ranks, tokens)}"]
+    lines += [
+        f"    {kind.removesuffix('_bytes'):9} MB by rank: {_megabytes(ranks, kind)}"
+        for kind in STATES
+    ]
+    lines.append(f"    kept      MB by rank: {_megabytes(ranks, 'kept_bytes')}")
+    lines.append(f"    peak      MB by rank: {_megabytes(ranks, 'peak_bytes')}")
+    if ranks[0]["simulated_bubble"] > 0:
+        measured = " ".join(f"{100 * rank['bubble']:.1f}" for rank in ranks)
+        simulated = f"on average; simulated {100 * ranks[0]['simulated_bubble']:.1f}"
+        average = 100 * sum(rank["bubble"] for rank in ranks) / len(ranks)
+        lines.append(f"    pipeline bubble, % by rank: {measured}; {average:.1f} {simulated}")
+    for axis in sorted({axis for rank in ranks for axis in rank["sent"]}):
+        sent = " ".join(f"{rank['sent'].get(axis, 0) / MEGABYTE:.4g}" for rank in ranks)
+        lines.append(f"    sent over {axis}, MB a step by rank: {sent}")
+    return "\n".join(lines)
+
+
+def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:
+    """A line a layout; memory and bytes of the rank that has most. kept: for backward, predicted."""
+    width = max(map(len, [*rows, "layout"]))
+    columns = (
+        "seconds",
+        "tokens/s",
+        "of plain",
+        "states MB",
+        "kept MB",
+        "peak MB",
+        *(f"{axis} MB" for axis in AXES),
+    )
+    lines = [f"{'layout':{width}}" + "".join(f"  {column:>9}" for column in columns)]
+    for name, ranks in rows.items():
+        seconds = step_seconds(ranks)
+        bytes_held = [max(sum(rank[kind] for kind in STATES) for rank in ranks)]
+        bytes_held += [max(rank[kind] for rank in ranks) for kind in ("kept_bytes", "peak_bytes")]
+        bytes_sent = [max(rank["sent"].get(axis, 0) for rank in ranks) for axis in AXES]
+        line = f"{name:{width}}  {seconds:9.4g}  {tokens / seconds:9,.0f}  {plain_seconds / seconds:9.3f}"
+        lines.append(
+            line + "".join(f"  {size / MEGABYTE:9.4g}" for size in (*bytes_held, *bytes_sent))
+        )
+    return "\n".join(lines)

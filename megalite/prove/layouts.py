@@ -1,0 +1,167 @@
+"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,zero=2,micro=1,schedule=zb-v`, and the config of each.
+
+All of them train the same global batch from one JSON. Used by verify.py and benchmark.py.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megalite.config import Config, check_model
+from megalite.config.deepspeed_keys import OPTIMIZERS
+from megalite.config.sections import BatchRamp
+from megalite.errors import ConfigError
+from megalite.model.families import read_spec
+from megalite.model.parameter_groups import check_parameter_groups
+from megalite.pipeline.schedules import SCHEDULES
+
+LEAST_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes, ZeRO's stage, samples of a micro-batch, and the pipe axis' schedule, its chunks a rank and
+    sequence parallelism; what is None is as the JSON says."""
+
+    pipe: int = 1
+    tensor: int = 1
+    data: int = 1
+    zero: int | None = None
+    micro: int | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    sequence: bool | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """ConfigError where the text is not of the form above."""
+        names = [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            if name not in names or name in values:
+                raise ConfigError(
+                    f"--layouts: {text}: must be NAME=VALUE, each of {', '.join(names)} at most once"
+                )
+            values[name] = _value(name, value, text)
+        return cls(**values)
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.tensor * self.data
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """What it says of `megalite.parallel`."""
+        keys = ("pipe", "tensor", "schedule", "chunks", "sequence")
+        found = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        if self.pipe == 1 and self.schedule is None:
+            found["schedule"] = "1f1b"  # the only one of a single rank
+        return found
+
+    def __str__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        words = {True: "true", False: "false"}
+        return ",".join(
+            f"{name}={words[value] if isinstance(value, bool) else value}"
+            for name, value in given.items()
+            if value is not None
+        )
+
+
+def _value(name: str, value: str, text: str) -> Any:
+    """The value of a part of a layout. Raises ConfigError."""
+    if name == "schedule":
+        if value not in SCHEDULES:
+            raise ConfigError(f"--layouts: {text}: schedule: must be one of {', '.join(SCHEDULES)}")
+        return value
+    if name == "sequence":
+        if value not in ("true", "false"):
+            raise ConfigError(f"--layouts: {text}: sequence: must be true or false")
+        return value == "true"
+    good = value.isascii() and value.isdecimal() and len(value) < 10
+    if not good or (name != "zero" and int(value) < 1):
+        raise ConfigError(f"--layouts: {text}: {name}: must be a number, as in pipe=2,data=2")
+    return int(value)
+
+
+def comparable(config: Config) -> Config:
+    """The config in fp32, at a constant learning rate, and with Adam's epsilon, if it is Adam, at 1e-4 or more. With
+    less, an element whose gradient is rounding alone makes a whole step of its sign, and faults hide among chance; at
+    the start of a warm-up they hide in the rounding of the weights."""
+    document = copy.deepcopy(config.to_json())
+    for key in ("bf16", "fp16", "communication_data_type", "scheduler"):
+        document.pop(key, None)
+    optimizer = document.get("optimizer", {})
+    if "eps" in OPTIMIZERS.get(optimizer.get("type"), {}):
+        optimizer["params"]["eps"] = max(optimizer["params"].get("eps", 0.0), LEAST_EPSILON)
+    return Config.from_dict(document)
+
+
+def base_batch(config: Config, first: Layout) -> int:
+    """Samples of the global batch of all layouts: what the JSON says, on the first layout's data axis where it leaves
+    the total open."""
+    keys = config.document
+    if keys.train_batch_size is not None:
+        return keys.train_batch_size
+    if keys.train_micro_batch_size_per_gpu is None:
+        raise ConfigError("train_batch_size: missing: give it or train_micro_batch_size_per_gpu")
+    return (
+        keys.train_micro_batch_size_per_gpu * (keys.gradient_accumulation_steps or 1) * first.data
+    )
+
+
+def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) -> Config:
+    """The resolved config of a layout. Raises ConfigError as for a run of it."""
+    document: dict[str, Any] = copy.deepcopy(config.to_json())
+    keys = config.document
+    given = keys.train_micro_batch_size_per_gpu or max(
+        1, batch // (keys.gradient_accumulation_steps or 1)
+    )
+    if batch % layout.data:
+        raise ConfigError(
+            f"train_batch_size: {batch}: must be a multiple of the data axis of {layout}"
+        )
+    document["train_batch_size"] = batch
+    every = _common(batch, config.train.batch_ramp)
+    document["train_micro_batch_size_per_gpu"] = layout.micro or math.gcd(
+        given, max(1, every // layout.data)
+    )
+    document.pop("gradient_accumulation_steps", None)
+    zero = document.setdefault("zero_optimization", {})
+    if layout.zero is not None:
+        zero["stage"] = layout.zero
+    if not offload:
+        zero.pop("offload_optimizer", None)
+        zero.pop("offload_param", None)
+        document.pop("aio", None)
+    parallel = document["megalite"].setdefault("parallel", {})
+    if (layout.pipe, layout.schedule) != (config.parallel.pipe, None):
+        for key in ("chunks", "cut"):  # of another pipe axis or schedule
+            parallel.pop(key, None)
+    parallel.update(layout.parallel)
+    resolved = Config.from_dict(document).resolve(layout.world_size)
+    spec = read_spec(resolved.model)
+    check_model(resolved, spec)
+    check_parameter_groups(resolved, spec)
+    return resolved
+
+
+def common_batch(config: Config) -> int:
+    """What all global batches of a resolved config, during a ramp too, are multiples of."""
+    return _common(config.train_batch_size, config.train.batch_ramp)
+
+
+def _common(batch: int, ramp: BatchRamp | None) -> int:
+    return batch if ramp is None else math.gcd(batch, ramp.start, ramp.increment)
+
+
+def micro_sizes(batch: int, given: int) -> list[int]:
+    """Up to four micro-batch sizes for one process, `given` first: 1, half of it, twice it (not more, for memory)."""
+    return [
+        given,
+        *sorted(
+            {size for size in (1, given // 2, 2 * given) if size and batch % size == 0} - {given}
+        ),
+    ]

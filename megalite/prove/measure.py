@@ -1,0 +1,113 @@
+"""What a step costs on this rank: seconds, bytes held, bytes sent by axis; and the same of a plain PyTorch loop.
+
+Next: benchmark.py, which prints both side by side.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalite.config import Config
+from megalite.data.loader import TrainData
+from megalite.engine.build import build_stage
+from megalite.model.families import read_spec
+from megalite.model.parameter_groups import parameter_groups
+from megalite.parallel.grid import ALONE, Grid
+from megalite.parallel.traffic import Traffic
+from megalite.plan.states import peak_bytes
+from megalite.prove.trace import Session
+from megalite.training.batches import micro_batches
+from megalite.training.step import tokens_that_count
+
+WARMUP_STEPS = 2
+
+
+def measure_layout(config: Config, steps: int) -> dict[str, Any]:
+    """`steps` timed steps of a resolved config on this rank (collective)."""
+    session = Session.build(config)
+    with Traffic(session.engine.grid) as traffic, session.engine.weighed() as held:
+        session.step(0)
+    seconds = _timed(lambda step: session.step(step), steps)
+    peak = peak_bytes(torch.device(session.engine.device or "cpu"))
+    bubble = _bubble(session, WARMUP_STEPS + steps)
+    return {
+        **held,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "sent": dict(traffic.bytes),
+        "bubble": bubble,
+    }
+
+
+def _bubble(session: Session, step: int) -> float:
+    """Share of the time between a step's first and last action in which this rank does none: it waits for others on the
+    pipe axis."""
+    interpreter = session.pipeline.interpreter
+    interpreter.whole.on = interpreter.busy.on = True
+    dist.barrier()
+    session.step(step)
+    _wait_for_device()
+    interpreter.whole.on = interpreter.busy.on = False
+    return 1 - interpreter.busy.take() / interpreter.whole.take()
+
+
+def measure_plain(config: Config, steps: int) -> dict[str, Any]:
+    """The same model, batches and precision in a loop of torch alone, in one process: autocast for bf16, AdamW,
+    clip_grad_norm_."""
+    from deepspeed.accelerator import get_accelerator  # slow; only where a device must be chosen
+
+    accelerator: Any = get_accelerator()
+    device = torch.device(
+        accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu"
+    )
+    spec, optimizer = read_spec(config.model), config.document.optimizer
+    assert optimizer is not None
+    stage = build_stage(config, spec, Grid()).to(device)
+    params = optimizer.params
+    groups = parameter_groups(stage, params.weight_decay)
+    b1, b2 = params.betas or (0.9, 0.999)
+    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(b1, b2), eps=params.eps or 1e-8)
+    data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
+    bf16 = config.precision == "bf16"
+
+    def one_step(step: int) -> None:
+        size = config.train_batch_size
+        draw = (config.train.seed, step)
+        batches = micro_batches(
+            data, step * size, size, config.micro_batch_size, ALONE, device, draw
+        )
+        weight = max(1, int(tokens_that_count(batches)))
+        for tokens, labels, context in batches:
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = stage(tokens, labels, context)
+            (loss / weight).backward()
+        if config.gradient_clipping > 0:
+            nn.utils.clip_grad_norm_(stage.parameters(), config.gradient_clipping)
+        adam.step()
+        adam.zero_grad()
+
+    return {"seconds": _timed(one_step, steps), "peak_bytes": peak_bytes(device)}
+
+
+def _timed(step: Callable[[int], Any], steps: int) -> list[float]:
+    """Seconds of each step after warming up; all ranks begin a step together."""
+    seconds = []
+    for number in range(WARMUP_STEPS + steps):
+        _wait_for_device()
+        dist.barrier()
+        start = time.perf_counter()
+        step(number)
+        _wait_for_device()
+        if number >= WARMUP_STEPS:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,267 @@
+"""A few steps of a run written down in full: losses, norms, what every rank holds of masters and Adam moments; with a
+resume from a checkpoint on the way and an evaluation at the end.
+
+`record` runs on the ranks; `Trace` puts a recorded step together again, tensor by tensor. Next: verify.py, which
+compares traces of layouts.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite.checkpoint.boxes import boxes_of_shard
+from megalite.checkpoint.save import Saver, owned_boxes
+from megalite.config import Config
+from megalite.data.loader import TrainData
+from megalite.data.position import Position
+from megalite.engine.build import LearningRate, build_engine, build_pipeline
+from megalite.engine.engine import Engine
+from megalite.engine.zero import MOMENTS
+from megalite.model.families import model_dict, read_spec
+from megalite.parallel.grid import Grid
+from megalite.pipeline.actions import Pipeline
+from megalite.training.batches import MicroBatch, micro_batches
+from megalite.training.evaluation import loss_and_tokens
+from megalite.training.start import starting_point
+from megalite.training.step import train_step
+
+KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
+
+
+@functools.cache
+def _grid(pipe: int, tensor: int) -> Grid:
+    """Made once in a process: every grid opens its own groups."""
+    return Grid.build(pipe, tensor)
+
+
+@dataclass
+class Session:
+    """A freshly built run on this rank, to be stepped without a run folder."""
+
+    config: Config
+    engine: Engine
+    pipeline: Pipeline
+    data: TrainData
+    rate: LearningRate
+
+    @classmethod
+    def build(cls, config: Config) -> "Session":
+        """From a resolved config (collective over the world)."""
+        spec = read_spec(config.model)
+        engine = build_engine(config, spec, _grid(config.parallel.pipe, config.parallel.tensor))
+        data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
+        return cls(
+            config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config)
+        )
+
+    def position(self, step: int) -> Position:
+        """Before a step."""
+        samples = self.config.batch_plan.consumed(step)
+        return Position(step, samples, samples * self.config.data.sequence_length)
+
+    def batches(self, step: int, training: bool = True) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; not training: for an evaluation."""
+        config, axis = self.config, self.engine.grid.data
+        start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
+        size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
+        return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
+
+    def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step on these (train_step); the host waits for the norm alone."""
+        return train_step(self.pipeline, self.engine.grid.data, batches)
+
+    def step(self, step: int) -> tuple[float, float]:
+        """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
+        self.rate.set(self.position(step))
+        total, weight = self.train(self.batches(step))
+        grid, total = self.engine.grid, total.double()
+        dist.all_reduce(total)
+        return (total / (grid.tensor.size * weight)).item(), float(
+            self.engine.get_global_grad_norm() or 0.0
+        )
+
+    def evaluate(self, step: int) -> float:
+        """The mean loss of what a step would train on, as an evaluation of a run has it."""
+        loss, tokens = loss_and_tokens(self.pipeline, self.batches(step, training=False))
+        return (loss / tokens.clamp(min=1)).item()
+
+    def resumed(self, step: int, run_dir: Path) -> "Session":
+        """Another session that goes on after `step` steps from a checkpoint that this one writes (collective)."""
+        saver, grid = Saver(run_dir, keep=0), self.engine.grid
+        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=self.config.zero_stage == 0)
+        state = {
+            **asdict(self.position(step)),
+            "seed": self.config.train.seed,
+            "model": model_dict(self.config.model),
+        }
+        saver.save(step, boxes, state)
+        saver.wait()
+        session = Session.build(self.config)
+        starting_point(run_dir, None).fill(session.engine)
+        session.rate.start_at(step)
+        return session
+
+
+Plant = Callable[[Session, str, contextlib.ExitStack], None]
+"""Makes a session wrong (mutants.py): called when it is "built" and when it has "resumed"; what it changes beyond the
+session is put back by the stack."""
+
+
+def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    """Changes nothing."""
+
+
+def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) -> None:
+    """Trains `steps` steps, resumes after the first half of them, evaluates at the end, and writes what this rank has
+    before the first step and after each into `folder` (collective)."""
+    with contextlib.ExitStack() as stack:
+        session, rank = Session.build(config), dist.get_rank()
+        plant(session, "built", stack)
+        figures: list[dict[str, float]] = []
+        places = _write_tensors(session.engine, folder / f"start_rank{rank}.safetensors")
+        for step in range(steps):
+            loss, norm = session.step(step)
+            figures.append({"loss": loss, "norm": norm})
+            places |= _write_tensors(session.engine, folder / f"step{step}_rank{rank}.safetensors")
+            if step + 1 == (steps + 1) // 2 < steps:
+                session = session.resumed(step + 1, folder / "run")
+                plant(session, "resumed", stack)
+        figures[-1]["evaluation"] = session.evaluate(steps)
+        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+
+
+def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
+    """Writes masters and moments; where each stands in its full tensor, by key."""
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, dict[str, Any]] = {}
+    for shard in engine.shards():
+        place = shard.placement
+        for kind, values in {"weight": shard.master, **shard.state}.items():
+            key = f"{kind}/{place.name}"
+            tensors[key] = values.detach().cpu().clone()
+            places[key] = {
+                "full_shape": place.full_shape,
+                "shape": place.shape,
+                "offsets": place.offsets,
+                "start": shard.start,
+                "counted": place.counted,
+            }
+    save_file(tensors, path)
+    return places
+
+
+@dataclass
+class Piece:
+    """A box of a full tensor as one rank holds it. counted: not a copy of another rank's."""
+
+    rank: int
+    counted: bool
+    offsets: tuple[int, ...]
+    values: Tensor
+
+    def cut(self, full: Tensor) -> Tensor:
+        """The same box of a full tensor (a view)."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.values.shape, strict=True)):
+            full = full.narrow(dim, offset, size)
+        return full
+
+
+class Trace:
+    """What `record` wrote, of all ranks. figures[rank][step] has loss and norm, the last step's an evaluation too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ranks = range(len(list(folder.glob("rank*.json"))))
+        written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
+        self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
+        self.places: list[dict[str, dict[str, Any]]] = [rank["places"] for rank in written]
+        self._usual: dict[int, dict[str, float]] = {}
+        self._weights: tuple[int, dict[str, Tensor]] = -2, {}
+
+    @property
+    def steps(self) -> int:
+        return len(self.figures[0])
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes by `kind/name` of every tensor of the model, by kind in the order of KINDS."""
+        shapes = {
+            key: tuple(place["full_shape"])
+            for places in self.places
+            for key, place in places.items()
+        }
+        return dict(
+            sorted(
+                shapes.items(), key=lambda item: (KINDS.index(item[0].partition("/")[0]), item[0])
+            )
+        )
+
+    def pieces(self, step: int) -> dict[str, list[Piece]]:
+        """By key, all that the ranks hold after a step, before the first one with step -1."""
+        result: dict[str, list[Piece]] = {}
+        for rank, places in enumerate(self.places):
+            name = f"step{step}" if step >= 0 else "start"
+            with safe_open(self.folder / f"{name}_rank{rank}.safetensors", "pt") as file:
+                held = set(file.keys())
+                for key, place in places.items():
+                    if key not in held:
+                        continue
+                    shape, offsets, start = (
+                        tuple(place["shape"]),
+                        tuple(place["offsets"]),
+                        place["start"],
+                    )
+                    for box in boxes_of_shard(
+                        self.shapes[key], shape, offsets, start, file.get_tensor(key)
+                    ):
+                        result.setdefault(key, []).append(
+                            Piece(rank, place["counted"], box.offsets, box.values)
+                        )
+        return result
+
+    def usual(self, step: int) -> dict[str, float]:
+        """By kind, how large an element is after a step: root of the mean square over all tensors."""
+        if step not in self._usual:
+            sums: dict[str, tuple[float, int]] = {}
+            for key, full, _ in self.full(step):
+                kind = key.partition("/")[0]
+                squares, count = sums.get(kind, (0.0, 0))
+                sums[kind] = squares + full.double().square().sum().item(), count + full.numel()
+            self._usual[step] = {
+                kind: (squares / count) ** 0.5 for kind, (squares, count) in sums.items()
+            }
+        return self._usual[step]
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The full weights after a step by name, before the first one with step -1."""
+        if self._weights[0] != step:
+            found = {
+                key.partition("/")[2]: full
+                for key, full, _ in self.full(step)
+                if key.startswith("weight/")
+            }
+            self._weights = step, found
+        return self._weights[1]
+
+    def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
+        """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""
+        pieces = self.pieces(step)
+        for key, shape in self.shapes.items():
+            if key not in pieces:
+                continue
+            whole = torch.full(shape, torch.nan)
+            for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's stays
+                if piece.counted:
+                    piece.cut(whole).copy_(piece.values)
+            yield key, whole, pieces[key]

@@ -1,0 +1,85 @@
+"""Race of the head and its loss alone, GPT-2's sizes: ours against F.linear with F.cross_entropy, in one process."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from megalite.races.referee import spread
+
+TOKENS, HIDDEN, VOCABULARY = 1024, 768, 50257
+
+
+def main(rounds: int) -> None:
+    """Prints a line for each way and type."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from megalite.parallel.grid import ALONE
+    from megalite.parallel.loss import head_loss
+
+    torch.set_num_threads(1)
+    print(
+        f"\nhead: {TOKENS:,} tokens, hidden {HIDDEN}, vocabulary {VOCABULARY:,}, {rounds} rounds, one thread"
+    )
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "megalite": lambda hidden, weight: head_loss(
+            hidden, weight, None, labels, VOCABULARY, ALONE
+        ),
+        "linear + cross_entropy": lambda hidden, weight: F.cross_entropy(
+            F.linear(hidden, weight).float(), labels, reduction="sum"
+        ),
+        "linear + cross_entropy, 16 bits": lambda hidden, weight: F.cross_entropy(
+            F.linear(hidden, weight), labels, reduction="sum"
+        ),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
+        weight = torch.randn(VOCABULARY, HIDDEN).mul(0.02).to(dtype).requires_grad_()
+        names = [name for name in ways if dtype != torch.float32 or "16 bits" not in name]
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        peaks, losses = {}, {}
+
+        def step(
+            way: Callable[[Tensor, Tensor], Tensor],
+            hidden: Tensor = hidden,
+            weight: Tensor = weight,
+        ) -> float:
+            loss = way(hidden, weight) / TOKENS
+            loss.backward()
+            hidden.grad = weight.grad = None
+            return loss.item()
+
+        for name in names:
+            peaks[name] = _peak_bytes(lambda name=name: step(ways[name]))
+        for number in range(rounds + 1):
+            for name in names if number % 2 else names[::-1]:
+                start = time.process_time()
+                losses[name] = step(ways[name])
+                seconds[name].append(time.process_time() - start)
+        kept = sum(value.nbytes for value in (hidden, weight))
+        for name in names:
+            own = seconds[name][1:]
+            ratio = median(own) / median(seconds["megalite"][1:])
+            told = f"peak {peaks[name] / 1e6:4.0f} MB, {(peaks[name] - kept) / 1e6:4.0f} beside the gradients"
+            print(
+                f"{str(dtype)[6:]:9} {name:32} loss {losses[name]:.4f}  {spread(own)} s  ratio {ratio:.3f}  {told}"
+            )
+
+
+def _peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch allocates at a time in `work`."""
+    import torch
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    now = highest = 0
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            highest = max(highest, now)
+    return highest

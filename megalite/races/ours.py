@@ -1,0 +1,32 @@
+"""Contender: the whole training program, with all that it does around a step (agreement, health, metrics)."""
+
+from typing import Any
+
+from megalite.races.turns import Turns, request
+from megalite.ranks.launch import run_program
+from megalite.training import pretrain as program
+
+
+def main(arguments: list[str]) -> int:
+    """Trains until the race is over."""
+    turns, train = Turns(), program._train
+
+    def train_in_turns(prepared: Any, rank: int) -> int:
+        from megalite.training import loop  # as the program does: after the ranks have started
+
+        class TakingTurns(loop.Run):
+            def _step(self) -> loop.Agreed:
+                turns.begin()
+                agreed = super()._step()
+                turns.end(self.health.loss)
+                return agreed
+
+        loop.Run = TakingTurns
+        return train(prepared, rank)
+
+    program._train = train_in_turns
+    return program.main(["--deepspeed_config", request()["config"]])
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,233 @@
+"""The races of `tools/benchmark_peers.py`: who runs against whom, and what is printed.
+
+Ratio is the peer's seconds by ours: above 1 ours is faster. Processor seconds are those of all ranks together, which
+other work on the machine hardly moves; where one rank waits for another ("busiest") it is the rank with most of them.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megalite.errors import UserError
+from megalite.races import head, loader
+from megalite.races.inputs import (
+    SMALL,
+    WIDE,
+    Shape,
+    deepspeed_keys,
+    make_inputs,
+    our_keys,
+    peer_request,
+    write_json,
+)
+from megalite.races.machine import machine_line
+from megalite.races.referee import Contender, Step, Team, race, spread
+from megalite.ranks.launch import ArgumentParser, at_least
+
+TOLERANCE = {False: 1e-4, True: 3e-3}  # of the losses, relative, by whether it is bf16
+Figure = Callable[[Step], float]
+
+
+def total(step: Step) -> float:
+    """Processor seconds of all ranks."""
+    return sum(step.processor)
+
+
+def busiest(step: Step) -> float:
+    """Processor seconds of the rank that has most."""
+    return max(step.processor)
+
+
+def wall(step: Step) -> float:
+    """Seconds that went by."""
+    return step.wall
+
+
+FIGURES: dict[str, Figure] = {"processor": total, "busiest": busiest, "wall": wall}
+
+
+@dataclass(frozen=True)
+class Race:
+    """shape: of the model; batch: samples of a step; micro: of a micro-batch; make: the contenders, ours first, from a
+    folder with the inputs; figure: what decides (a key of FIGURES)."""
+
+    told: str
+    shape: Shape
+    batch: int
+    micro: int
+    bf16: bool
+    make: Callable[["Race", Path], list[Contender]]
+    figure: str = "processor"
+
+
+def _ours(
+    race_: Race, folder: Path, ranks: int, zero: int, data: int, **parallel: Any
+) -> Contender:
+    keys = our_keys(
+        folder, race_.shape, race_.batch, race_.micro, data, zero, race_.bf16, **parallel
+    )
+    config = write_json(folder / "ours.json", keys)
+    return Contender(f"megalite, ZeRO-{zero}", "megalite.races.ours", ranks, {"config": config})
+
+
+def _peer(
+    race_: Race, folder: Path, name: str, module: str, ranks: int, threads: int = 1, **more: Any
+) -> Contender:
+    asked = peer_request(folder, race_.batch, race_.micro, race_.bf16, **more)
+    return Contender(name, f"megalite.prove.{module}", ranks, asked, threads)
+
+
+def _alone(race_: Race, folder: Path) -> list[Contender]:
+    # ZeRO-0 has no 16 bits in DeepSpeed.
+    return [
+        _ours(race_, folder, 1, int(race_.bf16), 1),
+        _peer(race_, folder, "autocast" if race_.bf16 else "plain PyTorch", "plain", 1),
+    ]
+
+
+def _alone_zero_1(race_: Race, folder: Path) -> list[Contender]:
+    return [_ours(race_, folder, 1, 1, 1), _peer(race_, folder, "plain PyTorch", "plain", 1)]
+
+
+def _data(zero: int) -> Callable[[Race, Path], list[Contender]]:
+    def make(race_: Race, folder: Path) -> list[Contender]:
+        keys = deepspeed_keys(race_.batch, race_.micro, 2, zero, race_.bf16)
+        theirs = write_json(folder / "theirs.json", keys)
+        trainer, output = f"Trainer + DeepSpeed, ZeRO-{zero}", str(folder / "trainer")
+        return [
+            _ours(race_, folder, 2, zero, 2),
+            _peer(race_, folder, trainer, "trainer", 2, deepspeed=theirs, output=output),
+            _peer(race_, folder, "FSDP2", "fsdp", 2, reshard=zero == 3),
+        ]
+
+    return make
+
+
+def _pipe(race_: Race, folder: Path) -> list[Contender]:
+    keys = deepspeed_keys(race_.batch, race_.micro, 1, 0, race_.bf16)
+    theirs, cut = write_json(folder / "theirs.json", keys), race_.shape.layers * 2 // 3
+    return [
+        _ours(race_, folder, 2, 0, 1, pipe=2),
+        _peer(race_, folder, "torch 1F1B", "torch_pipe", 2, cut=cut),
+        _peer(
+            race_,
+            folder,
+            "DeepSpeed PipelineEngine",
+            "deepspeed_pipe",
+            2,
+            cut=cut,
+            deepspeed=theirs,
+        ),
+    ]
+
+
+def _tensor(race_: Race, folder: Path) -> list[Contender]:
+    return [
+        _ours(race_, folder, 2, 0, 1, tensor=2),
+        _peer(race_, folder, "one process, 2 threads", "plain", 1, threads=2),
+        _peer(race_, folder, "DTensor, loss_parallel", "dtensor", 2),
+    ]
+
+
+RACES = {
+    "one-fp32": Race("one process, fp32, 34 M", SMALL, 1, 1, False, _alone),
+    "one-zero1": Race(
+        "one process, fp32, 34 M, ours with ZeRO-1", SMALL, 1, 1, False, _alone_zero_1
+    ),
+    "one-bf16": Race("one process, bf16, 34 M", SMALL, 2, 2, True, _alone),
+    "one-wide": Race("one process, fp32, 55 M", WIDE, 1, 1, False, _alone),
+    "data-zero1": Race("data 2, fp32, 34 M", SMALL, 2, 1, False, _data(1)),
+    "data-zero2": Race("data 2, fp32, 34 M", SMALL, 2, 1, False, _data(2)),
+    "data-zero3": Race("data 2, fp32, 34 M", SMALL, 2, 1, False, _data(3)),
+    "pipe": Race("pipe 2, 8 micro-batches, fp32, 34 M", SMALL, 8, 1, False, _pipe, "busiest"),
+    "tensor": Race("tensor 2, fp32, 34 M", SMALL, 2, 2, False, _tensor, "wall"),
+}
+OTHERS = {"head": head.main, "loader": loader.main}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs races and prints them; returns 0. Raises UserError with one line."""
+    parser = ArgumentParser("benchmark_peers.py", description="Measure training beside its peers.")
+    parser.add_argument(
+        "rows",
+        nargs="+",
+        choices=[*RACES, *OTHERS],
+        metavar="ROW",
+        help=", ".join([*RACES, *OTHERS]),
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=5, metavar="N", help="steps that count (default: 5)"
+    )
+    parser.add_argument(
+        "--warmup", type=at_least(1), default=2, metavar="N", help="steps before them (default: 2)"
+    )
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    print(machine_line(), flush=True)
+    for row in options.rows:
+        if row in OTHERS:
+            OTHERS[row](options.rounds)
+        else:
+            _run(row, RACES[row], options.rounds, options.warmup)
+    return 0
+
+
+def _run(name: str, race_: Race, rounds: int, warmup: int) -> None:
+    tokens = race_.batch * race_.shape.length
+    print(
+        f"\n{name}: {race_.told}, {tokens:,} tokens a step, {rounds} rounds after {warmup}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="peers_") as folder:
+        make_inputs(Path(folder), race_.shape, race_.batch, rounds + warmup)
+        teams = race(race_.make(race_, Path(folder)), rounds, warmup)
+    print("\n".join(report(race_, teams)), flush=True)
+
+
+def report(race_: Race, teams: list[Team]) -> list[str]:
+    """A line a contender. Raises UserError where the losses differ: then they did not do the same."""
+    ours, lines = teams[0], []
+    width = max(len(team.contender.name) for team in teams)
+    for team in teams:
+        apart = max(
+            abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours.steps, team.steps, strict=True)
+        )
+        if apart > TOLERANCE[race_.bf16]:
+            pairs = [
+                f"{a.loss:.5f} {b.loss:.5f}" for a, b in zip(ours.steps, team.steps, strict=True)
+            ]
+            raise UserError(
+                f"{team.contender.name}: losses differ from ours by {apart:.1e}: {', '.join(pairs)}"
+            )
+        line = f"{team.contender.name:{width}}  loss {team.steps[-1].loss:.4f}"
+        line += f"  start {sum(team.start_processor):5.1f} processor s, {team.start_wall:5.1f} s"
+        line += f"  peak {team.peak_bytes / 1e6:6,.0f} MB"
+        for name, figure in FIGURES.items():
+            line += f"  {name} {spread([figure(step) for step in team.steps])}"
+        lines.append(line)
+    for team in teams[1:]:
+        lines.append(
+            f"{'ratio to ' + team.contender.name:{width + 9}}  {ratios(race_.figure, ours, team)}"
+        )
+    return lines
+
+
+def ratios(deciding: str, ours: Team, theirs: Team) -> str:
+    """Peer by ours: of the medians, with the least and the most of the rounds; start and memory as well."""
+    parts = []
+    for name, figure in FIGURES.items():
+        pairs = [figure(b) / figure(a) for a, b in zip(ours.steps, theirs.steps, strict=True)]
+        middle = median(figure(step) for step in theirs.steps) / median(
+            figure(step) for step in ours.steps
+        )
+        mark = "*" if name == deciding else ""
+        parts.append(f"{mark}{name} {middle:.3f} ({min(pairs):.3f}-{max(pairs):.3f}){mark}")
+    start = sum(ours.start_processor) / sum(theirs.start_processor)
+    memory = ours.peak_bytes / theirs.peak_bytes
+    return "  ".join(
+        [*parts, f"start ours/theirs {start:.2f}", f"peak memory ours/theirs {memory:.2f}"]
+    )

@@ -1,0 +1,437 @@
+"""From a process that a launcher started to a rank: environment, a word from the validating rank, process group.
+
+`deepspeed`, `torchrun`, `srun` or nobody started this process; here it learns which. One rank a node validates
+what the user gave and prints what is wrong; all wait for its word, so that a mistake is one line and every rank
+ends with 2. Not signals (signals.py).
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from megalite.config.rules import machine_has_gpu
+from megalite.config.sections import DEFAULT_TIMEOUT
+from megalite.errors import ConfigError, MegaliteError, UserError
+from megalite.inputs import FULL, TRACEBACK
+from megalite.ranks.devices import (
+    GPUNames,
+    gpu_name,
+    library_settings,
+    own_gpu,
+    raise_open_files,
+    sum_in_fp32,
+    visible_gpus,
+)
+from megalite.ranks.signals import (
+    AGAIN,
+    EXIT_BASE,
+    RESUME,
+    interrupted,
+    listen,
+    settle,
+    tell_interrupted,
+)
+
+T = TypeVar("T")
+WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
+HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
+MOST_RANKS = 2**17
+DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
+_GOOD = "0"
+_SHOWN_CHARACTERS = 80  # of a value that an error repeats
+_LINE_CHARACTERS = 1000  # of an error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a mistake as ConfigError: one line and exit code 2, like every other mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")
+
+
+def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type of arguments: integers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not _is_number(text) or not least <= int(text) <= most:
+            rule = f"must be an integer of {least} or more" + (
+                "" if most == 2**63 - 1 else f", at most {most}"
+            )
+            raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: {rule}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A type of arguments: finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: must be a number above 0")
+    return value
+
+
+def _is_number(text: str) -> bool:
+    """Digits alone, and few enough for int() to take."""
+    return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process: rank of the world, rank and number of ranks on this node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    started: ClassVar = False
+    """Whether this process has become a rank."""
+
+
+def place() -> Place:
+    """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
+    env = os.environ
+    if (
+        "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env
+    ):  # a batch script itself has SLURM_PROCID, but is no task
+        _rename(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_STEP_NUM_TASKS", LOCAL_RANK="SLURM_LOCALID")
+        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env))
+    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
+        names = {
+            "RANK": "RANK",
+            "WORLD_SIZE": "SIZE",
+            "LOCAL_RANK": "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
+        }
+        _rename(**{ours: f"OMPI_COMM_WORLD_{theirs}" for ours, theirs in names.items()})
+    size = _from_environment("WORLD_SIZE", 1, least=1, most=MOST_RANKS)
+    local_name = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), "WORLD_SIZE"
+    )
+    local_size = _from_environment(local_name, 1, least=1)
+    rank, local_rank = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
+    for name, value, limit_name, limit in (
+        ("RANK", rank, "WORLD_SIZE", size), ("LOCAL_RANK", local_rank, local_name, local_size),
+        (local_name, local_size - 1, "WORLD_SIZE", size),
+    ):  # fmt: skip
+        if value >= limit:  # the others would wait for a rank that cannot come
+            rule = "must be at most" if name == local_name else "must be below"
+            raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
+    return Place(rank, size, local_rank, local_size)
+
+
+def _rename(**names: str) -> None:
+    """Gives a launcher's variables the names that torch reads."""
+    for ours, theirs in names.items():
+        if theirs not in os.environ:
+            raise ConfigError(
+                f"environment: {theirs}: missing: the launcher sets it beside its other variables"
+            )
+        os.environ[ours] = os.environ[theirs]
+
+
+def _from_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A variable that launchers set."""
+    text = os.environ.get(name, str(default))
+    if not _is_number(text) or not least <= int(text) <= most:
+        rule = f"must be an integer from {least} to {most}"
+        raise ConfigError(f"environment: {name}: {text[:_SHOWN_CHARACTERS]!r}: {rule}")
+    return int(text)
+
+
+def _slurm_local_size(env: Mapping[str, str]) -> int:
+    """Tasks of this node: its place in a list such as `4(x2),3`."""
+    node = _from_environment("SLURM_NODEID", 0)
+    for count, _, times in re.findall(
+        r"(\d{1,9})(\(x(\d{1,9})\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    ):
+        if node < int(times or 1):
+            return int(count)
+        node -= int(times or 1)
+    raise ConfigError(
+        "environment: SLURM_STEP_TASKS_PER_NODE: must name the tasks of node SLURM_NODEID, as in 4(x2),3"
+    )
+
+
+def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
+    """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
+    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
+    whether the same command then goes on where it was."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # there may be something to clean up from now on
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8, and may be repeated
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = main(sys.argv[1:])
+    except MegaliteError as error:
+        code = error.exit_code
+        settle(code)
+        if not error.agreed or place().rank == 0:
+            print_line(error)
+        else:
+            time.sleep(
+                1
+            )  # a launcher that sees one exit kills the others, and rank 0 is to print first
+    except KeyboardInterrupt:
+        settle(EXIT_BASE + signal.SIGINT)
+        tell_interrupted(RESUME if resumes else AGAIN)
+        sys.stdout.flush()
+        os._exit(EXIT_BASE + signal.SIGINT)  # not after threads that are deep in a library
+    except OSError as error:
+        is_full = error.errno in FULL
+        code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
+        settle(code)
+        if code == 1 and not is_full:
+            raise
+        print_line(
+            MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
+                error.__traceback__
+            )
+        )
+    except Exception:
+        settle(1)
+        raise
+    else:
+        settle(code)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk costs the log's last lines, but not the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def print_line(error: Exception) -> None:
+    """An error as one line on standard error, or a config's as one for each mistake; with MEGALITE_TRACEBACK=1 after
+    where it was raised."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    for text in error.lines if isinstance(error, ConfigError) else [str(error)]:
+        line = " ".join(text.split())
+        if (
+            len(line) > _LINE_CHARACTERS
+        ):  # a path or a value of thousands: what is said of it is at the end
+            line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+
+
+def start_ranks(
+    prepare: Callable[[bool], T],
+    timeout: Callable[[T], timedelta] = lambda prepared: DEFAULT_TIMEOUT,
+) -> tuple[Place, T]:
+    """Makes this process a rank of an initialised world, and returns what `prepare` made. timeout: of a
+    collective, by what was prepared.
+
+    prepare(True) is called on one rank a node and checks everything; prepare(False), on the others after its word,
+    may leave out what is slow. Where it raises UserError the line is printed there and every rank exits with 2.
+    """
+    listen()
+    here = place()
+    _set_environment(here)
+    raise_open_files()
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=WAIT))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise _port_taken("program") from None
+    if store.add("came", 1) > here.world_size:
+        error = _port_taken("run")
+        error.agreed = here.local_rank != 0  # one line a node
+        raise error
+    _quieten(here.rank)
+    visible = visible_gpus()
+    sum_in_fp32()
+    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare))
+    Place.started = True
+    import deepspeed
+
+    from megalite.ranks.accelerator import use_accelerator
+
+    accelerator = use_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(own_gpu(here.local_rank, here.local_size, visible))
+    backend = accelerator.communication_backend_name()
+    # The CPU accelerator names its own backend; gloo has every collective that is used here.
+    backend = (
+        "gloo"
+        if accelerator.device_name() == "cpu"
+        else f"cpu:gloo,{accelerator.device_name()}:{backend}"
+    )
+    dist.init_process_group(
+        backend,
+        store=torch.distributed.distributed_c10d.PrefixStore("world", store),
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=timeout(prepared),
+    )
+    with quiet():
+        deepspeed.init_distributed(verbose=False)
+    return here, prepared
+
+
+def _after_gpus(
+    store: Any, here: Place, visible: int, prepare: Callable[[bool], T]
+) -> Callable[[bool], T]:
+    """`prepare` with a look before it at whether this node has a GPU for each of its ranks, of which each sees
+    `visible`; 0: they compute on the CPU."""
+    if visible == 0 or visible >= here.local_size:
+        return prepare
+    names = GPUNames(store, socket.gethostname())
+    if visible == 1:
+        names.tell(gpu_name(0), here.local_size)
+
+    def look_and_prepare(thorough: bool) -> T:
+        if thorough:
+            own_gpu(here.local_rank, here.local_size, visible)
+            names.check(here.local_size)
+        return prepare(thorough)
+
+    return look_and_prepare
+
+
+def _port_taken(by: str) -> ConfigError:
+    port = os.environ["MASTER_PORT"]
+    return ConfigError(f"MASTER_PORT: {port}: another {by} has it: must be free: --master_port N")
+
+
+def stop_ranks() -> None:
+    """Leaves the world in order."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
+    """The validating ranks' word to all, an exit code: returns what `prepare` made, or ends the process."""
+    import torch.distributed as dist
+
+    prepared = None
+    if here.local_rank == 0:
+        try:
+            prepared = prepare(True)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            elif store.add(f"said: {error}", 1) == 1:  # once, not on every node
+                print_line(error)
+            store.set("verdict", str(error.exit_code if isinstance(error, UserError) else 1))
+    if store.add("checked", 1) == here.world_size:
+        store.compare_set("verdict", "", _GOOD)
+    try:
+        store.wait(["verdict"], WAIT)
+        verdict = store.get("verdict").decode()
+    except dist.DistError:
+        print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
+        verdict = "1"
+    if verdict != _GOOD:
+        settle(int(verdict))
+        with contextlib.suppress(dist.DistError):
+            # Together: the word may live in rank 0, and a launcher that sees one exit ends those that have not heard.
+            if store.add("heard", 1) == here.world_size:
+                store.set("all heard", "")
+            store.wait(["all heard"], HEARING)
+            if here.rank == 0:
+                time.sleep(
+                    0.2
+                )  # the others still hear it, and torch prints stacks where it is gone
+        # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
+        sys.stderr.flush()
+        os._exit(int(verdict))
+    return prepared if prepared is not None else prepare(False)
+
+
+def _set_environment(here: Place) -> None:
+    env = os.environ
+    if "MASTER_ADDR" not in env and here.local_size < here.world_size:
+        rule = (
+            f"must name the first node: {here.world_size} ranks are on several (docs/clusters.md)"
+        )
+        raise ConfigError(f"MASTER_ADDR: missing: {rule}")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env and here.world_size > 1:
+        env["MASTER_PORT"] = DEFAULT_PORT
+    elif "MASTER_PORT" in env:
+        _from_environment("MASTER_PORT", 0, least=1, most=65535)
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+    env["LOCAL_WORLD_SIZE"] = str(here.local_size)
+    env.update(
+        RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank)
+    )
+    if not machine_has_gpu():
+        env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same and warn
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    interface = env.get("GLOO_SOCKET_IFNAME") or interface_towards(env["MASTER_ADDR"])
+    env.update(library_settings(env, machine_has_gpu(), interface))
+
+
+def interface_towards(address: str) -> str | None:
+    """Name of the network interface that packets to `address` leave by; None where it cannot be told."""
+    import psutil
+
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: the kernel only chooses a route
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return name
+    return None
+
+
+def _quieten(rank: int) -> None:
+    """Keeps noise out of the progress: warnings on rank 0, errors on the others."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    warnings.filterwarnings("ignore")
+    for name in ("megalite", "DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning" if rank == 0 else "error")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what a library prints, and shows it where the library fails: standard output belongs to programs
+    that print JSON."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):
+            yield
+    except BaseException:
+        print(held.getvalue(), file=sys.stderr)
+        raise

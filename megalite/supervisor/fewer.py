@@ -1,0 +1,48 @@
+"""The same training on fewer hosts: same global batch, fewer data ranks, more accumulation. Next: supervisor.py."""
+
+import re
+from collections.abc import Sequence
+
+from megalite.config import check_model, load_config
+from megalite.errors import ConfigError
+from megalite.model.families import read_spec
+
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+
+
+class ProgramConfig:
+    """What a program's arguments say of its config. Raises ConfigError where they name none."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        words, self.path = list(arguments), None
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name == "--deepspeed_config":
+                self.path = value if equals else next(iter(words[i + 1 :]), None)
+        if self.path is None:
+            raise ConfigError("--deepspeed_config: missing: it says what fewer hosts must come to")
+        self.overrides = [word for word in words if _OVERRIDE.fullmatch(word)]
+
+    def fit(self, full: dict[str, int], hosts: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+        """The most of the `hosts`, the first ones, that can train what all of them (`full`) were to, and the overrides
+        for that: none where all are there. ConfigError with the rule that all of `hosts` break where none can."""
+        if hosts == full:
+            return hosts, []
+        config = load_config(self.path or "", self.overrides).resolve(sum(full.values()))
+        fixed = [
+            f"train_batch_size={config.train_batch_size}",
+            f"train_micro_batch_size_per_gpu={config.micro_batch_size}",
+            "gradient_accumulation_steps=null",
+        ]
+        broken: ConfigError | None = None
+        for count in range(len(hosts), 0, -1):
+            some = dict(list(hosts.items())[:count])
+            try:
+                fewer = load_config(self.path or "", [*self.overrides, *fixed]).resolve(
+                    sum(some.values())
+                )
+                check_model(fewer, read_spec(fewer.model))
+                return some, fixed
+            except ConfigError as error:
+                broken = broken or error
+        raise broken or ConfigError("no host is left")

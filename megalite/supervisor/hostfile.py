@@ -1,0 +1,42 @@
+"""Hostfiles, read so strictly that no line of one can mean anything to ssh, pdsh or a shell.
+
+DeepSpeed hands a line that begins with `-o` to ssh as an option (launcher/runner.py:486), runs on this machine alone
+where the file does not exist, and there too where one host is named.
+"""
+
+import re
+from pathlib import Path
+
+from megalite.errors import ConfigError
+
+_LINE = re.compile(
+    r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)[ \t]+slots=([1-9][0-9]{0,3})[ \t]*(?:#.*)?"
+)
+RULE = "must be NAME slots=N, with a name of letters, digits, dots and dashes, or a comment after #"
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Ranks by host, in the file's order. Raises ConfigError that names the line."""
+    try:
+        text = Path(path).read_bytes().decode()  # no kind of line break but one
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile: {path}: cannot be read: {error}") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip(" \t") or line.lstrip(" \t").startswith("#"):
+            continue
+        found = _LINE.fullmatch(line.strip(" \t"))
+        if found is None:
+            raise ConfigError(f"{path}: line {number}: {line!r}: {RULE}")
+        name, slots = found[1], int(found[2])
+        if name in hosts:
+            raise ConfigError(f"{path}: line {number}: {line!r}: {name} must stand once")
+        hosts[name] = slots
+    if not hosts:
+        raise ConfigError(f"--hostfile: {path}: holds no host: a line {RULE}")
+    return hosts
+
+
+def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
+    """For DeepSpeed."""
+    path.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))

@@ -1,0 +1,168 @@
+"""`launcher/run.py`: stock `deepspeed` with what it lacks: signals, exit codes, restarts, nothing left behind.
+
+python launcher/run.py --hostfile FILE --restarts 3 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
+"""
+
+import argparse
+import re
+import signal
+import sys
+
+from megalite.errors import ConfigError, MegaliteError, UserError
+from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
+from megalite.supervisor.attempt import (
+    THIS,
+    Attempt,
+    HostsLost,
+    Outcome,
+    Program,
+    Signals,
+    name_of_run,
+)
+from megalite.supervisor.fewer import ProgramConfig
+from megalite.supervisor.hostfile import read_hostfile
+from megalite.supervisor.remote import check_bare, secrets, variables
+
+_ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]*")
+_CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+class StartsFailed(MegaliteError):
+    """No start is left."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
+    options = _parse(arguments)
+    over_ssh = options.hostfile is not None
+    hosts: dict[str, int] = (
+        read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
+    )
+    if options.num_nodes:
+        hosts = dict([*hosts.items()][: options.num_nodes])
+    if over_ssh:
+        if options.num_gpus:
+            hosts = {host: int(options.num_gpus) for host in hosts}
+        check_bare()
+        variables({})
+        if unsent := secrets():
+            why = "not sent to other hosts, where every user could read them in a command line (docs/clusters.md)"
+            _print(f"{why}: {', '.join(unsent)}")
+    code = Supervisor(options, hosts).run()
+    if code == EXIT_BASE + signal.SIGINT:
+        tell_interrupted(RESUME)
+    return code
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "run.py", description="Start a program on ranks with deepspeed, and see to its end."
+    )
+    parser.add_argument(
+        "-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh"
+    )
+    parser.add_argument(
+        "--num_gpus", type=at_least(1), metavar="N", help="ranks of this machine, or of each host"
+    )
+    parser.add_argument(
+        "--num_nodes", type=at_least(1), metavar="N", help="the first N hosts of the hostfile"
+    )
+    parser.add_argument(
+        "--restarts", type=at_least(0), default=0, metavar="N", help="starts after a failure (0)"
+    )
+    parser.add_argument("--master_addr", help="an address of the first host that the others reach")
+    parser.add_argument(
+        "--master_port", type=at_least(1), metavar="P", help="a free port of the first host"
+    )
+    parser.add_argument("--ssh_port", type=at_least(1), metavar="P", help="of sshd on the hosts")
+    for name in ("--bind_cores_to_rank", "--quiet"):
+        parser.add_argument(name, action="store_true", help="deepspeed's")
+    parser.add_argument("--bind_core_list", metavar="A-B,…", help="deepspeed's")
+    parser.add_argument("--log_level", choices=_LOG_LEVELS, help="deepspeed's")
+    parser.add_argument("--enable_each_rank_log", metavar="FOLDER", help="deepspeed's")
+    parser.add_argument("program", help="launcher/pretrain.py, or another that runs on every rank")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    options = parser.parse_args(arguments)
+    if options.hostfile is None and options.num_gpus is None:
+        raise ConfigError("--hostfile or --num_gpus: missing: one of them says where ranks start")
+    if options.hostfile is None and (options.num_nodes or options.ssh_port):
+        raise ConfigError("--num_nodes, --ssh_port: go with --hostfile")
+    if options.hostfile is not None and (
+        options.bind_cores_to_rank or options.bind_core_list is not None
+    ):
+        rule = "go with --num_gpus: deepspeed does not send them to hosts"
+        raise ConfigError(f"--bind_cores_to_rank, --bind_core_list: {rule}")
+    for name, form, rule in (
+        ("master_addr", _ADDRESS, "must be a name or an address"),
+        ("bind_core_list", _CORES, "must be cores as in 0-3,8"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not form.fullmatch(value):
+            raise ConfigError(f"--{name}: {value!r}: {rule}")
+    return options
+
+
+class Supervisor:
+    """Starts, and starts again. hosts: ranks by host."""
+
+    def __init__(self, options: argparse.Namespace, hosts: dict[str, int]) -> None:
+        self.options, self.full, self.name = options, hosts, name_of_run()
+        self.signals = Signals()
+
+    def run(self) -> int:
+        self.signals.listen()
+        starts = 1 + self.options.restarts
+        for start in range(1, starts + 1):
+            outcome = self._start(start == 1)
+            if outcome.code in (0, UserError.exit_code) or outcome.code > EXIT_BASE:
+                return outcome.code
+            if start < starts:
+                _print(f"{outcome.who}: start {start + 1} of {starts} follows")
+        raise StartsFailed(f"{outcome.who}: start {starts} of {starts} failed")
+
+    def _start(self, first: bool) -> Outcome:
+        """On all hosts; after the first start on those that answer, where that makes the same training."""
+        hosts, overrides = self.full, list[str]()
+        while True:
+            try:
+                return Attempt(self._program(overrides), hosts, self.name, self.signals).run()
+            except HostsLost as error:
+                left = {host: slots for host, slots in hosts.items() if host not in error.hosts}
+                if first or not left:
+                    raise
+                hosts, overrides = self._fit(left, str(error))
+
+    def _program(self, overrides: list[str]) -> Program:
+        options, given = list[str](), vars(self.options)
+        for name in ("bind_cores_to_rank", "quiet"):
+            options += [f"--{name}"] * given[name]
+        for name in (
+            "bind_core_list",
+            "log_level",
+            "enable_each_rank_log",
+            "master_port",
+            "ssh_port",
+        ):
+            options += [] if given[name] is None else [f"--{name}", str(given[name])]
+        words = [self.options.program, *self.options.arguments, *overrides]
+        return Program(
+            options,
+            words,
+            self.options.hostfile is not None,
+            self.options.ssh_port,
+            self.options.master_addr,
+        )
+
+    def _fit(self, left: dict[str, int], why: str) -> tuple[dict[str, int], list[str]]:
+        try:
+            hosts, overrides = ProgramConfig(self.options.arguments).fit(self.full, left)
+        except ConfigError as error:
+            raise StartsFailed(f"{why}; not on {', '.join(left)} alone: {error}") from error
+        _print(f"{why}; goes on with {sum(hosts.values())} ranks on {', '.join(hosts)}")
+        return hosts, overrides
+
+
+def _print(line: str) -> None:
+    print(f"run.py: {' '.join(line.split())}", file=sys.stderr, flush=True)

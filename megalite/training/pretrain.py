@@ -1,0 +1,295 @@
+"""`launcher/pretrain.py`: from the command line to a run. What can be wrong is said before ranks start.
+
+deepspeed --num_gpus 8 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.files import Checkpoint, checkpoints_of, read_state
+from megalite.checkpoint.folder import write_durably
+from megalite.config import Config, check_model, load_config
+from megalite.config.reading import apply_overrides
+from megalite.data.loader import TrainData, ValidData, check_data
+from megalite.data.tokenizer import load_tokenizer
+from megalite.engine.nvme import check_nvme, remove_swap_folders
+from megalite.errors import CheckpointError, ConfigError
+from megalite.hub.carried import carried_by_run
+from megalite.hub.sources import Weights, open_weights, resolve_weights
+from megalite.inputs import reading
+from megalite.model.families import model_dict, read_spec
+from megalite.model.parameter_groups import check_parameter_groups
+from megalite.model.spec import TransformerSpec
+from megalite.pipeline.plan import plan_of
+from megalite.plan.pipeline_lines import pipeline_lines
+from megalite.plan.states import told_lines
+from megalite.ranks.devices import be_deterministic
+from megalite.ranks.launch import (
+    MOST_RANKS,
+    ArgumentParser,
+    Place,
+    at_least,
+    place,
+    start_ranks,
+    stop_ranks,
+)
+from megalite.training.fingerprint import MADE_FOR, difference
+from megalite.training.lock import take_lock
+from megalite.training.screen import say
+
+_NEW_RUN = "another needs a new run, with megalite.train.load"
+
+
+def main(arguments: list[str]) -> int:
+    """Trains; returns the exit code. Raises UserError with one line."""
+    if {"--check", "--help", "-h"} & set(arguments):
+        options = _parse(arguments)
+        prepared = prepare(
+            options.deepspeed_config, options.overrides, options.world_size or place().world_size
+        )
+        with reading(options.deepspeed_config):
+            check_data(prepared.config.data, prepared.spec.vocabulary_size)
+        print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
+        print(_told(prepared), file=sys.stderr, flush=True)
+        return 0
+
+    def prepare_ranks(thorough: bool) -> Prepared:
+        options = _parse(arguments)  # here, where one rank of a node tells of a mistake
+        prepared = prepare(
+            options.deepspeed_config, options.overrides, place().world_size, thorough
+        )
+        if thorough:
+            _make_run_dir(prepared.config)
+            if place().rank == 0:
+                take_lock(Path(prepared.config.train.run_dir))
+        return prepared
+
+    here, prepared = start_ranks(
+        prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout
+    )
+    try:
+        _remove_swap_folders(prepared.config, here)
+        return _train(prepared, here.rank)
+    finally:
+        stop_ranks()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="validate config and data, print the JSON, start nothing",
+    )
+    ranks = at_least(1, MOST_RANKS)
+    parser.add_argument(
+        "--world-size", type=ranks, metavar="N", help="with --check: for so many ranks"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # some launchers pass it; it is in the env
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a dotted path into the JSON and its value",
+    )
+    options = parser.parse_args(arguments)
+    if options.world_size is not None and not options.check:
+        raise ConfigError(
+            "--world-size: goes with --check: a run has the ranks that its launcher starts"
+        )
+    return options
+
+
+@dataclass
+class Prepared:
+    """A config that has been checked, for this world. model: the Hugging Face config as a plain dict."""
+
+    config: Config
+    spec: TransformerSpec
+    model: dict[str, Any]
+
+
+def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
+    """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
+    with reading(path):
+        loaded = load_config(path, overrides)
+        config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
+        spec = read_spec(config.model)
+        check_model(config, spec)
+        check_parameter_groups(config, spec)
+        prepared = Prepared(config, spec, model_dict(config.model))
+        if thorough:
+            _check_data(config, spec)
+            with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
+                _check_run_dir(prepared)
+            check_nvme(config, spec, place().local_size)
+    return prepared
+
+
+def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Config:
+    """`config`, which is `loaded` resolved. A run that has begun in Megatron's order keeps the one of its first start,
+    where the config does not say how many samples it is made for."""
+    if loaded.data.order != "megatron" or loaded.data.megatron_samples is not None:
+        return config
+    needed = config.data.megatron_samples or 0
+    for folder in reversed(checkpoints_of(Path(config.train.run_dir))):
+        try:
+            made_for = read_state(folder).get("fingerprint", {}).get(MADE_FOR, needed)
+        except CheckpointError:
+            continue  # damaged: an older one says the same
+        if made_for < needed:
+            rule = f"the order of {folder} is made for {made_for} ({MADE_FOR}): {_NEW_RUN}"
+            raise _Other(
+                f"megalite.train.steps: {config.train.steps}: needs {needed} samples: {rule}"
+            )
+        return Config.from_dict(
+            apply_overrides(loaded.to_json(), [f"{MADE_FOR}={made_for}"])
+        ).resolve(world_size)
+    return config
+
+
+def _check_data(config: Config, spec: TransformerSpec) -> None:
+    TrainData(config.data, config.train.seed, spec.vocabulary_size)
+    if config.data.valid:
+        ValidData(config.data, spec.vocabulary_size)
+    if config.data.tokenizer is not None:
+        size = load_tokenizer(config.data.tokenizer).vocabulary_size
+        if size > spec.vocabulary_size:
+            raise ConfigError(
+                f"megalite.data.tokenizer: {config.data.tokenizer}: has {size} ids: must be at most the model's "
+                f"vocab_size {spec.vocabulary_size}"
+            )
+
+
+def _check_run_dir(prepared: Prepared) -> None:
+    """The run folder can be made and written, and what it holds is of this model and seed. Makes nothing."""
+    config = prepared.config
+    run_dir = Path(config.train.run_dir)
+    standing_part = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not standing_part.is_dir() or not os.access(standing_part, os.W_OK):
+        raise ConfigError(
+            f"megalite.train.run_dir: {run_dir}: {standing_part} must be a folder that can be written"
+        )
+    standing = checkpoints_of(run_dir)
+    for path in reversed(standing):
+        try:
+            check_fits(Checkpoint.open(path), prepared, seed=config.train.seed)
+        except _Other:
+            raise
+        except CheckpointError:
+            continue  # damaged: the ranks will say so and take an older one
+        return
+    if not standing and config.train.load is not None:
+        check_fits(open_weights(resolve_weights(config.train.load)), prepared)
+
+
+def _make_run_dir(config: Config) -> None:
+    """After all else has been found right."""
+    try:
+        Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        line = f"megalite.train.run_dir: {config.train.run_dir}: cannot be made: {error.strerror}"
+        raise ConfigError(line) from error
+
+
+class _Other(CheckpointError):
+    """A checkpoint that is whole and does not fit."""
+
+
+def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) -> None:
+    """CheckpointError where a checkpoint is of another model, or a run's of another seed."""
+    theirs = read_spec(weights.model)
+    for field in fields(theirs):
+        was, now = getattr(theirs, field.name), getattr(prepared.spec, field.name)
+        if was != now and field.name != "init_std" and not field.name.endswith("dropout"):
+            raise _Other(
+                f"megalite.model: {field.name} {now}: must be {was}, as in {weights.folder}"
+            )
+    if seed is None or not isinstance(weights, Checkpoint):
+        return
+    rule = f"as in {weights.folder}: {_NEW_RUN}"
+    if weights.state["seed"] != seed:
+        raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, {rule}")
+    optimizer = prepared.config.document.optimizer
+    was, now = weights.state.get("optimizer", "AdamW"), optimizer and optimizer.type
+    if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same of each weight
+        raise _Other(f"optimizer.type: {now}: must be {was}, {rule}")
+    trained = weights.state.get("fingerprint")  # older checkpoints have none
+    if trained is not None and (found := difference(trained, prepared.config)) is not None:
+        given, was = found
+        raise _Other(f"{given}: must be {was}, {rule}")
+
+
+def _remove_swap_folders(config: Config, here: Place) -> None:
+    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    import torch.distributed as dist
+
+    if config.swap_folder is not None:
+        if here.local_rank == 0:
+            remove_swap_folders(config)
+        dist.barrier()
+
+
+def _told(prepared: Prepared) -> str:
+    """What `auto` in the config became, the table of what each rank will hold, and the pipeline's schedule."""
+    config, spec = prepared.config, prepared.spec
+    plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
+    return "\n".join([*config.notes, *told_lines(config, spec), *plan])
+
+
+def _write_config(config: Config) -> None:
+    path = Path(config.train.run_dir) / "config.json"
+    try:
+        write_durably(path, json.dumps(config.to_json(), indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        say(f"{path}: cannot be written: {error.strerror}; the run continues")
+
+
+def _train(prepared: Prepared, rank: int) -> int:
+    # Imported here: --check and mistakes need no DeepSpeed.
+    from megalite.engine.build import build_engine
+    from megalite.guard.watchdog import Watchdog
+    from megalite.parallel.grid import Grid
+    from megalite.topology.hosts import crossing_hosts
+    from megalite.training.loop import Run
+    from megalite.training.start import starting_point
+
+    config = prepared.config
+    run_dir = Path(config.train.run_dir)
+    if config.train.deterministic:
+        be_deterministic()
+    with Watchdog(run_dir, config.train.limits) as watchdog:
+        grid = Grid.build(
+            config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout
+        )
+        if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
+            print(line, file=sys.stderr, flush=True)
+        start = starting_point(run_dir, config.train.load)
+        if start.position.step >= config.train.steps:
+            if rank == 0:
+                print(
+                    f"{run_dir}: already at step {start.position.step} of {config.train.steps}",
+                    flush=True,
+                )
+            return 0
+        engine = build_engine(config, prepared.spec, grid)
+        start.fill(engine)
+        if rank == 0:
+            _write_config(config)
+            say(f"{run_dir}: {start.told}")
+            say(_told(prepared))
+        run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
+        run.saver.starts_from(start.position.step, start.damaged)
+        if rank == 0:
+            run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
+        return run.train()

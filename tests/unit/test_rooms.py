@@ -1,0 +1,97 @@
+"""The rooms of megalite/ and what may import what: a room imports only rooms above it in `ROOMS`.
+
+The test is about every import, those inside functions too. A room's budget is its lines of code, without blanks,
+comments and docstrings: it is raised with a reason, in the commit that needs it.
+"""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megalite"
+ROOMS = {  # from the top: room -> lines of code that it may have
+    "errors": 60,
+    "inputs": 100,
+    "config": 2000,
+    "topology": 150,
+    "ranks": 750,
+    "parallel": 1000,
+    "model": 2200,
+    "data": 2800,
+    "checkpoint": 1350,
+    "hub": 750,
+    "pipeline": 1150,
+    "plan": 600,
+    "engine": 850,
+    "guard": 750,
+    "training": 1450,
+    "inference": 1300,
+    "prove": 1350,
+    "supervisor": 900,
+    "doctor": 350,
+    "races": 1150,
+}
+LONGEST_FILE = 400
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(room, file) of every module of the package."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        first = path.relative_to(PACKAGE).parts[0]
+        found.append((first.removesuffix(".py"), path))
+    return [(room, path) for room, path in found if room != "__init__"]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "megalite":
+                names = [f"megalite.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("megalite.")}
+    return rooms
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: without blanks, comments and docstrings."""
+    text = path.read_text()
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            docstrings.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in blank and token.type != tokenize.ENDMARKER:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def test_every_room_is_listed() -> None:
+    assert {room for room, _ in modules()} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_rooms_above_it_only(room: str) -> None:
+    order = list(ROOMS)
+    above = set(order[: order.index(room) + 1])
+    for its, path in modules():
+        if its == room:
+            assert imported_rooms(path) <= above, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_its_budget(room: str) -> None:
+    files = {path: code_lines(path) for its, path in modules() if its == room}
+    assert sum(files.values()) <= ROOMS[room]
+    assert max(files.values()) <= LONGEST_FILE
