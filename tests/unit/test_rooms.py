@@ -90,6 +90,12 @@ def test_a_room_imports_rooms_above_it_only(room: str) -> None:
             assert imported_rooms(path) <= above, path
 
 
+def test_data_knows_neither_model_nor_ranks() -> None:
+    for its, path in modules():
+        if its == "data":
+            assert imported_rooms(path) <= {"errors", "inputs", "config", "data"}, path
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_keeps_its_budget(room: str) -> None:
     files = {path: code_lines(path) for its, path in modules() if its == room}
