@@ -23,10 +23,11 @@ from megalite.plan.states import predicted_activations
 from megalite.prove.layouts import Layout, base_batch, config_of
 from megalite.ranks.launch import ArgumentParser, at_least
 from megalite.ranks.local import check_room, run_local_ranks
+from megalite.topology.axes import TOLD
 
 RANK_MODULE = "megalite.prove.benchmark_rank"
 MEGABYTE = 1e6
-AXES = ("pipe", "data", "tensor", "ends", "other")
+AXES = (*TOLD, "ends", "other")
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 

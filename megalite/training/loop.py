@@ -188,7 +188,7 @@ class Run:
         health.begin(before)
         self.pace.begin(before.step + 1)
         with engine.weighed() if first else nullcontext({}) as memory:
-            train_step(self.pipeline, grid.data, batches, health.take_loss)
+            train_step(self.pipeline, grid.replica, batches, health.take_loss)
         agreed = self._agreed()
         if agreed.save_ended:
             self._finish_save()
@@ -336,7 +336,7 @@ class Run:
             return
         self._finish_save()
         config, grid = self.config, self.grid
-        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=config.zero_stage == 0)
+        boxes = owned_boxes(self.engine.shards(), grid, replicated=config.zero_stage == 0)
         self._heed(unsound := self.health.check_sound(boxes, self.position.step))
         if unsound is not None:
             return
