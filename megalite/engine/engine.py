@@ -85,6 +85,11 @@ class Engine(DeepSpeedEngine):
         chosen = super()._do_optimizer_sanity_check(basic_optimizer)
         return "zero_optimization" if self.zero_optimization() else chosen
 
+    def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
+        """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
+        if self.grid.replica.size > 1:
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
+
     def clip_fp32_gradients(self) -> None:
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
         gradients go, and optimizers leave alone what has none."""
