@@ -365,8 +365,8 @@ class Train(Section):
         None,
         ge=0,
         description="Most memory of a rank for the copy that a checkpoint is written from while training continues; "
-        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is free on "
-        "the node, shared among its ranks.",
+        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
+        "free on the node, shared among its ranks.",
     )
     keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
     log_interval: Positive = Field(
