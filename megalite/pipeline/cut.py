@@ -103,8 +103,8 @@ def cut_by_cost(
     """The cut with the least simulated step that the search finds. program: the schedule's, for costs of chunks.
 
     Every chunk has a layer, but the last may be the head alone. Hill climbing from two cuts, the even one and the one
-    with the shortest longest rank: a layer goes from a chunk to another while the step gets shorter. All cuts of a climb
-    are played by the program of its start; where a program depends on costs, the next climb has the one of its end.
+    with the shortest longest rank: a layer goes from a chunk to another while the step gets shorter. All cuts of a
+    climb are played by the program of its start; where that depends on costs, the next climb has the one of its end.
     """
     layers = len(costs.layers)
     if len(home) == 1:

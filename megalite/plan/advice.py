@@ -1,4 +1,7 @@
-"""Why the first layout is first, what would change the answer, and what to do where none fits. Next: plan_program.py."""
+"""Why the first layout is first, what would change the answer, and what to do where none fits.
+
+Next: plan_program.py.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -39,9 +42,7 @@ def why(layouts: list[Layout]) -> str:
         return line
     other = others[0]
     slower = other.time.seconds - first.time.seconds
-    losses = {
-        name: other.time.parts[name] - seconds for name, seconds in first.time.parts.items()
-    }
+    losses = {name: other.time.parts[name] - seconds for name, seconds in first.time.parts.items()}
     told = [
         f"{difference:+.3g} s in {WORDS[name]}"
         for name, difference in sorted(losses.items(), key=lambda part: -abs(part[1]))
@@ -84,7 +85,9 @@ def given_line(given: Layout, first: Layout, memory_bytes: float) -> str:
     """The layout of the config beside the first one."""
     slower = 100 * (given.time.seconds / first.time.seconds - 1)
     size = given.memory.total / GIB
-    fits = "" if given.memory.total <= memory_bytes else f", {size - memory_bytes / GIB:.1f} too many"
+    fits = (
+        "" if given.memory.total <= memory_bytes else f", {size - memory_bytes / GIB:.1f} too many"
+    )
     return (
         f"the config's own: {given.candidate}: {given.time.seconds:.4g} s a step ({slower:+.1f} %), "
         f"{size:.1f} GiB{fits}"

@@ -13,6 +13,7 @@ from megalite.config import Config, load_config
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
 from megalite.plan.advice import changes, given_line, none_fits, why
 from megalite.plan.candidates import Search, given_candidate
 from megalite.plan.devices import GIB, Device, device_of
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
 def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
-    """The planner of a config that is not resolved, and its own layout where the rules accept that for so many ranks."""
+    """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
     spec = read_spec(config.model)
     batch, resolved = config.document.train_batch_size, None
     try:
@@ -182,20 +183,18 @@ def plan_line(config: Config) -> str:
     assert given is not None
     flops = model_flops(planner, given)
     return (
-        f"plan: on {device.name} {given.time.seconds:.4g} s a step predicted, {flops / 1e12:.3g} TFLOP/s a rank, bubble "
-        f"{100 * given.time.bubble:.1f} %, {given.memory.total / GIB:.2f} GiB on rank {given.memory.rank}; "
+        f"plan: on {device.name} {given.time.seconds:.4g} s a step predicted, {flops / 1e12:.3g} TFLOP/s a rank, "
+        f"bubble {100 * given.time.bubble:.1f} %, {given.memory.total / GIB:.2f} GiB on rank {given.memory.rank}; "
         f"tools/plan.py compares layouts"
     )
 
 
-def size_lines(config: Config) -> list[str]:
+def size_line(config: Config, spec: TransformerSpec) -> str:
     """Parameters, tokens and FLOPs of a run."""
-    spec, data, plan = read_spec(config.model), config.data, config.batch_plan
-    tokens = plan.consumed(config.train.steps) * data.sequence_length
-    flops = spec.flops_per_token(data.sequence_length, data.counted_share)
-    return [
-        f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {config.train.steps:,} steps, "
-        f"{tokens / spec.num_parameters:.3g} a parameter; {tokens * flops:.3g} FLOPs"
-    ]
-
-
+    data, steps = config.data, config.train.steps
+    tokens = config.batch_plan.consumed(steps) * data.sequence_length
+    flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
+    return (
+        f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {steps:,} steps, "
+        f"{tokens / spec.num_parameters:.3g} a parameter; {flops:.3g} FLOPs"
+    )

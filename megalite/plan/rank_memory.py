@@ -1,5 +1,5 @@
-"""All memory of a rank, and which rank has most. Model states and activations are exact (states.py, activations.py); what
-is beside them is counted here, and what a device's libraries take is an assumption (devices.py).
+"""All memory of a rank, and which rank has most. Model states and activations are exact (states.py, activations.py);
+what is beside them is counted here, and what a device's libraries take is an assumption (devices.py).
 
 Next: candidates.py.
 """
@@ -123,7 +123,7 @@ class MemoryTable:
         config, spec, plan = self.config, self.spec, self.plan
         sizes = self.sizes.of(config, spec, plan, pipe_rank)
         data, tensor = config.data_size, config.parallel.tensor
-        # With fp32 and ZeRO the data ranks hold different gradients: those of the parameters that reach into their part.
+        # With fp32 and ZeRO data ranks hold different gradients: of the parameters that reach into their part.
         places = range(data) if config.precision == "fp32" and config.zero_stage in (1, 2) else [0]
         grids = [
             Grid.at((pipe_rank * data + place) * tensor + tensor - 1, plan.pipe, data, tensor)
@@ -138,7 +138,9 @@ class MemoryTable:
         neighbours = (pipe_rank > 0) + (pipe_rank < plan.pipe - 1)
         hidden = self.at.hidden(spec)
         numbers = [size for group in sizes for size in group]
-        gathered = 2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
+        gathered = (
+            2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
+        )
         on_host = self.device is not None and not self.device.cores and offloads(config)
         moved = most.gradients - (4 + self.at.width) * sum(map(sum, sizes)) // data
         return RankMemory(

@@ -1,8 +1,8 @@
 """The search: every layout is estimated, and those that can be among the best are played and weighed exactly.
 
-An estimate takes a cut into equal parts and the formula of the schedule's bubble; the real program with the real cut is
-seldom faster. So layouts are tried in the order of their estimates until even SLACK of the next one's is slower than the
-last of the best. Next: advice.py.
+An estimate takes a cut into equal parts and the formula of the schedule's bubble; the real program with the real cut
+is seldom faster. So layouts are tried in the order of their estimates until even SLACK of the next one's is slower than
+the last of the best. Next: advice.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -261,9 +261,7 @@ def sent_bytes(work: Work, table: MemoryTable, sharing: Sharing) -> dict[str, fl
         layers = sum(len(plan.cut.layers[chunk]) for chunk in own)
         ends = 2 * (0 in own) + 2 * (plan.cut.last_chunk in own)
         by_rank.append(m * hidden * (passes * layers + ends))
-    crossing = [
-        m * work.hidden_bytes * sum(_crossings(table, rank)) for rank in range(plan.pipe)
-    ]
+    crossing = [m * work.hidden_bytes * sum(_crossings(table, rank)) for rank in range(plan.pipe)]
     shared = (d - 1) / d * weights
     gradients = FP32 * {0: 2, 1: 1}.get(sharing.zero, m)
     whole = {0: 0.0, 3: e * (2 * m + 1.0)}.get(sharing.zero, float(e))
@@ -283,5 +281,3 @@ def _crossings(table: MemoryTable, rank: int) -> list[int]:
         if there == rank
     ]
     return [sum(there != rank for there in near) for near in neighbours]
-
-

@@ -1,5 +1,5 @@
-"""How long a step takes, predicted: seconds of each action from sizes, a device and its links, and the schedule's program
-as the clock.
+"""How long a step takes, predicted: seconds of each action from sizes, a device and its links, and the schedule's
+program as the clock.
 
     product [M, K] × [K, N]    the longer of 2·M·K·N / FLOP/s and its bytes / memory rate, and a kernel's launch
     core of attention          its products at `core_share` of that rate, causal ones half
@@ -34,13 +34,13 @@ sums of gradients and what DeepSpeed does around them."""
 PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA = range(len(PARTS))
 FP32 = 4
 PLAYED = 4  # micro-batches a rank that a program is played with; further ones take their busiest rank's time
-HIDDEN = 0.5  # of the time of a pass, that hides ZeRO-3's messages: kernels and they share the memory and the processors
+HIDDEN = 0.5  # of the time of a pass, that hides ZeRO-3's messages, which take memory and processors from kernels
 HOST_UPDATE = 4e8  # numbers a second that a rank's share of a host steps with offload_optimizer
 
 
 def link_along(device: Device, size: int, spacing: int) -> Link:
-    """The link of an axis of `size` ranks that are `spacing` apart. Where it crosses nodes, all ranks of a node that are
-    on one line of it share their adapters."""
+    """The link of an axis of `size` ranks that are `spacing` apart. Where it crosses nodes, all ranks of a node that
+    are on one line of it share their adapters."""
     members = max(1, device.node_ranks // spacing)
     if members >= size:
         return device.node
@@ -53,9 +53,7 @@ def ring_seconds(link: Link, size: int, whole: float, passes: int = 1) -> float:
     if size == 1:
         return 0.0
     messages = min(size - 1, 2 * math.ceil(math.log2(size)))  # rings, or trees where they are long
-    return passes * (
-        whole * (size - 1) / size / link.bytes_per_second + messages * link.seconds
-    )
+    return passes * (whole * (size - 1) / size / link.bytes_per_second + messages * link.seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +309,8 @@ def step_time(
     cores = work.device.cores
     if cores:  # ranks that share cores: what one leaves idle another uses
         length = max(length, all_busy * sharing.ranks * work.tensor / cores)
-    parts = dict(zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True))
+    parts: dict[str, float] = {}
+    parts |= zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True)
     parts["bubble"] = length - sum(parts.values())
     end = sharing.end(work, max(weights))
     parts["data"] += end["data"]
