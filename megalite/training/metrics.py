@@ -17,12 +17,14 @@ from typing import Any
 
 from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.folder import write_durably
+from megalite.data.position import Position
 from megalite.training.events import Events
+from megalite.training.watchers import Row, Watcher
 
 FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 
 
-class MetricsFile:
+class MetricsFile(Watcher):
     """Appends rows to a run's metrics. Made by one rank only. tell: takes lines for the log, of a disk that is full."""
 
     def __init__(
@@ -44,6 +46,18 @@ class MetricsFile:
         self.events = (
             Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
         )
+
+    def after_step(self, row: Row) -> None:
+        """Writes the row."""
+        self.write(row)
+
+    def evaluated(self, row: Row) -> None:
+        """Writes the row."""
+        self.write(row)
+
+    def went_back(self, position: Position) -> None:
+        """Removes the rows of later steps."""
+        self.go_back(position.step)
 
     def go_back(self, step: int) -> None:
         """Removes the rows after `step`; further ones follow it."""
