@@ -40,7 +40,8 @@ class MetricsFile(Watcher):
 
     def _open(self, first_step: int) -> None:
         run_dir = self.run_dir
-        self.useful_seconds = sum(map(_useful_seconds, _keep_until(self.path, first_step)))
+        kept, self.last_seen = _keep_until(self.path, first_step)
+        self.useful_seconds = sum(map(_useful_seconds, kept))
         self.first_start = _first_start(run_dir, self.useful_seconds)
         self.file = Appended(self.path, self.tell)
         self.events = (
@@ -69,9 +70,8 @@ class MetricsFile(Watcher):
         is not finite becomes null, since JSON has no other word for it."""
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
-            row["goodput"] = self.useful_seconds / max(
-                time.time() - self.first_start, self.useful_seconds
-            )
+            now = row["unix_seconds"] = time.time()
+            row["goodput"] = self.useful_seconds / max(now - self.first_start, self.useful_seconds)
         row = _finite(row)
         self.file.append(f"{json.dumps(row)}\n".encode())
         if self.events is not None:
@@ -120,16 +120,18 @@ def _first_start(run_dir: Path, useful_seconds: float) -> float:
         return first
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leaves in the file the rows up to `step`, whole lines only; returns them."""
+def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], float]:
+    """Leaves in the file the rows up to `step`, whole lines only; returns them, and the latest unix time of all rows
+    that were in it (0: none)."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return []
-    rows, lines = [], []
+        return [], 0.0
+    rows, lines, last_seen = [], [], 0.0
     for line in content.splitlines():
         try:
             row = json.loads(line)
+            last_seen = max(last_seen, row.get("unix_seconds", 0.0))
             if row["step"] <= step:
                 rows.append(row)
                 lines.append(line + b"\n")
@@ -140,4 +142,4 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
         os.truncate(path, len(kept))  # takes no room on a full disk
     else:
         write_durably(path, kept.decode())
-    return rows
+    return rows, last_seen

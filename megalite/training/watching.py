@@ -15,8 +15,10 @@ from megalite.guard.pace import Pace
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
+from megalite.training.about import about, axes_of
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.guards import PaceGuard, ReplicaGuard
+from megalite.training.history import History, ReportWriter
 from megalite.training.metrics import MetricsFile
 from megalite.training.mfu import Utilisation, peak_flops
 from megalite.training.screen import Screen
@@ -57,9 +59,17 @@ def watchers_of(run: Watched) -> list[Watcher]:
         run.checkpoints,
     ]
     if run.grid.rank == 0:
-        first = run.position.step
-        watchers += [
-            MetricsFile(Path(train.run_dir), first, train.tensorboard, run.note),
-            Screen(train.steps, first, train.log_interval),
-        ]
+        watchers += _on_rank_0(run)
     return watchers
+
+
+def _on_rank_0(run: Watched) -> list[Watcher]:
+    """What writes and shows. The report is the last to be closed but one: the screen may have to tell of it."""
+    train, first = run.config.train, run.position.step
+    run_dir = Path(train.run_dir)
+    metrics = MetricsFile(run_dir, first, train.tensorboard, run.note)
+    history = History(run_dir, run.data, run.note)
+    axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
+    history.started(run.position, axes, metrics.last_seen)
+    report = ReportWriter(run_dir, about(run.config, run.spec), run.note)
+    return [metrics, history, report, Screen(train.steps, first, train.log_interval)]
