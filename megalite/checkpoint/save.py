@@ -28,18 +28,20 @@ from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
 from megalite.config.sections import DEFAULT_TIMEOUT
-from megalite.parallel.grid import Axis
+from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
 
 
-def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDict:
-    """What this rank writes, as views. replicated: all ranks of the data axis hold the same shards (ZeRO-0)."""
+def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDict:
+    """What this rank writes, as views. replicated: all ranks that hold copies of a slice hold the same
+    shards (ZeRO-0)."""
     result: BoxDict = {}
     for shard in shards:
         if not shard.placement.counted:
             continue
         count = shard.master.numel()
-        first, stop = _part(count, data) if replicated else (0, count)
+        replicas: Axis = getattr(grid, shard.placement.replicas)
+        first, stop = _part(count, replicas) if replicated else (0, count)
         for kind, values in {WEIGHT: shard.master, **shard.state}.items():
             boxes = boxes_of_shard(
                 shard.placement.full_shape,

@@ -20,7 +20,6 @@ from megalite.config.sections import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
-from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 
 FAULTS = "faults.jsonl"
@@ -208,9 +207,7 @@ class Health:
         return min(found, default=None)
 
     def _rank(self, rank: int) -> str:
-        grid = self.engine.grid
-        at = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
-        return f"rank {rank} on {self.hosts[rank]} (pipe {at.pipe.rank}, data {at.data.rank}, tensor {at.tensor.rank})"
+        return f"rank {rank} on {self.hosts[rank]} ({self.engine.grid.sizes.told(rank)})"
 
     def _gather(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.engine.grid.world_size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megalite.parallel.layers import Placement, placed
 
-Key = tuple[str, int]  # full name, first index on the split dim
+Key = tuple[str, tuple[int, ...]]  # full name, first index in each dim
 _ABSENT = torch.iinfo(torch.int64).min
 
 
@@ -85,4 +85,4 @@ class Replicas:
 
 
 def _key(place: Placement) -> Key:
-    return place.name, place.start
+    return place.name, place.offsets

@@ -68,8 +68,7 @@ def parameter_groups(
         ratio, decay = choice(place)
         tied = value is stage.tied_parameter
         empty = {"params": [], "weight_decay": decay, LR_RATIO: ratio}
-        uneven = place.dim is not None and place.full_shape[place.dim] % stage.split.axis.size != 0
-        groups.setdefault((ratio, decay, tied, uneven), empty)["params"].append(value)
+        groups.setdefault((ratio, decay, tied, place.uneven), empty)["params"].append(value)
     return list(groups.values())
 
 

@@ -82,7 +82,7 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     """What a rank of a resolved config will hold; grid: where it stands (`Grid.at`)."""
-    e, d = DTYPES[config.precision].itemsize, grid.data.size
+    e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:
             count = sum(map(sum, sizes))
@@ -90,7 +90,9 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
         case 3:
             return _fully_sharded(config, sizes, e, d)
     parts = [-(-sum(group) // (2 * d)) * 2 for group in sizes]
-    owned = [_owned(group, part, grid.data.rank) for group, part in zip(sizes, parts, strict=True)]
+    owned = [
+        _owned(group, part, grid.replica.rank) for group, part in zip(sizes, parts, strict=True)
+    ]
     gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
         gradients = max(gradients, FP32 * sum(map(sum, sizes)))

@@ -79,7 +79,7 @@ class Session:
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on these (train_step); the host waits for the norm alone."""
-        return train_step(self.pipeline, self.engine.grid.data, batches)
+        return train_step(self.pipeline, self.engine.grid.replica, batches)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
@@ -99,7 +99,7 @@ class Session:
     def resumed(self, step: int, run_dir: Path) -> "Session":
         """Another session that goes on after `step` steps from a checkpoint that this one writes (collective)."""
         saver, grid = Saver(run_dir, keep=0), self.engine.grid
-        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=self.config.zero_stage == 0)
+        boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
             **asdict(self.position(step)),
             "seed": self.config.train.seed,

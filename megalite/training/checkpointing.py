@@ -56,9 +56,8 @@ class Checkpoints(Watcher):
         if self.saved_step == position.step:
             return None
         self.finish()
-        boxes = owned_boxes(
-            self.engine.shards(), self.engine.grid.data, replicated=self.config.zero_stage == 0
-        )
+        replicated = self.config.zero_stage == 0
+        boxes = owned_boxes(self.engine.shards(), self.engine.grid, replicated)
         if (unsound := self.health.check_sound(boxes, position.step)) is not None:
             return unsound
         self.saver.save(position.step, boxes, self._state(position))

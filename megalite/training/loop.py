@@ -162,7 +162,7 @@ class Run:
         first = before.step == self.first_step
         health.begin(before)
         with self.engine.weighed() if first else nullcontext({}) as memory:
-            train_step(self.pipeline, self.grid.data, batches, health.take_loss)
+            train_step(self.pipeline, self.grid.replica, batches, health.take_loss)
         agreed = self._agreed()
         if agreed.save_ended:
             self.checkpoints.finish()

@@ -270,7 +270,9 @@ def _train(prepared: Prepared, rank: int) -> int:
         be_deterministic()
     with Watchdog(run_dir, config.train.limits) as watchdog:
         grid = Grid.build(
-            config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout
+            config.parallel.pipe,
+            config.parallel.tensor,
+            timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
