@@ -25,6 +25,7 @@ from megalite.guard.health import FAULTS, Health
 from megalite.guard.watchdog import Watchdog
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
+from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
@@ -158,7 +159,8 @@ class Run:
         following = (
             before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
         )
-        batches = self.ahead.take(before, following)
+        with RANK_TIMELINE.span("data", "wait for the batch"):
+            batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
         with self.engine.weighed() if first else nullcontext({}) as memory:

@@ -23,6 +23,7 @@ from megalite.training.metrics import MetricsFile
 from megalite.training.mfu import Utilisation, peak_flops
 from megalite.training.screen import Screen
 from megalite.training.speed import Speed
+from megalite.training.tracing import StepTimeline
 from megalite.training.watchers import Watcher
 
 
@@ -57,6 +58,14 @@ def watchers_of(run: Watched) -> list[Watcher]:
         PaceGuard(pace, run.note),
         Speed(utilisation),
         run.checkpoints,
+        StepTimeline(
+            run.grid,
+            run.device,
+            Path(train.run_dir),
+            train.trace_steps,
+            train.faults.pace_interval,
+            run.note,
+        ),
     ]
     if run.grid.rank == 0:
         watchers += _on_rank_0(run)
