@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.deferred import WeightGradients, collecting
 from megalite.parallel.grid import Axis
 from megalite.pipeline.interpreter import Interpreter
@@ -109,7 +110,7 @@ class Pipeline:
         def forward(action: Action, source: Tensor | None) -> Tensor | None:
             tokens, labels, context = _parts(batches[action.micro_batch])
             inputs = tokens if source is None else source
-            with self.axis.clock.computing():
+            with RANK_CLOCK.computing():
                 output = self.engine(
                     inputs, labels if action.chunk == last else None, context, action.chunk
                 )
@@ -162,7 +163,7 @@ class _TrainingStep:
         waiting = WeightGradients() if (chunk, k) in self.halved else None
         # Not through the engine where backward is halved: its hooks on the output begin DeepSpeed's backward, in I.
         call = self.engine if waiting is None else self.engine.module
-        with collecting(waiting), self.pipeline.axis.clock.computing():
+        with collecting(waiting), RANK_CLOCK.computing():
             output = call(source, labels if chunk == self.last else None, context, chunk)
         if waiting is not None:
             self.waiting[chunk, k] = waiting

@@ -115,7 +115,7 @@ class Run:
         self.first_step = start.step
 
     def train(self) -> int:
-        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot go on."""
+        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot continue."""
         try:
             return self._train()
         except TrainingError:
@@ -188,7 +188,7 @@ class Run:
         health.begin(before)
         self.pace.begin(before.step + 1)
         with engine.weighed() if first else nullcontext({}) as memory:
-            train_step(self.pipeline, grid.data, batches, health.take_loss)
+            train_step(self.pipeline, grid.replica, batches, health.take_loss)
         agreed = self._agreed()
         if agreed.save_ended:
             self._finish_save()
@@ -336,7 +336,7 @@ class Run:
             return
         self._finish_save()
         config, grid = self.config, self.grid
-        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=config.zero_stage == 0)
+        boxes = owned_boxes(self.engine.shards(), grid, replicated=config.zero_stage == 0)
         self._heed(unsound := self.health.check_sound(boxes, self.position.step))
         if unsound is not None:
             return
@@ -361,7 +361,7 @@ class Run:
         self.saved_step = self.position.step
 
     def _finish_save(self, last: bool = False) -> None:
-        """Waits for a save that is going on. One that failed is told of; the run goes on with the older ones,
+        """Waits for a save in progress. One that failed is reported; the run continues with the older ones,
         unless it was the last."""
         try:
             self.saver.wait()

@@ -231,7 +231,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _remove_swap_folders(config: Config, here: Place) -> None:
-    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    """Those of a killed start; once it is known that no other start of this run is alive (collective)."""
     import torch.distributed as dist
 
     if config.swap_folder is not None:
@@ -270,7 +270,9 @@ def _train(prepared: Prepared, rank: int) -> int:
         be_deterministic()
     with Watchdog(run_dir, config.train.limits) as watchdog:
         grid = Grid.build(
-            config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout
+            config.parallel.pipe,
+            config.parallel.tensor,
+            timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
