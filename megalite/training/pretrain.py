@@ -26,6 +26,7 @@ from megalite.model.families import model_dict, read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
+from megalite.plan.balance import context_lines
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.states import told_lines
 from megalite.ranks.devices import be_deterministic
@@ -241,10 +242,12 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
 
 
 def _told(prepared: Prepared) -> str:
-    """What `auto` in the config became, the table of what each rank will hold, and the pipeline's schedule."""
+    """What `auto` in the config became, the table of what each rank will hold, the pipeline's schedule, and how evenly
+    the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
-    return "\n".join([*config.notes, *told_lines(config, spec), *plan])
+    lines = [*config.notes, *told_lines(config, spec), *plan, *context_lines(config, spec)]
+    return "\n".join(lines)
 
 
 def _write_config(config: Config) -> None:
@@ -272,6 +275,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         grid = Grid.build(
             config.parallel.pipe,
             config.parallel.tensor,
+            config.parallel.context,
             timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
