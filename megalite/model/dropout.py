@@ -73,7 +73,7 @@ def _counter(index: range | Tensor, device: torch.device) -> Tensor:
 def drop(
     x: Tensor, randomness: Randomness | None, place: str, rate: float, rows: range | Tensor
 ) -> Tensor:
-    """Dropout of hidden states x [B, S, D]; rows: where each of the S stands in the whole sequence."""
+    """Dropout of hidden states x [B, S, D]; rows: which row each of the S is of the whole sequence."""
     if randomness is None or rate == 0.0:
         return x
     indices = [rows, range(x.shape[2])]

@@ -238,6 +238,13 @@ def test_generation_refuses_the_axis(tmp_path: Path, arguments: list[str], line:
         prepare_model(options, 2)
 
 
+def test_the_axis_is_part_of_a_layouts_name() -> None:
+    layout = Layout.parse("data=2,context=2,zero=1")
+    assert (layout.world_size, layout.parallel["context"]) == (4, 2)
+    assert str(layout) == "pipe=1,tensor=1,data=2,context=2,zero=1"
+    assert Layout().parallel["context_attention"] == "gather"
+
+
 PLANTED = (
     "rows._GatherRows.backward: the sum is missing",
     "rows._GatherRows.backward: the sum is made twice",
