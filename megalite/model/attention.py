@@ -16,7 +16,12 @@ from megalite.model.layers import Norm, SplitNorm
 from megalite.model.rotary import rotate, spread, turns
 from megalite.model.runs import attend_runs
 from megalite.model.spec import TransformerSpec
-from megalite.model.varlen import attend_pieces, kernel_takes, new_enough
+from megalite.model.varlen import (
+    attend_pieces,
+    attend_runs_in_pieces,
+    kernel_takes,
+    new_enough,
+)
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
 from megalite.parallel.rows import gather_rows, to_heads, to_rows
@@ -52,8 +57,11 @@ def attend(
         and kernel_takes(device.type, query.dtype, h)
         and new_enough(device)
     ):
-        pieces = context.pieces(b, s, device)
-        if pieces is not None:
+        if context.rows is not None:
+            runs = context.pieces_of_runs(b, device)
+            if runs is not None:
+                return attend_runs_in_pieces(query, key, value, runs, window)
+        elif (pieces := context.pieces(b, s, device)) is not None:
             return attend_pieces(query, key, value, pieces, window)
     visible = context.mask(window, s, t, device, causal)
     if drops is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import Bounds, rows_as_pieces
+from megalite.model.varlen import Bounds, RunPieces, rows_as_pieces, rows_of_runs
 from megalite.parallel.rows import Rows
 
 
@@ -48,7 +48,7 @@ class Context:
     all.
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
     rows: which tokens of the samples these are, where the context axis divides them: S is then a rank's part of them, T
-    the whole samples, which `documents` and `bounds` are about.
+    the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
 
@@ -61,6 +61,7 @@ class Context:
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     rows: Rows | None = None
+    run_pieces: tuple[RunPieces, ...] | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:
@@ -125,14 +126,20 @@ class Context:
     def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
         """What a token looks at, itself and those before it in its piece of [B, S]; None where that is not so, or not
         known."""
-        if self.rows is not None:
-            return None
         if self.visible is not None or self.cache is not None or self.documents is not None:
             return self.bounds
         key = ("rows", b, s)
         if key not in self.shared:
             self.shared[key] = (rows_as_pieces(b, s, device).starts,)
         return Bounds(self.shared[key][0], s)
+
+    def pieces_of_runs(self, b: int, device: torch.device) -> tuple[RunPieces, ...] | None:
+        """The same where the context axis divides [B, S of the samples]."""
+        assert self.rows is not None
+        if self.visible is not None or self.documents is not None:
+            return self.run_pieces
+        # Each layer's call makes them anew: they are a few numbers and indices of keys.
+        return rows_of_runs(b, self.rows.length, self.rows.runs, device)
 
     def mask(
         self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True

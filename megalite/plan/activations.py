@@ -158,11 +158,18 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
             core["attention: mask"] = s * t * (at.batch if at.documents else 1)
     else:
         core = {"attention: logarithms": FP32 * at.tokens * (queries // (at.tokens * h))}
-        knows_pieces = by_heads or at.context == 1
-        if masked and not (knows_pieces and kernel_takes(at.device, at.dtype, h)):
+        in_pieces = masked and kernel_takes(at.device, at.dtype, h)
+        if masked and not in_pieces:
             core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
-        if by_heads:
-            core["attention: result by heads"] = e * queries
+        by_run = at.context > 1 and not by_heads
+        if in_pieces and by_run:
+            t += at.length // 2  # keys before both runs are copied twice
+        if by_heads or (
+            by_run and spec.causal and at.device != "cpu" and not (masked and not in_pieces)
+        ):
+            core["attention: result in parts"] = (
+                e * queries
+            )  # put together for the output projection
     if not selective:  # which keeps a rank's own keys, not those of the whole samples
         keys = values = at.batch * t * key_heads * h
     table |= {"queries": e * queries, "keys": e * keys, "values": e * values}

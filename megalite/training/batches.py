@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import documents_as_pieces
+from megalite.model.varlen import Bounds, RunPieces, documents_as_pieces, runs_as_pieces
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
@@ -84,10 +84,11 @@ def _micro_batch(
     labels[len(real) :] = IGNORED
     context = Context(rows=rows)
     if documents is not None:
-        context.documents, context.bounds = (
-            torch.from_numpy(documents),
-            documents_as_pieces(documents),
-        )
+        context.documents = torch.from_numpy(documents)
+        if rows is None or rows.by_heads:
+            context.bounds = documents_as_pieces(documents)
+        else:
+            context.run_pieces = runs_as_pieces(documents, rows.runs)
     if rows is not None:
         tokens, labels = rows.cut(tokens, 1), rows.cut(labels, 1)
     counted = (labels != IGNORED).flatten().nonzero().squeeze(-1)
@@ -121,12 +122,21 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
     """With each of its tensors changed."""
     tokens, labels, context = batch
-    documents, bounds = context.documents, context.bounds
+    documents, bounds, runs = context.documents, context.bounds, context.run_pieces
     counted, randomness = context.counted, context.randomness
+
+    def moved(bounds: Bounds) -> Bounds:
+        return bounds._replace(starts=change(bounds.starts))
+
     context = replace(
         context,
         documents=None if documents is None else change(documents),
-        bounds=None if bounds is None else bounds._replace(starts=change(bounds.starts)),
+        bounds=None if bounds is None else moved(bounds),
+        run_pieces=None
+        if runs is None
+        else tuple(
+            RunPieces(change(run.keys), moved(run.queries), moved(run.of_keys)) for run in runs
+        ),
         counted=None if counted is None else change(counted),
         randomness=None
         if randomness is None
