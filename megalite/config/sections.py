@@ -260,7 +260,8 @@ class Faults(Section):
     )
     pace_interval: Counter = Field(
         10,
-        description="Steps between two comparisons of the ranks' own seconds of computing; 0: never.",
+        description="Steps between two comparisons of the ranks' own seconds of computing, whose rows also have "
+        "`split_seconds`, where the step's time went; 0: never.",
     )
     slow_factor: float = Field(
         1.5,
@@ -386,6 +387,11 @@ class Train(Section):
     )
     tensorboard: bool = Field(
         True, description="Write TensorBoard event files into the run folder."
+    )
+    trace_steps: list[Positive] = Field(
+        [],
+        description="Steps that are traced: every action, message and collective of all ranks goes into the run "
+        "folder's `trace.json`, for Perfetto or chrome://tracing. Other steps cost nothing.",
     )
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}),

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
+    parser = ArgumentParser(description="Train a model on any layout.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is"
     )
