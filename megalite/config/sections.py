@@ -65,6 +65,13 @@ class Parallel(Section):
         "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
     )
 
+    expert: Positive = Field(
+        1,
+        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest of "
+        "the data axis. docs/experts.md has more.",
+    )
+
     @property
     def chunks_a_rank(self) -> int:
         """Chunks of layers that a rank of the pipe axis holds."""
@@ -310,6 +317,26 @@ class ParameterGroup(Section):
     )
 
 
+class Router(Section):
+    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
+
+    balance: Literal["sample", "none"] = Field(
+        "sample",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that is "
+        "least where all experts are used alike; the same on every layout, as transformers' own is not. `none`: none.",
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
+    )
+    load_interval: Counter = Field(
+        10,
+        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
+        "experts without a token; 0: never.",
+    )
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -351,6 +378,9 @@ class Train(Section):
         0.0,
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
+    )
+    router: Router | None = Field(
+        None, description="Of a model with experts; left out: each of its keys as it is when left out."
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."

@@ -30,8 +30,12 @@ from megalite.ranks.launch import quiet
 def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     """This rank's stage with freshly initialised weights."""
     init = config.train.init
+    router, mixture = config.train.router, spec.mixture
+    if mixture is not None and router is not None:
+        mixture = replace(mixture, balance=router.balance, z_loss=router.z_loss)
     spec = replace(
         spec,
+        mixture=mixture,
         init_std=init.std or spec.init_std,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init

@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.errors import CheckpointError
 from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
-from megalite.hub.names import hf_auto_class, hf_tensor, to_hf
+from megalite.hub.names import file_names, hf_auto_class, hf_tensor, to_hf
 from megalite.hub.same_logits import Comparison, compare
 from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
 from megalite.hub.whole import appearing
@@ -40,6 +40,9 @@ class _Weights:
         result = {}
         for name in self.names():
             entry, shape = hf_tensor(self.spec.family, name), self.checkpoint.shape(name)
+            if entry.stacked:
+                result |= dict.fromkeys(file_names(entry, self.spec), shape[1:])
+                continue
             shape = (shape[0] * entry.parts, *shape[1:])
             result.setdefault(entry.name, shape[::-1] if entry.transposed else shape)
         return result
@@ -48,9 +51,7 @@ class _Weights:
         return self.checkpoint.names
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in to_hf(
-            self.spec.family, self.names(), self.checkpoint.read, self.spec.num_heads
-        ):
+        for name, tensor in to_hf(self.spec, self.names(), self.checkpoint.read):
             if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
                 raise CheckpointError(
                     f"--dtype: float16: {name}: its largest value {tensor.abs().max().item():.3g} "

@@ -46,6 +46,8 @@ class Context:
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
+    balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
+    micro-batch; None: they are left out.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
 
@@ -57,6 +59,7 @@ class Context:
     bounds: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
+    balance: Tensor | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:

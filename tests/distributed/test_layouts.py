@@ -263,15 +263,14 @@ def test_training_equals_transformers_and_torch(
     ours = traces(1, steps, [(settings.to_json(), nothing, tmp_path / "ours")])[0]
     section = settings.model
     assert isinstance(section, dict)
+    spec = read_spec(section)
     config = AutoConfig.for_model(**section)
     config._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(config)
     theirs = model.state_dict()
     with torch.no_grad():
-        for value, place in placed(
-            Stage(read_spec(section), Grid()).initialise(settings.train.seed)
-        ):
-            from_hf(family, place.name, theirs.__getitem__).copy_(value)
+        for value, place in placed(Stage(spec, Grid()).initialise(settings.train.seed)):
+            from_hf(spec, place.name, theirs.__getitem__).copy_(value)
     decays = [value for value in model.parameters() if value.dim() > 1]
     rest = [value for value in model.parameters() if value.dim() == 1]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -290,5 +289,5 @@ def test_training_equals_transformers_and_torch(
     for key, value, _ in ours.full(steps - 1):
         kind, _, called = key.partition("/")
         if kind == "weight":
-            wanted = from_hf(family, called, theirs.__getitem__).detach()
+            wanted = from_hf(spec, called, theirs.__getitem__).detach()
             assert (value - wanted).norm() < 1e-4 * wanted.norm() + 1e-6, called
