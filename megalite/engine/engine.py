@@ -78,7 +78,7 @@ class Engine(DeepSpeedEngine):
         )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -99,6 +99,11 @@ class Engine(DeepSpeedEngine):
         all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones."""
         chosen = super()._do_optimizer_sanity_check(basic_optimizer)
         return "zero_optimization" if self.zero_optimization() else chosen
+
+    def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
+        """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
+        if self.grid.replica.size > 1:
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
 
     def clip_fp32_gradients(self) -> None:
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
@@ -210,7 +215,7 @@ class Engine(DeepSpeedEngine):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients stand between the first backward and the update."""
+        now, each storage once. Gradients exist between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]

@@ -1,6 +1,6 @@
 """Which layers are a chunk: the cut with the least simulated step.
 
-The longest chunk alone does not decide: a head that weighs as much as several layers stands at the end of the pipeline,
+The longest chunk alone does not decide: a head that costs as much as several layers is at the end of the pipeline,
 where other work waits for it in one schedule and not in another, and interleaving with an even cut can be slower than
 1F1B. So cuts are compared by playing the schedule's own program with the costs of their chunks. Costs are multiply-adds
 a token, the same on every machine: all ranks find the same cut. Next: plan.py.

@@ -140,7 +140,7 @@ class _Lister:
         for _ in range(len(self.kinds) * len(self.home) * self.m):
             waiting = [(plan[0], rank) for rank, plan in enumerate(plans) if plan is not None]
             if not waiting:
-                raise ProgramError("no rank can go on: too little room")
+                raise ProgramError("no rank can continue: too little room")
             rank = min(waiting)[1]
             start, kind, chunk = plans[rank]  # type: ignore[misc]
             self._place(rank, kind, chunk, start)
@@ -175,7 +175,7 @@ class _Lister:
             return None
         match kind:
             case "F":
-                # Room is left for one of each later chunk: else forwards of the first fill it and nothing can go on.
+                # Room is left for one of each later chunk: else forwards of the first fill it and nothing can continue.
                 needed = 1 + sum(later > chunk for later in self.own[rank])
                 if self.held[rank] + needed > self.room:
                     return None

@@ -17,7 +17,7 @@ and exactly, byte for byte, with what DeepSpeed rounds up:
   for what goes back, in the weights' type, and two of the largest parameter's size.
 - With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
   too small for files; a file is rounded up to 1 KiB for each thread that reads it.
-- Gradients are what stands after a micro-batch's backward at most: with ZeRO-1 and several micro-batches all of them.
+- Gradients are the most that is held after a micro-batch's backward: with ZeRO-1 and several micro-batches all of them.
 - The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
   not written of it takes no memory.
 
@@ -81,7 +81,7 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
 
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
-    """What a rank of a resolved config will hold; grid: where it stands (`Grid.at`)."""
+    """What a rank of a resolved config will hold; grid: its place (`Grid.at`)."""
     e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:

@@ -115,7 +115,7 @@ class Run:
         self.first_step = start.step
 
     def train(self) -> int:
-        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot go on."""
+        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot continue."""
         try:
             return self._train()
         except TrainingError:
@@ -361,7 +361,7 @@ class Run:
         self.saved_step = self.position.step
 
     def _finish_save(self, last: bool = False) -> None:
-        """Waits for a save that is going on. One that failed is told of; the run goes on with the older ones,
+        """Waits for a save in progress. One that failed is reported; the run continues with the older ones,
         unless it was the last."""
         try:
             self.saver.wait()

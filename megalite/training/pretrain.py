@@ -231,7 +231,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _remove_swap_folders(config: Config, here: Place) -> None:
-    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    """Those of a killed start; once it is known that no other start of this run is alive (collective)."""
     import torch.distributed as dist
 
     if config.swap_folder is not None:

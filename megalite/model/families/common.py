@@ -54,7 +54,7 @@ MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
 
 @dataclass(frozen=True)
 class HFTensor:
-    """Where one of our tensors stands in a Hugging Face file.
+    """Where one of our tensors is in a Hugging Face file.
 
     name: with `{layer}` for the block's number, and `{expert}` where the file has a tensor for each expert that ours
     stacks along its first dim; transposed: the file has it as [in, out]; part, parts: which
