@@ -68,8 +68,8 @@ class Parallel(Section):
     expert: Positive = Field(
         1,
         description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
-        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest of "
-        "the data axis. docs/experts.md has more.",
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
+        "of the data axis. docs/experts.md has more.",
     )
 
     @property
@@ -322,8 +322,9 @@ class Router(Section):
 
     balance: Literal["sample", "none"] = Field(
         "sample",
-        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that is "
-        "least where all experts are used alike; the same on every layout, as transformers' own is not. `none`: none.",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
+        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
+        "`none`: no such loss.",
     )
     z_loss: float = Field(
         0.0,
@@ -381,7 +382,8 @@ class Train(Section):
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
     )
     router: Router | None = Field(
-        None, description="Of a model with experts; left out: each of its keys as it is when left out."
+        None,
+        description="Of a model with experts; left out: each of its keys as it is when left out.",
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."

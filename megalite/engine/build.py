@@ -23,19 +23,15 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.plan import plan_of
-from megalite.plan.states import DTYPES, recompute_of
+from megalite.plan.states import DTYPES, recompute_of, routed_spec
 from megalite.ranks.launch import quiet
 
 
 def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     """This rank's stage with freshly initialised weights."""
     init = config.train.init
-    router, mixture = config.train.router, spec.mixture
-    if mixture is not None and router is not None:
-        mixture = replace(mixture, balance=router.balance, z_loss=router.z_loss)
     spec = replace(
-        spec,
-        mixture=mixture,
+        routed_spec(config, spec),
         init_std=init.std or spec.init_std,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init

@@ -1,7 +1,8 @@
 """Between our tensors and those of a Hugging Face file, both ways, from a family's one table.
 
 Ours are never fused and always [out, in], and experts are stacked, [E, out, in]; a file may fuse several along the
-output features, also head by head, may have them transposed, and has a tensor for each expert. Reading files: import_hf.py; writing them: export_hf.py (tools/).
+output features, also head by head, may have them transposed, and has a tensor for each expert. Reading files:
+import_hf.py; writing them: export_hf.py (tools/).
 """
 
 import re

@@ -5,8 +5,8 @@ Rows are sorted by expert, in a stable order, and go through grouped products. W
 holds E / e experts: rows travel to the ranks of their experts and back (parallel/exchange.py). The tensor axis divides
 each expert's features as it does an MLP's.
 
-T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows at this rank's experts,
-T·k without an expert axis.
+T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows at this rank's
+experts, T·k without an expert axis.
 """
 
 from typing import Any
@@ -71,10 +71,7 @@ class Experts(nn.Module):
         order = ids.argsort(stable=True)  # by expert, and then by token
         rows = _Spread.apply(rows, order, k)  # type: ignore[assignment]
         ends = group_ends(ids[order], self.count)
-        if self.axis.size == 1:
-            made = self._products(rows, ends)
-        else:
-            made = self._elsewhere(rows, ends)
+        made = self._products(rows, ends) if self.axis.size == 1 else self._elsewhere(rows, ends)
         return _Permute.apply(made, inverse(order)).unflatten(0, (-1, k))  # type: ignore[union-attr]
 
     def _products(self, rows: Tensor, ends: Tensor) -> Tensor:

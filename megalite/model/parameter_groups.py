@@ -52,8 +52,9 @@ def parameter_groups(
     and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
     both stages that hold one. So have tensors that the tensor axis cuts unevenly (an odd vocabulary): ZeRO lays a group
     out flat, and kernels round the last numbers of a stretch in another way, so that copies of what is whole would
-    differ where what is next to them does. And what an expert axis divides, which ZeRO shards over fewer ranks; DeepSpeed
-    knows those groups by `moe` and `name`. Stages may differ in their groups: each is an engine of its own."""
+    differ where what is next to them does. And what an expert axis divides, which ZeRO shards over fewer ranks;
+    DeepSpeed knows those groups by `moe` and `name`. Stages may differ in their groups: each is an engine of its own.
+    """
 
     def choice(place: Placement) -> tuple[float, float]:
         """(lr_ratio, weight_decay)"""

@@ -69,7 +69,9 @@ class Router(nn.Module):
         b = len(each)
         ones = torch.ones_like(chosen.view(b, -1), dtype=torch.float32)
         counts = each.new_zeros(b, self.mixture.count).scatter_add_(1, chosen.view(b, -1), ones)
-        losses = self._losses(logits.unflatten(0, (b, -1)), probabilities.unflatten(0, (b, -1)), counts)
+        losses = self._losses(
+            logits.unflatten(0, (b, -1)), probabilities.unflatten(0, (b, -1)), counts
+        )
         # Every rank of the tensor axis has the same, and their gradients are summed.
         loss = None if losses is None else (losses * each).sum() / self.axis.size
         real = counts * (each > 0).unsqueeze(-1)

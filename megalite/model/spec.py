@@ -147,6 +147,16 @@ class TransformerSpec:
         """Parameters of a norm for each of its features."""
         return 2 if self.norm == "layer" and self.norm_bias else 1
 
+    @property
+    def experts(self) -> int:
+        """Experts of a layer that has any; 0 where none has."""
+        return 0 if self.mixture is None else self.mixture.count
+
+    @property
+    def expert_size(self) -> int:
+        """Features between an expert's matrices; 0 where there are none."""
+        return 0 if self.mixture is None else self.mixture.intermediate_size
+
     def mixture_of(self, layer: int) -> Mixture | None:
         """The experts of a layer; None where it has an MLP."""
         return self.mixture if self.mixture is not None and layer in self.mixture.layers else None

@@ -366,7 +366,9 @@ class Stage(nn.Module):
             for chunk in self.chunks.values()
             for block in chunk.blocks.values()  # type: ignore[union-attr]
         ]
-        return {block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)}
+        return {
+            block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
+        }
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of what crosses to the next chunk for ids [B, S]."""

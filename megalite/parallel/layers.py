@@ -178,7 +178,9 @@ def initialise(module: nn.Module, seed: int) -> None:
                 value.fill_(placement.fill)
             elif placement.drawn_apart:
                 for index, part in enumerate(value, start=placement.offsets[0]):
-                    full = _drawn(f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std)
+                    full = _drawn(
+                        f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std
+                    )
                     part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
             else:
                 full = _drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)

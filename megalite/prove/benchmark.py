@@ -102,7 +102,8 @@ class Case:
 
 def _kept_bytes(config: Config, rank: int) -> int:
     """What a rank keeps for backward, as plan/activations.py predicts it."""
-    grid = Grid.at(rank, config.parallel.pipe, config.data_size, config.parallel.tensor)
+    parallel = config.parallel
+    grid = Grid.at(rank, parallel.pipe, config.data_size, parallel.tensor, expert=parallel.expert)
     return predicted_activations(config, read_spec(config.model), grid).bytes
 
 

@@ -35,7 +35,8 @@ from megalite.prove.trace import Plant, Session
 
 def mutants(config: Config) -> dict[str, Plant]:
     """Every mutant of a layout's resolved config, by name."""
-    grid = Grid.at(0, config.parallel.pipe, config.data_size, config.parallel.tensor)
+    parallel = config.parallel
+    grid = Grid.at(0, parallel.pipe, config.data_size, parallel.tensor, expert=parallel.expert)
     result = (
         dict(_of_parameters(config, grid))
         | dict(_of_the_step(config, grid))

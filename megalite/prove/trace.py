@@ -40,9 +40,9 @@ KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
 
 
 @functools.cache
-def _grid(pipe: int, tensor: int) -> Grid:
+def _grid(pipe: int, tensor: int, expert: int) -> Grid:
     """Made once in a process: every grid opens its own groups."""
-    return Grid.build(pipe, tensor)
+    return Grid.build(pipe, tensor, expert=expert)
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Session:
     def build(cls, config: Config) -> "Session":
         """From a resolved config (collective over the world)."""
         spec = read_spec(config.model)
-        engine = build_engine(config, spec, _grid(config.parallel.pipe, config.parallel.tensor))
+        parallel = config.parallel
+        engine = build_engine(config, spec, _grid(parallel.pipe, parallel.tensor, parallel.expert))
         data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
         return cls(
             config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.config import Config
+from megalite.config.sections import Router
 from megalite.data.loader import TrainData, ValidData
 from megalite.data.position import Kept, Position
 from megalite.engine.build import DTYPES, LearningRate, build_pipeline
@@ -35,6 +36,7 @@ from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 from megalite.training.evaluation import loss_and_tokens
+from megalite.training.expert_load import ExpertLoad
 from megalite.training.fingerprint import fingerprint
 from megalite.training.metrics import MetricsFile, perplexity
 from megalite.training.mfu import Utilisation, peak_flops
@@ -87,6 +89,8 @@ class Run:
         self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
         self.pace = Pace(faults, engine, spec, config.data.counted_share, watchdog.hosts)
         self.replicas = Replicas(engine.stage)
+        router = config.train.router or Router.model_validate({})
+        self.expert_load = ExpertLoad(engine, router.load_interval)
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
@@ -210,8 +214,10 @@ class Run:
             )
             self.note(peak_line(bytes_by_rank["peak_bytes"]))
         figures, lines = self.pace.end(self.position.step)
-        for line in lines:
+        loads, dead = self.expert_load.report(self.position.step)
+        for line in [*lines, *dead]:
             self.note(line)
+        row |= loads
         self._report(row | figures, step_tokens, time.perf_counter() - start)
         return agreed
 
@@ -352,6 +358,7 @@ class Run:
             "layout": {
                 "pipe": grid.pipe.size,
                 "data": grid.data.size,
+                "expert": grid.expert.size,
                 "tensor": grid.tensor.size,
                 "zero_stage": config.zero_stage,
                 "precision": config.precision,

@@ -272,6 +272,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         grid = Grid.build(
             config.parallel.pipe,
             config.parallel.tensor,
+            expert=config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):

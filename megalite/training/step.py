@@ -18,8 +18,8 @@ def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
 
 
 def samples_that_count(batches: Sequence[MicroBatch], context: Axis) -> Tensor:
-    """Which samples have a label that counts, on any rank of the context axis: fp32 [micro-batches, B] of 0 and 1. Those
-    without are fillings of a micro-batch, or as good as none."""
+    """Which samples have a label that counts, on any rank of the context axis: fp32 [micro-batches, B] of 0 and 1.
+    Those without are fillings of a micro-batch, or as good as none."""
     found = torch.stack([(batch.labels != IGNORED).any(dim=1) for batch in batches]).float()
     return max_over(found, context)
 
