@@ -53,14 +53,18 @@ class Router(nn.Module):
         weight = enter(later(self.weight), self.axis)
         logits = F.linear(rows.float(), weight.float())
         probabilities = logits.softmax(dim=-1)
-        ranked = probabilities.detach().argsort(dim=-1, descending=True, stable=True)
-        chosen = ranked[:, : self.mixture.chosen].contiguous()
+        chosen = self.choose(probabilities.detach())
         weights = probabilities.gather(1, chosen)
         if self.mixture.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if context.balance is not None and torch.is_grad_enabled():
             weights = self._trained(weights, logits, probabilities, chosen, context.balance)
         return chosen, weights
+
+    def choose(self, probabilities: Tensor) -> Tensor:
+        """[T, E] -> the k most likely experts [T, k], best first; of equal ones the lower number."""
+        ranked = probabilities.argsort(dim=-1, descending=True, stable=True)
+        return ranked[:, : self.mixture.chosen].contiguous()
 
     def _trained(
         self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, each: Tensor

@@ -30,7 +30,8 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Placement, placed
 from megalite.pipeline.steps import Receive
-from megalite.prove.trace import Plant, Session
+from megalite.prove.expert_mutants import of_experts
+from megalite.prove.trace import Plant, Session, put
 
 
 def mutants(config: Config) -> dict[str, Plant]:
@@ -46,6 +47,7 @@ def mutants(config: Config) -> dict[str, Plant]:
         result |= dict(_of_the_pipe(config))
     if grid.tensor.size > 1:
         result |= dict(_of_the_tensor_axis(config))
+    result |= dict(of_experts(config, read_spec(config.model), grid))
     return result
 
 
@@ -280,7 +282,7 @@ def _others_samples(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 def _own_norm(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    _put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
+    put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
 
 
 def _old_randomness(session: Session, event: str, stack: contextlib.ExitStack) -> None:
@@ -462,22 +464,15 @@ def _sums_of(owner: str, method: str, times: int) -> Plant:
 
         def changed(ctx: Any, *arguments: Any) -> Any:
             with contextlib.ExitStack() as inner:
-                _put(inner, collectives, "sum_over", summed)
-                _put(inner, collectives, "_scatter", scattered)
+                put(inner, collectives, "sum_over", summed)
+                put(inner, collectives, "_scatter", scattered)
                 return whole(ctx, *arguments)
 
-        _put(stack, target, method, staticmethod(changed))
+        put(stack, target, method, staticmethod(changed))
 
     return plant
 
 
 def _loss_alone(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     if event == "built":
-        _put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)
-
-
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute until the stack is left."""
-    before = owner.__dict__[name]
-    setattr(owner, name, value)
-    stack.callback(setattr, owner, name, before)
+        put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)

@@ -4,7 +4,8 @@ The bounds are those of tools/verify_layouts.py, and clipping acts in every step
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from torch import Tensor
 from megalite.checkpoint.files import WEIGHT, Checkpoint, find_checkpoint
 from megalite.checkpoint.save import Saver, owned_boxes
 from megalite.config import Config
-from megalite.data.position import Position
-from megalite.engine.norm import GlobalNorm
-from megalite.model import experts, router
+from megalite.model.context import Context
 from megalite.model.families import model_dict
-from megalite.parallel import exchange
+from megalite.model.router import Router
+from megalite.parallel.grid import ALONE
 from megalite.prove.layouts import Layout, config_of, micro_sizes
-from megalite.prove.trace import Session, Trace
+from megalite.prove.mutants import mutants
+from megalite.prove.trace import Session, Trace, record
 from megalite.prove.verify import Spread
-from megalite.training import step as training_step
+from megalite.training.batches import MicroBatch
 from megalite.training.expert_load import ExpertLoad
 from megalite.training.start import starting_point
+from megalite.training.step import samples_that_count
 from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 
@@ -109,16 +111,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @contextlib.contextmanager
 def gap_is_wide(rank: int) -> Iterator[None]:
-    """No token's choice hangs on rounding: else layouts may rightly differ."""
-    whole = router.Router.forward
+    """No token's choice depends on rounding: layouts could rightly differ there."""
+    whole = Router.choose
 
-    def watched(self: router.Router, rows: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        probabilities = (rows @ self.weight.t()).softmax(-1).sort(descending=True).values
-        k = self.mixture.chosen
-        assert (probabilities[:, k - 1] - probabilities[:, k]).min() > GAP
-        return whole(self, rows, context)
+    def watched(self: Router, probabilities: Tensor) -> Tensor:
+        ranked, k = probabilities.sort(descending=True).values, self.mixture.chosen
+        assert (ranked[:, k - 1] - ranked[:, k]).min() > GAP
+        return whole(self, probabilities)
 
-    with mock.patch.object(router.Router, "forward", watched):
+    with mock.patch.object(Router, "choose", watched):
         yield
 
 
@@ -130,3 +131,107 @@ def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
     assert max(row["norm"] for row in spread.reference.figures[0]) > 0.5, "clipping must act"
     verdict = spread.judge(trace)
     assert not verdict.first, "; ".join(map(str, verdict.first))
+
+
+FAULTY = Layout(data=2, expert=2, zero=1, micro=2)
+FAULTS = {
+    "experts: left out of the norm",
+    "experts: a token's last choice is dropped in silence",
+    "experts: the last rank resolves near ties otherwise",
+    "experts: gradients are divided by the copies of an expert",
+    "experts: rows come back in the order of their arrival",
+    "experts: the balance loss is of a micro-batch",
+}
+
+
+def faulty(rank: int, world_size: int, requests: list[tuple[dict[str, Any], str, Path]]) -> None:
+    deepspeed.init_distributed("gloo")
+    for json, fault, folder in requests:
+        config = Config.from_dict(json)
+        record(config, 2, folder, mutants(config)[fault])
+
+
+def test_planted_faults_are_found(runs: Runs) -> None:
+    config = runs.config(MIXTRAL, FAULTY)
+    assert {name for name in mutants(config) if name.startswith("experts: ")} == FAULTS
+    requests = [
+        (config.to_json(), fault, runs.folder / f"fault {number}")
+        for number, fault in enumerate(sorted(FAULTS))
+    ]
+    for _, _, folder in requests:
+        folder.mkdir()
+    run_ranks(2, faulty, requests, timeout_seconds=240)
+    spread = runs.spread(MIXTRAL)
+    for _, fault, folder in requests:
+        first = spread.judge(Trace(folder)).first
+        assert first and first[0].step == 1, fault
+
+
+def saved_in_turn(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path) -> None:
+    """Trains two steps on the first layout; each of the others loads what the one before has saved, and saves it."""
+    deepspeed.init_distributed("gloo")
+    for number, config in enumerate(map(Config.from_dict, configs)):
+        session = Session.build(config)
+        if number == 0:
+            session.step(0), session.step(1)
+        else:
+            starting_point(base / str(number - 1), None).fill(session.engine)
+        saver, stage = Saver(base / str(number), keep=0), config.zero_stage
+        boxes = owned_boxes(session.engine.shards(), session.engine.grid, replicated=stage == 0)
+        state = {**asdict(session.position(2)), "seed": 1, "model": model_dict(config.model)}
+        saver.save(2, boxes, state)
+        saver.wait()
+
+
+def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
+    layouts = [
+        Layout(data=4, zero=2, micro=1),
+        Layout(data=4, expert=2, zero=1, micro=1),
+        Layout(data=4, expert=4, zero=0, micro=1),
+        Layout(tensor=2, data=2, expert=2, zero=2, micro=1),
+        Layout(pipe=2, data=2, zero=1, micro=1),
+    ]
+    configs = [runs.config(QWEN, layout).to_json() for layout in layouts]
+    run_ranks(4, saved_in_turn, configs, tmp_path, timeout_seconds=240)
+    first, *others = (
+        Checkpoint.open(find_checkpoint(tmp_path / str(number))) for number in range(len(layouts))
+    )
+    assert len(first.names) > 20 and first.moments == {"exp_avg", "exp_avg_sq"}
+    for other in others:
+        assert other.names == first.names
+        for tensor in first.names:
+            for kind in (WEIGHT, *first.moments):
+                wanted = first.read(tensor, kind=kind)
+                assert torch.equal(other.read(tensor, kind=kind), wanted), (kind, tensor)
+
+
+def loads(rank: int, world_size: int, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    deepspeed.init_distributed("gloo")
+    session = Session.build(Config.from_dict(config))
+    load = ExpertLoad(session.engine, interval=2)
+    for router in session.engine.stage.routers.values():
+        router.weight.data[3].fill_(-1e3)
+        router.weight.data[3, 0] = 0.0
+    session.step(0)
+    assert load.report(1) == ({}, [])
+    return load.report(2)
+
+
+def test_the_load_of_experts_is_counted_over_all_ranks(runs: Runs) -> None:
+    layout = Layout(tensor=2, data=2, expert=2, zero=1, micro=2)
+    reports = run_ranks(4, loads, runs.config(QWEN, layout).to_json())
+    fields, lines = reports[0]
+    assert all(report == reports[0] for report in reports)
+    tokens = fields["expert_tokens"]
+    assert list(tokens) == ["0", "2", "3"]  # layer 1 has no experts
+    assert all(sum(row) == BATCH * 12 * 3 for row in tokens.values())
+    assert fields["expert_imbalance"] == max(8 * max(row) / sum(row) for row in tokens.values())
+    dead = [layer for layer, row in tokens.items() if 0 in row]
+    assert bool(lines) == bool(dead)
+
+
+def test_samples_without_a_label_are_not_balanced() -> None:
+    labels = torch.tensor([[1, -100], [-100, -100], [3, 4]])
+    batches = [MicroBatch(labels, labels, Context()), MicroBatch(labels, labels + 200, Context())]
+    each = samples_that_count(batches, ALONE)
+    assert each.tolist() == [[1, 0, 1], [1, 1, 1]]
