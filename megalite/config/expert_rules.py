@@ -44,5 +44,8 @@ def check_experts(megalite: Megalite, dims: ModelDims) -> None:
         given = router.model_dump(exclude_unset=True)
         rule = f"must be left out: a {dims.family} model of this config has no experts"
         raise broken("megalite.train.router", given, rule)
+    if router is not None and router.bias_rate is not None and router.balance != "bias":
+        path = "megalite.train.router"
+        raise broken(f"{path}.bias_rate", router.bias_rate, f'needs {path}.balance "bias"')
     if dims.experts % expert:
         raise broken(PATH, expert, f"must divide the model's {dims.experts} experts")

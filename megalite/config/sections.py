@@ -320,11 +320,15 @@ class ParameterGroup(Section):
 class Router(Section):
     """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
 
-    balance: Literal["sample", "none"] = Field(
+    balance: Literal["sample", "bias", "none"] = Field(
         "sample",
         description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
         "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
-        "`none`: no such loss.",
+        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the tokens "
+        "that each expert got of the global batch. `none`: neither.",
+    )
+    bias_rate: float | None = Field(
+        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
     )
     z_loss: float = Field(
         0.0,
@@ -336,6 +340,11 @@ class Router(Section):
         description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
         "experts without a token; 0: never.",
     )
+
+    @property
+    def step_of_bias(self) -> float:
+        """By how much a bias moves in a step, 0 where none does."""
+        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
 
 
 class Train(Section):

@@ -107,14 +107,17 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     if answered:
         yield from findings(answered, slots, options.master_port, checkpoints)
-    pipe, tensor = (config.parallel.pipe, config.parallel.tensor) if config is not None else (1, 1)
+    pipe, tensor, expert = 1, 1, 1
+    if config is not None:
+        parallel = config.parallel
+        pipe, tensor, expert = parallel.pipe, parallel.tensor, parallel.expert
     line = crossing_hosts([host for host, count in slots.items() for _ in range(count)], tensor)
     if line is not None:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
     program = Program(
-        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor)],
+        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor), str(expert)],
         over_ssh, options.ssh_port, None,
     )  # fmt: skip
     signals = Signals()

@@ -17,6 +17,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
+from megalite.engine.router_bias import RouterBias
 from megalite.engine.zero import MOMENTS, ShardedOptimizer, moments_of
 from megalite.engine.zero3 import FullyShardedOptimizer
 from megalite.model.transformer import EXPERTS
@@ -29,6 +30,8 @@ class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
 
     _highest_gradients: int | None = None
+    router_bias: RouterBias | None = None
+    """Of a model with experts."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.checkpoint.files import ROUTER_BIAS, Checkpoint, find_checkpoint
 from megalite.errors import CheckpointError
 from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
 from megalite.hub.names import file_names, hf_auto_class, hf_tensor, to_hf
@@ -75,6 +75,10 @@ def export_hf(
     with appearing(output, CheckpointError) as partial:
         source = Checkpoint.open(find_checkpoint(checkpoint))
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
+        if ROUTER_BIAS in source.state:
+            family = weights.spec.family
+            rule = f'a {family} file has no place for what megalite.train.router.balance "bias" has made'
+            raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
         partial.mkdir()
         shards: list[Shard] = plan_shards(weights.shapes(), weights.dtype, shard_bytes)
         write_shards(partial, shards, weights.tensors())

@@ -9,7 +9,7 @@ Balance does not depend on the layout: `sample` (arXiv 2412.19437, equations 17 
 
 averaged over the samples of the global batch in which a label counts; it is 1 · coefficient where all experts are used
 alike. transformers multiplies the means over a micro-batch of all layers instead, which changes with the micro-batch,
-the accumulation and the data axis. z_loss is added in the same way: the mean square of the softmax's denominator's
+the accumulation and the data axis. `bias` adds no loss: engine/router_bias.py moves it. z_loss is added in the same way: the mean square of the softmax's denominator's
 logarithm over a sample's tokens (arXiv 2202.08906, equation 5).
 
 T tokens of B samples, E experts, k of them chosen.
@@ -32,11 +32,13 @@ from megalite.parallel.layers import parameter
 class Router(nn.Module):
     """Rows [T, D] -> chosen experts [T, k] int64, best first, and their weights [T, k] fp32.
 
-    context_axis: whose ranks hold parts of a sample's tokens. tally [E] int64: tokens that went to each expert in the
+    context_axis: whose ranks hold parts of a sample's tokens. bias [E] fp32: what is added to the probabilities where
+    experts are chosen. tally [E] int64: tokens that went to each expert in the
     backwards since it was last set to zero, fillings of the batch left out.
     """
 
     tally: Tensor
+    bias: Tensor
 
     def __init__(
         self, spec: TransformerSpec, mixture: Mixture, split: Split, context_axis: Axis
@@ -47,13 +49,14 @@ class Router(nn.Module):
         self.weight = parameter(shape, None, split.axis, spec.init_std)
         tally = torch.zeros(mixture.count, dtype=torch.int64)
         self.register_buffer("tally", tally, persistent=False)
+        self.register_buffer("bias", torch.zeros(mixture.count), persistent=False)
 
     def forward(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         # A rank of the tensor axis has its part of the gradient: that of its features of the experts.
         weight = enter(later(self.weight), self.axis)
         logits = F.linear(rows.float(), weight.float())
         probabilities = logits.softmax(dim=-1)
-        chosen = self.choose(probabilities.detach())
+        chosen = self.choose(probabilities.detach() + self.bias)
         weights = probabilities.gather(1, chosen)
         if self.mixture.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -61,9 +64,9 @@ class Router(nn.Module):
             weights = self._trained(weights, logits, probabilities, chosen, context.balance)
         return chosen, weights
 
-    def choose(self, probabilities: Tensor) -> Tensor:
-        """[T, E] -> the k most likely experts [T, k], best first; of equal ones the lower number."""
-        ranked = probabilities.argsort(dim=-1, descending=True, stable=True)
+    def choose(self, scores: Tensor) -> Tensor:
+        """[T, E] -> the k best experts [T, k], best first; of equal ones the lower number."""
+        ranked = scores.argsort(dim=-1, descending=True, stable=True)
         return ranked[:, : self.mixture.chosen].contiguous()
 
     def _trained(

@@ -46,7 +46,7 @@ class Mixture:
     layers: tuple[int, ...]
     """Those that have experts in place of the MLP."""
     balance_coefficient: float
-    balance: Literal["sample", "none"] = "sample"
+    balance: Literal["sample", "bias", "none"] = "sample"
     z_loss: float = 0.0
 
 

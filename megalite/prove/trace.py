@@ -103,6 +103,7 @@ class Session:
         boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
             **asdict(self.position(step)),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": self.config.train.seed,
             "model": model_dict(self.config.model),
         }

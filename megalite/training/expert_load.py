@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megalite.engine.engine import Engine
+from megalite.engine.router_bias import expert_counts
 
 LAYERS_TOLD = 3  # of a line
 
@@ -17,28 +17,17 @@ class ExpertLoad:
         """interval: steps between two reports; 0: none."""
         self.engine, self.interval = engine, interval
         self.mixture = engine.stage.spec.mixture
+        self.device = torch.device(engine.device or "cpu")
 
     def report(self, step: int) -> tuple[dict[str, Any], list[str]]:
         """Fields of a step's row, and lines for the log (collective at the steps that report)."""
         if self.mixture is None or self.interval == 0 or step % self.interval:
             return {}, []
-        counts = self._counts()
+        counts = expert_counts(self.engine.stage, self.engine.grid, self.device).tolist()
         layers = dict(zip(map(str, self.mixture.layers), counts, strict=True))
         uneven = max(max(row) * len(row) / max(1, sum(row)) for row in counts)
         fields = {"expert_tokens": layers, "expert_imbalance": uneven}
         return fields, list(_dead_lines(step, layers))
-
-    def _counts(self) -> list[list[int]]:
-        """Tokens of each layer's experts in the last step, over all ranks."""
-        assert self.mixture is not None
-        grid, layers = self.engine.grid, self.mixture.layers
-        counts = torch.zeros(
-            len(layers), self.mixture.count, dtype=torch.int64, device=self.engine.device
-        )
-        for layer, router in self.engine.stage.routers.items():
-            counts[layers.index(layer)] = router.tally
-        dist.all_reduce(counts)
-        return (counts // grid.tensor.size).tolist()  # its ranks have counted the same
 
 
 def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:

@@ -348,6 +348,7 @@ class Run:
             return
         state = {
             **asdict(replace(self.position, loss_scale=loss_scale_state(self.engine))),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
             "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,

@@ -51,4 +51,7 @@ def train_step(
     ready = (
         None if before_update is None else lambda: before_update(pipeline.loss.double() / tokens)
     )
-    return pipeline.train_step(batches, scale, ready), tokens
+    loss = pipeline.train_step(batches, scale, ready)
+    if routes and pipeline.engine.global_norm.accepted:
+        pipeline.engine.router_bias.move()
+    return loss, tokens

@@ -230,6 +230,50 @@ def test_the_load_of_experts_is_counted_over_all_ranks(runs: Runs) -> None:
     assert bool(lines) == bool(dead)
 
 
+def biases(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path) -> list[Any]:
+    """After three steps, and after a resume from there."""
+    deepspeed.init_distributed("gloo")
+    result = []
+    for number, config in enumerate(map(Config.from_dict, configs)):
+        session = Session.build(config)
+        for step in range(3):
+            session.step(step)
+        resumed = session.resumed(3, base / f"{world_size} {number}")
+        for engine in (session.engine, resumed.engine):
+            assert engine.router_bias is not None
+            for layer, router in engine.stage.routers.items():
+                row = router.mixture.layers.index(layer)
+                assert torch.equal(router.bias, engine.router_bias.values[row])
+            result.append(engine.router_bias.state)
+    return result
+
+
+def test_the_bias_is_the_same_on_every_layout_and_after_a_resume(
+    runs: Runs, tmp_path: Path
+) -> None:
+    found = []
+    for layouts in (
+        [Layout(zero=0, micro=4), Layout(zero=1, micro=1)],
+        [
+            Layout(data=4, expert=2, zero=1, micro=1),
+            Layout(pipe=2, data=2, expert=2, zero=2, micro=2),
+            Layout(tensor=2, data=2, zero=0, micro=2),
+        ],
+    ):
+        configs = []
+        for layout in layouts:
+            config = runs.config(QWEN, layout).to_json()
+            config["megalite"]["train"]["router"] = {"balance": "bias", "bias_rate": 0.125}
+            configs.append(config)
+        for of_rank in run_ranks(layouts[0].world_size, biases, configs, tmp_path):
+            found += of_rank
+    values = torch.tensor(found[0]["router_bias"])
+    assert (
+        values.shape == (3, 8) and values.abs().max() == 0.375
+    )  # moved one way in all three steps
+    assert all(state == found[0] for state in found)
+
+
 def test_samples_without_a_label_are_not_balanced() -> None:
     labels = torch.tensor([[1, -100], [-100, -100], [3, 4]])
     batches = [MicroBatch(labels, labels, Context()), MicroBatch(labels, labels + 200, Context())]
