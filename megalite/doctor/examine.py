@@ -28,7 +28,7 @@ PORT = 29500  # DeepSpeed's
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
-    parser = ArgumentParser("doctor.py", description="Look at the hosts of a run before it starts.")
+    parser = ArgumentParser(description="Look at the hosts of a run before it starts.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
     parser.add_argument(
         "--num_gpus",

@@ -1,10 +1,10 @@
 """How evenly experts are used: counts over all ranks, and the bias that `megalite.train.router.balance` "bias" moves by
 them (arXiv 2408.15664, algorithm 1).
 
-A router adds the bias to its probabilities where it chooses experts, and nowhere else. After each update an expert's goes
-up by bias_rate if it got fewer tokens of the global batch than the layer's mean, and down if it got more. The counts are
-whole numbers and every rank hears those of all layers, so the biases are the same on every layout; they are part of a
-checkpoint's state.json.
+A router adds the bias to its probabilities where it chooses experts, and nowhere else. After each update an expert's
+goes up by bias_rate if it got fewer tokens of the global batch than the layer's mean, and down if it got more. The
+counts are whole numbers and every rank hears those of all layers, so the biases are the same on every layout; they are
+part of a checkpoint's state.json.
 """
 
 from typing import Any

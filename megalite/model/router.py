@@ -9,8 +9,9 @@ Balance does not depend on the layout: `sample` (arXiv 2412.19437, equations 17 
 
 averaged over the samples of the global batch in which a label counts; it is 1 · coefficient where all experts are used
 alike. transformers multiplies the means over a micro-batch of all layers instead, which changes with the micro-batch,
-the accumulation and the data axis. `bias` adds no loss: engine/router_bias.py moves it. z_loss is added in the same way: the mean square of the softmax's denominator's
-logarithm over a sample's tokens (arXiv 2202.08906, equation 5).
+the accumulation and the data axis. `bias` adds no loss: engine/router_bias.py moves it. z_loss is added in the same way
+as `sample`: the mean square of the softmax's denominator's logarithm over a sample's tokens (arXiv 2202.08906, equation
+5).
 
 T tokens of B samples, E experts, k of them chosen.
 """

@@ -138,6 +138,14 @@ class TransformerSpec:
         return (self.max_positions or 0) + self.position_offset if self.rotary is None else 0
 
     @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of all layers."""
+        if self.mixture is None:
+            return 0
+        matrices = 3 * self.hidden_size * self.mixture.intermediate_size
+        return len(self.mixture.layers) * self.mixture.count * matrices
+
+    @property
     def norm_parameters(self) -> int:
         """Parameters of a norm of hidden states."""
         return self.hidden_size * self._per_feature

@@ -108,7 +108,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:
-            count = _all_numbers(sizes)
+            count = all_numbers(sizes)
             return States(e * count, FP32 * count, _moments(config) * FP32 * count, 0)
         case 3:
             return _fully_sharded(config, sizes, e, d)
@@ -123,8 +123,8 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     ]
     gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
-        gradients = max(gradients, FP32 * _all_numbers(sizes))
-    if _offloads(config):
+        gradients = max(gradients, FP32 * all_numbers(sizes))
+    if offloads(config):
         largest = max(max(group.numbers) for group in sizes)
         gradients += (FP32 + e) * sum(parts) + 2 * e * largest
     bucket = FP32 if config.zero_stage == 1 else e
@@ -136,11 +136,12 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     )
 
 
-def _all_numbers(sizes: Sizes) -> int:
+def all_numbers(sizes: Sizes) -> int:
+    """Numbers of a rank's parameters."""
     return sum(sum(group.numbers) for group in sizes)
 
 
-def _offloads(config: Config) -> bool:
+def offloads(config: Config) -> bool:
     """Whether the optimizer is stepped in main memory."""
     zero = config.document.zero_optimization
     return (
@@ -233,17 +234,7 @@ def _moments(config: Config) -> int:
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
     """What a rank's forwards keep for its backwards at most."""
-    dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
-    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
-    at = Forward(
-        config.micro_batch_size,
-        config.data.sequence_length,
-        dtype,
-        split,
-        documents,
-        device,
-        grid.expert.size,
-    )
+    at = forward_of(config, grid)
     return kept_by(
         routed_spec(config, spec),
         plan_of(config, spec),
@@ -251,6 +242,19 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
         recompute_of(config),
         at,
         config.accumulation_steps,
+    )
+
+
+def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
+    """A micro-batch on a rank, on this machine's type of device where none is given."""
+    return Forward(
+        config.micro_batch_size,
+        config.data.sequence_length,
+        DTYPES[config.precision],
+        Split(grid.tensor, config.parallel.sequence),
+        config.data.reset_attention,
+        device or ("cuda" if machine_has_gpu() else "cpu"),
+        grid.expert.size,
     )
 
 

@@ -1,33 +1,38 @@
 """How the tokens of a step were spread over the experts: rows of metrics, and a line about experts without a token."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from megalite.engine.engine import Engine
 from megalite.engine.router_bias import expert_counts
+from megalite.training.watchers import Row, Watcher
 
 LAYERS_TOLD = 3  # of a line
 
 
-class ExpertLoad:
-    """Of one run on this rank; every rank has one and calls it at the same steps."""
+class ExpertLoad(Watcher):
+    """Of a run whose model has experts."""
 
-    def __init__(self, engine: Engine, interval: int) -> None:
-        """interval: steps between two reports; 0: none."""
-        self.engine, self.interval = engine, interval
+    def __init__(self, engine: Engine, interval: int, tell: Callable[[str], None]) -> None:
+        """interval: steps between two reports, 0: none; tell: takes lines for the log."""
+        self.engine, self.interval, self.tell = engine, interval, tell
         self.mixture = engine.stage.spec.mixture
         self.device = torch.device(engine.device or "cpu")
 
-    def report(self, step: int) -> tuple[dict[str, Any], list[str]]:
-        """Fields of a step's row, and lines for the log (collective at the steps that report)."""
-        if self.mixture is None or self.interval == 0 or step % self.interval:
-            return {}, []
+    def after_step(self, row: Row) -> None:
+        """At the steps that report (collective there)."""
+        step = row["step"]
+        if self.interval == 0 or step % self.interval:
+            return
         counts = expert_counts(self.engine.stage, self.engine.grid, self.device).tolist()
         layers = dict(zip(map(str, self.mixture.layers), counts, strict=True))
-        uneven = max(max(row) * len(row) / max(1, sum(row)) for row in counts)
-        fields = {"expert_tokens": layers, "expert_imbalance": uneven}
-        return fields, list(_dead_lines(step, layers))
+        row["expert_tokens"] = layers
+        row["expert_imbalance"] = max(
+            max(counts) * len(counts) / max(1, sum(counts)) for counts in layers.values()
+        )
+        for line in _dead_lines(step, layers):
+            self.tell(line)
 
 
 def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:

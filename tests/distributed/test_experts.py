@@ -208,13 +208,17 @@ def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(runs: Runs, tmp_pat
 def loads(rank: int, world_size: int, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     deepspeed.init_distributed("gloo")
     session = Session.build(Config.from_dict(config))
-    load = ExpertLoad(session.engine, interval=2)
+    lines: list[str] = []
+    load = ExpertLoad(session.engine, 2, lines.append)
     for router in session.engine.stage.routers.values():
         router.weight.data[3].fill_(-1e3)
         router.weight.data[3, 0] = 0.0
     session.step(0)
-    assert load.report(1) == ({}, [])
-    return load.report(2)
+    first, second = {"step": 1}, {"step": 2}
+    load.after_step(first)
+    load.after_step(second)
+    assert first == {"step": 1}
+    return second, lines
 
 
 def test_the_load_of_experts_is_counted_over_all_ranks(runs: Runs) -> None:

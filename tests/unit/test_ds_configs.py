@@ -19,6 +19,7 @@ PARAMETERS = {
     "mixtral_8x7b.json": 46.7e9,
     "qwen3_30b_a3b.json": 30.5e9,
     "llama_13b_zero3_tensor.json": 13e9,
+    "llama_70b_3d.json": 70.6e9,
 }
 
 
