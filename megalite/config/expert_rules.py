@@ -41,7 +41,7 @@ def check_experts(megalite: Megalite, dims: ModelDims) -> None:
             PATH, expert, f"must be 1: a {dims.family} model of this config has no experts"
         )
     if dims.experts == 0 and router is not None:
-        given = router.model_dump(exclude_unset=True)
+        given = router.model_dump(exclude_defaults=True)
         rule = f"must be left out: a {dims.family} model of this config has no experts"
         raise broken("megalite.train.router", given, rule)
     if router is not None and router.bias_rate is not None and router.balance != "bias":

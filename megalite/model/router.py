@@ -75,8 +75,9 @@ class Router(nn.Module):
     ) -> Tensor:
         """The weights, whose backward adds the losses of the router, of each sample `each` [B] times, and counts."""
         b = len(each)
-        ones = torch.ones_like(chosen.view(b, -1), dtype=torch.float32)
-        counts = each.new_zeros(b, self.mixture.count).scatter_add_(1, chosen.view(b, -1), ones)
+        every = torch.arange(self.mixture.count, device=chosen.device)
+        # A scatter_add would have no order on GPUs, nor a form for deterministic runs.
+        counts = (chosen.view(b, -1, 1) == every).sum(dim=1).float()
         losses = self._losses(
             logits.unflatten(0, (b, -1)), probabilities.unflatten(0, (b, -1)), counts
         )

@@ -178,17 +178,17 @@ def initialise(module: nn.Module, seed: int) -> None:
                 value.fill_(placement.fill)
             elif placement.drawn_apart:
                 for index, part in enumerate(value, start=placement.offsets[0]):
-                    full = _drawn(
+                    full = drawn(
                         f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std
                     )
                     part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
             else:
-                full = _drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
+                full = drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
                 value.copy_(placement.cut(full))
 
 
-def _drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
-    """Normal numbers as a function of the key."""
+def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Normal numbers as a function of the key, fp32 on the CPU."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     full = torch.empty(shape, dtype=torch.float32, device="cpu")

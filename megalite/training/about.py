@@ -37,10 +37,10 @@ def axes_of(config: Config) -> dict[str, int]:
 
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:
     """What each rank will hold."""
-    axes, result = axes_of(config), []
+    axes, expert, result = axes_of(config), config.parallel.expert, []
     places: dict[tuple[int, int], Any] = {}
     for rank in range(config.world_size):
-        grid = Grid.at(rank, axes["pipe"], axes["data"], axes["tensor"])
+        grid = Grid.at(rank, axes["pipe"], axes["data"], axes["tensor"], expert=expert)
         place = grid.pipe.rank, grid.tensor.rank
         if place not in places:  # the data axis does not matter to either
             kept = predicted_activations(config, spec, grid).bytes

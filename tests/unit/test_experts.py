@@ -1,13 +1,17 @@
 """Experts without ranks: the grouped product and its twin, initial weights, the choice, the rules of the config."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from megalite.checkpoint.files import Checkpoint
 from megalite.config import Config, check_model
 from megalite.errors import ConfigError
+from megalite.hub.import_hf import import_hf
+from megalite.hub.upcycle import Experts
 from megalite.model.context import Context
 from megalite.model.experts import RoutedMLP
 from megalite.model.families import read_spec
@@ -17,6 +21,7 @@ from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.grouped import group_ends, grouped_linear
 from megalite.parallel.layers import placed
+from tests.families import FAMILY_CONFIGS, hf_model
 from tests.small_models import MODELS
 
 GROUPS = torch.tensor([0, 0, 0, 2, 2, 3])  # none of group 1, nor of 4
@@ -117,6 +122,29 @@ def test_the_balance_loss_is_that_of_its_formula() -> None:
         loss = loss + weight * 0.5 * (often * likely.mean(0)).sum()
     (mlp(x, Context()).sum() + loss).backward()
     torch.testing.assert_close(mlp.router.weight.grad, with_loss)
+
+
+@pytest.mark.parametrize(("name", "family"), [("mistral", "mixtral"), ("qwen3", "qwen3_moe")])
+def test_a_dense_model_with_experts_computes_what_it_did(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    section = FAMILY_CONFIGS[name]
+    if name == "qwen3":
+        section = {**section, "use_sliding_window": False}
+    hf_model(section).save_pretrained(tmp_path / "dense")
+    # The import holds its logits against transformers' dense model.
+    assert import_hf(tmp_path / "dense", tmp_path / "made", True, Experts(6, 2)) is not None
+    made = Checkpoint.open(tmp_path / "made")
+    assert made.model["model_type"] == family
+    gate = made.read("layers.1.mlp.experts.gate.weight")
+    assert gate.shape == (6, 50, 36) and torch.equal(gate[0], gate[5])
+    assert made.read("layers.1.mlp.router.weight").std() > 0
+
+
+def test_a_family_without_experts_is_not_upcycled(tmp_path: Path) -> None:
+    hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="--experts: a gpt2 model has no counterpart"):
+        import_hf(tmp_path / "dense", tmp_path / "made", False, Experts(4, 2))
 
 
 def config(**changes: Any) -> Config:
