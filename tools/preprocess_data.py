@@ -32,6 +32,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
     )
+    parser.add_argument(
+        "--label-key",
+        metavar="KEY",
+        help="of each text's label, for classification (with --classes)",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="the labels, in an order to keep"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that stands")
@@ -65,6 +73,8 @@ def main(argv: list[str]) -> int:
         kind=args.format,
         paragraphs=args.blank_lines,
         chat=args.chat,
+        label_key=args.label_key,
+        classes=args.classes,
     )
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)

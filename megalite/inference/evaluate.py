@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,10 +21,12 @@ from megalite.training.batches import MicroBatch, Samples, micro_batches
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean over tokens, in nats; tokens: those that counted."""
+    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; table [N, N]: of a
+    classifier of each label how many texts were given each."""
 
     loss: float
     tokens: int
+    table: np.ndarray
 
     @property
     def perplexity(self) -> float:
@@ -43,7 +46,9 @@ def evaluate(
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
     micro = min(micro, -(-count // data.size))
-    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of losses, of tokens
+    labels_of_texts = len(stage.spec.labels)
+    # Of losses, of tokens, and a classifier's counts.
+    sums = torch.zeros(2 + labels_of_texts**2, dtype=torch.float64, device=weight.device)
     ready: dict[int, MicroBatch] = {}
 
     def numbers() -> Iterator[int]:
@@ -59,7 +64,8 @@ def evaluate(
             tokens if hidden is None else hidden, labels if axis.is_last else None, context
         )
         if axis.is_last:
-            sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
+            scores, counted = output.double().reshape(-1), (labels != IGNORED).sum().double()
+            sums.add_(torch.cat([scores[:1], counted.reshape(1), scores[1:]]))
         return output
 
     shape = (micro, sequence_length, stage.spec.hidden_size)
@@ -67,5 +73,6 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
-    loss, tokens = sums.tolist()
-    return Score(loss / tokens if tokens else math.nan, round(tokens))
+    loss, tokens = sums[:2].tolist()
+    table = sums[2:].view(labels_of_texts, labels_of_texts).cpu().numpy()
+    return Score(loss / tokens if tokens else math.nan, round(tokens), table)

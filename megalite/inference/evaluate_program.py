@@ -1,6 +1,6 @@
 """`launcher/evaluate.py`: from the command line to JSON lines on standard output. What is measured is one of
 
---data PREFIX       the loss on an indexed corpus
+--data PREFIX       the loss on an indexed corpus; of a classifier of texts its accuracy too
 --labelled FILE     the accuracy of a classification
 --tasks NAME …      tasks of lm-evaluation-harness
 """
@@ -13,6 +13,7 @@ from typing import Any
 from megalite.config import Data
 from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
+from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
@@ -32,6 +33,7 @@ from megalite.inference.prepare import (
 )
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
+from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
@@ -44,7 +46,8 @@ Work = Callable[[Any, Any], list[dict[str, Any]]]
 
 
 def evaluate_main(arguments: list[str]) -> int:
-    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
+    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`, and of a
+    classifier of texts what training/classification.py tells."""
     parser = model_parser("evaluate.py", "Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -105,6 +108,8 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
         data.sequence_length,
     )
 
+    labels = prepared.spec.labels
+
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.evaluate import evaluate
 
@@ -117,6 +122,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
                 "loss": score.loss,
                 "perplexity": perplexity(score.loss),
                 "tokens": score.tokens,
+                **(figures(score.table, labels) if labels else {}),
                 "data": settings,
             }
         ]
@@ -133,11 +139,16 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
         keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
-    if not prepared.spec.causal:
+    if labels := prepared.spec.labels:
+        keys.setdefault("objective", {"classes": list(labels)})
+        keys.setdefault("samples", "padded")
+        keys.setdefault("reset_attention", True)
+    elif not prepared.spec.causal:
         keys.setdefault("objective", {"masked": MASKED})
     keys |= {"sequence_length": _sequence_length(options, prepared, given), "train": [options.data]}
     data = parse(Data, {**keys, "valid": [options.data], **given}, "megalite.data")
-    if (data.eod_mask_loss or data.objective != "causal") and data.tokenizer is None:
+    needs_tokenizer = data.eod_mask_loss or isinstance(data.objective, Masked)
+    if needs_tokenizer and data.tokenizer is None:
         folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
         data = data.model_copy(update={"tokenizer": folder and str(folder)})
     check_data_keys(data)

@@ -34,6 +34,7 @@ from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch, Samples, micro_batches
+from megalite.training.classification import figures
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.fingerprint import fingerprint
 from megalite.training.metrics import MetricsFile, perplexity
@@ -302,7 +303,8 @@ class Run:
         wanted = config.train.eval_steps * config.train_batch_size
         weights = [source.weight for source in config.data.valid]
         losses: dict[str, float] = {}
-        sums = torch.zeros(2, dtype=torch.float64)
+        counts = len(self.spec.labels) ** 2
+        sums = torch.zeros(2 + counts, dtype=torch.float64)
         for (path, positions), weight in zip(valid.corpora, weights, strict=True):
             count = min(len(positions), max(1, round(wanted * weight / sum(weights))))
             if count == 0:
@@ -318,14 +320,19 @@ class Run:
         }
         if len(losses) > 1:
             row["valid_losses"] = losses
-        self.note(
-            f"step {self.position.step}  valid loss {loss:.4f}  perplexity {perplexity(loss):.5g}"
-        )
+        told = f"perplexity {perplexity(loss):.5g}"
+        labels = self.spec.labels
+        if labels and sums[1] > 0:
+            table = sums[2:].view(len(labels), len(labels)).numpy()
+            found = figures(table, labels)
+            row |= {f"valid_{name}": value for name, value in found.items()}
+            told = f"accuracy {found['accuracy']:.4f}  macro F1 {found['macro_f1']:.4f}"
+        self.note(f"step {self.position.step}  valid loss {loss:.4f}  {told}")
         if self.metrics is not None:
             self.metrics.write(row)
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
-        """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
+        """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
         batches = micro_batches(
             samples, start, count, self.config.micro_batch_size, self.grid.data, self.device
         )
