@@ -8,7 +8,9 @@ import argparse
 import sys
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.data.pairs import TEMPLATE
 from megalite.data.preprocess import preprocess
+from megalite.errors import ConfigError
 from megalite.ranks.launch import ArgumentParser, at_least, run_program
 
 
@@ -33,6 +35,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
     )
     parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="lines hold `source` and `target`, a text and its translation; PREFIX.mask marks the translations",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help=f"what stands before a translation of --pairs (default: {TEMPLATE!r})",
+    )
+    parser.add_argument(
         "--label-key",
         metavar="KEY",
         help="of each text's label, for classification (with --classes)",
@@ -55,7 +67,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad line instead of counting it"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.template is not None and not args.pairs:
+        raise ConfigError(f"--template: {args.template}: goes with --pairs")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +90,7 @@ def main(argv: list[str]) -> int:
         chat=args.chat,
         label_key=args.label_key,
         classes=args.classes,
+        template=args.template or TEMPLATE if args.pairs else None,
     )
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)

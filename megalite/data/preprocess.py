@@ -40,6 +40,7 @@ from megalite.data.documents import (
     total_bytes,
 )
 from megalite.data.indexed import labels_prefix, marks_prefix, token_dtype
+from megalite.data.pairs import PairEncoder, pair_of
 from megalite.data.partial import Counts, Encoded, Partial
 from megalite.data.progress import Progress
 from megalite.data.tokenizer import Encoder, FastEncoder, Tokenizer, load_tokenizer
@@ -131,6 +132,29 @@ class ChatTask(Task):
 
 
 @dataclass(frozen=True)
+class PairTask(Task):
+    """Texts with their translations."""
+
+    encoder: PairEncoder
+    dtype: np.dtype[Any]
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """See Task."""
+        pairs: list[tuple[str, str]] = []
+        bad: list[Bad] = []
+        for row, line in parse_objects(chunk):
+            pair = pair_of(line, row)
+            bad.append(pair) if isinstance(pair, Bad) else pairs.append(pair)
+        found = self.encoder.encode(pairs)
+        _, flat = _joined([marks for _, marks in found], np.dtype(np.uint8))
+        return Encoded(*_joined([ids for ids, _ in found], self.dtype), flat, 0, bad)
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        return hashlib.sha256(pickle.dumps(self.encoder)).hexdigest()
+
+
+@dataclass(frozen=True)
 class LabelTask(Task):
     """Texts with a label each."""
 
@@ -198,6 +222,7 @@ def preprocess(
     chat: bool = False,
     label_key: str | None = None,
     classes: Sequence[str] = (),
+    template: str | None = None,
 ) -> Counts:
     """Write `output`.bin, .idx and .sha256 from the documents of `inputs`; `-` is standard input.
 
@@ -206,25 +231,35 @@ def preprocess(
     `append_eod`: each document ends by the tokenizer's end of document; `cls_sep`: it begins by [CLS] and ends by
     [SEP]. `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
     own, marks with 1 the tokens that the loss counts. `label_key`: of the text's label, one of `classes`, whose number
-    `output`.label, a corpus of its own, holds for each token; `output`.label.json has their names.
+    `output`.label, a corpus of its own, holds for each token; `output`.label.json has their names. `template`: lines
+    hold texts with their translations (pairs.py), and `output`.mask marks the translations.
     An output that stands is refused, unless `overwrite`. Raises DataError with one line.
     """
     kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
     size = total_bytes(inputs)
     loaded = load_tokenizer(tokenizer)
     dtype = token_dtype(loaded.vocabulary_size)
-    for name, asked in (("--chat", chat), ("--label-key", label_key is not None)):
+    forms = {"--chat": chat, "--label-key": label_key is not None, "--pairs": template is not None}
+    for name, asked in forms.items():
         if asked and set(kinds) != {"jsonl"}:
             raise DataError(f"{inputs[0]}: must be lines of JSON for {name}")
-    _check_labels(label_key, classes, chat)
-    if chat:
+    asked_forms = [name for name, asked in forms.items() if asked]
+    if len(asked_forms) > 1:
+        raise ConfigError(f"{asked_forms[1]}: not with {asked_forms[0]}")
+    _check_labels(label_key, classes)
+    if template is not None:
+        if append_eod or cls_sep:
+            option = "--append-eod" if append_eod else "--cls-sep"
+            raise ConfigError(f"{option}: not with --pairs, which end by the end of document")
+        task: Task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
+    elif chat:
         if cls_sep:
             raise ConfigError("--cls-sep: not with --chat, which is for decoders")
         if append_eod:
             raise ConfigError(
                 "--append-eod: not with --chat: the template ends messages, and completions are ended"
             )
-        task: Task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
+        task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
         if append_eod and cls_sep:
             raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
@@ -237,7 +272,9 @@ def preprocess(
             task = TextTask(encoder, dtype, text_key, begin, end)
         else:
             task = LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
-    beside = marks_prefix(output) if chat else labels_prefix(output) if label_key else None
+    beside = None
+    if asked_forms:
+        beside = labels_prefix(output) if label_key is not None else marks_prefix(output)
     fingerprint = _fingerprint(inputs, kinds, task)
     with (
         Partial(output, fingerprint, overwrite, beside, classes) as partial,
@@ -258,13 +295,11 @@ def preprocess(
     return partial.counts
 
 
-def _check_labels(label_key: str | None, classes: Sequence[str], chat: bool) -> None:
+def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:
     if (label_key is None) != (not classes):
         raise ConfigError("--label-key: goes with --classes, the names of the labels")
     if label_key is None:
         return
-    if chat:
-        raise ConfigError("--label-key: not with --chat")
     if not 2 <= len(classes) <= MOST_CLASSES or len(set(classes)) < len(classes):
         rule = f"must be 2 to {MOST_CLASSES} names, each once"
         raise ConfigError(f"--classes: {' '.join(classes)}: {rule}")

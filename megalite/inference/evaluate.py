@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,12 +20,12 @@ from megalite.training.batches import MicroBatch, Samples, micro_batches
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; table [N, N]: of a
-    classifier of each label how many texts were given each."""
+    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; counts [N²]:
+    of a classifier, of each label how many texts were given each."""
 
     loss: float
     tokens: int
-    table: np.ndarray
+    counts: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -46,9 +45,9 @@ def evaluate(
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
     micro = min(micro, -(-count // data.size))
-    labels_of_texts = len(stage.spec.labels)
     # Of losses, of tokens, and a classifier's counts.
-    sums = torch.zeros(2 + labels_of_texts**2, dtype=torch.float64, device=weight.device)
+    numbers_summed = 2 + len(stage.spec.labels) ** 2
+    sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
     ready: dict[int, MicroBatch] = {}
 
     def numbers() -> Iterator[int]:
@@ -73,6 +72,5 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
-    loss, tokens = sums[:2].tolist()
-    table = sums[2:].view(labels_of_texts, labels_of_texts).cpu().numpy()
-    return Score(loss / tokens if tokens else math.nan, round(tokens), table)
+    loss, tokens, *counts = sums.tolist()
+    return Score(loss / tokens if tokens else math.nan, round(tokens), tuple(counts))

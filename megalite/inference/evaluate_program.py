@@ -2,10 +2,12 @@
 
 --data PREFIX       the loss on an indexed corpus; of a classifier of texts its accuracy too
 --labelled FILE     the accuracy of a classification
+--translations FILE  chrF and BLEU of the translations of pairs
 --tasks NAME …      tasks of lm-evaluation-harness
 """
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,7 @@ from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
+from megalite.data.pairs import TEMPLATE, PairEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.hub.carried import tokenizer_of
@@ -61,6 +64,23 @@ def evaluate_main(arguments: list[str]) -> int:
         metavar="NAMES",
         help="tasks of lm-evaluation-harness, commas between: its metrics",
     )
+    what.add_argument(
+        "--translations", metavar="FILE", help="lines with source and target: chrF and BLEU"
+    )
+    parser.add_argument(
+        "--template",
+        default=TEMPLATE,
+        metavar="TEXT",
+        help=f"what stands before a translation, as in training (default: {TEMPLATE!r})",
+    )
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="of a translation")
+    parser.add_argument("--beams", type=at_least(2), metavar="N", help="of --translations")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        help="for the translations, lines with source, target, translation",
+    )
     parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
     parser.add_argument(
         "--num-fewshot",
@@ -84,7 +104,12 @@ def evaluate_main(arguments: list[str]) -> int:
         "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
     )
     options = parser.parse_args(arguments)
-    prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
+    kinds = (
+        (options.data, _corpus),
+        (options.labelled, _labels),
+        (options.translations, _translations),
+    )
+    prepare_work = next((work for asked, work in kinds if asked), _tasks)
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
         with reading(options.checkpoint, CheckpointError):
@@ -122,7 +147,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
                 "loss": score.loss,
                 "perplexity": perplexity(score.loss),
                 "tokens": score.tokens,
-                **(figures(score.table, labels) if labels else {}),
+                **(figures(score.counts, labels) if labels else {}),
                 "data": settings,
             }
         ]
@@ -187,6 +212,50 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
         return [
             accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))
+        ]
+
+    return work
+
+
+def _translations(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    from megalite.inference.beams import Beams
+    from megalite.inference.generate import check_lengths
+    from megalite.inference.translations import read_pairs, scores, write_translations
+
+    check_decoder(prepared, "--translations")
+    if importlib.util.find_spec("sacrebleu") is None:
+        line = f"--translations: {options.translations}: needs sacrebleu"
+        raise ConfigError(f"{line}: pip install 'megalite[eval]'")
+    tokenizer = tokenizer_for(options, prepared)
+    encoder = PairEncoder.of(
+        tokenizer, str(options.tokenizer or options.checkpoint), options.template
+    )
+    pairs = read_pairs(options.translations)
+    prompts = encoder.prompts([source for source, _ in pairs])
+    check_ids(prepared, prompts)
+    check_lengths(prepared.spec, prompts, options.max_new_tokens)
+    beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+    stop_ids = stop_ids_for(prepared, tokenizer)
+
+    def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
+        from megalite.inference.generate import Generator, ends_at, generate_all
+        from megalite.inference.sampling import Sampling
+
+        generator, ends = Generator(stage, grid, options.micro_batch_size), ends_at(tokenizer, ())
+        most = options.max_new_tokens
+        found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
+        if grid.rank != 0:
+            return []
+        texts = [
+            tokenizer.decode([token for token in tokens if token not in stop_ids]).strip()
+            for tokens in found
+        ]
+        if options.write is not None:
+            write_translations(options.write, pairs, texts)
+        cut = sum(len(tokens) == most and tokens[-1] not in stop_ids for tokens in found)
+        return [
+            scores(texts, [target for _, target in pairs])
+            | {"lines": len(pairs), "cut": cut, "beams": options.beams or 1}
         ]
 
     return work

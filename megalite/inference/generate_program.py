@@ -43,6 +43,10 @@ def generate_main(arguments: list[str]) -> int:
     )
     parser.add_argument("--seed", type=at_least(0), default=1234)
     parser.add_argument(
+        "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
+    )
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument(
         "--batch-size",
         type=at_least(1),
         default=8,
@@ -58,6 +62,7 @@ def generate_main(arguments: list[str]) -> int:
         "--stream", action="store_true", help="show tokens on standard error as they come"
     )
     options = parser.parse_args(arguments)
+    from megalite.inference.beams import Beams
     from megalite.inference.sampling import Sampling
 
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
@@ -66,12 +71,16 @@ def generate_main(arguments: list[str]) -> int:
             check_decoder(prepared, "generation")
             tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
             sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+            beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+            if beams is not None and (options.temperature > 0 or options.stream):
+                option = "--stream" if options.stream else "--temperature"
+                raise ConfigError(f"{option}: not with --beams")
             ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
-        return prepared, tokenizer, prompts, ids, sampling
+        return prepared, tokenizer, prompts, ids, (sampling, beams)
 
-    here, (prepared, tokenizer, prompts, ids, sampling) = start_ranks(prepare)
+    here, (prepared, tokenizer, prompts, ids, choice) = start_ranks(prepare)
     try:
-        texts = _generate(prepared, tokenizer, ids, sampling, options)
+        texts = _generate(prepared, tokenizer, ids, choice, options)
         if here.rank == 0:
             for prompt, text in zip(prompts, texts, strict=True):
                 print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
@@ -84,10 +93,10 @@ def _generate(
     prepared: Prepared,
     tokenizer: Tokenizer,
     ids: list[list[int]],
-    sampling: Any,
+    choice: Any,
     options: argparse.Namespace,
 ) -> list[str]:
-    """The texts of all prompts, on every rank."""
+    """The texts of all prompts, on every rank. choice: Sampling, and Beams or None."""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
     stage, grid = load_stage(prepared, options.dtype)
@@ -108,9 +117,10 @@ def _generate(
 
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
-    ends = ends_at(tokenizer, options.stop)
+    ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
+    on_token = show if shown else None
     found = generate_all(
-        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None
+        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
     )
     if shown:
         print(file=sys.stderr, flush=True)

@@ -11,15 +11,15 @@ _DRAWS = 1000
 _BATCH = 100  # draws at a time, each of N² numbers
 
 
-def figures(table: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """table [N, N]: of each label (row) how many texts were given each label (column).
+def figures(counts: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
+    """counts [N²]: of each label (row) how many texts were given each label (column), row after row.
 
     `accuracy`: the share of right answers, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 1927). `macro_f1`: the
     mean over labels of F1 = 2 · right / (texts of the label + answers that name it), with the middle 95 % of what
     samples of as many texts, drawn with replacement, give (the bootstrap, from a fixed seed). `commonest`: the accuracy
     of naming the commonest label every time.
     """
-    table = np.rint(table).astype(np.int64)
+    table = np.rint(counts).astype(np.int64).reshape(len(labels), len(labels))
     texts = int(table.sum())
     if texts == 0:
         return {"texts": 0}

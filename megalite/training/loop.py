@@ -323,8 +323,7 @@ class Run:
         told = f"perplexity {perplexity(loss):.5g}"
         labels = self.spec.labels
         if labels and sums[1] > 0:
-            table = sums[2:].view(len(labels), len(labels)).numpy()
-            found = figures(table, labels)
+            found = figures(sums[2:].tolist(), labels)
             row |= {f"valid_{name}": value for name, value in found.items()}
             told = f"accuracy {found['accuracy']:.4f}  macro F1 {found['macro_f1']:.4f}"
         self.note(f"step {self.position.step}  valid loss {loss:.4f}  {told}")
