@@ -8,12 +8,14 @@ Similar is by the cosine of counts of character trigrams, each weighted by the l
 JSON line with `copy` and `nearest`.
 """
 
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+
+# isort: split
 import json
 from collections import Counter, defaultdict
 
 import numpy as np
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.inference.translations import read_pairs, scores
 from megalite.ranks.launch import ArgumentParser, run_program
 
