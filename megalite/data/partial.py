@@ -2,7 +2,7 @@
 
 The folder holds tokens and sizes so far and a journal, which says up to which place the input has been taken
 in and how long the files were then. After a kill the files are cut back to the journal's word and the same
-command goes on, so the result has the same bytes as one that was never stopped.
+command resumes, so the result has the same bytes as one that was never stopped.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one chunk: of each document its size, one after another; the last one may go on. `marks`: a
-    byte a token, or nothing where the corpus has none."""
+    """The tokens of one chunk: of each document its size, one after another; the last one may continue in the next.
+    `marks`: a byte a token, or nothing where the corpus has none."""
 
     sizes: np.ndarray
     tokens: bytes
@@ -65,13 +65,13 @@ class Partial:
         classes: Sequence[str] = (),
     ) -> None:
         """Open or make it. marks: prefix of a corpus of marks beside the tokens, None: there is none; classes: names
-        of what it marks, written beside it. Raises DataError where the output stands, another process works on it, or
+        of what it marks, written beside it. Raises DataError where the output exists, another process works on it, or
         it was left by other arguments."""
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
         self.place, self.counts, self.written = Place(), Counts(), False
-        self._open_tokens = 0  # of the last document, where it goes on
+        self._open_tokens = 0  # of the last document, where it continues
         self._saved = time.monotonic()
         state = self._read_journal()
         self._prefixes = {"tokens": str(output)} | ({} if marks is None else {"marks": marks})
@@ -199,7 +199,7 @@ class Partial:
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
-        """Remove what there is: with these inputs and options it cannot be gone on with."""
+        """Remove what there is: with these inputs and options it cannot be resumed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Partial":

@@ -323,7 +323,7 @@ class Stage(nn.Module):
         """Initial weights by (seed, name), and DeepSpeed's mark of what the tensor axis splits."""
         initialise(self, seed)
         for value, placement in placed(self):
-            value.model_parallel = placement.dim is not None  # type: ignore[attr-defined]
+            value.model_parallel = placement.is_cut_by("tensor")  # type: ignore[attr-defined]
         return self
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
