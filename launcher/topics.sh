@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A classifier of topics from nothing but this clone and a Debian mirror: WordNet's glosses in eight topics, a small
-# decoder trained on their words alone, then on the topics by its last token, and its accuracy on glosses that it has not
-# seen. launcher/classify.sh has the same decoder write the topic instead.
+# decoder trained to name the topic by its last token, and its accuracy on glosses that it has not seen.
+# launcher/classify.sh has such a decoder write the topic instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -25,10 +25,7 @@ for part in train valid; do
     fi
 done
 
-train() { deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config $config "$@"; }
-train megalite.data.objective=causal megalite.train.run_dir=runs/topics-words megalite.train.load=null \
-    megalite.train.steps=240 megalite.train.eval_steps=20
-train
+deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config $config
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint runs/topics --data $data/valid \
     megalite.parallel.tensor=2 | grep '^{'
 python tools/export_hf.py --checkpoint runs/topics --output runs/topics-exported
