@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from megalite.config import Config
 from megalite.data.loader import ValidData
+from megalite.errors import CheckpointError
 from megalite.hub.export_hf import export_hf
+from megalite.hub.hf_folder import HFFolder
 from megalite.hub.import_hf import import_hf
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -225,6 +227,18 @@ def test_a_classifier_starts_from_the_body_of_a_decoder(tmp_path: Path) -> None:
     assert set(before) - set(after) == {"lm_head.weight"}
     assert set(after) - set(before) == {"score.weight"}
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+
+
+def test_a_pretrained_pooler_is_taken_and_a_label_s_row_is_not(tmp_path: Path) -> None:
+    """A folder of BERT's body, whose names lack the prefix that other classes put before them."""
+    model = AutoModel.from_config(AutoConfig.for_model(**FAMILY_CONFIGS["bert"]))
+    model.save_pretrained(tmp_path)
+    folder = HFFolder(tmp_path, LABELS)
+    assert folder.made_one and folder.spec.labels == LABELS
+    assert torch.equal(folder.read("classifier.dense.weight"), model.pooler.dense.weight)
+    assert not any(name.startswith("classifier.output") for name in folder.names)
+    with pytest.raises(CheckpointError, match="missing tensor"):
+        HFFolder(tmp_path)  # a masked language model has more
 
 
 def test_the_label_is_at_the_first_token_of_each_text(tmp_path: Path) -> None:
