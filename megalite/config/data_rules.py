@@ -8,7 +8,7 @@ import json
 
 from megalite.config.document import ModelDims
 from megalite.config.section import broken
-from megalite.config.sections import Classes, Data, Masked
+from megalite.config.sections import Classes, Data, Masked, Megalite
 from megalite.errors import ConfigError
 
 LEAST_SHARE = (
@@ -114,6 +114,19 @@ def _check_classes(data: Data) -> None:
     if data.eod_mask_loss:
         rule = f"must be false {with_classes}: no token is asked for"
         raise broken("megalite.data.eod_mask_loss", True, rule)
+
+
+def check_classifier(megalite: Megalite) -> None:
+    """What a classifier's head has no use for."""
+    if not megalite.data.classes:
+        return
+    with_classes = "with megalite.data.objective.classes"
+    if megalite.parallel.context > 1:
+        rule = f"must be 1 {with_classes}: the tokens of a text are not divided"
+        raise broken("megalite.parallel.context", megalite.parallel.context, rule)
+    if megalite.train.z_loss > 0:
+        rule = f"must be 0 {with_classes}: it is of a softmax over the vocabulary"
+        raise broken("megalite.train.z_loss", megalite.train.z_loss, rule)
 
 
 def check_objective(data: Data, dims: ModelDims) -> None:

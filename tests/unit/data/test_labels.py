@@ -102,6 +102,23 @@ def test_a_mistake_in_the_objective_is_one_line(data: dict[str, Any], line: str)
     assert line in str(raised.value), str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "keys", "line"),
+    [
+        ("parallel", {"context": 2}, "parallel.context: 2: must be 1 with"),
+        ("train", {"z_loss": 0.1}, "train.z_loss: 0.1: must be 0 with"),
+    ],
+)
+def test_what_a_classifier_has_no_use_for_is_refused(
+    section: str, keys: dict[str, Any], line: str
+) -> None:
+    made = document({})
+    made["megalite"][section] = made["megalite"].get(section, {}) | keys
+    with pytest.raises(ConfigError) as raised:
+        Config.from_dict(made).resolve(2)
+    assert line in str(raised.value)
+
+
 def document(data: dict[str, Any], **model: Any) -> dict[str, Any]:
     read = {"sequence_length": 12, "train": ["corpus"]} | READ | data
     return {
