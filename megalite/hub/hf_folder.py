@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite import other_formats
 from megalite.errors import CheckpointError
 from megalite.hub.names import groups_of, hf_tensor
 from megalite.inputs import check_links, read_json_object, reading
@@ -52,9 +53,8 @@ class HFFolder:
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
-            )
+            rule = "must hold config.json and safetensors (or pytorch_model.bin) files"
+            raise CheckpointError(f"{self.folder}: {other_formats.weights(path) or rule}")
         check_links(self.folder, CheckpointError)
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))

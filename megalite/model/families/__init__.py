@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megalite import other_formats
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
@@ -84,6 +85,8 @@ def load_hf_config(section: dict[str, Any] | str) -> Any:
     from transformers import AutoConfig
 
     where = _place(section)
+    if isinstance(section, str) and (found := other_formats.hub_name(section)):
+        raise ConfigError(f"{KEY}: {section}: {found}")
     values = read_json_object(where) if isinstance(section, str) else dict(section)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
