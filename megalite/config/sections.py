@@ -249,7 +249,8 @@ class Faults(Section):
     )
     pace_interval: Counter = Field(
         10,
-        description="Steps between two comparisons of the ranks' own seconds of computing; 0: never.",
+        description="Steps between two comparisons of the ranks' own seconds of computing, whose rows also have "
+        "`split_seconds`, where the step's time went; 0: never.",
     )
     slow_factor: float = Field(
         1.5,
@@ -365,8 +366,8 @@ class Train(Section):
         None,
         ge=0,
         description="Most memory of a rank for the copy that a checkpoint is written from while training continues; "
-        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is free on "
-        "the node, shared among its ranks.",
+        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
+        "free on the node, shared among its ranks.",
     )
     keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
     log_interval: Positive = Field(
@@ -375,6 +376,11 @@ class Train(Section):
     )
     tensorboard: bool = Field(
         True, description="Write TensorBoard event files into the run folder."
+    )
+    trace_steps: list[Positive] = Field(
+        [],
+        description="Steps that are traced: every action, message and collective of all ranks goes into the run "
+        "folder's `trace.json`, for Perfetto or chrome://tracing. Other steps cost nothing.",
     )
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}),

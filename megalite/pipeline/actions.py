@@ -15,6 +15,7 @@ from torch import Tensor
 from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.deferred import WeightGradients, collecting
 from megalite.parallel.grid import Axis
+from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
 from megalite.pipeline.plan import PipelinePlan
@@ -94,10 +95,11 @@ class Pipeline:
         steps = self.plan.steps(len(batches), self.axis.rank)
         self.interpreter.run(steps, step.perform, lambda value: self.shape)
         self.after = "reduction or update"
-        if before_update is not None:
-            before_update()
-        self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with RANK_TIMELINE.span("update", "reduction, norm, update"):
+            if before_update is not None:
+                before_update()
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.step()
         self.after = ""
         return self.loss
 

@@ -96,7 +96,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
         gradients = max(gradients, FP32 * sum(map(sum, sizes)))
-    if _offloads(config):
+    if offloads(config):
         gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
     bucket = FP32 if config.zero_stage == 1 else e
     return States(
@@ -107,7 +107,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     )
 
 
-def _offloads(config: Config) -> bool:
+def offloads(config: Config) -> bool:
     """Whether the optimizer is stepped in main memory."""
     zero = config.document.zero_optimization
     return (
@@ -200,11 +200,7 @@ def _moments(config: Config) -> int:
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
     """What a rank's forwards keep for its backwards at most."""
-    dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
-    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
-    at = Forward(
-        config.micro_batch_size, config.data.sequence_length, dtype, split, documents, device
-    )
+    at = forward_of(config, grid)
     return kept_by(
         spec,
         plan_of(config, spec),
@@ -212,6 +208,18 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
         recompute_of(config),
         at,
         config.accumulation_steps,
+    )
+
+
+def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
+    """A micro-batch on a rank, on this machine's type of device where none is given."""
+    return Forward(
+        config.micro_batch_size,
+        config.data.sequence_length,
+        DTYPES[config.precision],
+        Split(grid.tensor, config.parallel.sequence),
+        config.data.reset_attention,
+        device or ("cuda" if machine_has_gpu() else "cpu"),
     )
 
 
