@@ -106,6 +106,7 @@ class Checkpoints(Watcher):
             "layout": {
                 "pipe": grid.pipe.size,
                 "data": grid.data.size,
+                "context": grid.context.size,
                 "tensor": grid.tensor.size,
                 "zero_stage": config.zero_stage,
                 "precision": config.precision,
