@@ -1,11 +1,12 @@
 """A dry run's first two levels: every kind of place of the world on one process, without memory for weights.
 
 Places: the stage of each rank of the pipe axis on torch's meta device, which has shapes and no numbers, forward and
-backward, over process groups that go nowhere; what it sends is counted as in a real run (parallel/traffic.py). Schedule:
-the program of the real number of micro-batches, and the order of its messages under NCCL's rules (pipeline/).
+backward, over process groups that go nowhere; what it sends is counted as in a real run (parallel/traffic.py).
+Schedule: the program of the real number of micro-batches, and the order of its messages under NCCL's rules (pipeline/).
 The third level, messages of every rank, needs the engine: prove/messages.py.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ class DryRunError(MegaliteError):
 
 @dataclass(frozen=True)
 class PlaceReport:
-    """Of a rank of the pipe axis. rank: its first global one; kinds: how many ranks are like it; sent: bytes by axis that
-    it sends in the forwards and backwards of a micro-batch, collectives of the tensor axis and messages."""
+    """Of a rank of the pipe axis. rank: its first global one; ranks: how many are like it; sent: bytes by axis that it
+    sends in the forwards and backwards of a micro-batch, collectives of the tensor axis and messages."""
 
     rank: int
     ranks: int
@@ -84,11 +85,13 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
     """This process as a rank of a world whose collectives return at once and change nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
+    hook = sys.excepthook  # torch's, which names the rank, is put on top of the one before
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
@@ -125,7 +128,11 @@ def check_schedule(result: DryRun, plan: PipelinePlan, micro_batches: int) -> No
     report = plan.report(micro_batches)
     plan.steps(micro_batches, 0)  # checks the messages of all ranks
     program = plan.program(micro_batches)
-    result.schedule, result.bubble, result.micro_batches = plan.schedule, report.bubble, micro_batches
+    result.schedule, result.bubble, result.micro_batches = (
+        plan.schedule,
+        report.bubble,
+        micro_batches,
+    )
     result.pipe_messages = sum(
         program.crosses(program.gives(action)) for _, action in program.all_actions()
     )
@@ -141,6 +148,7 @@ def place_on_meta(
     with torch.device("meta"):
         recompute, sequence = recompute_of(config), config.parallel.sequence
         stage = Stage(spec, grid, plan.cut, recompute, sequence, config.train.z_loss).to(dtype)
+    stage.eval()  # without dropout, which changes no shape
     shape = stage.hidden_shape(config.micro_batch_size, config.data.sequence_length)
     ids = torch.zeros(
         (config.micro_batch_size, config.data.sequence_length), dtype=torch.int64, device="meta"
@@ -181,5 +189,3 @@ def _check_chunk(
     for name, value in stage.chunks[str(chunk)].named_parameters():
         if value.grad is None or value.grad.shape != value.shape:
             raise DryRunError(f"rank {rank}: chunk {chunk}: {name} gets no gradient of its shape")
-
-
