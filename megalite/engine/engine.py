@@ -22,6 +22,9 @@ from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Shard, placed
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Fields of DeepSpeed's DynamicLossScaler that change with the steps."""
+
 
 class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
@@ -69,10 +72,27 @@ class Engine(DeepSpeedEngine):
             self.lr_scheduler.step()
 
     @property
-    def dynamic_scaler(self) -> Any:
+    def _dynamic_scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler; None where the scale is fixed or there is none."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
         return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether a smaller loss scale may answer an overflow."""
+        scaler = self._dynamic_scaler
+        return scaler is not None and scaler.cur_scale > scaler.min_scale
+
+    def loss_scale_state(self) -> dict[str, Any] | None:
+        """State of the dynamic loss scale, from which it resumes exactly; None where there is none."""
+        scaler = self._dynamic_scaler
+        return None if scaler is None else {name: getattr(scaler, name) for name in SCALER_STATE}
+
+    def restore_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Does nothing where the run or the state has none: a run may resume in another precision."""
+        if self._dynamic_scaler is not None and state is not None:
+            for name in SCALER_STATE:
+                setattr(self._dynamic_scaler, name, state[name])
 
     @property
     def current_loss_scale(self) -> float:

@@ -32,7 +32,6 @@ from megalite.parallel.layers import (
     initialise,
     name_parameters,
     parameter,
-    placed,
 )
 from megalite.parallel.loss import head_loss
 
@@ -330,10 +329,8 @@ class Stage(nn.Module):
         return self.head.weight if self.head is not None else None
 
     def initialise(self, seed: int) -> "Stage":
-        """Initial weights by (seed, name), and DeepSpeed's mark of what the tensor axis splits."""
+        """Initial weights by (seed, name)."""
         initialise(self, seed)
-        for value, placement in placed(self):
-            value.model_parallel = placement.dim is not None  # type: ignore[attr-defined]
         return self
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from megalite.data.position import Kept, Position
 from megalite.engine.build import DTYPES, LearningRate, build_pipeline
 from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
-from megalite.guard.health import FAULTS, Health, loss_scale_state
+from megalite.guard.health import FAULTS, Health
 from megalite.guard.pace import Pace
 from megalite.guard.replicas import Replicas
 from megalite.guard.watchdog import Watchdog
@@ -341,7 +341,7 @@ class Run:
         if unsound is not None:
             return
         state = {
-            **asdict(replace(self.position, loss_scale=loss_scale_state(self.engine))),
+            **asdict(replace(self.position, loss_scale=self.engine.loss_scale_state())),
             "seed": config.train.seed,
             "optimizer": config.document.optimizer and config.document.optimizer.type,
             "sequence_length": config.data.sequence_length,

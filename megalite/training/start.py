@@ -18,7 +18,6 @@ from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.engine.norm import GlobalNorm
 from megalite.errors import CheckpointError
-from megalite.guard.health import restore_loss_scale
 from megalite.hub.sources import Weights, open_weights_together, resolve_weights
 
 
@@ -47,7 +46,7 @@ class Start:
         else:
             load_shards_from(self.weights.read, engine.shards())
         engine.masters_changed()
-        restore_loss_scale(engine, self.position.loss_scale)
+        engine.restore_loss_scale(self.position.loss_scale)
 
 
 def starting_point(run_dir: Path, load: str | None) -> Start:
