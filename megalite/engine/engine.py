@@ -42,6 +42,9 @@ class Engine(DeepSpeedEngine):
             if self.optimizer.swap_optimizer:
                 self.make_moments(0)
 
+    def _broadcast_model(self) -> None:
+        """Called by DeepSpeed's constructor: the ranks of a data axis have the same weights already."""
+
     @property
     def stage(self) -> Any:
         """The stage that this engine runs."""

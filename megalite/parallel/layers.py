@@ -120,23 +120,26 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model.
-
-    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor is the most that
-    stands in memory beside the slices.
-    """
+    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model."""
     for value, placement in placed(module):
         with torch.no_grad():
             if placement.std is None:
                 value.fill_(placement.fill)
-                continue
-            digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(
-                int.from_bytes(digest[:8], "little", signed=True)
-            )
-            full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
-            full.normal_(0.0, placement.std, generator=generator)
-            value.copy_(placement.cut(full))
+            else:
+                value.copy_(drawn(placement, seed))
+
+
+def drawn(placement: Placement, seed: int) -> Tensor:
+    """Initial values of a rank's slice of a parameter whose `std` is not None, in fp32 on the CPU.
+
+    The full tensor is drawn and the slice cut from it, so the result does not depend on how it is split.
+    """
+    assert placement.std is not None
+    digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
+    full.normal_(0.0, placement.std, generator=generator)
+    return placement.cut(full)
 
 
 class ColumnLinear(nn.Module):
