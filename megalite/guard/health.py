@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.appended import Appended
-from megalite.checkpoint.storage import BoxDict
+from megalite.checkpoint.parts import BoxDict
 from megalite.config.sections import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
