@@ -97,6 +97,9 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     if _offloads(config):
         gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
     bucket = FP32 if config.zero_stage == 1 else e
+    zero = config.document.zero_optimization
+    if zero is not None and zero.overlap_comm:
+        bucket *= 2  # one is filled while the other is reduced
     return States(
         e * d * sum(parts),
         gradients,
