@@ -19,11 +19,12 @@ def main(arguments: list[str]) -> int:
 
     from megalite.parallel.grid import Grid
     from megalite.ranks.accelerator import use_accelerator
+    from megalite.topology.axes import TOLD
 
     pipe, tensor = (int(word) for word in arguments if word.isdigit())
     grid = Grid.build(pipe, tensor)
     values = torch.ones(ELEMENTS, device=use_accelerator().device_name())
-    for name in ("pipe", "data", "tensor"):
+    for name in TOLD:
         axis = getattr(grid, name)
         if axis.size == 1:
             continue

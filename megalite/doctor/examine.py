@@ -28,7 +28,7 @@ PORT = 29500  # DeepSpeed's
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
-    parser = ArgumentParser("doctor.py", description="Look at the hosts of a run before it starts.")
+    parser = ArgumentParser(description="Look at the hosts of a run before it starts.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
     parser.add_argument(
         "--num_gpus",
@@ -89,7 +89,7 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     checkpoints = 0
     if config is not None:
         wanted["folders"] = [config.train.run_dir]
-        # Weights and two moments in fp32; one more stands while another is written.
+        # Weights and two moments in fp32; one more exists while another is written.
         checkpoints = (
             12 * read_spec(config.model).num_parameters * ((config.train.keep_checkpoints or 1) + 1)
         )

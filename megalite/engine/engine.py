@@ -34,11 +34,11 @@ class Engine(DeepSpeedEngine):
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
         super().__init__(model=stage, mpu=grid, **kwargs)
-        self.global_norm = GlobalNorm(placement for _, placement in placed(stage))
+        self.global_norm = GlobalNorm((place for _, place in placed(stage)), grid.sizes)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm, grid.clock)
+            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
             if self.optimizer.swap_optimizer:
                 self.make_moments(0)
 
@@ -69,7 +69,7 @@ class Engine(DeepSpeedEngine):
         )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -108,6 +108,11 @@ class Engine(DeepSpeedEngine):
         chosen = super()._do_optimizer_sanity_check(basic_optimizer)
         return "zero_optimization" if self.zero_optimization() else chosen
 
+    def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
+        """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
+        if self.grid.replica.size > 1:
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
+
     def clip_fp32_gradients(self) -> None:
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
         gradients go, and optimizers leave alone what has none."""
@@ -117,9 +122,7 @@ class Engine(DeepSpeedEngine):
         gradients = [
             (place, value.grad) for value, place in placed(stage) if value.grad is not None
         ]
-        norm = self.global_norm(
-            gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size
-        )
+        norm = self.global_norm(gradients, torch.device(self.device or "cpu"), replicated=True)
         self._global_grad_norm = norm.float()
         if not math.isfinite(norm.item()):  # in main memory
             for value, _ in placed(stage):
@@ -220,7 +223,7 @@ class Engine(DeepSpeedEngine):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients stand between the first backward and the update."""
+        now, each storage once. Gradients exist between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]

@@ -79,6 +79,11 @@ _OF_THE_ENGINE = (
         "overridden: bf16 with ZeRO-1 does not go to BF16_Optimizer",
     ),
     _engine("_broadcast_model", "self", "overridden: ranks have equal weights already"),
+    _engine(
+        "_reduce_non_expert_gradients",
+        "self, grads, elements_per_buffer",
+        "overridden: ZeRO-0 on one rank copies no gradients",
+    ),
     _engine("clip_fp32_gradients", "self", "overridden: ZeRO-0 clips by the global norm"),
     _engine("gradient_clipping", "self", "overridden: ZeRO-0 asks for the norm always"),
     _engine("backward", "self, loss, retain_graph, scale_wrt_gas", "overridden: weighs gradients"),
@@ -300,6 +305,21 @@ _OF_THE_MACHINE = (
         "self, op_name",
         "ranks/accelerator.py",
         "overridden: no shared-memory op",
+    ),
+    Seam("comm/comm.py", "*.cdb", "", "hearing.py", "the backend that DeepSpeed sends by"),
+    Seam(
+        "comm/torch.py",
+        "TorchBackend.all_gather_function",
+        "",
+        "hearing.py",
+        "wrapped in a step that is measured",
+    ),
+    Seam(
+        "comm/torch.py",
+        "TorchBackend.reduce_scatter_function",
+        "",
+        "hearing.py",
+        "wrapped in a step that is measured",
     ),
     Seam("git_version_info.py", "*.installed_ops", "", "nvme.py", "which ops came built"),
     Seam(

@@ -23,13 +23,13 @@ from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
     Prepared,
     check_decoder,
-    check_ids,
     load_stage,
     model_parser,
     prepare_model,
     stop_ids_for,
     tokenizer_for,
 )
+from megalite.inference.texts import check_ids
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.metrics import perplexity
@@ -45,7 +45,7 @@ Work = Callable[[Any, Any], list[dict[str, Any]]]
 
 def evaluate_main(arguments: list[str]) -> int:
     """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
-    parser = model_parser("evaluate.py", "Score a model on any layout.")
+    parser = model_parser("Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity"
@@ -169,7 +169,7 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
     labelled = read_labelled(options.labelled, encoder, length + 1)
-    check_ids(prepared, (ids for ids, _ in labelled.rows))
+    check_ids(prepared.spec, (ids for ids, _ in labelled.rows))
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.likelihood import likelihoods

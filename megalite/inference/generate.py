@@ -32,7 +32,7 @@ Ends = Callable[[list[int]], bool]
 
 @dataclass
 class Text:
-    """A prompt and what goes on from it. number: of the prompt; finished: "" while it grows, then "stop" (its last
+    """A prompt and its continuation. number: of the prompt; finished: "" while it grows, then "stop" (its last
     token is a stop token) or "length"."""
 
     number: int
@@ -125,7 +125,7 @@ def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of some texts."""
+    """What comes before the first of some texts."""
     return text[
         : min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
     ]
@@ -233,8 +233,9 @@ class _Batch:
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
         places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
+        held = [[*text.prompt, *text.tokens] for text in self.texts]
         self.chosen = choose(
-            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places
+            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places, held
         )
 
     def take(

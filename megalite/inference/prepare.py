@@ -3,7 +3,6 @@ checks, and this rank's stage with its weights. Next: generate_program.py, evalu
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ class Prepared:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def model_parser(name: str, about: str) -> argparse.ArgumentParser:
+def model_parser(about: str) -> argparse.ArgumentParser:
     """The arguments that both programs take."""
-    parser = ArgumentParser(name, description=about)
+    parser = ArgumentParser(description=about)
     parser.add_argument(
         "--checkpoint", required=True, help="a run folder, a checkpoint or a Hugging Face folder"
     )
@@ -116,15 +115,6 @@ def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
             f"--tokenizer: missing: {prepared.folder} does not say which tokenizer it was trained with"
         )
     return load_tokenizer(folder)
-
-
-def check_ids(prepared: Prepared, rows: Iterable[Sequence[int]]) -> None:
-    """ConfigError where a tokenizer gives ids that the model does not have."""
-    highest = max((max(row, default=0) for row in rows), default=0)
-    if highest >= prepared.spec.vocabulary_size:
-        raise ConfigError(
-            f"--tokenizer: gives id {highest}: must be below the model's vocab_size {prepared.spec.vocabulary_size}"
-        )
 
 
 def stop_ids_for(prepared: Prepared, tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,8 +1,8 @@
 """Parameters that know their place, and the layers made of them: column, row and vocabulary, which
 the tensor axis splits, and one that is whole.
 
-A parameter says once how it is split: its full name, full shape, the dim that the tensor axis cuts and its
-range there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
+A parameter says once how it is split: its full name, full shape, and for each axis that cuts it the dim and its range
+there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
 one fact, a `Placement`, at `parameter.placement`. A layer's modules are made with local names; `name_parameters`
 gives the full ones. Next: loss.py.
 """
@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,49 +23,67 @@ from megalite.parallel.deferred import later
 from megalite.parallel.grid import Axis
 
 
+class AxisCut(NamedTuple):
+    """One axis's cut of a tensor: this rank has [start, stop) of `dim`, one of `parts` ranges."""
+
+    axis: str
+    dim: int
+    start: int
+    stop: int
+    parts: int
+
+
 @dataclass
 class Placement:
-    """Where a parameter of this rank stands in the full tensor.
+    """Which slice of the full tensor a parameter of this rank is.
 
-    full_shape: of the unsplit tensor; dim: the one that the tensor axis cuts, None where it is whole;
-    start, stop: this rank's half-open range of that dim; std: of the normal that it starts from, None for ones
-    (`fill` 1) and zeros (`fill` 0); counted: whether this rank's copy is the one that counts in sums over the
-    model plane (the gradient norm) and that checkpoints take; name: full, the same on every layout.
+    full_shape: of the unsplit tensor; cuts: by the axes that split it, each another dim, none where it is whole;
+    std: of the normal that it starts from, None for ones (`fill` 1) and zeros (`fill` 0); counted: whether this
+    rank's copy is the one that counts in sums over the model plane (the gradient norm) and that checkpoints take;
+    name: full, the same on every layout; replicas: the group of the grid (topology/axes.py) whose ranks hold copies
+    of the slice, over which ZeRO shards it.
     """
 
     full_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    stop: int
+    cuts: tuple[AxisCut, ...]
     std: float | None
     fill: float
     counted: bool
     name: str = ""
+    replicas: str = "replica"
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """First index of the slice in each dim of the full tensor."""
-        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.full_shape)))
+        starts = {cut.dim: cut.start for cut in self.cuts}
+        return tuple(starts.get(dim, 0) for dim in range(len(self.full_shape)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the slice."""
-        return tuple(
-            self.stop - self.start if d == self.dim else n for d, n in enumerate(self.full_shape)
-        )
+        sizes = {cut.dim: cut.stop - cut.start for cut in self.cuts}
+        return tuple(sizes.get(dim, size) for dim, size in enumerate(self.full_shape))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether ranks have slices of different sizes."""
+        return any(self.full_shape[cut.dim] % cut.parts for cut in self.cuts)
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's slice (a view) of the full tensor."""
-        return (
-            full if self.dim is None else full.narrow(self.dim, self.start, self.stop - self.start)
-        )
+        for _, dim, start, stop, _ in self.cuts:
+            full = full.narrow(dim, start, stop - start)
+        return full
+
+    def is_cut_by(self, axis: str) -> bool:
+        return any(cut.axis == axis for cut in self.cuts)
 
 
 @dataclass
 class Shard:
     """What a rank holds of one parameter's master and moments: a flat range of its slice.
 
-    placement: where the slice stands in the full tensor; start: the range's first element in the slice; master [n]
+    placement: where the slice is in the full tensor; start: the range's first element in the slice; master [n]
     fp32 and state: views of live memory, so that writing to them sets them.
     """
 
@@ -99,9 +118,11 @@ def parameter(
     unit: int = 1,
 ) -> nn.Parameter:
     """An empty parameter with this rank's slice of `shape`; `initialise` gives it values."""
-    start, stop = share(shape[dim], axis, unit) if dim is not None else (0, 0)
-    copies = axis if dim is None else holders(shape[dim], axis, unit)
-    placement = Placement(shape, dim, start, stop, std, fill, counted=copies.is_first)
+    cuts, copies = (), axis
+    if dim is not None:
+        cuts = (AxisCut("tensor", dim, *share(shape[dim], axis, unit), axis.size),)
+        copies = holders(shape[dim], axis, unit)
+    placement = Placement(shape, cuts, std, fill, counted=copies.is_first)
     result = nn.Parameter(torch.empty(placement.shape))
     result.placement = placement  # type: ignore[attr-defined]
     return result

@@ -125,7 +125,7 @@ class _Weighing(GlobalNorm):
     kind: str
     times: float
 
-    def __call__(self, pieces: Any, device: torch.device, copies: int) -> Tensor:
+    def __call__(self, pieces: Any, device: torch.device, replicated: bool) -> Tensor:
         def weighed() -> Any:
             for place, gradient in pieces:
                 yield (
@@ -133,7 +133,7 @@ class _Weighing(GlobalNorm):
                     gradient * self.times**0.5 if kind_of(place.name) == self.kind else gradient,
                 )
 
-        return super().__call__(weighed(), device, copies)
+        return super().__call__(weighed(), device, replicated)
 
 
 def _norm_weighs(kind: str, times: float) -> Plant:

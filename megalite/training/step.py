@@ -19,16 +19,16 @@ def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
 
 def train_step(
     pipeline: Pipeline,
-    data: Axis,
+    replica: Axis,
     batches: Sequence[MicroBatch],
     before_update: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the rank with the head, and
     the tokens that count in the global batch (int64 scalar), both on the device: the host waits for neither.
     before_update: called when all gradients are there, with this rank's part of the mean loss (fp64 scalar)."""
-    tokens = sum_over(tokens_that_count(batches), data).clamp(min=1)
-    # DeepSpeed averages over the data axis; ours is a mean over tokens.
-    scale = (data.size / tokens.double()).float()
+    tokens = sum_over(tokens_that_count(batches), replica).clamp(min=1)
+    # DeepSpeed averages over the copies of the model; ours is a mean over tokens.
+    scale = (replica.size / tokens.double()).float()
     ready = (
         None if before_update is None else lambda: before_update(pipeline.loss.double() / tokens)
     )

@@ -60,7 +60,7 @@ def test_every_layout_starts_from_the_weights_of_one_process(tmp_path: Path, dty
     if dtype == "fp32":
         layouts = [{"zero": 0, "tensor": 2}, {"zero": 2, "pipe": 2}, {"zero": 3, "tensor": 2}]
     documents = [odd_document(tmp_path, layout, dtype) for layout in layouts]
-    config = Config.from_dict(documents[0]).resolve(1)
+    config = Config.from_dict(documents[0]).resolve(4)
     stage = Stage(read_spec(config.model), Grid()).initialise(config.train.seed)
     one = {place.name: value.detach() for value, place in placed(stage)}
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32

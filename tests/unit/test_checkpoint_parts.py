@@ -126,7 +126,7 @@ def load_onto(checkpoint: Checkpoint, rank: int, parts: int) -> None:
     for name, shape in SHAPES.items():
         count = math.prod(shape)
         start, stop = rank * count // parts, (rank + 1) * count // parts
-        place = Placement(shape, None, 0, 0, None, 0.0, counted=True, name=name)
+        place = Placement(shape, (), None, 0.0, counted=True, name=name)
         moments = {kind: torch.full((stop - start,), -1.0) for kind in KINDS[1:]}
         shards.append(Shard(place, start, torch.full((stop - start,), -1.0), moments))
         wanted.append({kind: full(name, kind).reshape(-1)[start:stop] for kind in KINDS})

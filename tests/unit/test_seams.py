@@ -215,13 +215,18 @@ def uses(ours: ast.ClassDef) -> set[str]:
 
 
 def test_every_import_in_engine_is_listed() -> None:
+    files = {seam.file for seam in SEAMS}
     for path in TOUCHING:
         for module, name in deepspeed_imports(path):
-            assert (
-                name in LISTED
-                or (module, name) in DOCUMENTED
-                or module == "deepspeed.ops.op_builder"
-            ), path
+            inner = module.removeprefix("deepspeed").removeprefix(".").replace(".", "/")
+            of_a_module = f"{inner}/{name}.py" in files or (
+                not name and f"{inner}/" in " ".join(files)
+            )
+            assert name in LISTED or (module, name) in DOCUMENTED or of_a_module, (
+                path,
+                module,
+                name,
+            )
 
 
 def deepspeed_imports(path: Path) -> Iterator[tuple[str, str]]:
@@ -262,7 +267,7 @@ def test_no_other_room_touches_inner_names() -> None:
     }
     general = {  # words that rooms of ours use for things of their own
         "step", "optimizer", "device", "overflow", "start", "numel", "all_gather", "loss_scale", "offload_optimizer",
-        "__init__", "partition",
+        "__init__", "partition", "overlap_comm",
     }  # fmt: skip
     for path in others():
         for node in ast.walk(tree(path)):
