@@ -46,7 +46,13 @@ def _empty_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     )
     cut = plan_of(config, spec).cut
     return Stage(
-        spec, grid, cut, recompute_of(config), config.parallel.sequence, config.train.z_loss
+        spec,
+        grid,
+        cut,
+        recompute_of(config),
+        config.parallel.sequence,
+        config.train.z_loss,
+        overlaps=config.zero_stage != 3,
     )
 
 

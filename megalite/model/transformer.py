@@ -269,7 +269,7 @@ class Stage(nn.Module):
 
     cut: which layers are a chunk, and where each is; None: all layers on this rank, which is the whole pipe axis.
     sequence: sequence parallelism over the tensor axis, whose size must divide S. Dropout acts in training, where
-    the context carries its randomness. z_loss as in parallel/loss.py.
+    the context carries its randomness. z_loss as in parallel/loss.py. overlaps: as of Split.
     """
 
     def __init__(
@@ -280,9 +280,11 @@ class Stage(nn.Module):
         recompute: Recompute = False,
         sequence: bool = False,
         z_loss: float = 0.0,
+        overlaps: bool = True,
     ) -> None:
         super().__init__()
-        self.spec, self.grid, self.split = spec, grid, Split(grid.tensor, sequence)
+        self.spec, self.grid = spec, grid
+        self.split = Split(grid.tensor, sequence, overlaps)
         assert cut is not None or grid.pipe.size == 1, "several stages need a cut"
         self.cut = cut or Cut((0,), (range(spec.num_layers),))
         self.chunks = nn.ModuleDict()
