@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megalite.config import Config, check_model, load_config
+from megalite.config import Config, Parallel, check_model, load_config
 from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
@@ -107,14 +107,17 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     if answered:
         yield from findings(answered, slots, options.master_port, checkpoints)
-    pipe, tensor = (config.parallel.pipe, config.parallel.tensor) if config is not None else (1, 1)
-    line = crossing_hosts([host for host, count in slots.items() for _ in range(count)], tensor)
+    parallel = Parallel.model_validate({}) if config is None else config.parallel
+    hosts = [host for host, count in slots.items() for _ in range(count)]
+    line = crossing_hosts(hosts, parallel.tensor)
     if line is not None:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
+    axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+    sizes = [str(size) for size in axes_sizes]
     program = Program(
-        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor)],
+        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,
     )  # fmt: skip
     signals = Signals()
@@ -164,7 +167,8 @@ def _paths(config_path: str | None, config: Config | None) -> list[str]:
     paths = [config_path]
     for source in [*config.data.train, *config.data.valid]:
         paths += [f"{source.path}.idx", f"{source.path}.bin"]
-    folders = [config.data.tokenizer, config.model if isinstance(config.model, str) else None]
+    model = config.document.megalite.model
+    folders = [config.data.tokenizer, model if isinstance(model, str) else None]
     paths += [
         str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
     ]

@@ -16,8 +16,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
-from megalite.engine.initial import make_shards, make_whole
+from megalite.engine.initial import make_shards, make_whole, zero_buffers
 from megalite.engine.nvme import load_op, make_swap_folder
+from megalite.engine.router_bias import RouterBias
 from megalite.errors import ConfigError
 from megalite.model.parameter_groups import LR_RATIO, learning_rate_factor, parameter_groups
 from megalite.model.spec import TransformerSpec
@@ -25,7 +26,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.plan import plan_of
-from megalite.plan.states import DTYPES, recompute_of
+from megalite.plan.states import DTYPES, recompute_of, routed_spec
 from megalite.ranks.launch import quiet
 
 
@@ -37,7 +38,7 @@ def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
 def _empty_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     init = config.train.init
     spec = replace(
-        spec,
+        routed_spec(config, spec),
         init_std=init.std or spec.init_std,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init
@@ -65,7 +66,7 @@ def build_engine(
     Raises ConfigError where DeepSpeed runs with another value than the config says.
     """
     with torch.device("meta"):
-        stage = _empty_stage(config, spec, grid)
+        stage = _empty_stage(config, spec, grid).mark()
     optimizer = config.document.optimizer
     assert optimizer is not None, "the config's rules ask for one"
     groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
@@ -76,6 +77,7 @@ def build_engine(
     accelerator: Any = get_accelerator()
     dtype, device = DTYPES[config.precision], torch.device(accelerator.current_device_name())
     seed = config.train.seed if draws_weights else None
+    zero_buffers(stage, device)
     with quiet():
         if config.zero_stage == 3:
             make_shards(stage, grid, keys, dtype, device, seed)
@@ -91,6 +93,10 @@ def build_engine(
         )
     if folder is not None:
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+    if spec.mixture is not None:
+        device, router = torch.device(engine.device or "cpu"), config.train.router
+        rate = router.step_of_bias if router is not None else 0.0
+        engine.router_bias = RouterBias(stage, grid, device, rate)
     compare_with_asked(engine, config)
     return engine
 

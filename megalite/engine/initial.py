@@ -3,7 +3,7 @@
 A stage is built without memory (on torch's meta device). Parameter by parameter it then gets its place: whole where
 ZeRO leaves weights whole, a shard with ZeRO-3, so at no time is more than one parameter whole beside the shards.
 
-Values are those of parallel/layers.py's `drawn`, the same on every layout. The ranks of an axis that need the same
+Values are parallel/layers.py's `initial_slice`, the same on every layout. The ranks of an axis that need the same
 slice divide the work: of as many parameters as there are ranks each draws one, and sends it to the others. A run that
 gets its weights from a checkpoint draws nothing. Next: build.py.
 """
@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
 from megalite.parallel.grid import Axis, Grid
-from megalite.parallel.layers import drawn, placed
+from megalite.parallel.layers import initial_slice, placed
 
 T = TypeVar("T")
 
@@ -89,6 +89,13 @@ def make_shards(
     _fill(stage, grid, seed, receive)
 
 
+def zero_buffers(stage: nn.Module, device: torch.device) -> None:
+    """Gives buffers memory: a router's tally and bias, which start from 0."""
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
 def _fill(
     stage: nn.Module,
     grid: Grid,
@@ -106,7 +113,7 @@ def _fill(
             of_axis = [(value, place) for value, place in values if place.replicas == name]
             for turn in _turns(of_axis, axis.size):
                 # Before the first message of the turn, so that all ranks draw at the same time.
-                mine = drawn(turn[axis.rank][1], seed) if axis.rank < len(turn) else None
+                mine = initial_slice(turn[axis.rank][1], seed) if axis.rank < len(turn) else None
                 for place, (value, _) in enumerate(turn):
                     receive(value, mine if place == axis.rank else None, axis, place)
 

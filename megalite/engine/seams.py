@@ -78,6 +78,17 @@ _OF_THE_ENGINE = (
         "self, basic_optimizer",
         "overridden: bf16 with ZeRO-1 does not go to BF16_Optimizer",
     ),
+    _engine("_configure_distributed_model", "self, model", "overridden: experts have our groups"),
+    _engine("has_moe_layers", "", "DeepSpeed's path for experts"),
+    *(
+        Seam("utils/groups.py", f"*.{name}", "", "engine.py", "groups of experts, by name")
+        for name in (
+            "_EXPERT_PARALLEL_GROUP",
+            "_EXPERT_PARALLEL_GROUP_RANKS",
+            "_EXPERT_DATA_PARALLEL_GROUP",
+            "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+        )
+    ),
     _engine("_broadcast_model", "self", "overridden: ranks have equal weights already"),
     _engine(
         "_reduce_non_expert_gradients",

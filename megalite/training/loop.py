@@ -29,8 +29,9 @@ from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Samples, micro_batches
+from megalite.training.batches import MicroBatch, Samples, micro_batches, rows_of
 from megalite.training.checkpointing import Checkpoints
+from megalite.training.classification import figures
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.metrics import perplexity
 from megalite.training.step import train_step
@@ -61,6 +62,7 @@ class Run:
     ) -> None:
         self.config, self.spec, self.engine, self.position = config, spec, engine, start
         self.grid: Grid = engine.grid
+        self.rows = rows_of(config, self.grid)
         self.device = torch.device(engine.device or "cpu")
         self.pipeline = build_pipeline(engine, config, spec)
         self.watchdog = watchdog
@@ -211,9 +213,8 @@ class Run:
         config, start = self.config, position.consumed_samples
         samples, count = Kept(self.data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
-        return micro_batches(
-            samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw
-        )
+        micro, data = config.micro_batch_size, self.grid.data
+        return micro_batches(samples, start, count, micro, data, cpu, draw, self.rows)
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""
@@ -246,7 +247,8 @@ class Run:
         wanted = config.train.eval_steps * config.train_batch_size
         weights = [source.weight for source in config.data.valid]
         losses: dict[str, float] = {}
-        sums = torch.zeros(2, dtype=torch.float64)
+        counts = len(self.spec.labels) ** 2
+        sums = torch.zeros(2 + counts, dtype=torch.float64)
         for (path, positions), weight in zip(valid.corpora, weights, strict=True):
             count = min(len(positions), max(1, round(wanted * weight / sum(weights))))
             if count == 0:
@@ -262,14 +264,17 @@ class Run:
         }
         if len(losses) > 1:
             row["valid_losses"] = losses
+        labels = self.spec.labels
+        if labels and sums[1] > 0:
+            found = figures(sums[2:].tolist(), labels)
+            row |= {f"valid_{name}": value for name, value in found.items()}
         for watcher in self.watchers:
             watcher.evaluated(row)
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
-        """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        batches = micro_batches(
-            samples, start, count, self.config.micro_batch_size, self.grid.data, self.device
-        )
+        """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
+        micro, data = self.config.micro_batch_size, self.grid.data
+        batches = micro_batches(samples, start, count, micro, data, self.device, rows=self.rows)
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:

@@ -17,7 +17,7 @@ from megalite.engine.build import build_engine
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.parallel.layers import Placement, drawn, placed
+from megalite.parallel.layers import Placement, initial_slice, placed
 from tests.ranks import run_ranks
 from tests.training_runs import document
 
@@ -44,9 +44,9 @@ def masters(
 
         def counted(place: Placement, seed: int, names: list[str] = names) -> torch.Tensor:
             names.append(place.name)
-            return drawn(place, seed)
+            return initial_slice(place, seed)
 
-        with mock.patch.object(initial, "drawn", counted):
+        with mock.patch.object(initial, "initial_slice", counted):
             grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
             engine = build_engine(config, read_spec(config.model), grid)
         held = [(s.placement, s.start, s.master.clone()) for s in engine.shards()]
@@ -84,7 +84,7 @@ def test_every_layout_starts_from_the_weights_of_one_process(tmp_path: Path, dty
 def undrawn(rank: int, world_size: int, keys: dict[str, Any]) -> list[float]:
     deepspeed.init_distributed("gloo")
     config = Config.from_dict(keys).resolve(world_size)
-    with mock.patch.object(initial, "drawn", side_effect=AssertionError("drawn")):
+    with mock.patch.object(initial, "initial_slice", side_effect=AssertionError("drawn")):
         grid = Grid.build(1, 1)
         engine = build_engine(config, read_spec(config.model), grid, draws_weights=False)
     return [float(shard.master.abs().sum()) for shard in engine.shards() if shard.placement.std]
