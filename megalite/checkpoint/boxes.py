@@ -1,7 +1,7 @@
 """A ZeRO shard is a flat range of a tensor; a file holds boxes. From one to the other.
 
 Row-major, a flat range of a 2-D tensor is at most three boxes: the rest of a row, whole rows, the start of a row.
-Next: storage.py, which writes and reads boxes.
+Next: parts.py, which lists what ranks hold.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """Part of a full tensor that lies in memory: its first index in each dim and its values."""
+    """Part of a full tensor that lies in memory: a slice of it, or a flat range of a slice.
+
+    offsets: the slice's first index in each dim. shape: of the slice, of which `values` [n] are the elements from
+    `start` on; None: `values` are the slice, in its own shape.
+    """
 
     full_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     values: Tensor
+    shape: tuple[int, ...] | None = None
+    start: int = 0
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape) if self.shape is None else self.shape
 
 
 def boxes_of_range(

@@ -8,7 +8,7 @@ Next: save.py and weights.py, what ranks do together.
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megalite import other_formats
 from megalite.checkpoint.folder import (
-    FORMAT,
+    FORMAT_OF_PARTS,
     INDEX,
     LATEST,
     REPLACED_NAME,
@@ -36,6 +36,7 @@ from megalite.checkpoint.folder import (
     read_checked_json,
     read_sums,
 )
+from megalite.checkpoint.parts import PartIndex
 from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
@@ -139,8 +140,9 @@ class Checkpoint:
         sums = read_sums(folder)
         state = read_checked_json(folder, STATE, sums[STATE])
         value = read_checked_json(folder, INDEX, sums[INDEX])
+        kind = PartIndex if state["format"] == FORMAT_OF_PARTS else Index
         try:
-            index, model = Index.from_json(value), state["model"]
+            index, model = kind.from_json(value), state["model"]
             index.check_whole()
             for key in ("step", "consumed_samples", "consumed_tokens", "seed"):
                 if not isinstance(state[key], int) or state[key] < 0:
@@ -152,7 +154,7 @@ class Checkpoint:
                 raise ValueError("model: must be a Hugging Face config")
         except Exception as error:  # of the wrong shape it can raise anything
             raise CheckpointError(
-                f"{folder}: is no checkpoint of format {FORMAT}: {str(error)[:200]}"
+                f"{folder}: is no checkpoint of format {state['format']}: {str(error)[:200]}"
             ) from error
         _check_sizes(folder, index)
         return cls(folder, state, model, index)
@@ -189,9 +191,18 @@ class Checkpoint:
         offsets = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
         shape = tuple(shape) if shape is not None else entry.shape
         result = torch.empty(shape, dtype=entry.dtype)
-        for chunk, ours, theirs in _overlaps(entry, offsets, shape):
-            self.files.read_into(result[ours], chunk, entry, theirs)
+        self.read_into(result, name, offsets, kind)
         return result
+
+    def read_into(
+        self, target: Tensor, name: str, offsets: Sequence[int], kind: str = WEIGHT
+    ) -> None:
+        """Fills `target` with the box at `offsets` of its shape."""
+        entry, offsets = self._entry(name, kind), tuple(offsets)
+        rows = range(offsets[0], offsets[0] + len(target)) if offsets else None
+        chunks = self.index.chunks(f"{kind}/{name}", rows)
+        for chunk, ours, theirs in _overlaps(chunks, offsets, tuple(target.shape)):
+            self.files.read_into(target[ours], chunk, entry, theirs)
 
     def _entry(self, name: str, kind: str) -> Entry:
         entry = self.index.entries.get(f"{kind}/{name}")
@@ -201,10 +212,10 @@ class Checkpoint:
 
 
 def _overlaps(
-    entry: Entry, offsets: tuple[int, ...], shape: tuple[int, ...]
+    chunks: Iterable[Chunk], offsets: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[Chunk, tuple[slice, ...], tuple[slice, ...]]]:
     """Stored boxes that overlap a wanted one: (box, where in the wanted one, where in the stored one)."""
-    for chunk in entry.chunks:
+    for chunk in chunks:
         starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
         wanted_ends = [a + n for a, n in zip(offsets, shape, strict=True)]
         stored_ends = [a + n for a, n in zip(chunk.offsets, chunk.shape, strict=True)]
@@ -287,13 +298,7 @@ class CheckpointWriter:
 def _check_sizes(folder: Path, index: Index) -> None:
     """CheckpointError where a file is too small for the boxes that the index puts into it: they would be made room for
     before that shows."""
-    needed: dict[str, int] = {}
-    for entry in index.entries.values():
-        for chunk in entry.chunks:
-            needed[chunk.file] = (
-                needed.get(chunk.file, 0) + math.prod(chunk.shape) * entry.dtype.itemsize
-            )
-    for name, count in needed.items():
+    for name, count in index.bytes_by_file().items():
         path = folder / name
         if path.is_file() and (size := path.stat().st_size) < count:
             raise CheckpointError(

@@ -20,18 +20,19 @@ import os
 import re
 import secrets
 import shutil
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megalite.errors import CheckpointError
 from megalite.inputs import read_json_object
 
-FORMAT = 1
+FORMAT = 1  # index.json lists boxes (checkpoints of one process)
+FORMAT_OF_PARTS = 2  # index.json has a part a rank (parts.py)
 STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
@@ -47,18 +48,19 @@ _PLAIN_NAME = re.compile(
 )  # no path: an index cannot point out of its folder
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _READ_BYTES = 1 << 22
-_MOST_DIMS = 8  # of a tensor
+MOST_DIMS = 8  # of a tensor
 
 
 @dataclass
 class Chunk:
-    """A stored box: first index and shape in the full tensor, the file and the key there."""
+    """A stored box: first index and shape in the full tensor, the file and the key there. run: (n, first) where the
+    key holds n numbers, of which those from `first` on are the box; None: it holds the box alone, in its shape."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     file: str
     key: str
-    digest: str = ""  # of the whole file, on its way from the rank that wrote it to the coordinator
+    run: tuple[int, int] | None = None
 
 
 @dataclass
@@ -79,39 +81,33 @@ class Index:
     """Every tensor of a checkpoint by name: `weight/…`, `exp_avg/…`, `exp_avg_sq/…`."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
+    format: ClassVar[int] = FORMAT
 
     def add(self, name: str, entry: Entry, chunk: Chunk) -> None:
         """Puts a box into the tensor of that name, made as `entry` where it is new."""
         self.entries.setdefault(name, entry).chunks.append(chunk)
 
-    def chunk(self, name: str, offsets: tuple[int, ...]) -> Chunk:
-        """The box that begins at `offsets`."""
-        return next(chunk for chunk in self.entries[name].chunks if chunk.offsets == offsets)
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[Chunk]:
+        """The boxes of a tensor; rows: those that have elements in these rows of its first dim, and maybe others."""
+        yield from self.entries[name].chunks
+
+    def bytes_by_file(self) -> dict[str, int]:
+        """What the boxes in each file take."""
+        result: dict[str, int] = defaultdict(int)
+        for entry in self.entries.values():
+            for chunk in entry.chunks:
+                result[chunk.file] += math.prod(chunk.shape) * entry.dtype.itemsize
+        return result
+
+    def boxes_by_file(self) -> dict[str, int]:
+        """How many boxes each file holds."""
+        return Counter(chunk.file for entry in self.entries.values() for chunk in entry.chunks)
 
     def check_whole(self) -> None:
         """CheckpointError unless every element of every tensor is stored exactly once."""
         for name, entry in self.entries.items():
-            held, corners = 0, defaultdict[tuple[int, ...], int](int)
-            for chunk in entry.chunks:
-                ends = zip(chunk.offsets, chunk.shape, entry.shape, strict=True)
-                if not all(
-                    start >= 0 and count >= 0 and start + count <= size
-                    for start, count, size in ends
-                ):
-                    raise CheckpointError(
-                        f"{name}: box {chunk.shape} at {chunk.offsets}: must lie in {entry.shape}"
-                    )
-                held += torch.Size(chunk.shape).numel()
-                _add_corners(corners, chunk.offsets, chunk.shape, 1)
-            if held != entry.numel:
-                raise CheckpointError(
-                    f"{name}: {held} elements of {entry.numel} stored: must be each once"
-                )
-            _add_corners(corners, (0,) * len(entry.shape), entry.shape, -1)
-            if any(corners.values()):
-                raise CheckpointError(
-                    f"{name}: its boxes overlap: each element must be stored once"
-                )
+            boxes = [(chunk.offsets, chunk.shape) for chunk in entry.chunks]
+            check_tiled(name, entry.shape, boxes, sum(math.prod(shape) for _, shape in boxes))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -128,20 +124,49 @@ class Index:
         index = cls()
         for name, entry in value.items():
             chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
-            if not all(_PLAIN_NAME.match(chunk.file) for chunk in chunks):
-                raise ValueError(f"{name}: a file outside the folder")
+            for chunk in chunks:
+                check_file_name(chunk.file)
             if any(
                 type(number) is not int
                 for chunk in chunks
                 for number in (*chunk.offsets, *chunk.shape)
             ):
                 raise ValueError(f"{name}: a box must be given by integers")
-            if len(entry["shape"]) > _MOST_DIMS:
-                raise ValueError(
-                    f"{name}: {len(entry['shape'])} dims: must be at most {_MOST_DIMS}"
-                )
-            index.entries[name] = Entry(tuple(entry["shape"]), _dtype(entry["dtype"]), chunks)
+            if len(entry["shape"]) > MOST_DIMS:
+                raise ValueError(f"{name}: {len(entry['shape'])} dims: must be at most {MOST_DIMS}")
+            index.entries[name] = Entry(tuple(entry["shape"]), dtype_named(entry["dtype"]), chunks)
         return index
+
+
+def check_file_name(name: str) -> None:
+    """ValueError where it is a path: an index cannot point out of its folder."""
+    if not _PLAIN_NAME.match(name):
+        raise ValueError(f"{name}: a file outside the folder")
+
+
+def check_tiled(
+    name: str,
+    full_shape: tuple[int, ...],
+    boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    held: int,
+) -> None:
+    """CheckpointError unless boxes (first index, shape) fill a tensor without overlapping. held: how many elements are
+    stored of them."""
+    corners = defaultdict[tuple[int, ...], int](int)
+    for offsets, shape in boxes:
+        ends = zip(offsets, shape, full_shape, strict=True)
+        if not all(
+            start >= 0 and count >= 0 and start + count <= size for start, count, size in ends
+        ):
+            raise CheckpointError(f"{name}: box {shape} at {offsets}: must lie in {full_shape}")
+        _add_corners(corners, offsets, shape, 1)
+    if held != math.prod(full_shape):
+        raise CheckpointError(
+            f"{name}: {held} elements of {math.prod(full_shape)} stored: must be each once"
+        )
+    _add_corners(corners, (0,) * len(full_shape), full_shape, -1)
+    if any(corners.values()):
+        raise CheckpointError(f"{name}: its boxes overlap: each element must be stored once")
 
 
 def _add_corners(
@@ -159,7 +184,8 @@ def _signs(dims: int) -> tuple[int, ...]:
     return tuple(math.prod(signs) for signs in itertools.product((1, -1), repeat=dims))
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """As an index writes it. KeyError for any other."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -234,8 +260,10 @@ class Transaction:
             for name, content in self.carried.items():
                 digests[f"{CARRIED}/{name}"] = write_flushed(self.partial / CARRIED / name, content)
             flush_folder(self.partial / CARRIED)
-        for name, value in ((STATE, {"format": FORMAT, **self.state}), (INDEX, index.to_json())):
-            digests[name] = write_flushed(self.partial / name, json.dumps(value, indent=1).encode())
+        state = json.dumps({"format": index.format, **self.state}, indent=1)
+        listed = json.dumps(index.to_json(), separators=(",", ":"))
+        for name, text in ((STATE, state), (INDEX, listed)):
+            digests[name] = write_flushed(self.partial / name, text.encode())
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         own = hashlib.sha256(lines.encode()).hexdigest()
         write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
@@ -305,6 +333,8 @@ def read_checked_json(folder: Path, name: str, digest: str) -> dict[str, Any]:
     path = folder / name
     check_file(folder, name, digest)
     value = read_json_object(path, CheckpointError)
-    if name == STATE and value.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format: {value.get('format')!r}: must be {FORMAT}")
+    if name == STATE and value.get("format") not in (FORMAT, FORMAT_OF_PARTS):
+        raise CheckpointError(
+            f"{path}: format: {value.get('format')!r}: must be {FORMAT} or {FORMAT_OF_PARTS}"
+        )
     return value

@@ -1,6 +1,5 @@
 """What is in a checkpoint, for a person: `tools/inspect_checkpoint.py`."""
 
-from collections import Counter
 from collections.abc import Iterator
 
 from megalite.checkpoint.files import WEIGHT, Checkpoint, size_bytes
@@ -30,7 +29,7 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
         if key in checkpoint.model
     )
     parameters = sum(entries[f"{WEIGHT}/{name}"].numel for name in checkpoint.names)
-    files = Counter(chunk.file for entry in entries.values() for chunk in entry.chunks)
+    files = checkpoint.index.boxes_by_file()
     yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, " + (
         f"with {', '.join(sorted(checkpoint.moments))}"
         if checkpoint.has_moments
@@ -40,4 +39,5 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
     if tensors:
         for name in checkpoint.names:
             entry = entries[f"{WEIGHT}/{name}"]
-            yield f"  {name}  {list(entry.shape)}  {str(entry.dtype).removeprefix('torch.')}  {len(entry.chunks)} boxes"
+            count = sum(1 for _ in checkpoint.index.chunks(f"{WEIGHT}/{name}"))
+            yield f"  {name}  {list(entry.shape)}  {str(entry.dtype).removeprefix('torch.')}  {count} boxes"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from megalite.checkpoint.boxes import Box, boxes_of_shard
+from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
-from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
+from megalite.checkpoint.parts import BoxDict
+from megalite.checkpoint.storage import write_together
 from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
@@ -42,16 +43,11 @@ def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDic
         count = shard.master.numel()
         replicas: Axis = getattr(grid, shard.placement.replicas)
         first, stop = _part(count, replicas) if replicated else (0, count)
-        for kind, values in {WEIGHT: shard.master, **shard.state}.items():
-            boxes = boxes_of_shard(
-                shard.placement.full_shape,
-                shard.placement.shape,
-                shard.placement.offsets,
-                shard.start + first,
-                values[first:stop],
-            )
-            if boxes:
-                result[f"{kind}/{shard.placement.name}"] = boxes
+        place = shard.placement
+        for kind, values in {WEIGHT: shard.master, **shard.state}.items() if first < stop else ():
+            held, start = values[first:stop], shard.start + first
+            box = Box(place.full_shape, place.offsets, held, place.shape, start)
+            result[f"{kind}/{place.name}"] = [box]
     return result
 
 
@@ -83,11 +79,12 @@ class Copy:
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
+        on_gpu = any(box.values.is_cuda for some in boxes.values() for box in some)
         for dtype, count in counts.items():
             if dtype not in self.memory or self.memory[dtype].numel() != count:
                 self.memory.pop(dtype, None)
                 try:
-                    self.memory[dtype] = torch.empty(count, dtype=dtype)
+                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=on_gpu)
                 except RuntimeError:  # torch's word for no memory
                     return None
         used: Counter[torch.dtype] = Counter()
@@ -97,10 +94,11 @@ class Copy:
             for box in some:
                 dtype, count = box.values.dtype, box.values.numel()
                 place = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
-                result[name].append(
-                    Box(box.full_shape, box.offsets, place.copy_(box.values.detach()))
-                )
+                place.copy_(box.values.detach(), non_blocking=on_gpu)
+                result[name].append(replace(box, values=place))
                 used[dtype] += count
+        if on_gpu:  # one wait for all copies, which run back to back into page-locked memory
+            torch.cuda.current_stream().synchronize()
         return result
 
     @property
@@ -195,14 +193,8 @@ class Saver:
         start = time.monotonic()
         transaction = Transaction(self.folder / step_name(step), state, self.carried)
         try:
-            save(
-                boxes,
-                storage_writer=BoxWriter(
-                    transaction, self._prepare, lambda: self._has_appeared(step)
-                ),
-                planner=BoxSavePlanner(),
-                process_group=self.group,
-                no_dist=self.group is None,
+            write_together(
+                boxes, transaction, self.group, self._prepare, lambda: self._has_appeared(step)
             )
         except CheckpointException:
             if self.is_first:

@@ -1,11 +1,12 @@
 """A safetensors file: written in one pass and to the disk itself, read part by part and held against the index.
 
 safetensors' own writer first makes a copy of all that it is given, and the hash would need a second pass. Next:
-storage.py, which plans what is written and read.
+storage.py, which says what is written.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -101,6 +102,7 @@ class TensorFiles:
                 self._files[chunk.file] = _opened(path)
             file, data, header = self._files[chunk.file]
             start = data + _place(header[chunk.key], chunk, entry, path.stat().st_size - data)
+            start += chunk.run[1] * entry.dtype.itemsize if chunk.run is not None else 0
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
             direct = (
@@ -136,15 +138,13 @@ def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
 def _place(stored: dict[str, Any], chunk: Chunk, entry: Entry, size: int) -> int:
     """The first byte of a box among the file's tensors, which take `size` bytes."""
     dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
-    if (dtype, tuple(shape)) != (_NAMES[entry.dtype], chunk.shape):
+    wanted = chunk.shape if chunk.run is None else chunk.run[:1]
+    if (dtype, tuple(shape)) != (_NAMES[entry.dtype], wanted):
         raise ValueError(
-            f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(chunk.shape)}, as the "
+            f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(wanted)}, as the "
             "index says"
         )
-    if (
-        not 0 <= start <= stop <= size
-        or stop - start != torch.Size(chunk.shape).numel() * entry.dtype.itemsize
-    ):
+    if not 0 <= start <= stop <= size or stop - start != math.prod(wanted) * entry.dtype.itemsize:
         raise ValueError(f"{chunk.key}: bytes {start} to {stop} of {size}")
     return start
 

@@ -9,12 +9,9 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from megalite.checkpoint.boxes import boxes_of_shard
 from megalite.checkpoint.files import WEIGHT, Checkpoint, verify
-from megalite.checkpoint.storage import BoxDict, BoxLoadPlanner, BoxReader
 from megalite.errors import CheckpointError, UserError
 from megalite.parallel.layers import Shard, placed
 
@@ -57,27 +54,30 @@ def open_together(path: Path) -> Checkpoint:
 
 def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) -> None:
     """Fills masters, and moments where asked, with the checkpoint's values (collective over the world)."""
-    wanted: BoxDict = {}
-    for shard in shards:
-        kinds = {WEIGHT: shard.master, **(shard.state if moments else {})}
-        place = shard.placement
-        for kind, values in kinds.items():
-            # A name may be twice on a rank only if tied there, and then it is one parameter.
-            wanted[f"{kind}/{place.name}"] = boxes_of_shard(
-                place.full_shape, place.shape, place.offsets, shard.start, values
-            )
-    try:
-        load(
-            wanted,
-            storage_reader=BoxReader(checkpoint.folder, checkpoint.index),
-            planner=BoxLoadPlanner(),
-            no_dist=not dist.is_initialized(),
+
+    def fill() -> None:
+        for shard in shards:
+            for kind, values in {
+                WEIGHT: shard.master,
+                **(shard.state if moments else {}),
+            }.items():
+                _fill(checkpoint, shard, kind, values)
+
+    together(fill)
+
+
+def _fill(checkpoint: Checkpoint, shard: Shard, kind: str, values: Tensor) -> None:
+    place = shard.placement
+    stored = checkpoint.shape(place.name, kind)
+    if stored != place.full_shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {kind}/{place.name}: shape {list(stored)} in the checkpoint, "
+            f"{list(place.full_shape)} in the model: must be equal"
         )
-    except CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, CheckpointError):
-                raise CheckpointError(f"{checkpoint.folder}: {failure}") from None
-        raise
+    for box in boxes_of_shard(
+        place.full_shape, place.shape, place.offsets, shard.start, values.detach()
+    ):
+        checkpoint.read_into(box.values, place.name, box.offsets, kind)
 
 
 class Named(Protocol):

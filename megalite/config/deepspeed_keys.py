@@ -110,8 +110,8 @@ class ZeroOptimization(Section):
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
     overlap_comm: bool | None = key(
-        "On a GPU: reduce gradients in a stream of their own while backward continues, on every layout. Left out: with "
-        "stage 3 alone."
+        "Reduce gradients bucket by bucket while backward runs (stage 1: a step's last one), on a GPU in a stream of "
+        "their own; below stage 3 with a second bucket. The result is the same. Left out: with stage 3 alone."
     )
     offload_optimizer: OffloadOptimizer | None = key(
         "Keep the optimizer's state in main memory or in files."

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
+from megalite.engine.initial import make_shards, make_whole, zero_buffers
 from megalite.engine.nvme import load_op, make_swap_folder
 from megalite.engine.router_bias import RouterBias
 from megalite.errors import ConfigError
@@ -29,7 +31,11 @@ from megalite.ranks.launch import quiet
 
 
 def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
-    """This rank's stage with freshly initialised weights."""
+    """This rank's stage with freshly initialised weights, in fp32 on the CPU."""
+    return _empty_stage(config, spec, grid).initialise(config.train.seed)
+
+
+def _empty_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     init = config.train.init
     spec = replace(
         routed_spec(config, spec),
@@ -40,18 +46,27 @@ def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
         else init.depth_scaled,
     )
     cut = plan_of(config, spec).cut
-    stage = Stage(
-        spec, grid, cut, recompute_of(config), config.parallel.sequence, config.train.z_loss
+    return Stage(
+        spec,
+        grid,
+        cut,
+        recompute_of(config),
+        config.parallel.sequence,
+        config.train.z_loss,
+        overlaps=config.zero_stage != 3,
     )
-    return stage.initialise(config.train.seed)
 
 
-def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
-    """An engine with freshly initialised weights (collective over the world).
+def build_engine(
+    config: Config, spec: TransformerSpec, grid: Grid, draws_weights: bool = True
+) -> Engine:
+    """An engine with freshly initialised weights (collective over the world). draws_weights: False where they will come
+    from a checkpoint: the matrices are then 0.
 
     Raises ConfigError where DeepSpeed runs with another value than the config says.
     """
-    stage = build_stage(config, spec, grid)
+    with torch.device("meta"):
+        stage = _empty_stage(config, spec, grid).mark()
     optimizer = config.document.optimizer
     assert optimizer is not None, "the config's rules ask for one"
     groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
@@ -59,7 +74,15 @@ def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
     if folder is not None:
         load_op()
         keys["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
+    accelerator: Any = get_accelerator()
+    dtype, device = DTYPES[config.precision], torch.device(accelerator.current_device_name())
+    seed = config.train.seed if draws_weights else None
+    zero_buffers(stage, device)
     with quiet():
+        if config.zero_stage == 3:
+            make_shards(stage, grid, keys, dtype, device, seed)
+        else:
+            make_whole(stage, grid, dtype, device, seed)
         engine = Engine(
             stage,
             grid,

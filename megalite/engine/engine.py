@@ -25,6 +25,9 @@ from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Shard, placed
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Fields of DeepSpeed's DynamicLossScaler that change with the steps."""
+
 
 class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
@@ -44,9 +47,12 @@ class Engine(DeepSpeedEngine):
             if self.optimizer.swap_optimizer:
                 self.make_moments(0)
 
+    def _broadcast_model(self) -> None:
+        """Called by DeepSpeed's constructor: the ranks of a data axis have the same weights already."""
+
     def _configure_distributed_model(self, model: Any) -> None:
         """DeepSpeed shards and reduces experts over groups of its own, which it makes with its own layers. Ours are put
-        where it reads them: with parameters marked (Stage.initialise) and a parameter group for them that is all of
+        where it reads them: with parameters marked (Stage.mark) and a parameter group for them that is all of
         its path for experts."""
         expert, replica = self.grid.expert, self.grid.expert_replica
         if any(place.has_own_replicas for _, place in placed(model)):
@@ -87,10 +93,27 @@ class Engine(DeepSpeedEngine):
             self.lr_scheduler.step()
 
     @property
-    def dynamic_scaler(self) -> Any:
+    def _dynamic_scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler; None where the scale is fixed or there is none."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
         return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether a smaller loss scale may answer an overflow."""
+        scaler = self._dynamic_scaler
+        return scaler is not None and scaler.cur_scale > scaler.min_scale
+
+    def loss_scale_state(self) -> dict[str, Any] | None:
+        """State of the dynamic loss scale, from which it resumes exactly; None where there is none."""
+        scaler = self._dynamic_scaler
+        return None if scaler is None else {name: getattr(scaler, name) for name in SCALER_STATE}
+
+    def restore_loss_scale(self, state: dict[str, Any] | None) -> None:
+        """Does nothing where the run or the state has none: a run may resume in another precision."""
+        if self._dynamic_scaler is not None and state is not None:
+            for name in SCALER_STATE:
+                setattr(self._dynamic_scaler, name, state[name])
 
     @property
     def current_loss_scale(self) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -139,6 +140,48 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
             ) * self.loss_scale
         for gradient in grad_groups_flat:
             gradient.data.mul_(1.0 / factor)
+
+    def _fill_param_grad_accum_attribute(self, param: Any) -> None:
+        """Called by DeepSpeed's hooks: adds a 16-bit gradient to its fp32 sum, in one kernel that reads both. DeepSpeed
+        first writes an fp32 copy of the gradient and then reads that, 18 bytes a number in place of 10."""
+        gradient, param.grad = param.grad, None
+        if gradient is None:
+            return
+        if param.grad_accum is None:
+            param.grad_accum = gradient.to(self.gradient_accumulation_dtype)
+        else:
+            param.grad_accum.add_(gradient.view_as(param.grad_accum))
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Called by DeepSpeed after a step's last backward, with ZeRO-1. With overlap_comm its hooks have reduced,
+        during it, what it gave a gradient, and only that: a chunk, or a head, whose last backward came earlier
+        would be left out."""
+        if self.overlap_comm:
+            waiting = {name for bucket in self.ipg_buckets.values() for *_, name in bucket.params}
+            for group, values in enumerate(self.bit16_groups):
+                for value in values:
+                    name = self.get_param_id(value)
+                    reduced = self.params_already_reduced[name] or name in waiting
+                    if not reduced and self.get_gradient_for_reduction(value) is not None:
+                        self.reduce_ready_partitions_and_remove_grads(value, group)
+        super().reduce_gradients(pipeline_parallel)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Called by DeepSpeed after a backward that reduces. With overlap_comm it would have the host wait for all that
+        the device has to do; here the stream of the step waits for that of the reductions."""
+        if not self.overlap_comm:
+            super().independent_gradient_partition_epilogue()
+            return
+        self.reduce_ipg_grads()
+        accelerator: Any = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            accelerator.current_stream().wait_stream(self.reduction_stream)
+        self._clear_previous_reduced_grads()
+        self.overlap_comm = False
+        try:
+            super().independent_gradient_partition_epilogue()
+        finally:
+            self.overlap_comm = True
 
     def shards(self) -> Iterator[Shard]:
         for value, partition, start, count, first in self.fragments():

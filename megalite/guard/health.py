@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.appended import Appended
-from megalite.checkpoint.storage import BoxDict
+from megalite.checkpoint.parts import BoxDict
 from megalite.config.sections import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
@@ -24,12 +24,6 @@ from megalite.pipeline.actions import Pipeline
 
 FAULTS = "faults.jsonl"
 NAMES = 3  # of tensors that a line repeats
-SCALER_STATE = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)  # of DeepSpeed's DynamicLossScaler
 _LATER = 1 << 30  # after every micro-batch
 
 
@@ -86,15 +80,11 @@ class Health:
         return self.fault is None or self.fault.action == "warn"
 
     def _fault_of(self, loss: float, norm: float) -> Fault | None:
-        faults, recent, scaler = (
-            self.faults,
-            self.position.recent_losses,
-            self.engine.dynamic_scaler,
-        )
+        faults, recent = self.faults, self.position.recent_losses
         if not math.isfinite(loss):
             return Fault("not_finite", f"loss is {loss}", faults.not_finite)
         if not math.isfinite(norm):
-            if scaler is not None and scaler.cur_scale > scaler.min_scale:
+            if self.engine.can_lower_loss_scale:
                 return Fault("overflow", f"overflow with loss scale {self.scale:g}", "skip")
             return Fault("not_finite", f"gradient norm is {norm}", faults.not_finite)
         if faults.spike_factor is not None and len(recent) == faults.spike_window:
@@ -213,16 +203,3 @@ class Health:
         everyone: list[Any] = [None] * self.engine.grid.world_size
         dist.all_gather_object(everyone, value)
         return everyone
-
-
-def loss_scale_state(engine: Engine) -> dict[str, Any] | None:
-    """Of the dynamic scaler, to resume from exactly."""
-    scaler = engine.dynamic_scaler
-    return None if scaler is None else {name: getattr(scaler, name) for name in SCALER_STATE}
-
-
-def restore_loss_scale(engine: Engine, state: dict[str, Any] | None) -> None:
-    """Does nothing where the run or the state has none: another precision may resume from any checkpoint."""
-    if engine.dynamic_scaler is not None and state is not None:
-        for name in SCALER_STATE:
-            setattr(engine.dynamic_scaler, name, state[name])

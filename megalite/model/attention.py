@@ -23,6 +23,7 @@ from megalite.model.varlen import (
     new_enough,
 )
 from megalite.parallel.collectives import Split
+from megalite.parallel.columns import columns
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
 from megalite.parallel.rows import gather_rows, to_heads, to_rows
 
@@ -120,8 +121,8 @@ class Attention(nn.Module):
             )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = self.split.enter(x)  # [B, S, D]
-        query, key, value = self.query(x), self.key(x), self._heads(self.value(x)).transpose(1, 2)
+        query, key, value = columns(x, (self.query, self.key, self.value), self.split)
+        value = self._heads(value).transpose(1, 2)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = self._heads(query), self._heads(key)

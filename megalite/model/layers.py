@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megalite.model.rms_norm import rms_norm
 from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
+from megalite.parallel.columns import columns
 from megalite.parallel.deferred import later
 from megalite.parallel.grid import ALONE, Axis
 from megalite.parallel.layers import (
@@ -85,10 +86,11 @@ class MLP(nn.Module):
         self.down = RowLinear(f, d, bias, split, out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.split.enter(x)
         if self.gate is None:
-            return self.down(activate(self.up(x), self.activation))
-        return self.down(activate(self.gate(x), self.activation) * self.up(x))
+            (up,) = columns(x, (self.up,), self.split)
+            return self.down(activate(up, self.activation))
+        gate, up = columns(x, (self.gate, self.up), self.split)
+        return self.down(activate(gate, self.activation) * up)
 
 
 class Transform(nn.Module):

@@ -276,7 +276,7 @@ class Stage(nn.Module):
 
     cut: which layers are a chunk, and where each is; None: all layers on this rank, which is the whole pipe axis.
     sequence: sequence parallelism over the tensor axis, whose size must divide S. Dropout acts in training, where
-    the context carries its randomness. z_loss as in parallel/loss.py.
+    the context carries its randomness. z_loss as in parallel/loss.py. overlaps: as of Split.
     """
 
     def __init__(
@@ -287,9 +287,11 @@ class Stage(nn.Module):
         recompute: Recompute = False,
         sequence: bool = False,
         z_loss: float = 0.0,
+        overlaps: bool = True,
     ) -> None:
         super().__init__()
-        self.spec, self.grid, self.split = spec, grid, Split(grid.tensor, sequence)
+        self.spec, self.grid = spec, grid
+        self.split = Split(grid.tensor, sequence, overlaps)
         assert cut is not None or grid.pipe.size == 1, "several stages need a cut"
         self.cut = cut or Cut((0,), (range(spec.num_layers),))
         self.chunks = nn.ModuleDict()
@@ -343,10 +345,13 @@ class Stage(nn.Module):
         return self.head.weight if self.head is not None else None
 
     def initialise(self, seed: int) -> "Stage":
-        """Initial weights by (seed, name), and DeepSpeed's marks of what the tensor and the expert axis split."""
+        """Initial weights by (seed, name)."""
         initialise(self, seed)
+        return self.mark()
+
+    def mark(self) -> "Stage":
+        """Gives experts DeepSpeed's marks of what the expert axis splits."""
         for value, placement in placed(self):
-            value.model_parallel = placement.is_cut_by("tensor")  # type: ignore[attr-defined]
             if placement.has_own_replicas:
                 value.allreduce = False  # type: ignore[attr-defined]
                 value.group_name = EXPERTS  # type: ignore[attr-defined]

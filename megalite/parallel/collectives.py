@@ -118,10 +118,12 @@ class _ScatterSequence(torch.autograd.Function):
 @dataclass(frozen=True)
 class Split:
     """How hidden states are held between the matrix products that the tensor axis splits: whole on every rank, or
-    (`sequence`) a part of the sequence on each."""
+    (`sequence`) a part of the sequence on each. overlaps: whether weights are at hand outside of their modules, so that
+    columns.py may make several linears' gradients at a time; ZeRO-3 gathers them for the module alone."""
 
     axis: Axis
     sequence: bool = False
+    overlaps: bool = True
 
     @property
     def divides(self) -> bool:

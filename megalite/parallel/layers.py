@@ -167,24 +167,30 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
 
 def initialise(module: nn.Module, seed: int) -> None:
     """Fills in initial values as a function of (seed, full name), so that every layout starts from one model; of
-    experts as a function of (seed, full name, expert).
-
-    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor, or one expert's matrix,
-    is the most that is held in memory beside the slices.
-    """
+    experts as a function of (seed, full name, expert)."""
     for value, placement in placed(module):
         with torch.no_grad():
             if placement.std is None:
                 value.fill_(placement.fill)
-            elif placement.drawn_apart:
-                for index, part in enumerate(value, start=placement.offsets[0]):
-                    full = drawn(
-                        f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std
-                    )
-                    part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
             else:
-                full = drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
-                value.copy_(placement.cut(full))
+                value.copy_(initial_slice(placement, seed))
+
+
+def initial_slice(placement: Placement, seed: int) -> Tensor:
+    """Initial values of a rank's slice of a parameter whose `std` is not None, in fp32 on the CPU.
+
+    The full tensor is drawn and the slice cut from it, so the result does not depend on how it is split: one tensor, or
+    one expert's matrix, is the most that is held in memory beside the slice.
+    """
+    assert placement.std is not None
+    if not placement.drawn_apart:
+        full = drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
+        return placement.cut(full)
+    result = torch.empty(placement.shape, dtype=torch.float32, device="cpu")
+    for index, part in enumerate(result, start=placement.offsets[0]):
+        full = drawn(f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std)
+        part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
+    return result
 
 
 def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:

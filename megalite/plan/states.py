@@ -128,6 +128,9 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
         largest = max(max(group.numbers) for group in sizes)
         gradients += (FP32 + e) * sum(parts) + 2 * e * largest
     bucket = FP32 if config.zero_stage == 1 else e
+    zero = config.document.zero_optimization
+    if zero is not None and zero.overlap_comm:
+        bucket *= 2  # one is filled while the other is reduced
     return States(
         e * sum(axis.size * part for axis, part in zip(axes, parts, strict=True)),
         gradients,

@@ -12,7 +12,7 @@ from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
-from megalite.guard.health import Health, loss_scale_state
+from megalite.guard.health import Health
 from megalite.training.fingerprint import fingerprint
 from megalite.training.start import Start, starting_point
 from megalite.training.watchers import Row, Watcher
@@ -95,7 +95,7 @@ class Checkpoints(Watcher):
         config, grid = self.config, self.engine.grid
         optimizer = config.document.optimizer
         return {
-            **asdict(replace(position, loss_scale=loss_scale_state(self.engine))),
+            **asdict(replace(position, loss_scale=self.engine.loss_scale_state())),
             **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
             "optimizer": optimizer and optimizer.type,

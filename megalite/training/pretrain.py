@@ -302,7 +302,7 @@ def _train(prepared: Prepared, rank: int) -> int:
                     flush=True,
                 )
             return 0
-        engine = build_engine(config, prepared.spec, grid)
+        engine = build_engine(config, prepared.spec, grid, draws_weights=start.weights is None)
         start.fill(engine)
         if rank == 0:
             _write_config(config)

@@ -18,7 +18,6 @@ from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.engine.norm import GlobalNorm
 from megalite.errors import CheckpointError
-from megalite.guard.health import restore_loss_scale
 from megalite.hub.sources import (
     Weights,
     is_of_classifier,
@@ -62,7 +61,7 @@ class Start:
         engine.masters_changed()
         if engine.router_bias is not None:
             engine.router_bias.restore(getattr(self.weights, "state", {}))
-        restore_loss_scale(engine, self.position.loss_scale)
+        engine.restore_loss_scale(self.position.loss_scale)
 
 
 def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = ()) -> Start:

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good, step_of
+from megalite.checkpoint.parts import BoxDict
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
-from megalite.checkpoint.storage import BoxDict
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard
 from tests.ranks import RankFailure, run_ranks

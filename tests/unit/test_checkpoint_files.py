@@ -24,12 +24,11 @@ from megalite.checkpoint.folder import (
     INDEX,
     STATE,
     SUMS,
-    Chunk,
-    Entry,
     Index,
     Transaction,
     file_digest,
 )
+from megalite.checkpoint.parts import Packed, PartIndex, rows_of
 from megalite.checkpoint.save import owned_boxes
 from megalite.errors import CheckpointError
 from megalite.parallel.grid import Grid
@@ -202,17 +201,15 @@ def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int
     """ZeRO-0: every rank of the data axis holds all of it and writes its share, which may be nothing."""
     values = torch.arange(float(count))
     place = Placement((count,), (), None, 0.0, counted=True, name="a")
-    index = Index()
+    packed = []
     for rank in range(5):
         shard = Shard(place, 0, values, {"exp_avg": values})
-        grid = Grid.at(rank, 1, 5, 1)
-        boxes = owned_boxes([shard], grid, replicated=True)
-        for name, box in ((name, box) for name, some in boxes.items() for box in some):
-            assert torch.equal(
-                box.values, values[box.offsets[0] : box.offsets[0] + box.values.numel()]
-            )
-            chunk = Chunk(box.offsets, tuple(box.values.shape), f"f{rank}", name)
-            index.add(name, Entry(box.full_shape, torch.float32), chunk)
+        boxes = owned_boxes([shard], Grid.at(rank, 1, 5, 1), replicated=True)
+        for box in (box for some in boxes.values() for box in some):
+            assert torch.equal(box.values, values[box.start : box.start + box.values.numel()])
+        slices, starts, counts, _ = rows_of(boxes)
+        packed.append((f"f{rank}", Packed.of(slices, starts, counts)))
+    index = PartIndex.unpacked(packed)
     assert set(index.entries) == {"weight/a", "exp_avg/a"}
     index.check_whole()
 

@@ -67,7 +67,7 @@ def test_a_median_of_zero_is_no_measure_of_a_spike(
     health: Any = SimpleNamespace(
         faults=faults,
         position=Position(recent_losses=recent),
-        engine=SimpleNamespace(dynamic_scaler=None),
+        engine=SimpleNamespace(can_lower_loss_scale=False),
         scale=1.0,
     )
     fault: Fault | None = Health._fault_of(health, 0.5, 1.0)

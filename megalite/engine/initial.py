@@ -1,0 +1,135 @@
+"""Initial weights of a rank's stage, straight into what the rank will hold of them.
+
+A stage is built without memory (on torch's meta device). Parameter by parameter it then gets its place: whole where
+ZeRO leaves weights whole, a shard with ZeRO-3, so at no time is more than one parameter whole beside the shards.
+
+Values are parallel/layers.py's `initial_slice`, the same on every layout. The ranks of an axis that need the same
+slice divide the work: of as many parameters as there are ranks each draws one, and sends it to the others. A run that
+gets its weights from a checkpoint draws nothing. Next: build.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import Init
+from torch import Tensor, nn
+
+from megalite.parallel.grid import Axis, Grid
+from megalite.parallel.layers import initial_slice, placed
+
+T = TypeVar("T")
+
+
+def make_whole(
+    stage: nn.Module, grid: Grid, dtype: torch.dtype, device: torch.device, seed: int | None
+) -> None:
+    """Gives a stage on the meta device its weights, whole, for ZeRO 0 to 2 (collective over the data axis).
+    seed: None where they come from elsewhere; they are then 0 or 1."""
+
+    def receive(value: nn.Parameter, values: Tensor | None, axis: Axis, source: int) -> None:
+        if values is not None:
+            value.copy_(values)
+        if axis.size > 1:
+            dist.broadcast(_bytes_of(value), axis.ranks[source], group=axis.group)
+
+    for value, place in placed(stage):
+        constant = place.fill if place.std is None else 0.0
+        _materialise(value, torch.full(place.shape, constant, dtype=dtype, device=device))
+    _fill(stage, grid, seed, receive)
+
+
+def make_shards(
+    stage: nn.Module,
+    grid: Grid,
+    keys: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+) -> None:
+    """Gives a stage on the meta device its weights as ZeRO-3's shards (collective over the data axis).
+    keys: DeepSpeed's config; seed: as of `make_whole`."""
+    # Of an empty module: DeepSpeed's settings for parameters, without any. It also makes F.linear one that does not
+    # keep a gathered weight for backward, as it does where an engine is made of a module with whole weights.
+    init = Init(
+        module=nn.Module(),
+        data_parallel_group=grid.get_data_parallel_group(),
+        config_dict_or_path=keys,
+        dtype=dtype,
+        mpu=grid,
+    )
+
+    def receive(value: Any, values: Tensor | None, axis: Axis, source: int) -> None:
+        shard = value.ds_tensor
+        # NCCL sends what lies on its device; with offload_param the shards are in main memory.
+        received = torch.empty_like(shard, device=device)
+        parts = None
+        if values is not None:
+            flat = values.reshape(-1).to(device, dtype)
+            missing = shard.numel() * axis.size - flat.numel()
+            flat = F.pad(flat, (0, missing)) if missing else flat
+            parts = [_bytes_of(part) for part in flat.chunk(axis.size)]
+        if axis.size > 1:
+            dist.scatter(_bytes_of(received), parts, axis.ranks[source], group=axis.group)
+        elif parts is not None:
+            _bytes_of(received).copy_(parts[0])
+        shard.copy_(received)
+
+    for value, place in placed(stage):
+        whole = torch.empty(place.shape, dtype=dtype, device=device)
+        if place.std is None:
+            whole.fill_(place.fill)
+        _materialise(value, whole)
+        init._convert_to_deepspeed_param(value)
+        value.partition()  # type: ignore[attr-defined]  # DeepSpeed has put it there
+        if place.std is not None:
+            value.ds_tensor.zero_()  # type: ignore[attr-defined]  # its padding stays so
+    _fill(stage, grid, seed, receive)
+
+
+def zero_buffers(stage: nn.Module, device: torch.device) -> None:
+    """Gives buffers memory: a router's tally and bias, which start from 0."""
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
+def _fill(
+    stage: nn.Module,
+    grid: Grid,
+    seed: int | None,
+    receive: Callable[[nn.Parameter, Tensor | None, Axis, int], None],
+) -> None:
+    """Draws what is random. receive: takes a parameter, what this rank has drawn of it if it is the one that draws it,
+    the axis of the ranks that hold the same slice, and the place there of the one that draws."""
+    if seed is None:
+        return
+    values = [(value, place) for value, place in placed(stage) if place.std is not None]
+    with torch.no_grad():
+        for name in sorted({place.replicas for _, place in values}):
+            axis: Axis = getattr(grid, name)
+            of_axis = [(value, place) for value, place in values if place.replicas == name]
+            for turn in _turns(of_axis, axis.size):
+                # Before the first message of the turn, so that all ranks draw at the same time.
+                mine = initial_slice(turn[axis.rank][1], seed) if axis.rank < len(turn) else None
+                for place, (value, _) in enumerate(turn):
+                    receive(value, mine if place == axis.rank else None, axis, place)
+
+
+def _turns(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]
+
+
+def _materialise(value: nn.Parameter, content: Tensor) -> None:
+    """Gives a parameter memory, in place: the stage and the optimizer's groups keep their reference to it."""
+    other = nn.Parameter(content)
+    vars(other).update(vars(value))
+    torch.utils.swap_tensors(value, other)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The same memory as bytes, which every backend can send."""
+    return tensor.detach().view(-1).view(torch.uint8)
