@@ -376,6 +376,17 @@ class Train(Section):
     tensorboard: bool = Field(
         True, description="Write TensorBoard event files into the run folder."
     )
+    trackers: list[Text] = Field(
+        [],
+        description="Trackers that take each row of metrics beside TensorBoard: `wandb`, `trackio`, `mlflow` and "
+        "others that accelerate.tracking knows, offline unless their own environment variables say otherwise.",
+    )
+    sample_prompts: list[Text] = Field(
+        [],
+        description="Texts that the model continues at each evaluation, by its likeliest tokens, for metrics, "
+        "TensorBoard, trackers and report.html. They need no validation corpus.",
+    )
+    sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
     trace_steps: list[Positive] = Field(
         [],
         description="Steps that are traced: every action, message and collective of all ranks goes into the run "

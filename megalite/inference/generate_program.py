@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.data.tokenizer import Tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.prepare import (
     Prepared,
@@ -146,15 +146,4 @@ def _encoded(
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     check_ids(prepared, ids)
     check_lengths(prepared.spec, ids, max_new_tokens)
-    return ids
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
-    text, where it puts one."""
-    ids = tokenizer.encode(prompt)
-    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
-        first = tokenizer.inner(prompt)["input_ids"][:1]
-        if first == [tokenizer.bos_id] and ids[:1] != first:
-            return first + ids
     return ids

@@ -125,6 +125,26 @@ class Pipeline:
         self.interpreter.run(steps, forward, lambda value: self.shape)
         return total
 
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor | None:
+        """[B, S, V / t] of ids [B, S] on the rank with the last chunk, None on others; without dropout."""
+        found: list[Tensor] = []
+
+        def forward(action: Action, source: Tensor | None) -> Tensor | None:
+            output = self.engine(tokens if source is None else source, None, None, action.chunk)
+            if action.chunk < self.plan.cut.last_chunk:
+                return output
+            found.append(output)
+            return None
+
+        shape = self.engine.stage.hidden_shape(*tokens.shape)
+        self.engine.eval()
+        self.interpreter.run(
+            self.plan.evaluation_steps(1, self.axis.rank), forward, lambda value: shape
+        )
+        self.engine.train()
+        return found[0] if found else None
+
     def note_peak(self, action: Action, tensor: Tensor) -> None:
         """Adds to `peaks`."""
         self.peaks.append((action, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
