@@ -34,7 +34,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that stands")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument(
         "--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize"
     )

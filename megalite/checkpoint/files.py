@@ -220,13 +220,13 @@ class CheckpointWriter:
     """Writes a checkpoint of weights from one process, tensor by tensor; the folder appears whole at the end of
     the `with` block, or not at all. At most FILE_BYTES and one tensor are held in memory.
 
-    Raises CheckpointError where the folder stands already.
+    Raises CheckpointError where the folder already exists.
     """
 
     def __init__(self, folder: str | Path, model: dict[str, Any], state: dict[str, Any]) -> None:
         folder = Path(folder)
         if folder.exists():
-            raise CheckpointError(f"{folder}: stands already: must be a new folder")
+            raise CheckpointError(f"{folder}: already exists: choose a new folder")
         self.carried: dict[str, bytes] = {}
         self.transaction = Transaction(folder, {**state, "model": model}, self.carried)
         self.index, self.digests = Index(), {}

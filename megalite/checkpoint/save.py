@@ -1,8 +1,8 @@
-"""Saving, all ranks together and in the background: a copy in memory, then files, while the steps go on.
+"""Saving, all ranks together and in the background: a copy in memory, then files, while training continues.
 
 Where a rank has no room for its copy, the steps wait instead for files written from the live tensors. Each element has
 one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis each rank its share.
-Errors on any rank reach every rank; the older checkpoints then stand. Next: weights.py.
+Errors on any rank reach every rank; the older checkpoints then remain. Next: weights.py.
 """
 
 import os
@@ -145,7 +145,7 @@ class Saver:
         self.good_step, self.damaged = step, {*damaged}
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
-        """Starts saving; what is given may change as soon as this returns. An earlier save still going on is
+        """Starts saving; what is given may change as soon as this returns. An earlier save still in progress is
         waited for, and its error raised. Where a rank has no room for its copy, this one is waited for by all."""
         self.wait()
         start = time.monotonic()
@@ -160,7 +160,7 @@ class Saver:
         self._count("checkpoint_seconds", time.monotonic() - start)
 
     def wait(self) -> None:
-        """Waits for the save that is going on. Raises CheckpointException (on every rank) where it failed."""
+        """Waits for the save in progress. Raises CheckpointException (on every rank) where it failed."""
         if self.running is not None:
             start = time.monotonic()
             running, self.running = self.running, None

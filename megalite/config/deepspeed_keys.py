@@ -1,7 +1,7 @@
 """DeepSpeed's keys that megalite takes, with their types and ranges, and those that it refuses, with why.
 
 DeepSpeed itself lets an unknown top-level key pass in silence, so every key that DeepSpeed 0.19.8 reads
-stands here, as a field or as a refusal. `tests/unit/test_config.py` compares the sections with those of the
+is here, as a field or as a refusal. `tests/unit/test_config.py` compares the sections with those of the
 installed package that have types; DeepSpeed is not imported here, for the sake of a quick start. A field left out keeps
 DeepSpeed's default, but for those that `rules.py` always writes.
 """
@@ -110,7 +110,7 @@ class ZeroOptimization(Section):
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
     overlap_comm: bool | None = key(
-        "On a GPU: reduce gradients in a stream of their own while backward goes on, on every layout. Left out: with "
+        "On a GPU: reduce gradients in a stream of their own while backward continues, on every layout. Left out: with "
         "stage 3 alone."
     )
     offload_optimizer: OffloadOptimizer | None = key(
@@ -282,7 +282,7 @@ OPTIMIZERS: dict[
 }
 REFUSED_OPTIMIZERS = {
     "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
-    "ZeRO-1 on clips the update in place of the gradient: the result would hang on the layout",
+    "ZeRO-1 on clips the update in place of the gradient: the result would depend on the layout",
     "Lion": "DeepSpeed's moves a weight whose gradient is 0, as that of an unseen token's embedding, by a whole step",
     "Adagrad": "DeepSpeed makes it anew for ZeRO and forgets the parameter groups: norms and biases would decay",
     "Lamb": "it needs the norms of whole tensors, of which ZeRO gives it parts",
@@ -431,7 +431,7 @@ class DeepSpeedKeys(Section):
             ),
             _REMOVED,
         ),
-        "elasticity": "DeepSpeed has removed it; any layout goes on from any checkpoint",
+        "elasticity": "DeepSpeed has removed it; any layout resumes from any checkpoint",
         "autotuning": "not available: it would start runs of its own",
         "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
         "weight_quantization": "not available: training only",

@@ -34,7 +34,7 @@ from megalite.config.sections import Megalite, Parallel
 from megalite.errors import ConfigError
 
 MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
-FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result hangs on them
+FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result depends on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,
     "loss_scale_window": 1000,

@@ -1,4 +1,4 @@
-"""megalite's own keys: what stands under `"megalite"` in the JSON, each with its meaning and unit.
+"""megalite's own keys: what is under `"megalite"` in the JSON, each with its meaning and unit.
 
 Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: DeepSpeed's keys own them
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
@@ -98,11 +98,11 @@ class Masked(Section):
     )
     keep: Share = Field(0.1, description="Share of those that are left as they are.")
     swap: Share = Field(
-        0.1, description="Share of those in whose place another token stands; the rest is masked."
+        0.1, description="Share of those that are replaced by a random token; the rest is masked."
     )
     mask_token_id: Counter | None = Field(
         None,
-        description="What stands in a masked token's place; left out: the tokenizer's mask token.",
+        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
     )
     special_token_ids: list[Counter] | None = Field(
         None,
@@ -145,7 +145,7 @@ class Data(Section):
     loss: Literal["all", "marked"] | None = Field(
         None,
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
-        "--chat writes it; left out: all, and a `prefix.mask` that stands is refused.",
+        "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
     objective: Annotated[Literal["causal"] | Masked, BeforeValidator(_objective)] = Field(
         "causal",
@@ -319,7 +319,8 @@ class Train(Section):
         1234, ge=0, lt=2**63, description="Seed of the weights, the dropout and the sample order."
     )
     run_dir: Text = Field(
-        description="Folder of the run; a checkpoint in it is gone on from. Relative to the working directory."
+        description="Run folder. If it already holds a checkpoint, training resumes from it. Relative to the "
+        "working directory."
     )
     load: Text | None = Field(
         None,
@@ -364,9 +365,9 @@ class Train(Section):
     checkpoint_copy_gib: float | None = Field(
         None,
         ge=0,
-        description="Most memory of a rank for the copy that a checkpoint is written from while the steps go on; where "
-        "a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is free on "
-        "the node, shared among its ranks.",
+        description="Most memory of a rank for the copy that a checkpoint is written from while training continues; "
+        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
+        "free on the node, shared among its ranks.",
     )
     keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
     log_interval: Positive = Field(

@@ -2,7 +2,7 @@
 
 Two halves, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
 whole lines without looking into them (`read_chunks`); any process makes documents of a chunk (`parse`).
-A chunk knows the place where the next one begins, which is all that is needed to go on after a kill.
+A chunk knows the place where the next one begins, which is all that is needed to resume after a kill.
 Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut, and a line or
 paragraph that does not end within a limit is refused.
 """

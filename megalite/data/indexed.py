@@ -303,7 +303,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: Any, overwrite: bool = False) -> None:
-        """Raises DataError where a file of the prefix stands, unless `overwrite`."""
+        """Raises DataError where a file of the prefix exists, unless `overwrite`."""
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"tokens cannot be stored as {self.dtype}")
@@ -382,10 +382,10 @@ class IndexedWriter:
 
 
 def refuse_standing(prefix: str | Path) -> None:
-    """Raise DataError where `prefix.idx` or `prefix.bin` stands."""
+    """Raise DataError where `prefix.idx` or `prefix.bin` exists."""
     for path in files_of(prefix):
         if path.exists():
-            raise DataError(f"{path}: stands already: name another output or remove it")
+            raise DataError(f"{path}: already exists: name another output or remove it")
 
 
 def create(path: Path) -> BinaryIO:

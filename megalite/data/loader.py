@@ -1,7 +1,7 @@
 """What the training loop asks: a pure function from positions in the run to batches.
 
 There is no state, no worker and no queue: a batch is a few slices of memory maps, which costs microseconds a
-sample and lets any rank ask for any positions. `TrainData` goes on without end, `ValidData` holds each
+sample and lets any rank ask for any positions. `TrainData` never ends, `ValidData` holds each
 corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
 """
 
@@ -149,7 +149,7 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
     standing = files_of(marks_prefix(source.path))[0]
     if data.loss is None and standing.exists():
         raise ConfigError(
-            f'megalite.data.loss: missing: {standing} stands: say "marked" to count what it marks, or "all"'
+            f'megalite.data.loss: missing: {standing} exists: say "marked" to count what it marks, or "all"'
         )
     marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
     for opened in (corpus, marks) if check else ():

@@ -2,7 +2,7 @@
 
 The folder holds tokens and sizes so far and a journal, which says up to which place the input has been taken
 in and how long the files were then. After a kill the files are cut back to the journal's word and the same
-command goes on, so the result has the same bytes as one that was never stopped.
+command resumes, so the result has the same bytes as one that was never stopped.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one chunk: of each document its size, one after another; the last one may go on. `marks`: a
-    byte a token, or nothing where everything counts in the loss."""
+    """The tokens of one chunk: of each document its size, one after another; the last one may continue in the next.
+    `marks`: a byte a token, or nothing where everything counts in the loss."""
 
     sizes: np.ndarray
     tokens: bytes
@@ -56,12 +56,12 @@ class Partial:
 
     def __init__(self, output: str | Path, fingerprint: str, overwrite: bool, marked: bool) -> None:
         """Open or make it; `marked`: with a corpus of marks beside the tokens. Raises DataError where the output
-        stands, another process works on it, or it was left by other arguments."""
+        exists, another process works on it, or it was left by other arguments."""
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
         self.place, self.counts, self.written = Place(), Counts(), False
-        self._open_tokens = 0  # of the last document, where it goes on
+        self._open_tokens = 0  # of the last document, where it continues
         self._saved = time.monotonic()
         state = self._read_journal()
         self._prefixes = {"tokens": str(output)} | (
@@ -185,7 +185,7 @@ class Partial:
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
-        """Remove what there is: with these inputs and options it cannot be gone on with."""
+        """Remove what there is: with these inputs and options it cannot be resumed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Partial":

@@ -60,7 +60,7 @@ class Task(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Of all that the tokens of a text hang on."""
+        """Fingerprint of everything that the tokens of a text depend on."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def preprocess(
     `append_eod`: each document ends by the tokenizer's end of document; `cls_sep`: it begins by [CLS] and ends by
     [SEP]. `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
     own, marks with 1 the tokens that the loss counts.
-    An output that stands is refused, unless `overwrite`. Raises DataError with one line.
+    An output that exists is refused, unless `overwrite`. Raises DataError with one line.
     """
     kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
     size = total_bytes(inputs)
@@ -213,14 +213,14 @@ def _cls_and_sep(loaded: Tokenizer, folder: str | Path) -> tuple[list[int], list
 
 
 def _fingerprint(inputs: Sequence[str], kinds: Sequence[str], task: Task) -> str:
-    """Of all that the result hangs on: a partial result of anything else cannot be gone on with."""
+    """Fingerprint of everything the output depends on; partial output with another one cannot be resumed."""
     files = [(path, kind, *_size_and_time(path)) for path, kind in zip(inputs, kinds, strict=True)]
     return hashlib.sha256(json.dumps([files, task.fingerprint()]).encode()).hexdigest()
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
     if path == STANDARD_INPUT:
-        return 0, time.time_ns()  # another stream each time: never gone on with
+        return 0, time.time_ns()  # another stream each time: never resumed
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 

@@ -89,7 +89,7 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     checkpoints = 0
     if config is not None:
         wanted["folders"] = [config.train.run_dir]
-        # Weights and two moments in fp32; one more stands while another is written.
+        # Weights and two moments in fp32; one more exists while another is written.
         checkpoints = (
             12 * read_spec(config.model).num_parameters * ((config.train.keep_checkpoints or 1) + 1)
         )

@@ -63,7 +63,7 @@ class Engine(DeepSpeedEngine):
         )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -200,7 +200,7 @@ class Engine(DeepSpeedEngine):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients stand between the first backward and the update."""
+        now, each storage once. Gradients exist between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]

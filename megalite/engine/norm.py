@@ -100,7 +100,9 @@ class GlobalNorm:
             total = (self._all * self._times).sum() / self.most_copies
         told = torch.cat([total.sqrt().unsqueeze(0), sums[rows:]])
         norm, loss, *self.heard = told.tolist()
-        found = ctypes.c_float(norm).value  # DeepSpeed goes on with fp32, where it may be infinite
+        found = ctypes.c_float(
+            norm
+        ).value  # DeepSpeed continues with fp32, where it may be infinite
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)
         accepted = self.judge is None or self.judge(loss, found)
         return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)

@@ -118,7 +118,7 @@ class HFFolder:
         )
 
     def _check(self) -> None:
-        """Every tensor of the model stands in the files with its shape, and no other does."""
+        """The files hold every tensor of the model with its shape, and no other."""
         known = set()
         for name, full in self.shapes.items():
             entry = hf_tensor(self.spec.family, name)
@@ -149,7 +149,7 @@ class HFFolder:
                 )
 
     def _tied_head(self) -> set[str]:
-        """A head that stands in the files though the config ties it must be the embedding."""
+        """A head that is in the files though the config ties it must equal the embedding."""
         head = self._file_name(FAMILIES[self.spec.family].TENSORS[HEAD])
         if head not in self._files.where:
             return set()

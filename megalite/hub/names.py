@@ -21,7 +21,7 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
 def hf_tensor(family: str, name: str) -> HFTensor:
-    """Where our full name stands in the family's files. CheckpointError for a name that it does not have."""
+    """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
     entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern)

@@ -1,6 +1,6 @@
 """The proof of a conversion: transformers' model and ours give the same logits for the same tokens.
 
-The two models stand in memory one after the other, in fp32: 4 bytes a parameter and the logits of TOKENS positions.
+The two models are in memory one after the other, in fp32: 4 bytes a parameter and the logits of TOKENS positions.
 Without a wish either way it is done where that is at most FITS of the memory that is available.
 """
 

@@ -32,7 +32,7 @@ Ends = Callable[[list[int]], bool]
 
 @dataclass
 class Text:
-    """A prompt and what goes on from it. number: of the prompt; finished: "" while it grows, then "stop" (its last
+    """A prompt and its continuation. number: of the prompt; finished: "" while it grows, then "stop" (its last
     token is a stop token) or "length"."""
 
     number: int
@@ -125,7 +125,7 @@ def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first of some texts."""
+    """What comes before the first of some texts."""
     return text[
         : min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
     ]

@@ -120,7 +120,7 @@ def _generate(
 def _continuation(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Collection[int] = ()
 ) -> str:
-    """The text that tokens add to a prompt's: decoded together, since a token's text hangs on its neighbours."""
+    """The text that tokens add to a prompt's: decoded together, since a token's text depends on its neighbours."""
     kept = [token for token in tokens if token not in stop]
     start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)

@@ -104,6 +104,6 @@ def _draw(scores: Tensor, top_p: float, chances: Tensor) -> Tensor:
 
 
 def uniform(seed: int, prompt: int, place: int) -> float:
-    """A number in [0, 1) for a place in the text that goes on from a prompt."""
+    """A number in [0, 1) for a place in the text that continues a prompt."""
     digest = hashlib.sha256(f"{seed}/{prompt}/{place}".encode()).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

@@ -1,5 +1,5 @@
-"""What a forward pass knows beside the hidden states: where its tokens stand, what they may look at, and the numbers
-that its dropout is drawn from. Next: layers.py."""
+"""What a forward pass knows beside the hidden states: which positions its tokens have, what they may look at, and
+the numbers that its dropout is drawn from. Next: layers.py."""
 
 from dataclasses import dataclass, field
 

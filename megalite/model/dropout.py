@@ -65,7 +65,7 @@ def dropped(randomness: Randomness, place: str, rate: float, ranges: Sequence[ra
 def drop(
     x: Tensor, randomness: Randomness | None, place: str, rate: float, first_row: int = 0
 ) -> Tensor:
-    """Dropout of hidden states x [B, S, D], of which the first row stands at `first_row` of the whole sequence."""
+    """Dropout of hidden states x [B, S, D], of which the first row is row `first_row` of the whole sequence."""
     if randomness is None or rate == 0.0:
         return x
     ranges = [range(first_row, first_row + x.shape[1]), range(x.shape[2])]

@@ -52,7 +52,7 @@ def parameter_groups(
     and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
     both stages that hold one. So have tensors that the tensor axis cuts unevenly (an odd vocabulary): ZeRO lays a group
     out flat, and kernels round the last numbers of a stretch in another way, so that copies of what is whole would
-    differ where what stands beside them does. Stages may differ in their groups: each is an engine of its own."""
+    differ where what is next to them does. Stages may differ in their groups: each is an engine of its own."""
 
     def choice(place: Placement) -> tuple[float, float]:
         """(lr_ratio, weight_decay)"""

@@ -83,7 +83,7 @@ class Placement:
 class Shard:
     """What a rank holds of one parameter's master and moments: a flat range of its slice.
 
-    placement: where the slice stands in the full tensor; start: the range's first element in the slice; master [n]
+    placement: where the slice is in the full tensor; start: the range's first element in the slice; master [n]
     fp32 and state: views of live memory, so that writing to them sets them.
     """
 
@@ -144,7 +144,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     """Fills in initial values as a function of (seed, full name), so that every layout starts from one model.
 
     The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor is the most that
-    stands in memory beside the slices.
+    is held in memory beside the slices.
     """
     for value, placement in placed(module):
         with torch.no_grad():

@@ -179,12 +179,19 @@ def most_bytes(
     whole(chunk): bytes of one between F and B or I; between(chunk): between I and W.
     """
     now = {chunk: [0, 0] for chunk in program.chunks_of(rank)}
-    most, found = 0, {chunk: (0, 0) for chunk in now}
+    wholes = {chunk: whole(chunk) for chunk in now}
+    betweens = {chunk: between(chunk) for chunk in now}
+    size, most, found = 0, 0, {chunk: (0, 0) for chunk in now}
     for kind, chunk, _ in program.actions[rank]:
-        held, waits = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}[kind]
-        now[chunk][0] += held
-        now[chunk][1] += waits
-        size = sum(whole(c) * n + between(c) * w for c, (n, w) in now.items())
+        held, waits = _CHANGES[kind]
+        counts = now[chunk]
+        counts[0] += held
+        counts[1] += waits
+        size += held * wholes[chunk] + waits * betweens[chunk]
         if size > most:
             most, found = size, {c: (n, w) for c, (n, w) in now.items()}
     return most, found
+
+
+_CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
+"""Of what an action changes: micro-batches that are held between F and B or I, and between I and W."""

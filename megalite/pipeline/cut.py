@@ -1,6 +1,6 @@
 """Which layers are a chunk: the cut with the least simulated step.
 
-The longest chunk alone does not decide: a head that weighs as much as several layers stands at the end of the pipeline,
+The longest chunk alone does not decide: a head that costs as much as several layers is at the end of the pipeline,
 where other work waits for it in one schedule and not in another, and interleaving with an even cut can be slower than
 1F1B. So cuts are compared by playing the schedule's own program with the costs of their chunks. Costs are multiply-adds
 a token, the same on every machine: all ranks find the same cut. Next: plan.py.
@@ -9,13 +9,18 @@ a token, the same on every machine: all ranks find the same cut. Next: plan.py.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megalite.model.chunks import Cut, layers_of
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.check import Cost, check
+from megalite.pipeline.check import Cost
+from megalite.pipeline.lengths import KINDS, Lengths
 from megalite.pipeline.program import Kind, Program
 
-MOST_ACTIONS = 400_000  # that a search plays: two seconds; a count and no clock, so that all ranks find the same
+MOST_TIMES = 20_000_000  # of actions that a search computes: a fifth of a second
 PAIRED = 10  # first moves that a second one is tried on
+CLIMBS = 2  # of one start, each with the program of the cut that the one before has found
+SAME = 1e-9  # shares of a step that are rounding
 
 
 @dataclass(frozen=True)
@@ -93,50 +98,106 @@ def even_counts(layers: int, chunks: int) -> list[int]:
 
 
 def cut_by_cost(
-    costs: ModelCosts, home: tuple[int, ...], program: Callable[[Cost], Program], effort: int = 1
+    costs: ModelCosts, home: tuple[int, ...], program: Callable[[Cost], Program]
 ) -> Cut:
-    """The cut with the least simulated step that the search finds. program: the schedule's, for costs of chunks;
-    effort: what making a program takes beside playing it.
+    """The cut with the least simulated step that the search finds. program: the schedule's, for costs of chunks.
 
     Every chunk has a layer, but the last may be the head alone. Hill climbing from two cuts, the even one and the one
-    with the shortest longest rank: a layer goes from a chunk to another while the step gets shorter.
+    with the shortest longest rank: a layer goes from a chunk to another while the step gets shorter. All cuts of a
+    climb are played by the program of its start; where that depends on costs, the next climb has the one of its end.
     """
     layers = len(costs.layers)
     if len(home) == 1:
         return Cut(home, (range(layers),))
-    played: dict[tuple[int, ...], float] = {}
-    budget = MOST_ACTIONS
+    sums, budget = _Sums(costs), _Budget(MOST_TIMES)
+    even = even_counts(layers, len(home))
+    starts = [even, _climb(even, lambda many: sums.longest_rank(home, many), budget)]
+    found = [_climb_by_program(sums, start, program, budget) for start in starts]
+    return Cut(home, layers_of(min(found)[1]))
 
-    def length(counts: list[int]) -> float:
-        nonlocal budget
-        key = tuple(counts)
-        if key not in played:
-            cost = costs.of_chunks(counts)
-            made = program(cost)
-            budget -= effort * sum(map(len, made.actions))
-            played[key] = check(made, cost).length
-        return played[key]
 
-    starts = [even_counts(layers, len(home))]
-    starts.append(
-        _climb(starts[0], lambda counts: _longest_rank(costs, home, counts), lambda: True)
-    )
-    found = [_climb(start, length, lambda: budget > 0) for start in starts]
-    return Cut(home, layers_of(min(found, key=length)))
+def _climb_by_program(
+    sums: "_Sums", start: list[int], program: Callable[[Cost], Program], budget: "_Budget"
+) -> tuple[float, list[int]]:
+    """(length of the step, layers of each chunk) of the best cut that is found from a start."""
+    cost = sums.costs.of_chunks(start)
+    made = program(cost)
+    played = Lengths(made)
+    best = played.of(cost), start
+    for _ in range(CLIMBS):
+        spent = len(played)
+        counts = _climb(
+            best[1], lambda many, played=played: played.of_many(sums.tables(many)), budget, spent
+        )
+        cost = sums.costs.of_chunks(counts)
+        remade = program(cost)
+        if remade != made:
+            made, played = remade, Lengths(remade)
+        found = played.of(cost), counts
+        if found[0] >= best[0]:
+            break
+        best = found
+    return best
+
+
+class _Sums:
+    """Costs of chunks for many cuts at once, from sums over the layers up to each."""
+
+    def __init__(self, costs: ModelCosts) -> None:
+        self.costs = costs
+        one = [costs.of_chunks([1] * len(costs.layers))] if costs.layers else []
+        layers = range(len(costs.layers))
+        kinds = [[cost(kind, layer) for layer in layers] for cost in one for kind in KINDS]  # type: ignore[arg-type]
+        kinds[0][-1] -= costs.head
+        self.upto = np.concatenate([np.zeros((len(KINDS), 1)), np.cumsum(kinds, axis=1)], axis=1)
+
+    def tables(self, many: np.ndarray) -> np.ndarray:
+        """[kind, chunk, K] for layers [K, chunk]."""
+        stops = np.cumsum(many, axis=1).T  # [chunk, K]
+        starts = stops - many.T
+        tables = self.upto[:, stops] - self.upto[:, starts]
+        tables[0, -1] += self.costs.head
+        return tables
+
+    def longest_rank(self, home: tuple[int, ...], many: np.ndarray) -> np.ndarray:
+        """Cost of a micro-batch on the rank that has most; of equal ones that with the lighter chunks."""
+        tables = self.tables(many)
+        chunks = tables[0] + tables[1]
+        ranks = [
+            sum(chunks[chunk] for chunk, there in enumerate(home) if there == rank)
+            for rank in sorted(set(home))
+        ]
+        return np.max(ranks, axis=0) + 1e-6 * (chunks**2).sum(axis=0) / chunks.sum(axis=0)
+
+
+class _Budget:
+    """Times of actions that a search may still compute: a count and no clock, so that all ranks find the same."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
 
 
 def _climb(
-    start: list[int], height: Callable[[list[int]], float], goes_on: Callable[[], bool]
+    start: list[int],
+    heights: Callable[[np.ndarray], np.ndarray],
+    budget: _Budget,
+    spent: int = 1,
 ) -> list[int]:
     """Takes the best move of one layer while there is one that makes it lower, else the best of two moves whose first
-    is among the least bad."""
-    best, lowest = start, height(start)
-    while goes_on():
-        moves = sorted((height(counts), counts) for counts in _moves(best) if goes_on())
-        if moves and moves[0][0] >= lowest:
-            pairs = (counts for _, first in moves[:PAIRED] for counts in _moves(first))
-            moves = sorted((height(counts), counts) for counts in pairs if goes_on())
-        if not moves or moves[0][0] >= lowest:
+    is among the least bad. heights: of cuts [K, chunk]; spent: what the height of one takes of the budget."""
+    best, lowest = start, float(heights(np.array([start]))[0])
+
+    def ranked(cuts: list[list[int]]) -> list[tuple[float, list[int]]]:
+        cuts = cuts[: max(1, budget.left // spent)]
+        budget.left -= spent * len(cuts)
+        found = heights(np.array(cuts)).tolist() if cuts else []
+        return sorted(zip(found, cuts, strict=True))
+
+    while budget.left > 0:
+        moves = ranked(list(_moves(best)))
+        if moves and moves[0][0] >= lowest - SAME * lowest:
+            moves = ranked([counts for _, first in moves[:PAIRED] for counts in _moves(first)])
+        if not moves or moves[0][0] >= lowest - SAME * lowest:
             break
         lowest, best = moves[0]
     return best
@@ -153,13 +214,3 @@ def _moves(counts: list[int]) -> Iterator[list[int]]:
                     moved[source] -= 1
                     moved[target] += 1
                     yield moved
-
-
-def _longest_rank(costs: ModelCosts, home: tuple[int, ...], counts: list[int]) -> float:
-    """Cost of a micro-batch on the rank that has most; of equal ones that with the lighter chunks."""
-    cost = costs.of_chunks(counts)
-    chunks = [cost("F", chunk) + cost("B", chunk) for chunk in range(len(home))]
-    ranks = [
-        sum(c for c, there in zip(chunks, home, strict=True) if there == rank) for rank in set(home)
-    ]
-    return max(ranks) + 1e-6 * sum(chunk**2 for chunk in chunks) / sum(chunks)

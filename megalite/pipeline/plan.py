@@ -16,7 +16,6 @@ from megalite.pipeline.schedules import forward_only, home_of, make_program, str
 from megalite.pipeline.steps import Step, check_steps, steps_of
 
 SEARCH_ROUNDS = 2  # micro-batches a rank, in the programs that cuts are compared by
-LISTED = 6  # how many times as long a program of the list scheduler takes as one in closed form
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,9 @@ def make_plan(
     if counts is not None:
         cut = Cut(home, layers_of(counts))
     else:
-        rounds, effort = SEARCH_ROUNDS * pipe, LISTED if schedule == "zb-v" else 1
+        rounds = SEARCH_ROUNDS * pipe
         cut = cut_by_cost(
-            costs, home, lambda cost: make_program(schedule, pipe, rounds, chunks, cost), effort
+            costs, home, lambda cost: make_program(schedule, pipe, rounds, chunks, cost)
         )
     return PipelinePlan(schedule, pipe, chunks, cut, costs)
 

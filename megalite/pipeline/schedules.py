@@ -133,60 +133,65 @@ class _Lister:
         self.ends: dict[str, list[list[float]]] = {kind: [[] for _ in home] for kind in kinds}
         self.free, self.held = [0.0] * self.ranks, [0] * self.ranks
         self.lists: list[list[Action]] = [[] for _ in range(self.ranks)]
+        self.order: dict[tuple[str, int], int] = {}
 
     def program(self, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[Program, float]:
         """The program and its length. ranked(kind, chunk): of what is ready the least goes first."""
-        plans = [self._plan(rank, ranked) for rank in range(self.ranks)]
+        choices = [(kind, chunk) for kind in self.kinds for chunk in range(len(self.home))]
+        choices.sort(key=lambda choice: ranked(*choice))
+        self.order = {choice: number for number, choice in enumerate(choices)}
+        plans = [self._plan(rank) for rank in range(self.ranks)]
         for _ in range(len(self.kinds) * len(self.home) * self.m):
             waiting = [(plan[0], rank) for rank, plan in enumerate(plans) if plan is not None]
             if not waiting:
-                raise ProgramError("no rank can go on: too little room")
+                raise ProgramError("no rank can continue: too little room")
             rank = min(waiting)[1]
             start, kind, chunk = plans[rank]  # type: ignore[misc]
             self._place(rank, kind, chunk, start)
             # Only this rank and those of the neighbouring chunks can see a change.
             neighbours = [self.home[c] for c in (chunk - 1, chunk + 1) if 0 <= c <= self.last]
             for changed in {rank, *neighbours}:
-                plans[changed] = self._plan(changed, ranked)
+                plans[changed] = self._plan(changed)
         program = Program(self.home, self.m, tuple(tuple(actions) for actions in self.lists))
         return program, max(self.free)
 
-    def _plan(
-        self, rank: int, ranked: Callable[[str, int], tuple[int, int]]
-    ) -> tuple[float, str, int] | None:
+    def _plan(self, rank: int) -> tuple[float, str, int] | None:
         """What the rank does next, and when, as far as is known: (start, kind, chunk)."""
-        found = []
-        for kind in self.kinds:
-            for chunk in self.own[rank]:
-                ready = self._ready(rank, kind, chunk)
-                if ready is not None:
-                    found.append((ready, ranked(kind, chunk), kind, chunk))
+        found = self._ready(rank)
         if not found:
             return None
         start = max(self.free[rank], min(found)[0])
         _, kind, chunk = min(choice[1:] for choice in found if choice[0] <= start)
         return start, kind, chunk
 
-    def _ready(self, rank: int, kind: str, chunk: int) -> float | None:
-        """When what the next action of a kind needs is there; None: not known yet, or there is no room, or no next
-        one."""
-        ends, k = self.ends, len(self.ends[kind][chunk])
-        if k == self.m:
-            return None
-        match kind:
-            case "F":
-                # Room is left for one of each later chunk: else forwards of the first fill it and nothing can go on.
-                needed = 1 + sum(later > chunk for later in self.own[rank])
-                if self.held[rank] + needed > self.room:
-                    return None
-                before = [ends["F"][chunk - 1]] if chunk > 0 else []
-            case "I":
-                before = [ends["F"][chunk]] + ([ends["I"][chunk + 1]] if chunk < self.last else [])
-            case _:
-                before = [ends["I"][chunk]]
-        if any(len(times) <= k for times in before):
-            return None
-        return max((times[k] for times in before), default=0.0)
+    def _ready(self, rank: int) -> list[tuple[float, int, str, int]]:
+        """Of each kind and chunk of a rank the next action, if all that it needs is placed and there is room: (when it
+        is ready, its place in the order of choices, kind, chunk)."""
+        order, halves = self.order, "I" in self.ends
+        forward, backward, weights = (self.ends.get(kind, []) for kind in "FIW")
+        own, found = self.own[rank], []
+        # Room is left for one of each later chunk: else forwards of the first fill it and nothing can continue.
+        room = self.room - self.held[rank] - len(own)
+        for number, chunk in enumerate(own):
+            done = len(forward[chunk])
+            if done < self.m and room + number >= 0:
+                before = forward[chunk - 1] if chunk > 0 else None
+                if before is None:
+                    found.append((0.0, order["F", chunk], "F", chunk))
+                elif len(before) > done:
+                    found.append((before[done], order["F", chunk], "F", chunk))
+            if not halves:
+                continue
+            k = len(backward[chunk])
+            if k < done:
+                after = backward[chunk + 1] if chunk < self.last else forward[chunk]
+                if len(after) > k:
+                    ready = max(forward[chunk][k], after[k])
+                    found.append((ready, order["I", chunk], "I", chunk))
+            k = len(weights[chunk])
+            if k < len(backward[chunk]):
+                found.append((backward[chunk][k], order["W", chunk], "W", chunk))
+        return found
 
     def _place(self, rank: int, kind: str, chunk: int, start: float) -> None:
         times = self.ends[kind][chunk]

@@ -17,7 +17,7 @@ and exactly, byte for byte, with what DeepSpeed rounds up:
   for what goes back, in the weights' type, and two of the largest parameter's size.
 - With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
   too small for files; a file is rounded up to 1 KiB for each thread that reads it.
-- Gradients are what stands after a micro-batch's backward at most: with ZeRO-1 and several micro-batches all of them.
+- Gradients are the most that is held after a micro-batch's backward: with ZeRO-1 and several micro-batches all of them.
 - The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
   not written of it takes no memory.
 
@@ -81,7 +81,7 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
 
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
-    """What a rank of a resolved config will hold; grid: where it stands (`Grid.at`)."""
+    """What a rank of a resolved config will hold; grid: its place (`Grid.at`)."""
     e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:
@@ -96,7 +96,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
         gradients = max(gradients, FP32 * sum(map(sum, sizes)))
-    if _offloads(config):
+    if offloads(config):
         gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
     bucket = FP32 if config.zero_stage == 1 else e
     return States(
@@ -107,7 +107,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     )
 
 
-def _offloads(config: Config) -> bool:
+def offloads(config: Config) -> bool:
     """Whether the optimizer is stepped in main memory."""
     zero = config.document.zero_optimization
     return (
@@ -200,11 +200,7 @@ def _moments(config: Config) -> int:
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
     """What a rank's forwards keep for its backwards at most."""
-    dtype, split = DTYPES[config.precision], Split(grid.tensor, config.parallel.sequence)
-    documents, device = config.data.reset_attention, "cuda" if machine_has_gpu() else "cpu"
-    at = Forward(
-        config.micro_batch_size, config.data.sequence_length, dtype, split, documents, device
-    )
+    at = forward_of(config, grid)
     return kept_by(
         spec,
         plan_of(config, spec),
@@ -212,6 +208,18 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
         recompute_of(config),
         at,
         config.accumulation_steps,
+    )
+
+
+def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
+    """A micro-batch on a rank, on this machine's type of device where none is given."""
+    return Forward(
+        config.micro_batch_size,
+        config.data.sequence_length,
+        DTYPES[config.precision],
+        Split(grid.tensor, config.parallel.sequence),
+        config.data.reset_attention,
+        device or ("cuda" if machine_has_gpu() else "cpu"),
     )
 
 

@@ -97,7 +97,7 @@ class Session:
         return (loss / tokens.clamp(min=1)).item()
 
     def resumed(self, step: int, run_dir: Path) -> "Session":
-        """Another session that goes on after `step` steps from a checkpoint that this one writes (collective)."""
+        """Another session that continues after `step` steps from a checkpoint that this one writes (collective)."""
         saver, grid = Saver(run_dir, keep=0), self.engine.grid
         boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
@@ -142,7 +142,7 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
-    """Writes masters and moments; where each stands in its full tensor, by key."""
+    """Writes masters and moments; where each is in its full tensor, by key."""
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
     for shard in engine.shards():

@@ -176,7 +176,7 @@ def _slurm_local_size(env: Mapping[str, str]) -> int:
 def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
     """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
     or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
-    whether the same command then goes on where it was."""
+    whether the same command then continues where it was."""
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(
             signal.SIGINT, signal.default_int_handler

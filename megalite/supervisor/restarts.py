@@ -160,7 +160,7 @@ class Supervisor:
             hosts, overrides = ProgramConfig(self.options.arguments).fit(self.full, left)
         except ConfigError as error:
             raise StartsFailed(f"{why}; not on {', '.join(left)} alone: {error}") from error
-        _print(f"{why}; goes on with {sum(hosts.values())} ranks on {', '.join(hosts)}")
+        _print(f"{why}; continuing with {sum(hosts.values())} ranks on {', '.join(hosts)}")
         return hosts, overrides
 
 

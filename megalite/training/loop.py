@@ -90,7 +90,7 @@ class Run:
         self.watchers += watchers_of(self)
 
     def train(self) -> int:
-        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot go on."""
+        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot continue."""
         reason = STOPPED_BY_ERROR
         try:
             stop = self._train()

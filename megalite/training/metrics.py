@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one object a line, floats with all their digits; TensorBoard's events from the same rows.
 
-A run that goes on, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
-stands twice. Each row of training carries the run's goodput: seconds of the steps that stand and were not skipped, over
-all seconds since the run's first start, which `first_start.json` remembers.
+A run that resumes, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
+appears twice. Each row of training carries the run's goodput: seconds of the steps that count and were not skipped,
+over all seconds since the run's first start, which `first_start.json` remembers.
 """
 
 import contextlib

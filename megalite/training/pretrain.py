@@ -27,6 +27,7 @@ from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
 from megalite.plan.pipeline_lines import pipeline_lines
+from megalite.plan.plan_program import plan_line, size_line
 from megalite.plan.states import told_lines
 from megalite.ranks.devices import be_deterministic
 from megalite.ranks.launch import (
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
+        print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -236,7 +238,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _remove_swap_folders(config: Config, here: Place) -> None:
-    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    """Those of a killed start; once it is known that no other start of this run is alive (collective)."""
     import torch.distributed as dist
 
     if config.swap_folder is not None:
@@ -246,10 +248,11 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
 
 
 def _told(prepared: Prepared) -> str:
-    """What `auto` in the config became, the table of what each rank will hold, and the pipeline's schedule."""
+    """What `auto` in the config became, the run's size, the table of what each rank will hold, and the pipeline's
+    schedule."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
-    return "\n".join([*config.notes, *told_lines(config, spec), *plan])
+    return "\n".join([*config.notes, size_line(config, spec), *told_lines(config, spec), *plan])
 
 
 def _write_config(config: Config) -> None:

@@ -160,7 +160,7 @@ class Phases:
 
 
 def say(text: str) -> None:
-    """A line on standard output. Where that is a file on a full disk the run goes on without the line."""
+    """A line on standard output. Where that is a file on a full disk the run continues without the line."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

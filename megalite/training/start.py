@@ -34,7 +34,7 @@ class Start:
     damaged: tuple[str, ...] = ()
 
     def fill(self, engine: Engine) -> None:
-        """Puts weights, and on going on moments and the loss scale, into an engine, fresh or not (collective)."""
+        """Puts weights, and on resuming moments and the loss scale, into an engine, fresh or not (collective)."""
         if self.weights is None:
             return
         norm: GlobalNorm = engine.global_norm

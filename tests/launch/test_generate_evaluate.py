@@ -118,7 +118,7 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
-        and "stands already" in done.stderr
+        and "already exists" in done.stderr
     )
 
 

@@ -151,7 +151,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no space")
     assert list(tmp_path.iterdir()) == []
     write(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="stands already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES)
 
 

@@ -17,6 +17,7 @@ PARAMETERS = {
     "modernbert.json": 149e6,
     "llama_7b_3d.json": 6.7e9,
     "llama_13b_zero3_tensor.json": 13e9,
+    "llama_70b_3d.json": 70.6e9,
 }
 
 

@@ -82,7 +82,7 @@ def test_mistakes_of_the_command_line_are_one_line(
         with pytest.raises(ConfigError, match=said):
             main(arguments)
     file.write_text("h slots=1\nh slots=2\n")
-    with pytest.raises(ConfigError, match="line 2.*must stand once"):
+    with pytest.raises(ConfigError, match="line 2.*must be listed only once"):
         main(["--hostfile", str(file), *program])
     file.write_text("h slots=1\n")
     monkeypatch.setenv("HF_LINES", "a\nb")

@@ -155,7 +155,7 @@ def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
 
 
 def model_dict(section: dict[str, Any] | str) -> dict[str, Any]:
-    """The model section as a plain Hugging Face config that stands on its own, for a checkpoint: keys that the
+    """The model section as a plain Hugging Face config that needs no other file, for a checkpoint: keys that the
     family does not have are left out."""
     config = load_hf_config(section)
     known = _known_keys(config) - {"transformers_version"} | {"model_type"}

@@ -52,7 +52,7 @@ MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
 
 @dataclass(frozen=True)
 class HFTensor:
-    """Where one of our tensors stands in a Hugging Face file.
+    """Where one of our tensors is in a Hugging Face file.
 
     name: with `{layer}` for the block's number; transposed: the file has it as [in, out]; part, parts: which
     equal part of the file's tensor along its output features, where several of ours are fused there; by_head:

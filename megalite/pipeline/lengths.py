@@ -1,0 +1,101 @@
+"""How long a step of one program is, for many costs at once: what cuts are searched by, and the planner's clock.
+
+check.py plays a program action by action and says what is wrong with it. Where only the length is asked for, the order
+in which actions become ready does not depend on their costs, so it is found once; then the times of an action under
+hundreds of costs are one operation on a row of numbers. Next: cut.py.
+"""
+
+import numpy as np
+
+from megalite.pipeline.check import Cost, ProgramError
+from megalite.pipeline.program import Program
+
+KINDS = ("F", "B", "I", "W")
+COLUMNS = 512  # costs that are played together: their times fit into a processor's cache
+
+
+class Lengths:
+    """Of one program. Raises ProgramError where it cannot run.
+
+    order: the actions of all ranks so that each comes after what it waits for; of each its kind, its chunk, and the
+    places in `order` of what it waits for: the rank's action before, and the one that gives its value.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.ranks, self.chunks = program.ranks, len(program.home)
+        self._kinds: list[int] = []
+        self._chunks: list[int] = []
+        self._before: list[int] = []
+        self._source: list[int] = []
+        self._message: list[bool] = []
+        self._last: list[int] = []
+        self._order(program)
+        self.counts = self._counts()
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def _order(self, program: Program) -> None:
+        """Moves each rank as far as it gets, in turn, until all are through."""
+        last, place, given = program.last_chunk, [0] * self.ranks, {}
+        newest, kinds = [-1] * self.ranks, {kind: number for number, kind in enumerate(KINDS)}
+        moved = True
+        while moved:
+            moved = False
+            for rank, actions in enumerate(program.actions):
+                while place[rank] < len(actions):
+                    kind, chunk, k = actions[place[rank]]
+                    source, message = -1, False
+                    neighbour = chunk - 1 if kind == "F" else chunk + 1 if kind in "BI" else -1
+                    if 0 <= neighbour <= last:
+                        source = given.get((kind == "F", neighbour, k), -1)
+                        if source < 0:
+                            break
+                        message = program.home[neighbour] != rank
+                    self._before.append(newest[rank])
+                    self._source.append(source)
+                    self._message.append(message)
+                    newest[rank] = len(self._kinds)
+                    if kind != "W":
+                        given[kind == "F", chunk, k] = newest[rank]
+                    self._kinds.append(kinds[kind])
+                    self._chunks.append(chunk)
+                    place[rank] += 1
+                    moved = True
+        if any(place[rank] < len(actions) for rank, actions in enumerate(program.actions)):
+            raise ProgramError("no rank can go on")
+        self._last = newest
+
+    def _counts(self) -> np.ndarray:
+        """[kind, chunk]: how many actions of each there are."""
+        counts = np.zeros((len(KINDS), self.chunks))
+        np.add.at(counts, (self._kinds, self._chunks), 1)
+        return counts
+
+    def of(self, cost: Cost, hop: float = 0.0) -> float:
+        """Length of a step; hop: time of a message between ranks."""
+        table = [[cost(kind, chunk) for chunk in range(self.chunks)] for kind in KINDS]  # type: ignore[arg-type]
+        ends = [0.0] * (len(self._kinds) + 1)  # the last one for "nothing before"
+        rows = zip(
+            self._kinds, self._chunks, self._before, self._source, self._message, strict=True
+        )
+        for number, (kind, chunk, before, source, message) in enumerate(rows):
+            start, ready = ends[before], ends[source] + hop if message else ends[source]
+            ends[number] = (start if start > ready else ready) + table[kind][chunk]
+        return max(ends[number] for number in self._last)
+
+    def of_many(self, tables: np.ndarray) -> np.ndarray:
+        """Lengths [K] for costs [kind, chunk, K], without time for messages."""
+        parts = range(0, tables.shape[2], COLUMNS)
+        return np.concatenate(
+            [self._of_some(tables[:, :, first : first + COLUMNS]) for first in parts]
+        )
+
+    def _of_some(self, tables: np.ndarray) -> np.ndarray:
+        tables = np.ascontiguousarray(tables)
+        ends = np.zeros((len(self._kinds) + 1, tables.shape[2]))
+        rows = zip(self._kinds, self._chunks, self._before, self._source, strict=True)
+        for number, (kind, chunk, before, source) in enumerate(rows):
+            np.maximum(ends[before], ends[source], out=ends[number])
+            ends[number] += tables[kind, chunk]
+        return ends[self._last].max(axis=0)

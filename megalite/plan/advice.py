@@ -1,0 +1,131 @@
+"""Why the first layout is first, what would change the answer, and what to do where none fits.
+
+Next: plan_program.py.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.plan.candidates import Candidate, Search, candidates
+from megalite.plan.devices import GIB
+from megalite.plan.search import Found, Layout, Planner
+
+WORDS = {
+    "products": "products",
+    "attention": "attention",
+    "memory": "work bound by memory",
+    "again": "forward made again",
+    "tensor": "messages of the tensor axis",
+    "engine": "sums of gradients",
+    "data": "messages of the data axis",
+    "update": "the update",
+    "bubble": "the bubble",
+}
+NEAR = 0.005  # shares of a step that are not told
+
+
+def why(layouts: list[Layout]) -> str:
+    """Of the first one against the next that is cut otherwise."""
+    first = layouts[0]
+    others = [layout for layout in layouts[1:] if axes_of(layout) != axes_of(first)]
+    spent = sorted(first.time.parts.items(), key=lambda part: -part[1])
+    shares = [
+        f"{WORDS[name]} {100 * seconds / first.time.seconds:.0f} %"
+        for name, seconds in spent
+        if seconds > NEAR * first.time.seconds
+    ]
+    line = f"first: {first.candidate}: {', '.join(shares)}"
+    if not others:
+        return line
+    other = others[0]
+    slower = other.time.seconds - first.time.seconds
+    losses = {name: other.time.parts[name] - seconds for name, seconds in first.time.parts.items()}
+    told = [
+        f"{difference:+.3g} s in {WORDS[name]}"
+        for name, difference in sorted(losses.items(), key=lambda part: -abs(part[1]))
+        if abs(difference) > NEAR * first.time.seconds
+    ]
+    reason = ", ".join(told[:3]) or "a little of everything"
+    return (
+        f"{line}\nnext with other axes: {other.candidate}: {slower:+.3g} s "
+        f"({100 * slower / first.time.seconds:.1f} %): {reason}"
+    )
+
+
+def axes_of(layout: Layout) -> tuple[int, int, int]:
+    """Pipe, tensor and ZeRO's stage."""
+    return layout.candidate.pipe, layout.candidate.tensor, layout.candidate.zero
+
+
+def changes(planner: Planner, found: Found) -> Iterator[str]:
+    """What would make another of the layouts the first."""
+    first = found.layouts[0]
+    faster = [layout for layout in found.too_large if layout.time.seconds < first.time.seconds]
+    if faster:
+        best = min(faster, key=lambda layout: layout.time.seconds)
+        missing = (best.memory.total - planner.memory_bytes) / GIB
+        gain = 100 * (1 - best.time.seconds / first.time.seconds)
+        yield f"with {missing:.1f} GiB more a rank: {best.candidate} ({gain:.1f} % faster)"
+    device, network = planner.device, planner.device.network
+    for words, factor in (("half", 0.5), ("twice", 2.0)):
+        link = replace(network, bytes_per_second=factor * network.bytes_per_second)
+        other = Planner(
+            planner.search, replace(device, network=link), planner.memory_bytes, planner.sizes
+        )
+        again = [other.layout(layout.config, layout.candidate) for layout in found.layouts]
+        best = min(again, key=lambda layout: layout.time.seconds)
+        if axes_of(best) != axes_of(first):
+            yield f"with a network of {words} the rate: {best.candidate}"
+
+
+def given_line(given: Layout, first: Layout, memory_bytes: float) -> str:
+    """The layout of the config beside the first one."""
+    slower = 100 * (given.time.seconds / first.time.seconds - 1)
+    size = given.memory.total / GIB
+    fits = (
+        "" if given.memory.total <= memory_bytes else f", {size - memory_bytes / GIB:.1f} too many"
+    )
+    return (
+        f"the config's own: {given.candidate}: {given.time.seconds:.4g} s a step ({slower:+.1f} %), "
+        f"{size:.1f} GiB{fits}"
+    )
+
+
+def none_fits(planner: Planner, found: Found) -> ConfigError:
+    """By how much the smallest layout is too large, and what frees the most."""
+    smallest = min(found.too_large, key=lambda layout: layout.memory.total)
+    needed, room = smallest.memory.total / GIB, planner.memory_bytes / GIB
+    freed = {
+        words: needed - _least_bytes(planner, search) / GIB for words, search in _levers(planner)
+    }
+    words = max(freed, key=lambda words: freed[words])
+    return ConfigError(
+        f"--world-size: {planner.search.world_size}: no layout fits: the smallest ({smallest.candidate}) takes "
+        f"{needed:.1f} GiB on rank {smallest.memory.rank}, {needed - room:.1f} GiB more than the {room:.1f} GiB of a "
+        f"{planner.device.name}: {words} would free the most, about {max(0.0, freed[words]):.1f} GiB"
+    )
+
+
+def _levers(planner: Planner) -> Iterator[tuple[str, Search]]:
+    """What is not a layout's to choose."""
+    search = planner.search
+    yield "twice the ranks", replace(search, world_size=2 * search.world_size)
+    length = search.config.data.sequence_length
+    if length > 1:
+        document = copy.deepcopy(search.config.to_json())
+        document["megalite"]["data"]["sequence_length"] = length // 2
+        words = f"megalite.data.sequence_length {length // 2}"
+        yield words, replace(search, config=Config.from_dict(document))
+    if search.config.precision == "fp32":
+        document = {**search.config.to_json(), "bf16": {"enabled": True}}
+        yield "bf16", replace(search, config=Config.from_dict(document))
+
+
+def _least_bytes(planner: Planner, search: Search) -> float:
+    """What the smallest layout of another search takes, about."""
+    other = Planner(search, planner.device, planner.memory_bytes)
+    found: list[Candidate] = list(candidates(search))
+    return min((other.estimated_bytes(one) for one in found), default=float("inf"))

@@ -1,0 +1,200 @@
+"""`tools/plan.py`: which layout to take for so many ranks, what it takes of memory and time, and why.
+
+python tools/plan.py --deepspeed_config FILE --world-size N [--device NAME] [--memory-gib G] [--json] [KEY=VALUE …]
+
+Starts no rank and needs no device. The pieces: candidates.py (what is tried), rank_memory.py and step_time.py (what it
+costs), search.py (which are the best), advice.py (why).
+"""
+
+import json
+from dataclasses import replace
+
+from megalite.config import Config, load_config
+from megalite.errors import ConfigError
+from megalite.inputs import reading
+from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
+from megalite.plan.advice import changes, given_line, none_fits, why
+from megalite.plan.candidates import Search, given_candidate
+from megalite.plan.devices import GIB, Device, device_of
+from megalite.plan.search import Found, Layout, Planner
+from megalite.plan.step_time import PARTS
+from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
+
+DEFAULT_DEVICE = "H100"
+BAR = 60  # characters of the longest bar
+LETTERS = {**dict(zip(PARTS, "PAMRTED", strict=True)), "update": "U", "bubble": "."}
+LEGEND = (
+    "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
+    "gradients, D messages of the data axis, U update, . bubble"
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the best layouts; returns 0. Raises UserError with one line, also where none fits."""
+    parser = ArgumentParser("plan.py", description="Find the layout for so many ranks.")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
+    )
+    parser.add_argument(
+        "--world-size", type=at_least(1, MOST_RANKS), required=True, metavar="N", help="ranks"
+    )
+    parser.add_argument(
+        "--device",
+        default=DEFAULT_DEVICE,
+        metavar="NAME",
+        help="a device of docs/planning.md, or a file of tools/benchmark_step.py --calibrate "
+        f"(default: {DEFAULT_DEVICE})",
+    )
+    parser.add_argument(
+        "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=at_least(1), metavar="N", help="devices of a node (default: 8)"
+    )
+    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
+    )
+    options = parser.parse_args(arguments)
+    device = device_of(options.device)
+    if options.gpus_per_node is not None:
+        device = replace(device, node_ranks=options.gpus_per_node)
+    memory = device.memory_bytes if options.memory_gib is None else options.memory_gib * GIB
+    with reading(options.deepspeed_config):
+        config = load_config(options.deepspeed_config, options.overrides)
+        planner, given = planner_of(config, options.world_size, device, memory)
+        found = planner.find()
+        if not found.layouts:
+            raise none_fits(planner, found)
+    if options.json:
+        print(json.dumps(as_json(planner, found, given)), flush=True)
+    else:
+        print("\n".join(lines(planner, found, given)), flush=True)
+    return 0
+
+
+def planner_of(
+    config: Config, world_size: int, device: Device, memory_bytes: float
+) -> tuple[Planner, Layout | None]:
+    """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
+    spec = read_spec(config.model)
+    batch, resolved = config.document.train_batch_size, None
+    try:
+        resolved = config.resolve(world_size)
+    except ConfigError:
+        if batch is None:
+            raise  # what the global batch is follows from the config's own layout
+    if batch is None:
+        assert resolved is not None
+        batch = resolved.train_batch_size
+    planner = Planner(Search(config, spec, world_size, batch), device, memory_bytes)
+    if resolved is None:
+        return planner, None
+    return planner, planner.layout(resolved, given_candidate(resolved))
+
+
+def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, object]:
+    """See docs/planning.md."""
+    return {
+        "device": planner.device.name,
+        "world_size": planner.search.world_size,
+        "memory_bytes": int(planner.memory_bytes),
+        "accepted": found.accepted,
+        "fitting": found.fitting,
+        "layouts": [layout.json() for layout in found.layouts],
+        "given": None if given is None else given.json(),
+    }
+
+
+def lines(planner: Planner, found: Found, given: Layout | None) -> list[str]:
+    """For people."""
+    search, device = planner.search, planner.device
+    size = search.spec.num_parameters
+    result = [
+        f"{size / 1e9:.3g} B parameters, {search.batch:,} samples of {search.config.data.sequence_length:,} tokens a "
+        f"step, {search.world_size:,} ranks of {device.name} with {planner.memory_bytes / GIB:.1f} GiB "
+        f"({device.node_ranks} a node)",
+        f"{found.accepted:,} layouts are accepted by the config's rules, {found.fitting:,} of them may fit",
+        "",
+        *table(planner, found.layouts),
+        "",
+        *picture(found.layouts),
+        "",
+        why(found.layouts),
+    ]
+    result += changes(planner, found)
+    if given is not None:
+        result.append(given_line(given, found.layouts[0], planner.memory_bytes))
+    keys = found.layouts[0].candidate.keys
+    return [*result, "", " ".join(_override(key, value) for key, value in keys.items())]
+
+
+def _override(key: str, value: object) -> str:
+    if key.endswith("offload_optimizer.device"):
+        key, value = (key, value) if value != "none" else (key.removesuffix(".device"), None)
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def table(planner: Planner, layouts: list[Layout]) -> list[str]:
+    """A line a layout."""
+    names = [str(layout.candidate) for layout in layouts]
+    width = max(map(len, names))
+    columns = ("data", "steps", "s/step", "bubble", "TFLOP/s", "of peak", "GiB", "GB sent")
+    result = [f"    {'layout':{width}}" + "".join(f"  {column:>8}" for column in columns)]
+    for number, (name, layout) in enumerate(zip(names, layouts, strict=True), 1):
+        flops = model_flops(planner, layout)
+        peak = planner.device.half_flops
+        peak = peak if planner.dtype_bytes == 2 else planner.device.single_flops
+        figures = (
+            f"{layout.config.data_size:>8}  {layout.micro_batches:>8}  {layout.time.seconds:8.4g}  "
+            f"{100 * layout.time.bubble:6.1f} %  {flops / 1e12:8.4g}  {100 * flops / peak:6.1f} %  "
+            f"{layout.memory.total / GIB:8.2f}  {sum(layout.sent.values()) / 1e9:8.3g}"
+        )
+        result.append(f"{number:2}  {name:{width}}  {figures}")
+    return result
+
+
+def model_flops(planner: Planner, layout: Layout) -> float:
+    """FLOP/s of a rank that the model needs, whatever is computed again (training/mfu.py)."""
+    search, data = planner.search, planner.search.config.data
+    tokens = search.batch * data.sequence_length
+    needed = search.spec.flops_per_token(data.sequence_length, data.counted_share)
+    return tokens * needed / layout.time.seconds / search.world_size
+
+
+def picture(layouts: list[Layout]) -> list[str]:
+    """A bar a layout, as long as its step, divided by what it spends."""
+    longest = max(layout.time.seconds for layout in layouts)
+    result = []
+    for number, layout in enumerate(layouts, 1):
+        bar, spent = "", 0.0
+        for name, letter in LETTERS.items():
+            spent += layout.time.parts[name]
+            bar += letter * (round(BAR * spent / longest) - len(bar))
+        result.append(f"{number:2}  {bar}")
+    return [*result, f"    {LEGEND}"]
+
+
+def plan_line(config: Config) -> str:
+    """What `--check` says of the layout of a resolved config, on the default device."""
+    device = device_of(DEFAULT_DEVICE)
+    planner, given = planner_of(config, config.world_size, device, device.memory_bytes)
+    assert given is not None
+    flops = model_flops(planner, given)
+    return (
+        f"plan: on {device.name} {given.time.seconds:.4g} s a step predicted, {flops / 1e12:.3g} TFLOP/s a rank, "
+        f"bubble {100 * given.time.bubble:.1f} %, {given.memory.total / GIB:.2f} GiB on rank {given.memory.rank}; "
+        f"tools/plan.py compares layouts"
+    )
+
+
+def size_line(config: Config, spec: TransformerSpec) -> str:
+    """Parameters, tokens and FLOPs of a run."""
+    data, steps = config.data, config.train.steps
+    tokens = config.batch_plan.consumed(steps) * data.sequence_length
+    flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
+    return (
+        f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {steps:,} steps, "
+        f"{tokens / spec.num_parameters:.3g} a parameter; {flops:.3g} FLOPs"
+    )

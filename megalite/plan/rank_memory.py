@@ -1,0 +1,167 @@
+"""All memory of a rank, and which rank has most. Model states and activations are exact (states.py, activations.py);
+what is beside them is counted here, and what a device's libraries take is an assumption (devices.py).
+
+Next: candidates.py.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megalite.config import Config
+from megalite.model.chunks import Cut
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import PipelinePlan, plan_of
+from megalite.pipeline.steps import AHEAD
+from megalite.plan.activations import Forward
+from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
+from megalite.plan.kept import kept_by
+from megalite.plan.states import (
+    Sizes,
+    forward_of,
+    offloads,
+    parameter_sizes,
+    predicted_states,
+    recompute_of,
+)
+from megalite.plan.step_time import played_micro_batches
+
+HALF = 2
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on a rank's device. messages: of the pipe axis, under way; gathered: of ZeRO-3's weights while they are
+    used; libraries: an assumption."""
+
+    rank: int
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    messages: int
+    gathered: int
+    libraries: int
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By what they are for."""
+        return {name: value for name, value in vars(self).items() if name != "rank"}
+
+
+class SizesByPlace:
+    """Numbers of the parameters of a rank's stage by what its chunks are, since most ranks of a pipe axis hold the
+    same: a stage on the meta device takes milliseconds a layer."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Sizes] = {}
+
+    def of(self, config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int) -> Sizes:
+        """Of a rank of the pipe axis that has the largest share of the tensor axis."""
+        cut, tensor = plan.cut, config.parallel.tensor
+        key = tensor, _alike(config, cut, rank)
+        if key not in self._known:
+            grid = Grid.at((rank + 1) * tensor - 1, plan.pipe, 1, tensor)
+            self._known[key] = parameter_sizes(config, spec, grid)
+        return self._known[key]
+
+
+def _alike(config: Config, cut: Cut, rank: int) -> object:
+    """What the parameters of a rank depend on."""
+    by_name = bool(config.train.parameter_groups)
+    chunks = []
+    for chunk in cut.chunks_of(rank):
+        layers, last = cut.layers[chunk], chunk == cut.last_chunk
+        chunks.append((chunk == 0, last, layers if by_name else (len(layers), 0 in layers)))
+    return len(cut.ends), tuple(chunks)
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """Of a resolved config: the memory of each rank of the pipe axis, with the largest share of the others."""
+
+    config: Config
+    spec: TransformerSpec
+    device: Device | None
+    sizes: SizesByPlace
+
+    @cached_property
+    def plan(self) -> PipelinePlan:
+        return plan_of(self.config, self.spec)
+
+    @cached_property
+    def at(self) -> Forward:
+        kind = None if self.device is None else "cpu" if self.device.cores else "cuda"
+        tensor = self.config.parallel.tensor
+        return forward_of(self.config, Grid.at(tensor - 1, 1, 1, tensor), kind)
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """Numbers of each rank of the pipe axis."""
+        held = [
+            self.sizes.of(self.config, self.spec, self.plan, rank) for rank in range(self.plan.pipe)
+        ]
+        return [float(sum(map(sum, sizes))) for sizes in held]
+
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        """By place on the pipe axis."""
+        return [self._rank(rank) for rank in range(self.plan.pipe)]
+
+    @property
+    def largest(self) -> RankMemory:
+        """The rank that has most."""
+        return max(self.ranks, key=lambda held: held.total)
+
+    def _rank(self, pipe_rank: int) -> RankMemory:
+        config, spec, plan = self.config, self.spec, self.plan
+        sizes = self.sizes.of(config, spec, plan, pipe_rank)
+        data, tensor = config.data_size, config.parallel.tensor
+        # With fp32 and ZeRO data ranks hold different gradients: of the parameters that reach into their part.
+        places = range(data) if config.precision == "fp32" and config.zero_stage in (1, 2) else [0]
+        grids = [
+            Grid.at((pipe_rank * data + place) * tensor + tensor - 1, plan.pipe, data, tensor)
+            for place in places
+        ]
+        states = [(predicted_states(config, sizes, grid), grid.rank) for grid in grids]
+        most, rank = max(
+            states, key=lambda held: held[0].weights + held[0].gradients + held[0].optimizer
+        )
+        played = played_micro_batches(plan, config.accumulation_steps)
+        kept = kept_by(spec, plan, pipe_rank, recompute_of(config), self.at, played)
+        neighbours = (pipe_rank > 0) + (pipe_rank < plan.pipe - 1)
+        hidden = self.at.hidden(spec)
+        numbers = [size for group in sizes for size in group]
+        gathered = (
+            2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
+        )
+        on_host = self.device is not None and not self.device.cores and offloads(config)
+        moved = most.gradients - (4 + self.at.width) * sum(map(sum, sizes)) // data
+        return RankMemory(
+            rank,
+            most.weights,
+            max(0, moved) if on_host and config.zero_stage < 3 else most.gradients,
+            0 if on_host else most.optimizer,
+            most.buckets if self.device is None or not self.device.cores else 0,
+            kept.bytes,
+            # Receives posted early and sends that are not gone, from each neighbour.
+            neighbours * (AHEAD + 1) * hidden,
+            gathered if data > 1 else 0,
+            self._libraries(),
+        )
+
+    def _libraries(self) -> int:
+        if self.device is None or self.device.cores:
+            return 0
+        return int(OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes)
+
+
+def _largest_layer(numbers: list[int], spec: TransformerSpec) -> int:
+    """Numbers of a layer, or of the embedding where it has more: ZeRO-3 gathers one while it uses another."""
+    return max(max(numbers), sum(numbers) // max(1, spec.num_layers))
