@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from megalite.data.progress import Counted
 from megalite.data.tokenizer import Tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.prepare import (
@@ -109,9 +110,13 @@ def _generate(
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
     ends = ends_at(tokenizer, options.stop)
-    found = generate_all(
-        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None
-    )
+    own = len(range(grid.data.rank, len(ids), grid.data.size))
+    visible = grid.rank == 0 and not shown
+    with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
+        on_token = show if shown else lambda number, token: progress.add()
+        found = generate_all(
+            generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token
+        )
     if shown:
         print(file=sys.stderr, flush=True)
     return [text_of(number, tokens) for number, tokens in enumerate(found)]
