@@ -174,7 +174,7 @@ def test_trackers_are_checked_before_a_run() -> None:
             ["a", "b" * 20],
             True,
             True,
-            r"sample_prompts.1: 20 tokens .* sample_tokens 5: must be 1 to 24",
+            r"sample_prompts.1: 20 tokens .*sample_tokens 5: must be 1 to 24",
         ),
     ],
 )
