@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from megalite.config.section import Section
 
 _OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
-_NO_EXPERTS = "experts are not available in this release"
+_NO_EXPERTS = "DeepSpeed's own experts are not used; use megalite.parallel.expert"
 _REMOVED = "DeepSpeed has removed it"
 _OWN_METRICS = "metrics go to metrics.jsonl in megalite.train.run_dir"
 _OWN_SAMPLES = "samples are made by megalite; see megalite.data"
@@ -403,8 +403,8 @@ class DeepSpeedKeys(Section):
         "activation_checkpointing": "use megalite.train.activation_checkpointing",
         "tensor_parallel": "megalite splits the layers itself; use megalite.parallel.tensor",
         "pipeline": "use megalite.parallel.pipe",
-        "sequence_parallel_size": "use megalite.parallel.sequence",
-        "seq_parallel_communication_data_type": "use megalite.parallel.sequence",
+        "sequence_parallel_size": 'use megalite.parallel.context with context_attention "heads"',
+        "seq_parallel_communication_data_type": "use megalite.parallel.context",
         "bfloat16": "DeepSpeed's old name; use bf16",
         "amp": "DeepSpeed has removed it; use bf16 or fp16",
         "torch_autocast": "use bf16 or fp16",

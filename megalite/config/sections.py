@@ -39,7 +39,7 @@ def _source(value: Any) -> Any:
 
 
 class Parallel(Section):
-    """How the ranks are laid out. The data axis is what is left: world size / (tensor × pipe)."""
+    """How the ranks are laid out. The data axis is what is left: world size / (tensor × context × pipe)."""
 
     tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
     pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
@@ -63,6 +63,24 @@ class Parallel(Section):
         False,
         description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
         "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
+    )
+    context: Positive = Field(
+        1,
+        description="Ranks that the tokens of each sample are divided among, for long samples: each has 1/c of the "
+        "activations. 2 × context, times tensor with `sequence`, divides `megalite.data.sequence_length`.",
+    )
+    context_attention: Literal["gather", "heads"] = Field(
+        "gather",
+        description="How the ranks of the context axis compute attention. `gather`: each gathers the keys and values "
+        "of the whole sample; any number of heads. `heads`: each computes some heads of the whole sample; context "
+        "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
+    )
+
+    expert: Positive = Field(
+        1,
+        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
+        "of the data axis. docs/experts.md has more.",
     )
 
     @property
@@ -311,6 +329,36 @@ class ParameterGroup(Section):
     )
 
 
+class Router(Section):
+    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
+
+    balance: Literal["sample", "bias", "none"] = Field(
+        "sample",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
+        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
+        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
+        "tokens that each expert got of the global batch. `none`: neither.",
+    )
+    bias_rate: float | None = Field(
+        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
+    )
+    load_interval: Counter = Field(
+        10,
+        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
+        "experts without a token; 0: never.",
+    )
+
+    @property
+    def step_of_bias(self) -> float:
+        """By how much a bias moves in a step, 0 where none does."""
+        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -353,6 +401,10 @@ class Train(Section):
         0.0,
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
+    )
+    router: Router | None = Field(
+        None,
+        description="Of a model with experts; left out: each of its keys as it is when left out.",
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."

@@ -36,6 +36,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".txt": "txt",
+    ".md": "txt",
     ".parquet": "parquet",
 }
 _GAP = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")  # blank lines

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megalite.config import Data
+from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
 from megalite.data.chat import ChatEncoder
@@ -23,13 +24,13 @@ from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
     Prepared,
     check_decoder,
-    check_ids,
     load_stage,
     model_parser,
     prepare_model,
     stop_ids_for,
     tokenizer_for,
 )
+from megalite.inference.texts import check_ids
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.metrics import perplexity
@@ -45,7 +46,7 @@ Work = Callable[[Any, Any], list[dict[str, Any]]]
 
 def evaluate_main(arguments: list[str]) -> int:
     """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
-    parser = model_parser("evaluate.py", "Score a model on any layout.")
+    parser = model_parser("Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity"
@@ -85,7 +86,8 @@ def evaluate_main(arguments: list[str]) -> int:
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
         with reading(options.checkpoint, CheckpointError):
-            prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
+            sections, whole = (("data",), True) if options.data else ((), False)
+            prepared = prepare_model(options, place().world_size, sections, whole)
             return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
@@ -100,16 +102,16 @@ def evaluate_main(arguments: list[str]) -> int:
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     data = _data(options, prepared)
-    samples, length = (
-        ValidData(data, prepared.spec.vocabulary_size, check=thorough),
-        data.sequence_length,
-    )
+    length = data.sequence_length
+    check_context_length(prepared.parallel, length)
+    samples = ValidData(data, prepared.spec.vocabulary_size, check=thorough)
+    by_heads = prepared.parallel.context_attention == "heads"
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.evaluate import evaluate
 
         score = evaluate(
-            stage, grid, samples, samples.num_samples, length, options.micro_batch_size
+            stage, grid, samples, samples.num_samples, length, options.micro_batch_size, by_heads
         )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
         return [
@@ -169,7 +171,7 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
     labelled = read_labelled(options.labelled, encoder, length + 1)
-    check_ids(prepared, (ids for ids, _ in labelled.rows))
+    check_ids(prepared.spec, (ids for ids, _ in labelled.rows))
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.likelihood import likelihoods

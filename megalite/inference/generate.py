@@ -233,8 +233,9 @@ class _Batch:
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
         places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
+        held = [[*text.prompt, *text.tokens] for text in self.texts]
         self.chosen = choose(
-            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places
+            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places, held
         )
 
     def take(

@@ -126,18 +126,18 @@ class Pipeline:
         return total
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor | None:
-        """[B, S, V / t] of ids [B, S] on the rank with the last chunk, None on others; without dropout."""
+    def logits(self, tokens: Tensor, shape: tuple[int, ...], context: Any) -> Tensor | None:
+        """[B, S or S / c, V / t] of ids [B, S or S / c] on the rank with the last chunk, None on others; without
+        dropout. shape: of what crosses chunks; context: as of `Batch`."""
         found: list[Tensor] = []
 
         def forward(action: Action, source: Tensor | None) -> Tensor | None:
-            output = self.engine(tokens if source is None else source, None, None, action.chunk)
+            output = self.engine(tokens if source is None else source, None, context, action.chunk)
             if action.chunk < self.plan.cut.last_chunk:
                 return output
             found.append(output)
             return None
 
-        shape = self.engine.stage.hidden_shape(*tokens.shape)
         self.engine.eval()
         self.interpreter.run(
             self.plan.evaluation_steps(1, self.axis.rank), forward, lambda value: shape

@@ -140,7 +140,7 @@ CHOICES = (
     Choice(
         "schedule",
         f"{PARALLEL}.schedule",
-        lambda search, chosen: SCHEDULES if chosen.pipe > 1 else ["1f1b"],
+        lambda search, chosen: list(SCHEDULES) if chosen.pipe > 1 else ["1f1b"],
     ),
     Choice(
         "chunks",

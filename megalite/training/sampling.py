@@ -15,10 +15,12 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from megalite.errors import ConfigError
+from megalite.model.context import Context
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import gather_over
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import share
+from megalite.parallel.rows import Rows
 from megalite.pipeline.actions import Pipeline
 from megalite.training.watchers import Row, Watcher
 
@@ -57,6 +59,7 @@ class Sampler(Watcher):
         self.prompts, self.count = config.train.sample_prompts, config.train.sample_tokens
         self.spec, self.grid, self.pipeline = spec, grid, pipeline
         self.size, self.length = config.micro_batch_size, config.data.sequence_length
+        self.by_heads = config.parallel.context_attention == "heads"
         self.tokenizer: Tokenizer | None = None
         told: list[Any] = [None, None]
         if grid.rank == 0:
@@ -109,12 +112,20 @@ class Sampler(Watcher):
     def _next(self, tokens: Tensor, ends: Sequence[int]) -> list[int]:
         """The likeliest token after each text, the same on every rank."""
         pipe, device = self.grid.pipe, self.pipeline.engine.device
-        logits = self.pipeline.logits(tokens.to(device))
+        rows = Rows.along(self.grid.context, tokens.shape[1], self.by_heads)
+        own = tokens if rows is None else rows.cut(tokens, 1)
+        shape = self.pipeline.engine.stage.hidden_shape(*tokens.shape)
+        logits = self.pipeline.logits(own.to(device), shape, Context(rows=rows))
         chosen = torch.zeros(len(ends), dtype=torch.int64, device=device)
         if logits is not None:
-            rows = torch.arange(len(ends), device=device)
+            several = torch.arange(len(ends), device=device)
             last = torch.tensor(ends, device=device) - 1
-            chosen = likeliest(logits[rows, last], self.spec.vocabulary_size, self.grid.tensor)
+            if rows is None:
+                logits = logits[several, last].unsqueeze(1)
+            found = likeliest(
+                logits, self.spec.vocabulary_size, self.grid.tensor
+            )  # [B, 1 or S / c]
+            chosen = found[: len(ends), 0] if rows is None else rows.gathered(found)[several, last]
         if pipe.size > 1:
             cut = self.pipeline.plan.cut
             dist.broadcast(chosen, pipe.ranks[cut.home[cut.last_chunk]], group=pipe.group)
@@ -122,9 +133,9 @@ class Sampler(Watcher):
 
 
 def likeliest(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
-    """int64 [B] of logits [B, V / t]: of equal ones the lowest id (collective over the tensor axis)."""
+    """int64 […] of logits […, V / t]: of equal ones the lowest id (collective over the tensor axis)."""
     start, _ = share(vocabulary_size, axis)
     value, column = logits.double().max(dim=-1)
     best = torch.stack([value, (column + start).double()], dim=-1)
-    values, ids = gather_over(best, axis).unbind(-1)  # [t, B]
+    values, ids = gather_over(best, axis).unbind(-1)  # [t, …]
     return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()

@@ -97,7 +97,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trackers": ["recorded"],
     }
     a = of("a", {"pipe": 2, "schedule": "zb-v", "zero": 1}, **watching)
-    b = of("b", {"tensor": 2, "sequence": True, "zero": 3})
+    b = of("b", {"tensor": 2, "context": 2, "zero": 3})
     assert run_ranks(4, train, [(a, skewed), (b, nothing)], timeout_seconds=200) == [[0, 0]] * 4
     assert run_ranks(1, train, [(of("c", {}), nothing)]) == [[0]]
     return folder

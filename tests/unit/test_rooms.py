@@ -15,25 +15,28 @@ PACKAGE = Path(__file__).parents[2] / "megalite"
 ROOMS = {  # from the top: room -> lines of code that it may have
     "errors": 60,
     "inputs": 100,
-    "config": 2000,
+    "config": 2250,
     "topology": 150,
     "ranks": 750,
     "parallel": 1000,
-    "model": 2200,
+    "model": 2600,
     "data": 2800,
     "checkpoint": 1350,
-    "hub": 750,
+    "hub": 850,
     "pipeline": 1250,
-    "plan": 2700,  # the planner and the dry run
-    "engine": 850,
+    "plan": 2800,  # the planner and the dry run
+    "engine": 1000,
     "guard": 750,
     "report": 1000,
-    "training": 2150,
+    "training": 2250,
     "inference": 1300,
     "prove": 1350,
     "supervisor": 900,
     "doctor": 350,
     "races": 1150,
+    "api": 190,
+    "commands": 1000,
+    "__main__": 10,
 }
 LONGEST_FILE = 400
 

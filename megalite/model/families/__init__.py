@@ -29,11 +29,14 @@ from megalite.model.families import (
     gptj,
     llama,
     mistral,
+    mixtral,
     modernbert,
     olmo2,
+    olmoe,
     phi,
     qwen2,
     qwen3,
+    qwen3_moe,
     roberta,
 )
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
@@ -42,9 +45,12 @@ from megalite.model.spec import TransformerSpec
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "olmo2": olmo2,
+    "olmoe": olmoe,
     "gpt2": gpt2,
     "gptj": gptj,
     "gpt_neox": gpt_neox,
