@@ -167,7 +167,8 @@ def _paths(config_path: str | None, config: Config | None) -> list[str]:
     paths = [config_path]
     for source in [*config.data.train, *config.data.valid]:
         paths += [f"{source.path}.idx", f"{source.path}.bin"]
-    folders = [config.data.tokenizer, config.model if isinstance(config.model, str) else None]
+    model = config.document.megalite.model
+    folders = [config.data.tokenizer, model if isinstance(model, str) else None]
     paths += [
         str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
     ]

@@ -8,7 +8,6 @@ GROUPS = {
         *("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens"),
         *("skipped_steps", "loss_scale"),
     ),
-    "valid": ("valid_loss", "valid_perplexity", "valid_losses"),
     "checkpoint": ("checkpoint_seconds", "checkpoint_write_seconds", "checkpoint_copy_bytes"),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
@@ -22,7 +21,7 @@ def grouped(row: Mapping[str, Any]) -> dict[str, float]:
     for name, value in row.items():
         if name in LEFT_OUT:
             continue
-        group = GROUP_OF.get(name, "speed")
+        group = "valid" if name.startswith("valid_") else GROUP_OF.get(name, "speed")
         short = name.removeprefix(f"{group}_")
         if name.endswith("_bytes") and isinstance(value, list):
             figures[f"memory/{name}"] = float(max(value))
