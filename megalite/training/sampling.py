@@ -33,9 +33,10 @@ def encoded_prompts(config: Config, spec: TransformerSpec) -> tuple[Tokenizer, l
     train, data = config.train, config.data
     if data.tokenizer is None:
         raise ConfigError(f"{PROMPTS}: needs megalite.data.tokenizer, which is left out")
-    if not spec.causal:
+    if not spec.causal or spec.labels:
+        kind = "a classifier" if spec.labels else "an encoder"
         rule = "needs a decoder, such as llama"
-        raise ConfigError(f"{PROMPTS}: a {spec.family} model is an encoder: {rule}")
+        raise ConfigError(f"{PROMPTS}: this {spec.family} model is {kind}: {rule}")
     tokenizer = load_tokenizer(data.tokenizer)
     prompts = [prompt_ids(tokenizer, prompt) for prompt in train.sample_prompts]
     for number, ids in enumerate(prompts):

@@ -186,7 +186,7 @@ def test_prompts_that_cannot_be_continued_are_refused(
         train=SimpleNamespace(sample_prompts=prompts, sample_tokens=5),
         data=SimpleNamespace(tokenizer=folder, sequence_length=24),
     )
-    spec: Any = SimpleNamespace(causal=causal, family="bert", vocabulary_size=131)
+    spec: Any = SimpleNamespace(causal=causal, family="bert", vocabulary_size=131, labels=())
     with pytest.raises(ConfigError, match=said):
         encoded_prompts(config, spec)
 
