@@ -33,7 +33,7 @@ LEGEND = (
 
 def main(arguments: list[str]) -> int:
     """Prints the best layouts; returns 0. Raises UserError with one line, also where none fits."""
-    parser = ArgumentParser("plan.py", description="Find the layout for so many ranks.")
+    parser = ArgumentParser(description="Find the layout for so many ranks.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )
@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME",
-        help="a device of docs/planning.md, or a file of tools/benchmark_step.py --calibrate "
-        f"(default: {DEFAULT_DEVICE})",
+        help=f"a device of docs/planning.md, or a JSON file of one (default: {DEFAULT_DEVICE})",
     )
     parser.add_argument(
         "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"
