@@ -463,19 +463,16 @@ class Train(Section):
     )
     trackers: list[Text] = Field(
         [],
-        description="Trackers that take each row of metrics beside TensorBoard: `wandb`, `trackio`, `mlflow` and "
-        "others that accelerate.tracking knows, offline unless their own environment variables say otherwise.",
+        description="Such as `wandb`, `trackio` or `mlflow`: take rows of metrics, offline by default; "
+        "docs/watching.md.",
     )
     sample_prompts: list[Text] = Field(
-        [],
-        description="Texts that the model continues at each evaluation, by its likeliest tokens, for metrics, "
-        "TensorBoard, trackers and report.html. They need no validation corpus.",
+        [], description="Texts that the model continues at each evaluation; docs/watching.md."
     )
     sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
     trace_steps: list[Positive] = Field(
         [],
-        description="Steps that are traced: every action, message and collective of all ranks goes into the run "
-        "folder's `trace.json`, for Perfetto or chrome://tracing. Other steps cost nothing.",
+        description="Steps whose timeline of all ranks goes into `trace.json`; docs/watching.md.",
     )
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}),
