@@ -463,8 +463,7 @@ class Train(Section):
     )
     trackers: list[Text] = Field(
         [],
-        description="Such as `wandb`, `trackio` or `mlflow`: take rows of metrics, offline by default; "
-        "docs/watching.md.",
+        description="Such as `wandb`, `trackio`, `mlflow`, beside TensorBoard; docs/watching.md.",
     )
     sample_prompts: list[Text] = Field(
         [], description="Texts that the model continues at each evaluation; docs/watching.md."
