@@ -23,14 +23,14 @@ import torch
 
 from megalite.checkpoint.weights import load_module
 from megalite.config import load_config
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError, MegaliteError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
 from megalite.hub.sources import Weights, open_weights, resolve_weights
 from megalite.inference.generate import Generator
 from megalite.inference.likelihood import likelihoods
 from megalite.inference.sampling import Sampling
-from megalite.inference.texts import check_ids, continuation, prompt_ids
+from megalite.inference.texts import check_ids, continuation
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage

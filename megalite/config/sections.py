@@ -461,10 +461,17 @@ class Train(Section):
     tensorboard: bool = Field(
         True, description="Write TensorBoard event files into the run folder."
     )
+    trackers: list[Text] = Field(
+        [],
+        description="Such as `wandb`, `trackio`, `mlflow`, beside TensorBoard; docs/watching.md.",
+    )
+    sample_prompts: list[Text] = Field(
+        [], description="Texts that the model continues at each evaluation; docs/watching.md."
+    )
+    sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
     trace_steps: list[Positive] = Field(
         [],
-        description="Steps that are traced: every action, message and collective of all ranks goes into the run "
-        "folder's `trace.json`, for Perfetto or chrome://tracing. Other steps cost nothing.",
+        description="Steps whose timeline of all ranks goes into `trace.json`; docs/watching.md.",
     )
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}),

@@ -3,8 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,6 +14,52 @@ from rich.progress import Progress as Bar
 from megalite.data.documents import STANDARD_INPUT
 
 _LINE_SECONDS = 10.0
+Item = TypeVar("Item")
+
+
+class Counted:
+    """How many of `total` things are done: a bar on standard error in a terminal, elsewhere a line every ten seconds.
+    what: names them; visible: false on ranks that say nothing."""
+
+    def __init__(self, what: str, total: int, visible: bool = True) -> None:
+        self.what, self.total, self.visible = what, total, visible
+        self.done, self._last = 0, time.monotonic()
+        self._bar: Bar | None = None
+        if visible and sys.stderr.isatty():
+            self._bar = Bar(
+                TextColumn("{task.completed}/{task.total} {task.description}"),
+                BarColumn(bar_width=None),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(what, total=total)
+
+    def add(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+        elif self.visible and time.monotonic() - self._last >= _LINE_SECONDS:
+            self._last = time.monotonic()
+            print(f"{self.done:,} of {self.total:,} {self.what}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Counted":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def counted(items: Iterable[Item], total: int, what: str, visible: bool = True) -> Iterator[Item]:
+    """The items, counted as they are taken."""
+    with Counted(what, total, visible) as progress:
+        for item in items:
+            yield item
+            progress.add()
 
 
 class Progress:

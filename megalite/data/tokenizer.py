@@ -269,3 +269,14 @@ def _from_transformers(path: Path) -> Any:
     ) as error:  # the tokenizers library raises bare Exception for a file that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be loaded as a tokenizer: {reason[:200]}") from None
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
+    text, where it puts one."""
+    ids = tokenizer.encode(prompt)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
+        first = tokenizer.inner(prompt)["input_ids"][:1]
+        if first == [tokenizer.bos_id] and ids[:1] != first:
+            return first + ids
+    return ids

@@ -5,6 +5,7 @@ differ in work, so seconds are divided by the multiply-adds of a rank's stage be
 of all ranks.
 """
 
+import os
 from collections.abc import Sequence
 from statistics import median_low
 from typing import Any
@@ -42,6 +43,14 @@ class Pace:
         self.work = float(sum(spec.layer_parameters(layer, used=True) for layer in layers) + head)
         self.slow: dict[int, list[str]] = {}
 
+    @property
+    def shares_cores(self) -> bool:
+        """Whether this host's ranks compute on fewer cores than they have threads. Which of them is slow is then the
+        scheduler's choice, and no rank is named."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        threads = ranks * torch.get_num_threads()
+        return self.device.type == "cpu" and threads > len(os.sched_getaffinity(0))
+
     def begin(self, step: int) -> None:
         """Before a step: starts the clock where the step is one to be measured."""
         interval = self.faults.pace_interval
@@ -52,10 +61,13 @@ class Pace:
         if not RANK_CLOCK.on:
             return {}, []
         RANK_CLOCK.on = False
-        own = torch.tensor([RANK_CLOCK.take(), self.work], dtype=torch.float64, device=self.device)
-        everyone = [torch.empty_like(own) for _ in range(self.engine.grid.world_size)]
-        dist.all_gather(everyone, own)
-        return self.judge(step, *torch.stack(everyone).t().tolist())
+        own = [RANK_CLOCK.take(), self.work, float(self.shares_cores)]
+        told = torch.tensor(own, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(told) for _ in range(self.engine.grid.world_size)]
+        dist.all_gather(everyone, told)
+        seconds, work, shared = torch.stack(everyone).t().tolist()
+        figures, lines = self.judge(step, seconds, work)
+        return figures, [] if any(shared) else lines
 
     def judge(
         self, step: int, seconds: list[float], work: list[float]

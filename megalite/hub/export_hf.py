@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.files import ROUTER_BIAS, Checkpoint, find_checkpoint
+from megalite.data.progress import counted
 from megalite.errors import CheckpointError
 from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
 from megalite.hub.names import file_names, hf_auto_class, hf_tensor, to_hf
@@ -51,7 +52,8 @@ class _Weights:
         return self.checkpoint.names
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in to_hf(self.spec, self.names(), self.checkpoint.read):
+        made = to_hf(self.spec, self.names(), self.checkpoint.read)
+        for name, tensor in counted(made, len(self.shapes()), "tensors written"):
             if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
                 raise CheckpointError(
                     f"--dtype: float16: {name}: its largest value {tensor.abs().max().item():.3g} "

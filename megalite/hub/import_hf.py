@@ -7,6 +7,7 @@ model's size, beside what is mapped of one source file; `verify` needs more and 
 from pathlib import Path
 
 from megalite.checkpoint.files import CheckpointWriter
+from megalite.data.progress import counted
 from megalite.errors import CheckpointError
 from megalite.hub.carried import carried_files
 from megalite.hub.hf_folder import HFFolder
@@ -39,7 +40,7 @@ def import_hf(
     }
     with appearing(output, CheckpointError) as partial:
         with CheckpointWriter(partial, source.model, state) as writer:
-            for name in source.names:
+            for name in counted(source.names, len(source.names), "tensors written"):
                 writer.add(name, source.read(name).float())
             for path in carried_files(source.folder):
                 writer.carry(path)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.data.progress import counted
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
@@ -60,7 +61,8 @@ def evaluate(
 
     def numbers() -> Iterator[int]:
         """A few samples at a time: a corpus is read as it is needed."""
-        for first in range(0, count, micro * data.size):
+        firsts = range(0, count, micro * data.size)
+        for first in counted(firsts, len(firsts), "micro-batches evaluated", grid.rank == 0):
             part = min(micro * data.size, count - first)
             (ready[first],) = micro_batches(
                 samples, first, part, micro, data, weight.device, rows=rows

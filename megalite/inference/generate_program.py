@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megalite.data.tokenizer import Tokenizer
+from megalite.data.progress import Counted
+from megalite.data.tokenizer import Tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.prepare import (
     Prepared,
@@ -20,7 +21,7 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import check_ids, continuation, prompt_ids
+from megalite.inference.texts import check_ids, continuation
 from megalite.inputs import parse_json, read_text, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
@@ -184,10 +185,13 @@ def _generate(
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
-    on_token = show if shown else None
-    found = generate_all(
-        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
-    )
+    own = len(range(grid.data.rank, len(ids), grid.data.size))
+    visible = grid.rank == 0 and not shown
+    with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
+        on_token = show if shown else lambda number, token: progress.add()
+        found = generate_all(
+            generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
+        )
     texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:
         print(texts[0][len("".join(written)) :], file=sys.stderr, flush=True)

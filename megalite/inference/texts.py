@@ -5,20 +5,9 @@ Next: generate.py, which makes the tokens.
 
 from collections.abc import Collection, Iterable, Sequence
 
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
-    text, where it puts one."""
-    ids = tokenizer.encode(prompt)
-    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
-        first = tokenizer.inner(prompt)["input_ids"][:1]
-        if first == [tokenizer.bos_id] and ids[:1] != first:
-            return first + ids
-    return ids
 
 
 def continuation(

@@ -126,6 +126,26 @@ class Pipeline:
         self.interpreter.run(steps, forward, lambda value: self.shape)
         return total
 
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, shape: tuple[int, ...], context: Any) -> Tensor | None:
+        """[B, S or S / c, V / t] of ids [B, S or S / c] on the rank with the last chunk, None on others; without
+        dropout. shape: of what crosses chunks; context: as of `Batch`."""
+        found: list[Tensor] = []
+
+        def forward(action: Action, source: Tensor | None) -> Tensor | None:
+            output = self.engine(tokens if source is None else source, None, context, action.chunk)
+            if action.chunk < self.plan.cut.last_chunk:
+                return output
+            found.append(output)
+            return None
+
+        self.engine.eval()
+        self.interpreter.run(
+            self.plan.evaluation_steps(1, self.axis.rank), forward, lambda value: shape
+        )
+        self.engine.train()
+        return found[0] if found else None
+
     def note_peak(self, action: Action, tensor: Tensor) -> None:
         """Adds to `peaks`."""
         self.peaks.append((action, torch.linalg.vector_norm(tensor.detach(), float("inf"))))

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 
 METRICS, ABOUT, HISTORY, FAULTS = "metrics.jsonl", "about.json", "history.jsonl", "faults.jsonl"
 TRACE, REPORT = "trace.json", "report.html"
+STOPPED_BY_ERROR = "error: "  # begins the reason why a start ended, where it is one
 MOST_ROWS = 20_000  # that are parsed of a long run; evaluations all are
 
 

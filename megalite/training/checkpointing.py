@@ -65,7 +65,7 @@ class Checkpoints(Watcher):
         return None
 
     def finish(self, last: bool = False) -> None:
-        """Waits for a save that is going on. Reports one that failed, and the run continues with the older ones,
+        """Waits for a save in progress. One that failed is reported; the run continues with the older ones,
         unless it was the last."""
         try:
             self.saver.wait()

@@ -42,6 +42,12 @@ class Events:
         values = [summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._append(step=step, summary=summary(value=values))
 
+    def append_text(self, step: int, name: str, text: str) -> None:
+        """One event with a text, which TensorBoard shows as Markdown."""
+        from torch.utils.tensorboard.summary import text as summary_of
+
+        self._append(step=step, summary=summary_of(name, text))
+
     def close(self) -> None:
         self.file.close()
 

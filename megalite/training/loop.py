@@ -28,6 +28,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
+from megalite.report.read import STOPPED_BY_ERROR
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch, Samples, micro_batches, rows_of
 from megalite.training.checkpointing import Checkpoints
@@ -77,8 +78,11 @@ class Run:
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
-        evaluates = config.data.valid and config.train.eval_interval > 0
-        self.valid = ValidData(config.data, spec.vocabulary_size, check) if evaluates else None
+        self.valid = (
+            ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
+        )
+        shown = bool(config.data.valid or config.train.sample_prompts)
+        self.evaluates = shown and config.train.eval_interval > 0
         self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.note)
         self.saver = self.checkpoints.saver
         self.ahead = Ahead(self._read, self.device)
@@ -89,14 +93,14 @@ class Run:
 
     def train(self) -> int:
         """Runs to the last step or to a signal; the exit code. TrainingError where it cannot continue."""
-        reason = "an error"
+        reason = STOPPED_BY_ERROR
         try:
             stop = self._train()
             reason = f"signal {stop}" if stop else "done"
             return EXIT_BASE + stop if stop else 0
         except TrainingError as error:
             self.checkpoints.finish()  # one from before the fault is as good as it would have been
-            reason = str(error)
+            reason += str(error)
             raise
         finally:
             self.ahead.close()
@@ -124,13 +128,9 @@ class Run:
                 agreed = self._step()
             stop = agreed.stop
             if not self.going_back:
-                if (
-                    self.valid is not None
-                    and not stop
-                    and due(step, train.eval_interval, train.steps)
-                ):
+                if self.evaluates and not stop and due(step, train.eval_interval, train.steps):
                     with watching(f"evaluation after step {step}", limits.evaluation_seconds):
-                        self._evaluate(self.valid)
+                        self._evaluate()
                 if agreed.save or stop or due(step, train.checkpoint_interval, train.steps):
                     with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
                         self._save()
@@ -241,7 +241,15 @@ class Run:
         dist.all_gather_object(everyone, memory)
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
-    def _evaluate(self, valid: ValidData) -> None:
+    def _evaluate(self) -> None:
+        """The validation loss, where there is data for it, and what watchers add."""
+        row: Row = {"step": self.position.step}
+        if self.valid is not None:
+            row |= self._validation(self.valid)
+        for watcher in self.watchers:
+            watcher.evaluated(row)
+
+    def _validation(self, valid: ValidData) -> Row:
         """Loss over the first windows of each validation corpus, shared out by their weights."""
         config = self.config
         wanted = config.train.eval_steps * config.train_batch_size
@@ -257,19 +265,14 @@ class Run:
             sums += part
             losses[path] = (part[0] / part[1].clamp(min=1)).item()
         loss = (sums[0] / sums[1].clamp(min=1)).item()
-        row: Row = {
-            "step": self.position.step,
-            "valid_loss": loss,
-            "valid_perplexity": perplexity(loss),
-        }
+        row: Row = {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses
         labels = self.spec.labels
         if labels and sums[1] > 0:
             found = figures(sums[2:].tolist(), labels)
             row |= {f"valid_{name}": value for name, value in found.items()}
-        for watcher in self.watchers:
-            watcher.evaluated(row)
+        return row
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""

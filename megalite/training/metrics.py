@@ -19,6 +19,7 @@ from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.folder import write_durably
 from megalite.data.position import Position
 from megalite.training.events import Events
+from megalite.training.groups import grouped
 from megalite.training.watchers import Row, Watcher
 
 FILE, FIRST_START = "metrics.jsonl", "first_start.json"
@@ -42,11 +43,18 @@ class MetricsFile(Watcher):
         run_dir = self.run_dir
         kept, self.last_seen = _keep_until(self.path, first_step)
         self.useful_seconds = sum(map(_useful_seconds, kept))
+        self.best: Row | None = None
+        for row in kept:
+            self._remember_best(row)
         self.first_start = _first_start(run_dir, self.useful_seconds)
         self.file = Appended(self.path, self.tell)
         self.events = (
             Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
         )
+        with contextlib.suppress(OSError):
+            if self.events is not None:
+                config = (run_dir / "config.json").read_text()
+                self.events.append_text(first_step, "config", f"```json\n{config}```")
 
     def after_step(self, row: Row) -> None:
         """Writes the row."""
@@ -73,14 +81,19 @@ class MetricsFile(Watcher):
             now = row["unix_seconds"] = time.time()
             row["goodput"] = self.useful_seconds / max(now - self.first_start, self.useful_seconds)
         row = _finite(row)
+        self._remember_best(row)
         self.file.append(f"{json.dumps(row)}\n".encode())
         if self.events is not None:
-            figures = {
-                name: value
-                for name, value in row.items()
-                if isinstance(value, int | float) and name != "step"
-            }
-            self.events.append(row["step"], figures)
+            self.events.append(row["step"], grouped(row))
+            for number, sample in enumerate(row.get("samples", [])):
+                text = f"{sample['prompt']}{sample['text']}"
+                self.events.append_text(row["step"], f"valid/sample_{number}", text)
+
+    def _remember_best(self, row: Row) -> None:
+        """best: the evaluation with the lowest loss."""
+        loss = row.get("valid_loss")
+        if loss is not None and (self.best is None or loss < self.best["valid_loss"]):
+            self.best = row
 
     def close(self) -> None:
         self.file.close()

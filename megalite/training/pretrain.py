@@ -42,7 +42,9 @@ from megalite.ranks.launch import (
 )
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
-from megalite.training.screen import say
+from megalite.training.sampling import encoded_prompts
+from megalite.training.screen import Phases, say
+from megalite.training.trackers import check_trackers
 
 _NEW_RUN = "another needs a new run, with megalite.train.load"
 
@@ -163,6 +165,9 @@ def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Conf
 
 
 def _check_data(config: Config, spec: TransformerSpec) -> None:
+    check_trackers(config.train.trackers)
+    if config.train.sample_prompts:
+        encoded_prompts(config, spec)
     TrainData(config.data, config.train.seed, spec.vocabulary_size)
     if config.data.valid:
         ValidData(config.data, spec.vocabulary_size)
@@ -292,6 +297,9 @@ def _train(prepared: Prepared, rank: int) -> int:
             config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
         )
+        phase = Phases(rank == 0)
+        hosts = len(set(watchdog.hosts))
+        phase(f"{grid.world_size} ranks on {hosts} host{'s' * (hosts > 1)} are connected")
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)
@@ -302,14 +310,19 @@ def _train(prepared: Prepared, rank: int) -> int:
                     flush=True,
                 )
             return 0
+        phase(f"building a {prepared.spec.family} model and its optimizer")
         engine = build_engine(config, prepared.spec, grid, draws_weights=start.weights is None)
+        if start.weights is not None:
+            phase(f"reading {start.weights.folder}")
         start.fill(engine)
         if rank == 0:
             _write_config(config)
             say(f"{run_dir}: {start.told}")
             say(_told(prepared))
+        phase("opening data, measuring the rate of matrix products")
         run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
         run.saver.starts_from(start.position.step, start.damaged)
         if rank == 0:
             run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
+        phase("first step")
         return run.train()

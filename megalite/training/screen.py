@@ -23,6 +23,7 @@ from megalite.training.watchers import Row, Watcher
 KEPT_ROWS = 20  # about as many rows of a run stay in a terminal
 LEAST_BAR = 4  # columns
 REDRAW_SECONDS = 0.2
+SHOWN_SAMPLES, SAMPLE_CHARACTERS = 1, 240  # report.html has all
 HEADER = f"{'step':>9}  {'loss':>8}  {'norm':>8}  {'lr':>9}  {'tok/s':>9}  {'MFU':>5}"
 
 
@@ -65,6 +66,10 @@ class Screen(Watcher):
 
     def evaluated(self, row: Row) -> None:
         """The loss of an evaluation."""
+        for sample in row.get("samples", [])[:SHOWN_SAMPLES]:
+            self.note(f"sample: {sample['prompt']}{sample['text']}"[:SAMPLE_CHARACTERS])
+        if "valid_loss" not in row:
+            return
         loss, told = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
         if "valid_accuracy" in row:
             told = f"accuracy {row['valid_accuracy']:.4f}  macro F1 {row['valid_macro_f1']:.4f}"
@@ -143,6 +148,17 @@ class Screen(Watcher):
         if torch.accelerator.is_available():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
+
+
+class Phases:
+    """Tells of each phase of a start, with the seconds since the process began, so that nobody waits in silence."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown, self.begin = shown, psutil.Process().create_time()
+
+    def __call__(self, text: str) -> None:
+        if self.shown:
+            say(f"[{time.time() - self.begin:5.1f} s] {text}")
 
 
 def say(text: str) -> None:

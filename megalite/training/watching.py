@@ -23,9 +23,12 @@ from megalite.training.guards import PaceGuard, ReplicaGuard
 from megalite.training.history import History, ReportWriter
 from megalite.training.metrics import MetricsFile
 from megalite.training.mfu import Utilisation, peak_flops
+from megalite.training.sampling import Sampler
 from megalite.training.screen import Screen
 from megalite.training.speed import Speed
+from megalite.training.summary import Summary
 from megalite.training.tracing import StepTimeline
+from megalite.training.trackers import Trackers
 from megalite.training.watchers import Watcher
 
 
@@ -71,6 +74,8 @@ def watchers_of(run: Watched) -> list[Watcher]:
             run.note,
         ),
     ]
+    if train.sample_prompts:
+        watchers.append(Sampler(config, spec, run.grid, run.pipeline))
     if run.grid.rank == 0:
         watchers += _on_rank_0(run)
     return watchers
@@ -84,5 +89,11 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
     history = History(run_dir, run.data, run.note)
     axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
     history.started(run.position, axes, metrics.last_seen)
-    report = ReportWriter(run_dir, about(run.config, run.spec), run.note)
-    return [metrics, history, report, Screen(train.steps, first, train.log_interval)]
+    return [
+        metrics,
+        history,
+        Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
+        ReportWriter(run_dir, about(run.config, run.spec), run.note),
+        Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
+        Screen(train.steps, first, train.log_interval),
+    ]

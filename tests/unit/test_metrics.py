@@ -176,9 +176,9 @@ def test_events_are_read_by_tensorboard(tmp_path: Path, disk: Disk) -> None:
         metrics.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert found.Tags()["scalars"] == ["loss"]
+    assert found.Tags()["scalars"] == ["train/loss", "memory/weights_bytes"]
     wanted = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 5.5), (5, 6.5), (6, 7.5)]
-    assert [(event.step, event.value) for event in found.Scalars("loss")] == wanted
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == wanted
 
 
 def test_a_log_on_a_full_disk_costs_lines_but_not_the_exit_code() -> None:

@@ -1,0 +1,37 @@
+"""Rows of metrics as figures under grouped names, for TensorBoard and trackers: `train/loss`, `speed/mfu`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+GROUPS = {
+    "train": (
+        *("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens"),
+        *("skipped_steps", "loss_scale"),
+    ),
+    "checkpoint": ("checkpoint_seconds", "checkpoint_write_seconds", "checkpoint_copy_bytes"),
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+LEFT_OUT = ("step", "unix_seconds")
+
+
+def grouped(row: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a row by group and name. Of lists by rank, in bytes, the most; of a dict each entry; the rest of a row
+    is about speed."""
+    figures: dict[str, float] = {}
+    for name, value in row.items():
+        if name in LEFT_OUT:
+            continue
+        group = "valid" if name.startswith("valid_") else GROUP_OF.get(name, "speed")
+        short = name.removeprefix(f"{group}_")
+        if name.endswith("_bytes") and isinstance(value, list):
+            figures[f"memory/{name}"] = float(max(value))
+        elif isinstance(value, dict):
+            parts = {part: number for part, number in value.items() if _is_figure(number)}
+            figures |= {f"{group}/{short}/{part}": number for part, number in parts.items()}
+        elif _is_figure(value):
+            figures[f"{group}/{short}"] = value
+    return figures
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,142 @@
+"""Texts that a run continues at each evaluation, on any layout: `megalite.train.sample_prompts`.
+
+They go through the run's own pipeline, whatever its schedule, chunks and ZeRO stage, as an evaluation does: the whole
+text anew for each token, without a cache, since a few short texts are wanted and not speed. Every data rank does the
+same work. launcher/generate.py is for more. B prompts, S tokens, V vocabulary, t ranks of the tensor axis.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.data.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from megalite.errors import ConfigError
+from megalite.model.context import Context
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.collectives import gather_over
+from megalite.parallel.grid import Axis, Grid
+from megalite.parallel.layers import share
+from megalite.parallel.rows import Rows
+from megalite.pipeline.actions import Pipeline
+from megalite.training.watchers import Row, Watcher
+
+PROMPTS = "megalite.train.sample_prompts"
+UNIT = 16  # lengths are multiples of it, so that kernels see few shapes
+
+
+def encoded_prompts(config: Config, spec: TransformerSpec) -> tuple[Tokenizer, list[list[int]]]:
+    """The tokenizer and the prompts' ids. ConfigError where a prompt cannot be continued."""
+    train, data = config.train, config.data
+    if data.tokenizer is None:
+        raise ConfigError(f"{PROMPTS}: needs megalite.data.tokenizer, which is left out")
+    if not spec.causal or spec.labels:
+        kind = "a classifier" if spec.labels else "an encoder"
+        rule = "needs a decoder, such as llama"
+        raise ConfigError(f"{PROMPTS}: this {spec.family} model is {kind}: {rule}")
+    tokenizer = load_tokenizer(data.tokenizer)
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in train.sample_prompts]
+    for number, ids in enumerate(prompts):
+        total = len(ids) + train.sample_tokens
+        if not ids or total > data.sequence_length:
+            rule = f"must be 1 to {data.sequence_length}, as megalite.data.sequence_length"
+            asked = f"{len(ids)} tokens + megalite.train.sample_tokens {train.sample_tokens}"
+            raise ConfigError(f"{PROMPTS}.{number}: {asked}: {rule}")
+        if max(ids) >= spec.vocabulary_size:
+            rule = f"must be below the model's vocab_size {spec.vocabulary_size}"
+            raise ConfigError(f"{PROMPTS}.{number}: has id {max(ids)}: {rule}")
+    return tokenizer, prompts
+
+
+class Sampler(Watcher):
+    """Adds `samples`, a list of prompt and text, to the rows of evaluations; the texts are rank 0's (collective)."""
+
+    def __init__(
+        self, config: Config, spec: TransformerSpec, grid: Grid, pipeline: Pipeline
+    ) -> None:
+        self.prompts, self.count = config.train.sample_prompts, config.train.sample_tokens
+        self.spec, self.grid, self.pipeline = spec, grid, pipeline
+        self.size, self.length = config.micro_batch_size, config.data.sequence_length
+        self.by_heads = config.parallel.context_attention == "heads"
+        self.tokenizer: Tokenizer | None = None
+        told: list[Any] = [None, None]
+        if grid.rank == 0:
+            self.tokenizer, ids = encoded_prompts(config, spec)
+            told = [ids, self.tokenizer.eod_id]
+        dist.broadcast_object_list(told)
+        self.ids: list[list[int]] = told[0]
+        self.eod: int | None = told[1]
+
+    def evaluated(self, row: Row) -> None:
+        """Continues all prompts by their likeliest tokens."""
+        texts: list[list[int]] = []
+        for first in range(0, len(self.ids), self.size):
+            texts += self._continue(self.ids[first : first + self.size])
+        if self.tokenizer is None:
+            return
+        row["samples"] = [
+            {"prompt": prompt, "text": self._text(ids, new)}
+            for prompt, ids, new in zip(self.prompts, self.ids, texts, strict=True)
+        ]
+
+    def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """What the new tokens add: decoded together, since a token's text depends on its neighbours."""
+        assert self.tokenizer is not None
+        start = self.tokenizer.decode(prompt)
+        whole = self.tokenizer.decode([*prompt, *new])
+        return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode(new)
+
+    def _continue(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """The new tokens of some prompts, at most B, on every rank."""
+        ends = [len(ids) for ids in prompts]
+        unit = UNIT * self.grid.tensor.size * self.grid.context.size
+        longest = max(ends) + self.count
+        padded = min(self.length, -(-longest // unit) * unit)
+        # Rows that no prompt has, and what is after a text's last token, change nothing: tokens look back only.
+        tokens = torch.zeros(self.size, padded, dtype=torch.int64)
+        for row, ids in enumerate(prompts):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        for _ in range(self.count):
+            chosen = self._next(tokens, ends)
+            for row, end in enumerate(ends):
+                tokens[row, end] = chosen[row]
+            ends = [end + 1 for end in ends]
+        texts = [
+            tokens[row, len(ids) : end].tolist()
+            for row, (ids, end) in enumerate(zip(prompts, ends, strict=True))
+        ]
+        return [text[: text.index(self.eod)] if self.eod in text else text for text in texts]
+
+    def _next(self, tokens: Tensor, ends: Sequence[int]) -> list[int]:
+        """The likeliest token after each text, the same on every rank."""
+        pipe, device = self.grid.pipe, self.pipeline.engine.device
+        rows = Rows.along(self.grid.context, tokens.shape[1], self.by_heads)
+        own = tokens if rows is None else rows.cut(tokens, 1)
+        shape = self.pipeline.engine.stage.hidden_shape(*tokens.shape)
+        logits = self.pipeline.logits(own.to(device), shape, Context(rows=rows))
+        chosen = torch.zeros(len(ends), dtype=torch.int64, device=device)
+        if logits is not None:
+            several = torch.arange(len(ends), device=device)
+            last = torch.tensor(ends, device=device) - 1
+            if rows is None:
+                logits = logits[several, last].unsqueeze(1)
+            found = likeliest(
+                logits, self.spec.vocabulary_size, self.grid.tensor
+            )  # [B, 1 or S / c]
+            chosen = found[: len(ends), 0] if rows is None else rows.gathered(found)[several, last]
+        if pipe.size > 1:
+            cut = self.pipeline.plan.cut
+            dist.broadcast(chosen, pipe.ranks[cut.home[cut.last_chunk]], group=pipe.group)
+        return chosen.tolist()
+
+
+def likeliest(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
+    """int64 […] of logits […, V / t]: of equal ones the lowest id (collective over the tensor axis)."""
+    start, _ = share(vocabulary_size, axis)
+    value, column = logits.double().max(dim=-1)
+    best = torch.stack([value, (column + start).double()], dim=-1)
+    values, ids = gather_over(best, axis).unbind(-1)  # [t, …]
+    return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()

@@ -1,0 +1,54 @@
+"""What a run says at its end: the best validation loss, tokens, time, where the checkpoint and the report are, and what
+to do next."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megalite.data.position import Position
+from megalite.report.read import REPORT, STOPPED_BY_ERROR
+from megalite.training.metrics import MetricsFile
+from megalite.training.screen import clock
+from megalite.training.watchers import Watcher
+
+
+class Summary(Watcher):
+    """Of one start, on rank 0. decoder: whether the model continues text."""
+
+    def __init__(
+        self, run_dir: Path, metrics: MetricsFile, decoder: bool, tell: Callable[[str], None]
+    ) -> None:
+        self.run_dir, self.metrics, self.decoder, self.tell = run_dir, metrics, decoder, tell
+        self.begin = time.monotonic()
+        self.first_tokens: int | None = None
+
+    def before_step(self, position: Position) -> None:
+        """Remembers where the start began."""
+        if self.first_tokens is None:
+            self.first_tokens = position.consumed_tokens
+
+    def ended(self, position: Position, reason: str) -> None:
+        """Tells it, unless the run ended with an error, which then comes last."""
+        if reason.startswith(STOPPED_BY_ERROR):
+            return
+        seconds = time.monotonic() - self.begin
+        tokens = position.consumed_tokens - (self.first_tokens or 0)
+        self.tell(
+            f"{reason}: step {position.step}, {tokens:,} tokens in {clock(seconds)}, "
+            f"{tokens / seconds:,.0f} tokens/s"
+        )
+        if (best := self.metrics.best) is not None:
+            self.tell(f"best validation loss {best['valid_loss']:.4f} at step {best['step']}")
+        self.tell(f"checkpoint {self.run_dir / 'checkpoints'}, report {self.run_dir / REPORT}")
+        if reason == "done":
+            self.tell(f"next: {self._next()}")
+
+    def _next(self) -> str:
+        """A command for the trained model, by the way in which this one was started."""
+        program = Path(sys.argv[0])
+        name, rest = ("generate", '--prompt "…"') if self.decoder else ("evaluate", "--data PREFIX")
+        sibling = program.with_name(f"{name}.py")
+        command = f"python {shlex.quote(str(sibling))}" if sibling.is_file() else f"megalite {name}"
+        return f"{command} --checkpoint {shlex.quote(str(self.run_dir))} {rest}"
