@@ -54,6 +54,11 @@ COMMANDS = (
         "megalite.plan.plan_program",
     ),
     Command(
+        "dry-run",
+        "try a run of many ranks on one process, without a GPU",
+        "megalite.prove.dry_run_program",
+    ),
+    Command(
         "train-tokenizer", "train a tokenizer on text files", "megalite.commands.train_tokenizer"
     ),
     Command(

@@ -23,7 +23,7 @@ from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 def main(arguments: list[str]) -> int:
     """Prints what it has found; returns 0. Raises DryRunError with one line where a run would not work (exit code 1),
     UserError for a mistake in the config."""
-    parser = ArgumentParser("dry_run.py", description="Try a run of many ranks on one process.")
+    parser = ArgumentParser(description="Try a run of many ranks on one process.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )

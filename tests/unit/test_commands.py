@@ -71,7 +71,7 @@ def test_every_command_has_its_program(command: Command) -> None:
 def test_names_are_those_that_scripts_rely_on() -> None:
     promised = {
         "pretrain", "preprocess", "train-tokenizer", "import", "export", "generate", "chat", "evaluate",
-        "verify-layouts", "inspect-data", "inspect-checkpoint", "doctor", "run", "plan", "report",
+        "verify-layouts", "inspect-data", "inspect-checkpoint", "doctor", "run", "plan", "report", "dry-run",
     }  # fmt: skip
     assert promised <= set(NAMES) and len(set(NAMES)) == len(NAMES)
 
