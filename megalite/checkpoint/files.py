@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite import other_formats
 from megalite.checkpoint.folder import (
     FORMAT,
     INDEX,
@@ -39,9 +40,12 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
+ROUTER_BIAS = (
+    "router_bias"  # in the state: for each layer with experts, in order, a list of numbers
+)
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
-    "sequence_length": (int,),
+    "sequence_length": (int,), ROUTER_BIAS: (list,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
@@ -83,9 +87,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return good
     if damaged:
         raise CheckpointError("; ".join(map(str, damaged)))
-    raise CheckpointError(
-        f"{path}: holds no checkpoint: must be a run folder or its checkpoints/step_…"
-    )
+    rule = "holds no checkpoint: must be a run folder or its checkpoints/step_…"
+    raise CheckpointError(f"{path}: {other_formats.weights(path) or rule}")
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:

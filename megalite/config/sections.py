@@ -77,6 +77,13 @@ class Parallel(Section):
         "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
     )
 
+    expert: Positive = Field(
+        1,
+        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
+        "of the data axis. docs/experts.md has more.",
+    )
+
     @property
     def chunks_a_rank(self) -> int:
         """Chunks of layers that a rank of the pipe axis holds."""
@@ -354,6 +361,36 @@ class ParameterGroup(Section):
     )
 
 
+class Router(Section):
+    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
+
+    balance: Literal["sample", "bias", "none"] = Field(
+        "sample",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
+        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
+        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
+        "tokens that each expert got of the global batch. `none`: neither.",
+    )
+    bias_rate: float | None = Field(
+        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
+    )
+    load_interval: Counter = Field(
+        10,
+        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
+        "experts without a token; 0: never.",
+    )
+
+    @property
+    def step_of_bias(self) -> float:
+        """By how much a bias moves in a step, 0 where none does."""
+        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -396,6 +433,10 @@ class Train(Section):
         0.0,
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
+    )
+    router: Router | None = Field(
+        None,
+        description="Of a model with experts; left out: each of its keys as it is when left out.",
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."

@@ -114,7 +114,8 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
-    sizes = [str(size) for size in (parallel.pipe, parallel.tensor, parallel.context)]
+    axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+    sizes = [str(size) for size in axes_sizes]
     program = Program(
         ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,

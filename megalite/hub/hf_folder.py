@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite import other_formats
 from megalite.config import Classified
 from megalite.errors import CheckpointError
-from megalite.hub.names import groups_of, hf_tensor
+from megalite.hub.names import file_names, groups_of, hf_tensor
 from megalite.inputs import check_links, read_json_object, reading
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.model.families.common import HFTensor
@@ -55,9 +56,8 @@ class HFFolder:
     def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
-            )
+            rule = "must hold config.json and safetensors (or pytorch_model.bin) files"
+            raise CheckpointError(f"{self.folder}: {other_formats.weights(path) or rule}")
         check_links(self.folder, CheckpointError)
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
@@ -90,7 +90,9 @@ class HFFolder:
         offsets = tuple(offsets) if offsets is not None else (0,) * len(full)
         shape = tuple(shape) if shape is not None else full
         entry = hf_tensor(self.spec.family, name)
-        groups = groups_of(entry, self.spec.num_heads)
+        if entry.stacked:
+            return self._read_stacked(entry, offsets, shape)
+        groups = groups_of(entry, self.spec)
         pieces = []
         for start, stop in _file_rows(full[0], groups, entry, offsets[0], offsets[0] + shape[0]):
             ranges = [slice(start, stop)] + [
@@ -101,6 +103,18 @@ class HFFolder:
             self._check_finite(self._file_name(entry), piece)
             pieces.append(piece.t() if entry.transposed else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _read_stacked(
+        self, entry: HFTensor, offsets: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
+        """A box of what has a tensor for each expert."""
+        ranges = tuple(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True))
+        pieces = []
+        for number in range(offsets[0], offsets[0] + shape[0]):
+            file_name = entry.of_expert(number)
+            pieces.append(self._files.read(file_name, ranges))
+            self._check_finite(file_name, pieces[-1])
+        return torch.stack(pieces)
 
     def _check_finite(self, file_name: str, part: Tensor) -> None:
         """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
@@ -131,22 +145,11 @@ class HFFolder:
         known = set()
         for name, full in self.shapes.items():
             entry = hf_tensor(self.spec.family, name)
-            file_name, shape = self._file_name(entry), [full[0] * entry.parts, *full[1:]]
-            known.add(file_name)
-            if file_name not in self._files.where:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
-                )
-            found, dtype = self._files.shape(file_name)
-            wanted = shape[::-1] if entry.transposed else shape
-            if found != wanted:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
-                )
-            if dtype not in _FLOATS:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
-                )
+            shape = [*full[1:]] if entry.stacked else [full[0] * entry.parts, *full[1:]]
+            for file_name in file_names(entry, self.spec):
+                file_name = file_name.removeprefix(self._prefix)
+                known.add(file_name)
+                self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
         if self.spec.tied:
             known |= self._tied_head()
         if self.made_one:  # the other head
@@ -159,6 +162,21 @@ class HFFolder:
                     f"{self.folder}: {file_name}: a tensor that a {self.spec.family} model of this "
                     "config does not have"
                 )
+
+    def _check_tensor(self, file_name: str, wanted: list[int]) -> None:
+        if file_name not in self._files.where:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
+            )
+        found, dtype = self._files.shape(file_name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
+            )
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
+            )
 
     def _leave_out_new(self) -> None:
         """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""

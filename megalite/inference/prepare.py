@@ -107,6 +107,7 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from megalite.checkpoint.weights import load_module
+    from megalite.engine.router_bias import set_router_bias
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut
@@ -116,7 +117,10 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()
-    return stage.to(device=accelerator.current_device_name(), dtype=getattr(torch, dtype)), grid
+    device = accelerator.current_device_name()
+    stage = stage.to(device=device, dtype=getattr(torch, dtype))
+    set_router_bias(stage, prepared.state, torch.device(device))
+    return stage, grid
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:

@@ -52,7 +52,10 @@ class ModelCosts:
         spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
         heads = spec.num_heads * spec.head_size
         return cls(
-            tuple(LayerCosts(spec.block_parameters, heads * span) for span in spans),
+            tuple(
+                LayerCosts(spec.layer_parameters(layer, used=True), heads * span)
+                for layer, span in enumerate(spans)
+            ),
             head,
             recomputes,
         )

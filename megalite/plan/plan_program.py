@@ -24,7 +24,7 @@ from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
-LETTERS = {**dict(zip(PARTS, "PAMRTED", strict=True)), "update": "U", "bubble": "."}
+LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
     "gradients, D messages of the data axis, U update, . bubble"
@@ -33,7 +33,7 @@ LEGEND = (
 
 def main(arguments: list[str]) -> int:
     """Prints the best layouts; returns 0. Raises UserError with one line, also where none fits."""
-    parser = ArgumentParser("plan.py", description="Find the layout for so many ranks.")
+    parser = ArgumentParser(description="Find the layout for so many ranks.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )

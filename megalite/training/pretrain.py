@@ -289,6 +289,7 @@ def _train(prepared: Prepared, rank: int) -> int:
             config.parallel.pipe,
             config.parallel.tensor,
             config.parallel.context,
+            config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):

@@ -60,6 +60,8 @@ class Start:
         else:
             load_shards_from(self.weights.read, shards)
         engine.masters_changed()
+        if engine.router_bias is not None:
+            engine.router_bias.restore(getattr(self.weights, "state", {}))
         restore_loss_scale(engine, self.position.loss_scale)
 
 

@@ -15,17 +15,18 @@ PACKAGE = Path(__file__).parents[2] / "megalite"
 ROOMS = {  # from the top: room -> lines of code that it may have
     "errors": 60,
     "inputs": 100,
-    "config": 2200,
+    "other_formats": 90,
+    "config": 2400,
     "topology": 150,
     "ranks": 750,
     "parallel": 1000,
-    "model": 2500,
+    "model": 2800,
     "data": 2950,
     "checkpoint": 1350,
-    "hub": 750,
+    "hub": 850,
     "pipeline": 1250,
-    "plan": 2700,  # the planner and the dry run
-    "engine": 850,
+    "plan": 2800,  # the planner and the dry run
+    "engine": 1000,
     "guard": 750,
     "report": 1000,
     "training": 1950,
@@ -97,7 +98,13 @@ def test_a_room_imports_rooms_above_it_only(room: str) -> None:
 def test_data_knows_neither_model_nor_ranks() -> None:
     for its, path in modules():
         if its == "data":
-            assert imported_rooms(path) <= {"errors", "inputs", "config", "data"}, path
+            assert imported_rooms(path) <= {
+                "errors",
+                "inputs",
+                "other_formats",
+                "config",
+                "data",
+            }, path
 
 
 @pytest.mark.parametrize("room", ROOMS)
