@@ -72,7 +72,7 @@ def hf_scores(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]
     loss.backward()
     read = file_reader({name: value.grad for name, value in model.named_parameters()})
     names = [place.name for _, place in placed(Stage(spec, Grid()))]
-    gradients = {name: from_hf(spec.family, name, read, spec.num_heads) for name in names}
+    gradients = {name: from_hf(spec, name, read) for name in names}
     return logits.detach(), loss.item(), gradients
 
 
