@@ -13,6 +13,7 @@ from megalite.data.indexed import IndexedWriter, labels_prefix, names_file
 from megalite.hub.names import from_hf
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
+from megalite.model.families.classifiers import CLASSES
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
@@ -23,6 +24,7 @@ MEAN = {**FAMILY_CONFIGS["modernbert"], "classifier_pooling": "mean"}
 CONFIGS: dict[str, dict[str, Any]] = {
     name: model_dict(Classified(config, LABELS))
     for name, config in {**FAMILY_CONFIGS, "modernbert, mean": MEAN}.items()
+    if config["model_type"] in CLASSES
 }
 LENGTHS = ((6, 4), (12,), (1, 3, 5))
 """Tokens of the texts of each sample, of twelve; the rest is filling."""
@@ -70,7 +72,7 @@ def hf_scores(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]
     loss.backward()
     read = file_reader({name: value.grad for name, value in model.named_parameters()})
     names = [place.name for _, place in placed(Stage(spec, Grid()))]
-    gradients = {name: from_hf(spec.family, name, read, spec.num_heads) for name in names}
+    gradients = {name: from_hf(spec, name, read) for name in names}
     return logits.detach(), loss.item(), gradients
 
 

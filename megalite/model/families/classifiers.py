@@ -46,11 +46,18 @@ def tensors_of(family: str) -> dict[str, HFTensor]:
 
 def make_classifier(config: Any, section: Classified) -> None:
     """Makes a transformers config one of a classifier."""
-    if config.model_type not in CLASSES:
-        raise ConfigError(f"megalite.data.objective.classes: a {config.model_type} model has none")
+    _check_family(config)
     config.architectures = [CLASSES[config.model_type] + ENDING]
     config.id2label = dict(enumerate(section.classes))
     config.label2id = {name: number for number, name in enumerate(section.classes)}
+
+
+def _check_family(config: Any) -> None:
+    if config.model_type not in CLASSES:
+        names = ", ".join(CLASSES)
+        raise ConfigError(
+            f"{KEY}.model_type: {config.model_type!r}: a classifier must be one of {names}"
+        )
 
 
 def is_classifier(config: Any) -> bool:
@@ -63,6 +70,7 @@ def is_classifier(config: Any) -> bool:
 
 def classified(config: Any, spec: TransformerSpec) -> TransformerSpec:
     """The spec of the classifier that a config is of, from that of its family's language model."""
+    _check_family(config)
     require(config, "problem_type", None, "single_label_classification")
     names = [config.id2label[number] for number in sorted(config.id2label)]
     if not LEAST <= len(names) <= MOST or len(set(names)) < len(names):
