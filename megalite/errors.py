@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(MegaliteError):
-    """A run that cannot go on: a loss or gradient that is not finite, a last checkpoint that could not be saved.
+    """A run that cannot continue: a loss or gradient that is not finite, a last checkpoint that could not be saved.
     Every rank has the same figures, so every rank raises it."""
 
     agreed = True

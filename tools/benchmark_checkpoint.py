@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Save and load rates of a checkpoint beside torch.save, torch.load and the disk itself, in one run.
 
-All write the same fp32 tensors and end with fsync; all read with nothing of the file in the page cache, into tensors
-that stand. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
+All write the same fp32 tensors and end with fsync; all read with nothing of the file in the page cache, into existing
+tensors. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
 """
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)

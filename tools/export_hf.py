@@ -1,36 +1,9 @@
 #!/usr/bin/env python3
-"""Turn a checkpoint into a Hugging Face folder; its logits are held against transformers'."""
-
-import argparse
-import sys
-from pathlib import Path
+"""Convert a checkpoint to a Hugging Face folder; see --help."""
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.hub.carried import tokenizer_files
-from megalite.hub.export_hf import DTYPES, export_hf
-from megalite.ranks.launch import ArgumentParser, run_program
-
-
-def main(argv: list[str]) -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run folder (its newest), or one of its checkpoints"
-    )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")
-    parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
-    )
-    args = parser.parse_args(argv)
-    compared = export_hf(args.checkpoint, args.output, args.dtype, args.verify)
-    print(f"{args.output}: {compared or 'written; not verified'}")
-    if next(tokenizer_files(Path(args.output)), None) is None:
-        print(
-            f"export_hf.py: {args.output}: has no tokenizer: the checkpoint carries none",
-            file=sys.stderr,
-        )
-    return 0
-
+from megalite.commands.export_hf import main
+from megalite.ranks.launch import run_program
 
 if __name__ == "__main__":
     run_program(main)

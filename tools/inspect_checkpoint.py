@@ -1,38 +1,9 @@
 #!/usr/bin/env python3
-"""Say what a checkpoint holds and which layout wrote it; with --verify also whether every byte of it is whole."""
-
-from pathlib import Path
+"""Show what a checkpoint holds, and check it; see --help."""
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, verify
-from megalite.checkpoint.folder import SUMS
-from megalite.checkpoint.inspect import described
-from megalite.errors import CheckpointError
-from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, run_program
-
-
-def main(argv: list[str]) -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest"
-    )
-    parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
-    parser.add_argument("--tensors", action="store_true", help="list every weight")
-    options = parser.parse_args(argv)
-    path = Path(options.checkpoint)
-    with reading(path, CheckpointError):
-        run_dir = path.parent if path.name == "checkpoints" else path
-        standing = [path] if (path / SUMS).exists() else checkpoints_of(run_dir)
-        folder = standing[-1] if standing else find_checkpoint(path)
-        lines = list(described(Checkpoint.open(folder), options.tensors))
-    for line in lines:
-        print(line)
-    if options.verify:
-        verify(folder)
-        print("  whole: every file has its SHA-256")
-    return 0
-
+from megalite.commands.inspect_checkpoint import main
+from megalite.ranks.launch import run_program
 
 if __name__ == "__main__":
     run_program(main)

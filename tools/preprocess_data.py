@@ -1,79 +1,9 @@
 #!/usr/bin/env python3
-"""Tokenize text files into a corpus: PREFIX.bin and PREFIX.idx in Megatron's indexed format.
-
-After a stop, run the same command again: it resumes.
-"""
-
-import argparse
-import sys
+"""Tokenize text files into a corpus: PREFIX.bin and PREFIX.idx in Megatron's indexed format; see --help."""
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.data.preprocess import preprocess
-from megalite.ranks.launch import ArgumentParser, at_least, run_program
-
-
-def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
-    files = ".jsonl or .txt, .gz or .zst after it; .parquet; - for standard input"
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
-    parser.add_argument(
-        "--format", choices=("jsonl", "txt", "parquet"), help="of inputs whose names do not say it"
-    )
-    parser.add_argument(
-        "--blank-lines",
-        action="store_true",
-        help="blank lines part the documents of a .txt; otherwise it is one",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    parser.add_argument("--output", required=True, metavar="PREFIX")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that stands")
-    parser.add_argument(
-        "--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize"
-    )
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end each document by the end-of-sequence token"
-    )
-    parser.add_argument(
-        "--cls-sep", action="store_true", help="for encoders: begin by [CLS], end by [SEP]"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first bad line instead of counting it"
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> int:
-    args = arguments(argv)
-    counts = preprocess(
-        args.input,
-        args.tokenizer,
-        args.output,
-        text_key=args.text_key,
-        workers=args.workers,
-        append_eod=args.append_eod,
-        cls_sep=args.cls_sep,
-        strict=args.strict,
-        overwrite=args.overwrite,
-        kind=args.format,
-        paragraphs=args.blank_lines,
-        chat=args.chat,
-    )
-    for line in counts.named:
-        print(f"bad line: {line}", file=sys.stderr)
-    print(
-        f"{args.output}: {counts.documents} documents, {counts.tokens} tokens, {counts.empty} empty documents left "
-        f"out, {counts.bad} bad lines"
-    )
-    return 0
-
+from megalite.commands.preprocess import main
+from megalite.ranks.launch import run_program
 
 if __name__ == "__main__":
     run_program(main, resumes=True)

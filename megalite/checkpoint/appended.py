@@ -1,4 +1,4 @@
-"""A file that rows are appended to while its disk may be full or out of reach: the run goes on, and the rows wait.
+"""A file that rows are appended to while its disk may be full or out of reach: the run continues, and the rows wait.
 
 Files that are written as a whole are checkpoint/folder.py's.
 """

@@ -39,9 +39,12 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
+ROUTER_BIAS = (
+    "router_bias"  # in the state: for each layer with experts, in order, a list of numbers
+)
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
-    "sequence_length": (int,),
+    "sequence_length": (int,), ROUTER_BIAS: (list,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
@@ -220,13 +223,13 @@ class CheckpointWriter:
     """Writes a checkpoint of weights from one process, tensor by tensor; the folder appears whole at the end of
     the `with` block, or not at all. At most FILE_BYTES and one tensor are held in memory.
 
-    Raises CheckpointError where the folder stands already.
+    Raises CheckpointError where the folder already exists.
     """
 
     def __init__(self, folder: str | Path, model: dict[str, Any], state: dict[str, Any]) -> None:
         folder = Path(folder)
         if folder.exists():
-            raise CheckpointError(f"{folder}: stands already: must be a new folder")
+            raise CheckpointError(f"{folder}: already exists: choose a new folder")
         self.carried: dict[str, bytes] = {}
         self.transaction = Transaction(folder, {**state, "model": model}, self.carried)
         self.index, self.digests = Index(), {}

@@ -37,7 +37,7 @@ CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
 REPLACED_NAME = re.compile(
     r"^\.step_(\d{8,})\.replaced$"
-)  # was hidden to make room; counts where no step_… stands
+)  # was hidden to make room; counts where there is no step_…
 LEFT_OVER_NAME = re.compile(
     r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$"
 )  # what a killed save or removal leaves

@@ -1,8 +1,8 @@
-"""Saving, all ranks together and in the background: a copy in memory, then files, while the steps go on.
+"""Saving, all ranks together and in the background: a copy in memory, then files, while training continues.
 
 Where a rank has no room for its copy, the steps wait instead for files written from the live tensors. Each element has
 one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis each rank its share.
-Errors on any rank reach every rank; the older checkpoints then stand. Next: weights.py.
+Errors on any rank reach every rank; the older checkpoints then remain. Next: weights.py.
 """
 
 import os
@@ -28,18 +28,20 @@ from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.storage import BoxDict, BoxSavePlanner, BoxWriter
 from megalite.config.sections import DEFAULT_TIMEOUT
-from megalite.parallel.grid import Axis
+from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
 
 
-def owned_boxes(shards: Sequence[Shard], data: Axis, replicated: bool) -> BoxDict:
-    """What this rank writes, as views. replicated: all ranks of the data axis hold the same shards (ZeRO-0)."""
+def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDict:
+    """What this rank writes, as views. replicated: all ranks that hold copies of a slice hold the same
+    shards (ZeRO-0)."""
     result: BoxDict = {}
     for shard in shards:
         if not shard.placement.counted:
             continue
         count = shard.master.numel()
-        first, stop = _part(count, data) if replicated else (0, count)
+        replicas: Axis = getattr(grid, shard.placement.replicas)
+        first, stop = _part(count, replicas) if replicated else (0, count)
         for kind, values in {WEIGHT: shard.master, **shard.state}.items():
             boxes = boxes_of_shard(
                 shard.placement.full_shape,
@@ -143,7 +145,7 @@ class Saver:
         self.good_step, self.damaged = step, {*damaged}
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
-        """Starts saving; what is given may change as soon as this returns. An earlier save still going on is
+        """Starts saving; what is given may change as soon as this returns. An earlier save still in progress is
         waited for, and its error raised. Where a rank has no room for its copy, this one is waited for by all."""
         self.wait()
         start = time.monotonic()
@@ -158,7 +160,7 @@ class Saver:
         self._count("checkpoint_seconds", time.monotonic() - start)
 
     def wait(self) -> None:
-        """Waits for the save that is going on. Raises CheckpointException (on every rank) where it failed."""
+        """Waits for the save in progress. Raises CheckpointException (on every rank) where it failed."""
         if self.running is not None:
             start = time.monotonic()
             running, self.running = self.running, None

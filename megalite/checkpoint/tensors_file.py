@@ -93,7 +93,7 @@ class TensorFiles:
     def read_into(
         self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]
     ) -> None:
-        """Part of a box, into memory that stands. CheckpointError where the file cannot be read or holds another box
+        """Part of a box, into existing memory. CheckpointError where the file cannot be read or holds another box
         than the index says."""
         path = self.folder / chunk.file
         try:

@@ -62,7 +62,7 @@ def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) 
         kinds = {WEIGHT: shard.master, **(shard.state if moments else {})}
         place = shard.placement
         for kind, values in kinds.items():
-            # A name may stand twice on a rank only if tied there, and then it is one parameter.
+            # A name may be twice on a rank only if tied there, and then it is one parameter.
             wanted[f"{kind}/{place.name}"] = boxes_of_shard(
                 place.full_shape, place.shape, place.offsets, shard.start, values
             )

@@ -1,7 +1,7 @@
 """DeepSpeed's keys that megalite takes, with their types and ranges, and those that it refuses, with why.
 
 DeepSpeed itself lets an unknown top-level key pass in silence, so every key that DeepSpeed 0.19.8 reads
-stands here, as a field or as a refusal. `tests/unit/test_config.py` compares the sections with those of the
+is here, as a field or as a refusal. `tests/unit/test_config.py` compares the sections with those of the
 installed package that have types; DeepSpeed is not imported here, for the sake of a quick start. A field left out keeps
 DeepSpeed's default, but for those that `rules.py` always writes.
 """
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from megalite.config.section import Section
 
 _OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
-_NO_EXPERTS = "experts are not available in this release"
+_NO_EXPERTS = "DeepSpeed's own experts are not used; use megalite.parallel.expert"
 _REMOVED = "DeepSpeed has removed it"
 _OWN_METRICS = "metrics go to metrics.jsonl in megalite.train.run_dir"
 _OWN_SAMPLES = "samples are made by megalite; see megalite.data"
@@ -110,7 +110,7 @@ class ZeroOptimization(Section):
     allgather_partitions: bool | None = key("All-gather in place of broadcasts after the step.")
     allgather_bucket_size: Count | None = key("Elements gathered at a time.")
     overlap_comm: bool | None = key(
-        "On a GPU: reduce gradients in a stream of their own while backward goes on, on every layout. Left out: with "
+        "On a GPU: reduce gradients in a stream of their own while backward continues, on every layout. Left out: with "
         "stage 3 alone."
     )
     offload_optimizer: OffloadOptimizer | None = key(
@@ -282,7 +282,7 @@ OPTIMIZERS: dict[
 }
 REFUSED_OPTIMIZERS = {
     "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
-    "ZeRO-1 on clips the update in place of the gradient: the result would hang on the layout",
+    "ZeRO-1 on clips the update in place of the gradient: the result would depend on the layout",
     "Lion": "DeepSpeed's moves a weight whose gradient is 0, as that of an unseen token's embedding, by a whole step",
     "Adagrad": "DeepSpeed makes it anew for ZeRO and forgets the parameter groups: norms and biases would decay",
     "Lamb": "it needs the norms of whole tensors, of which ZeRO gives it parts",
@@ -403,8 +403,8 @@ class DeepSpeedKeys(Section):
         "activation_checkpointing": "use megalite.train.activation_checkpointing",
         "tensor_parallel": "megalite splits the layers itself; use megalite.parallel.tensor",
         "pipeline": "use megalite.parallel.pipe",
-        "sequence_parallel_size": "use megalite.parallel.sequence",
-        "seq_parallel_communication_data_type": "use megalite.parallel.sequence",
+        "sequence_parallel_size": 'use megalite.parallel.context with context_attention "heads"',
+        "seq_parallel_communication_data_type": "use megalite.parallel.context",
         "bfloat16": "DeepSpeed's old name; use bf16",
         "amp": "DeepSpeed has removed it; use bf16 or fp16",
         "torch_autocast": "use bf16 or fp16",
@@ -431,7 +431,7 @@ class DeepSpeedKeys(Section):
             ),
             _REMOVED,
         ),
-        "elasticity": "DeepSpeed has removed it; any layout goes on from any checkpoint",
+        "elasticity": "DeepSpeed has removed it; any layout resumes from any checkpoint",
         "autotuning": "not available: it would start runs of its own",
         "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
         "weight_quantization": "not available: training only",

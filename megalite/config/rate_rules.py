@@ -56,7 +56,7 @@ def _check_own_schedule(params: Constant) -> None:
         raise broken(
             "scheduler.params.warmup_tokens",
             params.warmup_tokens,
-            "must not stand beside warmup_steps",
+            "cannot be given together with warmup_steps",
         )
     if (
         isinstance(params, WSD)
@@ -64,7 +64,9 @@ def _check_own_schedule(params: Constant) -> None:
         and params.decay_share is not None
     ):
         raise broken(
-            "scheduler.params.decay_share", params.decay_share, "must not stand beside decay_steps"
+            "scheduler.params.decay_share",
+            params.decay_share,
+            "cannot be given together with decay_steps",
         )
     unscaled = isinstance(params, InverseSqrt) and params.timescale_steps is None
     if unscaled and params.warmup_steps == 0 and params.warmup_tokens is None:

@@ -20,6 +20,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     value = parse_json(read_text(path), path, pairs=_no_key_twice, constant=_no_constant)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold an object {{…}}")
+    value.pop("$schema", None)  # an editor's: where the file of `megalite config schema` is
     return value
 
 

@@ -6,17 +6,28 @@ one line that names the key, the values and the rule.
 """
 
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from megalite.config.batches import BatchPlan
-from megalite.config.data_rules import check_data_keys, check_objective
+from megalite.config.context_rules import (
+    check_context_heads,
+    check_context_keys,
+    check_context_length,
+)
+from megalite.config.data_rules import check_classifier, check_data_keys, check_objective
 from megalite.config.deepspeed_keys import (
     OPTIMIZERS,
     DeepSpeedKeys,
     ZeroOptimization,
 )
 from megalite.config.document import Document, ModelDims
+from megalite.config.expert_rules import (
+    check_expert_axis,
+    check_experts,
+    check_zero_of_experts,
+)
 from megalite.config.optimizer_rules import (
     NVME_SUB_GROUP_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
@@ -34,7 +45,7 @@ from megalite.config.sections import Megalite, Parallel
 from megalite.errors import ConfigError
 
 MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
-FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result hangs on them
+FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result depends on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,
     "loss_scale_window": 1000,
@@ -48,14 +59,17 @@ BATCH_RULE = (
 
 
 def data_axis_size(parallel: Parallel, world_size: int) -> int:
-    """Ranks of the data axis: `world_size` / (pipe × tensor), which must come out even."""
-    pipe, tensor = parallel.pipe, parallel.tensor
-    if world_size < 1 or world_size % (pipe * tensor):
-        raise ConfigError(
-            f"world size: {world_size}: must be a multiple of megalite.parallel.pipe {pipe} × "
-            f"megalite.parallel.tensor {tensor} = {pipe * tensor}"
-        )
-    return world_size // (pipe * tensor)
+    """Ranks of the data axis: `world_size` / (pipe × context × tensor), which must come out even."""
+    factors = {"pipe": parallel.pipe, "tensor": parallel.tensor}
+    if parallel.context > 1:
+        factors["context"] = parallel.context
+    product = prod(factors.values())
+    if world_size < 1 or world_size % product:
+        words = " × ".join(f"megalite.parallel.{name} {size}" for name, size in factors.items())
+        raise ConfigError(f"world size: {world_size}: must be a multiple of {words} = {product}")
+    data = world_size // product
+    check_expert_axis(parallel, data)
+    return data
 
 
 def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
@@ -106,10 +120,13 @@ def check_document(document: Document) -> None:
     )
     all_of(
         lambda: check_data_keys(megalite.data),
+        lambda: check_classifier(megalite),
         lambda: _check_faults(megalite),
         lambda: check_precision(document),
         lambda: check_schedule_of_pipe(megalite.parallel),
+        lambda: check_context_keys(megalite.parallel),
         lambda: check_zero(zero, megalite.parallel),
+        lambda: check_zero_of_experts(document),
         lambda: check_optimizer(document),
         lambda: check_groups(document),
     )
@@ -216,10 +233,13 @@ def machine_has_gpu() -> bool:
 def check_layout(parallel: Parallel, dims: ModelDims) -> None:
     """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
     tensor = parallel.tensor
-    for name, size in (
-        ("num_attention_heads", dims.num_heads),
-        ("intermediate_size", dims.intermediate_size),
-    ):
+    sizes = {
+        "num_attention_heads": dims.num_heads,
+        "intermediate_size": dims.intermediate_size,
+    }
+    if dims.experts and dims.expert_size != dims.intermediate_size:
+        sizes["moe_intermediate_size"] = dims.expert_size
+    for name, size in sizes.items():
         if size % tensor:
             raise broken("megalite.parallel.tensor", tensor, f"must divide {name} {size}")
     if dims.num_kv_heads % tensor and tensor % dims.num_kv_heads:
@@ -229,6 +249,7 @@ def check_layout(parallel: Parallel, dims: ModelDims) -> None:
         raise broken(
             "megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}"
         )
+    check_context_heads(parallel, dims)
     check_layers(parallel, dims.num_layers)
 
 
@@ -236,11 +257,13 @@ def check_dims(document: Document, dims: ModelDims) -> None:
     """The model's sizes against the grid and the samples."""
     megalite = document.megalite
     check_layout(megalite.parallel, dims)
+    check_experts(megalite, dims)
     check_objective(megalite.data, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"
         raise broken("megalite.data.sequence_length", length, rule)
+    check_context_length(megalite.parallel, length)
     if dims.max_positions is not None and length > dims.max_positions:
         rule = f"must be at most the model's max_position_embeddings {dims.max_positions}"
         raise broken("megalite.data.sequence_length", length, rule)

@@ -1,9 +1,10 @@
-"""megalite's own keys: what stands under `"megalite"` in the JSON, each with its meaning and unit.
+"""megalite's own keys: what is under `"megalite"` in the JSON, each with its meaning and unit.
 
 Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: DeepSpeed's keys own them
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
 """
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ def _source(value: Any) -> Any:
 
 
 class Parallel(Section):
-    """How the ranks are laid out. The data axis is what is left: world size / (tensor × pipe)."""
+    """How the ranks are laid out. The data axis is what is left: world size / (tensor × context × pipe)."""
 
     tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
     pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
@@ -63,6 +64,24 @@ class Parallel(Section):
         False,
         description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
         "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
+    )
+    context: Positive = Field(
+        1,
+        description="Ranks that the tokens of each sample are divided among, for long samples: each has 1/c of the "
+        "activations. 2 × context, times tensor with `sequence`, divides `megalite.data.sequence_length`.",
+    )
+    context_attention: Literal["gather", "heads"] = Field(
+        "gather",
+        description="How the ranks of the context axis compute attention. `gather`: each gathers the keys and values "
+        "of the whole sample; any number of heads. `heads`: each computes some heads of the whole sample; context "
+        "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
+    )
+
+    expert: Positive = Field(
+        1,
+        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
+        "of the data axis. docs/experts.md has more.",
     )
 
     @property
@@ -98,11 +117,11 @@ class Masked(Section):
     )
     keep: Share = Field(0.1, description="Share of those that are left as they are.")
     swap: Share = Field(
-        0.1, description="Share of those in whose place another token stands; the rest is masked."
+        0.1, description="Share of those that are replaced by a random token; the rest is masked."
     )
     mask_token_id: Counter | None = Field(
         None,
-        description="What stands in a masked token's place; left out: the tokenizer's mask token.",
+        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
     )
     special_token_ids: list[Counter] | None = Field(
         None,
@@ -110,13 +129,33 @@ class Masked(Section):
     )
 
 
+class Classes(Section):
+    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
+    corpus that tools/preprocess_data.py --label-key has made."""
+
+    classes: list[Text] = Field(
+        min_length=2,
+        max_length=256,
+        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
+    )
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A model section of which a classifier of texts is made, with the names of its labels."""
+
+    section: dict[str, Any] | str
+    classes: tuple[str, ...]
+
+
 def _objective(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Masked.model_validate(value)  # pydantic takes its errors in, at their places
-    if value == "causal" or isinstance(value, Masked):
+    if isinstance(value, dict):  # pydantic takes their errors in, at their places
+        return (Classes if "classes" in value else Masked).model_validate(value)
+    if value == "causal" or isinstance(value, Masked | Classes):
         return value
     raise PydanticCustomError(
-        "objective", 'must be "causal" or an object such as {{"masked": 0.15}}'
+        "objective",
+        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -145,13 +184,14 @@ class Data(Section):
     loss: Literal["all", "marked"] | None = Field(
         None,
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
-        "--chat writes it; left out: all, and a `prefix.mask` that stands is refused.",
+        "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
-    objective: Annotated[Literal["causal"] | Masked, BeforeValidator(_objective)] = Field(
+    objective: Annotated[Literal["causal"] | Masked | Classes, BeforeValidator(_objective)] = Field(
         "causal",
         description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
-        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time. '
-        "docs/encoders.md has more.",
+        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
+        '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
+        "takes the place of the other (docs/classification.md).",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -181,7 +221,17 @@ class Data(Section):
     @property
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
-        return self.objective.masked if isinstance(self.objective, Masked) else 1.0
+        match self.objective:
+            case Masked(masked=share):
+                return share
+            case Classes():
+                return 1 / self.sequence_length
+        return 1.0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels of texts; empty where the objective asks for tokens."""
+        return tuple(self.objective.classes) if isinstance(self.objective, Classes) else ()
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -249,7 +299,8 @@ class Faults(Section):
     )
     pace_interval: Counter = Field(
         10,
-        description="Steps between two comparisons of the ranks' own seconds of computing; 0: never.",
+        description="Steps between two comparisons of the ranks' own seconds of computing, whose rows also have "
+        "`split_seconds`, where the step's time went; 0: never.",
     )
     slow_factor: float = Field(
         1.5,
@@ -310,6 +361,36 @@ class ParameterGroup(Section):
     )
 
 
+class Router(Section):
+    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
+
+    balance: Literal["sample", "bias", "none"] = Field(
+        "sample",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
+        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
+        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
+        "tokens that each expert got of the global batch. `none`: neither.",
+    )
+    bias_rate: float | None = Field(
+        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
+    )
+    load_interval: Counter = Field(
+        10,
+        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
+        "experts without a token; 0: never.",
+    )
+
+    @property
+    def step_of_bias(self) -> float:
+        """By how much a bias moves in a step, 0 where none does."""
+        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -318,7 +399,8 @@ class Train(Section):
         1234, ge=0, lt=2**63, description="Seed of the weights, the dropout and the sample order."
     )
     run_dir: Text = Field(
-        description="Folder of the run; a checkpoint in it is gone on from. Relative to the working directory."
+        description="Run folder. If it already holds a checkpoint, training resumes from it. Relative to the "
+        "working directory."
     )
     load: Text | None = Field(
         None,
@@ -352,6 +434,10 @@ class Train(Section):
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
     )
+    router: Router | None = Field(
+        None,
+        description="Of a model with experts; left out: each of its keys as it is when left out.",
+    )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."
     )
@@ -363,9 +449,9 @@ class Train(Section):
     checkpoint_copy_gib: float | None = Field(
         None,
         ge=0,
-        description="Most memory of a rank for the copy that a checkpoint is written from while the steps go on; where "
-        "a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is free on "
-        "the node, shared among its ranks.",
+        description="Most memory of a rank for the copy that a checkpoint is written from while training continues; "
+        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
+        "free on the node, shared among its ranks.",
     )
     keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
     log_interval: Positive = Field(
@@ -374,6 +460,11 @@ class Train(Section):
     )
     tensorboard: bool = Field(
         True, description="Write TensorBoard event files into the run folder."
+    )
+    trace_steps: list[Positive] = Field(
+        [],
+        description="Steps that are traced: every action, message and collective of all ranks goes into the run "
+        "folder's `trace.json`, for Perfetto or chrome://tracing. Other steps cost nothing.",
     )
     limits: Limits = Field(
         default_factory=lambda: Limits.model_validate({}),

@@ -5,7 +5,7 @@
 
 Messages go through the tokenizer's chat template. What the loss counts is what the model would have to write:
 an assistant's message with the end that the template gives it, or a completion with the end-of-document
-token. A template with `{% generation %}` says that itself; for others it is what stands between the text
+token. A template with `{% generation %}` says that itself; for others it is what is between the text
 of the conversation so far with the template's opening for an answer, and the text with the answer.
 """
 
@@ -42,7 +42,7 @@ class ChatEncoder:
         self._encoder = tokenizer.encoder()
 
     def fingerprint(self) -> str:
-        """Of all that the result hangs on."""
+        """Fingerprint of everything the output depends on."""
         return hashlib.sha256(
             pickle.dumps((self._template, self._encoder, self._eod_id))
         ).hexdigest()
@@ -104,7 +104,7 @@ class ChatEncoder:
             answered = self._inner.apply_chat_template(messages[: i + 1], tokenize=False)
             if not answered.startswith(opened):
                 raise NotChat(
-                    f"message {i}: the chat template does not go on from its own opening for an answer"
+                    f"message {i}: the chat template does not continue its own opening of an answer"
                 )
             texts.append(answered)
             spans.append(

@@ -1,4 +1,4 @@
-"""The check of whole corpora: index, every token id, and checksums where they stand.
+"""The check of whole corpora: index, every token id, and checksums where there are any.
 
 It reads each file once and remembers what it found, by path, sizes and times, in the user's cache folder
 (`$XDG_CACHE_HOME/megalite` or `~/.cache/megalite`): the range of ids, so that another vocabulary needs no
@@ -57,7 +57,7 @@ def checksum_lines(files: dict[Path, Path]) -> str:
 
 
 def write_checksums(prefix: str | Path) -> None:
-    """Write `prefix.sha256` for a corpus that stands."""
+    """Write `prefix.sha256` for an existing corpus."""
     partial = Path(f"{prefix}.sha256.partial")
     partial.write_text(checksum_lines({path: path for path in files_of(prefix)}))
     os.replace(partial, checksum_file(prefix))
@@ -88,7 +88,7 @@ def unknown_id_of(corpus: IndexedCorpus, vocabulary_size: int) -> DataError:
 
 
 def _read_checksums(corpus: IndexedCorpus) -> dict[str, str]:
-    """File name -> checksum; empty where the file does not stand."""
+    """File name -> checksum; empty where there is no such file."""
     path = checksum_file(corpus.prefix)
     try:
         rows = [line.split() for line in path.read_text().splitlines()]

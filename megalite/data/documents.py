@@ -2,7 +2,7 @@
 
 Two halves, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
 whole lines without looking into them (`read_chunks`); any process makes documents of a chunk (`parse`).
-A chunk knows the place where the next one begins, which is all that is needed to go on after a kill.
+A chunk knows the place where the next one begins, which is all that is needed to resume after a kill.
 Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut, and a line or
 paragraph that does not end within a limit is refused.
 """
@@ -36,6 +36,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".txt": "txt",
+    ".md": "txt",
     ".parquet": "parquet",
 }
 _GAP = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")  # blank lines
@@ -114,7 +115,7 @@ def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
     """The documents of a chunk in order, and what is none; blank lines are neither."""
     data, number = chunk.data, chunk.start.number
     if chunk.kind == "jsonl":
-        yield from (_text_of(found, text_key, row) for row, found in parse_objects(chunk))
+        yield from (text_of(found, text_key, row) for row, found in parse_objects(chunk))
     elif chunk.kind == "parquet":
         missing = f"{json.dumps(text_key)} holds no text"
         yield from (
@@ -167,7 +168,8 @@ def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
     return value if isinstance(value, dict) else Bad(number, "is no JSON object")
 
 
-def _text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
+def text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
+    """The text of a line's object; number: of the line."""
     if isinstance(found, Bad):
         return found
     if text_key not in found:

@@ -51,6 +51,17 @@ def marks_prefix(prefix: str | Path) -> str:
     return f"{prefix}.mask"
 
 
+def labels_prefix(prefix: str | Path) -> str:
+    """The prefix of the corpus that holds, token by token, the number of the label of the text of another. The names
+    of the labels are in `names_file`."""
+    return f"{prefix}.label"
+
+
+def names_file(prefix: str | Path) -> Path:
+    """The JSON file with the names of a corpus's labels, in the order of their numbers: {"classes": [...]}."""
+    return Path(f"{prefix}.label.json")
+
+
 def _opened(path: Path) -> tuple[FileIO, int]:
     """A file and its bytes. Raises DataError where it cannot be read or is empty."""
     try:
@@ -303,7 +314,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: Any, overwrite: bool = False) -> None:
-        """Raises DataError where a file of the prefix stands, unless `overwrite`."""
+        """Raises DataError where a file of the prefix exists, unless `overwrite`."""
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"tokens cannot be stored as {self.dtype}")
@@ -382,10 +393,10 @@ class IndexedWriter:
 
 
 def refuse_standing(prefix: str | Path) -> None:
-    """Raise DataError where `prefix.idx` or `prefix.bin` stands."""
+    """Raise DataError where `prefix.idx` or `prefix.bin` exists."""
     for path in files_of(prefix):
         if path.exists():
-            raise DataError(f"{path}: stands already: name another output or remove it")
+            raise DataError(f"{path}: already exists: name another output or remove it")
 
 
 def create(path: Path) -> BinaryIO:

@@ -1,5 +1,5 @@
-"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are asked for, and what stands in
-their place.
+"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are asked for, and what replaces
+them.
 
 All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
 are new in each epoch, and equal on every layout, for every micro-batch size and after a restart; evaluation numbers its
@@ -26,7 +26,7 @@ class Masking:
     def __init__(
         self, objective: Masked, mask_id: int, special_ids: list[int], ids: int, seed: int
     ) -> None:
-        """`special_ids` are never asked for, nor do they stand in another's place; `ids`: another is below this."""
+        """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
         self._others = np.setdiff1d(np.arange(ids), self._special)

@@ -3,7 +3,7 @@
 As megatron-core's GPTDataset builds it (`gpt_dataset.py`, `helpers.cpp`, 0.16.1), with NumPy's old generator
 `RandomState(seed)`: the document index (all sequences, once an epoch, shuffled over all epochs), the sample
 index (where in it each sample begins) and the shuffle index (the order of samples). A last epoch of which
-less than 80 % is needed is shuffled by itself. All hangs on the number of samples that the run was started
+less than 80 % is needed is shuffled by itself. All of it depends on the number of samples that the run was started
 for; tables and start grow with the corpus (`samples.py` has the order without tables). Megatron's compiled
 helper is not needed: what it builds is looked up here when it is asked for.
 """

@@ -1,4 +1,4 @@
-"""Where a run stands, as a value: what state.json holds beside weights and moments, and a run goes on from.
+"""The position of a run, as a value: what state.json holds beside weights and moments, and a run resumes from.
 
 Next: loop.py, which moves it.
 """

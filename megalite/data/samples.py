@@ -19,6 +19,10 @@ from megalite.errors import DataError
 Piece = tuple[int, int]  # tokens [start, stop) of a corpus
 
 
+BLOCK, KEPT_BLOCKS = 1024, 4
+"""Positions that are shuffled at once, and how many such blocks are kept."""
+
+
 class Samples(Protocol):
     """What a corpus offers to the loader: the pieces that each sample is made of, S + ahead tokens in all."""
 
@@ -79,16 +83,34 @@ class Shuffled:
         """`stream` tells corpora of one run apart: two of one size get different orders."""
         self.corpus, self._samples = samples.corpus, samples
         self._seed, self._stream = seed, stream
+        self._blocks: dict[int, np.ndarray] = {}
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """See Samples; any position from 0 on, at the same cost."""
+        blocks = positions // BLOCK
+        chosen = np.empty_like(positions)
+        for block in set(blocks.tolist()):
+            here = blocks == block
+            chosen[here] = self._block(block)[positions[here] - block * BLOCK]
+        return self._samples.pieces(chosen)
+
+    def _block(self, block: int) -> np.ndarray:
+        """The samples at positions [block · BLOCK, (block + 1) · BLOCK). A shuffle of a few positions costs as much as
+        one of a thousand, and a run asks for neighbours, so the newest blocks are kept."""
+        if block not in self._blocks:
+            if len(self._blocks) == KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[block] = self._shuffled(np.arange(block * BLOCK, (block + 1) * BLOCK))
+        return self._blocks[block]
+
+    def _shuffled(self, positions: np.ndarray) -> np.ndarray:
         size = self._samples.num_samples
         epochs, places = positions // size, positions % size
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             chosen[here] = permuted(places[here], size, mixed(self._seed, self._stream, epoch))
-        return self._samples.pieces(chosen)
+        return chosen
 
 
 def read_tokens(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) -> None:

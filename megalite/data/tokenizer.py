@@ -35,7 +35,7 @@ class Tokenizer(ABC):
     eod_id: int | None
     """The token that ends a document (Hugging Face's eos), where there is one."""
     mask_id: int | None
-    """The token that stands in a masked one's place, where there is one."""
+    """The token that replaces a masked one, where there is one."""
     cls_id: int | None
     sep_id: int | None
     """The tokens that begin and end a text for an encoder, where there are some."""

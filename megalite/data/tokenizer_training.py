@@ -67,11 +67,11 @@ def train_tokenizer(
     sentencepiece model itself.
 
     `max_sentences` lines at most are kept in memory, sampled evenly from all. Raises DataError for an
-    output that stands, an input that cannot be read, or a vocabulary that the text cannot fill.
+    output that exists, an input that cannot be read, or a vocabulary that the text cannot fill.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output}: stands already: name another output or remove it")
+        raise DataError(f"{output}: already exists: name another output or remove it")
     bad: list[str] = []
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:

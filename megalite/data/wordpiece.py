@@ -31,7 +31,7 @@ def train_wordpiece(
     lowercase: bool = False,
 ) -> None:
     """Train on the documents of `inputs` and write the folder `output`, which transformers and megalite load; special
-    tokens have the first ids. Raises DataError for an output that stands, an input that cannot be read, or a vocabulary
+    tokens have the first ids. Raises DataError for an output that exists, an input that cannot be read, or a vocabulary
     that the text cannot fill."""
     from transformers import PreTrainedTokenizerFast  # seconds to import
 

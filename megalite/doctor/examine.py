@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megalite.config import Config, check_model, load_config
+from megalite.config import Config, Parallel, check_model, load_config
 from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
@@ -28,7 +28,7 @@ PORT = 29500  # DeepSpeed's
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
-    parser = ArgumentParser("doctor.py", description="Look at the hosts of a run before it starts.")
+    parser = ArgumentParser(description="Look at the hosts of a run before it starts.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
     parser.add_argument(
         "--num_gpus",
@@ -89,7 +89,7 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     checkpoints = 0
     if config is not None:
         wanted["folders"] = [config.train.run_dir]
-        # Weights and two moments in fp32; one more stands while another is written.
+        # Weights and two moments in fp32; one more exists while another is written.
         checkpoints = (
             12 * read_spec(config.model).num_parameters * ((config.train.keep_checkpoints or 1) + 1)
         )
@@ -107,14 +107,17 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     if answered:
         yield from findings(answered, slots, options.master_port, checkpoints)
-    pipe, tensor = (config.parallel.pipe, config.parallel.tensor) if config is not None else (1, 1)
-    line = crossing_hosts([host for host, count in slots.items() for _ in range(count)], tensor)
+    parallel = Parallel.model_validate({}) if config is None else config.parallel
+    hosts = [host for host, count in slots.items() for _ in range(count)]
+    line = crossing_hosts(hosts, parallel.tensor)
     if line is not None:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
+    axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+    sizes = [str(size) for size in axes_sizes]
     program = Program(
-        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor)],
+        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,
     )  # fmt: skip
     signals = Signals()
@@ -164,7 +167,8 @@ def _paths(config_path: str | None, config: Config | None) -> list[str]:
     paths = [config_path]
     for source in [*config.data.train, *config.data.valid]:
         paths += [f"{source.path}.idx", f"{source.path}.bin"]
-    folders = [config.data.tokenizer, config.model if isinstance(config.model, str) else None]
+    model = config.document.megalite.model
+    folders = [config.data.tokenizer, model if isinstance(model, str) else None]
     paths += [
         str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
     ]

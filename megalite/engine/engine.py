@@ -13,11 +13,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
+from megalite.engine.router_bias import RouterBias
 from megalite.engine.zero import MOMENTS, ShardedOptimizer, moments_of
 from megalite.engine.zero3 import FullyShardedOptimizer
+from megalite.model.transformer import EXPERTS
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Shard, placed
@@ -27,17 +30,32 @@ class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
 
     _highest_gradients: int | None = None
+    router_bias: RouterBias | None = None
+    """Of a model with experts."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
         super().__init__(model=stage, mpu=grid, **kwargs)
-        self.global_norm = GlobalNorm(placement for _, placement in placed(stage))
+        self.global_norm = GlobalNorm((place for _, place in placed(stage)), grid.sizes)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm, grid.clock)
+            FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
             if self.optimizer.swap_optimizer:
                 self.make_moments(0)
+
+    def _configure_distributed_model(self, model: Any) -> None:
+        """DeepSpeed shards and reduces experts over groups of its own, which it makes with its own layers. Ours are put
+        where it reads them: with parameters marked (Stage.initialise) and a parameter group for them that is all of
+        its path for experts."""
+        expert, replica = self.grid.expert, self.grid.expert_replica
+        if any(place.has_own_replicas for _, place in placed(model)):
+            groups._EXPERT_PARALLEL_GROUP[EXPERTS] = expert.group
+            groups._EXPERT_PARALLEL_GROUP_RANKS[EXPERTS] = list(expert.ranks)
+            groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = replica.group
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERTS] = list(replica.ranks)
+            self.has_moe_layers = True
+        super()._configure_distributed_model(model)
 
     @property
     def stage(self) -> Any:
@@ -63,7 +81,7 @@ class Engine(DeepSpeedEngine):
         )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's scheduler goes on after a skipped step too: the learning rate is a function of the step."""
+        """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -85,6 +103,11 @@ class Engine(DeepSpeedEngine):
         chosen = super()._do_optimizer_sanity_check(basic_optimizer)
         return "zero_optimization" if self.zero_optimization() else chosen
 
+    def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
+        """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
+        if self.grid.replica.size > 1:
+            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
+
     def clip_fp32_gradients(self) -> None:
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
         gradients go, and optimizers leave alone what has none."""
@@ -94,9 +117,7 @@ class Engine(DeepSpeedEngine):
         gradients = [
             (place, value.grad) for value, place in placed(stage) if value.grad is not None
         ]
-        norm = self.global_norm(
-            gradients, torch.device(self.device or "cpu"), copies=self.grid.data.size
-        )
+        norm = self.global_norm(gradients, torch.device(self.device or "cpu"), replicated=True)
         self._global_grad_norm = norm.float()
         if not math.isfinite(norm.item()):  # in main memory
             for value, _ in placed(stage):
@@ -197,7 +218,7 @@ class Engine(DeepSpeedEngine):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients stand between the first backward and the update."""
+        now, each storage once. Gradients exist between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.parallel.layers import Placement
+from megalite.topology.axes import Sizes
 
 Judge = Callable[[float, float], bool]
 """(loss, norm) -> whether the update may happen; must say the same on every rank. The norm still has the loss scale."""
@@ -39,37 +40,44 @@ def squares(values: Tensor) -> Tensor:
     return total
 
 
+ONE = Sizes()
+
+
 class GlobalNorm:
     """L2 norm of the gradients of the whole model. Made once: a collective agrees on the list of names.
 
     loss: this rank's part of the step's loss, None: 0; judge: asked at each call; riders: asked for this rank's numbers
     that go with the message, as many on every rank. After a call `heard` has their sums over all ranks, and
-    `overflowed` tells whether it was the gradient alone that was not finite.
+    `overflowed` tells whether it was the gradient alone that was not finite, `accepted` whether the update happens.
     """
 
-    def __init__(self, placements: Iterable[Placement]) -> None:
-        mine = sorted({placement.name for placement in placements})
-        everyone: list[list[str]] = [mine]
+    def __init__(self, placements: Iterable[Placement], sizes: Sizes = ONE) -> None:
+        """sizes: of the grid."""
+        mine = {place.name: sizes.along(place.replicas) for place in placements}
+        everyone: list[dict[str, int]] = [mine]
         if dist.is_initialized():
-            everyone = [[] for _ in range(dist.get_world_size())]
+            everyone = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, mine)
-        names = sorted({name for names in everyone for name in names})
-        self.row = {name: row for row, name in enumerate(names)}
+        copies = {name: count for named in everyone for name, count in named.items()}
+        self.row = {name: row for row, name in enumerate(sorted(copies))}
+        self.most_copies = max(copies.values())
+        by_row = [self.most_copies / copies[name] for name in self.row]
+        self._times = torch.tensor(by_row, dtype=torch.float64)
         self.loss: Tensor | None = None
         self.judge: Judge | None = None
         self.riders: Callable[[], Sequence[float]] = tuple
         self.heard: list[float] = []
-        self.overflowed = False
+        self.overflowed, self.accepted = False, True
         self._own = self._all = torch.zeros(0)
 
     def __call__(
-        self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, copies: int
+        self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, replicated: bool
     ) -> Tensor:
         """The norm as an fp64 scalar in main memory, so that what is asked of it later waits for no device; NaN or
         infinite where a gradient is, and NaN where the judge refuses the update (collective over the world).
 
-        pieces: this rank's gradients with their parameters' places, each any part of the slice. copies: how
-        many ranks of the data axis pass the same pieces (1 under ZeRO, where each passes its own).
+        pieces: this rank's gradients with their parameters' places, each any part of the slice. replicated:
+        whether all ranks that hold copies of a slice pass the same pieces (ZeRO-0) or each its own (ZeRO).
         """
         rows, riders = len(self.row), torch.tensor(self.riders(), dtype=torch.float64)
         sums = torch.zeros(rows + 1 + len(riders), dtype=torch.float64, device=device)
@@ -85,11 +93,19 @@ class GlobalNorm:
         if dist.is_initialized():
             dist.all_reduce(sums)
         self._all = sums[:rows]
-        told = torch.cat([(self._all.sum() / copies).sqrt().unsqueeze(0), sums[rows:]])
+        total = self._all.sum()
+        if replicated:  # an expert's slice has fewer copies than others
+            if self._times.device != device:
+                self._times = self._times.to(device)
+            total = (self._all * self._times).sum() / self.most_copies
+        told = torch.cat([total.sqrt().unsqueeze(0), sums[rows:]])
         norm, loss, *self.heard = told.tolist()
-        found = ctypes.c_float(norm).value  # DeepSpeed goes on with fp32, where it may be infinite
+        found = ctypes.c_float(
+            norm
+        ).value  # DeepSpeed continues with fp32, where it may be infinite
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)
         accepted = self.judge is None or self.judge(loss, found)
+        self.accepted = accepted and math.isfinite(found)
         return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
 
     def not_finite(self, own: bool = False) -> list[str]:

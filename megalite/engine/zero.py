@@ -125,7 +125,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """Called by DeepSpeed's step; the scale is that of the loss."""
         self.sum_tied_gradients()
-        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), replicated=False)
         return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:

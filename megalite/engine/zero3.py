@@ -13,17 +13,15 @@ from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
-from megalite.parallel.clock import Clock
+from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.layers import Placement, Shard
 
 
 class _TimedCoordinator(PartitionedParameterCoordinator):
     """ZeRO-3's gathering of weights, on the clock as waiting for others."""
 
-    clock: Clock
-
     def fetch_sub_module(self, *args: Any, **kwargs: Any) -> None:
-        with self.clock.waiting():
+        with RANK_CLOCK.waiting():
             super().fetch_sub_module(*args, **kwargs)
 
 
@@ -37,15 +35,13 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
     optimizer_swapper: Any
 
     @classmethod
-    def adopt(
-        cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm, clock: Clock
-    ) -> None:
+    def adopt(cls, optimizer: DeepSpeedZeroOptimizer_Stage3, norm: GlobalNorm) -> None:
         """Turns DeepSpeed's optimizer into ours, in place."""
         optimizer.__class__ = cls
         assert isinstance(optimizer, FullyShardedOptimizer)
         optimizer.global_norm = norm
         coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
-        coordinator.__class__, coordinator.clock = _TimedCoordinator, clock
+        coordinator.__class__ = _TimedCoordinator
         for partition in optimizer.fp32_partitioned_groups_flat:
             partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does without
 
@@ -75,7 +71,7 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 
     def _get_norm_groups(self) -> list[Tensor]:
         """Called by DeepSpeed's step, which takes the root of the sum of squares: of one, ours."""
-        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), copies=1)
+        norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), replicated=False)
         return [torch.where(norm.isfinite(), norm, INVALID_NORM).float()]
 
     def shards(self) -> Iterator[Shard]:

@@ -20,7 +20,6 @@ from megalite.config.sections import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
-from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 
 FAULTS = "faults.jsonl"
@@ -77,7 +76,7 @@ class Health:
         self.position, self.fault, self.scale = position, None, self.engine.current_loss_scale
 
     def take_loss(self, part: Tensor) -> None:
-        """This rank's part of the step's mean loss, once all gradients stand."""
+        """This rank's part of the step's mean loss, once all gradients are there."""
         first = self.engine.grid.tensor.is_first  # its ranks have the same
         self.engine.global_norm.loss = part if first else None
 
@@ -164,7 +163,7 @@ class Health:
             self.file.append(f"{json.dumps({'step': step, **asdict(fault)})}\n".encode())
         if fault.action == "stop":
             raise TrainingError(f"{line}: nothing of this step is saved")
-        return f"{line}: {({'skip': 'skipped', 'rewind': 'goes back', 'warn': 'goes on'})[fault.action]}"
+        return f"{line}: {({'skip': 'skipped', 'rewind': 'going back', 'warn': 'continues'})[fault.action]}"
 
     def _watch_first_gradient(self, module: Any, inputs: Any, output: Tensor) -> None:
         """What backward leaves at the embedding goes to nobody; it tells of all that came before it."""
@@ -208,9 +207,7 @@ class Health:
         return min(found, default=None)
 
     def _rank(self, rank: int) -> str:
-        grid = self.engine.grid
-        at = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
-        return f"rank {rank} on {self.hosts[rank]} (pipe {at.pipe.rank}, data {at.data.rank}, tensor {at.tensor.rank})"
+        return f"rank {rank} on {self.hosts[rank]} ({self.engine.grid.sizes.told(rank)})"
 
     def _gather(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.engine.grid.world_size
@@ -219,13 +216,13 @@ class Health:
 
 
 def loss_scale_state(engine: Engine) -> dict[str, Any] | None:
-    """Of the dynamic scaler, to go on from exactly."""
+    """Of the dynamic scaler, to resume from exactly."""
     scaler = engine.dynamic_scaler
     return None if scaler is None else {name: getattr(scaler, name) for name in SCALER_STATE}
 
 
 def restore_loss_scale(engine: Engine, state: dict[str, Any] | None) -> None:
-    """Does nothing where the run or the state has none: another precision may go on from any checkpoint."""
+    """Does nothing where the run or the state has none: another precision may resume from any checkpoint."""
     if engine.dynamic_scaler is not None and state is not None:
         for name in SCALER_STATE:
             setattr(engine.dynamic_scaler, name, state[name])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megalite.config.sections import Faults
 from megalite.engine.engine import Engine
 from megalite.model.spec import TransformerSpec
+from megalite.parallel.clock import RANK_CLOCK
 
 
 class Pace:
@@ -30,27 +31,28 @@ class Pace:
     ) -> None:
         """counted: about which share of the tokens the head's product is made for."""
         self.faults, self.engine, self.hosts = faults, engine, hosts
-        self.clock = engine.grid.clock
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
-        head = counted * spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
-        layers = sum(
-            len(stage.cut.layers[chunk]) for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
-        )
-        self.work = float(layers * spec.block_parameters + head)
+        head = counted * spec.head_weights if stage.head is not None else 0
+        layers = [
+            layer
+            for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
+            for layer in stage.cut.layers[chunk]
+        ]
+        self.work = float(sum(spec.layer_parameters(layer, used=True) for layer in layers) + head)
         self.slow: dict[int, list[str]] = {}
 
     def begin(self, step: int) -> None:
         """Before a step: starts the clock where the step is one to be measured."""
         interval = self.faults.pace_interval
-        self.clock.on = interval > 0 and step % interval == 0
+        RANK_CLOCK.on = interval > 0 and step % interval == 0
 
     def end(self, step: int) -> tuple[dict[str, Any], list[str]]:
         """After it: fields of the step's row, and lines for the log (collective at the steps that are measured)."""
-        if not self.clock.on:
+        if not RANK_CLOCK.on:
             return {}, []
-        self.clock.on = False
-        own = torch.tensor([self.clock.take(), self.work], dtype=torch.float64, device=self.device)
+        RANK_CLOCK.on = False
+        own = torch.tensor([RANK_CLOCK.take(), self.work], dtype=torch.float64, device=self.device)
         everyone = [torch.empty_like(own) for _ in range(self.engine.grid.world_size)]
         dist.all_gather(everyone, own)
         return self.judge(step, *torch.stack(everyone).t().tolist())

@@ -1,4 +1,4 @@
-"""A run that cannot go on says why: a limit of time for each part of a run, and what each rank was doing.
+"""A run that hangs says why: a limit of time for each part of a run, and what each rank was doing.
 
 A thread on each rank. Where a part takes longer than its limit, or a rank fails (a peer's death shows as an error of
 gloo or NCCL), every live rank writes a file into the run's `faults/START/`: a line of where it is and whom it waits
@@ -175,7 +175,7 @@ class Watchdog:
             print_line(
                 RuntimeError(f"rank {self.rank}: {self._where()}: {cause}; no report: {error}")
             )
-        # A neighbour that was stopped could not hear the launcher's SIGTERM: it goes on, and ends by itself.
+        # A neighbour that was stopped could not hear the launcher's SIGTERM: it continues, and ends by itself.
         self._signal_neighbours(signal.SIGCONT)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -234,7 +234,7 @@ class Watchdog:
             for rank, (_, _, where) in enumerate(parts)
         ]
         path = self.folder / SUMMARY
-        # One that was stopped and goes on comes late: the first summary stands.
+        # One that was stopped and continues comes late: the first summary is kept.
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             file.write("\n".join([head, *lines, ""]))
             print_line(RuntimeError(f"{head}: {path} and the stacks beside it tell more"))

@@ -10,10 +10,10 @@ from pathlib import Path
 @contextlib.contextmanager
 def appearing(target: str | Path, error: type[Exception]) -> Iterator[Path]:
     """Gives the path to make and fill; it takes the target's name at the end of the `with` block, and leaves no
-    trace where that ends by an exception. `error` is raised where the target stands already."""
+    trace where that ends by an exception. `error` is raised where the target already exists."""
     target = Path(target)
     if target.exists() or target.is_symlink():
-        raise error(f"{target}: stands already: must be a new folder: nothing is written over")
+        raise error(f"{target}: already exists: choose a new folder; nothing is overwritten")
     partial = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ class Answers:
         sampling: Sampling,
         stops: Sequence[str],
     ) -> list[str]:
-        """The text that goes on from each prompt's ids, up to the first of `stops`."""
+        """The text that continues each prompt's ids, up to the first of `stops`."""
         generator, ends = (
             Generator(self.stage, self.grid, self.batch_size),
             ends_at(self.tokenizer, stops),

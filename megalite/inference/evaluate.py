@@ -14,16 +14,19 @@ from torch import Tensor
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
+from megalite.parallel.rows import Rows
 from megalite.pipeline.forwards import Forwards
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean over tokens, in nats; tokens: those that counted."""
+    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; counts [N²]:
+    of a classifier, of each label how many texts were given each."""
 
     loss: float
     tokens: int
+    counts: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -33,24 +36,35 @@ class Score:
 
 @torch.inference_mode()
 def evaluate(
-    stage: Stage, grid: Grid, samples: Samples, count: int, sequence_length: int, micro: int = 8
+    stage: Stage,
+    grid: Grid,
+    samples: Samples,
+    count: int,
+    sequence_length: int,
+    micro: int = 8,
+    by_heads: bool = False,
 ) -> Score:
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
-    micro: samples that a data rank passes through the stages together.
+    micro: samples that a data rank passes through the stages together; by_heads: as of Rows.
     """
     stage.eval()
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
+    rows = Rows.along(grid.context, sequence_length, by_heads)
     micro = min(micro, -(-count // data.size))
-    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of losses, of tokens
+    # Of losses, of tokens, and a classifier's counts.
+    numbers_summed = 2 + len(stage.spec.labels) ** 2
+    sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
     ready: dict[int, MicroBatch] = {}
 
     def numbers() -> Iterator[int]:
         """A few samples at a time: a corpus is read as it is needed."""
         for first in range(0, count, micro * data.size):
             part = min(micro * data.size, count - first)
-            (ready[first],) = micro_batches(samples, first, part, micro, data, weight.device)
+            (ready[first],) = micro_batches(
+                samples, first, part, micro, data, weight.device, rows=rows
+            )
             yield first
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
@@ -59,13 +73,14 @@ def evaluate(
             tokens if hidden is None else hidden, labels if axis.is_last else None, context
         )
         if axis.is_last:
-            sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
+            scores, counted = output.double().reshape(-1), (labels != IGNORED).sum().double()
+            sums.add_(torch.cat([scores[:1], counted.reshape(1), scores[1:]]))
         return output
 
-    shape = (micro, sequence_length, stage.spec.hidden_size)
+    shape = stage.hidden_shape(micro, sequence_length)
     Forwards(axis, weight.dtype, weight.device).run(numbers(), forward, lambda number: shape)
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
-    loss, tokens = sums.tolist()
-    return Score(loss / tokens if tokens else math.nan, round(tokens))
+    loss, tokens, *counts = sums.tolist()
+    return Score(loss / tokens if tokens else math.nan, round(tokens), tuple(counts))

@@ -1,4 +1,4 @@
-"""`launcher/generate.py`: from the command line to a JSON line for each prompt on standard output.
+"""`launcher/generate.py`: from the command line to a JSON line for each text on standard output.
 
 deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" megalite.parallel.tensor=4
 """
@@ -6,34 +6,88 @@ deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" 
 import argparse
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megalite.data.tokenizer import Tokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.prepare import (
     Prepared,
     check_decoder,
-    check_ids,
     load_stage,
     model_parser,
     prepare_model,
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inputs import read_text, reading
+from megalite.inference.texts import check_ids, continuation, prompt_ids
+from megalite.inputs import parse_json, read_text, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
+
+STANDARD_INPUT = "-"
 
 
 def generate_main(arguments: list[str]) -> int:
-    """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order."""
-    parser = model_parser(
-        "generate.py", "Continue prompts on any layout of the pipe and tensor axes."
-    )
+    """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
+    a prompt's come one after another, each with its number as `sample`."""
+    options = _parser().parse_args(arguments)
+    from megalite.inference.beams import Beams
+    from megalite.inference.sampling import Sampling
+
+    def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
+        with reading(options.checkpoint, CheckpointError):
+            prepared = prepare_model(options, place().world_size)
+            check_decoder(prepared, "generation")
+            tokenizer = tokenizer_for(options, prepared)
+            sampling = Sampling(
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.seed,
+                options.repetition_penalty,
+                options.min_p,
+            )
+            if options.samples > 1 and sampling.temperature == 0.0:
+                rule = "needs --temperature above 0: 0 makes them all alike"
+                raise ConfigError(f"--samples: {options.samples}: {rule}")
+            beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+            if beams is not None:
+                _check_beams(options)
+            # Standard input is rank 0's alone; the others hear of it below.
+            prompts = _prompts(options) if place().rank == 0 else []
+            ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
+        return prepared, tokenizer, prompts, ids, (sampling, beams)
+
+    here, (prepared, tokenizer, prompts, ids, choice) = start_ranks(prepare)
+    try:
+        prompts, ids = _told_by_rank_0((prompts, ids))
+        texts = _generate(prepared, tokenizer, ids, choice, options)
+        if here.rank == 0:
+            for number, prompt in enumerate(prompts):
+                for sample, text in enumerate(texts[number :: len(prompts)]):
+                    numbered = {"sample": sample} if options.samples > 1 else {}
+                    line = {"prompt": prompt, **numbered, "text": text}
+                    print(json.dumps(line, ensure_ascii=False), flush=True)
+    finally:
+        stop_ranks()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = model_parser("Continue prompts on any layout of the pipe and tensor axes.")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--prompt", help="one prompt")
-    given.add_argument("--prompts", metavar="FILE", help="a prompt a line")
+    given.add_argument(
+        "--prompt", help="one prompt, which may hold newlines; - reads it from standard input"
+    )
+    given.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; of a .jsonl file the `prompt` of each line, which may hold newlines",
+    )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
+    parser.add_argument(
+        "--samples", type=at_least(1), default=1, metavar="N", help="texts for each prompt"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0: always the likeliest token"
     )
@@ -41,7 +95,24 @@ def generate_main(arguments: list[str]) -> int:
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the likeliest with this probability"
     )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample only from tokens at least this likely, as a share of the likeliest's probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens that the text holds become less likely",
+    )
     parser.add_argument("--seed", type=at_least(0), default=1234)
+    parser.add_argument(
+        "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
+    )
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
     parser.add_argument(
         "--batch-size",
         type=at_least(1),
@@ -57,44 +128,48 @@ def generate_main(arguments: list[str]) -> int:
     parser.add_argument(
         "--stream", action="store_true", help="show tokens on standard error as they come"
     )
-    options = parser.parse_args(arguments)
-    from megalite.inference.sampling import Sampling
+    return parser
 
-    def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
-        with reading(options.checkpoint, CheckpointError):
-            prepared = prepare_model(options, place().world_size)
-            check_decoder(prepared, "generation")
-            tokenizer, prompts = tokenizer_for(options, prepared), _prompts(options)
-            sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-            ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
-        return prepared, tokenizer, prompts, ids, sampling
 
-    here, (prepared, tokenizer, prompts, ids, sampling) = start_ranks(prepare)
-    try:
-        texts = _generate(prepared, tokenizer, ids, sampling, options)
-        if here.rank == 0:
-            for prompt, text in zip(prompts, texts, strict=True):
-                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
-    finally:
-        stop_ranks()
-    return 0
+def _check_beams(options: argparse.Namespace) -> None:
+    """ConfigError for what a beam search has no use for."""
+    for option, is_given in (
+        ("--temperature", options.temperature > 0),
+        ("--repetition-penalty", options.repetition_penalty != 1.0),
+        ("--stream", options.stream),
+    ):
+        if is_given:
+            raise ConfigError(f"{option}: not with --beams")
+
+
+def _told_by_rank_0(value: Any) -> Any:
+    """What rank 0 has, on every rank (collective)."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _generate(
     prepared: Prepared,
     tokenizer: Tokenizer,
-    ids: list[list[int]],
-    sampling: Any,
+    prompts: list[list[int]],
+    choice: Any,
     options: argparse.Namespace,
 ) -> list[str]:
-    """The texts of all prompts, on every rank."""
+    """The texts of all prompts, on every rank: the first sample of each, then the second of each, … choice: Sampling,
+    and Beams or None."""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
+    ids = (
+        prompts * options.samples
+    )  # chance differs by a text's number; sample 0 is as without others
     stage, grid = load_stage(prepared, options.dtype)
     stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
 
     def text_of(number: int, tokens: Sequence[int]) -> str:
-        return cut_at(_continuation(tokenizer, ids[number], tokens, stop_ids), options.stop)
+        return cut_at(continuation(tokenizer, ids[number], tokens, stop_ids), options.stop)
 
     told: list[int] = []
     written: list[str] = []
@@ -108,33 +183,48 @@ def _generate(
 
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
-    ends = ends_at(tokenizer, options.stop)
+    ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
+    on_token = show if shown else None
     found = generate_all(
-        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None
+        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
     )
+    texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:
-        print(file=sys.stderr, flush=True)
-    return [text_of(number, tokens) for number, tokens in enumerate(found)]
-
-
-def _continuation(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Collection[int] = ()
-) -> str:
-    """The text that tokens add to a prompt's: decoded together, since a token's text hangs on its neighbours."""
-    kept = [token for token in tokens if token not in stop]
-    start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)
+        print(texts[0][len("".join(written)) :], file=sys.stderr, flush=True)
+    return texts
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompt == STANDARD_INPUT:
+        return [_standard_input()]
     if options.prompt is not None:
         return [options.prompt]
     if options.prompts is None:
         raise ConfigError("--prompt: missing: give it or --prompts FILE")
-    lines = read_text(options.prompts).splitlines()
-    if not any(lines):
+    lines = [line for line in read_text(options.prompts).splitlines() if line]
+    if not lines:
         raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
-    return [line for line in lines if line]
+    if not options.prompts.endswith(".jsonl"):
+        return lines
+    return [_prompt_of(line, f"{options.prompts}:{i}") for i, line in enumerate(lines, 1)]
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt: -: is not UTF-8 (byte {error.start})") from None
+    if not text:
+        raise ConfigError("--prompt: -: standard input is empty: must hold the prompt")
+    return text
+
+
+def _prompt_of(line: str, where: str) -> str:
+    value = parse_json(line, where)
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f'{where}: must be an object with a text as its "prompt"')
+    return prompt
 
 
 def _encoded(
@@ -144,17 +234,6 @@ def _encoded(
 
     with reading("--prompt"):
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    check_ids(prepared, ids)
+    check_ids(prepared.spec, ids)
     check_lengths(prepared.spec, ids, max_new_tokens)
-    return ids
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
-    text, where it puts one."""
-    ids = tokenizer.encode(prompt)
-    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
-        first = tokenizer.inner(prompt)["input_ids"][:1]
-        if first == [tokenizer.bos_id] and ids[:1] != first:
-            return first + ids
     return ids

@@ -20,7 +20,7 @@ LARGEST = 1000  # labels; each line is scored with every one
 @dataclass(frozen=True)
 class Labelled:
     """Lines to classify. names: the labels, in order; truth: of each line the number of its label; rows: each line
-    with each label, labels innermost, marked where the label stands."""
+    with each label, labels innermost, marked where the label is."""
 
     names: list[str]
     truth: list[int]

@@ -32,7 +32,7 @@ def likelihoods(
     """Of each row's marked tokens, each given all before it; the same on every rank (collective over the world).
 
     A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the
-    stages together; logits of all their positions stand in memory.
+    stages together; logits of all their positions are held in memory.
     """
     stage.eval()
     axis, weight = grid.pipe, next(stage.parameters())

@@ -3,12 +3,12 @@ checks, and this rank's stage with its weights. Next: generate_program.py, evalu
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megalite.config import Parallel
+from megalite.config.context_rules import check_context_keys
 from megalite.config.reading import apply_overrides
 from megalite.config.rules import check_layout, data_axis_size
 from megalite.config.section import nearest, parse, unknown
@@ -22,6 +22,7 @@ from megalite.ranks.launch import ArgumentParser
 
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
+CONTEXT = {"context", "context_attention"}  # and those of passes over samples of one length
 
 
 @dataclass
@@ -37,9 +38,9 @@ class Prepared:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def model_parser(name: str, about: str) -> argparse.ArgumentParser:
+def model_parser(about: str) -> argparse.ArgumentParser:
     """The arguments that both programs take."""
-    parser = ArgumentParser(name, description=about)
+    parser = ArgumentParser(description=about)
     parser.add_argument(
         "--checkpoint", required=True, help="a run folder, a checkpoint or a Hugging Face folder"
     )
@@ -55,10 +56,13 @@ def model_parser(name: str, about: str) -> argparse.ArgumentParser:
 
 
 def prepare_model(
-    options: argparse.Namespace, world_size: int, sections: tuple[str, ...] = ()
+    options: argparse.Namespace,
+    world_size: int,
+    sections: tuple[str, ...] = (),
+    whole_samples: bool = False,
 ) -> Prepared:
     """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
-    name beside `parallel`."""
+    name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
     folder = resolve_weights(options.checkpoint)
     weights = open_weights(folder)
     spec = read_spec(weights.model)
@@ -69,11 +73,14 @@ def prepare_model(
     for key in document["megalite"].keys() - {"parallel", *sections}:
         raise unknown(f"megalite.{key}", nearest(f"megalite.{key}", allowed))
     axes = document["megalite"].pop("parallel")
-    for key in axes.keys() & (Parallel.model_fields.keys() - AXES):
+    taken = AXES | CONTEXT if whole_samples else AXES
+    for key in axes.keys() & (Parallel.model_fields.keys() - taken):
+        use = "training and evaluate.py --data" if key in CONTEXT else "training"
         raise ConfigError(
-            f"megalite.parallel.{key}: {axes[key]}: is for training; must be left out here"
+            f"megalite.parallel.{key}: {axes[key]}: is for {use}; must be left out here"
         )
     parallel = parse(Parallel, axes, "megalite.parallel")
+    check_context_keys(parallel)
     data_axis_size(parallel, world_size)
     check_layout(parallel, spec)
     return Prepared(
@@ -82,7 +89,10 @@ def prepare_model(
 
 
 def check_decoder(prepared: Prepared, use: str) -> None:
-    """ConfigError where an encoder is asked for what needs a decoder."""
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model."""
+    if prepared.spec.classifier is not None:
+        rule = f"is a classifier of texts: {use} needs a model of language"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
     if not prepared.spec.causal:
         model = f"a {prepared.spec.family} model is an encoder"
         raise ConfigError(
@@ -97,15 +107,20 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from megalite.checkpoint.weights import load_module
+    from megalite.engine.router_bias import set_router_bias
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut
 
-    grid = Grid.build(prepared.parallel.pipe, prepared.parallel.tensor)
+    parallel = prepared.parallel
+    grid = Grid.build(parallel.pipe, parallel.tensor, parallel.context)
     stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()
-    return stage.to(device=accelerator.current_device_name(), dtype=getattr(torch, dtype)), grid
+    device = accelerator.current_device_name()
+    stage = stage.to(device=device, dtype=getattr(torch, dtype))
+    set_router_bias(stage, prepared.state, torch.device(device))
+    return stage, grid
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
@@ -116,15 +131,6 @@ def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
             f"--tokenizer: missing: {prepared.folder} does not say which tokenizer it was trained with"
         )
     return load_tokenizer(folder)
-
-
-def check_ids(prepared: Prepared, rows: Iterable[Sequence[int]]) -> None:
-    """ConfigError where a tokenizer gives ids that the model does not have."""
-    highest = max((max(row, default=0) for row in rows), default=0)
-    if highest >= prepared.spec.vocabulary_size:
-        raise ConfigError(
-            f"--tokenizer: gives id {highest}: must be below the model's vocab_size {prepared.spec.vocabulary_size}"
-        )
 
 
 def stop_ids_for(prepared: Prepared, tokenizer: Tokenizer) -> frozenset[int]:

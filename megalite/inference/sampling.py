@@ -1,16 +1,20 @@
 """The choice of the next token from logits that the tensor axis splits; the same token on every layout.
 
 B rows, V vocabulary, t size of the tensor axis. A greedy choice crosses the axis as two numbers a row, top-k as k
-candidates a rank; only sampling from the whole vocabulary gathers it. Chance is a function of (seed, prompt,
-place in the text), so it hangs neither on the layout nor on which prompts share a batch. Next: generate.py.
+candidates a rank; only sampling from the whole vocabulary, or a repetition penalty, gathers it. Chance is a function of
+(seed, prompt, place in the text), so it depends neither on the layout nor on which prompts share a batch. The penalty
+and min-p are transformers' own logits processors, on what was gathered: the same numbers on every rank.
+Next: generate.py.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from megalite.errors import ConfigError
 from megalite.parallel.collectives import gather_over
@@ -24,12 +28,18 @@ class Sampling:
 
     temperature: logits are divided by it; 0 takes the likeliest. top_k: of the k likeliest; None: of all. top_p: of
     the fewest likeliest that together have this probability (arXiv 1904.09751). seed: of the choices.
+    repetition_penalty: logits of tokens that the prompt or the text holds are divided by it where they are positive
+    and multiplied by it elsewhere (arXiv 1909.05858); 1 does nothing. min_p: only tokens at least this likely, as a
+    share of the likeliest's probability (arXiv 2407.01082); 0 allows all. They apply in transformers' order:
+    repetition penalty, temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 1234
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -38,9 +48,17 @@ class Sampling:
             raise ConfigError(f"--top-k: {self.top_k}: must be at least 1")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p: {self.top_p}: must be above 0 and at most 1")
-        if self.temperature == 0.0 and (self.top_k is not None or self.top_p < 1.0):
+        if not 0.0 < self.repetition_penalty < float("inf"):
             raise ConfigError(
-                "--temperature: 0: must be above 0 with --top-k or --top-p: 0 takes the likeliest token"
+                f"--repetition-penalty: {self.repetition_penalty}: must be a number above 0"
+            )
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(f"--min-p: {self.min_p}: must be from 0 to 1")
+        if self.temperature == 0.0 and (
+            self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0
+        ):
+            raise ConfigError(
+                "--temperature: 0: must be above 0 with --top-k, --top-p or --min-p: 0 takes the likeliest token"
             )
 
 
@@ -50,13 +68,17 @@ def choose(
     axis: Axis,
     sampling: Sampling,
     places: Sequence[tuple[int, int]],
+    held: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """The next token of each row, int64 [B], the same on every rank of the axis (collective over it).
 
-    logits [B, V / t]; places: of each row its prompt's number and the place of the new token in its text.
+    logits [B, V / t]; places: of each row its prompt's number and the place of the new token in its text; held: with a
+    repetition penalty, the tokens of each row's prompt and text so far.
     """
     start, _ = share(vocabulary_size, axis)
     logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = _penalised(logits, vocabulary_size, axis, sampling.repetition_penalty, held)
     if sampling.temperature == 0.0:
         column = logits.argmax(
             dim=-1, keepdim=True
@@ -70,8 +92,32 @@ def choose(
     chances = torch.tensor(
         [uniform(sampling.seed, *place) for place in places], dtype=torch.float64
     )
-    rank = _draw(scores, sampling.top_p, chances.to(scores.device))
+    rank = _draw(scores, sampling.top_p, sampling.min_p, chances.to(scores.device))
     return ids.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+
+
+def _penalised(
+    logits: Tensor, vocabulary_size: int, axis: Axis, penalty: float, held: Sequence[Sequence[int]]
+) -> Tensor:
+    """This rank's logits [B, V / t] after the penalty on each row's tokens (collective over the axis)."""
+    start, stop = share(vocabulary_size, axis)
+    longest = max(map(len, held))
+    # A row is filled with its own last token: a token that occurs twice is penalised once.
+    rows = [[*row, *([row[-1]] * (longest - len(row)))] for row in held]
+    whole = _whole(logits, vocabulary_size, axis)
+    ids = torch.tensor(rows, dtype=torch.int64, device=logits.device)  # [B, longest]
+    penalise: Any = RepetitionPenaltyLogitsProcessor(float(penalty))
+    return penalise(ids, whole)[:, start:stop]
+
+
+def _whole(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
+    """Every rank's share [B, V / t] side by side: [B, V], in the order of the vocabulary."""
+    largest_share = -(-vocabulary_size // axis.size)
+    padded = torch.nn.functional.pad(logits, (0, largest_share - logits.shape[-1]))
+    parts = gather_over(padded, axis)
+    shares = [share(vocabulary_size, replace(axis, rank=rank)) for rank in range(axis.size)]
+    pairs = zip(parts, shares, strict=True)
+    return torch.cat([part[:, : stop - start] for part, (start, stop) in pairs], dim=-1)
 
 
 def _candidates(
@@ -93,17 +139,30 @@ def _candidates(
     return ordered[:, :count], ids.gather(-1, order)[:, :count]
 
 
-def _draw(scores: Tensor, top_p: float, chances: Tensor) -> Tensor:
+def likeliest(
+    scores: Tensor, vocabulary_size: int, axis: Axis, count: int
+) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of scores [B, V / t] of all ranks, or all where there are fewer, likeliest first, of
+    equal ones the lower id: scores and ids [B, count], the same on every rank (collective over the axis)."""
+    start, _ = share(vocabulary_size, axis)
+    return _candidates(scores, start, vocabulary_size, axis, min(count, vocabulary_size))
+
+
+def _draw(scores: Tensor, top_p: float, min_p: float, chances: Tensor) -> Tensor:
     """The candidate of each row, by number, that its chance in [0, 1) falls on. scores [B, k], likeliest first."""
     probabilities = scores.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
+    refused = before >= top_p  # the likeliest always stays
+    if min_p > 0.0:
+        warp: Any = MinPLogitsWarper(float(min_p))
+        refused |= warp(None, scores.masked_fill(refused, -torch.inf)) == -torch.inf
+    probabilities = probabilities.masked_fill(refused, 0.0)
     sums = probabilities.cumsum(dim=-1)
     target = chances * sums[:, -1]
     return (sums <= target.unsqueeze(-1)).sum(dim=-1).clamp(max=scores.shape[-1] - 1)
 
 
 def uniform(seed: int, prompt: int, place: int) -> float:
-    """A number in [0, 1) for a place in the text that goes on from a prompt."""
+    """A number in [0, 1) for a place in the text that continues a prompt."""
     digest = hashlib.sha256(f"{seed}/{prompt}/{place}".encode()).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

@@ -6,6 +6,7 @@ read after a later step has synchronised anyway. Not a profiler: `on` is set for
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +15,16 @@ import torch
 
 
 class Clock:
-    """One a rank. `computing` goes around work of its own, `waiting` around collectives and messages within it."""
+    """`computing` goes around work of this rank's own, `waiting` around collectives and messages within it."""
 
     def __init__(self) -> None:
         self.on = False
-        self.by_events = torch.accelerator.is_available()
         self._depth = 0
         self._spans: list[tuple[int, Any, Any]] = []
+
+    @functools.cached_property
+    def by_events(self) -> bool:
+        return torch.accelerator.is_available()
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         return self._span(1) if self.on else _NOTHING
@@ -55,3 +59,6 @@ class Clock:
 
 
 _NOTHING = contextlib.nullcontext()
+
+RANK_CLOCK = Clock()
+"""This process's: a process is one rank, and what it computes and waits for is one figure."""

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.grid import ALONE, Axis
 
 
 def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
     """Sums `tensor` in place over the axis; without autograd."""
     if axis.size > 1:
-        with axis.clock.waiting():
+        with RANK_CLOCK.waiting():
             dist.all_reduce(tensor, group=axis.group)
     return tensor
 
@@ -27,7 +28,7 @@ def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
 def max_over(tensor: Tensor, axis: Axis) -> Tensor:
     """Maximum in place over the axis; without autograd."""
     if axis.size > 1:
-        with axis.clock.waiting():
+        with RANK_CLOCK.waiting():
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
     return tensor
 
@@ -78,7 +79,7 @@ def leave(partial: Tensor, axis: Axis) -> Tensor:
 def _gather(part: Tensor, axis: Axis) -> Tensor:
     """[B, S / t, …] of every rank, as [B, S, …]; without autograd."""
     parts = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
-    with axis.clock.waiting():
+    with RANK_CLOCK.waiting():
         dist.all_gather_into_tensor(parts, part.contiguous(), group=axis.group)
     return parts.unflatten(0, (axis.size, -1)).transpose(0, 1).flatten(1, 2)
 
@@ -87,7 +88,7 @@ def _scatter(whole: Tensor, axis: Axis) -> Tensor:
     """Sums [B, S, …] over the ranks and keeps this rank's [B, S / t, …]; without autograd."""
     parts = whole.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous().flatten(0, 1)
     part = whole.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
-    with axis.clock.waiting():
+    with RANK_CLOCK.waiting():
         dist.reduce_scatter_tensor(part, parts, group=axis.group)
     return part
 

@@ -1,18 +1,11 @@
-"""The grid of ranks: three named axes and the process groups along them.
+"""The grid of ranks: where this rank is on each named axis, and the process groups along them.
 
-Not the model and not the engine: a rank learns here where it stands and whom it talks to. Next: collectives.py.
-
-Ranks are numbered with `pipe` outermost and `tensor` innermost, so that the tensor axis, which talks most,
-stays within a node. A world of 8 with pipe 2 × data 2 × tensor 2:
-
-    pipe 0:  data 0: ranks 0 1     data 1: ranks 2 3
-    pipe 1:  data 0: ranks 4 5     data 1: ranks 6 7
-
-Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data group (5, 7), its pipe group (1, 5).
+Not the model and not the engine: a rank learns here whom it talks to. How ranks are numbered, and which groups there
+are, is topology/axes.py's. Next: collectives.py.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,17 +13,17 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.sections import DEFAULT_TIMEOUT
-from megalite.parallel.clock import Clock
+from megalite.topology.axes import PLANES, Sizes
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One line of the grid through this rank.
+    """One group of the grid that holds this rank.
 
-    size: number of ranks on it; rank: this rank's place on it; ranks: their global ranks, in order;
+    size: number of ranks in it; rank: this rank's place in it; ranks: their global ranks, in order;
     group: the process group, None where nothing is distributed (size 1); back: of the pipe axis, a second group of the
     same ranks, for messages to a lower place (`towards`); runs: shorter axes that cut this one in runs of neighbours
-    of equal length, each the one through this rank; clock: knows what waiting for them costs.
+    of equal length, each the one that holds this rank; name: as in topology/axes.py.
     """
 
     size: int
@@ -39,12 +32,12 @@ class Axis:
     group: Any
     runs: tuple["Axis", ...] = ()
     back: Any = None
-    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
+    name: str = ""
 
     def run(self, size: int) -> "Axis":
         """The run of `size` neighbours, a divisor of the axis's size, that holds this rank."""
         if size == 1:
-            return Axis(1, 0, (self.ranks[self.rank],), None)
+            return Axis(1, 0, (self.ranks[self.rank],), None, name=self.name)
         return next(axis for axis in (self, *self.runs) if axis.size == size)
 
     def towards(self, source: int, target: int) -> Any:
@@ -67,61 +60,58 @@ ALONE = Axis(1, 0, (0,), None)
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank stands. `model` is the plane pipe × tensor, one whole copy of the model; `ends` are the
-    first and the last stage of this pipe line (they share tied embeddings), empty of meaning in between."""
+    """This rank's groups, by the names of topology/axes.py; `ends`: the first and last stage of this pipeline, which
+    share a tied embedding, and this rank alone on middle stages."""
 
     pipe: Axis = ALONE
     data: Axis = ALONE
+    context: Axis = ALONE
     tensor: Axis = ALONE
+    expert: Axis = ALONE
+    replica: Axis = ALONE
+    expert_replica: Axis = ALONE
     model: Axis = ALONE
     ends: Axis = ALONE
     world_size: int = 1
     rank: int = 0
-    clock: Clock = field(default_factory=Clock, compare=False, repr=False)
+    sizes: Sizes = Sizes()
 
     @classmethod
-    def build(cls, pipe: int, tensor: int, timeout: timedelta = DEFAULT_TIMEOUT) -> "Grid":
+    def build(
+        cls,
+        pipe: int,
+        tensor: int,
+        context: int = 1,
+        expert: int = 1,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> "Grid":
         """Makes every group, in the same order on all ranks (collective over the world); on GPUs connects them too.
 
-        The data axis is what is left of the world; sizes that do not divide it are a caller's mistake, which
-        the config's rules have refused before. timeout: of a collective.
+        The data axis is what is left of the world. timeout: of a collective.
         """
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        data = world_size // (pipe * tensor)
-        assert pipe * data * tensor == world_size, (pipe, data, tensor, world_size)
-
-        def at(p: int, d: int, t: int) -> int:
-            return (p * data + d) * tensor + t
-
-        pipes = range(pipe)
-        lines = {
-            "pipe": [[at(p, d, t) for p in pipes] for d in range(data) for t in range(tensor)],
-            "data": [[at(p, d, t) for d in range(data)] for p in pipes for t in range(tensor)],
-            "tensor": [[at(p, d, t) for t in range(tensor)] for p in pipes for d in range(data)],
-            "model": [[at(p, d, t) for p in pipes for t in range(tensor)] for d in range(data)],
-            "ends": [
-                sorted({at(0, d, t), at(pipe - 1, d, t)})
-                for d in range(data)
-                for t in range(tensor)
-            ],
-        }
-        clock, (device, backend) = Clock(), backend_of_axes(dist.get_backend_config())
-
-        def through(groups: Iterable[list[int]]) -> Axis:
-            return _axis_through(rank, groups, clock, backend, timeout)
-
-        axes = {name: through(groups) for name, groups in lines.items()}
-        runs = [
-            [line[i : i + size] for line in lines["tensor"] for i in range(0, tensor, size)]
-            for size in range(2, tensor)
-            if tensor % size == 0
-        ]
-        axes["pipe"] = replace(axes["pipe"], back=through(lines["pipe"]).group)
-        axes["tensor"] = replace(axes["tensor"], runs=tuple(through(groups) for groups in runs))
-        grid = cls(**axes, world_size=world_size, rank=rank, clock=clock)
+        rank = dist.get_rank()
+        sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
+        device, backend = backend_of_axes(dist.get_backend_config())
+        makes = _Groups(rank, backend, timeout)
+        axes = {name: makes.axis(name, sizes.groups(name)) for name in PLANES}
+        axes["ends"] = makes.axis("ends", sizes.ends())
+        back = makes.group(sizes.groups("pipe"), again=True)
+        axes["pipe"] = replace(axes["pipe"], back=back)
+        divisors = [size for size in range(2, tensor) if tensor % size == 0]
+        runs = tuple(makes.axis("tensor", sizes.runs("tensor", size)) for size in divisors)
+        axes["tensor"] = replace(axes["tensor"], runs=runs)
+        grid = cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
         if device != "cpu":
             grid.connect(torch.device(device))
         return grid
+
+    def axes(self) -> Iterator[Axis]:
+        """Every axis of several ranks, runs too, in one order on all ranks; those of equal groups once."""
+        seen = set()
+        for axis in (*(getattr(self, name) for name in PLANES), self.ends, *self.tensor.runs):
+            if axis.size > 1 and axis.group not in seen:
+                seen.add(axis.group)
+                yield axis
 
     def connect(self, device: torch.device) -> None:
         """One message on everything that NCCL makes a communicator for, in one order on all ranks (collective).
@@ -132,9 +122,8 @@ class Grid:
         """
         word = torch.zeros(1, device=device)
         dist.all_reduce(word)
-        for axis in (self.pipe, self.data, self.tensor, self.model, self.ends, *self.tensor.runs):
-            if axis.size > 1:
-                dist.all_reduce(word, group=axis.group)
+        for axis in self.axes():
+            dist.all_reduce(word, group=axis.group)
         pipe = self.pipe
         for here in range(pipe.size if pipe.size > 1 else 0):
             there = (
@@ -147,22 +136,23 @@ class Grid:
                     dist.recv(word, pipe.ranks[source], group=pipe.towards(source, target))
 
     @classmethod
-    def at(cls, rank: int, pipe: int, data: int, tensor: int) -> "Grid":
-        """Where a rank stands, to reckon with: without groups, and without an initialised world."""
+    def at(
+        cls, rank: int, pipe: int, data: int, tensor: int, context: int = 1, expert: int = 1
+    ) -> "Grid":
+        """Where a rank is, to reckon with: without groups, and without an initialised world."""
+        sizes = Sizes(pipe, data, context, tensor, expert)
 
-        def axis(size: int, place: int) -> Axis:
-            runs = tuple(Axis(n, place % n, (), None) for n in range(2, size) if size % n == 0)
-            return Axis(size, place, tuple(range(size)), None, runs)
+        def axis(name: str) -> Axis:
+            size, place = sizes.along(name), sizes.place(rank, name)
+            divisors = [n for n in range(2, size) if size % n == 0]
+            runs = tuple(Axis(n, place % n, (), None, name=name) for n in divisors)
+            return Axis(size, place, tuple(range(size)), None, runs, name=name)
 
-        return cls(
-            pipe=axis(pipe, rank // (data * tensor)),
-            data=axis(data, rank // tensor % data),
-            tensor=axis(tensor, rank % tensor),
-            world_size=pipe * data * tensor,
-            rank=rank,
-        )
+        axes = {name: axis(name) for name in PLANES}
+        return cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
 
-    # What DeepSpeed asks of an "mpu". Its "model parallel" group is our plane pipe × tensor.
+    # What DeepSpeed asks of an "mpu". Its "model parallel" group is our plane pipe × tensor, its data-parallel group
+    # all that hold copies of a weight.
     def get_model_parallel_rank(self) -> int:
         return self.model.rank
 
@@ -173,13 +163,15 @@ class Grid:
         return self.model.group
 
     def get_data_parallel_rank(self) -> int:
-        return self.data.rank
+        return self.replica.rank
 
     def get_data_parallel_world_size(self) -> int:
+        """Ranks that share out a batch's samples: DeepSpeed holds train_batch_size against it (runtime/config.py:602).
+        Averages and shards go by the size of the group, which the context axis is part of."""
         return self.data.size
 
     def get_data_parallel_group(self) -> Any:
-        return self.data.group
+        return self.replica.group
 
     def get_tensor_model_parallel_rank(self) -> int:
         return self.tensor.rank
@@ -200,14 +192,30 @@ def backend_of_axes(config: str) -> tuple[str, str]:
     return next((device, backend) for device, backend in backends.items() if device != "cpu")
 
 
-def _axis_through(
-    rank: int, lines: Iterable[list[int]], clock: Clock, backend: str, timeout: timedelta
-) -> Axis:
-    """Makes a group for every line and returns the one through `rank`. A rank that is on none (a middle
-    stage has no `ends`) gets an axis of its own."""
-    mine = Axis(1, 0, (rank,), None, clock=clock)
-    for ranks in lines:
-        group = dist.new_group(ranks, timeout, backend)
-        if rank in ranks:
-            mine = Axis(len(ranks), ranks.index(rank), tuple(ranks), group, clock=clock)
-    return mine
+class _Groups:
+    """Makes process groups; equal groups of two names (`data` and `replica` without a context axis) are one."""
+
+    def __init__(self, rank: int, backend: str, timeout: timedelta) -> None:
+        self.rank, self.backend, self.timeout = rank, backend, timeout
+        self.made: dict[tuple[int, ...], Any] = {}
+
+    def axis(self, name: str, lines: list[list[int]]) -> Axis:
+        """The axis of this rank, of a group for each line. A rank that is on none (a middle stage has no `ends`) gets
+        an axis of its own."""
+        self.group(lines)
+        mine = next((line for line in lines if self.rank in line), [self.rank])
+        group = self.made.get(tuple(mine))
+        return Axis(len(mine), mine.index(self.rank), tuple(mine), group, name=name)
+
+    def group(self, lines: list[list[int]], again: bool = False) -> Any:
+        """This rank's group of these. again: new ones, though there are groups of the same ranks."""
+        found = None
+        for line in lines:
+            key = tuple(line)
+            if again or key not in self.made:
+                group = dist.new_group(line, self.timeout, self.backend)
+                if again:
+                    found = group if self.rank in line else found
+                else:
+                    self.made[key] = group
+        return found

@@ -1,8 +1,8 @@
 """Parameters that know their place, and the layers made of them: column, row and vocabulary, which
 the tensor axis splits, and one that is whole.
 
-A parameter says once how it is split: its full name, full shape, the dim that the tensor axis cuts and its
-range there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
+A parameter says once how it is split: its full name, full shape, and for each axis that cuts it the dim and its range
+there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
 one fact, a `Placement`, at `parameter.placement`. A layer's modules are made with local names; `name_parameters`
 gives the full ones. Next: loss.py.
 """
@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,49 +23,75 @@ from megalite.parallel.deferred import later
 from megalite.parallel.grid import Axis
 
 
+class AxisCut(NamedTuple):
+    """One axis's cut of a tensor: this rank has [start, stop) of `dim`, one of `parts` ranges."""
+
+    axis: str
+    dim: int
+    start: int
+    stop: int
+    parts: int
+
+
 @dataclass
 class Placement:
-    """Where a parameter of this rank stands in the full tensor.
+    """Which slice of the full tensor a parameter of this rank is.
 
-    full_shape: of the unsplit tensor; dim: the one that the tensor axis cuts, None where it is whole;
-    start, stop: this rank's half-open range of that dim; std: of the normal that it starts from, None for ones
-    (`fill` 1) and zeros (`fill` 0); counted: whether this rank's copy is the one that counts in sums over the
-    model plane (the gradient norm) and that checkpoints take; name: full, the same on every layout.
+    full_shape: of the unsplit tensor; cuts: by the axes that split it, each another dim, none where it is whole;
+    std: of the normal that it starts from, None for ones (`fill` 1) and zeros (`fill` 0); counted: whether this
+    rank's copy is the one that counts in sums over the model plane (the gradient norm) and that checkpoints take;
+    name: full, the same on every layout; replicas: the group of the grid (topology/axes.py) whose ranks hold copies
+    of the slice, over which ZeRO shards it; drawn_apart: whether each index of the first dim (an expert) is drawn by
+    itself, so that a rank need not draw those of others.
     """
 
     full_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    stop: int
+    cuts: tuple[AxisCut, ...]
     std: float | None
     fill: float
     counted: bool
     name: str = ""
+    replicas: str = "replica"
+    drawn_apart: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """First index of the slice in each dim of the full tensor."""
-        return tuple(self.start if dim == self.dim else 0 for dim in range(len(self.full_shape)))
+        starts = {cut.dim: cut.start for cut in self.cuts}
+        return tuple(starts.get(dim, 0) for dim in range(len(self.full_shape)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the slice."""
-        return tuple(
-            self.stop - self.start if d == self.dim else n for d, n in enumerate(self.full_shape)
-        )
+        sizes = {cut.dim: cut.stop - cut.start for cut in self.cuts}
+        return tuple(sizes.get(dim, size) for dim, size in enumerate(self.full_shape))
 
-    def cut(self, full: Tensor) -> Tensor:
-        """This rank's slice (a view) of the full tensor."""
-        return (
-            full if self.dim is None else full.narrow(self.dim, self.start, self.stop - self.start)
-        )
+    @property
+    def uneven(self) -> bool:
+        """Whether ranks have slices of different sizes."""
+        return any(self.full_shape[cut.dim] % cut.parts for cut in self.cuts)
+
+    def cut(self, full: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
+        """This rank's slice (a view) of the full tensor. skip: dims that are not cut."""
+        for _, dim, start, stop, _ in self.cuts:
+            if dim not in skip:
+                full = full.narrow(dim, start, stop - start)
+        return full
+
+    def is_cut_by(self, axis: str) -> bool:
+        return any(cut.axis == axis for cut in self.cuts)
+
+    @property
+    def has_own_replicas(self) -> bool:
+        """Whether fewer ranks than usual hold copies of the slice: it is an expert's, and there is an expert axis."""
+        return any(cut.axis == "expert" and cut.parts > 1 for cut in self.cuts)
 
 
 @dataclass
 class Shard:
     """What a rank holds of one parameter's master and moments: a flat range of its slice.
 
-    placement: where the slice stands in the full tensor; start: the range's first element in the slice; master [n]
+    placement: where the slice is in the full tensor; start: the range's first element in the slice; master [n]
     fp32 and state: views of live memory, so that writing to them sets them.
     """
 
@@ -99,9 +126,28 @@ def parameter(
     unit: int = 1,
 ) -> nn.Parameter:
     """An empty parameter with this rank's slice of `shape`; `initialise` gives it values."""
-    start, stop = share(shape[dim], axis, unit) if dim is not None else (0, 0)
-    copies = axis if dim is None else holders(shape[dim], axis, unit)
-    placement = Placement(shape, dim, start, stop, std, fill, counted=copies.is_first)
+    cuts, copies = (), axis
+    if dim is not None:
+        cuts = (AxisCut("tensor", dim, *share(shape[dim], axis, unit), axis.size),)
+        copies = holders(shape[dim], axis, unit)
+    placement = Placement(shape, cuts, std, fill, counted=copies.is_first)
+    result = nn.Parameter(torch.empty(placement.shape))
+    result.placement = placement  # type: ignore[attr-defined]
+    return result
+
+
+def expert_parameter(
+    shape: tuple[int, int, int], dim: int, tensor: Axis, expert: Axis, std: float
+) -> nn.Parameter:
+    """An empty parameter of all experts, `shape` [E, out, in]: the expert axis splits the first dim, the tensor axis
+    `dim`."""
+    cuts = (
+        AxisCut("expert", 0, *share(shape[0], expert), expert.size),
+        AxisCut("tensor", dim, *share(shape[dim], tensor), tensor.size),
+    )
+    placement = Placement(
+        shape, cuts, std, 0.0, counted=True, replicas="expert_replica", drawn_apart=True
+    )
     result = nn.Parameter(torch.empty(placement.shape))
     result.placement = placement  # type: ignore[attr-defined]
     return result
@@ -120,23 +166,33 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model.
+    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model; of
+    experts as a function of (seed, full name, expert).
 
-    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor is the most that
-    stands in memory beside the slices.
+    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor, or one expert's matrix,
+    is the most that is held in memory beside the slices.
     """
     for value, placement in placed(module):
         with torch.no_grad():
             if placement.std is None:
                 value.fill_(placement.fill)
-                continue
-            digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(
-                int.from_bytes(digest[:8], "little", signed=True)
-            )
-            full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
-            full.normal_(0.0, placement.std, generator=generator)
-            value.copy_(placement.cut(full))
+            elif placement.drawn_apart:
+                for index, part in enumerate(value, start=placement.offsets[0]):
+                    full = drawn(
+                        f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std
+                    )
+                    part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
+            else:
+                full = drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
+                value.copy_(placement.cut(full))
+
+
+def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Normal numbers as a function of the key, fp32 on the CPU."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    full = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return full.normal_(0.0, std, generator=generator)
 
 
 class ColumnLinear(nn.Module):

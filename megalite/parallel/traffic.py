@@ -27,26 +27,22 @@ _SHARES: dict[str, tuple[int, Callable[[int], float]]] = {
     "reduce_scatter_": (1, lambda n: (n - 1) / n),
     "_reduce_scatter_base_": (1, lambda n: (n - 1) / n),
     "reduce_scatter_tensor_coalesced_": (1, lambda n: (n - 1) / n),
+    "alltoall_base_": (1, lambda n: (n - 1) / n),  # where all parts are as large
     "send": (0, lambda n: 1.0),
 }
 
 
 class Traffic(TorchDispatchMode):
-    """`with Traffic(grid) as traffic: …`, then `traffic.bytes["data"]`. Keys: pipe, data, tensor, ends (both copies
-    of a tied embedding), other (the whole world). Ring algorithms are assumed for collectives."""
+    """`with Traffic(grid) as traffic: …`, then `traffic.bytes["data"]`. Keys: the names of the grid's
+    axes, ends among them (both copies of a tied embedding), and other (the whole world). Ring algorithms are assumed
+    for collectives."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        axes = {"pipe": grid.pipe, "data": grid.data, "tensor": grid.tensor, "ends": grid.ends}
-        self._axis_of = {
-            axis.group.group_name: name for name, axis in axes.items() if axis.group is not None
-        }
+        self._axis_of = {axis.group.group_name: axis.name for axis in grid.axes()}
         if grid.pipe.back is not None:
             self._axis_of[grid.pipe.back.group_name] = "pipe"
-        self._axis_of |= {
-            run.group.group_name: "tensor" for run in grid.tensor.runs if run.group is not None
-        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":

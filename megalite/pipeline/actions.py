@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.deferred import WeightGradients, collecting
 from megalite.parallel.grid import Axis
+from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
 from megalite.pipeline.plan import PipelinePlan
@@ -93,23 +95,25 @@ class Pipeline:
         steps = self.plan.steps(len(batches), self.axis.rank)
         self.interpreter.run(steps, step.perform, lambda value: self.shape)
         self.after = "reduction or update"
-        if before_update is not None:
-            before_update()
-        self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with RANK_TIMELINE.span("update", "reduction, norm, update"):
+            if before_update is not None:
+                before_update()
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.step()
         self.after = ""
         return self.loss
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank."""
-        total = torch.zeros((), device=self.engine.device)
+        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank; of a classifier with
+        its counts (model/classifier.py)."""
+        total = torch.zeros(self.engine.stage.score_shape, device=self.engine.device)
         last = self.plan.cut.last_chunk
 
         def forward(action: Action, source: Tensor | None) -> Tensor | None:
             tokens, labels, context = _parts(batches[action.micro_batch])
             inputs = tokens if source is None else source
-            with self.axis.clock.computing():
+            with RANK_CLOCK.computing():
                 output = self.engine(
                     inputs, labels if action.chunk == last else None, context, action.chunk
                 )
@@ -162,7 +166,7 @@ class _TrainingStep:
         waiting = WeightGradients() if (chunk, k) in self.halved else None
         # Not through the engine where backward is halved: its hooks on the output begin DeepSpeed's backward, in I.
         call = self.engine if waiting is None else self.engine.module
-        with collecting(waiting), self.pipeline.axis.clock.computing():
+        with collecting(waiting), RANK_CLOCK.computing():
             output = call(source, labels if chunk == self.last else None, context, chunk)
         if waiting is not None:
             self.waiting[chunk, k] = waiting

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.parallel.clock import Clock
+from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.mailbox import Mailbox
 from megalite.pipeline.program import Action, Value, gives, needs
 from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
@@ -57,7 +58,7 @@ class Interpreter:
                     self.action = action
                     needed = needs(action, self.last_chunk)
                     value = self._take(needed, made, received)
-                    with self.busy.computing():
+                    with self.busy.computing(), RANK_TIMELINE.span("action", action):
                         given = perform(action, value)
                     del value
                     if (key := gives(action, self.last_chunk)) is not None:
@@ -65,10 +66,13 @@ class Interpreter:
                         made[key] = given
                     del given
                 case Send(key, target):
-                    self.mailbox.send(key, made.pop(key), target)
+                    with RANK_TIMELINE.span("send", key):
+                        self.mailbox.send(key, made.pop(key), target)
                 case Wait(key):
-                    self.mailbox.wait(key)
-        self.mailbox.finish()
+                    with RANK_TIMELINE.span("sent", key):
+                        self.mailbox.wait(key)
+        with RANK_TIMELINE.span("sent", "all messages"):
+            self.mailbox.finish()
         assert not made, f"made and never used: {list(made)}"
 
     def _take(
@@ -78,7 +82,8 @@ class Interpreter:
             return None
         if value in received:
             received.remove(value)
-            return self.mailbox.take(value)
+            with RANK_TIMELINE.span("receive", value):
+                return self.mailbox.take(value)
         return made.pop(value)
 
     @property

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.grid import Axis
 
 
@@ -58,7 +59,7 @@ class Mailbox:
 
     def _wait(self, work: Any, rank: int) -> None:
         self.waits_for = rank
-        with self.axis.clock.waiting():
+        with RANK_CLOCK.waiting():
             work.wait()
         self.waits_for = None
 

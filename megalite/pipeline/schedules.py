@@ -144,7 +144,7 @@ class _Lister:
         for _ in range(len(self.kinds) * len(self.home) * self.m):
             waiting = [(plan[0], rank) for rank, plan in enumerate(plans) if plan is not None]
             if not waiting:
-                raise ProgramError("no rank can go on: too little room")
+                raise ProgramError("no rank can continue: too little room")
             rank = min(waiting)[1]
             start, kind, chunk = plans[rank]  # type: ignore[misc]
             self._place(rank, kind, chunk, start)
@@ -170,7 +170,7 @@ class _Lister:
         order, halves = self.order, "I" in self.ends
         forward, backward, weights = (self.ends.get(kind, []) for kind in "FIW")
         own, found = self.own[rank], []
-        # Room is left for one of each later chunk: else forwards of the first fill it and nothing can go on.
+        # Room is left for one of each later chunk: else forwards of the first fill it and nothing can continue.
         room = self.room - self.held[rank] - len(own)
         for number, chunk in enumerate(own):
             done = len(forward[chunk])

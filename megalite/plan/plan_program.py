@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 
 from megalite.config import Config, load_config
+from megalite.config.section import broken
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
@@ -23,7 +24,7 @@ from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
-LETTERS = {**dict(zip(PARTS, "PAMRTED", strict=True)), "update": "U", "bubble": "."}
+LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
     "gradients, D messages of the data axis, U update, . bubble"
@@ -77,6 +78,9 @@ def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
     """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
+    if config.parallel.context > 1:
+        rule = "must be 1: the planner does not know the times of that axis"
+        raise broken("megalite.parallel.context", config.parallel.context, rule)
     spec = read_spec(config.model)
     batch, resolved = config.document.train_batch_size, None
     try:

@@ -1,6 +1,6 @@
 """`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, beside a
-plain PyTorch loop with the same model. A layout may bring keys of its own, so that levers stand side by side:
-`--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`.
+plain PyTorch loop over transformers' model of the same shape. A layout may bring keys of its own, so that levers are
+compared too: `--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`.
 
 The plain loop is one process: on a machine without a GPU it has all cores, which a layout's ranks share; with GPUs it
 has one, and a layout one for each rank. It runs before and after the layouts, so that a drift of the machine shows.
@@ -17,16 +17,16 @@ from megalite.config import Config, load_config
 from megalite.data.loader import TrainData
 from megalite.engine.nvme import check_nvme
 from megalite.model.families import read_spec
-from megalite.parallel.grid import Grid
 from megalite.pipeline.plan import plan_of
-from megalite.plan.states import predicted_activations
+from megalite.plan.states import place_of, predicted_activations
 from megalite.prove.layouts import Layout, base_batch, config_of
 from megalite.ranks.launch import ArgumentParser, at_least
 from megalite.ranks.local import check_room, run_local_ranks
+from megalite.topology.axes import TOLD
 
 RANK_MODULE = "megalite.prove.benchmark_rank"
 MEGABYTE = 1e6
-AXES = ("pipe", "data", "tensor", "ends", "other")
+AXES = (*TOLD, "replica", "ends", "other")
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
@@ -101,8 +101,8 @@ class Case:
 
 def _kept_bytes(config: Config, rank: int) -> int:
     """What a rank keeps for backward, as plan/activations.py predicts it."""
-    grid = Grid.at(rank, config.parallel.pipe, config.data_size, config.parallel.tensor)
-    return predicted_activations(config, read_spec(config.model), grid).bytes
+    spec = read_spec(config.model)
+    return predicted_activations(config, spec, place_of(config, rank)).bytes
 
 
 def _simulated_bubble(config: Config) -> float:
@@ -163,6 +163,8 @@ def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
 def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:
     """A line a layout; memory and bytes of the rank that has most. kept: for backward, predicted."""
     width = max(map(len, [*rows, "layout"]))
+    crossed = {axis for ranks in rows.values() for rank in ranks for axis in rank["sent"]}
+    axes = [axis for axis in AXES if axis in crossed]
     columns = (
         "seconds",
         "tokens/s",
@@ -170,14 +172,14 @@ def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: i
         "states MB",
         "kept MB",
         "peak MB",
-        *(f"{axis} MB" for axis in AXES),
+        *(f"{axis} MB" for axis in axes),
     )
     lines = [f"{'layout':{width}}" + "".join(f"  {column:>9}" for column in columns)]
     for name, ranks in rows.items():
         seconds = step_seconds(ranks)
         bytes_held = [max(sum(rank[kind] for kind in STATES) for rank in ranks)]
         bytes_held += [max(rank[kind] for rank in ranks) for kind in ("kept_bytes", "peak_bytes")]
-        bytes_sent = [max(rank["sent"].get(axis, 0) for rank in ranks) for axis in AXES]
+        bytes_sent = [max(rank["sent"].get(axis, 0) for rank in ranks) for axis in axes]
         line = f"{name:{width}}  {seconds:9.4g}  {tokens / seconds:9,.0f}  {plain_seconds / seconds:9.3f}"
         lines.append(
             line + "".join(f"  {size / MEGABYTE:9.4g}" for size in (*bytes_held, *bytes_sent))

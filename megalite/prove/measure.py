@@ -1,4 +1,5 @@
-"""What a step costs on this rank: seconds, bytes held, bytes sent by axis; and the same of a plain PyTorch loop.
+"""What a step costs on this rank: seconds, bytes held, bytes sent by axis; and the same of a plain PyTorch loop over
+transformers' model.
 
 Next: benchmark.py, which prints both side by side.
 """
@@ -10,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.data.loader import TrainData
-from megalite.engine.build import build_stage
-from megalite.model.families import read_spec
-from megalite.model.parameter_groups import parameter_groups
-from megalite.parallel.grid import ALONE, Grid
+from megalite.hub.names import hf_auto_class
+from megalite.model.families import model_dict, read_spec
+from megalite.parallel.grid import ALONE
 from megalite.parallel.traffic import Traffic
 from megalite.plan.states import peak_bytes
 from megalite.prove.trace import Session
@@ -57,8 +58,8 @@ def _bubble(session: Session, step: int) -> float:
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
-    """The same model, batches and precision in a loop of torch alone, in one process: autocast for bf16, AdamW,
-    clip_grad_norm_."""
+    """transformers' model of the same shape, with the same batches and precision, as anybody would write it, in one
+    process: autocast for bf16, fused AdamW, clip_grad_norm_."""
     from deepspeed.accelerator import get_accelerator  # slow; only where a device must be chosen
 
     accelerator: Any = get_accelerator()
@@ -67,11 +68,18 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     )
     spec, optimizer = read_spec(config.model), config.document.optimizer
     assert optimizer is not None
-    stage = build_stage(config, spec, Grid()).to(device)
+    model = _plain_model(config).to(device)
     params = optimizer.params
-    groups = parameter_groups(stage, params.weight_decay)
+    matrices = [value for value in model.parameters() if value.dim() > 1]
+    others = [value for value in model.parameters() if value.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": params.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     b1, b2 = params.betas or (0.9, 0.999)
-    adam = torch.optim.AdamW(groups, lr=params.lr, betas=(b1, b2), eps=params.eps or 1e-8)
+    adam = torch.optim.AdamW(
+        groups, lr=params.lr, betas=(b1, b2), eps=params.eps or 1e-8, fused=True
+    )
     data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
     bf16 = config.precision == "bf16"
 
@@ -83,15 +91,37 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         )
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
+            mask = _document_mask(context.documents, spec.causal)
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                loss = stage(tokens, labels, context)
-            (loss / weight).backward()
+                logits = model(tokens, attention_mask=mask).logits
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            (losses / weight).backward()
         if config.gradient_clipping > 0:
-            nn.utils.clip_grad_norm_(stage.parameters(), config.gradient_clipping)
+            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)
         adam.step()
         adam.zero_grad()
 
     return {"seconds": _timed(one_step, steps), "peak_bytes": peak_bytes(device)}
+
+
+def _plain_model(config: Config) -> Any:
+    """transformers' model in fp32, training, with its own initial weights."""
+    from transformers import AutoConfig  # seconds to import
+
+    spec, keys = read_spec(config.model), model_dict(config.model)
+    hf_config = AutoConfig.for_model(**keys)
+    hf_class = hf_auto_class(spec)
+    return hf_class.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa").train()
+
+
+def _document_mask(documents: Tensor | None, causal: bool) -> Tensor | None:
+    """[B, 1, S, S], True where a token sees another; None where documents are not kept apart."""
+    if documents is None:
+        return None
+    mask = documents[:, None, :, None] == documents[:, None, None, :]
+    return mask.tril() if causal else mask
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> list[float]:

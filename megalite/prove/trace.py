@@ -31,7 +31,7 @@ from megalite.engine.zero import MOMENTS
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, micro_batches
+from megalite.training.batches import MicroBatch, micro_batches, rows_of
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
@@ -40,9 +40,9 @@ KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
 
 
 @functools.cache
-def _grid(pipe: int, tensor: int) -> Grid:
+def _grid(pipe: int, tensor: int, context: int, expert: int) -> Grid:
     """Made once in a process: every grid opens its own groups."""
-    return Grid.build(pipe, tensor)
+    return Grid.build(pipe, tensor, context, expert)
 
 
 @dataclass
@@ -58,8 +58,9 @@ class Session:
     @classmethod
     def build(cls, config: Config) -> "Session":
         """From a resolved config (collective over the world)."""
-        spec = read_spec(config.model)
-        engine = build_engine(config, spec, _grid(config.parallel.pipe, config.parallel.tensor))
+        spec, parallel = read_spec(config.model), config.parallel
+        grid = _grid(parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+        engine = build_engine(config, spec, grid)
         data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
         return cls(
             config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config)
@@ -75,11 +76,12 @@ class Session:
         config, axis = self.config, self.engine.grid.data
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
-        return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
+        micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
+        return micro_batches(self.data, start, size, micro, axis, device, draw, rows)
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on these (train_step); the host waits for the norm alone."""
-        return train_step(self.pipeline, self.engine.grid.data, batches)
+        return train_step(self.pipeline, self.engine.grid.replica, batches)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
@@ -93,15 +95,16 @@ class Session:
 
     def evaluate(self, step: int) -> float:
         """The mean loss of what a step would train on, as an evaluation of a run has it."""
-        loss, tokens = loss_and_tokens(self.pipeline, self.batches(step, training=False))
+        loss, tokens, *_ = loss_and_tokens(self.pipeline, self.batches(step, training=False))
         return (loss / tokens.clamp(min=1)).item()
 
     def resumed(self, step: int, run_dir: Path) -> "Session":
-        """Another session that goes on after `step` steps from a checkpoint that this one writes (collective)."""
+        """Another session that continues after `step` steps from a checkpoint that this one writes (collective)."""
         saver, grid = Saver(run_dir, keep=0), self.engine.grid
-        boxes = owned_boxes(self.engine.shards(), grid.data, replicated=self.config.zero_stage == 0)
+        boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
             **asdict(self.position(step)),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": self.config.train.seed,
             "model": model_dict(self.config.model),
         }
@@ -116,6 +119,13 @@ class Session:
 Plant = Callable[[Session, str, contextlib.ExitStack], None]
 """Makes a session wrong (mutants.py): called when it is "built" and when it has "resumed"; what it changes beyond the
 session is put back by the stack."""
+
+
+def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute until the stack is left."""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    stack.callback(setattr, owner, name, before)
 
 
 def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
@@ -142,7 +152,7 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
-    """Writes masters and moments; where each stands in its full tensor, by key."""
+    """Writes masters and moments; where each is in its full tensor, by key."""
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
     for shard in engine.shards():

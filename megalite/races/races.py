@@ -78,7 +78,7 @@ def _peer(
     race_: Race, folder: Path, name: str, module: str, ranks: int, threads: int = 1, **more: Any
 ) -> Contender:
     asked = peer_request(folder, race_.batch, race_.micro, race_.bf16, **more)
-    return Contender(name, f"megalite.prove.{module}", ranks, asked, threads)
+    return Contender(name, f"megalite.races.{module}", ranks, asked, threads)
 
 
 def _alone(race_: Race, folder: Path) -> list[Contender]:

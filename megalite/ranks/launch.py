@@ -176,7 +176,7 @@ def _slurm_local_size(env: Mapping[str, str]) -> int:
 def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
     """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
     or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
-    whether the same command then goes on where it was."""
+    whether the same command then continues where it was."""
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
@@ -223,6 +223,11 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     sys.exit(code)
 
 
+def program_name() -> str:
+    """What lines on standard error begin with: `pretrain.py`, or `megalite pretrain`."""
+    return os.path.basename(sys.argv[0])
+
+
 def print_line(error: Exception) -> None:
     """An error as one line on standard error, or a config's as one for each mistake; with MEGALITE_TRACEBACK=1 after
     where it was raised."""
@@ -234,7 +239,7 @@ def print_line(error: Exception) -> None:
             len(line) > _LINE_CHARACTERS
         ):  # a path or a value of thousands: what is said of it is at the end
             line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+        print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
 
 
 def start_ranks(

@@ -30,7 +30,7 @@ def read_hostfile(path: str) -> dict[str, int]:
             raise ConfigError(f"{path}: line {number}: {line!r}: {RULE}")
         name, slots = found[1], int(found[2])
         if name in hosts:
-            raise ConfigError(f"{path}: line {number}: {line!r}: {name} must stand once")
+            raise ConfigError(f"{path}: line {number}: {line!r}: {name} must be listed only once")
         hosts[name] = slots
     if not hosts:
         raise ConfigError(f"--hostfile: {path}: holds no host: a line {RULE}")

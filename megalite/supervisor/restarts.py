@@ -1,6 +1,7 @@
 """`launcher/run.py`: stock `deepspeed` with what it lacks: signals, exit codes, restarts, nothing left behind.
 
 python launcher/run.py --hostfile FILE --restarts 3 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
+megalite run --hostfile FILE --restarts 3 pretrain --deepspeed_config FILE [KEY=VALUE …]
 """
 
 import argparse
@@ -9,7 +10,7 @@ import signal
 import sys
 
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.launch import ArgumentParser, at_least, program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
     THIS,
@@ -26,6 +27,9 @@ from megalite.supervisor.remote import check_bare, secrets, variables
 
 _ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]*")
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+RANK_COMMANDS = ("pretrain", "generate", "evaluate")
+"""Commands of `megalite` that run on every rank."""
+_MODULE = ["--module", "--no_local_rank"]  # of deepspeed: the program is `python -m megalite`
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -58,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
-        "run.py", description="Start a program on ranks with deepspeed, and see to its end."
+        description="Start a program on ranks with deepspeed, and see to its end."
     )
     parser.add_argument(
         "-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh"
@@ -82,7 +86,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bind_core_list", metavar="A-B,…", help="deepspeed's")
     parser.add_argument("--log_level", choices=_LOG_LEVELS, help="deepspeed's")
     parser.add_argument("--enable_each_rank_log", metavar="FOLDER", help="deepspeed's")
-    parser.add_argument("program", help="launcher/pretrain.py, or another that runs on every rank")
+    parser.add_argument(
+        "program",
+        help=f"{', '.join(RANK_COMMANDS)}, or a script that runs on every rank",
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
     options = parser.parse_args(arguments)
     if options.hostfile is None and options.num_gpus is None:
@@ -147,6 +154,9 @@ class Supervisor:
         ):
             options += [] if given[name] is None else [f"--{name}", str(given[name])]
         words = [self.options.program, *self.options.arguments, *overrides]
+        if self.options.program in RANK_COMMANDS:
+            options += _MODULE
+            words = ["megalite", *words]
         return Program(
             options,
             words,
@@ -160,9 +170,9 @@ class Supervisor:
             hosts, overrides = ProgramConfig(self.options.arguments).fit(self.full, left)
         except ConfigError as error:
             raise StartsFailed(f"{why}; not on {', '.join(left)} alone: {error}") from error
-        _print(f"{why}; goes on with {sum(hosts.values())} ranks on {', '.join(hosts)}")
+        _print(f"{why}; continuing with {sum(hosts.values())} ranks on {', '.join(hosts)}")
         return hosts, overrides
 
 
 def _print(line: str) -> None:
-    print(f"run.py: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    print(f"{program_name()}: {' '.join(line.split())}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one object a line, floats with all their digits; TensorBoard's events from the same rows.
 
-A run that goes on, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
-stands twice. Each row of training carries the run's goodput: seconds of the steps that stand and were not skipped, over
-all seconds since the run's first start, which `first_start.json` remembers.
+A run that resumes, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
+appears twice. Each row of training carries the run's goodput: seconds of the steps that count and were not skipped,
+over all seconds since the run's first start, which `first_start.json` remembers.
 """
 
 import contextlib
@@ -17,12 +17,14 @@ from typing import Any
 
 from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.folder import write_durably
+from megalite.data.position import Position
 from megalite.training.events import Events
+from megalite.training.watchers import Row, Watcher
 
 FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 
 
-class MetricsFile:
+class MetricsFile(Watcher):
     """Appends rows to a run's metrics. Made by one rank only. tell: takes lines for the log, of a disk that is full."""
 
     def __init__(
@@ -38,12 +40,25 @@ class MetricsFile:
 
     def _open(self, first_step: int) -> None:
         run_dir = self.run_dir
-        self.useful_seconds = sum(map(_useful_seconds, _keep_until(self.path, first_step)))
+        kept, self.last_seen = _keep_until(self.path, first_step)
+        self.useful_seconds = sum(map(_useful_seconds, kept))
         self.first_start = _first_start(run_dir, self.useful_seconds)
         self.file = Appended(self.path, self.tell)
         self.events = (
             Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
         )
+
+    def after_step(self, row: Row) -> None:
+        """Writes the row."""
+        self.write(row)
+
+    def evaluated(self, row: Row) -> None:
+        """Writes the row."""
+        self.write(row)
+
+    def went_back(self, position: Position) -> None:
+        """Removes the rows of later steps."""
+        self.go_back(position.step)
 
     def go_back(self, step: int) -> None:
         """Removes the rows after `step`; further ones follow it."""
@@ -55,9 +70,8 @@ class MetricsFile:
         is not finite becomes null, since JSON has no other word for it."""
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
-            row["goodput"] = self.useful_seconds / max(
-                time.time() - self.first_start, self.useful_seconds
-            )
+            now = row["unix_seconds"] = time.time()
+            row["goodput"] = self.useful_seconds / max(now - self.first_start, self.useful_seconds)
         row = _finite(row)
         self.file.append(f"{json.dumps(row)}\n".encode())
         if self.events is not None:
@@ -106,16 +120,18 @@ def _first_start(run_dir: Path, useful_seconds: float) -> float:
         return first
 
 
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leaves in the file the rows up to `step`, whole lines only; returns them."""
+def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], float]:
+    """Leaves in the file the rows up to `step`, whole lines only; returns them, and the latest unix time of all rows
+    that were in it (0: none)."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return []
-    rows, lines = [], []
+        return [], 0.0
+    rows, lines, last_seen = [], [], 0.0
     for line in content.splitlines():
         try:
             row = json.loads(line)
+            last_seen = max(last_seen, row.get("unix_seconds", 0.0))
             if row["step"] <= step:
                 rows.append(row)
                 lines.append(line + b"\n")
@@ -126,4 +142,4 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
         os.truncate(path, len(kept))  # takes no room on a full disk
     else:
         write_durably(path, kept.decode())
-    return rows
+    return rows, last_seen

@@ -7,13 +7,13 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, read_state
 from megalite.checkpoint.folder import write_durably
-from megalite.config import Config, check_model, load_config
+from megalite.config import Classified, Config, check_model, load_config
 from megalite.config.reading import apply_overrides
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
@@ -26,6 +26,7 @@ from megalite.model.families import model_dict, read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
+from megalite.plan.balance import context_lines
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import plan_line, size_line
 from megalite.plan.states import told_lines
@@ -57,7 +58,8 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
-        print(plan_line(prepared.config), file=sys.stderr, flush=True)
+        if prepared.config.parallel.context == 1:  # whose times the planner knows
+            print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser("pretrain.py", description="Train a model on any layout.")
+    parser = ArgumentParser(description="Train a model on any layout.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is"
     )
@@ -192,7 +194,8 @@ def _check_run_dir(prepared: Prepared) -> None:
             continue  # damaged: the ranks will say so and take an older one
         return
     if not standing and config.train.load is not None:
-        check_fits(open_weights(resolve_weights(config.train.load)), prepared)
+        weights = open_weights(resolve_weights(config.train.load), config.data.classes)
+        check_fits(weights, prepared)
 
 
 def _make_run_dir(config: Config) -> None:
@@ -210,9 +213,18 @@ class _Other(CheckpointError):
 
 def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) -> None:
     """CheckpointError where a checkpoint is of another model, or a run's of another seed."""
-    theirs = read_spec(weights.model)
+    theirs, ours = read_spec(weights.model), prepared.spec
+    if ours.classifier is not None and theirs.classifier is None:
+        theirs = read_spec(Classified(weights.model, ours.labels))  # its head is drawn anew
+    if theirs.labels != ours.labels:
+        raise _Other(
+            f"megalite.data.objective.classes: {json.dumps(ours.labels)}: must be "
+            f"{json.dumps(theirs.labels)}, the labels of {weights.folder}"
+        )
     for field in fields(theirs):
-        was, now = getattr(theirs, field.name), getattr(prepared.spec, field.name)
+        was, now = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name == "classifier" and was is not None and now is not None:
+            was, now = (replace(head, dropout=0.0, dense_dropout=0.0) for head in (was, now))
         if was != now and field.name != "init_std" and not field.name.endswith("dropout"):
             raise _Other(
                 f"megalite.model: {field.name} {now}: must be {was}, as in {weights.folder}"
@@ -233,7 +245,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _remove_swap_folders(config: Config, here: Place) -> None:
-    """Those of a killed start; once it is known that no start of this run is going on (collective)."""
+    """Those of a killed start; once it is known that no other start of this run is alive (collective)."""
     import torch.distributed as dist
 
     if config.swap_folder is not None:
@@ -243,11 +255,12 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
 
 
 def _told(prepared: Prepared) -> str:
-    """What `auto` in the config became, the run's size, the table of what each rank will hold, and the pipeline's
-    schedule."""
+    """What `auto` in the config became, the run's size, the table of what each rank will hold, the pipeline's
+    schedule, and how evenly the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
-    return "\n".join([*config.notes, size_line(config, spec), *told_lines(config, spec), *plan])
+    lines = [*config.notes, size_line(config, spec), *told_lines(config, spec), *plan]
+    return "\n".join([*lines, *context_lines(config, spec)])
 
 
 def _write_config(config: Config) -> None:
@@ -273,11 +286,15 @@ def _train(prepared: Prepared, rank: int) -> int:
         be_deterministic()
     with Watchdog(run_dir, config.train.limits) as watchdog:
         grid = Grid.build(
-            config.parallel.pipe, config.parallel.tensor, config.train.limits.collective_timeout
+            config.parallel.pipe,
+            config.parallel.tensor,
+            config.parallel.context,
+            config.parallel.expert,
+            timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
-        start = starting_point(run_dir, config.train.load)
+        start = starting_point(run_dir, config.train.load, config.data.classes)
         if start.position.step >= config.train.steps:
             if rank == 0:
                 print(

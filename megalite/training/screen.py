@@ -1,59 +1,142 @@
-"""What a person sees of a run: a live line in a terminal, plain lines elsewhere. Rank 0 only."""
+"""What a person sees of a run: two live lines and a table that grows in a terminal, plain lines elsewhere. Rank 0 only.
+
+    step 120/200 ━━━━━━━━━━━━━━━━━━╸        0:03:12 left  12,345 tok/s  MFU 41 %
+    loss 2.3456  norm 0.534  lr 1.00e-03  1.20 GiB
+
+The bar takes what width is left, so that 60 columns are enough.
+"""
 
 import contextlib
+import math
 import sys
-from typing import Any
+import time
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from megalite.data.position import Position
+from megalite.training.watchers import Row, Watcher
+
+KEPT_ROWS = 20  # about as many rows of a run stay in a terminal
+LEAST_BAR = 4  # columns
+REDRAW_SECONDS = 0.2
+HEADER = f"{'step':>9}  {'loss':>8}  {'norm':>8}  {'lr':>9}  {'tok/s':>9}  {'MFU':>5}"
 
 
-class Screen:
-    """Shows rows of metrics."""
+class Screen(Watcher):
+    """Shows rows of metrics. console: of the terminal; None: standard error, where it is one."""
 
-    def __init__(self, steps: int, first_step: int, log_interval: int) -> None:
-        self.steps, self.log_interval = steps, log_interval
+    def __init__(
+        self, steps: int, first_step: int, log_interval: int, console: Console | None = None
+    ) -> None:
+        self.steps, self.first_step, self.log_interval = steps, first_step, log_interval
         self.process = psutil.Process()
         self.seconds_left = 0.0
-        self.bar: Progress | None = None
-        if sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.task = self.bar.add_task("", total=steps, completed=first_step)
-            self.bar.start()
+        self.row: Row = {}
+        self.live: Live | None = None
+        self.headed, self.drawn = False, 0.0
+        if console is None and sys.stderr.isatty():
+            console = Console(stderr=True)
+        if console is not None:
+            self.console = console
+            # Only new rows are drawn: a thread of its own would draw the same lines again and again.
+            self.live = Live(self, console=console, auto_refresh=False, transient=True)
 
-    def step(self, row: dict[str, Any]) -> None:
+    def after_step(self, row: Row) -> None:
         """A row of training."""
         left = (self.steps - row["step"]) * row["step_seconds"]
         self.seconds_left = 0.9 * self.seconds_left + 0.1 * left if self.seconds_left else left
-        skipped = f"{row['skipped']}: skipped  " if "skipped" in row else ""
-        text = (
-            f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {100 * row['mfu']:.0f} %  "
-            f"{self._memory_gib():.2f} GiB"
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=row["step"], description=text)
-        elif row["step"] % self.log_interval == 0 or row["step"] == self.steps:
-            say(f"step {row['step']}/{self.steps}  {text}  {clock(self.seconds_left)} left")
+        self.row = row
+        step = row["step"]
+        if self.live is None:
+            if step % self.log_interval == 0 or step == self.steps:
+                say(f"step {step}/{self.steps}  {self._plain(row)}")
+            return
+        every = max(self.log_interval, math.ceil(self.steps / KEPT_ROWS))
+        if step % every == 0 or step in (self.first_step + 1, self.steps) or "skipped" in row:
+            self._keep(row)
+        self.live.start()
+        if time.monotonic() - self.drawn >= REDRAW_SECONDS:
+            self.drawn = time.monotonic()
+            self.live.refresh()
+
+    def evaluated(self, row: Row) -> None:
+        """The loss of an evaluation."""
+        loss, told = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
+        if "valid_accuracy" in row:
+            told = f"accuracy {row['valid_accuracy']:.4f}  macro F1 {row['valid_macro_f1']:.4f}"
+        if self.live is None:
+            say(f"step {row['step']}  valid loss {loss:.4f}  {told}")
+            return
+        line = Text(f"{row['step']:>9}  {loss:>8.4f}  ", style="bold green")
+        self.console.print(line.append(f"validation, {told}"))
 
     def note(self, text: str) -> None:
         """Anything else worth a line."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        else:
+        if self.live is None:
             say(text)
+        else:
+            self.console.print(text, highlight=False, markup=False)
+
+    def went_back(self, position: Position) -> None:
+        """The time left is estimated anew."""
+        self.seconds_left = 0.0
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        """Leaves the terminal as it was."""
+        if self.live is not None:
+            self.live.stop()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The two live lines."""
+        row, width = self.row, options.max_width
+        done = row["step"] / self.steps
+        head = f"step {row['step']}/{self.steps} "
+        tail = (
+            f" {clock(self.seconds_left)} left  {row['tokens_per_second']:,.0f} tok/s"
+            f"  MFU {100 * row['mfu']:.0f} %"
+        )
+        columns = width - len(head) - len(tail)
+        first = Text(head, style="bold", no_wrap=True, overflow="crop")
+        if columns >= LEAST_BAR:
+            filled = round(columns * done)
+            first.append("━" * filled, style="cyan").append("━" * (columns - filled), style="dim")
+        yield first.append(tail, style="not bold")
+        second = Text(no_wrap=True, overflow="crop")
+        for name, value in (
+            ("loss", f"{row['loss']:.4f}"),
+            ("norm", f"{row['grad_norm']:.3f}"),
+            ("lr", f"{row['learning_rate']:.2e}"),
+        ):
+            second.append(f"{name} ", style="dim").append(f"{value}  ")
+        yield second.append(f"{self._memory_gib():.2f} GiB", style="dim")
+
+    def _keep(self, row: Row) -> None:
+        """A row of the table."""
+        if not self.headed:
+            self.headed = True
+            self.console.print(Text(HEADER, style="dim"))
+        text = (
+            f"{row['step']:>9}  {row['loss']:>8.4f}  {row['grad_norm']:>8.3f}  "
+            f"{row['learning_rate']:>9.2e}  {row['tokens_per_second']:>9,.0f}  "
+            f"{100 * row['mfu']:>3.0f} %"
+        )
+        line = Text(text, no_wrap=True, overflow="crop")
+        if "skipped" in row:
+            line.append(f"  {row['skipped']}: skipped", style="bold red")
+        self.console.print(line)
+
+    def _plain(self, row: Row) -> str:
+        """All figures of a row in one line."""
+        skipped = f"{row['skipped']}: skipped  " if "skipped" in row else ""
+        return (
+            f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {100 * row['mfu']:.0f} %  "
+            f"{self._memory_gib():.2f} GiB  {clock(self.seconds_left)} left"
+        )
 
     def _memory_gib(self) -> float:
         """Of this rank: the device's where there is one, else the process's resident set."""
@@ -63,7 +146,7 @@ class Screen:
 
 
 def say(text: str) -> None:
-    """A line on standard output. Where that is a file on a full disk the run goes on without the line."""
+    """A line on standard output. Where that is a file on a full disk the run continues without the line."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

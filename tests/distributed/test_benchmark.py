@@ -80,21 +80,24 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     *measured, average, simulated = map(float, bubbles)
     assert all(0 < bubble < 100 for bubble in measured) and 0 < simulated < 50
     assert average == pytest.approx(sum(measured) / 2, abs=0.1)
-    rows = {}
-    for line in out.splitlines()[-2:]:
-        name, *figures = re.split(r"  +", line)
-        rows[name] = [float(figure.replace(",", "")) for figure in figures]
-    seconds, tokens, ratio, states, kept, peak, pipe, data, tensor, *_ = rows["pipe=2"]
-    assert 0 < kept < peak
-    assert tokens == pytest.approx(8 * 12 / seconds, rel=0.01) and ratio > 0 and states > 0
+    header, *lines = (re.split(r"  +", line) for line in out.splitlines()[-3:])
+    rows = {
+        name: dict(
+            zip(header[1:], (float(figure.replace(",", "")) for figure in figures), strict=True)
+        )
+        for name, *figures in lines
+    }
+    row, other = rows["pipe=2"], rows[WITH_KEYS]
+    assert 0 < row["kept MB"] < row["peak MB"]
+    assert row["tokens/s"] == pytest.approx(8 * 12 / row["seconds"], rel=0.01)
+    assert row["of plain"] > 0 and row["states MB"] > 0
     hidden = (
         8 * 12 * 32 * 2 / 1e6
     )  # samples × tokens × features × bytes of bf16, over the one boundary
-    assert pipe == pytest.approx(hidden, rel=1e-3) and data == tensor == 0
-    *_, less, _, pipe, _, tensor, _, _ = rows[WITH_KEYS]
-    assert less < 0.8 * kept  # a key of its own
+    assert row["pipe MB"] == pytest.approx(hidden, rel=1e-3) and row["tensor MB"] == 0
+    assert other["kept MB"] < 0.8 * row["kept MB"]  # a key of its own
     assert (
-        pipe == 0 and tensor > 4 * 2 * hidden
+        other["pipe MB"] == 0 and other["tensor MB"] > 4 * 2 * hidden
     )  # 4 all-reduces a layer (formulas.md), embedding and head besides
 
 

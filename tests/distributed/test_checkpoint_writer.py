@@ -17,7 +17,7 @@ from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good, step_of
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
 from megalite.checkpoint.storage import BoxDict
-from megalite.parallel.grid import Axis
+from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard
 from tests.ranks import RankFailure, run_ranks
 from tests.small_disk import small_disk
@@ -390,12 +390,12 @@ def test_where_one_rank_has_no_room_for_its_copy_all_wait(tmp_path: Path) -> Non
 
 def more_ranks_than_elements(rank: int, world_size: int, run: Path) -> None:
     """Equal copies on three ranks of a tensor of two elements and one of five (ZeRO-0)."""
-    data, shards = Axis(world_size, rank, tuple(range(world_size)), None), []
+    grid, shards = Grid.at(rank, 1, world_size, 1), []
     for name, count in (("two", 2), ("five", 5)):
-        place = Placement((count,), None, 0, 0, None, 0.0, counted=True, name=name)
+        place = Placement((count,), (), None, 0.0, counted=True, name=name)
         shards.append(Shard(place, 0, torch.arange(float(count)), {}))
     saver = Saver(run, keep=1)
-    saver.save(1, owned_boxes(shards, data, replicated=True), {**STATE, "step": 1})
+    saver.save(1, owned_boxes(shards, grid, replicated=True), {**STATE, "step": 1})
     saver.wait()
     checkpoint = Checkpoint.open(run / "checkpoints" / "step_00000001")
     for shard in shards:

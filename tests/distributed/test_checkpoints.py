@@ -97,7 +97,7 @@ def save_and_resume(
         run, keep=3, copy_limit_bytes=0 if len(before) == 1 or layout.stage == 2 else None
     )
     train_steps(engine, pipeline, grid, layout, TASK, range(2))
-    saver.save(2, owned_boxes(engine.shards(), grid.data, layout.stage == 0), STATE)
+    saver.save(2, owned_boxes(engine.shards(), grid, layout.stage == 0), STATE)
     going_on = train_steps(
         engine, pipeline, grid, layout, TASK, range(2, 4)
     )  # while the file is written
@@ -148,7 +148,7 @@ def fail_on_one_rank(rank: int, world_size: int, run: Path) -> None:
     train_steps(engine, pipeline, grid, layout, TASK, range(1))
 
     def save(step: int) -> None:
-        saver.save(step, owned_boxes(engine.shards(), grid.data, False), STATE)
+        saver.save(step, owned_boxes(engine.shards(), grid, False), STATE)
         saver.wait()
 
     save(1)
@@ -194,7 +194,7 @@ def load_another_model(rank: int, world_size: int, run: Path) -> None:
 def save_once(rank: int, world_size: int, run: Path) -> None:
     engine, _, grid = build(Layout(stage=1), TASK)
     saver = Saver(run, keep=1)
-    saver.save(0, owned_boxes(engine.shards(), grid.data, False), STATE)
+    saver.save(0, owned_boxes(engine.shards(), grid, False), STATE)
     saver.wait()
 
 

@@ -43,7 +43,13 @@ ROWS = [
     for prompt in PROMPTS
 ]
 ROWS += [([9, 8, 7, 6, 5, 4], [0, 1, 0, 0, 1, 0]), ([3, 4], [1, 1])]
-SAMPLED = Sampling(temperature=1.3, top_k=20, top_p=0.95, seed=3)
+SAMPLED = Sampling(
+    temperature=1.3, top_k=20, top_p=0.95, seed=3, repetition_penalty=1.3, min_p=0.02
+)
+PENALISED = Sampling(repetition_penalty=1.7)
+
+
+HELD = [[3], [0], [3, 0, 3], [5, 3]]  # of rows that logits are penalised for
 
 
 class Windows:
@@ -73,6 +79,7 @@ def on_a_grid(
             PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t))
         )
         sampled = generator.generate(PROMPTS[3:], NEW, SAMPLED, numbers=[3, 4, 5])
+        sampled += generator.generate(PROMPTS, NEW, PENALISED, stop_ids=[2])
         score = evaluate(stage, grid, Windows(), Windows.count, 13, micro=2)
         # With each text that was chosen greedily, which is known to be the likeliest.
         rows = [
@@ -102,8 +109,8 @@ def test_greedy_tokens_and_loss_are_those_of_transformers(
     name: str, one_rank: dict[str, Any]
 ) -> None:
     model = hf_model(CONFIGS[name])
-    greedy, _, score, told, likely = one_rank[name]
-    for text in greedy:
+    greedy, sampled, score, told, likely = one_rank[name]
+    for text, penalised in zip(greedy, sampled[3:], strict=True):
         ids = torch.tensor([text.prompt])
         mask = torch.ones_like(ids)  # or transformers takes ids of the padding for padding
         told_to = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
@@ -111,6 +118,10 @@ def test_greedy_tokens_and_loss_are_those_of_transformers(
         assert text.tokens == wanted
         assert text.finished == ("stop" if wanted[-1] == 2 else "length")
         assert [token for number, token in told if number == text.number] == wanted
+        told_to["repetition_penalty"] = PENALISED.repetition_penalty
+        wanted = model.generate(ids, attention_mask=mask, **told_to)[0, ids.shape[1] :].tolist()
+        assert penalised.tokens == wanted
+    assert [text.tokens for text in greedy] != [text.tokens for text in sampled[3:]]
     tokens, labels = (torch.from_numpy(part) for part in Windows().batch(range(Windows.count))[:2])
     logits = model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
@@ -168,6 +179,9 @@ def test_sampling_follows_its_settings() -> None:
         (Sampling(1.0, top_k=4), wanted([0, 1, 3, 6], 1.0)),  # of equal ones the lower id
         (Sampling(1.0, top_p=0.6), wanted([3, 6], 1.0)),
         (Sampling(1.0, top_p=0.01), wanted([3], 1.0)),
+        (Sampling(1.0, min_p=0.3), wanted([0, 3, 6], 1.0)),
+        (Sampling(1.0, min_p=1.0), wanted([3], 1.0)),
+        (Sampling(1.0, top_k=2, min_p=0.1), wanted([3, 6], 1.0)),
     ):
         assert (shares(sampling) - expected).abs().max() < 0.03
         assert ((shares(sampling) > 0) == (expected > 0)).all()
@@ -175,7 +189,12 @@ def test_sampling_follows_its_settings() -> None:
     assert choices(logits, Sampling(1.0, seed=1), 50, ALONE) != choices(
         logits, Sampling(1.0, seed=2), 50, ALONE
     )
-    cases = [Sampling(), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(0.7, top_p=0.9, top_k=6)]
+    cases = [
+        Sampling(), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(0.7, top_p=0.9, top_k=6),
+        Sampling(repetition_penalty=2.0), Sampling(1.2, repetition_penalty=1.5, min_p=0.05, top_p=0.95),
+    ]  # fmt: skip
+    # Where 3, the likeliest, is held its logit of 3.0 becomes 1.5, below the 2.5 of 6.
+    assert choices(logits, cases[4], 4, ALONE) == [6, 3, 6, 6]
     for result in run_ranks(3, chosen, logits, cases, 100):
         assert result == [choices(logits, case, 100, ALONE) for case in cases]
 
@@ -187,6 +206,9 @@ def test_sampling_follows_its_settings() -> None:
         ({"temperature": 1.0, "top_k": 0}, "--top-k: 0: must be"),
         ({"temperature": 1.0, "top_p": 0.0}, "--top-p: 0.0: must be"),
         ({"top_k": 3}, "--temperature: 0: must be above 0 with --top-k"),
+        ({"min_p": 0.1}, "--temperature: 0: must be above 0 with --top-k, --top-p or --min-p"),
+        ({"temperature": 1.0, "min_p": 1.5}, "--min-p: 1.5: must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty: 0.0: must be a number above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, Any], line: str) -> None:
@@ -216,4 +238,6 @@ def chosen(
 def choices(logits: Tensor, sampling: Sampling, rows: int, axis: Axis) -> list[int]:
     start, stop = share(len(logits), axis)
     part = logits[start:stop].expand(rows, -1)
-    return choose(part, len(logits), axis, sampling, [(row, 0) for row in range(rows)]).tolist()
+    places = [(row, 0) for row in range(rows)]
+    held = [HELD[row % len(HELD)] for row in range(rows)]
+    return choose(part, len(logits), axis, sampling, places, held).tolist()

@@ -188,7 +188,7 @@ def save_and_load(rank: int, world_size: int, disk: Path, folder: Path) -> None:
     def save(engine: Engine, run: Path, copy_limit_bytes: int | None) -> None:
         saver = Saver(run, keep=1, copy_limit_bytes=copy_limit_bytes)
         state = {"step": 2, "consumed_samples": 0, "consumed_tokens": 0, "seed": 1, "model": MODEL}
-        saver.save(2, owned_boxes(engine.shards(), engine.grid.data, False), state)
+        saver.save(2, owned_boxes(engine.shards(), engine.grid, False), state)
         saver.wait()
 
     engine, pipeline = build(files)

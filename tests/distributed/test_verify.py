@@ -39,8 +39,8 @@ def norm_of_stage_0(rank: int) -> Iterator[None]:
     """Ranks 0 and 1 are the first stage."""
     whole = GlobalNorm.__call__
 
-    def partial(self: GlobalNorm, pieces: Any, device: Any, copies: int) -> Any:
-        return whole(self, pieces if rank < 2 else (), device, copies)
+    def partial(self: GlobalNorm, pieces: Any, device: Any, replicated: bool) -> Any:
+        return whole(self, pieces if rank < 2 else (), device, replicated)
 
     with mock.patch.object(GlobalNorm, "__call__", partial):
         yield

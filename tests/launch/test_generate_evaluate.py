@@ -21,16 +21,25 @@ LAYOUT = ["megalite.parallel.tensor=2", "megalite.parallel.pipe=2"]
 PROMPT = "bcd"
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        input=stdin,
     )
 
 
-def launch(program: str, *arguments: str, ranks: int = 4) -> subprocess.CompletedProcess[str]:
-    return run("deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments)
+def launch(
+    program: str, *arguments: str, ranks: int = 4, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    command = ["deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments]
+    return run(*command, stdin=stdin)
 
 
 def json_lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -91,6 +100,44 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
     assert found[0]["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
 
 
+def test_a_prompt_from_standard_input_and_several_samples(folder: Path, tmp_path: Path) -> None:
+    """On two ranks as on one; the first sample is that of a single one."""
+    options = ["--checkpoint", str(folder), "--max-new-tokens", "6", "--temperature", "1.0"]
+    options += ["--min-p", "0.01", "--repetition-penalty", "1.2"]
+    prompt = "bc\nd\n"
+    several = ["--samples", "3", "--prompt", "-", LAYOUT[0]]
+    lines = json_lines(launch("generate", *options, *several, ranks=2, stdin=prompt))
+    assert [(line["prompt"], line["sample"]) for line in lines] == [(prompt, i) for i in range(3)]
+    assert len({line["text"] for line in lines}) > 1
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (prompt, "x y")))
+    alone = [sys.executable, "launcher/generate.py", *options, "--prompts", str(prompts)]
+    found = json_lines(run(*alone))
+    assert [line["prompt"] for line in found] == [prompt, "x y"] and "sample" not in found[0]
+    assert found[0]["text"] == lines[0]["text"]
+    assert json_lines(run(*alone[:2], *options, "--prompt", prompt))[0] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "line"),
+    [
+        (["--prompt", "-"], "", "--prompt: -: standard input is empty: must hold the prompt"),
+        (["--prompt", "a", "--samples", "2"], "", "--samples: 2: needs --temperature above 0"),
+        (["--prompts", "p.jsonl"], "", 'p.jsonl:1: must be an object with a text as its "prompt"'),
+    ],
+)
+def test_prompts_that_are_none_are_one_line(
+    folder: Path, tmp_path: Path, words: list[str], stdin: str, line: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
+    words = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in words]
+    done = run(
+        sys.executable, "launcher/generate.py", "--checkpoint", str(folder), *words, stdin=stdin
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert line in done.stderr
+
+
 def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
     done = launch(
         "generate",
@@ -118,7 +165,7 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
-        and "stands already" in done.stderr
+        and "already exists" in done.stderr
     )
 
 

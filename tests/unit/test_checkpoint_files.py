@@ -32,7 +32,7 @@ from megalite.checkpoint.folder import (
 )
 from megalite.checkpoint.save import owned_boxes
 from megalite.errors import CheckpointError
-from megalite.parallel.grid import Axis
+from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard
 
 STATE_VALUES = {"step": 3, "consumed_samples": 12, "consumed_tokens": 96, "seed": 1}
@@ -151,7 +151,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no space")
     assert list(tmp_path.iterdir()) == []
     write(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="stands already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         CheckpointWriter(tmp_path / "c", MODEL, STATE_VALUES)
 
 
@@ -201,11 +201,12 @@ def test_each_element_must_be_stored_exactly_once() -> None:
 def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int) -> None:
     """ZeRO-0: every rank of the data axis holds all of it and writes its share, which may be nothing."""
     values = torch.arange(float(count))
-    place = Placement((count,), None, 0, 0, None, 0.0, counted=True, name="a")
+    place = Placement((count,), (), None, 0.0, counted=True, name="a")
     index = Index()
     for rank in range(5):
         shard = Shard(place, 0, values, {"exp_avg": values})
-        boxes = owned_boxes([shard], Axis(5, rank, tuple(range(5)), None), replicated=True)
+        grid = Grid.at(rank, 1, 5, 1)
+        boxes = owned_boxes([shard], grid, replicated=True)
         for name, box in ((name, box) for name, some in boxes.items() for box in some):
             assert torch.equal(
                 box.values, values[box.offsets[0] : box.offsets[0] + box.values.numel()]

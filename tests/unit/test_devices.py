@@ -157,7 +157,7 @@ def test_torchs_timeout_is_above_every_limit() -> None:
 
 def timeouts(rank: int, world_size: int) -> set[float]:
     grid = Grid.build(
-        world_size, 1, Limits.model_validate({"step_seconds": 4000}).collective_timeout
+        world_size, 1, timeout=Limits.model_validate({"step_seconds": 4000}).collective_timeout
     )
     groups = [grid.pipe.group, grid.pipe.back, grid.model.group]
     return {

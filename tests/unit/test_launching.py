@@ -82,7 +82,7 @@ def test_mistakes_of_the_command_line_are_one_line(
         with pytest.raises(ConfigError, match=said):
             main(arguments)
     file.write_text("h slots=1\nh slots=2\n")
-    with pytest.raises(ConfigError, match="line 2.*must stand once"):
+    with pytest.raises(ConfigError, match="line 2.*must be listed only once"):
         main(["--hostfile", str(file), *program])
     file.write_text("h slots=1\n")
     monkeypatch.setenv("HF_LINES", "a\nb")
@@ -210,6 +210,9 @@ def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:
     assert program.fit(full, {"a": 4, "b": 4, "c": 2}) == ({"a": 4, "b": 4}, batch)
     with pytest.raises(ConfigError, match="world size: 1: must be a multiple"):
         program.fit(full, {"a": 1})
+    divided = ProgramConfig([f"--deepspeed_config={path}", "megalite.parallel.context=2"])
+    fewer = ["train_batch_size=24", *batch[1:]]
+    assert divided.fit(full, {"a": 4, "b": 4, "c": 3}) == ({"a": 4, "b": 4}, fewer)
     with pytest.raises(ConfigError, match="--deepspeed_config: missing"):
         ProgramConfig(["--checkpoint", "x"])
 

@@ -15,24 +15,28 @@ PACKAGE = Path(__file__).parents[2] / "megalite"
 ROOMS = {  # from the top: room -> lines of code that it may have
     "errors": 60,
     "inputs": 100,
-    "config": 2000,
+    "config": 2250,
     "topology": 150,
     "ranks": 750,
     "parallel": 1000,
-    "model": 2200,
-    "data": 2800,
+    "model": 2600,
+    "data": 2950,
     "checkpoint": 1350,
-    "hub": 750,
+    "hub": 850,
     "pipeline": 1250,
-    "plan": 2700,  # the planner and the dry run
-    "engine": 850,
+    "plan": 2800,  # the planner and the dry run
+    "engine": 1000,
     "guard": 750,
-    "training": 1450,
-    "inference": 1300,
-    "prove": 1750,  # with the dry run of messages
+    "report": 1000,
+    "training": 1950,
+    "inference": 1500,
+    "prove": 1800,  # with the dry run of messages
     "supervisor": 900,
     "doctor": 350,
     "races": 1150,
+    "api": 190,
+    "commands": 1000,
+    "__main__": 10,
 }
 LONGEST_FILE = 400
 

@@ -58,7 +58,7 @@ TENSORS = (
 UNUSED = re.compile(
     r"^(bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$)"
 )
-"""Tensors of its files that the model does not have; the head's bias stands in some of them twice."""
+"""Tensors of its files that the model does not have; some of them hold the head's bias twice."""
 
 
 def read(config: Any) -> TransformerSpec:

@@ -61,7 +61,7 @@ def test_a_merge_is_what_one_writer_makes(tmp_path: Path) -> None:
 def test_a_writer_keeps_what_stands_and_leaves_nothing_half(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 3)
     before = bytes_of(tmp_path / "a")
-    with pytest.raises(DataError, match="stands already"):
+    with pytest.raises(DataError, match="already exists"):
         IndexedWriter(tmp_path / "a", np.uint16)
     with (
         pytest.raises(DataError, match="token id 65536: does not fit"),

@@ -236,7 +236,7 @@ def test_what_stands_is_kept(
 ) -> None:
     preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
     before = written(tmp_path / "out")
-    with pytest.raises(DataError, match="out.idx: stands already"):
+    with pytest.raises(DataError, match="out.idx: already exists"):
         preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out", append_eod=True)
     assert written(tmp_path / "out") == before
     preprocess(

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(
         with pytest.raises(DataError, match=line) as raised:
             load_tokenizer(tmp_path / name)
         assert "\n" not in str(raised.value) and name in str(raised.value)
-    with pytest.raises(DataError, match="stands already"):
+    with pytest.raises(DataError, match="already exists"):
         train_tokenizer([str(text_file)], 500, "bpe", tokenizers["bpe"])
     with pytest.raises(
         DataError, match="--vocab-size 100000: sentencepiece cannot train it on this text: .*<= "

@@ -1,0 +1,242 @@
+"""megalite from Python: `megalite.load` for a trained model in this process, `megalite.train` for a run.
+
+    model = megalite.load("runs/my")
+    model.generate("Once upon a time", max_new_tokens=40, temperature=0.8)
+    model.loss("Once upon a time there was a fox.")
+
+For a model that needs several ranks use `launcher/generate.py` and `launcher/evaluate.py`; here the whole model is on
+one device.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite.checkpoint.weights import load_module
+from megalite.config import load_config
+from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.errors import CheckpointError, ConfigError, MegaliteError
+from megalite.hub.carried import stop_ids_of, tokenizer_of
+from megalite.hub.sources import Weights, open_weights, resolve_weights
+from megalite.inference.generate import Generator
+from megalite.inference.likelihood import likelihoods
+from megalite.inference.sampling import Sampling
+from megalite.inference.texts import check_ids, continuation, prompt_ids
+from megalite.inputs import reading
+from megalite.model.families import read_spec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.pipeline.plan import inference_cut
+from megalite.training.pretrain import prepare
+
+Message = dict[str, str]
+"""`{"role": "user" | "assistant" | "system", "content": "…"}`"""
+OnText = Callable[[str], None]
+"""Called with each new piece of a text as it comes."""
+
+
+def load(folder: str | Path, dtype: str = "float32", device: str | None = None) -> "Model":
+    """The model of a run folder (its newest whole checkpoint), of a checkpoint, or of a Hugging Face folder.
+
+    dtype: "float32", "bfloat16" or "float16", of weights and activations; device: as torch names it; None: the first
+    GPU, or the CPU where there is none. Raises CheckpointError or ConfigError where the folder cannot be used.
+    """
+    with reading(folder, CheckpointError):
+        path = resolve_weights(folder)
+        weights = open_weights(path)
+        spec = read_spec(weights.model)
+        stage = Stage(spec, Grid(), inference_cut(spec, 1))
+        load_module(weights.read, stage)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    stage = stage.to(device=device, dtype=getattr(torch, dtype)).eval()
+    return Model(path, weights, stage)
+
+
+@dataclass
+class Model:
+    """A trained model on one device, for use from Python. folder: of its weights."""
+
+    folder: Path
+    weights: Weights
+    stage: Stage
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that goes with the weights. Raises CheckpointError where there is none."""
+        if self._tokenizer is None:
+            folder = tokenizer_of(self.weights)
+            if folder is None:
+                raise CheckpointError(
+                    f"{self.folder}: has no tokenizer: the checkpoint carries none"
+                )
+            self._tokenizer = load_tokenizer(folder)
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        on_text: OnText | None = None,
+        **more: Any,
+    ) -> str:
+        """The text that continues a prompt, without the prompt.
+
+        temperature 0 takes the likeliest token; more: other fields of `Sampling`, such as `repetition_penalty` and
+        `min_p`; on_text: for showing the text while it grows. Equal arguments give equal texts. Raises ConfigError.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed, **more)
+        return self._continued(
+            prompt_ids(self.tokenizer, prompt), max_new_tokens, sampling, on_text
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        on_text: OnText | None = None,
+        **more: Any,
+    ) -> str:
+        """The assistant's answer to a conversation, or to a user's first message given as a string.
+
+        The tokenizer's chat template renders the messages; the arguments are those of `generate`. Raises ConfigError
+        where the tokenizer has no chat template, or it refuses the messages.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        sampling = Sampling(temperature, top_k, top_p, seed, **more)
+        ids = self.chat_ids(messages)
+        return self._continued(ids, max_new_tokens, sampling, on_text)
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation up to where the assistant's answer begins. Raises ConfigError as `chat`."""
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.inner.chat_template:
+            raise ConfigError(
+                f"{self.folder}: its tokenizer has no chat template: chat needs one; generate does not"
+            )
+        try:
+            text = tokenizer.inner.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program: it can raise anything over a message
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(f"messages: refused by the chat template: {said}") from None
+        return tokenizer.inner(text, add_special_tokens=False, split_special_tokens=False)[
+            "input_ids"
+        ]
+
+    def loss(self, text: str | Sequence[int]) -> float:
+        """Mean loss over the tokens of a text (or of token ids), each given all before it, in nats a token.
+
+        The first token has none before it and does not count. Raises ConfigError for a text of fewer than two tokens.
+        """
+        ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
+        if len(ids) < 2:
+            raise ConfigError(f"text: has {len(ids)} tokens: must have at least 2")
+        self._check(ids)
+        most = self.stage.spec.max_positions
+        if most is not None and len(ids) - 1 > most:
+            rule = f"must be at most the model's max_position_embeddings {most} and one more"
+            raise ConfigError(f"text: has {len(ids)} tokens: {rule}")
+        (found,) = likelihoods(self.stage, Grid(), [(ids, [1] * len(ids))])
+        return -found.log_probability / (len(ids) - 1)
+
+    def _continued(
+        self, ids: list[int], max_new_tokens: int, sampling: Sampling, on_text: OnText | None
+    ) -> str:
+        self._check(ids)
+        ends = stop_ids_of(self.weights)
+        if self.tokenizer.eod_id is not None:
+            ends.add(self.tokenizer.eod_id)
+        tokens: list[int] = []
+        written = ""
+
+        def show(number: int, token: int) -> None:
+            nonlocal written
+            tokens.append(token)
+            text = continuation(self.tokenizer, ids, tokens, ends)
+            if on_text is not None and not text.endswith(
+                "\ufffd"
+            ):  # else a character is not whole yet
+                on_text(text[len(written) :])
+                written = text
+
+        generator = Generator(self.stage, Grid(), batch_size=1)
+        (text,) = generator.generate([ids], max_new_tokens, sampling, ends, show)
+        whole = continuation(self.tokenizer, ids, text.tokens, ends)
+        if on_text is not None and whole != written:
+            on_text(whole[len(written) :])
+        return whole
+
+    def _check(self, ids: Sequence[int]) -> None:
+        spec = self.stage.spec
+        if spec.classifier is not None:
+            rule = "is a classifier of texts: this needs a model of language"
+            raise ConfigError(f"{self.folder}: {rule}")
+        if not spec.causal:
+            raise ConfigError(
+                f"{self.folder}: a {spec.family} model is an encoder: this needs a decoder, such as llama"
+            )
+        check_ids(spec, [ids])
+
+
+def train(
+    config: str | Path | dict[str, Any], overrides: Sequence[str] = (), ranks: int = 1
+) -> Path:
+    """Trains as a config says, in processes of their own, and returns the run folder; prints what they print.
+
+    config: a file, or its content as a dict; overrides: `KEY=VALUE` as on the command line; ranks: processes on this
+    machine, a GPU each where there are GPUs. A run folder that holds a checkpoint is resumed. Ctrl-C (or a notebook's
+    stop button) saves a checkpoint and raises KeyboardInterrupt. Raises UserError for a mistake in the config, before
+    anything starts, and MegaliteError where the run fails.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(config, dict):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megalite_"))
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(config), encoding="utf-8")
+        else:
+            path = Path(config)
+        prepare(str(path), list(overrides), ranks)
+        words = ["pretrain", "--deepspeed_config", str(path), *overrides]
+        starting = ["run", "--num_gpus", str(ranks)] if ranks > 1 else []
+        _run([sys.executable, "-u", "-m", "megalite", *starting, *words])
+        return Path(load_config(path, overrides).train.run_dir)
+
+
+def _run(command: list[str]) -> None:
+    """Runs a command to its end, its output printed here: in a notebook only this process's is seen."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        print(process.communicate()[0], end="", flush=True)
+        raise
+    if code := process.wait():
+        raise MegaliteError(f"training ended with {code}: its last lines say why")

@@ -1,0 +1,30 @@
+"""Explain a config key, or print the JSON schema of configs.
+
+megalite config explain megalite.parallel.tensor
+megalite config explain stage                      every key that ends so
+megalite config schema > megalite.schema.json      then "$schema": "./megalite.schema.json" in a config
+"""
+
+import argparse
+import json
+
+from megalite.config.explain import explain
+from megalite.config.schema import json_schema
+from megalite.ranks.launch import ArgumentParser
+
+
+def main(arguments: list[str]) -> int:
+    """Explains or prints; the exit code."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    whats = parser.add_subparsers(dest="what", required=True, metavar="explain|schema")
+    explaining = whats.add_parser("explain", help="what a key means, its type, default and rule")
+    explaining.add_argument("key", metavar="KEY", help="a dotted path, or the end of one")
+    whats.add_parser("schema", help="a JSON schema for editors")
+    options = parser.parse_args(arguments)
+    if options.what == "schema":
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(explain(options.key)))
+    return 0

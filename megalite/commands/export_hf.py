@@ -1,0 +1,31 @@
+"""Turn a checkpoint into a Hugging Face folder; its logits are held against transformers'."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalite.hub.carried import tokenizer_files
+from megalite.hub.export_hf import DTYPES, export_hf
+from megalite.ranks.launch import ArgumentParser, program_name
+
+
+def main(argv: list[str]) -> int:
+    """The program; returns its exit code."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run folder (its newest), or one of its checkpoints"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
+    )
+    args = parser.parse_args(argv)
+    compared = export_hf(args.checkpoint, args.output, args.dtype, args.verify)
+    print(f"{args.output}: {compared or 'written; not verified'}")
+    if next(tokenizer_files(Path(args.output)), None) is None:
+        print(
+            f"{program_name()}: {args.output}: has no tokenizer: the checkpoint carries none",
+            file=sys.stderr,
+        )
+    return 0

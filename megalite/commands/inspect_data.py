@@ -1,0 +1,60 @@
+"""Show what is in indexed corpora, check them, and say what a blend of them takes from each."""
+
+import argparse
+
+from megalite.data.inspection import Show, inspect
+from megalite.ranks.launch import ArgumentParser, at_least, positive
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="to show documents as text and to know the vocabulary"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        dest="vocabulary_size",
+        type=at_least(1),
+        metavar="N",
+        help="ids are below it",
+    )
+    parser.add_argument(
+        "--documents", type=at_least(0), default=2, metavar="N", help="shown of each (default: 2)"
+    )
+    parser.add_argument(
+        "--first",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="number of the first document shown",
+    )
+    parser.add_argument(
+        "--width", type=at_least(1), default=200, metavar="N", help="characters shown of a document"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
+    )
+    parser.add_argument(
+        "--weights", type=positive, nargs="+", metavar="W", help="of a blend, one a PREFIX"
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        default=10_000,
+        metavar="N",
+        help="of a blend (default: 10,000)",
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), default=1024, metavar="S", help="default: 1,024"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """The program; returns its exit code."""
+    args = vars(arguments(argv))
+    for line in inspect(args.pop("prefix"), Show(**args)):
+        print(line)
+    return 0

@@ -1,0 +1,101 @@
+"""Tokenize text files into a corpus: PREFIX.bin and PREFIX.idx in Megatron's indexed format.
+
+After a stop, run the same command again: it resumes.
+"""
+
+import argparse
+import sys
+
+from megalite.data.pairs import TEMPLATE
+from megalite.data.preprocess import preprocess
+from megalite.errors import ConfigError
+from megalite.ranks.launch import ArgumentParser, at_least
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    files = ".jsonl or .txt, .gz or .zst after it; .parquet; - for standard input"
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
+    parser.add_argument(
+        "--text-key", default="text", help="key or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--format", choices=("jsonl", "txt", "parquet"), help="of inputs whose names do not say it"
+    )
+    parser.add_argument(
+        "--blank-lines",
+        action="store_true",
+        help="blank lines part the documents of a .txt; otherwise it is one",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="lines hold `source` and `target`, a text and its translation; PREFIX.mask marks the translations",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help=f"what stands before a translation of --pairs (default: {TEMPLATE!r})",
+    )
+    parser.add_argument(
+        "--label-key",
+        metavar="KEY",
+        help="of each text's label, for classification (with --classes)",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="the labels, in an order to keep"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
+    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize"
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end each document by the end-of-sequence token"
+    )
+    parser.add_argument(
+        "--cls-sep", action="store_true", help="for encoders: begin by [CLS], end by [SEP]"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first bad line instead of counting it"
+    )
+    args = parser.parse_args(argv)
+    if args.template is not None and not args.pairs:
+        raise ConfigError(f"--template: {args.template}: goes with --pairs")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """The program; returns its exit code."""
+    args = arguments(argv)
+    counts = preprocess(
+        args.input,
+        args.tokenizer,
+        args.output,
+        text_key=args.text_key,
+        workers=args.workers,
+        append_eod=args.append_eod,
+        cls_sep=args.cls_sep,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        kind=args.format,
+        paragraphs=args.blank_lines,
+        chat=args.chat,
+        label_key=args.label_key,
+        classes=args.classes,
+        template=args.template or TEMPLATE if args.pairs else None,
+    )
+    for line in counts.named:
+        print(f"bad line: {line}", file=sys.stderr)
+    print(
+        f"{args.output}: {counts.documents} documents, {counts.tokens} tokens, {counts.empty} empty documents left "
+        f"out, {counts.bad} bad lines"
+    )
+    return 0

@@ -1,0 +1,172 @@
+"""Train a model.
+
+megalite pretrain --deepspeed_config FILE [KEY=VALUE …]
+    a run as a JSON config says, on the ranks that a launcher starts, or on one process without
+
+megalite pretrain my.txt [KEY=VALUE …]
+    straight from text: trains a tokenizer, tokenizes, splits 5 % off for validation, chooses a small model, trains it
+    in one process and shows samples. Prints the config that it chose, to be edited and run again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megalite.commands.from_text import (
+    CONFIG,
+    TRAIN,
+    VALID,
+    VALID_SHARE,
+    TextRun,
+    find_inputs,
+    prepare_text,
+)
+from megalite.config import load_config
+from megalite.config.reading import apply_overrides, read_json
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import ConfigError
+from megalite.ranks.launch import ArgumentParser, at_least, place
+from megalite.training import pretrain
+
+_OWN = ("--tokenizer", "--vocab-size", "--valid-share", "--run-dir")  # of a run from text
+_SAMPLES = 3
+_PROMPT_TOKENS = 8
+_SAMPLE_TOKENS = 80
+
+
+def main(arguments: list[str]) -> int:
+    """Trains from a config or from text; the exit code."""
+    if any(word.partition("=")[0] == "--deepspeed_config" for word in arguments):
+        return pretrain.main(arguments)
+    options = _parse(arguments)
+    texts = [word for word in options.words if _is_path(word)]
+    overrides = [word for word in options.words if not _is_path(word)]
+    if not texts:
+        raise ConfigError("--deepspeed_config: missing: give it, or a text file to train on")
+    if place().world_size > 1:
+        rule = "a text is prepared by one process: megalite pretrain TEXT --check; then run its config on ranks"
+        raise ConfigError(f"{texts[0]}: {rule}")
+    return _from_text(options, texts, overrides)
+
+
+def _is_path(word: str) -> bool:
+    return "=" not in word or Path(word).exists()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TEXT|KEY=VALUE",
+        help="text files or folders of some; a dotted path into the JSON and its value",
+    )
+    parser.add_argument(
+        "--deepspeed_config", metavar="FILE", help="the JSON that says what a run is"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="validate config and data, print the JSON, start nothing",
+    )
+    parser.add_argument(
+        "--world-size", type=at_least(1), metavar="N", help="with --check: for so many ranks"
+    )
+    text = parser.add_argument_group("from text")
+    text.add_argument("--tokenizer", metavar="FOLDER", help="in place of one trained on the text")
+    text.add_argument(
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="of the tokenizer (default: by the text)",
+    )
+    text.add_argument(
+        "--valid-share",
+        type=_share,
+        default=VALID_SHARE,
+        metavar="X",
+        help=f"of the tokens, for validation (default: {VALID_SHARE})",
+    )
+    text.add_argument("--run-dir", metavar="FOLDER", help="default: runs/NAME of the text")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.tokenizer is not None and options.vocab_size is not None:
+        raise ConfigError("--vocab-size: goes without --tokenizer, which has its own")
+    return options
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text[:80]}: must be a number above 0 and below 1")
+    return value
+
+
+def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[str]) -> int:
+    inputs = find_inputs(texts)
+    name = Path(texts[0]).resolve().name.partition(".")[0] or "text"
+    run_dir = Path(options.run_dir or f"runs/{name}")
+    run = TextRun(name, inputs, run_dir, options.tokenizer, options.vocab_size, options.valid_share)
+    _tell(f"{len(inputs)} text file{'s' if len(inputs) > 1 else ''}: tokenizer and corpora …")
+    folder, was_there = prepare_text(run)
+    _tell(f"{folder}: {'found from an earlier start' if was_there else 'made'}: {_corpora(folder)}")
+    path = folder / CONFIG
+    overrides = _with_shorter_warmup(path, overrides)
+    words = ["--deepspeed_config", str(path), *overrides]
+    if options.check:
+        ranks = [] if options.world_size is None else ["--world-size", str(options.world_size)]
+        return pretrain.main([*words, "--check", *ranks])
+    config = load_config(path, overrides)
+    print(path.read_text(encoding="utf-8"), end="", flush=True)
+    _tell(f"to change it: edit {path} and run megalite pretrain --deepspeed_config {path}")
+    code = pretrain.main(words)
+    if code == 0:
+        _show_samples(Path(config.train.run_dir), folder)
+    return code
+
+
+def _with_shorter_warmup(path: Path, overrides: list[str]) -> list[str]:
+    """The overrides, and one more where they leave fewer steps than the chosen config warms up for."""
+    document = apply_overrides(read_json(path), overrides)
+    steps = document["megalite"]["train"]["steps"]
+    warmup = document.get("scheduler", {}).get("params", {}).get("warmup_steps", 0)
+    if not isinstance(steps, int) or not isinstance(warmup, int) or warmup <= steps:
+        return overrides
+    return [*overrides, f"scheduler.params.warmup_steps={steps // 20}"]
+
+
+def _corpora(folder: Path) -> str:
+    """Tokens of both corpora, and the tokenizer's pieces, in words."""
+    counts = [IndexedCorpus(folder / name).num_tokens for name in (TRAIN, VALID)]
+    pieces = load_tokenizer(folder / "tokenizer").vocabulary_size
+    return f"{counts[0]:,} tokens to train on, {counts[1]:,} for validation, {pieces:,} pieces"
+
+
+def _show_samples(run_dir: Path, folder: Path) -> None:
+    """Prints continuations of beginnings from the validation text, and keeps them in the run folder."""
+    from megalite.api import load
+
+    model = load(run_dir)
+    tokens = IndexedCorpus(folder / VALID).tokens
+    starts = [i * (len(tokens) - _PROMPT_TOKENS) // _SAMPLES for i in range(_SAMPLES)]
+    prompts = [
+        model.tokenizer.decode(tokens[start : start + _PROMPT_TOKENS].tolist()) for start in starts
+    ]
+    lines = []
+    for prompt in filter(str.strip, prompts):
+        text = model.generate(prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_k=50)
+        lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        _tell(f"sample: {prompt}|{text}")
+    (run_dir / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    _tell(f'more: megalite generate --checkpoint {run_dir} --prompt "…" --temperature 0.8')
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""Train a tokenizer on text files: a folder that transformers and megalite read alike, and sentencepiece too but for
+wordpiece, which is for encoders and has [CLS], [SEP], [MASK] and [PAD]."""
+
+import argparse
+
+from megalite.data.tokenizer_training import train_tokenizer
+from megalite.data.wordpiece import train_wordpiece
+from megalite.errors import ConfigError
+from megalite.ranks.launch import ArgumentParser, at_least
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .txt, .parquet, .gz, .zst",
+    )
+    parser.add_argument(
+        "--text-key", default="text", help="key or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=at_least(1),
+        required=True,
+        metavar="N",
+        help="tokens, special ones too",
+    )
+    parser.add_argument("--model-type", choices=("bpe", "unigram", "wordpiece"), default="bpe")
+    parser.add_argument(
+        "--lowercase",
+        action="store_true",
+        help="of wordpiece: fold case and accents, as uncased BERT",
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=at_least(1),
+        default=1_000_000,
+        metavar="N",
+        help="lines trained on, sampled evenly",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """The program; returns its exit code."""
+    args = arguments(argv)
+    if args.model_type == "wordpiece":
+        train_wordpiece(args.input, args.vocab_size, args.output, args.text_key, args.lowercase)
+        return 0
+    if args.lowercase:
+        raise ConfigError("--lowercase: goes with --model-type wordpiece")
+    train_tokenizer(
+        args.input, args.vocab_size, args.model_type, args.output, args.text_key, args.max_sentences
+    )
+    return 0

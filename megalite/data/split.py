@@ -1,0 +1,70 @@
+"""Split a share of a corpus's tokens off for validation, whatever its documents are: many small ones, or a single book.
+
+Whole documents are taken, in an order that looks random and is the same every time, as long as they fit. What is
+then still missing, if it is much, is cut off the end of the longest document that is left: a book is trained on but
+for its last pages. No token is in both parts. The parts keep the order of the documents.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megalite.data.corpus_check import write_checksums
+from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.errors import DataError
+
+_MISSING = 0.2  # of what was asked for: with less missing no document is cut
+_SEED = 0
+
+
+class Cut(NamedTuple):
+    """valid: numbers of the documents that go to validation whole; cut: the document whose last `tokens` tokens go
+    there (0 tokens: none)."""
+
+    valid: frozenset[int]
+    cut: int
+    tokens: int
+
+
+def choose(lengths: np.ndarray, wanted: int) -> Cut:
+    """Which documents, by their lengths in tokens, make about `wanted` tokens."""
+    taken: set[int] = set()
+    missing = wanted
+    for number in np.random.default_rng(_SEED).permutation(len(lengths)).tolist():
+        if 0 < lengths[number] <= missing:
+            taken.add(number)
+            missing -= int(lengths[number])
+    left = [0 if number in taken else int(length) for number, length in enumerate(lengths)]
+    longest = int(np.argmax(left)) if left else 0
+    # A document that is all that is left must not go to validation whole.
+    is_cut = missing > _MISSING * wanted and left[longest] > missing
+    return Cut(frozenset(taken), longest, missing if is_cut else 0)
+
+
+def split_corpus(source: str | Path, train: str | Path, valid: str | Path, wanted: int) -> None:
+    """Write the corpora `train` and `valid` from `source`, about `wanted` tokens in the second. Raises DataError where
+    one of them would be empty, or already exists."""
+    corpus = IndexedCorpus(source)
+    lengths = corpus.document_lengths(0, corpus.num_documents)
+    cut = choose(lengths, wanted)
+    if wanted < 1 or not (cut.valid or cut.tokens) or len(cut.valid) == len(lengths):
+        raise DataError(
+            f"{source}: {corpus.num_tokens} tokens in {len(lengths)} documents: too few to split "
+            f"{wanted} off for validation"
+        )
+    with (
+        IndexedWriter(train, corpus.dtype) as training,
+        IndexedWriter(valid, corpus.dtype) as validation,
+    ):
+        for number in range(len(lengths)):
+            tokens = corpus.document(number)
+            if number in cut.valid:
+                validation.add_document(tokens)
+                continue
+            kept = len(tokens) - (cut.tokens if number == cut.cut else 0)
+            training.add_document(tokens[:kept])
+            if kept < len(tokens):
+                validation.add_document(tokens[kept:])
+    write_checksums(train)
+    write_checksums(valid)

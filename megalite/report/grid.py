@@ -1,0 +1,127 @@
+"""The ranks as a picture, a row for each place on the pipe axis, with the memory of each: predicted and measured."""
+
+import itertools
+from html import escape
+from typing import Any
+
+from megalite.report.numbers import gib
+
+STATES = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+}
+MOST_CELLS = 256  # of a picture; of more ranks the first are shown
+
+Bytes = dict[str, int]
+
+
+def grid_picture(axes: dict[str, int], predicted: list[Bytes], memory: dict[str, Any]) -> str:
+    """axes: sizes by name, outermost first, with `pipe` as the first; predicted: of each rank, fields of STATES and
+    others; memory: lists by rank, measured. Either may be empty."""
+    if not axes:
+        return ""
+    pipe, *others = axes.items()
+    places = [*itertools.product(*(range(size) for _, size in others))]
+    width = len(places)
+    shown = max(1, MOST_CELLS // width)
+    measured = _by_rank(memory)
+    most = max([_sum(states) for states in (*predicted, *measured)] or [1]) or 1
+    head = "".join(f"<th>{_place(others, place)}</th>" for place in places)
+    rows = [f"<tr><th></th>{head}</tr>"]
+    for row in range(min(pipe[1], shown)):
+        cells = [_cell(row * width + column, predicted, measured, most) for column in range(width)]
+        rows.append(f"<tr><th>{pipe[0]} {row}</th>{''.join(cells)}</tr>")
+    note = f"<p>The first {shown} of {pipe[1]} rows.</p>" if shown < pipe[1] else ""
+    return f'<div class="wide"><table class="grid">{"".join(rows)}</table></div>{note}{LEGEND}'
+
+
+LEGEND = (
+    '<p class="legend">'
+    + "".join(
+        f'<span><i class="state{number}"></i>{name}</span>'
+        for number, name in enumerate(STATES.values())
+    )
+    + "<span>upper bar predicted, lower bar measured in the first step</span></p>"
+)
+
+
+def memory_table(predicted: list[Bytes], memory: dict[str, Any]) -> str:
+    """Bytes of each rank; ranks with the same figures share a row."""
+    measured = _by_rank(memory)
+    columns = [*dict.fromkeys([key for states in predicted for key in states] + [*STATES])]
+    if measured and "peak_bytes" in measured[0]:
+        columns.append("peak_bytes")
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for rank in range(max(len(predicted), len(measured))):
+        cells = tuple(_both(key, rank, predicted, measured) for key in columns)
+        rows.setdefault(cells, []).append(rank)
+    names = [key.removesuffix("_bytes") for key in columns]
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("ranks", *names))
+    body = "".join(
+        f"<tr><td>{_runs(ranks)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for cells, ranks in rows.items()
+    )
+    return f'<div class="wide"><table class="figures"><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(rank: int, predicted: list[Bytes], measured: list[Bytes], most: int) -> str:
+    bars, words = [], []
+    for name, everyone in (("predicted", predicted), ("measured", measured)):
+        if rank < len(everyone):
+            states = everyone[rank]
+            bars.append(_bar(states, most))
+            words.append(f"{name} {gib(_sum(states))}")
+    total = gib(_sum(measured[rank])) if rank < len(measured) else ""
+    title = escape(f"rank {rank}: {', '.join(words)}", quote=True)
+    return f'<td title="{title}"><b>{rank}</b> <small>{total}</small>{"".join(bars)}</td>'
+
+
+def _bar(states: Bytes, most: int) -> str:
+    parts = "".join(
+        f'<i class="state{number}" style="width:{100 * states.get(key, 0) / most:.2f}%"></i>'
+        for number, key in enumerate(STATES)
+    )
+    return f'<div class="bar">{parts}</div>'
+
+
+def _both(key: str, rank: int, predicted: list[Bytes], measured: list[Bytes]) -> str:
+    """Measured, and against what was predicted where that is another."""
+    asked = predicted[rank].get(key) if rank < len(predicted) else None
+    found = measured[rank].get(key) if rank < len(measured) else None
+    if found is None:
+        return "" if asked is None else f"{gib(asked)} <small>predicted</small>"
+    if asked is None:
+        return gib(found)
+    if asked == found:
+        return f"{gib(found)} <small>as predicted</small>"
+    share = f"{100 * (found / asked - 1):+.2f} %" if asked else "none"
+    return f"{gib(found)} <small>predicted {gib(asked)}, {share}</small>"
+
+
+def _by_rank(memory: dict[str, Any]) -> list[Bytes]:
+    lists = {key: value for key, value in memory.items() if key.endswith("_bytes")}
+    lists = {key: value for key, value in lists.items() if isinstance(value, list)}
+    count = min(map(len, lists.values()), default=0)
+    return [{key: value[rank] for key, value in lists.items()} for rank in range(count)]
+
+
+def _sum(states: Bytes) -> int:
+    return sum(states.get(key, 0) for key in STATES)
+
+
+def _place(axes: list[tuple[str, int]], place: tuple[int, ...]) -> str:
+    """A column's name: its place on each axis that has several."""
+    several = [f"{name} {at}" for (name, size), at in zip(axes, place, strict=True) if size > 1]
+    return "<br>".join(several)
+
+
+def _runs(numbers: list[int]) -> str:
+    """Ascending numbers in short: 0–3, 6."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("–".join(map(str, part)) for part in parts)

@@ -1,0 +1,122 @@
+"""One step on the ranks of the pipe axis as a strip chart: simulated from the program, and measured where the run has
+traced a step. What is empty is bubble."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megalite.report.numbers import percent
+
+WIDTH, ROW, LEFT = 640, 26, 64
+KINDS = {"F": "forward", "B": "backward", "I": "backward to the input", "W": "weight gradients"}
+
+
+@dataclass
+class Span:
+    """An action, or a wait, in any unit of time. kind: of KINDS."""
+
+    kind: str
+    name: str
+    start: float
+    end: float
+
+
+Rows = list[list[Span]]
+"""Of each rank of the pipe axis."""
+
+
+def simulated(pipeline: dict[str, Any]) -> Rows:
+    """From about.json."""
+    return [
+        [Span(kind, f"{kind}{chunk}.{k}", start, end) for kind, chunk, k, start, end in actions]
+        for actions in pipeline.get("actions", [])
+    ]
+
+
+def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int, Rows]:
+    """The last traced step, and its actions on the first rank of each place on the pipe axis, in seconds."""
+    actions = [event for event in trace if event.get("cat") == "action"]
+    if not actions or not axes:
+        return 0, []
+    step = max(event["args"]["step"] for event in actions)
+    world = 1
+    for size in axes.values():
+        world *= size
+    width = world // axes["pipe"]
+    rows: Rows = [[] for _ in range(axes["pipe"])]
+    for event in actions:
+        place, column = divmod(event["pid"], width)
+        if event["args"]["step"] == step and column == 0:
+            start = event["ts"] / 1e6
+            span = Span(event["args"]["kind"], event["name"], start, start + event["dur"] / 1e6)
+            rows[place].append(span)
+    return step, rows
+
+
+def bubble(rows: Rows) -> float:
+    """Share of the time from the first action to the last in which ranks are idle, on average."""
+    start, end = _bounds(rows)
+    busy = sum(span.end - span.start for row in rows for span in row)
+    return 1 - busy / (len(rows) * (end - start)) if end > start else 0.0
+
+
+def formula(schedule: str, p: int, m: int, v: int) -> tuple[str, float] | None:
+    """The bubble of equal stages, as a share of the step, in words and as a number: (p-1) slots beside what a rank has
+    to do (arXiv 2104.04473, section 2.2, and 2401.10241, section 3). p ranks, m micro-batches, v chunks a rank; with
+    halved backwards a micro-batch is three units of time, F, I and W."""
+    match schedule:
+        case "1f1b":
+            return "(p − 1) / (m + p − 1)", (p - 1) / (m + p - 1)
+        case "interleaved":
+            return "(p − 1) / (v·m + p − 1)", (p - 1) / (v * m + p - 1)
+        case "zb-h1":
+            return "(p − 1) / (3·m + p − 1)", (p - 1) / (3 * m + p - 1)
+        case "zb-v":
+            return "(p − 1) / (6·m + p − 1)", (p - 1) / (6 * m + p - 1)
+    return None
+
+
+def strip(rows: Rows, caption: str) -> str:
+    """The chart."""
+    start, end = _bounds(rows)
+    if end <= start:
+        return ""
+    scale = (WIDTH - LEFT - 4) / (end - start)
+    parts = []
+    for number, row in enumerate(rows):
+        y = number * ROW
+        parts.append(f'<text x="0" y="{y + 17}">pipe {number}</text>')
+        width = WIDTH - LEFT - 4
+        idle = 1 - sum(span.end - span.start for span in row) / (end - start)
+        hint = f"<title>bubble: rank {number} of the pipe axis is idle {percent(idle)} of the step</title>"
+        parts.append(
+            f'<rect class="bubble" x="{LEFT}" y="{y + 2}" width="{width}" height="{ROW - 4}">{hint}</rect>'
+        )
+        parts += [_rect(span, y, start, scale) for span in row]
+    kinds = {span.kind for row in rows for span in row}
+    legend = "".join(
+        f'<span><i class="kind{kind}"></i>{words}</span>'
+        for kind, words in KINDS.items()
+        if kind in kinds
+    )
+    return (
+        f'<figure><figcaption>{caption}</figcaption><svg class="strip" role="img" aria-label="{caption}" '
+        f'viewBox="0 0 {WIDTH} {len(rows) * ROW}">{"".join(parts)}</svg>'
+        f'<p class="legend">{legend}<span><i class="bubble"></i>bubble</span></p></figure>'
+    )
+
+
+def _rect(span: Span, y: float, start: float, scale: float) -> str:
+    x, width = LEFT + (span.start - start) * scale, max(0.5, (span.end - span.start) * scale)
+    hint = f"<title>{span.name}: {KINDS.get(span.kind, span.kind)}</title>"
+    return (
+        f'<rect class="kind{span.kind}" x="{x:.2f}" y="{y + 2}" width="{width:.2f}" '
+        f'height="{ROW - 4}">{hint}</rect>'
+    )
+
+
+def _bounds(rows: Rows) -> tuple[float, float]:
+    spans = [span for row in rows for span in row]
+    if not spans:
+        return 0.0, 0.0
+    return min(span.start for span in spans), max(span.end for span in spans)

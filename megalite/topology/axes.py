@@ -1,0 +1,130 @@
+"""The grid as names: the sizes of its axes, and which ranks a group along some of them holds. Needs no torch.
+
+Ranks are numbered with `pipe` outermost and `tensor` innermost, so that the axes that talk most stay within a host. A
+world of 8 with pipe 2 × data 2 × tensor 2:
+
+    pipe 0:  data 0: ranks 0 1     data 1: ranks 2 3
+    pipe 1:  data 0: ranks 4 5     data 1: ranks 6 7
+
+Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data group (5, 7), its pipe group (1, 5).
+
+The `context` axis, between data and tensor, divides the tokens of each sample (parallel/rows.py).
+The `expert` axis adds no ranks: it is a part of `data`, runs of neighbours there, and `expert_data` is the rest of it.
+Next: parallel/grid.py, which makes the process groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+AXES = ("pipe", "expert_data", "expert", "context", "tensor")
+"""Outermost first; `data` is expert_data × expert."""
+
+PLANES: dict[str, tuple[str, ...]] = {
+    "pipe": ("pipe",),
+    "data": ("expert_data", "expert"),
+    "context": ("context",),
+    "tensor": ("tensor",),
+    "expert": ("expert",),
+    "replica": ("expert_data", "expert", "context"),
+    "expert_replica": ("expert_data", "context"),
+    "model": ("pipe", "tensor"),
+}
+"""By the name of a group, the axes that vary in it. `replica` holds the copies of a weight, over which ZeRO shards and
+gradients are averaged; `expert_replica` those of an expert's weight. `model` is one whole copy of the model."""
+
+
+TOLD = ("pipe", "data", "context", "expert", "tensor")
+"""The names that users meet."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Ranks along each axis."""
+
+    pipe: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.data % self.expert == 0, self
+
+    @classmethod
+    def of_world(
+        cls, world_size: int, pipe: int, tensor: int, context: int = 1, expert: int = 1
+    ) -> "Sizes":
+        """The data axis is what is left of the world; the config's rules have refused sizes that do not divide it."""
+        data = world_size // (pipe * context * tensor)
+        sizes = cls(pipe, data, context, tensor, expert)
+        assert sizes.world_size == world_size, (sizes, world_size)
+        return sizes
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.along(name) for name in AXES)
+
+    def along(self, name: str) -> int:
+        """Ranks of a group: of one of AXES or PLANES."""
+        if name == "expert_data":
+            return self.data // self.expert
+        if name in PLANES and PLANES[name] != (name,):
+            return prod(self.along(axis) for axis in PLANES[name])
+        return getattr(self, name)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The rank's place along each of AXES."""
+        result = {}
+        for name in reversed(AXES):
+            rank, result[name] = divmod(rank, self.along(name))
+        return result
+
+    def rank_at(self, coordinates: dict[str, int]) -> int:
+        """The inverse of `coordinates`."""
+        rank = 0
+        for name in AXES:
+            rank = rank * self.along(name) + coordinates[name]
+        return rank
+
+    def place(self, rank: int, name: str) -> int:
+        """The rank's place in its group of that name."""
+        coordinates, place = self.coordinates(rank), 0
+        for axis in PLANES[name]:
+            place = place * self.along(axis) + coordinates[axis]
+        return place
+
+    def told(self, rank: int) -> str:
+        """A rank's place, for messages: `pipe 1, data 0, tensor 1`; context and expert where there are several."""
+        always = ("pipe", "data", "tensor")
+        names = [name for name in TOLD if name in always or self.along(name) > 1]
+        return ", ".join(f"{name} {self.place(rank, name)}" for name in names)
+
+    def groups(self, name: str) -> list[list[int]]:
+        """All groups of ranks of that name, each in order."""
+        return self.lines(PLANES[name])
+
+    def lines(self, names: Sequence[str]) -> list[list[int]]:
+        """All groups of ranks in which only these of AXES vary, each in order."""
+        fixed = [name for name in AXES if name not in names]
+        result = []
+        for outer in product(*(range(self.along(name)) for name in fixed)):
+            line = []
+            for inner in product(*(range(self.along(name)) for name in names)):
+                at = dict(zip(fixed, outer, strict=True)) | dict(zip(names, inner, strict=True))
+                line.append(self.rank_at(at))
+            result.append(line)
+        return result
+
+    def ends(self) -> list[list[int]]:
+        """The first and the last stage of each pipeline, which share a tied embedding."""
+        return [sorted({line[0], line[-1]}) for line in self.groups("pipe")]
+
+    def runs(self, name: str, size: int) -> list[list[int]]:
+        """The groups of that name cut into runs of `size` neighbours, a divisor of their size."""
+        return [
+            line[first : first + size]
+            for line in self.groups(name)
+            for first in range(0, len(line), size)
+        ]

@@ -1,0 +1,115 @@
+"""What a run tells of itself at its start, for report.html: about.json. What only a page needs, and what it takes torch
+or the planner to know; the config itself is in config.json."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from megalite.config import Config
+from megalite.model.spec import TransformerSpec
+from megalite.pipeline.check import check
+from megalite.pipeline.plan import PipelinePlan, plan_of
+from megalite.plan.states import (
+    parameter_sizes,
+    place_of,
+    predicted_activations,
+    predicted_states,
+)
+
+SHOWN_ROUNDS = 4  # micro-batches a rank of the pipe axis, of a step that is drawn
+
+
+def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
+    """JSON values of a resolved config."""
+    return {
+        "model": spec.family,
+        "causal": spec.causal,
+        "parameters": spec.num_parameters,
+        "grid": axes_of(config),
+        "predicted": predicted_bytes(config, spec),
+        "pipeline": _pipeline(plan_of(config, spec), config.accumulation_steps),
+        "differing": differing(config.document),
+    }
+
+
+def axes_of(config: Config) -> dict[str, int]:
+    """Sizes of the axes, outermost first; context where it has several ranks."""
+    parallel = config.parallel
+    context = {"context": parallel.context} if parallel.context > 1 else {}
+    return {"pipe": parallel.pipe, "data": config.data_size, **context, "tensor": parallel.tensor}
+
+
+def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:
+    """What each rank will hold."""
+    result = []
+    places: dict[tuple[int, int], Any] = {}
+    for rank in range(config.world_size):
+        grid = place_of(config, rank)
+        place = grid.pipe.rank, grid.tensor.rank
+        if place not in places:  # the axes data and context do not matter to either
+            kept = predicted_activations(config, spec, grid).bytes
+            places[place] = parameter_sizes(config, spec, grid), kept
+        sizes, kept = places[place]
+        states = predicted_states(config, sizes, grid)
+        result.append(
+            {
+                "weights_bytes": states.weights,
+                "gradients_bytes": states.gradients,
+                "optimizer_bytes": states.optimizer,
+                "activations_bytes": kept,
+                "buckets_bytes": states.buckets,
+            }
+        )
+    return result
+
+
+def _pipeline(plan: PipelinePlan, micro_batches: int) -> dict[str, Any]:
+    """The program of a step with the times of the simulated clock. Of a step with many micro-batches a shorter one is
+    drawn; the bubble is that of the whole."""
+    if plan.pipe == 1:
+        return {}
+    shown = min(micro_batches, SHOWN_ROUNDS * plan.pipe)
+    program, cost = plan.program(shown), plan.cost
+    ends = check(program, cost).ends
+    length = max(ends.values())
+    actions = [
+        [
+            [
+                *action,
+                (ends[action] - cost(action.kind, action.chunk)) / length,
+                ends[action] / length,
+            ]
+            for action in own
+        ]
+        for own in program.actions
+    ]
+    return {
+        "schedule": plan.schedule,
+        "micro_batches": micro_batches,
+        "shown_micro_batches": shown,
+        "chunks": len(plan.cut.home) // plan.pipe,
+        "layers": [len(layers) for layers in plan.cut.layers],
+        "bubble": plan.report(micro_batches).bubble,
+        "actions": actions,
+    }
+
+
+def differing(section: BaseModel, path: str = "") -> list[list[Any]]:
+    """Keys whose value is not the default, as [key, value, default]; None where there is none."""
+    found: list[list[Any]] = []
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{path}{field.alias or name}"
+        if value is None:
+            continue
+        if isinstance(value, BaseModel):
+            found += differing(value, f"{key}.")
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = section.model_dump(include={name}, exclude_none=True).get(name)
+        if default is PydanticUndefined:
+            found.append([key, shown, None])
+        elif value != default:
+            default = default.model_dump() if isinstance(default, BaseModel) else default
+            found.append([key, shown, default])
+    return found

@@ -1,0 +1,116 @@
+"""A run's checkpoints: what is saved, when an earlier save is waited for, and the way back to one. Next: loop.py."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megalite.checkpoint.save import Saver, failure_line, owned_boxes
+from megalite.config import Config
+from megalite.data.position import Position
+from megalite.engine.engine import Engine
+from megalite.errors import TrainingError
+from megalite.guard.health import Health, loss_scale_state
+from megalite.training.fingerprint import fingerprint
+from megalite.training.start import Start, starting_point
+from megalite.training.watchers import Row, Watcher
+
+READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
+"""Keys of `megalite.data` that tell how a corpus is read."""
+
+
+class Checkpoints(Watcher):
+    """Of one run; every rank makes one and calls it at the same steps. tell: takes lines for the log; model: the
+    Hugging Face config as a dict."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: dict[str, Any],
+        engine: Engine,
+        health: Health,
+        start: Position,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.config, self.model, self.engine = config, model, engine
+        self.health, self.tell = health, tell
+        train = config.train
+        self.run_dir = Path(train.run_dir)
+        copy_gib = train.checkpoint_copy_gib
+        copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
+        timeout = train.limits.collective_timeout
+        self.saver = Saver(self.run_dir, train.keep_checkpoints, copy_bytes, timeout)
+        self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
+        # Rank 0 writes state.json.
+        self.fingerprint = fingerprint(config) if engine.grid.rank == 0 else {}
+
+    def after_step(self, row: Row) -> None:
+        """Adds what checkpoints have cost since the last step."""
+        row |= self.saver.taken_figures()
+
+    def save(self, position: Position) -> str | None:
+        """Begins to save (collective). Returns None, or what is not finite and must not be saved; TrainingError where
+        the run must stop for that."""
+        if self.saved_step == position.step:
+            return None
+        self.finish()
+        replicated = self.config.zero_stage == 0
+        boxes = owned_boxes(self.engine.shards(), self.engine.grid, replicated)
+        if (unsound := self.health.check_sound(boxes, position.step)) is not None:
+            return unsound
+        self.saver.save(position.step, boxes, self._state(position))
+        self.saved_step = position.step
+        return None
+
+    def finish(self, last: bool = False) -> None:
+        """Waits for a save that is going on. Reports one that failed, and the run continues with the older ones,
+        unless it was the last."""
+        try:
+            self.saver.wait()
+        except CheckpointException as error:
+            line = f"checkpoint of step {self.saved_step} could not be saved: {failure_line(error)}"
+            if last:
+                raise TrainingError(line) from None
+            self.tell(line)
+        while self.saver.told:
+            self.tell(self.saver.told.pop(0))
+
+    def restore(self) -> Start:
+        """Fills the engine from the newest good checkpoint (collective). TrainingError where there is none."""
+        self.finish()
+        start = starting_point(self.run_dir, None)
+        if start.weights is None:
+            raise TrainingError(f"{self.run_dir}: holds no checkpoint to go back to")
+        start.fill(self.engine)
+        self.saver.starts_from(start.position.step, start.damaged)
+        self.saved_step = (
+            None  # it is saved again, with the samples that the run leaves out from here on
+        )
+        return start
+
+    def _state(self, position: Position) -> dict[str, Any]:
+        """state.json: the whole position, and what a later start compares its config with."""
+        config, grid = self.config, self.engine.grid
+        optimizer = config.document.optimizer
+        return {
+            **asdict(replace(position, loss_scale=loss_scale_state(self.engine))),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
+            "seed": config.train.seed,
+            "optimizer": optimizer and optimizer.type,
+            "sequence_length": config.data.sequence_length,
+            "tokenizer": config.data.tokenizer,
+            "data": config.data.model_dump(include=READ_BY),
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "layout": {
+                "pipe": grid.pipe.size,
+                "data": grid.data.size,
+                "context": grid.context.size,
+                "expert": grid.expert.size,
+                "tensor": grid.tensor.size,
+                "zero_stage": config.zero_stage,
+                "precision": config.precision,
+            },
+        }

@@ -1,0 +1,50 @@
+"""Watchers on every rank that look for what is wrong with the ranks themselves. Next: watching.py."""
+
+from collections.abc import Callable
+
+import torch
+
+from megalite.config import Config
+from megalite.data.position import Position
+from megalite.engine.engine import Engine
+from megalite.errors import TrainingError
+from megalite.guard.health import Health
+from megalite.guard.pace import Pace
+from megalite.guard.replicas import Replicas
+from megalite.training.watchers import Row, Watcher
+
+
+class ReplicaGuard(Watcher):
+    """Stops the run where a rank holds another value of a weight than the ranks that should hold the same."""
+
+    def __init__(self, config: Config, engine: Engine, health: Health) -> None:
+        self.interval = config.train.faults.replica_check_interval
+        self.replicas, self.health = Replicas(engine.stage), health
+        self.device = torch.device(engine.device or "cpu")
+
+    def after_step(self, row: Row) -> None:
+        """Compares all copies at every `replica_check_interval`-th step (collective)."""
+        step, interval = row["step"], self.interval
+        if interval == 0 or step % interval or self.health.fault is not None:
+            return
+        if (found := self.replicas.difference(self.device)) is not None:
+            since = f"a checkpoint of a step after {step - interval} may hold it"
+            raise TrainingError(f"step {step}: {found.line(self.health.hosts)}; {since}")
+
+
+class PaceGuard(Watcher):
+    """Names ranks that compute slowly."""
+
+    def __init__(self, pace: Pace, note: Callable[[str], None]) -> None:
+        self.pace, self.tell = pace, note
+
+    def before_step(self, position: Position) -> None:
+        """Starts the clock where the step is one to be measured."""
+        self.pace.begin(position.step + 1)
+
+    def after_step(self, row: Row) -> None:
+        """Adds the figures of a measured step (collective in those)."""
+        figures, lines = self.pace.end(row["step"])
+        row |= figures
+        for line in lines:
+            self.tell(line)

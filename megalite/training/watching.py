@@ -1,0 +1,88 @@
+"""The watchers of a run, in their order. A new one is a line here. Next: loop.py, which calls them."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megalite.config import Config
+from megalite.config.sections import Router
+from megalite.data.loader import TrainData
+from megalite.data.position import Position
+from megalite.engine.build import DTYPES
+from megalite.engine.engine import Engine
+from megalite.guard.health import Health
+from megalite.guard.pace import Pace
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.grid import Grid
+from megalite.pipeline.actions import Pipeline
+from megalite.training.about import about, axes_of
+from megalite.training.checkpointing import Checkpoints
+from megalite.training.expert_load import ExpertLoad
+from megalite.training.guards import PaceGuard, ReplicaGuard
+from megalite.training.history import History, ReportWriter
+from megalite.training.metrics import MetricsFile
+from megalite.training.mfu import Utilisation, peak_flops
+from megalite.training.screen import Screen
+from megalite.training.speed import Speed
+from megalite.training.tracing import StepTimeline
+from megalite.training.watchers import Watcher
+
+
+class Watched(Protocol):
+    """What watchers may see of a run (loop.py)."""
+
+    config: Config
+    spec: TransformerSpec
+    engine: Engine
+    grid: Grid
+    device: torch.device
+    pipeline: Pipeline
+    data: TrainData
+    health: Health
+    checkpoints: Checkpoints
+    position: Position
+    watchdog: Any
+
+    def note(self, text: str) -> None: ...
+
+
+def watchers_of(run: Watched) -> list[Watcher]:
+    """Guards first, so that their time counts as the step's; then what adds to a row; then what shows it."""
+    config, spec, engine, data = run.config, run.spec, run.engine, run.config.data
+    train, hosts = config.train, run.watchdog.hosts
+    pace = Pace(train.faults, engine, spec, data.counted_share, hosts)
+    peak = peak_flops(run.device, DTYPES[config.precision])
+    flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share)
+    utilisation = Utilisation(flops_per_token, peak, run.grid.world_size)
+    router = train.router or Router.model_validate({})
+    watchers = [
+        ReplicaGuard(config, engine, run.health),
+        PaceGuard(pace, run.note),
+        *([ExpertLoad(engine, router.load_interval, run.note)] if spec.mixture is not None else []),
+        Speed(utilisation),
+        run.checkpoints,
+        StepTimeline(
+            run.grid,
+            run.device,
+            Path(train.run_dir),
+            train.trace_steps,
+            train.faults.pace_interval,
+            run.note,
+        ),
+    ]
+    if run.grid.rank == 0:
+        watchers += _on_rank_0(run)
+    return watchers
+
+
+def _on_rank_0(run: Watched) -> list[Watcher]:
+    """What writes and shows. The report is the last to be closed but one: the screen may have to tell of it."""
+    train, first = run.config.train, run.position.step
+    run_dir = Path(train.run_dir)
+    metrics = MetricsFile(run_dir, first, train.tensorboard, run.note)
+    history = History(run_dir, run.data, run.note)
+    axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
+    history.started(run.position, axes, metrics.last_seen)
+    report = ReportWriter(run_dir, about(run.config, run.spec), run.note)
+    return [metrics, history, report, Screen(train.steps, first, train.log_interval)]
