@@ -170,7 +170,7 @@ def place_on_meta(
             if not first:
                 source.requires_grad_()
             output = stage(source, ids if last else None, Context(), chunk)
-            _check_chunk(stage, chunk, output, source, () if last else shape, rank)
+            _check_chunk(stage, chunk, output, source, None if last else shape, rank)
     sent = dict(traffic.bytes)
     # Every message of a chunk: its result to the next, its gradient to the one before.
     home, own = plan.cut.home, plan.cut.chunks_of(grid.pipe.rank)
@@ -186,10 +186,16 @@ def place_on_meta(
 
 
 def _check_chunk(
-    stage: Stage, chunk: int, output: Tensor, source: Tensor, shape: tuple[int, ...], rank: int
+    stage: Stage,
+    chunk: int,
+    output: Tensor,
+    source: Tensor,
+    shape: tuple[int, ...] | None,
+    rank: int,
 ) -> None:
-    """Backward of a chunk, and the shapes of what leaves it on both sides."""
-    if tuple(output.shape) != shape:
+    """Backward of a chunk, and the shapes of what leaves it on both sides. shape: that the next chunk takes; None: it
+    is the last, whose losses are its own."""
+    if shape is not None and tuple(output.shape) != shape:
         raise DryRunError(
             f"rank {rank}: chunk {chunk} gives {tuple(output.shape)}, chunk {chunk + 1} takes {shape}"
         )
