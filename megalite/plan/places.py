@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.config.section import broken
 from megalite.errors import MegaliteError
 from megalite.model.context import Context
 from megalite.model.spec import TransformerSpec
@@ -50,6 +51,7 @@ class DryRun:
     """What a dry run has found."""
 
     world_size: int
+    experts: bool = False
     places: list[PlaceReport] = field(default_factory=list)
     schedule: str = "1f1b"
     bubble: float = 0.0
@@ -95,14 +97,22 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
-    """Levels 1 and 2 of a resolved config. Raises DryRunError for the first thing that does not fit or match."""
+    """Levels 1 and 2 of a resolved config without a context axis; of a model with experts memory and schedule alone.
+    Raises DryRunError for the first thing that does not fit or match, ConfigError where there is a context axis."""
+    if config.parallel.context > 1:
+        rule = "must be 1 for a dry run, which does not know the context axis yet"
+        raise broken("megalite.parallel.context", config.parallel.context, rule)
     table = MemoryTable(config, spec, None, SizesByPlace())
     plan, data, tensor = table.plan, config.data_size, config.parallel.tensor
-    result = DryRun(config.world_size)
+    result = DryRun(config.world_size, spec.mixture is not None)
     for pipe_rank, memory in enumerate(table.ranks):
         rank = pipe_rank * data * tensor
-        with fake_world(config.world_size, rank):
-            sent = place_on_meta(config, spec, plan, rank)
+        sent: dict[str, int] = {}
+        if (
+            spec.mixture is None
+        ):  # how many tokens an expert gets is a number, which meta tensors have not
+            with fake_world(config.world_size, rank):
+                sent = place_on_meta(config, spec, plan, rank)
         layers = [list(plan.cut.layers[chunk]) for chunk in plan.cut.chunks_of(pipe_rank)]
         result.places.append(PlaceReport(rank, data * tensor, layers, memory, sent))
     check_room(result, memory_bytes)
@@ -143,7 +153,7 @@ def place_on_meta(
 ) -> dict[str, int]:
     """Forward and backward of a rank's chunks with shapes alone; bytes that they send by axis. Raises DryRunError where
     a shape is not what the next chunk takes."""
-    grid = Grid.build(plan.pipe, config.parallel.tensor)
+    grid = Grid.build(plan.pipe, config.parallel.tensor, expert=config.parallel.expert)
     dtype = DTYPES[config.precision]
     with torch.device("meta"):
         recompute, sequence = recompute_of(config), config.parallel.sequence
@@ -160,7 +170,7 @@ def place_on_meta(
             if not first:
                 source.requires_grad_()
             output = stage(source, ids if last else None, Context(), chunk)
-            _check_chunk(stage, chunk, output, source, () if last else shape, rank)
+            _check_chunk(stage, chunk, output, source, None if last else shape, rank)
     sent = dict(traffic.bytes)
     # Every message of a chunk: its result to the next, its gradient to the one before.
     home, own = plan.cut.home, plan.cut.chunks_of(grid.pipe.rank)
@@ -176,10 +186,16 @@ def place_on_meta(
 
 
 def _check_chunk(
-    stage: Stage, chunk: int, output: Tensor, source: Tensor, shape: tuple[int, ...], rank: int
+    stage: Stage,
+    chunk: int,
+    output: Tensor,
+    source: Tensor,
+    shape: tuple[int, ...] | None,
+    rank: int,
 ) -> None:
-    """Backward of a chunk, and the shapes of what leaves it on both sides."""
-    if tuple(output.shape) != shape:
+    """Backward of a chunk, and the shapes of what leaves it on both sides. shape: that the next chunk takes; None: it
+    is the last, whose losses are its own."""
+    if shape is not None and tuple(output.shape) != shape:
         raise DryRunError(
             f"rank {rank}: chunk {chunk} gives {tuple(output.shape)}, chunk {chunk + 1} takes {shape}"
         )

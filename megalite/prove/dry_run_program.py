@@ -12,6 +12,7 @@ import time
 import warnings
 
 from megalite.config import check_model, load_config
+from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
@@ -53,6 +54,10 @@ def main(arguments: list[str]) -> int:
         check_parameter_groups(config, spec)
     memory = None if options.memory_gib is None else options.memory_gib * GIB
     found = dry_run(config, spec, memory)
+    if options.messages and spec.mixture is not None:
+        raise ConfigError(
+            "--messages: must be left out with experts, which a dry run does not route"
+        )
     if options.messages:
         from megalite.prove.messages import calls_of_all, match, shrunken  # imports DeepSpeed
 
@@ -76,9 +81,12 @@ def lines(found: DryRun, memory_gib: float | None) -> list[str]:
             f"layers {layers[0]}-{layers[-1]}" if layers else "the head" for layers in place.layers
         )
         sent = ", ".join(f"{axis} {size / 1e6:,.4g} MB" for axis, size in place.sent.items())
+        tried = f"forward and backward right; a micro-batch sends {sent or 'nothing'}"
+        if found.experts:
+            tried = "not computed, since it has experts"
         result.append(
             f"ranks {place.rank}-{place.rank + place.ranks - 1}: {chunks}: "
-            f"{place.memory.total / GIB:.2f} GiB, forward and backward right; a micro-batch sends {sent or 'nothing'}"
+            f"{place.memory.total / GIB:.2f} GiB, {tried}"
         )
     if memory_gib is not None:
         result.append(f"every rank fits in {memory_gib:g} GiB")
