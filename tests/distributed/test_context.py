@@ -231,7 +231,7 @@ def test_evaluate_scores_a_corpus_on_divided_samples(runs: Runs, tmp_path: Path)
     ],
 )
 def test_generation_refuses_the_axis(tmp_path: Path, arguments: list[str], line: str) -> None:
-    options = model_parser("generate.py", "").parse_args(
+    options = model_parser("generate.py").parse_args(
         ["--checkpoint", str(save_byte_model(tmp_path / "hf")), *arguments]
     )
     with pytest.raises(ConfigError, match=re.escape(line)):

@@ -28,7 +28,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "engine": 850,
     "guard": 750,
     "report": 1000,
-    "training": 1750,
+    "training": 1850,
     "inference": 1300,
     "prove": 1350,
     "supervisor": 900,
