@@ -1,5 +1,6 @@
 """Small models of every family, with odd sizes, and transformers' own models with the same random weights."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,36 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "pad_token_id": 100,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "mixtral": {
+        **_SIZES,
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "sliding_window": 5,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        **_SIZES,
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "moe_intermediate_size": 24,  # what grouped_mm takes, also half of it
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {
+        **_SIZES,
+        "model_type": "olmoe",
+        "num_key_value_heads": 2,
+        "pad_token_id": 100,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
     },
     "gpt2": {
         **_GPT,
@@ -191,7 +222,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def hf_model(config: dict[str, Any]) -> Any:
     """transformers' model in fp32 with random weights, norms and biases too, the same at every call."""
     hf_config = AutoConfig.for_model(**config)
-    hf_config._attn_implementation = "eager"
+    hf_config._attn_implementation = hf_config._experts_implementation = "eager"
     model = hf_auto_class(read_spec(config)).from_config(hf_config).eval()
     torch.manual_seed(5)
     with torch.no_grad():
@@ -200,9 +231,23 @@ def hf_model(config: dict[str, Any]) -> Any:
     return model
 
 
+_EXPERT = re.compile(r"^(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+
+
 def file_reader(values: dict[str, Tensor]) -> Callable[[str], Tensor]:
-    """Reads tensors by their names in files, where transformers renames one when it loads them."""
-    return lambda name: values[name.replace("embed_out.", "lm_head.")]
+    """Reads tensors by their names in files, where transformers renames one when it loads them, and stacks experts'."""
+
+    def read(name: str) -> Tensor:
+        match = _EXPERT.match(name)
+        if match is None:
+            return values[name.replace("embed_out.", "lm_head.").replace("block_sparse_moe", "mlp")]
+        layer, number, matrix = match.groups()
+        if matrix in ("w2", "down_proj"):
+            return values[f"{layer}.mlp.experts.down_proj"][int(number)]
+        gate, up = values[f"{layer}.mlp.experts.gate_up_proj"][int(number)].chunk(2)
+        return gate if matrix in ("w1", "gate_proj") else up
+
+    return read
 
 
 def load_hf(stage: Stage, model: Any) -> Stage:
@@ -210,7 +255,7 @@ def load_hf(stage: Stage, model: Any) -> Stage:
     spec, read = stage.spec, file_reader(model.state_dict())
     with torch.no_grad():
         for value, place in placed(stage):
-            value.copy_(place.cut(from_hf(spec.family, place.name, read, spec.num_heads)))
+            value.copy_(place.cut(from_hf(spec, place.name, read)))
     return stage
 
 
@@ -225,7 +270,7 @@ def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tenso
     spec = read_spec(config)
     read = file_reader({name: value.grad for name, value in model.named_parameters()})
     names = [place.name for _, place in placed(Stage(spec, Grid()))]
-    gradients = {name: from_hf(spec.family, name, read, spec.num_heads) for name in names}
+    gradients = {name: from_hf(spec, name, read) for name in names}
     return logits.detach(), loss.item(), gradients
 
 

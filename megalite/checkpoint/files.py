@@ -39,9 +39,12 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
+ROUTER_BIAS = (
+    "router_bias"  # in the state: for each layer with experts, in order, a list of numbers
+)
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
-    "sequence_length": (int,),
+    "sequence_length": (int,), ROUTER_BIAS: (list,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 

@@ -2,8 +2,10 @@
 
 import argparse
 
+from megalite.errors import ConfigError
 from megalite.hub.import_hf import import_hf
-from megalite.ranks.launch import ArgumentParser
+from megalite.hub.upcycle import Experts
+from megalite.ranks.launch import ArgumentParser, at_least
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +18,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
     )
+    parser.add_argument(
+        "--experts",
+        type=at_least(1),
+        metavar="N",
+        help="make a model with N experts in each layer of a dense one (llama, mistral, qwen3)",
+    )
+    parser.add_argument(
+        "--experts-per-token", type=at_least(1), metavar="K", help="with --experts; default: 2"
+    )
     args = parser.parse_args(argv)
-    compared = import_hf(args.model, args.output, args.verify)
+    if args.experts is None and args.experts_per_token is not None:
+        raise ConfigError(f"--experts-per-token: {args.experts_per_token}: needs --experts")
+    experts = args.experts and Experts(args.experts, args.experts_per_token or 2)
+    compared = import_hf(args.model, args.output, args.verify, experts)
     print(f"{args.output}: {compared or 'written; not verified'}")
     return 0

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from megalite.config.section import Section
 
 _OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
-_NO_EXPERTS = "experts are not available in this release"
+_NO_EXPERTS = "DeepSpeed's own experts are not used; use megalite.parallel.expert"
 _REMOVED = "DeepSpeed has removed it"
 _OWN_METRICS = "metrics go to metrics.jsonl in megalite.train.run_dir"
 _OWN_SAMPLES = "samples are made by megalite; see megalite.data"

@@ -16,13 +16,18 @@ from megalite.config.context_rules import (
     check_context_keys,
     check_context_length,
 )
-from megalite.config.data_rules import check_data_keys, check_objective
+from megalite.config.data_rules import check_classifier, check_data_keys, check_objective
 from megalite.config.deepspeed_keys import (
     OPTIMIZERS,
     DeepSpeedKeys,
     ZeroOptimization,
 )
 from megalite.config.document import Document, ModelDims
+from megalite.config.expert_rules import (
+    check_expert_axis,
+    check_experts,
+    check_zero_of_experts,
+)
 from megalite.config.optimizer_rules import (
     NVME_SUB_GROUP_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
@@ -62,7 +67,9 @@ def data_axis_size(parallel: Parallel, world_size: int) -> int:
     if world_size < 1 or world_size % product:
         words = " × ".join(f"megalite.parallel.{name} {size}" for name, size in factors.items())
         raise ConfigError(f"world size: {world_size}: must be a multiple of {words} = {product}")
-    return world_size // product
+    data = world_size // product
+    check_expert_axis(parallel, data)
+    return data
 
 
 def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
@@ -113,11 +120,13 @@ def check_document(document: Document) -> None:
     )
     all_of(
         lambda: check_data_keys(megalite.data),
+        lambda: check_classifier(megalite),
         lambda: _check_faults(megalite),
         lambda: check_precision(document),
         lambda: check_schedule_of_pipe(megalite.parallel),
         lambda: check_context_keys(megalite.parallel),
         lambda: check_zero(zero, megalite.parallel),
+        lambda: check_zero_of_experts(document),
         lambda: check_optimizer(document),
         lambda: check_groups(document),
     )
@@ -224,10 +233,13 @@ def machine_has_gpu() -> bool:
 def check_layout(parallel: Parallel, dims: ModelDims) -> None:
     """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
     tensor = parallel.tensor
-    for name, size in (
-        ("num_attention_heads", dims.num_heads),
-        ("intermediate_size", dims.intermediate_size),
-    ):
+    sizes = {
+        "num_attention_heads": dims.num_heads,
+        "intermediate_size": dims.intermediate_size,
+    }
+    if dims.experts and dims.expert_size != dims.intermediate_size:
+        sizes["moe_intermediate_size"] = dims.expert_size
+    for name, size in sizes.items():
         if size % tensor:
             raise broken("megalite.parallel.tensor", tensor, f"must divide {name} {size}")
     if dims.num_kv_heads % tensor and tensor % dims.num_kv_heads:
@@ -245,6 +257,7 @@ def check_dims(document: Document, dims: ModelDims) -> None:
     """The model's sizes against the grid and the samples."""
     megalite = document.megalite
     check_layout(megalite.parallel, dims)
+    check_experts(megalite, dims)
     check_objective(megalite.data, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:

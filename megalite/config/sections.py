@@ -4,6 +4,7 @@ Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: De
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
 """
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
@@ -76,6 +77,13 @@ class Parallel(Section):
         "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
     )
 
+    expert: Positive = Field(
+        1,
+        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
+        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
+        "of the data axis. docs/experts.md has more.",
+    )
+
     @property
     def chunks_a_rank(self) -> int:
         """Chunks of layers that a rank of the pipe axis holds."""
@@ -121,13 +129,33 @@ class Masked(Section):
     )
 
 
+class Classes(Section):
+    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
+    corpus that tools/preprocess_data.py --label-key has made."""
+
+    classes: list[Text] = Field(
+        min_length=2,
+        max_length=256,
+        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
+    )
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A model section of which a classifier of texts is made, with the names of its labels."""
+
+    section: dict[str, Any] | str
+    classes: tuple[str, ...]
+
+
 def _objective(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Masked.model_validate(value)  # pydantic takes its errors in, at their places
-    if value == "causal" or isinstance(value, Masked):
+    if isinstance(value, dict):  # pydantic takes their errors in, at their places
+        return (Classes if "classes" in value else Masked).model_validate(value)
+    if value == "causal" or isinstance(value, Masked | Classes):
         return value
     raise PydanticCustomError(
-        "objective", 'must be "causal" or an object such as {{"masked": 0.15}}'
+        "objective",
+        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -158,11 +186,12 @@ class Data(Section):
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
         "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
-    objective: Annotated[Literal["causal"] | Masked, BeforeValidator(_objective)] = Field(
+    objective: Annotated[Literal["causal"] | Masked | Classes, BeforeValidator(_objective)] = Field(
         "causal",
         description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
-        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time. '
-        "docs/encoders.md has more.",
+        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
+        '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
+        "takes the place of the other (docs/classification.md).",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -192,7 +221,17 @@ class Data(Section):
     @property
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
-        return self.objective.masked if isinstance(self.objective, Masked) else 1.0
+        match self.objective:
+            case Masked(masked=share):
+                return share
+            case Classes():
+                return 1 / self.sequence_length
+        return 1.0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels of texts; empty where the objective asks for tokens."""
+        return tuple(self.objective.classes) if isinstance(self.objective, Classes) else ()
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -322,6 +361,36 @@ class ParameterGroup(Section):
     )
 
 
+class Router(Section):
+    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
+
+    balance: Literal["sample", "bias", "none"] = Field(
+        "sample",
+        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
+        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
+        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
+        "tokens that each expert got of the global batch. `none`: neither.",
+    )
+    bias_rate: float | None = Field(
+        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
+    )
+    load_interval: Counter = Field(
+        10,
+        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
+        "experts without a token; 0: never.",
+    )
+
+    @property
+    def step_of_bias(self) -> float:
+        """By how much a bias moves in a step, 0 where none does."""
+        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -364,6 +433,10 @@ class Train(Section):
         0.0,
         ge=0,
         description="Weight of the squared logarithm of the softmax's denominator, added to a token's training loss.",
+    )
+    router: Router | None = Field(
+        None,
+        description="Of a model with experts; left out: each of its keys as it is when left out.",
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."

@@ -16,6 +16,7 @@ from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.engine.nvme import load_op, make_swap_folder
+from megalite.engine.router_bias import RouterBias
 from megalite.errors import ConfigError
 from megalite.model.parameter_groups import LR_RATIO, learning_rate_factor, parameter_groups
 from megalite.model.spec import TransformerSpec
@@ -23,7 +24,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.plan import plan_of
-from megalite.plan.states import DTYPES, recompute_of
+from megalite.plan.states import DTYPES, recompute_of, routed_spec
 from megalite.ranks.launch import quiet
 
 
@@ -31,7 +32,7 @@ def build_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     """This rank's stage with freshly initialised weights."""
     init = config.train.init
     spec = replace(
-        spec,
+        routed_spec(config, spec),
         init_std=init.std or spec.init_std,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init
@@ -69,6 +70,10 @@ def build_engine(config: Config, spec: TransformerSpec, grid: Grid) -> Engine:
         )
     if folder is not None:
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+    if spec.mixture is not None:
+        device, router = torch.device(engine.device or "cpu"), config.train.router
+        rate = router.step_of_bias if router is not None else 0.0
+        engine.router_bias = RouterBias(stage, grid, device, rate)
     compare_with_asked(engine, config)
     return engine
 

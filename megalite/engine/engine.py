@@ -13,11 +13,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
+from megalite.engine.router_bias import RouterBias
 from megalite.engine.zero import MOMENTS, ShardedOptimizer, moments_of
 from megalite.engine.zero3 import FullyShardedOptimizer
+from megalite.model.transformer import EXPERTS
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Shard, placed
@@ -27,6 +30,8 @@ class Engine(DeepSpeedEngine):
     """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
 
     _highest_gradients: int | None = None
+    router_bias: RouterBias | None = None
+    """Of a model with experts."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
@@ -38,6 +43,19 @@ class Engine(DeepSpeedEngine):
             FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
             if self.optimizer.swap_optimizer:
                 self.make_moments(0)
+
+    def _configure_distributed_model(self, model: Any) -> None:
+        """DeepSpeed shards and reduces experts over groups of its own, which it makes with its own layers. Ours are put
+        where it reads them: with parameters marked (Stage.initialise) and a parameter group for them that is all of
+        its path for experts."""
+        expert, replica = self.grid.expert, self.grid.expert_replica
+        if any(place.has_own_replicas for _, place in placed(model)):
+            groups._EXPERT_PARALLEL_GROUP[EXPERTS] = expert.group
+            groups._EXPERT_PARALLEL_GROUP_RANKS[EXPERTS] = list(expert.ranks)
+            groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = replica.group
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[EXPERTS] = list(replica.ranks)
+            self.has_moe_layers = True
+        super()._configure_distributed_model(model)
 
     @property
     def stage(self) -> Any:

@@ -48,7 +48,7 @@ class GlobalNorm:
 
     loss: this rank's part of the step's loss, None: 0; judge: asked at each call; riders: asked for this rank's numbers
     that go with the message, as many on every rank. After a call `heard` has their sums over all ranks, and
-    `overflowed` tells whether it was the gradient alone that was not finite.
+    `overflowed` tells whether it was the gradient alone that was not finite, `accepted` whether the update happens.
     """
 
     def __init__(self, placements: Iterable[Placement], sizes: Sizes = ONE) -> None:
@@ -67,7 +67,7 @@ class GlobalNorm:
         self.judge: Judge | None = None
         self.riders: Callable[[], Sequence[float]] = tuple
         self.heard: list[float] = []
-        self.overflowed = False
+        self.overflowed, self.accepted = False, True
         self._own = self._all = torch.zeros(0)
 
     def __call__(
@@ -105,6 +105,7 @@ class GlobalNorm:
         ).value  # DeepSpeed continues with fp32, where it may be infinite
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)
         accepted = self.judge is None or self.judge(loss, found)
+        self.accepted = accepted and math.isfinite(found)
         return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
 
     def not_finite(self, own: bool = False) -> list[str]:

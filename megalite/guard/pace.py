@@ -33,11 +33,13 @@ class Pace:
         self.faults, self.engine, self.hosts = faults, engine, hosts
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
-        head = counted * spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
-        layers = sum(
-            len(stage.cut.layers[chunk]) for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
-        )
-        self.work = float(layers * spec.block_parameters + head)
+        head = counted * spec.head_weights if stage.head is not None else 0
+        layers = [
+            layer
+            for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
+            for layer in stage.cut.layers[chunk]
+        ]
+        self.work = float(sum(spec.layer_parameters(layer, used=True) for layer in layers) + head)
         self.slow: dict[int, list[str]] = {}
 
     def begin(self, step: int) -> None:

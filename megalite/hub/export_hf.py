@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.checkpoint.files import ROUTER_BIAS, Checkpoint, find_checkpoint
 from megalite.errors import CheckpointError
 from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
-from megalite.hub.names import hf_auto_class, hf_tensor, to_hf
+from megalite.hub.names import file_names, hf_auto_class, hf_tensor, to_hf
 from megalite.hub.same_logits import Comparison, compare
 from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
 from megalite.hub.whole import appearing
@@ -40,6 +40,9 @@ class _Weights:
         result = {}
         for name in self.names():
             entry, shape = hf_tensor(self.spec.family, name), self.checkpoint.shape(name)
+            if entry.stacked:
+                result |= dict.fromkeys(file_names(entry, self.spec), shape[1:])
+                continue
             shape = (shape[0] * entry.parts, *shape[1:])
             result.setdefault(entry.name, shape[::-1] if entry.transposed else shape)
         return result
@@ -48,9 +51,7 @@ class _Weights:
         return self.checkpoint.names
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in to_hf(
-            self.spec.family, self.names(), self.checkpoint.read, self.spec.num_heads
-        ):
+        for name, tensor in to_hf(self.spec, self.names(), self.checkpoint.read):
             if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
                 raise CheckpointError(
                     f"--dtype: float16: {name}: its largest value {tensor.abs().max().item():.3g} "
@@ -74,6 +75,10 @@ def export_hf(
     with appearing(output, CheckpointError) as partial:
         source = Checkpoint.open(find_checkpoint(checkpoint))
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
+        if ROUTER_BIAS in source.state:
+            family = weights.spec.family
+            rule = f'a {family} file has no place for what megalite.train.router.balance "bias" has made'
+            raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
         partial.mkdir()
         shards: list[Shard] = plan_shards(weights.shapes(), weights.dtype, shard_bytes)
         write_shards(partial, shards, weights.tensors())

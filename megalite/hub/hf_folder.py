@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.config import Classified
 from megalite.errors import CheckpointError
-from megalite.hub.names import groups_of, hf_tensor
+from megalite.hub.names import file_names, groups_of, hf_tensor
 from megalite.inputs import check_links, read_json_object, reading
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.model.families.common import HFTensor
@@ -34,6 +35,7 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+_OF_HEADS = ("classifier.", "head.")
 
 
 def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
@@ -46,10 +48,11 @@ class HFFolder:
     """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
     where it cannot be used whole.
 
-    model: the config as a plain dict; spec: it as ours.
+    model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
+    of another model (`made_one`); what such a classifier has and the folder has not is left out of `names`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(
@@ -59,9 +62,15 @@ class HFFolder:
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
+            self.made_one = bool(classes) and self.spec.classifier is None
+            if self.made_one:
+                self.model = model_dict(Classified(str(self.folder), classes))
+                self.spec = read_spec(self.model)
             self.shapes = full_shapes(self.spec)
             self._files = _Files(self.folder)
             self._prefix = self._missing_prefix()
+            if self.made_one:
+                self._leave_out_new()
             self._check()
 
     @property
@@ -81,7 +90,9 @@ class HFFolder:
         offsets = tuple(offsets) if offsets is not None else (0,) * len(full)
         shape = tuple(shape) if shape is not None else full
         entry = hf_tensor(self.spec.family, name)
-        groups = groups_of(entry, self.spec.num_heads)
+        if entry.stacked:
+            return self._read_stacked(entry, offsets, shape)
+        groups = groups_of(entry, self.spec)
         pieces = []
         for start, stop in _file_rows(full[0], groups, entry, offsets[0], offsets[0] + shape[0]):
             ranges = [slice(start, stop)] + [
@@ -92,6 +103,18 @@ class HFFolder:
             self._check_finite(self._file_name(entry), piece)
             pieces.append(piece.t() if entry.transposed else piece)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _read_stacked(
+        self, entry: HFTensor, offsets: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
+        """A box of what has a tensor for each expert."""
+        ranges = tuple(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True))
+        pieces = []
+        for number in range(offsets[0], offsets[0] + shape[0]):
+            file_name = entry.of_expert(number)
+            pieces.append(self._files.read(file_name, ranges))
+            self._check_finite(file_name, pieces[-1])
+        return torch.stack(pieces)
 
     def _check_finite(self, file_name: str, part: Tensor) -> None:
         """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
@@ -122,24 +145,16 @@ class HFFolder:
         known = set()
         for name, full in self.shapes.items():
             entry = hf_tensor(self.spec.family, name)
-            file_name, shape = self._file_name(entry), [full[0] * entry.parts, *full[1:]]
-            known.add(file_name)
-            if file_name not in self._files.where:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
-                )
-            found, dtype = self._files.shape(file_name)
-            wanted = shape[::-1] if entry.transposed else shape
-            if found != wanted:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
-                )
-            if dtype not in _FLOATS:
-                raise CheckpointError(
-                    f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
-                )
+            shape = [*full[1:]] if entry.stacked else [full[0] * entry.parts, *full[1:]]
+            for file_name in file_names(entry, self.spec):
+                file_name = file_name.removeprefix(self._prefix)
+                known.add(file_name)
+                self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
         if self.spec.tied:
             known |= self._tied_head()
+        if self.made_one:  # the other head
+            table = FAMILIES[self.spec.family].TENSORS.items()
+            known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
         unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
         for file_name in sorted(self._files.where.keys() - known):
             if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
@@ -147,6 +162,27 @@ class HFFolder:
                     f"{self.folder}: {file_name}: a tensor that a {self.spec.family} model of this "
                     "config does not have"
                 )
+
+    def _check_tensor(self, file_name: str, wanted: list[int]) -> None:
+        if file_name not in self._files.where:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
+            )
+        found, dtype = self._files.shape(file_name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
+            )
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
+            )
+
+    def _leave_out_new(self) -> None:
+        """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""
+        for name in [name for name in self.shapes if name.startswith(_OF_HEADS)]:
+            if self._file_name(hf_tensor(self.spec.family, name)) not in self._files.where:
+                del self.shapes[name]
 
     def _tied_head(self) -> set[str]:
         """A head that is in the files though the config ties it must equal the embedding."""

@@ -11,23 +11,29 @@ from megalite.errors import CheckpointError
 from megalite.hub.carried import carried_files
 from megalite.hub.hf_folder import HFFolder
 from megalite.hub.same_logits import Comparison, compare
+from megalite.hub.upcycle import Experts, Upcycled
 from megalite.hub.whole import appearing
 
 
 def import_hf(
-    model: str | Path, output: str | Path, verify: bool | None = None
+    model: str | Path,
+    output: str | Path,
+    verify: bool | None = None,
+    experts: Experts | None = None,
 ) -> Comparison | None:
     """Writes a checkpoint of step 0 in fp32. The folder appears when all is written and verified, or not at all.
 
-    verify: hold the logits against transformers'; None: where memory is enough. Returns what was compared, None
+    verify: hold the logits against transformers'; None: where memory is enough. experts: that are made of a dense
+    model's MLPs (upcycle.py). Returns what was compared, None
     where nothing was. Raises CheckpointError, ConfigError, ConversionError.
     """
-    source = HFFolder(model)
+    dense = HFFolder(model)
+    source = dense if experts is None else Upcycled(dense, experts)
     state = {
         "step": 0,
         "consumed_samples": 0,
         "consumed_tokens": 0,
-        "seed": 0,
+        "seed": 0 if experts is None else experts.seed,
         "layout": None,
         "tokenizer": None,
     }

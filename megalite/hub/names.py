@@ -1,7 +1,8 @@
 """Between our tensors and those of a Hugging Face file, both ways, from a family's one table.
 
-Ours are never fused and always [out, in]; a file may fuse several along the output features, also head by
-head, and may have them transposed. Reading files: import_hf.py; writing them: export_hf.py (tools/).
+Ours are never fused and always [out, in], and experts are stacked, [E, out, in]; a file may fuse several along the
+output features, also head by head, may have them transposed, and has a tensor for each expert. Reading files:
+import_hf.py; writing them: export_hf.py (tools/).
 """
 
 import re
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megalite.errors import CheckpointError
 from megalite.model.families import FAMILIES
+from megalite.model.families.classifiers import tensors_of
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
 
@@ -24,37 +26,40 @@ def hf_tensor(family: str, name: str) -> HFTensor:
     """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
-    entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern)
+    entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern) or tensors_of(family).get(name)
     if entry is None:
         raise CheckpointError(f"{name}: a {family} model has no such tensor")
-    return replace(entry, name=entry.name.format(layer=match.group(1) if match else ""))
+    layer = match.group(1) if match else ""
+    return replace(entry, name=entry.name.replace("{layer}", layer))
 
 
-def from_hf(
-    family: str, name: str, read: Callable[[str], Tensor], heads: int | None = None
-) -> Tensor:
-    """Our full tensor of that name; `read` gives a file's tensor by its name there. heads: of the model, for a
-    family that fuses tensors head by head (gpt_neox)."""
-    entry = hf_tensor(family, name)
+def from_hf(spec: TransformerSpec, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    """Our full tensor of that name; `read` gives a file's tensor by its name there."""
+    entry = hf_tensor(spec.family, name)
+    if entry.stacked:
+        return torch.stack([read(file_name) for file_name in file_names(entry, spec)])
     tensor = read(entry.name)
     if entry.transposed:
         tensor = tensor.t()
-    parts = tensor.unflatten(0, (groups_of(entry, heads), entry.parts, -1))
+    parts = tensor.unflatten(0, (groups_of(entry, spec), entry.parts, -1))
     return parts[:, entry.part].flatten(0, 1)
 
 
 def to_hf(
-    family: str, names: Iterable[str], read: Callable[[str], Tensor], heads: int | None = None
+    spec: TransformerSpec, names: Iterable[str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors, one at a time, contiguous; `read` gives our full tensor by its name; heads as above."""
+    """The file's tensors, one at a time, contiguous; `read` gives our full tensor by its name."""
     files: dict[str, dict[int, str]] = {}
     for name in names:
-        entry = hf_tensor(family, name)
+        entry = hf_tensor(spec.family, name)
         files.setdefault(entry.name, {})[entry.part] = name
     for file_name, parts in files.items():
-        entry = hf_tensor(family, parts[0])
+        entry = hf_tensor(spec.family, parts[0])
+        if entry.stacked:
+            yield from zip(file_names(entry, spec), read(parts[0]), strict=True)
+            continue
         tensors = [
-            read(parts[part]).unflatten(0, (groups_of(entry, heads), -1)) for part in sorted(parts)
+            read(parts[part]).unflatten(0, (groups_of(entry, spec), -1)) for part in sorted(parts)
         ]
         tensor = torch.stack(tensors, dim=1).flatten(0, 2)
         yield file_name, (tensor.t() if entry.transposed else tensor).contiguous()
@@ -62,14 +67,25 @@ def to_hf(
 
 def hf_auto_class(spec: TransformerSpec) -> Any:
     """transformers' class that makes a model of this kind from a config or a folder."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # seconds to import
+    from transformers import (  # seconds to import
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
 
+    if spec.classifier is not None:
+        return AutoModelForSequenceClassification
     return AutoModelForCausalLM if spec.causal else AutoModelForMaskedLM
 
 
-def groups_of(entry: HFTensor, heads: int | None) -> int:
+def groups_of(entry: HFTensor, spec: TransformerSpec) -> int:
     """Runs of rows that parts are fused by: the heads of a family that fuses head by head, else one."""
-    if not entry.by_head:
-        return 1
-    assert heads is not None, f"{entry.name} is fused head by head: give the number of heads"
-    return heads
+    return spec.num_heads if entry.by_head else 1
+
+
+def file_names(entry: HFTensor, spec: TransformerSpec) -> list[str]:
+    """The file's tensors that a tensor of ours is read from: one, or one for each expert."""
+    if not entry.stacked:
+        return [entry.name]
+    assert spec.mixture is not None
+    return [entry.of_expert(number) for number in range(spec.mixture.count)]

@@ -89,7 +89,10 @@ def prepare_model(
 
 
 def check_decoder(prepared: Prepared, use: str) -> None:
-    """ConfigError where an encoder is asked for what needs a decoder."""
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model."""
+    if prepared.spec.classifier is not None:
+        rule = f"is a classifier of texts: {use} needs a model of language"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
     if not prepared.spec.causal:
         model = f"a {prepared.spec.family} model is an encoder"
         raise ConfigError(
@@ -104,6 +107,7 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from megalite.checkpoint.weights import load_module
+    from megalite.engine.router_bias import set_router_bias
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut
@@ -113,7 +117,10 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()
-    return stage.to(device=accelerator.current_device_name(), dtype=getattr(torch, dtype)), grid
+    device = accelerator.current_device_name()
+    stage = stage.to(device=device, dtype=getattr(torch, dtype))
+    set_router_bias(stage, prepared.state, torch.device(device))
+    return stage, grid
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:

@@ -34,6 +34,12 @@ class KeyValueCache:
         keys[:, :, start:stop], values[:, :, start:stop] = key, value
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Makes row i of each layer what row rows[i] was; rows [B] int64."""
+        for layer, (keys, values) in self.entries.items():
+            stop = self.lengths[layer]
+            keys[:, :, :stop], values[:, :, :stop] = keys[rows, :, :stop], values[rows, :, :stop]
+
 
 @dataclass
 class Context:
@@ -49,6 +55,8 @@ class Context:
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
     rows: which tokens of the samples these are, where the context axis divides them: S is then a rank's part of them, T
     the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
+    balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
+    micro-batch; None: they are left out.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
 
@@ -62,6 +70,7 @@ class Context:
     randomness: Randomness | None = None
     rows: Rows | None = None
     run_pieces: tuple[RunPieces, ...] | None = None
+    balance: Tensor | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from megalite.config import Config, Schedule
 from megalite.config.sections import ParameterGroup
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Stage
+from megalite.model.transformer import EXPERTS, Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, placed
 
@@ -52,7 +52,9 @@ def parameter_groups(
     and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
     both stages that hold one. So have tensors that the tensor axis cuts unevenly (an odd vocabulary): ZeRO lays a group
     out flat, and kernels round the last numbers of a stretch in another way, so that copies of what is whole would
-    differ where what is next to them does. Stages may differ in their groups: each is an engine of its own."""
+    differ where what is next to them does. And what an expert axis divides, which ZeRO shards over fewer ranks;
+    DeepSpeed knows those groups by `moe` and `name`. Stages may differ in their groups: each is an engine of its own.
+    """
 
     def choice(place: Placement) -> tuple[float, float]:
         """(lr_ratio, weight_decay)"""
@@ -63,12 +65,15 @@ def parameter_groups(
         decay = entries[number].weight_decay
         return entries[number].lr_ratio, usual if decay is None else decay
 
-    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool, bool], dict[str, Any]] = {}
     for value, place in placed(stage):
         ratio, decay = choice(place)
         tied = value is stage.tied_parameter
         empty = {"params": [], "weight_decay": decay, LR_RATIO: ratio}
-        groups.setdefault((ratio, decay, tied, place.uneven), empty)["params"].append(value)
+        if place.has_own_replicas:
+            empty |= {"moe": True, "name": EXPERTS}
+        key = ratio, decay, tied, place.uneven, place.has_own_replicas
+        groups.setdefault(key, empty)["params"].append(value)
     return list(groups.values())
 
 

@@ -34,6 +34,39 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts, each a gated MLP: every token goes to the `chosen` of them that its router likes best.
+    balance, balance_coefficient, z_loss: how the router is trained beside the loss (router.py)."""
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    normalised: bool
+    """Whether the weights of the chosen are divided by their sum."""
+    layers: tuple[int, ...]
+    """Those that have experts in place of the MLP."""
+    balance_coefficient: float
+    balance: Literal["sample", "bias", "none"] = "sample"
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What takes the place of the head in a classifier of texts. What the numbers do: classifier.py."""
+
+    labels: tuple[str, ...]
+    pooling: Literal["first", "last", "mean"]
+    """The hidden state that a text is judged by: its first token's, its last token's, or the mean of all."""
+    dense: bool = False
+    """Whether a dense layer and tanh come before the product with the labels."""
+    bias: bool = True
+    dropout: float = 0.0
+    """Of what the product with the labels reads."""
+    dense_dropout: float = 0.0
+    """Of what the dense layer reads."""
+
+
+@dataclass(frozen=True)
 class TransformerSpec:
     """A transformer of one stack. Sizes are of the whole model, not of a rank's share."""
 
@@ -91,6 +124,8 @@ class TransformerSpec:
     windows: tuple[int | None, ...] = ()
     """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
     tuple: all."""
+    classifier: ClassifierSpec | None = None
+    """Of a model that names the label of a text; None: it asks for tokens."""
     padding_id: int | None = None
     """A token whose look-up trains no embedding."""
     embedding_dropout: float = 0.0
@@ -99,11 +134,21 @@ class TransformerSpec:
     """Of what attention and MLP add to the hidden states."""
     drops_mlp: bool = True
     """False: of what attention adds alone."""
+    mixture: Mixture | None = None
+    """None: no layer has experts."""
 
     @property
     def dropout(self) -> float:
         """The largest of the dropout rates."""
-        return max(self.embedding_dropout, self.attention_dropout, self.hidden_dropout)
+        rates = [self.embedding_dropout, self.attention_dropout, self.hidden_dropout]
+        if self.classifier is not None:
+            rates += [self.classifier.dropout, self.classifier.dense_dropout]
+        return max(rates)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classifier names; empty for a language model."""
+        return () if self.classifier is None else self.classifier.labels
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of the layer sees, None for all."""
@@ -119,6 +164,14 @@ class TransformerSpec:
         return (self.max_positions or 0) + self.position_offset if self.rotary is None else 0
 
     @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of all layers."""
+        if self.mixture is None:
+            return 0
+        matrices = 3 * self.hidden_size * self.mixture.intermediate_size
+        return len(self.mixture.layers) * self.mixture.count * matrices
+
+    @property
     def norm_parameters(self) -> int:
         """Parameters of a norm of hidden states."""
         return self.hidden_size * self._per_feature
@@ -129,33 +182,71 @@ class TransformerSpec:
         return 2 if self.norm == "layer" and self.norm_bias else 1
 
     @property
-    def block_parameters(self) -> int:
-        """Parameters of a layer, which has all norms."""
-        d, n, k, h, f = (
-            self.hidden_size,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
-            self.intermediate_size,
-        )
+    def experts(self) -> int:
+        """Experts of a layer that has any; 0 where none has."""
+        return 0 if self.mixture is None else self.mixture.count
+
+    @property
+    def expert_size(self) -> int:
+        """Features between an expert's matrices; 0 where there are none."""
+        return 0 if self.mixture is None else self.mixture.intermediate_size
+
+    def mixture_of(self, layer: int) -> Mixture | None:
+        """The experts of a layer; None where it has an MLP."""
+        return self.mixture if self.mixture is not None and layer in self.mixture.layers else None
+
+    def layer_parameters(self, layer: int, used: bool = False) -> int:
+        """Parameters of a layer, which has all norms. used: those that a token meets, of a few experts."""
+        d, f = self.hidden_size, self.intermediate_size
+        mlp = d * f * (3 if self.gated else 2) + self.mlp_bias * (f * (2 if self.gated else 1) + d)
+        mixture = self.mixture_of(layer)
+        if mixture is not None:
+            experts = mixture.chosen if used else mixture.count
+            mlp = d * mixture.count + experts * 3 * d * mixture.intermediate_size
+        return self._attention_and_norm_parameters + mlp
+
+    @property
+    def _attention_and_norm_parameters(self) -> int:
+        d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_size
         attention = (
             d * h * (2 * n + 2 * k)
             + self.attention_bias * h * (n + 2 * k)
             + self.attention_output_bias * d
         )
-        mlp = d * f * (3 if self.gated else 2) + self.mlp_bias * (f * (2 if self.gated else 1) + d)
         norms = (
             d * (1 if self.shared_norm else 2)
             + {"none": 0, "head": 2 * h, "projection": h * (n + k)}[self.qk_norm]
         )
-        return attention + mlp + norms * self._per_feature
+        return attention + norms * self._per_feature
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the products that are made for the positions that count: with the output embedding, or in a
+        classifier."""
+        d = self.hidden_size
+        if self.classifier is None:
+            return self.vocabulary_size * d
+        return len(self.classifier.labels) * d + d * d * self.classifier.dense
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
+        return self._parameters(used=False)
+
+    @property
+    def used_parameters(self) -> int:
+        """Parameters of the whole model that a token meets."""
+        return self._parameters(used=True)
+
+    def _parameters(self, used: bool) -> int:
         d = self.hidden_size
-        embeddings = self.vocabulary_size * (d * (1 if self.tied else 2) + self.head_bias)
-        embeddings += (self.position_rows + self.token_types) * d
+        embeddings = (self.vocabulary_size + self.position_rows + self.token_types) * d
+        if self.classifier is not None:
+            head = self.head_weights + d * self.classifier.dense
+            head += len(self.classifier.labels) * self.classifier.bias
+        else:
+            head = 0 if self.tied else self.head_weights
+            head += self.vocabulary_size * self.head_bias
         transform = d * d + d * self.head_transform_bias if self.head_transform else 0
         norms = (
             self.embedding_norm
@@ -164,8 +255,9 @@ class TransformerSpec:
             - (not self.first_norm)
         )
         return (
-            self.num_layers * self.block_parameters
+            sum(self.layer_parameters(layer, used) for layer in range(self.num_layers))
             + embeddings
+            + head
             + transform
             + norms * self.norm_parameters
         )
@@ -177,10 +269,8 @@ class TransformerSpec:
         of the tokens that the head's product is made for."""
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
-        left_out = (
-            lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
-        )
-        return 6.0 * (self.num_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
+        left_out = lookups * self.hidden_size + (1 - counted) * self.head_weights
+        return 6.0 * (self.used_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
 
     def _seen(self, layer: int, length: int) -> float:
         """Positions that a token of the layer sees on average."""

@@ -9,7 +9,7 @@ way to build or run the model.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from megalite.model.attention import Attention
 from megalite.model.chunks import Cut
+from megalite.model.classifier import Classifier
 from megalite.model.context import Context
 from megalite.model.dropout import drop
-from megalite.model.layers import MLP, Norm, activate
-from megalite.model.spec import Activation, TransformerSpec
+from megalite.model.experts import RoutedMLP
+from megalite.model.layers import MLP, Norm, Transform
+from megalite.model.router import Router
+from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import WeightGradients, give, later
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import (
     VocabularyEmbedding,
-    WholeLinear,
-    depth_scaled,
     initialise,
     name_parameters,
     parameter,
@@ -37,6 +38,7 @@ from megalite.parallel.layers import (
 from megalite.parallel.loss import head_loss
 
 TIED_NAME = "embedding.tokens.weight"
+EXPERTS = "experts"  # DeepSpeed's name for what an expert axis splits
 
 
 class Embedding(nn.Module):
@@ -87,7 +89,12 @@ class Block(nn.Module):
     [B, S or S / t, D] -> the same."""
 
     def __init__(
-        self, spec: TransformerSpec, layer: int, split: Split, recompute_attention: bool
+        self,
+        spec: TransformerSpec,
+        layer: int,
+        split: Split,
+        recompute_attention: bool,
+        grid: Grid,
     ) -> None:
         super().__init__()
         self.spec, self.layer, self.split = spec, layer, split
@@ -97,7 +104,11 @@ class Block(nn.Module):
         )
         self.attention = Attention(spec, layer, split, recompute_attention)
         self.mlp_norm = None if spec.shared_norm else Norm(spec, split.axis, size, users)
-        self.mlp = MLP(spec, split)
+        mixture = spec.mixture_of(layer)
+        if mixture is None:
+            self.mlp = MLP(spec, split)
+        else:
+            self.mlp = RoutedMLP(spec, mixture, split, grid.expert, grid.context)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         mlp_norm = self.mlp_norm or self.attention_norm
@@ -105,19 +116,25 @@ class Block(nn.Module):
             hidden = hidden + self._drop(
                 self.attention_norm(self.attention(hidden, context)), context, "attention"
             )
-            return hidden + self._drop(mlp_norm(self.mlp(hidden)), context, "mlp")
+            return hidden + self._drop(mlp_norm(self._fed(hidden, context)), context, "mlp")
         if self.spec.norm_place == "sum":  # BERT
             hidden = self.attention_norm(
                 hidden + self._drop(self.attention(hidden, context), context, "attention")
             )
-            return mlp_norm(hidden + self._drop(self.mlp(hidden), context, "mlp"))
+            return mlp_norm(hidden + self._drop(self._fed(hidden, context), context, "mlp"))
         normed = self.attention_norm(hidden)
         mixed = self._drop(self.attention(normed, context), context, "attention")
         if self.spec.parallel:  # GPT-J, GPT-NeoX, Phi
             normed = normed if self.spec.shared_norm else mlp_norm(hidden)
-            return hidden + mixed + self._drop(self.mlp(normed), context, "mlp")
+            return hidden + mixed + self._drop(self._fed(normed, context), context, "mlp")
         hidden = hidden + mixed
-        return hidden + self._drop(self.mlp(mlp_norm(hidden)), context, "mlp")
+        return hidden + self._drop(self._fed(mlp_norm(hidden), context), context, "mlp")
+
+    def _fed(self, hidden: Tensor, context: Context) -> Tensor:
+        """Through the MLP or the experts."""
+        if isinstance(self.mlp, RoutedMLP):
+            return self.mlp(hidden, context)
+        return self.mlp(hidden)
 
     def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
         if part == "mlp" and not self.spec.drops_mlp:
@@ -128,27 +145,6 @@ class Block(nn.Module):
         rows = context.row_numbers(self.split.rows(length), added.device)
         place = f"layers.{self.layer}.{part}.output"
         return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
-
-
-class Transform(nn.Module):
-    """Between the layers and the head of an encoder, [B, S or S / t, D] -> the same: dense layer, activation, norm."""
-
-    def __init__(self, spec: TransformerSpec, split: Split) -> None:
-        super().__init__()
-        assert spec.head_transform is not None
-        self.activation: Activation = spec.head_transform
-        std = (
-            depth_scaled(spec.init_std, spec.num_layers)
-            if spec.depth_scaled_init
-            else spec.init_std
-        )
-        self.dense = WholeLinear(
-            spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std
-        )
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(activate(self.dense(hidden), self.activation))
 
 
 class Head(nn.Module):
@@ -210,7 +206,8 @@ class Chunk(nn.Module):
 
     Input: token ids [B, S] if it is the first, else hidden [B, S or S / t, D]. Output: hidden; of the last one with
     labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last
-    position alone, [B, 1, V / t]. tied_to: the embedding of another chunk of this rank, for a tied head.
+    position alone, [B, 1, V / t]; of a classifier see classifier.py. tied_to: the embedding of another chunk of this
+    rank, for a tied head.
     """
 
     def __init__(
@@ -223,6 +220,7 @@ class Chunk(nn.Module):
         recompute: Recompute,
         z_loss: float,
         tied_to: nn.Parameter | None,
+        grid: Grid,
     ) -> None:
         super().__init__()
         self.spec, self.split = spec, split
@@ -232,11 +230,13 @@ class Chunk(nn.Module):
             name_parameters(self.embedding, "embedding")
         self.blocks = nn.ModuleDict()
         for layer in layers:
-            block = Block(spec, layer, split, recompute == "selective")
+            block = Block(spec, layer, split, recompute == "selective", grid)
             name_parameters(block, f"layers.{layer}")
             self.blocks[str(layer)] = block
-        self.head: Head | None = None
-        if last:
+        self.head: Head | Classifier | None = None
+        if last and spec.classifier is not None:
+            self.head = Classifier(spec, split)
+        elif last:
             if self.embedding is not None:
                 tied_to = self.embedding.tokens.weight
             self.head = Head(spec, split, tied_to if spec.tied else None, z_loss)
@@ -264,6 +264,8 @@ class Chunk(nn.Module):
                 hidden = _in_turn(group, hidden, context)
         if self.head is None:
             return hidden
+        if isinstance(self.head, Classifier):
+            return self.head(hidden, labels, context)
         if context.cache is not None:  # generation: nothing else is read
             hidden = hidden[:, -1:]
         return self.head(hidden, labels, context.counted)
@@ -299,7 +301,7 @@ class Stage(nn.Module):
             )
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
             self.chunks[str(number)] = Chunk(
-                spec, layers, first, last, self.split, recompute, z_loss, tied_to
+                spec, layers, first, last, self.split, recompute, z_loss, tied_to, grid
             )
 
     @property
@@ -310,19 +312,26 @@ class Stage(nn.Module):
         )  # type: ignore[union-attr]
 
     @property
-    def head(self) -> Head | None:
+    def head(self) -> Head | Classifier | None:
         """None where the last chunk is on another rank."""
         return next((chunk.head for chunk in self.chunks.values() if chunk.head is not None), None)  # type: ignore[union-attr]
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """Of the product with the output embedding; empty where the head is on another rank."""
+        """Of the product with the output embedding, or with a classifier's labels; empty where the head is on another
+        rank."""
         head = self.head
         return (
             []
             if head is None
             else [value for value in (head.weight, head.bias) if value is not None]
         )
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """Shape of what the last chunk gives in an evaluation: the sum of the losses, with a classifier's counts."""
+        classifier = self.spec.classifier
+        return () if classifier is None else (1 + len(classifier.labels) ** 2,)
 
     @property
     def tied_parameter(self) -> nn.Parameter | None:
@@ -334,11 +343,23 @@ class Stage(nn.Module):
         return self.head.weight if self.head is not None else None
 
     def initialise(self, seed: int) -> "Stage":
-        """Initial weights by (seed, name), and DeepSpeed's mark of what the tensor axis splits."""
+        """Initial weights by (seed, name), and DeepSpeed's marks of what the tensor and the expert axis split."""
         initialise(self, seed)
         for value, placement in placed(self):
             value.model_parallel = placement.is_cut_by("tensor")  # type: ignore[attr-defined]
+            if placement.has_own_replicas:
+                value.allreduce = False  # type: ignore[attr-defined]
+                value.group_name = EXPERTS  # type: ignore[attr-defined]
         return self
+
+    @property
+    def routers(self) -> dict[int, Router]:
+        """The routers of this rank's layers that have experts."""
+        chunks: Any = self.chunks.values()
+        blocks = [block for chunk in chunks for block in chunk.blocks.values()]
+        return {
+            block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
+        }
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of what crosses to the next chunk for `batch` samples of `length` tokens."""

@@ -65,7 +65,8 @@ def collecting(waiting: WeightGradients | None) -> Iterator[None]:
         _now = before
 
 
-def _waiting() -> WeightGradients | None:
+def waiting_now() -> WeightGradients | None:
+    """What weight gradients are put off into now; None: they are not."""
     return _now if torch.is_grad_enabled() else None
 
 
@@ -75,7 +76,8 @@ def _waiting() -> WeightGradients | None:
 _anchors: dict[torch.device, Tensor] = {}
 
 
-def _anchor(device: torch.device) -> Tensor:
+def anchor(device: torch.device) -> Tensor:
+    """A scalar that needs a gradient, and so do results that are made with it."""
     if device not in _anchors:
         _anchors[device] = torch.zeros((), device=device, requires_grad=True)
     return _anchors[device]
@@ -147,8 +149,8 @@ class _Embedding(torch.autograd.Function):
 
 def later(weight: nn.Parameter) -> Tensor:
     """The weight, for work whose gradient is cheap: it is made in the backward to the input, and waits."""
-    waiting = _waiting()
-    return weight if waiting is None else _Later.apply(_anchor(weight.device), (weight,), waiting)  # type: ignore[return-value]
+    waiting = waiting_now()
+    return weight if waiting is None else _Later.apply(anchor(weight.device), (weight,), waiting)  # type: ignore[return-value]
 
 
 def _as_it_is(gradient: Tensor) -> Tensor:
@@ -163,20 +165,20 @@ def linear(
 ) -> Tensor:
     """x weightᵀ + bias, while gradients are collected; x [..., in], weight [out, in]. finish: what the gradients of
     weight and bias still go through (a sum over ranks)."""
-    return _Linear.apply(x, _anchor(x.device), (weight, bias), finish, _now)  # type: ignore[return-value]
+    return _Linear.apply(x, anchor(x.device), (weight, bias), finish, _now)  # type: ignore[return-value]
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Tensor:
     """Rows of weight [V, D] for ids [...], as torch's `embedding`."""
-    waiting = _waiting()
+    waiting = waiting_now()
     if waiting is None:
         return F.embedding(ids, weight, padding_row)
-    return _Embedding.apply(_anchor(ids.device), (weight,), ids, padding_row, waiting)  # type: ignore[return-value]
+    return _Embedding.apply(anchor(ids.device), (weight,), ids, padding_row, waiting)  # type: ignore[return-value]
 
 
 def is_collecting() -> bool:
     """Whether weight gradients are put off now."""
-    return _waiting() is not None
+    return waiting_now() is not None
 
 
 class _Give(torch.autograd.Function):

@@ -41,7 +41,8 @@ class Placement:
     std: of the normal that it starts from, None for ones (`fill` 1) and zeros (`fill` 0); counted: whether this
     rank's copy is the one that counts in sums over the model plane (the gradient norm) and that checkpoints take;
     name: full, the same on every layout; replicas: the group of the grid (topology/axes.py) whose ranks hold copies
-    of the slice, over which ZeRO shards it.
+    of the slice, over which ZeRO shards it; drawn_apart: whether each index of the first dim (an expert) is drawn by
+    itself, so that a rank need not draw those of others.
     """
 
     full_shape: tuple[int, ...]
@@ -51,6 +52,7 @@ class Placement:
     counted: bool
     name: str = ""
     replicas: str = "replica"
+    drawn_apart: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -69,14 +71,20 @@ class Placement:
         """Whether ranks have slices of different sizes."""
         return any(self.full_shape[cut.dim] % cut.parts for cut in self.cuts)
 
-    def cut(self, full: Tensor) -> Tensor:
-        """This rank's slice (a view) of the full tensor."""
+    def cut(self, full: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
+        """This rank's slice (a view) of the full tensor. skip: dims that are not cut."""
         for _, dim, start, stop, _ in self.cuts:
-            full = full.narrow(dim, start, stop - start)
+            if dim not in skip:
+                full = full.narrow(dim, start, stop - start)
         return full
 
     def is_cut_by(self, axis: str) -> bool:
         return any(cut.axis == axis for cut in self.cuts)
+
+    @property
+    def has_own_replicas(self) -> bool:
+        """Whether fewer ranks than usual hold copies of the slice: it is an expert's, and there is an expert axis."""
+        return any(cut.axis == "expert" and cut.parts > 1 for cut in self.cuts)
 
 
 @dataclass
@@ -128,6 +136,23 @@ def parameter(
     return result
 
 
+def expert_parameter(
+    shape: tuple[int, int, int], dim: int, tensor: Axis, expert: Axis, std: float
+) -> nn.Parameter:
+    """An empty parameter of all experts, `shape` [E, out, in]: the expert axis splits the first dim, the tensor axis
+    `dim`."""
+    cuts = (
+        AxisCut("expert", 0, *share(shape[0], expert), expert.size),
+        AxisCut("tensor", dim, *share(shape[dim], tensor), tensor.size),
+    )
+    placement = Placement(
+        shape, cuts, std, 0.0, counted=True, replicas="expert_replica", drawn_apart=True
+    )
+    result = nn.Parameter(torch.empty(placement.shape))
+    result.placement = placement  # type: ignore[attr-defined]
+    return result
+
+
 def placed(module: nn.Module) -> Iterator[tuple[nn.Parameter, Placement]]:
     """Each parameter of the module once, with its place, in the module's order."""
     for value in module.parameters():
@@ -141,23 +166,33 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model.
+    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model; of
+    experts as a function of (seed, full name, expert).
 
-    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor is the most that
-    is held in memory beside the slices.
+    The full tensor is drawn, one at a time, and this rank's slice cut from it: one tensor, or one expert's matrix,
+    is the most that is held in memory beside the slices.
     """
     for value, placement in placed(module):
         with torch.no_grad():
             if placement.std is None:
                 value.fill_(placement.fill)
-                continue
-            digest = hashlib.sha256(f"{seed}/{placement.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(
-                int.from_bytes(digest[:8], "little", signed=True)
-            )
-            full = torch.empty(placement.full_shape, dtype=torch.float32, device="cpu")
-            full.normal_(0.0, placement.std, generator=generator)
-            value.copy_(placement.cut(full))
+            elif placement.drawn_apart:
+                for index, part in enumerate(value, start=placement.offsets[0]):
+                    full = drawn(
+                        f"{seed}/{placement.name}/{index}", placement.full_shape[1:], placement.std
+                    )
+                    part.copy_(placement.cut(full.unsqueeze(0), skip=(0,))[0])
+            else:
+                full = drawn(f"{seed}/{placement.name}", placement.full_shape, placement.std)
+                value.copy_(placement.cut(full))
+
+
+def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Normal numbers as a function of the key, fp32 on the CPU."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    full = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return full.normal_(0.0, std, generator=generator)
 
 
 class ColumnLinear(nn.Module):

@@ -27,7 +27,7 @@ _SHARES: dict[str, tuple[int, Callable[[int], float]]] = {
     "reduce_scatter_": (1, lambda n: (n - 1) / n),
     "_reduce_scatter_base_": (1, lambda n: (n - 1) / n),
     "reduce_scatter_tensor_coalesced_": (1, lambda n: (n - 1) / n),
-    "alltoall_base_": (1, lambda n: (n - 1) / n),
+    "alltoall_base_": (1, lambda n: (n - 1) / n),  # where all parts are as large
     "send": (0, lambda n: 1.0),
 }
 

@@ -8,6 +8,10 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     norm, LayerNorm                   its input e·r; mean and deviation
     norm, RMSNorm                     its input e·r; a root mean square a token
     input of query, key and value     e·g: the norm's result, or with sequence parallelism what is gathered of it
+    router of E experts               its input 4·b·s·h; probabilities 4·b·s·E; 8·b·s·k of the choice and e·b·s·k
+                                      weights, 4·b·s·(k + 1) more where they are normalised; with z-loss the logits
+    experts, k of them a token        k times what an MLP keeps of its activation and down projection; twice e·b·s·k·h,
+                                      the rows that they read and give; two orders of 8·b·s·k, four with an expert axis
     norms of queries and keys         as norms, over q and k; where the tensor axis splits them, the input in fp32 and
                                       what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
@@ -23,6 +27,7 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     dropout of what is added          r bytes, twice
 
     dense layer before the head       its input e·r and its activation's; the norm after it as above
+    head of a classifier              of each text a few rows of h numbers, which are left out
 
 Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core;
 recompute of every n layers keeps e·r of n layers and makes their table again, one group at a time, in backward.
@@ -34,14 +39,14 @@ from dataclasses import dataclass
 
 import torch
 
-from megalite.model.spec import TransformerSpec
+from megalite.model.spec import Mixture, TransformerSpec
 from megalite.model.transformer import Recompute
 from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
 from megalite.parallel.loss import chunk_rows, gradient_type
 
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 Table = dict[str, int]
 """Bytes by operation."""
 
@@ -52,7 +57,7 @@ class Forward:
     each sample.
 
     context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
-    (parallel/rows.py).
+    (parallel/rows.py); experts: ranks of the expert axis.
     """
 
     batch: int
@@ -63,6 +68,7 @@ class Forward:
     device: str = "cpu"
     context: int = 1
     by_heads: bool = False
+    experts: int = 1
 
     @property
     def whole(self) -> int:
@@ -123,14 +129,46 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
         table |= hidden_norms[1]
     if spec.parallel:  # both norms read the one input
         table.pop("MLP norm: input", None)
-    if not spec.shared_norm or at.split.divides:
-        table["input of gate, up"] = gathered
-    features = at.width * at.part(spec.intermediate_size)
-    table["activation"] = 3 * features if spec.gated else features
-    if spec.activation != "relu" or spec.gated:
-        table["input of down projection"] = features
+    mixture = spec.mixture_of(layer)
+    if mixture is not None:
+        table |= _routed(spec, mixture, at)
+    else:
+        if not spec.shared_norm or at.split.divides:
+            table["input of gate, up"] = gathered
+        features = at.width * at.part(spec.intermediate_size)
+        table["activation"] = 3 * features if spec.gated else features
+        if spec.activation != "relu" or spec.gated:
+            table["input of down projection"] = features
     if spec.hidden_dropout > 0:
         table["dropout of what is added"] = (1 + spec.drops_mlp) * at.rows * spec.hidden_size
+    return table
+
+
+def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
+    """What a layer's router and experts keep where a rank's experts get as many rows as its tokens choose."""
+    t, k, d, count = at.tokens, mixture.chosen, spec.hidden_size, mixture.count
+    rows, features = at.width * t * k * d, at.width * k * at.part(mixture.intermediate_size)
+    table = {
+        "router: input in fp32": FP32 * t * d,
+        "router: probabilities": FP32 * t * count,
+        "router: choice": INT64 * t * k,
+        "router: weights": at.width * t * k + (FP32 * (t * k + t) if mixture.normalised else 0),
+        "router: tally": INT64 * count,
+        "experts: order": 2 * INT64 * t * k,
+        "experts: ends": INT32 * (count // at.experts),
+        "input of gate, up": rows,
+        "activation": 3 * features,
+        "input of down projection": features,
+        "what the weights multiply": rows,
+    }
+    if at.width < FP32:
+        table["router: weight in fp32"] = FP32 * count * d
+    if mixture.balance == "sample" and mixture.balance_coefficient > 0:
+        table["router: shares of the samples"] = FP32 * at.batch * count
+    if mixture.z_loss > 0:
+        table["router: logits, their logarithms"] = FP32 * t * (count + 1)
+    if at.experts > 1:
+        table["experts: order of what arrives"] = 2 * INT64 * t * k
     return table
 
 
@@ -198,6 +236,8 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     numbers, table = at.rows * spec.hidden_size, {}
     if spec.final_norm:
         table |= _norm(spec.norm, "final norm", numbers, at.rows, at)
+    if spec.classifier is not None:  # of each text a few rows, which are left out
+        return table
     if spec.head_transform:
         table["dense: input"] = at.width * numbers
         if spec.head_transform != "relu":  # whose result is the norm's input
@@ -215,6 +255,8 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
 
 def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
     """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    if spec.classifier is not None:
+        return 0
     start, stop = share(spec.vocabulary_size, at.split.axis)
     whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
     width = at.width + FP32 if at.width < FP32 and whole else at.width
@@ -306,7 +348,7 @@ def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
     if part.last:
         if spec.final_norm:
             table["final norm"] = at.width * spec.norm_parameters
-        if spec.head_transform:
+        if spec.head_transform and spec.classifier is None:
             table["dense: input, gradient"] = 2 * at.hidden(spec)
             table["norm of the dense layer"] = at.width * spec.norm_parameters
     return table
@@ -317,12 +359,9 @@ def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
     h, e = spec.head_size, at.width
     g = e * at.tokens * spec.hidden_size
     q, k = e * at.part(spec.num_heads * h, h), e * at.part(spec.num_kv_heads * h, h)
-    f = e * at.part(spec.intermediate_size)
     table = {
         "query, key, value: input, gradients": g + q + 2 * k,
         "output projection: input, gradient": q + g,
-        "gate, up: gradients": f * (2 if spec.gated else 1),
-        "down projection: input, gradient": f + g,
         "norms": e
         * spec.norm_parameters
         * (2 - spec.shared_norm - (layer == 0 and not spec.first_norm)),
@@ -330,6 +369,18 @@ def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
         * spec.hidden_size
         * (spec.attention_output_bias + spec.mlp_bias),
     }
+    mixture = spec.mixture_of(layer)
+    if mixture is not None:
+        f, rows = e * mixture.chosen * at.part(mixture.intermediate_size), mixture.chosen * g
+        return table | {
+            "router: gradient": e * mixture.count * spec.hidden_size,
+            "experts: ends": INT32 * (mixture.count // at.experts),
+            "gate, up: input, gradients": rows + 2 * f,
+            "down projection: input, gradient": f + rows,
+        }
+    f = e * at.part(spec.intermediate_size)
+    table["gate, up: gradients"] = f * (2 if spec.gated else 1)
+    table["down projection: input, gradient"] = f + g
     if not spec.shared_norm or at.split.divides:
         table["gate, up: input"] = g
     return table

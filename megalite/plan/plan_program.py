@@ -24,7 +24,7 @@ from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
-LETTERS = {**dict(zip(PARTS, "PAMRTED", strict=True)), "update": "U", "bubble": "."}
+LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
     "gradients, D messages of the data axis, U update, . bubble"

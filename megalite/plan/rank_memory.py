@@ -18,11 +18,13 @@ from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
 from megalite.plan.kept import kept_by
 from megalite.plan.states import (
     Sizes,
+    all_numbers,
     forward_of,
     offloads,
     parameter_sizes,
     predicted_states,
     recompute_of,
+    routed_spec,
 )
 from megalite.plan.step_time import played_micro_batches
 
@@ -64,21 +66,23 @@ class SizesByPlace:
 
     def of(self, config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int) -> Sizes:
         """Of a rank of the pipe axis that has the largest share of the tensor axis."""
-        cut, tensor = plan.cut, config.parallel.tensor
-        key = tensor, _alike(config, cut, rank)
+        cut, tensor, expert = plan.cut, config.parallel.tensor, config.parallel.expert
+        key = tensor, expert, _alike(config, spec, cut, rank)
         if key not in self._known:
-            grid = Grid.at((rank + 1) * tensor - 1, plan.pipe, 1, tensor)
+            last = (rank + 1) * expert * tensor - 1
+            grid = Grid.at(last, plan.pipe, expert, tensor, expert=expert)
             self._known[key] = parameter_sizes(config, spec, grid)
         return self._known[key]
 
 
-def _alike(config: Config, cut: Cut, rank: int) -> object:
+def _alike(config: Config, spec: TransformerSpec, cut: Cut, rank: int) -> object:
     """What the parameters of a rank depend on."""
     by_name = bool(config.train.parameter_groups)
     chunks = []
     for chunk in cut.chunks_of(rank):
         layers, last = cut.layers[chunk], chunk == cut.last_chunk
-        chunks.append((chunk == 0, last, layers if by_name else (len(layers), 0 in layers)))
+        routed = sum(spec.mixture_of(layer) is not None for layer in layers)
+        chunks.append((chunk == 0, last, layers if by_name else (len(layers), 0 in layers), routed))
     return len(cut.ends), tuple(chunks)
 
 
@@ -98,8 +102,9 @@ class MemoryTable:
     @cached_property
     def at(self) -> Forward:
         kind = None if self.device is None else "cpu" if self.device.cores else "cuda"
-        tensor = self.config.parallel.tensor
-        return forward_of(self.config, Grid.at(tensor - 1, 1, 1, tensor), kind)
+        tensor, expert = self.config.parallel.tensor, self.config.parallel.expert
+        grid = Grid.at(expert * tensor - 1, 1, expert, tensor, expert=expert)
+        return forward_of(self.config, grid, kind)
 
     @cached_property
     def weights(self) -> list[float]:
@@ -107,7 +112,7 @@ class MemoryTable:
         held = [
             self.sizes.of(self.config, self.spec, self.plan, rank) for rank in range(self.plan.pipe)
         ]
-        return [float(sum(map(sum, sizes))) for sizes in held]
+        return [float(all_numbers(sizes)) for sizes in held]
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
@@ -126,7 +131,13 @@ class MemoryTable:
         # With fp32 and ZeRO data ranks hold different gradients: of the parameters that reach into their part.
         places = range(data) if config.precision == "fp32" and config.zero_stage in (1, 2) else [0]
         grids = [
-            Grid.at((pipe_rank * data + place) * tensor + tensor - 1, plan.pipe, data, tensor)
+            Grid.at(
+                (pipe_rank * data + place) * tensor + tensor - 1,
+                plan.pipe,
+                data,
+                tensor,
+                expert=config.parallel.expert,
+            )
             for place in places
         ]
         states = [(predicted_states(config, sizes, grid), grid.rank) for grid in grids]
@@ -134,15 +145,17 @@ class MemoryTable:
             states, key=lambda held: held[0].weights + held[0].gradients + held[0].optimizer
         )
         played = played_micro_batches(plan, config.accumulation_steps)
-        kept = kept_by(spec, plan, pipe_rank, recompute_of(config), self.at, played)
+        kept = kept_by(
+            routed_spec(config, spec), plan, pipe_rank, recompute_of(config), self.at, played
+        )
         neighbours = (pipe_rank > 0) + (pipe_rank < plan.pipe - 1)
         hidden = self.at.hidden(spec)
-        numbers = [size for group in sizes for size in group]
+        numbers = [size for group in sizes for size in group.numbers]
         gathered = (
             2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
         )
         on_host = self.device is not None and not self.device.cores and offloads(config)
-        moved = most.gradients - (4 + self.at.width) * sum(map(sum, sizes)) // data
+        moved = most.gradients - (4 + self.at.width) * all_numbers(sizes) // data
         return RankMemory(
             rank,
             most.weights,

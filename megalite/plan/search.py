@@ -90,6 +90,7 @@ class Planner:
             sequence,
             "full" if recompute.isdigit() else recompute,
             config.data.counted_share,
+            config.parallel.expert,
         )
 
     def work_of(self, one: Candidate) -> Work:
@@ -109,7 +110,13 @@ class Planner:
 
     def weights(self, one: Candidate) -> float:
         """Numbers of a rank, about: where all ranks of the pipe axis hold as much."""
-        return self.search.spec.num_parameters / (one.pipe * one.tensor)
+        return (self.search.spec.num_parameters - self._elsewhere) / (one.pipe * one.tensor)
+
+    @property
+    def _elsewhere(self) -> float:
+        """Numbers of experts that other ranks of the expert axis hold."""
+        expert = self.search.config.parallel.expert
+        return self.search.spec.expert_parameters * (1 - 1 / expert)
 
     def estimate(self, one: Candidate) -> float:
         """Seconds of a step."""
@@ -126,7 +133,8 @@ class Planner:
     def estimated_bytes(self, one: Candidate) -> float:
         """What the first rank holds, about, with a cut into equal parts; the real cut gives a rank more or less."""
         spec, d, m = self.search.spec, self.search.data(one), self.micro_batches(one)
-        layers = spec.num_layers * spec.block_parameters / one.pipe
+        layers = sum(map(spec.layer_parameters, range(spec.num_layers))) - self._elsewhere
+        layers /= one.pipe
         weights = (layers + spec.vocabulary_size * spec.hidden_size) / one.tensor
         if one.pipe == 1:
             weights = self.weights(one)

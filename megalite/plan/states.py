@@ -18,6 +18,7 @@ and exactly, byte for byte, with what DeepSpeed rounds up:
 - With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
   too small for files; a file is rounded up to 1 KiB for each thread that reads it.
 - Gradients are the most that is held after a micro-batch's backward: with ZeRO-1 and several micro-batches all of them.
+- An expert axis of e ranks divides experts by e; ZeRO shards what is left, a parameter group of its own, over d / e.
 - The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
   not written of it takes no memory.
 
@@ -25,7 +26,8 @@ The parameters are those of a Stage on torch's meta device, which has shapes and
 """
 
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +39,7 @@ from megalite.model.parameter_groups import parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
-from megalite.parallel.grid import Grid
+from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.plan import plan_of
 from megalite.plan.activations import Forward
 from megalite.plan.kept import Kept, kept_by
@@ -66,8 +68,23 @@ def recompute_of(config: Config) -> Recompute:
     return {"none": 0, "full": 1}[kept] if kept in ("none", "full") else kept  # type: ignore[return-value]
 
 
-Sizes = list[list[int]]
-"""Numbers of the parameters of each of the optimizer's groups."""
+def routed_spec(config: Config, spec: TransformerSpec) -> TransformerSpec:
+    """The spec with what `megalite.train.router` says of its routers."""
+    router, mixture = config.train.router, spec.mixture
+    if mixture is None or router is None:
+        return spec
+    return replace(spec, mixture=replace(mixture, balance=router.balance, z_loss=router.z_loss))
+
+
+class GroupSizes(NamedTuple):
+    """Of one of the optimizer's groups: numbers of its parameters, and the group of ranks that ZeRO shards it over."""
+
+    numbers: list[int]
+    replicas: str
+
+
+Sizes = list[GroupSizes]
+"""Of all of the optimizer's groups."""
 
 
 def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
@@ -77,7 +94,13 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
     with torch.device("meta"):
         stage = Stage(spec, grid, plan_of(config, spec).cut)
     groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
-    return [[value.numel() for value in group["params"]] for group in groups]
+    return [
+        GroupSizes(
+            [value.numel() for value in group["params"]],
+            "expert_replica" if group.get("moe") else "replica",
+        )
+        for group in groups
+    ]
 
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
@@ -85,26 +108,37 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
     e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:
-            count = sum(map(sum, sizes))
+            count = all_numbers(sizes)
             return States(e * count, FP32 * count, _moments(config) * FP32 * count, 0)
         case 3:
             return _fully_sharded(config, sizes, e, d)
-    parts = [-(-sum(group) // (2 * d)) * 2 for group in sizes]
+    axes: list[Axis] = [getattr(grid, group.replicas) for group in sizes]
+    parts = [
+        -(-sum(group.numbers) // (2 * axis.size)) * 2
+        for group, axis in zip(sizes, axes, strict=True)
+    ]
     owned = [
-        _owned(group, part, grid.replica.rank) for group, part in zip(sizes, parts, strict=True)
+        _owned(group.numbers, part, axis.rank)
+        for group, part, axis in zip(sizes, parts, axes, strict=True)
     ]
     gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
-        gradients = max(gradients, FP32 * sum(map(sum, sizes)))
+        gradients = max(gradients, FP32 * all_numbers(sizes))
     if offloads(config):
-        gradients += (FP32 + e) * sum(parts) + 2 * e * max(map(max, sizes))
+        largest = max(max(group.numbers) for group in sizes)
+        gradients += (FP32 + e) * sum(parts) + 2 * e * largest
     bucket = FP32 if config.zero_stage == 1 else e
     return States(
-        e * d * sum(parts),
+        e * sum(axis.size * part for axis, part in zip(axes, parts, strict=True)),
         gradients,
         (1 + _moments(config)) * FP32 * sum(parts),
         bucket * _bucket(config),
     )
+
+
+def all_numbers(sizes: Sizes) -> int:
+    """Numbers of a rank's parameters."""
+    return sum(sum(group.numbers) for group in sizes)
 
 
 def offloads(config: Config) -> bool:
@@ -132,7 +166,7 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     assert zero is not None
     threshold = zero.stage3_param_persistence_threshold
     threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
-    numbers = [size for group in sizes for size in group]
+    numbers = [size for group in sizes for size in group.numbers]
     shards = sum(-(-size // d) for size in numbers)
     whole = (
         sum(size for size in numbers if size <= threshold) if d > 1 else 0
@@ -162,7 +196,7 @@ def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
     assert buffer_count is not None and limit is not None, "resolve() writes them"
     unit = FILE_UNIT_BYTES * (aio.intra_op_parallelism or 1)
     least = max(LEAST_FILE_BYTES, aio.block_size or 0)
-    groups = [FP32 * numbers for group in sizes for numbers in _sub_groups(group, d, limit)]
+    groups = [FP32 * numbers for group in sizes for numbers in _sub_groups(group.numbers, d, limit)]
     rounded, kept = [-(-size // unit) * unit for size in groups], 1 + _moments(config)
     return SwapSizes(
         [max(rounded)] * buffer_count,
@@ -202,7 +236,7 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
     """What a rank's forwards keep for its backwards at most."""
     at = forward_of(config, grid)
     return kept_by(
-        spec,
+        routed_spec(config, spec),
         plan_of(config, spec),
         grid.pipe.rank,
         recompute_of(config),
@@ -214,7 +248,14 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
 def place_of(config: Config, rank: int) -> Grid:
     """Where a rank of a resolved config is."""
     parallel = config.parallel
-    return Grid.at(rank, parallel.pipe, config.data_size, parallel.tensor, parallel.context)
+    return Grid.at(
+        rank,
+        parallel.pipe,
+        config.data_size,
+        parallel.tensor,
+        parallel.context,
+        parallel.expert,
+    )
 
 
 def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
@@ -228,6 +269,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         device or ("cuda" if machine_has_gpu() else "cpu"),
         config.parallel.context,
         config.parallel.context_attention == "heads",
+        grid.expert.size,
     )
 
 

@@ -28,10 +28,10 @@ from megalite.pipeline.plan import PipelinePlan
 from megalite.plan.activations import Forward, embedding_table, head_table, layer_table, total
 from megalite.plan.devices import Device, Link
 
-PARTS = ("products", "attention", "memory", "again", "tensor", "engine", "data")
-"""What seconds are spent on. again: forward made again in backward; tensor, data: collectives of the axes; engine:
-sums of gradients and what DeepSpeed does around them."""
-PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA = range(len(PARTS))
+PARTS = ("products", "attention", "memory", "again", "tensor", "engine", "data", "expert")
+"""What seconds are spent on. again: forward made again in backward; tensor, data, expert: collectives of the axes;
+engine: sums of gradients and what DeepSpeed does around them."""
+PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT = range(len(PARTS))
 FP32 = 4
 PLAYED = 4  # micro-batches a rank that a program is played with; further ones take their busiest rank's time
 HIDDEN = 0.5  # of the time of a pass, that hides ZeRO-3's messages, which take memory and processors from kernels
@@ -69,6 +69,7 @@ class Work:
     sequence: bool
     recompute: str
     counted: float = 1.0
+    expert: int = 1
 
     @cached_property
     def at(self) -> Forward:
@@ -78,7 +79,8 @@ class Work:
         dtype = torch.bfloat16 if self.dtype_bytes == 2 else torch.float32
         axis = Axis(self.tensor, self.tensor - 1, tuple(range(self.tensor)), None)
         kind = "cpu" if self.device.cores else "cuda"
-        return Forward(self.micro, self.length, dtype, Split(axis, self.sequence), False, kind)
+        split = Split(axis, self.sequence)
+        return Forward(self.micro, self.length, dtype, split, False, kind, experts=self.expert)
 
     @property
     def tokens(self) -> int:
@@ -89,10 +91,10 @@ class Work:
         """Of hidden states between the split products: what crosses the pipe axis."""
         return self.at.hidden(self.spec)
 
-    def product(self, k: int, n: int) -> float:
-        """Seconds of [tokens, k] × [k, n]."""
-        m, device = self.tokens, self.device
-        moved = self.dtype_bytes * (m * k + k * n + m * n)
+    def product(self, k: int, n: int, times: int = 1, matrices: int = 1) -> float:
+        """Seconds of [tokens, k] × [k, n]. times: rows that a token makes; matrices: that they are spread over."""
+        m, device = self.tokens * times, self.device
+        moved = self.dtype_bytes * (m * k + matrices * k * n + m * n)
         seconds = max(2.0 * m * k * n / device.flops(self.dtype_bytes), moved / device.memory_rate)
         return seconds + device.launch_seconds
 
@@ -111,15 +113,19 @@ class Work:
         return ring_seconds(self._link, self.tensor, whole, passes=2)
 
     @cache  # noqa: B019  (a Work lives as long as the search)
-    def layer(self, window: int | None) -> np.ndarray:
-        """[kind F, B, I, W; part] of a layer that sees so many positions."""
+    def layer(self, window: int | None, routed: bool = False) -> np.ndarray:
+        """[kind F, B, I, W; part] of a layer that sees so many positions; routed: has experts."""
         spec, device = self.spec, self.device
-        layer = next(i for i in range(spec.num_layers) if spec.window(i) == window)
+        layer = next(
+            i
+            for i in range(spec.num_layers)
+            if spec.window(i) == window and (spec.mixture_of(i) is not None) == routed
+        )
         h = spec.head_size
         q, k = self.part(spec.num_heads * h, h), self.part(spec.num_kv_heads * h, h)
-        f, d = self.part(spec.intermediate_size), spec.hidden_size
-        shapes = [(d, q), (d, k), (d, k), (q, d), (f, d)] + [(d, f)] * (2 if spec.gated else 1)
-        products = sum(self.product(a, b) for a, b in shapes)
+        d = spec.hidden_size
+        shapes = [(d, q), (d, k), (d, k), (q, d)]
+        products = sum(self.product(a, b) for a, b in shapes) + self._fed(layer)
         kept = total(layer_table(spec, layer, self.at))
         core_bytes = kept - total(layer_table(spec, layer, self.at, selective=True))
         core = self._core(q, window)
@@ -133,6 +139,10 @@ class Work:
         )
         weights[PRODUCTS] = products
         forward[TENSOR] = backward[TENSOR] = 2 * self.exchange()
+        if (mixture := spec.mixture_of(layer)) is not None:
+            link, rows = link_along(device, self.expert, self.tensor), self.tokens * mixture.chosen
+            there = ring_seconds(link, self.expert, self.dtype_bytes * rows * d)
+            forward[EXPERT] = backward[EXPERT] = 2 * there
         for part in (forward, backward, weights):
             part[ENGINE] = device.layer_seconds
         if self.recompute == "full":
@@ -141,6 +151,18 @@ class Work:
             backward[AGAIN] = core + 2 * core_bytes / device.memory_rate
         result[1] = backward + weights
         return result
+
+    def _fed(self, layer: int) -> float:
+        """Seconds of the products of the MLP or the experts in forward."""
+        spec, d = self.spec, self.spec.hidden_size
+        mixture = spec.mixture_of(layer)
+        if mixture is None:
+            f = self.part(spec.intermediate_size)
+            return self.product(f, d) + self.product(d, f) * (2 if spec.gated else 1)
+        f, own = self.part(mixture.intermediate_size), mixture.count // self.expert
+        products = self.product(f, d, mixture.chosen, own)
+        products += 2 * self.product(d, f, mixture.chosen, own)
+        return products + self.product(d, mixture.count)
 
     def _core(self, queries: int, window: int | None) -> float:
         """Seconds of attention's two products in forward."""
@@ -169,14 +191,14 @@ class Work:
     def head(self) -> np.ndarray:
         """[kind, part] of norm, product and loss, whose gradients are made in forward."""
         spec, result = self.spec, np.zeros((len(KINDS), len(PARTS)))
-        columns = self.part(spec.vocabulary_size)
+        columns = len(spec.labels) or self.part(spec.vocabulary_size)
         logits = self.tokens * columns * (self.dtype_bytes + FP32) * 3
         kept = total(head_table(spec, self.at))
         result[0, PRODUCTS] = 3 * self.counted * self.product(spec.hidden_size, columns)
         result[0, MEMORY] = (self.counted * logits + 2 * kept) / self.device.memory_rate
         result[0, TENSOR] = self.exchange()
         result[2, MEMORY] = 3 * self.hidden_bytes / self.device.memory_rate
-        if spec.head_transform:
+        if spec.head_transform and spec.classifier is None:
             result[0, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
             result[2, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
             result[3, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
@@ -186,7 +208,11 @@ class Work:
     @cached_property
     def layers(self) -> np.ndarray:
         """[layer + 1, kind, part]: sums of the layers before each."""
-        own = [self.layer(self.spec.window(layer)) for layer in range(self.spec.num_layers)]
+        spec = self.spec
+        own = [
+            self.layer(spec.window(layer), spec.mixture_of(layer) is not None)
+            for layer in range(spec.num_layers)
+        ]
         return np.concatenate([np.zeros((1, *own[0].shape)), np.cumsum(own, axis=0)])
 
     @cached_property

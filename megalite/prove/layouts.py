@@ -21,13 +21,14 @@ LEAST_EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes, ZeRO's stage, samples of a micro-batch, and the pipe axis' schedule, its chunks a rank and
-    sequence parallelism; what is None is as the JSON says."""
+    """Sizes of the axes (expert: of a part of the data axis), ZeRO's stage, samples of a micro-batch, and the pipe
+    axis' schedule, its chunks a rank and sequence parallelism; what is None is as the JSON says."""
 
     pipe: int = 1
     tensor: int = 1
     data: int = 1
     context: int = 1
+    expert: int | None = None
     zero: int | None = None
     micro: int | None = None
     schedule: str | None = None
@@ -55,7 +56,7 @@ class Layout:
     @property
     def parallel(self) -> dict[str, Any]:
         """What it says of `megalite.parallel`."""
-        keys = ("pipe", "tensor", "context", "schedule", "chunks", "sequence")
+        keys = ("pipe", "tensor", "context", "expert", "schedule", "chunks", "sequence")
         found = {key: value for key in keys if (value := getattr(self, key)) is not None}
         if self.pipe == 1 and self.schedule is None:
             found["schedule"] = "1f1b"  # the only one of a single rank

@@ -34,7 +34,8 @@ from megalite.parallel.layers import Placement, placed
 from megalite.parallel.rows import Rows
 from megalite.pipeline.steps import Receive
 from megalite.plan.states import place_of
-from megalite.prove.trace import Plant, Session
+from megalite.prove.expert_mutants import of_experts
+from megalite.prove.trace import Plant, Session, put
 
 
 def mutants(config: Config) -> dict[str, Plant]:
@@ -51,6 +52,7 @@ def mutants(config: Config) -> dict[str, Plant]:
         result |= dict(_of_the_tensor_axis(config))
     if grid.context.size > 1:
         result |= dict(_of_the_context_axis(config))
+    result |= dict(of_experts(config, read_spec(config.model), grid))
     return result
 
 
@@ -290,7 +292,7 @@ def _others_samples(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 def _own_norm(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    _put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
+    put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
 
 
 def _old_randomness(session: Session, event: str, stack: contextlib.ExitStack) -> None:
@@ -472,18 +474,18 @@ def _sums_of(owner: str, method: str, times: int) -> Plant:
 
         def changed(ctx: Any, *arguments: Any) -> Any:
             with contextlib.ExitStack() as inner:
-                _put(inner, collectives, "sum_over", summed)
-                _put(inner, collectives, "_scatter", scattered)
+                put(inner, collectives, "sum_over", summed)
+                put(inner, collectives, "_scatter", scattered)
                 return whole(ctx, *arguments)
 
-        _put(stack, target, method, staticmethod(changed))
+        put(stack, target, method, staticmethod(changed))
 
     return plant
 
 
 def _loss_alone(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     if event == "built":
-        _put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)
+        put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)
 
 
 # The context axis: its sums, and which tokens a rank has.
@@ -511,7 +513,7 @@ def _key_gradients(times: int) -> Plant:
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         if event == "built":
-            _put(stack, rows_over, "_scatter", scattered)
+            put(stack, rows_over, "_scatter", scattered)
 
     return plant
 
@@ -541,10 +543,3 @@ def _others_rows(session: Session, event: str, stack: contextlib.ExitStack) -> N
 
 def _documents_together(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     _context_of(session, lambda context: replace(context, documents=None, bounds=None, shared={}))
-
-
-def _put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute until the stack is left."""
-    before = owner.__dict__[name]
-    setattr(owner, name, value)
-    stack.callback(setattr, owner, name, before)

@@ -40,9 +40,9 @@ KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
 
 
 @functools.cache
-def _grid(pipe: int, tensor: int, context: int) -> Grid:
+def _grid(pipe: int, tensor: int, context: int, expert: int) -> Grid:
     """Made once in a process: every grid opens its own groups."""
-    return Grid.build(pipe, tensor, context)
+    return Grid.build(pipe, tensor, context, expert)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Session:
     def build(cls, config: Config) -> "Session":
         """From a resolved config (collective over the world)."""
         spec, parallel = read_spec(config.model), config.parallel
-        grid = _grid(parallel.pipe, parallel.tensor, parallel.context)
+        grid = _grid(parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
         engine = build_engine(config, spec, grid)
         data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
         return cls(
@@ -95,7 +95,7 @@ class Session:
 
     def evaluate(self, step: int) -> float:
         """The mean loss of what a step would train on, as an evaluation of a run has it."""
-        loss, tokens = loss_and_tokens(self.pipeline, self.batches(step, training=False))
+        loss, tokens, *_ = loss_and_tokens(self.pipeline, self.batches(step, training=False))
         return (loss / tokens.clamp(min=1)).item()
 
     def resumed(self, step: int, run_dir: Path) -> "Session":
@@ -104,6 +104,7 @@ class Session:
         boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
             **asdict(self.position(step)),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": self.config.train.seed,
             "model": model_dict(self.config.model),
         }
@@ -118,6 +119,13 @@ class Session:
 Plant = Callable[[Session, str, contextlib.ExitStack], None]
 """Makes a session wrong (mutants.py): called when it is "built" and when it has "resumed"; what it changes beyond the
 session is put back by the stack."""
+
+
+def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute until the stack is left."""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    stack.callback(setattr, owner, name, before)
 
 
 def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:

@@ -96,6 +96,7 @@ class Checkpoints(Watcher):
         optimizer = config.document.optimizer
         return {
             **asdict(replace(position, loss_scale=loss_scale_state(self.engine))),
+            **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
             "optimizer": optimizer and optimizer.type,
             "sequence_length": config.data.sequence_length,
@@ -107,6 +108,7 @@ class Checkpoints(Watcher):
                 "pipe": grid.pipe.size,
                 "data": grid.data.size,
                 "context": grid.context.size,
+                "expert": grid.expert.size,
                 "tensor": grid.tensor.size,
                 "zero_stage": config.zero_stage,
                 "precision": config.precision,

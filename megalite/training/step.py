@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megalite.parallel.collectives import sum_over
+from megalite.parallel.collectives import max_over, sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
@@ -17,6 +17,13 @@ def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
     return torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
 
 
+def samples_that_count(batches: Sequence[MicroBatch], context: Axis) -> Tensor:
+    """Which samples have a label that counts, on any rank of the context axis: fp32 [micro-batches, B] of 0 and 1.
+    Those without are fillings of a micro-batch, or as good as none."""
+    found = torch.stack([(batch.labels != IGNORED).any(dim=1) for batch in batches]).float()
+    return max_over(found, context)
+
+
 def train_step(
     pipeline: Pipeline,
     replica: Axis,
@@ -26,10 +33,25 @@ def train_step(
     """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the rank with the head, and
     the tokens that count in the global batch (int64 scalar), both on the device: the host waits for neither.
     before_update: called when all gradients are there, with this rank's part of the mean loss (fp64 scalar)."""
-    tokens = sum_over(tokens_that_count(batches), replica).clamp(min=1)
+    grid, routes = pipeline.engine.grid, pipeline.engine.stage.spec.mixture is not None
+    counts, each = tokens_that_count(batches).unsqueeze(0), None
+    if routes:
+        each = samples_that_count(batches, grid.context)
+        counts = torch.cat([counts, each.sum().long().unsqueeze(0)])
+    tokens, *samples = sum_over(counts, replica).clamp(min=1).unbind()
+    if each is not None:
+        # The mean over samples, which the ranks of the context axis have counted alike.
+        factor = pipeline.engine.current_loss_scale * replica.size * grid.context.size
+        for batch, own in zip(batches, each * (factor / samples[0]), strict=True):
+            batch.context.balance = own
+        for router in pipeline.engine.stage.routers.values():
+            router.tally.zero_()
     # DeepSpeed averages over the copies of the model; ours is a mean over tokens.
     scale = (replica.size / tokens.double()).float()
     ready = (
         None if before_update is None else lambda: before_update(pipeline.loss.double() / tokens)
     )
-    return pipeline.train_step(batches, scale, ready), tokens
+    loss = pipeline.train_step(batches, scale, ready)
+    if routes and pipeline.engine.global_norm.accepted:
+        pipeline.engine.router_bias.move()
+    return loss, tokens

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from megalite.config import Config
+from megalite.config.sections import Router
 from megalite.data.loader import TrainData
 from megalite.data.position import Position
 from megalite.engine.build import DTYPES
@@ -17,6 +18,7 @@ from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.training.about import about, axes_of
 from megalite.training.checkpointing import Checkpoints
+from megalite.training.expert_load import ExpertLoad
 from megalite.training.guards import PaceGuard, ReplicaGuard
 from megalite.training.history import History, ReportWriter
 from megalite.training.metrics import MetricsFile
@@ -53,9 +55,11 @@ def watchers_of(run: Watched) -> list[Watcher]:
     peak = peak_flops(run.device, DTYPES[config.precision])
     flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share)
     utilisation = Utilisation(flops_per_token, peak, run.grid.world_size)
+    router = train.router or Router.model_validate({})
     watchers = [
         ReplicaGuard(config, engine, run.health),
         PaceGuard(pace, run.note),
+        *([ExpertLoad(engine, router.load_interval, run.note)] if spec.mixture is not None else []),
         Speed(utilisation),
         run.checkpoints,
         StepTimeline(

@@ -53,7 +53,7 @@ Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 def cases(alone: bool, sequence: bool) -> list[Case]:
     every: list[Recompute] = [0, "selective", 2, 1] if alone or sequence else [0]
     result: list[Case] = []
-    names = ("llama", "gpt2", "phi", "bert", "modernbert")
+    names = ("llama", "gpt2", "phi", "bert", "modernbert", "qwen3_moe")
     for name, dtype, recompute in product(names, (torch.float32, torch.bfloat16), every):
         result.append((name, FAMILY_CONFIGS[name], dtype, recompute, False))
     for (name, config), recompute in product(DROPPING.items(), every):
@@ -98,7 +98,10 @@ def measured(
     documents = (
         (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1) if packed else None
     )
-    context = Context(randomness=Randomness(1, 1, torch.arange(BATCH)), documents=documents)
+    balance = torch.ones(BATCH)
+    parameters.add(balance.untyped_storage().data_ptr())  # of the batch
+    samples = Randomness(1, 1, torch.arange(BATCH))
+    context = Context(randomness=samples, documents=documents, balance=balance)
     whole, _ = saved(parameters, lambda: stage(ids, ids, context))
     (chunk,) = stage.chunks.values()
     if chunk.recompute_every:  # of whole layers: by themselves they keep all

@@ -86,7 +86,19 @@ def config_of(
     return Config.from_dict(document).resolve(4).to_json()
 
 
+def with_experts(config: dict[str, Any], expert: int) -> dict[str, Any]:
+    """The same with an expert axis."""
+    config["megalite"]["parallel"]["expert"] = expert
+    return Config.from_dict(config).resolve(4).to_json()
+
+
 HELD = [
+    with_experts(config_of("mixtral", 1, 1, 0, "fp32", 2), 2),
+    with_experts(config_of("mixtral", 1, 1, 1, "fp32", 2), 4),
+    with_experts(config_of("qwen3_moe", 1, 1, 2, "bf16", 2), 2),
+    with_experts(config_of("qwen3_moe", 1, 2, 1, "bf16", 1), 2),
+    with_experts(config_of("mixtral", 2, 1, 2, "fp32", 2), 2),
+    config_of("mixtral", 1, 1, 3, "fp32", 1),
     config_of("llama", 1, 1, 0, "fp32", 2),
     config_of("gpt2", 1, 2, 0, "fp32", 1),
     config_of("llama", 1, 1, 1, "fp32", 1),
@@ -125,13 +137,16 @@ def held_in_a_step(
     result = []
     for config in map(Config.from_dict, configs):
         spec = read_spec(config.model)
-        grid = Grid.build(config.parallel.pipe, config.parallel.tensor)
+        parallel = config.parallel
+        grid = Grid.build(parallel.pipe, parallel.tensor, expert=parallel.expert)
         engine = build_engine(config, spec, grid)
         pipeline = build_pipeline(engine, config, spec)
         tokens = torch.randint(0, VOCABULARY, (config.micro_batch_size, SEQUENCE))
         with engine.weighed() as held:
             pipeline.train_step([(tokens, tokens)] * config.accumulation_steps, 1.0)
-        place = Grid.at(rank, grid.pipe.size, grid.data.size, grid.tensor.size)
+        place = Grid.at(
+            rank, grid.pipe.size, grid.data.size, grid.tensor.size, expert=grid.expert.size
+        )
         told = predicted_states(config, parameter_sizes(config, spec, place), place)
         now = States(
             held["weights_bytes"], held["gradients_bytes"], held["optimizer_bytes"], told.buckets

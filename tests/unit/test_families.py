@@ -30,6 +30,7 @@ NO_EFFECT |= {
     "sparse_pred_ignore_index",
 }
 NO_EFFECT |= {"cls_token_id", "sep_token_id"}
+NO_EFFECT |= {"output_router_logits"}  # megalite.train.router says how routers are trained
 NO_EFFECT |= {
     field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")
 }
@@ -49,6 +50,9 @@ OTHERS: dict[str, Any] = {
     "max_window_layers": 0,
     "hidden_activation": "relu",
     "classifier_activation": "relu",
+    "mlp_only_layers": [0],
+    "router_jitter_noise": 0.1,
+    "clip_qkv": 3.0,
 }
 
 
@@ -118,6 +122,12 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("bert", {"type_vocab_size": 0}, "type_vocab_size: 0: must be at least 1"),
         ("roberta", {"pad_token_id": None}, "pad_token_id: None: must be a token id: positions begin after it"),
         ("roberta", {"max_position_embeddings": 8}, "max_position_embeddings: 8: must be at least 9"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts: 0: must be at least 1"),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok: 6: must be at most the number of experts 5"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1: must be 0.0 or 0"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0: must be None"),
+        ("olmoe", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef: -1.0: must be at least 0"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0: must be at least 1"),
         ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
     ],
 )  # fmt: skip
@@ -182,8 +192,8 @@ def test_names_lead_to_files_and_back(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     theirs = load_file(tmp_path / "model.safetensors")
     names = [place.name for _, place in placed(Stage(spec, Grid()))]
-    ours = {name: from_hf(spec.family, name, theirs.__getitem__, spec.num_heads) for name in names}
-    back = dict(to_hf(spec.family, names, ours.__getitem__, spec.num_heads))
+    ours = {name: from_hf(spec, name, theirs.__getitem__) for name in names}
+    back = dict(to_hf(spec, names, ours.__getitem__))
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 

@@ -92,9 +92,12 @@ def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch
     batches = []
     for _ in range(COUNT):
         ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
-        batches.append((ids, ids, Context()))
+        batches.append((ids, ids, Context(balance=torch.ones(BATCH))))
     step = _TrainingStep(pipeline, batches, 1.0)
     meter, local = Meter(step, stage), {}
+    meter.parameters |= {  # of the batch
+        context.balance.untyped_storage().data_ptr() for _, _, context in batches
+    }
     for action in plan.program(COUNT).actions[rank]:
         value = needs(action, plan.cut.last_chunk)
         if value is not None and value not in local:
@@ -118,9 +121,10 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
 
 
 @pytest.mark.parametrize(
-    ("model", "schedule"), [("bert", "zb-h1"), ("bert", "zb-v"), ("modernbert", "zb-v")]
+    ("model", "schedule"),
+    [("bert", "zb-h1"), ("bert", "zb-v"), ("modernbert", "zb-v"), ("qwen3_moe", "zb-v")],
 )
-def test_a_rank_keeps_what_is_predicted_of_an_encoder(model: str, schedule: str) -> None:
+def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: str) -> None:
     check_kept(model, schedule, 0)
 
 

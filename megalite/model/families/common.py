@@ -1,13 +1,13 @@
 """What families share: refusing a field, rotary positions and windows, one line of a table of tensor names."""
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megalite.config.section import shown_text
 from megalite.errors import ConfigError
-from megalite.model.spec import Rotary, TransformerSpec
+from megalite.model.spec import Mixture, Rotary, TransformerSpec
 
 KEY = "megalite.model"
 ACTIVATIONS = {
@@ -42,11 +42,13 @@ _LAYERS = {"num_hidden_layers", "n_layer"}
 _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "local_attention", "type_vocab_size", "n_embd", "n_head",
-    "n_inner", "n_positions",
+    "n_inner", "n_positions", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "decoder_sparse_step",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000
 MOST_NUMBER = 1e300  # NaN is not below it
+EXPERT = "{expert}"
 MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
 
 
@@ -54,7 +56,8 @@ MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
 class HFTensor:
     """Where one of our tensors is in a Hugging Face file.
 
-    name: with `{layer}` for the block's number; transposed: the file has it as [in, out]; part, parts: which
+    name: with `{layer}` for the block's number, and `{expert}` where the file has a tensor for each expert that ours
+    stacks along its first dim; transposed: the file has it as [in, out]; part, parts: which
     equal part of the file's tensor along its output features, where several of ours are fused there; by_head:
     the parts are those of each head, head after head.
     """
@@ -65,6 +68,15 @@ class HFTensor:
     parts: int = 1
     by_head: bool = False
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the file has a tensor for each index of our first dim."""
+        return EXPERT in self.name
+
+    def of_expert(self, number: int) -> str:
+        """The name of one expert's tensor."""
+        return self.name.replace(EXPERT, str(number))
+
 
 def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str, HFTensor]:
     """A table of weights and biases from a table of modules: ours to the file's, `transposed` by our names."""
@@ -74,6 +86,15 @@ def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str
         )
         for ours, theirs in names.items()
         for kind in ("weight", "bias")
+    }
+
+
+def expert_tensors(router: str, gate: str, up: str, down: str) -> dict[str, HFTensor]:
+    """A table of what a layer with experts has: the names of the router and of an expert's matrices in the files."""
+    ours = {"router": router, "experts.gate": gate, "experts.up": up, "experts.down": down}
+    return {
+        f"layers.{{layer}}.mlp.{name}.weight": HFTensor(f"model.layers.{{layer}}.{theirs}.weight")
+        for name, theirs in ours.items()
     }
 
 
@@ -100,6 +121,29 @@ def choose(config: Any, field: str, table: dict[Any, Any]) -> Any:
             f"{KEY}.{field}: {written(value)}: must be one of {', '.join(map(str, table))}"
         )
     return table[value]
+
+
+def mixture(
+    config: Any, intermediate_size: int, normalised: bool, layers: Iterable[int] | None = None
+) -> Mixture | None:
+    """The experts that a config's layers have, all of them where `layers` is None; None where none has."""
+    coefficient: Any = config.router_aux_loss_coef
+    layers = tuple(range(config.num_hidden_layers) if layers is None else layers)
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
+        raise ConfigError(f"{KEY}.router_aux_loss_coef: {written(coefficient)}: must be a number")
+    if not 0 <= coefficient < MOST_NUMBER:
+        rule = "must be at least 0, a finite number"
+        raise ConfigError(f"{KEY}.router_aux_loss_coef: {written(coefficient)}: {rule}")
+    if not layers:
+        return None
+    return Mixture(
+        count=config.num_experts,
+        chosen=config.num_experts_per_tok,
+        intermediate_size=intermediate_size,
+        normalised=normalised,
+        layers=layers,
+        balance_coefficient=coefficient,
+    )
 
 
 def head_size(config: Any) -> int:
@@ -240,6 +284,9 @@ def check_spec(spec: TransformerSpec) -> None:
     if spec.num_heads % spec.num_kv_heads:
         rule = f"must divide num_attention_heads {spec.num_heads}"
         raise ConfigError(f"{KEY}.num_key_value_heads: {spec.num_kv_heads}: {rule}")
+    if (mixture := spec.mixture) is not None and mixture.chosen > mixture.count:
+        rule = f"must be at most the number of experts {mixture.count}"
+        raise ConfigError(f"{KEY}.num_experts_per_tok: {mixture.chosen}: {rule}")
     for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(spec, name) < 1:
             raise ConfigError(

@@ -29,6 +29,7 @@ TENSORS = tensors(
         "head": "lm_head",
     }
 )
+WITHOUT_MLP = {ours: theirs for ours, theirs in TENSORS.items() if ".mlp." not in ours}
 
 
 def read(config: Any) -> TransformerSpec:

@@ -1,0 +1,97 @@
+"""How evenly experts are used: counts over all ranks, and the bias that `megalite.train.router.balance` "bias" moves by
+them (arXiv 2408.15664, algorithm 1).
+
+A router adds the bias to its probabilities where it chooses experts, and nowhere else. After each update an expert's
+goes up by bias_rate if it got fewer tokens of the global batch than the layer's mean, and down if it got more. The
+counts are whole numbers and every rank hears those of all layers, so the biases are the same on every layout; they are
+part of a checkpoint's state.json.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.checkpoint.files import ROUTER_BIAS
+from megalite.errors import CheckpointError
+from megalite.model.spec import Mixture
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+
+
+def expert_counts(stage: Stage, grid: Grid, device: torch.device) -> Tensor:
+    """Tokens of each layer's experts in the last step, over all ranks, int64 [layers, E] (collective)."""
+    mixture = stage.spec.mixture
+    assert mixture is not None
+    shape = len(mixture.layers), mixture.count
+    counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    for layer, router in stage.routers.items():
+        counts[mixture.layers.index(layer)] = router.tally
+    dist.all_reduce(counts)
+    return counts // grid.tensor.size  # its ranks have counted the same
+
+
+def bias_of(state: dict[str, Any], mixture: Mixture) -> Tensor | None:
+    """The biases of a checkpoint's state, fp32 [layers, E]; None where it has none. CheckpointError where they are not
+    those of such a model."""
+    if ROUTER_BIAS not in state:
+        return None
+    shape = len(mixture.layers), mixture.count
+    try:
+        values = torch.tensor(state[ROUTER_BIAS], dtype=torch.float32)
+    except (TypeError, ValueError):
+        values = torch.empty(0)
+    if tuple(values.shape) != shape or not values.isfinite().all():
+        rule = f"must be {shape[0]} lists of {shape[1]} finite numbers"
+        raise CheckpointError(f"{ROUTER_BIAS} of the checkpoint's state: {rule}")
+    return values
+
+
+def set_router_bias(stage: Stage, state: dict[str, Any], device: torch.device) -> None:
+    """Gives a stage the biases of a checkpoint's state, where there are any. After a change of the stage's type: they
+    stay fp32."""
+    mixture = stage.spec.mixture
+    values = None if mixture is None else bias_of(state, mixture)
+    if mixture is not None and values is not None:
+        for layer, router in stage.routers.items():
+            router.bias = values[mixture.layers.index(layer)].to(device)
+
+
+class RouterBias:
+    """The biases of a run whose model has experts. rate: of a step; 0: they stay as they are."""
+
+    def __init__(self, stage: Stage, grid: Grid, device: torch.device, rate: float) -> None:
+        mixture = stage.spec.mixture
+        assert mixture is not None
+        self.mixture = mixture
+        self.stage, self.grid, self.device, self.rate = stage, grid, device, rate
+        self.values = torch.zeros(len(mixture.layers), mixture.count, device=device)
+
+    def move(self) -> None:
+        """After an update (collective where there is a rate)."""
+        if self.rate == 0:
+            return
+        counts = expert_counts(self.stage, self.grid, self.device)
+        total = counts.sum(dim=1, keepdim=True)
+        # The sign of mean - count, in whole numbers.
+        self.values += self.rate * (total - counts * counts.shape[1]).sign()
+        self._give()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {ROUTER_BIAS: self.values.tolist()} if self.values.any() else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a checkpoint's state; zero where it has none."""
+        values = bias_of(state, self.mixture)
+        if values is None:
+            self.values.zero_()
+        else:
+            self.values.copy_(values)
+        self._give()
+
+    def _give(self) -> None:
+        for layer, router in self.stage.routers.items():
+            router.bias.copy_(self.values[self.mixture.layers.index(layer)])

@@ -1,0 +1,87 @@
+"""A dense model as one with experts (sparse upcycling, arXiv 2212.05055): every expert begins as a copy of the layer's
+MLP, and the router at random. The weights of the chosen experts sum to one, so that the model computes what the dense
+one does until it is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megalite.errors import ConfigError
+from megalite.hub.hf_folder import HFFolder, full_shapes
+from megalite.model.families import read_spec
+from megalite.parallel.layers import drawn
+
+FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
+"""Of dense models, and what becomes of them."""
+EXPERTS, ROUTER = ".mlp.experts.", ".mlp.router."
+
+
+@dataclass(frozen=True)
+class Experts:
+    """count: in each layer; chosen: that a token goes to; seed: of the routers."""
+
+    count: int
+    chosen: int
+    seed: int = 1234
+
+
+class Upcycled:
+    """A Hugging Face folder with experts in place of MLPs; has the folder's model, names, shape, read. ConfigError
+    where its family has no counterpart with experts."""
+
+    def __init__(self, dense: HFFolder, experts: Experts) -> None:
+        self.dense, self.experts, self.folder = dense, experts, dense.folder
+        self.model = _with_experts(dense.model, experts)
+        self.spec = read_spec(self.model)
+        self.shapes = full_shapes(self.spec)
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of our parameters."""
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+        return self.shapes[name]
+
+    def read(
+        self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """A parameter, or its box at `offsets` of `shape`."""
+        full = self.shapes[name]
+        offsets, shape = tuple(offsets or (0,) * len(full)), tuple(shape or full)
+        if EXPERTS in name:
+            source = name.replace(EXPERTS, ".mlp.")
+            return self.dense.read(source, offsets[1:], shape[1:]).expand(shape).contiguous()
+        if ROUTER in name:
+            whole = drawn(f"{self.experts.seed}/{name}", full, self.spec.init_std)
+            return whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
+        return self.dense.read(name, offsets, shape)
+
+
+def _with_experts(model: dict[str, Any], experts: Experts) -> dict[str, Any]:
+    """The config of the model with experts."""
+    dense = model["model_type"]
+    if dense not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ConfigError(
+            f"--experts: a {dense} model has no counterpart with experts: only {known}"
+        )
+    family = FAMILIES[dense]
+    made = {**model, "model_type": family, "num_experts_per_tok": experts.chosen}
+    made.pop("layer_types", None)
+    if family == "mixtral":
+        for key in ("attention_bias", "mlp_bias"):
+            if made.pop(key, False):
+                raise ConfigError(f"--experts: {key}: True: a mixtral model has no such biases")
+        made.pop("pretraining_tp", None)
+        return made | {"num_local_experts": experts.count}
+    if made.pop("use_sliding_window", False):
+        raise ConfigError("--experts: use_sliding_window: True: its windows differ by layer")
+    for key in ("sliding_window", "max_window_layers"):
+        made.pop(key, None)
+    made |= {"moe_intermediate_size": made["intermediate_size"], "norm_topk_prob": True}
+    return made | {"num_experts": experts.count}

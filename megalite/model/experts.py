@@ -1,0 +1,147 @@
+"""A mixture of experts in place of the MLP: each token goes through the k gated MLPs that its router chooses (arXiv
+2401.04088, section 2.1). No expert has a capacity, and no token is dropped. Next: attention.py.
+
+Rows are sorted by expert, in a stable order, and go through grouped products. With an expert axis each of its ranks
+holds E / e experts: rows travel to the ranks of their experts and back (parallel/exchange.py). The tensor axis divides
+each expert's features as it does an MLP's.
+
+T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows at this rank's
+experts, T·k without an expert axis.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalite.model.context import Context
+from megalite.model.layers import activate
+from megalite.model.router import Router
+from megalite.model.spec import Activation, Mixture, TransformerSpec
+from megalite.parallel.collectives import Split
+from megalite.parallel.exchange import Route, exchange, exchange_evenly
+from megalite.parallel.grid import Axis
+from megalite.parallel.grouped import group_ends, grouped_linear
+from megalite.parallel.layers import depth_scaled, expert_parameter
+
+
+class RoutedMLP(nn.Module):
+    """x [B, S or S / t, D] -> the same: the sum of the chosen experts' results, by the router's weights."""
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        mixture: Mixture,
+        split: Split,
+        expert_axis: Axis,
+        context_axis: Axis,
+    ) -> None:
+        super().__init__()
+        self.split = split
+        self.router = Router(spec, mixture, split, context_axis)
+        self.experts = Experts(spec, mixture, split.axis, expert_axis)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.split.enter(x)
+        rows = x.flatten(0, 1)
+        chosen, weights = self.router(rows, context)
+        mixed = self.experts(rows, chosen)  # [T, k, D]; sums over this rank's features alone
+        mixed = (mixed * weights.to(mixed.dtype).unsqueeze(-1)).sum(dim=1)
+        return self.split.leave(mixed.view_as(x))
+
+
+class Experts(nn.Module):
+    """Rows [T, D] and their experts [T, k] -> [T, k, D]."""
+
+    def __init__(
+        self, spec: TransformerSpec, mixture: Mixture, tensor_axis: Axis, axis: Axis
+    ) -> None:
+        super().__init__()
+        self.axis, self.count = axis, mixture.count
+        self.activation: Activation = spec.activation
+        wide, narrow = (mixture.count, mixture.intermediate_size, spec.hidden_size), spec.init_std
+        tall = (mixture.count, spec.hidden_size, mixture.intermediate_size)
+        out_std = depth_scaled(narrow, spec.num_layers) if spec.depth_scaled_init else narrow
+        self.gate = GroupedLinear(wide, 1, tensor_axis, axis, narrow)
+        self.up = GroupedLinear(wide, 1, tensor_axis, axis, narrow)
+        self.down = GroupedLinear(tall, 2, tensor_axis, axis, out_std)
+
+    def forward(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        k, ids = chosen.shape[1], chosen.flatten()
+        order = ids.argsort(stable=True)  # by expert, and then by token
+        rows = _Spread.apply(rows, order, k)  # type: ignore[assignment]
+        ends = group_ends(ids[order], self.count)
+        made = self._products(rows, ends) if self.axis.size == 1 else self._elsewhere(rows, ends)
+        return _Permute.apply(made, inverse(order)).unflatten(0, (-1, k))  # type: ignore[union-attr]
+
+    def _products(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Rows [n, D], sorted by this rank's experts -> [n, D]."""
+        hidden = activate(self.gate(rows, ends), self.activation) * self.up(rows, ends)
+        return self.down(hidden, ends)
+
+    def _elsewhere(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The same with experts on all ranks of the axis."""
+        e = self.axis.size
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        arriving = exchange_evenly(counts, self.axis)  # by source, then by this rank's experts
+        # The one thing that the host waits for: the sizes of the messages.
+        sizes = torch.stack([counts.view(e, -1).sum(1), arriving.view(e, -1).sum(1)]).tolist()
+        route = Route(self.axis, tuple(sizes[0]), tuple(sizes[1]))
+        # They arrive by source and expert, and are wanted by expert and source.
+        own = torch.arange(self.count // e, device=rows.device).repeat(e)
+        own = own.repeat_interleave(arriving, output_size=sum(route.taken))
+        order = own.argsort(stable=True)
+        rows = _Permute.apply(exchange(rows, route), order)  # type: ignore[assignment]
+        made = self._products(rows, group_ends(own[order], self.count // e))
+        made = _Permute.apply(made, inverse(order))
+        return exchange(made, route.back)  # type: ignore[arg-type]
+
+
+class GroupedLinear(nn.Module):
+    """Rows [n, in], sorted by expert, through this rank's part of weight [E, out, in] -> [n, out]. dim: that the tensor
+    axis splits."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], dim: int, tensor_axis: Axis, axis: Axis, std: float
+    ) -> None:
+        super().__init__()
+        self.weight = expert_parameter(shape, dim, tensor_axis, axis, std)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return grouped_linear(rows, self.weight, ends)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    result = torch.empty_like(order)
+    result[order] = torch.arange(len(order), device=order.device)
+    return result
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order], whose backward is a permutation too, and no sum in an unknown order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0][inverse(order)], None
+
+
+class _Spread(torch.autograd.Function):
+    """Each of rows [T, D] k times, in the order of `order` [T·k]; the k gradients are summed in the order of choice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return rows[order // k]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0][inverse(order)].unflatten(0, (-1, ctx.k)).sum(dim=1), None, None

@@ -1,0 +1,35 @@
+"""Qwen3 with experts (arXiv 2505.09388): many small ones in place of the MLP of most or all layers."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.errors import ConfigError
+from megalite.model.families import llama, qwen3
+from megalite.model.families.common import KEY, expert_tensors, mixture, written
+from megalite.model.spec import TransformerSpec
+
+TENSORS = qwen3.TENSORS | expert_tensors(
+    "mlp.gate",
+    gate="mlp.experts.{expert}.gate_proj",
+    up="mlp.experts.{expert}.up_proj",
+    down="mlp.experts.{expert}.down_proj",
+)
+OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+
+
+def read(config: Any) -> TransformerSpec:
+    """A Qwen3MoeConfig as our spec."""
+    bias, window = config.attention_bias, config.sliding_window
+    spec = llama.gated(config, attention_bias=bias, output_bias=bias)
+    windows = () if window is None else (window,) * spec.num_layers
+    experts = mixture(config, config.moe_intermediate_size, config.norm_topk_prob, _layers(config))
+    return replace(spec, qk_norm="head", windows=windows, mixture=experts)
+
+
+def _layers(config: Any) -> list[int]:
+    """Those with experts."""
+    dense, every = config.mlp_only_layers, config.decoder_sparse_step
+    if not all(isinstance(layer, int) for layer in dense):
+        raise ConfigError(f"{KEY}.mlp_only_layers: {written(dense)}: must be numbers of layers")
+    layers = range(config.num_hidden_layers)
+    return [layer for layer in layers if layer not in dense and (layer + 1) % every == 0]

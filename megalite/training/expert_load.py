@@ -1,0 +1,49 @@
+"""How the tokens of a step were spread over the experts: rows of metrics, and a line about experts without a token."""
+
+from collections.abc import Callable
+
+import torch
+
+from megalite.engine.engine import Engine
+from megalite.engine.router_bias import expert_counts
+from megalite.training.watchers import Row, Watcher
+
+LAYERS_TOLD = 3  # of a line
+
+
+class ExpertLoad(Watcher):
+    """Of a run whose model has experts."""
+
+    def __init__(self, engine: Engine, interval: int, tell: Callable[[str], None]) -> None:
+        """interval: steps between two reports, 0: none; tell: takes lines for the log."""
+        self.engine, self.interval, self.tell = engine, interval, tell
+        self.mixture = engine.stage.spec.mixture
+        self.device = torch.device(engine.device or "cpu")
+
+    def after_step(self, row: Row) -> None:
+        """At the steps that report (collective there)."""
+        step = row["step"]
+        if self.interval == 0 or step % self.interval:
+            return
+        counts = expert_counts(self.engine.stage, self.engine.grid, self.device).tolist()
+        layers = dict(zip(map(str, self.mixture.layers), counts, strict=True))
+        row["expert_tokens"] = layers
+        row["expert_imbalance"] = max(
+            max(counts) * len(counts) / max(1, sum(counts)) for counts in layers.values()
+        )
+        for line in _dead_lines(step, layers):
+            self.tell(line)
+
+
+def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:
+    """At most one."""
+    dead = {
+        layer: ", ".join(str(expert) for expert, count in enumerate(row) if count == 0)
+        for layer, row in layers.items()
+        if 0 in row
+    }
+    if not dead:
+        return []
+    told = [f"layer {layer}: {experts}" for layer, experts in dead.items()]
+    rest = f"; and in {len(told) - LAYERS_TOLD} more layers" if len(told) > LAYERS_TOLD else ""
+    return [f"step {step}: experts without a token: {'; '.join(told[:LAYERS_TOLD])}{rest}"]
