@@ -50,6 +50,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "bert": ({**MODELS["bert"], **BERT_DROPOUT}, ENCODER),
     "modernbert": (MODELS["modernbert"], ENCODER),
+    "mixtral": (MODELS["mixtral"], APART),
 }
 """By name a model, and keys of megalite.data."""
 Case = tuple[str, Layout, str]
@@ -65,6 +66,7 @@ CASES: list[Case] = [
     ("one key head, window", Layout(context=4, zero=1), "heads"),
     ("bert", Layout(context=2, data=2, zero=2), "gather"),
     ("modernbert", Layout(context=2, pipe=2, zero=1, micro=1, schedule="zb-v"), "gather"),
+    ("mixtral", Layout(context=2, data=2, expert=2, zero=1, micro=1), "gather"),
 ]
 LONG: list[Case] = [
     ("llama", Layout(context=2, pipe=2, tensor=2, zero=2, micro=1), "gather"),
