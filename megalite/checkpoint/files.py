@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite import other_formats
 from megalite.checkpoint.folder import (
     FORMAT,
     INDEX,
@@ -86,9 +87,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return good
     if damaged:
         raise CheckpointError("; ".join(map(str, damaged)))
-    raise CheckpointError(
-        f"{path}: holds no checkpoint: must be a run folder or its checkpoints/step_…"
-    )
+    rule = "holds no checkpoint: must be a run folder or its checkpoints/step_…"
+    raise CheckpointError(f"{path}: {other_formats.weights(path) or rule}")
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:

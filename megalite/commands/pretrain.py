@@ -28,6 +28,7 @@ from megalite.data.indexed import IndexedCorpus
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
 from megalite.ranks.launch import ArgumentParser, at_least, place
+from megalite.report.read import REPORT
 from megalite.training import pretrain
 
 _OWN = ("--tokenizer", "--vocab-size", "--valid-share", "--run-dir")  # of a run from text
@@ -165,6 +166,8 @@ def _show_samples(run_dir: Path, folder: Path) -> None:
         lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
         _tell(f"sample: {prompt}|{text}")
     (run_dir / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    if (run_dir / REPORT).exists():
+        _tell(f"curves and more: {run_dir / REPORT}")
     _tell(f'more: megalite generate --checkpoint {run_dir} --prompt "…" --temperature 0.8')
 
 

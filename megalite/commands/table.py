@@ -44,6 +44,16 @@ COMMANDS = (
         "evaluate_main",
     ),
     Command(
+        "report",
+        "show runs as one page: curves, samples, memory, the pipeline",
+        "megalite.report.program",
+    ),
+    Command(
+        "plan",
+        "find the fastest layout for a model and a number of ranks",
+        "megalite.plan.plan_program",
+    ),
+    Command(
         "train-tokenizer", "train a tokenizer on text files", "megalite.commands.train_tokenizer"
     ),
     Command(

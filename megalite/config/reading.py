@@ -17,6 +17,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises ConfigError for a file that cannot be read, is no JSON (with its line), holds a key twice or
     a number that JSON does not have (NaN, Infinity).
     """
+    if Path(path).suffix in (".yml", ".yaml"):
+        rule = "is YAML: must be JSON; docs/coming_from.md has the keys of GPT-NeoX and nanotron side by side"
+        raise ConfigError(f"{path}: {rule}")
     value = parse_json(read_text(path), path, pairs=_no_key_twice, constant=_no_constant)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold an object {{…}}")

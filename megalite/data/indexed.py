@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megalite import other_formats
 from megalite.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -93,6 +94,8 @@ class IndexedCorpus:
         """Open a prefix. Raises DataError where a file is absent or header and sizes do not agree."""
         self.prefix = str(prefix)
         self.index_path, self.tokens_path = files_of(prefix)
+        if not self.index_path.exists() and (found := other_formats.corpus(prefix)):
+            raise DataError(f"{prefix}: {found}")
         file, size = _opened(self.index_path)
         with file:
             self._index = index = _mapped(file, self.index_path, size)

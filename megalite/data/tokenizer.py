@@ -15,6 +15,7 @@ from typing import Any
 
 import sentencepiece
 
+from megalite import other_formats
 from megalite.errors import DataError
 from megalite.inputs import check_links, read_json_object, reading
 
@@ -196,6 +197,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _loaded(path: Path) -> Tokenizer:
+    if found := other_formats.tokenizer(path):
+        raise DataError(f"{path}: {found}")
     if path.is_file():
         return SentencePieceTokenizer(path)
     if not path.is_dir():

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite import other_formats
 from megalite.config import Classified
 from megalite.errors import CheckpointError
 from megalite.hub.names import file_names, groups_of, hf_tensor
@@ -55,9 +56,8 @@ class HFFolder:
     def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
-            )
+            rule = "must hold config.json and safetensors (or pytorch_model.bin) files"
+            raise CheckpointError(f"{self.folder}: {other_formats.weights(path) or rule}")
         check_links(self.folder, CheckpointError)
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))

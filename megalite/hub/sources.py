@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megalite import other_formats
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.weights import open_together, together
@@ -26,9 +27,8 @@ def is_hf_folder(path: str | Path) -> bool:
 def resolve_weights(path: str | Path) -> Path:
     """The folder that a user's path means, its files checked where they are ours. CheckpointError."""
     if not Path(path).exists():
-        raise CheckpointError(
-            f"{path}: does not exist: must be a run folder, a checkpoint or a Hugging Face folder"
-        )
+        rule = "does not exist: must be a run folder, a checkpoint or a Hugging Face folder"
+        raise CheckpointError(f"{path}: {other_formats.hub_name(path) or rule}")
     return Path(path) if is_hf_folder(path) else find_checkpoint(path)
 
 

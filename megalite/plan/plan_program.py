@@ -33,7 +33,7 @@ LEGEND = (
 
 def main(arguments: list[str]) -> int:
     """Prints the best layouts; returns 0. Raises UserError with one line, also where none fits."""
-    parser = ArgumentParser("plan.py", description="Find the layout for so many ranks.")
+    parser = ArgumentParser(description="Find the layout for so many ranks.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )

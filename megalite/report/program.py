@@ -20,7 +20,7 @@ SIMULATED = "trace_simulated.json"
 
 def main(arguments: list[str]) -> int:
     """Writes the page, tells where it is, and returns 0. Raises UserError with one line."""
-    parser = ArgumentParser("report.py", description="Show run folders as one page, report.html.")
+    parser = ArgumentParser(description="Show run folders as one page, report.html.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument(
         "--output",

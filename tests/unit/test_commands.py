@@ -1,6 +1,7 @@
 """`megalite`: its table, help, typos, completion, example configs and explanations of keys."""
 
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -43,11 +44,16 @@ def megalite_command(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_command_at_once_and_imports_nothing_slow() -> None:
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - start < 1.0  # measured: 0.12 s
-    assert done.returncode == 0 and done.stdout.strip() == usage(), done.stderr
-    assert all(re.search(rf"^  {name} +\w", done.stdout, re.MULTILINE) for name in NAMES)
+    seconds = []
+    for _ in range(3):  # the machine may be busy
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60
+        )
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0 and done.stdout.strip() == usage(), done.stderr
+    assert min(seconds) < 1.0  # measured: 0.12 s
+    assert all(re.search(rf"^  {name} +\w", usage(), re.MULTILINE) for name in NAMES)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -65,7 +71,7 @@ def test_every_command_has_its_program(command: Command) -> None:
 def test_names_are_those_that_scripts_rely_on() -> None:
     promised = {
         "pretrain", "preprocess", "train-tokenizer", "import", "export", "generate", "chat", "evaluate",
-        "verify-layouts", "inspect-data", "inspect-checkpoint", "doctor", "run",
+        "verify-layouts", "inspect-data", "inspect-checkpoint", "doctor", "run", "plan", "report",
     }  # fmt: skip
     assert promised <= set(NAMES) and len(set(NAMES)) == len(NAMES)
 
@@ -181,11 +187,13 @@ def test_an_unknown_key_names_the_nearest(name: str, near: str) -> None:
     assert str(error.value) == f"{name}: unknown key; did you mean {near}?"
 
 
+@functools.cache
+def validator() -> Any:
+    return jsonschema.Draft202012Validator(json_schema())
+
+
 def errors_of(value: Any) -> list[str]:
-    return [
-        error.json_path
-        for error in jsonschema.Draft202012Validator(json_schema()).iter_errors(value)
-    ]
+    return [error.json_path for error in validator().iter_errors(value)]
 
 
 def test_the_schema_accepts_what_is_accepted() -> None:

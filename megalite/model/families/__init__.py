@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megalite import other_formats
 from megalite.config.sections import Classified
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
@@ -98,6 +99,8 @@ def load_hf_config(section: Section) -> Any:
         make_classifier(config, section)
         return config
     where = _place(section)
+    if isinstance(section, str) and (found := other_formats.hub_name(section)):
+        raise ConfigError(f"{KEY}: {section}: {found}")
     values = read_json_object(where) if isinstance(section, str) else dict(section)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
