@@ -74,7 +74,7 @@ LONG: list[Case] = [
     ("llama", Layout(context=4, data=2, zero=0), "gather"),
     ("documents", Layout(context=2, pipe=2, data=2, zero=2, micro=1), "gather"),
     ("documents", Layout(context=4, data=2, zero=3), "gather"),
-    ("documents", Layout(context=2, pipe=4, zero=1, micro=1, schedule="zb-v"), "gather"),
+    ("documents", Layout(context=2, pipe=4, zero=1, micro=1, schedule="zb-h1"), "gather"),
     ("gpt2", Layout(context=4, tensor=2, zero=3), "gather"),
     ("gpt2", Layout(context=4, data=2, zero=2), "heads"),
     ("gpt2", Layout(context=2, pipe=2, tensor=2, zero=1, micro=1, sequence=True), "heads"),
