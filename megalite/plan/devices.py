@@ -3,7 +3,7 @@
 All figures are of one device (one rank). `product_share` is the one number that is fitted, one for each kind of device,
 to published runs (published.py): the share of the peak that large matrix products reach in training. No run of H200,
 B200 and MI300X was at hand: theirs are H100's, and for MI300X a guess. It is the first thing to measure.
-A file that `tools/benchmark_step.py --calibrate FILE` has written takes the place of an entry. Next: step_time.py.
+A JSON file of the same figures (`write_device`) takes the place of an entry. Next: step_time.py.
 """
 
 import json
@@ -148,13 +148,13 @@ def known_device(name: str) -> Device:
     if found is None:
         names = ", ".join(DEVICES)
         raise ConfigError(
-            f"--device: {name}: must be one of {names}, or a file of tools/benchmark_step.py --calibrate"
+            f"--device: {name}: must be one of {names}, or a JSON file of a device (docs/planning.md)"
         )
     return found
 
 
 def device_of(name: str) -> Device:
-    """An entry of the table, or what a file of a calibration holds."""
+    """An entry of the table, or what a JSON file holds."""
     return read_device(Path(name)) if Path(name).is_file() else known_device(name)
 
 
@@ -164,8 +164,8 @@ def write_device(device: Device, path: Path) -> None:
 
 
 def read_device(path: Path) -> Device:
-    """ConfigError where the file is not one of a calibration."""
-    rule = "must be a file that tools/benchmark_step.py --calibrate has written"
+    """ConfigError where the file is not one of `write_device`'s."""
+    rule = "must be a JSON file of a device (docs/planning.md)"
     with reading(str(path)):
         try:
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -44,8 +44,7 @@ def main(arguments: list[str]) -> int:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME",
-        help="a device of docs/planning.md, or a file of tools/benchmark_step.py --calibrate "
-        f"(default: {DEFAULT_DEVICE})",
+        help=f"a device of docs/planning.md, or a JSON file of one (default: {DEFAULT_DEVICE})",
     )
     parser.add_argument(
         "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"

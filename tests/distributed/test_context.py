@@ -30,7 +30,7 @@ from megalite.training.start import starting_point
 from tests.byte_model import save_byte_model
 from tests.ranks import run_ranks
 from tests.small_models import MODELS
-from tests.traces import document, marked_corpus, nothing, traces
+from tests.traces import Request, document, marked_corpus, nothing, traces
 from tests.training_runs import document as run_document
 from tests.training_runs import rows, train
 
@@ -111,7 +111,7 @@ class Runs:
         return config_of(Config.from_dict(json), layout, BATCH)
 
     def record(self, cases: list[Case]) -> dict[str, Trace]:
-        requests = [
+        requests: list[Request] = [
             (self.config(case).to_json(), nothing, self.folder / name(case)) for case in cases
         ]
         found = traces(cases[0][1].world_size, STEPS, requests)
@@ -270,7 +270,7 @@ def test_planted_faults_of_the_axis_are_found(runs: Runs, tmp_path: Path) -> Non
     config = runs.config(("documents", Layout(context=2, zero=1, micro=2), "gather"))
     run_ranks(2, with_mutants, config.to_json(), tmp_path)
     layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
-    requests = [
+    requests: list[Request] = [
         (runs.config(("documents", layout, "gather")).to_json(), nothing, tmp_path / str(layout))
         for layout in layouts
     ]

@@ -1,0 +1,191 @@
+"""A dry run's first two levels: every kind of place of the world on one process, without memory for weights.
+
+Places: the stage of each rank of the pipe axis on torch's meta device, which has shapes and no numbers, forward and
+backward, over process groups that go nowhere; what it sends is counted as in a real run (parallel/traffic.py).
+Schedule: the program of the real number of micro-batches, and the order of its messages under NCCL's rules (pipeline/).
+The third level, messages of every rank, needs the engine: prove/messages.py.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.errors import MegaliteError
+from megalite.model.context import Context
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from megalite.parallel.traffic import Traffic
+from megalite.pipeline.plan import PipelinePlan
+from megalite.plan.devices import GIB
+from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
+from megalite.plan.states import DTYPES, recompute_of
+
+
+class DryRunError(MegaliteError):
+    """What a run of this config would end by."""
+
+
+@dataclass(frozen=True)
+class PlaceReport:
+    """Of a rank of the pipe axis. rank: its first global one; ranks: how many are like it; sent: bytes by axis that it
+    sends in the forwards and backwards of a micro-batch, collectives of the tensor axis and messages."""
+
+    rank: int
+    ranks: int
+    layers: list[list[int]]
+    memory: RankMemory
+    sent: dict[str, int]
+
+
+@dataclass
+class DryRun:
+    """What a dry run has found."""
+
+    world_size: int
+    places: list[PlaceReport] = field(default_factory=list)
+    schedule: str = "1f1b"
+    bubble: float = 0.0
+    micro_batches: int = 1
+    pipe_messages: int = 0
+    matched: dict[str, int] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "world_size": self.world_size,
+            "places": [
+                {
+                    "rank": place.rank,
+                    "ranks": place.ranks,
+                    "layers": place.layers,
+                    "bytes": place.memory.parts,
+                    "bytes_by_rank": place.memory.total,
+                    "sent_bytes_a_micro_batch": place.sent,
+                }
+                for place in self.places
+            ],
+            "schedule": self.schedule,
+            "bubble": self.bubble,
+            "micro_batches": self.micro_batches,
+            "pipe_messages": self.pipe_messages,
+            "matched": self.matched,
+        }
+
+
+@contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """This process as a rank of a world whose collectives return at once and change nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    hook = sys.excepthook  # torch's, which names the rank, is put on top of the one before
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
+    """Levels 1 and 2 of a resolved config. Raises DryRunError for the first thing that does not fit or match."""
+    table = MemoryTable(config, spec, None, SizesByPlace())
+    plan, data, tensor = table.plan, config.data_size, config.parallel.tensor
+    result = DryRun(config.world_size)
+    for pipe_rank, memory in enumerate(table.ranks):
+        rank = pipe_rank * data * tensor
+        with fake_world(config.world_size, rank):
+            sent = place_on_meta(config, spec, plan, rank)
+        layers = [list(plan.cut.layers[chunk]) for chunk in plan.cut.chunks_of(pipe_rank)]
+        result.places.append(PlaceReport(rank, data * tensor, layers, memory, sent))
+    check_room(result, memory_bytes)
+    if plan.pipe > 1:
+        check_schedule(result, plan, config.accumulation_steps)
+    return result
+
+
+def check_room(result: DryRun, memory_bytes: float | None) -> None:
+    """DryRunError where the rank that has most has more than there is."""
+    largest = max(result.places, key=lambda place: place.memory.total)
+    if memory_bytes is not None and largest.memory.total > memory_bytes:
+        needed, room = largest.memory.total / GIB, memory_bytes / GIB
+        most = max(largest.memory.parts, key=lambda name: largest.memory.parts[name])
+        raise DryRunError(
+            f"rank {largest.rank}: takes {needed:.2f} GiB, {needed - room:.2f} GiB more than --memory-gib {room:g}; "
+            f"{most} take {largest.memory.parts[most] / GIB:.2f}; tools/plan.py finds a layout that fits"
+        )
+
+
+def check_schedule(result: DryRun, plan: PipelinePlan, micro_batches: int) -> None:
+    """Complete, in order, and free of deadlock: raises ProgramError, else notes what it costs."""
+    report = plan.report(micro_batches)
+    plan.steps(micro_batches, 0)  # checks the messages of all ranks
+    program = plan.program(micro_batches)
+    result.schedule, result.bubble, result.micro_batches = (
+        plan.schedule,
+        report.bubble,
+        micro_batches,
+    )
+    result.pipe_messages = sum(
+        program.crosses(program.gives(action)) for _, action in program.all_actions()
+    )
+
+
+def place_on_meta(
+    config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int
+) -> dict[str, int]:
+    """Forward and backward of a rank's chunks with shapes alone; bytes that they send by axis. Raises DryRunError where
+    a shape is not what the next chunk takes."""
+    grid = Grid.build(plan.pipe, config.parallel.tensor)
+    dtype = DTYPES[config.precision]
+    with torch.device("meta"):
+        recompute, sequence = recompute_of(config), config.parallel.sequence
+        stage = Stage(spec, grid, plan.cut, recompute, sequence, config.train.z_loss).to(dtype)
+    stage.eval()  # without dropout, which changes no shape
+    shape = stage.hidden_shape(config.micro_batch_size, config.data.sequence_length)
+    ids = torch.zeros(
+        (config.micro_batch_size, config.data.sequence_length), dtype=torch.int64, device="meta"
+    )
+    with Traffic(grid) as traffic:
+        for chunk in plan.cut.chunks_of(grid.pipe.rank):
+            first, last = chunk == 0, chunk == plan.cut.last_chunk
+            source = ids if first else torch.zeros(shape, dtype=dtype, device="meta")
+            if not first:
+                source.requires_grad_()
+            output = stage(source, ids if last else None, Context(), chunk)
+            _check_chunk(stage, chunk, output, source, () if last else shape, rank)
+    sent = dict(traffic.bytes)
+    # Every message of a chunk: its result to the next, its gradient to the one before.
+    home, own = plan.cut.home, plan.cut.chunks_of(grid.pipe.rank)
+    crossing = sum(
+        home[chunk + step] != home[chunk]
+        for chunk in own
+        for step in (-1, 1)
+        if 0 <= chunk + step < len(home)
+    )
+    if crossing:
+        sent["pipe"] = crossing * dtype.itemsize * shape[0] * shape[1] * shape[2]
+    return sent
+
+
+def _check_chunk(
+    stage: Stage, chunk: int, output: Tensor, source: Tensor, shape: tuple[int, ...], rank: int
+) -> None:
+    """Backward of a chunk, and the shapes of what leaves it on both sides."""
+    if tuple(output.shape) != shape:
+        raise DryRunError(
+            f"rank {rank}: chunk {chunk} gives {tuple(output.shape)}, chunk {chunk + 1} takes {shape}"
+        )
+    output.backward(torch.zeros_like(output))
+    if source.is_floating_point() and (source.grad is None or source.grad.shape != source.shape):
+        raise DryRunError(f"rank {rank}: chunk {chunk} gives no gradient of what it takes")
+    for name, value in stage.chunks[str(chunk)].named_parameters():
+        if value.grad is None or value.grad.shape != value.shape:
+            raise DryRunError(f"rank {rank}: chunk {chunk}: {name} gets no gradient of its shape")

@@ -1,0 +1,105 @@
+"""Predictions far beyond any machine at hand.
+
+python -m megalite.plan.scale     prints the table of docs/scale.md
+"""
+
+from dataclasses import replace
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.model.families import read_spec
+from megalite.plan.candidates import Candidate, Search, divisors
+from megalite.plan.devices import DEVICES, GIB
+from megalite.plan.plan_program import model_flops
+from megalite.plan.search import Layout, Planner
+
+MODELS = {  # hidden, intermediate, layers, heads
+    "8 B": (4096, 14336, 32, 32),
+    "70 B": (8192, 28672, 80, 64),
+    "405 B": (16384, 53248, 126, 128),
+}
+RANKS = (64, 256, 1024, 4096, 16_384)
+BATCH, LENGTH = 2048, 8192
+VOCABULARY, KEY_VALUE_HEADS = 128_256, 8
+
+
+def planner_of(name: str, ranks: int) -> Planner:
+    """On H100s."""
+    hidden, intermediate, layers, heads = MODELS[name]
+    model = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": KEY_VALUE_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": LENGTH,
+    }
+    document = {
+        "train_batch_size": BATCH,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": 1},
+        "megalite": {
+            "model": model,
+            "data": {"sequence_length": LENGTH, "train": ["data/train"]},
+            "train": {"steps": 1, "run_dir": "runs/scale"},
+        },
+    }
+    config, device = Config.from_dict(document), DEVICES["H100"]
+    search = Search(config, read_spec(model), ranks, BATCH)
+    return Planner(search, device, device.memory_bytes)
+
+
+def best(planner: Planner) -> Layout | None:
+    """The fastest that fits of those with ZeRO-1, pipe up to 16 and tensor up to 8, 1F1B or interleaved."""
+    search, found = planner.search, []
+    for pipe in (1, 2, 4, 8, 16):
+        for tensor in (1, 2, 4, 8):
+            data, rest = divmod(search.world_size, pipe * tensor)
+            if rest or BATCH % data:
+                continue
+            for micro in divisors(BATCH // data)[:3]:
+                for recompute in ("none", "full"):
+                    plain = Candidate(pipe, tensor, 1, micro, recompute=recompute)
+                    plain = replace(plain, sequence=tensor > 1)
+                    found.append(plain)
+                    if pipe > 1 and search.spec.num_layers // pipe >= 4:
+                        found.append(replace(plain, schedule="interleaved", chunks=4))
+    fitting = [one for one in found if planner.estimated_bytes(one) <= planner.memory_bytes]
+    for one in sorted(fitting, key=planner.estimate):
+        try:
+            layout = planner.exact(one)
+        except ConfigError:
+            continue
+        if layout.memory.total <= planner.memory_bytes:
+            return layout
+    return None
+
+
+def table() -> list[str]:
+    """In Markdown."""
+    lines = [
+        "| model | GPUs | layout | data | s a step | TFLOP/s a GPU | of peak | bubble | GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in MODELS:
+        for ranks in RANKS:
+            planner = planner_of(name, ranks)
+            layout = best(planner)
+            if layout is None:
+                lines.append(f"| {name} | {ranks:,} | none of these fits | | | | | | |")
+                continue
+            flops = model_flops(planner, layout)
+            lines.append(
+                f"| {name} | {ranks:,} | {layout.candidate} | {layout.config.data_size} | "
+                f"{layout.time.seconds:.3g} | {flops / 1e12:.0f} | "
+                f"{100 * flops / planner.device.half_flops:.0f} % | {100 * layout.time.bubble:.1f} % | "
+                f"{layout.memory.total / GIB:.0f} |"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -1,0 +1,168 @@
+"""The dry run: every shipped config passes, planted faults are named, and what does not fit is told."""
+
+import json
+import re
+import resource
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config, load_config
+from megalite.model.families import read_spec
+from megalite.pipeline.actions import Pipeline
+from megalite.plan.devices import GIB
+from megalite.plan.places import DryRunError, dry_run
+from megalite.prove.dry_run_program import main
+from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
+from tests.unit.test_ds_configs import FOLDER, ROWS
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def small(**parallel: Any) -> Config:
+    """Pipe 2 × data 2 × tensor 2."""
+    config = load_config(FOLDER / "tiny_cpu.json").to_json()
+    config["megalite"]["parallel"] |= {"pipe": 2, "tensor": 2, **parallel}
+    return shrunken(Config.from_dict(config).resolve(8))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_shipped_configs_pass(name: str) -> None:
+    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    found = dry_run(config, read_spec(config.model), None)
+    assert len(found.places) == config.parallel.pipe
+    assert sum(place.ranks for place in found.places) == config.world_size
+    layers = [layer for place in found.places for own in place.layers for layer in own]
+    assert sorted(layers) == list(range(read_spec(config.model).num_layers))
+
+
+@pytest.mark.parametrize("name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json"])
+def test_messages_of_shipped_configs_match(name: str) -> None:
+    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    found = match(calls_of_all(shrunken(config)))
+    assert found["collectives"] > 0 and (found["messages"] > 0) == (config.parallel.pipe > 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ROWS)
+def test_messages_of_all_shipped_configs_match(name: str) -> None:
+    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    assert match(calls_of_all(shrunken(config)))["collectives"] > 0
+
+
+@pytest.mark.parametrize("schedule, zero", [("zb-v", 2), ("interleaved", 1)])
+def test_messages_of_other_schedules_match(schedule: str, zero: int) -> None:
+    document = small(schedule=schedule, sequence=True).to_json()
+    document["zero_optimization"]["stage"] = zero
+    found = match(calls_of_all(Config.from_dict(document).resolve(8)))
+    assert found["messages"] > 0
+
+
+def named(plant: Plant) -> str:
+    with pytest.raises(DryRunError) as caught:
+        match(calls_of_all(small(), plant))
+    return str(caught.value)
+
+
+def test_a_collective_of_one_rank_alone_is_named() -> None:
+    def plant(rank: int, pipeline: Pipeline) -> None:
+        if rank == 3:
+            group, begin = pipeline.engine.grid.tensor.group, pipeline.engine.begin_step
+
+            def begin_step() -> None:
+                dist.all_reduce(torch.zeros(5), group=group)
+                begin()
+
+            pipeline.engine.begin_step = begin_step
+
+    assert re.match(
+        r"group \(2, 3\): rank 2 and 3 differ at collective \d+: .* and allreduce of 5 float32",
+        named(plant),
+    )
+
+
+def test_a_missing_send_is_named() -> None:
+    def plant(rank: int, pipeline: Pipeline) -> None:
+        if rank == 1:
+            mailbox = pipeline.interpreter.mailbox
+            send, left = mailbox.send, [True]
+
+            def skips_one(*args: Any) -> None:
+                if left:
+                    left.clear()
+                else:
+                    send(*args)
+
+            mailbox.send = skips_one  # type: ignore[method-assign]
+
+    assert named(plant) == "messages of rank 1 to 5: sent 3, received 4"
+
+
+def test_a_message_of_another_shape_is_named() -> None:
+    def plant(rank: int, pipeline: Pipeline) -> None:
+        if rank == 2:
+            mailbox = pipeline.interpreter.mailbox
+            send = mailbox.send
+            mailbox.send = lambda key, tensor, target: send(key, tensor[:, :-1], target)  # type: ignore[method-assign]
+
+    assert re.match(r"message 0 of rank 2 to 6: [\d,]+ \w+ sent, [\d,]+ \w+ received", named(plant))
+
+
+def test_a_stage_that_takes_another_shape_is_named() -> None:
+    def plant(rank: int, pipeline: Pipeline) -> None:
+        if rank == 5:
+            pipeline.shape = (1, 3, pipeline.shape[2])
+
+    assert named(plant).startswith(
+        "group (4, 5): rank 4 and 5 differ at collective 0: allreduce of "
+    )
+
+
+def test_collectives_in_an_order_that_hangs_are_named() -> None:
+    """Two groups of the same two ranks, called in turn one way and the other: each list matches, the whole hangs."""
+    groups = {"a": (0, 1), "b": (0, 1)}
+    calls = [Call("allreduce", name, "1 float32") for name in "ab"]
+    ranks = [RankCalls(calls, groups), RankCalls(calls[::-1], groups)]
+    with pytest.raises(
+        DryRunError, match="2 ranks wait for each other for ever: rank 0 at allreduce"
+    ):
+        match(ranks)
+    ranks = [RankCalls(calls, groups), RankCalls(list(calls), groups)]
+    assert match(ranks) == {"ranks": 2, "collectives": 2, "messages": 0}
+
+
+def test_what_does_not_fit_is_one_line() -> None:
+    config = load_config(FOLDER / "llama_7b_3d.json").resolve(64)
+    with pytest.raises(
+        DryRunError, match=r"rank \d+: takes \d\.\d+ GiB, \d\.\d+ GiB more than --memory-gib 2; "
+    ):
+        dry_run(config, read_spec(config.model), 2 * GIB)
+
+
+def test_program(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--deepspeed_config", str(FOLDER / "tiny_cpu.json"), "--world-size", "8"]
+    assert main([*arguments, "--memory-gib", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "ranks 0-3: layers 0-" in out and "every rank fits in 1 GiB" in out
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [place["ranks"] for place in found["places"]] == [4, 4]
+    assert all(place["sent_bytes_a_micro_batch"]["tensor"] > 0 for place in found["places"])
+
+
+@pytest.mark.long
+def test_a_thousand_ranks_in_a_minute_and_a_gibibyte() -> None:
+    overrides = [
+        "megalite.parallel.pipe=16",
+        "megalite.parallel.schedule=zb-v",
+        "zero_optimization.stage=2",
+    ]
+    overrides.append("megalite.parallel.chunks=null")
+    config = load_config(FOLDER / "llama_70b_3d.json", overrides).resolve(1024)
+    start = time.process_time()
+    found = dry_run(config, read_spec(config.model), 80 * GIB)
+    assert time.process_time() - start < 60 and len(found.places) == 16
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2**30
