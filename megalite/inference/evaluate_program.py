@@ -15,7 +15,7 @@ from typing import Any
 from megalite.config import Data
 from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_data_keys, check_objective
-from megalite.config.section import nearest, parse, unknown
+from megalite.config.section import broken, nearest, parse, unknown
 from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
@@ -130,8 +130,11 @@ def evaluate_main(arguments: list[str]) -> int:
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     data = _data(options, prepared)
-    length = data.sequence_length
+    length, context = data.sequence_length, prepared.parallel.context
     check_context_length(prepared.parallel, length)
+    if context > 1 and prepared.spec.classifier is not None:
+        rule = "must be 1 for a classifier: the tokens of a text are not divided"
+        raise broken("megalite.parallel.context", context, rule)
     samples = ValidData(data, prepared.spec.vocabulary_size, check=thorough)
     by_heads = prepared.parallel.context_attention == "heads"
 

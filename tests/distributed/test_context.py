@@ -30,7 +30,7 @@ from megalite.training.start import starting_point
 from tests.byte_model import save_byte_model
 from tests.ranks import run_ranks
 from tests.small_models import MODELS
-from tests.traces import document, marked_corpus, nothing, traces
+from tests.traces import Request, document, marked_corpus, nothing, traces
 from tests.training_runs import document as run_document
 from tests.training_runs import rows, train
 
@@ -50,6 +50,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "bert": ({**MODELS["bert"], **BERT_DROPOUT}, ENCODER),
     "modernbert": (MODELS["modernbert"], ENCODER),
+    "mixtral": (MODELS["mixtral"], APART),
 }
 """By name a model, and keys of megalite.data."""
 Case = tuple[str, Layout, str]
@@ -65,6 +66,7 @@ CASES: list[Case] = [
     ("one key head, window", Layout(context=4, zero=1), "heads"),
     ("bert", Layout(context=2, data=2, zero=2), "gather"),
     ("modernbert", Layout(context=2, pipe=2, zero=1, micro=1, schedule="zb-v"), "gather"),
+    ("mixtral", Layout(context=2, data=2, expert=2, zero=1, micro=1), "gather"),
 ]
 LONG: list[Case] = [
     ("llama", Layout(context=2, pipe=2, tensor=2, zero=2, micro=1), "gather"),
@@ -72,7 +74,7 @@ LONG: list[Case] = [
     ("llama", Layout(context=4, data=2, zero=0), "gather"),
     ("documents", Layout(context=2, pipe=2, data=2, zero=2, micro=1), "gather"),
     ("documents", Layout(context=4, data=2, zero=3), "gather"),
-    ("documents", Layout(context=2, pipe=4, zero=1, micro=1, schedule="zb-v"), "gather"),
+    ("documents", Layout(context=2, pipe=4, zero=1, micro=1, schedule="zb-h1"), "gather"),
     ("gpt2", Layout(context=4, tensor=2, zero=3), "gather"),
     ("gpt2", Layout(context=4, data=2, zero=2), "heads"),
     ("gpt2", Layout(context=2, pipe=2, tensor=2, zero=1, micro=1, sequence=True), "heads"),
@@ -109,7 +111,7 @@ class Runs:
         return config_of(Config.from_dict(json), layout, BATCH)
 
     def record(self, cases: list[Case]) -> dict[str, Trace]:
-        requests = [
+        requests: list[Request] = [
             (self.config(case).to_json(), nothing, self.folder / name(case)) for case in cases
         ]
         found = traces(cases[0][1].world_size, STEPS, requests)
@@ -231,7 +233,7 @@ def test_evaluate_scores_a_corpus_on_divided_samples(runs: Runs, tmp_path: Path)
     ],
 )
 def test_generation_refuses_the_axis(tmp_path: Path, arguments: list[str], line: str) -> None:
-    options = model_parser("generate.py", "").parse_args(
+    options = model_parser("generate.py").parse_args(
         ["--checkpoint", str(save_byte_model(tmp_path / "hf")), *arguments]
     )
     with pytest.raises(ConfigError, match=re.escape(line)):
@@ -268,7 +270,7 @@ def test_planted_faults_of_the_axis_are_found(runs: Runs, tmp_path: Path) -> Non
     config = runs.config(("documents", Layout(context=2, zero=1, micro=2), "gather"))
     run_ranks(2, with_mutants, config.to_json(), tmp_path)
     layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
-    requests = [
+    requests: list[Request] = [
         (runs.config(("documents", layout, "gather")).to_json(), nothing, tmp_path / str(layout))
         for layout in layouts
     ]
