@@ -361,14 +361,11 @@ class Stage(nn.Module):
     @property
     def routers(self) -> dict[int, Router]:
         """The routers of this rank's layers that have experts."""
-        blocks = [
-            block
-            for chunk in self.chunks.values()
-            for block in chunk.blocks.values()  # type: ignore[union-attr]
-        ]
-        return {
-            block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
-        }
+        found = {}
+        for block in self.modules():
+            if isinstance(block, Block) and isinstance(block.mlp, RoutedMLP):
+                found[block.layer] = block.mlp.router
+        return found
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of what crosses to the next chunk for ids [B, S]."""
