@@ -176,8 +176,9 @@ class Config:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run, pipe × data × tensor; after `resolve`."""
-        return self.data_size * self.parallel.pipe * self.parallel.tensor
+        """Ranks of the run, pipe × data × context × tensor; after `resolve`."""
+        parallel = self.parallel
+        return self.data_size * parallel.pipe * parallel.context * parallel.tensor
 
     @property
     def precision(self) -> Literal["fp32", "bf16", "fp16"]:

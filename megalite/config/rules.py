@@ -6,10 +6,16 @@ one line that names the key, the values and the rule.
 """
 
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from megalite.config.batches import BatchPlan
+from megalite.config.context_rules import (
+    check_context_heads,
+    check_context_keys,
+    check_context_length,
+)
 from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.deepspeed_keys import (
     OPTIMIZERS,
@@ -53,14 +59,15 @@ BATCH_RULE = (
 
 
 def data_axis_size(parallel: Parallel, world_size: int) -> int:
-    """Ranks of the data axis: `world_size` / (pipe × tensor), which must come out even."""
-    pipe, tensor = parallel.pipe, parallel.tensor
-    if world_size < 1 or world_size % (pipe * tensor):
-        raise ConfigError(
-            f"world size: {world_size}: must be a multiple of megalite.parallel.pipe {pipe} × "
-            f"megalite.parallel.tensor {tensor} = {pipe * tensor}"
-        )
-    data = world_size // (pipe * tensor)
+    """Ranks of the data axis: `world_size` / (pipe × context × tensor), which must come out even."""
+    factors = {"pipe": parallel.pipe, "tensor": parallel.tensor}
+    if parallel.context > 1:
+        factors["context"] = parallel.context
+    product = prod(factors.values())
+    if world_size < 1 or world_size % product:
+        words = " × ".join(f"megalite.parallel.{name} {size}" for name, size in factors.items())
+        raise ConfigError(f"world size: {world_size}: must be a multiple of {words} = {product}")
+    data = world_size // product
     check_expert_axis(parallel, data)
     return data
 
@@ -116,6 +123,7 @@ def check_document(document: Document) -> None:
         lambda: _check_faults(megalite),
         lambda: check_precision(document),
         lambda: check_schedule_of_pipe(megalite.parallel),
+        lambda: check_context_keys(megalite.parallel),
         lambda: check_zero(zero, megalite.parallel),
         lambda: check_zero_of_experts(document),
         lambda: check_optimizer(document),
@@ -240,6 +248,7 @@ def check_layout(parallel: Parallel, dims: ModelDims) -> None:
         raise broken(
             "megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}"
         )
+    check_context_heads(parallel, dims)
     check_layers(parallel, dims.num_layers)
 
 
@@ -253,6 +262,7 @@ def check_dims(document: Document, dims: ModelDims) -> None:
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"
         raise broken("megalite.data.sequence_length", length, rule)
+    check_context_length(megalite.parallel, length)
     if dims.max_positions is not None and length > dims.max_positions:
         rule = f"must be at most the model's max_position_embeddings {dims.max_positions}"
         raise broken("megalite.data.sequence_length", length, rule)

@@ -39,7 +39,7 @@ def _source(value: Any) -> Any:
 
 
 class Parallel(Section):
-    """How the ranks are laid out. The data axis is what is left: world size / (tensor × pipe)."""
+    """How the ranks are laid out. The data axis is what is left: world size / (tensor × context × pipe)."""
 
     tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
     pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
@@ -63,6 +63,17 @@ class Parallel(Section):
         False,
         description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
         "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
+    )
+    context: Positive = Field(
+        1,
+        description="Ranks that the tokens of each sample are divided among, for long samples: each has 1/c of the "
+        "activations. 2 × context, times tensor with `sequence`, divides `megalite.data.sequence_length`.",
+    )
+    context_attention: Literal["gather", "heads"] = Field(
+        "gather",
+        description="How the ranks of the context axis compute attention. `gather`: each gathers the keys and values "
+        "of the whole sample; any number of heads. `heads`: each computes some heads of the whole sample; context "
+        "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
     )
 
     expert: Positive = Field(

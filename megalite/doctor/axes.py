@@ -1,6 +1,6 @@
 """The rank's side of the doctor: an all-reduce on each axis of the grid, with its rate.
 
-python axes.py PIPE TENSOR EXPERT      (under launcher/run.py's start)
+python axes.py PIPE TENSOR CONTEXT EXPERT      (under launcher/run.py's start)
 """
 
 import time
@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> int:
     from megalite.ranks.accelerator import use_accelerator
     from megalite.topology.axes import TOLD
 
-    pipe, tensor, expert = (int(word) for word in arguments if word.isdigit())
-    grid = Grid.build(pipe, tensor, expert=expert)
+    pipe, tensor, context, expert = (int(word) for word in arguments if word.isdigit())
+    grid = Grid.build(pipe, tensor, context, expert)
     values = torch.ones(ELEMENTS, device=use_accelerator().device_name())
     for name in TOLD:
         axis = getattr(grid, name)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megalite.config import Config, check_model, load_config
+from megalite.config import Config, Parallel, check_model, load_config
 from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.errors import ConfigError
@@ -107,17 +107,18 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     if answered:
         yield from findings(answered, slots, options.master_port, checkpoints)
-    pipe, tensor, expert = 1, 1, 1
-    if config is not None:
-        parallel = config.parallel
-        pipe, tensor, expert = parallel.pipe, parallel.tensor, parallel.expert
-    line = crossing_hosts([host for host, count in slots.items() for _ in range(count)], tensor)
+    parallel = Parallel.model_validate({}) if config is None else config.parallel
+    hosts = [host for host, count in slots.items() for _ in range(count)]
+    line = crossing_hosts(hosts, parallel.tensor)
     if line is not None:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
+    sizes = [
+        str(size) for size in (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+    ]
     program = Program(
-        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, str(pipe), str(tensor), str(expert)],
+        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,
     )  # fmt: skip
     signals = Signals()

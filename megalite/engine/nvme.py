@@ -54,7 +54,7 @@ def check_nvme(config: Config, spec: TransformerSpec, local_ranks: int) -> None:
 
 def largest_sizes(config: Config, spec: TransformerSpec) -> SwapSizes:
     """Of the rank that needs most; the data axis does not matter, and pipe is 1 with ZeRO-3."""
-    tensor, d = config.parallel.tensor, config.data_size
+    tensor, d = config.parallel.tensor, config.data_size * config.parallel.context
     ranks = [parameter_sizes(config, spec, Grid.at(rank, 1, d, tensor)) for rank in range(tensor)]
     return max((swap_sizes(config, sizes, d) for sizes in ranks), key=lambda sizes: sizes.files)
 

@@ -1,9 +1,9 @@
 """Finds a rank that has silently gone its own way: copies of a weight that should be equal to the bit are compared.
 
-Copies are on the data axis (ZeRO 0 to 2; under ZeRO-3 those that stay whole), on the tensor axis (norms, copies of
-key/value heads) and at both ends of the pipe (tied embeddings): all that have one name and range. A copy is
-hashed by the exclusive or of its elements, in one pass over the weights, so any changed bit shows; elements that
-changed places among themselves would not.
+Copies are on the axes data and context (ZeRO 0 to 2; under ZeRO-3 those that stay whole), on the tensor axis (norms,
+copies of key/value heads) and at both ends of the pipe (tied embeddings): all that have one name and range. A
+copy is hashed by the exclusive or of its elements, in one pass over the weights, so any changed bit shows; elements
+that changed places among themselves would not.
 """
 
 from collections import Counter

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
+from megalite.parallel.rows import Rows
 from megalite.pipeline.forwards import Forwards
 from megalite.training.batches import MicroBatch, Samples, micro_batches
 
@@ -33,15 +34,22 @@ class Score:
 
 @torch.inference_mode()
 def evaluate(
-    stage: Stage, grid: Grid, samples: Samples, count: int, sequence_length: int, micro: int = 8
+    stage: Stage,
+    grid: Grid,
+    samples: Samples,
+    count: int,
+    sequence_length: int,
+    micro: int = 8,
+    by_heads: bool = False,
 ) -> Score:
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
-    micro: samples that a data rank passes through the stages together.
+    micro: samples that a data rank passes through the stages together; by_heads: as of Rows.
     """
     stage.eval()
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
+    rows = Rows.along(grid.context, sequence_length, by_heads)
     micro = min(micro, -(-count // data.size))
     sums = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of losses, of tokens
     ready: dict[int, MicroBatch] = {}
@@ -50,7 +58,9 @@ def evaluate(
         """A few samples at a time: a corpus is read as it is needed."""
         for first in range(0, count, micro * data.size):
             part = min(micro * data.size, count - first)
-            (ready[first],) = micro_batches(samples, first, part, micro, data, weight.device)
+            (ready[first],) = micro_batches(
+                samples, first, part, micro, data, weight.device, rows=rows
+            )
             yield first
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
@@ -62,7 +72,7 @@ def evaluate(
             sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
         return output
 
-    shape = (micro, sequence_length, stage.spec.hidden_size)
+    shape = stage.hidden_shape(micro, sequence_length)
     Forwards(axis, weight.dtype, weight.device).run(numbers(), forward, lambda number: shape)
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megalite.config import Data
+from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
 from megalite.data.chat import ChatEncoder
@@ -85,7 +86,8 @@ def evaluate_main(arguments: list[str]) -> int:
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
         with reading(options.checkpoint, CheckpointError):
-            prepared = prepare_model(options, place().world_size, ("data",) if options.data else ())
+            sections, whole = (("data",), True) if options.data else ((), False)
+            prepared = prepare_model(options, place().world_size, sections, whole)
             return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
@@ -100,16 +102,16 @@ def evaluate_main(arguments: list[str]) -> int:
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     data = _data(options, prepared)
-    samples, length = (
-        ValidData(data, prepared.spec.vocabulary_size, check=thorough),
-        data.sequence_length,
-    )
+    length = data.sequence_length
+    check_context_length(prepared.parallel, length)
+    samples = ValidData(data, prepared.spec.vocabulary_size, check=thorough)
+    by_heads = prepared.parallel.context_attention == "heads"
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.evaluate import evaluate
 
         score = evaluate(
-            stage, grid, samples, samples.num_samples, length, options.micro_batch_size
+            stage, grid, samples, samples.num_samples, length, options.micro_batch_size, by_heads
         )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
         return [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import Parallel
+from megalite.config.context_rules import check_context_keys
 from megalite.config.reading import apply_overrides
 from megalite.config.rules import check_layout, data_axis_size
 from megalite.config.section import nearest, parse, unknown
@@ -21,6 +22,7 @@ from megalite.ranks.launch import ArgumentParser
 
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
+CONTEXT = {"context", "context_attention"}  # and those of passes over samples of one length
 
 
 @dataclass
@@ -54,10 +56,13 @@ def model_parser(about: str) -> argparse.ArgumentParser:
 
 
 def prepare_model(
-    options: argparse.Namespace, world_size: int, sections: tuple[str, ...] = ()
+    options: argparse.Namespace,
+    world_size: int,
+    sections: tuple[str, ...] = (),
+    whole_samples: bool = False,
 ) -> Prepared:
     """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
-    name beside `parallel`."""
+    name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
     folder = resolve_weights(options.checkpoint)
     weights = open_weights(folder)
     spec = read_spec(weights.model)
@@ -68,11 +73,14 @@ def prepare_model(
     for key in document["megalite"].keys() - {"parallel", *sections}:
         raise unknown(f"megalite.{key}", nearest(f"megalite.{key}", allowed))
     axes = document["megalite"].pop("parallel")
-    for key in axes.keys() & (Parallel.model_fields.keys() - AXES):
+    taken = AXES | CONTEXT if whole_samples else AXES
+    for key in axes.keys() & (Parallel.model_fields.keys() - taken):
+        use = "training and evaluate.py --data" if key in CONTEXT else "training"
         raise ConfigError(
-            f"megalite.parallel.{key}: {axes[key]}: is for training; must be left out here"
+            f"megalite.parallel.{key}: {axes[key]}: is for {use}; must be left out here"
         )
     parallel = parse(Parallel, axes, "megalite.parallel")
+    check_context_keys(parallel)
     data_axis_size(parallel, world_size)
     check_layout(parallel, spec)
     return Prepared(
@@ -101,7 +109,8 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut
 
-    grid = Grid.build(prepared.parallel.pipe, prepared.parallel.tensor)
+    parallel = prepared.parallel
+    grid = Grid.build(parallel.pipe, parallel.tensor, parallel.context)
     stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()

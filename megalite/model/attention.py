@@ -3,6 +3,8 @@
 Shapes as in layers.py. Next: transformer.py, which puts it into a block.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -12,10 +14,17 @@ from megalite.model.context import Context
 from megalite.model.dropout import dropped
 from megalite.model.layers import Norm, SplitNorm
 from megalite.model.rotary import rotate, spread, turns
+from megalite.model.runs import attend_runs
 from megalite.model.spec import TransformerSpec
-from megalite.model.varlen import attend_pieces, kernel_takes, new_enough
+from megalite.model.varlen import (
+    attend_pieces,
+    attend_runs_in_pieces,
+    kernel_takes,
+    new_enough,
+)
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
+from megalite.parallel.rows import gather_rows, to_heads, to_rows
 
 
 def attend(
@@ -29,7 +38,8 @@ def attend(
     rate: float,
 ) -> Tensor:
     """softmax(query keyᵀ / √H) value, by the fastest kernel: flash attention for what is causal, in a window or within
-    documents where the device can, else with a mask; by hand where weights are dropped.
+    documents where the device can, else with a mask; by hand where weights are dropped. With `context.rows` the queries
+    are those of a rank's tokens and the keys those of whole samples.
 
     query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops: where the weights [B, N / t, S, T] are dropped. Result
     like query. window and causal: as of `Context.mask`.
@@ -38,6 +48,8 @@ def attend(
     t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
     plain = context.documents is None and (window is None or window >= t)
+    if drops is None and causal and plain and context.rows is not None:
+        return attend_runs(query, key, value, context.rows)
     if (
         drops is None
         and causal
@@ -45,8 +57,11 @@ def attend(
         and kernel_takes(device.type, query.dtype, h)
         and new_enough(device)
     ):
-        pieces = context.pieces(b, s, device)
-        if pieces is not None:
+        if context.rows is not None:
+            runs = context.pieces_of_runs(b, device)
+            if runs is not None:
+                return attend_runs_in_pieces(query, key, value, runs, window)
+        elif (pieces := context.pieces(b, s, device)) is not None:
             return attend_pieces(query, key, value, pieces, window)
     visible = context.mask(window, s, t, device, causal)
     if drops is None:
@@ -124,13 +139,30 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, N H / t] -> [B, S, D]
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """Where the context axis divides the tokens, keys are gathered here, so that what `selective` recompute keeps
+        is a rank's own part of them."""
+        rows = context.rows
+        if rows is None:
+            return self._mix(query, key, value, context, self.heads)
+        if not rows.by_heads:
+            key, value = gather_rows(key, value, rows)
+            return self._mix(query, key, value, context, self.heads)
+        query, key, value = to_heads(query, key, value, rows)
+        count = query.shape[1]
+        heads = self.heads[rows.axis.rank * count : (rows.axis.rank + 1) * count]
+        mixed = self._mix(query, key, value, replace(context, rows=None), heads)
+        return to_rows(mixed, rows)
+
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, context: Context, heads: range
+    ) -> Tensor:
+        """Attention of these heads."""
         s, t = query.shape[2], key.shape[2]
         drops = None
         if context.randomness is not None and self.dropout > 0:
             place = f"layers.{self.layer}.attention"
-            drops = dropped(
-                context.randomness, place, self.dropout, [self.heads, range(s), range(t)]
-            )
+            rows = context.row_numbers(range(s), query.device)
+            drops = dropped(context.randomness, place, self.dropout, [heads, rows, range(t)])
         return attend(query, key, value, context, self.window, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:

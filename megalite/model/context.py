@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import Bounds, rows_as_pieces
+from megalite.model.varlen import Bounds, RunPieces, rows_as_pieces, rows_of_runs
+from megalite.parallel.rows import Rows
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Context:
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
     cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
+    rows: which tokens of the samples these are, where the context axis divides them: S is then a rank's part of them, T
+    the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
     balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
     micro-batch; None: they are left out.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
@@ -59,6 +62,8 @@ class Context:
     bounds: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
+    rows: Rows | None = None
+    run_pieces: tuple[RunPieces, ...] | None = None
     balance: Tensor | None = None
     shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
@@ -66,6 +71,10 @@ class Context:
         """Positions of the tokens, [B or 1, S] int64."""
         if self.positions is not None:
             return self.positions
+        return self._own(self._all_places(self._all(s), device))
+
+    def _all_places(self, s: int, device: torch.device) -> Tensor:
+        """Positions of all tokens of the samples."""
         index = torch.arange(s, device=device).unsqueeze(0)
         if self.documents is None:
             return index
@@ -73,15 +82,31 @@ class Context:
         begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
         return index - (index * begins).cummax(dim=1).values
 
+    def _all(self, s: int) -> int:
+        """Tokens of a sample, of which these are s."""
+        return s if self.rows is None else self.rows.length
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """These tokens' part of [B or 1, S of the samples]."""
+        return whole if self.rows is None else self.rows.cut(whole, 1)
+
+    def row_numbers(self, part: range, device: torch.device) -> range | Tensor:
+        """Where in their samples those of these tokens are that are numbered `part`."""
+        if self.rows is None:
+            return part
+        return self.rows.index(device)[part.start : part.stop]
+
     def counted_places(self, counts: Tensor) -> Tensor:
         """The how manieth of its document's tokens that count each is, from 1 on; 0 for those that do not. counts and
         result [B, S]."""
+        if self.rows is not None:
+            counts = self.rows.gathered(counts.long())
         so_far = counts.cumsum(dim=1)
         if self.documents is not None:
             begins = torch.ones_like(counts)
             begins[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
             so_far = so_far - ((so_far - counts.long()) * begins).cummax(dim=1).values
-        return so_far * counts
+        return self._own(so_far * counts)
 
     def spans(self, s: int, device: torch.device) -> Tensor:
         """Tokens of the sequence that each token is part of, its document's or its row's, int64 [B or 1, S or 1]."""
@@ -89,16 +114,17 @@ class Context:
             return self.positions.max(dim=1, keepdim=True).values + 1
         if self.documents is None:
             return (
-                torch.full((1, 1), s, device=device)
+                torch.full((1, 1), self._all(s), device=device)
                 if self.lengths is None
                 else self.lengths.unsqueeze(-1)
             )
-        places = self.places(s, device)
+        s = self._all(s)
+        places = self._all_places(s, device)
         ends = torch.ones_like(places, dtype=torch.bool)
         ends[:, :-1] = places[:, 1:] == 0
         index = torch.arange(s, device=device)
         next_end = torch.where(ends, index, s).flip(1).cummin(dim=1).values.flip(1)
-        return places + (next_end - index) + 1
+        return self._own(places + (next_end - index) + 1)
 
     def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
         """What a token looks at, itself and those before it in its piece of [B, S]; None where that is not so, or not
@@ -110,11 +136,19 @@ class Context:
             self.shared[key] = (rows_as_pieces(b, s, device).starts,)
         return Bounds(self.shared[key][0], s)
 
+    def pieces_of_runs(self, b: int, device: torch.device) -> tuple[RunPieces, ...] | None:
+        """The same where the context axis divides [B, S of the samples]."""
+        assert self.rows is not None
+        if self.visible is not None or self.documents is not None:
+            return self.run_pieces
+        # Each layer's call makes them anew: they are a few numbers and indices of keys.
+        return rows_of_runs(b, self.rows.length, self.rows.runs, device)
+
     def mask(
         self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True
     ) -> Tensor | None:
-        """Which of T positions each of the last S may look at, bool [B or 1, 1, S, T]; None: all before it and
-        itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
+        """Which of T positions each of the last S, or of `rows`, may look at, bool [B or 1, 1, S, T]; None: all before
+        it and itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
         included, to each side without `causal`. Made once for all layers with that window."""
         if window is not None and window >= t:
             window = None
@@ -126,15 +160,17 @@ class Context:
             return self.visible
         key = ("mask", window, s, t)
         if key not in self.shared:
-            distance = torch.arange(t - s, t, device=device).unsqueeze(-1) - torch.arange(
-                t, device=device
-            )
+            own = torch.arange(t - s, t, device=device)
+            if self.rows is not None:
+                own = self.rows.index(device)
+            distance = own.unsqueeze(-1) - torch.arange(t, device=device)
             distance = distance if causal else distance.abs()
             mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[
                 None, None
             ]
             if self.documents is not None:
-                assert s == t, "documents are for whole samples, not for a cache"
-                mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+                assert self._all(s) == t, "documents are for whole samples, not for a cache"
+                own_documents = self._own(self.documents)
+                mask = mask & (own_documents[:, None, :, None] == self.documents[:, None, None, :])
             self.shared[key] = (mask if self.visible is None else self.visible & mask,)
         return self.shared[key][0]

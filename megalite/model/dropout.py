@@ -39,17 +39,18 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def dropped(randomness: Randomness, place: str, rate: float, ranges: Sequence[range]) -> Tensor:
-    """Where dropout of `rate` acts: bool [B, …], one dim for each range of indices in the whole tensor.
+def dropped(
+    randomness: Randomness, place: str, rate: float, indices: Sequence[range | Tensor]
+) -> Tensor:
+    """Where dropout of `rate` acts: bool [B, …], one dim for each range or tensor [n] int64 of indices in the whole
+    tensor.
 
     place: the full name of where it acts, the same on every layout.
     """
     digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{place}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
     state = _mixed(randomness.samples.long() * _GOLDEN + key)
-    *outer, inner = [
-        torch.arange(r.start + 1, r.stop + 1, device=state.device) * _GOLDEN for r in ranges
-    ]
+    *outer, inner = [_counter(index, state.device) for index in indices]
     for counter in outer:
         state = _mixed(state.unsqueeze(-1) + counter)
     result = torch.empty(*state.shape, len(inner), dtype=torch.bool, device=state.device)
@@ -62,11 +63,18 @@ def dropped(randomness: Randomness, place: str, rate: float, ranges: Sequence[ra
     return result
 
 
+def _counter(index: range | Tensor, device: torch.device) -> Tensor:
+    """What the generator adds for each index, int64 [n]."""
+    if isinstance(index, range):
+        index = torch.arange(index.start, index.stop, device=device)
+    return (index + 1) * _GOLDEN
+
+
 def drop(
-    x: Tensor, randomness: Randomness | None, place: str, rate: float, first_row: int = 0
+    x: Tensor, randomness: Randomness | None, place: str, rate: float, rows: range | Tensor
 ) -> Tensor:
-    """Dropout of hidden states x [B, S, D], of which the first row is row `first_row` of the whole sequence."""
+    """Dropout of hidden states x [B, S, D]; rows: which row each of the S is of the whole sequence."""
     if randomness is None or rate == 0.0:
         return x
-    ranges = [range(first_row, first_row + x.shape[1]), range(x.shape[2])]
-    return x.masked_fill(dropped(randomness, place, rate, ranges), 0.0) / (1 - rate)
+    indices = [rows, range(x.shape[2])]
+    return x.masked_fill(dropped(randomness, place, rate, indices), 0.0) / (1 - rate)

@@ -73,7 +73,8 @@ class Embedding(nn.Module):
             hidden = hidden + enter(later(self.types), self.split.users)[0]
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return drop(hidden, context.randomness, "embedding", self.dropout, rows.start)
+        numbers = context.row_numbers(rows, ids.device)
+        return drop(hidden, context.randomness, "embedding", self.dropout, numbers)
 
     def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
         """Rows of the table of positions for this rank's part of the tokens."""
@@ -139,9 +140,12 @@ class Block(nn.Module):
     def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
         if part == "mlp" and not self.spec.drops_mlp:
             return added
-        first_row = self.split.rows(added.shape[1] * self.split.axis.size).start
+        if context.randomness is None or self.spec.hidden_dropout == 0:
+            return added
+        length = added.shape[1] * (self.split.axis.size if self.split.divides else 1)
+        rows = context.row_numbers(self.split.rows(length), added.device)
         place = f"layers.{self.layer}.{part}.output"
-        return drop(added, context.randomness, place, self.spec.hidden_dropout, first_row)
+        return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
 
 
 class Transform(nn.Module):
@@ -368,8 +372,9 @@ class Stage(nn.Module):
         return found
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of what crosses to the next chunk for ids [B, S]."""
-        return batch, len(self.split.rows(length)), self.spec.hidden_size
+        """Shape of what crosses to the next chunk for `batch` samples of `length` tokens."""
+        rows = self.split.rows(length // self.grid.context.size)
+        return batch, len(rows), self.spec.hidden_size
 
     def forward(
         self,

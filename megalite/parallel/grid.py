@@ -166,7 +166,9 @@ class Grid:
         return self.replica.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.replica.size
+        """Ranks that share out a batch's samples: DeepSpeed holds train_batch_size against it (runtime/config.py:602).
+        Averages and shards go by the size of the group, which the context axis is part of."""
+        return self.data.size
 
     def get_data_parallel_group(self) -> Any:
         return self.replica.group

@@ -18,6 +18,9 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
                                       with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
     input of the output projection    e·q: what attention gives
+    with c ranks of the context axis  s is a rank's tokens; keys and values are those of whole samples, c·k, and masks
+                                      and weights s by c·s; where heads are exchanged for tokens, c·s by c·s for a / c
+                                      heads, and what attention gives twice
     input of gate and up              e·g, as above (none where the attention's is read, without sequence parallelism)
     activation                        its input e·f; gated, both factors too 3·e·f
     input of the down projection      e·f (ReLU's is its own result)
@@ -49,7 +52,12 @@ Table = dict[str, int]
 
 @dataclass(frozen=True)
 class Forward:
-    """A training pass of one micro-batch of `batch` samples of `length` tokens on a rank of the tensor axis."""
+    """A training pass of one micro-batch of `batch` samples on a rank of the tensor axis, which has `length` tokens of
+    each sample.
+
+    context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
+    (parallel/rows.py).
+    """
 
     batch: int
     length: int
@@ -57,8 +65,15 @@ class Forward:
     split: Split
     documents: bool = False
     device: str = "cpu"
+    context: int = 1
+    by_heads: bool = False
     experts: int = 1
     """Ranks of the expert axis."""
+
+    @property
+    def whole(self) -> int:
+        """Tokens of a sample, on all ranks of the context axis."""
+        return self.length * self.context
 
     @property
     def width(self) -> int:
@@ -167,19 +182,34 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
         by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "split"
         for name, numbers in (("query norm", queries), ("key norm", keys)):
             table |= _norm(kind, name, numbers, numbers // h if by_head else at.tokens, at)
-    heads, s = queries // (at.tokens * h), at.length
+    heads, key_heads = queries // (at.tokens * h), keys // (at.tokens * h)
+    by_heads = at.by_heads and at.context > 1
+    s, t = at.whole if by_heads else at.length, at.whole
+    if by_heads:
+        heads, key_heads = heads // at.context, max(1, key_heads // at.context)
     window = spec.window(layer)
-    masked = at.documents or (window is not None and window < s)
+    masked = at.documents or (window is not None and window < t)
     if spec.attention_dropout > 0:
-        if not selective:
-            keys = values = queries  # keys and values are repeated for their queries
-        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * s}
+        key_heads = heads  # keys and values are repeated for their queries
+        core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * t}
         if masked or spec.causal:
-            core["attention: mask"] = s * s * (at.batch if at.documents else 1)
+            core["attention: mask"] = s * t * (at.batch if at.documents else 1)
     else:
-        core = {"attention: logarithms": FP32 * at.tokens * heads}
-        if masked and not kernel_takes(at.device, at.dtype, h):
-            core["attention: mask"] = e * s * s * (at.batch if at.documents else 1)
+        core = {"attention: logarithms": FP32 * at.tokens * (queries // (at.tokens * h))}
+        in_pieces = masked and kernel_takes(at.device, at.dtype, h)
+        if masked and not in_pieces:
+            core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
+        by_run = at.context > 1 and not by_heads
+        if in_pieces and by_run:
+            t += at.length // 2  # keys before both runs are copied twice
+        if by_heads or (
+            by_run and spec.causal and at.device != "cpu" and not (masked and not in_pieces)
+        ):
+            core["attention: result in parts"] = (
+                e * queries
+            )  # put together for the output projection
+    if not selective:  # which keeps a rank's own keys, not those of the whole samples
+        keys = values = at.batch * t * key_heads * h
     table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
     return table | ({} if selective else core) | {"input of output projection": e * queries}
 

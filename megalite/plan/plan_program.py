@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 
 from megalite.config import Config, load_config
+from megalite.config.section import broken
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
@@ -78,6 +79,9 @@ def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
     """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
+    if config.parallel.context > 1:
+        rule = "must be 1: the planner does not know the times of that axis"
+        raise broken("megalite.parallel.context", config.parallel.context, rule)
     spec = read_spec(config.model)
     batch, resolved = config.document.train_batch_size, None
     try:

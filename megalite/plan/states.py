@@ -1,7 +1,7 @@
 """Model states in bytes, predicted from the config alone: weights, gradients, optimizer state, and DeepSpeed's buffers.
 
-Per parameter of a rank's (pipe, tensor) shard, with d the data axis (in fp32 DeepSpeed's ZeRO holds
-masters beside the weights, which are the same numbers):
+Per parameter of a rank's (pipe, tensor) shard, with d ranks that hold copies of it, data × context (in fp32 DeepSpeed's
+ZeRO holds masters beside the weights, which are the same numbers):
 
                                 ZeRO-0   ZeRO-1     ZeRO-2     ZeRO-3
     16 bits, sums in fp32                6 + 12/d   2 + 16/d   18/d
@@ -88,7 +88,7 @@ Sizes = list[GroupSizes]
 
 
 def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
-    """Of a rank's stage; the data axis does not matter."""
+    """Of a rank's stage; the axes data and context do not matter."""
     optimizer = config.document.optimizer
     assert optimizer is not None
     with torch.device("meta"):
@@ -245,27 +245,34 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
     )
 
 
+def place_of(config: Config, rank: int) -> Grid:
+    """Where a rank of a resolved config is."""
+    parallel = config.parallel
+    sizes = parallel.pipe, config.data_size, parallel.tensor, parallel.context, parallel.expert
+    return Grid.at(rank, *sizes)
+
+
 def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
     """A micro-batch on a rank, on this machine's type of device where none is given."""
     return Forward(
         config.micro_batch_size,
-        config.data.sequence_length,
+        config.data.sequence_length // config.parallel.context,
         DTYPES[config.precision],
         Split(grid.tensor, config.parallel.sequence),
         config.data.reset_attention,
         device or ("cuda" if machine_has_gpu() else "cpu"),
-        grid.expert.size,
+        config.parallel.context,
+        config.parallel.context_attention == "heads",
+        config.parallel.expert,
     )
 
 
 def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
     """A table of what each rank of a resolved config will hold, for people; ranks that hold the same share a line."""
-    pipe, data, tensor = config.parallel.pipe, config.data_size, config.parallel.tensor
-    expert = config.parallel.expert
     places: dict[tuple[int, int], tuple[Sizes, int]] = {}
     ranks: dict[tuple[int, ...], list[int]] = {}
     for rank in range(config.world_size):
-        grid = Grid.at(rank, pipe, data, tensor, expert=expert)
+        grid = place_of(config, rank)
         place = grid.pipe.rank, grid.tensor.rank
         if place not in places:
             places[place] = (

@@ -80,7 +80,7 @@ class Work:
         axis = Axis(self.tensor, self.tensor - 1, tuple(range(self.tensor)), None)
         kind = "cpu" if self.device.cores else "cuda"
         split = Split(axis, self.sequence)
-        return Forward(self.micro, self.length, dtype, split, False, kind, self.expert)
+        return Forward(self.micro, self.length, dtype, split, False, kind, experts=self.expert)
 
     @property
     def tokens(self) -> int:

@@ -17,9 +17,8 @@ from megalite.config import Config, load_config
 from megalite.data.loader import TrainData
 from megalite.engine.nvme import check_nvme
 from megalite.model.families import read_spec
-from megalite.parallel.grid import Grid
 from megalite.pipeline.plan import plan_of
-from megalite.plan.states import predicted_activations
+from megalite.plan.states import place_of, predicted_activations
 from megalite.prove.layouts import Layout, base_batch, config_of
 from megalite.ranks.launch import ArgumentParser, at_least
 from megalite.ranks.local import check_room, run_local_ranks
@@ -27,7 +26,7 @@ from megalite.topology.axes import TOLD
 
 RANK_MODULE = "megalite.prove.benchmark_rank"
 MEGABYTE = 1e6
-AXES = (*TOLD, "ends", "other")
+AXES = (*TOLD, "replica", "ends", "other")
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
@@ -102,9 +101,8 @@ class Case:
 
 def _kept_bytes(config: Config, rank: int) -> int:
     """What a rank keeps for backward, as plan/activations.py predicts it."""
-    parallel = config.parallel
-    grid = Grid.at(rank, parallel.pipe, config.data_size, parallel.tensor, expert=parallel.expert)
-    return predicted_activations(config, read_spec(config.model), grid).bytes
+    spec = read_spec(config.model)
+    return predicted_activations(config, spec, place_of(config, rank)).bytes
 
 
 def _simulated_bubble(config: Config) -> float:

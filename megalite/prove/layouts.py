@@ -1,4 +1,4 @@
-"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,zero=2,micro=1,schedule=zb-v`, and the config of each.
+"""Layouts as a user writes them, `pipe=2,tensor=2,data=2,context=2,zero=2,schedule=zb-v`, and the config of each.
 
 All of them train the same global batch from one JSON. Used by verify.py and benchmark.py.
 """
@@ -27,6 +27,7 @@ class Layout:
     pipe: int = 1
     tensor: int = 1
     data: int = 1
+    context: int = 1
     expert: int | None = None
     zero: int | None = None
     micro: int | None = None
@@ -50,19 +51,23 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.pipe * self.tensor * self.data
+        return self.pipe * self.tensor * self.data * self.context
 
     @property
     def parallel(self) -> dict[str, Any]:
         """What it says of `megalite.parallel`."""
-        keys = ("pipe", "tensor", "expert", "schedule", "chunks", "sequence")
+        keys = ("pipe", "tensor", "context", "expert", "schedule", "chunks", "sequence")
         found = {key: value for key in keys if (value := getattr(self, key)) is not None}
         if self.pipe == 1 and self.schedule is None:
             found["schedule"] = "1f1b"  # the only one of a single rank
+        if self.context == 1:
+            found["context_attention"] = "gather"  # likewise
         return found
 
     def __str__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.context == 1:
+            del given["context"]
         words = {True: "true", False: "false"}
         return ",".join(
             f"{name}={words[value] if isinstance(value, bool) else value}"

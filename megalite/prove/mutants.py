@@ -22,22 +22,25 @@ from torch import Tensor
 import megalite.engine.norm as norm_over
 import megalite.parallel.collectives as collectives
 import megalite.parallel.loss as loss_over
+import megalite.parallel.rows as rows_over
 from megalite.config import Config
 from megalite.engine.norm import GlobalNorm
+from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import parameter_groups
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Placement, placed
+from megalite.parallel.rows import Rows
 from megalite.pipeline.steps import Receive
+from megalite.plan.states import place_of
 from megalite.prove.expert_mutants import of_experts
 from megalite.prove.trace import Plant, Session, put
 
 
 def mutants(config: Config) -> dict[str, Plant]:
     """Every mutant of a layout's resolved config, by name."""
-    parallel = config.parallel
-    grid = Grid.at(0, parallel.pipe, config.data_size, parallel.tensor, expert=parallel.expert)
+    grid = place_of(config, 0)
     result = (
         dict(_of_parameters(config, grid))
         | dict(_of_the_step(config, grid))
@@ -47,6 +50,8 @@ def mutants(config: Config) -> dict[str, Plant]:
         result |= dict(_of_the_pipe(config))
     if grid.tensor.size > 1:
         result |= dict(_of_the_tensor_axis(config))
+    if grid.context.size > 1:
+        result |= dict(_of_the_context_axis(config))
     result |= dict(of_experts(config, read_spec(config.model), grid))
     return result
 
@@ -81,6 +86,11 @@ def _of_parameters(config: Config, grid: Grid) -> Iterable[tuple[str, Plant]]:
     for kind, is_decayed in kinds.items():
         if grid.data.size > 1:
             yield f"{kind}: gradient of the last data rank is lost", _gradient(kind, "data", 0.0)
+        if grid.context.size > 1:
+            yield (
+                f"{kind}: gradient of the last context rank is lost",
+                _gradient(kind, "context", 0.0),
+            )
         if grid.tensor.size > 1:
             yield (
                 f"{kind}: gradient of the last tensor rank is doubled",
@@ -176,7 +186,7 @@ def _shifted(kind: str, at: str, part: str) -> Plant:
         if event != at:
             return
         grid = session.engine.grid
-        if grid.data.is_last and grid.tensor.is_last:
+        if grid.replica.is_last and grid.tensor.is_last:
             for shard in session.engine.shards():
                 if kind_of(shard.placement.name) == kind:
                     values = shard.master if part == "weight" else shard.state[part]
@@ -476,3 +486,60 @@ def _sums_of(owner: str, method: str, times: int) -> Plant:
 def _loss_alone(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     if event == "built":
         put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)
+
+
+# The context axis: its sums, and which tokens a rank has.
+
+
+def _of_the_context_axis(config: Config) -> Iterable[tuple[str, Plant]]:
+    if config.parallel.context_attention == "gather":
+        yield "rows._GatherRows.backward: the sum is missing", _key_gradients(0)
+        yield "rows._GatherRows.backward: the sum is made twice", _key_gradients(2)
+    yield "the last context rank has the positions of the first", _others_rows
+    if config.data.reset_attention:
+        yield "documents are not kept apart", _documents_together
+
+
+_sum_of_rows = rows_over._scatter
+
+
+def _key_gradients(times: int) -> Plant:
+    """times 0: each rank keeps the gradients that its own queries give its own keys; 2: twice the sum."""
+
+    def scattered(whole: Tensor, rows: Rows) -> Tensor:
+        if times:
+            return _sum_of_rows(whole, rows) * times
+        return rows.cut(whole, whole.dim() - 2)
+
+    def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+        if event == "built":
+            put(stack, rows_over, "_scatter", scattered)
+
+    return plant
+
+
+def _context_of(session: Session, change: Callable[[Context], Context]) -> None:
+    """Changes the context of every forward in training."""
+
+    def changed(forward: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        if len(arguments) > 2:
+            arguments = (*arguments[:2], change(arguments[2]), *arguments[3:])
+        return forward(*arguments)
+
+    _forward_of(session, changed)
+
+
+def _others_rows(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    if not session.engine.grid.context.is_last:
+        return
+
+    def change(context: Context) -> Context:
+        assert context.rows is not None
+        first = replace(context.rows, axis=replace(context.rows.axis, rank=0))
+        return replace(context, rows=first, shared={})
+
+    _context_of(session, change)
+
+
+def _documents_together(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    _context_of(session, lambda context: replace(context, documents=None, bounds=None, shared={}))

@@ -31,7 +31,7 @@ from megalite.engine.zero import MOMENTS
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, micro_batches
+from megalite.training.batches import MicroBatch, micro_batches, rows_of
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
@@ -40,9 +40,9 @@ KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
 
 
 @functools.cache
-def _grid(pipe: int, tensor: int, expert: int) -> Grid:
+def _grid(pipe: int, tensor: int, context: int, expert: int) -> Grid:
     """Made once in a process: every grid opens its own groups."""
-    return Grid.build(pipe, tensor, expert=expert)
+    return Grid.build(pipe, tensor, context, expert)
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Session:
     @classmethod
     def build(cls, config: Config) -> "Session":
         """From a resolved config (collective over the world)."""
-        spec = read_spec(config.model)
-        parallel = config.parallel
-        engine = build_engine(config, spec, _grid(parallel.pipe, parallel.tensor, parallel.expert))
+        spec, parallel = read_spec(config.model), config.parallel
+        grid = _grid(parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+        engine = build_engine(config, spec, grid)
         data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check=False)
         return cls(
             config, engine, build_pipeline(engine, config, spec), data, LearningRate(engine, config)
@@ -76,7 +76,8 @@ class Session:
         config, axis = self.config, self.engine.grid.data
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
-        return micro_batches(self.data, start, size, config.micro_batch_size, axis, device, draw)
+        micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
+        return micro_batches(self.data, start, size, micro, axis, device, draw, rows)
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on these (train_step); the host waits for the norm alone."""

@@ -8,6 +8,7 @@ world of 8 with pipe 2 × data 2 × tensor 2:
 
 Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data group (5, 7), its pipe group (1, 5).
 
+The `context` axis, between data and tensor, divides the tokens of each sample (parallel/rows.py).
 The `expert` axis adds no ranks: it is a part of `data`, runs of neighbours there, and `expert_data` is the rest of it.
 Next: parallel/grid.py, which makes the process groups.
 """

@@ -8,10 +8,14 @@ from pydantic_core import PydanticUndefined
 
 from megalite.config import Config
 from megalite.model.spec import TransformerSpec
-from megalite.parallel.grid import Grid
 from megalite.pipeline.check import check
 from megalite.pipeline.plan import PipelinePlan, plan_of
-from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
+from megalite.plan.states import (
+    parameter_sizes,
+    place_of,
+    predicted_activations,
+    predicted_states,
+)
 
 SHOWN_ROUNDS = 4  # micro-batches a rank of the pipe axis, of a step that is drawn
 
@@ -30,19 +34,20 @@ def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
 
 
 def axes_of(config: Config) -> dict[str, int]:
-    """Sizes of the axes, outermost first."""
+    """Sizes of the axes, outermost first; context where it has several ranks."""
     parallel = config.parallel
-    return {"pipe": parallel.pipe, "data": config.data_size, "tensor": parallel.tensor}
+    context = {"context": parallel.context} if parallel.context > 1 else {}
+    return {"pipe": parallel.pipe, "data": config.data_size, **context, "tensor": parallel.tensor}
 
 
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:
     """What each rank will hold."""
-    axes, expert, result = axes_of(config), config.parallel.expert, []
+    result = []
     places: dict[tuple[int, int], Any] = {}
     for rank in range(config.world_size):
-        grid = Grid.at(rank, axes["pipe"], axes["data"], axes["tensor"], expert=expert)
+        grid = place_of(config, rank)
         place = grid.pipe.rank, grid.tensor.rank
-        if place not in places:  # the data axis does not matter to either
+        if place not in places:  # the axes data and context do not matter to either
             kept = predicted_activations(config, spec, grid).bytes
             places[place] = parameter_sizes(config, spec, grid), kept
         sizes, kept = places[place]

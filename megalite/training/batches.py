@@ -1,7 +1,8 @@
 """Which samples a rank computes in a step: a pure function of the position in the run and the rank's place.
 
 Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
-data axis, and any part of it may change between steps. Next: ahead.py, which reads a step ahead.
+data axis, and any part of it may change between steps. The ranks of the context axis divide the tokens of the same
+samples. Next: ahead.py, which reads a step ahead.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megalite.config import Config
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import documents_as_pieces
-from megalite.parallel.grid import Axis
+from megalite.model.varlen import Bounds, RunPieces, documents_as_pieces, runs_as_pieces
+from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED
+from megalite.parallel.rows import Rows
 
 LEAST_COUNTED = 0.5  # share of the labels from which on the head takes them all: picking rows costs a copy of them
 
 
 class MicroBatch(NamedTuple):
-    """Tokens and labels, int64 [B, S]; a label that does not count is -100. context: where documents are kept apart,
-    which token is of which, and in training what dropout is drawn from."""
+    """Tokens and labels, int64 [B, S or S / c]; a label that does not count is -100. context: which of the samples'
+    tokens these are; where documents are kept apart, which token is of which; in training what dropout is drawn from.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -52,40 +56,53 @@ def micro_batches(
     data: Axis,
     device: torch.device,
     draw: tuple[int, int] | None = None,
+    rows: Rows | None = None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `count` samples from position `start` on.
 
     Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
-    micro-batches of one shape. draw: the run's seed and the optimizer step, in training.
+    micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
+    each sample, None: all.
     """
     rounds = -(-count // (micro * data.size))
     padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
-    made = [_micro_batch(samples, positions, start + count, draw) for positions in padded]
+    made = [_micro_batch(samples, positions, start + count, draw, rows) for positions in padded]
     return [on_device(pinned(batch, device), device) for batch in made]
 
 
 def _micro_batch(
-    samples: Samples, positions: list[int], stop: int, draw: tuple[int, int] | None
+    samples: Samples,
+    positions: list[int],
+    stop: int,
+    draw: tuple[int, int] | None,
+    rows: Rows | None,
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
     # A position that is there again serves as the filling.
-    tokens, labels, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
-    labels = np.array(labels)
+    ids, wanted, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
+    tokens, labels = (torch.from_numpy(np.array(values)) for values in (ids, wanted))
     labels[len(real) :] = IGNORED
-    context = Context()
+    context = Context(rows=rows)
     if documents is not None:
-        context.documents, context.bounds = (
-            torch.from_numpy(documents),
-            documents_as_pieces(documents),
-        )
-    counted = np.flatnonzero(labels != IGNORED)
-    if len(counted) < LEAST_COUNTED * labels.size:
-        context.counted = torch.from_numpy(counted)
+        context.documents = torch.from_numpy(documents)
+        if rows is None or rows.by_heads:
+            context.bounds = documents_as_pieces(documents)
+        else:
+            context.run_pieces = runs_as_pieces(documents, rows.runs)
+    if rows is not None:
+        tokens, labels = rows.cut(tokens, 1), rows.cut(labels, 1)
+    counted = (labels != IGNORED).flatten().nonzero().squeeze(-1)
+    if len(counted) < LEAST_COUNTED * labels.numel():
+        context.counted = counted
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
-    return MicroBatch(
-        torch.from_numpy(np.ascontiguousarray(tokens)), torch.from_numpy(labels), context
-    )
+    return MicroBatch(tokens, labels, context)
+
+
+def rows_of(config: Config, grid: Grid) -> Rows | None:
+    """The tokens of each sample that this rank of a training run holds; None: all."""
+    by_heads = config.parallel.context_attention == "heads"
+    return Rows.along(grid.context, config.data.sequence_length, by_heads)
 
 
 def pinned(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -105,12 +122,21 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
     """With each of its tensors changed."""
     tokens, labels, context = batch
-    documents, bounds = context.documents, context.bounds
+    documents, bounds, runs = context.documents, context.bounds, context.run_pieces
     counted, randomness = context.counted, context.randomness
+
+    def moved(bounds: Bounds) -> Bounds:
+        return bounds._replace(starts=change(bounds.starts))
+
     context = replace(
         context,
         documents=None if documents is None else change(documents),
-        bounds=None if bounds is None else bounds._replace(starts=change(bounds.starts)),
+        bounds=None if bounds is None else moved(bounds),
+        run_pieces=None
+        if runs is None
+        else tuple(
+            RunPieces(change(run.keys), moved(run.queries), moved(run.of_keys)) for run in runs
+        ),
         counted=None if counted is None else change(counted),
         randomness=None
         if randomness is None

@@ -107,6 +107,7 @@ class Checkpoints(Watcher):
             "layout": {
                 "pipe": grid.pipe.size,
                 "data": grid.data.size,
+                "context": grid.context.size,
                 "expert": grid.expert.size,
                 "tensor": grid.tensor.size,
                 "zero_stage": config.zero_stage,

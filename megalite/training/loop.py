@@ -29,7 +29,7 @@ from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Samples, micro_batches
+from megalite.training.batches import MicroBatch, Samples, micro_batches, rows_of
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.metrics import perplexity
@@ -61,6 +61,7 @@ class Run:
     ) -> None:
         self.config, self.spec, self.engine, self.position = config, spec, engine, start
         self.grid: Grid = engine.grid
+        self.rows = rows_of(config, self.grid)
         self.device = torch.device(engine.device or "cpu")
         self.pipeline = build_pipeline(engine, config, spec)
         self.watchdog = watchdog
@@ -211,9 +212,8 @@ class Run:
         config, start = self.config, position.consumed_samples
         samples, count = Kept(self.data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
-        return micro_batches(
-            samples, start, count, config.micro_batch_size, self.grid.data, cpu, draw
-        )
+        micro, data = config.micro_batch_size, self.grid.data
+        return micro_batches(samples, start, count, micro, data, cpu, draw, self.rows)
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""
@@ -267,9 +267,8 @@ class Run:
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
-        batches = micro_batches(
-            samples, start, count, self.config.micro_batch_size, self.grid.data, self.device
-        )
+        micro, data = self.config.micro_batch_size, self.grid.data
+        batches = micro_batches(samples, start, count, micro, data, self.device, rows=self.rows)
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:

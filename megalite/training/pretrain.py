@@ -26,6 +26,7 @@ from megalite.model.families import model_dict, read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
+from megalite.plan.balance import context_lines
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import plan_line, size_line
 from megalite.plan.states import told_lines
@@ -57,7 +58,8 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
-        print(plan_line(prepared.config), file=sys.stderr, flush=True)
+        if prepared.config.parallel.context == 1:  # whose times the planner knows
+            print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
@@ -243,11 +245,12 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
 
 
 def _told(prepared: Prepared) -> str:
-    """What `auto` in the config became, the run's size, the table of what each rank will hold, and the pipeline's
-    schedule."""
+    """What `auto` in the config became, the run's size, the table of what each rank will hold, the pipeline's
+    schedule, and how evenly the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
-    return "\n".join([*config.notes, size_line(config, spec), *told_lines(config, spec), *plan])
+    lines = [*config.notes, size_line(config, spec), *told_lines(config, spec), *plan]
+    return "\n".join([*lines, *context_lines(config, spec)])
 
 
 def _write_config(config: Config) -> None:
@@ -275,7 +278,8 @@ def _train(prepared: Prepared, rank: int) -> int:
         grid = Grid.build(
             config.parallel.pipe,
             config.parallel.tensor,
-            expert=config.parallel.expert,
+            config.parallel.context,
+            config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):

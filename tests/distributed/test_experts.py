@@ -51,6 +51,7 @@ CASES: list[Case] = [
     (MIXTRAL, Layout(data=4, expert=2, zero=1, micro=2)),
     (MIXTRAL, Layout(data=4, expert=4, zero=2, micro=1)),
     (MIXTRAL, Layout(tensor=2, data=2, expert=2, zero=2, micro=2)),
+    (QWEN, Layout(data=2, context=2, expert=2, zero=2, micro=2)),
     (QWEN, Layout(pipe=2, data=2, expert=2, zero=2, micro=1, schedule="zb-v")),
     (QWEN, Layout(pipe=2, data=2, expert=2, zero=1, micro=2)),
 ]

@@ -212,3 +212,40 @@ def test_every_key_of_deepspeeds_that_is_taken_is_tried_somewhere() -> None:
                 yield from keys(inner)
 
     assert not [key for key in keys(DeepSpeedKeys) if key not in words]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["context=3"], "× megalite.parallel.tensor 2 × megalite.parallel.context 3 = 12"),
+        (["context=0"], "megalite.parallel.context: 0: must be at least 1"),
+        (
+            ["context_attention=heads"],
+            'context_attention: "heads": needs megalite.parallel.context of 2 or more',
+        ),
+        (
+            ["context=8", "pipe=1", "tensor=1"],
+            "sequence_length: 132: must be a multiple of 2 × megalite.parallel.context 8 = 16",
+        ),
+        (
+            ["context=2", "sequence=true"],
+            "a multiple of 2 × megalite.parallel.context 2 × megalite.parallel.tensor 2 = 8",
+        ),
+        (
+            ["context=2", "tensor=4", "pipe=1", "context_attention=heads"],
+            "context: 2: must divide num_attention_heads 4 / tensor 4 = 1 with",
+        ),
+    ],
+)
+def test_the_context_axis_fits_world_samples_and_heads(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        keys = [f"megalite.parallel.{override}" for override in overrides]
+        config = load_config(TINY, [*keys, "megalite.data.sequence_length=132"]).resolve(8)
+        check_model(config, read_spec(config.model))
+    assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_samples_are_shared_out_over_the_data_axis_alone() -> None:
+    config = load_config(TINY, ["megalite.parallel.context=2"]).resolve(16)
+    assert (config.data_size, config.world_size, config.train_batch_size) == (2, 16, 16)
+    assert Config.from_dict(config.to_json()) == config

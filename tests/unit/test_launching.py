@@ -210,6 +210,9 @@ def test_fewer_hosts_keep_the_global_batch(tmp_path: Path) -> None:
     assert program.fit(full, {"a": 4, "b": 4, "c": 2}) == ({"a": 4, "b": 4}, batch)
     with pytest.raises(ConfigError, match="world size: 1: must be a multiple"):
         program.fit(full, {"a": 1})
+    divided = ProgramConfig([f"--deepspeed_config={path}", "megalite.parallel.context=2"])
+    fewer = ["train_batch_size=24", *batch[1:]]
+    assert divided.fit(full, {"a": 4, "b": 4, "c": 3}) == ({"a": 4, "b": 4}, fewer)
     with pytest.raises(ConfigError, match="--deepspeed_config: missing"):
         ProgramConfig(["--checkpoint", "x"])
 

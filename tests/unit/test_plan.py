@@ -211,6 +211,11 @@ def test_a_wrong_device_lists_those_that_are_known(tmp_path: Path) -> None:
         main([*arguments, "--device", str(tmp_path / "device.json")])
 
 
+def test_a_context_axis_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"megalite.parallel.context: 8: must be 1: the planner"):
+        main(["--deepspeed_config", "ds_configs/llama_8b_128k.json", "--world-size", "128"])
+
+
 def test_no_layout_that_fits_says_by_how_much(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(document()))
     arguments = ["--deepspeed_config", str(tmp_path / "config.json"), "--world-size", "2"]
