@@ -191,6 +191,9 @@ class Model:
 
     def _check(self, ids: Sequence[int]) -> None:
         spec = self.stage.spec
+        if spec.classifier is not None:
+            rule = "is a classifier of texts: this needs a model of language"
+            raise ConfigError(f"{self.folder}: {rule}")
         if not spec.causal:
             raise ConfigError(
                 f"{self.folder}: a {spec.family} model is an encoder: this needs a decoder, such as llama"

@@ -4,7 +4,8 @@
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
     python tools/collect_glosses.py --wordnet wordnet/usr/share/wordnet --output data/glosses
 
-Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion; every tenth gloss is for validation.
+Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of prompt and completion, or with --labels of text and label;
+every tenth gloss is for validation.
 """
 
 import json
@@ -25,6 +26,9 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--wordnet", required=True, metavar="FOLDER", help="that holds data.noun")
     parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--labels", action="store_true", help="write lines of text and label, for a classifier"
+    )
     args = parser.parse_args(argv)
     source = Path(args.wordnet) / "data.noun"
     glosses: dict[int, list[str]] = {number: [] for number in TOPICS}
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", range(1, 10)), ("valid", range(1))):
         rows = [
-            json.dumps({"prompt": f"{gloss}\nTopic:", "completion": f" {TOPICS[number]}"}) + "\n"
+            json.dumps(_line(gloss, TOPICS[number], args.labels)) + "\n"
             for number, found in glosses.items()
             for place, gloss in enumerate(found)
             if place % 10 in wanted
@@ -49,6 +53,12 @@ def main(argv: list[str]) -> int:
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
         print(f"{folder}/{name}.jsonl: {len(rows)} glosses of {len(TOPICS)} topics")
     return 0
+
+
+def _line(gloss: str, topic: str, labels: bool) -> dict[str, str]:
+    if labels:
+        return {"text": gloss, "label": topic}
+    return {"prompt": f"{gloss}\nTopic:", "completion": f" {topic}"}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ After a stop, run the same command again: it resumes.
 import argparse
 import sys
 
+from megalite.data.pairs import TEMPLATE
 from megalite.data.preprocess import preprocess
+from megalite.errors import ConfigError
 from megalite.ranks.launch import ArgumentParser, at_least
 
 
@@ -31,6 +33,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
     )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="lines hold `source` and `target`, a text and its translation; PREFIX.mask marks the translations",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help=f"what stands before a translation of --pairs (default: {TEMPLATE!r})",
+    )
+    parser.add_argument(
+        "--label-key",
+        metavar="KEY",
+        help="of each text's label, for classification (with --classes)",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="the labels, in an order to keep"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -46,7 +66,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad line instead of counting it"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.template is not None and not args.pairs:
+        raise ConfigError(f"--template: {args.template}: goes with --pairs")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -65,6 +88,9 @@ def main(argv: list[str]) -> int:
         kind=args.format,
         paragraphs=args.blank_lines,
         chat=args.chat,
+        label_key=args.label_key,
+        classes=args.classes,
+        template=args.template or TEMPLATE if args.pairs else None,
     )
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)

@@ -21,11 +21,12 @@ from megalite.config.reading import apply_overrides, check_numbers, read_json
 from megalite.config.rules import check_dims, check_document, data_axis_size, resolved_keys
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import all_of, read, refuse
-from megalite.config.sections import Data, Parallel, Source, Train
+from megalite.config.sections import Classified, Data, Parallel, Source, Train
 from megalite.inputs import reading
 
 __all__ = [
     "BatchPlan",
+    "Classified",
     "Config",
     "Data",
     "ModelDims",
@@ -130,9 +131,10 @@ class Config:
         return schedule
 
     @property
-    def model(self) -> dict[str, Any] | str:
-        """An inline Hugging Face config, or the folder of one."""
-        return self.document.megalite.model
+    def model(self) -> dict[str, Any] | str | Classified:
+        """An inline Hugging Face config, or the folder of one; with the labels where it is to be a classifier."""
+        section = self.document.megalite.model
+        return Classified(section, self.data.classes) if self.data.classes else section
 
     @property
     def parallel(self) -> Parallel:

@@ -4,9 +4,11 @@ Each function takes the validated document (or sizes) and raises ConfigError wit
 value and the rule.
 """
 
+import json
+
 from megalite.config.document import ModelDims
 from megalite.config.section import broken
-from megalite.config.sections import Data, Masked
+from megalite.config.sections import Classes, Data, Masked, Megalite
 from megalite.errors import ConfigError
 
 LEAST_SHARE = (
@@ -36,6 +38,7 @@ def check_data_keys(data: Data) -> None:
             'must be "windows" with megalite.data.order "megatron"',
         )
     _check_masked(data)
+    _check_classes(data)
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for i, source in enumerate(sources):
             if source.split is not None and source.split[0] >= source.split[1]:
@@ -71,24 +74,69 @@ def _check_masked(data: Data) -> None:
             f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token"
         )
     with_masks = f"with a masked {path}"
+    _check_whole(data, with_masks)
     if data.samples != "windows" and not data.reset_attention:
         rule = (
             f"needs megalite.data.reset_attention true {with_masks}: a token would see the filling"
         )
         raise broken("megalite.data.samples", data.samples, rule)
-    for key, value, only in (
-        ("order", data.order, "shuffled"),
-        ("loss", data.loss or "all", "all"),
-    ):
-        if value != only:
-            raise broken(f"megalite.data.{key}", value, f'must be "{only}" {with_masks}')
     if data.eod_mask_loss:
         rule = f"must be false {with_masks}: special tokens are never masked"
         raise broken("megalite.data.eod_mask_loss", True, rule)
 
 
+def _check_whole(data: Data, with_objective: str) -> None:
+    """What an objective other than the causal one cannot have."""
+    for key, value, only in (
+        ("order", data.order, "shuffled"),
+        ("loss", data.loss or "all", "all"),
+    ):
+        if value != only:
+            raise broken(f"megalite.data.{key}", value, f'must be "{only}" {with_objective}')
+
+
+def _check_classes(data: Data) -> None:
+    """What goes together with classification."""
+    objective = data.objective
+    if not isinstance(objective, Classes):
+        return
+    path = "megalite.data.objective.classes"
+    with_classes = f"with {path}"
+    if len(set(objective.classes)) < len(objective.classes):
+        raise broken(path, objective.classes, "must name each label once")
+    _check_whole(data, with_classes)
+    if data.samples == "windows":
+        rule = f'must be "packed" or "padded" {with_classes}, which are of whole texts'
+        raise broken("megalite.data.samples", data.samples, rule)
+    if not data.reset_attention:
+        rule = f"must be true {with_classes}: a text must not see the others of its sample"
+        raise broken("megalite.data.reset_attention", False, rule)
+    if data.eod_mask_loss:
+        rule = f"must be false {with_classes}: no token is asked for"
+        raise broken("megalite.data.eod_mask_loss", True, rule)
+
+
+def check_classifier(megalite: Megalite) -> None:
+    """What a classifier's head has no use for."""
+    if not megalite.data.classes:
+        return
+    with_classes = "with megalite.data.objective.classes"
+    if megalite.parallel.context > 1:
+        rule = f"must be 1 {with_classes}: the tokens of a text are not divided"
+        raise broken("megalite.parallel.context", megalite.parallel.context, rule)
+    if megalite.train.z_loss > 0:
+        rule = f"must be 0 {with_classes}: it is of a softmax over the vocabulary"
+        raise broken("megalite.train.z_loss", megalite.train.z_loss, rule)
+
+
 def check_objective(data: Data, dims: ModelDims) -> None:
-    """What is asked for against what a token sees."""
+    """What is asked for against what a token sees, and what the model's head gives."""
+    if dims.labels != data.classes:
+        rule = f'must be the labels of the model, a classifier: {{"classes": {json.dumps(dims.labels)}}}'
+        value = data.objective if isinstance(data.objective, str) else data.objective.model_dump()
+        raise broken("megalite.data.objective", value, rule)
+    if data.classes:
+        return
     if dims.causal and isinstance(data.objective, Masked):
         value = data.objective.model_dump(exclude_none=True)
         rule = f"needs an encoder, such as bert: a {dims.family} model sees only what is before a token"

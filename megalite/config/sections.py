@@ -4,6 +4,7 @@ Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: De
 (`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
 """
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
@@ -128,13 +129,33 @@ class Masked(Section):
     )
 
 
+class Classes(Section):
+    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
+    corpus that tools/preprocess_data.py --label-key has made."""
+
+    classes: list[Text] = Field(
+        min_length=2,
+        max_length=256,
+        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
+    )
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A model section of which a classifier of texts is made, with the names of its labels."""
+
+    section: dict[str, Any] | str
+    classes: tuple[str, ...]
+
+
 def _objective(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Masked.model_validate(value)  # pydantic takes its errors in, at their places
-    if value == "causal" or isinstance(value, Masked):
+    if isinstance(value, dict):  # pydantic takes their errors in, at their places
+        return (Classes if "classes" in value else Masked).model_validate(value)
+    if value == "causal" or isinstance(value, Masked | Classes):
         return value
     raise PydanticCustomError(
-        "objective", 'must be "causal" or an object such as {{"masked": 0.15}}'
+        "objective",
+        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -165,11 +186,12 @@ class Data(Section):
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
         "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
-    objective: Annotated[Literal["causal"] | Masked, BeforeValidator(_objective)] = Field(
+    objective: Annotated[Literal["causal"] | Masked | Classes, BeforeValidator(_objective)] = Field(
         "causal",
         description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
-        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time. '
-        "docs/encoders.md has more.",
+        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
+        '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
+        "takes the place of the other (docs/classification.md).",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -199,7 +221,17 @@ class Data(Section):
     @property
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
-        return self.objective.masked if isinstance(self.objective, Masked) else 1.0
+        match self.objective:
+            case Masked(masked=share):
+                return share
+            case Classes():
+                return 1 / self.sequence_length
+        return 1.0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels of texts; empty where the objective asks for tokens."""
+        return tuple(self.objective.classes) if isinstance(self.objective, Classes) else ()
 
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

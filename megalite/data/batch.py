@@ -1,8 +1,9 @@
 """Samples to batches: tokens, labels, what does not count in the loss, and the check of each id.
 
 B samples, S sequence length in tokens. A label is the token that follows, or with masks (masking.py) the token itself;
--100 does not count: after the end of a document where documents are kept apart, where `prefix.mask` marks no answer, in
-filling, and where nothing is masked.
+of texts to classify the number of a text's label, at its first token. -100 does not count: after the end of a document
+where documents are kept apart, where `prefix.mask` marks no answer, in filling, where nothing is masked, and after the
+first token of a text to classify.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Samples of a corpus, and the corpus of marks (1: counts) beside it where there is one."""
+    """Samples of a corpus, and the corpus of marks (1: counts) or of labels beside it where there is one."""
 
     samples: Samples
     marks: IndexedCorpus | None
@@ -46,11 +47,10 @@ class BatchReader:
     eod_id: int | None
     """What is predicted from this token does not count."""
     masking: Masking | None = None
-
-    @property
-    def ahead(self) -> int:
-        """How far after a position its label is."""
-        return 1 if self.masking is None else 0
+    ahead: int = 1
+    """How far after a position its label is."""
+    classifies: bool = False
+    """Labels are those of texts, which the corpus beside the tokens holds."""
 
     def read(
         self,
@@ -126,7 +126,10 @@ class BatchReader:
             self._check(stream, [piece], ids)
             end = filled + len(ids) - ahead
             tokens[filled:end], labels[filled:end] = ids[: len(ids) - ahead], ids[ahead:]
-            if stream.marks is not None:
+            if self.classifies and stream.marks is not None:
+                labels[filled:end] = UNCOUNTED
+                labels[filled] = stream.marks.read(start, start + 1)[0]
+            elif stream.marks is not None:
                 labels[filled:end][stream.marks.read(start + ahead, stop) == 0] = UNCOUNTED
             if documents is not None:
                 documents[filled:end] = number

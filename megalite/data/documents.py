@@ -115,7 +115,7 @@ def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
     """The documents of a chunk in order, and what is none; blank lines are neither."""
     data, number = chunk.data, chunk.start.number
     if chunk.kind == "jsonl":
-        yield from (_text_of(found, text_key, row) for row, found in parse_objects(chunk))
+        yield from (text_of(found, text_key, row) for row, found in parse_objects(chunk))
     elif chunk.kind == "parquet":
         missing = f"{json.dumps(text_key)} holds no text"
         yield from (
@@ -168,7 +168,8 @@ def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
     return value if isinstance(value, dict) else Bad(number, "is no JSON object")
 
 
-def _text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
+def text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
+    """The text of a line's object; number: of the line."""
     if isinstance(found, Bad):
         return found
     if text_key not in found:

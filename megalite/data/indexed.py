@@ -51,6 +51,17 @@ def marks_prefix(prefix: str | Path) -> str:
     return f"{prefix}.mask"
 
 
+def labels_prefix(prefix: str | Path) -> str:
+    """The prefix of the corpus that holds, token by token, the number of the label of the text of another. The names
+    of the labels are in `names_file`."""
+    return f"{prefix}.label"
+
+
+def names_file(prefix: str | Path) -> Path:
+    """The JSON file with the names of a corpus's labels, in the order of their numbers: {"classes": [...]}."""
+    return Path(f"{prefix}.label.json")
+
+
 def _opened(path: Path) -> tuple[FileIO, int]:
     """A file and its bytes. Raises DataError where it cannot be read or is empty."""
     try:

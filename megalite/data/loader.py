@@ -5,6 +5,7 @@ sample and lets any rank ask for any positions. `TrainData` never ends, `ValidDa
 corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
 """
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,13 @@ from megalite.config.sections import Source
 from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
 from megalite.data.blend import Blend
 from megalite.data.corpus_check import check_corpus
-from megalite.data.indexed import IndexedCorpus, files_of, marks_prefix
+from megalite.data.indexed import (
+    IndexedCorpus,
+    files_of,
+    labels_prefix,
+    marks_prefix,
+    names_file,
+)
 from megalite.data.masking import masking_of
 from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
@@ -23,7 +30,7 @@ from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
-from megalite.inputs import reading
+from megalite.inputs import read_json_object, reading
 
 __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data", "marks_prefix"]
 
@@ -137,6 +144,8 @@ def check_data(data: Data, vocabulary_size: int) -> None:
         check_corpus(prefix, vocabulary_size)
         if data.loss == "marked":
             check_corpus(marks_prefix(prefix), 2)
+        if data.classes:
+            check_corpus(labels_prefix(prefix), len(data.classes))
 
 
 def _open(source: Source, data: Data, check: bool) -> _Opened:
@@ -152,6 +161,9 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
             f'megalite.data.loss: missing: {standing} exists: say "marked" to count what it marks, or "all"'
         )
     marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
+    if data.classes:
+        _check_names(source.path, data.classes)
+        marks = IndexedCorpus(labels_prefix(source.path))
     for opened in (corpus, marks) if check else ():
         if opened is not None:
             opened.check_index()
@@ -164,6 +176,19 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
             f"{corpus.num_tokens} of {corpus.tokens_path} with a byte"
         )
     return _Opened(source, corpus, marks)
+
+
+def _check_names(prefix: str, classes: tuple[str, ...]) -> None:
+    """DataError where a corpus's labels have other names, or it has none."""
+    path = names_file(prefix)
+    if not path.is_file():
+        rule = "needs texts with labels, as tools/preprocess_data.py --label-key makes them"
+        raise DataError(f"{path}: missing: megalite.data.objective.classes {rule}")
+    names = read_json_object(path, DataError).get("classes")
+    if names != list(classes):
+        raise ConfigError(
+            f"megalite.data.objective.classes: {json.dumps(classes)}: must be {json.dumps(names)}, as in {path}"
+        )
 
 
 def _in_order(
@@ -196,7 +221,14 @@ def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
     whole = data.samples != "windows"
     masking = masking_of(data, vocabulary_size, seed)
     return BatchReader(
-        data.sequence_length, vocabulary_size, data.reset_attention, whole, eod_id, masking
+        data.sequence_length,
+        vocabulary_size,
+        data.reset_attention,
+        whole,
+        eod_id,
+        masking,
+        data.ahead,
+        bool(data.classes),
     )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +20,11 @@ import numpy as np
 
 from megalite.data.corpus_check import checksum_file, checksum_lines
 from megalite.data.documents import Bad, Chunk, Place
-from megalite.data.indexed import files_of, marks_prefix, refuse_standing, write_index
+from megalite.data.indexed import files_of, names_file, refuse_standing, write_index
 from megalite.errors import DataError
 
 _JOURNAL_SECONDS = 5.0
+_NAMES = "classes.json"
 _NAMED = 10  # bad lines that are named; the rest are counted
 _LONGEST_DOCUMENT = 2**31 - 1  # tokens: sizes are i32
 
@@ -42,7 +44,7 @@ class Counts:
 @dataclass(frozen=True)
 class Encoded:
     """The tokens of one chunk: of each document its size, one after another; the last one may continue in the next.
-    `marks`: a byte a token, or nothing where everything counts in the loss."""
+    `marks`: a byte a token, or nothing where the corpus has none."""
 
     sizes: np.ndarray
     tokens: bytes
@@ -54,9 +56,17 @@ class Encoded:
 class Partial:
     """`PREFIX.partial/`: tokens and sizes so far, and the journal of how far that is."""
 
-    def __init__(self, output: str | Path, fingerprint: str, overwrite: bool, marked: bool) -> None:
-        """Open or make it; `marked`: with a corpus of marks beside the tokens. Raises DataError where the output
-        exists, another process works on it, or it was left by other arguments."""
+    def __init__(
+        self,
+        output: str | Path,
+        fingerprint: str,
+        overwrite: bool,
+        marks: str | None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """Open or make it. marks: prefix of a corpus of marks beside the tokens, None: there is none; classes: names
+        of what it marks, written beside it. Raises DataError where the output exists, another process works on it, or
+        it was left by other arguments."""
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
@@ -64,9 +74,8 @@ class Partial:
         self._open_tokens = 0  # of the last document, where it continues
         self._saved = time.monotonic()
         state = self._read_journal()
-        self._prefixes = {"tokens": str(output)} | (
-            {"marks": marks_prefix(output)} if marked else {}
-        )
+        self._prefixes = {"tokens": str(output)} | ({} if marks is None else {"marks": marks})
+        self._classes = list(classes)
         if not overwrite and not state.get("written"):
             for prefix in self._prefixes.values():
                 refuse_standing(prefix)
@@ -165,12 +174,17 @@ class Partial:
             write_index(index, dtype if name == "tokens" else np.dtype(np.uint8), sizes, None)
             sums = checksum_lines(dict(zip(files_of(prefix), (index, tokens), strict=True)))
             (self.folder / f"{name}.sha256").write_text(sums)
+        if self._classes:
+            names = json.dumps({"classes": self._classes}, ensure_ascii=False)
+            (self.folder / _NAMES).write_text(f"{names}\n", encoding="utf-8")
         self.written = True
         self.save()
 
     def give_names(self) -> None:
         """Move the files to their names, an index last and the tokens' the very last: a pair that has one is
         whole. Cut off in between, the same command does the rest."""
+        if (self.folder / _NAMES).exists():
+            os.replace(self.folder / _NAMES, names_file(self.output))
         for name, prefix in reversed(self._prefixes.items()):
             index, tokens = files_of(prefix)
             if (self.folder / f"{name}.bin").exists():

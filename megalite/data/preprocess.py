@@ -36,9 +36,11 @@ from megalite.data.documents import (
     parse,
     parse_objects,
     read_chunks,
+    text_of,
     total_bytes,
 )
-from megalite.data.indexed import token_dtype
+from megalite.data.indexed import labels_prefix, marks_prefix, token_dtype
+from megalite.data.pairs import PairEncoder, pair_of
 from megalite.data.partial import Counts, Encoded, Partial
 from megalite.data.progress import Progress
 from megalite.data.tokenizer import Encoder, FastEncoder, Tokenizer, load_tokenizer
@@ -46,6 +48,7 @@ from megalite.errors import ConfigError, DataError, MegaliteError
 from megalite.inputs import reading
 
 _CHUNKS_UNDER_WAY = 3  # a worker
+MOST_CLASSES = 256  # a byte a token
 
 
 class Task(ABC):
@@ -128,6 +131,76 @@ class ChatTask(Task):
         return self.encoder.fingerprint()
 
 
+@dataclass(frozen=True)
+class PairTask(Task):
+    """Texts with their translations."""
+
+    encoder: PairEncoder
+    dtype: np.dtype[Any]
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """See Task."""
+        pairs: list[tuple[str, str]] = []
+        bad: list[Bad] = []
+        for row, line in parse_objects(chunk):
+            pair = pair_of(line, row)
+            bad.append(pair) if isinstance(pair, Bad) else pairs.append(pair)
+        found = self.encoder.encode(pairs)
+        _, flat = _joined([marks for _, marks in found], np.dtype(np.uint8))
+        return Encoded(*_joined([ids for ids, _ in found], self.dtype), flat, 0, bad)
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        return hashlib.sha256(pickle.dumps(self.encoder)).hexdigest()
+
+
+@dataclass(frozen=True)
+class LabelTask(Task):
+    """Texts with a label each."""
+
+    encoder: Encoder
+    dtype: np.dtype[Any]
+    text_key: str
+    label_key: str
+    classes: list[str]
+    begin: list[int]  # [CLS], or nothing
+    end: list[int]  # the end-of-document token or [SEP], or nothing
+
+    def encode(self, chunk: Chunk) -> Encoded:
+        """See Task."""
+        texts: list[str] = []
+        numbers: list[int] = []
+        bad: list[Bad] = []
+        for row, found in parse_objects(chunk):
+            text = text_of(found, self.text_key, row)
+            number = text if isinstance(text, Bad) else self._number(found, row)
+            if isinstance(number, Bad):
+                bad.append(number)
+            elif isinstance(text, str):
+                texts.append(text)
+                numbers.append(number)
+        found_ids = zip(self.encoder.encode_batch(texts), numbers, strict=True)
+        kept = [(self.begin + ids + self.end, number) for ids, number in found_ids if ids]
+        marks = [[number] * len(ids) for ids, number in kept]
+        _, flat = _joined(marks, np.dtype(np.uint8))
+        joined = _joined([ids for ids, _ in kept], self.dtype)
+        return Encoded(*joined, flat, len(texts) - len(kept), bad)
+
+    def _number(self, found: Any, row: int) -> int | Bad:
+        """The number of a line's label."""
+        label = found.get(self.label_key)
+        if isinstance(label, bool) or not isinstance(label, str | int):
+            return Bad(row, f"{json.dumps(self.label_key)} holds no label")
+        if str(label) not in self.classes:
+            return Bad(row, f"{json.dumps(self.label_key)}: {label!r}: is none of --classes")
+        return self.classes.index(str(label))
+
+    def fingerprint(self) -> str:
+        """See Task."""
+        what = self.text_key, self.label_key, self.classes, self.begin, self.end, self.dtype.str
+        return hashlib.sha256(pickle.dumps(what) + pickle.dumps(self.encoder)).hexdigest()
+
+
 def _joined(documents: list[list[int]], dtype: np.dtype[Any]) -> tuple[np.ndarray, bytes]:
     """Their sizes, and all of them one after another."""
     sizes = np.fromiter(map(len, documents), np.int64, len(documents))
@@ -147,6 +220,9 @@ def preprocess(
     kind: Literal["jsonl", "txt", "parquet"] | None = None,
     paragraphs: bool = False,
     chat: bool = False,
+    label_key: str | None = None,
+    classes: Sequence[str] = (),
+    template: str | None = None,
 ) -> Counts:
     """Write `output`.bin, .idx and .sha256 from the documents of `inputs`; `-` is standard input.
 
@@ -154,23 +230,36 @@ def preprocess(
     `kind` says what inputs hold whose names do not; `paragraphs`: blank lines part the documents of .txt.
     `append_eod`: each document ends by the tokenizer's end of document; `cls_sep`: it begins by [CLS] and ends by
     [SEP]. `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
-    own, marks with 1 the tokens that the loss counts.
+    own, marks with 1 the tokens that the loss counts. `label_key`: of the text's label, one of `classes`, whose number
+    `output`.label, a corpus of its own, holds for each token; `output`.label.json has their names. `template`: lines
+    hold texts with their translations (pairs.py), and `output`.mask marks the translations.
     An output that exists is refused, unless `overwrite`. Raises DataError with one line.
     """
     kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
     size = total_bytes(inputs)
     loaded = load_tokenizer(tokenizer)
     dtype = token_dtype(loaded.vocabulary_size)
-    if chat:
-        if set(kinds) != {"jsonl"}:
-            raise DataError(f"{inputs[0]}: must be lines of JSON for --chat")
+    forms = {"--chat": chat, "--label-key": label_key is not None, "--pairs": template is not None}
+    for name, asked in forms.items():
+        if asked and set(kinds) != {"jsonl"}:
+            raise DataError(f"{inputs[0]}: must be lines of JSON for {name}")
+    asked_forms = [name for name, asked in forms.items() if asked]
+    if len(asked_forms) > 1:
+        raise ConfigError(f"{asked_forms[1]}: not with {asked_forms[0]}")
+    _check_labels(label_key, classes)
+    if template is not None:
+        if append_eod or cls_sep:
+            option = "--append-eod" if append_eod else "--cls-sep"
+            raise ConfigError(f"{option}: not with --pairs, which end by the end of document")
+        task: Task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
+    elif chat:
         if cls_sep:
             raise ConfigError("--cls-sep: not with --chat, which is for decoders")
         if append_eod:
             raise ConfigError(
                 "--append-eod: not with --chat: the template ends messages, and completions are ended"
             )
-        task: Task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
+        task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
         if append_eod and cls_sep:
             raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
@@ -179,10 +268,16 @@ def preprocess(
         encoder = loaded.encoder()
         if cls_sep and isinstance(encoder, FastEncoder):
             encoder = encoder.splitting()  # "[SEP]" in a text ends no document
-        task = TextTask(encoder, dtype, text_key, begin, end)
+        if label_key is None:
+            task = TextTask(encoder, dtype, text_key, begin, end)
+        else:
+            task = LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
+    beside = None
+    if asked_forms:
+        beside = labels_prefix(output) if label_key is not None else marks_prefix(output)
     fingerprint = _fingerprint(inputs, kinds, task)
     with (
-        Partial(output, fingerprint, overwrite, chat) as partial,
+        Partial(output, fingerprint, overwrite, beside, classes) as partial,
         Progress(inputs, size) as progress,
     ):
         if not partial.written:
@@ -198,6 +293,16 @@ def preprocess(
             partial.finish(dtype)
         partial.give_names()
     return partial.counts
+
+
+def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:
+    if (label_key is None) != (not classes):
+        raise ConfigError("--label-key: goes with --classes, the names of the labels")
+    if label_key is None:
+        return
+    if not 2 <= len(classes) <= MOST_CLASSES or len(set(classes)) < len(classes):
+        rule = f"must be 2 to {MOST_CLASSES} names, each once"
+        raise ConfigError(f"--classes: {' '.join(classes)}: {rule}")
 
 
 def _end_of_document(loaded: Tokenizer, folder: str | Path) -> list[int]:

@@ -114,9 +114,8 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
         yield line
     if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
         return
-    sizes = [
-        str(size) for size in (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
-    ]
+    axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
+    sizes = [str(size) for size in axes_sizes]
     program = Program(
         ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,
@@ -168,7 +167,8 @@ def _paths(config_path: str | None, config: Config | None) -> list[str]:
     paths = [config_path]
     for source in [*config.data.train, *config.data.valid]:
         paths += [f"{source.path}.idx", f"{source.path}.bin"]
-    folders = [config.data.tokenizer, config.model if isinstance(config.model, str) else None]
+    model = config.document.megalite.model
+    folders = [config.data.tokenizer, model if isinstance(model, str) else None]
     paths += [
         str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
     ]

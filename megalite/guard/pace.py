@@ -33,7 +33,7 @@ class Pace:
         self.faults, self.engine, self.hosts = faults, engine, hosts
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
-        head = counted * spec.vocabulary_size * spec.hidden_size if stage.head is not None else 0
+        head = counted * spec.head_weights if stage.head is not None else 0
         layers = [
             layer
             for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.config import Classified
 from megalite.errors import CheckpointError
 from megalite.hub.names import file_names, groups_of, hf_tensor
 from megalite.inputs import check_links, read_json_object, reading
@@ -34,6 +35,7 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+_OF_HEADS = ("classifier.", "head.")
 
 
 def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
@@ -46,10 +48,11 @@ class HFFolder:
     """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
     where it cannot be used whole.
 
-    model: the config as a plain dict; spec: it as ours.
+    model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
+    of another model (`made_one`); what such a classifier has and the folder has not is left out of `names`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(
@@ -59,9 +62,15 @@ class HFFolder:
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
+            self.made_one = bool(classes) and self.spec.classifier is None
+            if self.made_one:
+                self.model = model_dict(Classified(str(self.folder), classes))
+                self.spec = read_spec(self.model)
             self.shapes = full_shapes(self.spec)
             self._files = _Files(self.folder)
             self._prefix = self._missing_prefix()
+            if self.made_one:
+                self._leave_out_new()
             self._check()
 
     @property
@@ -143,6 +152,9 @@ class HFFolder:
                 self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
         if self.spec.tied:
             known |= self._tied_head()
+        if self.made_one:  # the other head
+            table = FAMILIES[self.spec.family].TENSORS.items()
+            known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
         unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
         for file_name in sorted(self._files.where.keys() - known):
             if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
@@ -165,6 +177,12 @@ class HFFolder:
             raise CheckpointError(
                 f"{self.folder}: {file_name}: {dtype}: must be one of {', '.join(_FLOATS)}"
             )
+
+    def _leave_out_new(self) -> None:
+        """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""
+        for name in [name for name in self.shapes if name.startswith(_OF_HEADS)]:
+            if self._file_name(hf_tensor(self.spec.family, name)) not in self._files.where:
+                del self.shapes[name]
 
     def _tied_head(self) -> set[str]:
         """A head that is in the files though the config ties it must equal the embedding."""

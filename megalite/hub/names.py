@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalite.errors import CheckpointError
 from megalite.model.families import FAMILIES
+from megalite.model.families.classifiers import tensors_of
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
 
@@ -25,7 +26,7 @@ def hf_tensor(family: str, name: str) -> HFTensor:
     """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
-    entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern)
+    entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern) or tensors_of(family).get(name)
     if entry is None:
         raise CheckpointError(f"{name}: a {family} model has no such tensor")
     layer = match.group(1) if match else ""
@@ -66,8 +67,14 @@ def to_hf(
 
 def hf_auto_class(spec: TransformerSpec) -> Any:
     """transformers' class that makes a model of this kind from a config or a folder."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # seconds to import
+    from transformers import (  # seconds to import
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
 
+    if spec.classifier is not None:
+        return AutoModelForSequenceClassification
     return AutoModelForCausalLM if spec.causal else AutoModelForMaskedLM
 
 

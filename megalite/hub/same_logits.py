@@ -61,6 +61,10 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     length = min(TOKENS[1], spec.max_positions or TOKENS[1])
     tokens = torch.randint(0, spec.vocabulary_size, (TOKENS[0], length), generator=generator)
+    if spec.classifier is not None:
+        # Decoders take the last token that is not padding, which a text never ends by.
+        tokens[:, -1] = (source.model.get("pad_token_id") or 0) - 1
+        tokens[:, -1] %= spec.vocabulary_size
     with reading(theirs, CheckpointError):
         expected = hf_logits(theirs, tokens, spec)
     difference = (our_logits(source, spec, tokens, dtype) - expected).abs().max().item()
@@ -83,8 +87,8 @@ def fits(spec: TransformerSpec) -> bool:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
-    """Logits [B, S, V] of transformers' model, its stored weights computed with in fp32. What computes them is chosen
-    here: a config.json may name code to fetch and run for attention and experts."""
+    """Logits [B, S, V], of a classifier [B, N], of transformers' model, its stored weights computed with in fp32. What
+    computes them is chosen here: a config.json may name code to fetch and run for attention and experts."""
     from transformers.utils import logging  # seconds to import
 
     logging.disable_progress_bar()
@@ -96,14 +100,18 @@ def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
         local_files_only=True,
         trust_remote_code=False,
     )
-    return model.eval()(tokens).logits
+    model.eval()
+    if spec.classifier is None:
+        return model(tokens).logits
+    # A row at a time: without a padding token a decoder's classifier takes no more.
+    return torch.cat([model(row).logits for row in tokens.split(1)])
 
 
 @torch.no_grad()
 def our_logits(
     source: Weights, spec: TransformerSpec, tokens: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Logits [B, S, V] of our model in fp32, its weights rounded to `dtype` first."""
+    """Logits [B, S, V], of a classifier [B, N], of our model in fp32, its weights rounded to `dtype` first."""
     stage = Stage(spec, Grid()).eval()
     load_module(source.read, stage)
     if dtype is not None:

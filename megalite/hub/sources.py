@@ -7,6 +7,7 @@ from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.weights import open_together, together
 from megalite.errors import CheckpointError
 from megalite.hub.hf_folder import HFFolder
+from megalite.model.families import read_spec
 
 Weights = Checkpoint | HFFolder
 """Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape)."""
@@ -31,12 +32,21 @@ def resolve_weights(path: str | Path) -> Path:
     return Path(path) if is_hf_folder(path) else find_checkpoint(path)
 
 
-def open_weights(folder: Path) -> Weights:
-    """Opens what `resolve_weights` found, without checking tensors' files again."""
-    return HFFolder(folder) if is_hf_folder(folder) else Checkpoint.open(folder)
+def open_weights(folder: Path, classes: tuple[str, ...] = ()) -> Weights:
+    """Opens what `resolve_weights` found, without checking tensors' files again; classes: as of HFFolder."""
+    return HFFolder(folder, classes) if is_hf_folder(folder) else Checkpoint.open(folder)
 
 
-def open_weights_together(folder: Path) -> Weights:
+def open_weights_together(folder: Path, classes: tuple[str, ...] = ()) -> Weights:
     """Opens it on every rank; a checkpoint's files are checked, shared out among the ranks (collective). An error on
     one rank is every rank's."""
-    return together(lambda: HFFolder(folder)) if is_hf_folder(folder) else open_together(folder)
+    if is_hf_folder(folder):
+        return together(lambda: HFFolder(folder, classes))
+    return open_together(folder)
+
+
+def is_of_classifier(weights: Weights) -> bool:
+    """Whether weights are those of a classifier, head and all."""
+    if isinstance(weights, HFFolder):
+        return not weights.made_one
+    return read_spec(weights.model).classifier is not None

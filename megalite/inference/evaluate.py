@@ -21,10 +21,12 @@ from megalite.training.batches import MicroBatch, Samples, micro_batches
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean over tokens, in nats; tokens: those that counted."""
+    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; counts [N²]:
+    of a classifier, of each label how many texts were given each."""
 
     loss: float
     tokens: int
+    counts: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -51,7 +53,9 @@ def evaluate(
     axis, data = grid.pipe, grid.data
     rows = Rows.along(grid.context, sequence_length, by_heads)
     micro = min(micro, -(-count // data.size))
-    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)  # of losses, of tokens
+    # Of losses, of tokens, and a classifier's counts.
+    numbers_summed = 2 + len(stage.spec.labels) ** 2
+    sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
     ready: dict[int, MicroBatch] = {}
 
     def numbers() -> Iterator[int]:
@@ -69,7 +73,8 @@ def evaluate(
             tokens if hidden is None else hidden, labels if axis.is_last else None, context
         )
         if axis.is_last:
-            sums.add_(torch.stack([output.double(), (labels != IGNORED).sum().double()]))
+            scores, counted = output.double().reshape(-1), (labels != IGNORED).sum().double()
+            sums.add_(torch.cat([scores[:1], counted.reshape(1), scores[1:]]))
         return output
 
     shape = stage.hidden_shape(micro, sequence_length)
@@ -77,5 +82,5 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
-    loss, tokens = sums.tolist()
-    return Score(loss / tokens if tokens else math.nan, round(tokens))
+    loss, tokens, *counts = sums.tolist()
+    return Score(loss / tokens if tokens else math.nan, round(tokens), tuple(counts))

@@ -1,11 +1,13 @@
 """`launcher/evaluate.py`: from the command line to JSON lines on standard output. What is measured is one of
 
---data PREFIX       the loss on an indexed corpus
+--data PREFIX       the loss on an indexed corpus; of a classifier of texts its accuracy too
 --labelled FILE     the accuracy of a classification
+--translations FILE  chrF and BLEU of the translations of pairs
 --tasks NAME …      tasks of lm-evaluation-harness
 """
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +16,11 @@ from megalite.config import Data
 from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_data_keys, check_objective
 from megalite.config.section import nearest, parse, unknown
+from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
+from megalite.data.pairs import TEMPLATE, PairEncoder
 from megalite.data.tokenizer import HuggingFaceTokenizer
 from megalite.errors import CheckpointError, ConfigError
 from megalite.hub.carried import tokenizer_of
@@ -33,6 +37,7 @@ from megalite.inference.prepare import (
 from megalite.inference.texts import check_ids
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
+from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
@@ -45,7 +50,8 @@ Work = Callable[[Any, Any], list[dict[str, Any]]]
 
 
 def evaluate_main(arguments: list[str]) -> int:
-    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`."""
+    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`, and of a
+    classifier of texts what training/classification.py tells."""
     parser = model_parser("Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -58,6 +64,23 @@ def evaluate_main(arguments: list[str]) -> int:
         "--tasks",
         metavar="NAMES",
         help="tasks of lm-evaluation-harness, commas between: its metrics",
+    )
+    what.add_argument(
+        "--translations", metavar="FILE", help="lines with source and target: chrF and BLEU"
+    )
+    parser.add_argument(
+        "--template",
+        default=TEMPLATE,
+        metavar="TEXT",
+        help=f"what stands before a translation, as in training (default: {TEMPLATE!r})",
+    )
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="of a translation")
+    parser.add_argument("--beams", type=at_least(2), metavar="N", help="of --translations")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        help="for the translations, lines with source, target, translation",
     )
     parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
     parser.add_argument(
@@ -82,7 +105,12 @@ def evaluate_main(arguments: list[str]) -> int:
         "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
     )
     options = parser.parse_args(arguments)
-    prepare_work = _corpus if options.data else _labels if options.labelled else _tasks
+    kinds = (
+        (options.data, _corpus),
+        (options.labelled, _labels),
+        (options.translations, _translations),
+    )
+    prepare_work = next((work for asked, work in kinds if asked), _tasks)
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
         with reading(options.checkpoint, CheckpointError):
@@ -107,6 +135,8 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     samples = ValidData(data, prepared.spec.vocabulary_size, check=thorough)
     by_heads = prepared.parallel.context_attention == "heads"
 
+    labels = prepared.spec.labels
+
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.evaluate import evaluate
 
@@ -119,6 +149,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
                 "loss": score.loss,
                 "perplexity": perplexity(score.loss),
                 "tokens": score.tokens,
+                **(figures(score.counts, labels) if labels else {}),
                 "data": settings,
             }
         ]
@@ -135,11 +166,16 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
         keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
-    if not prepared.spec.causal:
+    if labels := prepared.spec.labels:
+        keys.setdefault("objective", {"classes": list(labels)})
+        keys.setdefault("samples", "padded")
+        keys.setdefault("reset_attention", True)
+    elif not prepared.spec.causal:
         keys.setdefault("objective", {"masked": MASKED})
     keys |= {"sequence_length": _sequence_length(options, prepared, given), "train": [options.data]}
     data = parse(Data, {**keys, "valid": [options.data], **given}, "megalite.data")
-    if (data.eod_mask_loss or data.objective != "causal") and data.tokenizer is None:
+    needs_tokenizer = data.eod_mask_loss or isinstance(data.objective, Masked)
+    if needs_tokenizer and data.tokenizer is None:
         folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
         data = data.model_copy(update={"tokenizer": folder and str(folder)})
     check_data_keys(data)
@@ -178,6 +214,50 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
         return [
             accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))
+        ]
+
+    return work
+
+
+def _translations(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+    from megalite.inference.beams import Beams
+    from megalite.inference.generate import check_lengths
+    from megalite.inference.translations import read_pairs, scores, write_translations
+
+    check_decoder(prepared, "--translations")
+    if importlib.util.find_spec("sacrebleu") is None:
+        line = f"--translations: {options.translations}: needs sacrebleu"
+        raise ConfigError(f"{line}: pip install 'megalite[eval]'")
+    tokenizer = tokenizer_for(options, prepared)
+    encoder = PairEncoder.of(
+        tokenizer, str(options.tokenizer or options.checkpoint), options.template
+    )
+    pairs = read_pairs(options.translations)
+    prompts = encoder.prompts([source for source, _ in pairs])
+    check_ids(prepared.spec, prompts)
+    check_lengths(prepared.spec, prompts, options.max_new_tokens)
+    beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+    stop_ids = stop_ids_for(prepared, tokenizer)
+
+    def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
+        from megalite.inference.generate import Generator, ends_at, generate_all
+        from megalite.inference.sampling import Sampling
+
+        generator, ends = Generator(stage, grid, options.micro_batch_size), ends_at(tokenizer, ())
+        most = options.max_new_tokens
+        found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
+        if grid.rank != 0:
+            return []
+        texts = [
+            tokenizer.decode([token for token in tokens if token not in stop_ids]).strip()
+            for tokens in found
+        ]
+        if options.write is not None:
+            write_translations(options.write, pairs, texts)
+        cut = sum(len(tokens) == most and tokens[-1] not in stop_ids for tokens in found)
+        return [
+            scores(texts, [target for _, target in pairs])
+            | {"lines": len(pairs), "cut": cut, "beams": options.beams or 1}
         ]
 
     return work

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
+from megalite.inference.beams import Beams, Hypotheses, candidates
 from megalite.inference.sampling import Sampling, choose
 from megalite.model.context import Context, KeyValueCache
 from megalite.model.spec import TransformerSpec
@@ -80,11 +81,13 @@ class Generator:
         on_token: OnToken | None = None,
         numbers: Sequence[int] | None = None,
         ends: Ends = lambda tokens: False,
+        beams: Beams | None = None,
     ) -> list[Text]:
         """A text for each prompt, on every rank. Texts end with the first of `stop_ids`, when `ends` says so, or after
         so many tokens.
 
-        numbers: of the prompts, for the seed, where they are part of a longer list. Raises ConfigError.
+        numbers: of the prompts, for the seed, where they are part of a longer list. beams: of a beam search, which
+        takes the place of `sampling`, and where `on_token` is not called. Raises ConfigError.
         """
         check_lengths(self.stage.spec, prompts, max_new_tokens)
         numbers = numbers if numbers is not None else range(len(prompts))
@@ -92,7 +95,7 @@ class Generator:
             Text(number, list(prompt)) for number, prompt in zip(numbers, prompts, strict=True)
         ]
         forwards = Forwards(self.grid.pipe, self.dtype, self.device)
-        batches = _Batches(texts, self, max_new_tokens, sampling or Sampling(), forwards)
+        batches = _Batches(texts, self, max_new_tokens, sampling or Sampling(), forwards, beams)
         batches.run(stop_ids, ends, on_token)
         return texts
 
@@ -105,13 +108,21 @@ def generate_all(
     stop_ids: Collection[int],
     ends: Ends,
     on_token: OnToken | None = None,
+    beams: Beams | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, on every rank: the data axis shares the prompts out (collective over the
     world). Arguments as of `Generator.generate`."""
     data = generator.grid.data
     own = range(data.rank, len(prompts), data.size)
     found = generator.generate(
-        [prompts[number] for number in own], max_new_tokens, sampling, stop_ids, on_token, own, ends
+        [prompts[number] for number in own],
+        max_new_tokens,
+        sampling,
+        stop_ids,
+        on_token,
+        own,
+        ends,
+        beams,
     )
     everyone: list[dict[int, list[int]]] = [{}] * generator.grid.world_size
     dist.all_gather_object(everyone, {text.number: text.tokens for text in found})
@@ -141,7 +152,9 @@ class _Batches:
         max_new_tokens: int,
         sampling: Sampling,
         forwards: Forwards,
+        beams: Beams | None,
     ) -> None:
+        self.beams = beams
         size = generator.batch_size
         self.waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
         self.generator, self.max_new_tokens, self.sampling = generator, max_new_tokens, sampling
@@ -164,7 +177,7 @@ class _Batches:
         under_way: deque[int] = deque()
         for number in itertools.count():
             if self.waiting and len(under_way) < stages:
-                batch = _Batch(self.waiting.popleft(), self.generator, self.max_new_tokens)
+                batch = self._begun(self.waiting.popleft())
             elif under_way:
                 last = under_way.popleft()
                 batch = self.passing.pop(last)
@@ -178,6 +191,11 @@ class _Batches:
             self.passing[number] = batch
             under_way.append(number)
             yield number
+
+    def _begun(self, texts: list[Text]) -> "_Batch":
+        if self.beams is None:
+            return _Batch(texts, self.generator, self.max_new_tokens)
+        return _BeamBatch(texts, self.generator, self.max_new_tokens, self.beams)
 
     def _forward(self, number: int, hidden: Tensor | None) -> Tensor:
         """One pass; the last stage chooses the next tokens and tells the others."""
@@ -193,12 +211,13 @@ class _Batches:
         return *self.passing[number].column.shape, self.generator.stage.spec.hidden_size
 
     def _chosen(self, batch: "_Batch", number: int) -> Tensor:
-        """The tokens [B] that the last stage chose in a pass."""
+        """What the last stage chose in a pass."""
         axis = self.generator.grid.pipe
         if axis.is_last:
             return batch.chosen
         mailbox = self.forwards.mailbox
-        mailbox.post(number, axis.size - 1, (len(batch.texts),), torch.int64)
+        shape, dtype = tuple(batch.chosen.shape), batch.chosen.dtype
+        mailbox.post(number, axis.size - 1, shape, dtype)
         return mailbox.take(number)
 
 
@@ -264,3 +283,48 @@ class _Batch:
         )  # [B, S, T]
         visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
         return Context(positions, visible.unsqueeze(1), self.cache)
+
+
+class _BeamBatch(_Batch):
+    """Prompts with the beams of each in neighbouring rows. What the last stage chooses are the likeliest next tokens of
+    each prompt, [prompts, 2 · beams, 3]: sum of logarithms, beam, token; from those every rank keeps the same books."""
+
+    def __init__(
+        self, texts: list[Text], generator: Generator, max_new_tokens: int, beams: Beams
+    ) -> None:
+        super().__init__(
+            [text for text in texts for _ in range(beams.size)], generator, max_new_tokens
+        )
+        self.prompts, self.beams = texts, beams
+        self.books = [Hypotheses(beams, max_new_tokens) for _ in texts]
+        shape = len(texts), 2 * beams.size, 3
+        self.chosen = torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def choose(self, output: Tensor, sampling: Sampling) -> None:
+        """On the last stage, from logits [B, 1, V / t]."""
+        scores = [score for book in self.books for score in book.scores]
+        found = torch.tensor(scores, dtype=torch.float64, device=self.device)
+        vocabulary, axis = self.stage.spec.vocabulary_size, self.tensor_axis
+        self.chosen = candidates(output[:, -1], found, vocabulary, axis, self.beams.size)
+
+    def take(
+        self, chosen: Tensor, stop_ids: Collection[int], ends: Ends
+    ) -> Iterator[tuple[Text, int]]:
+        """Goes on with the best beams of each prompt; a text that is finished gets its tokens."""
+        rows, column = [], []
+        for number, (text, book, found) in enumerate(
+            zip(self.prompts, self.books, chosen.tolist(), strict=True)
+        ):
+            if not text.finished:
+                book.add(found, stop_ids, ends)
+            if not text.finished and book.is_finished:
+                text.tokens, text.finished = book.best
+            rows += [number * self.beams.size + parent for parent in book.parents]
+            column += [tokens[-1] if tokens else 0 for tokens in book.live]
+        self.column = torch.tensor(column, device=self.device).unsqueeze(-1)
+        self.cache.reorder(torch.tensor(rows, device=self.device))
+        yield from ()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(text.finished for text in self.prompts)

@@ -31,6 +31,7 @@ def generate_main(arguments: list[str]) -> int:
     """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
     a prompt's come one after another, each with its number as `sample`."""
     options = _parser().parse_args(arguments)
+    from megalite.inference.beams import Beams
     from megalite.inference.sampling import Sampling
 
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
@@ -49,15 +50,18 @@ def generate_main(arguments: list[str]) -> int:
             if options.samples > 1 and sampling.temperature == 0.0:
                 rule = "needs --temperature above 0: 0 makes them all alike"
                 raise ConfigError(f"--samples: {options.samples}: {rule}")
+            beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+            if beams is not None:
+                _check_beams(options)
             # Standard input is rank 0's alone; the others hear of it below.
             prompts = _prompts(options) if place().rank == 0 else []
             ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
-        return prepared, tokenizer, prompts, ids, sampling
+        return prepared, tokenizer, prompts, ids, (sampling, beams)
 
-    here, (prepared, tokenizer, prompts, ids, sampling) = start_ranks(prepare)
+    here, (prepared, tokenizer, prompts, ids, choice) = start_ranks(prepare)
     try:
         prompts, ids = _told_by_rank_0((prompts, ids))
-        texts = _generate(prepared, tokenizer, ids, sampling, options)
+        texts = _generate(prepared, tokenizer, ids, choice, options)
         if here.rank == 0:
             for number, prompt in enumerate(prompts):
                 for sample, text in enumerate(texts[number :: len(prompts)]):
@@ -106,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=at_least(0), default=1234)
     parser.add_argument(
+        "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
+    )
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument(
         "--batch-size",
         type=at_least(1),
         default=8,
@@ -123,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_beams(options: argparse.Namespace) -> None:
+    """ConfigError for what a beam search has no use for."""
+    for option, is_given in (
+        ("--temperature", options.temperature > 0),
+        ("--repetition-penalty", options.repetition_penalty != 1.0),
+        ("--stream", options.stream),
+    ):
+        if is_given:
+            raise ConfigError(f"{option}: not with --beams")
+
+
 def _told_by_rank_0(value: Any) -> Any:
     """What rank 0 has, on every rank (collective)."""
     import torch.distributed as dist
@@ -136,10 +155,11 @@ def _generate(
     prepared: Prepared,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    sampling: Any,
+    choice: Any,
     options: argparse.Namespace,
 ) -> list[str]:
-    """The texts of all prompts, on every rank: the first sample of each, then the second of each, …"""
+    """The texts of all prompts, on every rank: the first sample of each, then the second of each, … choice: Sampling,
+    and Beams or None."""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
     ids = (
@@ -163,9 +183,10 @@ def _generate(
 
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size)
-    ends = ends_at(tokenizer, options.stop)
+    ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
+    on_token = show if shown else None
     found = generate_all(
-        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, show if shown else None
+        generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
     )
     texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:

@@ -89,7 +89,10 @@ def prepare_model(
 
 
 def check_decoder(prepared: Prepared, use: str) -> None:
-    """ConfigError where an encoder is asked for what needs a decoder."""
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model."""
+    if prepared.spec.classifier is not None:
+        rule = f"is a classifier of texts: {use} needs a model of language"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
     if not prepared.spec.causal:
         model = f"a {prepared.spec.family} model is an encoder"
         raise ConfigError(

@@ -139,6 +139,15 @@ def _candidates(
     return ordered[:, :count], ids.gather(-1, order)[:, :count]
 
 
+def likeliest(
+    scores: Tensor, vocabulary_size: int, axis: Axis, count: int
+) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of scores [B, V / t] of all ranks, or all where there are fewer, likeliest first, of
+    equal ones the lower id: scores and ids [B, count], the same on every rank (collective over the axis)."""
+    start, _ = share(vocabulary_size, axis)
+    return _candidates(scores, start, vocabulary_size, axis, min(count, vocabulary_size))
+
+
 def _draw(scores: Tensor, top_p: float, min_p: float, chances: Tensor) -> Tensor:
     """The candidate of each row, by number, that its chance in [0, 1) falls on. scores [B, k], likeliest first."""
     probabilities = scores.double().softmax(dim=-1)

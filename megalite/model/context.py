@@ -34,6 +34,12 @@ class KeyValueCache:
         keys[:, :, start:stop], values[:, :, start:stop] = key, value
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Makes row i of each layer what row rows[i] was; rows [B] int64."""
+        for layer, (keys, values) in self.entries.items():
+            stop = self.lengths[layer]
+            keys[:, :, :stop], values[:, :, :stop] = keys[rows, :, :stop], values[rows, :, :stop]
+
 
 @dataclass
 class Context:

@@ -1,4 +1,4 @@
-"""What a block is made of besides attention: norms and the MLP. Next: attention.py.
+"""What a block is made of besides attention, norms and the MLP, and what stands before a head. Next: attention.py.
 
 Shapes: B batch, S sequence, T positions seen so far (S without a cache), D hidden, N heads, K key/value heads,
 H head size, F intermediate; `/ t` marks a dim that the tensor axis splits.
@@ -13,7 +13,14 @@ from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
 from megalite.parallel.deferred import later
 from megalite.parallel.grid import ALONE, Axis
-from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, holders, parameter
+from megalite.parallel.layers import (
+    ColumnLinear,
+    RowLinear,
+    WholeLinear,
+    depth_scaled,
+    holders,
+    parameter,
+)
 
 
 class Norm(nn.Module):
@@ -82,6 +89,27 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(activate(self.up(x), self.activation))
         return self.down(activate(self.gate(x), self.activation) * self.up(x))
+
+
+class Transform(nn.Module):
+    """Between the layers and the head of an encoder, [..., D] -> the same: dense layer, activation, norm."""
+
+    def __init__(self, spec: TransformerSpec, split: Split) -> None:
+        super().__init__()
+        assert spec.head_transform is not None
+        self.activation: Activation = spec.head_transform
+        std = (
+            depth_scaled(spec.init_std, spec.num_layers)
+            if spec.depth_scaled_init
+            else spec.init_std
+        )
+        self.dense = WholeLinear(
+            spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std
+        )
+        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(activate(self.dense(hidden), self.activation))
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

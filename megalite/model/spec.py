@@ -51,6 +51,22 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class ClassifierSpec:
+    """What takes the place of the head in a classifier of texts. What the numbers do: classifier.py."""
+
+    labels: tuple[str, ...]
+    pooling: Literal["first", "last", "mean"]
+    """The hidden state that a text is judged by: its first token's, its last token's, or the mean of all."""
+    dense: bool = False
+    """Whether a dense layer and tanh come before the product with the labels."""
+    bias: bool = True
+    dropout: float = 0.0
+    """Of what the product with the labels reads."""
+    dense_dropout: float = 0.0
+    """Of what the dense layer reads."""
+
+
+@dataclass(frozen=True)
 class TransformerSpec:
     """A transformer of one stack. Sizes are of the whole model, not of a rank's share."""
 
@@ -108,6 +124,8 @@ class TransformerSpec:
     windows: tuple[int | None, ...] = ()
     """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
     tuple: all."""
+    classifier: ClassifierSpec | None = None
+    """Of a model that names the label of a text; None: it asks for tokens."""
     padding_id: int | None = None
     """A token whose look-up trains no embedding."""
     embedding_dropout: float = 0.0
@@ -122,7 +140,15 @@ class TransformerSpec:
     @property
     def dropout(self) -> float:
         """The largest of the dropout rates."""
-        return max(self.embedding_dropout, self.attention_dropout, self.hidden_dropout)
+        rates = [self.embedding_dropout, self.attention_dropout, self.hidden_dropout]
+        if self.classifier is not None:
+            rates += [self.classifier.dropout, self.classifier.dense_dropout]
+        return max(rates)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classifier names; empty for a language model."""
+        return () if self.classifier is None else self.classifier.labels
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of the layer sees, None for all."""
@@ -194,6 +220,15 @@ class TransformerSpec:
         return attention + norms * self._per_feature
 
     @property
+    def head_weights(self) -> int:
+        """Weights of the products that are made for the positions that count: with the output embedding, or in a
+        classifier."""
+        d = self.hidden_size
+        if self.classifier is None:
+            return self.vocabulary_size * d
+        return len(self.classifier.labels) * d + d * d * self.classifier.dense
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
         return self._parameters(used=False)
@@ -205,8 +240,13 @@ class TransformerSpec:
 
     def _parameters(self, used: bool) -> int:
         d = self.hidden_size
-        embeddings = self.vocabulary_size * (d * (1 if self.tied else 2) + self.head_bias)
-        embeddings += (self.position_rows + self.token_types) * d
+        embeddings = (self.vocabulary_size + self.position_rows + self.token_types) * d
+        if self.classifier is not None:
+            head = self.head_weights + d * self.classifier.dense
+            head += len(self.classifier.labels) * self.classifier.bias
+        else:
+            head = 0 if self.tied else self.head_weights
+            head += self.vocabulary_size * self.head_bias
         transform = d * d + d * self.head_transform_bias if self.head_transform else 0
         norms = (
             self.embedding_norm
@@ -217,6 +257,7 @@ class TransformerSpec:
         return (
             sum(self.layer_parameters(layer, used) for layer in range(self.num_layers))
             + embeddings
+            + head
             + transform
             + norms * self.norm_parameters
         )
@@ -228,9 +269,7 @@ class TransformerSpec:
         of the tokens that the head's product is made for."""
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
-        left_out = (
-            lookups * self.hidden_size + (1 - counted) * self.vocabulary_size * self.hidden_size
-        )
+        left_out = lookups * self.hidden_size + (1 - counted) * self.head_weights
         return 6.0 * (self.used_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
 
     def _seen(self, layer: int, length: int) -> float:

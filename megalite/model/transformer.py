@@ -9,7 +9,7 @@ way to build or run the model.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,18 @@ from torch import Tensor, nn
 
 from megalite.model.attention import Attention
 from megalite.model.chunks import Cut
+from megalite.model.classifier import Classifier
 from megalite.model.context import Context
 from megalite.model.dropout import drop
 from megalite.model.experts import RoutedMLP
-from megalite.model.layers import MLP, Norm, activate
+from megalite.model.layers import MLP, Norm, Transform
 from megalite.model.router import Router
-from megalite.model.spec import Activation, TransformerSpec
+from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import WeightGradients, give, later
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import (
     VocabularyEmbedding,
-    WholeLinear,
-    depth_scaled,
     initialise,
     name_parameters,
     parameter,
@@ -148,27 +147,6 @@ class Block(nn.Module):
         return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
 
 
-class Transform(nn.Module):
-    """Between the layers and the head of an encoder, [B, S or S / t, D] -> the same: dense layer, activation, norm."""
-
-    def __init__(self, spec: TransformerSpec, split: Split) -> None:
-        super().__init__()
-        assert spec.head_transform is not None
-        self.activation: Activation = spec.head_transform
-        std = (
-            depth_scaled(spec.init_std, spec.num_layers)
-            if spec.depth_scaled_init
-            else spec.init_std
-        )
-        self.dense = WholeLinear(
-            spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std
-        )
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(activate(self.dense(hidden), self.activation))
-
-
 class Head(nn.Module):
     """Final norm, transform and the product with the output embedding: hidden [B, S or S / t, D] -> logits
     [B, S, V / t], or with labels [B, S] the sum of the losses.
@@ -228,7 +206,8 @@ class Chunk(nn.Module):
 
     Input: token ids [B, S] if it is the first, else hidden [B, S or S / t, D]. Output: hidden; of the last one with
     labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last
-    position alone, [B, 1, V / t]. tied_to: the embedding of another chunk of this rank, for a tied head.
+    position alone, [B, 1, V / t]; of a classifier see classifier.py. tied_to: the embedding of another chunk of this
+    rank, for a tied head.
     """
 
     def __init__(
@@ -254,8 +233,10 @@ class Chunk(nn.Module):
             block = Block(spec, layer, split, recompute == "selective", grid)
             name_parameters(block, f"layers.{layer}")
             self.blocks[str(layer)] = block
-        self.head: Head | None = None
-        if last:
+        self.head: Head | Classifier | None = None
+        if last and spec.classifier is not None:
+            self.head = Classifier(spec, split)
+        elif last:
             if self.embedding is not None:
                 tied_to = self.embedding.tokens.weight
             self.head = Head(spec, split, tied_to if spec.tied else None, z_loss)
@@ -283,6 +264,8 @@ class Chunk(nn.Module):
                 hidden = _in_turn(group, hidden, context)
         if self.head is None:
             return hidden
+        if isinstance(self.head, Classifier):
+            return self.head(hidden, labels, context)
         if context.cache is not None:  # generation: nothing else is read
             hidden = hidden[:, -1:]
         return self.head(hidden, labels, context.counted)
@@ -329,19 +312,26 @@ class Stage(nn.Module):
         )  # type: ignore[union-attr]
 
     @property
-    def head(self) -> Head | None:
+    def head(self) -> Head | Classifier | None:
         """None where the last chunk is on another rank."""
         return next((chunk.head for chunk in self.chunks.values() if chunk.head is not None), None)  # type: ignore[union-attr]
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """Of the product with the output embedding; empty where the head is on another rank."""
+        """Of the product with the output embedding, or with a classifier's labels; empty where the head is on another
+        rank."""
         head = self.head
         return (
             []
             if head is None
             else [value for value in (head.weight, head.bias) if value is not None]
         )
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """Shape of what the last chunk gives in an evaluation: the sum of the losses, with a classifier's counts."""
+        classifier = self.spec.classifier
+        return () if classifier is None else (1 + len(classifier.labels) ** 2,)
 
     @property
     def tied_parameter(self) -> nn.Parameter | None:
@@ -365,11 +355,11 @@ class Stage(nn.Module):
     @property
     def routers(self) -> dict[int, Router]:
         """The routers of this rank's layers that have experts."""
-        found = {}
-        for block in self.modules():
-            if isinstance(block, Block) and isinstance(block.mlp, RoutedMLP):
-                found[block.layer] = block.mlp.router
-        return found
+        chunks: Any = self.chunks.values()
+        blocks = [block for chunk in chunks for block in chunk.blocks.values()]
+        return {
+            block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
+        }
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of what crosses to the next chunk for `batch` samples of `length` tokens."""

@@ -105,8 +105,9 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank."""
-        total = torch.zeros((), device=self.engine.device)
+        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank; of a classifier with
+        its counts (model/classifier.py)."""
+        total = torch.zeros(self.engine.stage.score_shape, device=self.engine.device)
         last = self.plan.cut.last_chunk
 
         def forward(action: Action, source: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ class ModelCosts:
         """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
         makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
         never does. A dense layer before the head is counted with it, as if it had no backward."""
-        head = 3.0 * counted * spec.vocabulary_size * spec.hidden_size
+        head = 3.0 * counted * spec.head_weights
         head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
         spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
         heads = spec.num_heads * spec.head_size

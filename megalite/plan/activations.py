@@ -27,6 +27,7 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     dropout of what is added          r bytes, twice
 
     dense layer before the head       its input e·r and its activation's; the norm after it as above
+    head of a classifier              of each text a few rows of h numbers, which are left out
 
 Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core;
 recompute of every n layers keeps e·r of n layers and makes their table again, one group at a time, in backward.
@@ -56,7 +57,7 @@ class Forward:
     each sample.
 
     context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
-    (parallel/rows.py).
+    (parallel/rows.py); experts: ranks of the expert axis.
     """
 
     batch: int
@@ -68,7 +69,6 @@ class Forward:
     context: int = 1
     by_heads: bool = False
     experts: int = 1
-    """Ranks of the expert axis."""
 
     @property
     def whole(self) -> int:
@@ -236,6 +236,8 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     numbers, table = at.rows * spec.hidden_size, {}
     if spec.final_norm:
         table |= _norm(spec.norm, "final norm", numbers, at.rows, at)
+    if spec.classifier is not None:  # of each text a few rows, which are left out
+        return table
     if spec.head_transform:
         table["dense: input"] = at.width * numbers
         if spec.head_transform != "relu":  # whose result is the norm's input
@@ -253,6 +255,8 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
 
 def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
     """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    if spec.classifier is not None:
+        return 0
     start, stop = share(spec.vocabulary_size, at.split.axis)
     whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
     width = at.width + FP32 if at.width < FP32 and whole else at.width
@@ -344,7 +348,7 @@ def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
     if part.last:
         if spec.final_norm:
             table["final norm"] = at.width * spec.norm_parameters
-        if spec.head_transform:
+        if spec.head_transform and spec.classifier is None:
             table["dense: input, gradient"] = 2 * at.hidden(spec)
             table["norm of the dense layer"] = at.width * spec.norm_parameters
     return table

@@ -248,8 +248,14 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
 def place_of(config: Config, rank: int) -> Grid:
     """Where a rank of a resolved config is."""
     parallel = config.parallel
-    sizes = parallel.pipe, config.data_size, parallel.tensor, parallel.context, parallel.expert
-    return Grid.at(rank, *sizes)
+    return Grid.at(
+        rank,
+        parallel.pipe,
+        config.data_size,
+        parallel.tensor,
+        parallel.context,
+        parallel.expert,
+    )
 
 
 def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
@@ -263,7 +269,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         device or ("cuda" if machine_has_gpu() else "cpu"),
         config.parallel.context,
         config.parallel.context_attention == "heads",
-        config.parallel.expert,
+        grid.expert.size,
     )
 
 

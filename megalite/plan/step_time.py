@@ -191,14 +191,14 @@ class Work:
     def head(self) -> np.ndarray:
         """[kind, part] of norm, product and loss, whose gradients are made in forward."""
         spec, result = self.spec, np.zeros((len(KINDS), len(PARTS)))
-        columns = self.part(spec.vocabulary_size)
+        columns = len(spec.labels) or self.part(spec.vocabulary_size)
         logits = self.tokens * columns * (self.dtype_bytes + FP32) * 3
         kept = total(head_table(spec, self.at))
         result[0, PRODUCTS] = 3 * self.counted * self.product(spec.hidden_size, columns)
         result[0, MEMORY] = (self.counted * logits + 2 * kept) / self.device.memory_rate
         result[0, TENSOR] = self.exchange()
         result[2, MEMORY] = 3 * self.hidden_bytes / self.device.memory_rate
-        if spec.head_transform:
+        if spec.head_transform and spec.classifier is None:
             result[0, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
             result[2, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
             result[3, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)

@@ -95,7 +95,7 @@ class Session:
 
     def evaluate(self, step: int) -> float:
         """The mean loss of what a step would train on, as an evaluation of a run has it."""
-        loss, tokens = loss_and_tokens(self.pipeline, self.batches(step, training=False))
+        loss, tokens, *_ = loss_and_tokens(self.pipeline, self.batches(step, training=False))
         return (loss / tokens.clamp(min=1)).item()
 
     def resumed(self, step: int, run_dir: Path) -> "Session":

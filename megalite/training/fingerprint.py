@@ -9,7 +9,7 @@ from typing import Any
 
 from megalite.config import Config
 from megalite.data.identity import identity
-from megalite.data.loader import marks_prefix
+from megalite.data.indexed import labels_prefix, marks_prefix
 
 TRAIN = "megalite.data.train"
 MADE_FOR = "megalite.data.megatron_samples"
@@ -28,6 +28,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
         }  # fmt: skip
         if data.loss == "marked":
             corpus["marks"] = identity(marks_prefix(source.path))
+        if data.classes:
+            corpus["labels"] = identity(labels_prefix(source.path))
         corpora.append(corpus)
     keys = ("sequence_length", "samples", "order", "reset_attention", "eod_mask_loss")
     values = {f"megalite.data.{key}": getattr(data, key) for key in keys}
@@ -55,7 +57,12 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
         zip(config.data.train, ours, theirs, strict=True)
     ):
         key = f"{TRAIN}.{number}"
-        for kind, path in (("corpus", source.path), ("marks", marks_prefix(source.path))):
+        paths = {
+            "corpus": source.path,
+            "marks": marks_prefix(source.path),
+            "labels": labels_prefix(source.path),
+        }
+        for kind, path in paths.items():
             if ours_here.get(kind) != theirs_here.get(kind):
                 holds = f"{key}.path: {path}: holds {_told(ours_here[kind])}"
                 return holds, f"the corpus of {_told(theirs_here[kind])}"

@@ -31,6 +31,7 @@ from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch, Samples, micro_batches, rows_of
 from megalite.training.checkpointing import Checkpoints
+from megalite.training.classification import figures
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.metrics import perplexity
 from megalite.training.step import train_step
@@ -246,7 +247,8 @@ class Run:
         wanted = config.train.eval_steps * config.train_batch_size
         weights = [source.weight for source in config.data.valid]
         losses: dict[str, float] = {}
-        sums = torch.zeros(2, dtype=torch.float64)
+        counts = len(self.spec.labels) ** 2
+        sums = torch.zeros(2 + counts, dtype=torch.float64)
         for (path, positions), weight in zip(valid.corpora, weights, strict=True):
             count = min(len(positions), max(1, round(wanted * weight / sum(weights))))
             if count == 0:
@@ -262,11 +264,15 @@ class Run:
         }
         if len(losses) > 1:
             row["valid_losses"] = losses
+        labels = self.spec.labels
+        if labels and sums[1] > 0:
+            found = figures(sums[2:].tolist(), labels)
+            row |= {f"valid_{name}": value for name, value in found.items()}
         for watcher in self.watchers:
             watcher.evaluated(row)
 
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
-        """[sum of losses, tokens] over samples, fp64, on the CPU (collective)."""
+        """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
         micro, data = self.config.micro_batch_size, self.grid.data
         batches = micro_batches(samples, start, count, micro, data, self.device, rows=self.rows)
         return loss_and_tokens(self.pipeline, batches)

@@ -7,13 +7,13 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, read_state
 from megalite.checkpoint.folder import write_durably
-from megalite.config import Config, check_model, load_config
+from megalite.config import Classified, Config, check_model, load_config
 from megalite.config.reading import apply_overrides
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import load_tokenizer
@@ -194,7 +194,8 @@ def _check_run_dir(prepared: Prepared) -> None:
             continue  # damaged: the ranks will say so and take an older one
         return
     if not standing and config.train.load is not None:
-        check_fits(open_weights(resolve_weights(config.train.load)), prepared)
+        weights = open_weights(resolve_weights(config.train.load), config.data.classes)
+        check_fits(weights, prepared)
 
 
 def _make_run_dir(config: Config) -> None:
@@ -212,9 +213,18 @@ class _Other(CheckpointError):
 
 def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) -> None:
     """CheckpointError where a checkpoint is of another model, or a run's of another seed."""
-    theirs = read_spec(weights.model)
+    theirs, ours = read_spec(weights.model), prepared.spec
+    if ours.classifier is not None and theirs.classifier is None:
+        theirs = read_spec(Classified(weights.model, ours.labels))  # its head is drawn anew
+    if theirs.labels != ours.labels:
+        raise _Other(
+            f"megalite.data.objective.classes: {json.dumps(ours.labels)}: must be "
+            f"{json.dumps(theirs.labels)}, the labels of {weights.folder}"
+        )
     for field in fields(theirs):
-        was, now = getattr(theirs, field.name), getattr(prepared.spec, field.name)
+        was, now = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name == "classifier" and was is not None and now is not None:
+            was, now = (replace(head, dropout=0.0, dense_dropout=0.0) for head in (was, now))
         if was != now and field.name != "init_std" and not field.name.endswith("dropout"):
             raise _Other(
                 f"megalite.model: {field.name} {now}: must be {was}, as in {weights.folder}"
@@ -284,7 +294,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         )
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
-        start = starting_point(run_dir, config.train.load)
+        start = starting_point(run_dir, config.train.load, config.data.classes)
         if start.position.step >= config.train.steps:
             if rank == 0:
                 print(

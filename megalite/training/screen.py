@@ -65,12 +65,14 @@ class Screen(Watcher):
 
     def evaluated(self, row: Row) -> None:
         """The loss of an evaluation."""
-        loss, perplexity = row["valid_loss"], row["valid_perplexity"]
+        loss, told = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
+        if "valid_accuracy" in row:
+            told = f"accuracy {row['valid_accuracy']:.4f}  macro F1 {row['valid_macro_f1']:.4f}"
         if self.live is None:
-            say(f"step {row['step']}  valid loss {loss:.4f}  perplexity {perplexity:.5g}")
+            say(f"step {row['step']}  valid loss {loss:.4f}  {told}")
             return
         line = Text(f"{row['step']:>9}  {loss:>8.4f}  ", style="bold green")
-        self.console.print(line.append(f"validation, perplexity {perplexity:.5g}"))
+        self.console.print(line.append(f"validation, {told}"))
 
     def note(self, text: str) -> None:
         """Anything else worth a line."""

@@ -19,7 +19,12 @@ from megalite.engine.engine import Engine
 from megalite.engine.norm import GlobalNorm
 from megalite.errors import CheckpointError
 from megalite.guard.health import restore_loss_scale
-from megalite.hub.sources import Weights, open_weights_together, resolve_weights
+from megalite.hub.sources import (
+    Weights,
+    is_of_classifier,
+    open_weights_together,
+    resolve_weights,
+)
 
 
 @dataclass
@@ -32,29 +37,37 @@ class Start:
     weights: Weights | None = None
     moments: bool = False
     damaged: tuple[str, ...] = ()
+    partly: bool = False
+    """The weights are of a model that the run's classifier is made of: what they do not have keeps the values by (seed,
+    name), and their own head goes."""
 
     def fill(self, engine: Engine) -> None:
         """Puts weights, and on resuming moments and the loss scale, into an engine, fresh or not (collective)."""
         if self.weights is None:
             return
         norm: GlobalNorm = engine.global_norm
-        check_names(self.weights, list(norm.row))
+        names, shards = list(norm.row), engine.shards()
+        if self.partly:
+            held = set(self.weights.names)
+            shards = [shard for shard in shards if shard.placement.name in held]
+        else:
+            check_names(self.weights, names)
         if self.moments:
             engine.make_moments(self.position.updates)
         if isinstance(self.weights, Checkpoint):
             # A checkpoint from before the first update has none.
-            load_shards(self.weights, engine.shards(), self.moments and self.weights.has_moments)
+            load_shards(self.weights, shards, self.moments and self.weights.has_moments)
         else:
-            load_shards_from(self.weights.read, engine.shards())
+            load_shards_from(self.weights.read, shards)
         engine.masters_changed()
         if engine.router_bias is not None:
             engine.router_bias.restore(getattr(self.weights, "state", {}))
         restore_loss_scale(engine, self.position.loss_scale)
 
 
-def starting_point(run_dir: Path, load: str | None) -> Start:
-    """Looks at the run folder, then at `load` (collective). A damaged checkpoint is named, and an older good one
-    taken; CheckpointError where none is good."""
+def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = ()) -> Start:
+    """Looks at the run folder, then at `load` (collective). classes: labels of a run that trains a classifier. A
+    damaged checkpoint is named, and an older good one taken; CheckpointError where none is good."""
     damaged: dict[str, CheckpointError] = {}
     for path in reversed(_agreed(lambda: checkpoints_of(run_dir))):
         try:
@@ -74,9 +87,12 @@ def starting_point(run_dir: Path, load: str | None) -> Start:
     if load is None:
         return Start(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))
-    return Start(
-        Position(), f"a new run with the weights of {folder}", open_weights_together(folder)
-    )
+    weights = open_weights_together(folder, classes)
+    told = f"a new run with the weights of {folder}"
+    partly = bool(classes) and not is_of_classifier(weights)
+    if partly:
+        told += " and a new head"
+    return Start(Position(), told, weights, partly=partly)
 
 
 def _name_latest(run_dir: Path, name: str) -> None:

@@ -16,9 +16,9 @@ PARAMETERS = {
     "bert.json": 110e6,
     "modernbert.json": 149e6,
     "llama_7b_3d.json": 6.7e9,
+    "llama_8b_128k.json": 8.03e9,
     "mixtral_8x7b.json": 46.7e9,
     "qwen3_30b_a3b.json": 30.5e9,
-    "llama_8b_128k.json": 8.03e9,
     "llama_13b_zero3_tensor.json": 13e9,
     "llama_70b_3d.json": 70.6e9,
 }

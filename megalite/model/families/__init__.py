@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megalite.config.sections import Classified
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
@@ -39,6 +40,7 @@ from megalite.model.families import (
     qwen3_moe,
     roberta,
 )
+from megalite.model.families.classifiers import classified, is_classifier, make_classifier
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
 from megalite.model.spec import TransformerSpec
 
@@ -76,19 +78,25 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
 }
+Section = dict[str, Any] | str | Classified
+"""The model section: inline keys, or a folder with a config.json; with labels, a classifier made of either."""
 _SHOWN_CHARACTERS = 300  # of what transformers says
 _log = logging.getLogger("megalite")
 _told: set[str] = set()  # files whose unknown keys have been listed
 
 
-def load_hf_config(section: dict[str, Any] | str) -> Any:
-    """The transformers config that the model section describes: inline keys, or a folder with a config.json.
+def load_hf_config(section: Section) -> Any:
+    """The transformers config that the model section describes.
 
     Unknown inline keys, unknown families and values that transformers refuses are ConfigErrors of one line; a
     folder's unknown keys are listed once in the log.
     """
     from transformers import AutoConfig
 
+    if isinstance(section, Classified):
+        config = load_hf_config(section.section)
+        make_classifier(config, section)
+        return config
     where = _place(section)
     values = read_json_object(where) if isinstance(section, str) else dict(section)
     model_type = values.pop("model_type", None)
@@ -137,12 +145,14 @@ def _quiet_transformers() -> Iterator[None]:
         noise.set_verbosity(level)
 
 
-def _place(section: dict[str, Any] | str) -> str:
+def _place(section: Section) -> str:
     """Where a model section is, for its errors."""
+    if isinstance(section, Classified):
+        return _place(section.section)
     return str(Path(section) / "config.json") if isinstance(section, str) else KEY
 
 
-def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
+def read_spec(section: Section) -> TransformerSpec:
     """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
     config = load_hf_config(section)
     try:
@@ -150,9 +160,10 @@ def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
             _place(section)
         ):  # by transformers: a value of another type than a field's shows where it is used
             spec = FAMILIES[config.model_type].read(config)
+            spec = classified(config, spec) if is_classifier(config) else spec
             check_spec(spec)
     except ConfigError as error:
-        if isinstance(section, str):  # there the mistake is not in the JSON
+        if _place(section) != KEY:  # there the mistake is not in the JSON
             raise ConfigError(
                 f"{_place(section)}: {str(error).removeprefix(KEY).lstrip('.: ')}"
             ) from None
@@ -160,7 +171,7 @@ def read_spec(section: dict[str, Any] | str) -> TransformerSpec:
     return spec
 
 
-def model_dict(section: dict[str, Any] | str) -> dict[str, Any]:
+def model_dict(section: Section) -> dict[str, Any]:
     """The model section as a plain Hugging Face config that needs no other file, for a checkpoint: keys that the
     family does not have are left out."""
     config = load_hf_config(section)

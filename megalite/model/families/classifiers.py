@@ -1,0 +1,90 @@
+"""Classifiers of texts: what transformers' XForSequenceClassification puts in the place of a family's head.
+
+A Hugging Face config is of one where its `architectures` names such a class. Decoders judge a text by its last token,
+BERT, RoBERTa and (where the config says so) ModernBERT by the first, which is [CLS].
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.config.sections import Classified
+from megalite.errors import ConfigError
+from megalite.model.families.common import KEY, HFTensor, choose, require, tensors, written
+from megalite.model.spec import ClassifierSpec, TransformerSpec
+
+ENDING = "ForSequenceClassification"
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "olmo2": "Olmo2",
+    "gpt2": "GPT2",
+    "gptj": "GPTJ",
+    "gpt_neox": "GPTNeoX",
+    "phi": "Phi",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "modernbert": "ModernBert",
+}
+"""Of each family the first part of its class's name."""
+_DECODERS = {"classifier.output.weight": HFTensor("score.weight")}
+TENSORS: dict[str, dict[str, HFTensor]] = {
+    "bert": tensors({"classifier.dense": "bert.pooler.dense", "classifier.output": "classifier"}),
+    "roberta": tensors(
+        {"classifier.dense": "classifier.dense", "classifier.output": "classifier.out_proj"}
+    ),
+    "modernbert": tensors({"classifier.output": "classifier"}),
+}
+LEAST, MOST = 2, 256  # labels; a corpus has a byte for each
+
+
+def tensors_of(family: str) -> dict[str, HFTensor]:
+    """Where a classifier's own tensors stand in the family's files."""
+    return TENSORS.get(family, _DECODERS)
+
+
+def make_classifier(config: Any, section: Classified) -> None:
+    """Makes a transformers config one of a classifier."""
+    if config.model_type not in CLASSES:
+        raise ConfigError(f"megalite.data.objective.classes: a {config.model_type} model has none")
+    config.architectures = [CLASSES[config.model_type] + ENDING]
+    config.id2label = dict(enumerate(section.classes))
+    config.label2id = {name: number for number, name in enumerate(section.classes)}
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a transformers config is one of a classifier."""
+    names = config.architectures
+    return isinstance(names, list) and any(
+        isinstance(name, str) and name.endswith(ENDING) for name in names
+    )
+
+
+def classified(config: Any, spec: TransformerSpec) -> TransformerSpec:
+    """The spec of the classifier that a config is of, from that of its family's language model."""
+    require(config, "problem_type", None, "single_label_classification")
+    names = [config.id2label[number] for number in sorted(config.id2label)]
+    if not LEAST <= len(names) <= MOST or len(set(names)) < len(names):
+        rule = f"must be {LEAST} to {MOST} labels, each once"
+        raise ConfigError(f"{KEY}.id2label: {written(config.id2label)}: {rule}")
+    return replace(
+        spec,
+        classifier=_head(config, tuple(map(str, names))),
+        tied=False,
+        head_bias=False,
+        head_transform=spec.head_transform if spec.family == "modernbert" else None,
+    )
+
+
+def _head(config: Any, labels: tuple[str, ...]) -> ClassifierSpec:
+    match config.model_type:
+        case "bert" | "roberta":
+            rate = config.classifier_dropout
+            rate = config.hidden_dropout_prob if rate is None else rate
+            dense_rate = rate if config.model_type == "roberta" else 0.0
+            return ClassifierSpec(labels, "first", True, True, rate, dense_rate)
+        case "modernbert":
+            pooling = choose(config, "classifier_pooling", {"cls": "first", "mean": "mean"})
+            return ClassifierSpec(labels, pooling, dropout=config.classifier_dropout)
+    return ClassifierSpec(labels, "last", bias=False)

@@ -1,0 +1,124 @@
+"""The tools that collect labelled texts and translations, on small packages made here."""
+
+import io
+import json
+import runpy
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPOSITORY
+
+LEXICON = """
+class SentimentIntensityAnalyzer:
+    def polarity_scores(self, text):
+        return {"compound": 0.5 if "good" in text else -0.5 if "bad" in text else 0.0}
+"""
+
+
+def run(tool: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"tools/{tool}.py", *arguments],
+        cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def catalogue(messages: list[tuple[str, str]], charset: str, order: str) -> bytes:
+    """A message catalogue; the first entry is the header."""
+    header = f"Content-Type: text/plain; charset={charset}\n"
+    entries = [(b"", header.encode())]
+    entries += [(source.encode(charset), target.encode(charset)) for source, target in messages]
+    tables, texts, place = b"", b"", 28 + 16 * len(entries)
+    for side in (0, 1):
+        for entry in entries:
+            tables += struct.pack(f"{order}2I", len(entry[side]), place + len(texts))
+            texts += entry[side] + b"\0"
+    head = struct.pack(f"{order}7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
+    return head + tables + texts
+
+
+@pytest.mark.parametrize(("charset", "order"), [("utf-8", "<"), ("iso-8859-1", ">")])
+def test_messages_of_a_catalogue(charset: str, order: str) -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools/collect_catalogues.py"))
+    content = catalogue(
+        [
+            ("_Open", "Ö_ffnen"),
+            ("menu\x04Close", "Schließen"),
+            ("%d file\x00%d files", "%d Datei\x00%d Dateien"),
+            ("one\ntwo", "eins\nzwei"),
+            ("not yet", ""),
+        ],
+        charset,
+        order,
+    )
+    assert list(tool["messages"](content)) == [
+        ("Open", "Öffnen"),
+        ("Close", "Schließen"),
+        ("%d file", "%d Datei"),
+        ("one two", "eins zwei"),
+    ]
+    with pytest.raises(ValueError, match="no message catalogue"):
+        list(tool["messages"](b"none" + content[4:]))
+
+
+def test_a_message_is_in_one_part_alone(tmp_path: Path) -> None:
+    messages = [(f"message {number}", f"Meldung {number}") for number in range(200)]
+    for package in ("one", "two"):
+        folder = tmp_path / "packages" / package / "usr/share/locale/de/LC_MESSAGES"
+        folder.mkdir(parents=True)
+        both = [*messages[:150], ("same", package)] if package == "one" else messages[50:]
+        (folder / "a.mo").write_bytes(catalogue(both, "utf-8", "<"))
+    run(
+        "collect_catalogues", "--language", "de", "--output", str(tmp_path), "--packages", "one", "two"
+    )  # fmt: skip
+    parts = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "valid", "text")
+    }
+    train, valid = ({line["source"] for line in parts[name]} for name in ("train", "valid"))
+    assert not train & valid and len(train | valid) == 201
+    assert len(parts["train"]) + len(parts["valid"]) == 201 and 5 < len(valid) < 40
+    assert len(parts["text"]) == 2 * len(parts["train"])
+
+
+def test_sentences_and_what_the_lexicon_says_of_them(tmp_path: Path) -> None:
+    (tmp_path / "vaderSentiment").mkdir()
+    (tmp_path / "vaderSentiment/vaderSentiment.py").write_text(LEXICON)
+    (tmp_path / "additional_resources").mkdir()
+    lines = (
+        "9_1\t1.5\ta good film\r\n10_1\t-0.5\ta bad film\r\n10_2\t0.5\tR&amp;B\r\n10_3\t0.0\tno\r\n"
+    )
+    with tarfile.open(tmp_path / "additional_resources/hutto_ICWSM_2014.tar.gz", "w:gz") as archive:
+        for name in (
+            "movieReviewSnippets",
+            "amazonReviewSnippets",
+            "nytEditorialSnippets",
+            "tweets",
+        ):
+            content = lines.encode() if name == "tweets" else b""
+            member = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    told = run("collect_sentiment", "--source", str(tmp_path), "--output", str(tmp_path / "out"))
+    lexicon = json.loads(told.splitlines()[-1])["lexicon"]
+    assert (lexicon["accuracy"], lexicon["texts"], lexicon["says_nothing"]) == (1.0, 2, 0.5)
+    valid = (tmp_path / "out/valid.jsonl").read_text().splitlines()
+    assert [(line["text"], line["label"]) for line in map(json.loads, valid)] == [
+        ("a bad film", "negative"),
+        ("R&B", "positive"),
+    ]
+    train = (tmp_path / "out/train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in train] == ["a good film"]
+
+
+def test_the_nearest_text_shares_the_rarest_trigrams() -> None:
+    nearest = runpy.run_path(str(REPOSITORY / "tools/nearest_translations.py"))["Nearest"]
+    index = nearest(["open the file", "close the file", "close the window", "quit"])
+    found = [index.find(text) for text in ("opening a file", "the window", "Quit!", "closed file")]
+    assert found == [0, 2, 3, 1]

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Make a set of translated messages from the message catalogues of Debian's packages (free licences, each its own).
+
+    python tools/collect_catalogues.py --language de --output data/catalogues
+
+downloads the packages with `apt-get download` (48 MB) into FOLDER/packages, unless they are there, and installs
+nothing. Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of source (English) and target, and FOLDER/text.jsonl,
+the training messages of both languages as lines of text, for a tokenizer. Which part a message goes into depends on its
+source alone, so that no message of one part is in the other: of ten one is for validation. Those are in no order, so
+that the first lines are a sample.
+"""
+
+import hashlib
+import json
+import re
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+from megalite.errors import ConfigError, DataError
+from megalite.inputs import reading
+from megalite.ranks.launch import ArgumentParser, at_least, run_program
+
+PACKAGES = ["coreutils", "evolution-common", "gcc-12-locales", "gimp-data", "git", "gnome-control-center-data",
+            "gnupg-l10n", "nautilus-data", "vim-runtime"]  # fmt: skip
+EVERY = 10  # of these one message is for validation
+CONTEXT, PLURAL = b"\x04", b"\x00"
+CHARSET = re.compile(rb"charset=([\w.:-]+)")
+
+
+def main(argv: list[str]) -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--language", required=True, metavar="CODE", help="such as de, fr, es, zh_CN"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME")
+    parser.add_argument(
+        "--longest", type=at_least(1), default=200, metavar="N", help="characters of a message"
+    )
+    args = parser.parse_args(argv)
+    folder = Path(args.output)
+    unpacked = folder / "packages"
+    for package in args.packages:
+        if not (unpacked / package).is_dir():
+            _unpack(package, unpacked)
+    parts: dict[str, dict[tuple[str, str], None]] = {"train": {}, "valid": {}}
+    for package in args.packages:
+        for path in sorted((unpacked / package).rglob(f"{args.language}/LC_MESSAGES/*.mo")):
+            with reading(path, DataError):
+                found = list(messages(path.read_bytes()))
+            for source, target in found:
+                if source != target and max(len(source), len(target)) <= args.longest:
+                    parts[part_of(source)][source, target] = None
+    if not parts["train"]:
+        rule = "is in no catalogue of the packages"
+        raise ConfigError(f"--language: {args.language}: {rule} {' '.join(args.packages)}")
+    train, valid = list(parts["train"]), sorted(parts["valid"], key=lambda pair: digest(pair[0]))
+    _write(folder / "train.jsonl", [{"source": s, "target": t} for s, t in train])
+    _write(folder / "valid.jsonl", [{"source": s, "target": t} for s, t in valid])
+    _write(folder / "text.jsonl", [{"text": text} for pair in train for text in pair])
+    return 0
+
+
+def _write(path: Path, lines: list[dict[str, str]]) -> None:
+    rows = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    path.write_text("".join(rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} lines")
+
+
+def _unpack(package: str, folder: Path) -> None:
+    """Downloads a package and unpacks it into a folder of its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for command in (
+            ["apt-get", "download", package],
+            ["sh", "-c", f"dpkg-deb -x {package}_*.deb {package}"],
+        ):
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError(f"--packages: {package}: needs apt-get, of Debian or Ubuntu") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip() or "no reason given").splitlines()[-1]
+        raise ConfigError(f"--packages: {package}: cannot be had: {said}") from None
+
+
+def part_of(source: str) -> str:
+    """`train` or `valid`."""
+    return "valid" if digest(source) % EVERY == 0 else "train"
+
+
+def digest(text: str) -> int:
+    """A number that tells nothing of the text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def messages(content: bytes) -> Iterator[tuple[str, str]]:
+    """Source and target of each translated message of a catalogue (GNU gettext's manual, "The Format of GNU MO Files");
+    of a plural its singular. Contexts and marks of menu keys ("_Open") are left out. Raises ValueError for what is no
+    catalogue."""
+    order = {0x950412DE: "<", 0xDE120495: ">"}.get(struct.unpack("<I", content[:4])[0])
+    if order is None:
+        raise ValueError("is no message catalogue")
+    count, sources, targets = struct.unpack(f"{order}3I", content[8:20])
+
+    def entry(table: int, number: int) -> bytes:
+        length, start = struct.unpack_from(f"{order}2I", content, table + 8 * number)
+        return content[start : start + length]
+
+    charset = "utf-8"
+    for number in range(count):
+        source, target = entry(sources, number), entry(targets, number)
+        if not source:  # the first one: the header
+            found = CHARSET.search(target)
+            charset = found[1].decode("ascii") if found else charset
+        elif target:
+            source = source.rpartition(CONTEXT)[2].partition(PLURAL)[0]
+            target = target.partition(PLURAL)[0]
+            yield plain(source.decode(charset)), plain(target.decode(charset))
+
+
+def plain(text: str) -> str:
+    """A message on one line, without marks of menu keys."""
+    return (
+        " ".join(text.replace("_", "").split()) if text.count("_") == 1 else " ".join(text.split())
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)
