@@ -1,7 +1,8 @@
 """Products of rows that are sorted by group with each group's own matrix: what experts compute. Next: model/experts.py.
 
 torch's `grouped_mm` makes all of them in one kernel and leaves the groups' sizes on the device. It takes matrices
-whose rows are multiples of 16 bytes; others go through a loop, its twin, which waits for the sizes.
+whose rows are multiples of 16 bytes, on GPUs in bf16, and not none; others go through a loop, its twin, which waits for
+the sizes.
 
 n rows, G groups; ends [G] int32: the row after each group's last one, so that `ends[-1]` is n. A group may be empty.
 """
@@ -70,30 +71,32 @@ class _GroupedLater(torch.autograd.Function):
 
 def times_transposed(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[n, in] by [G, out, in] -> [n, out]"""
-    if _is_aligned(weight):
+    if _fuses(rows, weight):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     return _loop(rows, weight.transpose(-2, -1), ends)
 
 
 def times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[n, out] by [G, out, in] -> [n, in]"""
-    if _is_aligned(weight):
+    if _fuses(rows, weight):
         return F.grouped_mm(rows, weight, offs=ends)
     return _loop(rows, weight, ends)
 
 
 def weight_gradient(slope: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """Slopes [n, out] and rows [n, in] -> [G, out, in]; of a group without rows zeros."""
-    if _is_aligned(slope) and _is_aligned(rows):
+    if _fuses(slope, rows):
         return F.grouped_mm(slope.t(), rows, offs=ends)
     pairs = zip(_parts(slope, ends), _parts(rows, ends), strict=True)
     return torch.stack([own_slope.t() @ own_rows for own_slope, own_rows in pairs])
 
 
-def _is_aligned(matrices: Tensor) -> bool:
-    """Whether `grouped_mm` takes them."""
-    sizes = matrices.shape[-2:] if matrices.dim() == 3 else matrices.shape[-1:]
-    return all(size * matrices.itemsize % ALIGNMENT_BYTES == 0 for size in sizes)
+def _fuses(rows: Tensor, others: Tensor) -> bool:
+    """Whether `grouped_mm` takes a product of these."""
+    sizes = (rows.shape[-1], *(others.shape[-2:] if others.dim() == 3 else others.shape[-1:]))
+    aligned = all(size * rows.itemsize % ALIGNMENT_BYTES == 0 for size in sizes)
+    known = rows.device.type == "cpu" or rows.dtype == torch.bfloat16
+    return aligned and known and len(rows) > 0
 
 
 def _loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ WORDS = {
     "tensor": "messages of the tensor axis",
     "engine": "sums of gradients",
     "data": "messages of the data axis",
+    "expert": "tokens on their way to experts",
     "update": "the update",
     "bubble": "the bubble",
 }

@@ -27,7 +27,7 @@ BAR = 60  # characters of the longest bar
 LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
-    "gradients, D messages of the data axis, U update, . bubble"
+    "gradients, D messages of the data axis, X tokens on their way to experts, U update, . bubble"
 )
 
 

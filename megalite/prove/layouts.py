@@ -28,7 +28,7 @@ class Layout:
     tensor: int = 1
     data: int = 1
     context: int = 1
-    expert: int | None = None
+    expert: int = 1
     zero: int | None = None
     micro: int | None = None
     schedule: str | None = None

@@ -43,7 +43,7 @@ def test_the_grouped_product_equals_its_twin(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused = product(16, dtype)
-    monkeypatch.setattr(grouped, "_is_aligned", lambda matrices: False)
+    monkeypatch.setattr(grouped, "_fuses", lambda rows, others: False)
     looped = product(16, dtype)
     assert all(torch.equal(one, other) for one, other in zip(fused, looped, strict=True))
     assert not looped[2][1].any() and not looped[2][4].any() and looped[2][0].any()
@@ -53,6 +53,17 @@ def test_the_loop_takes_what_the_fused_product_refuses() -> None:
     made, rows_gradient, weight_gradient = product(7, torch.float32)
     assert made.shape == (6, 14) and rows_gradient.shape == (6, 7)
     assert weight_gradient.shape == (5, 14, 7)
+
+
+@pytest.mark.parametrize("width", [16, 7])
+def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
+    """As all experts of a rank may be."""
+    rows = torch.randn(0, width).requires_grad_()
+    weight = nn.Parameter(torch.randn(3, 2 * width, width))
+    made = grouped_linear(rows, weight, group_ends(torch.empty(0, dtype=torch.int64), 3))
+    made.sum().backward()
+    assert made.shape == (0, 2 * width) and rows.grad is not None and weight.grad is not None
+    assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
 def stage_of(grid: Grid) -> Stage:
