@@ -80,8 +80,6 @@ LONG: list[Case] = [
     ("gpt2", Layout(context=2, pipe=2, tensor=2, zero=1, micro=1, sequence=True), "heads"),
     ("one key head, window", Layout(context=4, tensor=2, zero=2, sequence=True), "gather"),
     ("one key head, window", Layout(context=2, tensor=2, data=2, zero=3), "heads"),
-    ("bert", Layout(context=4, tensor=2, zero=1, sequence=True), "gather"),
-    ("bert", Layout(context=2, data=2, tensor=2, zero=2), "heads"),
     ("modernbert", Layout(context=4, data=2, zero=3), "heads"),
     ("modernbert", Layout(context=2, pipe=2, tensor=2, zero=2, micro=1), "gather"),
 ]
@@ -105,7 +103,7 @@ class Runs:
         json = document(self.corpus, "llama", False, BATCH)
         json["megalite"]["model"] = model
         json["megalite"]["data"] |= {"sequence_length": LENGTH, **data}
-        if layout.world_size > 1:
+        if layout.context > 1:
             json["megalite"]["parallel"] = {"context": 2, "context_attention": attention}
             json["megalite"]["train"]["activation_checkpointing"] = RECOMPUTE.get(run, "none")
         return config_of(Config.from_dict(json), layout, BATCH)
