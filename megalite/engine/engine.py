@@ -128,8 +128,18 @@ class Engine(DeepSpeedEngine):
 
     def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
         """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
-        if self.grid.replica.size > 1:
-            super()._reduce_non_expert_gradients(grads, elements_per_buffer)
+        if self.grid.replica.size == 1:
+            return
+        # Unevenly cut tensors apart, as in zero.py's buckets.
+        uneven = {
+            value.grad.data_ptr()
+            for value, place in placed(self.stage)
+            if place.uneven and value.grad is not None
+        }
+        for apart in (False, True):
+            some = [grad for grad in grads if (grad.data_ptr() in uneven) == apart]
+            if some:
+                super()._reduce_non_expert_gradients(some, elements_per_buffer)
 
     def clip_fp32_gradients(self) -> None:
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the

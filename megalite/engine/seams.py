@@ -154,6 +154,13 @@ _OF_ZERO_1_AND_2 = (
     _zero("reduce_gradients", "self, pipeline_parallel", "overridden: nothing is left out"),
     _zero("independent_gradient_partition_epilogue", "self", "overridden: the host does not wait"),
     _zero("reduce_ready_partitions_and_remove_grads", "self, param, i", "puts one into a bucket"),
+    _zero(
+        "reduce_independent_p_g_buckets_and_remove_grads",
+        "self, param, i",
+        "overridden: unevenly cut tensors have buckets of their own",
+    ),
+    _zero("get_param_comm_dtype", "self, param", "key of `ipg_buckets`"),
+    _zero("contiguous_gradients", "", "whether a bucket has two buffers in turn"),
     _zero("reduce_ipg_grads", "self, comm_dtype", "reduces what is in the buckets"),
     _zero("_clear_previous_reduced_grads", "self", "frees gradients that others own"),
     _zero("get_gradient_for_reduction", "self, param", "a gradient, or its fp32 sum"),
@@ -318,6 +325,14 @@ _OF_THE_MACHINE = (
         "overridden: no shared-memory op",
     ),
     Seam("comm/comm.py", "*.cdb", "", "hearing.py", "the backend that DeepSpeed sends by"),
+    Seam("comm/torch.py", "build_shm_op", "", "over_fakes.py", "left out in a dry run"),
+    Seam(
+        "runtime/zero/utils.py",
+        "assert_ints_same_as_other_ranks",
+        "ints",
+        "over_fakes.py",
+        "left out in a dry run: nobody answers",
+    ),
     Seam(
         "comm/torch.py",
         "TorchBackend.all_gather_function",

@@ -152,6 +152,22 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         else:
             param.grad_accum.add_(gradient.view_as(param.grad_accum))
 
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
+        """Called by DeepSpeed's hooks: puts a gradient into a bucket. Those of tensors that the tensor axis cuts
+        unevenly (an odd vocabulary) get buckets of their own: a sum over three or more ranks adds in an order that
+        depends on a number's place in the message, so behind slices of different sizes the tensor axis's copies of
+        a whole weight would get different sums."""
+        dtype = self.get_param_comm_dtype(param)
+        bucket = self.ipg_buckets[dtype]
+        if bucket.params:
+            group, number, _ = bucket.params[-1]
+            last: Any = self.bit16_groups[group][number]
+            if last.placement.uneven != param.placement.uneven:
+                self.reduce_ipg_grads(comm_dtype=dtype)
+                if self.contiguous_gradients and self.overlap_comm:
+                    bucket.index = 1 - bucket.index
+        super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Called by DeepSpeed after a step's last backward, with ZeRO-1. With overlap_comm its hooks have reduced,
         during it, what it gave a gradient, and only that: a chunk, or a head, whose last backward came earlier

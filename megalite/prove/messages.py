@@ -10,8 +10,6 @@ their other end or with another size; collectives of several groups in an order 
 """
 
 import copy
-import importlib
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed.comm
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalite.config import Config
 from megalite.engine.build import LearningRate, build_engine, build_pipeline
+from megalite.engine.over_fakes import deepspeed_over_fakes
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import model_dict, read_spec
@@ -192,7 +190,7 @@ def _calls_of(config: Config, rank: int, objects: _Objects, plant: Plant | None)
 
     with ExitStack() as stack:
         stack.enter_context(fake_world(config.world_size, rank))
-        stack.enter_context(_deepspeed_over_fakes())
+        stack.enter_context(deepspeed_over_fakes())
         stack.enter_context(patch.object(dist, "all_gather_object", gather))
         stack.enter_context(_zeroed_memory())
         axes = config.parallel
@@ -221,32 +219,6 @@ def _batches(config: Config, vocabulary: int) -> list[MicroBatch]:
         tokens = torch.tensor(rows * config.micro_batch_size)
         result.append(MicroBatch(tokens, tokens.clone(), Context(randomness=draws)))
     return result
-
-
-@contextmanager
-def _deepspeed_over_fakes() -> Iterator[None]:
-    """DeepSpeed's own state of the world made anew, and its comparison of integers with rank 0, which sends nothing
-    here, left out (runtime/zero/utils.py)."""
-    from deepspeed.runtime.zero import partition_parameters, utils
-
-    def same(ints: Any) -> None:
-        del ints
-
-    name, environment = "assert_ints_same_as_other_ranks", {"LOCAL_RANK": "0"}
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, environment))
-        # Collectives within a host by shared memory, which has no fake.
-        backend = importlib.import_module("deepspeed.comm.torch")
-        stack.enter_context(patch.object(backend, "build_shm_op", lambda: None))
-        for module in (utils, partition_parameters):
-            if hasattr(module, name):
-                stack.enter_context(patch.object(module, name, same))
-        deepspeed.comm.comm.cdb = None
-        deepspeed.comm.init_distributed("gloo", verbose=False)
-        try:
-            yield
-        finally:
-            deepspeed.comm.comm.cdb = None
 
 
 @contextmanager

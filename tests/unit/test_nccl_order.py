@@ -33,7 +33,7 @@ class Engine:
     device = torch.device("cpu")
     hands_over_by_chunk = False
     current_loss_scale = 1.0
-    stage = SimpleNamespace(head_parameters=[])
+    stage = SimpleNamespace(head_parameters=[], score_shape=())
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self.synchronize, self.module = synchronize, self
