@@ -1,5 +1,6 @@
 """DeepSpeed over process groups that go nowhere, for a dry run of all ranks in one process (prove/messages.py)."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,7 +9,6 @@ from unittest.mock import patch
 
 import deepspeed
 from deepspeed.comm import comm
-from deepspeed.comm import torch as torch_backend
 from deepspeed.runtime.zero import partition_parameters, utils
 
 
@@ -23,7 +23,8 @@ def deepspeed_over_fakes() -> Iterator[None]:
     name, environment = "assert_ints_same_as_other_ranks", {"LOCAL_RANK": "0"}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
-        # Collectives within a host by shared memory, which has no fake.
+        # Collectives within a host by shared memory, which has no fake. (The name `torch` of deepspeed.comm is torch.)
+        torch_backend = importlib.import_module("deepspeed.comm.torch")
         stack.enter_context(patch.object(torch_backend, "build_shm_op", lambda: None))
         for module in (utils, partition_parameters):
             if hasattr(module, name):
