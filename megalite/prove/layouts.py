@@ -66,8 +66,9 @@ class Layout:
 
     def __str__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.context == 1:
-            del given["context"]
+        for name in ("context", "expert"):
+            if given[name] == 1:
+                del given[name]
         words = {True: "true", False: "false"}
         return ",".join(
             f"{name}={words[value] if isinstance(value, bool) else value}"

@@ -45,14 +45,14 @@ class Start:
         if self.weights is None:
             return
         norm: GlobalNorm = engine.global_norm
-        names, shards = list(norm.row), engine.shards()
+        if not self.partly:
+            check_names(self.weights, list(norm.row))
+        if self.moments:
+            engine.make_moments(self.position.updates)
+        shards = engine.shards()  # with the moments that were just made
         if self.partly:
             held = set(self.weights.names)
             shards = [shard for shard in shards if shard.placement.name in held]
-        else:
-            check_names(self.weights, names)
-        if self.moments:
-            engine.make_moments(self.position.updates)
         if isinstance(self.weights, Checkpoint):
             # A checkpoint from before the first update has none.
             load_shards(self.weights, shards, self.moments and self.weights.has_moments)

@@ -158,8 +158,8 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
     forward = Stage.forward
 
-    def wrapped(samples: Any, *args: Any) -> Any:
-        made = micro_batches(samples, *args)
+    def wrapped(samples: Any, *args: Any, **named: Any) -> Any:
+        made = micro_batches(samples, *args, **named)
         for batch in made:
             if batch.context.randomness is None:  # of an evaluation
                 continue

@@ -214,7 +214,7 @@ def test_windows_can_be_marked_too(chats: Path) -> None:
 
 def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx stands: say "marked"'
+        ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx exists: say "marked"'
     ):
         TrainData(data_section([chats], 32), 1, 500)
     TrainData(data_section([chats], 32, loss="all"), 1, 500)
