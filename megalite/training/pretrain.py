@@ -311,7 +311,9 @@ def _train(prepared: Prepared, rank: int) -> int:
                 )
             return 0
         phase(f"building a {prepared.spec.family} model and its optimizer")
-        engine = build_engine(config, prepared.spec, grid, draws_weights=start.weights is None)
+        engine = build_engine(
+            config, prepared.spec, grid, draws_weights=start.weights is None or start.partly
+        )
         if start.weights is not None:
             phase(f"reading {start.weights.folder}")
         start.fill(engine)

@@ -274,9 +274,10 @@ def test_training_equals_transformers_and_torch(
     model = AutoModelForCausalLM.from_config(config)
     read = file_reader(model.state_dict())
     with torch.no_grad():
-        for value, place in placed(Stage(spec, Grid()).initialise(settings.train.seed)):
-            for file_name, tensor in to_hf(spec, [place.name], lambda name, value=value: value):
-                read(file_name).copy_(tensor)
+        stage = Stage(spec, Grid()).initialise(settings.train.seed)
+        values = {place.name: value for value, place in placed(stage)}
+        for file_name, tensor in to_hf(spec, values, values.__getitem__):
+            read(file_name).copy_(tensor)
     decays = [value for value in model.parameters() if value.dim() > 1]
     rest = [value for value in model.parameters() if value.dim() == 1]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
