@@ -195,7 +195,7 @@ def test_weights_and_moments_pass_between_sizes_bit_for_bit(runs: Runs, tmp_path
         Checkpoint.open(find_checkpoint(tmp_path / str(number))) for number in range(len(configs))
     ]
     for layout, other in zip(layouts[1:], others, strict=True):
-        assert other.names == first.names
+        assert sorted(other.names) == sorted(first.names)
         for tensor, kind in product(first.names, ("weight", "exp_avg", "exp_avg_sq")):
             one, two = first.read(tensor, kind=kind), other.read(tensor, kind=kind)
             assert torch.equal(one, two), f"{layout}: {kind} {tensor}"

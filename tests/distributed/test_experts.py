@@ -202,7 +202,7 @@ def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(runs: Runs, tmp_pat
     )
     assert len(first.names) > 20 and first.moments == {"exp_avg", "exp_avg_sq"}
     for other in others:
-        assert other.names == first.names
+        assert sorted(other.names) == sorted(first.names)
         for tensor in first.names:
             for kind in (WEIGHT, *first.moments):
                 wanted = first.read(tensor, kind=kind)
