@@ -21,13 +21,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
 from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.parts import BoxDict
-from megalite.checkpoint.storage import write_together
+from megalite.checkpoint.storage import SaveFailed, write_together
 from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
@@ -158,7 +157,7 @@ class Saver:
         self._count("checkpoint_seconds", time.monotonic() - start)
 
     def wait(self) -> None:
-        """Waits for the save in progress. Raises CheckpointException (on every rank) where it failed."""
+        """Waits for the save in progress. Raises SaveFailed (on every rank) where it failed."""
         if self.running is not None:
             start = time.monotonic()
             running, self.running = self.running, None
@@ -196,7 +195,7 @@ class Saver:
             write_together(
                 boxes, transaction, self.group, self._prepare, lambda: self._has_appeared(step)
             )
-        except CheckpointException:
+        except SaveFailed:
             if self.is_first:
                 transaction.abandon()
             raise
@@ -276,6 +275,6 @@ def _remove(path: Path) -> None:
 
 def failure_line(error: BaseException) -> str:
     """One line for the log: each rank that failed and why."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, SaveFailed):
         return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
     return f"{type(error).__name__}: {error}"

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.folder import Transaction
 from megalite.checkpoint.parts import BoxDict, Packed, PartIndex, key_of, rows_of
@@ -19,10 +18,16 @@ from megalite.checkpoint.tensors_file import write_tensors
 from megalite.errors import CheckpointError
 
 T = TypeVar("T")
-RUN_BYTES, OTHER_BYTES = (
-    256,
-    1 << 16,
-)  # of a checkpoint beside its tensors: for each box, and in all
+RUN_BYTES, OTHER_BYTES = 256, 1 << 16
+"""Of a checkpoint beside its tensors: for each box, and in all."""
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written. failures: by rank, the error and its stack."""
+
+    def __init__(self, failures: dict[int, tuple[Exception, Any]]) -> None:
+        super().__init__("a checkpoint could not be written", failures)
+        self.failures = failures
 
 
 def write_together(
@@ -36,7 +41,7 @@ def write_together(
     process alone). Boxes of different ranks must not overlap: each element has one owner.
 
     before, after: called on rank 0, around it all; before is given the bytes that will be written. Raises
-    CheckpointException on every rank, with the failure of each rank that had one.
+    SaveFailed on every rank, with the failure of each rank that had one.
     """
     ranks = _Ranks(group)
     needed = OTHER_BYTES + sum(
@@ -102,12 +107,12 @@ class _Ranks:
         if self.group is not None:
             dist.broadcast_object_list(answer, 0, self.group)
         if answer[1]:
-            raise CheckpointException("a checkpoint could not be written", answer[1])
+            raise SaveFailed(answer[1])
         return answer[0]  # type: ignore[return-value]  # broadcast from rank 0
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Any]:
-    """What it returns, and what it raised: (error, its stack), as CheckpointException has it."""
+    """What it returns, and what it raised: (error, its stack), as SaveFailed has it."""
     try:
         return work(), None
     except Exception as error:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megalite.parallel.rows import Rows
 
@@ -31,6 +30,9 @@ def attend_runs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor
 
 def by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """As `attend_runs`: one call of scaled_dot_product_attention for each run."""
+    # Brings torch._dynamo, FSDP and DTensor with it: a second of each rank's start.
+    from torch.nn.attention.bias import causal_lower_right
+
     grouped, mixed = query.shape[1] != key.shape[1], []
     for part, run in zip(query.chunk(2, dim=2), rows.runs, strict=True):
         seen_keys, seen_values = key[:, :, : run.stop], value[:, :, : run.stop]

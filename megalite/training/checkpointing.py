@@ -5,9 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
+from megalite.checkpoint.storage import SaveFailed
 from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
@@ -69,7 +68,7 @@ class Checkpoints(Watcher):
         unless it was the last."""
         try:
             self.saver.wait()
-        except CheckpointException as error:
+        except SaveFailed as error:
             line = f"checkpoint of step {self.saved_step} could not be saved: {failure_line(error)}"
             if last:
                 raise TrainingError(line) from None

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_good, step_of
 from megalite.checkpoint.parts import BoxDict
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
+from megalite.checkpoint.storage import SaveFailed
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard
 from tests.ranks import RankFailure, run_ranks
@@ -229,7 +229,7 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
             try:
                 save(saver, rank, step)
                 failed = ""
-            except CheckpointException as error:
+            except SaveFailed as error:
                 failed = failure_line(error)
                 assert f"rank {victim}: [Errno " in failed, failed
             everyone: list[Any] = [None] * world_size
@@ -265,7 +265,7 @@ def disk_is_full(rank: int, world_size: int, run: Path) -> None:
     save(saver, rank, 1)
     save(saver, rank, 2)
     for step in (3, 4):
-        with pytest.raises(CheckpointException) as raised:
+        with pytest.raises(SaveFailed) as raised:
             save(saver, rank, step)
         assert "No space left on device" in failure_line(raised.value)
         dist.barrier()
@@ -307,7 +307,7 @@ def room_is_made(rank: int, world_size: int, run: Path) -> None:
     if rank == 0:
         (run / "checkpoints" / "step_00000004" / "index.json").write_text("{}")
     dist.barrier()
-    with pytest.raises(CheckpointException) as raised:
+    with pytest.raises(SaveFailed) as raised:
         save(saver, rank, 5)
     assert "No space left on device" in failure_line(raised.value)
     dist.barrier()
@@ -332,7 +332,7 @@ def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None
     if rank == 0:
         shutil.copytree(run.parent / "good", run / "checkpoints")
     dist.barrier()
-    with pytest.raises(CheckpointException) as raised:
+    with pytest.raises(SaveFailed) as raised:
         save(saver, rank, 6)
     assert "rank 1: [Errno 30] Read-only file system" in failure_line(raised.value)
     dist.barrier()
@@ -375,7 +375,7 @@ def no_room(rank: int, world_size: int, run: Path) -> None:
     )
     assert figures["checkpoint_seconds"] > 0 and saver.taken_figures() == {}
     is_good(run, {2})
-    with pytest.raises(CheckpointException) as raised:
+    with pytest.raises(SaveFailed) as raised:
         save(Saver(run / str(rank), keep=1), rank, 3)
     assert "rank 1: " in failure_line(raised.value) and "that all ranks share" in failure_line(
         raised.value

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megalite.checkpoint.files import WEIGHT, Checkpoint, checkpoints_of, find_checkpoint
 from megalite.checkpoint.save import Saver, failure_line, owned_boxes
+from megalite.checkpoint.storage import SaveFailed
 from megalite.checkpoint.weights import check_names, load_shards, open_together
 from megalite.engine.engine import Engine
 from megalite.errors import CheckpointError
@@ -160,7 +160,7 @@ def fail_on_one_rank(rank: int, world_size: int, run: Path) -> None:
 
         if rank == 1:
             setattr(os, where, full_disk)
-        with pytest.raises(CheckpointException) as raised:
+        with pytest.raises(SaveFailed) as raised:
             save(2)
         assert "rank 1: [Errno 28] No space left on device" in failure_line(raised.value)
         setattr(os, where, whole)

@@ -72,7 +72,7 @@ def test_a_run_continues_while_its_disk_is_full(
         assert (fault["step"], fault["kind"]) == (25, "not_finite")
         events = EventAccumulator(str(run / "tensorboard"))
         events.Reload()
-        assert [event.step for event in events.Scalars("learning_rate")] == list(
+        assert [event.step for event in events.Scalars("train/learning_rate")] == list(
             range(1, STEPS + 1)
         )
         assert [step_of(path) for path in checkpoints_of(run)] == [40]
