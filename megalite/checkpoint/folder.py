@@ -231,8 +231,8 @@ class Transaction:
     """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
 
     state: what state.json will hold; carried: small files that go with the weights, by name. Called by one rank; the
-    others only write into its `partial`, on a file system that all of them share. That has a name of its own: ranks of
-    an earlier start that still write cannot get into it.
+    others only write into its `partial`, on a file system that all of them share. Each start uses a folder with a new
+    name, so ranks of an earlier start that still write cannot reach it.
     """
 
     folder: Path

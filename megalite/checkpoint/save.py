@@ -57,8 +57,8 @@ def _part(count: int, axis: Axis) -> tuple[int, int]:
 
 
 class Copy:
-    """Memory of this process that boxes are copied into, kept from one save to the next: to ask the system for it
-    anew takes several times as long as to fill it."""
+    """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
+    several times as long as filling it."""
 
     def __init__(self, limit_bytes: int | None) -> None:
         """limit_bytes: of the copy; None: half of what is free on this node, shared among its ranks."""
@@ -173,7 +173,7 @@ class Saver:
         return self.running is not None and self.running.done()
 
     def taken_figures(self) -> dict[str, float]:
-        """`figures`, which begin anew."""
+        """Returns `figures` and resets them."""
         taken, self.figures = self.figures, {}
         return taken
 

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     model.chat_ids(
         [*system, {"role": "user", "content": "."}]
-    )  # a template that is missing is told at once
+    )  # a missing template is reported at once
     history: list[dict[str, str]] = []
     for line in _lines():
         if line == "/quit":

@@ -29,7 +29,7 @@ from megalite.inputs import reading
 
 VALID_SHARE = 0.05
 TOKENIZER, TRAIN, VALID, CONFIG = "tokenizer", "train", "valid", "config.json"
-_VERSION = 1  # of what is made here: another one makes everything anew
+_VERSION = 1  # of the files made here: with another version everything is made again
 _BLOCK = 1 << 20
 _BYTE_PIECES = 256 + 3  # of a tokenizer: a piece for each byte, and <unk>, <s>, </s>
 # Of a trained tokenizer by the text's bytes: about one piece for every thousand bytes, in powers of two.

@@ -41,7 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--template",
         metavar="TEXT",
-        help=f"what stands before a translation of --pairs (default: {TEMPLATE!r})",
+        help=f"the text before a translation of --pairs (default: {TEMPLATE!r})",
     )
     parser.add_argument(
         "--label-key",

@@ -284,7 +284,7 @@ REFUSED_OPTIMIZERS = {
     "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
     "ZeRO-1 on clips the update in place of the gradient: the result would depend on the layout",
     "Lion": "DeepSpeed's moves a weight whose gradient is 0, as that of an unseen token's embedding, by a whole step",
-    "Adagrad": "DeepSpeed makes it anew for ZeRO and forgets the parameter groups: norms and biases would decay",
+    "Adagrad": "DeepSpeed rebuilds it for ZeRO and drops the parameter groups: norms and biases would decay",
     "Lamb": "it needs the norms of whole tensors, of which ZeRO gives it parts",
 }
 

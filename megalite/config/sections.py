@@ -109,8 +109,8 @@ class Source(Section):
 
 
 class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden and asked for. Which ones is drawn anew in each
-    epoch, the same on every layout and after a restart; special tokens never are."""
+    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
+    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
 
     masked: float = Field(
         gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
@@ -205,8 +205,8 @@ class Data(Section):
     )
     reset_attention: bool = Field(
         False,
-        description="Keep documents apart: attention and positions begin anew at each, and a document's last "
-        "token is not asked for the next one's first.",
+        description="Keep documents apart: attention and positions restart at each, and a document's "
+        "last token does not predict the next document's first.",
     )
     eod_mask_loss: bool = Field(
         False,

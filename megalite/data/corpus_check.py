@@ -108,7 +108,7 @@ def _compare(path: Path, found: str, sums: dict[str, str]) -> None:
     if sums[path.name] != found:
         raise DataError(
             f"{path}: its SHA-256 is {found[:12]}…, must be {sums[path.name][:12]}… of {path.stem}.sha256: damaged, or "
-            "written anew without it"
+            "rewritten without it"
         )
 
 

@@ -36,7 +36,7 @@ class PairEncoder:
         return cls(tokenizer.encoder(), tokenizer.eod_id, template)
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
-        """What stands before the translation of each text."""
+        """The text before the translation of each source."""
         return self.encoder.encode_batch(
             [self.template.replace(SOURCE, source) for source in sources]
         )

@@ -1,9 +1,9 @@
 """Samples of one corpus: S tokens, and the one after them where it is asked for (`ahead` 1; masked language modelling
 has 0), taken at multiples of S from the tokens laid end to end.
 
-S sequence length in tokens, B samples asked for. Two orders: the windows of the file itself, in turn or
-shuffled anew in each epoch by a permutation that is computed at the position asked for, so that a start
-costs the same at any size (here); and Megatron-LM's, whose tables are built first (`megatron.py`).
+S sequence length in tokens, B samples asked for. Two orders: the windows of the file itself, in order or
+in a new permutation each epoch, computed at the requested position, so that a start costs the same at any size
+(here); and Megatron-LM's, whose tables are built first (`megatron.py`).
 Which corpus a position of the run goes to is `blend.py`.
 """
 

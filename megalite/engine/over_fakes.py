@@ -14,7 +14,7 @@ from deepspeed.runtime.zero import partition_parameters, utils
 
 @contextmanager
 def deepspeed_over_fakes() -> Iterator[None]:
-    """DeepSpeed's own state of the world made anew, and its comparison of integers with rank 0, which sends nothing
+    """DeepSpeed's own state of the world reset, and its comparison of integers with rank 0, which sends nothing
     here, left out."""
 
     def same(ints: Any) -> None:

@@ -1,9 +1,9 @@
-"""Beam search: of each prompt the `size` likeliest texts are kept, and each step goes on from all of them.
+"""Beam search: of each prompt the `size` likeliest texts are kept, and each step extends all of them.
 
 As transformers has it (`generate` with `num_beams`): a step looks at the 2 · size likeliest continuations; those of the
 first `size` that end a text are set aside, scored by the mean logarithm of their tokens' probabilities, and the
-likeliest others go on. A prompt is finished when `size` texts are set aside and no beam can be better than the worst of
-them, or at the greatest length. P prompts, K beams, V / t logits of a rank. Next: generate.py.
+likeliest others continue. A prompt is finished when `size` texts are set aside and no beam can be better than the worst
+of them, or at the greatest length. P prompts, K beams, V / t logits of a rank. Next: generate.py.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -37,7 +37,7 @@ class Beams:
 
 
 class Hypotheses:
-    """The texts of one prompt: those that go on and those that are set aside."""
+    """The texts of one prompt: those that continue and those that are set aside."""
 
     def __init__(self, beams: Beams, max_new_tokens: int) -> None:
         self.beams, self.max_new_tokens = beams, max_new_tokens
@@ -45,7 +45,7 @@ class Hypotheses:
         # All rows hold the prompt at first: only one of them counts.
         self.scores = [0.0] + [_NEVER] * (beams.size - 1)
         self.parents = list(range(beams.size))
-        """Of each live text the beam that it goes on from."""
+        """Of each live text the beam that it continues."""
         self.ended: list[tuple[float, list[int], str]] = []
         """Score, tokens and why it ended, best first."""
 

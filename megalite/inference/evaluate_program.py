@@ -72,7 +72,7 @@ def evaluate_main(arguments: list[str]) -> int:
         "--template",
         default=TEMPLATE,
         metavar="TEXT",
-        help=f"what stands before a translation, as in training (default: {TEMPLATE!r})",
+        help=f"the text before a translation, as in training (default: {TEMPLATE!r})",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="of a translation")
     parser.add_argument("--beams", type=at_least(2), metavar="N", help="of --translations")

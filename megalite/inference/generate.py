@@ -310,7 +310,7 @@ class _BeamBatch(_Batch):
     def take(
         self, chosen: Tensor, stop_ids: Collection[int], ends: Ends
     ) -> Iterator[tuple[Text, int]]:
-        """Goes on with the best beams of each prompt; a text that is finished gets its tokens."""
+        """Continues with the best beams of each prompt; a text that is finished gets its tokens."""
         rows, column = [], []
         for number, (text, book, found) in enumerate(
             zip(self.prompts, self.books, chosen.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What a block is made of besides attention, norms and the MLP, and what stands before a head. Next: attention.py.
+"""What a block is made of besides attention (norms, the MLP), and what comes before a head. Next: attention.py.
 
 Shapes: B batch, S sequence, T positions seen so far (S without a cache), D hidden, N heads, K key/value heads,
 H head size, F intermediate; `/ t` marks a dim that the tensor axis splits.

@@ -63,7 +63,7 @@ class Lengths:
                     place[rank] += 1
                     moved = True
         if any(place[rank] < len(actions) for rank, actions in enumerate(program.actions)):
-            raise ProgramError("no rank can go on")
+            raise ProgramError("no rank can continue")
         self._last = newest
 
     def _counts(self) -> np.ndarray:

@@ -290,7 +290,7 @@ def _match_messages(ranks: Sequence[RankCalls]) -> int:
 
 
 def _play(ranks: Sequence[RankCalls], groups: dict[str, tuple[int, ...]]) -> None:
-    """Collectives complete when all members of their group are at them; raises DryRunError where no rank can go on."""
+    """A collective completes when all members of its group are at it; raises DryRunError where no rank can continue."""
     lists = [[call for call in rank.calls if call.peer is None] for rank in ranks]
     at = [0] * len(ranks)
     moved = True

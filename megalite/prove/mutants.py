@@ -311,7 +311,7 @@ def _old_randomness(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 def _of_resuming(grid: Grid) -> Iterable[tuple[str, Plant]]:
-    yield "the optimizer counts its steps anew on resuming", _steps_anew
+    yield "the optimizer counts its steps from zero on resuming", _steps_anew
     yield "the run repeats a batch on resuming", _repeated_batch
 
 

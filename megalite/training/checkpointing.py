@@ -41,7 +41,7 @@ class Checkpoints(Watcher):
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
         timeout = train.limits.collective_timeout
         self.saver = Saver(self.run_dir, train.keep_checkpoints, copy_bytes, timeout)
-        self.saved_step = start.step or None  # that of step 0 is made anew where one is wanted
+        self.saved_step = start.step or None  # that of step 0 is written again where one is wanted
         # Rank 0 writes state.json.
         self.fingerprint = fingerprint(config) if engine.grid.rank == 0 else {}
 

@@ -1,7 +1,7 @@
 """Texts that a run continues at each evaluation, on any layout: `megalite.train.sample_prompts`.
 
-They go through the run's own pipeline, whatever its schedule, chunks and ZeRO stage, as an evaluation does: the whole
-text anew for each token, without a cache, since a few short texts are wanted and not speed. Every data rank does the
+They go through the run's own pipeline, whatever its schedule, chunks and ZeRO stage, as an evaluation does: the
+whole text for each token, without a cache: the texts are few and short. Every data rank does the
 same work. launcher/generate.py is for more. B prompts, S tokens, V vocabulary, t ranks of the tensor axis.
 """
 

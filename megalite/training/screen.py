@@ -87,7 +87,7 @@ class Screen(Watcher):
             self.console.print(text, highlight=False, markup=False)
 
     def went_back(self, position: Position) -> None:
-        """The time left is estimated anew."""
+        """Restarts the estimate of the time left."""
         self.seconds_left = 0.0
 
     def close(self) -> None:

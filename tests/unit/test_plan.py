@@ -85,7 +85,7 @@ def test_the_fast_clock_is_the_checks(schedule: str, p: int, m: int) -> None:
 def test_a_program_that_cannot_run_is_no_clock() -> None:
     program = make_program("1f1b", 2, 2, 1)
     turned = Program(program.home, 2, (program.actions[0][::-1], program.actions[1]))
-    with pytest.raises(Exception, match="no rank can go on"):
+    with pytest.raises(Exception, match="no rank can continue"):
         Lengths(turned)
 
 
