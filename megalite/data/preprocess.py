@@ -247,27 +247,13 @@ def preprocess(
     if len(asked_forms) > 1:
         raise ConfigError(f"{asked_forms[1]}: not with {asked_forms[0]}")
     _check_labels(label_key, classes)
+    _check_ends(append_eod, cls_sep, chat, template)
     if template is not None:
-        if append_eod or cls_sep:
-            option = "--append-eod" if append_eod else "--cls-sep"
-            raise ConfigError(f"{option}: not with --pairs, which end by the end of document")
         task: Task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
     elif chat:
-        if cls_sep:
-            raise ConfigError("--cls-sep: not with --chat, which is for decoders")
-        if append_eod:
-            raise ConfigError(
-                "--append-eod: not with --chat: the template ends messages, and completions are ended"
-            )
         task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
-        if append_eod and cls_sep:
-            raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
-        begin, end = _cls_and_sep(loaded, tokenizer) if cls_sep else ([], [])
-        end = _end_of_document(loaded, tokenizer) if append_eod else end
-        encoder = loaded.encoder()
-        if cls_sep and isinstance(encoder, FastEncoder):
-            encoder = encoder.splitting()  # "[SEP]" in a text ends no document
+        encoder, begin, end = _of_texts(loaded, tokenizer, append_eod, cls_sep)
         if label_key is None:
             task = TextTask(encoder, dtype, text_key, begin, end)
         else:
@@ -293,6 +279,33 @@ def preprocess(
             partial.finish(dtype)
         partial.give_names()
     return partial.counts
+
+
+def _check_ends(append_eod: bool, cls_sep: bool, chat: bool, template: str | None) -> None:
+    """Each form of a document has its own end."""
+    if template is not None and (append_eod or cls_sep):
+        option = "--append-eod" if append_eod else "--cls-sep"
+        raise ConfigError(f"{option}: not with --pairs, which end by the end of document")
+    if chat and cls_sep:
+        raise ConfigError("--cls-sep: not with --chat, which is for decoders")
+    if chat and append_eod:
+        raise ConfigError(
+            "--append-eod: not with --chat: the template ends messages, and completions are ended"
+        )
+    if append_eod and cls_sep:
+        raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
+
+
+def _of_texts(
+    loaded: Tokenizer, tokenizer: str | Path, append_eod: bool, cls_sep: bool
+) -> tuple[Encoder, list[int], list[int]]:
+    """(encoder, ids before a document, ids after it) of plain texts."""
+    begin, end = _cls_and_sep(loaded, tokenizer) if cls_sep else ([], [])
+    end = _end_of_document(loaded, tokenizer) if append_eod else end
+    encoder = loaded.encoder()
+    if cls_sep and isinstance(encoder, FastEncoder):
+        encoder = encoder.splitting()  # "[SEP]" in a text ends no document
+    return encoder, begin, end
 
 
 def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:

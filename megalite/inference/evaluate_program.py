@@ -52,6 +52,31 @@ Work = Callable[[Any, Any], list[dict[str, Any]]]
 def evaluate_main(arguments: list[str]) -> int:
     """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`, and of a
     classifier of texts what training/classification.py tells."""
+    options = _parser().parse_args(arguments)
+    kinds = (
+        (options.data, _corpus),
+        (options.labelled, _labels),
+        (options.translations, _translations),
+    )
+    prepare_work = next((work for asked, work in kinds if asked), _tasks)
+
+    def prepare(thorough: bool) -> tuple[Prepared, Work]:
+        with reading(options.checkpoint, CheckpointError):
+            sections, whole = (("data",), True) if options.data else ((), False)
+            prepared = prepare_model(options, place().world_size, sections, whole)
+            return prepared, prepare_work(options, prepared, thorough)
+
+    here, (prepared, work) = start_ranks(prepare)
+    try:
+        for line in work(*load_stage(prepared, options.dtype)):
+            if here.rank == 0:
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+    finally:
+        stop_ranks()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = model_parser("Score a model on any layout.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -104,28 +129,7 @@ def evaluate_main(arguments: list[str]) -> int:
     parser.add_argument(
         "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
     )
-    options = parser.parse_args(arguments)
-    kinds = (
-        (options.data, _corpus),
-        (options.labelled, _labels),
-        (options.translations, _translations),
-    )
-    prepare_work = next((work for asked, work in kinds if asked), _tasks)
-
-    def prepare(thorough: bool) -> tuple[Prepared, Work]:
-        with reading(options.checkpoint, CheckpointError):
-            sections, whole = (("data",), True) if options.data else ((), False)
-            prepared = prepare_model(options, place().world_size, sections, whole)
-            return prepared, prepare_work(options, prepared, thorough)
-
-    here, (prepared, work) = start_ranks(prepare)
-    try:
-        for line in work(*load_stage(prepared, options.dtype)):
-            if here.rank == 0:
-                print(json.dumps(line, ensure_ascii=False), flush=True)
-    finally:
-        stop_ranks()
-    return 0
+    return parser
 
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:

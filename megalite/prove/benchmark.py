@@ -19,8 +19,7 @@ from megalite.engine.nvme import check_nvme
 from megalite.model.families import read_spec
 from megalite.pipeline.plan import plan_of
 from megalite.plan.states import place_of, predicted_activations
-from megalite.prove.layouts import Layout, base_batch, config_of
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
 from megalite.ranks.local import check_room, run_local_ranks
 from megalite.topology.axes import TOLD
 
@@ -32,24 +31,11 @@ STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 def main(arguments: list[str]) -> int:
     """Prints the figures; returns 0. Raises UserError with one line."""
-    parser = ArgumentParser(
-        "benchmark_step.py", description="Measure a training step on several layouts."
-    )
-    parser.add_argument(
-        "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
-    )
-    parser.add_argument(
-        "--layouts",
-        nargs="+",
-        required=True,
-        metavar="LAYOUT",
-        help='pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
-    )
-    parser.add_argument(
-        "--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)"
-    )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON"
+    parser = layouts_parser(
+        "benchmark_step.py",
+        "Measure a training step on several layouts.",
+        'pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
+        "timed steps of each (default: 5)",
     )
     options = parser.parse_args(arguments)
     overrides = [*options.set, "megalite.train.batch_ramp=null"]

@@ -15,8 +15,25 @@ from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.pipeline.schedules import SCHEDULES
+from megalite.ranks.launch import ArgumentParser, at_least
 
 LEAST_EPSILON = 1e-4
+
+
+def layouts_parser(
+    name: str, description: str, layout_help: str, steps_help: str
+) -> ArgumentParser:
+    """The arguments that a program over several layouts of one config has."""
+    parser = ArgumentParser(name, description=description)
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
+    )
+    parser.add_argument("--layouts", nargs="+", required=True, metavar="LAYOUT", help=layout_help)
+    parser.add_argument("--steps", type=at_least(1), default=5, metavar="N", help=steps_help)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON"
+    )
+    return parser
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,12 @@ from megalite.prove.layouts import (
     common_batch,
     comparable,
     config_of,
+    layouts_parser,
     micro_sizes,
 )
 from megalite.prove.mutants import chosen, mutants
 from megalite.prove.trace import Piece, Trace
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.launch import at_least
 from megalite.ranks.local import check_room, run_local_ranks
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by
@@ -188,22 +189,11 @@ def _tensor_difference(
 def main(arguments: list[str]) -> int:
     """0: all layouts agree, and all mutants that change a number are found; 1: not so. Raises UserError with one
     line."""
-    parser = ArgumentParser("verify_layouts.py", description=DESCRIPTION)
-    parser.add_argument(
-        "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
-    )
-    parser.add_argument(
-        "--layouts",
-        nargs="+",
-        required=True,
-        metavar="LAYOUT",
-        help="pipe=2,tensor=2,data=2,zero=2",
-    )
-    parser.add_argument(
-        "--steps", type=at_least(1), default=5, metavar="N", help="optimizer steps (default: 5)"
-    )
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="a dotted path into the JSON"
+    parser = layouts_parser(
+        "verify_layouts.py",
+        DESCRIPTION,
+        "pipe=2,tensor=2,data=2,zero=2",
+        "optimizer steps (default: 5)",
     )
     mutants_help = (
         "then plant up to N faults in each layout, and tell how many are found (default: 0)"
