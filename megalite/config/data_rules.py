@@ -7,8 +7,10 @@ value and the rule.
 import json
 
 from megalite.config.document import ModelDims
+from megalite.config.objectives import Classes
 from megalite.config.section import broken
-from megalite.config.sections import Classes, Data, Masked, Megalite
+from megalite.config.sections import Data, Masked, Megalite
+from megalite.config.stack_rules import check_objective_of_stacks, check_source_target
 from megalite.errors import ConfigError
 
 LEAST_SHARE = (
@@ -39,6 +41,7 @@ def check_data_keys(data: Data) -> None:
         )
     _check_masked(data)
     _check_classes(data)
+    check_source_target(data)
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for i, source in enumerate(sources):
             if source.split is not None and source.split[0] >= source.split[1]:
@@ -135,7 +138,7 @@ def check_objective(data: Data, dims: ModelDims) -> None:
         rule = f'must be the labels of the model, a classifier: {{"classes": {json.dumps(dims.labels)}}}'
         value = data.objective if isinstance(data.objective, str) else data.objective.model_dump()
         raise broken("megalite.data.objective", value, rule)
-    if data.classes:
+    if data.classes or check_objective_of_stacks(data, dims):
         return
     if dims.causal and isinstance(data.objective, Masked):
         value = data.objective.model_dump(exclude_none=True)

@@ -16,6 +16,7 @@ from megalite.data.corpus_check import unknown_id
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.samples import Piece, Samples, read_documents, read_tokens
+from megalite.data.source_target import Rows, SourceTarget
 
 
 class Batch(NamedTuple):
@@ -51,6 +52,8 @@ class BatchReader:
     """How far after a position its label is."""
     classifies: bool = False
     """Labels are those of texts, which the corpus beside the tokens holds."""
+    source_target: SourceTarget | None = None
+    """How a sample's source and target are made."""
 
     def read(
         self,
@@ -72,6 +75,11 @@ class BatchReader:
                 if corpus is not None:
                     corpus.check_unchanged()
             for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
+                if self.source_target is not None:
+                    kept_apart = None if documents is None else documents[row]
+                    filled = Rows(tokens[row], labels[row], kept_apart)
+                    self._fill_both(self.source_target, stream, pieces, int(numbers[row]), filled)
+                    continue
                 fill(
                     stream,
                     pieces,
@@ -136,6 +144,23 @@ class BatchReader:
             filled = end
         if documents is not None:
             documents[filled:] = len(pieces)
+
+    def _fill_both(
+        self,
+        made: SourceTarget,
+        stream: Stream,
+        pieces: list[Piece],
+        number: int,
+        rows: Rows,
+    ) -> None:
+        """Rows of one sample of an encoder-decoder; number: the sample's in the run."""
+        ids = np.empty(sum(stop - start for start, stop in pieces), np.int64)
+        marks = None if stream.marks is None else np.empty_like(ids)
+        read_tokens(stream.samples.corpus, pieces, ids)
+        self._check(stream, pieces, ids)
+        if stream.marks is not None and marks is not None:
+            read_tokens(stream.marks, pieces, marks)
+        made.fill(ids, marks, number, rows)
 
     def _check(self, stream: Stream, pieces: list[Piece], ids: np.ndarray) -> None:
         unsigned = ids.view(np.uint64)  # a negative id is a huge one there

@@ -28,6 +28,7 @@ from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
+from megalite.data.source_target import source_target_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import read_json_object, reading
@@ -196,11 +197,17 @@ def _in_order(
 ) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
     """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
     if data.samples == "windows":
-        return Windows(of.corpus, data.sequence_length, of.source.split, data.ahead), of.marks
+        length = data.sequence_length if data.spans is None else data.spans.text
+        return Windows(of.corpus, length, of.source.split, data.ahead), of.marks
     documents = part_of(of.corpus.num_documents, of.source.split)
     with reading(of.source.path, DataError):
         whole = WholeDocuments(
-            of.corpus, documents, data.sequence_length, data.samples == "packed", data.ahead
+            of.corpus,
+            documents,
+            data.sequence_length,
+            data.samples == "packed",
+            data.ahead,
+            cuts=not data.source_length,
         )
     if whole.cut:
         notes.append(
@@ -229,6 +236,7 @@ def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
         masking,
         data.ahead,
         bool(data.classes),
+        source_target_of(data, vocabulary_size, seed),
     )
 
 

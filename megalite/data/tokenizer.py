@@ -48,6 +48,10 @@ class Tokenizer(ABC):
         """The ids of each text."""
 
     @abstractmethod
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """The id of each token as the vocabulary writes it; None where it does not have one."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; those that the vocabulary does not have give nothing."""
 
@@ -148,6 +152,11 @@ class HuggingFaceTokenizer(Tokenizer):
             copy.deepcopy(fast), bool(getattr(self.inner, "split_special_tokens", False))
         )
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """See Tokenizer."""
+        vocabulary: dict[str, int] = self.inner.get_vocab()
+        return [vocabulary.get(token) for token in tokens]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids, with its spaces as they are."""
         known = [int(i) for i in ids if 0 <= i < self.vocabulary_size]
@@ -181,6 +190,12 @@ class SentencePieceTokenizer(Tokenizer):
     def encoder(self) -> Encoder:
         """See Tokenizer."""
         return SentencePieceEncoder(self._inner)
+
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """See Tokenizer."""
+        found = [self._inner.piece_to_id(token) for token in tokens]
+        pairs = zip(found, tokens, strict=True)
+        return [i if self._inner.id_to_piece(i) == token else None for i, token in pairs]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; control tokens have none, whatever is asked."""

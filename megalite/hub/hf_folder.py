@@ -89,7 +89,7 @@ class HFFolder:
         full = self.shapes[name]
         offsets = tuple(offsets) if offsets is not None else (0,) * len(full)
         shape = tuple(shape) if shape is not None else full
-        entry = hf_tensor(self.spec.family, name)
+        entry = hf_tensor(self.spec, name)
         if entry.stacked:
             return self._read_stacked(entry, offsets, shape)
         groups = groups_of(entry, self.spec)
@@ -132,7 +132,7 @@ class HFFolder:
 
     def _missing_prefix(self) -> str:
         """GPT-2's own files leave "transformer." out: they were saved from the model without its head."""
-        first = hf_tensor(self.spec.family, TIED_NAME).name
+        first = hf_tensor(self.spec, TIED_NAME).name
         prefix = first.partition(".")[0] + "."
         return (
             prefix
@@ -144,14 +144,15 @@ class HFFolder:
         """The files hold every tensor of the model with its shape, and no other."""
         known = set()
         for name, full in self.shapes.items():
-            entry = hf_tensor(self.spec.family, name)
+            entry = hf_tensor(self.spec, name)
             shape = [*full[1:]] if entry.stacked else [full[0] * entry.parts, *full[1:]]
             for file_name in file_names(entry, self.spec):
                 file_name = file_name.removeprefix(self._prefix)
                 known.add(file_name)
                 self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
-        if self.spec.tied:
-            known |= self._tied_head()
+        copies = [*getattr(FAMILIES[self.spec.family], "COPIES", ())]
+        for file_name in copies + [self._file_name(self._head)] * self.spec.tied:
+            known |= self._copy(file_name)
         if self.made_one:  # the other head
             table = FAMILIES[self.spec.family].TENSORS.items()
             known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
@@ -181,20 +182,23 @@ class HFFolder:
     def _leave_out_new(self) -> None:
         """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""
         for name in [name for name in self.shapes if name.startswith(_OF_HEADS)]:
-            if self._file_name(hf_tensor(self.spec.family, name)) not in self._files.where:
+            if self._file_name(hf_tensor(self.spec, name)) not in self._files.where:
                 del self.shapes[name]
 
-    def _tied_head(self) -> set[str]:
-        """A head that is in the files though the config ties it must equal the embedding."""
-        head = self._file_name(FAMILIES[self.spec.family].TENSORS[HEAD])
-        if head not in self._files.where:
+    @property
+    def _head(self) -> HFTensor:
+        return FAMILIES[self.spec.family].TENSORS[HEAD]
+
+    def _copy(self, name: str) -> set[str]:
+        """What is in the files though it is the embedding, such as a head that the config ties, must equal it."""
+        if name not in self._files.where:
             return set()
-        if not torch.equal(self._files.read(head, ()), self.read(TIED_NAME)):
-            raise CheckpointError(
-                f"{self.folder}: {head}: differs from the embedding: tie_word_embeddings: True: must "
-                "be false in config.json"
-            )
-        return {head}
+        if not torch.equal(self._files.read(name, ()), self.read(TIED_NAME)):
+            rule = "tie_word_embeddings: True: must be false in config.json"
+            if name != self._file_name(self._head):
+                rule = f"a {self.spec.family} model has one embedding"
+            raise CheckpointError(f"{self.folder}: {name}: differs from the embedding: {rule}")
+        return {name}
 
 
 def _file_rows(

@@ -34,7 +34,7 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import check_ids
+from megalite.inference.texts import as_sources, check_ids
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.classification import figures
@@ -148,7 +148,14 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
         from megalite.inference.evaluate import evaluate
 
         score = evaluate(
-            stage, grid, samples, samples.num_samples, length, options.micro_batch_size, by_heads
+            stage,
+            grid,
+            samples,
+            samples.num_samples,
+            length,
+            options.micro_batch_size,
+            by_heads,
+            data.source_length,
         )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
         return [
@@ -231,7 +238,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
     from megalite.inference.generate import check_lengths
     from megalite.inference.translations import read_pairs, scores, write_translations
 
-    check_decoder(prepared, "--translations")
+    check_decoder(prepared, "--translations", sources=True)
     if importlib.util.find_spec("sacrebleu") is None:
         line = f"--translations: {options.translations}: needs sacrebleu"
         raise ConfigError(f"{line}: pip install 'megalite[eval]'")
@@ -241,6 +248,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
     )
     pairs = read_pairs(options.translations)
     prompts = encoder.prompts([source for source, _ in pairs])
+    prompts = as_sources(prepared.spec, tokenizer, prompts)
     check_ids(prepared.spec, prompts)
     check_lengths(prepared.spec, prompts, options.max_new_tokens)
     beams = None if options.beams is None else Beams(options.beams, options.length_penalty)

@@ -4,6 +4,10 @@ Prompts of a batch are aligned at their ends (padding on the left), so that the 
 every row. As many batches are under way as there are stages: while one is on the last stage, another is on the
 first. Hidden states go from stage to stage; the tokens that the last stage chooses go back to all others, which
 therefore all know every text. B prompts of a batch, S tokens a row, D hidden.
+
+Of an encoder-decoder the prompts are sources: they go through the encoder in the first pass, with the token that starts
+a target, and the text is a target of its own. Later passes have no source; layers with cross-attention have kept its
+keys and values.
 """
 
 import itertools
@@ -234,9 +238,14 @@ class _Batch:
             [longest - len(text.prompt) for text in texts], device=self.device
         )  # [B]
         rows = [[0] * (longest - len(text.prompt)) + text.prompt for text in texts]
+        self.start_id, self.source = self.stage.spec.start_id, 0
+        capacity = longest + max_new_tokens
+        if self.start_id is not None:
+            rows = [[*row, self.start_id] for row in rows]
+            self.source, capacity = longest, max_new_tokens
         self.column = torch.tensor(rows, device=self.device)  # [B, S], then [B, 1]
         self.seen = 0  # columns that went through
-        self.cache = KeyValueCache(longest + max_new_tokens)
+        self.cache = KeyValueCache(capacity)
         self.chosen = torch.zeros(len(texts), dtype=torch.int64, device=self.device)
 
     @property
@@ -252,7 +261,8 @@ class _Batch:
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
         places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
-        held = [[*text.prompt, *text.tokens] for text in self.texts]
+        starts = [text.prompt if self.start_id is None else [self.start_id] for text in self.texts]
+        held = [[*start, *text.tokens] for start, text in zip(starts, self.texts, strict=True)]
         self.chosen = choose(
             output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places, held
         )
@@ -274,6 +284,11 @@ class _Batch:
 
     def _context(self) -> Context:
         """Positions count from a row's first real token; padding is seen by none but itself."""
+        if self.start_id is not None:
+            columns = torch.arange(self.source, device=self.device)
+            visible = (columns >= self.padding.unsqueeze(-1))[:, None, None]
+            source = 0 if self.seen else self.source
+            return Context(cache=self.cache, source=source, source_visible=visible)
         length = self.column.shape[1]
         places = torch.arange(self.seen, self.seen + length, device=self.device)
         positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]

@@ -88,8 +88,13 @@ def prepare_model(
     )
 
 
-def check_decoder(prepared: Prepared, use: str) -> None:
-    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model."""
+def check_decoder(prepared: Prepared, use: str, sources: bool = False) -> None:
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. sources: whether
+    an encoder-decoder, whose prompts are sources, can do it too."""
+    if prepared.spec.stacks is not None and not sources:
+        model = f"a {prepared.spec.family} model is an encoder-decoder"
+        rule = f"{model}: {use} needs a decoder, such as llama"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
     if prepared.spec.classifier is not None:
         rule = f"is a classifier of texts: {use} needs a model of language"
         raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")

@@ -2,6 +2,7 @@
 the numbers that its dropout is drawn from. Next: layers.py."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,18 @@ from megalite.parallel.rows import Rows
 @dataclass
 class KeyValueCache:
     """Keys and values of the positions seen so far, by layer, for generation. A layer's room for `capacity`
-    positions is made once: growing by concatenation copies all of it for each token."""
+    positions is made once: growing by concatenation copies all of it for each token. sources: those of an encoder's
+    source, by the layer that looks at them."""
 
     capacity: int
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
+    sources: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far."""
+        return next(iter(self.lengths.values()), 0)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, K / t, S, H] and returns all of the layer's, [B, K / t, T, H], as views."""
@@ -57,6 +65,10 @@ class Context:
     the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
     balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
     micro-batch; None: they are left out.
+    source: of an encoder-decoder, how many of a sample's S tokens are the source, which come first; the rest is the
+    target. `counted` is then about the target's labels, and `documents` tells filling of the source, which is in
+    another document than the first token and which nothing looks at. source_visible [B, 1, 1, source] bool: the same
+    where there are no documents, for generation, where later passes have no source.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
 
@@ -71,7 +83,9 @@ class Context:
     rows: Rows | None = None
     run_pieces: tuple[RunPieces, ...] | None = None
     balance: Tensor | None = None
-    shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    source: int = 0
+    source_visible: Tensor | None = None
+    shared: dict[object, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:
         """Positions of the tokens, [B or 1, S] int64."""

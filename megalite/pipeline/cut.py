@@ -42,15 +42,25 @@ class ModelCosts:
 
     @classmethod
     def of(
-        cls, spec: TransformerSpec, length: int, recomputes: bool, counted: float = 1.0
+        cls,
+        spec: TransformerSpec,
+        length: int,
+        recomputes: bool,
+        counted: float = 1.0,
+        source: int = 0,
     ) -> "ModelCosts":
         """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
         makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
-        never does. A dense layer before the head is counted with it, as if it had no backward."""
+        never does. A dense layer before the head is counted with it, as if it had no backward. source: tokens of an
+        encoder-decoder's source."""
         head = 3.0 * counted * spec.head_weights
         head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
-        spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
-        heads = spec.num_heads * spec.head_size
+        heads, layers = spec.num_heads * spec.head_size, range(spec.num_layers)
+        if spec.stacks is not None:
+            work = [spec.layer_work(layer, length, source) for layer in layers]
+            found = tuple(LayerCosts(weights, 2 * heads * seen) for weights, seen in work)
+            return cls(found, head, recomputes)
+        spans = [_span(spec, layer, length) for layer in layers]
         return cls(
             tuple(
                 LayerCosts(spec.layer_parameters(layer, used=True), heads * span)

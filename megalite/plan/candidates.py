@@ -15,9 +15,9 @@ from megalite.config import Config
 from megalite.config.batches import BatchPlan
 from megalite.config.deepspeed_keys import ZeroOptimization
 from megalite.config.optimizer_rules import check_precision, check_zero
+from megalite.config.parallel_keys import Parallel
 from megalite.config.pipe_rules import check_micro_batches, check_schedule_of_pipe
 from megalite.config.rules import check_layout
-from megalite.config.sections import Parallel
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.schedules import SCHEDULES

@@ -169,7 +169,8 @@ def place_on_meta(
             source = ids if first else torch.zeros(shape, dtype=dtype, device="meta")
             if not first:
                 source.requires_grad_()
-            output = stage(source, ids if last else None, Context(), chunk)
+            context = Context(source=config.data.source_length)
+            output = stage(source, ids if last else None, context, chunk)
             _check_chunk(stage, chunk, output, source, None if last else shape, rank)
     sent = dict(traffic.bytes)
     # Every message of a chunk: its result to the next, its gradient to the one before.

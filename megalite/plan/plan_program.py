@@ -82,6 +82,9 @@ def planner_of(
         rule = "must be 1: the planner does not know the times of that axis"
         raise broken("megalite.parallel.context", config.parallel.context, rule)
     spec = read_spec(config.model)
+    if spec.stacks is not None:
+        rule = "the planner does not know the times of an encoder-decoder"
+        raise ConfigError(f"megalite.model.model_type: {spec.family!r}: {rule}")
     batch, resolved = config.document.train_batch_size, None
     try:
         resolved = config.resolve(world_size)
@@ -196,7 +199,8 @@ def size_line(config: Config, spec: TransformerSpec) -> str:
     """Parameters, tokens and FLOPs of a run."""
     data, steps = config.data, config.train.steps
     tokens = config.batch_plan.consumed(steps) * data.sequence_length
-    flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
+    length, counted = data.sequence_length, data.counted_share
+    flops = tokens * spec.flops_per_token(length, counted, data.source_length)
     return (
         f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {steps:,} steps, "
         f"{tokens / spec.num_parameters:.3g} a parameter; {flops:.3g} FLOPs"

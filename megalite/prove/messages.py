@@ -217,7 +217,8 @@ def _batches(config: Config, vocabulary: int) -> list[MicroBatch]:
     for _ in range(config.accumulation_steps):
         rows = [[draw.randrange(vocabulary) for _ in range(length)]]
         tokens = torch.tensor(rows * config.micro_batch_size)
-        result.append(MicroBatch(tokens, tokens.clone(), Context(randomness=draws)))
+        context = Context(randomness=draws, source=config.data.source_length)
+        result.append(MicroBatch(tokens, tokens.clone(), context))
     return result
 
 

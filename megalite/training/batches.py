@@ -57,16 +57,18 @@ def micro_batches(
     device: torch.device,
     draw: tuple[int, int] | None = None,
     rows: Rows | None = None,
+    source: int = 0,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `count` samples from position `start` on.
 
     Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
     micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
-    each sample, None: all.
+    each sample, None: all; source: of an encoder-decoder, how many of each sample's tokens are the source.
     """
     rounds = -(-count // (micro * data.size))
     padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
-    made = [_micro_batch(samples, positions, start + count, draw, rows) for positions in padded]
+    stop = start + count
+    made = [_micro_batch(samples, positions, stop, draw, rows, source) for positions in padded]
     return [on_device(pinned(batch, device), device) for batch in made]
 
 
@@ -76,23 +78,25 @@ def _micro_batch(
     stop: int,
     draw: tuple[int, int] | None,
     rows: Rows | None,
+    source: int,
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
     # A position that is there again serves as the filling.
     ids, wanted, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
     tokens, labels = (torch.from_numpy(np.array(values)) for values in (ids, wanted))
     labels[len(real) :] = IGNORED
-    context = Context(rows=rows)
+    context = Context(rows=rows, source=source)
     if documents is not None:
         context.documents = torch.from_numpy(documents)
-        if rows is None or rows.by_heads:
-            context.bounds = documents_as_pieces(documents)
-        else:
+        if rows is not None and not rows.by_heads:
             context.run_pieces = runs_as_pieces(documents, rows.runs)
+        elif not source:  # what two stacks look at is not in pieces
+            context.bounds = documents_as_pieces(documents)
     if rows is not None:
         tokens, labels = rows.cut(tokens, 1), rows.cut(labels, 1)
-    counted = (labels != IGNORED).flatten().nonzero().squeeze(-1)
-    if len(counted) < LEAST_COUNTED * labels.numel():
+    asked = labels[:, source:] != IGNORED
+    counted = asked.flatten().nonzero().squeeze(-1)
+    if len(counted) < LEAST_COUNTED * asked.numel():
         context.counted = counted
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))

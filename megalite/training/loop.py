@@ -213,8 +213,9 @@ class Run:
         config, start = self.config, position.consumed_samples
         samples, count = Kept(self.data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
+        source = config.data.source_length
         micro, data = config.micro_batch_size, self.grid.data
-        return micro_batches(samples, start, count, micro, data, cpu, draw, self.rows)
+        return micro_batches(samples, start, count, micro, data, cpu, draw, self.rows, source)
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""
@@ -277,7 +278,10 @@ class Run:
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
         micro, data = self.config.micro_batch_size, self.grid.data
-        batches = micro_batches(samples, start, count, micro, data, self.device, rows=self.rows)
+        source = self.config.data.source_length
+        batches = micro_batches(
+            samples, start, count, micro, data, self.device, rows=self.rows, source=source
+        )
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:

@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
-        if prepared.config.parallel.context == 1:  # whose times the planner knows
+        known = prepared.config.parallel.context == 1 and prepared.spec.stacks is None
+        if known:  # of the others the planner does not know the times
             print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 

@@ -54,9 +54,12 @@ def watchers_of(run: Watched) -> list[Watcher]:
     """Guards first, so that their time counts as the step's; then what adds to a row; then what shows it."""
     config, spec, engine, data = run.config, run.spec, run.engine, run.config.data
     train, hosts = config.train, run.watchdog.hosts
-    pace = Pace(train.faults, engine, spec, data.counted_share, hosts)
+    source = data.source_length
+    pace = Pace(
+        train.faults, engine, spec, data.counted_share, hosts, source / data.sequence_length
+    )
     peak = peak_flops(run.device, DTYPES[config.precision])
-    flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share)
+    flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share, source)
     utilisation = Utilisation(flops_per_token, peak, run.grid.world_size)
     router = train.router or Router.model_validate({})
     watchers = [

@@ -53,6 +53,8 @@ OTHERS: dict[str, Any] = {
     "mlp_only_layers": [0],
     "router_jitter_noise": 0.1,
     "clip_qkv": 3.0,
+    "feed_forward_proj": "gated-silu",
+    "num_heads": 2,
 }
 
 

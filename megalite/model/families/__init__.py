@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from megalite import other_formats
-from megalite.config.sections import Classified
+from megalite.config.objectives import Classified
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
@@ -40,6 +40,7 @@ from megalite.model.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    t5,
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
@@ -61,6 +62,7 @@ FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
     "roberta": roberta,
     "modernbert": modernbert,
+    "t5": t5,
 }
 # Older names and places of fields that transformers still reads.
 _OLD_KEYS = {
@@ -92,8 +94,6 @@ def load_hf_config(section: Section) -> Any:
     Unknown inline keys, unknown families and values that transformers refuses are ConfigErrors of one line; a
     folder's unknown keys are listed once in the log.
     """
-    from transformers import AutoConfig
-
     if isinstance(section, Classified):
         config = load_hf_config(section.section)
         make_classifier(config, section)
@@ -108,14 +108,15 @@ def load_hf_config(section: Section) -> Any:
             f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}"
         )
     check_sizes(values, f"{KEY}." if where == KEY else f"{where}: ")
-    for key in values.keys() & _REFUSED.keys():
-        if values[key] not in _REFUSED[key]:
+    refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
+    for key in values.keys() & refused.keys():
+        if values[key] not in refused[key]:
             raise ConfigError(
                 f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
             )
     try:
         with _quiet_transformers():
-            config = AutoConfig.for_model(model_type, **values)
+            config = config_of(model_type, values)
     except Exception as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
@@ -132,6 +133,17 @@ def load_hf_config(section: Section) -> Any:
             model_type,
             ", ".join(sorted(unknown)),
         )
+    return config
+
+
+def config_of(model_type: str, values: dict[str, Any]) -> Any:
+    """The transformers config of a family's values."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **values)
+    amend = getattr(FAMILIES[model_type], "amend", None)
+    if amend is not None:
+        amend(config)
     return config
 
 
