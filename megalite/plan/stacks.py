@@ -152,13 +152,13 @@ def stack_chunk_table(
         table["what the encoder gives"] = size if encoders or at.batch > 1 else 0
     firsts = {*encoders[:1], *decoders[:1]}
     kept, numbers = _biases(spec, part, at)
+    table |= kept
     if not every:
-        table |= kept
         for layer in part.layers:
             own = stack_layer_table(spec, layer, at, selective, layer in firsts)
             table[f"layer {layer}"] = total(own)
     if every or selective or at.device != "cpu":
-        table["angles"] = total(numbers) + (total(kept) if every else 0)
+        table["angles"] = total(numbers)
     for group in groups(part.layers, every)[:-1]:
         table[f"what layers {group[0]} to {group[-1]} give"] = _given(spec, group, at, encoders)
     if part.last:
@@ -192,8 +192,13 @@ def stack_waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> 
     for layer in part.layers:
         table[f"layer {layer}"] = total(_waiting_layer(spec, layer, at))
     size, e = spec.hidden_size, at.width
-    if any(spec.is_cross(layer) for layer in part.layers):
+    has_decoders = any(spec.is_cross(layer) for layer in part.layers)
+    if has_decoders:
         table["what the encoder gives"] = e * at.batch * at.source * size
+    if part.layers and not part.last:
+        # The last layer's is a part of what comes in for both stacks, which lies in memory as one.
+        others = at.source if has_decoders else at.length - at.source
+        table["the other stack's gradient"] = e * at.batch * others * size
     tables = 2 * spec.stacks.buckets * (at.part(spec.num_heads) // at.tokens) if spec.stacks else 0
     table["tables of distances"] = e * tables
     if part.first:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalite.config import Config
+from megalite.config.objectives import Pairs
 from megalite.engine.build import LearningRate, build_engine, build_pipeline
 from megalite.engine.over_fakes import deepspeed_over_fakes
 from megalite.model.context import Context
@@ -139,15 +140,17 @@ def shrunken(config: Config) -> Config:
         groups = tensor if spec.num_kv_heads >= parallel.tensor else 1
     layers, hidden = max(chunks, 2), 4 * tensor * HEAD
     sizes = {
-        "hidden_size": hidden, "n_embd": hidden, "intermediate_size": 16 * tensor, "n_inner": 16 * tensor,
-        "num_hidden_layers": layers, "n_layer": layers, "num_attention_heads": heads, "n_head": heads,
-        "num_key_value_heads": groups, "head_dim": HEAD, "rotary_dim": HEAD, "vocab_size": 32 * tensor + 1,
+        "hidden_size": hidden, "n_embd": hidden, "d_model": hidden, "intermediate_size": 16 * tensor,
+        "n_inner": 16 * tensor, "d_ff": 16 * tensor, "num_hidden_layers": layers, "n_layer": layers,
+        "num_layers": layers // 2, "num_decoder_layers": layers - layers // 2, "num_attention_heads": heads,
+        "n_head": heads, "num_heads": heads, "num_key_value_heads": groups, "head_dim": HEAD, "d_kv": HEAD,
+        "rotary_dim": HEAD, "vocab_size": 32 * tensor + 1,
     }  # fmt: skip
     model = {**model_dict(config.model)}
     for key, value in sizes.items():
         if model.get(key) is not None:
             model[key] = value
-    for key in ("layer_types", "pad_token_id", "mlp_only_layers"):
+    for key in ("layer_types", "pad_token_id", "mlp_only_layers", "decoder_start_token_id"):
         model.pop(key, None)
     length = 8 * tensor
     micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
@@ -168,6 +171,8 @@ def shrunken(config: Config) -> Config:
     megalite["parallel"] |= {"tensor": tensor}
     megalite["parallel"].pop("cut", None)
     megalite["data"]["sequence_length"] = length
+    if isinstance(config.data.objective, Pairs):
+        megalite["data"]["objective"]["source_length"] = length // 2
     megalite["train"].pop("batch_ramp", None)
     megalite["train"].pop("parameter_groups", None)
     return Config.from_dict(document).resolve(parallel.pipe * tensor * data)

@@ -46,7 +46,9 @@ def test_shipped_configs_pass(name: str) -> None:
     assert sorted(layers) == list(range(read_spec(config.model).num_layers))
 
 
-@pytest.mark.parametrize("name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json"])
+@pytest.mark.parametrize(
+    "name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json", "t5.json"]
+)
 def test_messages_of_shipped_configs_match(name: str) -> None:
     config = load_config(FOLDER / name).resolve(int(ROWS[name]))
     found = match(calls_of_all(shrunken(config)))

@@ -130,7 +130,12 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0: must be None"),
         ("olmoe", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef: -1.0: must be at least 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0: must be at least 1"),
-        ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
+        ("mamba", {}, "model_type: 'mamba': must be one of llama, mistral"),
+        ("t5", {"feed_forward_proj": "gated-tanh"}, "megalite.model.feed_forward_proj: 'gated-tanh': must be one of"),
+        ("t5", {"relative_attention_max_distance": 4}, "max_distance: 4: must be above half of"),
+        ("t5", {"relative_attention_num_buckets": 3}, "num_buckets: 3: must be at least 4"),
+        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be a token below vocab_size 131"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not honoured"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any], line: str) -> None:
