@@ -64,7 +64,7 @@ class RelativeBias(nn.Module):
         queries, keys = torch.arange(t - s, t, device=device), torch.arange(t, device=device)
         distances = keys - queries.unsqueeze(-1)
         rows = buckets_of(distances, self.causal, self.stacks.buckets, self.stacks.max_distance)
-        bias = F.embedding(rows, later(self.weight)).permute(2, 0, 1).unsqueeze(0)
+        bias = F.embedding(rows, later(self.weight)).permute(2, 0, 1).contiguous().unsqueeze(0)
         hidden = (distances > 0)[None, None] if self.causal else None
         if visible is not None:
             hidden = ~visible if hidden is None else hidden | ~visible

@@ -1,9 +1,12 @@
 """T5 from end to end: layouts against one process, texts against transformers', pairs learnt and translated."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from megalite.api import load
 from megalite.checkpoint.weights import load_module
 from megalite.config import Config
 from megalite.data.preprocess import preprocess
+from megalite.engine.zero import ShardedOptimizer
 from megalite.hub.export_hf import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.inference.beams import Beams
@@ -114,6 +118,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: Layout) -> None:
     verdict = runs.spread(kind).judge(runs.trace(kind, layout))
     assert not verdict.first, "; ".join(map(str, verdict.first))
+
+
+@contextlib.contextmanager
+def unsummed(rank: int) -> Iterator[None]:
+    with mock.patch.object(ShardedOptimizer, "sum_tied_gradients", lambda self: None):
+        yield
+
+
+def test_tables_whose_gradients_are_not_summed_are_found(runs: Runs) -> None:
+    """Each stage holds both tables; the stage whose copy counts is not the one that reads the decoder's."""
+    config, _, folder = runs.request("pairs", Layout(pipe=2, zero=1, micro=2))
+    (trace,) = traces(2, STEPS, [(config, unsummed, folder.with_name("unsummed"))])
+    first = runs.spread("pairs").judge(trace).first
+    assert any("_bias.weight" in str(difference) for difference in first), first
 
 
 SOURCES = [[5, 9, 3, 2], [77, 2], [11, 12, 13, 14, 15, 16, 17, 2], [130, 0, 64, 2]]

@@ -87,6 +87,8 @@ def amend(config: Any) -> None:
 def read(config: Any) -> TransformerSpec:
     """A T5Config as our spec."""
     require(config, "is_decoder", False)
+    for field in ("is_gated_act", "scale_decoder_outputs"):
+        require(config, field, True, False)
     if config.dense_act_fn not in ACTIVATIONS:
         names = ", ".join(ACTIVATIONS)
         rule = f'must be one of {names}, or "gated-" and one of them'
