@@ -1,6 +1,7 @@
 """T5 from end to end: layouts against one process, texts against transformers', pairs learnt and translated."""
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -20,6 +21,7 @@ from megalite.hub.export_hf import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.inference.beams import Beams
 from megalite.inference.generate import Generator, Text
+from megalite.inference.generate_program import generate_main
 from megalite.inference.sampling import Sampling
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -191,6 +193,13 @@ def test_texts_are_those_of_transformers_on_every_layout(folders: list[Path]) ->
             assert found == one
 
 
+def generated(rank: int, world_size: int, arguments: list[str]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert generate_main(arguments) == 0
+    return printed.getvalue()
+
+
 def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> None:
     """Trained on pipe 2 until it knows three pairs by heart; evaluated, exported, and asked from Python."""
     folder = save_byte_model(tmp_path / "byte")
@@ -216,6 +225,16 @@ def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> No
         texts = [json.loads(row)["translation"] for row in written.read_text().splitlines()]
         assert texts == [target for _, target in PAIRS] and line["chrf"] == 100
     export_hf(tmp_path / "run", tmp_path / "out", verify=True)
+    (source, target), *_ = PAIRS
+    asked = [
+        "--checkpoint",
+        str(tmp_path / "out"),
+        "--prompt",
+        source,
+        "megalite.parallel.tensor=2",
+    ]
+    line = json.loads(run_ranks(2, generated, asked, init=False)[0])
+    assert line == {"prompt": source, "text": target}
     model = load(tmp_path / "out")
     assert [model.generate(source, 12) for source, _ in PAIRS] == [target for _, target in PAIRS]
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
