@@ -60,6 +60,19 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
         "rope_parameters": {**_YARN, "rope_theta": 1e4},
     },
+    "qwen2_moe": {
+        **_SIZES,
+        "model_type": "qwen2_moe",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 22,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "mlp_only_layers": [2],
+    },
     "qwen3": {
         **_SIZES,
         "model_type": "qwen3",
@@ -195,6 +208,15 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_bias": False,
         "hidden_activation": "silu",
         "tie_word_embeddings": False,
+    },
+    "eurobert": {
+        **_SIZES,
+        "model_type": "eurobert",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 7,
+        "attention_bias": True,
+        "mlp_bias": True,
     },
 }
 

@@ -12,6 +12,8 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
                                       weights, 4·b·s·(k + 1) more where they are normalised; with z-loss the logits
     experts, k of them a token        k times what an MLP keeps of its activation and down projection; twice e·b·s·k·h,
                                       the rows that they read and give; two orders of 8·b·s·k, four with an expert axis
+    shared expert                     what an MLP keeps of its activation and down projection; its result e·b·s·h and
+                                      weight e·b·s; in 16 bits its input e·b·s·h, which in fp32 is the router's
     norms of queries and keys         as norms, over q and k; where the tensor axis splits them, the input in fp32 and
                                       what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
@@ -169,7 +171,20 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         table["router: logits, their logarithms"] = FP32 * t * (count + 1)
     if at.experts > 1:
         table["experts: order of what arrives"] = 2 * INT64 * t * k
-    return table
+    return table | (_shared(spec, mixture, at) if mixture.shared_size else {})
+
+
+def _shared(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
+    """What the shared expert keeps."""
+    hidden = at.width * at.tokens * spec.hidden_size
+    features = at.width * at.part(mixture.shared_size)
+    return {
+        "shared: input": hidden if at.width < FP32 else 0,  # of fp32 the router keeps the same
+        "shared: activation": 3 * features,
+        "shared: input of down projection": features,
+        "shared: what its weight multiplies": hidden,
+        "shared: weight": at.width * at.tokens,
+    }
 
 
 def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) -> Table:
@@ -372,6 +387,11 @@ def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
     mixture = spec.mixture_of(layer)
     if mixture is not None:
         f, rows = e * mixture.chosen * at.part(mixture.intermediate_size), mixture.chosen * g
+        if mixture.shared_size:
+            features = e * at.part(mixture.shared_size)
+            table["shared: input, gradients of gate, up"] = g + 2 * features
+            table["shared: input, gradient of down projection"] = features + g
+            table["shared: gradient of its weight"] = e * spec.hidden_size
         return table | {
             "router: gradient": e * mixture.count * spec.hidden_size,
             "experts: ends": INT32 * (mixture.count // at.experts),

@@ -29,7 +29,7 @@ NO_EFFECT |= {
     "sparse_prediction",
     "sparse_pred_ignore_index",
 }
-NO_EFFECT |= {"cls_token_id", "sep_token_id"}
+NO_EFFECT |= {"cls_token_id", "sep_token_id", "mask_token_id"}
 NO_EFFECT |= {"output_router_logits"}  # megalite.train.router says how routers are trained
 NO_EFFECT |= {
     field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")
@@ -128,6 +128,13 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0: must be None"),
         ("olmoe", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef: -1.0: must be at least 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0: must be at least 1"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0},
+         "shared_expert_intermediate_size: 0: must be at least 1"),
+        ("qwen2_moe", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+         "layer_types.0: 'sliding_attention': needs use_sliding_window true"),
+        ("qwen2_moe", {"mlp_only_layers": ["2"]}, "mlp_only_layers"),
+        ("mistral", {"sliding_window": 0}, "megalite.model.sliding_window: 0: must be at least 1"),
+        ("eurobert", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
         ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
     ],
 )  # fmt: skip

@@ -43,7 +43,7 @@ _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "local_attention", "type_vocab_size", "n_embd", "n_head",
     "n_inner", "n_positions", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "decoder_sparse_step",
+    "decoder_sparse_step", "shared_expert_intermediate_size",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000
@@ -146,6 +146,15 @@ def mixture(
     )
 
 
+def routed_layers(config: Any) -> list[int]:
+    """The layers of a Qwen model that have experts, by `mlp_only_layers` and `decoder_sparse_step`."""
+    dense, every = config.mlp_only_layers, config.decoder_sparse_step
+    if not all(isinstance(layer, int) for layer in dense):
+        raise ConfigError(f"{KEY}.mlp_only_layers: {written(dense)}: must be numbers of layers")
+    layers = range(config.num_hidden_layers)
+    return [layer for layer in layers if layer not in dense and (layer + 1) % every == 0]
+
+
 def head_size(config: Any) -> int:
     """Features of a head: `head_dim`, which transformers reads wherever a config has it, or an equal part."""
     given = getattr(config, "head_dim", None)
@@ -238,7 +247,7 @@ def windows(config: Any) -> tuple[int | None, ...]:
         if kind not in ("full_attention", "sliding_attention"):
             rule = "must be 'full_attention' or 'sliding_attention' (others are not honoured)"
             raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
-        if kind == "sliding_attention" and config.sliding_window is None:
+        if kind == "sliding_attention" and not config.sliding_window:
             raise ConfigError(
                 f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true"
             )
