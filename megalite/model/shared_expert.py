@@ -1,5 +1,6 @@
 """The shared expert: a gated MLP that every token of a layer goes through beside those that its router chooses (arXiv
-2401.06066, section 3.2), weighted by a sigmoid of the token (Qwen2, arXiv 2407.10671, section 2.2.2). Next: router.py.
+2401.06066, section 3.2), in Qwen2 (arXiv 2407.10671, section 2.2.2) weighted by a sigmoid of the token. Next:
+router.py.
 
 The tensor axis divides its features as it does an MLP's; no expert axis divides it. T tokens.
 """
@@ -27,11 +28,12 @@ class SharedExpert(nn.Module):
         self.gate = ColumnLinear(d, f, False, axis, std)
         self.up = ColumnLinear(d, f, False, axis, std)
         self.down = RowLinear(f, d, False, split, out_std, is_summed=False)
-        self.weigher = Weigher(d, axis, std)
+        self.weigher = Weigher(d, axis, std) if mixture.shared_is_weighed else None
 
     def forward(self, rows: Tensor) -> Tensor:
         hidden = activate(self.gate(rows), self.activation) * self.up(rows)
-        return self.down(hidden) * self.weigher(rows)
+        made = self.down(hidden)
+        return made if self.weigher is None else made * self.weigher(rows)
 
 
 class Weigher(nn.Module):

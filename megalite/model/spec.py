@@ -50,6 +50,15 @@ class Mixture:
     z_loss: float = 0.0
     shared_size: int = 0
     """Features of the shared expert, which every token goes through beside the chosen; 0: there is none."""
+    shared_is_weighed: bool = True
+    """Whether a sigmoid of the token weighs what the shared expert makes."""
+    least_sum: float = 0.0
+    """`normalised`: what the sum of the weights of the chosen is taken for where it is less."""
+
+    @property
+    def weighs_shared(self) -> bool:
+        """Whether there is a shared expert that is weighed."""
+        return self.shared_size > 0 and self.shared_is_weighed
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ class TransformerSpec:
         mixture = self.mixture_of(layer)
         if mixture is not None:
             experts = mixture.chosen if used else mixture.count
-            shared = 3 * d * mixture.shared_size + (d if mixture.shared_size else 0)
+            shared = 3 * d * mixture.shared_size + d * mixture.weighs_shared
             mlp = d * mixture.count + experts * 3 * d * mixture.intermediate_size + shared
         return self._attention_and_norm_parameters + mlp
 

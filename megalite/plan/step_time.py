@@ -164,7 +164,9 @@ class Work:
         products += 2 * self.product(d, f, mixture.chosen, own)
         if mixture.shared_size:
             shared = self.part(mixture.shared_size)
-            products += self.product(shared, d) + 2 * self.product(d, shared) + self.product(d, 1)
+            products += self.product(shared, d) + 2 * self.product(d, shared)
+        if mixture.weighs_shared:
+            products += self.product(d, 1)
         return products + self.product(d, mixture.count)
 
     def _core(self, queries: int, window: int | None) -> float:

@@ -37,7 +37,7 @@ def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tu
     if grid.expert.size > 1:
         yield "experts: gradients are divided by the copies of an expert", _wrong_divisor
         yield "experts: rows come back in the order of their arrival", _unsorted
-    if spec.mixture.shared_size and grid.tensor.size > 1:
+    if spec.mixture.weighs_shared and grid.tensor.size > 1:
         yield "experts: the shared expert's weight has a rank's gradient", _unsummed
     router = config.train.router
     balanced = router is None or router.balance == "sample"

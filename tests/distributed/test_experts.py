@@ -41,7 +41,8 @@ STEPS, BATCH = 4, 8
 GAP = 1e-6  # between the probabilities of the last expert that is chosen and the next: more than rounding
 Case = tuple[str, Layout]
 MIXTRAL, QWEN = "mixtral", "qwen3_moe"  # untied; tied, and a layer without experts
-SHARED = "qwen2_moe"  # a shared expert in every other layer
+SHARED = "qwen2_moe"  # a shared expert in every other layer, weighed
+ERNIE = "ernie4_5_moe"  # not weighed, in all layers but the first
 CASES: list[Case] = [
     (MIXTRAL, Layout(data=2, zero=3, micro=2)),
     (MIXTRAL, Layout(pipe=2, zero=1, micro=2, schedule="zb-h1")),
@@ -60,6 +61,7 @@ CASES: list[Case] = [
     (SHARED, Layout(tensor=2, zero=1, micro=4, sequence=True)),
     (SHARED, Layout(tensor=2, data=2, expert=2, zero=0, micro=1)),
     (SHARED, Layout(pipe=2, data=2, expert=2, zero=2, micro=1, schedule="zb-v")),
+    (ERNIE, Layout(tensor=2, data=2, expert=2, zero=2, micro=2)),
 ]
 OTHERS: list[Case] = [
     (MIXTRAL, Layout(pipe=2, zero=2, micro=4)),

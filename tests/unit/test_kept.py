@@ -128,6 +128,7 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
         ("modernbert", "zb-v"),
         ("qwen3_moe", "zb-v"),
         ("qwen2_moe", "zb-v"),
+        ("ernie4_5_moe", "zb-v"),
     ],
 )
 def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: str) -> None:

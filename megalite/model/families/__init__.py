@@ -2,8 +2,8 @@
 CONTRIBUTING.md.
 
 A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
-needs them `OLD_KEYS`, keys of a config that are no fields of its class, and `UNUSED`, a pattern of names of tensors in
-its files that the model does not use.
+needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
+files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
     bert,
+    ernie4_5_moe,
     eurobert,
     gpt2,
     gpt_neox,
@@ -51,6 +52,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "olmo2": olmo2,
     "olmoe": olmoe,
+    "ernie4_5_moe": ernie4_5_moe,
     "gpt2": gpt2,
     "gptj": gptj,
     "gpt_neox": gpt_neox,
