@@ -201,15 +201,20 @@ def saved_in_turn(rank: int, world_size: int, configs: list[dict[str, Any]], bas
         saver.wait()
 
 
-def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
-    layouts = [
-        Layout(data=4, zero=2, micro=1),
-        Layout(data=4, expert=2, zero=1, micro=1),
-        Layout(data=4, expert=4, zero=0, micro=1),
-        Layout(tensor=2, data=2, expert=2, zero=2, micro=1),
-        Layout(pipe=2, data=2, zero=1, micro=1),
-    ]
-    configs = [runs.config(QWEN, layout).to_json() for layout in layouts]
+PASSED_ON = [
+    Layout(data=4, zero=2, micro=1),
+    Layout(data=4, expert=2, zero=1, micro=1),
+    Layout(tensor=2, data=2, expert=2, zero=2, micro=1),
+    Layout(pipe=2, data=2, zero=1, micro=1),
+    Layout(data=4, expert=4, zero=0, micro=1),
+]
+
+
+@pytest.mark.parametrize(("family", "layouts"), [(QWEN, PASSED_ON), (SHARED, PASSED_ON[:3])])
+def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(
+    runs: Runs, tmp_path: Path, family: str, layouts: list[Layout]
+) -> None:
+    configs = [runs.config(family, layout).to_json() for layout in layouts]
     run_ranks(4, saved_in_turn, configs, tmp_path, timeout_seconds=240)
     first, *others = (
         Checkpoint.open(find_checkpoint(tmp_path / str(number))) for number in range(len(layouts))
