@@ -129,6 +129,8 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
         ("bert", "zb-v"),
         ("modernbert", "zb-v"),
         ("qwen3_moe", "zb-v"),
+        ("qwen2_moe", "zb-v"),
+        ("ernie4_5_moe", "zb-v"),
         ("t5", "1f1b"),
         ("t5", "zb-h1"),
         ("t5", "zb-v"),
