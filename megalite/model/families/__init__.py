@@ -4,8 +4,9 @@ CONTRIBUTING.md.
 A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
 needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
 files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
-An encoder-decoder's has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that others
-refuse; `COPIES`, tensors of its files that must equal the embedding; and `amend`, for what its config class forgets.
+An encoder-decoder's has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that
+others refuse; `COPIES`, tensors of its files that must equal the embedding; and `amend`, for what its config class
+forgets.
 """
 
 import contextlib
