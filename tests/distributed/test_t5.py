@@ -122,6 +122,17 @@ def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: Layout) -> N
     assert not verdict.first, "; ".join(map(str, verdict.first))
 
 
+def test_layers_that_are_made_again_change_nothing(runs: Runs) -> None:
+    requests = []
+    for choice in ("selective", "full", 2):
+        keys, fault, folder = runs.request("pairs", Layout(pipe=2, zero=2, micro=2))
+        keys["megalite"]["train"]["activation_checkpointing"] = choice
+        requests.append((keys, fault, folder.with_name(f"recompute {choice}")))
+    for trace in traces(2, STEPS, requests):
+        verdict = runs.spread("pairs").judge(trace)
+        assert not verdict.first, "; ".join(map(str, verdict.first))
+
+
 @contextlib.contextmanager
 def unsummed(rank: int) -> Iterator[None]:
     with mock.patch.object(ShardedOptimizer, "sum_tied_gradients", lambda self: None):
