@@ -125,7 +125,7 @@ def test_a_notebook_shows_its_cells_and_outputs(site: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[a page](docs/none.md)\n", "docs/none.md"),
+        ("[a page](none.md)\n", "none.md"),
         ("[a part](#none)\n", "none"),
         ("```{toctree}\n/none\n```\n", "'none'"),
     ],
