@@ -70,18 +70,22 @@ def main(arguments: list[str]) -> int:
 
 
 def exchange(axis: Any, given: Any) -> list[Any]:
-    """What the neighbours on the pipe axis send, to whom this rank sends `given`: each direction on its own group
-    (Axis.towards), receives first, as in a step."""
+    """What the neighbours on the pipe axis send, lower first, to whom this rank sends `given`: all messages are on
+    their way at once, each direction on its own group (Axis.towards).
+
+    One direction is asked for after the other: with NCCL the first message of two ranks on a group waits for both.
+    """
     import torch
     import torch.distributed as dist
 
-    here, works = axis.rank, []
-    neighbours = [place for place in (here - 1, here + 1) if 0 <= place < axis.size]
-    rooms = [torch.empty_like(given) for _ in neighbours]
-    for place, room in zip(neighbours, rooms, strict=True):
-        works.append(dist.irecv(room, axis.ranks[place], group=axis.towards(place, here)))
-    for place in neighbours:
-        works.append(dist.isend(given, axis.ranks[place], group=axis.towards(here, place)))
+    here, works, rooms = axis.rank, [], []
+    for source, target in ((here - 1, here + 1), (here + 1, here - 1)):
+        if 0 <= source < axis.size:
+            rooms.append(torch.empty_like(given))
+            group = axis.towards(source, here)
+            works.append(dist.irecv(rooms[-1], axis.ranks[source], group=group))
+        if 0 <= target < axis.size:
+            works.append(dist.isend(given, axis.ranks[target], group=axis.towards(here, target)))
     for work in works:
         work.wait()
     return rooms
