@@ -1,13 +1,14 @@
 """Products of rows that are sorted by group with each group's own matrix: what experts compute. Next: model/experts.py.
 
 torch's `grouped_mm` makes all of them in one kernel and leaves the groups' sizes on the device. It takes matrices
-whose rows are multiples of 16 bytes, on GPUs in bf16, and not none; others go through a loop, its twin, for which the
-host must know the sizes.
+whose rows are multiples of 16 bytes, on some GPUs in bf16, and not none; others go through a loop, its twin, for which
+the host must know the sizes.
 
 n rows, G groups.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from megalite.parallel.deferred import WeightGradients, anchor, waiting_now
 
 ALIGNMENT_BYTES = 16
+MAJOR_CAPABILITIES = (9, 10)
 
 
 @dataclass
@@ -115,8 +117,15 @@ def _fuses(rows: Tensor, others: Tensor) -> bool:
     """Whether `grouped_mm` takes a product of these."""
     sizes = (rows.shape[-1], *(others.shape[-2:] if others.dim() == 3 else others.shape[-1:]))
     aligned = all(size * rows.itemsize % ALIGNMENT_BYTES == 0 for size in sizes)
-    known = rows.device.type == "cpu" or rows.dtype == torch.bfloat16
+    known = rows.device.type == "cpu" or (rows.dtype == torch.bfloat16 and _one_kernel(rows.device))
     return aligned and known and len(rows) > 0
+
+
+@cache
+def _one_kernel(device: torch.device) -> bool:
+    """Whether torch has one kernel for all groups there: on Hopper and Blackwell. On other GPUs its `grouped_mm` is a
+    loop that reads the sizes in each product (pytorch/pytorch#186620); ours reads them once a layer."""
+    return torch.cuda.get_device_capability(device)[0] in MAJOR_CAPABILITIES
 
 
 def _loop(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:

@@ -207,3 +207,12 @@ def test_the_expert_axis_divides_the_experts() -> None:
     made = made.resolve(16)
     with pytest.raises(ConfigError, match="expert: 16: must divide the model's 8 experts"):
         check_model(made, read_spec(made.model))
+
+
+def test_gpus_without_the_one_kernel_take_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100 torch's own would wait for the device in each product."""
+    of_device = {0: (8, 0), 1: (9, 0), 2: (10, 0), 3: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_device[device.index])
+    found = [grouped._one_kernel(torch.device("cuda", index)) for index in of_device]
+    grouped._one_kernel.cache_clear()
+    assert found == [False, True, True, False]
