@@ -67,7 +67,7 @@ def test_turns_equal_those_in_parts(interleaved: bool, rest: int, as_they_are: N
     torch.testing.assert_close(of_x, rotary._turned(slope, cosine, sine, interleaved, -1))
 
 
-@pytest.mark.parametrize("family", ["llama", "modernbert", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "modernbert", "qwen2_moe", "qwen3_moe"])
 def test_what_is_kept_is_predicted(family: str, as_they_are: None) -> None:
     config, dtype = FAMILY_CONFIGS[family], torch.bfloat16
     parts, whole = measured(config, Grid(), dtype, 0, False, False)
