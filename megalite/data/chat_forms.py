@@ -113,6 +113,7 @@ def _of_share_gpt(line: dict[str, Any]) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise _broken("conversations", turns, "must be a list of messages")
     messages = [_turn(turn, f"conversations.{i}") for i, turn in enumerate(turns)]
+    _name_results(messages)
     places, system = _places("conversations", messages), _system(line)
     return Conversation(
         SHARE_GPT, system + messages, ["system"] * len(system) + places, tools_of(line)
@@ -162,6 +163,16 @@ def _turn(turn: Any, place: str) -> Message:
         "content": "",
         "tool_calls": _tool_calls(calls, f"{place}.value"),
     }
+
+
+def _name_results(messages: list[Message]) -> None:
+    """Gives the results of calls the names of the functions, in order: some templates ask for them."""
+    names: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        elif message["role"] == "tool" and names:
+            message["name"] = names.pop(0)
 
 
 def _message(value: Any, place: str) -> Message:

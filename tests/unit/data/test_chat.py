@@ -107,7 +107,8 @@ WITH_TOOLS = (
     "{% for t in tools or [] %}[tool] {{ t | tojson }}\n{% endfor %}{% for m in messages %}[{{ m.role }}]\n"
     "{% if m.role == 'assistant' %}BEGIN{{ m.content }}{% for c in m.tool_calls or [] %}"
     "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}{{ eos_token }}END"
-    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    "{% else %}{{ m.name }}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 UNMARKED = WITH_TOOLS.replace("BEGIN", "").replace("END", "")
 MARKED = WITH_TOOLS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
@@ -120,7 +121,7 @@ def message(role: str, content: str, **more: Any) -> dict[str, Any]:
 SEARCH = [
     message("user", "self"),
     message("assistant", "", tool_calls=[CALL]),
-    message("tool", "def f"),
+    message("tool", "def f", name="find"),
     message("assistant", "return 2"),
 ]
 FORMS: list[tuple[str, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]] | None]] = [
