@@ -96,8 +96,9 @@ def main(argv: list[str]) -> int:
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)
     forms = ", ".join(f"{count} samples as {form}" for form, count in counts.forms.items())
+    by_form = f"; {forms}" if forms else ""
     print(
         f"{args.output}: {counts.documents} documents, {counts.tokens} tokens, {counts.empty} empty documents left "
-        f"out, {counts.bad} bad lines{'; ' * bool(forms)}{forms}"
+        f"out, {counts.bad} bad lines{by_form}"
     )
     return 0

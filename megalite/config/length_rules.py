@@ -22,7 +22,7 @@ def check_length_of_run(megalite: Megalite) -> None:
         if not megalite.data.valid:
             raise broken(f"megalite.train.{key}", value, "needs megalite.data.valid")
         if train.eval_interval == 0:
-            rule = "needs megalite.train.eval_interval above 0, which is never"
+            rule = "needs megalite.train.eval_interval above 0"
             raise broken(f"megalite.train.{key}", value, rule)
 
 

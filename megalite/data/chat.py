@@ -98,7 +98,9 @@ class ChatEncoder:
         texts, spans = [], []
         for i in answers:
             if i == 0:
-                raise NotChat(f"{sample.places[0]}: must not be of the assistant: nothing is asked")
+                raise NotChat(
+                    f"{sample.places[0]}: must not be of the assistant: no message comes before it"
+                )
             opened = self._text(sample, i, opened=True)
             answered = self._text(sample, i + 1)
             if not answered.startswith(opened):

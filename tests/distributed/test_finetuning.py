@@ -14,10 +14,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megalite
-from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint, named_best
-from megalite.commands import export_hf
+from megalite.checkpoint.files import (
+    Checkpoint,
+    best_checkpoint,
+    checkpoints_of,
+    find_checkpoint,
+    named_best,
+)
+from megalite.commands import chat, export_hf
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.preprocess import preprocess
+from megalite.errors import CheckpointError
 from megalite.training import pretrain as program
 from megalite.training.loop import Run
 from tests.byte_model import save_byte_model
@@ -99,6 +106,10 @@ def test_a_run_without_them_goes_to_its_last_step(tmp_path: Path) -> None:
     made = watched(tmp_path, "run", {}, steps=8, keep_best=False, early_stop=None)
     assert run_ranks(1, train, [(made, planted)]) == [[0]]
     assert names(tmp_path / "run") == ["step_00000008"] and named_best(tmp_path / "run") is None
+    with pytest.raises(
+        CheckpointError, match=r"--best: .*run: holds no checkpoints/best: must be a run with"
+    ):
+        best_checkpoint(tmp_path / "run")
 
 
 def test_losses_that_are_not_finite_are_no_gain(tmp_path: Path) -> None:
@@ -169,7 +180,9 @@ def chats(folder: Path, name: str, first: int, count: int) -> None:
     assert (counts.documents, counts.bad) == (count, 0)
 
 
-def test_the_example_tunes_a_hugging_face_folder(tmp_path: Path) -> None:
+def test_the_example_tunes_a_hugging_face_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = save_byte_model(tmp_path / "models/base")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     tokenizer.chat_template = TEMPLATE
@@ -207,3 +220,7 @@ def test_the_example_tunes_a_hugging_face_folder(tmp_path: Path) -> None:
         found.folder.name == megalite.load(run / "checkpoints/best").folder.name == named_best(run)
     )
     assert found.state["step"] == best
+    capsys.readouterr()
+    words = ["--best", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "5"]
+    assert chat.main([str(run), *words]) == 0
+    assert capsys.readouterr().out == megalite.load(out).chat("a", 5) + "\n"

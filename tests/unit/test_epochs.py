@@ -15,7 +15,9 @@ from megalite.data.best import Best
 from megalite.data.indexed import IndexedWriter
 from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
+from megalite.model.families import read_spec
 from megalite.plan.plan_program import size_line
+from megalite.prove.layouts import Layout, config_of
 from megalite.training.pretrain import prepare
 from tests.training_runs import document
 
@@ -158,11 +160,9 @@ def test_a_mistake_is_one_line(overrides: list[str], line: str) -> None:
 
 def test_programs_that_read_no_corpus_do_without_the_steps(tmp_path: Path) -> None:
     config = load_config(config_file(tmp_path, epochs=3)).resolve(1)
-    from megalite.model.families import read_spec
-
     assert size_line(config, read_spec(config.model)).endswith("parameters; 3 epochs")
     with pytest.raises(ConfigError, match=r"epochs: 3.0: only training reads the corpus"):
-        config.train.last_step  # noqa: B018
+        config_of(config, Layout.parse("data=1"), 8)
 
 
 def test_small_gains_add_up_against_the_bar() -> None:

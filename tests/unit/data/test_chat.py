@@ -224,7 +224,10 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ({"messages": [{"role": "user"}]}, "messages.0.content: missing: must be text"),
         ({"messages": [{"content": "a"}]}, "messages.0.role: missing: must be text"),
         ({"messages": TALK[:2]}, "messages: must hold a message of the assistant"),
-        ({"messages": TALK[2:]}, "messages.0: must not be of the assistant: nothing is asked"),
+        (
+            {"messages": TALK[2:]},
+            "messages.0: must not be of the assistant: no message comes before it",
+        ),
         ({"prompt": "a", "completion": 3}, 'prompt: "a": must be a list of messages'),
         (
             {"prompt": TALK[:2], "completion": TALK[:2]},
