@@ -4,10 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megalite.config.section import Section
-
-Positive = Annotated[int, Field(ge=1)]
-Counter = Annotated[int, Field(ge=0)]
+from megalite.config.section import Counter, Positive, Section
 
 
 class Parallel(Section):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.model.activation import activate, gated
 from megalite.model.context import Context
 from megalite.model.dropout import dropped
 from megalite.model.rms_norm import rms_norm
@@ -93,7 +94,7 @@ class MLP(nn.Module):
             (up,) = columns(x, (self.up,), self.split)
             return self.down(self._drop(activate(up, self.activation), context))
         gate, up = columns(x, (self.gate, self.up), self.split)
-        return self.down(self._drop(activate(gate, self.activation) * up, context))
+        return self.down(self._drop(gated(gate, up, self.activation), context))
 
     def _drop(self, features: Tensor, context: Context) -> Tensor:
         """Dropout of this rank's features of all tokens."""
@@ -123,13 +124,3 @@ class Transform(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(activate(self.dense(hidden), self.activation))
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of each number."""
-    match activation:
-        case "silu":
-            return F.silu(x)
-        case "relu":
-            return F.relu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

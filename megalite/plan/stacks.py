@@ -91,7 +91,8 @@ def _fed(spec: TransformerSpec, own: Forward) -> Table:
     """Within the MLP."""
     numbers = own.part(spec.intermediate_size)
     features = own.width * numbers
-    table: Table = {"activation": 3 * features if spec.gated else features}
+    gate = (2 if own.compiled else 3) * features
+    table: Table = {"activation": gate if spec.gated else features}
     if spec.activation != "relu" or spec.gated or spec.mlp_dropout > 0:
         table["input of down projection"] = features
     if spec.mlp_dropout > 0:
