@@ -169,11 +169,12 @@ def _generate(
     stage, grid = load_stage(prepared, options.dtype)
     stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
 
+    is_source = prepared.spec.stacks is not None
+
     def text_of(number: int, tokens: Sequence[int]) -> str:
         text = continuation(tokenizer, ids[number], tokens, stop_ids, is_source)
         return cut_at(text, options.stop)
 
-    is_source = prepared.spec.stacks is not None
     told: list[int] = []
     written: list[str] = []
 
