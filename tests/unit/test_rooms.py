@@ -25,7 +25,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "checkpoint": 1350,
     "hub": 850,
     "pipeline": 1250,
-    "plan": 2800,  # the planner and the dry run
+    "plan": 3100,  # the planner, its search and the dry run
     "engine": 1650,
     "guard": 750,
     "report": 1000,
