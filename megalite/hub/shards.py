@@ -1,8 +1,4 @@
-"""safetensors files written one tensor at a time, so that a file may be larger than memory.
-
-The format (safetensors' README): u64 little-endian length of the header, the header as JSON (for each tensor its
-dtype, shape and byte range in the data; padded with spaces to 8 bytes), the data.
-"""
+"""safetensors files written one tensor at a time, so that a file may be larger than memory."""
 
 import json
 import math
@@ -14,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from megalite.checkpoint.tensors_file import header_of
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -32,19 +29,8 @@ class Shard:
 
     def header(self) -> bytes:
         """The file's first bytes, its length included."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, shape in self.shapes.items():
-            stop = start + math.prod(shape) * self.dtype.itemsize
-            entries[name] = {
-                "dtype": _CODES[self.dtype],
-                "shape": shape,
-                "data_offsets": [start, stop],
-            }
-            start = stop
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        tensors = ((name, self.dtype, shape) for name, shape in self.shapes.items())
+        return header_of(tensors, {"format": "pt"})
 
 
 def plan_shards(
