@@ -50,7 +50,9 @@ def test_shipped_configs_pass(name: str) -> None:
     assert sum(place.ranks for place in found.places) == config.world_size
     layers = [layer for place in found.places for own in place.layers for layer in own]
     assert sorted(layers) == list(range(read_spec(config.model).num_layers))
-    if name == "llama_8b_128k.json":  # selective recompute gathers keys a second time: docs/layouts.md
+    if (
+        name == "llama_8b_128k.json"
+    ):  # selective recompute gathers keys a second time: docs/layouts.md
         elements = 6 * 131_072 * 8 * 128 / 8 * 7 / 8
         assert found.places[0].sent["context"] == 32 * 2 * elements
 

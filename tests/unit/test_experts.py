@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalite.checkpoint.files import Checkpoint
 from megalite.config import Config, check_model
@@ -19,7 +20,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel import grouped
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE, Grid
-from megalite.parallel.grouped import group_ends, grouped_linear
+from megalite.parallel.grouped import Groups, grouped_linear
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, hf_model
 from tests.small_models import MODELS
@@ -32,7 +33,7 @@ def product(width: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(len(GROUPS), width, generator=generator).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.randn(5, 2 * width, width, generator=generator).to(dtype))
-    made = grouped_linear(rows, weight, group_ends(GROUPS, 5))
+    made = grouped_linear(rows, weight, Groups.of(GROUPS, 5))
     made.float().square().sum().backward()
     assert rows.grad is not None and weight.grad is not None
     return [made.detach(), rows.grad, weight.grad]
@@ -60,7 +61,7 @@ def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
     """As all experts of a rank may be."""
     rows = torch.randn(0, width).requires_grad_()
     weight = nn.Parameter(torch.randn(3, 2 * width, width))
-    made = grouped_linear(rows, weight, group_ends(torch.empty(0, dtype=torch.int64), 3))
+    made = grouped_linear(rows, weight, Groups.of(torch.empty(0, dtype=torch.int64), 3))
     made.sum().backward()
     assert made.shape == (0, 2 * width) and rows.grad is not None and weight.grad is not None
     assert weight.grad.shape == weight.shape and not weight.grad.any()
@@ -152,10 +153,24 @@ def test_a_dense_model_with_experts_computes_what_it_did(
     assert made.read("layers.1.mlp.router.weight").std() > 0
 
 
-def test_a_family_without_experts_is_not_upcycled(tmp_path: Path) -> None:
-    hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ConfigError, match="--experts: a gpt2 model has no counterpart"):
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # a shared expert is no copy of an MLP
+def test_a_family_without_a_counterpart_is_not_upcycled(family: str, tmp_path: Path) -> None:
+    hf_model(FAMILY_CONFIGS[family]).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=f"--experts: a {family} model has no counterpart"):
         import_hf(tmp_path / "dense", tmp_path / "made", False, Experts(4, 2))
+
+
+@pytest.mark.parametrize(("dense", "every"), [([], 1), ([0, 2], 1), ([], 2), ([3], 2), ([], 9)])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_layers_have_experts_where_transformers_gives_them(
+    family: str, dense: list[int], every: int
+) -> None:
+    section = {**MODELS[family], "mlp_only_layers": dense, "decoder_sparse_step": every}
+    mixture = read_spec(section).mixture
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**section))
+    theirs = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert theirs == ([] if mixture is None else [*mixture.layers])
 
 
 def config(**changes: Any) -> Config:
@@ -202,8 +217,25 @@ def test_a_mistake_about_experts_is_one_line(changes: dict[str, Any], line: str)
     assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_the_tensor_axis_divides_the_shared_expert() -> None:
+    made = config(parallel={"tensor": 4}, model="qwen2_moe").resolve(4)
+    section = {**MODELS["qwen2_moe"], "shared_expert_intermediate_size": 30}
+    rule = "megalite.parallel.tensor: 4: must divide shared_expert_intermediate_size 30"
+    with pytest.raises(ConfigError, match=rule):
+        check_model(made, read_spec(section))
+
+
 def test_the_expert_axis_divides_the_experts() -> None:
     made = config(parallel={"expert": 16}, train_batch_size=16)
     made = made.resolve(16)
     with pytest.raises(ConfigError, match="expert: 16: must divide the model's 8 experts"):
         check_model(made, read_spec(made.model))
+
+
+def test_gpus_without_the_one_kernel_take_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100 torch's own would wait for the device in each product."""
+    of_device = {0: (8, 0), 1: (9, 0), 2: (10, 0), 3: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_device[device.index])
+    found = [grouped._one_kernel(torch.device("cuda", index)) for index in of_device]
+    grouped._one_kernel.cache_clear()
+    assert found == [False, True, True, False]
