@@ -26,6 +26,7 @@ from megalite.plan.sent import sent_bytes
 from megalite.plan.step_time import StepTime, step_time
 
 BEST = 10
+NEAR = 200  # layouts that nearly fit, which are looked at for one that is faster
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,18 @@ class Planner(Bounds):
     def layout(self, config: Config, one: Candidate) -> Layout:
         """Of a resolved config, whose candidate is `one`."""
         table = MemoryTable(config, self.search.spec, self.device, self.sizes)
-        m, work, sharing = config.accumulation_steps, self.work_of(one), self.sharing(one)
-        time = step_time(work, table.plan, sharing, m, table.weights)
-        sent = sent_bytes(work, table, sharing)
-        return Layout(one, config, table.largest, time, m, sent)
+        sent = sent_bytes(self.work_of(one), table, self.sharing(one))
+        m = config.accumulation_steps
+        return Layout(one, config, table.largest, self._time(table, one), m, sent)
+
+    def again(self, layout: Layout) -> Layout:
+        """A layout of a planner whose device has other rates: its memory is the same."""
+        table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
+        return replace(layout, time=self._time(table, layout.candidate))
+
+    def _time(self, table: MemoryTable, one: Candidate) -> StepTime:
+        m = table.config.accumulation_steps
+        return step_time(self.work_of(one), table.plan, self.sharing(one), m, table.weights)
 
     def find(self, count: int = BEST) -> Found:
         """The best layouts that fit."""
@@ -234,7 +243,7 @@ class _BestFirst:
         elif known is None or layout.time.seconds < known.time.seconds:
             self.best[_plain(one)] = layout
 
-    def faster(self, best: list[Layout], tried: int = 5) -> list[Layout]:
+    def faster(self, best: list[Layout], tried: int = 3) -> list[Layout]:
         """Layouts that need a little more memory and are faster than the best that fit, the smallest first."""
         if not best:
             return []
@@ -242,7 +251,9 @@ class _BestFirst:
         found = [
             (size, n, one) for n, (size, least, one) in enumerate(self.too_large) if least < limit
         ]
-        layouts = [self.planner.accepted(one) for _, _, one in heapq.nsmallest(tried, found)]
+        near = [one for _, _, one in heapq.nsmallest(NEAR, found)]
+        likely = (one for one in near if self.programs.closest_seconds(one) < limit)
+        layouts = [self.planner.accepted(one) for one in islice(likely, tried)]
         faster = [one for one in layouts if one is not None and one.time.seconds < limit]
         return sorted(faster, key=lambda layout: layout.memory.total)
 
