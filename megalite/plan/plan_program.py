@@ -193,6 +193,7 @@ def plan_line(config: Config) -> str:
 
 def epochs_line(config: Config, spec: TransformerSpec) -> str:
     """How often a run goes through its corpora."""
+    assert config.train.steps is not None, "a run that begins has made them of its epochs"
     samples = config.batch_plan.consumed(config.train.steps)
     epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
     told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
@@ -200,8 +201,10 @@ def epochs_line(config: Config, spec: TransformerSpec) -> str:
 
 
 def size_line(config: Config, spec: TransformerSpec) -> str:
-    """Parameters, tokens and FLOPs of a run."""
+    """Parameters, tokens and FLOPs of a run; parameters alone where its steps follow from epochs."""
     data, steps = config.data, config.train.steps
+    if steps is None:
+        return f"{spec.num_parameters:,} parameters; {config.train.epochs:g} epochs"
     tokens = config.batch_plan.consumed(steps) * data.sequence_length
     flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
     return (
