@@ -237,6 +237,11 @@ class Data(Section):
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
+def _all_left_out(section: type[Section], description: str) -> Any:
+    """A field that may be left out: each key of its section is then as it is when left out."""
+    return Field(default_factory=lambda: section.model_validate({}), description=description)
+
+
 class Limits(Section):
     """How long each part of a run may take. One that takes longer is taken for stuck: each rank writes its stacks into
     the run folder's `faults/`, and all end."""
@@ -425,10 +430,7 @@ class Train(Section):
         [],
         description="Learning rate and weight decay by names; norms and biases do not decay where none says so.",
     )
-    init: Init = Field(
-        default_factory=lambda: Init.model_validate({}),
-        description="The weights that a new run starts from.",
-    )
+    init: Init = _all_left_out(Init, "The weights that a new run starts from.")
     z_loss: float = Field(
         0.0,
         ge=0,
@@ -469,18 +471,17 @@ class Train(Section):
         [], description="Texts that the model continues at each evaluation; docs/watching.md."
     )
     sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
+    calibration: Text | None = Field(
+        None,
+        description="File of tools/benchmark_step.py --calibrate, of this machine: what a step is predicted to take, "
+        "in `--check` and beside the first steps; left out: a known GPU's figures. docs/planning.md.",
+    )
     trace_steps: list[Positive] = Field(
         [],
         description="Steps whose timeline of all ranks goes into `trace.json`; docs/watching.md.",
     )
-    limits: Limits = Field(
-        default_factory=lambda: Limits.model_validate({}),
-        description="Limits of time, for a run that hangs.",
-    )
-    faults: Faults = Field(
-        default_factory=lambda: Faults.model_validate({}),
-        description="Steps that go wrong, and ranks that do.",
-    )
+    limits: Limits = _all_left_out(Limits, "Limits of time, for a run that hangs.")
+    faults: Faults = _all_left_out(Faults, "Steps that go wrong, and ranks that do.")
 
 
 class Megalite(Section):
@@ -489,8 +490,6 @@ class Megalite(Section):
     model: Annotated[dict[str, Any] | str, BeforeValidator(_model)] = Field(
         description='A Hugging Face config, `{"model_type": "llama", …}`, or a folder with its `config.json`.'
     )
-    parallel: Parallel = Field(
-        default_factory=lambda: Parallel.model_validate({}), description="The grid."
-    )
+    parallel: Parallel = _all_left_out(Parallel, "The grid.")
     data: Data
     train: Train

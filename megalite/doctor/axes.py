@@ -1,15 +1,19 @@
-"""The rank's side of the doctor: an all-reduce on each axis of the grid, with its rate.
+"""The rank's side of the doctor: an all-reduce on each axis of the grid, with its rate. Of a GPU in plan/devices.py, or
+a machine that was calibrated, what its links are known for is told too; ends with 1 where an axis is slow.
 
-python axes.py PIPE TENSOR CONTEXT EXPERT      (under launcher/run.py's start)
+python axes.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
 """
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
 from megalite.ranks.launch import run_program, start_ranks, stop_ranks
 
 ELEMENTS = 2**22  # fp32: 16 MiB
 REPEATS = 3
+SLOW = 0.5  # share of the known rate below which an axis is a finding
 
 
 def main(arguments: list[str]) -> int:
@@ -18,12 +22,22 @@ def main(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from megalite.parallel.grid import Grid
+    from megalite.plan.devices import device_called, read_device
+    from megalite.plan.step_time import link_along, ring_seconds
     from megalite.ranks.accelerator import use_accelerator
     from megalite.topology.axes import TOLD
 
-    pipe, tensor, context, expert = (int(word) for word in arguments if word.isdigit())
+    pipe, tensor, context, expert = map(int, arguments[:4])
     grid = Grid.build(pipe, tensor, context, expert)
     values = torch.ones(ELEMENTS, device=use_accelerator().device_name())
+    known = None
+    if arguments[4:]:
+        known = read_device(Path(arguments[4]), "megalite.train.calibration")
+    elif values.device.type != "cpu":
+        known = device_called(torch.get_device_module(values.device).get_device_name(values.device))
+    if known is not None:
+        known = replace(known, node_ranks=here.local_size)
+    slow = False
     for name in TOLD:
         axis = getattr(grid, name)
         if axis.size == 1:
@@ -41,9 +55,19 @@ def main(arguments: list[str]) -> int:
             rate = moved / seconds.item() / 1e9
             milliseconds = 1e3 * seconds.item()
             line = f"{milliseconds:.0f} ms, {rate:.2f} GB/s each way a rank"
+            if known is not None:
+                spacing = axis.ranks[1] - axis.ranks[0]
+                link = link_along(known, axis.size, spacing)
+                expected = ring_seconds(link, axis.size, values.nbytes, passes=2)
+                share = expected * known.ranks_a_core(grid.world_size) / seconds.item()
+                slow = slow or share < SLOW
+                line += f", {100 * share:.0f} % of what {known.name} is known for"
+                line += ": slow: look at its links, and at what else uses them" * (share < SLOW)
             print(f"{name} axis, {axis.size} ranks: all-reduce of 16 MiB in {line}", flush=True)
+    verdict = torch.tensor([float(slow)], device=values.device)
+    dist.all_reduce(verdict)  # rank 0's
     stop_ranks()
-    return 0
+    return int(verdict.item() > 0)
 
 
 if __name__ == "__main__":

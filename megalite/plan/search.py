@@ -82,7 +82,7 @@ class Planner:
         config = self.search.config
         return Work(
             self.search.spec,
-            self.device,
+            self.device.among(self.search.world_size),
             tensor,
             micro,
             config.data.sequence_length,

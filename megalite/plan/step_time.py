@@ -258,7 +258,8 @@ class Sharing:
             layers = work.spec.num_layers
             gathered = layers * ring_seconds(link, self.ranks, e * weights / layers)
             reduced = layers * ring_seconds(link, self.ranks, FP32 * weights / layers)
-            hidden = HIDDEN * work.model.sum(axis=1)
+            # Cores that pass messages on compute nothing meanwhile.
+            hidden = (0.0 if device.cores else HIDDEN) * work.model.sum(axis=1)
             result[0, DATA] = max(0.0, gathered - hidden[0])
             result[1, DATA] = max(0.0, gathered + reduced - hidden[1])
         return result
@@ -331,14 +332,14 @@ def step_time(
     for chunk, home in enumerate(plan.cut.home):
         busy[home] += (lengths.counts[:, chunk, None] * chunks[chunk]).sum(axis=0) / played
     length += (micro_batches - played) * float(busy.sum(axis=1).max())
-    all_busy = float(busy.sum()) * micro_batches
-    cores = work.device.cores
-    if cores:  # ranks that share cores: what one leaves idle another uses
-        length = max(length, all_busy * sharing.ranks * work.tensor / cores)
+    # Ranks that share cores: what one leaves idle another uses, so a step takes all their work over the cores at least.
+    shared = work.device.ranks_a_core(plan.pipe * sharing.ranks * work.tensor)
     parts: dict[str, float] = {}
-    parts |= zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True)
+    spent = busy.mean(axis=0) * micro_batches * shared
+    length = max(length, float(spent.sum()))
+    parts |= zip(PARTS, spent.tolist(), strict=True)
     parts["bubble"] = length - sum(parts.values())
-    end = sharing.end(work, max(weights))
+    end = {part: shared * seconds for part, seconds in sharing.end(work, max(weights)).items()}
     parts["data"] += end["data"]
     parts["update"] = end["update"]
     seconds = length + sum(end.values())
@@ -392,7 +393,6 @@ def estimated_seconds(
     if pipe > 1:
         length *= work.unevenness(pipe)
         length += (pipe - 1) * BUBBLES[schedule](f, i, w, chunks)
-    if work.device.cores:
-        ranks = pipe * sharing.ranks * work.tensor
-        length = max(length, micro_batches * (f + i + w) * ranks / work.device.cores)
-    return length + sum(sharing.end(work, weights).values())
+    shared = work.device.ranks_a_core(pipe * sharing.ranks * work.tensor)
+    length = max(length, micro_batches * (f + i + w) * shared)
+    return length + shared * sum(sharing.end(work, weights).values())

@@ -1,0 +1,142 @@
+"""From what was measured on a machine to the device that predictions take (devices.py): plain functions of numbers.
+
+Directly: rates of products, of memory and of attention's core, the time of a kernel, links (least squares over all
+collectives). Then what only real steps show, each from steps of the real engine on one rank, so that their prediction
+is met: the engine's own seconds a layer, a micro-batch and a step from models without much to compute, and
+`product_share` from one with. prove/calibrate.py measures. Next: plan_program.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from megalite.config import Config
+from megalite.plan.devices import Device, Link
+from megalite.plan.plan_program import planner_of
+
+LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
+SHARES = 0.2, 1.2  # between which product_share is looked for
+HALVINGS = 30
+PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+"""Of the ring formula (step_time.py), by collective; `send` is one message."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows with their units in the names. products: dtype, m, k, n, seconds; pointwise and optimizer: moved_bytes,
+    seconds; attention: dtype, flops, seconds; collectives: kind, ranks, bytes, seconds; steps: config, seconds;
+    busy_share: see Device."""
+
+    products: list[Row]
+    pointwise: list[Row]
+    attention: list[Row]
+    optimizer: list[Row]
+    collectives: list[Row]
+    steps: list[Row]
+    busy_share: float
+
+
+def fitted(start: Device, measured: Measured) -> Device:
+    """`start` with all that was measured in place of its figures. Its peaks stay where it has some (a data sheet's)."""
+    single, launch = product_rates(measured.products, "fp32")
+    half, _ = product_rates(measured.products, "bf16")
+    moved = [row["moved_bytes"] / row["seconds"] for row in measured.pointwise + measured.optimizer]
+    core = median(row["flops"] / row["seconds"] for row in measured.attention)
+    of_core = half if measured.attention[0]["dtype"] == "bf16" else single
+    device = replace(
+        start,
+        single_flops=start.single_flops or single,
+        half_flops=start.half_flops or half,
+        memory_rate=median(moved),
+        launch_seconds=launch,
+        core_share=core / of_core,
+        busy_share=measured.busy_share,
+        product_share=1.0,
+    )
+    if measured.collectives:
+        device = replace(device, node=link_of(measured.collectives))
+    *small, large = measured.steps
+    return with_product_share(with_engine_seconds(device, small), large)
+
+
+def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
+    """FLOP/s of the largest products of a type; seconds that the smallest take beside that."""
+    flops = {
+        2.0 * row["m"] * row["k"] * row["n"]: row["seconds"]
+        for row in products
+        if row["dtype"] == dtype
+    }
+    sizes = sorted(flops)
+    rate = median(size / flops[size] for size in sizes[-LARGE_PRODUCTS:])
+    return rate, max(0.0, flops[sizes[0]] - sizes[0] / rate)
+
+
+def link_of(collectives: Sequence[Row]) -> Link:
+    """Rate and seconds a message that meet all collectives best, each by its share of itself."""
+    rows = []
+    for row in collectives:
+        size, whole = row["ranks"], row["bytes"]
+        if row["kind"] == "send":
+            parts = [float(whole), 1.0]
+        else:
+            messages = min(size - 1, 2 * math.ceil(math.log2(size)))
+            passes = PASSES[row["kind"]]
+            parts = [passes * whole * (size - 1) / size, float(passes * messages)]
+        rows.append([part / row["seconds"] for part in parts])
+    seconds_a_byte, seconds_a_message = _not_negative(np.array(rows), np.ones(len(rows)))
+    return Link(1 / max(seconds_a_byte, 1e-15), seconds_a_message)
+
+
+def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:
+    """layer_seconds, micro_seconds and step_seconds: what steps take beside their prediction without them."""
+    names = ("layer_seconds", "micro_seconds", "step_seconds")
+    device = replace(device, **dict.fromkeys(names, 0.0))
+    base = np.array([predicted_seconds(device, row["config"]) for row in steps])
+    # The prediction is linear in each: what one second of it adds.
+    columns = [
+        np.array(
+            [predicted_seconds(replace(device, **{name: 1.0}), row["config"]) for row in steps]
+        )
+        - base
+        for name in names
+    ]
+    missing = np.array([row["seconds"] for row in steps]) - base
+    found = _not_negative(np.stack(columns, axis=1), missing)
+    return replace(device, **dict(zip(names, found, strict=True)))
+
+
+def with_product_share(device: Device, step: Row) -> Device:
+    """The share with which a step's prediction is what it took."""
+    low, high = SHARES
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        slower = predicted_seconds(replace(device, product_share=share), step["config"])
+        low, high = (share, high) if slower > step["seconds"] else (low, share)
+    return replace(device, product_share=(low + high) / 2)
+
+
+def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
+    """Of a step of a config of one rank."""
+    resolved = Config.from_dict(config).resolve(1)
+    _, given = planner_of(resolved, 1, device, device.memory_bytes)
+    assert given is not None
+    return given.time.seconds
+
+
+def _not_negative(matrix: np.ndarray, values: np.ndarray) -> list[float]:
+    """Least squares without negative results: the most negative one is left out until there is none."""
+    kept = list(range(matrix.shape[1]))
+    result = np.zeros(matrix.shape[1])
+    while kept:
+        found, *_ = np.linalg.lstsq(matrix[:, kept], values, rcond=None)
+        if found.min() >= 0:
+            result[kept] = found
+            break
+        kept.pop(int(found.argmin()))
+    return [float(value) for value in result]
