@@ -1,26 +1,33 @@
 """From what was measured on a machine to the device that predictions take (devices.py): plain functions of numbers.
 
 Directly: rates of products, of memory and of attention's core, the time of a kernel, links (least squares over all
-collectives). Then what only real steps show, each from steps of the real engine on one rank, so that their prediction
-is met: the engine's own seconds a layer, a micro-batch and a step from models without much to compute, and
-`product_share` from one with. prove/calibrate.py measures. Next: plan_program.py.
+collectives). Then what only real steps show, of the real engine on one rank, so that their prediction is met: the
+engine's own seconds a layer, a micro-batch and a step from models with little to compute, and what ZeRO-3 adds to them;
+`states_rate` from one with many weights for its tokens, `product_share` from one with many tokens.
+prove/calibrate.py measures. Next: plan_program.py.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from megalite.config import Config
+from megalite.model.families import read_spec
+from megalite.plan.candidates import Search, given_candidate
 from megalite.plan.devices import Device, Link
-from megalite.plan.plan_program import planner_of
+from megalite.plan.rank_memory import SizesByPlace
+from megalite.plan.search import Planner
 
 LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
 SHARES = 0.2, 1.2  # between which product_share is looked for
-HALVINGS = 30
+MOST_GATHER_SECONDS = 0.1
+HALVINGS, TURNS = 16, 3
 PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
 """Of the ring formula (step_time.py), by collective; `send` is one message."""
 
@@ -61,8 +68,14 @@ def fitted(start: Device, measured: Measured) -> Device:
     )
     if measured.collectives:
         device = replace(device, node=link_of(measured.collectives))
-    *small, large = measured.steps
-    return with_product_share(with_engine_seconds(device, small), large)
+    *small, gathering, heavy, large = measured.steps
+    device = with_engine_seconds(device, small)
+    device = _met(device, "gather_seconds", (0.0, MOST_GATHER_SECONDS), gathering)
+    # What a share of the peak and what an update takes are both in each of two steps: a few turns settle them.
+    for _ in range(TURNS):
+        device = _met(device, "product_share", SHARES, large)
+        device = _met(device, "states_rate", (device.memory_rate / 100, device.memory_rate), heavy)
+    return device
 
 
 def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
@@ -111,22 +124,30 @@ def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:
     return replace(device, **dict(zip(names, found, strict=True)))
 
 
-def with_product_share(device: Device, step: Row) -> Device:
-    """The share with which a step's prediction is what it took."""
-    low, high = SHARES
+def _met(device: Device, name: str, between: tuple[float, float], step: Row) -> Device:
+    """With the value of a figure for which a step's prediction is what it took."""
+    low, high = between
+    rises = name.endswith("_seconds")  # and so does the prediction with it; with a rate it falls
     for _ in range(HALVINGS):
-        share = (low + high) / 2
-        slower = predicted_seconds(replace(device, product_share=share), step["config"])
-        low, high = (share, high) if slower > step["seconds"] else (low, share)
-    return replace(device, product_share=(low + high) / 2)
+        value = (low + high) / 2
+        longer = predicted_seconds(replace(device, **{name: value}), step["config"])
+        low, high = (value, high) if (longer < step["seconds"]) == rises else (low, value)
+    return replace(device, **{name: (low + high) / 2})
 
 
 def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
-    """Of a step of a config of one rank."""
-    resolved = Config.from_dict(config).resolve(1)
-    _, given = planner_of(resolved, 1, device, device.memory_bytes)
-    assert given is not None
-    return given.time.seconds
+    """Of a step of a resolved config of one rank."""
+    resolved, search, sizes = _searched(json.dumps(config))
+    planner = Planner(search, device, device.memory_bytes, sizes)
+    return planner.layout(resolved, given_candidate(resolved)).time.seconds
+
+
+@lru_cache(maxsize=16)
+def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
+    """What every prediction of a config begins with."""
+    resolved = Config.from_dict(json.loads(config))
+    batch = resolved.train_batch_size
+    return resolved, Search(resolved, read_spec(resolved.model), 1, batch), SizesByPlace()
 
 
 def _not_negative(matrix: np.ndarray, values: np.ndarray) -> list[float]:

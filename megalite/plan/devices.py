@@ -32,9 +32,10 @@ class Device:
     process can use; memory_rate: bytes a second of its memory; node and network: links within a node and between nodes;
     host: link to main memory; node_ranks: devices of a node; launch_seconds: of one kernel, where it is not hidden by
     the one before; layer_seconds: of a layer's forward beside what its sizes take, and as much again for I and for W;
-    micro_seconds and step_seconds: of the engine, for each backward and each step; cores: that all ranks of a
-    node share, a rank computing on one at a time, 0 where each rank has a device of its own; busy_share: a core's rate
-    while all cores compute, over that of one alone; source: where the figures are from."""
+    gather_seconds: that ZeRO-3's hooks add to a layer's forward, and to its backward; micro_seconds and step_seconds:
+    of the engine, for each backward and each step; states_rate: bytes a second that an update moves, 0: as memory_rate;
+    cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
+    busy_share: a core's rate while all cores compute, over that of one alone; source: where the figures are from."""
 
     name: str
     half_flops: float
@@ -50,8 +51,10 @@ class Device:
     node_ranks: int = 8
     launch_seconds: float = 4e-6
     layer_seconds: float = 0.0
+    gather_seconds: float = 0.0
     micro_seconds: float = 0.0
     step_seconds: float = 0.0
+    states_rate: float = 0.0
     cores: int = 0
     busy_share: float = 1.0
 
@@ -74,10 +77,10 @@ class Device:
         if working <= 1:
             return self
         share = 1 - (1 - self.busy_share) * (working - 1) / (self.cores - 1)
-        rates = ("half_flops", "single_flops", "memory_rate")
-        seconds = ("launch_seconds", "layer_seconds", "micro_seconds", "step_seconds")
+        rates = ("half_flops", "single_flops", "memory_rate", "states_rate")
+        seconds = ("launch", "layer", "gather", "micro", "step")
         slower = {name: getattr(self, name) * share for name in rates}
-        slower |= {name: getattr(self, name) / share for name in seconds}
+        slower |= {f"{name}_seconds": getattr(self, f"{name}_seconds") / share for name in seconds}
         return replace(self, **slower)
 
 

@@ -260,12 +260,14 @@ class Sharing:
             reduced = layers * ring_seconds(link, self.ranks, FP32 * weights / layers)
             # Cores that pass messages on compute nothing meanwhile.
             hidden = (0.0 if device.cores else HIDDEN) * work.model.sum(axis=1)
-            result[0, DATA] = max(0.0, gathered - hidden[0])
-            result[1, DATA] = max(0.0, gathered + reduced - hidden[1])
+            hooks = layers * device.gather_seconds
+            result[0, DATA] = max(0.0, gathered - hidden[0]) + hooks
+            result[1, DATA] = max(0.0, gathered + reduced - hidden[1]) + hooks
         return result
 
-    def end(self, work: Work, weights: float) -> dict[str, float]:
-        """Seconds after a step's last backward, by part."""
+    def end(self, work: Work, weights: float, ranks: int) -> dict[str, float]:
+        """Seconds after a step's last backward, by part. ranks: of the world, which sums a few numbers twice, the
+        tokens that count and the norm."""
         device, e, d = work.device, work.dtype_bytes, self.ranks
         link = link_along(device, d, self.spacing)
         owned = weights / d if self.zero else weights
@@ -273,7 +275,7 @@ class Sharing:
             update = (FP32 + e) * owned / device.host.bytes_per_second + owned / HOST_UPDATE
         else:
             moved = FP32 * (2 + self.moments + 1 + self.moments) + e
-            update = moved * owned / device.memory_rate
+            update = moved * owned / (device.states_rate or device.memory_rate)
         sent = 0.0
         if self.zero == 0:
             sent = ring_seconds(link, d, FP32 * weights, passes=2)
@@ -281,6 +283,7 @@ class Sharing:
             sent = ring_seconds(link, d, FP32 * weights)
         if self.zero in (1, 2):
             sent += ring_seconds(link, d, e * weights)
+        sent += 2 * ring_seconds(link_along(device, ranks, 1), ranks, 0.0, passes=2)
         return {"data": sent, "update": update + device.step_seconds}
 
 
@@ -333,13 +336,15 @@ def step_time(
         busy[home] += (lengths.counts[:, chunk, None] * chunks[chunk]).sum(axis=0) / played
     length += (micro_batches - played) * float(busy.sum(axis=1).max())
     # Ranks that share cores: what one leaves idle another uses, so a step takes all their work over the cores at least.
-    shared = work.device.ranks_a_core(plan.pipe * sharing.ranks * work.tensor)
+    ranks = plan.pipe * sharing.ranks * work.tensor
+    shared = work.device.ranks_a_core(ranks)
     parts: dict[str, float] = {}
     spent = busy.mean(axis=0) * micro_batches * shared
     length = max(length, float(spent.sum()))
     parts |= zip(PARTS, spent.tolist(), strict=True)
     parts["bubble"] = length - sum(parts.values())
-    end = {part: shared * seconds for part, seconds in sharing.end(work, max(weights)).items()}
+    ended = sharing.end(work, max(weights), ranks)
+    end = {part: shared * seconds for part, seconds in ended.items()}
     parts["data"] += end["data"]
     parts["update"] = end["update"]
     seconds = length + sum(end.values())
@@ -393,6 +398,7 @@ def estimated_seconds(
     if pipe > 1:
         length *= work.unevenness(pipe)
         length += (pipe - 1) * BUBBLES[schedule](f, i, w, chunks)
-    shared = work.device.ranks_a_core(pipe * sharing.ranks * work.tensor)
+    ranks = pipe * sharing.ranks * work.tensor
+    shared = work.device.ranks_a_core(ranks)
     length = max(length, micro_batches * (f + i + w) * shared)
-    return length + shared * sum(sharing.end(work, weights).values())
+    return length + shared * sum(sharing.end(work, weights, ranks).values())

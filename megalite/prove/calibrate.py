@@ -52,8 +52,13 @@ def calibrate_to(path: Path) -> Device:
 def device_lines(device: Device, path: Path) -> str:
     """What was measured, for people."""
     shared = f", {100 * device.busy_share:.0f} % of it while all {device.cores} cores compute"
-    engine = (device.layer_seconds, device.micro_seconds, device.step_seconds)
-    layer, micro, step = (f"{1e3 * seconds:.3g} ms" for seconds in engine)
+    engine = (
+        device.layer_seconds,
+        device.micro_seconds,
+        device.step_seconds,
+        device.gather_seconds,
+    )
+    layer, micro, step, gather = (f"{1e3 * seconds:.3g} ms" for seconds in engine)
     link = device.node
     return "\n".join(
         [
@@ -63,7 +68,8 @@ def device_lines(device: Device, path: Path) -> str:
             f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
             f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
             f"    link: {link.bytes_per_second / 1e9:.4g} GB/s, {1e6 * link.seconds:.3g} µs a message",
-            f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}",
+            f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}, ZeRO-3 a layer {gather}; "
+            f"its updates move {(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s",
         ]
     )
 
@@ -171,19 +177,32 @@ def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
 
 
 def step_configs(folder: str) -> list[dict[str, Any]]:
-    """Resolved, of one rank: four with little to compute, of 1 and 4 layers and micro-batches, and one with more."""
-    small = [_config(folder, layers, count, small=True) for layers in (1, 4) for count in (1, 4)]
-    return [*small, _config(folder, 4, 2, small=False)]
+    """Resolved, of one rank: four with little to compute, of 1 and 4 layers and micro-batches; the last of them with
+    ZeRO-3; one with many weights for its tokens; one with many tokens."""
+    small = [_config(folder, layers, count, 32, 1, 16) for layers in (1, 4) for count in (1, 4)]
+    hidden, micro, length = (4096, 2, 2048) if machine_has_gpu() else (256, 4, 128)
+    return [
+        *small,
+        _config(folder, 4, 4, 32, 1, 16, zero=3),
+        _config(folder, 8, 1, hidden, 1, 16),
+        _config(folder, 4, 2, hidden, micro, length),
+    ]
 
 
-def _config(folder: str, layers: int, micro_batches: int, small: bool) -> dict[str, Any]:
-    gpu = machine_has_gpu()
-    hidden, micro, length = (32, 1, 16) if small else (4096, 2, 2048) if gpu else (256, 4, 128)
+def _config(
+    folder: str,
+    layers: int,
+    micro_batches: int,
+    hidden: int,
+    micro: int,
+    length: int,
+    zero: int = 1,
+) -> dict[str, Any]:
     document: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": micro_batches,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5_000_000},
+        "zero_optimization": {"stage": zero, "reduce_bucket_size": 5_000_000},
         "megalite": {
             "model": {
                 "model_type": "llama",
@@ -200,6 +219,6 @@ def _config(folder: str, layers: int, micro_batches: int, small: bool) -> dict[s
             "train": {"steps": 100, "run_dir": f"{folder}/run"},
         },
     }
-    if gpu:
+    if machine_has_gpu():
         document["bf16"] = {"enabled": True}
     return Config.from_dict(document).resolve(1).to_json()

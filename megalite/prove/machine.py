@@ -19,7 +19,7 @@ from megalite.prove.trace import Session
 from megalite.ranks.accelerator import use_accelerator
 
 WARMUP_STEPS, STEPS = 2, 7
-MESSAGES = {2**12: 40, 2**15: 30, 2**18: 12, 2**21: 4}
+MESSAGES = {2**12: 40, 2**15: 30, 2**18: 12, 2**21: 4, 2**23: 2}
 """Bytes of a collective's tensor, and how often it is repeated."""
 
 

@@ -37,7 +37,7 @@ LINK = Link(2e9, 3e-5)
 MACHINE = Device(
     "mine", 4e10, 8e10, 16 * GIB, 1e10, LINK, LINK, LINK, 0.8, "a test",
     core_share=0.5, launch_seconds=5e-6, layer_seconds=4e-4, micro_seconds=3e-4, step_seconds=4e-3,
-    cores=2, busy_share=0.75,
+    cores=2, busy_share=0.75, gather_seconds=2e-4, states_rate=4e9,
 )  # fmt: skip
 
 
@@ -81,6 +81,8 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
     assert found.core_share == pytest.approx(0.5, rel=0.05)
     assert found.product_share == pytest.approx(0.8, rel=0.1)
     assert found.layer_seconds == pytest.approx(4e-4, rel=0.1)
+    assert found.gather_seconds == pytest.approx(2e-4, rel=0.05)
+    assert found.states_rate == pytest.approx(4e9, rel=0.05)
     assert found.step_seconds == pytest.approx(4e-3, rel=0.05)
     for row in measured.steps:
         assert predicted_seconds(found, row["config"]) == pytest.approx(row["seconds"], rel=0.02)
