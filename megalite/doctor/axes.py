@@ -13,7 +13,6 @@ from megalite.ranks.launch import run_program, start_ranks, stop_ranks
 
 ELEMENTS = 2**22  # fp32: 16 MiB
 REPEATS = 3
-SLOW = 0.5  # share of the known rate below which an axis is a finding
 
 
 def main(arguments: list[str]) -> int:
@@ -21,9 +20,9 @@ def main(arguments: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
+    from megalite.doctor.links import SLOW, known_share, share_words
     from megalite.parallel.grid import Grid
     from megalite.plan.devices import device_called, read_device
-    from megalite.plan.step_time import link_along, ring_seconds
     from megalite.ranks.accelerator import use_accelerator
     from megalite.topology.axes import TOLD
 
@@ -57,12 +56,11 @@ def main(arguments: list[str]) -> int:
             line = f"{milliseconds:.0f} ms, {rate:.2f} GB/s each way a rank"
             if known is not None:
                 spacing = axis.ranks[1] - axis.ranks[0]
-                link = link_along(known, axis.size, spacing)
-                expected = ring_seconds(link, axis.size, values.nbytes, passes=2)
-                share = expected * known.ranks_a_core(grid.world_size) / seconds.item()
+                share = known_share(
+                    known, axis.size, spacing, grid.world_size, values.nbytes, seconds.item()
+                )
                 slow = slow or share < SLOW
-                line += f", {100 * share:.0f} % of what {known.name} is known for"
-                line += ": slow: look at its links, and at what else uses them" * (share < SLOW)
+                line += f", {share_words(known, share)}"
             print(f"{name} axis, {axis.size} ranks: all-reduce of 16 MiB in {line}", flush=True)
     verdict = torch.tensor([float(slow)], device=values.device)
     dist.all_reduce(verdict)  # rank 0's

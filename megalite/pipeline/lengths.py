@@ -84,6 +84,26 @@ class Lengths:
             ends[number] = (start if start > ready else ready) + table[kind][chunk]
         return max(ends[number] for number in self._last)
 
+    def path(self, table: np.ndarray, hop: float = 0.0) -> tuple[np.ndarray, int]:
+        """The longest chain of actions that wait for each other, for costs [kind, chunk]: how many of each there are
+        [kind, chunk], and how many messages between ranks. Whatever other costs are, a step takes no less than it."""
+        ends, costs = [0.0] * (len(self._kinds) + 1), table.tolist()
+        rows = zip(
+            self._kinds, self._chunks, self._before, self._source, self._message, strict=True
+        )
+        for number, (kind, chunk, before, source, message) in enumerate(rows):
+            start, ready = ends[before], ends[source] + hop if message else ends[source]
+            ends[number] = (start if start > ready else ready) + costs[kind][chunk]
+        counts, hops = np.zeros((len(KINDS), self.chunks)), 0
+        number = max(self._last, key=lambda number: ends[number])
+        while number >= 0:
+            counts[self._kinds[number], self._chunks[number]] += 1
+            source, message = self._source[number], self._message[number]
+            waited = ends[source] + hop * message >= ends[self._before[number]]
+            hops += waited and message
+            number = source if waited and source >= 0 else self._before[number]
+        return counts, hops
+
     def of_many(self, tables: np.ndarray) -> np.ndarray:
         """Lengths [K] for costs [kind, chunk, K], without time for messages."""
         parts = range(0, tables.shape[2], COLUMNS)

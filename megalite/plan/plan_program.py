@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalite.config import Config, load_config
-from megalite.config.section import broken
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
@@ -25,10 +24,11 @@ from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
-LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
+LETTERS = {**dict(zip(PARTS, "PAMRTEDXC", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
-    "gradients, D messages of the data axis, X tokens on their way to experts, U update, . bubble"
+    "gradients, D messages of the data axis, X tokens on their way to experts, C messages of the context axis, "
+    "U update, . bubble"
 )
 
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         planner, given = planner_of(config, options.world_size, device, memory)
         found = planner.find()
         if not found.layouts:
-            raise none_fits(planner, found)
+            raise none_fits(planner)
     if options.json:
         print(json.dumps(as_json(planner, found, given)), flush=True)
     else:
@@ -80,9 +80,6 @@ def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
     """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
-    if config.parallel.context > 1:
-        rule = "must be 1: the planner does not know the times of that axis"
-        raise broken("megalite.parallel.context", config.parallel.context, rule)
     spec = read_spec(config.model)
     batch, resolved = config.document.train_batch_size, None
     try:
@@ -106,7 +103,7 @@ def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, o
         "world_size": planner.search.world_size,
         "memory_bytes": int(planner.memory_bytes),
         "accepted": found.accepted,
-        "fitting": found.fitting,
+        "weighed": found.weighed,
         "layouts": [layout.json() for layout in found.layouts],
         "given": None if given is None else given.json(),
     }
@@ -120,7 +117,8 @@ def lines(planner: Planner, found: Found, given: Layout | None) -> list[str]:
         f"{size / 1e9:.3g} B parameters, {search.batch:,} samples of {search.config.data.sequence_length:,} tokens a "
         f"step, {search.world_size:,} ranks of {device.name} with {planner.memory_bytes / GIB:.1f} GiB "
         f"({device.node_ranks} a node)",
-        f"{found.accepted:,} layouts are accepted by the config's rules, {found.fitting:,} of them may fit",
+        f"{found.accepted:,} layouts are accepted by the config's rules; {found.weighed:,} of them were played and "
+        "weighed, the others are slower or do not fit",
         "",
         *table(planner, found.layouts),
         "",

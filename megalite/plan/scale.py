@@ -67,15 +67,19 @@ def best(planner: Planner) -> Layout | None:
                     found.append(plain)
                     if pipe > 1 and search.spec.num_layers // pipe >= 4:
                         found.append(replace(plain, schedule="interleaved", chunks=4))
-    fitting = [one for one in found if planner.estimated_bytes(one) <= planner.memory_bytes]
-    for one in sorted(fitting, key=planner.estimate):
+    fitting = [one for one in found if planner.least_bytes(one) <= planner.memory_bytes]
+    fastest: Layout | None = None
+    for one in sorted(fitting, key=planner.least_seconds):
+        if fastest is not None and planner.least_seconds(one) >= fastest.time.seconds:
+            break
         try:
             layout = planner.exact(one)
         except ConfigError:
             continue
-        if layout.memory.total <= planner.memory_bytes:
-            return layout
-    return None
+        fits = layout.memory.total <= planner.memory_bytes
+        if fits and (fastest is None or layout.time.seconds < fastest.time.seconds):
+            fastest = layout
+    return fastest
 
 
 def table() -> list[str]:

@@ -38,8 +38,8 @@ def device_of_run(config: Config, device: torch.device, hosts: Sequence[str]) ->
 
 
 def predicted_seconds(config: Config, device: Device | None) -> float | None:
-    """Of a step of a resolved config; None where the planner does not know: a context axis, a batch that grows."""
-    if device is None or config.parallel.context > 1 or config.train.batch_ramp is not None:
+    """Of a step of a resolved config; None of an unknown device, and where the batch grows from step to step."""
+    if device is None or config.train.batch_ramp is not None:
         return None
     _, given = planner_of(config, config.world_size, device, device.memory_bytes)
     return None if given is None else given.time.seconds

@@ -61,8 +61,7 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
-        if prepared.config.parallel.context == 1:  # whose times the planner knows
-            print(plan_line(prepared.config), file=sys.stderr, flush=True)
+        print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
