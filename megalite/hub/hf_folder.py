@@ -20,7 +20,7 @@ from torch import Tensor
 from megalite import other_formats
 from megalite.config import Classified
 from megalite.errors import CheckpointError
-from megalite.hub.names import file_names, groups_of, hf_tensor
+from megalite.hub.names import bias_names, file_names, groups_of, hf_tensor, state_of
 from megalite.inputs import check_links, read_json_object, reading
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.model.families.common import HFTensor
@@ -46,7 +46,7 @@ def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
 
 
 class HFFolder:
-    """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
+    """An open folder, with the face of a Checkpoint: model, names, shape, read, state. CheckpointError or ConfigError
     where it cannot be used whole.
 
     model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
@@ -81,6 +81,17 @@ class HFFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a parameter."""
         return self.shapes[name]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state would hold of these files: the biases of routers; empty where they have none."""
+        with reading(self.folder, CheckpointError):
+            return state_of(self.spec, self._read_bias)
+
+    def _read_bias(self, file_name: str) -> Tensor:
+        values = self._files.read(file_name, ())
+        self._check_finite(file_name, values)
+        return values
 
     def read(
         self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
@@ -150,6 +161,9 @@ class HFFolder:
                 file_name = file_name.removeprefix(self._prefix)
                 known.add(file_name)
                 self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
+        for file_name in bias_names(self.spec):
+            known.add(file_name)
+            self._check_tensor(file_name, [1, self.spec.experts])
         if self.spec.tied:
             known |= self._tied_head()
         if self.made_one:  # the other head

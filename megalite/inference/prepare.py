@@ -28,7 +28,8 @@ CONTEXT = {"context", "context_attention"}  # and those of passes over samples o
 @dataclass
 class Prepared:
     """What the ranks need. folder: of the weights; model: the Hugging Face config as a dict; state: of the checkpoint,
-    empty for a Hugging Face folder; sections: the overrides of other sections than `parallel`, not checked yet."""
+    of a Hugging Face folder the biases of its routers alone; sections: the overrides of other sections than `parallel`,
+    not checked yet."""
 
     folder: Path
     model: dict[str, Any]
@@ -83,9 +84,7 @@ def prepare_model(
     check_context_keys(parallel)
     data_axis_size(parallel, world_size)
     check_layout(parallel, spec)
-    return Prepared(
-        folder, weights.model, spec, parallel, getattr(weights, "state", {}), document["megalite"]
-    )
+    return Prepared(folder, weights.model, spec, parallel, weights.state, document["megalite"])
 
 
 def check_decoder(prepared: Prepared, use: str) -> None:
@@ -106,8 +105,8 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    from megalite.checkpoint.router_bias import set_router_bias
     from megalite.checkpoint.weights import load_module
-    from megalite.engine.router_bias import set_router_bias
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut
