@@ -148,6 +148,14 @@ def check_data(data: Data, vocabulary_size: int) -> None:
             check_corpus(labels_prefix(prefix), len(data.classes))
 
 
+def epochs_of(data: Data, seed: int, vocabulary_size: int, samples: int) -> list[tuple[str, float]]:
+    """(prefix, how often a run of so many samples goes through it) of each training corpus."""
+    given = TrainData(data, seed, vocabulary_size, check=False).shares(samples)
+    opened = [_open(source, data, False) for source in data.train]
+    sizes = [_in_order(of, data, [])[0].num_samples for of in opened]
+    return [(share.path, share.samples / size) for share, size in zip(given, sizes, strict=True)]
+
+
 def _open(source: Source, data: Data, check: bool) -> _Opened:
     with reading(source.path, DataError):
         return _opened(source, data, check)

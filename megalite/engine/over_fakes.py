@@ -10,6 +10,11 @@ from unittest.mock import patch
 import deepspeed
 from deepspeed.comm import comm
 from deepspeed.runtime.zero import partition_parameters, utils
+from deepspeed.utils import groups
+
+EXPERT_GROUPS = tuple(
+    f"_EXPERT_{kind}PARALLEL_GROUP{what}" for kind in ("", "DATA_") for what in ("", "_RANKS")
+)
 
 
 @contextmanager
@@ -29,6 +34,8 @@ def deepspeed_over_fakes() -> Iterator[None]:
         for module in (utils, partition_parameters):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, same))
+        for name in EXPERT_GROUPS:  # which an engine of a model with experts fills
+            stack.enter_context(patch.dict(getattr(groups, name)))
         comm.cdb = None
         deepspeed.init_distributed("gloo", verbose=False)
         try:

@@ -11,7 +11,8 @@ from megalite.pipeline.check import Cost, ProgramError
 from megalite.pipeline.program import Program
 
 KINDS = ("F", "B", "I", "W")
-COLUMNS = 512  # costs that are played together: their times fit into a processor's cache
+COLUMNS = 512, 2048  # costs that are played together, at least and at most
+TIMES = 4_000_000  # of actions that are held at once: 32 MB
 
 
 class Lengths:
@@ -106,9 +107,11 @@ class Lengths:
 
     def of_many(self, tables: np.ndarray) -> np.ndarray:
         """Lengths [K] for costs [kind, chunk, K], without time for messages."""
-        parts = range(0, tables.shape[2], COLUMNS)
+        least, most = COLUMNS
+        columns = min(most, max(least, TIMES // len(self)))
+        parts = range(0, tables.shape[2], columns)
         return np.concatenate(
-            [self._of_some(tables[:, :, first : first + COLUMNS]) for first in parts]
+            [self._of_some(tables[:, :, first : first + columns]) for first in parts]
         )
 
     def _of_some(self, tables: np.ndarray) -> np.ndarray:

@@ -127,5 +127,8 @@ def _levers(planner: Planner) -> Iterator[tuple[str, Search]]:
 
 
 def _least_bytes(planner: Planner, search: Search) -> float:
-    """What the smallest layout of another search takes, about."""
-    return Planner(search, planner.device, planner.memory_bytes).smallest().memory.total
+    """What the smallest layout of another search takes."""
+    try:
+        return Planner(search, planner.device, planner.memory_bytes).smallest().memory.total
+    except ConfigError:  # which has no layout at all
+        return float("inf")

@@ -115,8 +115,8 @@ class LeastWork:
 def least_length(least: LeastWork, schedule: str, p: int, m: int, whole: float) -> float:
     """Of the program of m micro-batches. whole: ΣT. Those that are not played take their longest rank's time."""
     played = min(m, PLAYED * p)
-    own, rest = _whole_layers(least.work.spec.num_layers, p)
-    layer = least.forward + least.backward
+    layers, layer = least.work.spec.num_layers, least.forward + least.backward
+    own, rest = _whole_layers(layers, p)
     of_rest, of_last = m * rest * layer, m * (own * layer + sum(least.head))
     if schedule == "1f1b":
         less = layer + min(p - 1, played - 1) * least.forward
@@ -132,6 +132,9 @@ def least_length(least: LeastWork, schedule: str, p: int, m: int, whole: float) 
         first = layer if schedule == "interleaved" else least.forward
         together = m * whole / p + first * (p - 1) / 2
         of_last = of_last + (p - 1) * layer * (schedule == "interleaved")
+        # So many ranks have `rest` layers where none has more; the last of them waits for those before it.
+        many = np.maximum(1, layers - own - (p - 1) * (rest - 1))
+        of_rest = of_rest + np.minimum(m * layer, (many - 1) * first)
     return max(together, float(np.maximum(of_rest, of_last).min()))
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalite.config import Config, load_config
+from megalite.data.loader import epochs_of
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
@@ -195,6 +196,14 @@ def plan_line(config: Config) -> str:
         f"bubble {100 * given.time.bubble:.1f} %, {given.memory.total / GIB:.2f} GiB on rank {given.memory.rank}; "
         f"tools/plan.py compares layouts"
     )
+
+
+def epochs_line(config: Config, spec: TransformerSpec) -> str:
+    """How often a run goes through its corpora."""
+    samples = config.batch_plan.consumed(config.train.steps)
+    epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
+    told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
+    return f"epochs: {told}"
 
 
 def size_line(config: Config, spec: TransformerSpec) -> str:

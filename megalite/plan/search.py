@@ -184,22 +184,24 @@ class _BestFirst:
             self._wait(max(least, self._of_model(more)), "size", more)
 
     def _orders(self, chosen: Candidate, least: float) -> None:
+        fits: dict[str, bool] = {}  # by schedule: the bound knows no chunks
         for one in self.choices.of(ORDER, chosen):
-            seconds = max(least, self.planner.least_seconds(one))
-            if self.planner.least_bytes(one) > self.planner.memory_bytes:
-                self.too_large.append((seconds, one))
+            if one.schedule not in fits:
+                fits[one.schedule] = self.planner.least_bytes(one) <= self.planner.memory_bytes
+            if fits[one.schedule]:
+                self._wait(max(least, self.planner.least_seconds(one)), "order", one)
             else:
-                self._wait(seconds, "order", one)
+                self.too_large.append((least, one))
 
     def _look(self, one: Candidate, least: float) -> None:
         """Closer, by what was played for others."""
         if self._is_beaten(one, least):
             return
         if one.pipe > 1:
-            least = max(least, self.programs.least_seconds(one))
             if self.programs.least_bytes(one) > self.planner.memory_bytes:
                 self.too_large.append((least, one))
                 return
+            least = max(least, self.programs.least_seconds(one))
         self._wait(least, "layout", one)
 
     def _is_beaten(self, one: Candidate, least: float) -> bool:

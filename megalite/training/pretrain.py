@@ -29,7 +29,7 @@ from megalite.pipeline.plan import plan_of
 from megalite.plan.balance import context_lines
 from megalite.plan.devices import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
-from megalite.plan.plan_program import plan_line, size_line
+from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.states import told_lines
 from megalite.ranks.devices import be_deterministic
 from megalite.ranks.launch import (
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
+        print(epochs_line(prepared.config, prepared.spec), file=sys.stderr, flush=True)
         print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 

@@ -1,6 +1,7 @@
 """The planner: its clock, its memory, that its search finds the best, what it says, and published runs."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +36,9 @@ from megalite.plan.search import Layout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
 from megalite.plan.step_time import link_along, ring_seconds
 from megalite.training.mfu import DATA_SHEET_TFLOPS
+from megalite.training.pretrain import main as pretrain
 from tests.small_models import MODELS
+from tests.unit.data.corpora import write_corpus
 
 H100 = DEVICES["H100"]
 
@@ -289,6 +292,62 @@ def test_no_layout_that_fits_says_by_how_much(tmp_path: Path) -> None:
     message = r"no layout fits: the smallest \(.*\) takes 5\.\d GiB on rank \d, 2\.\d GiB more than the 3.0 GiB .* free"
     with pytest.raises(ConfigError, match=message):
         main([*arguments, "--memory-gib", "3"])
+
+
+def test_a_world_without_any_layout_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(document()))
+    arguments = ["--deepspeed_config", str(tmp_path / "config.json"), "--world-size", "11"]
+    message = "--world-size: 11: the config's rules accept no layout of so many ranks with a global batch of 32"
+    with pytest.raises(ConfigError, match=message):
+        main(arguments)
+
+
+def test_check_prints_the_plan_of_the_configs_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path / "corpus", 50, vocabulary=100)
+    keys = document(bf16=None)
+    keys["megalite"]["model"] = MODELS["mixtral"]
+    keys["megalite"]["parallel"] = {"context": 2, "expert": 2}
+    keys["megalite"]["data"] = {"train": [str(tmp_path / "corpus")], "sequence_length": 16}
+    keys["megalite"]["train"] = {"steps": 10, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    check = ["--deepspeed_config", str(tmp_path / "config.json"), "--check", "--world-size", "4"]
+    assert pretrain(check) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"[\d,]+ parameters; 5,120 tokens in 10 steps, .* a parameter; .* FLOPs", told)
+    assert re.search(r"epochs: [\d.]+ of .*corpus", told)
+    assert re.search(r"plan: on H100 [\d.e-]+ s a step predicted", told)
+
+
+def test_times_and_bytes_of_the_context_and_expert_axes() -> None:
+    """By the formulas of docs/layouts.md: what a layer's forward and backward send."""
+    search = small_planner("mixtral", 8, 32)
+    plain = Candidate(pipe=1, micro=2)
+    gather = replace(plain, context=4)
+    heads = replace(gather, attention="heads")
+    routed = replace(plain, context=2, expert=2)
+    of = {one: search.exact(one) for one in (plain, gather, heads, routed)}
+    b, s, d, layers, k, kv, n, h = 2, 16, 32, 4, 2, 2, 4, 8
+    assert of[plain].sent["context"] == of[plain].time.parts["context"] == 0
+    m = of[gather].micro_batches
+    assert of[gather].sent["context"] == m * layers * 2 * 4 * b * s * kv * h * 3 / 4
+    m = of[heads].micro_batches
+    assert of[heads].sent["context"] == m * layers * 2 * 4 * b * s * (n + max(kv, 4)) * h * 3 / 16
+    m = of[routed].micro_batches
+    assert of[routed].sent["expert"] == m * layers * 2 * 4 * (b * s / 2) * k * d / 2
+    for one, part in ((gather, "context"), (heads, "context"), (routed, "expert")):
+        assert of[one].time.parts[part] > 0
+    # Work of the tokens that a rank has, and ZeRO over data × context.
+    tokens = search.work_of(gather).tokens, search.work_of(plain).tokens
+    assert tokens == (b * s / 4, b * s)
+    assert search.sharing(gather).ranks == search.sharing(plain).ranks == 8
+    # Experts are divided by the axis, and shared out over what it leaves of data × context.
+    whole, split = search.exact(replace(routed, expert=1)), of[routed]
+    experts = search.search.spec.expert_parameters
+    assert whole.memory.weights - split.memory.weights == pytest.approx(2 * experts / 2, rel=0.01)
+    rest = whole.memory.optimizer - split.memory.optimizer
+    assert rest == pytest.approx(0, abs=0.01 * whole.memory.optimizer)
 
 
 def test_a_measured_device_is_read_back(tmp_path: Path) -> None:
