@@ -26,12 +26,13 @@ def main(arguments: list[str]) -> int:
     from megalite.ranks.accelerator import use_accelerator
     from megalite.topology.axes import TOLD
 
-    pipe, tensor, context, expert = map(int, arguments[:4])
+    words = [word for word in arguments if not word.startswith("--local_rank")]  # a launcher's
+    pipe, tensor, context, expert = map(int, words[:4])
     grid = Grid.build(pipe, tensor, context, expert)
     values = torch.ones(ELEMENTS, device=use_accelerator().device_name())
     known = None
-    if arguments[4:]:
-        known = read_device(Path(arguments[4]), "megalite.train.calibration")
+    if words[4:]:
+        known = read_device(Path(words[4]), "megalite.train.calibration")
     elif values.device.type != "cpu":
         known = device_called(torch.get_device_module(values.device).get_device_name(values.device))
     if known is not None:
