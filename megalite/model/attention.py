@@ -53,8 +53,8 @@ def attend(
         return attend_runs(query, key, value, context.rows)
     if (
         drops is None
-        and causal
         and not plain
+        and (causal or context.rows is None)
         and kernel_takes(device.type, query.dtype, h)
         and new_enough(device)
     ):
@@ -63,7 +63,7 @@ def attend(
             if runs is not None:
                 return attend_runs_in_pieces(query, key, value, runs, window)
         elif (pieces := context.pieces(b, s, device)) is not None:
-            return attend_pieces(query, key, value, pieces, window)
+            return attend_pieces(query, key, value, pieces, window, causal)
     visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(

@@ -103,22 +103,29 @@ def new_enough(device: torch.device) -> bool:
 
 
 def attend_pieces(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Bounds,
+    window: int | None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention in each piece; window: of how many positions a token sees, itself included.
+    """Attention in each piece; window: of how many positions a token sees, itself included, to each side without
+    `causal`.
 
     query [B, N, S, H]; key, value [B, K, S, H]; result like query, in memory as [B, S, N, H].
     """
     b, n, s, h = query.shape
     query, key, value = (_flat(x) for x in (query, key, value))
-    return _kernel(query, key, value, bounds, bounds, window).view(b, s, n, h).transpose(1, 2)
+    mixed = _kernel(query, key, value, bounds, bounds, window, causal)
+    return mixed.view(b, s, n, h).transpose(1, 2)
 
 
 def attend_runs_in_pieces(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[RunPieces], window: int | None
 ) -> Tensor:
-    """The same for the two runs of tokens that a rank of the context axis holds. query [B, N, S / c, H]; key, value
-    [B, K, S, H]; result like query, in memory as [B, S / c, N, H]."""
+    """The same, causal, for the two runs of tokens that a rank of the context axis holds. query [B, N, S / c, H]; key,
+    value [B, K, S, H]; result like query, in memory as [B, S / c, N, H]."""
     b, n, _, h = query.shape
     key, value, mixed = _flat(key), _flat(value), []
     for own, pieces in zip(query.chunk(2, dim=2), runs, strict=True):
@@ -135,7 +142,13 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, queries: Bounds, keys: Bounds, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Bounds,
+    keys: Bounds,
+    window: int | None,
+    causal: bool = True,
 ) -> Tensor:
     """query [n, N, H] in pieces, key and value [m, K, H] in as many. A piece's last query looks at its last key too, as
     in flash attention since version 2.1."""
@@ -152,7 +165,7 @@ def _kernel(
         keys.starts,
         queries.longest,
         keys.longest,
-        window_size=(left, 0),
+        window_size=(left, 0 if causal else left),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(mixed, Tensor)

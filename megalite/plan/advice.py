@@ -77,7 +77,7 @@ def changes(planner: Planner, found: Found) -> Iterator[str]:
         other = Planner(
             planner.search, replace(device, network=link), planner.memory_bytes, planner.sizes
         )
-        again = [other.layout(layout.config, layout.candidate) for layout in found.layouts]
+        again = [other.again(layout) for layout in found.layouts]
         best = min(again, key=lambda layout: layout.time.seconds)
         if axes_of(best) != axes_of(first):
             yield f"with a network of {words} the rate: {best.candidate}"

@@ -236,6 +236,7 @@ class Bounds:
                 one.attention == "heads",
                 data.reset_attention,
                 self.search.config.precision == "fp16",
+                self.search.config.train.compile,
             )
         return self._works[key]
 

@@ -74,13 +74,22 @@ class Programs:
             self._costs[recomputes] = ModelCosts.of(
                 search.spec, data.sequence_length, recomputes, data.counted_share
             )
-        m = self.bounds.micro_batches(one)
-        key = one.schedule, one.pipe, one.chunks, recomputes, min(m, PLAYED * one.pipe)
+        key, m = self._key(one), self.bounds.micro_batches(one)
         if key not in self._played:
             plan = make_plan(one.schedule, one.pipe, one.chunks, None, self._costs[recomputes])
             self._played[key] = Played(plan, played_micro_batches(plan, m))
             self.play(self._played[key], one)
         return self._played[key]
+
+    def _key(self, one: Candidate) -> tuple[object, ...]:
+        m = min(self.bounds.micro_batches(one), PLAYED * one.pipe)
+        recomputes = one.recompute not in ("none", "selective")
+        return one.schedule, one.pipe, one.chunks, recomputes, m
+
+    def closest_seconds(self, one: Candidate) -> float:
+        """The closest bound that needs no further program to be played."""
+        least = self.bounds.least_seconds(one)
+        return max(least, self.least_seconds(one)) if self._key(one) in self._played else least
 
     def learn(self, one: Candidate, seconds: float, size: float) -> None:
         """Plays a layout's program if what was played for others is far from what it really takes."""

@@ -26,6 +26,7 @@ from megalite.plan.sent import sent_bytes
 from megalite.plan.step_time import StepTime, step_time
 
 BEST = 10
+NEAR = 200  # layouts that nearly fit, which are looked at for one that is faster
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Layout:
 
 @dataclass
 class Found:
-    """layouts: the best that fit, fastest first; too_large: faster ones that do not fit, if some of those that were
-    weighed are; accepted: layouts that the rules accept; weighed: of those, that were played and weighed."""
+    """layouts: the best that fit, fastest first; too_large: some that are faster and do not fit, the smallest first;
+    accepted: layouts that the rules accept; weighed: of those, that were played and weighed."""
 
     layouts: list[Layout]
     too_large: list[Layout]
@@ -79,13 +80,28 @@ class Planner(Bounds):
         check_model(config, self.search.spec)
         return self.layout(config, one)
 
+    def accepted(self, one: Candidate) -> Layout | None:
+        """The same; None where a rule refuses it that the choices do not know."""
+        try:
+            return self.exact(one)
+        except ConfigError:
+            return None
+
     def layout(self, config: Config, one: Candidate) -> Layout:
         """Of a resolved config, whose candidate is `one`."""
         table = MemoryTable(config, self.search.spec, self.device, self.sizes)
-        m, work, sharing = config.accumulation_steps, self.work_of(one), self.sharing(one)
-        time = step_time(work, table.plan, sharing, m, table.weights)
-        sent = sent_bytes(work, table, sharing)
-        return Layout(one, config, table.largest, time, m, sent)
+        sent = sent_bytes(self.work_of(one), table, self.sharing(one))
+        m = config.accumulation_steps
+        return Layout(one, config, table.largest, self._time(table, one), m, sent)
+
+    def again(self, layout: Layout) -> Layout:
+        """A layout of a planner whose device has other rates: its memory is the same."""
+        table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
+        return replace(layout, time=self._time(table, layout.candidate))
+
+    def _time(self, table: MemoryTable, one: Candidate) -> StepTime:
+        m = table.config.accumulation_steps
+        return step_time(self.work_of(one), table.plan, self.sharing(one), m, table.weights)
 
     def find(self, count: int = BEST) -> Found:
         """The best layouts that fit."""
@@ -104,7 +120,8 @@ class Planner(Bounds):
 
     def smallest(self) -> Layout:
         """Of the layouts that take least memory. Raises ConfigError where the rules accept none."""
-        layouts = [self.exact(one) for one in self.by_size()[:BEST]]
+        tried = [self.accepted(one) for one in self.by_size()[:BEST]]
+        layouts = [layout for layout in tried if layout is not None]
         if not layouts:
             raise ConfigError(
                 f"--world-size: {self.search.world_size}: the config's rules accept no layout of so many ranks with a "
@@ -127,7 +144,8 @@ class _BestFirst:
         self.number = 0
         self.best: dict[Candidate, Layout] = {}
         """By what is chosen beside recompute and offload, the fastest that fits."""
-        self.too_large: list[tuple[float, Candidate]] = []
+        self.too_large: list[tuple[float, float, Candidate]] = []
+        """(least bytes, least seconds, layout)"""
         self.weighed = 0
 
     def run(self) -> None:
@@ -184,22 +202,24 @@ class _BestFirst:
             self._wait(max(least, self._of_model(more)), "size", more)
 
     def _orders(self, chosen: Candidate, least: float) -> None:
-        fits: dict[str, bool] = {}  # by schedule: the bound knows no chunks
+        room = self.planner.memory_bytes
+        sizes: dict[str, float] = {}  # by schedule: the bound knows no chunks
         for one in self.choices.of(ORDER, chosen):
-            if one.schedule not in fits:
-                fits[one.schedule] = self.planner.least_bytes(one) <= self.planner.memory_bytes
-            if fits[one.schedule]:
+            if one.schedule not in sizes:
+                sizes[one.schedule] = self.planner.least_bytes(one)
+            if sizes[one.schedule] <= room:
                 self._wait(max(least, self.planner.least_seconds(one)), "order", one)
             else:
-                self.too_large.append((least, one))
+                self.too_large.append((sizes[one.schedule], least, one))
 
     def _look(self, one: Candidate, least: float) -> None:
         """Closer, by what was played for others."""
         if self._is_beaten(one, least):
             return
         if one.pipe > 1:
-            if self.programs.least_bytes(one) > self.planner.memory_bytes:
-                self.too_large.append((least, one))
+            size = self.programs.least_bytes(one)
+            if size > self.planner.memory_bytes:
+                self.too_large.append((size, least, one))
                 return
             least = max(least, self.programs.least_seconds(one))
         self._wait(least, "layout", one)
@@ -212,25 +232,30 @@ class _BestFirst:
     def _weigh(self, one: Candidate, least: float) -> None:
         if self._is_beaten(one, least):
             return
-        known = self.best.get(_plain(one))
-        layout = self.planner.exact(one)
+        known, layout = self.best.get(_plain(one)), self.planner.accepted(one)
+        if layout is None:
+            return
         self.weighed += 1
         if one.pipe > 1:
             self.programs.learn(one, layout.time.seconds, layout.memory.total)
         if layout.memory.total > self.planner.memory_bytes:
-            self.too_large.append((layout.time.seconds, one))
+            self.too_large.append((layout.memory.total, layout.time.seconds, one))
         elif known is None or layout.time.seconds < known.time.seconds:
             self.best[_plain(one)] = layout
 
     def faster(self, best: list[Layout], tried: int = 3) -> list[Layout]:
-        """Layouts that do not fit and seem to be faster than the best that do."""
+        """Layouts that need a little more memory and are faster than the best that fit, the smallest first."""
         if not best:
             return []
-        found = [(seconds, n, one) for n, (seconds, one) in enumerate(self.too_large)]
-        first = best[0].time.seconds
-        likely = heapq.nsmallest(tried, (row for row in found if row[0] < first))
-        layouts = [self.planner.exact(one) for _, _, one in likely]
-        return sorted((one for one in layouts if _seconds(one) < first), key=_seconds)
+        limit = best[0].time.seconds
+        found = [
+            (size, n, one) for n, (size, least, one) in enumerate(self.too_large) if least < limit
+        ]
+        near = [one for _, _, one in heapq.nsmallest(NEAR, found)]
+        likely = (one for one in near if self.programs.closest_seconds(one) < limit)
+        layouts = [self.planner.accepted(one) for one in islice(likely, tried)]
+        faster = [one for one in layouts if one is not None and one.time.seconds < limit]
+        return sorted(faster, key=lambda layout: layout.memory.total)
 
 
 def _plain(one: Candidate) -> Candidate:

@@ -70,7 +70,7 @@ def ring_seconds(link: Link, size: int, whole: float, passes: int = 1) -> float:
 class Work:
     """What a rank of the tensor and context axes does for a micro-batch. length: of a whole sample; at: sizes and type;
     recompute: as a Stage takes it; by_heads: whether the context axis exchanges heads for tokens; documents: whether
-    samples' documents are kept apart."""
+    samples' documents are kept apart; compiled: `megalite.train.compile`."""
 
     spec: TransformerSpec
     device: Device
@@ -86,6 +86,7 @@ class Work:
     by_heads: bool = False
     documents: bool = False
     fp16: bool = False
+    compiled: bool = False
 
     @cached_property
     def at(self) -> Forward:
@@ -106,6 +107,7 @@ class Work:
             self.context,
             self.by_heads,
             self.expert,
+            self.compiled,
         )
 
     @property

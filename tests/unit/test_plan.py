@@ -239,8 +239,11 @@ def test_memory_is_that_of_every_rank(one: Candidate, half: bool) -> None:
 def test_levers_that_save_memory_are_pulled_where_it_is_short() -> None:
     roomy = planner().find(1).layouts[0]
     short = roomy.memory.total - 2**20
-    other = planner(memory=short).find(1).layouts[0]
+    found = planner(memory=short).find(1)
+    other = found.layouts[0]
     assert other.memory.total <= short and other.time.seconds >= roomy.time.seconds
+    more = found.too_large[0]  # what would change the answer
+    assert more.memory.total > short and more.time.seconds < other.time.seconds
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, **changes: Any) -> str:
