@@ -99,5 +99,5 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
         Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
         ReportWriter(run_dir, told, run.note),
         Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
-        Screen(train.steps, first, train.log_interval),
+        Screen(train.last_step, first, train.log_interval),
     ]

@@ -20,7 +20,7 @@ from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
 from tests.small_models import MODELS
-from tests.unit.test_ds_configs import FOLDER, ROWS
+from tests.unit.test_ds_configs import FOLDER, ROWS, shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -44,7 +44,7 @@ def routed(zero: int, **parallel: Any) -> Config:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_shipped_configs_pass(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     found = dry_run(config, read_spec(config.model), None)
     assert len(found.places) == config.parallel.pipe
     assert sum(place.ranks for place in found.places) == config.world_size
@@ -59,7 +59,7 @@ def test_shipped_configs_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json"])
 def test_messages_of_shipped_configs_match(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     found = match(calls_of_all(shrunken(config)))
     assert found["collectives"] > 0 and (found["messages"] > 0) == (config.parallel.pipe > 1)
 
@@ -67,7 +67,7 @@ def test_messages_of_shipped_configs_match(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_messages_of_all_shipped_configs_match(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     assert match(calls_of_all(shrunken(config)))["collectives"] > 0
 
 
