@@ -167,11 +167,14 @@ class _Lister:
         found = self._ready(rank)
         if not found:
             return math.inf, "", 0
-        start = max(self.free[rank], min(found)[0])
-        best = found[0] if len(found) == 1 else None
-        if best is None:
-            best = min(found, key=lambda choice: (choice[0] > start, choice[1]))
-        return start, best[2], best[3]
+        earliest, free = min(found)[0], self.free[rank]
+        start = free if free > earliest else earliest
+        first = found[0] if found[0][0] <= start else None
+        for choice in found[1:]:
+            if choice[0] <= start and (first is None or choice[1] < first[1]):
+                first = choice
+        assert first is not None, "one of them is the earliest"
+        return start, first[2], first[3]
 
     def _ready(self, rank: int) -> list[tuple[float, int, str, int]]:
         """Of each kind and chunk of a rank the next action, if all that it needs is placed and there is room: (when it

@@ -200,6 +200,7 @@ def plan_line(config: Config) -> str:
 
 def epochs_line(config: Config, spec: TransformerSpec) -> str:
     """How often a run goes through its corpora."""
+    assert config.train.steps is not None, "a run that begins has made them of its epochs"
     samples = config.batch_plan.consumed(config.train.steps)
     epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
     told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)

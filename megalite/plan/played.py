@@ -21,6 +21,8 @@ from megalite.plan.candidates import Candidate
 from megalite.plan.step_time import (
     PLAYED,
     Held,
+    Sharing,
+    Work,
     hop_seconds,
     lengths_of,
     played_micro_batches,
@@ -64,6 +66,7 @@ class Programs:
         self.bounds = bounds
         self._played: dict[tuple[object, ...], Played] = {}
         self._costs: dict[bool, ModelCosts] = {}
+        self._linear: dict[tuple[Work, Sharing, bool], tuple[np.ndarray, ...]] = {}
 
     def of(self, one: Candidate) -> Played:
         """The program of a layout, played for one with that program once at the least."""
@@ -167,14 +170,21 @@ class Programs:
         times = (upto[stops] - upto[stops - played.layers]).T
         times[:, 0] += least.embedding
         times[:, -1] += least.end
-        fixed, shared, routed = (
-            sharing.micro(least.work, held, m > 1).sum(axis=1)
-            for held in (Held(0.0), Held(1.0), Held(0.0, 1.0))
-        )
+        fixed, shared, routed = self._rates(least.work, sharing, m > 1)
         each = played.home.sum(axis=1).max()  # chunks, which a rank's weights are spread over alike
         own, own_routed = (numbers / each for numbers in self._numbers(played, one))
         times += fixed[:, None] + np.outer(shared - fixed, own @ played.home)
         return times + np.outer(routed - fixed, own_routed @ played.home)
+
+    def _rates(self, work: Work, sharing: Sharing, several: bool) -> tuple[np.ndarray, ...]:
+        """[kind] that a micro-batch adds for no weights, and for one more of each sort: it is linear in them."""
+        key = work, sharing, several
+        if key not in self._linear:
+            sorts = Held(0.0), Held(1.0), Held(0.0, 1.0)
+            self._linear[key] = tuple(
+                sharing.micro(work, held, several).sum(axis=1) for held in sorts
+            )
+        return self._linear[key]
 
     def _numbers(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
         """[rank] of the weights, of those that an expert axis divides apart, at the least."""
