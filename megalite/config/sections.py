@@ -353,6 +353,11 @@ class Train(Section):
         [], description="Texts that the model continues at each evaluation; docs/watching.md."
     )
     sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
+    calibration: Text | None = Field(
+        None,
+        description="File of tools/benchmark_step.py --calibrate, of this machine: what a step is predicted to take, "
+        "in `--check` and beside the first steps; left out: a known GPU's figures. docs/planning.md.",
+    )
     trace_steps: list[Positive] = Field(
         [],
         description="Steps whose timeline of all ranks goes into `trace.json`; docs/watching.md.",

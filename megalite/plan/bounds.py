@@ -223,7 +223,7 @@ class Bounds:
             data = self.search.config.data
             self._works[key] = Work(
                 self.search.spec,
-                self.device,
+                self.device.among(self.search.world_size),
                 one.tensor,
                 one.micro,
                 data.sequence_length,
@@ -279,14 +279,14 @@ class Bounds:
         sharing, held = self.sharing(one), self.weights(one)
         added = chunks * sharing.micro(least.work, held.part(chunks), m > 1).sum(axis=1)
         whole = least.whole + p * float(added[[FORWARD, BACKWARD]].sum())
-        cores = self.device.cores
+        world = self.search.world_size
+        shared = self.device.ranks_a_core(world)
         if p == 1 or evenly:
             length = m * max(whole / p, least.longest(p) if p > 1 else 0.0)
         else:
             length = least_length(least, one.schedule, p, m, whole)
-        if cores:
-            length = max(length, m * whole * sharing.ranks * one.tensor / cores)
-        return length + sum(sharing.end(least.work, held).values())
+        length = max(length, shared * m * whole / p)
+        return length + shared * sum(sharing.end(least.work, held, world).values())
 
     def least_bytes(self, one: Candidate) -> float:
         """Of the largest rank. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers each, that is as

@@ -8,6 +8,7 @@ costs), search.py (which are the best), advice.py (why).
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from megalite.config import Config, load_config
 from megalite.data.loader import epochs_of
@@ -17,7 +18,7 @@ from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.plan.advice import changes, given_line, none_fits, why
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import GIB, Device, device_of
+from megalite.plan.devices import GIB, Device, device_of, known_device, read_device
 from megalite.plan.search import Found, Layout, Planner
 from megalite.plan.step_time import PARTS
 from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME",
-        help=f"a device of docs/planning.md, or a JSON file of one (default: {DEFAULT_DEVICE})",
+        help=f"one of docs/planning.md, or a file of benchmark_step.py --calibrate (default: {DEFAULT_DEVICE})",
     )
     parser.add_argument(
         "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> int:
     device = device_of(options.device)
     if options.gpus_per_node is not None:
         device = replace(device, node_ranks=options.gpus_per_node)
-    memory = device.memory_bytes if options.memory_gib is None else options.memory_gib * GIB
+    memory = device.rank_memory_bytes(options.world_size)
+    memory = memory if options.memory_gib is None else options.memory_gib * GIB
     with reading(options.deepspeed_config):
         config = load_config(options.deepspeed_config, options.overrides)
         planner, given = planner_of(config, options.world_size, device, memory)
@@ -182,8 +184,13 @@ def picture(layouts: list[Layout]) -> list[str]:
 
 
 def plan_line(config: Config) -> str:
-    """What `--check` says of the layout of a resolved config, on the default device."""
-    device = device_of(DEFAULT_DEVICE)
+    """What `--check` says of the layout of a resolved config, on its calibrated device or the default one."""
+    path = config.train.calibration
+    device = (
+        known_device(DEFAULT_DEVICE)
+        if path is None
+        else read_device(Path(path), "megalite.train.calibration")
+    )
     planner, given = planner_of(config, config.world_size, device, device.memory_bytes)
     assert given is not None
     flops = model_flops(planner, given)

@@ -129,13 +129,14 @@ class Programs:
         kinds = [kind for kind in range(len(KINDS)) if played.lengths.counts[kind].any()]
         busy = (played.home * times[kinds].sum(axis=0)).sum(axis=1)
         length = max(chains) + (m - played.micro_batches) * float(busy.max())
-        sharing, cores = bounds.sharing(one), bounds.device.cores
-        if cores:
-            length = max(length, m * float(busy.sum()) * sharing.ranks * one.tensor / cores)
+        sharing, world = bounds.sharing(one), bounds.search.world_size
+        shared_cores = bounds.device.ranks_a_core(world)
+        length = max(length, shared_cores * m * float(busy.mean()))
         shared, routed = self._numbers(played, one)
         most = int((shared + routed).argmax())
         held = Held(float(shared[most]), float(routed[most]))
-        return length + sum(sharing.end(bounds.work_of(one), held).values())
+        end = sharing.end(bounds.work_of(one), held, world)
+        return length + shared_cores * sum(end.values())
 
     def least_bytes(self, one: Candidate) -> float:
         """Of the largest rank."""

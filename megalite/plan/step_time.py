@@ -335,20 +335,23 @@ class Sharing:
             layers, (link, size, _) = work.spec.num_layers, lines[0]
             gathered = layers * ring_seconds(link, size, e * numbers / layers)
             reduced = layers * ring_seconds(link, size, FP32 * numbers / layers)
-            hidden = HIDDEN * work.model.sum(axis=1)
-            result[0, DATA] = max(0.0, gathered - hidden[0])
-            result[1, DATA] = max(0.0, gathered + reduced - hidden[1])
+            # Cores that pass messages on compute nothing meanwhile.
+            hidden = (0.0 if device.cores else HIDDEN) * work.model.sum(axis=1)
+            hooks = layers * device.gather_seconds
+            result[0, DATA] = max(0.0, gathered - hidden[0]) + hooks
+            result[1, DATA] = max(0.0, gathered + reduced - hidden[1]) + hooks
         return result
 
-    def end(self, work: Work, held: Held) -> dict[str, float]:
-        """Seconds after a step's last backward, by part."""
+    def end(self, work: Work, held: Held, world: int = 1) -> dict[str, float]:
+        """Seconds after a step's last backward, by part. world: ranks in all, which sum a few numbers twice: the tokens
+        that count, and the norm."""
         device, e, lines = work.device, work.dtype_bytes, self._lines(work.device, held)
         owned = sum(count / size if self.zero else count for _, size, count in lines)
         if self.offload:
             update = (FP32 + e) * owned / device.host.bytes_per_second + owned / HOST_UPDATE
         else:
             moved = FP32 * (2 + self.moments + 1 + self.moments) + e
-            update = moved * owned / device.memory_rate
+            update = moved * owned / (device.states_rate or device.memory_rate)
         sent = 0.0
         for link, size, count in lines:
             if self.zero == 0:
@@ -357,6 +360,7 @@ class Sharing:
                 sent += ring_seconds(link, size, FP32 * count)
             if self.zero in (1, 2):
                 sent += ring_seconds(link, size, e * count)
+        sent += 2 * ring_seconds(link_along(device, world, 1), world, 0.0, passes=2)
         return {"data": sent, "update": update + device.step_seconds}
 
 
@@ -409,15 +413,17 @@ def step_time(
     for chunk, home in enumerate(plan.cut.home):
         busy[home] += (lengths.counts[:, chunk, None] * chunks[chunk]).sum(axis=0) / played
     length += (micro_batches - played) * float(busy.sum(axis=1).max())
-    all_busy = float(busy.sum()) * micro_batches
-    cores = work.device.cores
-    if cores:  # ranks that share cores: what one leaves idle another uses
-        length = max(length, all_busy * sharing.ranks * work.tensor / cores)
+    # Ranks that share cores: what one leaves idle another uses, so a step takes all their work over the cores at least.
+    ranks = plan.pipe * sharing.ranks * work.tensor
+    shared = work.device.ranks_a_core(ranks)
     parts: dict[str, float] = {}
-    parts |= zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True)
+    spent = busy.mean(axis=0) * micro_batches * shared
+    length = max(length, float(spent.sum()))
+    parts |= zip(PARTS, spent.tolist(), strict=True)
     parts["bubble"] = length - sum(parts.values())
-    ends = [sharing.end(work, held) for held in dict.fromkeys(weights)]
-    end = max(ends, key=lambda end: sum(end.values()))
+    ends = [sharing.end(work, held, ranks) for held in dict.fromkeys(weights)]
+    longest = max(ends, key=lambda end: sum(end.values()))
+    end = {part: shared * seconds for part, seconds in longest.items()}
     parts["data"] += end["data"]
     parts["update"] = end["update"]
     seconds = length + sum(end.values())

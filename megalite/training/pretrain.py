@@ -29,6 +29,7 @@ from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
 from megalite.plan.balance import context_lines
+from megalite.plan.devices import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.states import told_lines
@@ -172,6 +173,8 @@ def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Conf
 
 def _check_data(config: Config, spec: TransformerSpec) -> None:
     check_trackers(config.train.trackers)
+    if config.train.calibration is not None:
+        read_device(Path(config.train.calibration), "megalite.train.calibration")
     if config.train.sample_prompts:
         encoded_prompts(config, spec)
     TrainData(config.data, config.train.seed, spec.vocabulary_size)

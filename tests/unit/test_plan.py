@@ -285,7 +285,7 @@ def test_a_wrong_device_lists_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--device: V100: must be one of A100, H100, H200, B200"):
         main([*arguments, "--device", "V100"])
     (tmp_path / "device.json").write_text("{}")
-    with pytest.raises(ConfigError, match="must be a JSON file of a device"):
+    with pytest.raises(ConfigError, match="must be a file of tools/benchmark_step.py --calibrate"):
         main([*arguments, "--device", str(tmp_path / "device.json")])
 
 
