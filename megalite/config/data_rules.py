@@ -73,6 +73,9 @@ def _check_masked(data: Data) -> None:
         raise ConfigError(
             f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token"
         )
+    if data.tokenizer is None and objective.whole_word:
+        rule = "needs megalite.data.tokenizer, whose tokens make up the words"
+        raise broken(f"{path}.whole_word", True, rule)
     with_masks = f"with a masked {path}"
     _check_whole(data, with_masks)
     if data.samples != "windows" and not data.reset_attention:

@@ -16,6 +16,8 @@ from megalite.config.section import Section
 Positive = Annotated[int, Field(ge=1)]
 Counter = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MaskedShare = Annotated[float, Field(gt=0, lt=1)]
+TwoShares = Annotated[list[MaskedShare], Field(min_length=2, max_length=2)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -108,12 +110,25 @@ class Source(Section):
     )
 
 
+def _masked(value: Any) -> Any:
+    shares = value if isinstance(value, list) and len(value) == 2 else [value]
+    if all(isinstance(share, float) and 0 < share < 1 for share in shares):
+        return value
+    rule = "must be above 0 and below 1, or two such numbers, of the first and the last step"
+    raise PydanticCustomError("masked", rule)
+
+
 class Masked(Section):
     """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
     drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
 
-    masked: float = Field(
-        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
+    masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
+        description="Share of the tokens that are asked for, such as 0.15; or of the first and the last step, such as "
+        "`[0.3, 0.15]`, and in a straight line between them. Evaluation has the last step's.",
+    )
+    whole_word: bool = Field(
+        False,
+        description="Ask for all tokens of a word or for none; needs a tokenizer whose tokens show where words begin.",
     )
     keep: Share = Field(0.1, description="Share of those that are left as they are.")
     swap: Share = Field(
@@ -127,6 +142,17 @@ class Masked(Section):
         None,
         description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
     )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The shares of the first and the last step."""
+        first, last = self.masked if isinstance(self.masked, list) else (self.masked, self.masked)
+        return first, last
+
+    def share(self, step: int, steps: int) -> float:
+        """Of step `step`, from 0 on, of a run of `steps`."""
+        first, last = self.ends
+        return first + (last - first) * min(1.0, step / max(1, steps - 1))
 
 
 class Classes(Section):
@@ -222,8 +248,8 @@ class Data(Section):
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
         match self.objective:
-            case Masked(masked=share):
-                return share
+            case Masked() as masked:
+                return sum(masked.ends) / 2
             case Classes():
                 return 1 / self.sequence_length
         return 1.0

@@ -82,7 +82,7 @@ class BatchReader:
         if self.eod_id is not None:
             labels[tokens == self.eod_id] = UNCOUNTED
         if self.masking is not None:
-            self.masking.apply(tokens, labels, numbers)
+            self.masking.apply(tokens, labels, numbers, documents)
         return Batch(tokens, labels, documents)
 
     def _fill_window(

@@ -86,8 +86,9 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
+        samples = data.at_step(step, config.train.steps)
         batches = micro_batches(
-            data, step * size, size, config.micro_batch_size, ALONE, device, draw
+            samples, step * size, size, config.micro_batch_size, ALONE, device, draw
         )
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
