@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from megalite.config.masks import Masked
 from megalite.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Counter = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-MaskedShare = Annotated[float, Field(gt=0, lt=1)]
-TwoShares = Annotated[list[MaskedShare], Field(min_length=2, max_length=2)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -110,51 +109,6 @@ class Source(Section):
     )
 
 
-def _masked(value: Any) -> Any:
-    shares = value if isinstance(value, list) and len(value) == 2 else [value]
-    if all(isinstance(share, float) and 0 < share < 1 for share in shares):
-        return value
-    rule = "must be above 0 and below 1, or two such numbers, of the first and the last step"
-    raise PydanticCustomError("masked", rule)
-
-
-class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
-    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
-
-    masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
-        description="Share of the tokens that are asked for, such as 0.15; or of the first and the last step, such as "
-        "`[0.3, 0.15]`, and in a straight line between them. Evaluation has the last step's.",
-    )
-    whole_word: bool = Field(
-        False,
-        description="Ask for all tokens of a word or for none; needs a tokenizer whose tokens show where words begin.",
-    )
-    keep: Share = Field(0.1, description="Share of those that are left as they are.")
-    swap: Share = Field(
-        0.1, description="Share of those that are replaced by a random token; the rest is masked."
-    )
-    mask_token_id: Counter | None = Field(
-        None,
-        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
-    )
-    special_token_ids: list[Counter] | None = Field(
-        None,
-        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
-    )
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The shares of the first and the last step."""
-        first, last = self.masked if isinstance(self.masked, list) else (self.masked, self.masked)
-        return first, last
-
-    def share(self, step: int, steps: int) -> float:
-        """Of step `step`, from 0 on, of a run of `steps`."""
-        first, last = self.ends
-        return first + (last - first) * min(1.0, step / max(1, steps - 1))
-
-
 class Classes(Section):
     """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
     corpus that tools/preprocess_data.py --label-key has made."""
@@ -177,11 +131,11 @@ class Classified:
 def _objective(value: Any) -> Any:
     if isinstance(value, dict):  # pydantic takes their errors in, at their places
         return (Classes if "classes" in value else Masked).model_validate(value)
-    if value == "causal" or isinstance(value, Masked | Classes):
+    if value in ("causal", "prefix") or isinstance(value, Masked | Classes):
         return value
     raise PydanticCustomError(
         "objective",
-        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
+        'must be "causal", "prefix" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -212,9 +166,13 @@ class Data(Section):
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
         "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
-    objective: Annotated[Literal["causal"] | Masked | Classes, BeforeValidator(_objective)] = Field(
+    objective: Annotated[
+        Literal["causal", "prefix"] | Masked | Classes, BeforeValidator(_objective)
+    ] = Field(
         "causal",
-        description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
+        description="`causal`: each token is asked for after those before it. `prefix`: so are marked tokens, and the "
+        "tokens of a document's prompt, which is before those, see each other both ways (docs/translation.md). For "
+        "encoders masked language modelling, "
         '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
         '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
         "takes the place of the other (docs/classification.md).",
@@ -242,7 +200,7 @@ class Data(Section):
     @property
     def ahead(self) -> int:
         """Tokens that a sample needs after its last position: what is asked for there."""
-        return 1 if self.objective == "causal" else 0
+        return 1 if isinstance(self.objective, str) else 0
 
     @property
     def counted_share(self) -> float:

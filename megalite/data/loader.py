@@ -253,6 +253,7 @@ def _reader(data: Data, vocabulary_size: int, seed: int, last: bool) -> BatchRea
         masking,
         data.ahead,
         bool(data.classes),
+        data.objective == "prefix",
     )
 
 

@@ -12,7 +12,7 @@ import copy
 import numpy as np
 
 from megalite.config import Data
-from megalite.config.sections import Masked
+from megalite.config.masks import Masked
 from megalite.data.permutation import hashed, mixed
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.words import Words, words_of

@@ -22,7 +22,7 @@ from megalite.config import Classified
 from megalite.errors import CheckpointError
 from megalite.hub.names import file_names, groups_of, hf_tensor
 from megalite.inputs import check_links, read_json_object, reading
-from megalite.model.families import FAMILIES, model_dict, read_spec
+from megalite.model.families import FAMILIES, PREFIX_LM, model_dict, read_spec
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import TIED_NAME, Stage
@@ -36,6 +36,13 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+_PROMPTS = {
+    "samples": "padded",
+    "loss": "marked",
+    "objective": "prefix",
+    "reset_attention": True,
+    "eod_mask_loss": False,
+}  # how such a model's run read its corpora
 _OF_HEADS = ("classifier.", "head.")
 
 
@@ -49,8 +56,9 @@ class HFFolder:
     """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
     where it cannot be used whole.
 
-    model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
-    of another model (`made_one`); what such a classifier has and the folder has not is left out of `names`.
+    model: the config as a plain dict; spec: it as ours; state: as of a Checkpoint, what PREFIX_LM tells. classes:
+    labels of a classifier that is to be made of a folder of another model (`made_one`); what such a classifier has and
+    the folder has not is left out of `names`.
     """
 
     def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
@@ -62,6 +70,8 @@ class HFFolder:
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
+            values = read_json_object(self.folder / "config.json", CheckpointError)
+            self.state: dict[str, Any] = {"data": _PROMPTS} if values.get(PREFIX_LM) is True else {}
             self.made_one = bool(classes) and self.spec.classifier is None
             if self.made_one:
                 self.model = model_dict(Classified(str(self.folder), classes))

@@ -37,6 +37,7 @@ def import_hf(
         "seed": 0 if experts is None else experts.seed,
         "layout": None,
         "tokenizer": None,
+        **dense.state,
     }
     with appearing(output, CheckpointError) as partial:
         with CheckpointWriter(partial, source.model, state) as writer:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 LARGEST_HEAD = 256  # features that the kernel takes, a multiple of 8
 LEAST_CAPABILITY = (8, 0)
+TILE = 128  # queries that the kernel takes at once
 
 
 class Bounds(NamedTuple):
@@ -114,6 +115,36 @@ def attend_pieces(
     return _kernel(query, key, value, bounds, bounds, window).view(b, s, n, h).transpose(1, 2)
 
 
+def prefixes_as_pieces(documents: np.ndarray, prefixes: np.ndarray) -> Bounds:
+    """Each document's prefix is a piece. What follows it, of which nothing is wanted, is cut into pieces of a kernel's
+    tile, so that little is computed of it. In main memory. documents, prefixes [B, S]."""
+    tiles = np.arange(documents.shape[1]) // TILE + 1
+    return documents_as_pieces(documents * (tiles[-1] + 1) + np.where(prefixes, 0, tiles))
+
+
+def attend_prefixes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Bounds,
+    halves: Bounds,
+    prefixes: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Attention in each piece, causal but in its prefix, whose tokens see each other both ways.
+
+    Two calls: causally in `bounds`, of which the prefixes are not taken, and both ways in `halves`
+    (`prefixes_as_pieces`), of which they alone are. So no row has to be copied out and back. prefixes bool [B, S];
+    others as in `attend_pieces`.
+    """
+    b, n, s, h = query.shape
+    query, key, value = (_flat(x) for x in (query, key, value))
+    causal = _kernel(query, key, value, bounds, bounds, window)
+    both_ways = _kernel(query, key, value, halves, halves, window, causal=False)
+    mixed = torch.where(prefixes.view(-1, 1, 1), both_ways, causal)
+    return mixed.view(b, s, n, h).transpose(1, 2)
+
+
 def attend_runs_in_pieces(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[RunPieces], window: int | None
 ) -> Tensor:
@@ -135,10 +166,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, queries: Bounds, keys: Bounds, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Bounds,
+    keys: Bounds,
+    window: int | None,
+    causal: bool = True,
 ) -> Tensor:
     """query [n, N, H] in pieces, key and value [m, K, H] in as many. A piece's last query looks at its last key too, as
-    in flash attention since version 2.1."""
+    in flash attention since version 2.1. causal: false: at those after it as well."""
     from torch.nn.attention.varlen import (
         varlen_attn,  # takes seconds, which runs on a CPU do without
     )
@@ -152,7 +189,7 @@ def _kernel(
         keys.starts,
         queries.longest,
         keys.longest,
-        window_size=(left, 0),
+        window_size=(left, 0 if causal else left),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(mixed, Tensor)

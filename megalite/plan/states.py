@@ -273,6 +273,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         config.parallel.context,
         config.parallel.context_attention == "heads",
         grid.expert.size,
+        config.data.objective == "prefix",
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megalite.config import Config
 from megalite.data.loader import TrainData
 from megalite.hub.names import hf_auto_class
+from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import ALONE
 from megalite.parallel.traffic import Traffic
@@ -92,7 +93,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         )
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
-            mask = _document_mask(context.documents, spec.causal)
+            mask = _document_mask(context, spec.causal)
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 logits = model(tokens, attention_mask=mask).logits
             losses = F.cross_entropy(
@@ -117,12 +118,15 @@ def _plain_model(config: Config) -> Any:
     return hf_class.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa").train()
 
 
-def _document_mask(documents: Tensor | None, causal: bool) -> Tensor | None:
+def _document_mask(context: Context, causal: bool) -> Tensor | None:
     """[B, 1, S, S], True where a token sees another; None where documents are not kept apart."""
+    documents, prefixes = context.documents, context.prefixes
     if documents is None:
         return None
     mask = documents[:, None, :, None] == documents[:, None, None, :]
-    return mask.tril() if causal else mask
+    if not causal:
+        return mask
+    return mask.tril() if prefixes is None else mask.tril() | mask & prefixes[:, None, None, :]
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> list[float]:

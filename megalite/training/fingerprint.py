@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from megalite.config import Config, Data
-from megalite.config.sections import Masked
+from megalite.config.masks import Masked
 from megalite.data.identity import identity
 from megalite.data.indexed import labels_prefix, marks_prefix
 from megalite.data.tokenizer import load_tokenizer

@@ -205,7 +205,7 @@ def test_an_evaluation_is_that_of_transformers_on_the_same_masks(tmp_path: Path)
     data = data_section([tmp_path / "corpus"], line["data"]["sequence_length"], valid=[str(tmp_path / "corpus")],
                         objective=MASKED)  # fmt: skip
     valid = ValidData(data, VOCABULARY)
-    tokens, labels, _ = valid.batch(range(valid.num_samples))
+    tokens, labels, *_ = valid.batch(range(valid.num_samples))
     logits = model(torch.from_numpy(tokens)).logits
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(labels).flatten()

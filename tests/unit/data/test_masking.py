@@ -41,8 +41,8 @@ def within_four_deviations(count: int, of: int, share: float) -> bool:
 
 
 def test_shares_are_those_asked_for(tmp_path: Path) -> None:
-    tokens, labels, _ = training(tmp_path).batch(range(4000))
-    plain, _, _ = training(tmp_path, objective={**OBJECTIVE, "masked": 1e-9}).batch(range(4000))
+    tokens, labels, *_ = training(tmp_path).batch(range(4000))
+    plain, *_ = training(tmp_path, objective={**OBJECTIVE, "masked": 1e-9}).batch(range(4000))
     chosen, possible = labels != UNCOUNTED, ~np.isin(plain, [MASK, *SPECIAL])
     assert (labels[chosen] == plain[chosen]).all() and (tokens[~chosen] == plain[~chosen]).all()
     assert not (chosen & ~possible).any() and (~possible).sum() > 300, (
@@ -167,7 +167,7 @@ BASE += ['megalite.data.objective={"masked":0.15,"mask_token_id":4}']
     [
         (
             ["megalite.data.objective=masked"],
-            'objective: "masked": must be "causal" or an object such as {"masked":',
+            'objective: "masked": must be "causal", "prefix" or an object such as {"masked":',
         ),
         (
             ['megalite.data.objective={"maskd":0.1}'],
