@@ -152,6 +152,7 @@ def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     for name, layout in (("run", "tensor"), ("hf", "pipe"), ("again", "pipe")):
         base = ["--checkpoint", str(tmp_path / name), f"megalite.parallel.{layout}=2"]
         translating = ["--translations", lines, "--template", "{source}=>", "--beams", "2"]
+        translating += ["--max-new-tokens", "12"]
         (line, _) = run_ranks(2, evaluated, [*base, *translating], init=False)
         assert line["chrf"] == pytest.approx(100)
         data = ["--data", pairs[0], "--sequence-length", "32"]
