@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Save and load rates of a checkpoint beside torch.save, torch.load and the disk itself, in one run.
+"""Save and load rates of a checkpoint beside torch.save, torch.load and the disk itself, in one run; and the stall: how
+much later a training step ends for a save beside it.
 
 All write the same fp32 tensors and end with fsync; all read with nothing of the file in the page cache, into existing
-tensors. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn.
+tensors. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn. A step of the
+stall is a product of matrices on one thread, as a rank's is.
 """
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
@@ -26,6 +28,7 @@ from megalite.checkpoint.save import Saver
 from megalite.ranks.launch import ArgumentParser, at_least, positive, run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
+STEP_SIZE, STEPS_ALONE = 1024, 20  # of the matrices of a step; steps that are timed without a save
 STATE = {"step": 1, "consumed_samples": 0, "consumed_tokens": 0, "seed": 0, "model": {}}
 Tensors = dict[str, torch.Tensor]
 
@@ -111,6 +114,24 @@ def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float
     return seconds
 
 
+def stalls(folder: Path, tensors: Tensors, rounds: int) -> list[tuple[float, float, int]]:
+    """For each round (seconds that steps waited for the copy, seconds that steps took longer while the file was
+    written, steps meanwhile)."""
+    saver = Saver(folder / "stall", keep=1)
+    boxes = {f"weight/{n}": [Box(tuple(t.shape), (0, 0), t)] for n, t in tensors.items()}
+    matrix = torch.randn(STEP_SIZE, STEP_SIZE)
+    results = []
+    for step in range(1, rounds + 2):
+        alone = statistics.median(timed(torch.mm, matrix, matrix) for _ in range(STEPS_ALONE))
+        copied = timed(saver.save, step, boxes, STATE)
+        during = []
+        while not saver.has_ended:
+            during.append(timed(torch.mm, matrix, matrix))
+        saver.wait()
+        results.append((copied, sum(during) - alone * len(during), len(during)))
+    return results[1:]  # the first copy takes its memory
+
+
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -125,6 +146,10 @@ def main(argv: list[str]) -> int:
         rows = math.ceil(options.gib * 2**30 / 4 / COLUMNS / 64)
         tensors = {f"layers.{i}.weight": torch.randn(rows, COLUMNS) for i in range(64)}
         seconds = measure(folder, tensors, max(2, options.rounds))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        stalled = stalls(folder, tensors, options.rounds)
+        torch.set_num_threads(threads)
         size = sum(tensor.nbytes for tensor in tensors.values())
     finally:
         shutil.rmtree(folder)
@@ -141,6 +166,9 @@ def main(argv: list[str]) -> int:
             plain = "torch.save" if way == "write" else "torch.load"
             beside = f"  {rate / rates[f'{way}: disk']:.2f} of disk  {rate / rates[f'{way}: {plain}']:.2f} of {plain}"
         print(f"{name:28} {rate:6.2f} GB/s ({spread}){beside}")
+    copied, slower, steps = (statistics.median(values) for values in zip(*stalled, strict=True))
+    told = f"{copied:.2f} for the copy, {slower:.2f} of {steps:.0f} steps beside the writing"
+    print(f"{'stall of a save':28} {copied + slower:6.2f} s: {told}")
     return 0
 
 

@@ -2,7 +2,8 @@
 """Measure the data side on this machine: tokenizing against Megatron's way, batches, and Megatron's order.
 
 Rates of tokenizing are per second of processor time, of all processes together: "per core", and hardly
-moved by what else the machine does.
+moved by what else the machine does. They are medians of rounds, with the least and the most; after a way's name is our
+rate over its.
 """
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -85,8 +87,8 @@ def megatron_way(text: Path, folder: str, prefix: Path, workers: int, bare: bool
     write_index(Path(f"{prefix}.idx"), dtype, np.array(sizes, np.int32), None)
 
 
-def tokenizing(text: Path, folder: str, scratch: Path, workers: int) -> Iterator[str]:
-    """Both ways on the same file, with their start-up measured on an empty one and taken off."""
+def tokenizing(text: Path, folder: str, scratch: Path, workers: int, rounds: int) -> Iterator[str]:
+    """All ways on the same file, in turns, with their start-up measured on a file of one line and taken off."""
     small = scratch / "one.jsonl"
     small.write_text('{"text": "one"}\n')
     megabytes = text.stat().st_size / 1e6
@@ -100,23 +102,27 @@ def tokenizing(text: Path, folder: str, scratch: Path, workers: int) -> Iterator
             source, folder, to, workers, True
         ),
     }
-    rates, results = {}, []
-    for number, (name, way) in enumerate(ways.items()):
-        seconds = []
-        for source in (small, text):
-            before, prefix = processor_seconds(), scratch / f"way{number}_{source.stem}"
-            way(source, prefix)
-            seconds.append(processor_seconds() - before)
-        results.append(Path(f"{prefix}.bin").read_bytes())
-        rates[name] = megabytes / (seconds[1] - seconds[0])
-        yield f"  {rates[name]:8.2f} MB per processor second  {name}"
-    assert results[0] == results[1] == results[2], "all ways must give the same tokens"
-    ours = rates.pop("megalite")
-    for name, rate in rates.items():
-        yield f"  {ours / rate:8.2f} times the rate of {name}"
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        results = []
+        for number, (name, way) in enumerate(ways.items()):
+            seconds = []
+            for source in (small, text):
+                before, prefix = processor_seconds(), scratch / f"way{number}_{turn}_{source.stem}"
+                way(source, prefix)
+                seconds.append(processor_seconds() - before)
+            results.append(Path(f"{prefix}.bin").read_bytes())
+            rates[name].append(megabytes / (seconds[1] - seconds[0]))
+        assert results[0] == results[1] == results[2], "all ways must give the same tokens"
+    ours = median(rates["megalite"])
+    for name, values in rates.items():
+        yield (
+            f"  {median(values):8.2f} MB per processor second ({min(values):.2f} to {max(values):.2f})  {name}: "
+            f"{ours / median(values):.2f}"
+        )
 
 
-def batches(scratch: Path, tokens: int, length: int) -> Iterator[str]:
+def batches(scratch: Path, tokens: int, length: int, rounds: int) -> Iterator[str]:
     """Start and samples a second, at growing sizes, from the beginning and far inside a run."""
     for size in (tokens // 100, tokens // 10, tokens):
         prefix = scratch / f"corpus{size}"
@@ -127,16 +133,18 @@ def batches(scratch: Path, tokens: int, length: int) -> Iterator[str]:
         data = TrainData(parse(Data, keys), 1, 50_000, check=False)
         data.batch([10**9])
         opened = time.perf_counter() - start
-        rates = []
-        for first in (0, 10**9):
-            positions = [range(first + i, first + i + 16) for i in range(0, 3200, 16)]
-            start = time.perf_counter()
-            for part in positions:
-                data.batch(part)
-            rates.append(3200 / (time.perf_counter() - start))
+        rates: dict[int, list[float]] = {0: [], 10**9: []}
+        for turn in range(rounds):
+            for first, found in rates.items():
+                begin = first + 3200 * turn
+                start = time.process_time()
+                for position in range(begin, begin + 3200, 16):
+                    data.batch(range(position, position + 16))
+                found.append(3200 / (time.process_time() - start))
+        near, far = (median(found) for found in rates.values())
         yield (
-            f"  {size:>13,} tokens: first batch after {1e3 * opened:6.2f} ms; {rates[0]:9,.0f} samples/s from position "
-            f"0, {rates[1]:9,.0f} from position 10^9 ({rates[0] * length / 1e6:,.0f} M tokens/s)"
+            f"  {size:>13,} tokens: first batch after {1e3 * opened:6.2f} ms; {near:9,.0f} samples per processor "
+            f"second from position 0, {far:9,.0f} from position 10^9 ({near * length / 1e6:,.0f} M tokens)"
         )
 
 
@@ -187,6 +195,9 @@ def main(argv: list[str]) -> int:
         "--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)"
     )
     parser.add_argument(
+        "--rounds", type=at_least(1), default=3, help="of tokenizing, and of batches (default: 3)"
+    )
+    parser.add_argument(
         "--tokens",
         type=at_least(1),
         default=100_000_000,
@@ -204,10 +215,10 @@ def main(argv: list[str]) -> int:
             if not args.input:
                 made_up_text(text, args.megabytes)
             print(f"tokenizing {text.stat().st_size / 1e6:.1f} MB, {args.workers} workers:")
-            for line in tokenizing(text, args.tokenizer, scratch, args.workers):
+            for line in tokenizing(text, args.tokenizer, scratch, args.workers, args.rounds):
                 print(line, flush=True)
         print(f"batches of 16 samples of {args.sequence_length} tokens, blend of two:")
-        for line in batches(scratch, args.tokens, args.sequence_length):
+        for line in batches(scratch, args.tokens, args.sequence_length, args.rounds):
             print(line, flush=True)
         print(f"Megatron's order of {args.tokens:,} tokens:")
         for line in megatrons_order(args.tokens, args.sequence_length):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megalite.parallel.layers import Placement
 from megalite.topology.axes import Sizes
@@ -70,6 +71,7 @@ class GlobalNorm:
         self.overflowed, self.accepted = False, True
         self._own = self._all = torch.zeros(0)
 
+    @record_function("GlobalNorm")
     def __call__(
         self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, replicated: bool
     ) -> Tensor:

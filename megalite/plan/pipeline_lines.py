@@ -16,14 +16,21 @@ def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:
             program, rank, lambda chunk: max(1, len(plan.cut.layers[chunk])), lambda chunk: 0
         )
         parts = [
-            f"{_words(plan, chunk)}, {held} micro-batches held"
+            f"{_words(plan, chunk)}, {_counted(held, 'micro-batch', 'micro-batches')} held"
             for chunk, (held, _) in counts.items()
         ]
         if report.waiting[rank]:
-            parts.append(f"up to {report.waiting[rank]} weight gradients wait")
+            waiting = _counted(
+                report.waiting[rank], "weight gradient waits", "weight gradients wait"
+            )
+            parts.append(f"up to {waiting}")
         parts.append(f"busy {100 * report.busy[rank] / report.length:.1f} %")
         lines.append(f"    pipe {rank}: {'; '.join(parts)}")
     return lines
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def _words(plan: PipelinePlan, chunk: int) -> str:

@@ -50,19 +50,20 @@ def main(arguments: list[str]) -> int:
     alone = config_of(config, Layout(zero=1), batch, offload=False)
     TrainData(alone.data, alone.train.seed, read_spec(alone.model).vocabulary_size)
     tokens = batch * alone.data.sequence_length
-    before = _measured(alone, 1, options.steps, plain=True)
+    before = measured(alone, 1, options.steps, plain=True)
     print(
-        f"plain PyTorch, 1 process: {_speed(before, tokens)}, peak {_megabytes(before, 'peak_bytes')} MB",
+        f"plain PyTorch, 1 process: {_speed(before, tokens)}, peak {_megabytes(before, 'peak_bytes')} MB\n"
+        f"{split_line(before)}",
         flush=True,
     )
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, one in configs.items():
-        rows[name] = _measured(one, one.world_size, options.steps, plain=False)
+        rows[name] = measured(one, one.world_size, options.steps)
         for rank, row in enumerate(rows[name]):
             row["kept_bytes"] = _kept_bytes(one, rank)
             row["simulated_bubble"] = _simulated_bubble(one)
         print(report(name, rows[name], tokens), flush=True)
-    after = _measured(alone, 1, options.steps, plain=True)
+    after = measured(alone, 1, options.steps, plain=True)
     print(f"plain PyTorch, 1 process, again: {_speed(after, tokens)}\n", flush=True)
     print(table(rows, (step_seconds(before) + step_seconds(after)) / 2, tokens))
     return 0
@@ -96,7 +97,9 @@ def _simulated_bubble(config: Config) -> float:
     return plan_of(config, read_spec(config.model)).report(config.accumulation_steps).bubble
 
 
-def _measured(config: Config, world_size: int, steps: int, plain: bool) -> list[dict[str, Any]]:
+def measured(
+    config: Config, world_size: int, steps: int, plain: bool = False
+) -> list[dict[str, Any]]:
     """What each rank has measured, in the order of ranks."""
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
         request = Path(folder) / "request.json"
@@ -128,7 +131,7 @@ def _megabytes(ranks: list[dict[str, Any]], name: str) -> str:
 
 def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
     """A layout's figures, rank by rank."""
-    lines = [f"{name}: {_speed(ranks, tokens)}"]
+    lines = [f"{name}: {_speed(ranks, tokens)}", split_line(ranks)]
     lines += [
         f"    {kind.removesuffix('_bytes'):9} MB by rank: {_megabytes(ranks, kind)}"
         for kind in STATES
@@ -140,10 +143,27 @@ def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
         simulated = f"on average; simulated {100 * ranks[0]['simulated_bubble']:.1f}"
         average = 100 * sum(rank["bubble"] for rank in ranks) / len(ranks)
         lines.append(f"    pipeline bubble, % by rank: {measured}; {average:.1f} {simulated}")
+    for axis in sorted({axis for rank in ranks for axis in rank["waits"]}):
+        waits = " ".join(f"{1e3 * rank['waits'].get(axis, 0.0):.3g}" for rank in ranks)
+        lines.append(f"    waited for {axis}, ms a step by rank: {waits}")
     for axis in sorted({axis for rank in ranks for axis in rank["sent"]}):
         sent = " ".join(f"{rank['sent'].get(axis, 0) / MEGABYTE:.4g}" for rank in ranks)
         lines.append(f"    sent over {axis}, MB a step by rank: {sent}")
     return "\n".join(lines)
+
+
+def split_line(ranks: list[dict[str, Any]]) -> str:
+    """Shares of the step's time by kind of work, on average over the ranks; the rest is Python, hooks and waiting that
+    no operator shows."""
+    whole = sum(median(rank["seconds"]) for rank in ranks)
+    kinds = {kind for rank in ranks for kind in rank["split"]}
+    shares = {kind: sum(rank["split"].get(kind, 0.0) for rank in ranks) / whole for kind in kinds}
+    words = [
+        f"{kind} {100 * shares[kind]:.1f}"
+        for kind in sorted(kinds, key=lambda kind: shares[kind], reverse=True)
+    ]
+    rest = max(0.0, 1 - sum(shares.values()))
+    return f"    share of the step, %: {', '.join(words)}, rest {100 * rest:.1f}"
 
 
 def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:

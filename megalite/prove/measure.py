@@ -1,5 +1,5 @@
-"""What a step costs on this rank: seconds, bytes held, bytes sent by axis; and the same of a plain PyTorch loop over
-transformers' model.
+"""What a step costs on this rank: seconds, by kind of work and by axis waited for, bytes held, bytes sent by axis; and
+the same of a plain PyTorch loop over transformers' model.
 
 Next: benchmark.py, which prints both side by side.
 """
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.data.loader import TrainData
+from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import ALONE
+from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.parallel.traffic import Traffic
 from megalite.plan.states import peak_bytes
+from megalite.prove.split import split_by_kind
 from megalite.prove.trace import Session
 from megalite.training.batches import micro_batches
 from megalite.training.step import tokens_that_count
+from megalite.training.tracing import split
 
 WARMUP_STEPS = 2
 
@@ -34,16 +38,29 @@ def measure_layout(config: Config, steps: int) -> dict[str, Any]:
     session = Session.build(config)
     with Traffic(session.engine.grid) as traffic, session.engine.weighed() as held:
         session.step(0)
-    seconds = _timed(lambda step: session.step(step), steps)
-    peak = peak_bytes(torch.device(session.engine.device or "cpu"))
-    bubble = _bubble(session, WARMUP_STEPS + steps)
+    times = _timed(session.step, steps)
+    peak, after = peak_bytes(torch.device(session.engine.device or "cpu")), WARMUP_STEPS + steps
     return {
         **held,
-        "seconds": seconds,
+        **times,
         "peak_bytes": peak,
         "sent": dict(traffic.bytes),
-        "bubble": bubble,
+        "bubble": _bubble(session, after),
+        "split": split_by_kind(lambda: session.step(after + 1)),
+        "waits": _waits(session, after + 2),
     }
+
+
+def _waits(session: Session, step: int) -> dict[str, float]:
+    """Seconds by axis that this rank waits for others in a step, the transfer included."""
+    grid = session.engine.grid
+    dist.barrier()
+    with hearing(grid):
+        RANK_TIMELINE.begin(torch.device(session.engine.device or "cpu"))
+        session.step(step)
+    found = split(RANK_TIMELINE.take(wait=True), {"step_seconds": 0.0})
+    waits = {name.split()[1]: value for name, value in found.items() if name.startswith("wait ")}
+    return waits
 
 
 def _bubble(session: Session, step: int) -> float:
@@ -105,7 +122,9 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         adam.step()
         adam.zero_grad()
 
-    return {"seconds": _timed(one_step, steps), "peak_bytes": peak_bytes(device)}
+    times, peak = _timed(one_step, steps), peak_bytes(device)
+    split = split_by_kind(lambda: one_step(WARMUP_STEPS + steps))
+    return {**times, "peak_bytes": peak, "split": split, "waits": {}}
 
 
 def _plain_model(config: Config) -> Any:
@@ -129,18 +148,19 @@ def _document_mask(context: Context, causal: bool) -> Tensor | None:
     return mask.tril() if prefixes is None else mask.tril() | mask & prefixes[:, None, None, :]
 
 
-def _timed(step: Callable[[int], Any], steps: int) -> list[float]:
-    """Seconds of each step after warming up; all ranks begin a step together."""
-    seconds = []
+def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:
+    """Seconds of each step after warming up, by the clock and of the processor; all ranks begin a step together."""
+    seconds, processor_seconds = [], []
     for number in range(WARMUP_STEPS + steps):
         _wait_for_device()
         dist.barrier()
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         step(number)
         _wait_for_device()
         if number >= WARMUP_STEPS:
             seconds.append(time.perf_counter() - start)
-    return seconds
+            processor_seconds.append(time.process_time() - processor_start)
+    return {"seconds": seconds, "processor_seconds": processor_seconds}
 
 
 def _wait_for_device() -> None:

@@ -23,7 +23,7 @@ SIZES = (10**7, 10**8)
 Read = Callable[[Sequence[int]], Any]
 
 
-def write_random_corpus(prefix: Path, tokens: int, mean: int) -> None:
+def write_random_corpus(prefix: Path, tokens: int, mean: int, vocabulary: int = VOCABULARY) -> None:
     """A corpus of random ids in documents of `mean` tokens, a chunk at a time."""
     chance = np.random.default_rng(0)
     sizes = chance.integers(1, 2 * mean, tokens // mean).astype(np.int32)
@@ -31,7 +31,7 @@ def write_random_corpus(prefix: Path, tokens: int, mean: int) -> None:
     with open(f"{prefix}.bin", "wb") as file:
         while left > 0:
             part = min(left, 1 << 22)
-            file.write(chance.integers(0, VOCABULARY, part, dtype=np.uint16).tobytes())
+            file.write(chance.integers(0, vocabulary, part, dtype=np.uint16).tobytes())
             left -= part
     write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), sizes, None)
 

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -61,6 +61,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's, with KEY=VALUE before, between and after options."""
+        to_the_end = (argparse.REMAINDER, argparse.PARSER)
+        if any(action.nargs in to_the_end for action in self._get_positional_actions()):
+            return super().parse_args(args, namespace or argparse.Namespace())
+        return self.parse_intermixed_args(args, namespace or argparse.Namespace())
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")

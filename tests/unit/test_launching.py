@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.ranks.launch import Place, place
+from megalite.ranks.launch import ArgumentParser, Place, at_least, place
 from megalite.ranks.signals import command_of, killed_ranks, leave_word
 from megalite.supervisor.attempt import Attempt, Signals, name_of_run
 from megalite.supervisor.attempt import Program as AttemptProgram
@@ -311,3 +311,13 @@ def test_nohup_is_heeded() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_positional_arguments_may_come_between_options() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=at_least(1))
+    given = parser.parse_args(["a=1", "--steps", "3", "b=2"])
+    assert (given.overrides, given.steps) == (["a=1", "b=2"], 3)
+    with pytest.raises(ConfigError, match="unrecognized arguments: --other"):
+        parser.parse_args(["a=1", "--other", "b=2"])

@@ -195,4 +195,4 @@ def test_the_benchmark_and_the_merge_run(tmp_path: Path) -> None:
             [sys.executable, *command], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        assert "samples/s" in done.stdout or "b: 10 documents" in done.stdout
+        assert "samples per processor second" in done.stdout or "b: 10 documents" in done.stdout

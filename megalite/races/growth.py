@@ -1,0 +1,82 @@
+"""`tools/benchmark_growth.py`: what each further micro-batch, layer and rank costs beside matrix products.
+
+A small model, so that what is not arithmetic shows. Seconds are processor seconds of a rank; those of matrix products,
+which grow with the model and not with the trainer, are taken off. If the cost of each further one stays the same, the
+trainer does nothing that grows with how many there are.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from megalite.config import Config
+from megalite.prove.benchmark import measured
+from megalite.races.inputs import Shape, deepspeed_keys
+from megalite.races.loader import write_random_corpus
+from megalite.races.machine import machine_line
+from megalite.ranks.launch import ArgumentParser, at_least
+
+COUNTS: dict[str, tuple[int, ...]] = {
+    "micro-batches": (1, 2, 4, 8, 16, 32),
+    "layers": (2, 4, 8, 16, 24),
+    "ranks": (1, 2, 4, 8),
+}
+LAYERS, MICRO_BATCHES = 4, 4  # where they are not what grows
+VOCABULARY, LENGTH, TOKENS = 512, 64, 200_000
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a table for each thing that grows; returns 0."""
+    parser = ArgumentParser(
+        "benchmark_growth.py",
+        description="Measure what each further micro-batch, layer and rank costs.",
+    )
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(COUNTS)}")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=9, metavar="N", help="timed steps of each (default: 9)"
+    )
+    options = parser.parse_args(arguments)
+    for name in options.what:
+        if name not in COUNTS:
+            parser.error(f"WHAT: {name}: must be one of {', '.join(COUNTS)}")
+    print(machine_line())
+    with tempfile.TemporaryDirectory(prefix="growth_") as folder:
+        corpus = Path(folder) / "corpus"
+        write_random_corpus(corpus, TOKENS, 1000, VOCABULARY)
+        for what in options.what or COUNTS:
+            for line in rows(what, corpus, options.steps):
+                print(line, flush=True)
+    return 0
+
+
+def rows(what: str, corpus: Path, steps: int) -> Iterator[str]:
+    """The lines of a table: milliseconds of a rank in a step, and of each further one."""
+    yield f"\n| {what} | ms a step of a rank | without products | each further one |"
+    yield "|---|---|---|---|"
+    before: tuple[int, float] | None = None
+    for count in COUNTS[what]:
+        ranks = measured(config_of(what, count, corpus), count if what == "ranks" else 1, steps)
+        whole = 1e3 * mean(median(rank["processor_seconds"]) for rank in ranks)
+        products = 1e3 * mean(rank["split"].get("products", 0.0) for rank in ranks)
+        rest, further = whole - products, ""
+        if before is not None:
+            further = f"{(rest - before[1]) / (count - before[0]):.3g}"
+        yield f"| {count} | {whole:.3g} | {rest:.3g} | {further} |"
+        before = count, rest
+
+
+def config_of(what: str, count: int, corpus: Path) -> Config:
+    """A resolved config with that many of one thing."""
+    micro_batches = count if what == "micro-batches" else MICRO_BATCHES
+    layers = count if what == "layers" else LAYERS
+    ranks = count if what == "ranks" else 1
+    shape = Shape(128, layers, 256, VOCABULARY, LENGTH)
+    keys: dict[str, Any] = deepspeed_keys(micro_batches * ranks, 1, ranks, zero=1, bf16=False)
+    keys["megalite"] = {
+        "model": shape.config(),
+        "data": {"train": [str(corpus)], "sequence_length": LENGTH},
+        "train": {"steps": 1000},
+    }
+    return Config.from_dict(keys).resolve(ranks)
