@@ -104,15 +104,22 @@ def new_enough(device: torch.device) -> bool:
 
 
 def attend_pieces(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Bounds,
+    window: int | None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention in each piece; window: of how many positions a token sees, itself included.
+    """Attention in each piece; window: of how many positions a token sees, itself included, to each side without
+    `causal`.
 
     query [B, N, S, H]; key, value [B, K, S, H]; result like query, in memory as [B, S, N, H].
     """
     b, n, s, h = query.shape
     query, key, value = (_flat(x) for x in (query, key, value))
-    return _kernel(query, key, value, bounds, bounds, window).view(b, s, n, h).transpose(1, 2)
+    mixed = _kernel(query, key, value, bounds, bounds, window, causal)
+    return mixed.view(b, s, n, h).transpose(1, 2)
 
 
 def prefixes_as_pieces(documents: np.ndarray, prefixes: np.ndarray) -> Bounds:
@@ -137,19 +144,16 @@ def attend_prefixes(
     (`prefixes_as_pieces`), of which they alone are. So no row has to be copied out and back. prefixes bool [B, S];
     others as in `attend_pieces`.
     """
-    b, n, s, h = query.shape
-    query, key, value = (_flat(x) for x in (query, key, value))
-    causal = _kernel(query, key, value, bounds, bounds, window)
-    both_ways = _kernel(query, key, value, halves, halves, window, causal=False)
-    mixed = torch.where(prefixes.view(-1, 1, 1), both_ways, causal)
-    return mixed.view(b, s, n, h).transpose(1, 2)
+    causal = attend_pieces(query, key, value, bounds, window)
+    both_ways = attend_pieces(query, key, value, halves, window, causal=False)
+    return torch.where(prefixes[:, None, :, None], both_ways, causal)
 
 
 def attend_runs_in_pieces(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[RunPieces], window: int | None
 ) -> Tensor:
-    """The same for the two runs of tokens that a rank of the context axis holds. query [B, N, S / c, H]; key, value
-    [B, K, S, H]; result like query, in memory as [B, S / c, N, H]."""
+    """The same, causal, for the two runs of tokens that a rank of the context axis holds. query [B, N, S / c, H]; key,
+    value [B, K, S, H]; result like query, in memory as [B, S / c, N, H]."""
     b, n, _, h = query.shape
     key, value, mixed = _flat(key), _flat(value), []
     for own, pieces in zip(query.chunk(2, dim=2), runs, strict=True):
@@ -175,7 +179,7 @@ def _kernel(
     causal: bool = True,
 ) -> Tensor:
     """query [n, N, H] in pieces, key and value [m, K, H] in as many. A piece's last query looks at its last key too, as
-    in flash attention since version 2.1. causal: false: at those after it as well."""
+    in flash attention since version 2.1."""
     from torch.nn.attention.varlen import (
         varlen_attn,  # takes seconds, which runs on a CPU do without
     )
