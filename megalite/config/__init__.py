@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megalite.config.batches import BatchPlan
+from megalite.config.deepspeed_keys import Optimizer, ZeroOptimization
 from megalite.config.document import Document, ModelDims
 from megalite.config.foreign import without_foreign
 from megalite.config.rate_rules import check_schedule, decay_steps, warmup_steps, wrong_schedule
@@ -30,12 +31,15 @@ __all__ = [
     "Config",
     "Data",
     "ModelDims",
+    "Optimizer",
     "Parallel",
     "Schedule",
     "Source",
     "Train",
+    "ZeroOptimization",
     "check_model",
     "load_config",
+    "resolved",
 ]
 
 
@@ -154,7 +158,7 @@ class Config:
     @property
     def train_batch_size(self) -> int:
         """Samples of an optimizer step, over all ranks, once a ramp is over; after `resolve`."""
-        return _resolved(self.document.train_batch_size)
+        return resolved(self.document.train_batch_size)
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -164,12 +168,12 @@ class Config:
     @property
     def micro_batch_size(self) -> int:
         """Samples of a micro-batch on one data rank; after `resolve`."""
-        return _resolved(self.document.train_micro_batch_size_per_gpu)
+        return resolved(self.document.train_micro_batch_size_per_gpu)
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of a step on one data rank; after `resolve`."""
-        return _resolved(self.document.gradient_accumulation_steps)
+        return resolved(self.document.gradient_accumulation_steps)
 
     @property
     def data_size(self) -> int:
@@ -190,19 +194,24 @@ class Config:
         return "bf16" if self.document.bf16 is not None and self.document.bf16.enabled else "fp32"
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The section `optimizer`; after `resolve`, whose rules ask for one."""
+        return resolved(self.document.optimizer)
+
+    @property
+    def zero(self) -> ZeroOptimization:
+        """The section `zero_optimization`; left out: stage 0."""
+        return self.document.zero_optimization or ZeroOptimization.model_validate({})
+
+    @property
     def zero_stage(self) -> int:
         """ZeRO's stage, 0 to 3."""
-        return (
-            self.document.zero_optimization.stage
-            if self.document.zero_optimization is not None
-            else 0
-        )
+        return self.zero.stage
 
     @property
     def swap_folder(self) -> str | None:
         """Where masters and moments lie in files between steps; None where they stay in memory."""
-        zero = self.document.zero_optimization
-        offload = None if zero is None else zero.offload_optimizer
+        offload = self.zero.offload_optimizer
         return offload.nvme_path if offload is not None and offload.device == "nvme" else None
 
     @property
@@ -227,6 +236,10 @@ def check_model(config: Config, dims: ModelDims) -> None:
     check_dims(config.document, dims)
 
 
-def _resolved(value: int | None) -> int:
+Value = TypeVar("Value")
+
+
+def resolved(value: Value | None) -> Value:
+    """What `resolve` fills in where the JSON leaves it out."""
     assert value is not None, "resolve(world_size) comes first"
     return value

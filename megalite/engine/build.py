@@ -67,9 +67,8 @@ def build_engine(
     """
     with torch.device("meta"):
         stage = _empty_stage(config, spec, grid).mark()
-    optimizer = config.document.optimizer
-    assert optimizer is not None, "the config's rules ask for one"
-    groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
+    decay = config.optimizer.params.weight_decay
+    groups = parameter_groups(stage, decay, config.train.parameter_groups)
     keys, folder = copy.deepcopy(config.deepspeed), make_swap_folder(config)
     if folder is not None:
         load_op()
@@ -132,8 +131,8 @@ def compare_with_asked(engine: Any, config: Config) -> None:
         ("bf16.enabled and fp16.enabled", model_dtype, DTYPES[config.precision]),
         ("data_types.grad_accum_dtype", gradient_dtype, accumulation),
     ]
-    if config.schedule is not None and config.document.optimizer is not None:
-        facts.append(("optimizer.params.lr", lr, config.document.optimizer.params.lr))
+    if config.schedule is not None:
+        facts.append(("optimizer.params.lr", lr, config.optimizer.params.lr))
     for key, used, asked in facts:
         if used != asked:
             raise ConfigError(f"{key}: {asked}: DeepSpeed runs with {used}: must be equal")
@@ -146,9 +145,7 @@ class LearningRate:
     def __init__(self, engine: Engine, config: Config) -> None:
         self.engine, self.schedule = engine, config.schedule
         self.plan, self.length = config.batch_plan, config.data.sequence_length
-        optimizer = config.document.optimizer
-        assert optimizer is not None
-        self.highest = optimizer.params.lr
+        self.highest = config.optimizer.params.lr
         basic: Any = engine.basic_optimizer
         moved = ("lr", "betas")  # by DeepSpeed's schedulers
         self.first = [

@@ -110,11 +110,10 @@ def _try(config: Config, sizes: SwapSizes) -> None:
 
 def _stumbled(config: Config, sizes: SwapSizes, lines: list[str]) -> ConfigError:
     """lines: what the process has said, its last step and then why."""
-    zero = config.document.zero_optimization
     steps = {
         BUILD: (DEVICE, "nvme", "needs DeepSpeed's op async_io, which does not build here"),
         LOCK: (
-            "zero_optimization.sub_group_size", zero and zero.sub_group_size,
+            "zero_optimization.sub_group_size", config.zero.sub_group_size,
             f"makes {len(sizes.buffers)} buffers of {max(sizes.buffers):,} bytes a rank: must be within what may be "
             "locked (ulimit -l)",
         ),

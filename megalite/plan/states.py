@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from megalite.config import Config
+from megalite.config import Config, resolved
 from megalite.config.deepspeed_keys import Aio
 from megalite.config.optimizer_rules import moments_kept
 from megalite.config.rules import machine_has_gpu
@@ -89,11 +89,10 @@ Sizes = list[GroupSizes]
 
 def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
     """Of a rank's stage; the axes data and context do not matter."""
-    optimizer = config.document.optimizer
-    assert optimizer is not None
     with torch.device("meta"):
         stage = Stage(spec, grid, plan_of(config, spec).cut)
-    groups = parameter_groups(stage, optimizer.params.weight_decay, config.train.parameter_groups)
+    decay = config.optimizer.params.weight_decay
+    groups = parameter_groups(stage, decay, config.train.parameter_groups)
     return [
         GroupSizes(
             [value.numel() for value in group["params"]],
@@ -128,8 +127,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
         largest = max(max(group.numbers) for group in sizes)
         gradients += (FP32 + e) * sum(parts) + 2 * e * largest
     bucket = FP32 if config.zero_stage == 1 else e
-    zero = config.document.zero_optimization
-    if zero is not None and zero.overlap_comm:
+    if config.zero.overlap_comm:
         bucket *= 2  # one is filled while the other is reduced
     return States(
         e * sum(axis.size * part for axis, part in zip(axes, parts, strict=True)),
@@ -146,12 +144,8 @@ def all_numbers(sizes: Sizes) -> int:
 
 def offloads(config: Config) -> bool:
     """Whether the optimizer is stepped in main memory."""
-    zero = config.document.zero_optimization
-    return (
-        zero is not None
-        and zero.offload_optimizer is not None
-        and zero.offload_optimizer.device != "none"
-    )
+    offload = config.zero.offload_optimizer
+    return offload is not None and offload.device != "none"
 
 
 def _owned(sizes: list[int], part: int, rank: int) -> int:
@@ -165,9 +159,7 @@ def _owned(sizes: list[int], part: int, rank: int) -> int:
 
 def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     """ZeRO-3."""
-    zero = config.document.zero_optimization
-    assert zero is not None
-    threshold = zero.stage3_param_persistence_threshold
+    threshold = config.zero.stage3_param_persistence_threshold
     threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
     numbers = [size for group in sizes for size in group.numbers]
     shards = sum(-(-size // d) for size in numbers)
@@ -193,10 +185,9 @@ class SwapSizes:
 
 def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
     """Of a resolved config with device nvme; d: the data axis."""
-    zero, aio = config.document.zero_optimization, config.document.aio or Aio.model_validate({})
-    assert zero is not None and zero.offload_optimizer is not None
-    buffer_count, limit = zero.offload_optimizer.buffer_count, zero.sub_group_size
-    assert buffer_count is not None and limit is not None, "resolve() writes them"
+    offload, aio = config.zero.offload_optimizer, config.document.aio or Aio.model_validate({})
+    buffer_count = resolved(offload and offload.buffer_count)
+    limit = resolved(config.zero.sub_group_size)
     unit = FILE_UNIT_BYTES * (aio.intra_op_parallelism or 1)
     least = max(LEAST_FILE_BYTES, aio.block_size or 0)
     groups = [FP32 * numbers for group in sizes for numbers in _sub_groups(group.numbers, d, limit)]
@@ -221,18 +212,14 @@ def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
 
 def _bucket(config: Config) -> int:
     """Numbers of the bucket."""
-    zero = config.document.zero_optimization
-    assert zero is not None
-    if zero.contiguous_gradients is False:
+    if config.zero.contiguous_gradients is False:
         return 0
-    assert zero.reduce_bucket_size is not None, "resolve() writes it"
-    return zero.reduce_bucket_size
+    return resolved(config.zero.reduce_bucket_size)
 
 
 def _moments(config: Config) -> int:
     """Tensors that the optimizer keeps of each weight."""
-    assert config.document.optimizer is not None
-    return moments_kept(config.document.optimizer)
+    return moments_kept(config.optimizer)
 
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:

@@ -84,10 +84,8 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     device = torch.device(
         accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu"
     )
-    spec, optimizer = read_spec(config.model), config.document.optimizer
-    assert optimizer is not None
+    spec, params = read_spec(config.model), config.optimizer.params
     model = _plain_model(config).to(device)
-    params = optimizer.params
     matrices = [value for value in model.parameters() if value.dim() > 1]
     others = [value for value in model.parameters() if value.dim() <= 1]
     groups = [

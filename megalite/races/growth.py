@@ -77,6 +77,6 @@ def config_of(what: str, count: int, corpus: Path) -> Config:
     keys["megalite"] = {
         "model": shape.config(),
         "data": {"train": [str(corpus)], "sequence_length": LENGTH},
-        "train": {"steps": 1000},
+        "train": {"steps": 1000, "run_dir": str(corpus.with_name("run"))},
     }
     return Config.from_dict(keys).resolve(ranks)

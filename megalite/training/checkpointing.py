@@ -92,12 +92,11 @@ class Checkpoints(Watcher):
     def _state(self, position: Position) -> dict[str, Any]:
         """state.json: the whole position, and what a later start compares its config with."""
         config, grid = self.config, self.engine.grid
-        optimizer = config.document.optimizer
         return {
             **asdict(replace(position, loss_scale=self.engine.loss_scale_state())),
             **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
-            "optimizer": optimizer and optimizer.type,
+            "optimizer": config.optimizer.type,
             "sequence_length": config.data.sequence_length,
             "tokenizer": config.data.tokenizer,
             "data": config.data.model_dump(include=READ_BY),

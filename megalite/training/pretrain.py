@@ -239,8 +239,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
     rule = f"as in {weights.folder}: {_NEW_RUN}"
     if weights.state["seed"] != seed:
         raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, {rule}")
-    optimizer = prepared.config.document.optimizer
-    was, now = weights.state.get("optimizer", "AdamW"), optimizer and optimizer.type
+    was, now = weights.state.get("optimizer", "AdamW"), prepared.config.optimizer.type
     if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same of each weight
         raise _Other(f"optimizer.type: {now}: must be {was}, {rule}")
     trained = weights.state.get("fingerprint")  # older checkpoints have none
