@@ -108,8 +108,7 @@ def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> 
     """The config in the words of transformers. Texts a step: as many as fill the samples of one."""
     from transformers import TrainingArguments
 
-    optimizer, schedule = config.document.optimizer, config.schedule
-    assert optimizer is not None, "config/rules.py asks for it"
+    schedule = config.schedule
     kinds = {"constant": "constant_with_warmup", "linear": "linear"}
     rule = "must be constant, or linear to 0 at megalite.train.steps"
     if schedule is None or schedule.type not in kinds:
@@ -118,7 +117,7 @@ def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> 
         schedule.min_ratio or schedule.total_steps != config.train.steps
     ):
         raise ConfigError(f"scheduler.params: {rule}")
-    params, tokens = optimizer.params, sum(len(ids) for ids, _ in train.rows)
+    params, tokens = config.optimizer.params, sum(len(ids) for ids, _ in train.rows)
     step_tokens = config.train_batch_size * config.data.sequence_length
     b1, b2 = params.betas or (0.9, 0.999)
     return TrainingArguments(
