@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 def trained(config: Config, folder: str, seed: int | None = None) -> dict[str, Any]:
     """Loss of the first step, and the figures after the last."""
-    from transformers import AutoModelForSequenceClassification, Trainer
+    from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer
 
     data = config.data
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -92,6 +92,7 @@ def trained(config: Config, folder: str, seed: int | None = None) -> dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(config, train, scratch, seed)
         trainer = Trainer(model, arguments, collate, train, valid)
+        trainer.remove_callback(PrinterCallback)  # standard output is for the result
         trainer.train()
         logits, labels, _ = trainer.predict(valid)  # type: ignore[arg-type]
     first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
