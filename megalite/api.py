@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.config import load_config
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, prompt_ids
@@ -59,6 +60,8 @@ def load(folder: str | Path, dtype: str = "float32", device: str | None = None) 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     stage = stage.to(device=device, dtype=getattr(torch, dtype)).eval()
+    with reading(folder, CheckpointError):
+        set_router_bias(stage, weights.state, torch.device(device))
     return Model(path, weights, stage)
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from megalite.hub.names import from_hf, hf_auto_class
+from megalite.checkpoint.router_bias import set_router_bias
+from megalite.hub.names import from_hf, hf_auto_class, state_of
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -60,6 +61,19 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
         "rope_parameters": {**_YARN, "rope_theta": 1e4},
     },
+    "qwen2_moe": {
+        **_SIZES,
+        "model_type": "qwen2_moe",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 22,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "mlp_only_layers": [2],
+    },
     "qwen3": {
         **_SIZES,
         "model_type": "qwen3",
@@ -106,6 +120,19 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 100,
         "num_experts": 6,
         "num_experts_per_tok": 2,
+    },
+    "ernie4_5_moe": {
+        **_SIZES,
+        "model_type": "ernie4_5_moe",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "pad_token_id": 7,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 7,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 1,
     },
     "gpt2": {
         **_GPT,
@@ -196,6 +223,15 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "silu",
         "tie_word_embeddings": False,
     },
+    "eurobert": {
+        **_SIZES,
+        "model_type": "eurobert",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 7,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
 }
 
 # Fewer key/value heads than ranks of the tensor axis, with every kind of weight that is then held in copies.
@@ -234,13 +270,22 @@ def hf_model(config: dict[str, Any]) -> Any:
 _EXPERT = re.compile(r"^(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
 
 
+_RENAMED = {
+    "embed_out.": "lm_head.",
+    "block_sparse_moe": "mlp",
+    "mlp.moe_statics": "mlp.gate.moe_statics",
+}
+
+
 def file_reader(values: dict[str, Tensor]) -> Callable[[str], Tensor]:
     """Reads tensors by their names in files, where transformers renames one when it loads them, and stacks experts'."""
 
     def read(name: str) -> Tensor:
         match = _EXPERT.match(name)
         if match is None:
-            return values[name.replace("embed_out.", "lm_head.").replace("block_sparse_moe", "mlp")]
+            for theirs, loaded in _RENAMED.items():
+                name = name.replace(theirs, loaded)
+            return values[name]
         layer, number, matrix = match.groups()
         if matrix in ("w2", "down_proj"):
             return values[f"{layer}.mlp.experts.down_proj"][int(number)]
@@ -256,6 +301,7 @@ def load_hf(stage: Stage, model: Any) -> Stage:
     with torch.no_grad():
         for value, place in placed(stage):
             value.copy_(place.cut(from_hf(spec, place.name, read)))
+    set_router_bias(stage, state_of(spec, read), torch.device("cpu"))
     return stage
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,21 +50,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    """The file's bytes (format: huggingface.co/docs/safetensors): length of the header, header, tensors in order."""
-    header: dict[str, Any] = {}
+def header_of(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: dict[str, str] | None = None,
+) -> bytes:
+    """The first bytes of a file (format: huggingface.co/docs/safetensors): the length of the header as u64, then the
+    header as JSON, padded with spaces to 8 bytes. tensors: (name, dtype, shape) in the order of their data."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     start = 0
-    for name, tensor in tensors.items():
-        stop = start + tensor.nbytes
+    for name, dtype, shape in tensors:
+        stop = start + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, stop],
         }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The file's bytes: header, then tensors in order."""
+    shapes = ((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    yield memoryview(header_of(shapes))
     for tensor in tensors.values():
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 

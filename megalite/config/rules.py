@@ -245,6 +245,8 @@ def check_layout(parallel: Parallel, dims: ModelDims) -> None:
     }
     if dims.experts and dims.expert_size != dims.intermediate_size:
         sizes["moe_intermediate_size"] = dims.expert_size
+    if dims.shared_size:
+        sizes["shared_expert_intermediate_size"] = dims.shared_size
     for name, size in sizes.items():
         if size % tensor:
             raise broken("megalite.parallel.tensor", tensor, f"must divide {name} {size}")

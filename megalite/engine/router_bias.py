@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.files import ROUTER_BIAS
-from megalite.errors import CheckpointError
-from megalite.model.spec import Mixture
+from megalite.checkpoint.router_bias import bias_of
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 
@@ -30,32 +29,6 @@ def expert_counts(stage: Stage, grid: Grid, device: torch.device) -> Tensor:
         counts[mixture.layers.index(layer)] = router.tally
     dist.all_reduce(counts)
     return counts // grid.tensor.size  # its ranks have counted the same
-
-
-def bias_of(state: dict[str, Any], mixture: Mixture) -> Tensor | None:
-    """The biases of a checkpoint's state, fp32 [layers, E]; None where it has none. CheckpointError where they are not
-    those of such a model."""
-    if ROUTER_BIAS not in state:
-        return None
-    shape = len(mixture.layers), mixture.count
-    try:
-        values = torch.tensor(state[ROUTER_BIAS], dtype=torch.float32)
-    except (TypeError, ValueError):
-        values = torch.empty(0)
-    if tuple(values.shape) != shape or not values.isfinite().all():
-        rule = f"must be {shape[0]} lists of {shape[1]} finite numbers"
-        raise CheckpointError(f"{ROUTER_BIAS} of the checkpoint's state: {rule}")
-    return values
-
-
-def set_router_bias(stage: Stage, state: dict[str, Any], device: torch.device) -> None:
-    """Gives a stage the biases of a checkpoint's state, where there are any. After a change of the stage's type: they
-    stay fp32."""
-    mixture = stage.spec.mixture
-    values = None if mixture is None else bias_of(state, mixture)
-    if mixture is not None and values is not None:
-        for layer, router in stage.routers.items():
-            router.bias = values[mixture.layers.index(layer)].to(device)
 
 
 class RouterBias:

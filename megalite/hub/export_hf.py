@@ -6,6 +6,7 @@ Memory: three copies of the largest tensor of the files (its parts, the whole, i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from megalite.checkpoint.files import ROUTER_BIAS, Checkpoint, find_checkpoint
 from megalite.data.progress import counted
 from megalite.errors import CheckpointError
 from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
-from megalite.hub.names import file_names, hf_auto_class, hf_tensor, to_hf
+from megalite.hub.names import (
+    bias_names,
+    biases_to_hf,
+    file_names,
+    hf_auto_class,
+    hf_tensor,
+    to_hf,
+)
 from megalite.hub.same_logits import Comparison, compare
 from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
 from megalite.hub.sources import prompts_both_ways
@@ -78,13 +86,18 @@ def export_hf(
     with appearing(output, CheckpointError) as partial:
         source = Checkpoint.open(find_checkpoint(checkpoint))
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
-        if ROUTER_BIAS in source.state:
+        if ROUTER_BIAS in source.state and not bias_names(weights.spec):
             family = weights.spec.family
             rule = f'a {family} file has no place for what megalite.train.router.balance "bias" has made'
             raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
+        with reading(source.folder, CheckpointError):
+            biases = dict(biases_to_hf(weights.spec, source.state))
         partial.mkdir()
-        shards: list[Shard] = plan_shards(weights.shapes(), weights.dtype, shard_bytes)
-        write_shards(partial, shards, weights.tensors())
+        # In fp32 and first: a reader asks for numbers at multiples of their size.
+        wide = {name: (tuple(value.shape), value.dtype) for name, value in biases.items()}
+        others = {name: (shape, weights.dtype) for name, shape in weights.shapes().items()}
+        shards: list[Shard] = plan_shards(wide | others, shard_bytes)
+        write_shards(partial, shards, chain(biases.items(), weights.tensors()))
         write_index(partial, shards)
         with reading(source.folder, CheckpointError):
             _write_settings(source, weights.spec, partial, dtype)

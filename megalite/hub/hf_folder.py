@@ -20,7 +20,7 @@ from torch import Tensor
 from megalite import other_formats
 from megalite.config import Classified
 from megalite.errors import CheckpointError
-from megalite.hub.names import file_names, groups_of, hf_tensor
+from megalite.hub.names import bias_names, file_names, groups_of, hf_tensor, state_of
 from megalite.inputs import check_links, read_json_object, reading
 from megalite.model.families import FAMILIES, PREFIX_LM, model_dict, read_spec
 from megalite.model.families.common import HFTensor
@@ -53,12 +53,11 @@ def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
 
 
 class HFFolder:
-    """An open folder, with the face of a Checkpoint: model, names, shape, read. CheckpointError or ConfigError
+    """An open folder, with the face of a Checkpoint: model, names, shape, read, state. CheckpointError or ConfigError
     where it cannot be used whole.
 
-    model: the config as a plain dict; spec: it as ours; state: as of a Checkpoint, what PREFIX_LM tells. classes:
-    labels of a classifier that is to be made of a folder of another model (`made_one`); what such a classifier has and
-    the folder has not is left out of `names`.
+    model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
+    of another model (`made_one`); what such a classifier has and the folder has not is left out of `names`.
     """
 
     def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
@@ -71,7 +70,7 @@ class HFFolder:
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
             values = read_json_object(self.folder / "config.json", CheckpointError)
-            self.state: dict[str, Any] = {"data": _PROMPTS} if values.get(PREFIX_LM) is True else {}
+            self.prefixed = values.get(PREFIX_LM) is True
             self.made_one = bool(classes) and self.spec.classifier is None
             if self.made_one:
                 self.model = model_dict(Classified(str(self.folder), classes))
@@ -91,6 +90,19 @@ class HFFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a parameter."""
         return self.shapes[name]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state would hold of these files: the biases of routers, and of a model whose prompts are
+        seen both ways how its run read its corpora."""
+        data: dict[str, Any] = {"data": _PROMPTS} if self.prefixed else {}
+        with reading(self.folder, CheckpointError):
+            return data | state_of(self.spec, self._read_bias)
+
+    def _read_bias(self, file_name: str) -> Tensor:
+        values = self._files.read(file_name, ())
+        self._check_finite(file_name, values)
+        return values
 
     def read(
         self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
@@ -160,6 +172,9 @@ class HFFolder:
                 file_name = file_name.removeprefix(self._prefix)
                 known.add(file_name)
                 self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
+        for file_name in bias_names(self.spec):
+            known.add(file_name)
+            self._check_tensor(file_name, [1, self.spec.experts])
         if self.spec.tied:
             known |= self._tied_head()
         if self.made_one:  # the other head

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.files import ROUTER_BIAS
+from megalite.checkpoint.router_bias import bias_of
 from megalite.errors import CheckpointError
 from megalite.model.families import FAMILIES
 from megalite.model.families.classifiers import tensors_of
@@ -63,6 +65,31 @@ def to_hf(
         ]
         tensor = torch.stack(tensors, dim=1).flatten(0, 2)
         yield file_name, (tensor.t() if entry.transposed else tensor).contiguous()
+
+
+def bias_names(spec: TransformerSpec) -> list[str]:
+    """The files' tensors [1, E] of the biases that experts are chosen by, of each layer that has experts; none where
+    the family's files do not hold them."""
+    pattern: str | None = getattr(FAMILIES[spec.family], "ROUTER_BIAS", None)
+    if pattern is None or spec.mixture is None:
+        return []
+    return [pattern.replace("{layer}", str(layer)) for layer in spec.mixture.layers]
+
+
+def state_of(spec: TransformerSpec, read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """What a checkpoint's state holds of these biases: nothing where all are 0. read: as of `from_hf`."""
+    rows = [read(name).float().flatten() for name in bias_names(spec)]
+    return {ROUTER_BIAS: [row.tolist() for row in rows]} if any(row.any() for row in rows) else {}
+
+
+def biases_to_hf(spec: TransformerSpec, state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Back: the files' tensors, fp32 whatever the type of the others."""
+    names, mixture = bias_names(spec), spec.mixture
+    values = None if mixture is None else bias_of(state, mixture)
+    if values is None:
+        values = torch.zeros(len(names), spec.experts)
+    for name, row in zip(names, values, strict=True):
+        yield name, row.unsqueeze(0)
 
 
 def hf_auto_class(spec: TransformerSpec) -> Any:

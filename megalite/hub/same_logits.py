@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.errors import CheckpointError, ConversionError
 from megalite.hub.hf_folder import HFFolder, full_shapes
@@ -114,6 +115,7 @@ def our_logits(
     """Logits [B, S, V], of a classifier [B, N], of our model in fp32, its weights rounded to `dtype` first."""
     stage = Stage(spec, Grid()).eval()
     load_module(source.read, stage)
+    set_router_bias(stage, source.state, torch.device("cpu"))
     if dtype is not None:
         for value in stage.parameters():
             value.copy_(value.to(dtype))

@@ -1,8 +1,4 @@
-"""safetensors files written one tensor at a time, so that a file may be larger than memory.
-
-The format (safetensors' README): u64 little-endian length of the header, the header as JSON (for each tensor its
-dtype, shape and byte range in the data; padded with spaces to 8 bytes), the data.
-"""
+"""safetensors files written one tensor at a time, so that a file may be larger than memory."""
 
 import json
 import math
@@ -14,51 +10,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from megalite.checkpoint.tensors_file import header_of
+
 INDEX = "model.safetensors.index.json"
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
+
+
+def bytes_of(form: Form) -> int:
+    """Bytes of a tensor of that form."""
+    shape, dtype = form
+    return math.prod(shape) * dtype.itemsize
 
 
 @dataclass
 class Shard:
-    """One file: its tensors in order, each with its shape; dtype of all of them."""
+    """One file: its tensors in order."""
 
-    dtype: torch.dtype
     file: str = ""
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tensors: dict[str, Form] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+        return sum(map(bytes_of, self.tensors.values()))
 
     def header(self) -> bytes:
         """The file's first bytes, its length included."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, shape in self.shapes.items():
-            stop = start + math.prod(shape) * self.dtype.itemsize
-            entries[name] = {
-                "dtype": _CODES[self.dtype],
-                "shape": shape,
-                "data_offsets": [start, stop],
-            }
-            start = stop
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        tensors = ((name, dtype, shape) for name, (shape, dtype) in self.tensors.items())
+        return header_of(tensors, {"format": "pt"})
 
 
-def plan_shards(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, most_bytes: int
-) -> list[Shard]:
+def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[Shard]:
     """Tensors in order into files of at most `most_bytes` each, or of one tensor that is larger."""
-    shards = [Shard(dtype)]
-    for name, shape in shapes.items():
-        if (
-            shards[-1].shapes
-            and shards[-1].data_bytes + math.prod(shape) * dtype.itemsize > most_bytes
-        ):
-            shards.append(Shard(dtype))
-        shards[-1].shapes[name] = shape
+    shards = [Shard()]
+    for name, form in tensors.items():
+        if shards[-1].tensors and shards[-1].data_bytes + bytes_of(form) > most_bytes:
+            shards.append(Shard())
+        shards[-1].tensors[name] = form
     for number, shard in enumerate(shards):
         shard.file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
     if len(shards) == 1:
@@ -72,12 +60,9 @@ def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str,
     for shard in shards:
         with (folder / shard.file).open("wb") as file:
             file.write(shard.header())
-            for wanted, shape in shard.shapes.items():
+            for wanted, form in shard.tensors.items():
                 name, tensor = next(coming)
-                assert (name, tuple(tensor.shape), tensor.dtype) == (wanted, shape, shard.dtype), (
-                    name,
-                    wanted,
-                )
+                assert (name, (tuple(tensor.shape), tensor.dtype)) == (wanted, form), (name, wanted)
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
@@ -86,7 +71,7 @@ def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str,
 def write_index(folder: Path, shards: list[Shard]) -> None:
     """Says which file holds what, where there is more than one."""
     if len(shards) > 1:
-        where = {name: shard.file for shard in shards for name in shard.shapes}
+        where = {name: shard.file for shard in shards for name in shard.tensors}
         index = {
             "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
             "weight_map": where,

@@ -12,7 +12,8 @@ from megalite.hub.hf_folder import HFFolder
 from megalite.model.families import read_spec
 
 Weights = Checkpoint | HFFolder
-"""Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape)."""
+"""Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape), and state, which
+of a Hugging Face folder holds the biases of its routers alone."""
 
 
 def is_hf_folder(path: str | Path) -> bool:

@@ -33,7 +33,8 @@ CONTEXT = {"context", "context_attention"}  # and those of passes over samples o
 @dataclass
 class Prepared:
     """What the ranks need. folder: of the weights; model: the Hugging Face config as a dict; state: of the checkpoint,
-    or what HFFolder has; sections: the overrides of other sections than `parallel`, not checked yet."""
+    or what a Hugging Face folder has of it; sections: the overrides of other sections than `parallel`, not checked
+    yet."""
 
     folder: Path
     model: dict[str, Any]
@@ -114,8 +115,8 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    from megalite.checkpoint.router_bias import set_router_bias
     from megalite.checkpoint.weights import load_module
-    from megalite.engine.router_bias import set_router_bias
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.plan import inference_cut

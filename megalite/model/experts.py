@@ -3,7 +3,7 @@
 
 Rows are sorted by expert, in a stable order, and go through grouped products. With an expert axis each of its ranks
 holds E / e experts: rows travel to the ranks of their experts and back (parallel/exchange.py). The tensor axis divides
-each expert's features as it does an MLP's.
+each expert's features as it does an MLP's. A shared expert (shared_expert.py) is added where the model has one.
 
 T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows at this rank's
 experts, T·k without an expert axis.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megalite.model.context import Context
 from megalite.model.layers import activate
 from megalite.model.router import Router
+from megalite.model.shared_expert import SharedExpert
 from megalite.model.spec import Activation, Mixture, TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.exchange import Route, exchange, exchange_evenly
@@ -26,7 +27,8 @@ from megalite.parallel.layers import depth_scaled, expert_parameter
 
 
 class RoutedMLP(nn.Module):
-    """x [B, S or S / t, D] -> the same: the sum of the chosen experts' results, by the router's weights."""
+    """x [B, S or S / t, D] -> the same: the sum of the chosen experts' results, by the router's weights, and of
+    the shared expert's."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class RoutedMLP(nn.Module):
         self.split = split
         self.router = Router(spec, mixture, split, context_axis)
         self.experts = Experts(spec, mixture, split.axis, expert_axis)
+        self.shared = SharedExpert(spec, mixture, split) if mixture.shared_size else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.split.enter(x)
@@ -47,6 +50,8 @@ class RoutedMLP(nn.Module):
         chosen, weights = self.router(rows, context)
         mixed = self.experts(rows, chosen)  # [T, k, D]; sums over this rank's features alone
         mixed = (mixed * weights.to(mixed.dtype).unsqueeze(-1)).sum(dim=1)
+        if self.shared is not None:
+            mixed = mixed + self.shared(rows)
         return self.split.leave(mixed.view_as(x))
 
 

@@ -60,7 +60,10 @@ class Router(nn.Module):
         chosen = self.choose(probabilities.detach() + self.bias)
         weights = probabilities.gather(1, chosen)
         if self.mixture.normalised:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            total = weights.sum(dim=-1, keepdim=True)
+            if self.mixture.least_sum > 0:
+                total = total.clamp(min=self.mixture.least_sum)
+            weights = weights / total
         if context.balance is not None and torch.is_grad_enabled():
             weights = self._trained(weights, logits, probabilities, chosen, context.balance)
         return chosen, weights

@@ -48,6 +48,17 @@ class Mixture:
     balance_coefficient: float
     balance: Literal["sample", "bias", "none"] = "sample"
     z_loss: float = 0.0
+    shared_size: int = 0
+    """Features of the shared expert, which every token goes through beside the chosen; 0: there is none."""
+    shared_is_weighed: bool = True
+    """Whether a sigmoid of the token weighs what the shared expert makes."""
+    least_sum: float = 0.0
+    """`normalised`: what the sum of the weights of the chosen is taken for where it is less."""
+
+    @property
+    def weighs_shared(self) -> bool:
+        """Whether there is a shared expert that is weighed."""
+        return self.shared_size > 0 and self.shared_is_weighed
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,11 @@ class TransformerSpec:
         """Features between an expert's matrices; 0 where there are none."""
         return 0 if self.mixture is None else self.mixture.intermediate_size
 
+    @property
+    def shared_size(self) -> int:
+        """Features of the shared expert of a layer that has one; 0 where none has."""
+        return 0 if self.mixture is None else self.mixture.shared_size
+
     def mixture_of(self, layer: int) -> Mixture | None:
         """The experts of a layer; None where it has an MLP."""
         return self.mixture if self.mixture is not None and layer in self.mixture.layers else None
@@ -202,7 +218,8 @@ class TransformerSpec:
         mixture = self.mixture_of(layer)
         if mixture is not None:
             experts = mixture.chosen if used else mixture.count
-            mlp = d * mixture.count + experts * 3 * d * mixture.intermediate_size
+            shared = 3 * d * mixture.shared_size + d * mixture.weighs_shared
+            mlp = d * mixture.count + experts * 3 * d * mixture.intermediate_size + shared
         return self._attention_and_norm_parameters + mlp
 
     @property

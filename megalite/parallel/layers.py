@@ -231,18 +231,28 @@ class RowLinear(nn.Module):
     """y = x Wᵀ + b with W's columns (the input's features) split: partial products are summed over the axis.
 
     x [B, S, in_size / t], a rank's own features; y [B, S or S / t, out_size]. The bias is whole and added once,
-    after the sum.
+    after the sum. is_summed: False leaves the sum to the caller; there is no bias then, and x and y may have any
+    leading dims.
     """
 
-    def __init__(self, in_size: int, out_size: int, bias: bool, split: Split, std: float) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        bias: bool,
+        split: Split,
+        std: float,
+        is_summed: bool = True,
+    ) -> None:
         super().__init__()
-        self.split = split
+        self.split, self.is_summed = split, is_summed
         self.weight = parameter((out_size, in_size), 1, split.axis, std)
         self.bias = parameter((out_size,), None, split.axis, None) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         product = deferred.linear if deferred.is_collecting() else F.linear
-        y = self.split.leave(product(x, self.weight, None))
+        y = product(x, self.weight, None)
+        y = self.split.leave(y) if self.is_summed else y
         return y if self.bias is None else y + enter(later(self.bias), self.split.users)
 
 

@@ -9,9 +9,13 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     norm, RMSNorm                     its input e·r; a root mean square a token
     input of query, key and value     e·g: the norm's result, or with sequence parallelism what is gathered of it
     router of E experts               its input 4·b·s·h; probabilities 4·b·s·E; 8·b·s·k of the choice and e·b·s·k
-                                      weights, 4·b·s·(k + 1) more where they are normalised; with z-loss the logits
+                                      weights, 4·b·s·(k + 1) more where they are normalised, and 4·b·s where the sum
+                                      has a least; with z-loss the logits
     experts, k of them a token        k times what an MLP keeps of its activation and down projection; twice e·b·s·k·h,
                                       the rows that they read and give; two orders of 8·b·s·k, four with an expert axis
+    shared expert                     what an MLP keeps of its activation and down projection; where it is weighed its
+                                      result e·b·s·h and weight e·b·s; in 16 bits its input e·b·s·h, which in fp32 is
+                                      the router's
     norms of queries and keys         as norms, over q and k; where the tensor axis splits them, the input in fp32 and
                                       what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
@@ -155,7 +159,7 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         "router: input in fp32": FP32 * t * d,
         "router: probabilities": FP32 * t * count,
         "router: choice": INT64 * t * k,
-        "router: weights": at.width * t * k + (FP32 * (t * k + t) if mixture.normalised else 0),
+        "router: weights": at.width * t * k,
         "router: tally": INT64 * count,
         "experts: order": 2 * INT64 * t * k,
         "experts: ends": INT32 * (count // at.experts),
@@ -164,6 +168,9 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         "input of down projection": features,
         "what the weights multiply": rows,
     }
+    if mixture.normalised:
+        table["router: weights, their sums"] = FP32 * (t * k + t)
+        table["router: sums before they are raised"] = FP32 * t if mixture.least_sum > 0 else 0
     if at.width < FP32:
         table["router: weight in fp32"] = FP32 * count * d
     if mixture.balance == "sample" and mixture.balance_coefficient > 0:
@@ -172,6 +179,21 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         table["router: logits, their logarithms"] = FP32 * t * (count + 1)
     if at.experts > 1:
         table["experts: order of what arrives"] = 2 * INT64 * t * k
+    return table | (_shared(spec, mixture, at) if mixture.shared_size else {})
+
+
+def _shared(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
+    """What the shared expert keeps."""
+    hidden = at.width * at.tokens * spec.hidden_size
+    features = at.width * at.part(mixture.shared_size)
+    table = {
+        "shared: input": hidden if at.width < FP32 else 0,  # of fp32 the router keeps the same
+        "shared: activation": 3 * features,
+        "shared: input of down projection": features,
+    }
+    if mixture.shared_is_weighed:
+        table["shared: what its weight multiplies"] = hidden
+        table["shared: weight"] = at.width * at.tokens
     return table
 
 
@@ -380,6 +402,13 @@ def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
     mixture = spec.mixture_of(layer)
     if mixture is not None:
         f, rows = e * mixture.chosen * at.part(mixture.intermediate_size), mixture.chosen * g
+        if mixture.shared_size:
+            features = e * at.part(mixture.shared_size)
+            table["shared: input, gradients of gate, up"] = g + 2 * features
+            table["shared: input, gradient of down projection"] = features + g
+            table["shared: gradient of its weight"] = (
+                e * spec.hidden_size * mixture.shared_is_weighed
+            )
         return table | {
             "router: gradient": e * mixture.count * spec.hidden_size,
             "experts: ends": INT32 * (mixture.count // at.experts),

@@ -162,6 +162,11 @@ class Work:
         f, own = self.part(mixture.intermediate_size), mixture.count // self.expert
         products = self.product(f, d, mixture.chosen, own)
         products += 2 * self.product(d, f, mixture.chosen, own)
+        if mixture.shared_size:
+            shared = self.part(mixture.shared_size)
+            products += self.product(shared, d) + 2 * self.product(d, shared)
+        if mixture.weighs_shared:
+            products += self.product(d, 1)
         return products + self.product(d, mixture.count)
 
     def _core(self, queries: int, window: int | None) -> float:

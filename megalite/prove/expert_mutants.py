@@ -15,6 +15,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.engine.norm import GlobalNorm
 from megalite.model import experts as experts_over
+from megalite.model import shared_expert as shared_over
 from megalite.model.experts import Experts
 from megalite.model.router import Router
 from megalite.model.spec import TransformerSpec
@@ -36,6 +37,8 @@ def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tu
     if grid.expert.size > 1:
         yield "experts: gradients are divided by the copies of an expert", _wrong_divisor
         yield "experts: rows come back in the order of their arrival", _unsorted
+    if spec.mixture.weighs_shared and grid.tensor.size > 1:
+        yield "experts: the shared expert's weight has a rank's gradient", _unsummed
     router = config.train.router
     balanced = router is None or router.balance == "sample"
     if balanced and spec.mixture.balance_coefficient > 0 and config.micro_batch_size > 1:
@@ -103,6 +106,11 @@ def _unsorted(session: Session, event: str, stack: contextlib.ExitStack) -> None
         return whole(rows, route).roll(1, 0)
 
     put(stack, experts_over, "exchange", turned)
+
+
+def _unsummed(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    if event == "built":
+        put(stack, shared_over, "enter", lambda weight, axis: weight)
 
 
 def _balance_of_micro_batches(session: Session, event: str, stack: contextlib.ExitStack) -> None:

@@ -60,7 +60,7 @@ class Start:
             load_shards_from(self.weights.read, shards)
         engine.masters_changed()
         if engine.router_bias is not None:
-            engine.router_bias.restore(getattr(self.weights, "state", {}))
+            engine.router_bias.restore(self.weights.state)
         engine.restore_loss_scale(self.position.loss_scale)
 
 

@@ -53,7 +53,7 @@ Case = tuple[str, dict[str, Any], torch.dtype, Recompute, bool]
 def cases(alone: bool, sequence: bool) -> list[Case]:
     every: list[Recompute] = [0, "selective", 2, 1] if alone or sequence else [0]
     result: list[Case] = []
-    names = ("llama", "gpt2", "phi", "bert", "modernbert", "qwen3_moe")
+    names = ("llama", "gpt2", "phi", "bert", "modernbert", "qwen2_moe", "qwen3_moe")
     for name, dtype, recompute in product(names, (torch.float32, torch.bfloat16), every):
         result.append((name, FAMILY_CONFIGS[name], dtype, recompute, False))
     for (name, config), recompute in product(DROPPING.items(), every):

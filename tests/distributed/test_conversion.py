@@ -12,7 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megalite.checkpoint.files import Checkpoint, find_checkpoint
+import megalite
+from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
+from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module, load_shards_from
 from megalite.errors import CheckpointError, ConversionError, MegaliteError
 from megalite.hub import same_logits as verify
@@ -79,6 +81,7 @@ def logits_on_a_grid(
         spec = read_spec(checkpoint.model)
         stage = Stage(spec, grid, inference_cut(spec, pipe))
         load_module(checkpoint.read, stage)
+        set_router_bias(stage, checkpoint.state, torch.device("cpu"))
         results.append(_logits(stage, grid, tokens))
     return results
 
@@ -187,6 +190,38 @@ def test_dtypes_and_files_that_travel(
         "eos_token_id"
     ] == [2, 5]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_biases_of_routers_travel_in_fp32_and_are_used(
+    imported: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    hf, checkpoint = imported["ernie4_5_moe untied"]
+    expected = hf_model(CONFIGS["ernie4_5_moe untied"])(batch()[0]).logits
+    for folder in (hf, checkpoint):
+        stage = megalite.load(folder).stage
+        torch.testing.assert_close(stage(batch()[0]), expected, rtol=1e-5, atol=1e-5)
+        for router in stage.routers.values():
+            router.bias.zero_()
+        assert (stage(batch()[0]) - expected).abs().max() > 1e-3
+    export_hf(checkpoint, tmp_path / "half", dtype="bfloat16", verify=True)
+    before, after = stored(hf), stored(tmp_path / "half")
+    biases = [name for name in before if "e_score_correction_bias" in name]
+    assert len(biases) == 2 and all(torch.equal(before[name], after[name]) for name in biases)
+    assert {after[name].dtype for name in after if name not in biases} == {torch.bfloat16}
+
+
+def test_biases_that_a_family_s_files_cannot_hold_are_not_left_out(
+    imported: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source = Checkpoint.open(imported["mixtral untied"][1])
+    state = {**source.state, "router_bias": [[0.5] * 5] * 3}
+    del state["model"]
+    with CheckpointWriter(tmp_path / "moved", source.model, state) as writer:
+        for name in source.names:
+            writer.add(name, source.read(name))
+    with pytest.raises(CheckpointError, match="router_bias: a mixtral file has no place for"):
+        export_hf(tmp_path / "moved", tmp_path / "out")
 
 
 def test_nothing_is_written_over_nor_left_half_done(

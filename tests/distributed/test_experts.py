@@ -41,6 +41,8 @@ STEPS, BATCH = 4, 8
 GAP = 1e-6  # between the probabilities of the last expert that is chosen and the next: more than rounding
 Case = tuple[str, Layout]
 MIXTRAL, QWEN = "mixtral", "qwen3_moe"  # untied; tied, and a layer without experts
+SHARED = "qwen2_moe"  # a shared expert in every other layer, weighed
+ERNIE = "ernie4_5_moe"  # not weighed, in all layers but the first
 CASES: list[Case] = [
     (MIXTRAL, Layout(data=2, zero=3, micro=2)),
     (MIXTRAL, Layout(pipe=2, zero=1, micro=2, schedule="zb-h1")),
@@ -55,6 +57,11 @@ CASES: list[Case] = [
     (QWEN, Layout(data=2, context=2, expert=2, zero=2, micro=2)),
     (QWEN, Layout(pipe=2, data=2, expert=2, zero=2, micro=1, schedule="zb-v")),
     (QWEN, Layout(pipe=2, data=2, expert=2, zero=1, micro=2)),
+    (SHARED, Layout(data=2, zero=3, micro=2)),
+    (SHARED, Layout(tensor=2, zero=1, micro=4, sequence=True)),
+    (SHARED, Layout(tensor=2, data=2, expert=2, zero=0, micro=1)),
+    (SHARED, Layout(pipe=2, data=2, expert=2, zero=2, micro=1, schedule="zb-v")),
+    (ERNIE, Layout(tensor=2, data=2, expert=2, zero=2, micro=2)),
 ]
 OTHERS: list[Case] = [
     (MIXTRAL, Layout(pipe=2, zero=2, micro=4)),
@@ -70,6 +77,10 @@ OTHERS: list[Case] = [
     (MIXTRAL, Layout(pipe=2, tensor=2, data=2, expert=2, zero=2, micro=2)),
     (QWEN, Layout(pipe=2, tensor=2, data=2, expert=2, zero=1, micro=1, schedule="zb-v")),
     (MIXTRAL, Layout(pipe=2, data=4, expert=2, zero=2, micro=1, schedule="zb-v")),
+    (SHARED, Layout(tensor=2, data=2, expert=1, zero=2, micro=2)),
+    (SHARED, Layout(pipe=2, tensor=2, zero=1, micro=2, schedule="zb-h1")),
+    *((SHARED, Layout(pipe=2, tensor=2, data=2, expert=2, zero=zero)) for zero in (0, 1, 2)),
+    (SHARED, Layout(pipe=2, tensor=2, data=2, zero=2, micro=1, schedule="zb-v")),
 ]
 
 
@@ -162,12 +173,15 @@ def test_planted_faults_are_found(runs: Runs) -> None:
         (config.to_json(), fault, runs.folder / f"fault {number}")
         for number, fault in enumerate(sorted(FAULTS))
     ]
+    shared = runs.config(SHARED, Layout(tensor=2, zero=1, micro=2))
+    (fault,) = [name for name in mutants(shared) if name.startswith("experts: the shared")]
+    requests.append((shared.to_json(), fault, runs.folder / "fault of the shared expert"))
     for _, _, folder in requests:
         folder.mkdir()
     run_ranks(2, faulty, requests, timeout_seconds=240)
-    spread = runs.spread(MIXTRAL)
-    for _, fault, folder in requests:
-        first = spread.judge(Trace(folder)).first
+    for json, fault, folder in requests:
+        family = json["megalite"]["model"]["model_type"]
+        first = runs.spread(family).judge(Trace(folder)).first
         assert first and first[0].step == 1, fault
 
 
@@ -187,15 +201,20 @@ def saved_in_turn(rank: int, world_size: int, configs: list[dict[str, Any]], bas
         saver.wait()
 
 
-def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
-    layouts = [
-        Layout(data=4, zero=2, micro=1),
-        Layout(data=4, expert=2, zero=1, micro=1),
-        Layout(data=4, expert=4, zero=0, micro=1),
-        Layout(tensor=2, data=2, expert=2, zero=2, micro=1),
-        Layout(pipe=2, data=2, zero=1, micro=1),
-    ]
-    configs = [runs.config(QWEN, layout).to_json() for layout in layouts]
+PASSED_ON = [
+    Layout(data=4, zero=2, micro=1),
+    Layout(data=4, expert=2, zero=1, micro=1),
+    Layout(tensor=2, data=2, expert=2, zero=2, micro=1),
+    Layout(pipe=2, data=2, zero=1, micro=1),
+    Layout(data=4, expert=4, zero=0, micro=1),
+]
+
+
+@pytest.mark.parametrize(("family", "layouts"), [(QWEN, PASSED_ON), (SHARED, PASSED_ON[:3])])
+def test_a_checkpoint_passes_between_expert_axes_bit_for_bit(
+    runs: Runs, tmp_path: Path, family: str, layouts: list[Layout]
+) -> None:
+    configs = [runs.config(family, layout).to_json() for layout in layouts]
     run_ranks(4, saved_in_turn, configs, tmp_path, timeout_seconds=240)
     first, *others = (
         Checkpoint.open(find_checkpoint(tmp_path / str(number))) for number in range(len(layouts))

@@ -98,6 +98,7 @@ HELD = [
     with_experts(config_of("qwen3_moe", 1, 1, 2, "bf16", 2), 2),
     with_experts(config_of("qwen3_moe", 1, 2, 1, "bf16", 1), 2),
     with_experts(config_of("mixtral", 2, 1, 2, "fp32", 2), 2),
+    with_experts(config_of("qwen2_moe", 1, 2, 2, "bf16", 2), 2),
     config_of("mixtral", 1, 1, 3, "fp32", 1),
     config_of("llama", 1, 1, 0, "fp32", 2),
     config_of("gpt2", 1, 2, 0, "fp32", 1),

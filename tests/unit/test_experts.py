@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalite.checkpoint.files import Checkpoint
 from megalite.config import Config, check_model
@@ -152,10 +153,24 @@ def test_a_dense_model_with_experts_computes_what_it_did(
     assert made.read("layers.1.mlp.router.weight").std() > 0
 
 
-def test_a_family_without_experts_is_not_upcycled(tmp_path: Path) -> None:
-    hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ConfigError, match="--experts: a gpt2 model has no counterpart"):
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # a shared expert is no copy of an MLP
+def test_a_family_without_a_counterpart_is_not_upcycled(family: str, tmp_path: Path) -> None:
+    hf_model(FAMILY_CONFIGS[family]).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=f"--experts: a {family} model has no counterpart"):
         import_hf(tmp_path / "dense", tmp_path / "made", False, Experts(4, 2))
+
+
+@pytest.mark.parametrize(("dense", "every"), [([], 1), ([0, 2], 1), ([], 2), ([3], 2), ([], 9)])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_layers_have_experts_where_transformers_gives_them(
+    family: str, dense: list[int], every: int
+) -> None:
+    section = {**MODELS[family], "mlp_only_layers": dense, "decoder_sparse_step": every}
+    mixture = read_spec(section).mixture
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**section))
+    theirs = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert theirs == ([] if mixture is None else [*mixture.layers])
 
 
 def config(**changes: Any) -> Config:
@@ -200,6 +215,14 @@ def test_a_mistake_about_experts_is_one_line(changes: dict[str, Any], line: str)
         made = config(**changes).resolve(8)
         check_model(made, read_spec(made.model))
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_tensor_axis_divides_the_shared_expert() -> None:
+    made = config(parallel={"tensor": 4}, model="qwen2_moe").resolve(4)
+    section = {**MODELS["qwen2_moe"], "shared_expert_intermediate_size": 30}
+    rule = "megalite.parallel.tensor: 4: must divide shared_expert_intermediate_size 30"
+    with pytest.raises(ConfigError, match=rule):
+        check_model(made, read_spec(section))
 
 
 def test_the_expert_axis_divides_the_experts() -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalite.config import check_model, load_config
 from megalite.errors import ConfigError
-from megalite.hub.names import from_hf, to_hf
+from megalite.hub.names import biases_to_hf, from_hf, state_of, to_hf
 from megalite.model.families import read_spec
 from megalite.model.rotary import frequencies
 from megalite.model.transformer import Stage
@@ -29,7 +29,7 @@ NO_EFFECT |= {
     "sparse_prediction",
     "sparse_pred_ignore_index",
 }
-NO_EFFECT |= {"cls_token_id", "sep_token_id"}
+NO_EFFECT |= {"cls_token_id", "sep_token_id", "mask_token_id"}
 NO_EFFECT |= {"output_router_logits"}  # megalite.train.router says how routers are trained
 NO_EFFECT |= {
     field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")
@@ -51,6 +51,7 @@ OTHERS: dict[str, Any] = {
     "hidden_activation": "relu",
     "classifier_activation": "relu",
     "mlp_only_layers": [0],
+    "moe_layer_start_index": 1,
     "router_jitter_noise": 0.1,
     "clip_qkv": 3.0,
 }
@@ -128,6 +129,17 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0: must be None"),
         ("olmoe", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef: -1.0: must be at least 0"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0: must be at least 1"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0},
+         "shared_expert_intermediate_size: 0: must be at least 1"),
+        ("qwen2_moe", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+         "layer_types.0: 'sliding_attention': needs use_sliding_window true"),
+        ("qwen2_moe", {"mlp_only_layers": ["2"]}, "mlp_only_layers"),
+        ("mistral", {"sliding_window": 0}, "megalite.model.sliding_window: 0: must be at least 1"),
+        ("ernie4_5_moe", {"moe_norm_min": -1.0}, "moe_norm_min: -1.0: must be at least 0"),
+        ("ernie4_5_moe", {"moe_k": 0}, "moe_k: 0: must be at least 1"),
+        ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "moe_num_shared_experts: -1: must be at least 0"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias: True: must be False"),
+        ("eurobert", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
         ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
     ],
 )  # fmt: skip
@@ -194,6 +206,7 @@ def test_names_lead_to_files_and_back(name: str, tmp_path: Path) -> None:
     names = [place.name for _, place in placed(Stage(spec, Grid()))]
     ours = {name: from_hf(spec, name, theirs.__getitem__) for name in names}
     back = dict(to_hf(spec, names, ours.__getitem__))
+    back |= biases_to_hf(spec, state_of(spec, theirs.__getitem__))
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 

@@ -122,7 +122,14 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
 
 @pytest.mark.parametrize(
     ("model", "schedule"),
-    [("bert", "zb-h1"), ("bert", "zb-v"), ("modernbert", "zb-v"), ("qwen3_moe", "zb-v")],
+    [
+        ("bert", "zb-h1"),
+        ("bert", "zb-v"),
+        ("modernbert", "zb-v"),
+        ("qwen3_moe", "zb-v"),
+        ("qwen2_moe", "zb-v"),
+        ("ernie4_5_moe", "zb-v"),
+    ],
 )
 def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: str) -> None:
     check_kept(model, schedule, 0)

@@ -1,15 +1,9 @@
-"""Hugging Face configs into our spec, and the names of their files' tensors: one module a family.
+"""Hugging Face configs into our spec, and the names of their files' tensors: one module a family. How to add one:
+CONTRIBUTING.md.
 
-To add a family, in ten lines:
-1. Read transformers' `configuration_X.py` and `modeling_X.py` beside spec.py: each choice must be one that the spec
-   has. Where one is missing, it becomes a field of the spec and a branch of the block, by its idea, not its family.
-2. Write `families/X.py` with `read(config) -> TransformerSpec`. A relative of Llama starts from `llama.gated`.
-3. Go through every field of the config class. One that changes the function is read, or refused by `require` and
-   `choose`, which name it; one that does not (`use_cache`) is left alone.
-4. Add `TENSORS`, our names to the files': `tensors` takes pairs of modules; fused ones are `HFTensor`s with parts.
-5. Put the module into FAMILIES below.
-6. Add a small config of odd sizes to `tests/families.py`. The tests there hold logits, gradients, names and every
-   field of the config against transformers' own model, on one rank and on a pipe × tensor grid.
+A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
+needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
+files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
 """
 
 import contextlib
@@ -26,6 +20,8 @@ from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
     bert,
+    ernie4_5_moe,
+    eurobert,
     gpt2,
     gpt_neox,
     gptj,
@@ -37,6 +33,7 @@ from megalite.model.families import (
     olmoe,
     phi,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     roberta,
@@ -50,10 +47,12 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "mixtral": mixtral,
     "qwen2": qwen2,
+    "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
     "olmo2": olmo2,
     "olmoe": olmoe,
+    "ernie4_5_moe": ernie4_5_moe,
     "gpt2": gpt2,
     "gptj": gptj,
     "gpt_neox": gpt_neox,
@@ -61,6 +60,7 @@ FAMILIES: dict[str, ModuleType] = {
     "bert": bert,
     "roberta": roberta,
     "modernbert": modernbert,
+    "eurobert": eurobert,
 }
 # Older names and places of fields that transformers still reads.
 _OLD_KEYS = {
@@ -110,7 +110,11 @@ def load_hf_config(section: Section) -> Any:
         raise ConfigError(
             f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}"
         )
-    check_sizes(values, f"{KEY}." if where == KEY else f"{where}: ")
+    sizes = dict(values)
+    # A Qwen2MoeConfig writes 0 where no layer has a window; check_spec refuses it of those that have.
+    if sizes.get("sliding_window") == 0:
+        del sizes["sliding_window"]
+    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
     for key in values.keys() & _REFUSED.keys():
         if values[key] not in _REFUSED[key]:
             raise ConfigError(

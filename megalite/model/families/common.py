@@ -43,7 +43,7 @@ _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "local_attention", "type_vocab_size", "n_embd", "n_head",
     "n_inner", "n_positions", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "decoder_sparse_step",
+    "decoder_sparse_step", "shared_expert_intermediate_size", "moe_num_experts", "moe_k", "moe_layer_interval",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000
@@ -123,17 +123,23 @@ def choose(config: Any, field: str, table: dict[Any, Any]) -> Any:
     return table[value]
 
 
+def at_least_zero(config: Any, field: str) -> float:
+    """A field's value, refused where it is no such number."""
+    value: Any = getattr(config, field)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{KEY}.{field}: {written(value)}: must be a number")
+    if not 0 <= value < MOST_NUMBER:
+        rule = "must be at least 0, a finite number"
+        raise ConfigError(f"{KEY}.{field}: {written(value)}: {rule}")
+    return value
+
+
 def mixture(
     config: Any, intermediate_size: int, normalised: bool, layers: Iterable[int] | None = None
 ) -> Mixture | None:
     """The experts that a config's layers have, all of them where `layers` is None; None where none has."""
-    coefficient: Any = config.router_aux_loss_coef
+    coefficient = at_least_zero(config, "router_aux_loss_coef")
     layers = tuple(range(config.num_hidden_layers) if layers is None else layers)
-    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
-        raise ConfigError(f"{KEY}.router_aux_loss_coef: {written(coefficient)}: must be a number")
-    if not 0 <= coefficient < MOST_NUMBER:
-        rule = "must be at least 0, a finite number"
-        raise ConfigError(f"{KEY}.router_aux_loss_coef: {written(coefficient)}: {rule}")
     if not layers:
         return None
     return Mixture(
@@ -144,6 +150,15 @@ def mixture(
         layers=layers,
         balance_coefficient=coefficient,
     )
+
+
+def routed_layers(config: Any) -> list[int]:
+    """The layers of a Qwen model that have experts, by `mlp_only_layers` and `decoder_sparse_step`."""
+    dense, every = config.mlp_only_layers, config.decoder_sparse_step
+    if not all(isinstance(layer, int) for layer in dense):
+        raise ConfigError(f"{KEY}.mlp_only_layers: {written(dense)}: must be numbers of layers")
+    layers = range(config.num_hidden_layers)
+    return [layer for layer in layers if layer not in dense and (layer + 1) % every == 0]
 
 
 def head_size(config: Any) -> int:
@@ -238,7 +253,7 @@ def windows(config: Any) -> tuple[int | None, ...]:
         if kind not in ("full_attention", "sliding_attention"):
             rule = "must be 'full_attention' or 'sliding_attention' (others are not honoured)"
             raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
-        if kind == "sliding_attention" and config.sliding_window is None:
+        if kind == "sliding_attention" and not config.sliding_window:
             raise ConfigError(
                 f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true"
             )

@@ -65,5 +65,5 @@ def gated(
         tied=config.tie_word_embeddings,
         init_std=config.initializer_range,
         padding_id=padding(config),
-        attention_dropout=config.attention_dropout or 0.0,
+        attention_dropout=getattr(config, "attention_dropout", None) or 0.0,
     )

@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from megalite.errors import ConfigError
 from megalite.model.families import llama, qwen3
-from megalite.model.families.common import KEY, expert_tensors, mixture, written
+from megalite.model.families.common import expert_tensors, mixture, routed_layers
 from megalite.model.spec import TransformerSpec
 
 TENSORS = qwen3.TENSORS | expert_tensors(
@@ -22,14 +21,7 @@ def read(config: Any) -> TransformerSpec:
     bias, window = config.attention_bias, config.sliding_window
     spec = llama.gated(config, attention_bias=bias, output_bias=bias)
     windows = () if window is None else (window,) * spec.num_layers
-    experts = mixture(config, config.moe_intermediate_size, config.norm_topk_prob, _layers(config))
+    experts = mixture(
+        config, config.moe_intermediate_size, config.norm_topk_prob, routed_layers(config)
+    )
     return replace(spec, qk_norm="head", windows=windows, mixture=experts)
-
-
-def _layers(config: Any) -> list[int]:
-    """Those with experts."""
-    dense, every = config.mlp_only_layers, config.decoder_sparse_step
-    if not all(isinstance(layer, int) for layer in dense):
-        raise ConfigError(f"{KEY}.mlp_only_layers: {written(dense)}: must be numbers of layers")
-    layers = range(config.num_hidden_layers)
-    return [layer for layer in layers if layer not in dense and (layer + 1) % every == 0]

@@ -1,0 +1,14 @@
+"""EuroBERT (arXiv 2503.05500): Llama as an encoder, trained by masks; the head has a bias where the MLP has them."""
+
+from dataclasses import replace
+from typing import Any
+
+from megalite.model.families import llama
+from megalite.model.spec import TransformerSpec
+
+TENSORS = llama.TENSORS
+
+
+def read(config: Any) -> TransformerSpec:
+    """A EuroBertConfig as our spec."""
+    return replace(llama.read(config), causal=False, head_bias=config.mlp_bias)

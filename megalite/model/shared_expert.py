@@ -1,0 +1,49 @@
+"""The shared expert: a gated MLP that every token of a layer goes through beside those that its router chooses (arXiv
+2401.06066, section 3.2), in Qwen2 (arXiv 2407.10671, section 2.2.2) weighted by a sigmoid of the token. Next:
+router.py.
+
+The tensor axis divides its features as it does an MLP's; no expert axis divides it. T tokens.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.model.layers import activate
+from megalite.model.spec import Activation, Mixture, TransformerSpec
+from megalite.parallel.collectives import Split, enter
+from megalite.parallel.deferred import later
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, parameter
+
+
+class SharedExpert(nn.Module):
+    """Rows [T, D], which the caller has `enter`ed -> [T, D]: sums over this rank's features, which the caller adds to
+    those of the other experts before it sums both over the tensor axis."""
+
+    def __init__(self, spec: TransformerSpec, mixture: Mixture, split: Split) -> None:
+        super().__init__()
+        self.activation: Activation = spec.activation
+        d, f, std, axis = spec.hidden_size, mixture.shared_size, spec.init_std, split.axis
+        out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
+        self.gate = ColumnLinear(d, f, False, axis, std)
+        self.up = ColumnLinear(d, f, False, axis, std)
+        self.down = RowLinear(f, d, False, split, out_std, is_summed=False)
+        self.weigher = Weigher(d, axis, std) if mixture.shared_is_weighed else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = activate(self.gate(rows), self.activation) * self.up(rows)
+        made = self.down(hidden)
+        return made if self.weigher is None else made * self.weigher(rows)
+
+
+class Weigher(nn.Module):
+    """Rows [T, D] -> the weight [T, 1] of the shared expert in each, whole on every rank of the tensor axis."""
+
+    def __init__(self, hidden_size: int, axis: Axis, std: float) -> None:
+        super().__init__()
+        self.axis = axis
+        self.weight = parameter((1, hidden_size), None, axis, std)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        # A rank of the tensor axis has its part of the gradient: that of its features of the expert.
+        return F.linear(rows, enter(later(self.weight), self.axis)).sigmoid()
