@@ -2,6 +2,7 @@
 """Print the reference of every config key, made from the descriptions beside the fields in megalite/config."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
@@ -50,10 +51,15 @@ def rows(section: type[Section], prefix: str) -> list[str]:
         meaning = (field.description or (inner[0].__doc__ if inner else "") or "").replace(
             "|", "\\|"
         )
-        result.append(f"| `{prefix}{name}` | {default} | {' '.join(meaning.split())} |")
+        result.append(f"| `{prefix}{name}` | {default} | {linked(' '.join(meaning.split()))} |")
         for part in inner:
             result += rows(part, f"{prefix}{name}.")
     return result
+
+
+def linked(text: str) -> str:
+    """A description with its pages as links."""
+    return re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", text)
 
 
 def reference() -> str:

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
-prepare_environment "[test${EVAL:+,eval}]"
+prepare_environment "[test,docs${EVAL:+,eval}]"
 if [ -n "${AIO:-}" ] && [ ! -e /usr/include/libaio.h ]; then
     apt-get install -y -qq libaio-dev || echo "AIO=1: libaio-dev cannot be installed here" >&2
 fi

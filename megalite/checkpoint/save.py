@@ -1,4 +1,5 @@
-"""Saving, all ranks together and in the background: a copy in memory, then files, while training continues.
+"""Saving, all ranks together and in the background: a copy in memory, then files, while training continues. On a GPU
+the copy itself is made while the next step's forwards and backwards run, and its update alone waits for it.
 
 Where a rank has no room for its copy, the steps wait instead for files written from the live tensors. Each element has
 one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis each rank its share.
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -56,17 +58,30 @@ def _part(count: int, axis: Axis) -> tuple[int, int]:
     return axis.rank * count // axis.size, (axis.rank + 1) * count // axis.size
 
 
+def stream_beside(device: torch.device) -> Any:
+    """A stream of a device for what its steps need not wait for; None for a CPU, which does all at once."""
+    return None if device.type == "cpu" else torch.Stream(device)
+
+
 class Copy:
     """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
-    several times as long as filling it."""
+    several times as long as filling it.
+
+    From a GPU the copies are made in a stream of their own, behind what the device was asked for before; the host waits
+    for nothing. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
+    (Engine.update_waits_for), and the memory must not be read.
+    """
 
     def __init__(self, limit_bytes: int | None) -> None:
         """limit_bytes: of the copy; None: half of what is free on this node, shared among its ranks."""
         self.limit_bytes = limit_bytes
         self.memory: dict[torch.dtype, Tensor] = {}
+        self.made: Any = None
+        self._streams: dict[torch.device, Any] = {}
 
     def take(self, boxes: BoxDict) -> BoxDict | None:
         """The same values in memory of their own; None where that is more than the limit, or than there is."""
+        self.made = None
         counts: Counter[torch.dtype] = Counter()
         for box in (box for some in boxes.values() for box in some):
             counts[box.values.dtype] += box.values.numel()
@@ -78,14 +93,27 @@ class Copy:
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
-        on_gpu = any(box.values.is_cuda for some in boxes.values() for box in some)
+        device = _device_of(boxes)
         for dtype, count in counts.items():
             if dtype not in self.memory or self.memory[dtype].numel() != count:
                 self.memory.pop(dtype, None)
                 try:
-                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=on_gpu)
+                    # Page-locked: only there does a device write by itself.
+                    pinned = device.type != "cpu"
+                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
                 except RuntimeError:  # torch's word for no memory
                     return None
+        if device not in self._streams:
+            self._streams[device] = stream_beside(device)
+        stream = self._streams[device]
+        if stream is not None:  # the update of this step comes first
+            stream.wait_stream(torch.accelerator.current_stream())
+        with nullcontext() if stream is None else stream:
+            result = self._filled(boxes)
+        self.made = None if stream is None else stream.record_event()
+        return result
+
+    def _filled(self, boxes: BoxDict) -> BoxDict:
         used: Counter[torch.dtype] = Counter()
         result: BoxDict = {}
         for name, some in boxes.items():
@@ -93,17 +121,21 @@ class Copy:
             for box in some:
                 dtype, count = box.values.dtype, box.values.numel()
                 place = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
-                place.copy_(box.values.detach(), non_blocking=on_gpu)
+                place.copy_(box.values.detach(), non_blocking=True)
                 result[name].append(replace(box, values=place))
                 used[dtype] += count
-        if on_gpu:  # one wait for all copies, which run back to back into page-locked memory
-            torch.cuda.current_stream().synchronize()
         return result
 
     @property
     def held_bytes(self) -> int:
         """What it takes of this process's memory."""
         return sum(memory.nbytes for memory in self.memory.values())
+
+
+def _device_of(boxes: BoxDict) -> torch.device:
+    """The device that copies come from: of boxes on the CPU and on a device, as with offload, the device."""
+    found = {box.values.device for some in boxes.values() for box in some}
+    return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
 
 
 class Saver:
@@ -142,14 +174,15 @@ class Saver:
         self.good_step, self.damaged = step, {*damaged}
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
-        """Starts saving; what is given may change as soon as this returns. An earlier save still in progress is
-        waited for, and its error raised. Where a rank has no room for its copy, this one is waited for by all."""
+        """Starts saving. What is given may change as soon as this returns, on a GPU as soon as `copy.made` has come. An
+        earlier save still in progress is waited for, and its error raised. Where a rank has no room for its copy, this
+        one is waited for by all."""
         self.wait()
         start = time.monotonic()
         copy = self.copy.take(boxes)
         in_background = self._everywhere(copy is not None)
         self.running = self.thread.submit(
-            self._write, step, copy if copy and in_background else boxes, state
+            self._write, step, copy if copy and in_background else boxes, state, self.copy.made
         )
         if not in_background:
             self.copy.memory.clear()
@@ -187,13 +220,18 @@ class Saver:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
 
-    def _write(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> float:
-        """Seconds that it took."""
+    def _write(self, step: int, boxes: BoxDict, state: dict[str, Any], made: Any) -> float:
+        """Seconds that it took. made: as Copy's."""
         start = time.monotonic()
         transaction = Transaction(self.folder / step_name(step), state, self.carried)
         try:
             write_together(
-                boxes, transaction, self.group, self._prepare, lambda: self._has_appeared(step)
+                boxes,
+                transaction,
+                self.group,
+                self._prepare,
+                lambda: self._has_appeared(step),
+                lambda: None if made is None else made.synchronize(),
             )
         except SaveFailed:
             if self.is_first:

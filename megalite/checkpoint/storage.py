@@ -36,12 +36,14 @@ def write_together(
     group: Any,
     before: Callable[[int], None],
     after: Callable[[], None],
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes every rank's boxes into a checkpoint's folder and makes it visible (collective over `group`; None: this
     process alone). Boxes of different ranks must not overlap: each element has one owner.
 
-    before, after: called on rank 0, around it all; before is given the bytes that will be written. Raises
-    SaveFailed on every rank, with the failure of each rank that had one.
+    before, after: called on rank 0, around it all; before is given the bytes that will be written. ready: called on
+    every rank, returns when the boxes have their values. Raises SaveFailed on every rank, with the failure of each rank
+    that had one.
     """
     ranks = _Ranks(group)
     needed = OTHER_BYTES + sum(
@@ -53,7 +55,11 @@ def write_together(
         transaction.begin()
         return transaction.partial.name  # the other ranks' transactions would call theirs otherwise
 
-    folder = ranks.in_turn(lambda: needed, begin)
+    def wait() -> int:
+        ready()
+        return needed
+
+    folder = ranks.in_turn(wait, begin)
 
     def publish(written: list[tuple[str, str | None, Packed]]) -> None:
         index = PartIndex.unpacked((file, part) for file, _, part in written)

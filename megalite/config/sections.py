@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megalite.config.masks import Masked
+from megalite.config.router_section import Router
 from megalite.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
@@ -345,36 +346,6 @@ class ParameterGroup(Section):
     )
 
 
-class Router(Section):
-    """How the routers of a model with experts are trained beside the loss; docs/experts.md has the formulas."""
-
-    balance: Literal["sample", "bias", "none"] = Field(
-        "sample",
-        description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
-        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
-        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
-        "tokens that each expert got of the global batch. `none`: neither.",
-    )
-    bias_rate: float | None = Field(
-        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
-    )
-    z_loss: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
-    )
-    load_interval: Counter = Field(
-        10,
-        description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
-        "experts without a token; 0: never.",
-    )
-
-    @property
-    def step_of_bias(self) -> float:
-        """By how much a bias moves in a step, 0 where none does."""
-        return 0.0 if self.balance != "bias" else self.bias_rate or 1e-3
-
-
 class Train(Section):
     """How long, from where, and what is kept."""
 
@@ -400,6 +371,11 @@ class Train(Section):
         description="On GPUs: kernels and collectives whose sums have one order, so that a run and its repetition or "
         "resumption on the same GPUs are equal to the bit, at some cost in speed; an operation without such a kernel "
         "is an error. On a CPU that holds anyway.",
+    )
+    compile: bool = Field(
+        False,
+        description="Have torch.compile make one kernel each of rotary turns and of a gated MLP's product, forward and "
+        "backward; each rank compiles at its first step, which takes a C++ compiler. Results differ by rounding.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,

@@ -14,6 +14,7 @@ from typing import Any
 from megalite.config import Config, Parallel, check_model, load_config
 from megalite.doctor import axes
 from megalite.doctor.findings import CLOCK_SECONDS, findings
+from megalite.doctor.gpus import line as gpu_line
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.ranks.launch import ArgumentParser, at_least
@@ -105,6 +106,9 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     for host, said in failed.items():
         yield f"{host}: no answer: {said}: `ssh {host} true` must work without a question, and this folder be there"
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
+    for host, seen in answered.items():
+        if seen["gpu_facts"] and isinstance(seen["gpu_facts"], list):
+            print(f"{host}: {gpu_line(seen['gpu_facts'])}", flush=True)
     if answered:
         yield from findings(answered, slots, options.master_port, checkpoints)
     parallel = Parallel.model_validate({}) if config is None else config.parallel

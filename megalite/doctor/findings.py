@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from megalite.doctor.gpus import gpu_findings
+
 CLOCK_SECONDS = 2.0
 RANK_BYTES = 2**30  # of memory: torch, DeepSpeed and buffers take some 0.5 GiB before any model
 GIB = 2**30
@@ -25,6 +27,7 @@ def findings(
                 yield f"{host}: {name} is {version}, on {first} {wanted}: install the same on every host"
         yield from _file_findings(host, seen, first, reference)
         yield from _room_findings(host, seen, slots[host], checkpoint_bytes)
+        yield from gpu_findings(host, seen["gpu_facts"], first, reference["gpu_facts"])
         if seen["clock_error"]:
             error = seen["clock_error"]
             yield f"{host}: its clock is off by at least {error:+.1f} s: start chrony or ntpd: goodput and logs use it"

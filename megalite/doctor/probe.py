@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import megalite
+from megalite.doctor.gpus import facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 HASHED_BYTES = (
@@ -28,6 +29,7 @@ HASHED_BYTES = (
 
 def probe(wanted: dict[str, Any]) -> dict[str, Any]:
     """See the module; memory and disks in bytes, time in seconds."""
+    gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     return {
         "name": socket.gethostname(),
         "versions": {"Python": platform.python_version(), "megalite": _sources()}
@@ -37,7 +39,8 @@ def probe(wanted: dict[str, Any]) -> dict[str, Any]:
         "memory": _available_memory(),
         "disks": {folder: _free_disk(Path(folder)) for folder in wanted["folders"]},
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
+        "gpus": gpus,
+        "gpu_facts": facts() if gpus else [],
         "time": time.time(),
     }
 

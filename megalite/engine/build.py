@@ -20,6 +20,7 @@ from megalite.engine.initial import make_shards, make_whole, zero_buffers
 from megalite.engine.nvme import load_op, make_swap_folder
 from megalite.engine.router_bias import RouterBias
 from megalite.errors import ConfigError
+from megalite.model.compiled import compile_pieces
 from megalite.model.parameter_groups import LR_RATIO, learning_rate_factor, parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
@@ -77,6 +78,7 @@ def build_engine(
     dtype, device = DTYPES[config.precision], torch.device(accelerator.current_device_name())
     seed = config.train.seed if draws_weights else None
     zero_buffers(stage, device)
+    compile_pieces(config.train.compile)
     with quiet():
         if config.zero_stage == 3:
             make_shards(stage, grid, keys, dtype, device, seed)

@@ -35,6 +35,8 @@ class Engine(DeepSpeedEngine):
     _highest_gradients: int | None = None
     router_bias: RouterBias | None = None
     """Of a model with experts."""
+    update_waits_for: Any = None
+    """An event that the device must come to before the next update: the end of copies of what that changes."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
@@ -88,6 +90,9 @@ class Engine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
+        if self.update_waits_for is not None:
+            self.update_waits_for.wait()  # the step's stream does, not the host
+            self.update_waits_for = None
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
             self.lr_scheduler.step()

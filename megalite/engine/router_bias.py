@@ -54,7 +54,8 @@ class RouterBias:
     @property
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {ROUTER_BIAS: self.values.tolist()} if self.values.any() else {}
+        values: list[list[float]] = self.values.tolist()
+        return {ROUTER_BIAS: values} if any(any(row) for row in values) else {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint's state; zero where it has none."""

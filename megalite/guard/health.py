@@ -36,6 +36,23 @@ class Fault:
     action: Literal["stop", "skip", "rewind", "warn"]
 
 
+def not_finite(boxes: BoxDict) -> list[str]:
+    """Names of the boxes with a number that is not finite. The host waits for a device once, not once a box."""
+    peaks: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, some in boxes.items():
+        for box in some:
+            if box.values.numel():
+                # NaN where there is one. Unlike isfinite() it writes no tensor of that size.
+                peak = torch.linalg.vector_norm(box.values, float("inf"), dtype=torch.float32)
+                peaks.setdefault(box.values.device, []).append((name, peak))
+    found: dict[str, bool] = {}
+    for of_device in peaks.values():
+        finite = torch.stack([peak for _, peak in of_device]).isfinite().tolist()
+        for (name, _), is_finite in zip(of_device, finite, strict=True):
+            found[name] = found.get(name, True) and is_finite
+    return [name for name in boxes if not found.get(name, True)]
+
+
 class Health:
     """Of one run on this rank; every rank has one. `fault`, `loss` and `norm` are of the step judged last; the norm is
     without the loss scale, and `scale` is that of the step."""
@@ -125,12 +142,7 @@ class Health:
 
     def check_sound(self, boxes: BoxDict, step: int) -> str | None:
         """As `answer`, about what is to be saved after a step: None where all of it is finite (collective)."""
-        own = [
-            name
-            for name, some in boxes.items()
-            if not all(box.values.isfinite().all() for box in some)
-        ]
-        everyone = self._gather(own)
+        everyone = self._gather(not_finite(boxes))
         found = [(names[0], rank) for rank, names in enumerate(everyone) if names]
         if not found:
             return None

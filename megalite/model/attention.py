@@ -56,8 +56,8 @@ def attend(
         return attend_runs(query, key, value, context.rows)
     if (
         drops is None
-        and causal
         and not plain
+        and (causal or context.rows is None)
         and kernel_takes(device.type, query.dtype, h)
         and new_enough(device)
     ):
@@ -67,7 +67,7 @@ def attend(
                 return attend_runs_in_pieces(query, key, value, runs, window)
         elif (pieces := context.pieces(b, s, device)) is not None:
             if context.prefixes is None:
-                return attend_pieces(query, key, value, pieces, window)
+                return attend_pieces(query, key, value, pieces, window, causal)
             if (halves := context.halves) is not None:
                 prefixes = context.prefixes
                 return attend_prefixes(query, key, value, pieces, halves, prefixes, window)

@@ -2,6 +2,7 @@
 the numbers that its dropout is drawn from. Next: layers.py."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Context:
     rows: Rows | None = None
     run_pieces: tuple[RunPieces, ...] | None = None
     balance: Tensor | None = None
-    shared: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    shared: dict[object, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:
         """Positions of the tokens, [B or 1, S] int64."""
@@ -137,8 +138,8 @@ class Context:
         return self._own(places + (next_end - index) + 1)
 
     def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
-        """What a token looks at, itself and those before it in its piece of [B, S]; None where that is not so, or not
-        known."""
+        """What a token looks at, those of its piece of [B, S], in a decoder itself and those before it; None where that
+        is not so, or not known."""
         if self.visible is not None or self.cache is not None or self.documents is not None:
             return self.bounds
         key = ("rows", b, s)
@@ -151,8 +152,10 @@ class Context:
         assert self.rows is not None
         if self.visible is not None or self.documents is not None:
             return self.run_pieces
-        # Each layer's call makes them anew: they are a few numbers and indices of keys.
-        return rows_of_runs(b, self.rows.length, self.rows.runs, device)
+        key = ("runs", b)
+        if key not in self.shared:
+            self.shared[key] = rows_of_runs(b, self.rows.length, self.rows.runs, device)
+        return self.shared[key]
 
     def mask(
         self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True

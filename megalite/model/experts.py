@@ -9,20 +9,21 @@ T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of
 experts, T·k without an expert axis.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megalite.model.activation import gated
 from megalite.model.context import Context
-from megalite.model.layers import activate
 from megalite.model.router import Router
 from megalite.model.shared_expert import SharedExpert
 from megalite.model.spec import Activation, Mixture, TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.exchange import Route, exchange, exchange_evenly
 from megalite.parallel.grid import Axis
-from megalite.parallel.grouped import group_ends, grouped_linear
+from megalite.parallel.grouped import Groups, grouped_linear
 from megalite.parallel.layers import depth_scaled, expert_parameter
 
 
@@ -75,29 +76,33 @@ class Experts(nn.Module):
         k, ids = chosen.shape[1], chosen.flatten()
         order = ids.argsort(stable=True)  # by expert, and then by token
         rows = _Spread.apply(rows, order, k)  # type: ignore[assignment]
-        ends = group_ends(ids[order], self.count)
-        made = self._products(rows, ends) if self.axis.size == 1 else self._elsewhere(rows, ends)
+        groups = Groups.of(ids[order], self.count)
+        alone = self.axis.size == 1
+        made = self._products(rows, groups) if alone else self._elsewhere(rows, groups.ends)
         return _Permute.apply(made, inverse(order)).unflatten(0, (-1, k))  # type: ignore[union-attr]
 
-    def _products(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def _products(self, rows: Tensor, groups: Groups) -> Tensor:
         """Rows [n, D], sorted by this rank's experts -> [n, D]."""
-        hidden = activate(self.gate(rows, ends), self.activation) * self.up(rows, ends)
-        return self.down(hidden, ends)
+        hidden = gated(self.gate(rows, groups), self.up(rows, groups), self.activation)
+        return self.down(hidden, groups)
 
     def _elsewhere(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The same with experts on all ranks of the axis."""
-        e = self.axis.size
+        e, here = self.axis.size, self.count // self.axis.size
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
         arriving = exchange_evenly(counts, self.axis)  # by source, then by this rank's experts
-        # The one thing that the host waits for: the sizes of the messages.
-        sizes = torch.stack([counts.view(e, -1).sum(1), arriving.view(e, -1).sum(1)]).tolist()
-        route = Route(self.axis, tuple(sizes[0]), tuple(sizes[1]))
+        # The one thing that the host waits for: the sizes of the messages, and of this rank's groups.
+        sizes = torch.cat([counts.view(e, here).sum(1), arriving]).tolist()
+        given, told = sizes[:e], sizes[e:]
+        by_source = [told[first : first + here] for first in range(0, self.count, here)]
+        route = Route(self.axis, tuple(given), tuple(map(sum, by_source)))
+        stops = [*accumulate(map(sum, zip(*by_source, strict=True)))]
         # They arrive by source and expert, and are wanted by expert and source.
-        own = torch.arange(self.count // e, device=rows.device).repeat(e)
+        own = torch.arange(here, device=rows.device).repeat(e)
         own = own.repeat_interleave(arriving, output_size=sum(route.taken))
         order = own.argsort(stable=True)
         rows = _Permute.apply(exchange(rows, route), order)  # type: ignore[assignment]
-        made = self._products(rows, group_ends(own[order], self.count // e))
+        made = self._products(rows, Groups(Groups.of(own[order], here).ends, stops))
         made = _Permute.apply(made, inverse(order))
         return exchange(made, route.back)  # type: ignore[arg-type]
 
@@ -112,8 +117,8 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = expert_parameter(shape, dim, tensor_axis, axis, std)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        return grouped_linear(rows, self.weight, ends)
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
+        return grouped_linear(rows, self.weight, groups)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.model.activation import activate, gated
 from megalite.model.rms_norm import rms_norm
 from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
@@ -90,7 +91,7 @@ class MLP(nn.Module):
             (up,) = columns(x, (self.up,), self.split)
             return self.down(activate(up, self.activation))
         gate, up = columns(x, (self.gate, self.up), self.split)
-        return self.down(activate(gate, self.activation) * up)
+        return self.down(gated(gate, up, self.activation))
 
 
 class Transform(nn.Module):
@@ -112,13 +113,3 @@ class Transform(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(activate(self.dense(hidden), self.activation))
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of each number."""
-    match activation:
-        case "silu":
-            return F.silu(x)
-        case "relu":
-            return F.relu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.model.compiled import compiled, compiles
 from megalite.model.spec import Rotary
 
 
@@ -103,16 +104,39 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cosine, sine)
         ctx.interleaved = interleaved
-        return _turned(x, cosine, sine, interleaved, 1)
+        return _turned_by_one(x, cosine, sine, interleaved, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turned(grads[0], cosine, sine, ctx.interleaved, -1), None, None, None
+        return _turned_by_one(grads[0], cosine, sine, ctx.interleaved, -1), None, None, None
+
+
+def _turned_by_one(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
+    """As `rotate`; sign -1: by the negative angles."""
+    if not compiles():
+        return _turned(x, cosine, sine, interleaved, sign)
+    result = compiled(_expression)(
+        *(y.transpose(1, 2) for y in (x, cosine, sine)), interleaved, sign
+    )
+    return result.transpose(1, 2)
+
+
+def _expression(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
+    """The same for the compiler: without writing into parts of a tensor, and with S before N."""
+    size, half, sine = cosine.shape[-1], sine.shape[-1], sign * sine
+    if interleaved:
+        first, second, own = x[..., :size:2], x[..., 1:size:2], cosine[..., ::2]
+        pairs = [first * own - second * sine, second * own + first * sine]
+        turned = torch.stack(pairs, dim=-1).flatten(-2)
+    else:
+        first, second, own = x[..., :half], x[..., half:size], cosine[..., :half]
+        turned = torch.cat([first * own - second * sine, second * own + first * sine], dim=-1)
+    return torch.cat([turned, x[..., size:]], dim=-1) if size < x.shape[-1] else turned
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
-    """As `rotate`; sign -1: by the negative angles."""
+    """As `_turned_by_one`, in three kernels."""
     size, half = cosine.shape[-1], sine.shape[-1]
     result = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
         1, 2

@@ -8,7 +8,7 @@ The tensor axis divides its features as it does an MLP's; no expert axis divides
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.model.layers import activate
+from megalite.model.activation import gated
 from megalite.model.spec import Activation, Mixture, TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import later
@@ -31,8 +31,7 @@ class SharedExpert(nn.Module):
         self.weigher = Weigher(d, axis, std) if mixture.shared_is_weighed else None
 
     def forward(self, rows: Tensor) -> Tensor:
-        hidden = activate(self.gate(rows), self.activation) * self.up(rows)
-        made = self.down(hidden)
+        made = self.down(gated(self.gate(rows), self.up(rows), self.activation))
         return made if self.weigher is None else made * self.weigher(rows)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megalite.config.rules import machine_has_gpu
+
 
 class Clock:
     """`computing` goes around work of this rank's own, `waiting` around collectives and messages within it."""
@@ -24,7 +26,9 @@ class Clock:
 
     @functools.cached_property
     def by_events(self) -> bool:
-        return torch.accelerator.is_available()
+        return (
+            machine_has_gpu()
+        )  # not torch.accelerator's word: ranks on a CPU may have GPUs beside them
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         return self._span(1) if self.on else _NOTHING

@@ -1,12 +1,14 @@
 """Products of rows that are sorted by group with each group's own matrix: what experts compute. Next: model/experts.py.
 
 torch's `grouped_mm` makes all of them in one kernel and leaves the groups' sizes on the device. It takes matrices
-whose rows are multiples of 16 bytes, on GPUs in bf16, and not none; others go through a loop, its twin, which waits for
-the sizes.
+whose rows are multiples of 16 bytes, on some GPUs in bf16, and not none; others go through a loop, its twin, for which
+the host must know the sizes.
 
-n rows, G groups; ends [G] int32: the row after each group's last one, so that `ends[-1]` is n. A group may be empty.
+n rows, G groups.
 """
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,33 +18,52 @@ from torch import Tensor, nn
 from megalite.parallel.deferred import WeightGradients, anchor, waiting_now
 
 ALIGNMENT_BYTES = 16
+MAJOR_CAPABILITIES = (9, 10)
 
 
-def group_ends(sorted_groups: Tensor, count: int) -> Tensor:
-    """`ends` of rows whose groups, ascending, are `sorted_groups` [n]."""
-    every = torch.arange(count, device=sorted_groups.device)
-    return torch.searchsorted(sorted_groups, every, right=True).int()
+@dataclass
+class Groups:
+    """ends [G] int32: the row after each group's last one, so that `ends[-1]` is n; a group may be empty. known: the
+    same where the host knows it."""
+
+    ends: Tensor
+    known: list[int] | None = None
+
+    @classmethod
+    def of(cls, sorted_groups: Tensor, count: int) -> "Groups":
+        """Of rows whose groups, ascending, are `sorted_groups` [n]."""
+        every = torch.arange(count, device=sorted_groups.device)
+        return cls(torch.searchsorted(sorted_groups, every, right=True).int())
+
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each group. Waits for `ends` where the host does not know it: once for all products of a layer,
+        forward and backward."""
+        if self.known is None:
+            self.known = self.ends.tolist()
+        starts = [0, *self.known[:-1]]
+        return [rows[start:stop] for start, stop in zip(starts, self.known, strict=True)]
 
 
-def grouped_linear(rows: Tensor, weight: nn.Parameter, ends: Tensor) -> Tensor:
+def grouped_linear(rows: Tensor, weight: nn.Parameter, groups: Groups) -> Tensor:
     """rows [n, in] through weight [G, out, in], each by its group's matrix -> [n, out]."""
     waiting = waiting_now()
     if waiting is None:
-        return _Grouped.apply(rows, weight, ends)  # type: ignore[return-value]
-    return _GroupedLater.apply(rows, anchor(rows.device), (weight,), ends, waiting)  # type: ignore[return-value]
+        return _Grouped.apply(rows, weight, groups.ends, groups)  # type: ignore[return-value]
+    return _GroupedLater.apply(rows, anchor(rows.device), (weight,), groups.ends, groups, waiting)  # type: ignore[return-value]
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(rows, weight, ends)
-        return times_transposed(rows, weight, ends)
+        ctx.groups = groups
+        return times_transposed(rows, weight, groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight, ends = ctx.saved_tensors
-        slope = grads[0].contiguous()
-        return times(slope, weight, ends), weight_gradient(slope, rows, ends), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, _ = ctx.saved_tensors
+        slope, groups = grads[0].contiguous(), ctx.groups
+        return times(slope, weight, groups), weight_gradient(slope, rows, groups), None, None
 
 
 class _GroupedLater(torch.autograd.Function):
@@ -55,39 +76,40 @@ class _GroupedLater(torch.autograd.Function):
         anchor: Tensor,
         weights: tuple[nn.Parameter],
         ends: Tensor,
+        groups: Groups,
         waiting: WeightGradients,
     ) -> Tensor:
         ctx.save_for_backward(rows, ends)
-        ctx.weight, ctx.waiting = weights[0], waiting
-        return times_transposed(rows, weights[0], ends)
+        ctx.weight, ctx.groups, ctx.waiting = weights[0], groups, waiting
+        return times_transposed(rows, weights[0], groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        rows, ends = (saved.detach() for saved in ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        rows, groups = ctx.saved_tensors[0].detach(), ctx.groups
         slope, weight = grads[0].contiguous(), ctx.weight
-        ctx.waiting.add(weight, lambda: weight_gradient(slope, rows, ends))
-        return times(slope, weight.detach(), ends), None, None, None, None
+        ctx.waiting.add(weight, lambda: weight_gradient(slope, rows, groups))
+        return times(slope, weight.detach(), groups), None, None, None, None, None
 
 
-def times_transposed(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def times_transposed(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """[n, in] by [G, out, in] -> [n, out]"""
     if _fuses(rows, weight):
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-    return _loop(rows, weight.transpose(-2, -1), ends)
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=groups.ends)
+    return _loop(rows, weight.transpose(-2, -1), groups)
 
 
-def times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def times(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """[n, out] by [G, out, in] -> [n, in]"""
     if _fuses(rows, weight):
-        return F.grouped_mm(rows, weight, offs=ends)
-    return _loop(rows, weight, ends)
+        return F.grouped_mm(rows, weight, offs=groups.ends)
+    return _loop(rows, weight, groups)
 
 
-def weight_gradient(slope: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+def weight_gradient(slope: Tensor, rows: Tensor, groups: Groups) -> Tensor:
     """Slopes [n, out] and rows [n, in] -> [G, out, in]; of a group without rows zeros."""
     if _fuses(slope, rows):
-        return F.grouped_mm(slope.t(), rows, offs=ends)
-    pairs = zip(_parts(slope, ends), _parts(rows, ends), strict=True)
+        return F.grouped_mm(slope.t(), rows, offs=groups.ends)
+    pairs = zip(groups.parts(slope), groups.parts(rows), strict=True)
     return torch.stack([own_slope.t() @ own_rows for own_slope, own_rows in pairs])
 
 
@@ -95,18 +117,18 @@ def _fuses(rows: Tensor, others: Tensor) -> bool:
     """Whether `grouped_mm` takes a product of these."""
     sizes = (rows.shape[-1], *(others.shape[-2:] if others.dim() == 3 else others.shape[-1:]))
     aligned = all(size * rows.itemsize % ALIGNMENT_BYTES == 0 for size in sizes)
-    known = rows.device.type == "cpu" or rows.dtype == torch.bfloat16
+    known = rows.device.type == "cpu" or (rows.dtype == torch.bfloat16 and _one_kernel(rows.device))
     return aligned and known and len(rows) > 0
 
 
-def _loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+@cache
+def _one_kernel(device: torch.device) -> bool:
+    """Whether torch has one kernel for all groups there: on Hopper and Blackwell. On other GPUs its `grouped_mm` is a
+    loop that reads the sizes in each product (pytorch/pytorch#186620); ours reads them once a layer."""
+    return torch.cuda.get_device_capability(device)[0] in MAJOR_CAPABILITIES
+
+
+def _loop(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """[n, a] by [G, a, b] -> [n, b]"""
-    pairs = zip(_parts(rows, ends), weight, strict=True)
+    pairs = zip(groups.parts(rows), weight, strict=True)
     return torch.cat([part @ matrix for part, matrix in pairs])
-
-
-def _parts(rows: Tensor, ends: Tensor) -> list[Tensor]:
-    """The rows of each group; waits for `ends`."""
-    stops = ends.tolist()
-    starts = [0, *stops[:-1]]
-    return [rows[start:stop] for start, stop in zip(starts, stops, strict=True)]

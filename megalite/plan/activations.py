@@ -27,7 +27,7 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
                                       and weights s by c·s; where heads are exchanged for tokens, c·s by c·s for a / c
                                       heads, and what attention gives twice
     input of gate and up              e·g, as above (none where the attention's is read, without sequence parallelism)
-    activation                        its input e·f; gated, both factors too 3·e·f
+    activation                        its input e·f; gated, both factors too 3·e·f, compiled 2·e·f
     input of the down projection      e·f (ReLU's is its own result)
     dropout of what is added          r bytes, twice
 
@@ -62,8 +62,8 @@ class Forward:
     each sample.
 
     context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
-    (parallel/rows.py); experts: ranks of the expert axis; prefixes: whether documents have some that are seen both
-    ways.
+    (parallel/rows.py); experts: ranks of the expert axis; compiled: `megalite.train.compile`; prefixes: whether
+    documents have some that are seen both ways.
     """
 
     batch: int
@@ -75,6 +75,7 @@ class Forward:
     context: int = 1
     by_heads: bool = False
     experts: int = 1
+    compiled: bool = False
     prefixes: bool = False
 
     @property
@@ -143,12 +144,17 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
         if not spec.shared_norm or at.split.divides:
             table["input of gate, up"] = gathered
         features = at.width * at.part(spec.intermediate_size)
-        table["activation"] = 3 * features if spec.gated else features
+        table["activation"] = _gate(features, at) if spec.gated else features
         if spec.activation != "relu" or spec.gated:
             table["input of down projection"] = features
     if spec.hidden_dropout > 0:
         table["dropout of what is added"] = (1 + spec.drops_mlp) * at.rows * spec.hidden_size
     return table
+
+
+def _gate(features: int, at: Forward) -> int:
+    """Its two inputs, and its activation, unless that is made again (`megalite.train.compile`)."""
+    return (2 if at.compiled else 3) * features
 
 
 def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
@@ -164,7 +170,7 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         "experts: order": 2 * INT64 * t * k,
         "experts: ends": INT32 * (count // at.experts),
         "input of gate, up": rows,
-        "activation": 3 * features,
+        "activation": _gate(features, at),
         "input of down projection": features,
         "what the weights multiply": rows,
     }
@@ -188,7 +194,7 @@ def _shared(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
     features = at.width * at.part(mixture.shared_size)
     table = {
         "shared: input": hidden if at.width < FP32 else 0,  # of fp32 the router keeps the same
-        "shared: activation": 3 * features,
+        "shared: activation": _gate(features, at),
         "shared: input of down projection": features,
     }
     if mixture.shared_is_weighed:
@@ -221,15 +227,13 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
             core["attention: mask"] = s * t * (at.batch if at.documents else 1)
     else:
         core = {"attention: logarithms": FP32 * at.tokens * (queries // (at.tokens * h))}
-        in_pieces = masked and kernel_takes(at.device, at.dtype, h)
+        by_run = at.context > 1 and not by_heads
+        in_pieces = masked and kernel_takes(at.device, at.dtype, h) and (spec.causal or not by_run)
         if masked and not in_pieces:
             core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
-        if (
-            in_pieces and at.prefixes
-        ):  # the causal result and that both ways, of which a third is made
+        if in_pieces and at.prefixes:  # three results: causal, both ways, and what is taken of them
             core["attention: results in halves"] = 2 * e * queries
             core["attention: logarithms"] *= 2
-        by_run = at.context > 1 and not by_heads
         if in_pieces and by_run:
             t += at.length // 2  # keys before both runs are copied twice
         if by_heads or (

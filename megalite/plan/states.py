@@ -260,6 +260,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         config.parallel.context,
         config.parallel.context_attention == "heads",
         grid.expert.size,
+        config.train.compile,
         config.data.objective == "prefix",
     )
 

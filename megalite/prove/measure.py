@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import Config
+from megalite.config.rules import machine_has_gpu
 from megalite.data.loader import TrainData
 from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
@@ -162,5 +163,5 @@ def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:
 
 
 def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
+    if machine_has_gpu():
         torch.accelerator.synchronize()

@@ -60,6 +60,7 @@ class Checkpoints(Watcher):
         if (unsound := self.health.check_sound(boxes, position.step)) is not None:
             return unsound
         self.saver.save(position.step, boxes, self._state(position))
+        self.engine.update_waits_for = self.saver.copy.made
         self.saved_step = position.step
         return None
 

@@ -22,6 +22,7 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.hub.carried import carried_by_run
 from megalite.hub.sources import Weights, open_weights, resolve_weights
 from megalite.inputs import reading
+from megalite.model.compiled import check_compiler
 from megalite.model.families import model_dict, read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
@@ -139,6 +140,8 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
             with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
                 _check_run_dir(prepared)
             check_nvme(config, spec, place().local_size)
+        if thorough and config.train.compile:
+            check_compiler()
     return prepared
 
 

@@ -17,6 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from megalite.config.rules import machine_has_gpu
 from megalite.data.position import Position
 from megalite.training.watchers import Row, Watcher
 
@@ -145,7 +146,7 @@ class Screen(Watcher):
 
     def _memory_gib(self) -> float:
         """Of this rank: the device's where there is one, else the process's resident set."""
-        if torch.accelerator.is_available():
+        if machine_has_gpu():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
 

@@ -120,8 +120,10 @@ def predicted(
     recompute: Recompute,
     packed: bool,
     sequence: bool,
+    compiled: bool = False,
 ) -> tuple[list[Table], int]:
-    at = Forward(BATCH, LENGTH, dtype, Split(grid.tensor, sequence), packed)
+    split = Split(grid.tensor, sequence)
+    at = Forward(BATCH, LENGTH, dtype, split, packed, compiled=compiled)
     layers = [  # each layer by itself saves its angles
         layer_table(spec, i, at, recompute == "selective") | angles_table(spec, [i], at)
         for i in range(spec.num_layers)

@@ -3,11 +3,15 @@
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
+from megalite.parallel.grid import ALONE
+from megalite.parallel.loss import head_loss
 from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, rows, spoilt, train
 
@@ -117,3 +121,20 @@ def test_an_overflow_that_no_loss_scale_cures_stops_the_run(tmp_path: Path) -> N
     first, second = run_ranks(2, train, [(document(tmp_path, "a", {}, **keys), plant)])
     assert first == second and first[0].startswith("step 2: gradient norm is ")
     assert "first in backward of micro-batch 1 on rank 1 on " in first[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gpus_make_fp32_products_of_fp16_in_tf32(dtype: torch.dtype) -> None:
+    """The gradients of the head, and nothing else: neither its logits nor any product of an fp32 run."""
+    hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (6, 9))
+    mm, told = torch.mm, []
+
+    def product(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        told.append((a.dtype, torch.backends.cuda.matmul.allow_tf32))
+        return mm(a, b, **options)
+
+    with mock.patch.object(torch, "mm", product):
+        head_loss(hidden, weight, None, torch.arange(6), 9, ALONE).backward()
+    raised = torch.float32 if dtype == torch.float16 else dtype
+    assert told == [(dtype, False), (raised, dtype == torch.float16)]
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -15,14 +15,18 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelera
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite.checkpoint.boxes import Box
 from megalite.data.position import Position
+from megalite.guard.health import not_finite
 from megalite.model.context import Context
 from megalite.parallel import loss
 from megalite.pipeline.interpreter import Interpreter
 from megalite.training.ahead import Ahead
 from megalite.training.batches import MicroBatch
 from megalite.training.loop import Run
+from tests.classifiers import LABELS, labelled_corpus
 from tests.ranks import run_ranks
+from tests.small_models import MODELS
 from tests.training_runs import document, train
 
 MOST_READS = 2  # of the device one: the other is of a number in main memory
@@ -101,24 +105,75 @@ def counts(
     return steps, in_actions
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 1, "pipe": 2}, {"zero": 2, "tensor": 2},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, layout: dict[str, int]) -> None:
-    keys = document(tmp_path, "run", layout, train={"steps": STEPS, "checkpoint_interval": 0})
-    if layout["zero"]:
+MASKED = {"masked": 0.3, "mask_token_id": 4, "special_token_ids": [0, 1, 2, 3]}
+PACKED = {"samples": "packed", "reset_attention": True, "loss": "all"}
+EXPERTS = MODELS["mixtral"] | {"intermediate_size": 64, "num_hidden_layers": 2}  # rows of 16 bytes
+WAYS: list[dict[str, Any]] = [
+    {"layout": {"zero": 0}}, {"layout": {"zero": 1}}, {"layout": {"zero": 2}}, {"layout": {"zero": 3}},
+    {"layout": {"zero": 2, "tensor": 2}}, {"layout": {"zero": 1, "tensor": 2, "sequence": True}},
+    {"layout": {"zero": 1, "context": 2}}, {"layout": {"zero": 2, "context": 2, "context_attention": "heads"}},
+    {"layout": {"zero": 1, "pipe": 2}}, {"layout": {"zero": 1, "pipe": 2, "schedule": "interleaved"}},
+    {"layout": {"zero": 1, "pipe": 2, "schedule": "zb-h1"}}, {"layout": {"zero": 2, "pipe": 2, "schedule": "zb-v"}},
+    {"layout": {"zero": 1}, "model": MODELS["modernbert"], "data": {"objective": MASKED, **PACKED}},
+    {"layout": {"zero": 1}, "model": MODELS["bert"], "data": {"objective": {"classes": list(LABELS)}, **PACKED}},
+    {"layout": {"zero": 1}, "model": EXPERTS},
+]  # fmt: skip
+
+
+def keys_of(folder: Path, way: dict[str, Any]) -> dict[str, Any]:
+    data = way.get("data", {})
+    if "classes" in data.get("objective", {}):
+        labelled_corpus(folder / "corpus", texts=100, mean=5)
+    keys = document(folder, "run", way["layout"], train={"steps": STEPS, "checkpoint_interval": 0})
+    keys["megalite"]["data"] |= data
+    model = keys["megalite"]["model"] | {"num_hidden_layers": 4}
+    keys["megalite"]["model"] = way.get("model", model)
+    if way["layout"]["zero"]:
         keys["bf16"] = {"enabled": True}
-    for steps, in_actions in run_ranks(2, counts, keys):
+    return keys
+
+
+@pytest.mark.parametrize(
+    "way", WAYS, ids=lambda way: f"{way['layout']} {way.get('model', {}).get('model_type', '')}"
+)
+def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[str, Any]) -> None:
+    for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
         assert len(steps) == len(in_actions) == STEPS
         for step in steps[1:]:  # the first one's memory is weighed
             assert sum(step.values()) <= MOST_READS, step
         assert not any(in_actions[1:]), (
             in_actions
         )  # in the first one ZeRO-3 records the order of fetches
+
+
+@pytest.mark.parametrize(("expert", "looped"), [(2, False), (2, True), (1, True)])
+def test_experts_read_once_a_layer_and_micro_batch(
+    tmp_path: Path, expert: int, looped: bool
+) -> None:
+    """The sizes of an axis's messages, or of the parts of a loop, which no layer knows before its router has chosen."""
+    model = EXPERTS | {"intermediate_size": 26 if looped else 64}
+    keys = keys_of(tmp_path, {"layout": {"zero": 1, "expert": expert}, "model": model})
+    layers, micro_batches = EXPERTS["num_hidden_layers"], 2
+    for steps, in_actions in run_ranks(2, counts, keys):
+        for step, actions in zip(steps[1:], in_actions[1:], strict=True):
+            assert actions == {"tolist": layers * micro_batches}
+            assert sum(step.values()) <= MOST_READS + layers * micro_batches, step
+
+
+def test_what_is_to_be_saved_is_judged_by_one_read() -> None:
+    values = [torch.ones(3), torch.ones(2, 2), torch.tensor([0.0, torch.nan]), torch.ones(0)]
+    values += [torch.tensor([-torch.inf]), torch.full((4,), 3e38)]
+    boxes = {f"weight/{n}": [Box((9,), (0,), value)] for n, value in enumerate(values)}
+    boxes["weight/0"] *= 2
+    tolist, lists = Tensor.tolist, []
+
+    def read(self: Tensor) -> Any:
+        lists.append(self.shape)
+        return tolist(self)
+
+    with Reads() as reads, mock.patch.object(Tensor, "tolist", read):
+        assert not_finite(boxes) == ["weight/2", "weight/4"]
+    assert (reads.found, len(lists)) == ({}, 1)
 
 
 def test_a_timer_that_waits_is_counted(tmp_path: Path) -> None:

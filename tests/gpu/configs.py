@@ -3,10 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from megalite.config import Config
+from megalite.config import Config, load_config
+from tests.ranks import REPOSITORY
 from tests.unit.data.corpora import write_corpus
 
 VOCABULARY = 1024
+MODELS: dict[str, dict[str, int]] = {
+    "1B": {
+        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "4 layers of 7B": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+}  # fmt: skip
+"""Whose throughput is measured."""
 
 
 def config(
@@ -41,3 +53,18 @@ def config(
         },
     }
     return Config.from_dict(document | keys).resolve(ranks).to_json()
+
+
+def large(folder: Path, name: str) -> dict[str, Any]:
+    """One of `MODELS` on one GPU."""
+    return config(
+        folder, model=dict(MODELS[name]), data={"sequence_length": 4096}, train_batch_size=8
+    )
+
+
+def llama_7b_of_64(folder: Path) -> dict[str, Any]:
+    """The shipped config of 64 ranks with fewer micro-batches; the corpus must be there."""
+    keys = ["train_batch_size=32", f'megalite.data.train=["{folder / "corpus"}"]']
+    keys += ["megalite.data.valid=[]", "megalite.data.tokenizer=null"]
+    file = str(REPOSITORY / "ds_configs/llama_7b_3d.json")
+    return load_config(file, keys).resolve(64).to_json()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.configs import config
+from tests.gpu.configs import MODELS, config, large, llama_7b_of_64
 from tests.gpu.ranks import on_ranks
 from tests.launch.starts import Start, rows
 
+pytestmark = pytest.mark.timeout(1800)
 Needs = Callable[[int], None]
 STEPS = 5
 
@@ -67,6 +68,7 @@ def test_a_step_waits_for_the_device_at_most_three_times(
 def test_attention_is_flash_attention(needs: Needs) -> None:
     needs(1)
     (names,) = on_ranks(1, "kernels")
+    assert len(names) == 6
     for case, found in names.items():
         assert any("flash" in name for name in found), (case, found)
         assert not any("fmha" in name and "cutlass" in name for name in found), (
@@ -133,3 +135,56 @@ def test_a_deterministic_run_resumes_to_the_bit(tmp_path: Path, zero: int, needs
         [(row["step"], row["loss"], row["grad_norm"]) for row in made] for made in (whole, resumed)
     ]
     assert figures[0] == figures[1]
+
+
+def test_a_checkpoints_copies_are_behind_the_update_and_before_the_next(
+    tmp_path: Path, needs: Needs
+) -> None:
+    """A run that saves after every step is the run that never does, and resumes from each of its checkpoints to it."""
+    needs(1)
+    document = config(tmp_path, model={"hidden_size": 1024, "intermediate_size": 4096})
+    keys = {"deterministic": True, "steps": STEPS, "keep_checkpoints": 0}
+    made = [
+        start(
+            tmp_path, document, run_dir=str(tmp_path / name), checkpoint_interval=interval, **keys
+        )
+        for name, interval in (("once", 0), ("always", 1))
+    ]
+    for step in range(1, STEPS):
+        run_dir, name = tmp_path / f"from_{step}", f"step_{step:08d}"
+        (run_dir / "checkpoints").mkdir(parents=True)
+        (tmp_path / "always/checkpoints" / name).rename(run_dir / "checkpoints" / name)
+        made.append(start(tmp_path, document, run_dir=str(run_dir), checkpoint_interval=0, **keys))
+    figures = [{row["step"]: (row["loss"], row["grad_norm"]) for row in rows} for rows in made]
+    assert figures[1] == figures[0]
+    for step, resumed in enumerate(figures[2:], start=1):
+        assert len(resumed) == STEPS - step and resumed.items() <= figures[0].items()
+
+
+@pytest.mark.parametrize("rank", [0, 21, 63])
+def test_a_rank_of_64_holds_what_was_predicted(
+    tmp_path: Path, rank: int, needs: Needs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped 7B at its true size, alone on one GPU, over groups that go nowhere."""
+    needs(1)
+    config(tmp_path)  # writes the corpus
+    ((told, held, peak),) = on_ranks(1, "true_size", config=llama_7b_of_64(tmp_path), rank=rank)
+    with capsys.disabled():
+        print(f"\nllama_7b_3d, rank {rank} of 64: peak {peak / 2**30:.2f} GiB")
+    assert told == held
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_throughput(
+    tmp_path: Path, name: str, needs: Needs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures for docs/gpus.md; 32,768 tokens a step in sequences of 4,096."""
+    needs(1)
+    (told,) = on_ranks(1, "throughput", config=large(tmp_path, name), steps=10)
+    line = (
+        f"{told['parameters'] / 1e9:.2f} B parameters, {told['tokens_per_second']:,.0f} tokens/s, "
+    )
+    line += f"{told['tflops_per_rank']:.0f} TFLOP/s, MFU {100 * told['mfu']:.1f} %, "
+    with capsys.disabled():
+        print(f"\n{name}: {line}peak {told['peak_bytes'] / 2**30:.1f} GiB")
+    assert 0.2 < told["mfu"] < 1

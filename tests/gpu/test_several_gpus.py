@@ -12,6 +12,7 @@ from tests.gpu.configs import config
 from tests.gpu.ranks import on_ranks
 from tests.ranks import REPOSITORY
 
+pytestmark = pytest.mark.timeout(1800)
 Needs = Callable[[int], None]
 STEPS = 3
 

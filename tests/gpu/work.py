@@ -1,7 +1,9 @@
 """What ranks on GPUs do for the tests of this folder; arguments and results are JSON."""
 
 import dataclasses
+import itertools
 import re
+import time
 import warnings
 from typing import Any
 from unittest import mock
@@ -9,17 +11,24 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from megalite.config import Config
+from megalite.engine.over_fakes import deepspeed_over_fakes
 from megalite.model.attention import attend
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.varlen import documents_as_pieces
 from megalite.parallel.grid import Grid
 from megalite.pipeline.interpreter import Interpreter
-from megalite.plan.states import States, parameter_sizes, predicted_states
+from megalite.pipeline.mailbox import Mailbox
+from megalite.plan.places import fake_world
+from megalite.plan.states import DTYPES, States, parameter_sizes, peak_bytes, predicted_states
+from megalite.prove import trace
 from megalite.prove.trace import Session
 from megalite.ranks.devices import be_deterministic
+from megalite.ranks.launch import stop_ranks
+from megalite.training.mfu import Utilisation, peak_flops
 
 
 def losses(config: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -45,7 +54,37 @@ def device() -> dict[str, Any]:
 
 def states(config: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of model states that this rank was told to hold, and those that it held in a step."""
-    session = Session.build(resolved := Config.from_dict(config))
+    return _states(Config.from_dict(config))
+
+
+def true_size(config: dict[str, Any], rank: int) -> tuple[dict[str, int], dict[str, int], int]:
+    """The same of a rank of the config's world, alone on this GPU, over groups that go nowhere; and its peak."""
+    resolved = Config.from_dict(config)
+    stop_ranks()
+    trace._grid.cache_clear()
+    received = Mailbox.take
+
+    def take(self: Mailbox, key: Any) -> torch.Tensor:
+        return received(
+            self, key
+        ).zero_()  # nothing was received, and memory as it was may hold NaN
+
+    def gather(result: list[Any], value: Any, group: Any = None) -> None:
+        result[:] = [value] * len(result)
+
+    with (
+        fake_world(resolved.world_size, rank),
+        deepspeed_over_fakes(),
+        mock.patch.object(dist, "all_gather_object", gather),
+        mock.patch.object(Mailbox, "take", take),
+    ):
+        told, held = _states(resolved)
+        accelerator: Any = get_accelerator()
+        return told, held, peak_bytes(torch.device(accelerator.current_device_name()))
+
+
+def _states(resolved: Config) -> tuple[dict[str, int], dict[str, int]]:
+    session = Session.build(resolved)
     with session.engine.weighed() as held:
         session.step(0)
     grid = session.engine.grid
@@ -84,49 +123,85 @@ def waits(config: dict[str, Any], steps: int) -> list[int]:
     return counts
 
 
-def kernels() -> dict[str, list[str]]:
-    """Names of the kernels of attention forward and backward: causal, in a window, and of packed documents."""
-    b, n, k, s, h, cuda = 2, 8, 2, 512, 64, torch.device("cuda")
+def throughput(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Figures of this rank alone over `steps` steps, batches read beforehand."""
+    resolved = Config.from_dict(config)
+    session, spec = Session.build(resolved), read_spec(resolved.model)
+    device = torch.device(session.engine.device or "cpu")
+    batches = session.batches(0)
+    for _ in range(2):
+        session.train(batches)
+    _wait_for(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        session.train(batches)
+    _wait_for(device)
+    tokens = steps * resolved.train_batch_size * resolved.data.sequence_length
+    rate = tokens / (time.perf_counter() - start)
+    peak = peak_flops(device, DTYPES[resolved.precision])
+    flops = spec.flops_per_token(resolved.data.sequence_length, resolved.data.counted_share)
+    return {
+        "parameters": spec.num_parameters, "tokens_per_second": rate, "peak_bytes": peak_bytes(device),
+        **Utilisation(flops, peak, 1).row(rate),
+    }  # fmt: skip
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def kernels(device: str = "cuda") -> dict[str, list[str]]:
+    """Names of the kernels of attention forward and backward: causal, in a window, and of packed documents; and of an
+    encoder."""
+    b, n, k, s, h, cuda = 2, 8, 2, 512, 64, torch.device(device)
     documents = np.cumsum(np.random.default_rng(0).random((b, s)) < 0.05, axis=1).astype(np.int32)
     bounds = documents_as_pieces(documents)
     packed = Context(documents=torch.from_numpy(documents).to(cuda),
                      bounds=bounds._replace(starts=bounds.starts.to(cuda)))  # fmt: skip
-    cases = {"causal": (Context(), None), "window": (Context(), 100), "documents": (packed, None)}
+    cases = {
+        "causal": (Context(), None, True), "window": (Context(), 100, True), "documents": (packed, None, True),
+        "all": (Context(), None, False), "window to both sides": (Context(), 100, False),
+        "documents of an encoder": (packed, None, False),
+    }  # fmt: skip
+    kind = torch.profiler.ProfilerActivity
     found: dict[str, list[str]] = {}
-    for name, (context, window) in cases.items():
+    for name, (context, window, causal) in cases.items():
         shapes = [(b, heads, s, h) for heads in (n, k, k)]
         query, key, value = (
             torch.randn(shape, device=cuda, dtype=torch.bfloat16, requires_grad=True)
             for shape in shapes
         )
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            attend(query, key, value, context, window, None, 0.0).sum().backward()
-            torch.cuda.synchronize()
+        activity = kind.CPU if device == "cpu" else kind.CUDA
+        with torch.profiler.profile(activities=[activity]) as profile:
+            attend(query, key, value, context, window, causal, None, 0.0).sum().backward()
+            _wait_for(cuda)
         found[name] = sorted({re.sub(r"<.*", "", event.key) for event in profile.key_averages()})
     return found
 
 
-def attention_differences() -> dict[str, float]:
+def attention_differences(device: str = "cuda") -> dict[str, float]:
     """Largest difference between attention in bf16 on the GPU and in fp32 on the CPU, as a share of the largest value:
-    of the result and of the gradients, for windows and documents."""
+    of the result and of the gradients, for windows and documents, in decoders and encoders."""
     b, n, k, s, h = 2, 8, 2, 256, 64
     documents = np.cumsum(np.random.default_rng(0).random((b, s)) < 0.05, axis=1).astype(np.int32)
     generator, found = torch.Generator().manual_seed(0), {}
     plain = [torch.randn(b, heads, s, h, generator=generator).bfloat16() for heads in (n, k, k)]
-    for name, window in (("window", 100), ("documents", None), ("both", 30)):
+    windows = {"window": 100, "documents": None, "both": 30}
+    for name, causal in itertools.product(windows, (True, False)):
+        window = windows[name]
         results: list[list[torch.Tensor]] = []
-        for place, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        for place, dtype in (("cpu", torch.float32), (device, torch.bfloat16)):
             context, bounds = Context(), documents_as_pieces(documents)
             if name != "window":
                 context.documents = torch.from_numpy(documents).to(place)
                 context.bounds = bounds._replace(starts=bounds.starts.to(place))
-            query, key, value = (x.to(place, dtype).requires_grad_() for x in plain)
-            mixed = attend(query, key, value, context, window, None, 0.0)
+            query, key, value = (x.to(place, dtype, copy=True).requires_grad_() for x in plain)
+            mixed = attend(query, key, value, context, window, causal, None, 0.0)
             mixed.float().square().sum().backward()
-            results.append(
-                [x.float().cpu() for x in (mixed.detach(), query.grad, key.grad, value.grad)]
-            )  # type: ignore[union-attr]
-        found[name] = max(
+            made = [mixed.detach(), *(x.grad for x in (query, key, value) if x.grad is not None)]
+            results.append([x.float().cpu() for x in made])
+        found[f"{name}, causal" if causal else name] = max(
             float((x - y).abs().max() / x.abs().max()) for x, y in zip(*results, strict=True)
         )
     return found

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megalite.doctor import gpus
+from megalite.doctor.axes import exchange
 from megalite.doctor.findings import findings
 from megalite.doctor.probe import probe
+from megalite.parallel.grid import Grid
 from tests.launch.hosts import Cluster
 from tests.launch.starts import write_config
-from tests.ranks import REPOSITORY
+from tests.ranks import REPOSITORY, run_ranks
 
 
 def doctor(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -85,3 +89,39 @@ def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert said in found
     assert len(found.splitlines()) == 9
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in *memory.used*noheader,nounits) ;; *) echo "Field is not a valid field to query."; exit 2 ;; esac
+echo "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 0"
+echo "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 40000, [N/A]"
+echo "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 3"
+"""
+
+
+def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.facts() == "nvidia-smi is not there"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    seen = gpus.facts()
+    assert isinstance(seen, list)
+    assert gpus.line(seen) == "3 × NVIDIA H100 80GB HBM3, 81559 MiB, driver 550.54.15"
+    assert [*gpus.gpu_findings("h0", seen[:1], "h0", seen[:1])] == []
+    older = [{**gpu, "driver": "535.1"} for gpu in seen]
+    found = [*gpus.gpu_findings("h1", older, "h0", seen)]
+    assert len(found) == 3 and "on h0 3 × NVIDIA H100" in found[0]
+    assert "GPU 1: 40000 MiB are in use" in found[1] and "GPU 2: 3 uncorrected" in found[2]
+    program.write_text("#!/bin/sh\necho driver/library version mismatch; exit 18\n")
+    said = [*gpus.gpu_findings("h1", gpus.facts(), "h0", seen)]
+    assert said[0].startswith("h1: nvidia-smi: driver/library version mismatch: ")
+
+
+def exchanged(rank: int, world_size: int) -> list[list[float]]:
+    grid = Grid.build(world_size, 1)
+    return [room.tolist() for room in exchange(grid.pipe, torch.tensor([float(rank)]))]
+
+
+def test_neighbours_send_to_each_other_at_once() -> None:
+    assert run_ranks(3, exchanged) == [[[1.0]], [[0.0], [2.0]], [[1.0]]]

@@ -72,8 +72,12 @@ def test_the_wheel_holds_examples_types_and_licence(wheel: Path) -> None:
     assert {f"megalite/ds_configs/{p.name}" for p in (REPOSITORY / "ds_configs").glob("*")} <= names
     assert "megalite/py.typed" in names and any(n.endswith("licenses/LICENSE") for n in names)
     assert not any(name.startswith(("tests/", "launcher/", "tools/")) for name in names)
-    assert "License-Expression: Apache-2.0" in metadata
-    assert "Classifier: Typing :: Typed" in metadata
+    for field in (
+        "License-Expression: Apache-2.0", "Classifier: Typing :: Typed", "Author: ", "Summary: ", "Keywords: ",
+        "Requires-Python: >=3.11", "Description-Content-Type: text/markdown", "Provides-Extra: docs",
+    ):  # fmt: skip
+        assert f"\n{field}" in metadata, field
+    assert "\n# megalite\n" in metadata
 
 
 def test_it_works_without_the_checkout(installed: dict[str, str], tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from megalite.config import load_config
 from megalite.config.sections import Limits
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
+from megalite.parallel.clock import Clock
 from megalite.parallel.grid import Axis, Grid, backend_of_axes
 from megalite.pipeline.plan import plan_of
 from megalite.pipeline.steps import Send
 from megalite.ranks.devices import GPUNames, library_settings, own_gpu
+from megalite.training.screen import Screen
 from tests.ranks import REPOSITORY, RankFailure, run_ranks
 from tests.training_runs import document, nothing, rows, train
 
@@ -314,3 +316,15 @@ def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:
 def trained_deterministically(rank: int, world_size: int, runs: list[Any]) -> bool:
     train(rank, world_size, runs)
     return torch.are_deterministic_algorithms_enabled()
+
+
+def test_ranks_on_a_cpu_beside_gpus_measure_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DS_ACCELERATOR=cpu on a machine with GPUs: events on those would tell nothing of what the ranks do."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    clock = Clock()
+    clock.on = True
+    with clock.computing():
+        pass
+    assert 0 < clock.take() < 1
+    assert Screen(1, 0, 1)._memory_gib() > 0

@@ -1,9 +1,15 @@
 """What the documents say is what the code says."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.pages import anchors, links, pages, text_of
+from tests.ranks import REPOSITORY
 
 
 def test_the_config_reference_is_made_from_the_code() -> None:
@@ -36,3 +42,30 @@ def test_every_program_imports_what_hears_ctrl_c_first() -> None:
             if name is not None and name.partition(".")[0] not in sys.stdlib_module_names
         ]
         assert slow[0] == "megalite.ranks.interrupt", path
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = text_of(page)
+    for path, anchor in links(text):
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(REPOSITORY) and target.exists(), path
+        if anchor:
+            assert anchor in anchors(text_of(target)), f"{path}#{anchor}"
+
+
+def test_pages_that_are_named_exist() -> None:
+    """In messages, comments, descriptions of keys and pages alike."""
+    named = re.compile(r"\bdocs/[\w/]+\.(?:md|ipynb)\b")
+    listed = subprocess.run(
+        ["git", "grep", "-lE", r"docs/[A-Za-z_/]+\.(md|ipynb)"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()  # fmt: skip
+    found = {(name, page) for name in listed for page in named.findall(Path(name).read_text())}
+    assert len(found) > 20
+    assert [pair for pair in sorted(found) if not Path(pair[1]).exists()] == []
+
+
+def test_links_and_anchors_are_found() -> None:
+    text = "# A *b*: `c_d`, e\n\n[x](y.md#a-b) `[no](code.md)`\n\n    [no](block.md)\n\n[z](https://z)\n"
+    assert list(links(text)) == [("y.md", "a-b")]
+    assert anchors(text) == {"a-b-c_d-e"}

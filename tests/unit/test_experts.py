@@ -20,7 +20,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel import grouped
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE, Grid
-from megalite.parallel.grouped import group_ends, grouped_linear
+from megalite.parallel.grouped import Groups, grouped_linear
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, hf_model
 from tests.small_models import MODELS
@@ -33,7 +33,7 @@ def product(width: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(len(GROUPS), width, generator=generator).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.randn(5, 2 * width, width, generator=generator).to(dtype))
-    made = grouped_linear(rows, weight, group_ends(GROUPS, 5))
+    made = grouped_linear(rows, weight, Groups.of(GROUPS, 5))
     made.float().square().sum().backward()
     assert rows.grad is not None and weight.grad is not None
     return [made.detach(), rows.grad, weight.grad]
@@ -61,7 +61,7 @@ def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
     """As all experts of a rank may be."""
     rows = torch.randn(0, width).requires_grad_()
     weight = nn.Parameter(torch.randn(3, 2 * width, width))
-    made = grouped_linear(rows, weight, group_ends(torch.empty(0, dtype=torch.int64), 3))
+    made = grouped_linear(rows, weight, Groups.of(torch.empty(0, dtype=torch.int64), 3))
     made.sum().backward()
     assert made.shape == (0, 2 * width) and rows.grad is not None and weight.grad is not None
     assert weight.grad.shape == weight.shape and not weight.grad.any()
@@ -230,3 +230,12 @@ def test_the_expert_axis_divides_the_experts() -> None:
     made = made.resolve(16)
     with pytest.raises(ConfigError, match="expert: 16: must divide the model's 8 experts"):
         check_model(made, read_spec(made.model))
+
+
+def test_gpus_without_the_one_kernel_take_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100 torch's own would wait for the device in each product."""
+    of_device = {0: (8, 0), 1: (9, 0), 2: (10, 0), 3: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_device[device.index])
+    found = [grouped._one_kernel(torch.device("cuda", index)) for index in of_device]
+    grouped._one_kernel.cache_clear()
+    assert found == [False, True, True, False]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import megalite.pipeline.mailbox as mailbox
+from megalite.doctor.axes import exchange
 from megalite.inference.generate import Generator
 from megalite.inference.sampling import Sampling
 from megalite.parallel.deferred import WeightGradients
@@ -190,3 +191,18 @@ def test_one_call_of_both_does_not() -> None:
         recorder.exchange((1 - rank, torch.zeros(1)), (1 - rank, torch.zeros(1)), group="pipe")
         ranks.append(recorder.calls)
     assert stuck(ranks, lazy=True) == []
+
+
+@MODES
+@pytest.mark.parametrize("stages", [2, 3, 8])
+def test_the_doctors_messages_complete(stages: int, lazy: bool) -> None:
+    """Several times, one after another."""
+    ranks = []
+    for rank in range(stages):
+        recorder = Recorder(rank)
+        ends = {"isend": recorder.isend, "irecv": recorder.irecv}
+        with patch.multiple(torch.distributed, **ends):
+            for _ in range(3):
+                exchange(pipe_axis(stages, rank), torch.zeros(1))
+        ranks.append(recorder.calls)
+    assert stuck(ranks, lazy) == []

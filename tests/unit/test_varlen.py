@@ -20,6 +20,7 @@ from megalite.model.attention import attend
 from megalite.model.context import Context, KeyValueCache
 from megalite.model.dropout import Randomness, dropped
 from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
 from megalite.model.varlen import (
     attend_pieces,
     attend_prefixes,
@@ -94,24 +95,27 @@ def inputs(seed: int) -> list[Tensor]:
     ]
 
 
-def result_and_gradients(context: Context, window: int | None, seed: int) -> list[Tensor]:
+def result_and_gradients(
+    context: Context, window: int | None, causal: bool, seed: int
+) -> list[Tensor]:
     tensors = inputs(seed)
     query, key, value = tensors
-    mixed = attend(query, key, value, context, window, True, None, 0.0)
+    mixed = attend(query, key, value, context, window, causal, None, 0.0)
     mixed.square().sum().backward()
     return [mixed.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, S - 1, S, 100])
 @pytest.mark.parametrize("packed", [True, False])
-def test_pieces_equal_a_mask(window: int | None, packed: bool) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_pieces_equal_a_mask(window: int | None, packed: bool, causal: bool) -> None:
     made = documents(seed=window or 0)
     context = (
         Context(documents=torch.from_numpy(made), bounds=documents_as_pieces(made))
         if packed
         else Context()
     )
-    wanted = result_and_gradients(context, window, seed=1)
+    wanted = result_and_gradients(context, window, causal, seed=1)
     asked: list[int] = []
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
@@ -123,9 +127,9 @@ def test_pieces_equal_a_mask(window: int | None, packed: bool) -> None:
         mock.patch.object(attention, "new_enough", lambda device: True),
         mock.patch.object(attention, "kernel_takes", lambda *args: True),
     ):
-        found = result_and_gradients(context, window, seed=1)
+        found = result_and_gradients(context, window, causal, seed=1)
     assert bool(asked) == (packed or (window is not None and window < S)), (
-        "plain causal attention has its own kernel"
+        "attention to all, or to all before, has its own kernel"
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -147,8 +151,8 @@ def test_two_calls_equal_a_mask_with_prefixes(
     )
     lengths = np.diff(context.halves.starts.numpy())  # type: ignore[union-attr]
     assert found.sum(axis=1).max() > 4 and (lengths <= max(4, found.sum(axis=1).max())).all()
-    wanted = result_and_gradients(context, window, seed=1)
-    causal = result_and_gradients(replace(context, prefixes=None, shared={}), window, seed=1)
+    wanted = result_and_gradients(context, window, True, seed=1)
+    causal = result_and_gradients(replace(context, prefixes=None, shared={}), window, True, seed=1)
     assert window == 1 or not torch.allclose(wanted[0], causal[0], atol=1e-3)
     kernel = mock.Mock(side_effect=twin)
     with (
@@ -156,7 +160,7 @@ def test_two_calls_equal_a_mask_with_prefixes(
         mock.patch.object(attention, "new_enough", lambda device: True),
         mock.patch.object(attention, "kernel_takes", lambda *args: True),
     ):
-        pieces = result_and_gradients(replace(context, shared={}), window, seed=1)
+        pieces = result_and_gradients(replace(context, shared={}), window, True, seed=1)
     assert kernel.call_count == 2
     for a, b in zip(pieces, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -190,18 +194,20 @@ def test_micro_batches_bring_their_pieces() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torchs_kernel_takes_these_arguments(dtype: torch.dtype) -> None:
-    query, key, value = (
-        torch.empty(B, n, S, H, dtype=dtype, device="meta", requires_grad=True) for n in (N, K, K)
-    )
     starts, _ = rows_as_pieces(B, S, torch.device("meta"))
-    bounds = documents_as_pieces(documents(0))._replace(starts=starts)
-    prefixes = torch.empty(B, S, dtype=torch.bool, device="meta")
-    both = attend_prefixes(query, key, value, bounds, bounds, prefixes, None)
-    assert both.shape == query.shape and both.dtype == dtype
-    mixed = attend_pieces(query, key, value, bounds, 5)
-    assert mixed.shape == query.shape and mixed.dtype == dtype
-    mixed.sum().backward()
-    assert key.grad is not None and key.grad.shape == key.shape
+    pieces = documents_as_pieces(documents(0))._replace(starts=starts)
+    for window, causal in ((5, True), (5, False), (None, False)):
+        query, key, value = (
+            torch.empty(B, n, S, H, dtype=dtype, device="meta", requires_grad=True)
+            for n in (N, K, K)
+        )
+        mixed = attend_pieces(query, key, value, pieces, window, causal)
+        assert mixed.shape == query.shape and mixed.dtype == dtype
+        mixed.sum().backward()
+        assert key.grad is not None and key.grad.shape == key.shape
+        prefixes = torch.empty(B, S, dtype=torch.bool, device="meta")
+        both = attend_prefixes(query, key, value, pieces, pieces, prefixes, window)
+        assert both.shape == query.shape and both.dtype == dtype
 
 
 def test_where_there_is_a_kernel() -> None:
@@ -213,14 +219,17 @@ def test_where_there_is_a_kernel() -> None:
     ):
         assert not kernel_takes(*other)
     assert not kernel_takes("cuda", torch.bfloat16, 100)
-    spec = read_spec(MODELS["llama"] | {"hidden_size": 64})
-    tables = [
-        layer_table(
-            spec, 0, Forward(1, 64, torch.bfloat16, Split(ALONE), documents=True, device=device)
-        )
-        for device in ("cpu", "cuda")
-    ]
-    assert [("attention: mask" in table) for table in tables] == [True, False]
+    for family in ("llama", "modernbert"):
+        spec = read_spec(MODELS[family] | {"hidden_size": 64})
+
+        def masked(device: str, context: int, spec: TransformerSpec = spec) -> bool:
+            at = Forward(
+                1, 64, torch.bfloat16, Split(ALONE), documents=True, device=device, context=context
+            )
+            return "attention: mask" in layer_table(spec, 0, at)
+
+        assert masked("cpu", 1) and not masked("cuda", 1)
+        assert masked("cuda", 2) == (family == "modernbert")  # runs of tokens have it causal alone
 
 
 def test_dropout_of_attention_is_drawn_in_parts() -> None:

@@ -1,0 +1,61 @@
+"""Activations, and the gate of an MLP (SwiGLU, arXiv 2002.05202). Next: layers.py."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.model.compiled import compiled, compiles
+from megalite.model.spec import Activation
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of each number."""
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "relu":
+            return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """activate(gate) · up, of one shape. Where pieces are compiled, one kernel forward and one backward, which makes
+    activate(gate) again instead of keeping it."""
+    if compiles():
+        return _Gated.apply(gate, up, activation)  # type: ignore[return-value]
+    return activate(gate, activation) * up
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return compiled(_product)(gate, up, activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_gate, of_up = compiled(_slopes)(grads[0], *ctx.saved_tensors, ctx.activation)
+        return of_gate, of_up, None
+
+
+def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return activate(gate, activation) * up
+
+
+def _slopes(
+    slope: Tensor, gate: Tensor, up: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, of that of the product."""
+    of_activation, aten = slope * up, torch.ops.aten
+    match activation:
+        case "silu":
+            of_gate = aten.silu_backward(of_activation, gate)
+        case "relu":
+            of_gate = aten.threshold_backward(of_activation, gate, 0)
+        case _:
+            approximate = "tanh" if activation == "gelu_tanh" else "none"
+            of_gate = aten.gelu_backward(of_activation, gate, approximate=approximate)
+    return of_gate, slope * activate(gate, activation)

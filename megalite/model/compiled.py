@@ -1,0 +1,56 @@
+"""Pointwise work that torch.compile makes one kernel of, where `megalite.train.compile` asks for it: the gate of an MLP
+(activation.py) and rotary turns (rotary.py), forward and backward.
+
+What is compiled are functions of tensors, called inside autograd functions of ours. No parameter, hook, message or
+random number goes through the compiler, so ZeRO, the pipe axis, the tensor axis and recomputation find what they always
+find. A whole block is not compiled: there are collectives in it, DeepSpeed's hooks with ZeRO-3, and weight gradients
+that wait with zero-bubble schedules (parallel/deferred.py).
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+from megalite.errors import ConfigError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+KEY = "megalite.train.compile"
+
+
+class _Compiler:
+    """Of this process: it is one rank, of one run."""
+
+    wanted = False
+
+
+def compile_pieces(wanted: bool) -> None:
+    """Whether pieces are compiled in this process from now on; each is when it is first called."""
+    _Compiler.wanted = wanted
+    if wanted:  # a rank on a CPU starts with this (ranks/devices.py), which torch.compile heeds
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        # A few small kernels: without it each rank starts a pool of processes for them.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def compiles() -> bool:
+    """Whether pieces are compiled."""
+    return _Compiler.wanted
+
+
+@cache
+def compiled(function: Function) -> Function:
+    """What the compiler makes of a function of tensors. Sizes that change (tokens of an expert) are compiled for once
+    more, and then for all."""
+    return torch.compile(function, fullgraph=True)  # type: ignore[return-value]
+
+
+def check_compiler() -> None:
+    """ConfigError where there is no C++ compiler, which torch.compile calls: on a CPU for the kernels themselves, on
+    GPUs for what starts Triton's."""
+    program = os.environ.get("CXX") or "g++"
+    if shutil.which(program) is None:
+        raise ConfigError(f"{KEY}: true: needs the C++ compiler {program} on each node: not found")

@@ -1,0 +1,120 @@
+"""`megalite.train.compile`: training with compiled pieces equals training without within the bounds of
+tools/verify_layouts.py, on the ZeRO stages and through a pipe that halves backward; what the compiler is given equals
+what it takes the place of; and what is kept for backward."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.model import activation, compiled, rotary
+from megalite.model.families import read_spec
+from megalite.model.spec import Activation
+from megalite.parallel.grid import Grid
+from megalite.prove.layouts import Layout, config_of, micro_sizes
+from megalite.prove.verify import Spread
+from tests.distributed.test_activations import measured, predicted
+from tests.families import FAMILY_CONFIGS
+from tests.traces import Request, document, marked_corpus, nothing, traces
+
+STEPS, BATCH = 4, 8
+PIECES = 4  # gates and turns, forward and backward
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "gelu", "gelu_tanh")
+LAYOUTS = [
+    Layout(data=2, zero=3, micro=2), Layout(data=2, zero=1, micro=2), Layout(data=2, zero=0, micro=2),
+    Layout(pipe=2, zero=2, micro=2, schedule="zb-v"), Layout(pipe=2, zero=1, micro=2),
+]  # fmt: skip
+
+
+@pytest.fixture
+def as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces in the form for the compiler, without it."""
+    for module in (activation, rotary):
+        monkeypatch.setattr(module, "compiles", lambda: True)
+        monkeypatch.setattr(module, "compiled", lambda function: function)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_gates_equal_autograds(kind: Activation, as_they_are: None) -> None:
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    made = activation.gated(gate, up, kind)
+    wanted = activation.activate(gate, kind) * up
+    torch.testing.assert_close(made, wanted)
+    slope = torch.randn_like(made)
+    of_made, of_wanted = (torch.autograd.grad(y, (gate, up), slope) for y in (made, wanted))
+    for one, other in zip(of_made, of_wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rest", [0, 3])
+def test_turns_equal_those_in_parts(interleaved: bool, rest: int, as_they_are: None) -> None:
+    x = torch.randn(2, 3, 5, 8 + rest, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(2, 1, 5, 4, dtype=torch.float64)
+    cosine, sine = rotary.spread(angles.cos(), interleaved), angles.sin()
+    made = rotary.rotate(x, cosine, sine, interleaved)
+    wanted = rotary._turned(x.detach(), cosine, sine, interleaved, 1)
+    torch.testing.assert_close(made.detach(), wanted)
+    assert made.stride() == wanted.stride()
+    slope = torch.randn_like(made)
+    (of_x,) = torch.autograd.grad(made, x, slope)
+    torch.testing.assert_close(of_x, rotary._turned(slope, cosine, sine, interleaved, -1))
+
+
+@pytest.mark.parametrize("family", ["llama", "modernbert", "qwen2_moe", "qwen3_moe"])
+def test_what_is_kept_is_predicted(family: str, as_they_are: None) -> None:
+    config, dtype = FAMILY_CONFIGS[family], torch.bfloat16
+    parts, whole = measured(config, Grid(), dtype, 0, False, False)
+    told = [
+        predicted(read_spec(config), Grid(), dtype, 0, False, False, compiled=is_compiled)
+        for is_compiled in (True, False)
+    ]
+    near = 1e-3  # a scalar
+    assert whole == pytest.approx(told[0][1], rel=near) != pytest.approx(told[1][1], rel=near)
+    tables = [sum(table.values()) for table in told[0][0]]
+    assert parts == pytest.approx(tables, rel=near)
+
+
+@contextlib.contextmanager
+def with_a_compiler(rank: int) -> Iterator[None]:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as a rank on a CPU starts with
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    yield
+    assert compiled.compiles()
+    if before == 0:
+        assert counters["stats"]["unique_graphs"] >= PIECES
+
+
+@pytest.mark.timeout(200)
+def test_training_with_compiled_pieces_is_training(tmp_path: Path) -> None:
+    corpus = marked_corpus(tmp_path / "corpus")
+
+    def request(layout: Layout, compiles: bool) -> Request:
+        json: dict[str, Any] = document(corpus, "llama", True, BATCH)
+        json["megalite"]["train"]["compile"] = compiles
+        config = config_of(Config.from_dict(json), layout, BATCH)
+        return config.to_json(), with_a_compiler if compiles else nothing, tmp_path / f"{layout}"
+
+    alone = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
+    reference, *others = traces(1, STEPS, [request(layout, False) for layout in alone])
+    spread = Spread(reference, others)
+    found = traces(2, STEPS, [request(layout, True) for layout in LAYOUTS])
+    for layout, trace in zip(LAYOUTS, found, strict=True):
+        assert not spread.judge(trace).first, layout
+
+
+def test_a_compiler_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.check_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ConfigError, match="megalite.train.compile: true: needs the C\\+\\+ compiler no-such"
+    ):
+        compiled.check_compiler()
