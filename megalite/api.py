@@ -39,14 +39,15 @@ from megalite.parallel.grid import Grid
 from megalite.pipeline.plan import inference_cut
 from megalite.training.pretrain import prepare
 
-Message = dict[str, str]
-"""`{"role": "user" | "assistant" | "system", "content": "…"}`"""
+Message = dict[str, Any]
+"""`{"role": "user" | "assistant" | "system" | "tool", "content": "…"}`, of the assistant also with `tool_calls`"""
 OnText = Callable[[str], None]
 """Called with each new piece of a text as it comes."""
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str | None = None) -> "Model":
     """The model of a run folder (its newest whole checkpoint), of a checkpoint, or of a Hugging Face folder.
+    `RUN/checkpoints/best` is the checkpoint with the lowest validation loss, of a run that keeps it.
 
     dtype: "float32", "bfloat16" or "float16", of weights and activations; device: as torch names it; None: the first
     GPU, or the CPU where there is none. Raises CheckpointError or ConfigError where the folder cannot be used.
@@ -118,12 +119,13 @@ class Model:
         top_p: float = 1.0,
         seed: int = 1234,
         on_text: OnText | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
         **more: Any,
     ) -> str:
         """The assistant's answer to a conversation, or to a user's first message given as a string.
 
-        The tokenizer's chat template renders the messages; the arguments are those of `generate`. Raises ConfigError
-        where the tokenizer has no chat template, or it refuses the messages.
+        The tokenizer's chat template renders the messages, and `tools` where it uses them; the other arguments are
+        those of `generate`. Raises ConfigError where the tokenizer has no chat template, or it refuses the messages.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -132,10 +134,12 @@ class Model:
             rule = 'a model trained with megalite.data.objective "prefix" answers one message'
             raise ConfigError(f"messages: hold an answer: {rule}: begin a new conversation")
         sampling = Sampling(temperature, top_k, top_p, seed, **more)
-        ids = self.chat_ids(messages)
+        ids = self.chat_ids(messages, tools)
         return self._continued(ids, max_new_tokens, sampling, on_text)
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The tokens of a conversation up to where the assistant's answer begins. Raises ConfigError as `chat`."""
         tokenizer = self.tokenizer
         if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.inner.chat_template:
@@ -144,7 +148,10 @@ class Model:
             )
         try:
             text = tokenizer.inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages),
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # a template is a program: it can raise anything over a message
             said = " ".join(str(error).split())[:200]

@@ -14,18 +14,18 @@ class MegaliteError(Exception):
 
 
 class UserError(MegaliteError):
-    """A mistake of the user's: one line, exit code 2, nothing lost or written over."""
+    """A mistake of the user's: one line, or one for each that there is, exit code 2, nothing lost or written over.
+    The error's text is the first of its `lines`."""
 
     exit_code = 2
-
-
-class ConfigError(UserError):
-    """A key of the JSON, an override or an argument breaks a rule. lines: one for each that does; the error's text is
-    the first."""
 
     def __init__(self, first: str, *others: str) -> None:
         super().__init__(first)
         self.lines = (first, *others)
+
+
+class ConfigError(UserError):
+    """A key of the JSON, an override or an argument breaks a rule."""
 
 
 class DataError(UserError):

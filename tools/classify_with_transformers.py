@@ -115,7 +115,7 @@ def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> 
     if schedule is None or schedule.type not in kinds:
         raise ConfigError(f"scheduler.type: {rule}")
     if schedule.type == "linear" and (
-        schedule.min_ratio or schedule.total_steps != config.train.steps
+        schedule.min_ratio or schedule.total_steps != config.train.last_step
     ):
         raise ConfigError(f"scheduler.params: {rule}")
     params, tokens = config.optimizer.params, sum(len(ids) for ids, _ in train.rows)
@@ -125,7 +125,7 @@ def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> 
         output_dir=scratch,
         per_device_train_batch_size=max(1, round(len(train) * min(1.0, step_tokens / tokens))),
         per_device_eval_batch_size=64,
-        max_steps=config.train.steps,
+        max_steps=config.train.last_step,
         learning_rate=params.lr,
         weight_decay=params.weight_decay,
         adam_beta1=b1,
@@ -137,7 +137,7 @@ def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> 
         seed=config.train.seed if seed is None else seed,
         use_cpu=not torch.cuda.is_available(),
         logging_first_step=True,
-        logging_steps=config.train.steps + 1,
+        logging_steps=config.train.last_step + 1,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

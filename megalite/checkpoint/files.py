@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalite import other_formats
 from megalite.checkpoint.folder import (
+    BEST,
     FORMAT_OF_PARTS,
     INDEX,
     LATEST,
@@ -46,7 +47,7 @@ ROUTER_BIAS = (
 )
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
-    "sequence_length": (int,), ROUTER_BIAS: (list,),
+    "sequence_length": (int,), ROUTER_BIAS: (list,), "best": (dict,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
@@ -76,9 +77,12 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user's path means: itself, or the newest good one of a run folder or of its
-    `checkpoints` folder. Files are checked whole. CheckpointError where there is none, naming each damaged one."""
+    """The checkpoint that a user's path means: itself, the one that `RUN/checkpoints/best` names, or the newest good
+    one of a run folder or of its `checkpoints` folder. Files are checked whole. CheckpointError where there is none,
+    naming each damaged one."""
     path = Path(path)
+    if path.parent.name == "checkpoints" and path.name == BEST and path.is_file():
+        path = path.parent / (named_best(path.parent.parent) or path.name)
     if (path / SUMS).exists() or (path / STATE).exists():
         verify(path)
         return path
@@ -315,3 +319,21 @@ def newest_named(run_dir: Path) -> str | None:
     """What `checkpoints/latest` names; None where it is absent."""
     path = run_dir / "checkpoints" / LATEST
     return path.read_text().strip() if path.exists() else None
+
+
+def named_best(run_dir: Path) -> str | None:
+    """What `checkpoints/best` names; None where it is absent or names no checkpoint."""
+    path = run_dir / "checkpoints" / BEST
+    name = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return name if STEP_NAME.match(name) else None
+
+
+def best_checkpoint(path: str | Path) -> Path:
+    """The file that names the best checkpoint of a run folder, or of its `checkpoints` folder. CheckpointError where
+    the run keeps none."""
+    path = Path(path)
+    run_dir = path.parent if path.name == "checkpoints" else path
+    if named_best(run_dir) is None:
+        rule = "must be a run with megalite.train.keep_best that has evaluated"
+        raise CheckpointError(f"--best: {path}: holds no checkpoints/{BEST}: {rule}")
+    return run_dir / "checkpoints" / BEST

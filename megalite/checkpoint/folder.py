@@ -1,6 +1,7 @@
 """What a checkpoint is on disk: a folder that is whole or not there.
 
     run/checkpoints/latest                      the name of the newest
+    run/checkpoints/best                        of the one with the lowest validation loss, where a run keeps it
     run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
                                   index.json    every tensor's full shape and where its boxes lie
                                   tensors_00000.safetensors …   boxes, one file a rank
@@ -33,7 +34,8 @@ from megalite.inputs import read_json_object
 
 FORMAT = 1  # index.json lists boxes (checkpoints of one process)
 FORMAT_OF_PARTS = 2  # index.json has a part a rank (parts.py)
-STATE, INDEX, SUMS, LATEST = "state.json", "index.json", "SHA256SUMS", "latest"
+STATE, INDEX, SUMS = "state.json", "index.json", "SHA256SUMS"
+LATEST, BEST = "latest", "best"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
 REPLACED_NAME = re.compile(

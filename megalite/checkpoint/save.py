@@ -25,11 +25,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.files import WEIGHT, checkpoints_of, step_name, step_of
-from megalite.checkpoint.folder import LATEST, LEFT_OVER_NAME, Transaction, write_durably
+from megalite.checkpoint.files import (
+    WEIGHT,
+    checkpoints_of,
+    named_best,
+    step_name,
+    step_of,
+)
+from megalite.checkpoint.folder import BEST, LATEST, LEFT_OVER_NAME, Transaction, write_durably
 from megalite.checkpoint.parts import BoxDict
 from megalite.checkpoint.storage import SaveFailed, write_together
-from megalite.config.sections import DEFAULT_TIMEOUT
+from megalite.config.limits import DEFAULT_TIMEOUT
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
 
@@ -173,16 +179,21 @@ class Saver:
         damaged."""
         self.good_step, self.damaged = step, {*damaged}
 
-    def save(self, step: int, boxes: BoxDict, state: dict[str, Any]) -> None:
-        """Starts saving. What is given may change as soon as this returns, on a GPU as soon as `copy.made` has come. An
-        earlier save still in progress is waited for, and its error raised. Where a rank has no room for its copy, this
-        one is waited for by all."""
+    def save(self, step: int, boxes: BoxDict, state: dict[str, Any], is_best: bool = False) -> None:
+        """Starts saving. What is given may change as soon as this returns, on a GPU as soon as `copy.made` has come.
+        is_best: `best` is to name it. An earlier save still in progress is waited for, and its error raised. Where a
+        rank has no room for its copy, this one is waited for by all."""
         self.wait()
         start = time.monotonic()
         copy = self.copy.take(boxes)
         in_background = self._everywhere(copy is not None)
         self.running = self.thread.submit(
-            self._write, step, copy if copy and in_background else boxes, state, self.copy.made
+            self._write,
+            step,
+            copy if copy and in_background else boxes,
+            state,
+            is_best,
+            self.copy.made,
         )
         if not in_background:
             self.copy.memory.clear()
@@ -220,7 +231,9 @@ class Saver:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
 
-    def _write(self, step: int, boxes: BoxDict, state: dict[str, Any], made: Any) -> float:
+    def _write(
+        self, step: int, boxes: BoxDict, state: dict[str, Any], is_best: bool, made: Any
+    ) -> float:
         """Seconds that it took. made: as Copy's."""
         start = time.monotonic()
         transaction = Transaction(self.folder / step_name(step), state, self.carried)
@@ -230,7 +243,7 @@ class Saver:
                 transaction,
                 self.group,
                 self._prepare,
-                lambda: self._has_appeared(step),
+                lambda: self._has_appeared(step, is_best),
                 lambda: None if made is None else made.synchronize(),
             )
         except SaveFailed:
@@ -245,13 +258,14 @@ class Saver:
 
     def _make_room(self, needed: int) -> None:
         """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many
-        as it takes; the newest that is known to be whole stays in any case."""
+        as it takes; the newest that is known to be whole and the best stay in any case."""
         standing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
         if not self.keep or self.good_step is None or self.good_step not in standing:
             return
         missing, doomed = needed - shutil.disk_usage(self.folder).free, list[Path]()
+        best = named_best(self.folder.parent)
         for step, path in standing.items():
-            if missing > 0 and step < self.good_step:
+            if missing > 0 and step < self.good_step and path.name != best:
                 doomed.append(path)
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         for path in doomed if missing <= 0 else ():
@@ -268,16 +282,19 @@ class Saver:
             if not needed and (LEFT_OVER_NAME.match(path.name) or step is not None):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _has_appeared(self, step: int) -> None:
-        """`latest` names it and others go. It is there whatever happens here, and so the ranks need not agree."""
+    def _has_appeared(self, step: int, is_best: bool) -> None:
+        """`latest`, and `best` where it is, name it and others go. It is there whatever happens here, and so the ranks
+        need not agree."""
         self.good_step = step
         try:
             write_durably(self.folder / LATEST, step_name(step) + "\n")
+            if is_best:
+                write_durably(self.folder / BEST, step_name(step) + "\n")
             self._set_aside_later(step)
             self._remove_old(step)
         except OSError as error:
             self.told.append(
-                f"checkpoint of step {step} is saved; {LATEST} or others could not be changed: {error}"
+                f"checkpoint of step {step} is saved; {LATEST}, {BEST} or others could not be changed: {error}"
             )
 
     def _set_aside_later(self, step: int) -> None:
@@ -296,11 +313,13 @@ class Saver:
                 )
 
     def _remove_old(self, step: int) -> None:
-        """Keeps the newest `keep` checkpoints up to that step; the one just written is whole, so a good one always
-        stays."""
+        """Keeps the newest `keep` checkpoints up to that step, and the best; the one just written is whole, so a good
+        one always stays."""
         own = [path for path in checkpoints_of(self.folder.parent) if (step_of(path) or 0) <= step]
+        best = named_best(self.folder.parent)
         for path in own[: -self.keep] if self.keep else []:
-            _remove(path)
+            if path.name != best:
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -1,50 +1,88 @@
 """Talk to a model: a run folder, a checkpoint or a Hugging Face folder whose tokenizer has a chat template.
 
-A line is a message; the answer is printed as it grows. Where standard input is no terminal, each of its lines is a
-message too, and only the answers are printed, one after another. /reset forgets the conversation, /quit ends it.
+A line is a message, and so is all between two lines of \"\"\" alone; the answer is printed as it grows. Where standard
+input is no terminal its lines are messages too, and only the answers are printed, one after another. /reset forgets
+the conversation, /quit ends it.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megalite.checkpoint.files import best_checkpoint
+from megalite.data.chat_forms import NotChat, messages_of, tools_of
 from megalite.errors import ConfigError
-from megalite.inference.prepare import DTYPES
+from megalite.inference.prepare import BEST_HELP, DTYPES
 from megalite.inputs import parse_json, read_text
 from megalite.ranks.launch import ArgumentParser, at_least
 
 _PROMPT = "> "
+_FENCE = '"""'  # before and after a message of several lines
+STANDARD_INPUT = "-"
+
+Message = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
     """Talks until the input ends; the exit code."""
     options = _parse(arguments)
+    _check_samples(options)
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    asked, tools = _asked(options)
     from megalite.api import load
 
-    model = load(options.model, options.dtype)
-    if options.messages is not None:
-        messages = _read_messages(options.messages)
-        print(model.chat(messages, on_text=None, **_sampling(options)))
+    model = load(best_checkpoint(options.model) if options.best else options.model, options.dtype)
+    if asked:
+        _answer(model, [*system, *asked], tools, options)
         return 0
-    system = [] if options.system is None else [{"role": "system", "content": options.system}]
     model.chat_ids(
         [*system, {"role": "user", "content": "."}]
     )  # a missing template is reported at once
-    history: list[dict[str, str]] = []
-    for line in _lines():
-        if line == "/quit":
+    _converse(model, system, options)
+    return 0
+
+
+def _converse(model: Any, system: list[Message], options: argparse.Namespace) -> None:
+    """Answers the messages of standard input, each with those before it."""
+    history: list[Message] = []
+    for text in _messages(_lines()):
+        if text == "/quit":
             break
-        if line == "/reset":
+        if text == "/reset":
             history.clear()
-        elif line:
-            history.append({"role": "user", "content": line})
-            answer = model.chat([*system, *history], on_text=_show, **_sampling(options))
+        elif text:
+            history.append({"role": "user", "content": text})
+            try:
+                answer = model.chat([*system, *history], on_text=_show, **_sampling(options))
+            except ConfigError as error:
+                if not sys.stdin.isatty():
+                    raise
+                print(f"{error}; the message is left out", file=sys.stderr)  # such as a long one
+                history.pop()
+                continue
             print(flush=True)
             history.append({"role": "assistant", "content": answer})
-    return 0
+
+
+def _answer(
+    model: Any,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    options: argparse.Namespace,
+) -> None:
+    """Prints the answer to a conversation, or several, a JSON object a line."""
+    sampling = _sampling(options)
+    if options.samples == 1:
+        model.chat(messages, on_text=_show, tools=tools, **sampling)
+        print(flush=True)
+        return
+    for sample in range(options.samples):
+        text = model.chat(messages, tools=tools, **sampling | {"seed": options.seed + sample})
+        print(json.dumps({"sample": sample, "text": text}, ensure_ascii=False), flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -53,10 +91,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="the system message, before all others")
-    parser.add_argument(
+    parser.add_argument("--best", action="store_true", help=BEST_HELP)
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="answer one message, which may hold newlines; - reads it from standard input",
+    )
+    once.add_argument(
         "--messages",
         metavar="FILE",
-        help='answer a conversation once: a JSON list of {"role": …, "content": …}, - for standard input',
+        help='answer a conversation once: a JSON list of {"role": …, "content": …}, or an object with it as '
+        "`messages`, and `tools`; - for standard input",
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="answers to --prompt or --messages, each a JSON object on a line; the i-th has seed + i",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=256, metavar="N")
     parser.add_argument(
@@ -86,36 +139,69 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _check_samples(options: argparse.Namespace) -> None:
+    """ConfigError for several samples where there can be one only."""
+    if options.samples == 1:
+        return
+    if options.prompt is None and options.messages is None:
+        rule = "needs --prompt or --messages: a conversation continues from one answer"
+    elif options.temperature == 0.0:
+        rule = "needs --temperature above 0: 0 makes them all alike"
+    else:
+        return
+    raise ConfigError(f"--samples: {options.samples}: {rule}")
+
+
+def _asked(options: argparse.Namespace) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """The messages that are answered once, and the tools for the template; none where there is a conversation."""
+    if options.messages is not None:
+        return _read_messages(options.messages)
+    if options.prompt is None:
+        return [], None
+    text = _standard_input("--prompt") if options.prompt == STANDARD_INPUT else options.prompt
+    if not text:
+        raise ConfigError("--prompt: must not be empty")
+    return [{"role": "user", "content": text}], None
+
+
+def _standard_input(option: str) -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option}: -: is not UTF-8 (byte {error.start})") from None
+
+
 def _lines() -> Iterator[str]:
-    """The user's messages, with line editing where there is a terminal."""
+    """The lines of standard input, with line editing where there is a terminal."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        yield from (line.rstrip("\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
     with contextlib.suppress(EOFError):
         while True:
-            yield input(_PROMPT).strip()
+            yield input(_PROMPT)
+
+
+def _messages(lines: Iterator[str]) -> Iterator[str]:
+    """The user's messages: each line, or all between two fences."""
+    for line in lines:
+        if line.strip() != _FENCE:
+            yield line.strip()
+            continue
+        yield "\n".join(itertools.takewhile(lambda part: part.strip() != _FENCE, lines))
 
 
 def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _read_messages(path: str) -> list[dict[str, str]]:
-    """A conversation from a file. Raises ConfigError where it holds none."""
-    text = sys.stdin.read() if path == "-" else read_text(path)
+def _read_messages(path: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """A conversation from a file, and its tools. Raises ConfigError where it holds none."""
+    text = _standard_input("--messages") if path == STANDARD_INPUT else read_text(path)
     value = parse_json(text, f"--messages: {path}")
-    value = value.get("messages") if isinstance(value, dict) else value
-    if not isinstance(value, list) or not value:
-        raise ConfigError(f"--messages: {path}: must be a list of messages")
-    for number, message in enumerate(value):
-        fields = (
-            [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else []
-        )
-        if not fields or not all(isinstance(field, str) for field in fields):
-            rule = 'must be {"role": …, "content": …}'
-            raise ConfigError(
-                f"--messages: {path}: message {number}: {json.dumps(message)[:80]}: {rule}"
-            )
-    return value
+    line = value if isinstance(value, dict) else {"messages": value}
+    try:
+        return messages_of(line.get("messages"), "messages"), tools_of(line)
+    except NotChat as error:
+        raise ConfigError(f"--messages: {path}: {error}") from None

@@ -4,9 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from megalite.checkpoint.files import best_checkpoint
 from megalite.hub.carried import tokenizer_files
 from megalite.hub.export_hf import DTYPES, export_hf
 from megalite.hub.sources import open_weights, prompts_both_ways
+from megalite.inference.prepare import BEST_HELP
 from megalite.ranks.launch import ArgumentParser, program_name
 
 
@@ -16,13 +18,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--checkpoint", required=True, help="a run folder (its newest), or one of its checkpoints"
     )
+    parser.add_argument("--best", action="store_true", help=BEST_HELP)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
     )
     args = parser.parse_args(argv)
-    compared = export_hf(args.checkpoint, args.output, args.dtype, args.verify)
+    source = best_checkpoint(args.checkpoint) if args.best else args.checkpoint
+    compared = export_hf(source, args.output, args.dtype, args.verify)
     print(f"{args.output}: {compared or 'written; not verified'}")
     if prompts_both_ways(open_weights(Path(args.output)).state):
         print(

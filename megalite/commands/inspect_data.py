@@ -1,9 +1,14 @@
 """Show what is in indexed corpora, check them, and say what a blend of them takes from each."""
 
 import argparse
+import os
+import shutil
+import sys
 
 from megalite.data.inspection import Show, inspect
 from megalite.ranks.launch import ArgumentParser, at_least, positive
+
+SHOWN, SHOWN_MARKED = 200, 2000
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +36,22 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         help="number of the first document shown",
     )
     parser.add_argument(
-        "--width", type=at_least(1), default=200, metavar="N", help="characters shown of a document"
+        "--width",
+        type=at_least(1),
+        metavar="N",
+        help=f"characters shown of a document (default: {SHOWN}, with --mask or --masked {SHOWN_MARKED:,})",
+    )
+    marking = parser.add_mutually_exclusive_group()
+    marking.add_argument(
+        "--mask",
+        action="store_true",
+        help="show what is trained on, by PREFIX.mask: in colour, or in [[ ]] where there is no terminal",
+    )
+    marking.add_argument(
+        "--masked",
+        type=share,
+        metavar="SHARE",
+        help="show what masked language modelling asks for, in one draw of this share of the tokens",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
@@ -49,12 +69,25 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence-length", type=at_least(1), default=1024, metavar="S", help="default: 1,024"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.width is None:
+        args.width = SHOWN_MARKED if args.mask or args.masked else SHOWN
+    return args
+
+
+def share(text: str) -> float:
+    """A share of all, above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
+    return value
 
 
 def main(argv: list[str]) -> int:
     """The program; returns its exit code."""
     args = vars(arguments(argv))
-    for line in inspect(args.pop("prefix"), Show(**args)):
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    columns = shutil.get_terminal_size().columns
+    for line in inspect(args.pop("prefix"), Show(**args, columns=columns, colour=colour)):
         print(line)
     return 0

@@ -31,7 +31,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="lines hold `messages` or `prompt` and `completion`; PREFIX.mask marks the assistant's tokens",
+        help="lines hold conversations: `messages`, `prompt` and `completion`, ShareGPT's `conversations` or Alpaca's "
+        "`instruction` and `output`; PREFIX.mask marks the assistant's tokens",
     )
     parser.add_argument(
         "--pairs",
@@ -94,8 +95,10 @@ def main(argv: list[str]) -> int:
     )
     for line in counts.named:
         print(f"bad line: {line}", file=sys.stderr)
+    forms = ", ".join(f"{count} samples as {form}" for form, count in counts.forms.items())
+    by_form = f"; {forms}" if forms else ""
     print(
         f"{args.output}: {counts.documents} documents, {counts.tokens} tokens, {counts.empty} empty documents left "
-        f"out, {counts.bad} bad lines"
+        f"out, {counts.bad} bad lines{by_form}"
     )
     return 0

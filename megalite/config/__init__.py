@@ -94,7 +94,7 @@ class Config:
         elif scheduler.get("type") in DEEPSPEEDS:
             params, fields = scheduler["params"], DEEPSPEEDS[scheduler["type"]].model_fields
             if "total_num_steps" in fields and params.get("total_num_steps") is None:
-                params["total_num_steps"] = self.train.steps
+                params["total_num_steps"] = self.train.last_step
             if (
                 "warmup_max_lr" in fields
                 and params.get("warmup_max_lr") is None
@@ -109,11 +109,11 @@ class Config:
         `resolve`."""
         scheduler, params = self.document.scheduler, check_schedule(self.document)
         if scheduler is None:
-            return Schedule("constant", self.train.steps)
+            return Schedule("constant", self.train.last_step)
         if not isinstance(params, Constant):
             return None
         warmup = warmup_steps(self.document, params, self.batch_plan)
-        total = (params.total_steps if isinstance(params, Linear) else None) or self.train.steps
+        total = (params.total_steps if isinstance(params, Linear) else None) or self.train.last_step
         schedule = Schedule(scheduler.type, total, warmup, params.warmup_tokens)
         match params:
             case WSD():

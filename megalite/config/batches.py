@@ -30,14 +30,16 @@ class BatchPlan:
         """Samples of the first `step` steps."""
         return self._walk(steps=step)[1]
 
-    def steps(self, samples: int) -> int:
-        """The fewest steps that take so many samples or more."""
-        return self._walk(samples=samples)[0]
+    def steps(self, samples: int, consumed: int = 0) -> int:
+        """The fewest steps after `consumed` samples that bring them to so many or more."""
+        return self._walk(samples=samples, consumed=consumed)[0] if samples > consumed else 0
 
-    def _walk(self, steps: int | None = None, samples: int | None = None) -> tuple[int, int]:
-        """(steps, samples) of a run from its start, to the first place that has as many of the one given; level by
-        level, since a ramp may be millions of steps long."""
-        done, consumed = 0, 0
+    def _walk(
+        self, steps: int | None = None, samples: int | None = None, consumed: int = 0
+    ) -> tuple[int, int]:
+        """(steps, samples) of a run from where it has consumed so many, to the first place that has as many of the one
+        given; level by level, since a ramp may be millions of steps long."""
+        done = 0
         while True:
             size = self.size(consumed)
             left = [-(-(samples - consumed) // size)] if samples is not None else []

@@ -46,7 +46,7 @@ def check_schedule(document: Document) -> Section | None:
     if hasattr(params, total_key):
         total = getattr(params, total_key) or document.megalite.train.steps
         warmup = getattr(params, warmup_key)
-        if warmup is not None:
+        if warmup is not None and total is not None:  # None: it follows from epochs
             _check_fall(params, f"scheduler.params.{warmup_key}", warmup, warmup, total, total_key)
     return params
 
@@ -107,5 +107,7 @@ def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
     steps = plan.steps(-(-params.warmup_tokens // megalite.data.sequence_length))
     if isinstance(params, Linear):
         total = params.total_steps or megalite.train.steps
-        _check_fall(params, "scheduler.params.warmup_tokens", params.warmup_tokens, steps, total)
+        if total is not None:
+            key = "scheduler.params.warmup_tokens"
+            _check_fall(params, key, params.warmup_tokens, steps, total)
     return steps

@@ -33,6 +33,7 @@ from megalite.config.expert_rules import (
     check_experts,
     check_zero_of_experts,
 )
+from megalite.config.length_rules import check_length_of_run
 from megalite.config.optimizer_rules import (
     NVME_SUB_GROUP_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
@@ -127,6 +128,7 @@ def check_document(document: Document) -> None:
         lambda: check_data_keys(megalite.data),
         lambda: check_classifier(megalite),
         lambda: check_undivided(megalite.parallel, megalite.data),
+        lambda: check_length_of_run(megalite),
         lambda: _check_faults(megalite),
         lambda: check_precision(document),
         lambda: check_schedule_of_pipe(megalite.parallel),
@@ -188,7 +190,7 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
     }
     if document.megalite.data.order == "megatron":
-        needed = plan.consumed(document.megalite.train.steps)
+        needed = plan.consumed(document.megalite.train.last_step)
         made_for = result["megalite"]["data"].setdefault("megatron_samples", needed)
         if made_for < needed:
             rule = f"must be at least the samples of megalite.train.steps, {needed}"

@@ -10,9 +10,9 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.errors import ConfigError
@@ -34,6 +34,8 @@ class Section(BaseModel):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
+Positive = Annotated[int, Field(ge=1)]
+Counter = Annotated[int, Field(ge=0)]
 AnySection = TypeVar("AnySection", bound=Section)
 Place = tuple[str | int, ...]
 Wrong = dict[Place, str]

@@ -1,22 +1,20 @@
 """megalite's own keys: what is under `"megalite"` in the JSON, each with its meaning and unit.
 
 Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: DeepSpeed's keys own them
-(`deepspeed_keys.py`). Rules that tie several keys together are in `rules.py`.
+(`deepspeed_keys.py`). Limits of time and faults are in `limits.py`, rules that tie several keys together in `rules.py`.
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from megalite.config.limits import Faults, Limits
 from megalite.config.masks import Masked
 from megalite.config.router_section import Router
-from megalite.config.section import Section
+from megalite.config.section import Counter, Positive, Section, broken
 
-Positive = Annotated[int, Field(ge=1)]
-Counter = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -219,84 +217,6 @@ class Data(Section):
         return tuple(self.objective.classes) if isinstance(self.objective, Classes) else ()
 
 
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-
-
-class Limits(Section):
-    """How long each part of a run may take. One that takes longer is taken for stuck: each rank writes its stacks into
-    the run folder's `faults/`, and all end."""
-
-    first_step_seconds: Seconds = Field(
-        1800.0, description="The engine's start, and as much again for the first step."
-    )
-    step_seconds: Seconds = Field(600.0, description="One later step.")
-    checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
-    evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
-
-    @property
-    def collective_timeout(self) -> timedelta:
-        """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
-        longest = max(
-            self.first_step_seconds,
-            self.step_seconds,
-            self.checkpoint_seconds,
-            self.evaluation_seconds,
-        )
-        return timedelta(seconds=longest + 300)
-
-
-DEFAULT_TIMEOUT = Limits.model_validate(
-    {}
-).collective_timeout  # of programs without limits of their own
-
-
-class Faults(Section):
-    """What a run does about a step that went wrong, and what it looks for. Each is judged before the step's update, the
-    same on every rank. A skipped step counts in `step`, `consumed_samples` and the learning rate's schedule; its row
-    says `skipped`."""
-
-    not_finite: Literal["stop", "skip", "rewind"] = Field(
-        "stop",
-        description="A loss or gradient that is not finite. `stop` ends the run with 1; `skip` leaves the update out; "
-        "`rewind` goes back to the newest good checkpoint and leaves that batch out for good. fp16's overflows, which "
-        "a smaller loss scale cures, are always skipped.",
-    )
-    spike_factor: float | None = Field(
-        None,
-        gt=1,
-        description="A loss above this many times the median of the last spike_window losses is a spike; none is where "
-        "that median is 0.",
-    )
-    spike_window: Positive = Field(
-        100, description="Losses that the median is of; none is a spike before there are as many."
-    )
-    spike: Literal["warn", "skip", "rewind"] = Field(
-        "warn", description="What is done about a spike: a line in the log, or as in not_finite."
-    )
-    most_in_a_row: Positive = Field(
-        10,
-        description="After so many skips or rewinds with no step past them, the next one stops the run.",
-    )
-    replica_check_interval: Counter = Field(
-        100,
-        description="Steps between two comparisons of all copies of each weight, by a hash: over the data axis, over "
-        "the tensor axis, and of tied embeddings; 0: never. A rank that differs is named and the run ends with 1.",
-    )
-    pace_interval: Counter = Field(
-        10,
-        description="Steps between two comparisons of the ranks' own seconds of computing, whose rows also have "
-        "`split_seconds`, where the step's time went; 0: never.",
-    )
-    slow_factor: float = Field(
-        1.5,
-        gt=1,
-        description="A rank is slow that computes longer than the median of all by this factor.",
-    )
-    slow_looks: Positive = Field(
-        3, description="Comparisons in a row after which a slow rank is named."
-    )
-
-
 class BatchRamp(Section):
     """A global batch that grows to train_batch_size, as with Megatron-LM's --rampup-batch-size. How many samples a step
     takes is a function of those consumed before it."""
@@ -346,10 +266,30 @@ class ParameterGroup(Section):
     )
 
 
+class EarlyStop(Section):
+    """The run ends where the validation loss no longer falls; docs/finetuning.md."""
+
+    patience: Positive = Field(
+        description="Evaluations in a row without a lower validation loss after which the run ends, with a checkpoint "
+        "of that step."
+    )
+    min_delta: float = Field(
+        0.0, ge=0, description="A loss is lower only where it is so by more than this."
+    )
+
+
 class Train(Section):
     """How long, from where, and what is kept."""
 
-    steps: Positive = Field(description="Optimizer steps of the whole run.")
+    steps: Positive | None = Field(
+        None, description="Optimizer steps of the whole run; give these or `epochs`."
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="In place of steps: how often each sample of the corpus is taken. `steps` follows from it, the "
+        "corpus and the batches, is told at the start and is what `config.json` has. One corpus, no blend.",
+    )
     seed: int = Field(
         1234, ge=0, lt=2**63, description="Seed of the weights, the dropout and the sample order."
     )
@@ -402,6 +342,14 @@ class Train(Section):
         50, description="Steps between two evaluations; the last step has one too; 0: never."
     )
     eval_steps: Positive = Field(4, description="Global batches of an evaluation.")
+    keep_best: bool = Field(
+        False,
+        description="Save a checkpoint after each evaluation with the lowest validation loss so far. The file "
+        "`checkpoints/best` names the newest of these, which `keep_checkpoints` does not remove.",
+    )
+    early_stop: EarlyStop | None = Field(
+        None, description="End the run where the validation loss no longer falls; left out: never."
+    )
     checkpoint_interval: Counter = Field(
         100,
         description="Steps between two checkpoints; 0: at the last step only, which always has one.",
@@ -413,7 +361,9 @@ class Train(Section):
         "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
         "free on the node, shared among its ranks.",
     )
-    keep_checkpoints: Counter = Field(3, description="Newest checkpoints that are kept; 0: all.")
+    keep_checkpoints: Counter = Field(
+        3, description="Newest checkpoints that are kept, beside the best; 0: all."
+    )
     log_interval: Positive = Field(
         1,
         description="Steps between two lines of progress where there is no terminal; `metrics.jsonl` has all.",
@@ -441,6 +391,14 @@ class Train(Section):
         default_factory=lambda: Faults.model_validate({}),
         description="Steps that go wrong, and ranks that do.",
     )
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run. Raises ConfigError where they follow from epochs, and no corpus was read."""
+        if self.steps is None:
+            rule = "only training reads the corpus that the steps follow from: give megalite.train.steps in its place"
+            raise broken("megalite.train.epochs", self.epochs, rule)
+        return self.steps
 
 
 class Megalite(Section):

@@ -1,4 +1,5 @@
-"""What is in a corpus, as lines for a person: header, counts, lengths, documents, and what a blend would take."""
+"""What is in a corpus, as lines for a person: header, counts, lengths, documents, what is trained on (marked_text.py),
+and what a blend would take."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ import numpy as np
 from megalite.config.data_rules import LEAST_SHARE
 from megalite.data.blend import Blend
 from megalite.data.corpus_check import checksum_file, read_through, unknown_id_of
-from megalite.data.indexed import CODES, IndexedCorpus
+from megalite.data.indexed import CODES, IndexedCorpus, files_of, marks_prefix
+from megalite.data.loader import check_marks
+from megalite.data.marked_text import drawn, runs_of, shown
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
@@ -28,6 +31,12 @@ class Show:
     first: int = 0
     width: int = 200
     """Characters of a document."""
+    mask: bool = False
+    """Documents with what `PREFIX.mask` marks, in place of counts and lengths."""
+    masked: float | None = None
+    """Or with what masked language modelling asks for, with this share of the tokens."""
+    columns: int = 80
+    colour: bool = False
     weights: Sequence[float] | None = None
     """Of a blend, one a prefix."""
     samples: int = 10_000
@@ -45,12 +54,17 @@ def inspect(prefixes: Sequence[str], show: Show) -> Iterator[str]:
         with reading(prefix, DataError):
             corpus = IndexedCorpus(prefix)
             corpora.append(corpus)
-            yield from describe(corpus)
+            numbers = range(show.first, min(show.first + show.documents, corpus.num_documents))
+            marking = show.mask or show.masked is not None
+            if not marking:
+                yield from describe(corpus)
             if show.verify:
                 yield from verified(corpus, vocabulary)
-            yield from histogram(corpus)
-            shown = range(show.first, min(show.first + show.documents, corpus.num_documents))
-            yield from documents(corpus, shown, tokenizer, show.width)
+            if marking:
+                yield from marked_documents(corpus, numbers, tokenizer, show)
+            else:
+                yield from histogram(corpus)
+                yield from documents(corpus, numbers, tokenizer, show.width)
     if show.weights is not None:
         yield from blend_table(corpora, show.weights, show.samples, show.sequence_length)
 
@@ -104,6 +118,46 @@ def documents(
         yield "    " + (
             repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist()))
         )
+
+
+def marked_documents(
+    corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, show: Show
+) -> Iterator[str]:
+    """Some documents with what is trained on, and how much of the corpus that is. Raises ConfigError where nothing
+    says what that is, DataError for marks that do not fit."""
+    yield f"{corpus.prefix}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens"
+    marks = None if show.masked is not None else _marks_of(corpus)
+    if marks is not None:
+        tokens = marks.tokens
+        parts = range(0, len(tokens), _CHUNK)
+        count = sum(int(np.count_nonzero(tokens[start : start + _CHUNK])) for start in parts)
+        yield f"  trained on: {_share(count, corpus.num_tokens)}"
+    for number in numbers:
+        ids = corpus.document(number)
+        if show.masked is not None:
+            of_document = drawn(ids, number, show.masked, tokenizer)
+        else:
+            assert marks is not None
+            of_document = marks.document(number)
+        yield f"  document {number}: {_share(int(of_document.sum()), len(ids))}"
+        first = ids[: 4 * show.width + 1].tolist()  # a character takes at most 4 tokens, its bytes
+        runs = runs_of(first, of_document[: len(first)], tokenizer)
+        yield from shown(runs, show.width, show.columns, show.colour) if first else ()
+
+
+def _share(count: int, tokens: int) -> str:
+    return f"{count:,} of {tokens:,} tokens, {count / max(tokens, 1):.1%}"
+
+
+def _marks_of(corpus: IndexedCorpus) -> IndexedCorpus:
+    """What is trained on of a corpus that preprocess has made with marks."""
+    prefix = marks_prefix(corpus.prefix)
+    if not files_of(prefix)[0].exists():
+        rule = "must be beside the corpus, as preprocess --chat and --pairs write it"
+        raise ConfigError(f"--mask: {files_of(prefix)[0]}: missing: {rule}")
+    marks = IndexedCorpus(prefix)
+    check_marks(marks, corpus)
+    return marks
 
 
 def verified(corpus: IndexedCorpus, vocabulary_size: int | None) -> Iterator[str]:

@@ -158,6 +158,12 @@ class ValidData:
         return self._reader.read(self._streams, corpora, places - self._ends[corpora], places)
 
 
+def epoch_samples(data: Data, check: bool) -> int:
+    """Samples of one epoch of the only corpus of `data`. check: read its index through. Raises DataError."""
+    (source,) = data.train
+    return _in_order(_open(source, data, check), data, [])[0].num_samples
+
+
 def check_data(data: Data, vocabulary_size: int) -> None:
     """Read every corpus of a config whole, once: structure, checksums, every token id; what was found is
     remembered (`verify.py`). Raises DataError or ConfigError with one line."""
@@ -191,15 +197,18 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
     for opened in (corpus, marks) if check else ():
         if opened is not None:
             opened.check_index()
-    if marks is not None and (marks.num_tokens, marks.dtype) != (
-        corpus.num_tokens,
-        np.dtype(np.uint8),
-    ):
+    if marks is not None:
+        check_marks(marks, corpus)
+    return _Opened(source, corpus, marks)
+
+
+def check_marks(marks: IndexedCorpus, corpus: IndexedCorpus) -> None:
+    """DataError unless `marks` has a byte for each token of `corpus`."""
+    if (marks.num_tokens, marks.dtype) != (corpus.num_tokens, np.dtype(np.uint8)):
         raise DataError(
             f"{marks.tokens_path}: holds {marks.num_tokens} tokens of {marks.dtype}: must mark each of the "
             f"{corpus.num_tokens} of {corpus.tokens_path} with a byte"
         )
-    return _Opened(source, corpus, marks)
 
 
 def _check_names(prefix: str, classes: tuple[str, ...]) -> None:

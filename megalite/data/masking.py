@@ -30,17 +30,16 @@ class Masking:
     def __init__(
         self,
         objective: Masked,
-        share: float,
         mask_id: int,
         special_ids: list[int],
         ids: int,
         seed: int,
-        words: Words | None,
+        words: Words | None = None,
     ) -> None:
         """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this; seed: of
         the masks; words: None where tokens are masked one by one."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
-        self.share, self.words = share, words
+        self.share, self.words = objective.ends[0], words
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
         self._others = np.setdiff1d(np.arange(ids), self._special)
 
@@ -55,7 +54,7 @@ class Masking:
         tokens: np.ndarray,
         labels: np.ndarray,
         numbers: np.ndarray,
-        documents: np.ndarray | None,
+        documents: np.ndarray | None = None,
     ) -> None:
         """Masks a batch in place. tokens and labels int64 [B, S], the labels the tokens themselves, or -100 where there
         is none to ask for; numbers int64 [B]: of the samples in the run; documents [B, S]: as of a batch."""
@@ -114,5 +113,6 @@ def masking_of(data: Data, vocabulary_size: int, seed: int, last: bool) -> Maski
                 f"the tokens of {data.tokenizer} do not show where words begin, as WordPiece's do"
             )
             raise ConfigError(f"{KEY}.whole_word: true: {rule}")
-    share = objective.ends[last]
-    return Masking(objective, share, mask_id, special or [], ids, seed, words)
+    masking = Masking(objective, mask_id, special or [], ids, seed, words)
+    masking.share = objective.ends[last]
+    return masking

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +39,8 @@ class Counts:
     bad: int = 0
     named: list[str] = field(default_factory=list)
     """The first bad lines: file, line and reason."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """Lines by their form, where they may have several (chat_forms.py)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Encoded:
     marks: bytes
     empty: int
     bad: list[Bad]
+    forms: Mapping[str, int] = field(default_factory=dict)
+    """Lines by their form, as of Counts."""
 
 
 class Partial:
@@ -139,6 +143,8 @@ class Partial:
         self._files["sizes.i32"].write(np.array(sizes, "<i4").tobytes())
         self.counts.documents += len(sizes)
         self.counts.empty += encoded.empty
+        for form, count in encoded.forms.items():
+            self.counts.forms[form] = self.counts.forms.get(form, 0) + count
         self.place = chunk.end
         if time.monotonic() - self._saved > _JOURNAL_SECONDS:
             self.save()
@@ -166,7 +172,8 @@ class Partial:
         if self.counts.documents == 0:
             self.discard()
             raise DataError(
-                f"{self.output}: nothing to write: no document in the inputs, {self.counts.bad} bad lines"
+                f"{self.output}: nothing to write: no document in the inputs, {self.counts.bad} bad lines",
+                *(f"bad line: {line}" for line in self.counts.named),
             )
         sizes = np.memmap(self.folder / "sizes.i32", "<i4", "r")
         for name, prefix in self._prefixes.items():

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from megalite.data.best import Best
+
 
 @dataclass(frozen=True)
 class Position:
     """Optimizer steps done, samples and tokens seen; of the steps, those whose update was skipped.
 
     left_out: half-open ranges of the corpus order that no step takes, in order and apart: batches that a run went back
-    from. recent_losses: what a spike is held against. loss_scale: of fp16's dynamic scaler.
+    from. recent_losses: what a spike is held against. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
     """
 
     step: int = 0
@@ -23,6 +25,7 @@ class Position:
     left_out: tuple[tuple[int, int], ...] = ()
     recent_losses: tuple[float, ...] = ()
     loss_scale: dict[str, Any] | None = None
+    best: Best = Best()
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
@@ -30,6 +33,7 @@ class Position:
         values = {field.name: state[field.name] for field in fields(cls) if field.name in state}
         values["left_out"] = tuple((start, stop) for start, stop in values.get("left_out", ()))
         values["recent_losses"] = tuple(values.get("recent_losses", ()))
+        values["best"] = Best(**values.get("best", {}))
         return cls(**values)
 
     @property

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megalite.data.chat import ChatEncoder, NotChat
+from megalite.data.chat import ChatEncoder
+from megalite.data.chat_forms import NotChat, sample_of
 from megalite.data.documents import (
     STANDARD_INPUT,
     Bad,
@@ -113,18 +114,23 @@ class ChatTask(Task):
         ids: list[list[int]] = []
         marks: list[list[int]] = []
         bad: list[Bad] = []
+        forms = Counter[str]()
         for number, found in parse_objects(chunk):
             if isinstance(found, Bad):
                 bad.append(found)
                 continue
             try:
-                for document, of_document in self.encoder.encode(found):
-                    ids.append(document)
-                    marks.append(of_document)
+                sample = sample_of(found)
+                documents = self.encoder.documents(sample)
             except NotChat as error:
                 bad.append(Bad(number, str(error)))
+                continue
+            forms[sample.form] += 1
+            for document, of_document in documents:
+                ids.append(document)
+                marks.append(of_document)
         _, flat = _joined(marks, np.dtype(np.uint8))
-        return Encoded(*_joined(ids, self.dtype), flat, 0, bad)
+        return Encoded(*_joined(ids, self.dtype), flat, 0, bad, forms)
 
     def fingerprint(self) -> str:
         """See Task."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.parts import BoxDict
-from megalite.config.sections import Faults
+from megalite.config.limits import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.errors import TrainingError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.config.sections import Faults
+from megalite.config.limits import Faults
 from megalite.engine.engine import Engine
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.clock import RANK_CLOCK

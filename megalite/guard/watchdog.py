@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megalite.config.sections import Limits
+from megalite.config.limits import Limits
 from megalite.errors import MegaliteError
 from megalite.guard.flight import Flight, from_text, in_words, own_flight, to_text, waited_for
 from megalite.guard.flight import guilty as late_ranks

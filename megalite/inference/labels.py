@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.data.chat import ChatEncoder, Marked, NotChat
+from megalite.data.chat import ChatEncoder, Marked
+from megalite.data.chat_forms import NotChat
 from megalite.errors import DataError
 from megalite.inference.likelihood import Likelihood
 from megalite.inputs import parse_json, read_text

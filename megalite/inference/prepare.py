@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.files import best_checkpoint
 from megalite.config import Parallel
 from megalite.config.context_rules import check_context_keys
 from megalite.config.reading import apply_overrides
@@ -26,6 +27,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.ranks.launch import ArgumentParser
 
 DTYPES = ("float32", "bfloat16", "float16")
+BEST_HELP = "of a run folder the checkpoint with the lowest validation loss (megalite.train.keep_best), not the newest"
 AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
 CONTEXT = {"context", "context_attention"}  # and those of passes over samples of one length
 
@@ -55,6 +57,7 @@ def model_parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", required=True, help="a run folder, a checkpoint or a Hugging Face folder"
     )
+    parser.add_argument("--best", action="store_true", help=BEST_HELP)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
     )
@@ -74,7 +77,9 @@ def prepare_model(
 ) -> Prepared:
     """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
     name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
-    folder = resolve_weights(options.checkpoint)
+    folder = resolve_weights(
+        best_checkpoint(options.checkpoint) if options.best else options.checkpoint
+    )
     weights = open_weights(folder)
     spec = read_spec(weights.model)
     document = apply_overrides({"megalite": {"parallel": {}}}, options.overrides)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.config.sections import DEFAULT_TIMEOUT
+from megalite.config.limits import DEFAULT_TIMEOUT
 from megalite.topology.axes import PLANES, Sizes
 
 

@@ -193,8 +193,10 @@ def plan_line(config: Config) -> str:
 
 
 def size_line(config: Config, spec: TransformerSpec) -> str:
-    """Parameters, tokens and FLOPs of a run."""
+    """Parameters, tokens and FLOPs of a run; parameters alone where its steps follow from epochs."""
     data, steps = config.data, config.train.steps
+    if steps is None:
+        return f"{spec.num_parameters:,} parameters; {config.train.epochs:g} epochs"
     tokens = config.batch_plan.consumed(steps) * data.sequence_length
     flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
     return (

@@ -137,7 +137,8 @@ def base_batch(config: Config, first: Layout) -> int:
 
 
 def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) -> Config:
-    """The resolved config of a layout. Raises ConfigError as for a run of it."""
+    """The resolved config of a layout. Raises ConfigError as for a run of it, and where it gives epochs."""
+    _ = config.train.last_step
     document: dict[str, Any] = copy.deepcopy(config.to_json())
     keys = config.document
     given = keys.train_micro_batch_size_per_gpu or max(

@@ -103,7 +103,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
-        samples = data.at_step(step, config.train.steps)
+        samples = data.at_step(step, config.train.last_step)
         batches = micro_batches(
             samples, step * size, size, config.micro_batch_size, ALONE, device, draw
         )

@@ -77,7 +77,7 @@ class Session:
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
         micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
-        data = self.data.at_step(step, config.train.steps)
+        data = self.data.at_step(step, config.train.last_step)
         return micro_batches(data, start, size, micro, axis, device, draw, rows)
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:

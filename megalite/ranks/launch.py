@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, NoReturn, TypeVar
 
+from megalite.config.limits import DEFAULT_TIMEOUT
 from megalite.config.rules import machine_has_gpu
-from megalite.config.sections import DEFAULT_TIMEOUT
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
 from megalite.ranks.devices import (
@@ -238,11 +238,11 @@ def program_name() -> str:
 
 
 def print_line(error: Exception) -> None:
-    """An error as one line on standard error, or a config's as one for each mistake; with MEGALITE_TRACEBACK=1 after
+    """An error as one line on standard error, or one for each mistake of a user's; with MEGALITE_TRACEBACK=1 after
     where it was raised."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
-    for text in error.lines if isinstance(error, ConfigError) else [str(error)]:
+    for text in error.lines if isinstance(error, UserError) else [str(error)]:
         line = " ".join(text.split())
         if (
             len(line) > _LINE_CHARACTERS

@@ -260,7 +260,7 @@ def _checkpoints(run: RunFolder, base: Path) -> str:
     here = _relative(run.path / "checkpoints", base)
     rows = "".join(
         f'<tr><td><a href="{escape(f"{here}/{found.name}", quote=True)}/">{found.name}</a></td>'
-        f"<td>{gib(found.bytes)}</td><td>{'latest' if found.latest else ''}</td></tr>"
+        f"<td>{gib(found.bytes)}</td><td>{found.called}</td></tr>"
         for found in run.checkpoints
     )
     head = "<tr><th>folder</th><th>size</th><th></th></tr>"

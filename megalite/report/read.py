@@ -27,6 +27,13 @@ class Checkpoint:
     step: int
     bytes: int
     latest: bool
+    best: bool
+
+    @property
+    def called(self) -> str:
+        """What the pointers in `checkpoints/` say of it."""
+        names = {"latest": self.latest, "best": self.best}
+        return ", ".join(name for name, is_so in names.items() if is_so)
 
 
 @dataclass
@@ -130,15 +137,21 @@ def _json(path: Path) -> Row:
     return found if isinstance(found, dict) else {}
 
 
-def _checkpoints(folder: Path) -> list[Checkpoint]:
+def _pointer(path: Path) -> str:
+    """The name in a file; empty where there is none."""
     try:
-        latest = (folder / "latest").read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
-        latest = ""
+        return ""
+
+
+def _checkpoints(folder: Path) -> list[Checkpoint]:
+    latest, best = _pointer(folder / "latest"), _pointer(folder / "best")
     found = []
     for path in sorted(folder.glob("step_*")):
         number = path.name.removeprefix("step_")
         if path.is_dir() and number.isdigit():
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Checkpoint(path.name, int(number), size, path.name == latest))
+            pointed = path.name == latest, path.name == best
+            found.append(Checkpoint(path.name, int(number), size, *pointed))
     return found

@@ -59,7 +59,8 @@ class Checkpoints(Watcher):
         boxes = owned_boxes(self.engine.shards(), self.engine.grid, replicated)
         if (unsound := self.health.check_sound(boxes, position.step)) is not None:
             return unsound
-        self.saver.save(position.step, boxes, self._state(position))
+        best = self.config.train.keep_best and position.best.step == position.step
+        self.saver.save(position.step, boxes, self._state(position), best)
         self.engine.update_waits_for = self.saver.copy.made
         self.saved_step = position.step
         return None

@@ -96,7 +96,8 @@ class Run:
         reason = STOPPED_BY_ERROR
         try:
             stop = self._train()
-            reason = f"signal {stop}" if stop else "done"
+            reason = "stopped early" if self.stops_early else "done"
+            reason = f"signal {stop}" if stop else reason
             return EXIT_BASE + stop if stop else 0
         except TrainingError as error:
             self.checkpoints.finish()  # one from before the fault is as good as it would have been
@@ -119,7 +120,7 @@ class Run:
             self.note(line)
         if self.health.rewinds and self.position.step == 0:
             self._save()  # a run that may go back has something to go back to
-        while self.position.step < train.steps and not stop:
+        while self.position.step < train.last_step and not (stop or self.stops_early):
             step = self.position.step + 1
             with watching(
                 f"step {step}",
@@ -128,10 +129,11 @@ class Run:
                 agreed = self._step()
             stop = agreed.stop
             if not self.going_back:
-                if self.evaluates and not stop and due(step, train.eval_interval, train.steps):
+                if self.evaluates and not stop and due(step, train.eval_interval, train.last_step):
                     with watching(f"evaluation after step {step}", limits.evaluation_seconds):
                         self._evaluate()
-                if agreed.save or stop or due(step, train.checkpoint_interval, train.steps):
+                wanted = agreed.save or stop or self.stops_early or self._is_best
+                if wanted or due(step, train.checkpoint_interval, train.last_step):
                     with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
                         self._save()
             if self.going_back:
@@ -143,7 +145,21 @@ class Run:
             self.note(line)
         if stop:
             self.note(f"stopped by signal {stop} after step {self.position.step}: {RESUME}")
+        elif self.stops_early:
+            self.note(f"step {self.position.step}: {self.position.best.stop_line}")
         return stop
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the validation loss ends the run here. Every rank has the same: an all-reduced tensor is bitwise
+        identical on all of them."""
+        return self.position.best.is_stopped(self.config.train.early_stop)
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether a checkpoint of this step would be the best so far, in a run that keeps it."""
+        position = self.position
+        return self.config.train.keep_best and position.best.step == position.step
 
     def note(self, text: str) -> None:
         """A line for the log."""
@@ -159,7 +175,7 @@ class Run:
             watcher.before_step(before)
         rate = self.rate.set(before)
         following = (
-            before.after(count, step_tokens) if before.step + 1 < config.train.steps else None
+            before.after(count, step_tokens) if before.step + 1 < config.train.last_step else None
         )
         with RANK_TIMELINE.span("data", "wait for the batch"):
             batches = self.ahead.take(before, following)
@@ -211,7 +227,7 @@ class Run:
     def _read(self, position: Position) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at a position, in main memory."""
         config, start = self.config, position.consumed_samples
-        data = self.data.at_step(position.step, config.train.steps)
+        data = self.data.at_step(position.step, config.train.last_step)
         samples, count = Kept(data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
         micro, axis = config.micro_batch_size, self.grid.data
@@ -247,6 +263,10 @@ class Run:
         row: Row = {"step": self.position.step}
         if self.valid is not None:
             row |= self._validation(self.valid)
+            early, position = self.config.train.early_stop, self.position
+            delta = early.min_delta if early is not None else 0.0
+            best = position.best.after(row["valid_loss"], position.step, delta)
+            self.position = replace(position, best=best)
         for watcher in self.watchers:
             watcher.evaluated(row)
 

@@ -16,6 +16,7 @@ from megalite.checkpoint.folder import write_durably
 from megalite.config import Classified, Config, check_model, load_config
 from megalite.config.reading import apply_overrides
 from megalite.data.loader import TrainData, ValidData, check_data
+from megalite.data.position import Position
 from megalite.data.tokenizer import load_tokenizer
 from megalite.engine.nvme import check_nvme, remove_swap_folders
 from megalite.errors import CheckpointError, ConfigError
@@ -41,6 +42,7 @@ from megalite.ranks.launch import (
     start_ranks,
     stop_ranks,
 )
+from megalite.training.epochs import with_steps
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
 from megalite.training.sampling import encoded_prompts
@@ -129,7 +131,7 @@ class Prepared:
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
     """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
     with reading(path):
-        loaded = load_config(path, overrides)
+        loaded = with_steps(load_config(path, overrides), world_size, thorough)
         config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
         spec = read_spec(config.model)
         check_model(config, spec)
@@ -278,6 +280,15 @@ def _write_config(config: Config) -> None:
         say(f"{path}: cannot be written: {error.strerror}; the run continues")
 
 
+def _ended(config: Config, position: Position) -> str | None:
+    """Why a run is over before a start's first step; None where it is not."""
+    if position.step >= config.train.last_step:
+        return f"already at step {position.step} of {config.train.last_step}"
+    if position.best.is_stopped(config.train.early_stop):
+        return f"already at step {position.step}: {position.best.stop_line}"
+    return None
+
+
 def _train(prepared: Prepared, rank: int) -> int:
     # Imported here: --check and mistakes need no DeepSpeed.
     from megalite.engine.build import build_engine
@@ -305,12 +316,9 @@ def _train(prepared: Prepared, rank: int) -> int:
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)
-        if start.position.step >= config.train.steps:
+        if (line := _ended(config, start.position)) is not None:
             if rank == 0:
-                print(
-                    f"{run_dir}: already at step {start.position.step} of {config.train.steps}",
-                    flush=True,
-                )
+                print(f"{run_dir}: {line}", flush=True)
             return 0
         phase(f"building a {prepared.spec.family} model and its optimizer")
         engine = build_engine(

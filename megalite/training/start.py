@@ -5,14 +5,21 @@ All ranks decide together, since any of them may find a file damaged. Next: loop
 
 import contextlib
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megalite.checkpoint.files import Checkpoint, checkpoints_of, newest_named
-from megalite.checkpoint.folder import LATEST, STEP_NAME, write_durably
+from megalite.checkpoint.files import (
+    Checkpoint,
+    checkpoints_of,
+    named_best,
+    newest_named,
+    step_name,
+)
+from megalite.checkpoint.folder import BEST, LATEST, STEP_NAME, write_durably
 from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
@@ -78,6 +85,7 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
             continue
         position = Position.from_state(checkpoint.state)
         _name_latest(run_dir, path.name)
+        _name_best(run_dir, position, damaged)
         return Start(
             position, f"resumes from step {position.step}", checkpoint, True, tuple(damaged)
         )
@@ -100,6 +108,22 @@ def _name_latest(run_dir: Path, name: str) -> None:
         with contextlib.suppress(OSError):  # nothing here reads it, and the next save writes it too
             if newest_named(run_dir) != name:
                 write_durably(run_dir / "checkpoints" / LATEST, name + "\n")
+
+
+def _name_best(run_dir: Path, position: Position, damaged: Collection[str]) -> None:
+    """`best` may name a later checkpoint than the one that a run starts from, where that is damaged: then the best
+    that the run still remembers takes its place, or none."""
+    if dist.get_rank() != 0 or (name := named_best(run_dir)) is None:
+        return
+    folder = run_dir / "checkpoints"
+    if name not in damaged and (folder / name).exists():
+        return
+    remembered = "" if position.best.step is None else step_name(position.best.step)
+    with contextlib.suppress(OSError):
+        if remembered and (folder / remembered).exists():
+            write_durably(folder / BEST, remembered + "\n")
+        else:
+            (folder / BEST).unlink()
 
 
 def _agreed(look: Any) -> Any:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megalite.checkpoint.files import named_best
 from megalite.data.position import Position
 from megalite.report.read import REPORT, STOPPED_BY_ERROR
 from megalite.training.metrics import MetricsFile
@@ -42,7 +43,9 @@ class Summary(Watcher):
         if (best := self.metrics.best) is not None:
             self.tell(f"best validation loss {best['valid_loss']:.4f} at step {best['step']}")
         self.tell(f"checkpoint {self.run_dir / 'checkpoints'}, report {self.run_dir / REPORT}")
-        if reason == "done":
+        if (best_name := named_best(self.run_dir)) is not None:
+            self.tell(f"best checkpoint {best_name}: --checkpoint {self.run_dir} --best")
+        if not reason.startswith("signal"):
             self.tell(f"next: {self._next()}")
 
     def _next(self) -> str:
@@ -51,4 +54,5 @@ class Summary(Watcher):
         name, rest = ("generate", '--prompt "…"') if self.decoder else ("evaluate", "--data PREFIX")
         sibling = program.with_name(f"{name}.py")
         command = f"python {shlex.quote(str(sibling))}" if sibling.is_file() else f"megalite {name}"
-        return f"{command} --checkpoint {shlex.quote(str(self.run_dir))} {rest}"
+        best = "" if named_best(self.run_dir) is None else " --best"
+        return f"{command} --checkpoint {shlex.quote(str(self.run_dir))}{best} {rest}"

@@ -37,7 +37,8 @@ class Watcher:
         would say."""
 
     def ended(self, position: Position, reason: str) -> None:
-        """The last step is done or the run was stopped; reason: `done`, or of the signal or error."""
+        """The last step is done or the run was stopped; reason: `done`, `stopped early`, or of the
+        signal or error."""
 
     def close(self) -> None:
         """The end, after errors too. Must not raise and must not hold a collective."""

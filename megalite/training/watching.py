@@ -95,5 +95,5 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
         Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
         ReportWriter(run_dir, about(run.config, run.spec), run.note),
         Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
-        Screen(train.steps, first, train.log_interval),
+        Screen(train.last_step, first, train.log_interval),
     ]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
-from megalite.config.sections import Faults
+from megalite.config.limits import Faults
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.guard.pace import Pace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import megalite.guard.watchdog as watchdog_module
-from megalite.config.sections import Limits
+from megalite.config.limits import Limits
 from megalite.guard.flight import Stay
 from megalite.guard.watchdog import Watchdog
 from megalite.parallel.grid import Grid

@@ -121,14 +121,87 @@ def test_chat_answers_a_conversation_in_a_file(
     assert chat.main([str(chatty), *words]) == 0
     assert capsys.readouterr().out == reference(chatty, "user: a\nb\nassistant: ", 5) + "\n"
     for text, line in (
-        ("[]", "must be a list of messages"),
-        ('[{"role": "user"}]', r"message 0: .* must be \{"),
-        ("[1]", "message 0: 1"),
+        ("[]", r"messages: \[\]: must be a list of messages"),
+        ('[{"role": "user"}]', "messages.0.content: missing: must be text"),
+        ("[1]", "messages.0: 1: must be an object"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',
+            "tools: 3: must be a list",
+        ),
+        ("{}", "messages: missing: must be a list of messages"),
         ("x", "is not JSON"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=line):
             chat.main([str(chatty), *words])
+
+
+def test_chat_gives_tools_to_the_template(chatty: Path, tmp_path: Path) -> None:
+    model = megalite.load(chatty)
+    model.tokenizer.inner.chat_template = "{{ tools | tojson }}" + TEMPLATE  # type: ignore[attr-defined]
+    asked, tools = [{"role": "user", "content": "a"}], [{"name": "f"}]
+    answer = model.chat(asked, max_new_tokens=5, tools=tools)
+    assert answer == reference(chatty, '[{"name": "f"}]user: a\nassistant: ', 5)
+
+
+GREEDY = ["--temperature", "0", "--max-new-tokens", "5"]
+
+
+def test_chat_answers_one_prompt_with_newlines(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = reference(chatty, "system: s\nuser: a\nb\nassistant: ", 5) + "\n"
+    words = [str(chatty), "--system", "s", *GREEDY]
+    assert chat.main([*words, "--prompt", "a\nb"]) == 0
+    assert capsys.readouterr().out == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb"))
+    assert chat.main([*words, "--prompt", "-"]) == 0
+    assert capsys.readouterr().out == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO('"""\na\nb\n"""\n'))
+    assert chat.main(words) == 0
+    assert capsys.readouterr().out == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(ConfigError, match="--prompt: must not be empty"):
+        chat.main([*words, "--prompt", "-"])
+
+
+def test_chat_samples_several_answers(chatty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(chatty), "--prompt", "a", "--max-new-tokens", "8", "--temperature", "1"]
+    assert chat.main([*words, "--seed", "7", "--samples", "3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    model = megalite.load(chatty)
+    wanted = [model.chat("a", 8, temperature=1.0, seed=7 + i) for i in range(3)]
+    assert [row["text"] for row in rows] == wanted and len(set(wanted)) > 1
+    for words, line in (
+        (["--samples", "2"], "--samples: 2: needs --prompt or --messages"),
+        (["--samples", "2", "--prompt", "a", "--temperature", "0"], "needs --temperature above 0"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            chat.main([str(chatty), *words])
+
+
+class Terminal(io.StringIO):
+    """Standard input that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_message_that_is_too_long_does_not_end_a_conversation(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = f"a\n{'b' * 100}\nc\n"
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    assert chat.main([str(chatty), *GREEDY]) == 0
+    first = reference(chatty, "user: a\nassistant: ", 5)
+    last = reference(chatty, f"user: a\nassistant: {first}\nuser: c\nassistant: ", 5)
+    told = capsys.readouterr()
+    assert told.out == f"> {first}\n> > {last}\n> "
+    assert "max_position_embeddings" in told.err and "the message is left out" in told.err
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        chat.main([str(chatty), *GREEDY])
 
 
 def test_train_returns_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

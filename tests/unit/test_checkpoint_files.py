@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megalite.checkpoint.boxes import boxes_of_range
 from megalite.checkpoint.files import (
     Checkpoint,
     CheckpointWriter,
+    best_checkpoint,
     checkpoints_of,
     find_checkpoint,
     newest_good,
@@ -21,6 +23,7 @@ from megalite.checkpoint.files import (
     verify,
 )
 from megalite.checkpoint.folder import (
+    BEST,
     INDEX,
     STATE,
     SUMS,
@@ -29,7 +32,7 @@ from megalite.checkpoint.folder import (
     file_digest,
 )
 from megalite.checkpoint.parts import Packed, PartIndex, rows_of
-from megalite.checkpoint.save import owned_boxes
+from megalite.checkpoint.save import Saver, owned_boxes
 from megalite.errors import CheckpointError
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, Shard
@@ -114,6 +117,20 @@ def test_sums_are_in_the_form_of_sha256sum(tmp_path: Path) -> None:
         "hugging_face/generation_config.json", INDEX, STATE, "tensors_00000.safetensors"
     ]  # fmt: skip
     assert lines[-1].startswith("# ")
+
+
+def test_the_best_is_found_by_its_pointer_and_never_removed_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [write(tmp_path / "checkpoints" / step_name(step)) for step in (1, 2, 3, 4)]
+    (tmp_path / "checkpoints" / BEST).write_text(f"{step_name(2)}\n")
+    assert find_checkpoint(best_checkpoint(tmp_path)) == folders[1]
+    saver = Saver(tmp_path, keep=3)
+    saver.starts_from(4, ())
+    size = sum(file.stat().st_size for file in folders[0].rglob("*") if file.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    saver._make_room(size + 1)  # more than the oldest one has
+    assert checkpoints_of(tmp_path) == [folders[1], folders[3]]
 
 
 def test_the_newest_good_one_is_taken_and_damaged_ones_are_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import megalite.parallel.grid as grid_module
 import megalite.ranks.devices as devices
 import megalite.ranks.launch as launch
 from megalite.config import load_config
-from megalite.config.sections import Limits
+from megalite.config.limits import Limits
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.clock import Clock

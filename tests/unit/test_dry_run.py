@@ -18,7 +18,7 @@ from megalite.plan.devices import GIB
 from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
-from tests.unit.test_ds_configs import FOLDER, ROWS
+from tests.unit.test_ds_configs import FOLDER, ROWS, shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -32,7 +32,7 @@ def small(**parallel: Any) -> Config:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_shipped_configs_pass(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     if config.parallel.context > 1:
         with pytest.raises(
             ConfigError, match="megalite.parallel.context: .*: must be 1 for a dry run"
@@ -48,7 +48,7 @@ def test_shipped_configs_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json"])
 def test_messages_of_shipped_configs_match(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     found = match(calls_of_all(shrunken(config)))
     assert found["collectives"] > 0 and (found["messages"] > 0) == (config.parallel.pipe > 1)
 
@@ -56,7 +56,7 @@ def test_messages_of_shipped_configs_match(name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_messages_of_all_shipped_configs_match(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     if config.parallel.context > 1 or read_spec(config.model).mixture is not None:
         pytest.skip("neither experts nor a context axis")
     assert match(calls_of_all(shrunken(config)))["collectives"] > 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config import check_model, load_config
+from megalite.config import Config, check_model, load_config
 from megalite.model.families import read_spec
 
 FOLDER = Path("ds_configs")
@@ -23,6 +23,15 @@ PARAMETERS = {
     "llama_70b_3d.json": 70.6e9,
 }
 
+TINY = '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}'
+FOLDERS = {"finetune.json": [f"megalite.model={TINY}"]}
+"""Of configs that train a user's own Hugging Face folder: what takes the place of its config.json."""
+
+
+def shipped(name: str) -> Config:
+    """A shipped config, resolved for its ranks."""
+    return load_config(FOLDER / name, FOLDERS.get(name, [])).resolve(int(ROWS[name]))
+
 
 def test_the_readme_has_a_line_for_each() -> None:
     assert set(ROWS) == {path.name for path in FOLDER.glob("*.json")}
@@ -30,7 +39,7 @@ def test_the_readme_has_a_line_for_each() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_config_is_whole(name: str) -> None:
-    config = load_config(FOLDER / name).resolve(int(ROWS[name]))
+    config = shipped(name)
     spec = read_spec(config.model)
     check_model(config, spec)
     assert config.world_size == int(ROWS[name])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.inspect import described
-from megalite.data.chat import ChatEncoder, NotChat
+from megalite.data.chat import ChatEncoder
+from megalite.data.chat_forms import NotChat
 from megalite.data.documents import Bad, Chunk, Place, parse_objects
 from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
 from megalite.data.inspection import Show, inspect
@@ -294,6 +295,14 @@ def test_forged_lines_of_conversations(model: Path, examples: int) -> None:
             "prompt": [{"role": "user", "content": "a"}],
             "completion": [{"role": "assistant", "content": "b"}],
         },
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            ],
+            "tools": "[{}]",
+        },
+        {"instruction": "a", "input": "b", "output": "c", "system": "d"},
     ]
 
     def read(line: bytes) -> None:

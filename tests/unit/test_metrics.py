@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megalite.checkpoint import appended
 from megalite.checkpoint.appended import Appended
-from megalite.config.sections import Faults
+from megalite.config.limits import Faults
 from megalite.data.position import Position
 from megalite.guard.health import Fault, Health
 from megalite.training.metrics import MetricsFile, perplexity

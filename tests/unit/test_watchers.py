@@ -13,7 +13,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
-from megalite.config.sections import Faults
+from megalite.config.limits import Faults
 from megalite.data import progress
 from megalite.data.position import Position
 from megalite.errors import ConfigError

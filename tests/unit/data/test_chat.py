@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megalite.commands.preprocess import main
 from megalite.config import load_config
-from megalite.data.chat import ChatEncoder, NotChat
+from megalite.data.chat import ChatEncoder
+from megalite.data.chat_forms import NotChat, sample_of
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
 from megalite.data.loader import TrainData, ValidData, check_data, marks_prefix
 from megalite.data.packing import best_fit
@@ -97,15 +99,198 @@ def test_a_completion_counts_with_its_end(tokenizer: HuggingFaceTokenizer) -> No
     assert counted(tokenizer, ids, marks) == ["return</s>"]
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}},
+]
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"def": 2}}}
+WITH_TOOLS = (
+    "{% for t in tools or [] %}[tool] {{ t | tojson }}\n{% endfor %}{% for m in messages %}[{{ m.role }}]\n"
+    "{% if m.role == 'assistant' %}BEGIN{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}{{ eos_token }}END"
+    "{% else %}{{ m.name }}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+UNMARKED = WITH_TOOLS.replace("BEGIN", "").replace("END", "")
+MARKED = WITH_TOOLS.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+
+
+def message(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+SEARCH = [
+    message("user", "self"),
+    message("assistant", "", tool_calls=[CALL]),
+    message("tool", "def f", name="find"),
+    message("assistant", "return 2"),
+]
+FORMS: list[tuple[str, dict[str, Any], list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    ("messages", {"messages": TALK, "tools": [], "prompt": "unused"}, TALK, None),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "system", "value": "import"}, {"from": "human", "value": "def"},
+                           {"from": "gpt", "value": "class"}, {"from": "human", "value": "self"},
+                           {"from": "gpt", "value": "return"}]},
+        [message("system", "import"), message("user", "def"), message("assistant", "class"),
+         message("user", "self"), message("assistant", "return")],
+        None,
+    ),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "human", "value": "self"},
+                           {"from": "function_call", "value": '{"name": "find", "arguments": {"def": 2}}'},
+                           {"from": "observation", "value": "def f"}, {"from": "gpt", "value": "return 2"}],
+         "system": "import", "tools": json.dumps(TOOLS)},
+        [message("system", "import"), *SEARCH],
+        TOOLS,
+    ),
+    (
+        "Alpaca",
+        {"instruction": "import", "input": "self", "output": "return", "messages": None},
+        [message("user", "import\nself"), message("assistant", "return")],
+        None,
+    ),
+    (
+        "Alpaca",
+        {"instruction": "import", "input": "", "output": "return", "system": "class", "history": []},
+        [message("system", "class"), message("user", "import"), message("assistant", "return")],
+        None,
+    ),
+    ("messages with tools", {"messages": SEARCH, "tools": TOOLS}, SEARCH, TOOLS),
+    (
+        "messages with tools",
+        {"messages": [message("user", "self", name=None, tool_calls=[]),
+                      {"role": "assistant", "content": None,
+                       "tool_calls": [{"name": "find", "arguments": '{"def": 2}'}]}, *SEARCH[2:]],
+         "tools": json.dumps(TOOLS)},
+        SEARCH,
+        TOOLS,
+    ),
+    (
+        "prompt and completion",
+        {"prompt": SEARCH[:1], "completion": SEARCH[1:], "tools": TOOLS},
+        SEARCH,
+        TOOLS,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "line", "messages", "tools"), FORMS)
+@pytest.mark.parametrize("template", [UNMARKED, MARKED])
+def test_each_form_gives_the_tokens_and_marks_of_transformers(
+    tokenizer: HuggingFaceTokenizer,
+    template: str,
+    form: str,
+    line: dict[str, Any],
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+) -> None:
+    inner = tokenizer.inner
+    inner.chat_template = template
+    ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode(line)
+    assert sample_of(line).form == form
+    theirs = inner.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=MARKED,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"split_special_tokens": False},
+    )
+    assert ids == theirs["input_ids"] and marks == theirs["assistant_masks"]
+    assert 0 < sum(marks) < len(marks)
+
+
+def test_a_template_for_tools_is_taken_for_lines_with_tools(
+    tokenizer: HuggingFaceTokenizer,
+) -> None:
+    tokenizer.inner.chat_template = {"default": PLAIN, "tool_use": UNMARKED}
+    encoder = ChatEncoder(tokenizer, "folder")
+    ((with_tools, _),) = encoder.encode({"messages": SEARCH, "tools": TOOLS})
+    ((without, _),) = encoder.encode({"messages": TALK})
+    assert "[tool]" in tokenizer.decode(with_tools) and "[tool]" not in tokenizer.decode(without)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"text": "a"}, 'has neither "messages" nor "prompt" and "completion"'),
-        ({"messages": []}, '"messages" is no list of messages'),
-        ({"messages": [{"role": "user"}]}, '"messages": message 0 has no text as its content'),
-        ({"messages": [{"content": "a"}]}, '"messages": message 0 has no role'),
-        ({"messages": TALK[:2]}, "holds no message of the assistant"),
-        ({"prompt": "a", "completion": 3}, '"prompt" is no list of messages'),
+        (
+            {"text": "a", "messages": None},
+            'must hold "messages", "conversations", "prompt" and "completion", or "instruction" and "output": holds '
+            '["text"]',
+        ),
+        ({"messages": []}, "messages: []: must be a list of messages"),
+        ({"messages": [3]}, "messages.0: 3: must be an object"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: missing: must be text"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role: missing: must be text"),
+        ({"messages": TALK[:2]}, "messages: must hold a message of the assistant"),
+        (
+            {"messages": TALK[2:]},
+            "messages.0: must not be of the assistant: no message comes before it",
+        ),
+        ({"prompt": "a", "completion": 3}, 'prompt: "a": must be a list of messages'),
+        (
+            {"prompt": TALK[:2], "completion": TALK[:2]},
+            "completion: must hold a message of the assistant",
+        ),
+        ({"conversations": "a"}, 'conversations: "a": must be a list of messages'),
+        ({"conversations": ["a"]}, 'conversations.0: "a": must be an object'),
+        (
+            {"conversations": [{"from": "narrator", "value": "a"}]},
+            'conversations.0.from: "narrator": must be one of system, human, user, gpt, assistant, function_call, '
+            "tool, observation",
+        ),
+        (
+            {"conversations": [{"from": "human"}]},
+            "conversations.0.value: missing: must be text",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "find"}]},
+            'conversations.0.value: "find": must be JSON',
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "system": 3},
+            "system: 3: must be text",
+        ),
+        ({"instruction": "a", "output": 3}, "output: 3: must be text"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            'history: [["c", "d"]]: must be empty: "messages" holds several turns',
+        ),
+        (
+            {"messages": TALK, "tools": "find"},
+            'tools: "find": must be JSON',
+        ),
+        (
+            {"messages": TALK, "tools": [3]},
+            "tools: [3]: must be a list of objects, or the JSON text of one",
+        ),
+        (
+            {"messages": TALK, "tools": TOOLS},
+            "tools: must be left out: the chat template does not use them",
+        ),
+        (
+            {"messages": SEARCH},
+            "messages.1.tool_calls: must be left out: the chat template does not write them",
+        ),
+        (
+            {"messages": [message("user", "a", tool_calls=[CALL])]},
+            "messages.0.tool_calls: "
+            '[{"type": "function", "function": {"name": "find", "arguments": {"def": 2}}}]: must be of the assistant',
+        ),
+        (
+            {"messages": [message("assistant", "", tool_calls={"name": "a"})]},
+            'messages.0.tool_calls: {"name": "a"}: must be a list of calls',
+        ),
+        (
+            {"messages": [message("assistant", "", tool_calls=[{"type": "function"}])]},
+            'messages.0.tool_calls.0: {"type": "function"}: must be an object with the name and arguments of a '
+            "function",
+        ),
+        (
+            {"messages": [message("assistant", "", tool_calls=[{"name": "a", "arguments": "3"}])]},
+            "messages.0.tool_calls.0.arguments: 3: must be an object, or the JSON text of one",
+        ),
     ],
 )
 def test_a_line_of_another_form_is_refused(
@@ -119,6 +304,45 @@ def test_a_line_of_another_form_is_refused(
     tokenizer.inner.chat_template = None
     with pytest.raises(NotChat, match="needs a chat template"):
         ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
+
+
+def test_generation_that_holds_no_answer_is_refused(tokenizer: HuggingFaceTokenizer) -> None:
+    tokenizer.inner.chat_template = PLAIN + "{% generation %}{% endgeneration %}"
+    with pytest.raises(NotChat, match="holds no token of these messages"):
+        ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
+
+
+def test_the_report_tells_forms_and_bad_lines(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = AutoTokenizer.from_pretrained(tokenizers["bpe"])
+    inner.chat_template = UNMARKED
+    inner.save_pretrained(tmp_path / "tokenizer")
+    lines, output = tmp_path / "lines.jsonl", tmp_path / "talks"
+    words = ["--chat", "--input", str(lines), "--tokenizer", str(tmp_path / "tokenizer"),
+             "--output", str(output)]  # fmt: skip
+    good = [line for _, line, _, _ in FORMS]
+    bad = [{"messages": 1}, {"instruction": "a", "output": None}]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in [bad[0], *good, bad[1]]))
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith(
+        "0 empty documents left out, 2 bad lines; 1 samples as messages, 2 samples as ShareGPT, 2 samples as Alpaca, "
+        "2 samples as messages with tools, 1 samples as prompt and completion\n"
+    )
+    assert told.err.splitlines() == [
+        f"bad line: {lines}:1: messages: 1: must be a list of messages",
+        f'bad line: {lines}:10: must hold "messages", "conversations", "prompt" and "completion", or "instruction" and '
+        '"output": holds ["instruction"]',
+    ]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in bad))
+    with pytest.raises(DataError) as raised:  # of which each is a line on standard error
+        main([*words, "--overwrite"])
+    assert raised.value.lines == (
+        f"{output}: nothing to write: no document in the inputs, 2 bad lines",
+        f"bad line: {lines}:1: messages: 1: must be a list of messages",
+        told.err.splitlines()[1].replace(":10:", ":2:"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +360,7 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     inputs, output = [str(folder / "chats.jsonl")], folder / "chats"
     counts = preprocess(inputs, folder / "tokenizer", output, chat=True, workers=2)
     assert (counts.documents, counts.bad) == (60, 1) and counts.named[0].endswith(
-        '"messages" is no list of messages'
+        "messages: 1: must be a list of messages"
     )
     return output
 
