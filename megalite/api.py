@@ -27,7 +27,7 @@ from megalite.config import load_config
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError, MegaliteError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
-from megalite.hub.sources import Weights, open_weights, resolve_weights
+from megalite.hub.sources import Weights, open_weights, prompts_both_ways, resolve_weights
 from megalite.inference.generate import Generator
 from megalite.inference.likelihood import likelihoods
 from megalite.inference.sampling import Sampling
@@ -129,6 +129,10 @@ class Model:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        answered = any(message.get("role") == "assistant" for message in messages)
+        if answered and prompts_both_ways(self.weights.state):
+            rule = 'a model trained with megalite.data.objective "prefix" answers one message'
+            raise ConfigError(f"messages: hold an answer: {rule}: begin a new conversation")
         sampling = Sampling(temperature, top_k, top_p, seed, **more)
         ids = self.chat_ids(messages, tools)
         return self._continued(ids, max_new_tokens, sampling, on_text)
@@ -178,6 +182,7 @@ class Model:
         if most is not None and len(ids) - 1 > most:
             rule = f"must be at most the model's max_position_embeddings {most} and one more"
             raise ConfigError(f"text: has {len(ids)} tokens: {rule}")
+        # All are asked for, so that none is a prompt's, whatever the model does with prompts.
         (found,) = likelihoods(self.stage, Grid(), [(ids, [1] * len(ids))])
         return -found.log_probability / (len(ids) - 1)
 
@@ -202,7 +207,8 @@ class Model:
                 on_text(text[len(written) :])
                 written = text
 
-        generator = Generator(self.stage, Grid(), batch_size=1)
+        prefixed = prompts_both_ways(self.weights.state)
+        generator = Generator(self.stage, Grid(), batch_size=1, prefixed=prefixed)
         (text,) = generator.generate([ids], max_new_tokens, sampling, ends, show)
         whole = continuation(self.tokenizer, ids, text.tokens, ends, is_source)
         if on_text is not None and whole != written:

@@ -16,7 +16,12 @@ from megalite.config.context_rules import (
     check_context_keys,
     check_context_length,
 )
-from megalite.config.data_rules import check_classifier, check_data_keys, check_objective
+from megalite.config.data_rules import (
+    check_classifier,
+    check_data_keys,
+    check_objective,
+    check_undivided,
+)
 from megalite.config.deepspeed_keys import (
     OPTIMIZERS,
     DeepSpeedKeys,
@@ -124,6 +129,7 @@ def check_document(document: Document) -> None:
     all_of(
         lambda: check_data_keys(megalite.data),
         lambda: check_classifier(megalite),
+        lambda: check_undivided(megalite.parallel, megalite.data),
         lambda: check_length_of_run(megalite),
         lambda: _check_faults(megalite),
         lambda: check_precision(document),

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megalite.config.limits import Faults, Limits
+from megalite.config.masks import Masked
 from megalite.config.objectives import (
     Classes,
     Pairs,
@@ -63,37 +64,16 @@ class Source(Section):
     )
 
 
-class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
-    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
-
-    masked: float = Field(
-        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
-    )
-    keep: Share = Field(0.1, description="Share of those that are left as they are.")
-    swap: Share = Field(
-        0.1, description="Share of those that are replaced by a random token; the rest is masked."
-    )
-    mask_token_id: Counter | None = Field(
-        None,
-        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
-    )
-    special_token_ids: list[Counter] | None = Field(
-        None,
-        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
-    )
-
-
 def _objective(value: Any) -> Any:
     if isinstance(value, dict):  # pydantic takes their errors in, at their places
         kinds = {"classes": Classes, "source_length": Pairs, "span_corruption": Spans}
         kind = next((kinds[key] for key in kinds if key in value), Masked)
         return kind.model_validate(value)
-    if value == "causal" or isinstance(value, Masked | Classes | Pairs | Spans):
+    if value in ("causal", "prefix") or isinstance(value, Masked | Classes | Pairs | Spans):
         return value
     raise PydanticCustomError(
         "objective",
-        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
+        'must be "causal", "prefix" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -125,10 +105,12 @@ class Data(Section):
         "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
     objective: Annotated[
-        Literal["causal"] | Masked | Classes | Pairs | Spans, BeforeValidator(_objective)
+        Literal["causal", "prefix"] | Masked | Classes | Pairs | Spans, BeforeValidator(_objective)
     ] = Field(
         "causal",
-        description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
+        description="`causal`: each token is asked for after those before it. `prefix`: so are marked tokens, and the "
+        "tokens of a document's prompt, which is before those, see each other both ways (docs/translation.md). For "
+        "encoders masked language modelling, "
         '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
         '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
         "takes the place of the other (docs/classification.md). For encoder-decoders pairs of source and target, "
@@ -158,14 +140,14 @@ class Data(Section):
     @property
     def ahead(self) -> int:
         """Tokens that a sample needs after its last position: what is asked for there."""
-        return 1 if self.objective == "causal" else 0
+        return 1 if isinstance(self.objective, str) else 0
 
     @property
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
         match self.objective:
-            case Masked(masked=share):
-                return share
+            case Masked() as masked:
+                return sum(masked.ends) / 2
             case Classes():
                 return 1 / self.sequence_length
         return 1 - self.source_length / self.sequence_length

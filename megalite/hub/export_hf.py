@@ -27,9 +27,10 @@ from megalite.hub.names import (
 )
 from megalite.hub.same_logits import Comparison, compare
 from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
+from megalite.hub.sources import prompts_both_ways
 from megalite.hub.whole import appearing
 from megalite.inputs import reading
-from megalite.model.families import config_of, read_spec
+from megalite.model.families import PREFIX_LM, config_of, read_spec
 from megalite.model.spec import TransformerSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +111,8 @@ def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dty
     values: dict[str, Any] = {**source.model, "dtype": dtype}
     model_type = values.pop("model_type")
     config = config_of(model_type, values)
+    if prompts_both_ways(source.state):
+        setattr(config, PREFIX_LM, True)
     config.architectures = [hf_auto_class(spec)._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     carry(source.folder / CARRIED, folder)

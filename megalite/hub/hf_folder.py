@@ -22,7 +22,7 @@ from megalite.config import Classified
 from megalite.errors import CheckpointError
 from megalite.hub.names import bias_names, file_names, groups_of, hf_tensor, state_of
 from megalite.inputs import check_links, read_json_object, reading
-from megalite.model.families import FAMILIES, model_dict, read_spec
+from megalite.model.families import FAMILIES, PREFIX_LM, model_dict, read_spec
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import TIED_NAME, Stage
@@ -36,6 +36,13 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+_PROMPTS = {
+    "samples": "padded",
+    "loss": "marked",
+    "objective": "prefix",
+    "reset_attention": True,
+    "eod_mask_loss": False,
+}  # how such a model's run read its corpora
 _OF_HEADS = ("classifier.", "head.")
 
 
@@ -62,6 +69,8 @@ class HFFolder:
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
+            values = read_json_object(self.folder / "config.json", CheckpointError)
+            self.prefixed = values.get(PREFIX_LM) is True
             self.made_one = bool(classes) and self.spec.classifier is None
             if self.made_one:
                 self.model = model_dict(Classified(str(self.folder), classes))
@@ -84,9 +93,11 @@ class HFFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's state would hold of these files: the biases of routers; empty where they have none."""
+        """What a checkpoint's state would hold of these files: the biases of routers, and of a model whose prompts are
+        seen both ways how its run read its corpora."""
+        data: dict[str, Any] = {"data": _PROMPTS} if self.prefixed else {}
         with reading(self.folder, CheckpointError):
-            return state_of(self.spec, self._read_bias)
+            return data | state_of(self.spec, self._read_bias)
 
     def _read_bias(self, file_name: str) -> Tensor:
         values = self._files.read(file_name, ())

@@ -14,9 +14,9 @@ from typing import Any
 
 from megalite.config import Data
 from megalite.config.context_rules import check_context_length
-from megalite.config.data_rules import check_data_keys, check_objective
+from megalite.config.data_rules import check_data_keys, check_objective, check_undivided
+from megalite.config.masks import Masked
 from megalite.config.section import broken, nearest, parse, unknown
-from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
@@ -136,6 +136,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     data = _data(options, prepared)
     length, context = data.sequence_length, prepared.parallel.context
     check_context_length(prepared.parallel, length)
+    check_undivided(prepared.parallel, data)
     if context > 1 and prepared.spec.classifier is not None:
         rule = "must be 1 for a classifier: the tokens of a text are not divided"
         raise broken("megalite.parallel.context", context, rule)
@@ -180,6 +181,8 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
         keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
+        if prepared.prefixed:
+            keys["objective"] = "causal"  # nor has it prompts
     if labels := prepared.spec.labels:
         keys.setdefault("objective", {"classes": list(labels)})
         keys.setdefault("samples", "padded")
@@ -226,9 +229,8 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.likelihood import likelihoods
 
-        return [
-            accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))
-        ]
+        size, prefixed = options.micro_batch_size, prepared.prefixed
+        return [accuracy(labelled, likelihoods(stage, grid, labelled.rows, size, prefixed))]
 
     return work
 
@@ -258,7 +260,8 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         from megalite.inference.generate import Generator, ends_at, generate_all
         from megalite.inference.sampling import Sampling
 
-        generator, ends = Generator(stage, grid, options.micro_batch_size), ends_at(tokenizer, ())
+        generator = Generator(stage, grid, options.micro_batch_size, prepared.prefixed)
+        ends = ends_at(tokenizer, ())
         most = options.max_new_tokens
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
@@ -300,7 +303,8 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.answers import Answers
 
-        answers = Answers(stage, grid, tokenizer, stop_ids, options.micro_batch_size)
+        size, prefixed = options.micro_batch_size, prepared.prefixed
+        answers = Answers(stage, grid, tokenizer, stop_ids, size, prefixed)
         if not is_asking:
             answers.take_part()
             return []

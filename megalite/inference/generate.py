@@ -67,11 +67,15 @@ class Generator:
     """Texts from a stage of this rank's. All ranks of the model plane call `generate` together, with equal
     arguments.
 
-    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way.
+    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way. prefixed:
+    the tokens of a prompt see each other both ways.
     """
 
-    def __init__(self, stage: Stage, grid: Grid, batch_size: int = 8) -> None:
+    def __init__(
+        self, stage: Stage, grid: Grid, batch_size: int = 8, prefixed: bool = False
+    ) -> None:
         self.stage, self.grid, self.batch_size = stage.eval(), grid, batch_size
+        self.prefixed = prefixed
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -230,7 +234,7 @@ class _Batch:
     what the last stage chose."""
 
     def __init__(self, texts: list[Text], generator: Generator, max_new_tokens: int) -> None:
-        self.texts, self.stage = texts, generator.stage
+        self.texts, self.stage, self.prefixed = texts, generator.stage, generator.prefixed
         self.tensor_axis, self.device = generator.grid.tensor, generator.device
         self.max_new_tokens = max_new_tokens
         longest = max(len(text.prompt) for text in texts)
@@ -293,11 +297,13 @@ class _Batch:
         places = torch.arange(self.seen, self.seen + length, device=self.device)
         positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
         columns = torch.arange(self.seen + length, device=self.device)
-        visible = (columns <= places.unsqueeze(-1)) & (
-            columns >= self.padding[:, None, None]
-        )  # [B, S, T]
+        real = columns >= self.padding[:, None, None]  # [B, 1, T]
+        visible = (columns <= places.unsqueeze(-1)) & real  # [B, S, T]
         visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
-        return Context(positions, visible.unsqueeze(1), self.cache)
+        prefixes = None
+        if self.prefixed and self.seen == 0:  # the columns are the prompts
+            visible, prefixes = visible | real, real.squeeze(1)
+        return Context(positions, visible.unsqueeze(1), self.cache, prefixes=prefixes)
 
 
 class _BeamBatch(_Batch):

@@ -186,7 +186,7 @@ def _generate(
             written[:] = [text]
 
     shown = options.stream and grid.rank == 0 and len(ids) == 1
-    generator = Generator(stage, grid, options.batch_size)
+    generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
     own = len(range(grid.data.rank, len(ids), grid.data.size))
     visible = grid.rank == 0 and not shown

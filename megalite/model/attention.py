@@ -20,6 +20,7 @@ from megalite.model.runs import attend_runs
 from megalite.model.spec import TransformerSpec
 from megalite.model.varlen import (
     attend_pieces,
+    attend_prefixes,
     attend_runs_in_pieces,
     kernel_takes,
     new_enough,
@@ -50,7 +51,9 @@ def attend(
     b, _, s, h = query.shape
     t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
-    plain = context.documents is None and (window is None or window >= t)
+    plain = (
+        context.documents is None and context.prefixes is None and (window is None or window >= t)
+    )
     if drops is None and causal and plain and context.rows is not None:
         return attend_runs(query, key, value, context.rows)
     if (
@@ -65,7 +68,11 @@ def attend(
             if runs is not None:
                 return attend_runs_in_pieces(query, key, value, runs, window)
         elif (pieces := context.pieces(b, s, device)) is not None:
-            return attend_pieces(query, key, value, pieces, window, causal)
+            if context.prefixes is None:
+                return attend_pieces(query, key, value, pieces, window, causal)
+            if (halves := context.halves) is not None:
+                prefixes = context.prefixes
+                return attend_prefixes(query, key, value, pieces, halves, prefixes, window)
     visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(

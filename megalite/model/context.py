@@ -57,6 +57,8 @@ class Context:
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
     counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
     bounds: the same as pieces, where they are known without waiting for a device.
+    prefixes [B, S] bool: tokens at the start of their document, or sample, that all of it may look at, and which look
+    at each other both ways; halves: the prefixes as pieces, with others between them, where those are known.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
@@ -78,6 +80,8 @@ class Context:
     documents: Tensor | None = None
     counted: Tensor | None = None
     bounds: Bounds | None = None
+    prefixes: Tensor | None = None
+    halves: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     rows: Rows | None = None
@@ -171,12 +175,13 @@ class Context:
     ) -> Tensor | None:
         """Which of T positions each of the last S, or of `rows`, may look at, bool [B or 1, 1, S, T]; None: all before
         it and itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
-        included, to each side without `causal`. Made once for all layers with that window."""
+        included, to each side without `causal` and in prefixes. Made once for all layers with that window."""
         if window is not None and window >= t:
             window = None
         if (
             window is None
             and self.documents is None
+            and self.prefixes is None
             and (self.visible is not None or s == t or not causal)
         ):
             return self.visible
@@ -186,10 +191,15 @@ class Context:
             if self.rows is not None:
                 own = self.rows.index(device)
             distance = own.unsqueeze(-1) - torch.arange(t, device=device)
-            distance = distance if causal else distance.abs()
-            mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[
-                None, None
-            ]
+            ahead = distance < 0
+            if not causal:
+                mask = torch.ones_like(ahead)[None, None]
+            elif self.prefixes is None:
+                mask = ~ahead[None, None]
+            else:
+                mask = ~ahead | self.prefixes[:, None, None, :]
+            if window is not None:
+                mask = mask & (distance.abs() < window)
             if self.documents is not None:
                 assert self._all(s) == t, "documents are for whole samples, not for a cache"
                 own_documents = self._own(self.documents)

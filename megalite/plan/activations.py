@@ -20,7 +20,8 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
                                       what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
     core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
-                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
+                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t; on a GPU
+                                      prefixes take the logarithms twice and 2·e·q more
     input of the output projection    e·q: what attention gives
     with c ranks of the context axis  s is a rank's tokens; keys and values are those of whole samples, c·k, and masks
                                       and weights s by c·s; where heads are exchanged for tokens, c·s by c·s for a / c
@@ -62,7 +63,7 @@ class Forward:
 
     context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
     (parallel/rows.py); experts: ranks of the expert axis; compiled: `megalite.train.compile`; source: tokens of an
-    encoder-decoder's source (stacks.py).
+    encoder-decoder's source (stacks.py); prefixes: whether documents have some that are seen both ways.
     """
 
     batch: int
@@ -76,6 +77,7 @@ class Forward:
     experts: int = 1
     compiled: bool = False
     source: int = 0
+    prefixes: bool = False
 
     @property
     def whole(self) -> int:
@@ -230,6 +232,9 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
         in_pieces = masked and kernel_takes(at.device, at.dtype, h) and (spec.causal or not by_run)
         if masked and not in_pieces:
             core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
+        if in_pieces and at.prefixes:  # three results: causal, both ways, and what is taken of them
+            core["attention: results in halves"] = 2 * e * queries
+            core["attention: logarithms"] *= 2
         if in_pieces and by_run:
             t += at.length // 2  # keys before both runs are copied twice
         if by_heads or (

@@ -262,6 +262,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         grid.expert.size,
         config.train.compile,
         config.data.source_length,
+        config.data.objective == "prefix",
     )
 
 

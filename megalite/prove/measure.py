@@ -104,9 +104,10 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
-        source = config.data.source_length
+        source, samples = config.data.source_length, data.at_step(step, config.train.last_step)
+        micro = config.micro_batch_size
         batches = micro_batches(
-            data, step * size, size, config.micro_batch_size, ALONE, device, draw, source=source
+            samples, step * size, size, micro, ALONE, device, draw, source=source
         )
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
@@ -147,19 +148,22 @@ def _inputs(tokens: Tensor, context: Context, spec: TransformerSpec) -> dict[str
     """Of transformers' model."""
     documents, rows = context.documents, context.source
     if spec.stacks is None:
-        mask = _document_mask(documents, spec.causal)
+        mask = _document_mask(context, spec.causal)
         return {"input_ids": tokens, "attention_mask": mask}
     source, target = tokens[:, :rows], tokens[:, rows:]
     mask = None if documents is None else (documents[:, :rows] == documents[:, :1]).long()
     return {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
 
 
-def _document_mask(documents: Tensor | None, causal: bool) -> Tensor | None:
+def _document_mask(context: Context, causal: bool) -> Tensor | None:
     """[B, 1, S, S], True where a token sees another; None where documents are not kept apart."""
+    documents, prefixes = context.documents, context.prefixes
     if documents is None:
         return None
     mask = documents[:, None, :, None] == documents[:, None, None, :]
-    return mask.tril() if causal else mask
+    if not causal:
+        return mask
+    return mask.tril() if prefixes is None else mask.tril() | mask & prefixes[:, None, None, :]
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.data.batch import Batch
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import Bounds, RunPieces, documents_as_pieces, runs_as_pieces
+from megalite.model.varlen import (
+    Bounds,
+    RunPieces,
+    documents_as_pieces,
+    prefixes_as_pieces,
+    runs_as_pieces,
+)
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
@@ -35,7 +42,7 @@ class MicroBatch(NamedTuple):
 
 
 class Samples(Protocol):
-    """What the data side gives: (tokens, labels, documents or None), each [n, S], of positions."""
+    """What the data side gives: of positions the fields of a `Batch`, each [n, S]."""
 
     def batch(self, positions: Sequence[int]) -> Any: ...
 
@@ -82,7 +89,9 @@ def _micro_batch(
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
     # A position that is there again serves as the filling.
-    ids, wanted, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
+    ids, wanted, documents, prefixes = Batch(
+        *samples.batch([p if p < stop else stop - 1 for p in positions])
+    )
     tokens, labels = (torch.from_numpy(np.array(values)) for values in (ids, wanted))
     labels[len(real) :] = IGNORED
     context = Context(rows=rows, source=source)
@@ -92,6 +101,9 @@ def _micro_batch(
             context.run_pieces = runs_as_pieces(documents, rows.runs)
         elif not source:  # what two stacks look at is not in pieces
             context.bounds = documents_as_pieces(documents)
+        if prefixes is not None:
+            context.prefixes = torch.from_numpy(prefixes)
+            context.halves = prefixes_as_pieces(documents, prefixes)
     if rows is not None:
         tokens, labels = rows.cut(tokens, 1), rows.cut(labels, 1)
     asked = labels[:, source:] != IGNORED
@@ -127,6 +139,7 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
     """With each of its tensors changed."""
     tokens, labels, context = batch
     documents, bounds, runs = context.documents, context.bounds, context.run_pieces
+    prefixes, halves = context.prefixes, context.halves
     counted, randomness = context.counted, context.randomness
 
     def moved(bounds: Bounds) -> Bounds:
@@ -136,6 +149,8 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
         context,
         documents=None if documents is None else change(documents),
         bounds=None if bounds is None else moved(bounds),
+        prefixes=None if prefixes is None else change(prefixes),
+        halves=None if halves is None else moved(halves),
         run_pieces=None
         if runs is None
         else tuple(

@@ -84,6 +84,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
 }
+PREFIX_LM = "prefix_lm"
+"""A key of ours in the config.json of an exported model whose prompts are seen both ways, which no class of
+transformers' knows."""
 Section = dict[str, Any] | str | Classified
 """The model section: inline keys, or a folder with a config.json; with labels, a classifier made of either."""
 _SHOWN_CHARACTERS = 300  # of what transformers says
@@ -128,6 +131,8 @@ def load_hf_config(section: Section) -> Any:
         raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
     unknown = [key for key in values if key not in known and key not in _REFUSED]
+    if where != KEY and PREFIX_LM in unknown:
+        unknown.remove(PREFIX_LM)  # hub/hf_folder.py reads it
     if unknown and where == KEY:
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
