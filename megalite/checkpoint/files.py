@@ -318,7 +318,7 @@ def size_bytes(index: Index) -> int:
 def newest_named(run_dir: Path) -> str | None:
     """What `checkpoints/latest` names; None where it is absent."""
     path = run_dir / "checkpoints" / LATEST
-    return path.read_text().strip() if path.exists() else None
+    return path.read_text(errors="replace").strip() if path.exists() else None
 
 
 def named_best(run_dir: Path) -> str | None:

@@ -49,7 +49,6 @@ _PLAIN_NAME = re.compile(
     r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 )  # no path: an index cannot point out of its folder
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-_READ_BYTES = 1 << 22
 MOST_DIMS = 8  # of a tensor
 
 

@@ -69,6 +69,17 @@ def stream_beside(device: torch.device) -> Any:
     return None if device.type == "cpu" else torch.Stream(device)
 
 
+def own_device() -> int | None:
+    """Index of this process's device; None where it has none."""
+    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+
+def use_device(index: int | None) -> None:
+    """To be called in a new thread: it begins with device 0, where every rank would then take memory."""
+    if index is not None:
+        torch.accelerator.set_device_index(index)
+
+
 class Copy:
     """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
     several times as long as filling it.
@@ -165,7 +176,9 @@ class Saver:
             dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
         )
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.thread = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=use_device, initargs=(own_device(),)
+        )
         self.running: Future[float] | None = None
         self.copy = Copy(copy_limit_bytes)
         self.figures: dict[str, float] = {}

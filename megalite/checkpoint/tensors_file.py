@@ -101,6 +101,12 @@ class TensorFiles:
         self.folder = folder
         self._files: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
 
+    def close(self) -> None:
+        """Closes the files; a later read opens them again. Until then a file that is removed keeps its disk space."""
+        for file, *_ in self._files.values():
+            file.close()
+        self._files.clear()
+
     def read_into(
         self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]
     ) -> None:

@@ -5,6 +5,7 @@ text itself. Masked language modelling is in sections.py.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -92,9 +93,14 @@ def span_lengths(objective: Spans, length: int) -> SpanLengths | None:
 
     As T5 has it, numbers of tokens and spans are the same in each sample (arXiv 1910.10683, section 3.1.4).
     """
+    return _longest_text(objective.span_corruption, objective.mean_span, length)
+
+
+@cache  # asked for at each step, and it walks through lengths
+def _longest_text(share: float, mean_span: float, length: int) -> SpanLengths | None:
     for text in range(length, 1, -1):
-        noise = min(max(round(text * objective.span_corruption), 1), text - 1)
-        spans = min(max(round(noise / objective.mean_span), 1), noise, text - noise)
+        noise = min(max(round(text * share), 1), text - 1)
+        spans = min(max(round(noise / mean_span), 1), noise, text - noise)
         found = SpanLengths(text, noise, spans)
         if found.source + found.target <= length:
             return found

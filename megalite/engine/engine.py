@@ -164,8 +164,8 @@ class Engine(DeepSpeedEngine):
         if not math.isfinite(norm.item()):  # in main memory
             for value, _ in placed(stage):
                 value.grad = None
-        elif self.gradient_clipping() > 0:
-            factor = (self.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+        elif (limit := super().gradient_clipping()) > 0:
+            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:
                 gradient.mul_(factor.to(gradient.dtype))
 

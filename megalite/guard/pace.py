@@ -88,6 +88,8 @@ class Pace:
                 self.slow.pop(rank, None)
                 continue
             seen = self.slow.setdefault(rank, [])
+            if len(seen) == self.faults.slow_looks:
+                continue  # it was told
             seen.append(f"step {step}: {seconds[rank]:.3g} s, {ratio:.2f} times the median")
             if len(seen) == self.faults.slow_looks:
                 figures = "; ".join(seen)

@@ -202,7 +202,10 @@ class Attention(nn.Module):
         interleaved, key_of_turns = self.rotary.interleaved, ("turns", self.rotary)
         if key_of_turns not in context.shared:
             s, device = query.shape[2], query.device
-            spans = context.spans(s, device) if self.rotary.scaling == "dynamic" else None
+            spans: Tensor | int | None = None
+            if self.rotary.scaling == "dynamic":
+                known = context.known_span(s)
+                spans = context.spans(s, device) if known is None else known
             cosine, sine = turns(self.rotary, context.places(s, device), spans, query.dtype)
             context.shared[key_of_turns] = spread(cosine, interleaved), sine
         cosine, sine = context.shared[key_of_turns]

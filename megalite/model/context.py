@@ -132,6 +132,11 @@ class Context:
             so_far = so_far - ((so_far - counts.long()) * begins).cummax(dim=1).values
         return self._own(so_far * counts)
 
+    def known_span(self, s: int) -> int | None:
+        """The one value of `spans`, where the host knows it without asking a device."""
+        given = (self.positions, self.documents, self.lengths)
+        return self._all(s) if all(values is None for values in given) else None
+
     def spans(self, s: int, device: torch.device) -> Tensor:
         """Tokens of the sequence that each token is part of, its document's or its row's, int64 [B or 1, S or 1]."""
         if self.positions is not None:

@@ -67,15 +67,15 @@ def _yarn(rotary: Rotary, wavelengths: Tensor) -> Tensor:
 
 
 def turns(
-    rotary: Rotary, positions: Tensor, spans: Tensor | None, dtype: torch.dtype
+    rotary: Rotary, positions: Tensor, spans: Tensor | int | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: as `Context.spans`, for
-    `dynamic` alone."""
-    own = (
-        frequencies(rotary, 0, positions.device)
-        if spans is None
-        else _frequencies_of(rotary, spans)
-    )
+    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: as `Context.spans`, or
+    `known_span`, for `dynamic` alone."""
+    if isinstance(spans, Tensor):
+        own = _frequencies_of(rotary, spans)
+    else:
+        length = 0 if spans is None else max(spans, rotary.max_positions)
+        own = frequencies(rotary, length, positions.device)
     angles = positions.unsqueeze(-1).float() * own
     cosine, sine = angles.cos() * rotary.attention_factor, angles.sin() * rotary.attention_factor
     return cosine.unsqueeze(1).to(dtype), sine.unsqueeze(1).to(dtype)

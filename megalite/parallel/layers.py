@@ -78,9 +78,6 @@ class Placement:
                 full = full.narrow(dim, start, stop - start)
         return full
 
-    def is_cut_by(self, axis: str) -> bool:
-        return any(cut.axis == axis for cut in self.cuts)
-
     @property
     def has_own_replicas(self) -> bool:
         """Whether fewer ranks than usual hold copies of the slice: it is an expert's, and there is an expert axis."""

@@ -285,8 +285,10 @@ class Run:
                 continue
             part = self._loss_and_tokens(valid, positions.start, count)
             sums += part
-            losses[path] = (part[0] / part[1].clamp(min=1)).item()
-        loss = (sums[0] / sums[1].clamp(min=1)).item()
+            losses[path] = (part[0] / part[1]).item()
+        loss = (sums[0] / sums[1]).item()
+        if sums[1] == 0:  # not a number is no gain: no best checkpoint, no early stop by a zero
+            self.note("validation: no token counts in what is evaluated, so there is no loss")
         row: Row = {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses

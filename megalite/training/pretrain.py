@@ -340,5 +340,6 @@ def _train(prepared: Prepared, rank: int) -> int:
         run.saver.starts_from(start.position.step, start.damaged)
         if rank == 0:
             run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
+        del start  # and with it the checkpoint's index
         phase("first step")
         return run.train()

@@ -24,7 +24,7 @@ from megalite.checkpoint.weights import check_names, load_shards, load_shards_fr
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
 from megalite.engine.norm import GlobalNorm
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, UserError
 from megalite.hub.sources import (
     Weights,
     is_of_classifier,
@@ -65,6 +65,8 @@ class Start:
             load_shards(self.weights, shards, self.moments and self.weights.has_moments)
         else:
             load_shards_from(self.weights.read, shards)
+        if isinstance(self.weights, Checkpoint):
+            self.weights.files.close()
         engine.masters_changed()
         if engine.router_bias is not None:
             engine.router_bias.restore(self.weights.state)
@@ -127,7 +129,15 @@ def _name_best(run_dir: Path, position: Position, damaged: Collection[str]) -> N
 
 
 def _agreed(look: Any) -> Any:
-    """What rank 0 sees, on every rank: folders may change between two looks."""
-    seen = [look() if dist.get_rank() == 0 else None]
+    """What rank 0 sees, on every rank: folders may change between two looks. Its error is every rank's."""
+    seen: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            seen[0] = look()
+        except UserError as error:
+            seen[1] = error
     dist.broadcast_object_list(seen)
+    if seen[1] is not None:
+        seen[1].agreed = True
+        raise seen[1]
     return seen[0]

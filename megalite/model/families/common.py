@@ -303,11 +303,16 @@ def check_spec(spec: TransformerSpec) -> None:
     if (mixture := spec.mixture) is not None and mixture.chosen > mixture.count:
         rule = f"must be at most the number of experts {mixture.count}"
         raise ConfigError(f"{KEY}.num_experts_per_tok: {mixture.chosen}: {rule}")
-    for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
-        if not 0 <= getattr(spec, name) < 1:
-            raise ConfigError(
-                f"{KEY}: the {name.replace('_', ' ')} is {getattr(spec, name)}: must be in [0, 1)"
-            )
+    rates = {
+        f"the {name.replace('_', ' ')}": getattr(spec, name)
+        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout")
+    }
+    if spec.classifier is not None:
+        rates["the dropout of the classifier"] = spec.classifier.dropout
+        rates["the dropout before the classifier's dense layer"] = spec.classifier.dense_dropout
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ConfigError(f"{KEY}: {name} is {rate}: must be in [0, 1)")
 
 
 def _numbers(spec: TransformerSpec) -> Iterator[tuple[str, Any]]:
