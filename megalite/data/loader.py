@@ -40,6 +40,7 @@ __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data"
 
 _TRAINING, _EVALUATION = range(2)  # what masks are drawn for
 _EDGES = 200  # windows of a corpus at most, that are looked at for words that they cut
+_PAIRS = 200  # pairs of a corpus at most, that are looked at for what is cut of them
 
 
 class Share(NamedTuple):
@@ -250,12 +251,33 @@ def _in_order(
             data.ahead,
             cuts=not data.source_length,
         )
-    if whole.cut:
+    if data.source_length and of.marks is not None:
+        notes += _pairs_cut(of, documents, data.source_length, data.sequence_length)
+    elif whole.cut:
         notes.append(
             f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "
             f"megalite.data.sequence_length {data.sequence_length}{' + 1' if data.ahead else ''} tokens"
         )
     return whole, of.marks
+
+
+def _pairs_cut(of: _Opened, documents: range, source_length: int, length: int) -> list[str]:
+    """A line where pairs lose the end of their source or target."""
+    assert of.marks is not None
+    looked = documents[:: -(-len(documents) // _PAIRS)]
+    sources = targets = 0
+    for document in looked:
+        start, stop = of.corpus.document_start(document), of.corpus.document_start(document + 1)
+        target = int(np.count_nonzero(of.marks.read(start, stop)))
+        sources += stop - start - target > source_length - 1  # its end token needs a place
+        targets += target > length - source_length
+    if not sources and not targets:
+        return []
+    where = f"megalite.data.objective.source_length {source_length} of {length}"
+    return [
+        f"data: {of.source.path}: of {len(looked)} pairs {sources} lose the end of their source and {targets} that of "
+        f"their target to {where}"
+    ]
 
 
 def _megatron_samples(of: _Opened, data: Data, samples: int, seed: int) -> MegatronSamples:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -18,13 +19,16 @@ from megalite.checkpoint.files import (
     best_checkpoint,
     checkpoints_of,
     find_checkpoint,
+    named_best,
     newest_good,
+    newest_named,
     step_name,
     verify,
 )
 from megalite.checkpoint.folder import (
     BEST,
     INDEX,
+    LATEST,
     STATE,
     SUMS,
     Index,
@@ -86,6 +90,17 @@ def test_a_checkpoint_reads_back_whole_and_in_boxes(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read("a.weight", (1, 2), (3, 4)), TENSORS["a.weight"][1:4, 2:6])
     with pytest.raises(CheckpointError, match="c: no such tensor"):
         checkpoint.read("c")
+    checkpoint.files.close()  # a file that is removed while it is open keeps its disk space
+    opened = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert not [link for link in opened if link.exists() and tmp_path in link.resolve().parents]
+    assert torch.equal(checkpoint.read("a.weight"), TENSORS["a.weight"])
+
+
+def test_a_damaged_pointer_names_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoints" / step_name(1))
+    for pointer in (LATEST, BEST):
+        (tmp_path / "checkpoints" / pointer).write_bytes(b"\xff\xfe")
+    assert newest_named(tmp_path) != step_name(1) and named_best(tmp_path) is None
 
 
 def test_one_flipped_byte_is_found_in_every_file_and_place(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_no_rank_is_called_slow_where_ranks_share_cores(ranks: int, named: int) 
         mock.patch.object(room.RANK_CLOCK, "on", True),
     ):
         figures, lines = pace.end(10)
+        more = [pace.end(step)[1] for step in (20, 30)]
     assert figures["slowest_rank"] == 1 and len(lines) == named
+    assert more == [[], []] and all(len(seen) == 1 for seen in pace.slow.values()), "told once"
 
 
 def test_progress_is_a_line_now_and_then(

@@ -58,7 +58,11 @@ def test_a_pair_is_a_source_and_a_target_that_begins_with_its_start(tmp_path: Pa
         assert tokens[row, 6 : 6 + len(target)].tolist() == [START, *target[:-1]]
         assert labels[row].tolist() == [-100] * 6 + target + [-100] * (5 - len(target))
     assert seen == {0, 1, 2}, "each once an epoch"
-    assert data.notes and "1 of 3 documents are cut" in data.notes[0]
+    (note,) = data.notes
+    longest = max(len(source) for source, _ in PAIRS), max(len(target) for _, target in PAIRS)
+    lost = [sum(len(s) > 5 for s, _ in PAIRS), sum(len(t) + 1 > 5 for _, t in PAIRS)]
+    assert f"of 3 pairs {lost[0]} lose the end of their source and {lost[1]} that" in note
+    assert sum(lost) > 0 and not pairs(tmp_path / "roomy", longest[0] + 1, sum(longest) + 2).notes
 
 
 def corrupted(folder: Path, seed: int = 5, length: int = LENGTH) -> TrainData:
