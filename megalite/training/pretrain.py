@@ -49,6 +49,7 @@ from megalite.training.sampling import encoded_prompts
 from megalite.training.screen import Phases, say
 from megalite.training.trackers import check_trackers
 
+ONLY_WITH_CHECK = "only with --check; a run has as many ranks as its launcher starts"
 _NEW_RUN = "another needs a new run, with megalite.train.load"
 
 
@@ -113,9 +114,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.world_size is not None and not options.check:
-        raise ConfigError(
-            "--world-size: goes with --check: a run has the ranks that its launcher starts"
-        )
+        raise ConfigError(f"--world-size: {options.world_size}: {ONLY_WITH_CHECK}")
     return options
 
 
