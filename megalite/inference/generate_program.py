@@ -14,6 +14,7 @@ from megalite.data.tokenizer import Tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.prepare import (
     Prepared,
+    beams_asked,
     check_decoder,
     load_stage,
     model_parser,
@@ -22,7 +23,7 @@ from megalite.inference.prepare import (
     tokenizer_for,
 )
 from megalite.inference.texts import check_ids, continuation
-from megalite.inputs import parse_json, read_text, reading
+from megalite.inputs import lines_of, parse_json, read_standard_input, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
 STANDARD_INPUT = "-"
@@ -32,7 +33,6 @@ def generate_main(arguments: list[str]) -> int:
     """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
     a prompt's come one after another, each with its number as `sample`."""
     options = _parser().parse_args(arguments)
-    from megalite.inference.beams import Beams
     from megalite.inference.sampling import Sampling
 
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
@@ -51,11 +51,13 @@ def generate_main(arguments: list[str]) -> int:
             if options.samples > 1 and sampling.temperature == 0.0:
                 rule = "needs --temperature above 0: 0 makes them all alike"
                 raise ConfigError(f"--samples: {options.samples}: {rule}")
-            beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+            beams = beams_asked(options)
             if beams is not None:
                 _check_beams(options)
             # Standard input is rank 0's alone; the others hear of it below.
             prompts = _prompts(options) if place().rank == 0 else []
+            if options.stream and len(prompts) * options.samples > 1:
+                raise ConfigError("--stream: only with one prompt and one sample")
             ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
         return prepared, tokenizer, prompts, ids, (sampling, beams)
 
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
     )
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
     parser.add_argument(
         "--batch-size",
         type=at_least(1),
@@ -186,7 +188,8 @@ def _generate(
     generator = Generator(stage, grid, options.batch_size)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
     own = len(range(grid.data.rank, len(ids), grid.data.size))
-    visible = grid.rank == 0 and not shown
+    # A beam search does not know its tokens before its end, so nothing would move.
+    visible = grid.rank == 0 and not shown and beams is None
     with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
         on_token = show if shown else lambda number, token: progress.add()
         found = generate_all(
@@ -205,19 +208,16 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         return [options.prompt]
     if options.prompts is None:
         raise ConfigError("--prompt: missing: give it or --prompts FILE")
-    lines = [line for line in read_text(options.prompts).splitlines() if line]
+    lines = lines_of(options.prompts)
     if not lines:
         raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
     if not options.prompts.endswith(".jsonl"):
-        return lines
-    return [_prompt_of(line, f"{options.prompts}:{i}") for i, line in enumerate(lines, 1)]
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"{options.prompts}:{number}") for number, line in lines]
 
 
 def _standard_input() -> str:
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt: -: is not UTF-8 (byte {error.start})") from None
+    text = read_standard_input("--prompt")
     if not text:
         raise ConfigError("--prompt: -: standard input is empty: must hold the prompt")
     return text

@@ -137,6 +137,18 @@ def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def beams_asked(options: argparse.Namespace) -> Any:
+    """The `Beams` of --beams and --length-penalty; None where there is no --beams."""
+    from megalite.inference.beams import Beams
+
+    if options.beams is None:
+        if options.length_penalty is not None:
+            raise ConfigError(f"--length-penalty: {options.length_penalty}: only with --beams")
+        return None
+    penalty = 1.0 if options.length_penalty is None else options.length_penalty
+    return Beams(options.beams, penalty)
+
+
 def stop_ids_for(prepared: Prepared, tokenizer: Tokenizer) -> frozenset[int]:
     """What ends a text: the tokenizer's end of document, and what generation_config.json says."""
     ends = stop_ids_of(open_weights(prepared.folder))

@@ -342,7 +342,7 @@ def step_time(
         length = max(length, all_busy * sharing.ranks * work.tensor / cores)
     parts: dict[str, float] = {}
     parts |= zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True)
-    parts["bubble"] = length - sum(parts.values())
+    parts["bubble"] = max(0.0, length - sum(parts.values()))  # of one rank -1e-16, by rounding
     end = sharing.end(work, max(weights))
     parts["data"] += end["data"]
     parts["update"] = end["update"]
