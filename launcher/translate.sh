@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
 prepare_environment ""
-python -m pip install -q "sacrebleu>=2.4"
+python -c "import sacrebleu" 2>/dev/null || python -m pip install -q "sacrebleu>=2.4"
 
 data=runs/translation-data
 if [ ! -f $data/valid.jsonl ]; then

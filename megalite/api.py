@@ -27,11 +27,11 @@ from megalite.config import load_config
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, prompt_ids
 from megalite.errors import CheckpointError, ConfigError, MegaliteError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
-from megalite.hub.sources import Weights, open_weights, resolve_weights
+from megalite.hub.sources import Weights, open_weights, prompts_both_ways, resolve_weights
 from megalite.inference.generate import Generator
 from megalite.inference.likelihood import likelihoods
 from megalite.inference.sampling import Sampling
-from megalite.inference.texts import check_ids, continuation
+from megalite.inference.texts import as_sources, check_ids, continuation
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -129,6 +129,10 @@ class Model:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        answered = any(message.get("role") == "assistant" for message in messages)
+        if answered and prompts_both_ways(self.weights.state):
+            rule = 'a model trained with megalite.data.objective "prefix" answers one message'
+            raise ConfigError(f"messages: hold an answer: {rule}: begin a new conversation")
         sampling = Sampling(temperature, top_k, top_p, seed, **more)
         ids = self.chat_ids(messages, tools)
         return self._continued(ids, max_new_tokens, sampling, on_text)
@@ -156,12 +160,21 @@ class Model:
             "input_ids"
         ]
 
+    @property
+    def has_source(self) -> bool:
+        """Whether a prompt is the source of an encoder-decoder, and a text its target."""
+        return self.stage.spec.stacks is not None
+
     def loss(self, text: str | Sequence[int]) -> float:
         """Mean loss over the tokens of a text (or of token ids), each given all before it, in nats a token.
 
         The first token has none before it and does not count. Raises ConfigError for a text of fewer than two tokens.
         """
         ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
+        if self.has_source:
+            family = self.stage.spec.family
+            rule = f"a {family} model is an encoder-decoder: this needs a decoder, such as llama"
+            raise ConfigError(f"{self.folder}: {rule}")
         if len(ids) < 2:
             raise ConfigError(f"text: has {len(ids)} tokens: must have at least 2")
         self._check(ids)
@@ -169,12 +182,14 @@ class Model:
         if most is not None and len(ids) - 1 > most:
             rule = f"must be at most the model's max_position_embeddings {most} and one more"
             raise ConfigError(f"text: has {len(ids)} tokens: {rule}")
+        # All are asked for, so that none is a prompt's, whatever the model does with prompts.
         (found,) = likelihoods(self.stage, Grid(), [(ids, [1] * len(ids))])
         return -found.log_probability / (len(ids) - 1)
 
     def _continued(
         self, ids: list[int], max_new_tokens: int, sampling: Sampling, on_text: OnText | None
     ) -> str:
+        ids, is_source = as_sources(self.stage.spec, self.tokenizer, [ids])[0], self.has_source
         self._check(ids)
         ends = stop_ids_of(self.weights)
         if self.tokenizer.eod_id is not None:
@@ -185,16 +200,17 @@ class Model:
         def show(number: int, token: int) -> None:
             nonlocal written
             tokens.append(token)
-            text = continuation(self.tokenizer, ids, tokens, ends)
+            text = continuation(self.tokenizer, ids, tokens, ends, is_source)
             if on_text is not None and not text.endswith(
                 "\ufffd"
             ):  # else a character is not whole yet
                 on_text(text[len(written) :])
                 written = text
 
-        generator = Generator(self.stage, Grid(), batch_size=1)
+        prefixed = prompts_both_ways(self.weights.state)
+        generator = Generator(self.stage, Grid(), batch_size=1, prefixed=prefixed)
         (text,) = generator.generate([ids], max_new_tokens, sampling, ends, show)
-        whole = continuation(self.tokenizer, ids, text.tokens, ends)
+        whole = continuation(self.tokenizer, ids, text.tokens, ends, is_source)
         if on_text is not None and whole != written:
             on_text(whole[len(written) :])
         return whole

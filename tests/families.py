@@ -18,6 +18,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, placed
 
 VOCABULARY, SEQUENCE, BATCH = 131, 13, 3
+SOURCE = 8  # tokens of an encoder-decoder's source among those of the sequence
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 36,
@@ -38,6 +39,21 @@ _GPT: dict[str, Any] = {
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _MODERNBERT_IDS = {"pad_token_id": 7, "cls_token_id": 1, "sep_token_id": 2}
+_T5: dict[str, Any] = {
+    "model_type": "t5",
+    "vocab_size": VOCABULARY,
+    "d_model": 36,
+    "d_kv": 8,
+    "d_ff": 50,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 9,
+    "relative_attention_max_distance": 7,
+    "dropout_rate": 0.0,
+    "pad_token_id": 7,
+    "eos_token_id": 2,
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -232,6 +248,19 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "t5": {
+        **_T5,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    "t5 original": {
+        **_T5,
+        "num_layers": 1,
+        "num_decoder_layers": 3,
+        "feed_forward_proj": "relu",
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    },
 }
 
 # Fewer key/value heads than ranks of the tensor axis, with every kind of weight that is then held in copies.
@@ -257,13 +286,18 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def hf_model(config: dict[str, Any]) -> Any:
     """transformers' model in fp32 with random weights, norms and biases too, the same at every call."""
-    hf_config = AutoConfig.for_model(**config)
+    hf_config, spec = AutoConfig.for_model(**config), read_spec(config)
     hf_config._attn_implementation = hf_config._experts_implementation = "eager"
-    model = hf_auto_class(read_spec(config)).from_config(hf_config).eval()
+    model = hf_auto_class(spec).from_config(hf_config).eval()
+    if spec.stacks is not None and not spec.tied:  # as it is where a file of that kind is read
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     torch.manual_seed(5)
+    spread = (
+        0.2 if spec.scaled_scores else 0.1
+    )  # scores without a scale make large gradients, and large rounding
     with torch.no_grad():
         for name, value in model.named_parameters():
-            value.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, 0.2)
+            value.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, spread)
     return model
 
 
@@ -308,7 +342,11 @@ def load_hf(stage: Stage, model: Any) -> Stage:
 def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]:
     """Logits, the sum of the losses, and the gradients of that sum under our names, from transformers."""
     model, (tokens, labels) = hf_model(config), batch()
-    logits = model(tokens).logits
+    if read_spec(config).stacks is None:
+        logits = model(tokens).logits
+    else:
+        labels = labels[:, SOURCE:]
+        logits = model(tokens[:, :SOURCE], decoder_input_ids=tokens[:, SOURCE:]).logits
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="sum"
     )
@@ -320,6 +358,8 @@ def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tenso
     return logits.detach(), loss.item(), gradients
 
 
+COPIED = {"embedding.tokens.weight", "encoder_bias.weight", "decoder_bias.weight"}
+"""What several stages hold copies of, each with its own part of the gradient."""
 Result = tuple[Tensor | None, float, dict[str, tuple[Placement, Tensor]]]
 
 
@@ -328,6 +368,8 @@ def forward_backward(
 ) -> Result:
     """One micro-batch through the stages of the grid: this rank's logits (last stage), loss and gradients."""
     axis, source, logits = stage.grid.pipe, tokens, None
+    if stage.spec.stacks is not None and context is None:
+        context = Context(source=SOURCE)
     if not axis.is_first:
         source = torch.empty(stage.hidden_shape(*tokens.shape))
         dist.recv(source, axis.ranks[axis.rank - 1])
@@ -351,11 +393,11 @@ def forward_backward(
 
 
 def full_gradients(results: list[Result]) -> dict[str, Tensor]:
-    """Full gradients from all ranks' slices; a tied embedding's two copies are added up."""
+    """Full gradients from all ranks' slices; those of copies on several stages are added up."""
     sums: dict[str, Tensor] = {}
     for _, _, held in results:
         for name, (place, value) in held.items():
             full = sums.setdefault(name, torch.zeros(place.full_shape))
-            if place.counted or name == "embedding.tokens.weight":
+            if place.counted or name in COPIED:
                 place.cut(full).add_(value)
     return sums

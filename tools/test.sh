@@ -14,4 +14,5 @@ export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} HF_HUB_OFFLINE=1 
 ruff check .
 ruff format --check .
 pyright
+python -m compileall -q megalite tests # hundreds of processes import them, some where no bytecode may be written
 exec python -m pytest "$@"

@@ -7,6 +7,7 @@ from pathlib import Path
 from megalite.checkpoint.files import best_checkpoint
 from megalite.hub.carried import tokenizer_files
 from megalite.hub.export_hf import DTYPES, export_hf
+from megalite.hub.sources import open_weights, prompts_both_ways
 from megalite.inference.prepare import BEST_HELP
 from megalite.ranks.launch import ArgumentParser, program_name
 
@@ -27,6 +28,12 @@ def main(argv: list[str]) -> int:
     source = best_checkpoint(args.checkpoint) if args.best else args.checkpoint
     compared = export_hf(source, args.output, args.dtype, args.verify)
     print(f"{args.output}: {compared or 'written; not verified'}")
+    if prompts_both_ways(open_weights(Path(args.output)).state):
+        print(
+            f"{program_name()}: {args.output}: prompts of this model are seen both ways; transformers' generate reads "
+            "them causally: its texts differ",
+            file=sys.stderr,
+        )
     if next(tokenizer_files(Path(args.output)), None) is None:
         print(
             f"{program_name()}: {args.output}: has no tokenizer: the checkpoint carries none",

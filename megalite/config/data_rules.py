@@ -7,8 +7,12 @@ value and the rule.
 import json
 
 from megalite.config.document import ModelDims
+from megalite.config.masks import Masked
+from megalite.config.objectives import Classes
+from megalite.config.parallel_keys import Parallel
 from megalite.config.section import broken
-from megalite.config.sections import Classes, Data, Masked, Megalite
+from megalite.config.sections import Data, Megalite
+from megalite.config.stack_rules import check_objective_of_stacks, check_source_target
 from megalite.errors import ConfigError
 
 LEAST_SHARE = (
@@ -39,6 +43,8 @@ def check_data_keys(data: Data) -> None:
         )
     _check_masked(data)
     _check_classes(data)
+    check_source_target(data)
+    _check_prefix(data)
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for i, source in enumerate(sources):
             if source.split is not None and source.split[0] >= source.split[1]:
@@ -73,6 +79,9 @@ def _check_masked(data: Data) -> None:
         raise ConfigError(
             f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token"
         )
+    if data.tokenizer is None and objective.whole_word:
+        rule = "needs megalite.data.tokenizer, whose tokens make up the words"
+        raise broken(f"{path}.whole_word", True, rule)
     with_masks = f"with a masked {path}"
     _check_whole(data, with_masks)
     if data.samples != "windows" and not data.reset_attention:
@@ -116,6 +125,34 @@ def _check_classes(data: Data) -> None:
         raise broken("megalite.data.eod_mask_loss", True, rule)
 
 
+def _check_prefix(data: Data) -> None:
+    """What goes together with prompts that are seen both ways."""
+    if data.objective != "prefix":
+        return
+    with_prefix = 'with megalite.data.objective "prefix"'
+    if data.loss != "marked":
+        rule = f'must be "marked" {with_prefix}: prompts are what is before the marked tokens'
+        raise broken("megalite.data.loss", data.loss, rule)
+    if data.samples == "windows":
+        rule = f'must be "packed" or "padded" {with_prefix}, which is of whole documents'
+        raise broken("megalite.data.samples", data.samples, rule)
+    if not data.reset_attention:
+        rule = (
+            f"must be true {with_prefix}: a prompt must not see the other documents of its sample"
+        )
+        raise broken("megalite.data.reset_attention", False, rule)
+    if data.eod_mask_loss:
+        rule = f"must be false {with_prefix}: every marked token is asked for"
+        raise broken("megalite.data.eod_mask_loss", True, rule)
+
+
+def check_undivided(parallel: Parallel, data: Data) -> None:
+    """The context axis against prompts, whose tokens see each other both ways."""
+    if data.objective == "prefix" and parallel.context > 1:
+        rule = 'must be 1 with megalite.data.objective "prefix": the tokens of a prompt are not divided'
+        raise broken("megalite.parallel.context", parallel.context, rule)
+
+
 def check_classifier(megalite: Megalite) -> None:
     """What a classifier's head has no use for."""
     if not megalite.data.classes:
@@ -135,12 +172,12 @@ def check_objective(data: Data, dims: ModelDims) -> None:
         rule = f'must be the labels of the model, a classifier: {{"classes": {json.dumps(dims.labels)}}}'
         value = data.objective if isinstance(data.objective, str) else data.objective.model_dump()
         raise broken("megalite.data.objective", value, rule)
-    if data.classes:
+    if data.classes or check_objective_of_stacks(data, dims):
         return
     if dims.causal and isinstance(data.objective, Masked):
         value = data.objective.model_dump(exclude_none=True)
         rule = f"needs an encoder, such as bert: a {dims.family} model sees only what is before a token"
         raise broken("megalite.data.objective", value, rule)
-    if not dims.causal and data.objective == "causal":
+    if not dims.causal and isinstance(data.objective, str):
         rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees what is asked for'
-        raise broken("megalite.data.objective", "causal", rule)
+        raise broken("megalite.data.objective", data.objective, rule)

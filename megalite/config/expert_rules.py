@@ -4,8 +4,9 @@ Each raises ConfigError with one line. Called by rules.py.
 """
 
 from megalite.config.document import Document, ModelDims
+from megalite.config.parallel_keys import Parallel
 from megalite.config.section import broken
-from megalite.config.sections import Megalite, Parallel
+from megalite.config.sections import Megalite
 
 PATH = "megalite.parallel.expert"
 

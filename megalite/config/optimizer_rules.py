@@ -6,9 +6,9 @@ value and the rule.
 
 from megalite.config.deepspeed_keys import OPTIMIZERS, OffloadOptimizer, Optimizer, ZeroOptimization
 from megalite.config.document import Document
+from megalite.config.parallel_keys import Parallel
 from megalite.config.schedules import DEEPSPEEDS
 from megalite.config.section import all_of, broken
-from megalite.config.sections import Parallel
 from megalite.errors import ConfigError
 
 REDUCE_BUCKET_ELEMENTS = 40_000_000

@@ -4,8 +4,8 @@ Each raises ConfigError with one line. Called by rules.py.
 """
 
 from megalite.config.batches import BatchPlan
+from megalite.config.parallel_keys import Parallel
 from megalite.config.section import broken
-from megalite.config.sections import Parallel
 
 PATH = "megalite.parallel"
 

@@ -16,7 +16,12 @@ from megalite.config.context_rules import (
     check_context_keys,
     check_context_length,
 )
-from megalite.config.data_rules import check_classifier, check_data_keys, check_objective
+from megalite.config.data_rules import (
+    check_classifier,
+    check_data_keys,
+    check_objective,
+    check_undivided,
+)
 from megalite.config.deepspeed_keys import (
     OPTIMIZERS,
     DeepSpeedKeys,
@@ -38,11 +43,13 @@ from megalite.config.optimizer_rules import (
     check_precision,
     check_zero,
 )
+from megalite.config.parallel_keys import Parallel
 from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.rate_rules import check_schedule, warmup_steps
 from megalite.config.schedules import Constant
 from megalite.config.section import all_of, broken
-from megalite.config.sections import Megalite, Parallel
+from megalite.config.sections import Megalite
+from megalite.config.stack_rules import check_layout_of_stacks, check_stacks
 from megalite.errors import ConfigError
 
 MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
@@ -122,6 +129,7 @@ def check_document(document: Document) -> None:
     all_of(
         lambda: check_data_keys(megalite.data),
         lambda: check_classifier(megalite),
+        lambda: check_undivided(megalite.parallel, megalite.data),
         lambda: check_length_of_run(megalite),
         lambda: _check_faults(megalite),
         lambda: check_precision(document),
@@ -253,6 +261,7 @@ def check_layout(parallel: Parallel, dims: ModelDims) -> None:
         raise broken(
             "megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}"
         )
+    check_layout_of_stacks(parallel, dims)
     check_context_heads(parallel, dims)
     check_layers(parallel, dims.num_layers)
 
@@ -263,6 +272,7 @@ def check_dims(document: Document, dims: ModelDims) -> None:
     check_layout(megalite.parallel, dims)
     check_experts(megalite, dims)
     check_objective(megalite.data, dims)
+    check_stacks(megalite, dims)
     length, tensor = megalite.data.sequence_length, megalite.parallel.tensor
     if megalite.parallel.sequence and length % tensor:
         rule = f"must be a multiple of megalite.parallel.tensor {tensor} with megalite.parallel.sequence"

@@ -4,13 +4,21 @@ Batch sizes, precision, ZeRO, optimizer, scheduler and clipping are not here: De
 (`deepspeed_keys.py`). Limits of time and faults are in `limits.py`, rules that tie several keys together in `rules.py`.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megalite.config.limits import Faults, Limits
+from megalite.config.masks import Masked
+from megalite.config.objectives import (
+    Classes,
+    Pairs,
+    SpanLengths,
+    Spans,
+    span_lengths,
+)
+from megalite.config.parallel_keys import Parallel
 from megalite.config.router_section import Router
 from megalite.config.section import Counter, Positive, Section, broken
 
@@ -38,57 +46,6 @@ def _source(value: Any) -> Any:
     raise PydanticCustomError("source", 'must be a prefix or {{"path": prefix, "weight": number}}')
 
 
-class Parallel(Section):
-    """How the ranks are laid out. The data axis is what is left: world size / (tensor × context × pipe)."""
-
-    tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
-    pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
-    schedule: Literal["1f1b", "interleaved", "zb-h1", "zb-v"] = Field(
-        "1f1b",
-        description="In which order the ranks of the pipe axis work. `1f1b`: one chunk of layers a rank. "
-        "`interleaved`: several, for a smaller bubble and more messages. `zb-h1`: weight gradients fill the bubble. "
-        "`zb-v`: both, with two chunks a rank in the shape of a V: the smallest bubble. The result is the same; "
-        "docs/layouts.md says which to choose.",
-    )
-    chunks: Annotated[int, Field(ge=2)] | None = Field(
-        None,
-        description="Chunks of layers a rank with `interleaved`; left out: 2. With `zb-v` it is always 2.",
-    )
-    cut: Literal["cost"] | list[Counter] = Field(
-        "cost",
-        description="Layers of each chunk, in the order of the model, such as [5, 6, 6, 4]; the last may be 0, the "
-        "head alone. `cost`: the cut with the shortest simulated step.",
-    )
-    sequence: bool = Field(
-        False,
-        description="Divide the sequence dim over the tensor axis between matrix products (arXiv 2205.05198): "
-        "norms, dropout and hidden states take 1/t of the memory, the same bytes are sent.",
-    )
-    context: Positive = Field(
-        1,
-        description="Ranks that the tokens of each sample are divided among, for long samples: each has 1/c of the "
-        "activations. 2 × context, times tensor with `sequence`, divides `megalite.data.sequence_length`.",
-    )
-    context_attention: Literal["gather", "heads"] = Field(
-        "gather",
-        description="How the ranks of the context axis compute attention. `gather`: each gathers the keys and values "
-        "of the whole sample; any number of heads. `heads`: each computes some heads of the whole sample; context "
-        "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
-    )
-
-    expert: Positive = Field(
-        1,
-        description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "
-        "experts. Tokens travel to the ranks of their experts and back; ZeRO shards an expert's states over the rest "
-        "of the data axis. docs/experts.md has more.",
-    )
-
-    @property
-    def chunks_a_rank(self) -> int:
-        """Chunks of layers that a rank of the pipe axis holds."""
-        return {"interleaved": self.chunks or 2, "zb-v": 2}.get(self.schedule, 1)
-
-
 class Source(Section):
     """One corpus of a blend."""
 
@@ -107,54 +64,16 @@ class Source(Section):
     )
 
 
-class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
-    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
-
-    masked: float = Field(
-        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
-    )
-    keep: Share = Field(0.1, description="Share of those that are left as they are.")
-    swap: Share = Field(
-        0.1, description="Share of those that are replaced by a random token; the rest is masked."
-    )
-    mask_token_id: Counter | None = Field(
-        None,
-        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
-    )
-    special_token_ids: list[Counter] | None = Field(
-        None,
-        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
-    )
-
-
-class Classes(Section):
-    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
-    corpus that tools/preprocess_data.py --label-key has made."""
-
-    classes: list[Text] = Field(
-        min_length=2,
-        max_length=256,
-        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
-    )
-
-
-@dataclass(frozen=True)
-class Classified:
-    """A model section of which a classifier of texts is made, with the names of its labels."""
-
-    section: dict[str, Any] | str
-    classes: tuple[str, ...]
-
-
 def _objective(value: Any) -> Any:
     if isinstance(value, dict):  # pydantic takes their errors in, at their places
-        return (Classes if "classes" in value else Masked).model_validate(value)
-    if value == "causal" or isinstance(value, Masked | Classes):
+        kinds = {"classes": Classes, "source_length": Pairs, "span_corruption": Spans}
+        kind = next((kinds[key] for key in kinds if key in value), Masked)
+        return kind.model_validate(value)
+    if value in ("causal", "prefix") or isinstance(value, Masked | Classes | Pairs | Spans):
         return value
     raise PydanticCustomError(
         "objective",
-        'must be "causal" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
+        'must be "causal", "prefix" or an object such as {{"masked": 0.15}} or {{"classes": ["bad", "good"]}}',
     )
 
 
@@ -185,12 +104,18 @@ class Data(Section):
         description="`all` tokens count in the loss, or those `marked` by `prefix.mask`, as tools/preprocess_data.py "
         "--chat writes it; left out: all, and an existing `prefix.mask` is refused.",
     )
-    objective: Annotated[Literal["causal"] | Masked | Classes, BeforeValidator(_objective)] = Field(
+    objective: Annotated[
+        Literal["causal", "prefix"] | Masked | Classes | Pairs | Spans, BeforeValidator(_objective)
+    ] = Field(
         "causal",
-        description="`causal`: each token is asked for after those before it. For encoders masked language modelling, "
+        description="`causal`: each token is asked for after those before it. `prefix`: so are marked tokens, and the "
+        "tokens of a document's prompt, which is before those, see each other both ways (docs/translation.md). For "
+        "encoders masked language modelling, "
         '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
         '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
-        "takes the place of the other (docs/classification.md).",
+        "takes the place of the other (docs/classification.md). For encoder-decoders pairs of source and target, "
+        '`{"source_length": 64}`, or span corruption, `{"span_corruption": 0.15, "mean_span": 3}` '
+        "(docs/translation.md).",
     )
     order: Literal["shuffled", "megatron"] = Field(
         "shuffled",
@@ -215,17 +140,32 @@ class Data(Section):
     @property
     def ahead(self) -> int:
         """Tokens that a sample needs after its last position: what is asked for there."""
-        return 1 if self.objective == "causal" else 0
+        return 1 if isinstance(self.objective, str) else 0
 
     @property
     def counted_share(self) -> float:
         """About which share of the positions counts in the loss, by the objective alone."""
         match self.objective:
-            case Masked(masked=share):
-                return share
+            case Masked() as masked:
+                return sum(masked.ends) / 2
             case Classes():
                 return 1 / self.sequence_length
-        return 1.0
+        return 1 - self.source_length / self.sequence_length
+
+    @property
+    def spans(self) -> SpanLengths | None:
+        """Lengths in samples of span corruption; None for other objectives, and where none fits."""
+        objective = self.objective
+        return (
+            span_lengths(objective, self.sequence_length) if isinstance(objective, Spans) else None
+        )
+
+    @property
+    def source_length(self) -> int:
+        """Tokens of a sample that are the source of an encoder-decoder, the first ones; 0 where there is none."""
+        if isinstance(self.objective, Pairs):
+            return self.objective.source_length
+        return 0 if self.spans is None else self.spans.source
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -395,6 +335,11 @@ class Train(Section):
         [], description="Texts that the model continues at each evaluation; docs/watching.md."
     )
     sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
+    calibration: Text | None = Field(
+        None,
+        description="File of tools/benchmark_step.py --calibrate, of this machine: what a step is predicted to take, "
+        "in `--check` and beside the first steps; left out: a known GPU's figures. docs/planning.md.",
+    )
     trace_steps: list[Positive] = Field(
         [],
         description="Steps whose timeline of all ranks goes into `trace.json`; docs/watching.md.",

@@ -16,15 +16,18 @@ from megalite.data.corpus_check import unknown_id
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.samples import Piece, Samples, read_documents, read_tokens
+from megalite.data.source_target import Rows, SourceTarget
 
 
 class Batch(NamedTuple):
     """`tokens`, `labels` int64 [B, S]; `documents` int32 [B, S], the number within its sample of each token's
-    document, or None where documents run together. Filling at a sample's end is a document of its own."""
+    document, or None where documents run together. Filling at a sample's end is a document of its own. `prefixes` bool
+    [B, S], with the objective "prefix": whether a token is one of its document's prompt."""
 
     tokens: np.ndarray
     labels: np.ndarray
     documents: np.ndarray | None
+    prefixes: np.ndarray | None = None
 
 
 class Stream(NamedTuple):
@@ -51,6 +54,10 @@ class BatchReader:
     """How far after a position its label is."""
     classifies: bool = False
     """Labels are those of texts, which the corpus beside the tokens holds."""
+    source_target: SourceTarget | None = None
+    """How a sample's source and target are made."""
+    prefixed: bool = False
+    """What is before a document's first marked token is a prompt."""
 
     def read(
         self,
@@ -65,6 +72,7 @@ class BatchReader:
         shape = (len(corpora), self.length)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
         documents = np.zeros(shape, np.int32) if self.apart else None
+        prefixes = np.zeros(shape, bool) if self.prefixed else None
         fill = self._fill_whole if self.whole else self._fill_window
         for number in np.unique(corpora).tolist():
             stream, rows = streams[number], np.flatnonzero(corpora == number)
@@ -72,6 +80,11 @@ class BatchReader:
                 if corpus is not None:
                     corpus.check_unchanged()
             for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
+                if self.source_target is not None:
+                    kept_apart = None if documents is None else documents[row]
+                    filled = Rows(tokens[row], labels[row], kept_apart)
+                    self._fill_both(self.source_target, stream, pieces, int(numbers[row]), filled)
+                    continue
                 fill(
                     stream,
                     pieces,
@@ -79,11 +92,13 @@ class BatchReader:
                     labels[row],
                     None if documents is None else documents[row],
                 )
+                if prefixes is not None:
+                    self._fill_prefixes(stream, pieces, prefixes[row])
         if self.eod_id is not None:
             labels[tokens == self.eod_id] = UNCOUNTED
         if self.masking is not None:
-            self.masking.apply(tokens, labels, numbers)
-        return Batch(tokens, labels, documents)
+            self.masking.apply(tokens, labels, numbers, documents)
+        return Batch(tokens, labels, documents, prefixes)
 
     def _fill_window(
         self,
@@ -136,6 +151,32 @@ class BatchReader:
             filled = end
         if documents is not None:
             documents[filled:] = len(pieces)
+
+    def _fill_both(
+        self,
+        made: SourceTarget,
+        stream: Stream,
+        pieces: list[Piece],
+        number: int,
+        rows: Rows,
+    ) -> None:
+        """Rows of one sample of an encoder-decoder; number: the sample's in the run."""
+        ids = np.empty(sum(stop - start for start, stop in pieces), np.int64)
+        marks = None if stream.marks is None else np.empty_like(ids)
+        read_tokens(stream.samples.corpus, pieces, ids)
+        self._check(stream, pieces, ids)
+        if stream.marks is not None and marks is not None:
+            read_tokens(stream.marks, pieces, marks)
+        made.fill(ids, marks, number, rows)
+
+    def _fill_prefixes(self, stream: Stream, pieces: list[Piece], prefixes: np.ndarray) -> None:
+        """Row [S] of one sample: in each document the tokens before its first marked one."""
+        assert stream.marks is not None, "config/rules.py asks for them"
+        filled = 0
+        for start, stop in pieces:
+            marks = stream.marks.read(start, stop - self.ahead)
+            prefixes[filled : filled + len(marks)] = np.cumsum(marks) == 0
+            filled += len(marks)
 
     def _check(self, stream: Stream, pieces: list[Piece], ids: np.ndarray) -> None:
         unsigned = ids.view(np.uint64)  # a negative id is a huge one there

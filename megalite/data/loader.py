@@ -5,8 +5,10 @@ sample and lets any rank ask for any positions. `TrainData` never ends, `ValidDa
 corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
 """
 
+import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
+from megalite.data.source_target import source_target_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import read_json_object, reading
@@ -36,6 +39,7 @@ __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data"
 
 
 _TRAINING, _EVALUATION = range(2)  # what masks are drawn for
+_EDGES = 200  # windows of a corpus at most, that are looked at for words that they cut
 
 
 class Share(NamedTuple):
@@ -61,7 +65,7 @@ class TrainData:
         for the others. Raises DataError or ConfigError with one line."""
         opened = [_open(source, data, check) for source in data.train]
         self.paths = [source.path for source in data.train]
-        self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING))
+        self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING), last=False)
         self.notes: list[str] = []  # lines for the log: documents that had to be cut
         weights = [source.weight for source in data.train]
         if data.order == "megatron":
@@ -78,6 +82,28 @@ class TrainData:
                 Stream(Shuffled(samples, seed, number), marks)
                 for number, (samples, marks) in enumerate(in_order)
             ]
+            self.notes += self._cut_words([samples for samples, _ in in_order])
+
+    def _cut_words(self, in_order: Sequence[Windows | WholeDocuments]) -> list[str]:
+        """A line for the log about each corpus whose windows begin within words that are masked whole."""
+        words = None if self._reader.masking is None else self._reader.masking.words
+        lines = []
+        for path, samples in zip(self.paths, in_order, strict=True):
+            if words is None or not isinstance(samples, Windows) or samples.num_samples == 1:
+                continue
+            share = words.cut(*samples.edges(_EDGES)).mean()
+            told = "of the windows begin within a word, whose two parts are masked apart"
+            lines.append(f"data: {path}: about {share:.0%} {told}")
+        return lines
+
+    def at_step(self, step: int, steps: int) -> "TrainData":
+        """The same samples as a step of a run of `steps` has them, counted from 0: masks may follow a schedule."""
+        masking = self._reader.masking
+        if masking is None:
+            return self
+        changed = copy.copy(self)
+        changed._reader = replace(self._reader, masking=masking.at_step(step, steps))
+        return changed
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
         """The samples at these positions of the run, from 0 on; the same for the same positions, always.
@@ -114,9 +140,8 @@ class ValidData:
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
         self._streams = [Stream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
-        self._reader = _reader(
-            data, vocabulary_size, mixed(0, _EVALUATION)
-        )  # the same masks in every run
+        # The same masks in every run, and at every step.
+        self._reader = _reader(data, vocabulary_size, mixed(0, _EVALUATION), last=True)
         self.corpora = [
             (source.path, range(int(start), int(stop)))
             for source, start, stop in zip(data.valid, self._ends[:-1], self._ends[1:], strict=True)
@@ -152,6 +177,14 @@ def check_data(data: Data, vocabulary_size: int) -> None:
             check_corpus(marks_prefix(prefix), 2)
         if data.classes:
             check_corpus(labels_prefix(prefix), len(data.classes))
+
+
+def epochs_of(data: Data, seed: int, vocabulary_size: int, samples: int) -> list[tuple[str, float]]:
+    """(prefix, how often a run of so many samples goes through it) of each training corpus."""
+    given = TrainData(data, seed, vocabulary_size, check=False).shares(samples)
+    opened = [_open(source, data, False) for source in data.train]
+    sizes = [_in_order(of, data, [])[0].num_samples for of in opened]
+    return [(share.path, share.samples / size) for share, size in zip(given, sizes, strict=True)]
 
 
 def _open(source: Source, data: Data, check: bool) -> _Opened:
@@ -205,11 +238,17 @@ def _in_order(
 ) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
     """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
     if data.samples == "windows":
-        return Windows(of.corpus, data.sequence_length, of.source.split, data.ahead), of.marks
+        length = data.sequence_length if data.spans is None else data.spans.text
+        return Windows(of.corpus, length, of.source.split, data.ahead), of.marks
     documents = part_of(of.corpus.num_documents, of.source.split)
     with reading(of.source.path, DataError):
         whole = WholeDocuments(
-            of.corpus, documents, data.sequence_length, data.samples == "packed", data.ahead
+            of.corpus,
+            documents,
+            data.sequence_length,
+            data.samples == "packed",
+            data.ahead,
+            cuts=not data.source_length,
         )
     if whole.cut:
         notes.append(
@@ -224,11 +263,11 @@ def _megatron_samples(of: _Opened, data: Data, samples: int, seed: int) -> Megat
     return MegatronSamples(of.corpus, sequences, data.sequence_length, samples, seed)
 
 
-def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
-    """seed: of masks, where there are some."""
+def _reader(data: Data, vocabulary_size: int, seed: int, last: bool) -> BatchReader:
+    """seed: of masks, where there are some; last: as of masking_of."""
     eod_id = _end_of_document(data) if data.eod_mask_loss else None
     whole = data.samples != "windows"
-    masking = masking_of(data, vocabulary_size, seed)
+    masking = masking_of(data, vocabulary_size, seed, last)
     return BatchReader(
         data.sequence_length,
         vocabulary_size,
@@ -238,6 +277,8 @@ def _reader(data: Data, vocabulary_size: int, seed: int) -> BatchReader:
         masking,
         data.ahead,
         bool(data.classes),
+        source_target_of(data, vocabulary_size, seed),
+        data.objective == "prefix",
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megalite.config.sections import Masked
+from megalite.config.masks import Masked
 from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError

@@ -3,15 +3,19 @@ them.
 
 All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
 are new in each epoch, and equal on every layout, for every micro-batch size and after a restart; evaluation numbers its
-samples from 0 under a seed of its own. Next: batch.py.
+samples from 0 under a seed of its own. Of a whole word (words.py) the position is that of its first token. A share that
+changes over a run is held against the same draws. Next: batch.py.
 """
+
+import copy
 
 import numpy as np
 
 from megalite.config import Data
-from megalite.config.sections import Masked
+from megalite.config.masks import Masked
 from megalite.data.permutation import hashed, mixed
 from megalite.data.tokenizer import load_tokenizer
+from megalite.data.words import Words, words_of
 from megalite.errors import ConfigError
 
 UNCOUNTED = -100  # the label of a position that does not count in the loss
@@ -21,21 +25,44 @@ _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Masking:
-    """An objective with its tokens. seed: of the masks."""
+    """An objective with its tokens. share: of the tokens, that is asked for."""
 
     def __init__(
-        self, objective: Masked, mask_id: int, special_ids: list[int], ids: int, seed: int
+        self,
+        objective: Masked,
+        mask_id: int,
+        special_ids: list[int],
+        ids: int,
+        seed: int,
+        words: Words | None = None,
     ) -> None:
-        """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this."""
+        """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this; seed: of
+        the masks; words: None where tokens are masked one by one."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
+        self.share, self.words = objective.ends[0], words
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
         self._others = np.setdiff1d(np.arange(ids), self._special)
 
-    def apply(self, tokens: np.ndarray, labels: np.ndarray, numbers: np.ndarray) -> None:
+    def at_step(self, step: int, steps: int) -> "Masking":
+        """The same with the share of a step of a run of so many."""
+        changed = copy.copy(self)
+        changed.share = self._objective.share(step, steps)
+        return changed
+
+    def apply(
+        self,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        numbers: np.ndarray,
+        documents: np.ndarray | None = None,
+    ) -> None:
         """Masks a batch in place. tokens and labels int64 [B, S], the labels the tokens themselves, or -100 where there
-        is none to ask for; numbers int64 [B]: of the samples in the run."""
+        is none to ask for; numbers int64 [B]: of the samples in the run; documents [B, S]: as of a batch."""
         objective, shape = self._objective, tokens.shape
-        chosen = _below(self._draw(_CHOSEN, numbers, shape), objective.masked)
+        draws = self._draw(_CHOSEN, numbers, shape)
+        if self.words is not None:
+            draws = np.take_along_axis(draws, self.words.starts(tokens, documents), axis=1)
+        chosen = _below(draws, self.share)
         chosen &= (labels != UNCOUNTED) & ~np.isin(tokens, self._special)
         labels[~chosen] = UNCOUNTED
         kind = self._draw(_KIND, numbers, shape)
@@ -56,12 +83,14 @@ def _below(draws: np.ndarray, share: float) -> np.ndarray:
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 
 
-def masking_of(data: Data, vocabulary_size: int, seed: int) -> Masking | None:
-    """Of a config; None where the objective is causal. Raises ConfigError where a token that it needs is missing."""
+def masking_of(data: Data, vocabulary_size: int, seed: int, last: bool) -> Masking | None:
+    """Of a config, with the share of the run's last step or its first; None where nothing is masked. Raises ConfigError
+    where a token that it needs is missing."""
     objective = data.objective
     if not isinstance(objective, Masked):
         return None
     mask_id, special, ids = objective.mask_token_id, objective.special_token_ids, vocabulary_size
+    tokenizer = None
     if data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
         ids = min(ids, tokenizer.vocabulary_size)
@@ -76,4 +105,14 @@ def masking_of(data: Data, vocabulary_size: int, seed: int) -> Masking | None:
             raise ConfigError(f"{KEY}.{name}: {max(values)}: {rule}")
     if len({mask_id, *(special or [])}) >= ids:
         raise ConfigError(f"{KEY}.special_token_ids: must leave some of the {ids} ids")
-    return Masking(objective, mask_id, special or [], ids, seed)
+    words = None
+    if objective.whole_word and tokenizer is not None:
+        words = words_of(tokenizer, vocabulary_size, [mask_id, *(special or [])])
+        if words is None:
+            rule = (
+                f"the tokens of {data.tokenizer} do not show where words begin, as WordPiece's do"
+            )
+            raise ConfigError(f"{KEY}.whole_word: true: {rule}")
+    masking = Masking(objective, mask_id, special or [], ids, seed, words)
+    masking.share = objective.ends[last]
+    return masking

@@ -23,10 +23,11 @@ class WholeDocuments:
         sequence_length: int,
         together: bool,
         ahead: int = 1,
+        cuts: bool = True,
     ) -> None:
-        """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position. Raises
-        DataError where none is long enough."""
-        self.corpus, self.longest = corpus, sequence_length + ahead
+        """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position; cuts: whether
+        what is longer is cut here. Raises DataError where none is long enough."""
+        self.corpus, self.longest, self.cuts = corpus, sequence_length + ahead, cuts
         lengths = corpus.document_lengths(documents.start, documents.stop)
         usable = np.flatnonzero(lengths > ahead)
         if not usable.size:
@@ -62,8 +63,8 @@ class WholeDocuments:
         ]
 
     def _piece(self, document: int) -> Piece:
-        start = self.corpus.document_start(document)
-        return start, min(self.corpus.document_start(document + 1), start + self.longest)
+        start, stop = self.corpus.document_start(document), self.corpus.document_start(document + 1)
+        return start, min(stop, start + self.longest) if self.cuts else stop
 
 
 def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:

@@ -75,6 +75,15 @@ class Windows:
         starts = (self._first + positions * self.length).tolist()
         return [[(start, start + self.length + self.ahead)] for start in starts]
 
+    def edges(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens before and after the starts of `most` windows at most, spread over all but the first."""
+        count = min(most, self.num_samples - 1)
+        windows = np.linspace(1, self.num_samples - 1, count).astype(np.int64)
+        starts = (self._first + windows * self.length).tolist()
+        found = [self.corpus.read(start - 1, start + 1) for start in starts]
+        both = np.array(found, np.int64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
 
 class Shuffled:
     """Samples that come in an order of their own, without end: each epoch takes every one once, in a new order."""

@@ -20,6 +20,7 @@ from megalite.errors import DataError
 from megalite.inputs import check_links, read_json_object, reading
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+BYTES, SPACE = "Ġ", "▁"  # how byte-level vocabularies and sentencepiece's write a space
 _HIGHEST_ID = 10**7
 _LONG_NUMBER = re.compile(rb"\d{8}")
 EQUAL_FILE = "sentencepiece_equal.json"
@@ -43,9 +44,23 @@ class Tokenizer(ABC):
     special_ids: frozenset[int]
     """Tokens that no text gives."""
 
+    @property
+    @abstractmethod
+    def word_mark(self) -> str | None:
+        """How tokens show where words begin: BYTES or SPACE, the space before one; another text, such as "##", is
+        before tokens that continue one. None: they do not show it."""
+
+    @abstractmethod
+    def pieces(self) -> list[str]:
+        """The token of each id as the vocabulary writes it; "" for an id that has none."""
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
+
+    @abstractmethod
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """The id of each token as the vocabulary writes it; None where it does not have one."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -148,6 +163,34 @@ class HuggingFaceTokenizer(Tokenizer):
             copy.deepcopy(fast), bool(getattr(self.inner, "split_special_tokens", False))
         )
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """See Tokenizer."""
+        vocabulary: dict[str, int] = self.inner.get_vocab()
+        return [vocabulary.get(token) for token in tokens]
+
+    @property
+    def word_mark(self) -> str | None:
+        """See Tokenizer; of a tokenizer that is written in Python None."""
+        fast = getattr(self.inner, "backend_tokenizer", None)
+        if fast is None:
+            return None
+        settings = json.loads(fast.to_str())
+        model = settings["model"]
+        if model.get("end_of_word_suffix"):
+            return None
+        if prefix := model.get("continuing_subword_prefix"):
+            return prefix
+        parts = ("normalizer", "pre_tokenizer", "decoder")
+        around = json.dumps([settings.get(part) for part in parts], ensure_ascii=False)
+        return BYTES if "ByteLevel" in around else SPACE if SPACE in around else None
+
+    def pieces(self) -> list[str]:
+        """See Tokenizer."""
+        found = [""] * self.vocabulary_size
+        for piece, number in self.inner.get_vocab().items():
+            found[number] = piece
+        return found
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids, with its spaces as they are."""
         known = [int(i) for i in ids if 0 <= i < self.vocabulary_size]
@@ -181,6 +224,21 @@ class SentencePieceTokenizer(Tokenizer):
     def encoder(self) -> Encoder:
         """See Tokenizer."""
         return SentencePieceEncoder(self._inner)
+
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """See Tokenizer."""
+        found = [self._inner.piece_to_id(token) for token in tokens]
+        pairs = zip(found, tokens, strict=True)
+        return [i if self._inner.id_to_piece(i) == token else None for i, token in pairs]
+
+    @property
+    def word_mark(self) -> str | None:
+        """See Tokenizer."""
+        return SPACE
+
+    def pieces(self) -> list[str]:
+        """See Tokenizer."""
+        return [self._inner.id_to_piece(number) for number in range(self.vocabulary_size)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; control tokens have none, whatever is asked."""

@@ -1,11 +1,14 @@
 """The rank's side of the doctor: an all-reduce on each axis of the grid, and messages both ways on the pipe axis, with
-their rates.
+their rates. Of GPUs in plan/devices.py, and of a machine that was calibrated, an all-reduce's share of what the links
+are known for is told too; ends with 1 where one is slow.
 
-python axes.py PIPE TENSOR CONTEXT EXPERT      (under launcher/run.py's start)
+python axes.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
@@ -24,15 +27,25 @@ def main(arguments: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
+    from megalite.doctor.links import SLOW, known_share, share_words
     from megalite.parallel.grid import Grid
+    from megalite.plan.devices import device_called, read_device
     from megalite.ranks.accelerator import use_accelerator
     from megalite.topology.axes import TOLD
 
-    pipe, tensor, context, expert = (int(word) for word in arguments if word.isdigit())
+    words = [word for word in arguments if not word.startswith("--local_rank")]  # a launcher's
+    pipe, tensor, context, expert = map(int, words[:4])
     grid = Grid.build(pipe, tensor, context, expert)
     kind = use_accelerator().device_name()
     reduced = REDUCED.get(kind, REDUCED_ON_DEVICES)
     values = torch.ones(reduced * MIB // 4, device=kind)
+    known, slow = None, False
+    if words[4:]:
+        known = read_device(Path(words[4]), "megalite.train.calibration")
+    elif kind != "cpu":
+        known = device_called(torch.get_device_module(values.device).get_device_name(values.device))
+    if known is not None:
+        known = replace(known, node_ranks=here.local_size)
 
     def seconds_of(work: Callable[[], Any]) -> float:
         """Of the slowest rank, after one to begin with."""
@@ -46,10 +59,10 @@ def main(arguments: list[str]) -> int:
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         return seconds.item()
 
-    def tell(what: str, seconds: float, moved: float) -> None:
+    def tell(what: str, seconds: float, moved: float, beside: str = "") -> None:
         """moved: bytes that a rank sends."""
         if here.rank == 0:
-            rate = f"{moved / seconds / 1e9:.2f} GB/s each way a rank"
+            rate = f"{moved / seconds / 1e9:.2f} GB/s each way a rank{beside}"
             print(f"{what} in {1e3 * seconds:.0f} ms, {rate}", flush=True)
 
     for name in TOLD:
@@ -58,7 +71,13 @@ def main(arguments: list[str]) -> int:
             group, size = axis.group, axis.size
             seconds = seconds_of(lambda group=group: dist.all_reduce(values, group=group))
             moved = 2 * (size - 1) / size * values.nbytes  # by each rank, in a ring
-            tell(f"{name} axis, {size} ranks: all-reduce of {reduced} MiB", seconds, moved)
+            beside = ""
+            if known is not None:
+                apart, world = axis.ranks[1] - axis.ranks[0], grid.world_size
+                share = known_share(known, size, apart, world, values.nbytes, seconds)
+                slow, beside = slow or share < SLOW, f", {share_words(known, share)}"
+            told = f"{name} axis, {size} ranks: all-reduce of {reduced} MiB"
+            tell(told, seconds, moved, beside)
     if grid.pipe.size > 1:
         sent = SENT.get(kind, SENT_ON_DEVICES)
         given = torch.ones(sent * MIB // 4, device=kind)
@@ -66,7 +85,7 @@ def main(arguments: list[str]) -> int:
         told = f"pipe axis, {pipe} ranks: {sent} MiB between neighbours, both ways at once,"
         tell(told, seconds, given.nbytes)
     stop_ranks()
-    return 0
+    return int(slow)
 
 
 def exchange(axis: Any, given: Any) -> list[Any]:

@@ -120,6 +120,8 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
         return
     axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
     sizes = [str(size) for size in axes_sizes]
+    calibration = None if config is None else config.train.calibration
+    sizes += [] if calibration is None else [calibration]
     program = Program(
         ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
         over_ssh, options.ssh_port, None,

@@ -41,6 +41,7 @@ def _empty_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
     spec = replace(
         routed_spec(config, spec),
         init_std=init.std or spec.init_std,
+        fan_in_init=spec.fan_in_init and init.std is None,
         embedding_init_std=init.embedding_std,
         depth_scaled_init=spec.depth_scaled_init
         if init.depth_scaled is None

@@ -43,7 +43,7 @@ class Engine(DeepSpeedEngine):
         super().__init__(model=stage, mpu=grid, **kwargs)
         self.global_norm = GlobalNorm((place for _, place in placed(stage)), grid.sizes)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
-            ShardedOptimizer.adopt(self.optimizer, self.global_norm, grid, stage.tied_parameter)
+            ShardedOptimizer.adopt(self.optimizer, self.global_norm, stage.ties)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
             FullyShardedOptimizer.adopt(self.optimizer, self.global_norm)
             if self.optimizer.swap_optimizer:
@@ -150,8 +150,9 @@ class Engine(DeepSpeedEngine):
         """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
         gradients go, and optimizers leave alone what has none."""
         stage = self.stage
-        if stage.tied_parameter is not None and stage.tied_parameter.grad is not None:
-            sum_over(stage.tied_parameter.grad, self.grid.ends)
+        for value, axis in stage.ties:
+            if value.grad is not None:
+                sum_over(value.grad, axis)
         gradients = [
             (place, value.grad) for value, place in placed(stage) if value.grad is not None
         ]

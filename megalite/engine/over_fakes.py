@@ -9,7 +9,17 @@ from unittest.mock import patch
 
 import deepspeed
 from deepspeed.comm import comm
-from deepspeed.runtime.zero import partition_parameters, utils
+from deepspeed.runtime.zero import (
+    partition_parameters,
+    partitioned_param_coordinator,
+    stage3,
+    utils,
+)
+from deepspeed.utils import groups
+
+EXPERT_GROUPS = tuple(
+    f"_EXPERT_{kind}PARALLEL_GROUP{what}" for kind in ("", "DATA_") for what in ("", "_RANKS")
+)
 
 
 @contextmanager
@@ -26,9 +36,11 @@ def deepspeed_over_fakes() -> Iterator[None]:
         # Collectives within a host by shared memory, which has no fake. (The name `torch` of deepspeed.comm is torch.)
         torch_backend = importlib.import_module("deepspeed.comm.torch")
         stack.enter_context(patch.object(torch_backend, "build_shm_op", lambda: None))
-        for module in (utils, partition_parameters):
+        for module in (utils, partition_parameters, partitioned_param_coordinator, stage3):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, same))
+        for name in EXPERT_GROUPS:  # which an engine of a model with experts fills
+            stack.enter_context(patch.dict(getattr(groups, name)))
         comm.cdb = None
         deepspeed.init_distributed("gloo", verbose=False)
         try:

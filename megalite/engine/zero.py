@@ -1,10 +1,11 @@
 """DeepSpeed's ZeRO-1 and 2, extended where the model plane (pipe × tensor) needs it; what all stages have in common.
 
-The norm is ours (norm.py); both copies of a tied embedding get the sum of their gradients. Whether a step's update
+The norm is ours (norm.py); all copies of what several stages hold, such as a tied embedding, get the sum of their
+gradients. Whether a step's update
 happens is the norm's word, on every rank or on none. Next: zero3.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from megalite.engine.norm import GlobalNorm
 from megalite.parallel.collectives import sum_over
-from megalite.parallel.grid import Grid
+from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Placement, Shard
 
 INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
@@ -61,25 +62,24 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
     """ZeRO-1 and ZeRO-2. An optimizer that DeepSpeed has made becomes one by `adopt`: its constructor takes 40
     arguments that only the engine knows, and nothing of what it made is changed."""
 
-    grid: Grid
-    tied_group: int | None
+    tied_groups: list[tuple[int, Axis]]
 
     @classmethod
     def adopt(
         cls,
         optimizer: DeepSpeedZeroOptimizer,
         norm: GlobalNorm,
-        grid: Grid,
-        tied: nn.Parameter | None,
+        ties: Sequence[tuple[nn.Parameter, Axis]],
     ) -> None:
-        """Turns DeepSpeed's optimizer into ours, in place."""
+        """Turns DeepSpeed's optimizer into ours, in place. ties: as of Stage."""
         optimizer.__class__ = cls
         assert isinstance(optimizer, ShardedOptimizer)
-        optimizer.global_norm, optimizer.grid = norm, grid
-        groups = optimizer.bit16_groups
-        optimizer.tied_group = next(
-            (i for i, group in enumerate(groups) if any(p is tied for p in group)), None
-        )
+        optimizer.global_norm = norm
+        groups = enumerate(optimizer.bit16_groups)
+        number_of = {id(value): number for number, group in groups for value in group}
+        # In the order of `ties`, which is the same on all stages; that of groups is not.
+        tied = {number_of[id(value)]: axis for value, axis in ties}
+        optimizer.tied_groups = list(tied.items())
 
     def fragments(self) -> Iterator[tuple[Any, Any, int, int, int]]:
         """This rank's part of each parameter: (parameter, flat fp32 partition, first element there, number of
@@ -109,19 +109,16 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                 yield value.placement, gradient
 
     def sum_tied_gradients(self) -> None:
-        """Adds up the gradients of a tied embedding's two copies. It has a parameter group of its own, so that
-        its shards over the data axis are the same on both stages."""
-        if self.tied_group is None:
-            return
-        if self.cpu_offload:
-            held = self.single_partition_of_fp32_groups[self.tied_group].grad
-            device = self.bit16_groups[self.tied_group][
-                0
-            ].device  # that messages between ranks are for
-            held.copy_(sum_over(held.to(device), self.grid.ends))
-            return
-        for gradient in self.averaged_gradients[self.tied_group]:
-            sum_over(gradient, self.grid.ends)
+        """Adds up the gradients of copies. They have parameter groups of their own, so that their shards over the data
+        axis are the same on all stages."""
+        for number, axis in self.tied_groups:
+            if self.cpu_offload:
+                held = self.single_partition_of_fp32_groups[number].grad
+                device = self.bit16_groups[number][0].device  # that messages between ranks are for
+                held.copy_(sum_over(held.to(device), axis))
+                continue
+            for gradient in self.averaged_gradients[number]:
+                sum_over(gradient, axis)
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         """Called by DeepSpeed's step; the scale is that of the loss."""

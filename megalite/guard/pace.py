@@ -29,8 +29,10 @@ class Pace:
         spec: TransformerSpec,
         counted: float,
         hosts: Sequence[str],
+        source: float = 0.0,
     ) -> None:
-        """counted: about which share of the tokens the head's product is made for."""
+        """counted: about which share of the tokens the head's product is made for; source: share that is an
+        encoder-decoder's source."""
         self.faults, self.engine, self.hosts = faults, engine, hosts
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
@@ -40,7 +42,11 @@ class Pace:
             for chunk in stage.cut.chunks_of(engine.grid.pipe.rank)
             for layer in stage.cut.layers[chunk]
         ]
-        self.work = float(sum(spec.layer_parameters(layer, used=True) for layer in layers) + head)
+        parameters = (
+            spec.share_of(layer, source) * spec.layer_parameters(layer, used=True)
+            for layer in layers
+        )
+        self.work = float(sum(parameters) + head)
         self.slow: dict[int, list[str]] = {}
 
     @property

@@ -27,9 +27,10 @@ from megalite.hub.names import (
 )
 from megalite.hub.same_logits import Comparison, compare
 from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
+from megalite.hub.sources import prompts_both_ways
 from megalite.hub.whole import appearing
 from megalite.inputs import reading
-from megalite.model.families import read_spec
+from megalite.model.families import PREFIX_LM, config_of, read_spec
 from megalite.model.spec import TransformerSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +49,7 @@ class _Weights:
         """Shape of each tensor of the files, in the order in which `tensors` gives them."""
         result = {}
         for name in self.names():
-            entry, shape = hf_tensor(self.spec.family, name), self.checkpoint.shape(name)
+            entry, shape = hf_tensor(self.spec, name), self.checkpoint.shape(name)
             if entry.stacked:
                 result |= dict.fromkeys(file_names(entry, self.spec), shape[1:])
                 continue
@@ -105,11 +106,13 @@ def export_hf(
 
 def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dtype: str) -> None:
     """The config with the model's class and dtype, a decoder's generation settings, the tokenizer's files."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     values: dict[str, Any] = {**source.model, "dtype": dtype}
     model_type = values.pop("model_type")
-    config = AutoConfig.for_model(model_type, **values)
+    config = config_of(model_type, values)
+    if prompts_both_ways(source.state):
+        setattr(config, PREFIX_LM, True)
     config.architectures = [hf_auto_class(spec)._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     carry(source.folder / CARRIED, folder)
@@ -117,4 +120,7 @@ def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dty
     if tokenizer is not None:
         carry(tokenizer, folder)
     if spec.causal and not (folder / GENERATION).exists():
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation = GenerationConfig.from_model_config(config)
+        if spec.start_id is not None:
+            generation.decoder_start_token_id = spec.start_id
+        generation.save_pretrained(folder)

@@ -22,7 +22,7 @@ from megalite.config import Classified
 from megalite.errors import CheckpointError
 from megalite.hub.names import bias_names, file_names, groups_of, hf_tensor, state_of
 from megalite.inputs import check_links, read_json_object, reading
-from megalite.model.families import FAMILIES, model_dict, read_spec
+from megalite.model.families import FAMILIES, PREFIX_LM, model_dict, read_spec
 from megalite.model.families.common import HFTensor
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import TIED_NAME, Stage
@@ -36,6 +36,13 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+_PROMPTS = {
+    "samples": "padded",
+    "loss": "marked",
+    "objective": "prefix",
+    "reset_attention": True,
+    "eod_mask_loss": False,
+}  # how such a model's run read its corpora
 _OF_HEADS = ("classifier.", "head.")
 
 
@@ -62,6 +69,8 @@ class HFFolder:
         with reading(self.folder, CheckpointError):
             self.model: dict[str, Any] = model_dict(str(self.folder))
             self.spec = read_spec(self.model)
+            values = read_json_object(self.folder / "config.json", CheckpointError)
+            self.prefixed = values.get(PREFIX_LM) is True
             self.made_one = bool(classes) and self.spec.classifier is None
             if self.made_one:
                 self.model = model_dict(Classified(str(self.folder), classes))
@@ -84,9 +93,11 @@ class HFFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's state would hold of these files: the biases of routers; empty where they have none."""
+        """What a checkpoint's state would hold of these files: the biases of routers, and of a model whose prompts are
+        seen both ways how its run read its corpora."""
+        data: dict[str, Any] = {"data": _PROMPTS} if self.prefixed else {}
         with reading(self.folder, CheckpointError):
-            return state_of(self.spec, self._read_bias)
+            return data | state_of(self.spec, self._read_bias)
 
     def _read_bias(self, file_name: str) -> Tensor:
         values = self._files.read(file_name, ())
@@ -100,7 +111,7 @@ class HFFolder:
         full = self.shapes[name]
         offsets = tuple(offsets) if offsets is not None else (0,) * len(full)
         shape = tuple(shape) if shape is not None else full
-        entry = hf_tensor(self.spec.family, name)
+        entry = hf_tensor(self.spec, name)
         if entry.stacked:
             return self._read_stacked(entry, offsets, shape)
         groups = groups_of(entry, self.spec)
@@ -143,7 +154,7 @@ class HFFolder:
 
     def _missing_prefix(self) -> str:
         """GPT-2's own files leave "transformer." out: they were saved from the model without its head."""
-        first = hf_tensor(self.spec.family, TIED_NAME).name
+        first = hf_tensor(self.spec, TIED_NAME).name
         prefix = first.partition(".")[0] + "."
         return (
             prefix
@@ -155,7 +166,7 @@ class HFFolder:
         """The files hold every tensor of the model with its shape, and no other."""
         known = set()
         for name, full in self.shapes.items():
-            entry = hf_tensor(self.spec.family, name)
+            entry = hf_tensor(self.spec, name)
             shape = [*full[1:]] if entry.stacked else [full[0] * entry.parts, *full[1:]]
             for file_name in file_names(entry, self.spec):
                 file_name = file_name.removeprefix(self._prefix)
@@ -164,8 +175,9 @@ class HFFolder:
         for file_name in bias_names(self.spec):
             known.add(file_name)
             self._check_tensor(file_name, [1, self.spec.experts])
-        if self.spec.tied:
-            known |= self._tied_head()
+        copies = [*getattr(FAMILIES[self.spec.family], "COPIES", ())]
+        for file_name in copies + [self._file_name(self._head)] * self.spec.tied:
+            known |= self._copy(file_name)
         if self.made_one:  # the other head
             table = FAMILIES[self.spec.family].TENSORS.items()
             known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
@@ -195,20 +207,23 @@ class HFFolder:
     def _leave_out_new(self) -> None:
         """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""
         for name in [name for name in self.shapes if name.startswith(_OF_HEADS)]:
-            if self._file_name(hf_tensor(self.spec.family, name)) not in self._files.where:
+            if self._file_name(hf_tensor(self.spec, name)) not in self._files.where:
                 del self.shapes[name]
 
-    def _tied_head(self) -> set[str]:
-        """A head that is in the files though the config ties it must equal the embedding."""
-        head = self._file_name(FAMILIES[self.spec.family].TENSORS[HEAD])
-        if head not in self._files.where:
+    @property
+    def _head(self) -> HFTensor:
+        return FAMILIES[self.spec.family].TENSORS[HEAD]
+
+    def _copy(self, name: str) -> set[str]:
+        """What is in the files though it is the embedding, such as a head that the config ties, must equal it."""
+        if name not in self._files.where:
             return set()
-        if not torch.equal(self._files.read(head, ()), self.read(TIED_NAME)):
-            raise CheckpointError(
-                f"{self.folder}: {head}: differs from the embedding: tie_word_embeddings: True: must "
-                "be false in config.json"
-            )
-        return {head}
+        if not torch.equal(self._files.read(name, ()), self.read(TIED_NAME)):
+            rule = "tie_word_embeddings: True: must be false in config.json"
+            if name != self._file_name(self._head):
+                rule = f"a {self.spec.family} model has one embedding"
+            raise CheckpointError(f"{self.folder}: {name}: differs from the embedding: {rule}")
+        return {name}
 
 
 def _file_rows(

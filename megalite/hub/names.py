@@ -24,20 +24,22 @@ from megalite.model.spec import TransformerSpec
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
-def hf_tensor(family: str, name: str) -> HFTensor:
+def hf_tensor(spec: TransformerSpec, name: str) -> HFTensor:
     """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
-    entry: HFTensor | None = FAMILIES[family].TENSORS.get(pattern) or tensors_of(family).get(name)
+    layer, table = int(match.group(1)) if match else None, FAMILIES[spec.family].TENSORS
+    if layer is not None and spec.stacks is not None:  # files number the layers of each stack
+        table, layer = FAMILIES[spec.family].tensors_of_layer(spec, layer)
+    entry: HFTensor | None = table.get(pattern) or tensors_of(spec.family).get(name)
     if entry is None:
-        raise CheckpointError(f"{name}: a {family} model has no such tensor")
-    layer = match.group(1) if match else ""
-    return replace(entry, name=entry.name.replace("{layer}", layer))
+        raise CheckpointError(f"{name}: a {spec.family} model has no such tensor")
+    return replace(entry, name=entry.name.replace("{layer}", str(layer)))
 
 
 def from_hf(spec: TransformerSpec, name: str, read: Callable[[str], Tensor]) -> Tensor:
     """Our full tensor of that name; `read` gives a file's tensor by its name there."""
-    entry = hf_tensor(spec.family, name)
+    entry = hf_tensor(spec, name)
     if entry.stacked:
         return torch.stack([read(file_name) for file_name in file_names(entry, spec)])
     tensor = read(entry.name)
@@ -53,10 +55,10 @@ def to_hf(
     """The file's tensors, one at a time, contiguous; `read` gives our full tensor by its name."""
     files: dict[str, dict[int, str]] = {}
     for name in names:
-        entry = hf_tensor(spec.family, name)
+        entry = hf_tensor(spec, name)
         files.setdefault(entry.name, {})[entry.part] = name
     for file_name, parts in files.items():
-        entry = hf_tensor(spec.family, parts[0])
+        entry = hf_tensor(spec, parts[0])
         if entry.stacked:
             yield from zip(file_names(entry, spec), read(parts[0]), strict=True)
             continue
@@ -97,11 +99,14 @@ def hf_auto_class(spec: TransformerSpec) -> Any:
     from transformers import (  # seconds to import
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
     )
 
     if spec.classifier is not None:
         return AutoModelForSequenceClassification
+    if spec.stacks is not None:
+        return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM if spec.causal else AutoModelForMaskedLM
 
 

@@ -20,6 +20,7 @@ from megalite.hub.hf_folder import HFFolder, full_shapes
 from megalite.hub.names import hf_auto_class
 from megalite.hub.sources import Weights, open_weights
 from megalite.inputs import reading
+from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
@@ -29,6 +30,8 @@ BOUND = 1e-4
 """Largest difference of two logits, as a part of the largest logit (or of 1 where that is less): rounding of fp32
 over tens of layers stays well below it, a wrong or misplaced tensor far above."""
 TOKENS = (2, 24)
+SOURCE = 15
+"""Tokens of an encoder-decoder's source among those."""
 FITS = 0.5
 
 
@@ -102,6 +105,9 @@ def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
         trust_remote_code=False,
     )
     model.eval()
+    if spec.stacks is not None:
+        source, target = tokens.split([SOURCE, tokens.shape[1] - SOURCE], dim=1)
+        return model(source, decoder_input_ids=target).logits
     if spec.classifier is None:
         return model(tokens).logits
     # A row at a time: without a padding token a decoder's classifier takes no more.
@@ -119,4 +125,4 @@ def our_logits(
     if dtype is not None:
         for value in stage.parameters():
             value.copy_(value.to(dtype))
-    return stage(tokens)
+    return stage(tokens, context=Context(source=SOURCE if spec.stacks is not None else 0))

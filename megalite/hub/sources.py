@@ -1,6 +1,7 @@
 """Weights by path, whatever the path is: a run folder, a checkpoint, a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any
 
 from megalite import other_formats
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
@@ -44,6 +45,12 @@ def open_weights_together(folder: Path, classes: tuple[str, ...] = ()) -> Weight
     if is_hf_folder(folder):
         return together(lambda: HFFolder(folder, classes))
     return open_together(folder)
+
+
+def prompts_both_ways(state: dict[str, Any]) -> bool:
+    """Whether weights were trained with prompts whose tokens see each other both ways, by what goes with them."""
+    data = state.get("data")
+    return isinstance(data, dict) and data.get("objective") == "prefix"
 
 
 def is_of_classifier(weights: Weights) -> bool:

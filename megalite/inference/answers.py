@@ -25,7 +25,8 @@ _END = "end"
 
 
 class Answers:
-    """What all ranks can be asked for. batch_size: rows that go through the stages together."""
+    """What all ranks can be asked for. batch_size: rows that go through the stages together; prefixed: as of
+    Generator."""
 
     def __init__(
         self,
@@ -34,9 +35,10 @@ class Answers:
         tokenizer: Tokenizer,
         stop_ids: Collection[int],
         batch_size: int = 8,
+        prefixed: bool = False,
     ) -> None:
         self.stage, self.grid, self.tokenizer = stage, grid, tokenizer
-        self.stop_ids, self.batch_size = stop_ids, batch_size
+        self.stop_ids, self.batch_size, self.prefixed = stop_ids, batch_size, prefixed
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """On rank 0: `likelihoods` or `texts` on every rank."""
@@ -55,7 +57,7 @@ class Answers:
 
     def likelihoods(self, rows: Sequence[Marked]) -> list[Likelihood]:
         """See likelihood.py."""
-        return likelihoods(self.stage, self.grid, rows, self.batch_size)
+        return likelihoods(self.stage, self.grid, rows, self.batch_size, self.prefixed)
 
     def texts(
         self,
@@ -66,7 +68,7 @@ class Answers:
     ) -> list[str]:
         """The text that continues each prompt's ids, up to the first of `stops`."""
         generator, ends = (
-            Generator(self.stage, self.grid, self.batch_size),
+            Generator(self.stage, self.grid, self.batch_size, self.prefixed),
             ends_at(self.tokenizer, stops),
         )
         found = generate_all(generator, prompts, max_new_tokens, sampling, self.stop_ids, ends)

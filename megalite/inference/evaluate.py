@@ -44,10 +44,12 @@ def evaluate(
     sequence_length: int,
     micro: int = 8,
     by_heads: bool = False,
+    source: int = 0,
 ) -> Score:
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
-    micro: samples that a data rank passes through the stages together; by_heads: as of Rows.
+    micro: samples that a data rank passes through the stages together; by_heads: as of Rows; source: as of
+    micro_batches.
     """
     stage.eval()
     weight = next(stage.parameters())
@@ -65,7 +67,7 @@ def evaluate(
         for first in counted(firsts, len(firsts), "micro-batches evaluated", grid.rank == 0):
             part = min(micro * data.size, count - first)
             (ready[first],) = micro_batches(
-                samples, first, part, micro, data, weight.device, rows=rows
+                samples, first, part, micro, data, weight.device, rows=rows, source=source
             )
             yield first
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from megalite.config import Data
 from megalite.config.context_rules import check_context_length
-from megalite.config.data_rules import check_data_keys, check_objective
+from megalite.config.data_rules import check_data_keys, check_objective, check_undivided
+from megalite.config.masks import Masked
 from megalite.config.section import broken, nearest, parse, unknown
-from megalite.config.sections import Masked
 from megalite.data.chat import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
@@ -35,7 +35,7 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import check_ids
+from megalite.inference.texts import as_sources, check_ids
 from megalite.inputs import reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 from megalite.training.classification import figures
@@ -161,6 +161,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     data = _data(options, prepared)
     length, context = data.sequence_length, prepared.parallel.context
     check_context_length(prepared.parallel, length)
+    check_undivided(prepared.parallel, data)
     if context > 1 and prepared.spec.classifier is not None:
         rule = "must be 1 for a classifier: the tokens of a text are not divided"
         raise broken("megalite.parallel.context", context, rule)
@@ -173,7 +174,14 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
         from megalite.inference.evaluate import evaluate
 
         score = evaluate(
-            stage, grid, samples, samples.num_samples, length, options.micro_batch_size, by_heads
+            stage,
+            grid,
+            samples,
+            samples.num_samples,
+            length,
+            options.micro_batch_size,
+            by_heads,
+            data.source_length,
         )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
         return [
@@ -198,6 +206,8 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
         keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
+        if prepared.prefixed:
+            keys["objective"] = "causal"  # nor has it prompts
     if labels := prepared.spec.labels:
         keys.setdefault("objective", {"classes": list(labels)})
         keys.setdefault("samples", "padded")
@@ -244,9 +254,8 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.likelihood import likelihoods
 
-        return [
-            accuracy(labelled, likelihoods(stage, grid, labelled.rows, options.micro_batch_size))
-        ]
+        size, prefixed = options.micro_batch_size, prepared.prefixed
+        return [accuracy(labelled, likelihoods(stage, grid, labelled.rows, size, prefixed))]
 
     return work
 
@@ -260,7 +269,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         write_translations,
     )
 
-    check_decoder(prepared, "--translations")
+    check_decoder(prepared, "--translations", sources=True)
     if importlib.util.find_spec("sacrebleu") is None:
         line = f"--translations: {options.translations}: needs sacrebleu"
         raise ConfigError(f"{line}: pip install 'megalite[eval]'")
@@ -271,6 +280,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         check_writable(options.write)
     pairs = read_pairs(options.translations)
     prompts = encoder.prompts([source for source, _ in pairs])
+    prompts = as_sources(prepared.spec, tokenizer, prompts)
     check_ids(prepared.spec, prompts)
     most = options.max_new_tokens or MOST_NEW_TOKENS
     check_lengths(prepared.spec, prompts, most)
@@ -281,7 +291,8 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         from megalite.inference.generate import Generator, ends_at, generate_all
         from megalite.inference.sampling import Sampling
 
-        generator, ends = Generator(stage, grid, options.micro_batch_size), ends_at(tokenizer, ())
+        generator = Generator(stage, grid, options.micro_batch_size, prepared.prefixed)
+        ends = ends_at(tokenizer, ())
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
             return []
@@ -322,7 +333,8 @@ def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> W
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.answers import Answers
 
-        answers = Answers(stage, grid, tokenizer, stop_ids, options.micro_batch_size)
+        size, prefixed = options.micro_batch_size, prepared.prefixed
+        answers = Answers(stage, grid, tokenizer, stop_ids, size, prefixed)
         if not is_asking:
             answers.take_part()
             return []

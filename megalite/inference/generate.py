@@ -4,6 +4,10 @@ Prompts of a batch are aligned at their ends (padding on the left), so that the 
 every row. As many batches are under way as there are stages: while one is on the last stage, another is on the
 first. Hidden states go from stage to stage; the tokens that the last stage chooses go back to all others, which
 therefore all know every text. B prompts of a batch, S tokens a row, D hidden.
+
+Of an encoder-decoder the prompts are sources: they go through the encoder in the first pass, with the token that starts
+a target, and the text is a target of its own. Later passes have no source; layers with cross-attention have kept its
+keys and values.
 """
 
 import itertools
@@ -63,11 +67,15 @@ class Generator:
     """Texts from a stage of this rank's. All ranks of the model plane call `generate` together, with equal
     arguments.
 
-    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way.
+    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way. prefixed:
+    the tokens of a prompt see each other both ways.
     """
 
-    def __init__(self, stage: Stage, grid: Grid, batch_size: int = 8) -> None:
+    def __init__(
+        self, stage: Stage, grid: Grid, batch_size: int = 8, prefixed: bool = False
+    ) -> None:
         self.stage, self.grid, self.batch_size = stage.eval(), grid, batch_size
+        self.prefixed = prefixed
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -226,7 +234,7 @@ class _Batch:
     what the last stage chose."""
 
     def __init__(self, texts: list[Text], generator: Generator, max_new_tokens: int) -> None:
-        self.texts, self.stage = texts, generator.stage
+        self.texts, self.stage, self.prefixed = texts, generator.stage, generator.prefixed
         self.tensor_axis, self.device = generator.grid.tensor, generator.device
         self.max_new_tokens = max_new_tokens
         longest = max(len(text.prompt) for text in texts)
@@ -234,9 +242,14 @@ class _Batch:
             [longest - len(text.prompt) for text in texts], device=self.device
         )  # [B]
         rows = [[0] * (longest - len(text.prompt)) + text.prompt for text in texts]
+        self.start_id, self.source = self.stage.spec.start_id, 0
+        capacity = longest + max_new_tokens
+        if self.start_id is not None:
+            rows = [[*row, self.start_id] for row in rows]
+            self.source, capacity = longest, max_new_tokens
         self.column = torch.tensor(rows, device=self.device)  # [B, S], then [B, 1]
         self.seen = 0  # columns that went through
-        self.cache = KeyValueCache(longest + max_new_tokens)
+        self.cache = KeyValueCache(capacity)
         self.chosen = torch.zeros(len(texts), dtype=torch.int64, device=self.device)
 
     @property
@@ -252,7 +265,8 @@ class _Batch:
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
         places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
-        held = [[*text.prompt, *text.tokens] for text in self.texts]
+        starts = [text.prompt if self.start_id is None else [self.start_id] for text in self.texts]
+        held = [[*start, *text.tokens] for start, text in zip(starts, self.texts, strict=True)]
         self.chosen = choose(
             output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places, held
         )
@@ -274,15 +288,22 @@ class _Batch:
 
     def _context(self) -> Context:
         """Positions count from a row's first real token; padding is seen by none but itself."""
+        if self.start_id is not None:
+            columns = torch.arange(self.source, device=self.device)
+            visible = (columns >= self.padding.unsqueeze(-1))[:, None, None]
+            source = 0 if self.seen else self.source
+            return Context(cache=self.cache, source=source, source_visible=visible)
         length = self.column.shape[1]
         places = torch.arange(self.seen, self.seen + length, device=self.device)
         positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
         columns = torch.arange(self.seen + length, device=self.device)
-        visible = (columns <= places.unsqueeze(-1)) & (
-            columns >= self.padding[:, None, None]
-        )  # [B, S, T]
+        real = columns >= self.padding[:, None, None]  # [B, 1, T]
+        visible = (columns <= places.unsqueeze(-1)) & real  # [B, S, T]
         visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
-        return Context(positions, visible.unsqueeze(1), self.cache)
+        prefixes = None
+        if self.prefixed and self.seen == 0:  # the columns are the prompts
+            visible, prefixes = visible | real, real.squeeze(1)
+        return Context(positions, visible.unsqueeze(1), self.cache, prefixes=prefixes)
 
 
 class _BeamBatch(_Batch):

@@ -22,7 +22,7 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import check_ids, continuation
+from megalite.inference.texts import as_sources, check_ids, continuation
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
@@ -38,7 +38,7 @@ def generate_main(arguments: list[str]) -> int:
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
         with reading(options.checkpoint, CheckpointError):
             prepared = prepare_model(options, place().world_size)
-            check_decoder(prepared, "generation")
+            check_decoder(prepared, "generation", sources=True)
             tokenizer = tokenizer_for(options, prepared)
             sampling = Sampling(
                 options.temperature,
@@ -171,8 +171,11 @@ def _generate(
     stage, grid = load_stage(prepared, options.dtype)
     stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
 
+    is_source = prepared.spec.stacks is not None
+
     def text_of(number: int, tokens: Sequence[int]) -> str:
-        return cut_at(continuation(tokenizer, ids[number], tokens, stop_ids), options.stop)
+        text = continuation(tokenizer, ids[number], tokens, stop_ids, is_source)
+        return cut_at(text, options.stop)
 
     told: list[int] = []
     written: list[str] = []
@@ -185,7 +188,7 @@ def _generate(
             written[:] = [text]
 
     shown = options.stream and grid.rank == 0 and len(ids) == 1
-    generator = Generator(stage, grid, options.batch_size)
+    generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
     own = len(range(grid.data.rank, len(ids), grid.data.size))
     # A beam search does not know its tokens before its end, so nothing would move.
@@ -238,6 +241,7 @@ def _encoded(
 
     with reading("--prompt"):
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+        ids = as_sources(prepared.spec, tokenizer, ids)
     check_ids(prepared.spec, ids)
     check_lengths(prepared.spec, ids, max_new_tokens)
     return ids

@@ -27,12 +27,17 @@ class Likelihood(NamedTuple):
 
 @torch.inference_mode()
 def likelihoods(
-    stage: Stage, grid: Grid, rows: Sequence[Marked], batch_size: int = 8
+    stage: Stage,
+    grid: Grid,
+    rows: Sequence[Marked],
+    batch_size: int = 8,
+    prefixed: bool = False,
 ) -> list[Likelihood]:
     """Of each row's marked tokens, each given all before it; the same on every rank (collective over the world).
 
     A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the
-    stages together; logits of all their positions are held in memory.
+    stages together; logits of all their positions are held in memory. prefixed: the tokens before a row's first marked
+    one see each other both ways.
     """
     stage.eval()
     axis, weight = grid.pipe, next(stage.parameters())
@@ -47,12 +52,14 @@ def likelihoods(
     def numbers() -> Iterator[int]:
         for number, batch in enumerate(own):
             tokens, labels = _padded([rows[row] for row in batch])
-            lengths = torch.tensor([len(rows[row][0]) - 1 for row in batch], device=weight.device)
-            ready[number] = (
-                tokens.to(weight.device),
-                labels.to(weight.device),
-                Context(lengths=lengths),
-            )
+            context = Context()
+            lengths = [len(rows[row][0]) - 1 for row in batch]
+            context.lengths = torch.tensor(lengths, device=weight.device)
+            if prefixed:
+                prompts = torch.tensor([_prompt(rows[row][1]) for row in batch])
+                places = torch.arange(tokens.shape[1])
+                context.prefixes = (places < prompts.unsqueeze(-1)).to(weight.device)
+            ready[number] = tokens.to(weight.device), labels.to(weight.device), context
             yield number
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
@@ -70,6 +77,11 @@ def likelihoods(
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
     return [Likelihood(-loss, missed < 0.5) for loss, missed in sums.tolist()]
+
+
+def _prompt(marks: Sequence[int]) -> int:
+    """Tokens before the first marked one."""
+    return next((place for place, mark in enumerate(marks) if mark), len(marks))
 
 
 def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:

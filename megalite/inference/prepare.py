@@ -16,7 +16,12 @@ from megalite.config.section import nearest, parse, unknown
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
-from megalite.hub.sources import open_weights, open_weights_together, resolve_weights
+from megalite.hub.sources import (
+    open_weights,
+    open_weights_together,
+    prompts_both_ways,
+    resolve_weights,
+)
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.ranks.launch import ArgumentParser
@@ -30,8 +35,8 @@ CONTEXT = {"context", "context_attention"}  # and those of passes over samples o
 @dataclass
 class Prepared:
     """What the ranks need. folder: of the weights; model: the Hugging Face config as a dict; state: of the checkpoint,
-    of a Hugging Face folder the biases of its routers alone; sections: the overrides of other sections than `parallel`,
-    not checked yet."""
+    or what a Hugging Face folder has of it; sections: the overrides of other sections than `parallel`, not checked
+    yet."""
 
     folder: Path
     model: dict[str, Any]
@@ -39,6 +44,11 @@ class Prepared:
     parallel: Parallel
     state: dict[str, Any]
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether the tokens of a prompt see each other both ways, as they did in training."""
+        return prompts_both_ways(self.state)
 
 
 def model_parser(about: str) -> argparse.ArgumentParser:
@@ -92,8 +102,13 @@ def prepare_model(
     return Prepared(folder, weights.model, spec, parallel, weights.state, document["megalite"])
 
 
-def check_decoder(prepared: Prepared, use: str) -> None:
-    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model."""
+def check_decoder(prepared: Prepared, use: str, sources: bool = False) -> None:
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. sources: whether
+    an encoder-decoder, whose prompts are sources, can do it too."""
+    if prepared.spec.stacks is not None and not sources:
+        model = f"a {prepared.spec.family} model is an encoder-decoder"
+        rule = f"{model}: {use} needs a decoder, such as llama"
+        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
     if prepared.spec.classifier is not None:
         rule = f"is a classifier of texts: {use} needs a model of language"
         raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")

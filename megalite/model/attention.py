@@ -3,6 +3,7 @@
 Shapes as in layers.py. Next: transformer.py, which puts it into a block.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from megalite.model.context import Context
 from megalite.model.dropout import dropped
 from megalite.model.layers import Norm, SplitNorm
+from megalite.model.relative import CROSS, attend_biased, bias_key
 from megalite.model.rotary import rotate, spread, turns
 from megalite.model.runs import attend_runs
 from megalite.model.spec import TransformerSpec
 from megalite.model.varlen import (
     attend_pieces,
+    attend_prefixes,
     attend_runs_in_pieces,
     kernel_takes,
     new_enough,
@@ -48,7 +51,9 @@ def attend(
     b, _, s, h = query.shape
     t, device = key.shape[2], query.device
     grouped = query.shape[1] != key.shape[1]
-    plain = context.documents is None and (window is None or window >= t)
+    plain = (
+        context.documents is None and context.prefixes is None and (window is None or window >= t)
+    )
     if drops is None and causal and plain and context.rows is not None:
         return attend_runs(query, key, value, context.rows)
     if (
@@ -63,7 +68,11 @@ def attend(
             if runs is not None:
                 return attend_runs_in_pieces(query, key, value, runs, window)
         elif (pieces := context.pieces(b, s, device)) is not None:
-            return attend_pieces(query, key, value, pieces, window, causal)
+            if context.prefixes is None:
+                return attend_pieces(query, key, value, pieces, window, causal)
+            if (halves := context.halves) is not None:
+                prefixes = context.prefixes
+                return attend_prefixes(query, key, value, pieces, halves, prefixes, window)
     visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(
@@ -102,14 +111,24 @@ class Attention(nn.Module):
             spec.attention_dropout,
         )
         self.causal, self.recompute, self.heads = (
-            spec.causal,
+            spec.is_causal(layer),
             recompute,
             range(*share(spec.num_heads, axis)),
         )
-        d, h, bias, std = spec.hidden_size, spec.head_size, spec.attention_bias, spec.init_std
+        self.name = f"layers.{layer}.attention"
+        self.bias_key = bias_key(self.causal) if spec.stacks is not None else None
+        d, h, bias, std = (
+            spec.hidden_size,
+            spec.head_size,
+            spec.attention_bias,
+            spec.std_of(spec.hidden_size),
+        )
         queries, keys = spec.num_heads * h, spec.num_kv_heads * h
-        out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
-        self.query = ColumnLinear(d, queries, bias, axis, std, unit=h)
+        out_std = spec.std_of(queries)
+        if spec.depth_scaled_init:
+            out_std = depth_scaled(out_std, spec.num_layers)
+        query_std = std if spec.scaled_scores else std / math.sqrt(h)
+        self.query = ColumnLinear(d, queries, bias, axis, query_std, unit=h)
         self.key = ColumnLinear(d, keys, bias, axis, std, unit=h)
         self.value = ColumnLinear(d, keys, bias, axis, std, unit=h)
         self.output = RowLinear(queries, d, spec.attention_output_bias, split, out_std)
@@ -129,8 +148,12 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = self._turn(query.transpose(1, 2), key.transpose(1, 2), context)
-        if context.cache is not None:
+        if context.cache is not None and self.causal:  # an encoder has seen all of the source
             key, value = context.cache.extend(self.layer, key, value)
+        return self._result(query, key, value, context)
+
+    def _result(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
+        """[B, heads, S or T, H] of each -> [B, S, D]."""
         if self.recompute and torch.is_grad_enabled():
             mixed = torch.utils.checkpoint.checkpoint(
                 self._core, query, key, value, context, use_reentrant=False
@@ -161,9 +184,11 @@ class Attention(nn.Module):
         s, t = query.shape[2], key.shape[2]
         drops = None
         if context.randomness is not None and self.dropout > 0:
-            place = f"layers.{self.layer}.attention"
             rows = context.row_numbers(range(s), query.device)
-            drops = dropped(context.randomness, place, self.dropout, [heads, rows, range(t)])
+            drops = dropped(context.randomness, self.name, self.dropout, [heads, rows, range(t)])
+        if self.bias_key is not None:
+            bias = context.shared[self.bias_key][0]
+            return attend_biased(query, key, value, bias, drops, self.dropout)
         return attend(query, key, value, context, self.window, self.causal, drops, self.dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -182,3 +207,29 @@ class Attention(nn.Module):
             context.shared[key_of_turns] = spread(cosine, interleaved), sine
         cosine, sine = context.shared[key_of_turns]
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)
+
+
+class CrossAttention(Attention):
+    """Of a decoder's layer: its queries look at what the encoder has made of the source, wherever in it.
+
+    x [B, S, D] of the target, source [B, T, D] -> [B, S, D]. In generation the source's keys and values are made once.
+    """
+
+    def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
+        super().__init__(spec, layer, split, recompute)
+        self.name, self.bias_key = f"layers.{layer}.cross_attention", CROSS
+
+    def forward(self, x: Tensor, context: Context, source: Tensor | None = None) -> Tensor:
+        assert source is not None
+        (query,) = columns(x, (self.query,), self.split)
+        query = self._heads(query).transpose(1, 2)
+        if context.cache is not None and not source.shape[1]:
+            key, value = context.cache.sources[self.layer]
+        else:
+            key, value = (
+                self._heads(part).transpose(1, 2)
+                for part in columns(source, (self.key, self.value), self.split)
+            )
+            if context.cache is not None:
+                context.cache.sources[self.layer] = key, value
+        return self._result(query, key, value, context)

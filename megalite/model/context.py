@@ -15,11 +15,18 @@ from megalite.parallel.rows import Rows
 @dataclass
 class KeyValueCache:
     """Keys and values of the positions seen so far, by layer, for generation. A layer's room for `capacity`
-    positions is made once: growing by concatenation copies all of it for each token."""
+    positions is made once: growing by concatenation copies all of it for each token. sources: those of an encoder's
+    source, by the layer that looks at them."""
 
     capacity: int
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
+    sources: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far."""
+        return next(iter(self.lengths.values()), 0)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, K / t, S, H] and returns all of the layer's, [B, K / t, T, H], as views."""
@@ -50,6 +57,8 @@ class Context:
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
     counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
     bounds: the same as pieces, where they are known without waiting for a device.
+    prefixes [B, S] bool: tokens at the start of their document, or sample, that all of it may look at, and which look
+    at each other both ways; halves: the prefixes as pieces, with others between them, where those are known.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
     visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
     all.
@@ -58,6 +67,10 @@ class Context:
     the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
     balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
     micro-batch; None: they are left out.
+    source: of an encoder-decoder, how many of a sample's S tokens are the source, which come first; the rest is the
+    target. `counted` is then about the target's labels, and `documents` tells filling of the source, which is in
+    another document than the first token and which nothing looks at. source_visible [B, 1, 1, source] bool: the same
+    where there are no documents, for generation, where later passes have no source.
     shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
     """
 
@@ -67,11 +80,15 @@ class Context:
     documents: Tensor | None = None
     counted: Tensor | None = None
     bounds: Bounds | None = None
+    prefixes: Tensor | None = None
+    halves: Bounds | None = None
     lengths: Tensor | None = None
     randomness: Randomness | None = None
     rows: Rows | None = None
     run_pieces: tuple[RunPieces, ...] | None = None
     balance: Tensor | None = None
+    source: int = 0
+    source_visible: Tensor | None = None
     shared: dict[object, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def places(self, s: int, device: torch.device) -> Tensor:
@@ -158,12 +175,13 @@ class Context:
     ) -> Tensor | None:
         """Which of T positions each of the last S, or of `rows`, may look at, bool [B or 1, 1, S, T]; None: all before
         it and itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
-        included, to each side without `causal`. Made once for all layers with that window."""
+        included, to each side without `causal` and in prefixes. Made once for all layers with that window."""
         if window is not None and window >= t:
             window = None
         if (
             window is None
             and self.documents is None
+            and self.prefixes is None
             and (self.visible is not None or s == t or not causal)
         ):
             return self.visible
@@ -173,10 +191,15 @@ class Context:
             if self.rows is not None:
                 own = self.rows.index(device)
             distance = own.unsqueeze(-1) - torch.arange(t, device=device)
-            distance = distance if causal else distance.abs()
-            mask = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[
-                None, None
-            ]
+            ahead = distance < 0
+            if not causal:
+                mask = torch.ones_like(ahead)[None, None]
+            elif self.prefixes is None:
+                mask = ~ahead[None, None]
+            else:
+                mask = ~ahead | self.prefixes[:, None, None, :]
+            if window is not None:
+                mask = mask & (distance.abs() < window)
             if self.documents is not None:
                 assert self._all(s) == t, "documents are for whole samples, not for a cache"
                 own_documents = self._own(self.documents)

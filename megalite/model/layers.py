@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.model.activation import activate, gated
+from megalite.model.context import Context
+from megalite.model.dropout import dropped
 from megalite.model.rms_norm import rms_norm
 from megalite.model.spec import Activation, TransformerSpec
 from megalite.parallel.collectives import Split, enter, leave
@@ -22,6 +24,7 @@ from megalite.parallel.layers import (
     depth_scaled,
     holders,
     parameter,
+    share,
 )
 
 
@@ -72,26 +75,34 @@ class SplitNorm(nn.Module):
 class MLP(nn.Module):
     """D -> F -> D with the F features split; gated (SwiGLU, arXiv 2002.05202) or plain."""
 
-    def __init__(self, spec: TransformerSpec, split: Split) -> None:
+    def __init__(self, spec: TransformerSpec, layer: int, split: Split) -> None:
         super().__init__()
         self.split, axis = split, split.axis
         self.activation: Activation = spec.activation
         d, f, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
-        out_std = (
-            depth_scaled(spec.init_std, spec.num_layers)
-            if spec.depth_scaled_init
-            else spec.init_std
-        )
-        self.gate = ColumnLinear(d, f, bias, axis, spec.init_std) if spec.gated else None
-        self.up = ColumnLinear(d, f, bias, axis, spec.init_std)
+        std, out_std = spec.std_of(d), spec.std_of(f)
+        if spec.depth_scaled_init:
+            out_std = depth_scaled(out_std, spec.num_layers)
+        self.gate = ColumnLinear(d, f, bias, axis, std) if spec.gated else None
+        self.up = ColumnLinear(d, f, bias, axis, std)
         self.down = RowLinear(f, d, bias, split, out_std)
+        self.dropout, self.place = spec.mlp_dropout, f"layers.{layer}.mlp.features"
+        self.features = range(*share(f, axis))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.gate is None:
             (up,) = columns(x, (self.up,), self.split)
-            return self.down(activate(up, self.activation))
+            return self.down(self._drop(activate(up, self.activation), context))
         gate, up = columns(x, (self.gate, self.up), self.split)
-        return self.down(gated(gate, up, self.activation))
+        return self.down(self._drop(gated(gate, up, self.activation), context))
+
+    def _drop(self, features: Tensor, context: Context) -> Tensor:
+        """Dropout of this rank's features of all tokens."""
+        if context.randomness is None or self.dropout == 0.0:
+            return features
+        rows = context.row_numbers(range(features.shape[1]), features.device)
+        mask = dropped(context.randomness, self.place, self.dropout, [rows, self.features])
+        return features.masked_fill(mask, 0.0) / (1 - self.dropout)
 
 
 class Transform(nn.Module):

@@ -50,10 +50,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for the optimizer, alike in learning rate and weight decay: by `entries`, else matrices decay, and norms
     and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
-    both stages that hold one. So have tensors that the tensor axis cuts unevenly (an odd vocabulary): ZeRO lays a group
-    out flat, and kernels round the last numbers of a stretch in another way, so that copies of what is whole would
-    differ where what is next to them does. And what an expert axis divides, which ZeRO shards over fewer ranks;
-    DeepSpeed knows those groups by `moe` and `name`. Stages may differ in their groups: each is an engine of its own.
+    both stages that hold one; so have tables that all stages hold. So have tensors that the tensor axis cuts unevenly
+    (an odd vocabulary): ZeRO lays a group out flat, and kernels round the last numbers of a stretch in another way, so
+    that copies of what is whole would differ where what is next to them does. And what an expert axis divides, which
+    ZeRO shards over fewer ranks; DeepSpeed knows those groups by `moe` and `name`. Stages may differ in their groups:
+    each is an engine of its own.
     """
 
     def choice(place: Placement) -> tuple[float, float]:
@@ -65,10 +66,11 @@ def parameter_groups(
         decay = entries[number].weight_decay
         return entries[number].lr_ratio, usual if decay is None else decay
 
-    groups: dict[tuple[float, float, bool, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, tuple[bool, bool], bool, bool], dict[str, Any]] = {}
+    ties = {id(value) for value, _ in stage.ties}
     for value, place in placed(stage):
         ratio, decay = choice(place)
-        tied = value is stage.tied_parameter
+        tied = id(value) in ties, value is stage.tied_parameter
         empty = {"params": [], "weight_decay": decay, LR_RATIO: ratio}
         if place.has_own_replicas:
             empty |= {"moe": True, "name": EXPERTS}

@@ -3,6 +3,7 @@
 A family (families/) reads a Hugging Face config into one of these; the layers read only this. Next: layers.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,23 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Stacks:
+    """An encoder and a decoder in one list of layers: the first `encoder_layers` see all of the source, the others the
+    target before a token, and by cross-attention what the encoder has made of the source (T5, arXiv 1910.10683).
+
+    Attention's scores get a number that depends on the distance of two tokens, by head: a table with a row for each of
+    `buckets` distances, which the layers of a stack share (relative.py).
+    """
+
+    encoder_layers: int
+    buckets: int
+    max_distance: int
+    """From which on all distances are in one bucket."""
+    start_id: int
+    """The token that every target begins with."""
+
+
+@dataclass(frozen=True)
 class ClassifierSpec:
     """What takes the place of the head in a classifier of texts. What the numbers do: classifier.py."""
 
@@ -79,7 +97,7 @@ class ClassifierSpec:
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """A transformer of one stack. Sizes are of the whole model, not of a rank's share."""
+    """A transformer of one stack, or of two (`stacks`). Sizes are of the whole model, not of a rank's share."""
 
     family: str
     hidden_size: int
@@ -145,13 +163,26 @@ class TransformerSpec:
     """Of what attention and MLP add to the hidden states."""
     drops_mlp: bool = True
     """False: of what attention adds alone."""
+    mlp_dropout: float = 0.0
+    """Of the features between an MLP's matrices."""
+    final_dropout: float = 0.0
+    """Of what the norm after a stack gives."""
     mixture: Mixture | None = None
     """None: no layer has experts."""
+    stacks: Stacks | None = None
+    """None: all layers are one stack."""
+    scaled_scores: bool = True
+    """Whether attention's scores are divided by the root of the head's size."""
+    fan_in_init: bool = False
+    """Whether a matrix starts from init_std divided by the root of its inputs."""
+    head_scale: float = 1.0
+    """What the head multiplies hidden states with."""
 
     @property
     def dropout(self) -> float:
         """The largest of the dropout rates."""
         rates = [self.embedding_dropout, self.attention_dropout, self.hidden_dropout]
+        rates += [self.mlp_dropout, self.final_dropout]
         if self.classifier is not None:
             rates += [self.classifier.dropout, self.classifier.dense_dropout]
         return max(rates)
@@ -160,6 +191,34 @@ class TransformerSpec:
     def labels(self) -> tuple[str, ...]:
         """What a classifier names; empty for a language model."""
         return () if self.classifier is None else self.classifier.labels
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder before a decoder's; 0 where there is one stack."""
+        return 0 if self.stacks is None else self.stacks.encoder_layers
+
+    def is_cross(self, layer: int) -> bool:
+        """Whether a layer looks at what an encoder has made of the source."""
+        return self.stacks is not None and layer >= self.encoder_layers
+
+    def is_causal(self, layer: int) -> bool:
+        """Whether a token of the layer sees only those before it and itself."""
+        return self.causal and layer >= self.encoder_layers
+
+    def share_of(self, layer: int, source: float) -> float:
+        """Share of a sample's tokens that a layer works on; source: share that is an encoder's source."""
+        if self.stacks is None:
+            return 1.0
+        return source if layer < self.encoder_layers else 1 - source
+
+    @property
+    def start_id(self) -> int | None:
+        """The token that a target begins with; None where there is one stack."""
+        return None if self.stacks is None else self.stacks.start_id
+
+    def std_of(self, inputs: int) -> float:
+        """Standard deviation that a matrix with so many inputs starts from."""
+        return self.init_std / math.sqrt(inputs) if self.fan_in_init else self.init_std
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of the layer sees, None for all."""
@@ -220,7 +279,13 @@ class TransformerSpec:
             experts = mixture.chosen if used else mixture.count
             shared = 3 * d * mixture.shared_size + d * mixture.weighs_shared
             mlp = d * mixture.count + experts * 3 * d * mixture.intermediate_size + shared
-        return self._attention_and_norm_parameters + mlp
+        cross = self.cross_parameters + self.norm_parameters if self.is_cross(layer) else 0
+        return self._attention_and_norm_parameters + cross + mlp
+
+    @property
+    def cross_parameters(self) -> int:
+        """Weights of a layer's cross-attention."""
+        return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
 
     @property
     def _attention_and_norm_parameters(self) -> int:
@@ -270,24 +335,50 @@ class TransformerSpec:
             + self.final_norm
             + (self.head_transform is not None)
             - (not self.first_norm)
+            + (self.stacks is not None)
         )
+        tables = 0 if self.stacks is None else 2 * self.stacks.buckets * self.num_heads
         return (
             sum(self.layer_parameters(layer, used) for layer in range(self.num_layers))
             + embeddings
             + head
             + transform
+            + tables
             + norms * self.norm_parameters
         )
 
-    def flops_per_token(self, sequence_length: int, counted: float = 1.0) -> float:
+    def flops_per_token(
+        self, sequence_length: int, counted: float = 1.0, source_length: int = 0
+    ) -> float:
         """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
         the positions that a token sees on average, times 3 (arXiv 2104.04473, appendix, which counts all S; causal
         attention needs S / 2 of them, and a window of w needs w - w² / 2S). counted: share
-        of the tokens that the head's product is made for."""
+        of the tokens that the head's product is made for. source_length: tokens of an encoder-decoder's source."""
+        if self.stacks is not None:
+            return self._flops_of_stacks(sequence_length, counted, source_length)
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
         seen = sum(self._seen(layer, sequence_length) for layer in range(self.num_layers))
         left_out = lookups * self.hidden_size + (1 - counted) * self.head_weights
         return 6.0 * (self.used_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
+
+    def _flops_of_stacks(self, length: int, counted: float, source_length: int) -> float:
+        """The same where a layer works on the source or on the target alone."""
+        total = 6.0 * (counted * self.head_weights + self.norm_parameters)
+        for layer in range(self.num_layers):
+            weights, seen = self.layer_work(layer, length, source_length)
+            total += 6.0 * weights + 12 * self.num_heads * self.head_size * seen
+        return total
+
+    def layer_work(self, layer: int, length: int, source_length: int) -> tuple[float, float]:
+        """Of an encoder-decoder's layer, for a token of a sample on average: weights that multiply it, and positions
+        that attention works on for it."""
+        source = source_length / length
+        share, target = self.share_of(layer, source), length - source_length
+        if not self.is_cross(layer):
+            return share * self.layer_parameters(layer), share * source_length
+        keys = 2 * self.hidden_size * self.num_kv_heads * self.head_size  # of the source's tokens
+        weights = share * (self.layer_parameters(layer) - keys) + source * keys
+        return weights, share * (target / 2 + source_length)
 
     def _seen(self, layer: int, length: int) -> float:
         """Positions that a token of the layer sees on average."""

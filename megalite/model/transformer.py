@@ -3,11 +3,12 @@
     embedding, layer 0 … layer L-1, head
 
 One hidden tensor [B, S, D] goes from each to the next, within a chunk and across chunks; with sequence parallelism
-a rank of the tensor axis has [B, S / t, D] of it. Pipe 1 is the case of one stage with one chunk; there is no second
-way to build or run the model.
+a rank of the tensor axis has [B, S / t, D] of it. Of an encoder-decoder the tensor has the rows of the source and then
+those of the target; an encoder's layer works on the first, a decoder's on the second with a look at the first. Pipe 1
+is the case of one stage with one chunk; there is no second way to build or run the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,20 +17,30 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from megalite.model.attention import Attention
+from megalite.model.attention import Attention, CrossAttention
 from megalite.model.chunks import Cut
 from megalite.model.classifier import Classifier
 from megalite.model.context import Context
 from megalite.model.dropout import drop
+from megalite.model.embedding import Embedding
 from megalite.model.experts import RoutedMLP
 from megalite.model.layers import MLP, Norm, Transform
+from megalite.model.relative import (
+    CROSS,
+    DECODER,
+    ENCODER,
+    RelativeBias,
+    bias_key,
+    cross_bias,
+    source_visible,
+    taking_part,
+)
 from megalite.model.router import Router
 from megalite.model.spec import TransformerSpec
-from megalite.parallel.collectives import Split, enter
+from megalite.parallel.collectives import Split
 from megalite.parallel.deferred import WeightGradients, give, later
-from megalite.parallel.grid import Grid
+from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import (
-    VocabularyEmbedding,
     initialise,
     name_parameters,
     parameter,
@@ -39,49 +50,6 @@ from megalite.parallel.loss import head_loss
 
 TIED_NAME = "embedding.tokens.weight"
 EXPERTS = "experts"  # DeepSpeed's name for what an expert axis splits
-
-
-class Embedding(nn.Module):
-    """Token ids [B, S] -> hidden [B, S or S / t, D]: learned positions and a token type are added, and a norm follows,
-    where the model has them."""
-
-    def __init__(self, spec: TransformerSpec, split: Split) -> None:
-        super().__init__()
-        self.split, self.dropout = split, spec.embedding_dropout
-        std = spec.embedding_init_std or spec.init_std
-        self.tokens = VocabularyEmbedding(
-            spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id
-        )
-        self.position_offset, self.positions, self.types = spec.position_offset, None, None
-        if spec.rotary is None:
-            self.positions = parameter(
-                (spec.position_rows, spec.hidden_size), None, split.axis, std
-            )
-        if spec.token_types:
-            self.types = parameter((spec.token_types, spec.hidden_size), None, split.axis, std)
-        self.norm = (
-            Norm(spec, split.axis, spec.hidden_size, split.users) if spec.embedding_norm else None
-        )
-
-    def forward(self, ids: Tensor, context: Context) -> Tensor:
-        hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])
-        if self.positions is not None:
-            table = enter(later(self.positions), self.split.users)
-            hidden = hidden + self._of_positions(table, ids, context, rows)
-        if self.types is not None:
-            hidden = hidden + enter(later(self.types), self.split.users)[0]
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        numbers = context.row_numbers(rows, ids.device)
-        return drop(hidden, context.randomness, "embedding", self.dropout, numbers)
-
-    def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
-        """Rows of the table of positions for this rank's part of the tokens."""
-        if not self.position_offset:
-            return table[context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]]
-        padding = self.position_offset - 1
-        places = context.counted_places(ids != padding) + padding
-        return F.embedding(places[:, rows.start : rows.stop], table, padding)
 
 
 class Block(nn.Module):
@@ -103,14 +71,22 @@ class Block(nn.Module):
             Norm(spec, split.axis, size, users) if layer or spec.first_norm else nn.Identity()
         )
         self.attention = Attention(spec, layer, split, recompute_attention)
+        self.cross_norm, self.cross_attention = None, None
+        if spec.is_cross(layer):
+            self.cross_norm = Norm(spec, split.axis, size, users)
+            self.cross_attention = CrossAttention(spec, layer, split, recompute_attention)
         self.mlp_norm = None if spec.shared_norm else Norm(spec, split.axis, size, users)
         mixture = spec.mixture_of(layer)
         if mixture is None:
-            self.mlp = MLP(spec, split)
+            self.mlp = MLP(spec, layer, split)
         else:
             self.mlp = RoutedMLP(spec, mixture, split, grid.expert, grid.context)
+        self.stack_norm = None
+        if layer + 1 == spec.encoder_layers:
+            self.stack_norm = Norm(spec, split.axis, size, users)
 
-    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+    def forward(self, hidden: Tensor, context: Context, source: Tensor | None = None) -> Tensor:
+        """source: what the encoder has made of the source, for a layer with cross-attention."""
         mlp_norm = self.mlp_norm or self.attention_norm
         if self.spec.norm_place == "after":  # OLMo 2
             hidden = hidden + self._drop(
@@ -128,13 +104,17 @@ class Block(nn.Module):
             normed = normed if self.spec.shared_norm else mlp_norm(hidden)
             return hidden + mixed + self._drop(self._fed(normed, context), context, "mlp")
         hidden = hidden + mixed
-        return hidden + self._drop(self._fed(mlp_norm(hidden), context), context, "mlp")
+        if self.cross_attention is not None and self.cross_norm is not None:
+            looked = self.cross_attention(self.cross_norm(hidden), context, source)
+            hidden = hidden + self._drop(looked, context, "cross_attention")
+        hidden = hidden + self._drop(self._fed(mlp_norm(hidden), context), context, "mlp")
+        if self.stack_norm is None:
+            return hidden
+        return drop_final(self.stack_norm(hidden), self.spec, context, "encoder")
 
     def _fed(self, hidden: Tensor, context: Context) -> Tensor:
         """Through the MLP or the experts."""
-        if isinstance(self.mlp, RoutedMLP):
-            return self.mlp(hidden, context)
-        return self.mlp(hidden)
+        return self.mlp(hidden, context)
 
     def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
         if part == "mlp" and not self.spec.drops_mlp:
@@ -145,6 +125,12 @@ class Block(nn.Module):
         rows = context.row_numbers(self.split.rows(length), added.device)
         place = f"layers.{self.layer}.{part}.output"
         return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
+
+
+def drop_final(hidden: Tensor, spec: TransformerSpec, context: Context, stack: str) -> Tensor:
+    """Dropout of what the norm after a stack gives."""
+    rows = range(hidden.shape[1])
+    return drop(hidden, context.randomness, f"final.{stack}", spec.final_dropout, rows)
 
 
 class Head(nn.Module):
@@ -159,27 +145,30 @@ class Head(nn.Module):
         self, spec: TransformerSpec, split: Split, tied_to: nn.Parameter | None, z_loss: float
     ) -> None:
         super().__init__()
-        self.split, self.vocabulary_size, self.z_loss = split, spec.vocabulary_size, z_loss
+        self.spec, self.split, self.z_loss = spec, split, z_loss
         self.norm = (
             Norm(spec, split.axis, spec.hidden_size, split.users) if spec.final_norm else None
         )
         self.transform = Transform(spec, split) if spec.head_transform else None
         if tied_to is None:
-            std = spec.embedding_init_std if spec.tied else None
-            tied_to = parameter(
-                (spec.vocabulary_size, spec.hidden_size), 0, split.axis, std or spec.init_std
-            )
+            std = spec.std_of(spec.hidden_size)
+            if spec.tied:
+                std = spec.embedding_init_std or spec.init_std
+            tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, std)
         self.weight = tied_to
         self.bias = (
             parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
         )
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, counted: Tensor | None = None
+        self, hidden: Tensor, labels: Tensor | None = None, context: Context | None = None
     ) -> Tensor:
-        """counted: as of `Context`."""
         for part in (self.norm, self.transform):
             hidden = hidden if part is None else part(hidden)
+        if context is not None:
+            hidden = drop_final(hidden, self.spec, context, "decoder")
+        if self.spec.head_scale != 1.0:
+            hidden = hidden * self.spec.head_scale
         hidden = self.split.enter(hidden)
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -189,10 +178,10 @@ class Head(nn.Module):
             weight,
             bias,
             labels,
-            self.vocabulary_size,
+            self.spec.vocabulary_size,
             self.split.axis,
             self.z_loss,
-            counted,
+            None if context is None else context.counted,
         )
 
 
@@ -206,8 +195,8 @@ class Chunk(nn.Module):
 
     Input: token ids [B, S] if it is the first, else hidden [B, S or S / t, D]. Output: hidden; of the last one with
     labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last
-    position alone, [B, 1, V / t]; of a classifier see classifier.py. tied_to: the embedding of another chunk of this
-    rank, for a tied head.
+    position alone, [B, 1, V / t]; of a classifier see classifier.py; of an encoder-decoder S is the target's tokens
+    there. tied_to: the embedding of another chunk of this rank, for a tied head; tables: another chunk's of this rank.
     """
 
     def __init__(
@@ -221,9 +210,10 @@ class Chunk(nn.Module):
         z_loss: float,
         tied_to: nn.Parameter | None,
         grid: Grid,
+        tables: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.split = spec, split
+        self.spec, self.split, self.layers = spec, split, layers
         self.recompute_every = 0 if recompute == "selective" else int(recompute)
         self.embedding = Embedding(spec, split) if first else None
         if self.embedding is not None:
@@ -232,7 +222,10 @@ class Chunk(nn.Module):
         for layer in layers:
             block = Block(spec, layer, split, recompute == "selective", grid)
             name_parameters(block, f"layers.{layer}")
+            if block.stack_norm is not None:
+                name_parameters(block.stack_norm, "encoder_norm")
             self.blocks[str(layer)] = block
+        self.tables = tables if tables is not None else _tables(spec, split.axis, counted=first)
         self.head: Head | Classifier | None = None
         if last and spec.classifier is not None:
             self.head = Classifier(spec, split)
@@ -253,22 +246,78 @@ class Chunk(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None, context: Context) -> Tensor:
         hidden = self.embedding(x, context) if self.embedding is not None else x
-        blocks, every = list(self.blocks.values()), self.recompute_every
-        for first in range(0, len(blocks), every or max(1, len(blocks))):
-            group = blocks[first : first + every] if every else blocks
-            if every and torch.is_grad_enabled():
-                hidden = torch.utils.checkpoint.checkpoint(
-                    _in_turn, group, hidden, context, use_reentrant=False
-                )
-            else:
-                hidden = _in_turn(group, hidden, context)
+        if self.spec.stacks is not None:
+            hidden = self._both_stacks(hidden, context)
+            labels = None if labels is None else labels[:, context.source :]
+        else:
+            hidden = self._through(_in_turn, hidden, context)
         if self.head is None:
             return hidden
         if isinstance(self.head, Classifier):
             return self.head(hidden, labels, context)
         if context.cache is not None:  # generation: nothing else is read
             hidden = hidden[:, -1:]
-        return self.head(hidden, labels, context.counted)
+        return self.head(hidden, labels, context)
+
+    def _through(self, run: Callable[..., Any], *values: Any) -> Any:
+        """What `run` of all blocks gives for the values, of which the last is the context; group by group where groups
+        are recomputed."""
+        blocks, every = list(self.blocks.values()), self.recompute_every
+        if not every or not torch.is_grad_enabled():
+            return run(blocks, *values)
+        *hidden, context = values
+        for first in range(0, len(blocks), every):
+            group = blocks[first : first + every]
+            result = torch.utils.checkpoint.checkpoint(
+                run, group, *hidden, context, use_reentrant=False
+            )
+            hidden = list(result) if isinstance(result, tuple) else [result]
+        return tuple(hidden) if len(hidden) > 1 else hidden[0]
+
+    def _both_stacks(self, hidden: Tensor, context: Context) -> Tensor:
+        """Rows of source and target [B, S, D] -> the same, before the head the target's alone."""
+        self._add_biases(hidden, context)
+        tables: Any = self.tables.values()
+        unread = [table for table in tables if bias_key(table.causal) not in context.shared]
+        hidden = taking_part(hidden, unread)
+        source, target = hidden.split([context.source, hidden.shape[1] - context.source], dim=1)
+        if not self.encoders:  # all cross-attention reads it, and would copy it each time
+            source = source.contiguous()
+        source, target = self._through(_two_in_turn, source, target, context)
+        return target if self.head is not None else torch.cat([source, target], dim=1)
+
+    @property
+    def encoders(self) -> range:
+        """The chunk's layers that are an encoder's."""
+        return range(self.layers.start, min(self.layers.stop, self.spec.encoder_layers))
+
+    def _add_biases(self, hidden: Tensor, context: Context) -> None:
+        """What the layers of the chunk add to scores. Made here, not by the first of them: that one may be made again
+        in backward, which would find it made."""
+        source, device = context.source, hidden.device
+        targets = hidden.shape[1] - source
+        visible = source_visible(context)
+        if self.encoders and source:
+            table = self.tables["encoder"]
+            context.shared[ENCODER] = (table(source, source, visible, device),)
+        if len(self.encoders) < len(self.layers):
+            seen = 0 if context.cache is None else context.cache.length
+            table = self.tables["decoder"]
+            context.shared[DECODER] = (table(targets, seen + targets, None, device),)
+            context.shared[CROSS] = (cross_bias(visible, hidden.dtype),)
+
+
+def _tables(spec: TransformerSpec, axis: Axis, counted: bool) -> nn.ModuleDict:
+    """The tables of relative positions, which every stage of a pipeline holds; counted: whether this stage's are those
+    that count."""
+    made = nn.ModuleDict()
+    for name in () if spec.stacks is None else ("encoder", "decoder"):
+        table: Any = RelativeBias(spec, axis, causal=name == "decoder")
+        made[name] = table
+        name_parameters(table, f"{name}_bias")
+        placement = table.weight.placement
+        placement.counted = placement.counted and counted
+    return made
 
 
 class Stage(nn.Module):
@@ -302,8 +351,10 @@ class Stage(nn.Module):
                 self.cut.layers[number],
             )
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
+            others: Any = next(iter(self.chunks.values()), None)
+            tables = None if others is None else others.tables
             self.chunks[str(number)] = Chunk(
-                spec, layers, first, last, self.split, recompute, z_loss, tied_to, grid
+                spec, layers, first, last, self.split, recompute, z_loss, tied_to, grid, tables
             )
 
     @property
@@ -343,6 +394,17 @@ class Stage(nn.Module):
         if self.embedding is not None:
             return self.embedding.tokens.weight
         return self.head.weight if self.head is not None else None
+
+    @property
+    def ties(self) -> list[tuple[nn.Parameter, Axis]]:
+        """What several stages hold copies of, whose gradients are summed over an axis: of a tied embedding the ends, of
+        tables of relative positions all stages."""
+        chunk: Any = next(iter(self.chunks.values()))
+        tables = chunk.tables.parameters() if self.grid.pipe.size > 1 else ()
+        found = [(table, self.grid.pipe) for table in tables]
+        if self.tied_parameter is not None:
+            found.append((self.tied_parameter, self.grid.ends))
+        return found
 
     def initialise(self, seed: int) -> "Stage":
         """Initial weights by (seed, name)."""
@@ -399,3 +461,15 @@ def _in_turn(blocks: Sequence[nn.Module], hidden: Tensor, context: Context) -> T
     for block in blocks:
         hidden = block(hidden, context)
     return hidden
+
+
+def _two_in_turn(
+    blocks: Sequence[nn.Module], source: Tensor, target: Tensor, context: Context
+) -> tuple[Tensor, Tensor]:
+    """Each block works on the rows of its stack. Without a source, in generation, the encoder has nothing to do."""
+    for block in blocks:
+        if block.cross_attention is not None:
+            target = block(target, context, source)
+        elif context.source:
+            source = block(source, context)
+    return source, target

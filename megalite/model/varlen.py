@@ -14,6 +14,7 @@ from torch import Tensor
 
 LARGEST_HEAD = 256  # features that the kernel takes, a multiple of 8
 LEAST_CAPABILITY = (8, 0)
+TILE = 128  # queries that the kernel takes at once
 
 
 class Bounds(NamedTuple):
@@ -119,6 +120,33 @@ def attend_pieces(
     query, key, value = (_flat(x) for x in (query, key, value))
     mixed = _kernel(query, key, value, bounds, bounds, window, causal)
     return mixed.view(b, s, n, h).transpose(1, 2)
+
+
+def prefixes_as_pieces(documents: np.ndarray, prefixes: np.ndarray) -> Bounds:
+    """Each document's prefix is a piece. What follows it, of which nothing is wanted, is cut into pieces of a kernel's
+    tile, so that little is computed of it. In main memory. documents, prefixes [B, S]."""
+    tiles = np.arange(documents.shape[1]) // TILE + 1
+    return documents_as_pieces(documents * (tiles[-1] + 1) + np.where(prefixes, 0, tiles))
+
+
+def attend_prefixes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Bounds,
+    halves: Bounds,
+    prefixes: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Attention in each piece, causal but in its prefix, whose tokens see each other both ways.
+
+    Two calls: causally in `bounds`, of which the prefixes are not taken, and both ways in `halves`
+    (`prefixes_as_pieces`), of which they alone are. So no row has to be copied out and back. prefixes bool [B, S];
+    others as in `attend_pieces`.
+    """
+    causal = attend_pieces(query, key, value, bounds, window)
+    both_ways = attend_pieces(query, key, value, halves, window, causal=False)
+    return torch.where(prefixes[:, None, :, None], both_ways, causal)
 
 
 def attend_runs_in_pieces(

@@ -6,7 +6,7 @@ where other work waits for it in one schedule and not in another, and interleavi
 a token, the same on every machine: all ranks find the same cut. Next: plan.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,15 +42,25 @@ class ModelCosts:
 
     @classmethod
     def of(
-        cls, spec: TransformerSpec, length: int, recomputes: bool, counted: float = 1.0
+        cls,
+        spec: TransformerSpec,
+        length: int,
+        recomputes: bool,
+        counted: float = 1.0,
+        source: int = 0,
     ) -> "ModelCosts":
         """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
         makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
-        never does. A dense layer before the head is counted with it, as if it had no backward."""
+        never does. A dense layer before the head is counted with it, as if it had no backward. source: tokens of an
+        encoder-decoder's source."""
         head = 3.0 * counted * spec.head_weights
         head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
-        spans = [_span(spec, layer, length) for layer in range(spec.num_layers)]
-        heads = spec.num_heads * spec.head_size
+        heads, layers = spec.num_heads * spec.head_size, range(spec.num_layers)
+        if spec.stacks is not None:
+            work = [spec.layer_work(layer, length, source) for layer in layers]
+            found = tuple(LayerCosts(weights, 2 * heads * seen) for weights, seen in work)
+            return cls(found, head, recomputes)
+        spans = [_span(spec, layer, length) for layer in layers]
         return cls(
             tuple(
                 LayerCosts(spec.layer_parameters(layer, used=True), heads * span)
@@ -190,30 +200,36 @@ def _climb(
     is among the least bad. heights: of cuts [K, chunk]; spent: what the height of one takes of the budget."""
     best, lowest = start, float(heights(np.array([start]))[0])
 
-    def ranked(cuts: list[list[int]]) -> list[tuple[float, list[int]]]:
+    def ranked(cuts: np.ndarray) -> list[tuple[float, list[int]]]:
+        """The least high, of equal ones the first in lexical order."""
         cuts = cuts[: max(1, budget.left // spent)]
         budget.left -= spent * len(cuts)
-        found = heights(np.array(cuts)).tolist() if cuts else []
-        return sorted(zip(found, cuts, strict=True))
+        if not len(cuts):
+            return []
+        found = heights(cuts)
+        last = min(PAIRED, len(cuts)) - 1
+        least = np.flatnonzero(found <= np.partition(found, last)[last])
+        return sorted((float(found[i]), cuts[i].tolist()) for i in least)[:PAIRED]
 
     while budget.left > 0:
-        moves = ranked(list(_moves(best)))
+        moves = ranked(_moves(best))
         if moves and moves[0][0] >= lowest - SAME * lowest:
-            moves = ranked([counts for _, first in moves[:PAIRED] for counts in _moves(first)])
+            moves = ranked(np.concatenate([_moves(first) for _, first in moves]))
         if not moves or moves[0][0] >= lowest - SAME * lowest:
             break
         lowest, best = moves[0]
     return best
 
 
-def _moves(counts: list[int]) -> Iterator[list[int]]:
-    """Every way in which one layer goes from a chunk to another."""
-    last = len(counts) - 1
-    for source, count in enumerate(counts):
-        if count > (0 if source == last else 1):
-            for target in range(len(counts)):
-                if target != source:
-                    moved = list(counts)
-                    moved[source] -= 1
-                    moved[target] += 1
-                    yield moved
+def _moves(counts: Sequence[int]) -> np.ndarray:
+    """Every way [K, chunk] in which one layer goes from a chunk to another."""
+    chunks = range(len(counts))
+    sources = [chunk for chunk in chunks if counts[chunk] > (0 if chunk == chunks[-1] else 1)]
+    ways = [(source, target) for source in sources for target in chunks if target != source]
+    moved = np.tile(np.array(counts), (len(ways), 1))
+    if ways:
+        taken, given = np.array(ways).T
+        rows = np.arange(len(ways))
+        moved[rows, taken] -= 1
+        moved[rows, given] += 1
+    return moved

@@ -11,7 +11,8 @@ from megalite.pipeline.check import Cost, ProgramError
 from megalite.pipeline.program import Program
 
 KINDS = ("F", "B", "I", "W")
-COLUMNS = 512  # costs that are played together: their times fit into a processor's cache
+COLUMNS = 512, 2048  # costs that are played together, at least and at most
+TIMES = 4_000_000  # of actions that are held at once: 32 MB
 
 
 class Lengths:
@@ -84,11 +85,33 @@ class Lengths:
             ends[number] = (start if start > ready else ready) + table[kind][chunk]
         return max(ends[number] for number in self._last)
 
+    def path(self, table: np.ndarray, hop: float = 0.0) -> tuple[np.ndarray, int]:
+        """The longest chain of actions that wait for each other, for costs [kind, chunk]: how many of each there are
+        [kind, chunk], and how many messages between ranks. Whatever other costs are, a step takes no less than it."""
+        ends, costs = [0.0] * (len(self._kinds) + 1), table.tolist()
+        rows = zip(
+            self._kinds, self._chunks, self._before, self._source, self._message, strict=True
+        )
+        for number, (kind, chunk, before, source, message) in enumerate(rows):
+            start, ready = ends[before], ends[source] + hop if message else ends[source]
+            ends[number] = (start if start > ready else ready) + costs[kind][chunk]
+        counts, hops = np.zeros((len(KINDS), self.chunks)), 0
+        number = max(self._last, key=lambda number: ends[number])
+        while number >= 0:
+            counts[self._kinds[number], self._chunks[number]] += 1
+            source, message = self._source[number], self._message[number]
+            waited = ends[source] + hop * message >= ends[self._before[number]]
+            hops += waited and message
+            number = source if waited and source >= 0 else self._before[number]
+        return counts, hops
+
     def of_many(self, tables: np.ndarray) -> np.ndarray:
         """Lengths [K] for costs [kind, chunk, K], without time for messages."""
-        parts = range(0, tables.shape[2], COLUMNS)
+        least, most = COLUMNS
+        columns = min(most, max(least, TIMES // len(self)))
+        parts = range(0, tables.shape[2], columns)
         return np.concatenate(
-            [self._of_some(tables[:, :, first : first + COLUMNS]) for first in parts]
+            [self._of_some(tables[:, :, first : first + columns]) for first in parts]
         )
 
     def _of_some(self, tables: np.ndarray) -> np.ndarray:

@@ -74,7 +74,8 @@ def plan_of(config: Config, spec: TransformerSpec) -> PipelinePlan:
     parallel, length = config.parallel, config.data.sequence_length
     recomputes = config.train.activation_checkpointing not in ("none", "selective")
     counts = None if parallel.cut == "cost" else tuple(parallel.cut)
-    costs = ModelCosts.of(spec, length, recomputes, config.data.counted_share)
+    data = config.data
+    costs = ModelCosts.of(spec, length, recomputes, data.counted_share, data.source_length)
     return make_plan(parallel.schedule, parallel.pipe, parallel.chunks_a_rank, counts, costs)
 
 
@@ -96,7 +97,8 @@ def make_plan(
 
 def inference_cut(spec: TransformerSpec, pipe: int) -> Cut:
     """A chunk a rank, for forwards alone: the longest is as short as can be."""
-    costs = ModelCosts.of(spec, length=1, recomputes=False)
+    length, source = (1, 0) if spec.stacks is None else (2, 1)  # as much source as target
+    costs = ModelCosts.of(spec, length, recomputes=False, source=source)
     costs = replace(
         costs, head=costs.head / 3
     )  # without the gradients that training makes with the loss

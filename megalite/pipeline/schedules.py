@@ -10,6 +10,7 @@
 p ranks, m micro-batches, v chunks a rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
 """
 
+import math
 from collections.abc import Callable
 
 from megalite.pipeline.check import Cost, ProgramError, equal_costs
@@ -141,28 +142,39 @@ class _Lister:
         choices.sort(key=lambda choice: ranked(*choice))
         self.order = {choice: number for number, choice in enumerate(choices)}
         plans = [self._plan(rank) for rank in range(self.ranks)]
+        starts = [plan[0] for plan in plans]
+        # Only a rank itself and those of the neighbouring chunks can see a change.
+        near = [
+            {self.home[c] for c in (chunk - 1, chunk, chunk + 1) if 0 <= c <= self.last}
+            for chunk in range(len(self.home))
+        ]
         for _ in range(len(self.kinds) * len(self.home) * self.m):
-            waiting = [(plan[0], rank) for rank, plan in enumerate(plans) if plan is not None]
-            if not waiting:
+            start = min(starts)
+            if start == math.inf:
                 raise ProgramError("no rank can continue: too little room")
-            rank = min(waiting)[1]
-            start, kind, chunk = plans[rank]  # type: ignore[misc]
+            rank = starts.index(start)
+            _, kind, chunk = plans[rank]
             self._place(rank, kind, chunk, start)
-            # Only this rank and those of the neighbouring chunks can see a change.
-            neighbours = [self.home[c] for c in (chunk - 1, chunk + 1) if 0 <= c <= self.last]
-            for changed in {rank, *neighbours}:
+            for changed in near[chunk]:
                 plans[changed] = self._plan(changed)
+                starts[changed] = plans[changed][0]
         program = Program(self.home, self.m, tuple(tuple(actions) for actions in self.lists))
         return program, max(self.free)
 
-    def _plan(self, rank: int) -> tuple[float, str, int] | None:
-        """What the rank does next, and when, as far as is known: (start, kind, chunk)."""
+    def _plan(self, rank: int) -> tuple[float, str, int]:
+        """What the rank does next, and when, as far as is known: (start, kind, chunk); start is infinite where there is
+        nothing."""
         found = self._ready(rank)
         if not found:
-            return None
-        start = max(self.free[rank], min(found)[0])
-        _, kind, chunk = min(choice[1:] for choice in found if choice[0] <= start)
-        return start, kind, chunk
+            return math.inf, "", 0
+        earliest, free = min(found)[0], self.free[rank]
+        start = free if free > earliest else earliest
+        first = found[0] if found[0][0] <= start else None
+        for choice in found[1:]:
+            if choice[0] <= start and (first is None or choice[1] < first[1]):
+                first = choice
+        assert first is not None, "one of them is the earliest"
+        return start, first[2], first[3]
 
     def _ready(self, rank: int) -> list[tuple[float, int, str, int]]:
         """Of each kind and chunk of a rank the next action, if all that it needs is placed and there is room: (when it

@@ -20,7 +20,8 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
                                       what the weight multiplies
     queries, keys, values             e·(q + 2·k), as attention reads them
     core of attention                 the logarithms 4·b·s·a / t; a mask e·s·s where a window or documents need one;
-                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t
+                                      with dropout instead of both the weights (4 + e + 1)·b·a·s·s / t; on a GPU
+                                      prefixes take the logarithms twice and 2·e·q more
     input of the output projection    e·q: what attention gives
     with c ranks of the context axis  s is a rank's tokens; keys and values are those of whole samples, c·k, and masks
                                       and weights s by c·s; where heads are exchanged for tokens, c·s by c·s for a / c
@@ -61,7 +62,8 @@ class Forward:
     each sample.
 
     context: ranks of the context axis, which divide the samples; by_heads: whether they exchange heads for tokens
-    (parallel/rows.py); experts: ranks of the expert axis; compiled: `megalite.train.compile`.
+    (parallel/rows.py); experts: ranks of the expert axis; compiled: `megalite.train.compile`; source: tokens of an
+    encoder-decoder's source (stacks.py); prefixes: whether documents have some that are seen both ways.
     """
 
     batch: int
@@ -74,6 +76,8 @@ class Forward:
     by_heads: bool = False
     experts: int = 1
     compiled: bool = False
+    source: int = 0
+    prefixes: bool = False
 
     @property
     def whole(self) -> int:
@@ -104,7 +108,7 @@ class Forward:
         return self.tokens * (stop - start)
 
 
-def _norm(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table:
+def norm_table(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table:
     """What a norm of so many numbers keeps, each of `groups` of them with statistics of its own. kind: `layer`, `rms`,
     or `split`: of features that the tensor axis splits."""
     if kind == "layer":
@@ -124,7 +128,7 @@ def _norm(kind: str, name: str, numbers: int, groups: int, at: Forward) -> Table
 def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool = False) -> Table:
     """What one layer keeps; `selective`: the core of attention is made again."""
     hidden_norms = [
-        _norm(spec.norm, name, at.rows * spec.hidden_size, at.rows, at)
+        norm_table(spec.norm, name, at.rows * spec.hidden_size, at.rows, at)
         for name in ("attention norm", "MLP norm")
     ]
     gathered = at.width * at.tokens * spec.hidden_size
@@ -209,7 +213,7 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
     if spec.qk_norm != "none":
         by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "split"
         for name, numbers in (("query norm", queries), ("key norm", keys)):
-            table |= _norm(kind, name, numbers, numbers // h if by_head else at.tokens, at)
+            table |= norm_table(kind, name, numbers, numbers // h if by_head else at.tokens, at)
     heads, key_heads = queries // (at.tokens * h), keys // (at.tokens * h)
     by_heads = at.by_heads and at.context > 1
     s, t = at.whole if by_heads else at.length, at.whole
@@ -228,6 +232,9 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
         in_pieces = masked and kernel_takes(at.device, at.dtype, h) and (spec.causal or not by_run)
         if masked and not in_pieces:
             core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
+        if in_pieces and at.prefixes:  # three results: causal, both ways, and what is taken of them
+            core["attention: results in halves"] = 2 * e * queries
+            core["attention: logarithms"] *= 2
         if in_pieces and by_run:
             t += at.length // 2  # keys before both runs are copied twice
         if by_heads or (
@@ -248,12 +255,12 @@ def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
     table = {"ids": INT64 * at.tokens}
     if split:
         table["ids of other ranks"] = at.tokens
-    if spec.rotary is None:
+    if spec.position_rows:
         table["positions"] = INT64 * (
             at.tokens if at.documents or spec.position_offset else at.length
         )
     if spec.embedding_norm:
-        table |= _norm(spec.norm, "embedding norm", at.rows * spec.hidden_size, at.rows, at)
+        table |= norm_table(spec.norm, "embedding norm", at.rows * spec.hidden_size, at.rows, at)
     if spec.embedding_dropout > 0:
         table["dropout of embeddings"] = at.rows * spec.hidden_size
     return table
@@ -263,14 +270,14 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
     """What the final norm and the head with its loss keep: no logits, but the gradients, which are made in forward."""
     numbers, table = at.rows * spec.hidden_size, {}
     if spec.final_norm:
-        table |= _norm(spec.norm, "final norm", numbers, at.rows, at)
+        table |= norm_table(spec.norm, "final norm", numbers, at.rows, at)
     if spec.classifier is not None:  # of each text a few rows, which are left out
         return table
     if spec.head_transform:
         table["dense: input"] = at.width * numbers
         if spec.head_transform != "relu":  # whose result is the norm's input
             table["dense: input of its activation"] = at.width * numbers
-        table |= _norm(spec.norm, "norm of the dense layer", numbers, at.rows, at)
+        table |= norm_table(spec.norm, "norm of the dense layer", numbers, at.rows, at)
     start, stop = share(spec.vocabulary_size, at.split.axis)
     wide = gradient_type(at.dtype).itemsize
     sums = wide if _loss_rows(spec, at) >= at.tokens else FP32

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.plan.candidates import Candidate, Search, candidates
+from megalite.plan.candidates import Search
 from megalite.plan.devices import GIB
 from megalite.plan.search import Found, Layout, Planner
 
@@ -22,6 +22,7 @@ WORDS = {
     "engine": "sums of gradients",
     "data": "messages of the data axis",
     "expert": "tokens on their way to experts",
+    "context": "messages of the context axis",
     "update": "the update",
     "bubble": "the bubble",
 }
@@ -56,17 +57,17 @@ def why(layouts: list[Layout]) -> str:
     )
 
 
-def axes_of(layout: Layout) -> tuple[int, int, int]:
-    """Pipe, tensor and ZeRO's stage."""
-    return layout.candidate.pipe, layout.candidate.tensor, layout.candidate.zero
+def axes_of(layout: Layout) -> tuple[int, ...]:
+    """The sizes of the axes, and ZeRO's stage."""
+    one = layout.candidate
+    return one.pipe, one.tensor, one.context, one.expert, one.zero
 
 
 def changes(planner: Planner, found: Found) -> Iterator[str]:
     """What would make another of the layouts the first."""
     first = found.layouts[0]
-    faster = [layout for layout in found.too_large if layout.time.seconds < first.time.seconds]
-    if faster:
-        best = min(faster, key=lambda layout: layout.time.seconds)
+    if found.too_large:
+        best = found.too_large[0]
         missing = (best.memory.total - planner.memory_bytes) / GIB
         gain = 100 * (1 - best.time.seconds / first.time.seconds)
         yield f"with {missing:.1f} GiB more a rank: {best.candidate} ({gain:.1f} % faster)"
@@ -76,7 +77,7 @@ def changes(planner: Planner, found: Found) -> Iterator[str]:
         other = Planner(
             planner.search, replace(device, network=link), planner.memory_bytes, planner.sizes
         )
-        again = [other.layout(layout.config, layout.candidate) for layout in found.layouts]
+        again = [other.again(layout) for layout in found.layouts]
         best = min(again, key=lambda layout: layout.time.seconds)
         if axes_of(best) != axes_of(first):
             yield f"with a network of {words} the rate: {best.candidate}"
@@ -95,9 +96,9 @@ def given_line(given: Layout, first: Layout, memory_bytes: float) -> str:
     )
 
 
-def none_fits(planner: Planner, found: Found) -> ConfigError:
+def none_fits(planner: Planner) -> ConfigError:
     """By how much the smallest layout is too large, and what frees the most."""
-    smallest = min(found.too_large, key=lambda layout: layout.memory.total)
+    smallest = planner.smallest()
     needed, room = smallest.memory.total / GIB, planner.memory_bytes / GIB
     freed = {
         words: needed - _least_bytes(planner, search) / GIB for words, search in _levers(planner)
@@ -126,7 +127,8 @@ def _levers(planner: Planner) -> Iterator[tuple[str, Search]]:
 
 
 def _least_bytes(planner: Planner, search: Search) -> float:
-    """What the smallest layout of another search takes, about."""
-    other = Planner(search, planner.device, planner.memory_bytes)
-    found: list[Candidate] = list(candidates(search))
-    return min((other.estimated_bytes(one) for one in found), default=float("inf"))
+    """What the smallest layout of another search takes."""
+    try:
+        return Planner(search, planner.device, planner.memory_bytes).smallest().memory.total
+    except ConfigError:  # which has no layout at all
+        return float("inf")

@@ -1,23 +1,27 @@
 """Every layout that the config's rules accept for so many ranks: what the planner searches.
 
 `CHOICES` has an entry for each thing that a layout chooses: its key in the JSON and the values that are tried. A
-new axis or lever is one more entry, and what it does to memory and time in rank_memory.py and step_time.py.
-Next: search.py.
+new axis or lever is one more entry, and what it does to memory and time in rank_memory.py, step_time.py and bounds.py.
+Next: bounds.py.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megalite.config import Config
 from megalite.config.batches import BatchPlan
+from megalite.config.context_rules import check_context_length
+from megalite.config.data_rules import check_classifier
 from megalite.config.deepspeed_keys import ZeroOptimization
+from megalite.config.document import Document
+from megalite.config.expert_rules import check_expert_axis, check_zero_of_experts
 from megalite.config.optimizer_rules import check_precision, check_zero
+from megalite.config.parallel_keys import Parallel
 from megalite.config.pipe_rules import check_micro_batches, check_schedule_of_pipe
-from megalite.config.rules import check_layout
-from megalite.config.sections import Parallel
+from megalite.config.rules import check_dims, check_layout
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.schedules import SCHEDULES
@@ -28,7 +32,8 @@ MOST_MICRO = 64  # samples of a micro-batch that are tried
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout. recompute: `megalite.train.activation_checkpointing`; offload: the optimizer's device."""
+    """A layout. attention: `megalite.parallel.context_attention`; recompute: `megalite.train.activation_checkpointing`;
+    offload: the optimizer's device."""
 
     pipe: int = 1
     tensor: int = 1
@@ -39,6 +44,9 @@ class Candidate:
     recompute: str = "none"
     sequence: bool = False
     offload: str = "none"
+    context: int = 1
+    attention: str = "gather"
+    expert: int = 1
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -46,7 +54,11 @@ class Candidate:
         return {choice.key: choice.written(self) for choice in CHOICES}
 
     def __str__(self) -> str:
-        words = [f"pipe {self.pipe}", f"tensor {self.tensor}", f"ZeRO-{self.zero}"]
+        words = [f"pipe {self.pipe}", f"tensor {self.tensor}"]
+        if self.context > 1:
+            words.append(f"context {self.context}" + " by heads" * (self.attention == "heads"))
+        words += [f"expert {self.expert}"] * (self.expert > 1)
+        words.append(f"ZeRO-{self.zero}")
         words += [f"micro {self.micro}"]
         if self.pipe > 1:
             words.append(self.schedule + (f" {self.chunks}" * (self.schedule == "interleaved")))
@@ -54,6 +66,9 @@ class Candidate:
         words += ["sequence"] * self.sequence
         words += ["offload"] * (self.offload != "none")
         return ", ".join(words)
+
+
+PLAIN = Candidate()
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class Search:
 
     def data(self, candidate: Candidate) -> int:
         """Ranks of the data axis."""
-        return self.world_size // (candidate.pipe * candidate.tensor)
+        return self.world_size // (candidate.pipe * candidate.tensor * candidate.context)
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,20 @@ def _tensors(search: Search, chosen: Candidate) -> list[int]:
     return divisors(search.world_size // chosen.pipe)
 
 
+def _contexts(search: Search, chosen: Candidate) -> list[int]:
+    return divisors(search.world_size // (chosen.pipe * chosen.tensor))
+
+
+def _attentions(search: Search, chosen: Candidate) -> list[str]:
+    return ["gather", "heads"] if chosen.context > 1 else ["gather"]
+
+
+def _experts(search: Search, chosen: Candidate) -> list[int]:
+    return (
+        divisors(math.gcd(search.data(chosen), search.spec.experts)) if search.spec.experts else [1]
+    )
+
+
 def _chunks(search: Search, chosen: Candidate) -> list[int]:
     if chosen.schedule == "interleaved":
         return list(range(2, min(MOST_CHUNKS, search.spec.num_layers // chosen.pipe) + 1))
@@ -132,11 +161,23 @@ PARALLEL = "megalite.parallel"
 CHOICES = (
     Choice("pipe", f"{PARALLEL}.pipe", _pipes),
     Choice("tensor", f"{PARALLEL}.tensor", _tensors),
+    Choice("context", f"{PARALLEL}.context", _contexts),
+    Choice("attention", f"{PARALLEL}.context_attention", _attentions),
+    Choice("expert", f"{PARALLEL}.expert", _experts),
     Choice(
         "sequence",
         f"{PARALLEL}.sequence",
         lambda search, chosen: [False, True] if chosen.tensor > 1 else [False],
     ),
+    Choice("micro", "train_micro_batch_size_per_gpu", _micros),
+    Choice(
+        "recompute",
+        "megalite.train.activation_checkpointing",
+        _recomputes,
+        lambda chosen: int(chosen.recompute) if chosen.recompute.isdigit() else chosen.recompute,
+    ),
+    Choice("zero", "zero_optimization.stage", lambda search, chosen: [0, 1, 2, 3]),
+    Choice("offload", "zero_optimization.offload_optimizer.device", _offloads),
     Choice(
         "schedule",
         f"{PARALLEL}.schedule",
@@ -148,86 +189,138 @@ CHOICES = (
         _chunks,
         lambda chosen: chosen.chunks if chosen.schedule == "interleaved" else None,
     ),
-    Choice("zero", "zero_optimization.stage", lambda search, chosen: [0, 1, 2, 3]),
-    Choice("offload", "zero_optimization.offload_optimizer.device", _offloads),
-    Choice("micro", "train_micro_batch_size_per_gpu", _micros),
-    Choice(
-        "recompute",
-        "megalite.train.activation_checkpointing",
-        _recomputes,
-        lambda chosen: int(chosen.recompute) if chosen.recompute.isdigit() else chosen.recompute,
-    ),
 )
+
+GRID = ("pipe", "tensor", "context", "attention", "expert", "sequence")
+STATES = ("zero", "offload")
+ORDER = ("schedule", "chunks")
+"""Fields that the search chooses together."""
 
 
 def candidates(search: Search) -> Iterator[Candidate]:
     """All of them; a choice that a rule refuses is left at once, with all that would follow."""
-    rules = _Rules(search)
-
-    def chosen_from(number: int, chosen: Candidate) -> Iterator[Candidate]:
-        if number == len(CHOICES):
-            yield chosen
-            return
-        choice = CHOICES[number]
-        for value in choice.values(search, chosen):
-            more = replace(chosen, **{choice.field: value})
-            if rules.accept(choice.field, more):
-                yield from chosen_from(number + 1, more)
-
-    yield from chosen_from(0, Candidate())
+    return Choices(search).of([choice.field for choice in CHOICES])
 
 
-class _Rules:
-    """The config's own rules (config/), each asked as soon as what it needs is chosen."""
+def how_many(search: Search) -> int:
+    """How many there are, by the numbers of choices that do not depend on each other."""
+    choices, found = Choices(search), 0
+    for grid in choices.of(GRID):
+        recomputes, states = (
+            sum(1 for _ in choices.of(fields, grid)) for fields in (("recompute",), STATES)
+        )
+        for sized in choices.of(("micro",), grid):
+            found += recomputes * states * sum(1 for _ in choices.of(ORDER, sized))
+    return found
+
+
+class Choices:
+    """The config's own rules (config/), each asked as soon as what it needs is chosen, and once for what it depends
+    on."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
+        self._by_field = {choice.field: choice for choice in CHOICES}
+        self._asked: dict[tuple[Any, ...], bool] = {}
 
-    def accept(self, field: str, chosen: Candidate) -> bool:
+    def of(self, fields: Sequence[str], chosen: Candidate = PLAIN) -> Iterator[Candidate]:
+        """What is chosen so far with every accepted value of these fields, in turn."""
+        if not fields:
+            yield chosen
+            return
+        field, *others = fields
+        for value in self._by_field[field].values(self.search, chosen):
+            more = replace(chosen, **{field: value})
+            if self._accept(field, more):
+                yield from self.of(others, more)
+
+    def _accept(self, field: str, chosen: Candidate) -> bool:
         """Whether the rules accept what is chosen so far, `field` last."""
-        asked = getattr(self, f"_{field}", None)
-        if asked is None:
+        rule = getattr(self, f"_{field}", None)
+        if rule is None:
             return True
-        try:
-            asked(chosen)
-        except ConfigError:
-            return False
-        return True
+        key = (field, *(getattr(chosen, name) for name in DEPENDS[field]))
+        if key not in self._asked:
+            try:
+                rule(chosen)
+                self._asked[key] = True
+            except ConfigError:
+                self._asked[key] = False
+        return self._asked[key]
 
     def _parallel(self, chosen: Candidate) -> Parallel:
-        chunks = chosen.chunks if chosen.schedule == "interleaved" else None
         return Parallel(
             tensor=chosen.tensor,
             pipe=chosen.pipe,
+            context=chosen.context,
+            context_attention=chosen.attention,  # type: ignore[arg-type]
+            expert=chosen.expert,
             schedule=chosen.schedule,  # type: ignore[arg-type]
-            chunks=chunks,
+            chunks=chosen.chunks if chosen.schedule == "interleaved" else None,
             sequence=chosen.sequence,
         )
+
+    def _document(self, chosen: Candidate, **changes: Any) -> Document:
+        document = self.search.config.document
+        megalite = document.megalite.model_copy(update={"parallel": self._parallel(chosen)})
+        return document.model_copy(update={"megalite": megalite, **changes})
 
     def _tensor(self, chosen: Candidate) -> None:
         check_layout(self._parallel(chosen), self.search.spec)
 
+    def _context(self, chosen: Candidate) -> None:
+        check_context_length(self._parallel(chosen), self.search.config.data.sequence_length)
+
+    def _attention(self, chosen: Candidate) -> None:
+        check_layout(self._parallel(chosen), self.search.spec)
+
+    def _expert(self, chosen: Candidate) -> None:
+        check_expert_axis(self._parallel(chosen), self.search.data(chosen))
+
     def _sequence(self, chosen: Candidate) -> None:
-        if chosen.sequence and self.search.config.data.sequence_length % chosen.tensor:
-            raise ConfigError(f"{PARALLEL}.sequence")
+        document = self._document(chosen)
+        check_dims(document, self.search.spec)
+        check_classifier(document.megalite)
+
+    def _offload(self, chosen: Candidate) -> None:
+        zero = ZeroOptimization.model_validate(zero_keys(self.search, chosen))
+        document = self._document(chosen, zero_optimization=zero)
+        check_zero(zero, document.megalite.parallel)
+        check_precision(document)
+        check_zero_of_experts(document)
 
     def _chunks(self, chosen: Candidate) -> None:
         parallel = self._parallel(chosen)
         check_schedule_of_pipe(parallel)
         check_layout(parallel, self.search.spec)
-
-    def _offload(self, chosen: Candidate) -> None:
-        given = {"stage": chosen.zero, "offload_optimizer": {"device": chosen.offload}}
-        zero = ZeroOptimization.model_validate(given)
-        check_zero(zero, self._parallel(chosen))
-        document = self.search.config.document.model_copy(update={"zero_optimization": zero})
-        check_precision(document)
-
-    def _micro(self, chosen: Candidate) -> None:
         plan = BatchPlan(self.search.batch, self.search.config.train.batch_ramp)
-        if chosen.schedule == "interleaved":
-            parallel = self._parallel(chosen)
-            check_micro_batches(parallel, plan, chosen.micro, self.search.data(chosen))
+        check_micro_batches(parallel, plan, chosen.micro, self.search.data(chosen))
+
+
+DEPENDS = {
+    "tensor": GRID,
+    "context": GRID,
+    "attention": GRID,
+    "expert": GRID,
+    "sequence": GRID,
+    "offload": ("zero", "offload", "pipe", "expert"),
+    "chunks": ("schedule", "chunks", "pipe", "tensor", "context", "micro"),
+}
+"""What the rules after a choice depend on."""
+
+
+def zero_keys(search: Search, candidate: Candidate) -> dict[str, Any]:
+    """The section `zero_optimization` of a layout: the config's own, with another stage and device."""
+    given = search.config.document.zero_optimization
+    keys = {} if given is None else given.model_dump(exclude_none=True)
+    offload = keys.pop("offload_optimizer", {})
+    keys["stage"] = candidate.zero
+    if candidate.offload == "none" or candidate.zero < 3:
+        keys.pop("offload_param", None)
+    if candidate.offload != "none":
+        own = offload.get("device") == candidate.offload
+        keys["offload_optimizer"] = offload if own else {"device": candidate.offload}
+    return keys
 
 
 def config_of(search: Search, candidate: Candidate) -> Config:
@@ -236,25 +329,20 @@ def config_of(search: Search, candidate: Candidate) -> Config:
     document.setdefault("megalite", {}).setdefault("parallel", {}).pop("cut", None)
     document.pop("gradient_accumulation_steps", None)
     document["train_batch_size"] = search.batch
-    if candidate.offload == "none":
-        zero = document.get("zero_optimization", {})
-        for key in ("offload_optimizer", "offload_param"):
-            zero.pop(key, None)
+    document["zero_optimization"] = zero_keys(search, candidate)
+    if candidate.offload != "nvme":
         document.pop("aio", None)
     for key, value in candidate.keys.items():
         *path, last = key.split(".")
+        if path[:1] == ["zero_optimization"]:
+            continue
         node = document
         for part in path:
             node = node.setdefault(part, {})
-        if value is None or (key.endswith("offload_optimizer.device") and value == "none"):
+        if value is None:
             node.pop(last, None)
         else:
             node[last] = value
-    zero = document["zero_optimization"]
-    if not zero.get("offload_optimizer"):
-        zero.pop("offload_optimizer", None)
-    if candidate.zero < 3:
-        zero.pop("offload_param", None)
     return Config.from_dict(document).resolve(search.world_size)
 
 
@@ -272,4 +360,7 @@ def given_candidate(config: Config) -> Candidate:
         recompute=str(config.train.activation_checkpointing),
         sequence=parallel.sequence and parallel.tensor > 1,
         offload=offload,
+        context=parallel.context,
+        attention=parallel.context_attention,
+        expert=parallel.expert,
     )

@@ -3,7 +3,8 @@
 All figures are of one device (one rank). `product_share` is the one number that is fitted, one for each kind of device,
 to published runs (published.py): the share of the peak that large matrix products reach in training. No run of H200,
 B200 and MI300X was at hand: theirs are H100's, and for MI300X a guess. It is the first thing to measure.
-A JSON file of the same figures (`write_device`) takes the place of an entry. Next: step_time.py.
+A JSON file of the same figures, which `tools/benchmark_step.py --calibrate FILE` measures (calibration.py), takes the
+place of an entry. Next: step_time.py.
 """
 
 import json
@@ -31,8 +32,10 @@ class Device:
     process can use; memory_rate: bytes a second of its memory; node and network: links within a node and between nodes;
     host: link to main memory; node_ranks: devices of a node; launch_seconds: of one kernel, where it is not hidden by
     the one before; layer_seconds: of a layer's forward beside what its sizes take, and as much again for I and for W;
-    micro_seconds and step_seconds: of the engine, for each backward and each step; cores: that all ranks of a
-    node share, 0 where each rank has a device of its own; source: where the figures are from."""
+    gather_seconds: that ZeRO-3's hooks add to a layer's forward, and to its backward; micro_seconds and step_seconds:
+    of the engine, for each backward and each step; states_rate: bytes a second that an update moves, 0: as memory_rate;
+    cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
+    busy_share: a core's rate while all cores compute, over that of one alone; source: where the figures are from."""
 
     name: str
     half_flops: float
@@ -48,13 +51,37 @@ class Device:
     node_ranks: int = 8
     launch_seconds: float = 4e-6
     layer_seconds: float = 0.0
+    gather_seconds: float = 0.0
     micro_seconds: float = 0.0
     step_seconds: float = 0.0
+    states_rate: float = 0.0
     cores: int = 0
+    busy_share: float = 1.0
 
     def flops(self, itemsize: int) -> float:
         """That large products reach, with numbers of so many bytes."""
         return self.product_share * (self.half_flops if itemsize == 2 else self.single_flops)
+
+    def ranks_a_core(self, ranks: int) -> float:
+        """Of a world of so many, at least 1: work is conserved, so what a rank does takes so many times as long once
+        all of them have work."""
+        return max(1.0, min(ranks, self.node_ranks) / self.cores) if self.cores else 1.0
+
+    def rank_memory_bytes(self, ranks: int) -> float:
+        """Of a world of so many: ranks that share cores share their node's memory too."""
+        return self.memory_bytes / (min(ranks, self.node_ranks) if self.cores else 1)
+
+    def among(self, ranks: int) -> "Device":
+        """As one of so many ranks finds it: cores that compute at once share caches, memory and execution units."""
+        working = min(ranks, self.node_ranks, self.cores)
+        if working <= 1:
+            return self
+        share = 1 - (1 - self.busy_share) * (working - 1) / (self.cores - 1)
+        rates = ("half_flops", "single_flops", "memory_rate", "states_rate")
+        seconds = ("launch", "layer", "gather", "micro", "step")
+        slower = {name: getattr(self, name) * share for name in rates}
+        slower |= {f"{name}_seconds": getattr(self, f"{name}_seconds") / share for name in seconds}
+        return replace(self, **slower)
 
 
 LINK_SHARE = 0.8  # of a link's rate that NCCL's rings reach with large messages
@@ -88,8 +115,11 @@ def _accelerator(
     )
 
 
-# Memory as the driver has it, in 1e9 bytes. NVLink's and Infinity Fabric's data sheet rates count both directions: here
-# one. The network is the one of the makers' own nodes: a 200 Gbit/s adapter for each A100, 400 Gbit/s for the others.
+# Memory as torch reports it (total_memory), in 1e9 bytes: 80 GiB of A100 and H100, 141 GB of H200, 180 GB of B200 and
+# 192 GiB of MI300X less what the driver keeps. Dense rates: data sheets print twice as much, with sparsity, for Hopper
+# and Blackwell. NVLink's and Infinity Fabric's data sheet rates count both directions (600, 900, 1,800 GB/s; 7 links of
+# 128 GB/s): here one. The network is the one of the makers' own nodes: a 200 Gbit/s adapter for each A100, 400 Gbit/s
+# for the others. The host's link is PCIe with 16 lanes, generation 4 of A100 and 5 of the others.
 DEVICES = {
     device.name: device
     for device in (
@@ -98,7 +128,7 @@ DEVICES = {
             (312, 19.5),
             85.0,
             2039,
-            (300, 25, 25),
+            (300, 25, 32),
             0.79,
             "NVIDIA A100 Tensor Core GPU data sheet (80 GB SXM), June 2021; NVIDIA DGX A100 data sheet",
         ),
@@ -107,7 +137,7 @@ DEVICES = {
             (989.4, 66.9),
             85.0,
             3350,
-            (450, 50, 55),
+            (450, 50, 64),
             0.68,
             "NVIDIA H100 Tensor Core GPU data sheet (SXM5); NVIDIA DGX H100 data sheet",
         ),
@@ -116,7 +146,7 @@ DEVICES = {
             (989.4, 66.9),
             150.0,
             4800,
-            (450, 50, 55),
+            (450, 50, 64),
             0.68,
             "NVIDIA H200 Tensor Core GPU data sheet (SXM); NVIDIA DGX H200 data sheet",
         ),
@@ -124,17 +154,17 @@ DEVICES = {
             "B200",
             (2250, 75),
             191.0,
-            7700,
-            (900, 50, 55),
+            8000,
+            (900, 50, 64),
             0.68,
-            "NVIDIA DGX B200 data sheet: 72 PFLOPS in FP8 with sparsity, 1,440 GB, 64 TB/s for 8 GPUs",
+            "NVIDIA DGX B200 data sheet: 72 PFLOPS in FP8 with sparsity, 1,440 GB, 64 TB/s, NVLink 14.4 TB/s",
         ),
         _accelerator(
             "MI300X",
             (1307.4, 163.4),
             206.0,
             5300,
-            (448, 50, 55),
+            (448, 50, 64),
             0.55,
             "AMD Instinct MI300X data sheet: 7 Infinity Fabric links of 128 GB/s; 8-GPU platform data sheet",
         ),
@@ -148,38 +178,57 @@ def known_device(name: str) -> Device:
     if found is None:
         names = ", ".join(DEVICES)
         raise ConfigError(
-            f"--device: {name}: must be one of {names}, or a JSON file of a device (docs/planning.md)"
+            f"--device: {name}: must be one of {names}, or a file of tools/benchmark_step.py --calibrate"
         )
     return found
 
 
+def device_called(name: str) -> Device | None:
+    """By a GPU's own name, such as `NVIDIA H100 80GB HBM3`; None where it is not in the table: H100 PCIe and NVL have
+    other figures."""
+    words = name.replace("-", " ").replace("_", " ").split()
+    if "PCIe" in words or "NVL" in words:
+        return None
+    return next((device for known, device in DEVICES.items() if known in words), None)
+
+
 def device_of(name: str) -> Device:
-    """An entry of the table, or what a JSON file holds."""
+    """An entry of the table, or what a file of a calibration holds."""
     return read_device(Path(name)) if Path(name).is_file() else known_device(name)
 
 
-def write_device(device: Device, path: Path) -> None:
-    """As JSON, which `read_device` reads."""
-    path.write_text(json.dumps(asdict(device), indent=2) + "\n", encoding="utf-8")
+MACHINE, MEASURED = "machine", "measured"
+"""What a calibration's file holds beside the device: where it was measured, and each figure that it follows from."""
 
 
-def read_device(path: Path) -> Device:
-    """ConfigError where the file is not one of `write_device`'s."""
-    rule = "must be a JSON file of a device (docs/planning.md)"
+def write_device(device: Device, path: Path, **beside: Any) -> None:
+    """As JSON, which `read_device` reads. beside: MACHINE and MEASURED."""
+    path.write_text(json.dumps(asdict(device) | beside, indent=2) + "\n", encoding="utf-8")
+
+
+def read_device(path: Path, key: str = "--device") -> Device:
+    """ConfigError where the file is not one of `write_device`'s. key: that named it."""
+    rule = "must be a file of tools/benchmark_step.py --calibrate (docs/planning.md)"
     with reading(str(path)):
         try:
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             links = {name: Link(**held[name]) for name in ("node", "network", "host")}
-        except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--device: {path}: {rule}") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{key}: {path}: {rule}") from error
+    for name in (MACHINE, MEASURED):
+        held.pop(name, None)
     if set(held) != {field.name for field in fields(Device)}:
-        raise ConfigError(f"--device: {path}: {rule}")
+        raise ConfigError(f"{key}: {path}: {rule}")
     wrong = [
-        name
-        for name, value in held.items()
-        if name not in (*links, "name", "source")
-        and not (isinstance(value, int | float) and value >= 0)
+        name for name, value in held.items() if name not in _NOT_NUMBERS and not _is_rate(value)
     ]
     if wrong:
-        raise ConfigError(f"--device: {path}: {wrong[0]}: {held[wrong[0]]}: {rule}")
+        raise ConfigError(f"{key}: {path}: {wrong[0]}: {held[wrong[0]]}: {rule}")
     return replace(Device(**{**held, **links}))
+
+
+_NOT_NUMBERS = ("name", "source", "node", "network", "host")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0

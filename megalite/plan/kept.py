@@ -17,6 +17,12 @@ from megalite.plan.activations import (
     total,
     waiting_table,
 )
+from megalite.plan.stacks import (
+    rows_of,
+    stack_chunk_table,
+    stack_made_again,
+    stack_waiting_table,
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,14 @@ def kept_by(
 ) -> Kept:
     """What a rank of the pipe axis keeps in a step."""
     parts, program = parts_of(plan, rank), plan.program(micro_batches)
-    tables = {chunk: chunk_table(spec, part, recompute, at) for chunk, part in parts.items()}
-    waiting = {chunk: waiting_table(spec, part, at) for chunk, part in parts.items()}
+    told, waits, makes = chunk_table, waiting_table, made_again
+    if spec.stacks is not None:
+        told, waits, makes = stack_chunk_table, stack_waiting_table, stack_made_again
+    tables = {chunk: told(spec, part, recompute, at) for chunk, part in parts.items()}
+    waiting = {chunk: waits(spec, part, at) for chunk, part in parts.items()}
     _, counts = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))
-    again = max(made_again(spec, part.layers, recompute, at) for part in parts.values())
-    logits = logits_bytes(spec, at) if any(part.last for part in parts.values()) else 0
+    again = max(makes(spec, part.layers, recompute, at) for part in parts.values())
+    head_rows = at if spec.stacks is None else rows_of(at, encoder=False)
+    logits = logits_bytes(spec, head_rows) if any(part.last for part in parts.values()) else 0
     chunks = {chunk: KeptChunk(tables[chunk], waiting[chunk], *counts[chunk]) for chunk in parts}
     return Kept(chunks, again, logits)

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.config.section import broken
 from megalite.errors import MegaliteError
 from megalite.model.context import Context
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
+from megalite.parallel.rows import Rows
 from megalite.parallel.traffic import Traffic
 from megalite.pipeline.plan import PipelinePlan
 from megalite.plan.devices import GIB
@@ -37,7 +37,7 @@ class DryRunError(MegaliteError):
 @dataclass(frozen=True)
 class PlaceReport:
     """Of a rank of the pipe axis. rank: its first global one; ranks: how many are like it; sent: bytes by axis that it
-    sends in the forwards and backwards of a micro-batch, collectives of the tensor axis and messages."""
+    sends in the forwards and backwards of a micro-batch, collectives of the axes and messages."""
 
     rank: int
     ranks: int
@@ -97,16 +97,13 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
-    """Levels 1 and 2 of a resolved config without a context axis; of a model with experts memory and schedule alone.
-    Raises DryRunError for the first thing that does not fit or match, ConfigError where there is a context axis."""
-    if config.parallel.context > 1:
-        rule = "must be 1 for a dry run, which does not know the context axis yet"
-        raise broken("megalite.parallel.context", config.parallel.context, rule)
+    """Levels 1 and 2 of a resolved config; of a model with experts memory and schedule alone. Raises DryRunError for
+    the first thing that does not fit or match."""
     table = MemoryTable(config, spec, None, SizesByPlace())
-    plan, data, tensor = table.plan, config.data_size, config.parallel.tensor
+    plan, places = table.plan, config.world_size // config.parallel.pipe
     result = DryRun(config.world_size, spec.mixture is not None)
     for pipe_rank, memory in enumerate(table.ranks):
-        rank = pipe_rank * data * tensor
+        rank = pipe_rank * places
         sent: dict[str, int] = {}
         if (
             spec.mixture is None
@@ -114,7 +111,7 @@ def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -
             with fake_world(config.world_size, rank):
                 sent = place_on_meta(config, spec, plan, rank)
         layers = [list(plan.cut.layers[chunk]) for chunk in plan.cut.chunks_of(pipe_rank)]
-        result.places.append(PlaceReport(rank, data * tensor, layers, memory, sent))
+        result.places.append(PlaceReport(rank, places, layers, memory, sent))
     check_room(result, memory_bytes)
     if plan.pipe > 1:
         check_schedule(result, plan, config.accumulation_steps)
@@ -153,23 +150,25 @@ def place_on_meta(
 ) -> dict[str, int]:
     """Forward and backward of a rank's chunks with shapes alone; bytes that they send by axis. Raises DryRunError where
     a shape is not what the next chunk takes."""
-    grid = Grid.build(plan.pipe, config.parallel.tensor, expert=config.parallel.expert)
+    axes, length = config.parallel, config.data.sequence_length
+    grid = Grid.build(plan.pipe, axes.tensor, axes.context, axes.expert)
     dtype = DTYPES[config.precision]
     with torch.device("meta"):
         recompute, sequence = recompute_of(config), config.parallel.sequence
         stage = Stage(spec, grid, plan.cut, recompute, sequence, config.train.z_loss).to(dtype)
     stage.eval()  # without dropout, which changes no shape
-    shape = stage.hidden_shape(config.micro_batch_size, config.data.sequence_length)
-    ids = torch.zeros(
-        (config.micro_batch_size, config.data.sequence_length), dtype=torch.int64, device="meta"
-    )
+    shape = stage.hidden_shape(config.micro_batch_size, length)
+    own = config.micro_batch_size, length // axes.context
+    ids = torch.zeros(own, dtype=torch.int64, device="meta")
+    rows = Rows.along(grid.context, length, axes.context_attention == "heads")
     with Traffic(grid) as traffic:
         for chunk in plan.cut.chunks_of(grid.pipe.rank):
             first, last = chunk == 0, chunk == plan.cut.last_chunk
             source = ids if first else torch.zeros(shape, dtype=dtype, device="meta")
             if not first:
                 source.requires_grad_()
-            output = stage(source, ids if last else None, Context(), chunk)
+            context = Context(rows=rows, source=config.data.source_length)
+            output = stage(source, ids if last else None, context, chunk)
             _check_chunk(stage, chunk, output, source, None if last else shape, rank)
     sent = dict(traffic.bytes)
     # Every message of a chunk: its result to the next, its gradient to the one before.

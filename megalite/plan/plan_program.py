@@ -8,26 +8,28 @@ costs), search.py (which are the best), advice.py (why).
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from megalite.config import Config, load_config
-from megalite.config.section import broken
+from megalite.data.loader import epochs_of
 from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.plan.advice import changes, given_line, none_fits, why
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import GIB, Device, device_of
+from megalite.plan.devices import GIB, Device, device_of, known_device, read_device
 from megalite.plan.search import Found, Layout, Planner
 from megalite.plan.step_time import PARTS
 from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
-LETTERS = {**dict(zip(PARTS, "PAMRTEDX", strict=True)), "update": "U", "bubble": "."}
+LETTERS = {**dict(zip(PARTS, "PAMRTEDXC", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
     "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
-    "gradients, D messages of the data axis, X tokens on their way to experts, U update, . bubble"
+    "gradients, D messages of the data axis, X tokens on their way to experts, C messages of the context axis, "
+    "U update, . bubble"
 )
 
 
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
         "--device",
         default=DEFAULT_DEVICE,
         metavar="NAME",
-        help=f"a device of docs/planning.md, or a JSON file of one (default: {DEFAULT_DEVICE})",
+        help=f"one of docs/planning.md, or a file of benchmark_step.py --calibrate (default: {DEFAULT_DEVICE})",
     )
     parser.add_argument(
         "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"
@@ -60,13 +62,14 @@ def main(arguments: list[str]) -> int:
     device = device_of(options.device)
     if options.gpus_per_node is not None:
         device = replace(device, node_ranks=options.gpus_per_node)
-    memory = device.memory_bytes if options.memory_gib is None else options.memory_gib * GIB
+    memory = device.rank_memory_bytes(options.world_size)
+    memory = memory if options.memory_gib is None else options.memory_gib * GIB
     with reading(options.deepspeed_config):
         config = load_config(options.deepspeed_config, options.overrides)
         planner, given = planner_of(config, options.world_size, device, memory)
         found = planner.find()
         if not found.layouts:
-            raise none_fits(planner, found)
+            raise none_fits(planner)
     if options.json:
         print(json.dumps(as_json(planner, found, given)), flush=True)
     else:
@@ -78,10 +81,10 @@ def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
     """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
-    if config.parallel.context > 1:
-        rule = "must be 1: the planner does not know the times of that axis"
-        raise broken("megalite.parallel.context", config.parallel.context, rule)
     spec = read_spec(config.model)
+    if spec.stacks is not None:
+        rule = "the planner does not know the times of an encoder-decoder"
+        raise ConfigError(f"megalite.model.model_type: {spec.family!r}: {rule}")
     batch, resolved = config.document.train_batch_size, None
     try:
         resolved = config.resolve(world_size)
@@ -104,7 +107,7 @@ def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, o
         "world_size": planner.search.world_size,
         "memory_bytes": int(planner.memory_bytes),
         "accepted": found.accepted,
-        "fitting": found.fitting,
+        "weighed": found.weighed,
         "layouts": [layout.json() for layout in found.layouts],
         "given": None if given is None else given.json(),
     }
@@ -118,7 +121,8 @@ def lines(planner: Planner, found: Found, given: Layout | None) -> list[str]:
         f"{size / 1e9:.3g} B parameters, {search.batch:,} samples of {search.config.data.sequence_length:,} tokens a "
         f"step, {search.world_size:,} ranks of {device.name} with {planner.memory_bytes / GIB:.1f} GiB "
         f"({device.node_ranks} a node)",
-        f"{found.accepted:,} layouts are accepted by the config's rules, {found.fitting:,} of them may fit",
+        f"{found.accepted:,} layouts are accepted by the config's rules; {found.weighed:,} of them were played and "
+        "weighed, the others are slower or do not fit",
         "",
         *table(planner, found.layouts),
         "",
@@ -180,8 +184,13 @@ def picture(layouts: list[Layout]) -> list[str]:
 
 
 def plan_line(config: Config) -> str:
-    """What `--check` says of the layout of a resolved config, on the default device."""
-    device = device_of(DEFAULT_DEVICE)
+    """What `--check` says of the layout of a resolved config, on its calibrated device or the default one."""
+    path = config.train.calibration
+    device = (
+        known_device(DEFAULT_DEVICE)
+        if path is None
+        else read_device(Path(path), "megalite.train.calibration")
+    )
     planner, given = planner_of(config, config.world_size, device, device.memory_bytes)
     assert given is not None
     flops = model_flops(planner, given)
@@ -192,13 +201,23 @@ def plan_line(config: Config) -> str:
     )
 
 
+def epochs_line(config: Config, spec: TransformerSpec) -> str:
+    """How often a run goes through its corpora."""
+    assert config.train.steps is not None, "a run that begins has made them of its epochs"
+    samples = config.batch_plan.consumed(config.train.steps)
+    epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
+    told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
+    return f"epochs: {told}"
+
+
 def size_line(config: Config, spec: TransformerSpec) -> str:
     """Parameters, tokens and FLOPs of a run; parameters alone where its steps follow from epochs."""
     data, steps = config.data, config.train.steps
     if steps is None:
         return f"{spec.num_parameters:,} parameters; {config.train.epochs:g} epochs"
     tokens = config.batch_plan.consumed(steps) * data.sequence_length
-    flops = tokens * spec.flops_per_token(data.sequence_length, data.counted_share)
+    length, counted = data.sequence_length, data.counted_share
+    flops = tokens * spec.flops_per_token(length, counted, data.source_length)
     return (
         f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {steps:,} steps, "
         f"{tokens / spec.num_parameters:.3g} a parameter; {flops:.3g} FLOPs"

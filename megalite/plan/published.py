@@ -105,7 +105,7 @@ def _selective(
     return Run(name, source, "A100", 8 * pipe * data, batch, 2048, model, layout, 312 * mfu)
 
 
-def _llama(ranks: int, batch: int, tflops: float) -> Run:
+def _llama(ranks: int, batch: int, tflops: float, length: int = 8192, context: int = 1) -> Run:
     model = {
         "model_type": "llama",
         "hidden_size": 16384,
@@ -114,13 +114,20 @@ def _llama(ranks: int, batch: int, tflops: float) -> Run:
         "num_attention_heads": 128,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": length,
     }
     layout = Candidate(
-        pipe=16, tensor=8, zero=1, micro=1, schedule="interleaved", chunks=8, sequence=True
+        pipe=16,
+        tensor=8,
+        zero=1,
+        micro=1,
+        schedule="interleaved",
+        chunks=8,
+        sequence=True,
+        context=context,
     )
     source = "arXiv 2407.21783, table 4"
-    return Run("Llama-3 405 B", source, "H100", ranks, batch, 8192, model, layout, tflops)
+    return Run("Llama-3 405 B", source, "H100", ranks, batch, length, model, layout, tflops)
 
 
 def _megascale() -> Run:
@@ -162,6 +169,7 @@ RUNS = [
     _megascale(),
     _llama(8192, 2048, 430),
     _llama(16384, 2048, 400),
+    _llama(16384, 128, 380, 131_072, 16),
 ]
 
 

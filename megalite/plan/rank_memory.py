@@ -22,11 +22,12 @@ from megalite.plan.states import (
     forward_of,
     offloads,
     parameter_sizes,
+    place_of,
     predicted_states,
     recompute_of,
     routed_spec,
 )
-from megalite.plan.step_time import played_micro_batches
+from megalite.plan.step_time import Held, played_micro_batches
 
 HALF = 2
 
@@ -107,12 +108,11 @@ class MemoryTable:
         return forward_of(self.config, grid, kind)
 
     @cached_property
-    def weights(self) -> list[float]:
+    def weights(self) -> list[Held]:
         """Numbers of each rank of the pipe axis."""
-        held = [
-            self.sizes.of(self.config, self.spec, self.plan, rank) for rank in range(self.plan.pipe)
-        ]
-        return [float(all_numbers(sizes)) for sizes in held]
+        ranks = range(self.plan.pipe)
+        held = [self.sizes.of(self.config, self.spec, self.plan, rank) for rank in ranks]
+        return [_held(sizes, self.config.parallel.expert) for sizes in held]
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
@@ -127,18 +127,12 @@ class MemoryTable:
     def _rank(self, pipe_rank: int) -> RankMemory:
         config, spec, plan = self.config, self.spec, self.plan
         sizes = self.sizes.of(config, spec, plan, pipe_rank)
-        data, tensor = config.data_size, config.parallel.tensor
-        # With fp32 and ZeRO data ranks hold different gradients: of the parameters that reach into their part.
-        places = range(data) if config.precision == "fp32" and config.zero_stage in (1, 2) else [0]
+        copies, tensor = config.data_size * config.parallel.context, config.parallel.tensor
+        # With fp32 and ZeRO the copies hold different gradients: of the parameters that reach into their part.
+        by_place = config.precision == "fp32" and config.zero_stage in (1, 2)
+        places = range(copies) if by_place else [0]
         grids = [
-            Grid.at(
-                (pipe_rank * data + place) * tensor + tensor - 1,
-                plan.pipe,
-                data,
-                tensor,
-                expert=config.parallel.expert,
-            )
-            for place in places
+            place_of(config, (pipe_rank * copies + place) * tensor + tensor - 1) for place in places
         ]
         states = [(predicted_states(config, sizes, grid), grid.rank) for grid in grids]
         most, rank = max(
@@ -155,7 +149,7 @@ class MemoryTable:
             2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
         )
         on_host = self.device is not None and not self.device.cores and offloads(config)
-        moved = most.gradients - (4 + self.at.width) * all_numbers(sizes) // data
+        moved = most.gradients - (4 + self.at.width) * all_numbers(sizes) // copies
         return RankMemory(
             rank,
             most.weights,
@@ -165,7 +159,7 @@ class MemoryTable:
             kept.bytes,
             # Receives posted early and sends that are not gone, from each neighbour.
             neighbours * (AHEAD + 1) * hidden,
-            gathered if data > 1 else 0,
+            gathered if copies > 1 else 0,
             self._libraries(),
         )
 
@@ -173,6 +167,13 @@ class MemoryTable:
         if self.device is None or self.device.cores:
             return 0
         return int(OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes)
+
+
+def _held(sizes: Sizes, expert: int) -> Held:
+    """Numbers of a rank, those apart that an expert axis divides."""
+    routed = [group for group in sizes if expert > 1 and group.replicas == "expert_replica"]
+    count = all_numbers(routed)
+    return Held(float(all_numbers(sizes) - count), float(count))
 
 
 def _largest_layer(numbers: list[int], spec: TransformerSpec) -> int:

@@ -4,6 +4,8 @@ python -m megalite.plan.scale     prints the table of docs/scale.md
 """
 
 from dataclasses import replace
+from itertools import product
+from math import gcd
 
 from megalite.config import Config
 from megalite.errors import ConfigError
@@ -17,7 +19,9 @@ MODELS = {  # hidden, intermediate, layers, heads
     "8 B": (4096, 14336, 32, 32),
     "70 B": (8192, 28672, 80, 64),
     "405 B": (16384, 53248, 126, 128),
+    "8 × 22 B": (6144, 16384, 56, 48),
 }
+EXPERTS = {"8 × 22 B": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}}
 RANKS = (64, 256, 1024, 4096, 16_384)
 BATCH, LENGTH = 2048, 8192
 VOCABULARY, KEY_VALUE_HEADS = 128_256, 8
@@ -35,6 +39,7 @@ def planner_of(name: str, ranks: int) -> Planner:
         "num_key_value_heads": KEY_VALUE_HEADS,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": LENGTH,
+        **EXPERTS.get(name, {}),
     }
     document = {
         "train_batch_size": BATCH,
@@ -53,29 +58,34 @@ def planner_of(name: str, ranks: int) -> Planner:
 
 
 def best(planner: Planner) -> Layout | None:
-    """The fastest that fits of those with ZeRO-1, pipe up to 16 and tensor up to 8, 1F1B or interleaved."""
+    """The fastest that fits of those with ZeRO-1, pipe up to 16, tensor up to 8 and context up to 4, 1F1B or
+    interleaved."""
     search, found = planner.search, []
-    for pipe in (1, 2, 4, 8, 16):
-        for tensor in (1, 2, 4, 8):
-            data, rest = divmod(search.world_size, pipe * tensor)
-            if rest or BATCH % data:
-                continue
-            for micro in divisors(BATCH // data)[:3]:
-                for recompute in ("none", "full"):
-                    plain = Candidate(pipe, tensor, 1, micro, recompute=recompute)
-                    plain = replace(plain, sequence=tensor > 1)
-                    found.append(plain)
-                    if pipe > 1 and search.spec.num_layers // pipe >= 4:
-                        found.append(replace(plain, schedule="interleaved", chunks=4))
-    fitting = [one for one in found if planner.estimated_bytes(one) <= planner.memory_bytes]
-    for one in sorted(fitting, key=planner.estimate):
+    for pipe, tensor, context in product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4)):
+        data, rest = divmod(search.world_size, pipe * tensor * context)
+        if rest or BATCH % data:
+            continue
+        experts = divisors(gcd(data, search.spec.experts)) if search.spec.experts else [1]
+        ways = product(divisors(BATCH // data)[:3], ("none", "full"), experts)
+        for micro, recompute, expert in ways:
+            plain = Candidate(pipe, tensor, 1, micro, recompute=recompute, sequence=tensor > 1)
+            plain = replace(plain, context=context, expert=expert)
+            found.append(plain)
+            if pipe > 1 and search.spec.num_layers // pipe >= 4:
+                found.append(replace(plain, schedule="interleaved", chunks=4))
+    fitting = [one for one in found if planner.least_bytes(one) <= planner.memory_bytes]
+    fastest: Layout | None = None
+    for one in sorted(fitting, key=planner.least_seconds):
+        if fastest is not None and planner.least_seconds(one) >= fastest.time.seconds:
+            break
         try:
             layout = planner.exact(one)
         except ConfigError:
             continue
-        if layout.memory.total <= planner.memory_bytes:
-            return layout
-    return None
+        fits = layout.memory.total <= planner.memory_bytes
+        if fits and (fastest is None or layout.time.seconds < fastest.time.seconds):
+            fastest = layout
+    return fastest
 
 
 def table() -> list[str]:

@@ -1,27 +1,32 @@
-"""The search: every layout is estimated, and those that can be among the best are played and weighed exactly.
+"""The search: branch and bound. Layouts are tried in the order of what they take at the least (bounds.py), whole
+families of them first, and the search ends where the next one cannot be faster than the last of the best.
 
-An estimate takes a cut into equal parts and the formula of the schedule's bubble; the real program with the real cut
-is seldom faster. So layouts are tried in the order of their estimates until even SLACK of the next one's is slower than
-the last of the best. Next: advice.py.
+    grid        axes and sequence parallelism, by their layers with the largest micro-batch
+    size        a micro-batch; then the same with recompute, which only costs time
+    states      ZeRO's stage and offload
+    order       schedule and chunks: one layout; then the same with what was played for others (played.py)
+    layout      its program is played with its real cut, and its memory weighed
+
+Recompute and offload only save memory: of layouts that differ in nothing else the fastest that fits is told. What
+cannot fit is left out as soon as that is known. tests/unit/test_plan.py compares with trying all. Next: advice.py.
 """
 
+import heapq
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from itertools import islice
 from typing import Any
 
 from megalite.config import Config, check_model
-from megalite.config.optimizer_rules import REDUCE_BUCKET_ELEMENTS, moments_kept
 from megalite.errors import ConfigError
-from megalite.plan.activations import ChunkPart, layer_table, total, waiting_table
-from megalite.plan.candidates import Candidate, Search, candidates, config_of
-from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
+from megalite.plan.bounds import Bounds
+from megalite.plan.candidates import GRID, ORDER, STATES, Candidate, Choices, config_of, how_many
+from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
-from megalite.plan.states import DTYPES
-from megalite.plan.step_time import Sharing, StepTime, Work, estimated_seconds, step_time
+from megalite.plan.sent import sent_bytes
+from megalite.plan.step_time import StepTime, step_time
 
-SLACK = 0.97
 BEST = 10
-FP32 = 4
+NEAR = 200  # layouts that nearly fit, which are looked at for one that is faster
 
 
 @dataclass(frozen=True)
@@ -53,128 +58,21 @@ class Layout:
 
 @dataclass
 class Found:
-    """layouts: the best that fit, fastest first; too_large: that were tried and do not fit, in the order of their
-    estimates; accepted: layouts that the rules accept; fitting: of those, that fit by the estimate."""
+    """layouts: the best that fit, fastest first; too_large: some that are faster and do not fit, the smallest first;
+    accepted: layouts that the rules accept; weighed: of those, that were played and weighed."""
 
     layouts: list[Layout]
     too_large: list[Layout]
     accepted: int
-    fitting: int
+    weighed: int
 
 
 @dataclass(eq=False)
-class Planner:
+class Planner(Bounds):
     """memory_bytes: of a device, that a rank may use."""
 
-    search: Search
-    device: Device
     memory_bytes: float
     sizes: SizesByPlace = field(default_factory=SizesByPlace)
-
-    @cached_property
-    def dtype_bytes(self) -> int:
-        """Of a number of weights and activations."""
-        return DTYPES[self.search.config.precision].itemsize
-
-    @cache  # noqa: B019  (a planner lives as long as its program)
-    def work(self, tensor: int, micro: int, sequence: bool, recompute: str) -> Work:
-        """What a micro-batch is."""
-        config = self.search.config
-        return Work(
-            self.search.spec,
-            self.device,
-            tensor,
-            micro,
-            config.data.sequence_length,
-            self.dtype_bytes,
-            sequence,
-            "full" if recompute.isdigit() else recompute,
-            config.data.counted_share,
-            config.parallel.expert,
-        )
-
-    def work_of(self, one: Candidate) -> Work:
-        """Of a candidate."""
-        return self.work(one.tensor, one.micro, one.sequence, one.recompute)
-
-    def sharing(self, one: Candidate) -> Sharing:
-        """Of a candidate's data axis."""
-        optimizer = self.search.config.document.optimizer
-        moments = 2 if optimizer is None else moments_kept(optimizer)
-        offload = one.offload != "none"
-        return Sharing(self.search.data(one), one.tensor, one.zero, offload, moments)
-
-    def micro_batches(self, one: Candidate) -> int:
-        """Of a step."""
-        return self.search.batch // (self.search.data(one) * one.micro)
-
-    def weights(self, one: Candidate) -> float:
-        """Numbers of a rank, about: where all ranks of the pipe axis hold as much."""
-        return (self.search.spec.num_parameters - self._elsewhere) / (one.pipe * one.tensor)
-
-    @property
-    def _elsewhere(self) -> float:
-        """Numbers of experts that other ranks of the expert axis hold."""
-        expert = self.search.config.parallel.expert
-        return self.search.spec.expert_parameters * (1 - 1 / expert)
-
-    def estimate(self, one: Candidate) -> float:
-        """Seconds of a step."""
-        return estimated_seconds(
-            self.work_of(one),
-            one.schedule,
-            one.pipe,
-            one.chunks,
-            self.sharing(one),
-            self.micro_batches(one),
-            self.weights(one),
-        )
-
-    def estimated_bytes(self, one: Candidate) -> float:
-        """What the first rank holds, about, with a cut into equal parts; the real cut gives a rank more or less."""
-        spec, d, m = self.search.spec, self.search.data(one), self.micro_batches(one)
-        layers = sum(map(spec.layer_parameters, range(spec.num_layers))) - self._elsewhere
-        layers /= one.pipe
-        weights = (layers + spec.vocabulary_size * spec.hidden_size) / one.tensor
-        if one.pipe == 1:
-            weights = self.weights(one)
-        held = self._held_layers(one, m)
-        e = self.dtype_bytes
-        shared = FP32 * (0 if one.offload != "none" and not self.device.cores else 3)
-        states = {
-            0: (e + FP32 + FP32 * 2) * weights,
-            1: (e + FP32 * (1 if m > 1 else 1 / d) + shared / d) * weights,
-            2: (e + (FP32 + shared) / d) * weights,
-            3: (e + FP32 + shared) / d * weights,
-        }[one.zero]
-        fixed = 0.0 if self.device.cores else OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes
-        if not self.device.cores and one.zero > 0:
-            fixed += self._bucket_bytes(one.zero)
-        halves = one.schedule.startswith("zb")
-        return states + self._layer_bytes(self.work_of(one), one.recompute, halves) * held + fixed
-
-    def _bucket_bytes(self, zero: int) -> float:
-        given = self.search.config.document.zero_optimization
-        size = (given and given.reduce_bucket_size) or REDUCE_BUCKET_ELEMENTS
-        return (self.dtype_bytes if zero == 2 else FP32) * size
-
-    def _held_layers(self, one: Candidate, m: int) -> float:
-        """Layers times micro-batches that the first rank keeps."""
-        layers = self.search.spec.num_layers / one.pipe
-        if one.schedule == "interleaved":
-            return layers * min(m, one.pipe * (1 + (one.pipe - 1) / (one.pipe * one.chunks)))
-        return layers * min(m, one.pipe)
-
-    @cache  # noqa: B019
-    def _layer_bytes(self, work: Work, recompute: str, halves: bool) -> float:
-        """What a layer keeps of a micro-batch; halves: most of them may be between I and W."""
-        if halves:
-            part = ChunkPart(range(1), False, False)
-            between = total(waiting_table(work.spec, part, work.at))
-            return max(self._layer_bytes(work, recompute, False), 0.75 * between)
-        if recompute == "full" or recompute.isdigit():
-            return work.hidden_bytes / (int(recompute) if recompute.isdigit() else 1)
-        return total(layer_table(work.spec, 0, work.at, recompute == "selective"))
 
     def exact(self, one: Candidate) -> Layout:
         """Plays and weighs a candidate. Raises ConfigError where a rule refuses it after all."""
@@ -182,110 +80,184 @@ class Planner:
         check_model(config, self.search.spec)
         return self.layout(config, one)
 
+    def accepted(self, one: Candidate) -> Layout | None:
+        """The same; None where a rule refuses it that the choices do not know."""
+        try:
+            return self.exact(one)
+        except ConfigError:
+            return None
+
     def layout(self, config: Config, one: Candidate) -> Layout:
         """Of a resolved config, whose candidate is `one`."""
         table = MemoryTable(config, self.search.spec, self.device, self.sizes)
-        m, work, sharing = config.accumulation_steps, self.work_of(one), self.sharing(one)
-        time = step_time(work, table.plan, sharing, m, table.weights)
-        sent = sent_bytes(work, table, sharing)
-        return Layout(one, config, table.largest, time, m, sent)
+        sent = sent_bytes(self.work_of(one), table, self.sharing(one))
+        m = config.accumulation_steps
+        return Layout(one, config, table.largest, self._time(table, one), m, sent)
+
+    def again(self, layout: Layout) -> Layout:
+        """A layout of a planner whose device has other rates: its memory is the same."""
+        table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
+        return replace(layout, time=self._time(table, layout.candidate))
+
+    def _time(self, table: MemoryTable, one: Candidate) -> StepTime:
+        m = table.config.accumulation_steps
+        return step_time(self.work_of(one), table.plan, self.sharing(one), m, table.weights)
 
     def find(self, count: int = BEST) -> Found:
         """The best layouts that fit."""
-        accepted, fitting, least = 0, [], []
-        for one in candidates(self.search):
-            accepted += 1
-            needed = self.estimated_bytes(one)
-            if SLACK * needed <= self.memory_bytes:
-                fitting.append((self.estimate(one), accepted, one))
-            else:
-                least.append((needed, accepted, one))
-        found = Found([], [], accepted, len(fitting))
-        tried = _Tried(self)
-        for estimate, _, one in sorted(fitting):
-            best = found.layouts
-            if len(best) >= count and SLACK * estimate > best[count - 1].time.seconds:
+        search = _BestFirst(self, count)
+        search.run()
+        best = sorted(search.best.values(), key=_seconds)[:count]
+        return Found(best, search.faster(best), how_many(self.search), search.weighed)
+
+    def by_size(self) -> list[Candidate]:
+        """Layouts that take little memory, with the smallest micro-batch and 1F1B, those of the least bounds first."""
+        choices, found = Choices(self.search), []
+        for grid in choices.of(GRID):
+            for sized in islice(choices.of(("micro",), grid), 1):
+                found += choices.of(("recompute", *STATES), sized)
+        return sorted(found, key=self.least_bytes)
+
+    def smallest(self) -> Layout:
+        """Of the layouts that take least memory. Raises ConfigError where the rules accept none."""
+        tried = [self.accepted(one) for one in self.by_size()[:BEST]]
+        layouts = [layout for layout in tried if layout is not None]
+        if not layouts:
+            raise ConfigError(
+                f"--world-size: {self.search.world_size}: the config's rules accept no layout of so many ranks with a "
+                f"global batch of {self.search.batch}"
+            )
+        return min(layouts, key=lambda layout: layout.memory.total)
+
+
+def _seconds(layout: Layout) -> float:
+    return layout.time.seconds
+
+
+class _BestFirst:
+    """A search. waiting: a heap of (least seconds, number, level, what is chosen so far)."""
+
+    def __init__(self, planner: Planner, count: int) -> None:
+        self.planner, self.count, self.choices = planner, count, Choices(planner.search)
+        self.programs = Programs(planner)
+        self.waiting: list[tuple[float, int, str, Candidate]] = []
+        self.number = 0
+        self.best: dict[Candidate, Layout] = {}
+        """By what is chosen beside recompute and offload, the fastest that fits."""
+        self.too_large: list[tuple[float, float, Candidate]] = []
+        """(least bytes, least seconds, layout)"""
+        self.weighed = 0
+
+    def run(self) -> None:
+        """Until no layout that is left can be among the best."""
+        for grid in self.choices.of(GRID):
+            sizes = list(self.choices.of(("micro",), grid))
+            if sizes:
+                self._wait(self._of_layers(sizes[-1]), "grid", grid)
+        levels = {
+            "grid": self._sizes,
+            "size": self._states,
+            "states": self._orders,
+            "order": self._look,
+            "layout": self._weigh,
+        }
+        while self.waiting:
+            least, _, level, one = heapq.heappop(self.waiting)
+            if least >= self._limit():
                 break
-            if not tried.is_worth(one):
-                continue
-            try:
-                layout = self.exact(one)
-            except ConfigError:
-                continue  # a rule that the choices do not know
-            tried.note(one, layout.memory.total)
-            if layout.memory.total > self.memory_bytes:
-                found.too_large.append(layout)
-                continue
-            best.append(layout)
-            best.sort(key=lambda layout: layout.time.seconds)
-        del found.layouts[count:]
-        if not found.layouts and not found.too_large and least:
-            found.too_large = [self.exact(one) for _, _, one in sorted(least)[:BEST]]
-        return found
+            levels[level](one, least)
 
+    def _wait(self, least: float, level: str, one: Candidate) -> None:
+        self.number += 1
+        heapq.heappush(self.waiting, (least, self.number, level, one))
 
-class _Tried:
-    """Of layouts that were weighed, what that tells of others which differ in levers that only save memory and cost
-    time: where one fits, no more of them are pulled; where one does not, the next must save enough."""
+    def _limit(self) -> float:
+        """Seconds of the last of the best."""
+        if len(self.best) < self.count:
+            return float("inf")
+        return sorted(map(_seconds, self.best.values()))[self.count - 1]
 
-    def __init__(self, planner: Planner) -> None:
-        self.planner = planner
-        self.fits: set[Candidate] = set()
-        self.beyond: dict[tuple[Candidate, bool], float] = {}
+    def _of_layers(self, one: Candidate) -> float:
+        """Seconds of the layers alone, without a bubble: a sample takes the least in the largest micro-batch."""
+        least, spec = self.planner.least_of(one), self.planner.search.spec
+        whole = -(-spec.num_layers // one.pipe) * (least.forward + least.backward)
+        return self.planner.micro_batches(one) * max(whole, least.layers / one.pipe)
 
-    def note(self, one: Candidate, weighed: float) -> None:
-        """weighed: bytes of its largest rank."""
-        if weighed <= self.planner.memory_bytes:
-            self.fits.add(_plain(one))
-        self.beyond[_plain(one), _keeps_inputs(one)] = weighed - self.planner.estimated_bytes(one)
+    def _of_model(self, one: Candidate) -> float:
+        """Seconds of all of the model, without a bubble."""
+        least = self.planner.least_of(one)
+        longest = least.longest(one.pipe) if one.pipe > 1 else least.whole
+        return self.planner.micro_batches(one) * longest
 
-    def is_worth(self, one: Candidate) -> bool:
-        """Whether to weigh it."""
-        if _plain(one) in self.fits:
-            return False
-        beyond = self.beyond.get((_plain(one), _keeps_inputs(one)), 0.0)
-        return self.planner.estimated_bytes(one) + 0.9 * beyond <= self.planner.memory_bytes / SLACK
+    def _sizes(self, grid: Candidate, least: float) -> None:
+        for one in self.choices.of(("micro",), grid):
+            self._wait(max(least, self._of_model(one)), "size", one)
+
+    def _states(self, sized: Candidate, least: float) -> None:
+        for one in self.choices.of(STATES, sized):
+            self._wait(max(least, self.planner.least_seconds(one, evenly=True)), "states", one)
+        ways = [one.recompute for one in self.choices.of(("recompute",), sized)]
+        for way in ways[ways.index(sized.recompute) + 1 :][:1]:
+            more = replace(sized, recompute=way)
+            self._wait(max(least, self._of_model(more)), "size", more)
+
+    def _orders(self, chosen: Candidate, least: float) -> None:
+        room = self.planner.memory_bytes
+        sizes: dict[str, float] = {}  # by schedule: the bound knows no chunks
+        for one in self.choices.of(ORDER, chosen):
+            if one.schedule not in sizes:
+                sizes[one.schedule] = self.planner.least_bytes(one)
+            if sizes[one.schedule] <= room:
+                self._wait(max(least, self.planner.least_seconds(one)), "order", one)
+            else:
+                self.too_large.append((sizes[one.schedule], least, one))
+
+    def _look(self, one: Candidate, least: float) -> None:
+        """Closer, by what was played for others."""
+        if self._is_beaten(one, least):
+            return
+        if one.pipe > 1:
+            size = self.programs.least_bytes(one)
+            if size > self.planner.memory_bytes:
+                self.too_large.append((size, least, one))
+                return
+            least = max(least, self.programs.least_seconds(one))
+        self._wait(least, "layout", one)
+
+    def _is_beaten(self, one: Candidate, least: float) -> bool:
+        """Whether a layout that differs in recompute and offload alone fits and is as fast."""
+        known = self.best.get(_plain(one))
+        return known is not None and known.time.seconds <= least
+
+    def _weigh(self, one: Candidate, least: float) -> None:
+        if self._is_beaten(one, least):
+            return
+        known, layout = self.best.get(_plain(one)), self.planner.accepted(one)
+        if layout is None:
+            return
+        self.weighed += 1
+        if one.pipe > 1:
+            self.programs.learn(one, layout.time.seconds, layout.memory.total)
+        if layout.memory.total > self.planner.memory_bytes:
+            self.too_large.append((layout.memory.total, layout.time.seconds, one))
+        elif known is None or layout.time.seconds < known.time.seconds:
+            self.best[_plain(one)] = layout
+
+    def faster(self, best: list[Layout], tried: int = 3) -> list[Layout]:
+        """Layouts that need a little more memory and are faster than the best that fit, the smallest first."""
+        if not best:
+            return []
+        limit = best[0].time.seconds
+        found = [
+            (size, n, one) for n, (size, least, one) in enumerate(self.too_large) if least < limit
+        ]
+        near = [one for _, _, one in heapq.nsmallest(NEAR, found)]
+        likely = (one for one in near if self.programs.closest_seconds(one) < limit)
+        layouts = [self.planner.accepted(one) for one in islice(likely, tried)]
+        faster = [one for one in layouts if one is not None and one.time.seconds < limit]
+        return sorted(faster, key=lambda layout: layout.memory.total)
 
 
 def _plain(one: Candidate) -> Candidate:
     """Without what only saves memory and costs time."""
     return replace(one, recompute="none", offload="none")
-
-
-def _keeps_inputs(one: Candidate) -> bool:
-    """Whether only inputs of layers are kept, which changes the cut."""
-    return one.recompute not in ("none", "selective")
-
-
-def sent_bytes(work: Work, table: MemoryTable, sharing: Sharing) -> dict[str, float]:
-    """Bytes that the busiest rank of the pipe axis sends in a step, by axis (docs/layouts.md)."""
-    config, plan, m = table.config, table.plan, table.config.accumulation_steps
-    t, d, e, weights = work.tensor, sharing.ranks, work.dtype_bytes, max(table.weights)
-    hidden = e * work.tokens * work.spec.hidden_size * (t - 1) / t
-    passes = 8 + (4 if config.train.activation_checkpointing not in ("none", "selective") else 0)
-    by_rank = []
-    for rank in range(plan.pipe):
-        own = plan.cut.chunks_of(rank)
-        layers = sum(len(plan.cut.layers[chunk]) for chunk in own)
-        ends = 2 * (0 in own) + 2 * (plan.cut.last_chunk in own)
-        by_rank.append(m * hidden * (passes * layers + ends))
-    crossing = [m * work.hidden_bytes * sum(_crossings(table, rank)) for rank in range(plan.pipe)]
-    shared = (d - 1) / d * weights
-    gradients = FP32 * {0: 2, 1: 1}.get(sharing.zero, m)
-    whole = {0: 0.0, 3: e * (2 * m + 1.0)}.get(sharing.zero, float(e))
-    return {
-        "pipe": max(crossing),
-        "data": (gradients + whole) * shared,
-        "tensor": max(by_rank),
-    }
-
-
-def _crossings(table: MemoryTable, rank: int) -> list[int]:
-    """Of each chunk of a rank how many neighbours are on other ranks: it sends each a message a micro-batch."""
-    home = table.plan.cut.home
-    neighbours = [
-        [home[n] for n in (chunk - 1, chunk + 1) if 0 <= n < len(home)]
-        for chunk, there in enumerate(home)
-        if there == rank
-    ]
-    return [sum(there != rank for there in near) for near in neighbours]

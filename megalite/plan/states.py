@@ -261,6 +261,8 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
         config.parallel.context_attention == "heads",
         grid.expert.size,
         config.train.compile,
+        config.data.source_length,
+        config.data.objective == "prefix",
     )
 
 

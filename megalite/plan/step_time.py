@@ -6,16 +6,20 @@ program as the clock.
     what is bound by memory    the bytes that the layer keeps (activations.py): written and read once in forward, and
                                three times in backward, with their gradients
     collectives                ring algorithms: bytes / rate + messages × latency (docs/layouts.md has the bytes)
+    context axis               keys and values of whole samples gathered, or heads exchanged for tokens, in each layer
+    expert axis                rows on their way to their experts and back, spread evenly
     update                     16 bytes a number read and 12 written, in fp32, by the rank that owns it
 
 Nothing overlaps but messages of the pipe axis, and ZeRO-3's gathers with computing, as in DeepSpeed. B: samples of a
-micro-batch, S: tokens of a sample, D: hidden, V: vocabulary, t, d, p: ranks of the axes, m: micro-batches, v: chunks.
+micro-batch, S: tokens of a sample, D: hidden, V: vocabulary, t, c, e, d, p: ranks of the axes, m: micro-batches, v:
+chunks.
 Next: rank_memory.py.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,10 +32,12 @@ from megalite.pipeline.plan import PipelinePlan
 from megalite.plan.activations import Forward, embedding_table, head_table, layer_table, total
 from megalite.plan.devices import Device, Link
 
-PARTS = ("products", "attention", "memory", "again", "tensor", "engine", "data", "expert")
-"""What seconds are spent on. again: forward made again in backward; tensor, data, expert: collectives of the axes;
-engine: sums of gradients and what DeepSpeed does around them."""
-PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT = range(len(PARTS))
+PARTS = (
+    "products", "attention", "memory", "again", "tensor", "engine", "data", "expert", "context",
+)  # fmt: skip
+"""What seconds are spent on. again: forward made again in backward; tensor, data, expert, context: collectives of the
+axes; engine: sums of gradients and what DeepSpeed does around them."""
+PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT, CONTEXT = range(len(PARTS))
 FP32 = 4
 PLAYED = 4  # micro-batches a rank that a program is played with; further ones take their busiest rank's time
 HIDDEN = 0.5  # of the time of a pass, that hides ZeRO-3's messages, which take memory and processors from kernels
@@ -39,9 +45,13 @@ HOST_UPDATE = 4e8  # numbers a second that a rank's share of a host steps with o
 
 
 def link_along(device: Device, size: int, spacing: int) -> Link:
-    """The link of an axis of `size` ranks that are `spacing` apart. Where it crosses nodes, all ranks of a node that
-    are on one line of it share their adapters."""
-    members = max(1, device.node_ranks // spacing)
+    """The link of an axis of `size` ranks that are `spacing` apart."""
+    return link_of(device, size, max(1, device.node_ranks // spacing))
+
+
+def link_of(device: Device, size: int, members: int) -> Link:
+    """The link of a group of `size` ranks, of which as many as `members` are in one node. Where it crosses nodes, those
+    share their adapters."""
     if members >= size:
         return device.node
     rate = min(device.node.bytes_per_second, members * device.network.bytes_per_second)
@@ -58,7 +68,9 @@ def ring_seconds(link: Link, size: int, whole: float, passes: int = 1) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a rank of the tensor axis does for a micro-batch. at: sizes and type; recompute: as a Stage takes it."""
+    """What a rank of the tensor and context axes does for a micro-batch. length: of a whole sample; at: sizes and type;
+    recompute: as a Stage takes it; by_heads: whether the context axis exchanges heads for tokens; documents: whether
+    samples' documents are kept apart; compiled: `megalite.train.compile`."""
 
     spec: TransformerSpec
     device: Device
@@ -70,21 +82,38 @@ class Work:
     recompute: str
     counted: float = 1.0
     expert: int = 1
+    context: int = 1
+    by_heads: bool = False
+    documents: bool = False
+    fp16: bool = False
+    compiled: bool = False
 
     @cached_property
     def at(self) -> Forward:
         """The micro-batch, as activations.py takes it."""
         import torch
 
-        dtype = torch.bfloat16 if self.dtype_bytes == 2 else torch.float32
+        dtype = torch.float16 if self.fp16 else torch.bfloat16
+        dtype = dtype if self.dtype_bytes == 2 else torch.float32
         axis = Axis(self.tensor, self.tensor - 1, tuple(range(self.tensor)), None)
         kind = "cpu" if self.device.cores else "cuda"
-        split = Split(axis, self.sequence)
-        return Forward(self.micro, self.length, dtype, split, False, kind, experts=self.expert)
+        return Forward(
+            self.micro,
+            self.length // self.context,
+            dtype,
+            Split(axis, self.sequence),
+            self.documents,
+            kind,
+            self.context,
+            self.by_heads,
+            self.expert,
+            self.compiled,
+        )
 
     @property
     def tokens(self) -> int:
-        return self.micro * self.length
+        """That the rank has."""
+        return self.micro * self.length // self.context
 
     @property
     def hidden_bytes(self) -> int:
@@ -111,6 +140,28 @@ class Work:
         """Seconds of an all-reduce of hidden states, or of the gather and scatter in its place."""
         whole = self.dtype_bytes * self.tokens * self.spec.hidden_size
         return ring_seconds(self._link, self.tensor, whole, passes=2)
+
+    @cached_property
+    def _mixed(self) -> list[float]:
+        """Bytes of what each message of a layer's forward on the context axis gathers or exchanges; those of backward
+        are as large (docs/layouts.md, "Long samples")."""
+        spec, h, e = self.spec, self.spec.head_size, self.dtype_bytes
+        queries, keys = self.part(spec.num_heads * h, h), self.part(spec.num_kv_heads * h, h)
+        if not self.by_heads:
+            return [e * 2.0 * self.micro * self.length * keys]
+        keys = max(keys, self.context * h)  # a head for each rank
+        return [e * self.tokens * (queries + 2.0 * keys), e * self.tokens * float(queries)]
+
+    @cached_property
+    def mixing(self) -> float:
+        """Seconds of them."""
+        link = link_along(self.device, self.context, self.tensor)
+        return sum(ring_seconds(link, self.context, whole) for whole in self._mixed)
+
+    @property
+    def mixed_bytes(self) -> float:
+        """That a rank sends of them."""
+        return sum(self._mixed) * (self.context - 1) / self.context
 
     @cache  # noqa: B019  (a Work lives as long as the search)
     def layer(self, window: int | None, routed: bool = False) -> np.ndarray:
@@ -139,8 +190,10 @@ class Work:
         )
         weights[PRODUCTS] = products
         forward[TENSOR] = backward[TENSOR] = 2 * self.exchange()
+        forward[CONTEXT] = backward[CONTEXT] = self.mixing
         if (mixture := spec.mixture_of(layer)) is not None:
-            link, rows = link_along(device, self.expert, self.tensor), self.tokens * mixture.chosen
+            link = link_along(device, self.expert, self.context * self.tensor)
+            rows = self.tokens * mixture.chosen
             there = ring_seconds(link, self.expert, self.dtype_bytes * rows * d)
             forward[EXPERT] = backward[EXPERT] = 2 * there
         for part in (forward, backward, weights):
@@ -148,7 +201,7 @@ class Work:
         if self.recompute == "full":
             backward[AGAIN] = forward.sum()
         elif self.recompute == "selective":
-            backward[AGAIN] = core + 2 * core_bytes / device.memory_rate
+            backward[AGAIN] = core + 2 * core_bytes / device.memory_rate + self.mixing
         result[1] = backward + weights
         return result
 
@@ -170,7 +223,8 @@ class Work:
         return products + self.product(d, mixture.count)
 
     def _core(self, queries: int, window: int | None) -> float:
-        """Seconds of attention's two products in forward."""
+        """Seconds of attention's two products in forward: of a rank's tokens with all heads, or with by_heads of all
+        tokens with its heads, which is as much."""
         spec, s = self.spec, self.length
         seen = min(window or s, s)
         if spec.attention_dropout > 0:  # by hand, with all scores
@@ -225,66 +279,88 @@ class Work:
         """[kind, part] of the whole model."""
         return self.layers[-1] + self.embedding + self.head
 
-    @cache  # noqa: B019
-    def unevenness(self, pipe: int) -> float:
-        """The longest rank's share of a pipe axis over an even one, at the least: layers are whole, and the head is on
-        one rank."""
-        layers, whole = self.spec.num_layers, self.model.sum()
-        layer = self.layers[-1].sum() / layers
-        head = self.head.sum() / layer
-        longest = min(
-            max(-(-(layers - own) // (pipe - 1)), own + head) for own in range(layers // pipe + 2)
-        )
-        return max(1.0, float(longest * layer * pipe / whole))
+
+class Held(NamedTuple):
+    """Numbers of a rank's weights. routed: of experts that an expert axis divides; shared: all others."""
+
+    shared: float
+    routed: float = 0.0
+
+    def part(self, chunks: int) -> "Held":
+        """A chunk's, of so many that are alike."""
+        return Held(self.shared / chunks, self.routed / chunks)
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What the data axis adds. ranks: d; spacing: of them; zero: the stage; weights: numbers of a rank's (pipe, tensor)
-    shard; offload: whether the optimizer is stepped in main memory; moments: tensors that it keeps of each weight."""
+    """What the copies of a weight add, which are along data and context. data, context, expert, tensor: ranks of the
+    axes; zero: the stage; offload: whether the optimizer is stepped in main memory; moments: tensors that it keeps of
+    each weight."""
 
-    ranks: int
-    spacing: int
+    data: int
+    tensor: int
     zero: int
-    offload: bool
+    offload: bool = False
     moments: int = 2
+    context: int = 1
+    expert: int = 1
 
-    def micro(self, work: Work, weights: float, several: bool) -> np.ndarray:
+    @property
+    def ranks(self) -> int:
+        """That hold a copy of a weight, over which ZeRO shards."""
+        return self.data * self.context
+
+    def _lines(self, device: Device, held: Held) -> list[tuple[Link, int, float]]:
+        """(link, ranks, numbers) of the groups that hold copies."""
+        lines = [(link_along(device, self.ranks, self.tensor), self.ranks, held.shared)]
+        if self.expert > 1:
+            # Runs of neighbours along context, one for every run of the expert axis.
+            run = min(self.context, max(1, device.node_ranks // self.tensor))
+            apart = self.tensor * self.context * self.expert
+            members, size = run * max(1, device.node_ranks // apart), self.ranks // self.expert
+            lines.append((link_of(device, size, members), size, held.routed))
+        return lines
+
+    def micro(self, work: Work, held: Held, several: bool) -> np.ndarray:
         """[kind, part] that a micro-batch adds for so many numbers of weights; several: micro-batches a step."""
         result, device, e = np.zeros((len(KINDS), len(PARTS))), work.device, work.dtype_bytes
-        summed = (e + 2 * FP32) * weights / device.memory_rate if several or self.zero > 1 else 0.0
+        numbers, lines = sum(held), self._lines(device, held)
+        summed = (e + 2 * FP32) * numbers / device.memory_rate if several or self.zero > 1 else 0.0
         result[1, ENGINE] = result[3, ENGINE] = summed + device.micro_seconds
-        link = link_along(device, self.ranks, self.spacing)
         if self.zero >= 2:
-            reduced = ring_seconds(link, self.ranks, FP32 * weights)
+            reduced = sum(ring_seconds(link, size, FP32 * count) for link, size, count in lines)
             result[1, DATA] = result[3, DATA] = reduced
         if self.zero == 3:
-            # Layer by layer, beside computing, which hides a part of it.
-            layers = work.spec.num_layers
-            gathered = layers * ring_seconds(link, self.ranks, e * weights / layers)
-            reduced = layers * ring_seconds(link, self.ranks, FP32 * weights / layers)
-            hidden = HIDDEN * work.model.sum(axis=1)
-            result[0, DATA] = max(0.0, gathered - hidden[0])
-            result[1, DATA] = max(0.0, gathered + reduced - hidden[1])
+            # Layer by layer, beside computing, which hides a part of it. There is no expert axis.
+            layers, (link, size, _) = work.spec.num_layers, lines[0]
+            gathered = layers * ring_seconds(link, size, e * numbers / layers)
+            reduced = layers * ring_seconds(link, size, FP32 * numbers / layers)
+            # Cores that pass messages on compute nothing meanwhile.
+            hidden = (0.0 if device.cores else HIDDEN) * work.model.sum(axis=1)
+            hooks = layers * device.gather_seconds
+            result[0, DATA] = max(0.0, gathered - hidden[0]) + hooks
+            result[1, DATA] = max(0.0, gathered + reduced - hidden[1]) + hooks
         return result
 
-    def end(self, work: Work, weights: float) -> dict[str, float]:
-        """Seconds after a step's last backward, by part."""
-        device, e, d = work.device, work.dtype_bytes, self.ranks
-        link = link_along(device, d, self.spacing)
-        owned = weights / d if self.zero else weights
+    def end(self, work: Work, held: Held, world: int = 1) -> dict[str, float]:
+        """Seconds after a step's last backward, by part. world: ranks in all, which sum a few numbers twice: the tokens
+        that count, and the norm."""
+        device, e, lines = work.device, work.dtype_bytes, self._lines(work.device, held)
+        owned = sum(count / size if self.zero else count for _, size, count in lines)
         if self.offload:
             update = (FP32 + e) * owned / device.host.bytes_per_second + owned / HOST_UPDATE
         else:
             moved = FP32 * (2 + self.moments + 1 + self.moments) + e
-            update = moved * owned / device.memory_rate
+            update = moved * owned / (device.states_rate or device.memory_rate)
         sent = 0.0
-        if self.zero == 0:
-            sent = ring_seconds(link, d, FP32 * weights, passes=2)
-        elif self.zero == 1:
-            sent = ring_seconds(link, d, FP32 * weights)
-        if self.zero in (1, 2):
-            sent += ring_seconds(link, d, e * weights)
+        for link, size, count in lines:
+            if self.zero == 0:
+                sent += ring_seconds(link, size, FP32 * count, passes=2)
+            elif self.zero == 1:
+                sent += ring_seconds(link, size, FP32 * count)
+            if self.zero in (1, 2):
+                sent += ring_seconds(link, size, e * count)
+        sent += 2 * ring_seconds(link_along(device, world, 1), world, 0.0, passes=2)
         return {"data": sent, "update": update + device.step_seconds}
 
 
@@ -298,11 +374,12 @@ class StepTime:
     bubble: float
 
 
-def hop_seconds(work: Work, pipe: int, data: int) -> float:
-    """Of a message between neighbours on the pipe axis."""
+def hop_seconds(work: Work, pipe: int, copies: int) -> float:
+    """Of a message between neighbours on the pipe axis. copies: ranks that hold a weight."""
     if pipe == 1:
         return 0.0
-    link = work.device.node if data * work.tensor < work.device.node_ranks else work.device.network
+    near = copies * work.tensor < work.device.node_ranks
+    link = work.device.node if near else work.device.network
     return link.seconds + work.hidden_bytes / link.bytes_per_second
 
 
@@ -318,7 +395,7 @@ def played_micro_batches(plan: PipelinePlan, micro_batches: int) -> int:
 
 
 def step_time(
-    work: Work, plan: PipelinePlan, sharing: Sharing, micro_batches: int, weights: list[float]
+    work: Work, plan: PipelinePlan, sharing: Sharing, micro_batches: int, weights: list[Held]
 ) -> StepTime:
     """weights: numbers of each rank of the pipe axis."""
     chunks = [
@@ -336,14 +413,17 @@ def step_time(
     for chunk, home in enumerate(plan.cut.home):
         busy[home] += (lengths.counts[:, chunk, None] * chunks[chunk]).sum(axis=0) / played
     length += (micro_batches - played) * float(busy.sum(axis=1).max())
-    all_busy = float(busy.sum()) * micro_batches
-    cores = work.device.cores
-    if cores:  # ranks that share cores: what one leaves idle another uses
-        length = max(length, all_busy * sharing.ranks * work.tensor / cores)
+    # Ranks that share cores: what one leaves idle another uses, so a step takes all their work over the cores at least.
+    ranks = plan.pipe * sharing.ranks * work.tensor
+    shared = work.device.ranks_a_core(ranks)
     parts: dict[str, float] = {}
-    parts |= zip(PARTS, (busy.mean(axis=0) * micro_batches).tolist(), strict=True)
+    spent = busy.mean(axis=0) * micro_batches * shared
+    length = max(length, float(spent.sum()))
+    parts |= zip(PARTS, spent.tolist(), strict=True)
     parts["bubble"] = max(0.0, length - sum(parts.values()))  # of one rank -1e-16, by rounding
-    end = sharing.end(work, max(weights))
+    ends = [sharing.end(work, held, ranks) for held in dict.fromkeys(weights)]
+    longest = max(ends, key=lambda end: sum(end.values()))
+    end = {part: shared * seconds for part, seconds in longest.items()}
     parts["data"] += end["data"]
     parts["update"] = end["update"]
     seconds = length + sum(end.values())
@@ -355,7 +435,7 @@ def chunk_seconds(
     plan: PipelinePlan,
     chunk: int,
     sharing: Sharing,
-    weights: list[float],
+    weights: list[Held],
     several: bool,
 ) -> np.ndarray:
     """[kind, part] of a chunk's actions."""
@@ -365,39 +445,5 @@ def chunk_seconds(
         result = result + work.embedding
     if chunk == plan.cut.last_chunk:
         result = result + work.head
-    own = weights[home] / plan.cut.home.count(home)
+    own = weights[home].part(plan.cut.home.count(home))
     return result + sharing.micro(work, own, several)
-
-
-BUBBLES = {  # of ranks' times f, i, w of a micro-batch: what a rank waits, times (p - 1)
-    "1f1b": lambda f, i, w, v: f + i + w,
-    "interleaved": lambda f, i, w, v: (f + i + w) / v,
-    "zb-h1": lambda f, i, w, v: max(0.0, f + i - w),
-    "zb-v": lambda f, i, w, v: f / 2,
-}
-
-
-def estimated_seconds(
-    work: Work,
-    schedule: str,
-    pipe: int,
-    chunks: int,
-    sharing: Sharing,
-    micro_batches: int,
-    weights: float,
-) -> float:
-    """As `step_time`, with a cut into equal parts and the schedule's formula (docs/layouts.md) for its bubble: what
-    layouts are sorted by before their programs are played. weights: numbers of a rank."""
-    # A backward in halves gives the engine its gradients once, in W.
-    added = sharing.micro(work, weights, micro_batches > 1).sum(axis=1)
-    f, b, i, w = (work.model.sum(axis=1) / pipe + added).tolist()
-    if not schedule.startswith("zb"):
-        i, w = b / 2, b / 2
-    length = micro_batches * (f + i + w)
-    if pipe > 1:
-        length *= work.unevenness(pipe)
-        length += (pipe - 1) * BUBBLES[schedule](f, i, w, chunks)
-    if work.device.cores:
-        ranks = pipe * sharing.ranks * work.tensor
-        length = max(length, micro_batches * (f + i + w) * ranks / work.device.cores)
-    return length + sum(sharing.end(work, weights).values())

@@ -1,6 +1,7 @@
 """`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, beside a
 plain PyTorch loop over transformers' model of the same shape. A layout may bring keys of its own, so that levers are
-compared too: `--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`.
+compared too: `--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`. With `--calibrate FILE` it
+measures the machine instead (calibrate.py).
 
 The plain loop is one process: on a machine without a GPU it has all cores, which a layout's ranks share; with GPUs it
 has one, and a layout one for each rank. It runs before and after the layouts, so that a drift of the machine shows.
@@ -16,10 +17,13 @@ from typing import Any
 from megalite.config import Config, load_config
 from megalite.data.loader import TrainData
 from megalite.engine.nvme import check_nvme
+from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.pipeline.plan import plan_of
 from megalite.plan.states import place_of, predicted_activations
+from megalite.prove.calibrate import calibrate_to, device_lines
 from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
+from megalite.ranks.launch import ArgumentParser
 from megalite.ranks.local import check_room, run_local_ranks
 from megalite.topology.axes import TOLD
 
@@ -37,6 +41,14 @@ def main(arguments: list[str]) -> int:
         'pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
         "timed steps of each (default: 5)",
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="measure this machine for tools/plan.py --device FILE instead, without other arguments",
+    )
+    if (path := _calibration(arguments)) is not None:
+        print(device_lines(calibrate_to(path), path), flush=True)
+        return 0
     options = parser.parse_args(arguments)
     overrides = [*options.set, "megalite.train.batch_ramp=null"]
     config = load_config(options.deepspeed_config, overrides)
@@ -67,6 +79,18 @@ def main(arguments: list[str]) -> int:
     print(f"plain PyTorch, 1 process, again: {_speed(after, tokens)}\n", flush=True)
     print(table(rows, (step_seconds(before) + step_seconds(after)) / 2, tokens))
     return 0
+
+
+def _calibration(arguments: list[str]) -> Path | None:
+    """The file of `--calibrate`. ConfigError where there are other arguments beside it."""
+    parser = ArgumentParser("benchmark_step.py", add_help=False)
+    parser.add_argument("--calibrate", metavar="FILE")
+    options, others = parser.parse_known_args(arguments)
+    if options.calibrate is None:
+        return None
+    if others:
+        raise ConfigError(f"--calibrate: {options.calibrate}: goes without {others[0]}")
+    return Path(options.calibrate)
 
 
 @dataclass(frozen=True)

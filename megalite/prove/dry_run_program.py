@@ -12,7 +12,6 @@ import time
 import warnings
 
 from megalite.config import check_model, load_config
-from megalite.errors import ConfigError
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
@@ -54,10 +53,6 @@ def main(arguments: list[str]) -> int:
         check_parameter_groups(config, spec)
     memory = None if options.memory_gib is None else options.memory_gib * GIB
     found = dry_run(config, spec, memory)
-    if options.messages and spec.mixture is not None:
-        raise ConfigError(
-            "--messages: must be left out with experts, which a dry run does not route"
-        )
     if options.messages:
         from megalite.prove.messages import calls_of_all, match, shrunken  # imports DeepSpeed
 

@@ -19,7 +19,9 @@ from megalite.config.rules import machine_has_gpu
 from megalite.data.loader import TrainData
 from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
+from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
+from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import ALONE
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.parallel.traffic import Traffic
@@ -102,14 +104,17 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
+        source, samples = config.data.source_length, data.at_step(step, config.train.last_step)
+        micro = config.micro_batch_size
         batches = micro_batches(
-            data, step * size, size, config.micro_batch_size, ALONE, device, draw
+            samples, step * size, size, micro, ALONE, device, draw, source=source
         )
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
-            mask = _document_mask(context.documents, spec.causal)
+            inputs = _inputs(tokens, context, spec)
+            labels = labels[:, context.source :]
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                logits = model(tokens, attention_mask=mask).logits
+                logits = model(**inputs).logits
             losses = F.cross_entropy(
                 logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
             )
@@ -131,15 +136,34 @@ def _plain_model(config: Config) -> Any:
     spec, keys = read_spec(config.model), model_dict(config.model)
     hf_config = AutoConfig.for_model(**keys)
     hf_class = hf_auto_class(spec)
-    return hf_class.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa").train()
+    model: Any = hf_class.from_config(
+        hf_config, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
+    if spec.stacks is not None and not spec.tied:  # which a config of transformers 5 always is
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
 
 
-def _document_mask(documents: Tensor | None, causal: bool) -> Tensor | None:
+def _inputs(tokens: Tensor, context: Context, spec: TransformerSpec) -> dict[str, Any]:
+    """Of transformers' model."""
+    documents, rows = context.documents, context.source
+    if spec.stacks is None:
+        mask = _document_mask(context, spec.causal)
+        return {"input_ids": tokens, "attention_mask": mask}
+    source, target = tokens[:, :rows], tokens[:, rows:]
+    mask = None if documents is None else (documents[:, :rows] == documents[:, :1]).long()
+    return {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
+
+
+def _document_mask(context: Context, causal: bool) -> Tensor | None:
     """[B, 1, S, S], True where a token sees another; None where documents are not kept apart."""
+    documents, prefixes = context.documents, context.prefixes
     if documents is None:
         return None
     mask = documents[:, None, :, None] == documents[:, None, None, :]
-    return mask.tril() if causal else mask
+    if not causal:
+        return mask
+    return mask.tril() if prefixes is None else mask.tril() | mask & prefixes[:, None, None, :]
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:

@@ -2,19 +2,23 @@
 nowhere; every collective and message is written down and matched across ranks.
 
 The engine, DeepSpeed's optimizer and the pipeline are the real ones; the model is shrunken to a layer or two a chunk,
-the tensor and data axes to two ranks each. What ranks say to each other as objects cannot come over such groups, so
-there are two passes: the first writes down what each rank says, the second hears it and is the one that is matched.
+the tensor, context and data axes to two ranks each; an expert axis to two, with two copies of each where there are
+several. What ranks say to each other cannot come over such groups: objects at the start, and how many rows they have
+for each other's experts. So there are two passes: the first writes down what each rank says, the second hears it and is
+the one that is matched. The rows themselves arrive as zeros.
 
 What is found: ranks of a group whose collectives differ in kind, type or size, or in their order; messages without
-their other end or with another size; collectives of several groups in an order that no rank can leave.
+their other end or with another size; rows for another rank's experts that it does not expect; collectives of several
+groups in an order that no rank can leave.
 """
 
 import copy
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalite.config import Config
+from megalite.config.objectives import Pairs
 from megalite.engine.build import LearningRate, build_engine, build_pipeline
 from megalite.engine.over_fakes import deepspeed_over_fakes
 from megalite.model.context import Context
@@ -33,7 +38,7 @@ from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.plan.places import DryRunError, fake_world
-from megalite.training.batches import MicroBatch
+from megalite.training.batches import MicroBatch, rows_of
 from megalite.training.step import train_step
 
 HEAD = 8
@@ -43,12 +48,15 @@ Plant = Callable[[int, Pipeline], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A collective of a group, or one end of a message on it. peer: the other end's global rank."""
+    """A collective of a group, or one end of a message on it. peer: the other end's global rank; given, taken: of an
+    all-to-all whose ranks have different numbers of rows for each other, those numbers, in the order of the group."""
 
     kind: str
     group: str
     what: str
     peer: int | None = None
+    given: tuple[int, ...] = field(default=(), compare=False)
+    taken: tuple[int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.what}"
@@ -62,47 +70,8 @@ class RankCalls:
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class _Writer(TorchDispatchMode):
-    """Writes down every call of torch.distributed. What would be received is zeros: memory as it was may hold NaN,
-    for which an update is left out with its collectives."""
-
-    def __init__(self, rank: RankCalls) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._write(func._schema.name.removeprefix("c10d::").strip("_"), args)
-        return func(*args, **(kwargs or {}))
-
-    def _write(self, kind: str, args: tuple[Any, ...]) -> None:
-        group = next((found for arg in args if (found := _group_of(arg)) is not None), None)
-        if group is None:
-            return
-        members = tuple(dist.get_process_group_ranks(group))
-        self.rank.groups[group.group_name] = members
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        sizes = sorted({(str(t.dtype).removeprefix("torch."), t.numel()) for t in tensors})
-        what = " and ".join(f"{count:,} {dtype}" for dtype, count in sizes)
-        peer = None
-        if kind in ("send", "recv"):
-            peer = members[next(arg for arg in args if isinstance(arg, int))]
-            if kind == "recv":
-                for tensor in tensors:
-                    tensor.zero_()
-        self.rank.calls.append(Call(kind, group.group_name, what, peer))
-
-
-def _group_of(arg: Any) -> Any:
-    if not isinstance(arg, torch.ScriptObject):
-        return None
-    if not arg._type().qualified_name().endswith("ProcessGroup"):
-        return None
-    return dist.ProcessGroup.unbox(arg)
-
-
-class _Objects:
-    """What ranks say with `all_gather_object`, over two passes. said[group members][rank]: in order."""
+class _Said:
+    """What ranks say to each other, over two passes. said[group members][rank]: in order."""
 
     def __init__(self) -> None:
         self.said: dict[tuple[int, ...], dict[int, list[Any]]] = defaultdict(
@@ -115,41 +84,107 @@ class _Objects:
         self.heard = {members: dict(own) for members, own in self.said.items()}
         self.said.clear()
 
-    def gather(self, rank: RankCalls, result: list[Any], value: Any, group: Any = None) -> None:
-        """In place of torch's."""
-        group = group or dist.group.WORLD
-        members = tuple(dist.get_process_group_ranks(group))
+    def exchange(self, members: tuple[int, ...], value: Any) -> list[Any]:
+        """Says a value; returns what each of the group said in the pass before, in the first pass the value itself."""
         own = self.said[members][dist.get_rank()]
-        own.append(copy.deepcopy(value))
-        rank.groups[group.group_name] = members
-        rank.calls.append(Call("all_gather_object", group.group_name, "objects"))
-        number = len(own) - 1
-        for place, member in enumerate(members):
+        own.append(value)
+        number, result = len(own) - 1, []
+        for member in members:
             said = self.heard.get(members, {}).get(member, [])
-            result[place] = said[number] if number < len(said) else value
+            result.append(said[number] if number < len(said) else value)
+        return result
+
+
+class _Writer(TorchDispatchMode):
+    """Writes down every call of torch.distributed. What would be received is zeros: memory as it was may hold NaN,
+    for which an update is left out with its collectives."""
+
+    def __init__(self, rank: RankCalls, said: _Said) -> None:
+        super().__init__()
+        self.rank, self.said = rank, said
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "c10d":
+            return func(*args, **(kwargs or {}))
+        kind = func._schema.name.removeprefix("c10d::").strip("_")
+        called = args
+        if kind == "alltoall_base":  # the fake refuses a rank that gives no rows and takes some
+            equal = torch.zeros(dist.ProcessGroup.unbox(args[2]).size())
+            called = (equal, equal.clone(), args[2], [], [], *args[5:])
+        result = func(*called, **(kwargs or {}))
+        self._write(kind, args)
+        return result
+
+    def _write(self, kind: str, args: tuple[Any, ...]) -> None:
+        group = next((found for arg in args if (found := _group_of(arg)) is not None), None)
+        if group is None:
+            return
+        members = tuple(dist.get_process_group_ranks(group))
+        self.rank.groups[group.group_name] = members
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        sizes = sorted({(str(t.dtype).removeprefix("torch."), t.numel()) for t in tensors})
+        what = " and ".join(f"{count:,} {dtype}" for dtype, count in sizes)
+        call = Call(kind, group.group_name, what)
+        if kind in ("send", "recv"):
+            peer = members[next(arg for arg in args if isinstance(arg, int))]
+            call = replace(call, peer=peer)
+        elif kind == "alltoall_base" and args[3]:
+            taken, given = tuple(args[3]), tuple(args[4])
+            width = math.prod(args[0].shape[1:])
+            dtype = sizes[0][0]
+            call = replace(call, what=f"rows of {width:,} {dtype}", given=given, taken=taken)
+        self.rank.calls.append(call)
+        self._receive(kind, members, args)
+
+    def _receive(self, kind: str, members: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        if kind == "alltoall_base" and not args[3]:  # of which each rank gets an equal part
+            if args[1].is_floating_point():
+                args[0].copy_(args[1])
+                return
+            whole, own = args[1].clone(), members.index(dist.get_rank())
+            parts = self.said.exchange(members, whole)
+            args[0].copy_(torch.cat([part.chunk(len(members))[own] for part in parts]))
+        elif kind in ("recv", "alltoall_base", "reduce_scatter_base"):
+            for received in tree_leaves(args[0]):
+                received.zero_()
+
+
+def _group_of(arg: Any) -> Any:
+    if not isinstance(arg, torch.ScriptObject):
+        return None
+    if not arg._type().qualified_name().endswith("ProcessGroup"):
+        return None
+    return dist.ProcessGroup.unbox(arg)
 
 
 def shrunken(config: Config) -> Config:
     """A resolved config with a small model and short axes, alike in schedule, ZeRO, recompute and sharing of heads."""
     parallel, document = config.parallel, copy.deepcopy(config.to_json())
-    tensor, data = min(2, parallel.tensor), min(2, config.data_size)
+    tensor, context, expert = (
+        min(2, size) for size in (parallel.tensor, parallel.context, parallel.expert)
+    )
+    data = expert * min(2, config.data_size // parallel.expert)
     spec, chunks = read_spec(config.model), parallel.pipe * parallel.chunks_a_rank
     heads, groups = 4 * tensor, 4 * tensor
     if spec.num_kv_heads < spec.num_heads:
         groups = tensor if spec.num_kv_heads >= parallel.tensor else 1
-    layers, hidden = max(chunks, 2), 4 * tensor * HEAD
+    layers, hidden, narrow = max(chunks, 2), 4 * tensor * HEAD, 16 * tensor
     sizes = {
-        "hidden_size": hidden, "n_embd": hidden, "intermediate_size": 16 * tensor, "n_inner": 16 * tensor,
-        "num_hidden_layers": layers, "n_layer": layers, "num_attention_heads": heads, "n_head": heads,
-        "num_key_value_heads": groups, "head_dim": HEAD, "rotary_dim": HEAD, "vocab_size": 32 * tensor + 1,
+        "hidden_size": hidden, "n_embd": hidden, "d_model": hidden, "intermediate_size": narrow,
+        "n_inner": narrow, "d_ff": narrow, "moe_intermediate_size": narrow, "num_local_experts": 4,
+        "num_experts": 4, "num_experts_per_tok": min(2, spec.mixture.chosen) if spec.mixture else None,
+        "num_hidden_layers": layers, "n_layer": layers, "num_layers": layers // 2,
+        "num_decoder_layers": layers - layers // 2, "num_attention_heads": heads, "n_head": heads,
+        "num_heads": heads, "num_key_value_heads": groups, "head_dim": HEAD, "d_kv": HEAD,
+        "rotary_dim": HEAD, "vocab_size": 32 * tensor + 1,
     }  # fmt: skip
     model = {**model_dict(config.model)}
     for key, value in sizes.items():
         if model.get(key) is not None:
             model[key] = value
-    for key in ("layer_types", "pad_token_id", "mlp_only_layers"):
+    for key in ("layer_types", "pad_token_id", "mlp_only_layers", "decoder_start_token_id"):
         model.pop(key, None)
-    length = 8 * tensor
+    length = 8 * tensor * context
     micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
     if parallel.schedule == "interleaved":
         micro_batches = max(parallel.pipe, micro_batches // parallel.pipe * parallel.pipe)
@@ -165,28 +200,38 @@ def shrunken(config: Config) -> Config:
     document.pop("aio", None)
     megalite = document["megalite"]
     megalite["model"] = model
-    megalite["parallel"] |= {"tensor": tensor}
+    megalite["parallel"] |= {"tensor": tensor, "context": context, "expert": expert}
     megalite["parallel"].pop("cut", None)
     megalite["data"]["sequence_length"] = length
+    if isinstance(config.data.objective, Pairs):
+        megalite["data"]["objective"]["source_length"] = length // 2
     megalite["train"].pop("batch_ramp", None)
     megalite["train"].pop("parameter_groups", None)
-    return Config.from_dict(document).resolve(parallel.pipe * tensor * data)
+    return Config.from_dict(document).resolve(parallel.pipe * tensor * context * data)
 
 
 def calls_of_all(config: Config, plant: Plant | None = None) -> list[RankCalls]:
     """What every rank of a shrunken config calls from its start to the end of a step, in the order of ranks."""
-    objects, ranks = _Objects(), []
-    for _ in range(2):
-        ranks = [_calls_of(config, rank, objects, plant) for rank in range(config.world_size)]
-        objects.next_pass()
-    return ranks
+    said, ranks = _Said(), range(config.world_size)
+    # Objects are said at the start alone, rows for experts in the steps.
+    for rank in ranks:
+        _calls_of(config, rank, said, plant, steps=config.parallel.expert > 1)
+    said.next_pass()
+    return [_calls_of(config, rank, said, plant) for rank in ranks]
 
 
-def _calls_of(config: Config, rank: int, objects: _Objects, plant: Plant | None) -> RankCalls:
+def _calls_of(
+    config: Config, rank: int, said: _Said, plant: Plant | None, steps: bool = True
+) -> RankCalls:
+    """steps: whether a step follows the start."""
     spec, written = read_spec(config.model), RankCalls()
 
     def gather(result: list[Any], value: Any, group: Any = None) -> None:
-        objects.gather(written, result, value, group)
+        group = group or dist.group.WORLD
+        members = tuple(dist.get_process_group_ranks(group))
+        result[:] = said.exchange(members, copy.deepcopy(value))
+        written.groups[group.group_name] = members
+        written.calls.append(Call("all_gather_object", group.group_name, "objects"))
 
     with ExitStack() as stack:
         stack.enter_context(fake_world(config.world_size, rank))
@@ -195,29 +240,44 @@ def _calls_of(config: Config, rank: int, objects: _Objects, plant: Plant | None)
         stack.enter_context(_zeroed_memory())
         axes = config.parallel
         grid = Grid.build(axes.pipe, axes.tensor, axes.context, axes.expert)
-        stack.enter_context(_Writer(written))
+        stack.enter_context(_Writer(written, said))
         engine = build_engine(config, spec, grid)
+        _fill(engine.stage)
         pipeline = build_pipeline(engine, config, spec)
         LearningRate(engine, config)
+        if not steps:
+            return written
         if plant is not None:
             plant(rank, pipeline)
         try:
-            train_step(pipeline, grid.data, _batches(config, spec.vocabulary_size))
+            train_step(pipeline, grid.replica, _batches(config, grid, spec.vocabulary_size))
         except (RuntimeError, AssertionError, ValueError) as error:
-            said = " ".join(str(error).split())[:200]
+            told = " ".join(str(error).split())[:200]
             doing = pipeline.instruction or "its step"
-            raise DryRunError(f"rank {rank}: {doing}: {type(error).__name__}: {said}") from error
+            raise DryRunError(f"rank {rank}: {doing}: {type(error).__name__}: {told}") from error
     return written
 
 
-def _batches(config: Config, vocabulary: int) -> list[MicroBatch]:
-    """Any tokens: the same on every rank, since what is sent does not depend on them."""
-    draw, length = random.Random(0), config.data.sequence_length
+@torch.no_grad()
+def _fill(stage: Any) -> None:
+    """Matrices that another rank has drawn and sent: any numbers, the same on every rank that would have got them, so
+    that tokens go to different experts."""
+    for value in stage.parameters():
+        if value.dim() > 1 and not value.any():
+            numbers = torch.arange(value.numel(), dtype=torch.float32, device=value.device)
+            value.copy_(torch.sin(1.7 * numbers).mul_(0.1).view_as(value))
+
+
+def _batches(config: Config, grid: Grid, vocabulary: int) -> list[MicroBatch]:
+    """Any tokens: of the same samples on every rank, since what is sent does not depend on them."""
+    draw, length, rows = random.Random(0), config.data.sequence_length, rows_of(config, grid)
     draws, result = Randomness(0, 0, torch.arange(config.micro_batch_size)), []
     for _ in range(config.accumulation_steps):
-        rows = [[draw.randrange(vocabulary) for _ in range(length)]]
-        tokens = torch.tensor(rows * config.micro_batch_size)
-        result.append(MicroBatch(tokens, tokens.clone(), Context(randomness=draws)))
+        sample = [draw.randrange(vocabulary) for _ in range(length)]
+        tokens = torch.tensor([sample] * config.micro_batch_size)
+        tokens = tokens if rows is None else rows.cut(tokens, 1)
+        context = Context(randomness=draws, rows=rows, source=config.data.source_length)
+        result.append(MicroBatch(tokens, tokens.clone(), context))
     return result
 
 
@@ -240,6 +300,8 @@ def match(ranks: Sequence[RankCalls]) -> dict[str, int]:
     for calls in ranks:
         groups |= calls.groups
     collectives = sum(_match_group(ranks, name, groups[name]) for name in sorted(groups))
+    for name, members in sorted(groups.items()):
+        _match_rows(ranks, name, members)
     messages = _match_messages(ranks)
     _play(ranks, groups)
     return {"ranks": len(ranks), "collectives": collectives, "messages": messages}
@@ -251,7 +313,7 @@ def _match_group(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]
         rank: [call for call in ranks[rank].calls if call.group == name and call.peer is None]
         for rank in members
     }
-    first = members[0]
+    first, shown = members[0], _shown(members)
     for rank in members[1:]:
         for number in range(max(len(lists[first]), len(lists[rank]))):
             a, b = (
@@ -259,12 +321,31 @@ def _match_group(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]
                 for member in (first, rank)
             )
             if a != b:
-                shown = members if len(members) <= 8 else f"{members[:3]} … of {len(members)}"
                 raise DryRunError(
                     f"group {shown}: rank {first} and {rank} differ at collective {number}: {a or 'none'} and "
                     f"{b or 'none'}"
                 )
     return len(lists[first])
+
+
+def _shown(members: tuple[int, ...]) -> str:
+    return str(members) if len(members) <= 8 else f"{members[:3]} … of {len(members)}"
+
+
+def _match_rows(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]) -> None:
+    """In an all-to-all each rank takes as many rows from another as that gives it."""
+    lists = [
+        [call for call in ranks[rank].calls if call.group == name and call.peer is None]
+        for rank in members
+    ]
+    for number, calls in enumerate(zip(*lists, strict=True)):
+        for i, giving in enumerate(calls):
+            for j, taking in enumerate(calls):
+                if giving.given and giving.given[j] != taking.taken[i]:
+                    raise DryRunError(
+                        f"group {_shown(members)}: collective {number}: rank {members[i]} gives rank {members[j]} "
+                        f"{giving.given[j]} rows, rank {members[j]} takes {taking.taken[i]}"
+                    )
 
 
 def _match_messages(ranks: Sequence[RankCalls]) -> int:

@@ -341,9 +341,11 @@ def _of_the_pipe(config: Config) -> Iterable[tuple[str, Plant]]:
         if config.data.reset_attention:
             yield "the last stage uses micro-batch 0's documents", _stale_documents
     spec = read_spec(config.model)
-    if spec.tied and config.zero_stage in (1, 2) and config.parallel.schedule != "zb-v":
+    is_tied = spec.tied and config.parallel.schedule != "zb-v"
+    if (is_tied or spec.stacks is not None) and config.zero_stage in (1, 2):
         yield "the tied gradients are not summed", _tied_sums(0)
         yield "the tied gradients are summed twice", _tied_sums(2)
+    if is_tied and config.zero_stage in (1, 2):
         yield "the head's tied copy is stale on resuming", _stale_copy
 
 

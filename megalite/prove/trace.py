@@ -77,7 +77,8 @@ class Session:
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
         micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
-        return micro_batches(self.data, start, size, micro, axis, device, draw, rows)
+        data, source = self.data.at_step(step, config.train.last_step), config.data.source_length
+        return micro_batches(data, start, size, micro, axis, device, draw, rows, source)
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on these (train_step); the host waits for the norm alone."""

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.data.batch import Batch
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
-from megalite.model.varlen import Bounds, RunPieces, documents_as_pieces, runs_as_pieces
+from megalite.model.varlen import (
+    Bounds,
+    RunPieces,
+    documents_as_pieces,
+    prefixes_as_pieces,
+    runs_as_pieces,
+)
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
@@ -35,7 +42,7 @@ class MicroBatch(NamedTuple):
 
 
 class Samples(Protocol):
-    """What the data side gives: (tokens, labels, documents or None), each [n, S], of positions."""
+    """What the data side gives: of positions the fields of a `Batch`, each [n, S]."""
 
     def batch(self, positions: Sequence[int]) -> Any: ...
 
@@ -57,16 +64,18 @@ def micro_batches(
     device: torch.device,
     draw: tuple[int, int] | None = None,
     rows: Rows | None = None,
+    source: int = 0,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of `count` samples from position `start` on.
 
     Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
     micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
-    each sample, None: all.
+    each sample, None: all; source: of an encoder-decoder, how many of each sample's tokens are the source.
     """
     rounds = -(-count // (micro * data.size))
     padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
-    made = [_micro_batch(samples, positions, start + count, draw, rows) for positions in padded]
+    stop = start + count
+    made = [_micro_batch(samples, positions, stop, draw, rows, source) for positions in padded]
     return [on_device(pinned(batch, device), device) for batch in made]
 
 
@@ -76,23 +85,30 @@ def _micro_batch(
     stop: int,
     draw: tuple[int, int] | None,
     rows: Rows | None,
+    source: int,
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
     # A position that is there again serves as the filling.
-    ids, wanted, documents = samples.batch([p if p < stop else stop - 1 for p in positions])
+    ids, wanted, documents, prefixes = Batch(
+        *samples.batch([p if p < stop else stop - 1 for p in positions])
+    )
     tokens, labels = (torch.from_numpy(np.array(values)) for values in (ids, wanted))
     labels[len(real) :] = IGNORED
-    context = Context(rows=rows)
+    context = Context(rows=rows, source=source)
     if documents is not None:
         context.documents = torch.from_numpy(documents)
-        if rows is None or rows.by_heads:
-            context.bounds = documents_as_pieces(documents)
-        else:
+        if rows is not None and not rows.by_heads:
             context.run_pieces = runs_as_pieces(documents, rows.runs)
+        elif not source:  # what two stacks look at is not in pieces
+            context.bounds = documents_as_pieces(documents)
+        if prefixes is not None:
+            context.prefixes = torch.from_numpy(prefixes)
+            context.halves = prefixes_as_pieces(documents, prefixes)
     if rows is not None:
         tokens, labels = rows.cut(tokens, 1), rows.cut(labels, 1)
-    counted = (labels != IGNORED).flatten().nonzero().squeeze(-1)
-    if len(counted) < LEAST_COUNTED * labels.numel():
+    asked = labels[:, source:] != IGNORED
+    counted = asked.flatten().nonzero().squeeze(-1)
+    if len(counted) < LEAST_COUNTED * asked.numel():
         context.counted = counted
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
@@ -123,6 +139,7 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
     """With each of its tensors changed."""
     tokens, labels, context = batch
     documents, bounds, runs = context.documents, context.bounds, context.run_pieces
+    prefixes, halves = context.prefixes, context.halves
     counted, randomness = context.counted, context.randomness
 
     def moved(bounds: Bounds) -> Bounds:
@@ -132,6 +149,8 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
         context,
         documents=None if documents is None else change(documents),
         bounds=None if bounds is None else moved(bounds),
+        prefixes=None if prefixes is None else change(prefixes),
+        halves=None if halves is None else moved(halves),
         run_pieces=None
         if runs is None
         else tuple(

@@ -7,11 +7,15 @@ Steps, batch sizes, layout, ZeRO stage and paths are not in it: they may change.
 import json
 from typing import Any
 
-from megalite.config import Config
+from megalite.config import Config, Data
+from megalite.config.masks import Masked
 from megalite.data.identity import identity
 from megalite.data.indexed import labels_prefix, marks_prefix
+from megalite.data.tokenizer import load_tokenizer
+from megalite.data.words import words_hash
 
 TRAIN = "megalite.data.train"
+WORDS = "megalite.data.tokenizer"  # of words that are masked whole
 MADE_FOR = "megalite.data.megatron_samples"
 _DIGITS = 12  # of shares: weights may be given as any multiple
 
@@ -34,13 +38,22 @@ def fingerprint(config: Config) -> dict[str, Any]:
     keys = ("sequence_length", "samples", "order", "reset_attention", "eod_mask_loss")
     values = {f"megalite.data.{key}": getattr(data, key) for key in keys}
     values["megalite.data.loss"] = data.loss or "all"
-    objective = data.objective
-    values["megalite.data.objective"] = (
-        objective if isinstance(objective, str) else objective.model_dump()
-    )
+    values["megalite.data.objective"] = _objective(data)
+    if isinstance(data.objective, Masked) and data.objective.whole_word:
+        assert data.tokenizer is not None, "config/rules.py asks for it"
+        values[WORDS] = {"words_sha256": words_hash(load_tokenizer(data.tokenizer))}
     if data.megatron_samples is not None:
         values[MADE_FOR] = data.megatron_samples
     return {**values, TRAIN: corpora}
+
+
+def _objective(data: Data) -> Any:
+    """Whole words are left out where they are off: checkpoints from before there were any have no word of them."""
+    objective = data.objective
+    if isinstance(objective, Masked):
+        off = set() if objective.whole_word else {"whole_word"}
+        return objective.model_dump(exclude=off)
+    return objective if isinstance(objective, str) else objective.model_dump()
 
 
 def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:

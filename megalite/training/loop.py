@@ -234,10 +234,12 @@ class Run:
     def _read(self, position: Position) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at a position, in main memory."""
         config, start = self.config, position.consumed_samples
-        samples, count = Kept(self.data, position), config.batch_plan.size(start)
+        data = self.data.at_step(position.step, config.train.last_step)
+        samples, count = Kept(data, position), config.batch_plan.size(start)
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
-        micro, data = config.micro_batch_size, self.grid.data
-        return micro_batches(samples, start, count, micro, data, cpu, draw, self.rows)
+        source = config.data.source_length
+        micro, axis = config.micro_batch_size, self.grid.data
+        return micro_batches(samples, start, count, micro, axis, cpu, draw, self.rows, source)
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""
@@ -304,7 +306,10 @@ class Run:
     def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
         """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
         micro, data = self.config.micro_batch_size, self.grid.data
-        batches = micro_batches(samples, start, count, micro, data, self.device, rows=self.rows)
+        source = self.config.data.source_length
+        batches = micro_batches(
+            samples, start, count, micro, data, self.device, rows=self.rows, source=source
+        )
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self) -> None:

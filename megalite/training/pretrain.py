@@ -29,8 +29,9 @@ from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.plan import plan_of
 from megalite.plan.balance import context_lines
+from megalite.plan.devices import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
-from megalite.plan.plan_program import plan_line, size_line
+from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.states import told_lines
 from megalite.ranks.devices import be_deterministic
 from megalite.ranks.launch import (
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> int:
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
         print(_told(prepared), file=sys.stderr, flush=True)
-        if prepared.config.parallel.context == 1:  # whose times the planner knows
+        print(epochs_line(prepared.config, prepared.spec), file=sys.stderr, flush=True)
+        if prepared.spec.stacks is None:  # the planner does not know the times of two stacks
             print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
@@ -170,6 +172,8 @@ def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Conf
 
 def _check_data(config: Config, spec: TransformerSpec) -> None:
     check_trackers(config.train.trackers)
+    if config.train.calibration is not None:
+        read_device(Path(config.train.calibration), "megalite.train.calibration")
     if config.train.sample_prompts:
         encoded_prompts(config, spec)
     TrainData(config.data, config.train.seed, spec.vocabulary_size)

@@ -61,6 +61,7 @@ class Sampler(Watcher):
         self.spec, self.grid, self.pipeline = spec, grid, pipeline
         self.size, self.length = config.micro_batch_size, config.data.sequence_length
         self.by_heads = config.parallel.context_attention == "heads"
+        self.prefixed = config.data.objective == "prefix"
         self.tokenizer: Tokenizer | None = None
         told: list[Any] = [None, None]
         if grid.rank == 0:
@@ -95,12 +96,17 @@ class Sampler(Watcher):
         unit = UNIT * self.grid.tensor.size * self.grid.context.size
         longest = max(ends) + self.count
         padded = min(self.length, -(-longest // unit) * unit)
-        # Rows that no prompt has, and what is after a text's last token, change nothing: tokens look back only.
+        # Rows that no prompt has, and what is after a text's last token, change nothing: tokens look back only, or at
+        # their prompt.
         tokens = torch.zeros(self.size, padded, dtype=torch.int64)
         for row, ids in enumerate(prompts):
             tokens[row, : len(ids)] = torch.tensor(ids)
+        prefixes = None
+        if self.prefixed:
+            rows = torch.tensor([*ends, *[0] * (self.size - len(ends))]).unsqueeze(-1)
+            prefixes = torch.arange(padded) < rows
         for _ in range(self.count):
-            chosen = self._next(tokens, ends)
+            chosen = self._next(tokens, ends, prefixes)
             for row, end in enumerate(ends):
                 tokens[row, end] = chosen[row]
             ends = [end + 1 for end in ends]
@@ -110,13 +116,14 @@ class Sampler(Watcher):
         ]
         return [text[: text.index(self.eod)] if self.eod in text else text for text in texts]
 
-    def _next(self, tokens: Tensor, ends: Sequence[int]) -> list[int]:
-        """The likeliest token after each text, the same on every rank."""
+    def _next(self, tokens: Tensor, ends: Sequence[int], prefixes: Tensor | None) -> list[int]:
+        """The likeliest token after each text, the same on every rank; prefixes: as of Context."""
         pipe, device = self.grid.pipe, self.pipeline.engine.device
         rows = Rows.along(self.grid.context, tokens.shape[1], self.by_heads)
         own = tokens if rows is None else rows.cut(tokens, 1)
         shape = self.pipeline.engine.stage.hidden_shape(*tokens.shape)
-        logits = self.pipeline.logits(own.to(device), shape, Context(rows=rows))
+        context = Context(rows=rows, prefixes=None if prefixes is None else prefixes.to(device))
+        logits = self.pipeline.logits(own.to(device), shape, context)
         chosen = torch.zeros(len(ends), dtype=torch.int64, device=device)
         if logits is not None:
             several = torch.arange(len(ends), device=device)

@@ -19,6 +19,7 @@ from megalite.pipeline.actions import Pipeline
 from megalite.training.about import about, axes_of
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.expert_load import ExpertLoad
+from megalite.training.foreseen import Foreseen, device_of_run, predicted_seconds
 from megalite.training.guards import PaceGuard, ReplicaGuard
 from megalite.training.history import History, ReportWriter
 from megalite.training.metrics import MetricsFile
@@ -54,9 +55,12 @@ def watchers_of(run: Watched) -> list[Watcher]:
     """Guards first, so that their time counts as the step's; then what adds to a row; then what shows it."""
     config, spec, engine, data = run.config, run.spec, run.engine, run.config.data
     train, hosts = config.train, run.watchdog.hosts
-    pace = Pace(train.faults, engine, spec, data.counted_share, hosts)
+    source = data.source_length
+    pace = Pace(
+        train.faults, engine, spec, data.counted_share, hosts, source / data.sequence_length
+    )
     peak = peak_flops(run.device, DTYPES[config.precision])
-    flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share)
+    flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share, source)
     utilisation = Utilisation(flops_per_token, peak, run.grid.world_size)
     router = train.router or Router.model_validate({})
     watchers = [
@@ -89,11 +93,14 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
     history = History(run_dir, run.data, run.note)
     axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
     history.started(run.position, axes, metrics.last_seen)
+    told = about(run.config, run.spec)
+    device = device_of_run(run.config, run.device, run.watchdog.hosts)
     return [
+        Foreseen(told["predicted"], predicted_seconds(run.config, device), run.note),
         metrics,
         history,
         Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
-        ReportWriter(run_dir, about(run.config, run.spec), run.note),
+        ReportWriter(run_dir, told, run.note),
         Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
         Screen(train.last_step, first, train.log_interval),
     ]

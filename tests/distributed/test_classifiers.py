@@ -245,7 +245,7 @@ def test_the_label_is_at_the_first_token_of_each_text(tmp_path: Path) -> None:
     texts = labelled_corpus(tmp_path / "corpus", texts=30, mean=5)
     prefix = [str(tmp_path / "corpus")]
     data = data_section(prefix, 12, valid=prefix, **READ)
-    tokens, labels, documents = ValidData(data, VOCABULARY).batch(range(5))
+    tokens, labels, documents, _ = ValidData(data, VOCABULARY).batch(range(5))
     assert documents is not None
     wanted = {tuple(ids[:12]): label for ids, label in texts}
     for row in range(5):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from megalite.config import Config
 from megalite.data.indexed import IndexedWriter
@@ -31,6 +35,7 @@ from tests.unit.data.corpora import data_section, write_corpus
 
 STEPS, BATCH = 4, 8
 MASKED = {"masked": 0.3, "mask_token_id": 4, "special_token_ids": [0, 1, 2, 3]}
+WHOLE: dict[str, Any] = {"masked": [0.5, 0.1], "whole_word": True}
 DROPOUT: dict[str, dict[str, Any]] = {
     "bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     "modernbert": {"embedding_dropout": 0.1, "attention_dropout": 0.1},
@@ -49,23 +54,37 @@ LAYOUTS = [
 Case = tuple[str, Layout]
 
 
+def word_masks(folder: Path) -> dict[str, Any]:
+    """Keys of `megalite.data` that mask whole words, of a tokenizer half of whose tokens continue one."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [f"##{number}" if number % 2 else f"{number}" for number in range(5, VOCABULARY)]
+    made = Tokenizer(WordPiece({token: i for i, token in enumerate([*special, *words])}))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, **dict(zip(names, special, strict=True))
+    ).save_pretrained(folder)
+    return {"tokenizer": str(folder), "objective": WHOLE}
+
+
 class Runs:
     """Records all layouts of a model and a world size when one of them is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.corpus = folder, str(folder / "corpus")
+        self.masks = {"bert": word_masks(folder / "words"), "modernbert": {"objective": MASKED}}
         self.recorded: dict[Case, Trace] = {}
         write_corpus(folder / "corpus", documents=60, mean=10, vocabulary=VOCABULARY)
 
     def request(self, model: str, layout: Layout) -> Request:
-        """Documents of about ten tokens, packed whole and kept apart; dropout on."""
+        """Documents of about ten tokens, packed whole and kept apart; dropout on; BERT's masks are of words, of a share
+        that changes."""
         json = document(self.corpus, model, True, BATCH)
         json["megalite"]["model"] |= DROPOUT[model]
         json["megalite"]["data"] |= {
             "loss": "all",
-            "objective": MASKED,
             "samples": "packed",
             "reset_attention": True,
+            **self.masks[model],
         }
         config = config_of(Config.from_dict(json), layout, BATCH)
         return config.to_json(), nothing, self.folder / f"{model} {layout}"
@@ -136,6 +155,37 @@ def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout
     assert changing[0]["loss"] > math.log(ids) and losses[-1] < 0.5 * math.log(ids), losses
 
 
+def test_the_share_of_words_that_are_masked_follows_the_steps_over_a_restart(
+    tmp_path: Path,
+) -> None:
+    """On another layout and with another micro-batch size; the first step is that of a share that does not change."""
+    masks, steps = word_masks(tmp_path / "words"), 6
+
+    def keys(run: str, layout: dict[str, Any], **objective: Any) -> dict[str, Any]:
+        timing = {"steps": steps, "checkpoint_interval": steps // 2, "keep_checkpoints": 0}
+        made = run_document(tmp_path, run, layout, train=timing)
+        made["megalite"]["model"] = MODELS["bert"]
+        made["megalite"]["data"] |= {**masks, "objective": WHOLE | objective}
+        return made
+
+    pipe = {"pipe": 2, "zero": 2, "schedule": "zb-h1"}
+    starts = [keys("whole", pipe), keys("flat", pipe, masked=WHOLE["masked"][0])]
+    assert run_ranks(2, train, [(start, nothing) for start in starts]) == [[0, 0]] * 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    checkpoints = tmp_path / "resumed" / "checkpoints"
+    shutil.rmtree(checkpoints / f"step_{steps:08d}")
+    (checkpoints / "latest").write_text(f"step_{steps // 2:08d}")
+    resumed = keys("resumed", {"tensor": 2}) | {"train_micro_batch_size_per_gpu": 4}
+    assert run_ranks(2, train, [(resumed, nothing)]) == [[0]] * 2
+    whole, flat, again = (
+        [row["loss"] for row in rows(tmp_path / run)] for run in ("whole", "flat", "resumed")
+    )
+    assert whole[0] == flat[0] and whole[1] != flat[1]
+    starts_at = [row["step"] for row in rows(tmp_path / "resumed") if "weights_bytes" in row]
+    assert starts_at == [1, steps // 2 + 1] and len(again) == steps
+    assert again == pytest.approx(whole, rel=1e-5)
+
+
 def evaluated(rank: int, world_size: int, arguments: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -152,11 +202,11 @@ def test_an_evaluation_is_that_of_transformers_on_the_same_masks(tmp_path: Path)
     arguments = ["--checkpoint", str(tmp_path / "hf"), "--data", str(tmp_path / "corpus"), *keys]
     (printed, _) = run_ranks(2, evaluated, arguments, init=False)
     line = json.loads(printed)
-    assert line["data"]["objective"] == {"keep": 0.1, "swap": 0.1, **MASKED}
+    assert line["data"]["objective"] == {"keep": 0.1, "swap": 0.1, "whole_word": False, **MASKED}
     data = data_section([tmp_path / "corpus"], line["data"]["sequence_length"], valid=[str(tmp_path / "corpus")],
                         objective=MASKED)  # fmt: skip
     valid = ValidData(data, VOCABULARY)
-    tokens, labels, _ = valid.batch(range(valid.num_samples))
+    tokens, labels, *_ = valid.batch(range(valid.num_samples))
     logits = model(torch.from_numpy(tokens)).logits
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(labels).flatten()

@@ -9,6 +9,7 @@ import torch
 
 from megalite.config import Config
 from megalite.engine.build import build_engine, build_pipeline
+from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
@@ -70,6 +71,10 @@ def config_of(
     scale = (
         {"enabled": True, "initial_scale_power": 4} if precision == "fp16" else {"enabled": True}
     )
+    data: dict[str, Any] = {"sequence_length": SEQUENCE, "train": ["unused"]}
+    if model == "t5":
+        data |= {"samples": "padded", "loss": "marked", "reset_attention": True}
+        data["objective"] = {"source_length": 7}
     document = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": count,
@@ -77,9 +82,9 @@ def config_of(
         "zero_optimization": {"stage": stage, **zero},
         **({} if precision == "fp32" else {precision: scale}),
         "megalite": {
-            "model": {**MODELS[model], "tie_word_embeddings": model == "gpt2"},
+            "model": {**MODELS[model], "tie_word_embeddings": model in ("gpt2", "t5")},
             "parallel": {"pipe": pipe, "tensor": tensor},
-            "data": {"sequence_length": SEQUENCE, "train": ["unused"]},
+            "data": data,
             "train": {"steps": 10, "run_dir": "unused"},
         },
     }
@@ -114,6 +119,10 @@ HELD = [
     config_of("gpt2", 2, 1, 2, "fp32", 2, offload_optimizer={"device": "cpu"}),
     config_of("llama", 2, 1, 1, "fp32", 1)
     | {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}},
+    config_of("t5", 2, 1, 2, "fp32", 2),
+    config_of("t5", 4, 1, 1, "bf16", 4),
+    config_of("t5", 2, 2, 0, "fp32", 2),
+    config_of("t5", 1, 2, 3, "bf16", 1, stage3_param_persistence_threshold=1024),
     config_of("llama", 1, 1, 3, "fp32", 2),
     config_of("llama", 1, 2, 3, "bf16", 2, stage3_param_persistence_threshold=1024),
     config_of("gpt2", 1, 1, 3, "fp16", 1, stage3_param_persistence_threshold=0),
@@ -143,8 +152,9 @@ def held_in_a_step(
         engine = build_engine(config, spec, grid)
         pipeline = build_pipeline(engine, config, spec)
         tokens = torch.randint(0, VOCABULARY, (config.micro_batch_size, SEQUENCE))
+        batch = tokens, tokens, Context(source=config.data.source_length)
         with engine.weighed() as held:
-            pipeline.train_step([(tokens, tokens)] * config.accumulation_steps, 1.0)
+            pipeline.train_step([batch] * config.accumulation_steps, 1.0)
         place = Grid.at(
             rank, grid.pipe.size, grid.data.size, grid.tensor.size, expert=grid.expert.size
         )

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config, load_config
-from megalite.errors import ConfigError
 from megalite.model.families import read_spec
+from megalite.parallel import exchange, rows
 from megalite.pipeline.actions import Pipeline
 from megalite.plan.devices import GIB
 from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
+from tests.small_models import MODELS
 from tests.unit.test_ds_configs import FOLDER, ROWS, shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -30,23 +32,34 @@ def small(**parallel: Any) -> Config:
     return shrunken(Config.from_dict(config).resolve(8))
 
 
+def routed(zero: int, **parallel: Any) -> Config:
+    """Experts, expert 2 × 2 copies without other axes."""
+    config = load_config(FOLDER / "tiny_cpu.json").to_json()
+    config["megalite"]["model"] = MODELS["mixtral"]
+    config["megalite"]["parallel"] = {"expert": 2, **parallel}
+    config["megalite"]["data"]["sequence_length"] = 64
+    config["zero_optimization"]["stage"] = zero
+    return shrunken(Config.from_dict(config).resolve(4))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_shipped_configs_pass(name: str) -> None:
     config = shipped(name)
-    if config.parallel.context > 1:
-        with pytest.raises(
-            ConfigError, match="megalite.parallel.context: .*: must be 1 for a dry run"
-        ):
-            dry_run(config, read_spec(config.model), None)
-        return
     found = dry_run(config, read_spec(config.model), None)
     assert len(found.places) == config.parallel.pipe
     assert sum(place.ranks for place in found.places) == config.world_size
     layers = [layer for place in found.places for own in place.layers for layer in own]
     assert sorted(layers) == list(range(read_spec(config.model).num_layers))
+    if (
+        name == "llama_8b_128k.json"
+    ):  # selective recompute gathers keys a second time: docs/layouts.md
+        elements = 6 * 131_072 * 8 * 128 / 8 * 7 / 8
+        assert found.places[0].sent["context"] == 32 * 2 * elements
 
 
-@pytest.mark.parametrize("name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json"])
+@pytest.mark.parametrize(
+    "name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json", "t5.json"]
+)
 def test_messages_of_shipped_configs_match(name: str) -> None:
     config = shipped(name)
     found = match(calls_of_all(shrunken(config)))
@@ -57,8 +70,6 @@ def test_messages_of_shipped_configs_match(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_messages_of_all_shipped_configs_match(name: str) -> None:
     config = shipped(name)
-    if config.parallel.context > 1 or read_spec(config.model).mixture is not None:
-        pytest.skip("neither experts nor a context axis")
     assert match(calls_of_all(shrunken(config)))["collectives"] > 0
 
 
@@ -70,10 +81,63 @@ def test_messages_of_other_schedules_match(schedule: str, zero: int) -> None:
     assert found["messages"] > 0
 
 
-def named(plant: Plant) -> str:
+@pytest.mark.parametrize("attention", ["gather", "heads"])
+def test_messages_of_a_context_axis_match(attention: str) -> None:
+    config = small(pipe=1, tensor=1, context=2, context_attention=attention)
+    assert config.world_size == 4
+    ranks = calls_of_all(config)
+    assert match(ranks)["collectives"] > 0
+    kinds = {call.kind for call in ranks[0].calls if ranks[0].groups[call.group] == (0, 1)}
+    heads = {"alltoall_base"} if attention == "heads" else {"allgather_base", "reduce_scatter_base"}
+    assert heads <= kinds
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_messages_of_an_expert_axis_match(zero: int) -> None:
+    ranks = calls_of_all(routed(zero))
+    assert len(ranks) == 4 and match(ranks)["collectives"] > 0
+    rows = [call for call in ranks[3].calls if call.given]
+    assert rows and {ranks[3].groups[call.group] for call in rows} == {(2, 3)}
+    assert sum(sum(call.given) for call in rows) > 0
+
+
+def test_messages_of_experts_with_zero_3_match() -> None:
+    assert match(calls_of_all(routed(3, expert=1)))["collectives"] > 0
+
+
+def named(plant: Plant, config: Config | None = None) -> str:
     with pytest.raises(DryRunError) as caught:
-        match(calls_of_all(small(), plant))
+        match(calls_of_all(config or small(), plant))
     return str(caught.value)
+
+
+def test_gradients_of_keys_that_are_not_summed_over_context_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scatter = rows._scatter
+
+    def skips(whole: torch.Tensor, own: rows.Rows) -> torch.Tensor:
+        return whole[..., : own.count, :] if dist.get_rank() == 3 else scatter(whole, own)
+
+    monkeypatch.setattr(rows, "_scatter", skips)
+    config = small(pipe=1, tensor=1, context=2)
+    pattern = r"group \(2, 3\): rank 2 and 3 differ at collective \d+: reduce_scatter_base of .* and allgather_base of"
+    assert re.match(pattern, named(lambda rank, pipeline: None, config))
+
+
+def test_rows_that_another_rank_does_not_expect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = exchange._sent
+
+    def loses_one(given: torch.Tensor, route: exchange.Route) -> torch.Tensor:
+        if dist.get_rank() == 2 and route.given[1] > 0:
+            first, second = route.given
+            route = replace(route, given=(first, second - 1))
+            given = given[:-1]
+        return sent(given, route)
+
+    monkeypatch.setattr(exchange, "_sent", loses_one)
+    pattern = r"group \(2, 3\): collective \d+: rank 2 gives rank 3 \d+ rows, rank 3 takes \d+"
+    assert re.match(pattern, named(lambda rank, pipeline: None, routed(1)))
 
 
 def test_a_collective_of_one_rank_alone_is_named() -> None:

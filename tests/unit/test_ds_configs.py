@@ -15,6 +15,7 @@ PARAMETERS = {
     "gpt_1b3_3d.json": 1.3e9,
     "bert.json": 110e6,
     "modernbert.json": 149e6,
+    "t5.json": 248e6,
     "llama_7b_3d.json": 6.7e9,
     "llama_8b_128k.json": 8.03e9,
     "mixtral_8x7b.json": 46.7e9,

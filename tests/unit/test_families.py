@@ -54,6 +54,8 @@ OTHERS: dict[str, Any] = {
     "moe_layer_start_index": 1,
     "router_jitter_noise": 0.1,
     "clip_qkv": 3.0,
+    "feed_forward_proj": "gated-silu",
+    "num_heads": 2,
 }
 
 
@@ -140,7 +142,12 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "moe_num_shared_experts: -1: must be at least 0"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias: True: must be False"),
         ("eurobert", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
-        ("t5", {}, "model_type: 't5': must be one of llama, mistral"),
+        ("mamba", {}, "model_type: 'mamba': must be one of llama, mistral"),
+        ("t5", {"feed_forward_proj": "gated-tanh"}, "megalite.model.feed_forward_proj: 'gated-tanh': must be one of"),
+        ("t5", {"relative_attention_max_distance": 4}, "max_distance: 4: must be above half of"),
+        ("t5", {"relative_attention_num_buckets": 3}, "num_buckets: 3: must be at least 4"),
+        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be a token below vocab_size 131"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not honoured"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any], line: str) -> None:

@@ -207,7 +207,25 @@ def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, ca
     assert "outside its folder" in broken(
         "out", lambda f: (f / "model.safetensors.index.json").write_text(text)
     )
-    assert "model_type: 't5'" in broken("family", config(model_type="t5"))
+    assert "model_type: 'mamba'" in broken("family", config(model_type="mamba"))
     assert "scale_attn_by_inverse_layer_idx" in broken(
         "field", config(scale_attn_by_inverse_layer_idx=True)
     )
+
+
+def test_what_older_t5_files_hold_twice_must_be_the_embedding(tmp_path: Path) -> None:
+    hf_model(FAMILY_CONFIGS["t5 original"]).save_pretrained(tmp_path)
+    path, unread = tmp_path / "model.safetensors", "decoder.block.0.layer.1.EncDecAttention"
+    values = load_file(path)
+    values |= {
+        f"{stack}.embed_tokens.weight": values["shared.weight"].clone()
+        for stack in ("encoder", "decoder")
+    }
+    values[f"{unread}.relative_attention_bias.weight"] = torch.zeros(32, 6)
+    save_file(values, path, {"format": "pt"})
+    assert "encoder_bias.weight" in HFFolder(tmp_path).names
+    values["decoder.embed_tokens.weight"][3, 4] += 1
+    save_file(values, path, {"format": "pt"})
+    line = "decoder.embed_tokens.weight: differs from the embedding: a t5 model has one embedding"
+    with pytest.raises(CheckpointError, match=line):
+        HFFolder(tmp_path)

@@ -24,6 +24,7 @@ from megalite.plan.kept import kept_by
 from tests.small_models import MODELS, VOCABULARY
 
 PIPE, COUNT, BATCH, LENGTH, LAYERS = 3, 6, 5, 24, 12
+SOURCE = 14  # tokens of an encoder-decoder's source
 
 
 class _Held:
@@ -92,7 +93,8 @@ def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch
     batches = []
     for _ in range(COUNT):
         ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
-        batches.append((ids, ids, Context(balance=torch.ones(BATCH))))
+        source = 0 if spec.stacks is None else SOURCE
+        batches.append((ids, ids, Context(balance=torch.ones(BATCH), source=source)))
     step = _TrainingStep(pipeline, batches, 1.0)
     meter, local = Meter(step, stage), {}
     meter.parameters |= {  # of the batch
@@ -129,6 +131,9 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
         ("qwen3_moe", "zb-v"),
         ("qwen2_moe", "zb-v"),
         ("ernie4_5_moe", "zb-v"),
+        ("t5", "1f1b"),
+        ("t5", "zb-h1"),
+        ("t5", "zb-v"),
     ],
 )
 def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: str) -> None:
@@ -136,13 +141,12 @@ def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: st
 
 
 def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
-    config = {
-        **MODELS[model],
-        "num_hidden_layers": LAYERS,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-    }
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": 48, "intermediate_size": 80}
+    if model == "t5":
+        sizes = {"num_layers": 7, "num_decoder_layers": 5, "d_model": 48, "d_ff": 80}
+    config = {**MODELS[model], **sizes}
     spec, wrong = read_spec(config), []
+    source = 0 if spec.stacks is None else SOURCE
     gc.disable()  # nothing that is kept may wait for it
     try:
         for dtype in (torch.float32, torch.bfloat16):
@@ -151,10 +155,10 @@ def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
                 PIPE,
                 2,
                 None,
-                ModelCosts.of(spec, LENGTH, recompute not in (0, "selective")),
+                ModelCosts.of(spec, LENGTH, recompute not in (0, "selective"), source=source),
             )
             for rank in range(PIPE):
-                at = Forward(BATCH, LENGTH, dtype, Split(Grid().tensor))
+                at = Forward(BATCH, LENGTH, dtype, Split(Grid().tensor), source=source)
                 kept = kept_by(spec, plan, rank, recompute, at, COUNT)
                 wanted = kept.bytes - max(kept.again, kept.logits)
                 if recompute in (

@@ -126,7 +126,8 @@ def test_a_page_shows_all_of_a_run_and_loads_nothing(tmp_path: Path) -> None:
     assert text.count('<svg class="chart"') == 6
     for words in (
         "50 of 50", "4.2500 at step 50", "1.234 k", "data/a", "rank 1 on a was killed",
-        "step 10: loss is nan (skip)", "restarted from step 20", "no end recorded: killed, or still running", "step_00000050",
+        "step 10: loss is nan (skip)", "restarted from step 20", "step_00000050",
+        "no end recorded: killed, or still running",
         'href="checkpoints/step_00000050/"', "predicted 100 B, +100.00 %", "as predicted",
         "(p − 1) / (m + p − 1) = 50 %", "bubble: rank 1 of the pipe axis is idle 50 % of the step",
     ):  # fmt: skip

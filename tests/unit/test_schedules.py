@@ -157,6 +157,8 @@ def test_initial_weights_are_spread_as_in_transformers(name: str) -> None:
     config = tiny()
     spec, read = read_spec(FAMILY_CONFIGS[name]), file_reader(model.state_dict())
     for value, place in placed(build_stage(config, spec, Grid())):
+        if place.name == "head.weight" and spec.stacks is not None:
+            continue  # which transformers draws of no model
         theirs = from_hf(spec, place.name, read)
         # Both are samples: of n numbers the spread is known to 1 / sqrt(2 n).
         wanted, slack = spread(theirs), 5 * (1 / value.numel()) ** 0.5 if place.std else 0

@@ -2,6 +2,7 @@
 twin of the kernel for a CPU; and the kernel itself takes these arguments, on the meta device."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,12 +15,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import megalite.model.attention as attention
 import megalite.model.dropout as dropout
+import megalite.model.varlen as varlen
 from megalite.model.attention import attend
 from megalite.model.context import Context, KeyValueCache
 from megalite.model.dropout import Randomness, dropped
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
-from megalite.model.varlen import attend_pieces, documents_as_pieces, kernel_takes, rows_as_pieces
+from megalite.model.varlen import (
+    attend_pieces,
+    attend_prefixes,
+    documents_as_pieces,
+    kernel_takes,
+    prefixes_as_pieces,
+    rows_as_pieces,
+)
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE
 from megalite.plan.activations import Forward, layer_table
@@ -66,6 +75,17 @@ def documents(seed: int) -> np.ndarray:
     made = np.cumsum(generator.random((B, S)) < 0.2, axis=1).astype(np.int32)
     made[0] = 0
     return made
+
+
+def prompts(seed: int, made: np.ndarray) -> np.ndarray:
+    """The first tokens of each document, none or all of some, bool [B, S]."""
+    generator = np.random.default_rng(seed)
+    found = np.zeros(made.shape, bool)
+    for row, numbers in enumerate(made):
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            found[row, places[: generator.integers(0, len(places) + 1)]] = True
+    return found
 
 
 def inputs(seed: int) -> list[Tensor]:
@@ -115,6 +135,37 @@ def test_pieces_equal_a_mask(window: int | None, packed: bool, causal: bool) -> 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, S - 1])
+def test_two_calls_equal_a_mask_with_prefixes(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "TILE", 4)
+    made = documents(seed=5)
+    found = prompts(seed=6, made=made)
+    assert 0.2 < found.mean() < 0.8 and found[0, 3]
+    context = Context(
+        documents=torch.from_numpy(made),
+        bounds=documents_as_pieces(made),
+        prefixes=torch.from_numpy(found),
+        halves=prefixes_as_pieces(made, found),
+    )
+    lengths = np.diff(context.halves.starts.numpy())  # type: ignore[union-attr]
+    assert found.sum(axis=1).max() > 4 and (lengths <= max(4, found.sum(axis=1).max())).all()
+    wanted = result_and_gradients(context, window, True, seed=1)
+    causal = result_and_gradients(replace(context, prefixes=None, shared={}), window, True, seed=1)
+    assert window == 1 or not torch.allclose(wanted[0], causal[0], atol=1e-3)
+    kernel = mock.Mock(side_effect=twin)
+    with (
+        mock.patch.object(torchs, "varlen_attn", kernel),
+        mock.patch.object(attention, "new_enough", lambda device: True),
+        mock.patch.object(attention, "kernel_takes", lambda *args: True),
+    ):
+        pieces = result_and_gradients(replace(context, shared={}), window, True, seed=1)
+    assert kernel.call_count == 2
+    for a, b in zip(pieces, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_what_pieces_cannot_say_takes_a_mask() -> None:
     assert Context(visible=torch.ones(B, 1, S, S, dtype=torch.bool)).pieces(B, S, CPU) is None
     assert Context(cache=KeyValueCache(S)).pieces(B, S, CPU) is None
@@ -154,6 +205,9 @@ def test_torchs_kernel_takes_these_arguments(dtype: torch.dtype) -> None:
         assert mixed.shape == query.shape and mixed.dtype == dtype
         mixed.sum().backward()
         assert key.grad is not None and key.grad.shape == key.shape
+        prefixes = torch.empty(B, S, dtype=torch.bool, device="meta")
+        both = attend_prefixes(query, key, value, pieces, pieces, prefixes, window)
+        assert both.shape == query.shape and both.dtype == dtype
 
 
 def test_where_there_is_a_kernel() -> None:

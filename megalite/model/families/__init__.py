@@ -4,6 +4,9 @@ CONTRIBUTING.md.
 A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
 needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
 files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
+An encoder-decoder's has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that
+others refuse; `COPIES`, tensors of its files that must equal the embedding; and `amend`, for what its config class
+forgets.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from megalite import other_formats
-from megalite.config.sections import Classified
+from megalite.config.objectives import Classified
 from megalite.errors import ConfigError
 from megalite.inputs import read_json_object, reading
 from megalite.model.families import (
@@ -37,6 +40,7 @@ from megalite.model.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    t5,
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
@@ -61,6 +65,7 @@ FAMILIES: dict[str, ModuleType] = {
     "roberta": roberta,
     "modernbert": modernbert,
     "eurobert": eurobert,
+    "t5": t5,
 }
 # Older names and places of fields that transformers still reads.
 _OLD_KEYS = {
@@ -79,6 +84,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
 }
+PREFIX_LM = "prefix_lm"
+"""A key of ours in the config.json of an exported model whose prompts are seen both ways, which no class of
+transformers' knows."""
 Section = dict[str, Any] | str | Classified
 """The model section: inline keys, or a folder with a config.json; with labels, a classifier made of either."""
 _SHOWN_CHARACTERS = 300  # of what transformers says
@@ -92,8 +100,6 @@ def load_hf_config(section: Section) -> Any:
     Unknown inline keys, unknown families and values that transformers refuses are ConfigErrors of one line; a
     folder's unknown keys are listed once in the log.
     """
-    from transformers import AutoConfig
-
     if isinstance(section, Classified):
         config = load_hf_config(section.section)
         make_classifier(config, section)
@@ -112,18 +118,21 @@ def load_hf_config(section: Section) -> Any:
     if sizes.get("sliding_window") == 0:
         del sizes["sliding_window"]
     check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
-    for key in values.keys() & _REFUSED.keys():
-        if values[key] not in _REFUSED[key]:
+    refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
+    for key in values.keys() & refused.keys():
+        if values[key] not in refused[key]:
             raise ConfigError(
                 f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
             )
     try:
         with _quiet_transformers():
-            config = AutoConfig.for_model(model_type, **values)
+            config = config_of(model_type, values)
     except Exception as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
     unknown = [key for key in values if key not in known and key not in _REFUSED]
+    if where != KEY and PREFIX_LM in unknown:
+        unknown.remove(PREFIX_LM)  # hub/hf_folder.py reads it
     if unknown and where == KEY:
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -136,6 +145,17 @@ def load_hf_config(section: Section) -> Any:
             model_type,
             ", ".join(sorted(unknown)),
         )
+    return config
+
+
+def config_of(model_type: str, values: dict[str, Any]) -> Any:
+    """The transformers config of a family's values."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **values)
+    amend = getattr(FAMILIES[model_type], "amend", None)
+    if amend is not None:
+        amend(config)
     return config
 
 

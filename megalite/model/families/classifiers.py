@@ -7,7 +7,7 @@ BERT, RoBERTa and (where the config says so) ModernBERT by the first, which is [
 from dataclasses import replace
 from typing import Any
 
-from megalite.config.sections import Classified
+from megalite.config.objectives import Classified
 from megalite.errors import ConfigError
 from megalite.model.families.common import KEY, HFTensor, choose, require, tensors, written
 from megalite.model.spec import ClassifierSpec, TransformerSpec

@@ -38,12 +38,13 @@ _ROPE_KEYS = {
 }
 
 
-_LAYERS = {"num_hidden_layers", "n_layer"}
+_LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"}
 _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "local_attention", "type_vocab_size", "n_embd", "n_head",
     "n_inner", "n_positions", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
     "decoder_sparse_step", "shared_expert_intermediate_size", "moe_num_experts", "moe_k", "moe_layer_interval",
+    "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance",
 }  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000

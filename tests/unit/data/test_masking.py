@@ -41,8 +41,8 @@ def within_four_deviations(count: int, of: int, share: float) -> bool:
 
 
 def test_shares_are_those_asked_for(tmp_path: Path) -> None:
-    tokens, labels, _ = training(tmp_path).batch(range(4000))
-    plain, _, _ = training(tmp_path, objective={**OBJECTIVE, "masked": 1e-9}).batch(range(4000))
+    tokens, labels, *_ = training(tmp_path).batch(range(4000))
+    plain, *_ = training(tmp_path, objective={**OBJECTIVE, "masked": 1e-9}).batch(range(4000))
     chosen, possible = labels != UNCOUNTED, ~np.isin(plain, [MASK, *SPECIAL])
     assert (labels[chosen] == plain[chosen]).all() and (tokens[~chosen] == plain[~chosen]).all()
     assert not (chosen & ~possible).any() and (~possible).sum() > 300, (
@@ -122,6 +122,27 @@ def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_
     assert (batch.labels[filling] == UNCOUNTED).all() and (batch.labels != UNCOUNTED).mean() > 0.5
 
 
+def test_the_share_follows_the_steps_and_evaluation_has_the_last(tmp_path: Path) -> None:
+    """Of one sample a smaller share is a part of a larger one; halfway it is the mean."""
+    keys = {"objective": {**OBJECTIVE, "masked": [0.6, 0.2]}, "valid": [str(tmp_path / "c")]}
+    data, last = training(tmp_path, **keys), None
+    possible = np.isin(data.batch(range(500)).tokens, SPECIAL, invert=True).sum()
+    for step, share in ((0, 0.6), (50, 0.4), (100, 0.2), (130, 0.2)):
+        chosen = data.at_step(step, 101).batch(range(500)).labels != UNCOUNTED
+        assert within_four_deviations(chosen.sum(), possible, share)
+        assert last is None or (last | ~chosen).all()
+        last = chosen
+    assert (data.at_step(0, 1).batch(range(9)).labels == data.batch(range(9)).labels).all()
+    found = []
+    for masked in ([0.6, 0.2], [0.1, 0.2], 0.2):
+        keys["objective"] = {**OBJECTIVE, "masked": masked}
+        section = data_section([tmp_path / "c"], LENGTH, **keys)
+        found.append(ValidData(section, VOCABULARY).batch(range(50)).labels)
+        assert (found[-1] == found[0]).all()
+        ends = masked if isinstance(masked, list) else [masked, masked]
+        assert section.counted_share == pytest.approx(sum(ends) / 2)
+
+
 def test_another_objective_is_another_run(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", 10)
     run = load_config(
@@ -146,7 +167,7 @@ BASE += ['megalite.data.objective={"masked":0.15,"mask_token_id":4}']
     [
         (
             ["megalite.data.objective=masked"],
-            'objective: "masked": must be "causal" or an object such as {"masked":',
+            'objective: "masked": must be "causal", "prefix" or an object such as {"masked":',
         ),
         (
             ['megalite.data.objective={"maskd":0.1}'],
@@ -154,7 +175,22 @@ BASE += ['megalite.data.objective={"masked":0.15,"mask_token_id":4}']
         ),
         (
             ['megalite.data.objective={"masked":1.5}'],
-            "megalite.data.objective.masked: 1.5: must be less than 1",
+            "megalite.data.objective.masked: 1.5: must be above 0 and below 1, or two",
+        ),
+        (
+            ['megalite.data.objective={"masked":[0.3,1.0]}'],
+            "masked: [0.3, 1.0]: must be above 0 and below 1, or two such numbers, of the first and",
+        ),
+        (
+            ['megalite.data.objective={"masked":[0.3]}'],
+            "megalite.data.objective.masked: [0.3]: must be above 0 and below 1, or two",
+        ),
+        (
+            [
+                BASE[0],
+                'megalite.data.objective={"masked":0.3,"whole_word":true,"mask_token_id":4}',
+            ],
+            "megalite.data.objective.whole_word: true: needs megalite.data.tokenizer",
         ),
         (['megalite.data.objective={"keep":0.5}'], "megalite.data.objective.masked: missing"),
         (

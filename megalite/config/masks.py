@@ -1,0 +1,59 @@
+"""The masked objective of `megalite.data`: its keys (data/masking.py has what they do). Next: sections.py."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from megalite.config.section import Section
+
+MaskedShare = Annotated[float, Field(gt=0, lt=1)]
+TwoShares = Annotated[list[MaskedShare], Field(min_length=2, max_length=2)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+def _masked(value: Any) -> Any:
+    shares = value if isinstance(value, list) and len(value) == 2 else [value]
+    if all(isinstance(share, float) and 0 < share < 1 for share in shares):
+        return value
+    rule = "must be above 0 and below 1, or two such numbers, of the first and the last step"
+    raise PydanticCustomError("masked", rule)
+
+
+class Masked(Section):
+    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
+    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
+
+    masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
+        description="Share of the tokens that are asked for, such as 0.15; or of the first and the last step, such as "
+        "`[0.3, 0.15]`, and in a straight line between them. Evaluation has the last step's.",
+    )
+    whole_word: bool = Field(
+        False,
+        description="Ask for all tokens of a word or for none; needs a tokenizer whose tokens show where words begin.",
+    )
+    keep: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="Share of those that are left as they are."
+    )
+    swap: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="Share of those that are replaced by a random token; the rest is masked."
+    )
+    mask_token_id: TokenId | None = Field(
+        None,
+        description="The token that replaces a masked one; left out: the tokenizer's mask token.",
+    )
+    special_token_ids: list[TokenId] | None = Field(
+        None,
+        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
+    )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The shares of the first and the last step."""
+        first, last = self.masked if isinstance(self.masked, list) else (self.masked, self.masked)
+        return first, last
+
+    def share(self, step: int, steps: int) -> float:
+        """Of step `step`, from 0 on, of a run of `steps`."""
+        first, last = self.ends
+        return first + (last - first) * min(1.0, step / max(1, steps - 1))

@@ -1,0 +1,101 @@
+"""What a sample asks for beside the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
+
+Of classifiers the labels of texts, of encoder-decoders the target that belongs to a source, from pairs or from the
+text itself. Masked language modelling is in sections.py.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from megalite.config.section import Section
+
+Id = Annotated[int, Field(ge=0)]
+Length = Annotated[int, Field(ge=2)]
+
+
+class Classes(Section):
+    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
+    corpus that tools/preprocess_data.py --label-key has made."""
+
+    classes: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=2,
+        max_length=256,
+        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
+    )
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A model section of which a classifier of texts is made, with the names of its labels."""
+
+    section: dict[str, Any] | str
+    classes: tuple[str, ...]
+
+
+class Pairs(Section):
+    """Pairs of a source and its target, such as translations, for an encoder-decoder (t5). The corpus is one that
+    tools/preprocess_data.py --pairs has made, a pair a sample."""
+
+    source_length: Length = Field(
+        description="Tokens of a sample for the source and the token that ends it; the rest of "
+        "`megalite.data.sequence_length` is for the target. What is longer is cut."
+    )
+    start_token_id: Id = Field(
+        0, description="The token that targets begin with, the model's decoder_start_token_id."
+    )
+
+
+class Spans(Section):
+    """Span corruption, for pretraining an encoder-decoder (t5): spans of the text are replaced by a sentinel each, and
+    the target asks for them. They are drawn again in each epoch, the same on every layout and after a restart."""
+
+    span_corruption: float = Field(
+        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
+    )
+    mean_span: float = Field(3.0, ge=1, le=1e6, description="Mean tokens of a span.")
+    start_token_id: Id = Field(
+        0, description="The token that targets begin with, the model's decoder_start_token_id."
+    )
+    end_token_id: Id | None = Field(
+        None,
+        description="The token that ends source and target; left out: the tokenizer's end of document.",
+    )
+    sentinel_token_ids: list[Id] | None = Field(
+        None,
+        min_length=1,
+        description="The token of the first span, of the second, …; left out: the tokenizer's <extra_id_0>, "
+        "<extra_id_1>, ….",
+    )
+
+
+class SpanLengths(NamedTuple):
+    """text: tokens of a corpus in a sample, of which `noise` are asked for in so many `spans`; source, target: tokens
+    that these make, with sentinels and the end."""
+
+    text: int
+    noise: int
+    spans: int
+
+    @property
+    def source(self) -> int:
+        return self.text - self.noise + self.spans + 1
+
+    @property
+    def target(self) -> int:
+        return self.noise + self.spans + 1
+
+
+def span_lengths(objective: Spans, length: int) -> SpanLengths | None:
+    """Of samples of `length` tokens, source and target together: the longest text that fits; None where none does.
+
+    As T5 has it, numbers of tokens and spans are the same in each sample (arXiv 1910.10683, section 3.1.4).
+    """
+    for text in range(length, 1, -1):
+        noise = min(max(round(text * objective.span_corruption), 1), text - 1)
+        spans = min(max(round(noise / objective.mean_span), 1), noise, text - noise)
+        found = SpanLengths(text, noise, spans)
+        if found.source + found.target <= length:
+            return found
+    return None

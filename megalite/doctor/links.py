@@ -1,0 +1,21 @@
+"""A measured all-reduce beside what the link of its axis is known for (plan/devices.py, or a calibration)."""
+
+from megalite.plan.devices import Device
+from megalite.plan.step_time import link_along, ring_seconds
+
+SLOW = 0.5  # share of the known rate below which an axis is a finding
+
+
+def known_share(
+    known: Device, size: int, spacing: int, world: int, bytes_: int, seconds: float
+) -> float:
+    """How much of what is known an all-reduce of `bytes_` in `seconds` reaches. size: ranks of the axis, which are
+    `spacing` apart; world: ranks in all, which do the same at once and may share cores."""
+    expected = ring_seconds(link_along(known, size, spacing), size, bytes_, passes=2)
+    return expected * known.ranks_a_core(world) / seconds
+
+
+def share_words(known: Device, share: float) -> str:
+    """For people."""
+    words = f"{100 * share:.0f} % of what {known.name} is known for"
+    return words + ": slow: look at its links, and at what else uses them" * (share < SLOW)

@@ -1,0 +1,163 @@
+"""From what was measured on a machine to the device that predictions take (devices.py): plain functions of numbers.
+
+Directly: rates of products, of memory and of attention's core, the time of a kernel, links (least squares over all
+collectives). Then what only real steps show, of the real engine on one rank, so that their prediction is met: the
+engine's own seconds a layer, a micro-batch and a step from models with little to compute, and what ZeRO-3 adds to them;
+`states_rate` from one with many weights for its tokens, `product_share` from one with many tokens.
+prove/calibrate.py measures. Next: plan_program.py.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from megalite.config import Config
+from megalite.model.families import read_spec
+from megalite.plan.candidates import Search, given_candidate
+from megalite.plan.devices import Device, Link
+from megalite.plan.rank_memory import SizesByPlace
+from megalite.plan.search import Planner
+
+LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
+SHARES = 0.2, 1.2  # between which product_share is looked for
+MOST_GATHER_SECONDS = 0.1
+HALVINGS, TURNS = 16, 3
+PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+"""Of the ring formula (step_time.py), by collective; `send` is one message."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows with their units in the names. products: dtype, m, k, n, seconds; pointwise and optimizer: moved_bytes,
+    seconds; attention: dtype, flops, seconds; collectives: kind, ranks, bytes, seconds; steps: config, seconds;
+    busy_share: see Device."""
+
+    products: list[Row]
+    pointwise: list[Row]
+    attention: list[Row]
+    optimizer: list[Row]
+    collectives: list[Row]
+    steps: list[Row]
+    busy_share: float
+
+
+def fitted(start: Device, measured: Measured) -> Device:
+    """`start` with all that was measured in place of its figures. Its peaks stay where it has some (a data sheet's)."""
+    single, launch = product_rates(measured.products, "fp32")
+    half, _ = product_rates(measured.products, "bf16")
+    moved = [row["moved_bytes"] / row["seconds"] for row in measured.pointwise + measured.optimizer]
+    core = median(row["flops"] / row["seconds"] for row in measured.attention)
+    of_core = half if measured.attention[0]["dtype"] == "bf16" else single
+    device = replace(
+        start,
+        single_flops=start.single_flops or single,
+        half_flops=start.half_flops or half,
+        memory_rate=median(moved),
+        launch_seconds=launch,
+        core_share=core / of_core,
+        busy_share=measured.busy_share,
+        product_share=1.0,
+    )
+    if measured.collectives:
+        device = replace(device, node=link_of(measured.collectives))
+    *small, gathering, heavy, large = measured.steps
+    device = with_engine_seconds(device, small)
+    device = _met(device, "gather_seconds", (0.0, MOST_GATHER_SECONDS), gathering)
+    # What a share of the peak and what an update takes are both in each of two steps: a few turns settle them.
+    for _ in range(TURNS):
+        device = _met(device, "product_share", SHARES, large)
+        device = _met(device, "states_rate", (device.memory_rate / 100, device.memory_rate), heavy)
+    return device
+
+
+def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
+    """FLOP/s of the largest products of a type; seconds that the smallest take beside that."""
+    flops = {
+        2.0 * row["m"] * row["k"] * row["n"]: row["seconds"]
+        for row in products
+        if row["dtype"] == dtype
+    }
+    sizes = sorted(flops)
+    rate = median(size / flops[size] for size in sizes[-LARGE_PRODUCTS:])
+    return rate, max(0.0, flops[sizes[0]] - sizes[0] / rate)
+
+
+def link_of(collectives: Sequence[Row]) -> Link:
+    """Rate and seconds a message that meet all collectives best, each by its share of itself."""
+    rows = []
+    for row in collectives:
+        size, whole = row["ranks"], row["bytes"]
+        if row["kind"] == "send":
+            parts = [float(whole), 1.0]
+        else:
+            messages = min(size - 1, 2 * math.ceil(math.log2(size)))
+            passes = PASSES[row["kind"]]
+            parts = [passes * whole * (size - 1) / size, float(passes * messages)]
+        rows.append([part / row["seconds"] for part in parts])
+    seconds_a_byte, seconds_a_message = _not_negative(np.array(rows), np.ones(len(rows)))
+    return Link(1 / max(seconds_a_byte, 1e-15), seconds_a_message)
+
+
+def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:
+    """layer_seconds, micro_seconds and step_seconds: what steps take beside their prediction without them."""
+    names = ("layer_seconds", "micro_seconds", "step_seconds")
+    device = replace(device, **dict.fromkeys(names, 0.0))
+    base = np.array([predicted_seconds(device, row["config"]) for row in steps])
+    # The prediction is linear in each: what one second of it adds.
+    columns = [
+        np.array(
+            [predicted_seconds(replace(device, **{name: 1.0}), row["config"]) for row in steps]
+        )
+        - base
+        for name in names
+    ]
+    missing = np.array([row["seconds"] for row in steps]) - base
+    found = _not_negative(np.stack(columns, axis=1), missing)
+    return replace(device, **dict(zip(names, found, strict=True)))
+
+
+def _met(device: Device, name: str, between: tuple[float, float], step: Row) -> Device:
+    """With the value of a figure for which a step's prediction is what it took."""
+    low, high = between
+    rises = name.endswith("_seconds")  # and so does the prediction with it; with a rate it falls
+    for _ in range(HALVINGS):
+        value = (low + high) / 2
+        longer = predicted_seconds(replace(device, **{name: value}), step["config"])
+        low, high = (value, high) if (longer < step["seconds"]) == rises else (low, value)
+    return replace(device, **{name: (low + high) / 2})
+
+
+def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
+    """Of a step of a resolved config of one rank."""
+    resolved, search, sizes = _searched(json.dumps(config))
+    planner = Planner(search, device, device.memory_bytes, sizes)
+    return planner.layout(resolved, given_candidate(resolved)).time.seconds
+
+
+@lru_cache(maxsize=16)
+def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
+    """What every prediction of a config begins with."""
+    resolved = Config.from_dict(json.loads(config))
+    batch = resolved.train_batch_size
+    return resolved, Search(resolved, read_spec(resolved.model), 1, batch), SizesByPlace()
+
+
+def _not_negative(matrix: np.ndarray, values: np.ndarray) -> list[float]:
+    """Least squares without negative results: the most negative one is left out until there is none."""
+    kept = list(range(matrix.shape[1]))
+    result = np.zeros(matrix.shape[1])
+    while kept:
+        found, *_ = np.linalg.lstsq(matrix[:, kept], values, rcond=None)
+        if found.min() >= 0:
+            result[kept] = found
+            break
+        kept.pop(int(found.argmin()))
+    return [float(value) for value in result]

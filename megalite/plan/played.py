@@ -1,0 +1,201 @@
+"""Closer bounds than those of bounds.py, once a program was played: what its cut is, which actions were its longest
+chain, and when each rank kept most.
+
+With other costs of the same actions a step takes no less than that chain, and a rank keeps no less than it does at that
+moment. So what was played for one layout bounds hundreds that differ in micro-batch, tensor or context axis and ZeRO by
+a few sums, each nearly as much as playing would find. Next: search.py.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from megalite.pipeline.check import most_bytes
+from megalite.pipeline.cut import ModelCosts
+from megalite.pipeline.lengths import KINDS, Lengths
+from megalite.pipeline.plan import PipelinePlan, make_plan
+from megalite.pipeline.steps import AHEAD
+from megalite.plan.bounds import Bounds, LeastKept
+from megalite.plan.candidates import Candidate
+from megalite.plan.step_time import (
+    PLAYED,
+    Held,
+    Sharing,
+    Work,
+    hop_seconds,
+    lengths_of,
+    played_micro_batches,
+)
+
+NEAR = 0.99
+
+
+@dataclass(eq=False)
+class Played:
+    """Of the program of so many micro-batches of a plan. counts [n, kind, chunk] and hops [n]: of the chains that were
+    found; held and waits [n, rank, chunk]: micro-batches that a rank kept at those moments."""
+
+    plan: PipelinePlan
+    micro_batches: int
+    counts: list[np.ndarray] = field(default_factory=list)
+    hops: list[int] = field(default_factory=list)
+    held: list[np.ndarray] = field(default_factory=list)
+    waits: list[np.ndarray] = field(default_factory=list)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        return lengths_of(self.plan, self.micro_batches)
+
+    @cached_property
+    def layers(self) -> np.ndarray:
+        """Of each chunk."""
+        return np.array([len(layers) for layers in self.plan.cut.layers])
+
+    @cached_property
+    def home(self) -> np.ndarray:
+        """[rank, chunk]: whether it is there."""
+        ranks = np.arange(self.plan.pipe)
+        return np.array(self.plan.cut.home) == ranks[:, None]
+
+
+class Programs:
+    """Of a search: what was played so far."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._played: dict[tuple[object, ...], Played] = {}
+        self._costs: dict[bool, ModelCosts] = {}
+        self._linear: dict[tuple[Work, Sharing, bool], tuple[np.ndarray, ...]] = {}
+
+    def of(self, one: Candidate) -> Played:
+        """The program of a layout, played for one with that program once at the least."""
+        recomputes = one.recompute not in ("none", "selective")
+        if recomputes not in self._costs:
+            search = self.bounds.search
+            data = search.config.data
+            self._costs[recomputes] = ModelCosts.of(
+                search.spec, data.sequence_length, recomputes, data.counted_share
+            )
+        key, m = self._key(one), self.bounds.micro_batches(one)
+        if key not in self._played:
+            plan = make_plan(one.schedule, one.pipe, one.chunks, None, self._costs[recomputes])
+            self._played[key] = Played(plan, played_micro_batches(plan, m))
+            self.play(self._played[key], one)
+        return self._played[key]
+
+    def _key(self, one: Candidate) -> tuple[object, ...]:
+        m = min(self.bounds.micro_batches(one), PLAYED * one.pipe)
+        recomputes = one.recompute not in ("none", "selective")
+        return one.schedule, one.pipe, one.chunks, recomputes, m
+
+    def closest_seconds(self, one: Candidate) -> float:
+        """The closest bound that needs no further program to be played."""
+        least = self.bounds.least_seconds(one)
+        return max(least, self.least_seconds(one)) if self._key(one) in self._played else least
+
+    def learn(self, one: Candidate, seconds: float, size: float) -> None:
+        """Plays a layout's program if what was played for others is far from what it really takes."""
+        near = self.least_seconds(one) >= NEAR * seconds and self.least_bytes(one) >= NEAR * size
+        if not near:
+            self.play(self.of(one), one)
+
+    def play(self, played: Played, one: Candidate) -> None:
+        """Notes the chain and the moments of a layout."""
+        counts, hops = played.lengths.path(self._times(played, one), self._hop(one))
+        played.counts.append(counts)
+        played.hops.append(hops)
+        whole, between = self._kept(played, one)
+        held, waits = (np.zeros(played.home.shape) for _ in range(2))
+        program = played.plan.program(played.micro_batches)
+        for rank in range(one.pipe):
+            _, found = most_bytes(
+                program, rank, lambda chunk: int(whole[chunk]), lambda chunk: int(between[chunk])
+            )
+            for chunk, (count, waiting) in found.items():
+                held[rank, chunk], waits[rank, chunk] = count, waiting
+        played.held.append(held)
+        played.waits.append(waits)
+
+    def least_seconds(self, one: Candidate) -> float:
+        """Of a step with the program of a layout."""
+        bounds, played = self.bounds, self.of(one)
+        times, hop = self._times(played, one), self._hop(one)
+        chains = [
+            float((counts * times).sum()) + hop * hops
+            for counts, hops in zip(played.counts, played.hops, strict=True)
+        ]
+        m = bounds.micro_batches(one)
+        kinds = [kind for kind in range(len(KINDS)) if played.lengths.counts[kind].any()]
+        busy = (played.home * times[kinds].sum(axis=0)).sum(axis=1)
+        length = max(chains) + (m - played.micro_batches) * float(busy.max())
+        sharing, world = bounds.sharing(one), bounds.search.world_size
+        shared_cores = bounds.device.ranks_a_core(world)
+        length = max(length, shared_cores * m * float(busy.mean()))
+        shared, routed = self._numbers(played, one)
+        most = int((shared + routed).argmax())
+        held = Held(float(shared[most]), float(routed[most]))
+        end = sharing.end(bounds.work_of(one), held, world)
+        return length + shared_cores * sum(end.values())
+
+    def least_bytes(self, one: Candidate) -> float:
+        """Of the largest rank."""
+        bounds, played = self.bounds, self.of(one)
+        whole, between = self._kept(played, one)
+        kept = bounds.kept_of(one)
+        moments = [
+            held @ whole + waits @ between
+            for held, waits in zip(played.held, played.waits, strict=True)
+        ]
+        places = np.arange(one.pipe)
+        neighbours = (places > 0).astype(int) + (places < one.pipe - 1)
+        ranks = np.max(moments, axis=0) + neighbours * (AHEAD + 1) * kept.hidden
+        layers = played.home @ played.layers
+        again = np.where(layers > 0, kept.again, 0.0)
+        ranks += np.where(played.home[:, -1], np.maximum(again, kept.logits), again)
+        first, each, last = bounds.state_bytes(one)
+        ranks += layers * each + played.home[:, 0] * first + played.home[:, -1] * last
+        return bounds.fixed_bytes(one) + float(ranks.max())
+
+    def _hop(self, one: Candidate) -> float:
+        bounds = self.bounds
+        return hop_seconds(bounds.work_of(one), one.pipe, bounds.sharing(one).ranks)
+
+    def _times(self, played: Played, one: Candidate) -> np.ndarray:
+        """[kind, chunk], at the least: of the weights only what the layers, the embedding and the head have."""
+        bounds, m = self.bounds, self.bounds.micro_batches(one)
+        least, sharing = bounds.least_of(one), bounds.sharing(one)
+        stops = np.cumsum(played.layers)
+        upto = least.upto
+        times = (upto[stops] - upto[stops - played.layers]).T
+        times[:, 0] += least.embedding
+        times[:, -1] += least.end
+        fixed, shared, routed = self._rates(least.work, sharing, m > 1)
+        each = played.home.sum(axis=1).max()  # chunks, which a rank's weights are spread over alike
+        own, own_routed = (numbers / each for numbers in self._numbers(played, one))
+        times += fixed[:, None] + np.outer(shared - fixed, own @ played.home)
+        return times + np.outer(routed - fixed, own_routed @ played.home)
+
+    def _rates(self, work: Work, sharing: Sharing, several: bool) -> tuple[np.ndarray, ...]:
+        """[kind] that a micro-batch adds for no weights, and for one more of each sort: it is linear in them."""
+        key = work, sharing, several
+        if key not in self._linear:
+            sorts = Held(0.0), Held(1.0), Held(0.0, 1.0)
+            self._linear[key] = tuple(
+                sharing.micro(work, held, several).sum(axis=1) for held in sorts
+            )
+        return self._linear[key]
+
+    def _numbers(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """[rank] of the weights, of those that an expert axis divides apart, at the least."""
+        layer, (first, last) = self.bounds.layer_numbers(one), self.bounds.table_numbers(one)
+        layers = played.home @ played.layers
+        ends = played.home[:, 0] * first + played.home[:, -1] * last
+        return layer.shared * layers + ends, layer.routed * layers
+
+    def _kept(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each chunk between F and its backward, and between I and W."""
+        kept: LeastKept = self.bounds.kept_of(one)
+        whole = kept.layer * played.layers
+        whole[-1] += kept.head
+        return whole, kept.waiting * played.layers

@@ -1,0 +1,224 @@
+"""`tools/benchmark_step.py --calibrate FILE`: measures this machine, and writes the device that tools/plan.py --device,
+`megalite.train.calibration` and the doctor take.
+
+Three starts, about a minute on two cores: one rank alone times operations and steps of the real engine; then up to 8
+ranks, on a machine without GPUs more than it has cores, time collectives. Next: ranking.py.
+"""
+
+import json
+import math
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalite.config import Config
+from megalite.config.rules import machine_has_gpu
+from megalite.data.indexed import IndexedWriter
+from megalite.errors import ConfigError
+from megalite.plan.calibration import Measured, fitted
+from megalite.plan.devices import (
+    MACHINE,
+    MEASURED,
+    Device,
+    Link,
+    device_called,
+    write_device,
+)
+from megalite.prove.clocks import QUIET, cores
+from megalite.ranks.local import run_local_ranks
+
+RANK_MODULE = "megalite.prove.calibrate_rank"
+MOST_RANKS = 8
+DOCUMENT_TOKENS = 1000
+
+
+def calibrate_to(path: Path) -> Device:
+    """Measures, writes the file and returns its device. Raises ConfigError where the file cannot be written."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--calibrate: {path}: {path.absolute().parent}: must be a folder")
+    start = time.monotonic()
+    device, measured, machine = calibrated()
+    machine["calibration_seconds"] = round(time.monotonic() - start, 1)
+    write_device(device, path, **{MACHINE: machine, MEASURED: asdict(measured)})
+    return device
+
+
+def device_lines(device: Device, path: Path) -> str:
+    """What was measured, for people."""
+    shared = f", {100 * device.busy_share:.0f} % of it while all {device.cores} cores compute"
+    engine = (
+        device.layer_seconds,
+        device.micro_seconds,
+        device.step_seconds,
+        device.gather_seconds,
+    )
+    layer, micro, step, gather = (f"{1e3 * seconds:.3g} ms" for seconds in engine)
+    link = device.node
+    return "\n".join(
+        [
+            f"{path}: {device.name}",
+            f"    products: {device.single_flops / 1e9:,.4g} GFLOP/s in fp32, {device.half_flops / 1e9:,.4g} in bf16"
+            + shared * (device.cores > 1),
+            f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
+            f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
+            f"    link: {link.bytes_per_second / 1e9:.4g} GB/s, {1e6 * link.seconds:.3g} µs a message",
+            f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}, ZeRO-3 a layer {gather}; "
+            f"its updates move {(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s",
+        ]
+    )
+
+
+def calibrated() -> tuple[Device, Measured, dict[str, Any]]:
+    """The device, what it follows from, and the machine."""
+    ranks = _gpus() or MOST_RANKS
+    with tempfile.TemporaryDirectory(prefix="calibrate_") as folder:
+        random_corpus(Path(folder) / "train", vocabulary=512, tokens=200_000)
+        configs = step_configs(folder)
+        alone = _measured(1, folder, together=False, configs=configs)
+        together = _measured(ranks, folder, together=True) if ranks > 1 else None
+    collectives = [] if together is None else with_seconds(together)
+    for row, config in zip(alone["steps"], configs, strict=True):
+        row["config"] = config
+    kinds = ("products", "pointwise", "attention", "optimizer", "steps")
+    share = 1.0 if together is None else together["busy_share"]
+    measured = Measured(
+        **{name: alone[name] for name in kinds}, collectives=collectives, busy_share=share
+    )
+    machine = _machine(alone["gpu"], 0.0 if together is None else together["others_share"])
+    return fitted(_start(alone), measured), measured, machine
+
+
+def _gpus() -> int:
+    """Of this machine that are used; 0: none."""
+    if not machine_has_gpu():
+        return 0
+    return min(MOST_RANKS, torch.accelerator.device_count())
+
+
+def _start(alone: dict[str, Any]) -> Device:
+    """What a calibration of one node cannot know: of a known GPU its data sheet has it, else links between nodes are
+    taken for as fast as those within one."""
+    known = device_called(alone["gpu"])
+    if known is not None:
+        return known
+    on_cpu = not alone["gpu"]
+    link = Link(1e9, 1e-4)
+    return Device(
+        alone["gpu"] or _processor() or "CPU",
+        *(0.0, 0.0),
+        alone["memory_bytes"],
+        *(1.0, link, link, link, 1.0),
+        "tools/benchmark_step.py --calibrate",
+        cores=cores() if on_cpu else 0,
+    )
+
+
+def with_seconds(together: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of collectives with the seconds that a rank with a core of its own takes: on the wall; where other programs
+    took a share of this machine meanwhile, its processor time alone."""
+    rows = []
+    for row in together["collectives"]:
+        seconds = row["wall_seconds"]
+        if not machine_has_gpu():
+            seconds /= max(1.0, row["ranks"] / cores())
+            quiet = together["others_share"] <= QUIET
+            seconds = max(seconds, row["processor_seconds"]) if quiet else row["processor_seconds"]
+        rows.append({**row, "seconds": max(seconds, 1e-9)})
+    return rows
+
+
+def _machine(gpu: str, others: float) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    return {
+        "host": platform.node(),
+        "processor": _processor(),
+        "gpu": gpu,
+        "cores": cores(),
+        "torch": torch.__version__,
+        "unix_seconds": time.time(),
+        "others_share_of_processor_time": round(others, 3),
+        "clock_of_collectives": "wall" if gpu or others <= QUIET else "processor",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor())
+
+
+def _measured(
+    world_size: int, folder: str, together: bool, configs: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What rank 0 has to say."""
+    request = Path(folder) / "request.json"
+    request.write_text(
+        json.dumps({"together": together, "configs": configs or [], "folder": folder})
+    )
+    run_local_ranks(world_size, RANK_MODULE, [str(request)])
+    return json.loads((Path(folder) / "rank0.json").read_text())
+
+
+def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
+    """Documents of random tokens."""
+    random = np.random.default_rng(0)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for _ in range(math.ceil(tokens / DOCUMENT_TOKENS)):
+            writer.add_document(random.integers(0, vocabulary, DOCUMENT_TOKENS))
+
+
+def step_configs(folder: str) -> list[dict[str, Any]]:
+    """Resolved, of one rank: four with little to compute, of 1 and 4 layers and micro-batches; the last of them with
+    ZeRO-3; one with many weights for its tokens; one with many tokens."""
+    small = [_config(folder, layers, count, 32, 1, 16) for layers in (1, 4) for count in (1, 4)]
+    hidden, micro, length = (4096, 2, 2048) if machine_has_gpu() else (256, 4, 128)
+    return [
+        *small,
+        _config(folder, 4, 4, 32, 1, 16, zero=3),
+        _config(folder, 8, 1, hidden, 1, 16),
+        _config(folder, 4, 2, hidden, micro, length),
+    ]
+
+
+def _config(
+    folder: str,
+    layers: int,
+    micro_batches: int,
+    hidden: int,
+    micro: int,
+    length: int,
+    zero: int = 1,
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": micro_batches,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": zero, "reduce_bucket_size": 5_000_000},
+        "megalite": {
+            "model": {
+                "model_type": "llama",
+                "hidden_size": hidden,
+                "intermediate_size": 11 * hidden // 4,
+                "num_hidden_layers": layers,
+                "num_attention_heads": max(4, hidden // 128),
+                "num_key_value_heads": max(4, hidden // 128),
+                "vocab_size": 512,
+                "max_position_embeddings": length,
+                "tie_word_embeddings": False,
+            },
+            "data": {"sequence_length": length, "train": [f"{folder}/train"]},
+            "train": {"steps": 100, "run_dir": f"{folder}/run"},
+        },
+    }
+    if machine_has_gpu():
+        document["bf16"] = {"enabled": True}
+    return Config.from_dict(document).resolve(1).to_json()

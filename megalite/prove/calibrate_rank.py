@@ -1,0 +1,26 @@
+"""One rank of a calibration: `python -m megalite.prove.calibrate_rank REQUEST`; see calibrate.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+
+
+def main(arguments: list[str]) -> int:
+    """Measures what the request asks for and writes it beside the request."""
+    request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    here, _ = start_ranks(lambda thorough: None)
+    from megalite.prove.machine import (  # after start_ranks has set the environment
+        alone,
+        together,
+    )
+
+    result = together() if request["together"] else alone(request["configs"])
+    (Path(request["folder"]) / f"rank{here.rank}.json").write_text(json.dumps(result))
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

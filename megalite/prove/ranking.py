@@ -1,0 +1,280 @@
+"""`tools/benchmark_plan.py`: whether layouts rank as the planner predicts. One small model, one calibration, layouts of
+1 to 8 ranks; predicted and measured step times, Kendall's tau, the chosen layout against the best; memory likewise.
+
+On a CPU each rank computes on one thread. The measured time is the wall's; where other programs took more than a tenth
+of the machine's processor time, it is the processor time that all ranks spent, over the cores that they could use, and
+the prediction is what it has beside the bubble: neither then has the waits.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megalite.config import Config
+from megalite.config.reading import apply_overrides
+from megalite.config.rules import machine_has_gpu
+from megalite.model.families import read_spec
+from megalite.plan.candidates import given_candidate
+from megalite.plan.devices import Device, device_of
+from megalite.plan.plan_program import planner_of
+from megalite.plan.search import Layout as PlannedLayout
+from megalite.plan.states import (
+    parameter_sizes,
+    place_of,
+    predicted_states,
+)
+from megalite.prove.calibrate import calibrated, device_lines, random_corpus
+from megalite.prove.clocks import QUIET, cores, others_share
+from megalite.prove.layouts import Layout, config_of
+from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.local import run_local_ranks
+
+RANK_MODULE = "megalite.prove.ranking_rank"
+BATCH, LENGTH, VOCABULARY = 8, 128, 2048
+RECOMPUTE = "megalite.train.activation_checkpointing=full"
+LAYOUTS = [
+    "zero=1,micro=8",
+    "zero=1,micro=1",
+    f"zero=1,micro=4 {RECOMPUTE}",
+    "data=2,zero=1,micro=4",
+    "data=2,zero=2,micro=1",
+    "data=2,zero=3,micro=4",
+    "tensor=2,zero=1,micro=8",
+    "tensor=2,zero=1,micro=1",
+    "pipe=2,zero=1,micro=1",
+    "pipe=2,zero=1,micro=4",
+    "pipe=2,zero=1,micro=2,schedule=zb-h1",
+    f"pipe=2,zero=1,micro=2 {RECOMPUTE}",
+    "data=4,zero=1,micro=2",
+    "data=4,zero=3,micro=1",
+    "tensor=4,zero=1,micro=4",
+    "tensor=2,data=2,zero=1,micro=4",
+    "pipe=2,data=2,zero=1,micro=2",
+    "pipe=4,zero=1,micro=1",
+    "pipe=4,zero=1,micro=1,schedule=interleaved,chunks=2",
+    "pipe=2,tensor=2,zero=1,micro=2",
+    "data=8,zero=1,micro=1",
+    "data=8,zero=2,micro=1",
+    "tensor=8,zero=1,micro=8",
+    "tensor=4,data=2,zero=1,micro=2",
+    "pipe=4,data=2,zero=1,micro=1",
+    "pipe=2,tensor=2,data=2,zero=1,micro=2",
+]
+GOAL_TAU, GOAL_CHOICE, GOAL_PEAK = 0.8, 0.05, 0.02
+
+
+@dataclass
+class Case:
+    """A layout, what is predicted for it, and what its ranks measured."""
+
+    name: str
+    config: Config
+    planned: PlannedLayout
+    ranks: list[dict[str, Any]]
+
+    @property
+    def world_size(self) -> int:
+        return self.config.world_size
+
+    def others(self) -> float:
+        """Share of the machine's processor time that other programs took during its steps."""
+        return median(
+            others_share(
+                times[0]["wall_seconds"],
+                times[0]["machine_seconds"],
+                sum(rank["processor_seconds"] for rank in times),
+            )
+            for times in self._steps()
+        )
+
+    def _steps(self) -> list[tuple[dict[str, float], ...]]:
+        return list(zip(*(rank["times"] for rank in self.ranks), strict=True))
+
+    def measured(self, wall: bool) -> float:
+        """Seconds of a step, the median."""
+        if wall:
+            return median(max(rank["wall_seconds"] for rank in times) for times in self._steps())
+        usable = min(self.world_size, cores())
+        return median(
+            sum(rank["processor_seconds"] for rank in times) / usable for times in self._steps()
+        )
+
+    def predicted(self, wall: bool) -> float:
+        """Of the same."""
+        time = self.planned.time
+        return time.seconds - (0.0 if wall else time.parts["bubble"])
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables; returns 0. Raises UserError with one line."""
+    parser = ArgumentParser(
+        "benchmark_plan.py", description="Measure layouts beside what the planner predicts."
+    )
+    parser.add_argument(
+        "--device",
+        metavar="FILE",
+        help="a file of tools/benchmark_step.py --calibrate; left out: calibrates first",
+    )
+    parser.add_argument(
+        "--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)"
+    )
+    options = parser.parse_args(arguments)
+    device = _calibrated() if options.device is None else device_of(options.device)
+    print(device_lines(device, Path(options.device or "calibrated now")), flush=True)
+    with tempfile.TemporaryDirectory(prefix="benchmark_plan_") as folder:
+        random_corpus(Path(folder) / "train", VOCABULARY, tokens=300_000)
+        cases = _measured(folder, device, options.steps)
+    print("\n".join(["", *step_table(cases), "", *memory_table(cases)]), flush=True)
+    return 0
+
+
+def _calibrated() -> Device:
+    device, _, _ = calibrated()
+    return device
+
+
+def document(folder: str) -> dict[str, Any]:
+    """The model that is trained: 7.5 M parameters, 1,024 tokens a step; on GPUs 1.6 G and 32,768."""
+    gpu = machine_has_gpu()
+    hidden, length, vocabulary = (2048, 4096, 32000) if gpu else (256, LENGTH, VOCABULARY)
+    precision = {"bf16": {"enabled": True}} if gpu else {}
+    return {
+        "train_batch_size": BATCH,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000 if gpu else 2_000_000},
+        **precision,
+        "megalite": {
+            "model": {
+                "model_type": "llama",
+                "hidden_size": hidden,
+                "intermediate_size": 11 * hidden // 4,
+                "num_hidden_layers": 24 if gpu else 8,
+                "num_attention_heads": 16 if gpu else 8,
+                "num_key_value_heads": 16 if gpu else 8,
+                "vocab_size": vocabulary,
+                "max_position_embeddings": length,
+                "tie_word_embeddings": False,
+            },
+            "data": {"sequence_length": length, "train": [f"{folder}/train"]},
+            "train": {"steps": 1000, "run_dir": f"{folder}/run"},
+        },
+    }
+
+
+def _measured(folder: str, device: Device, steps: int) -> list[Case]:
+    """Of every layout that this machine has ranks for; those of as many ranks by turns."""
+    most = _most_ranks()
+    by_ranks: dict[int, list[Case]] = {}
+    for text in LAYOUTS:
+        layout, *own = text.split()
+        config = config_of(
+            _with(Config.from_dict(document(folder)), own), Layout.parse(layout), BATCH
+        )
+        if config.world_size <= most:
+            planned = planned_layout(config, device)
+            by_ranks.setdefault(config.world_size, []).append(Case(text, config, planned, []))
+    for world_size, cases in by_ranks.items():
+        configs = [case.config.to_json() for case in cases]
+        request = Path(folder) / "request.json"
+        request.write_text(json.dumps({"configs": configs, "steps": steps, "folder": folder}))
+        run_local_ranks(world_size, RANK_MODULE, [str(request)])
+        for rank in range(world_size):
+            found = json.loads((Path(folder) / f"rank{rank}.json").read_text())
+            for case, row in zip(cases, found, strict=True):
+                case.ranks.append(row)
+    return [case for cases in by_ranks.values() for case in cases]
+
+
+def _with(config: Config, overrides: Sequence[str]) -> Config:
+    return Config.from_dict(apply_overrides(config.to_json(), list(overrides)))
+
+
+def _most_ranks() -> int:
+    if not machine_has_gpu():
+        return 8
+    return torch.accelerator.device_count()
+
+
+def planned_layout(config: Config, device: Device) -> PlannedLayout:
+    """What is predicted for a resolved config."""
+    planner, _ = planner_of(config, config.world_size, device, device.memory_bytes)
+    return planner.layout(config, given_candidate(config))
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Of two rankings: pairs in the same order less pairs in the opposite one, over all pairs (Kendall 1938)."""
+    pairs = [(i, j) for i in range(len(first)) for j in range(i)]
+    signs = [(first[i] - first[j]) * (second[i] - second[j]) for i, j in pairs]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
+
+
+def step_table(cases: Sequence[Case]) -> list[str]:
+    """Predicted and measured step times, slowest first, and what they come to."""
+    others = median(case.others() for case in cases)
+    wall = machine_has_gpu() or others <= QUIET
+    predicted = [case.predicted(wall) for case in cases]
+    measured = [case.measured(wall) for case in cases]
+    rows = sorted(zip(predicted, measured, cases, strict=True), key=lambda row: -row[1])
+    lines = ["| ranks | layout | predicted s | measured s | off by |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {case.world_size} | {case.name.replace(RECOMPUTE, 'recompute')} | {there:.3f} | {here:.3f} | "
+        f"{100 * (there / here - 1):+.0f} % |"
+        for there, here, case in rows
+    ]
+    chosen = measured[predicted.index(min(predicted))]
+    slower = chosen / min(measured) - 1
+    off = sorted(abs(there / here - 1) for there, here, _ in rows)
+    clock = "the wall's clock" if wall else "processor time, without waits"
+    return [
+        *lines,
+        "",
+        f"{len(cases)} layouts by {clock} ({100 * others:.0f} % of the machine's processor time went to others): "
+        f"Kendall's tau {kendall_tau(predicted, measured):.3f} (goal {GOAL_TAU}); the chosen layout, "
+        f"{cases[predicted.index(min(predicted))].name}, is {100 * slower:.1f} % slower than the best measured, "
+        f"{cases[measured.index(min(measured))].name} (goal {100 * GOAL_CHOICE:.0f} %); predictions are off by "
+        f"{100 * median(off):.0f} % at the median, {100 * off[-1]:.0f} % at most",
+    ]
+
+
+def memory_table(cases: Sequence[Case]) -> list[str]:
+    """States of all ranks, to the byte; the peak of the rank that has most."""
+    lines = [
+        "| ranks | layout | states as predicted | peak predicted MB | peak measured MB | off by |",
+        "|---|---|---|---|---|---|",
+    ]
+    exact, off = 0, []
+    for case in cases:
+        told = [predicted_bytes(case.config, rank) for rank in range(case.world_size)]
+        held = [
+            tuple(row[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer"))
+            for row in case.ranks
+        ]
+        same = sum(states == own for (states, _), own in zip(told, held, strict=True))
+        exact += same == case.world_size
+        there = case.planned.memory.total + max(buckets for _, buckets in told)
+        here = max(row["peak_bytes"] for row in case.ranks)
+        off.append(abs(there / here - 1))
+        lines.append(
+            f"| {case.world_size} | {case.name.replace(RECOMPUTE, 'recompute')} | {same} of {case.world_size} ranks | "
+            f"{there / 1e6:.1f} | {here / 1e6:.1f} | {100 * (there / here - 1):+.1f} % |"
+        )
+    within = sum(share <= GOAL_PEAK for share in off)
+    return [
+        *lines,
+        "",
+        f"model states are as predicted, to the byte, in {exact} of {len(cases)} layouts; the peak of torch's "
+        f"allocations is within {100 * GOAL_PEAK:.0f} % in {within}, off by {100 * median(off):.1f} % at the median",
+    ]
+
+
+def predicted_bytes(config: Config, rank: int) -> tuple[tuple[int, int, int], int]:
+    """A rank's weights, gradients and optimizer states; the bucket, of which a CPU's planner counts nothing."""
+    spec, grid = read_spec(config.model), place_of(config, rank)
+    states = predicted_states(config, parameter_sizes(config, spec, grid), grid)
+    return (states.weights, states.gradients, states.optimizer), states.buckets

@@ -1,0 +1,23 @@
+"""One rank of tools/benchmark_plan.py: `python -m megalite.prove.ranking_rank REQUEST`; see ranking.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+
+
+def main(arguments: list[str]) -> int:
+    """Measures what the request asks for and writes it beside the request."""
+    request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    here, _ = start_ranks(lambda thorough: None)
+    from megalite.prove.turns import in_turns  # after start_ranks has set the environment
+
+    result = in_turns(request["configs"], request["steps"])
+    (Path(request["folder"]) / f"rank{here.rank}.json").write_text(json.dumps(result))
+    stop_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

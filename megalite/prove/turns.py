@@ -1,0 +1,70 @@
+"""Steps of several layouts on the same ranks, by turns, so that whatever slows a machine for a while slows all alike.
+
+Next: ranking.py, which predicts them.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config
+from megalite.prove.allocations import peak_bytes
+from megalite.prove.clocks import Times, wait_for
+from megalite.prove.machine import own_device
+from megalite.prove.trace import Session
+
+WARMUP_STEPS = 2
+
+
+def in_turns(configs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Of each resolved config what this rank held, the most that torch allocated in a step beside what stood before it,
+    and `steps` timed steps (collective). All of them stay in memory until the end."""
+    own_device()
+    layouts = [_Turns(Config.from_dict(config)) for config in configs]
+    for _ in range(steps):
+        for layout in layouts:
+            layout.take()
+    return [layout.result for layout in layouts]
+
+
+class _Turns:
+    """A layout on this rank."""
+
+    def __init__(self, config: Config) -> None:
+        self.session, self.number = Session.build(config), 0
+        self.device = torch.device(self.session.engine.device or "cpu")
+        self.result: dict[str, Any] = {"times": []}
+        with self.session.engine.weighed() as held:
+            self._step()
+        self.result.update(held)
+        for _ in range(WARMUP_STEPS - 1):
+            self._step()
+        self.result["peak_bytes"] = self._peak()
+
+    def _step(self) -> None:
+        self.session.train(self.session.batches(self.number))
+        self.number += 1
+
+    def _peak(self) -> int:
+        """In one step, of torch's allocations."""
+        if self.device.type == "cpu":
+            standing = sum(self.session.engine.state_bytes().values())
+            return standing + peak_bytes(self._step)
+        wait_for(self.device)
+        module: Any = torch.get_device_module(self.device)
+        others = module.memory_allocated() - sum(self.session.engine.state_bytes().values())
+        module.reset_peak_memory_stats()
+        self._step()
+        return module.max_memory_allocated() - others
+
+    def take(self) -> None:
+        """One timed step; all ranks begin it together."""
+        batches = self.session.batches(self.number)
+        self.number += 1
+        wait_for(self.device)
+        dist.barrier()
+        begin = Times.now()
+        self.session.train(batches)
+        wait_for(self.device)
+        self.result["times"].append(Times.now().since(begin))
