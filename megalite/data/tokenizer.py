@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +338,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         if first == [tokenizer.bos_id] and ids[:1] != first:
             return first + ids
     return ids
+
+
+def continuation(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: Collection[int] = (),
+    is_source: bool = False,
+) -> str:
+    """The text that tokens add to a prompt's: decoded together, since a token's text depends on its neighbours.
+    is_source: of an encoder-decoder's prompt, whose tokens are a text of their own."""
+    prompt = () if is_source else prompt
+    kept = [token for token in tokens if token not in stop]
+    start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)

@@ -244,7 +244,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
 def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     from megalite.inference.labels import accuracy, read_labelled
 
-    check_decoder(prepared, "--labelled")
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--labelled")
     tokenizer = tokenizer_for(options, prepared)
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
@@ -269,7 +269,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         write_translations,
     )
 
-    check_decoder(prepared, "--translations", sources=True)
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--translations", sources=True)
     if importlib.util.find_spec("sacrebleu") is None:
         line = f"--translations: {options.translations}: needs sacrebleu"
         raise ConfigError(f"{line}: pip install 'megalite[eval]'")
@@ -285,7 +285,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
     most = options.max_new_tokens or MOST_NEW_TOKENS
     check_lengths(prepared.spec, prompts, most)
     beams = beams_asked(options)
-    stop_ids = stop_ids_for(prepared, tokenizer)
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer)
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.generate import Generator, ends_at, generate_all
@@ -312,13 +312,14 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
 
 
 def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
-    check_decoder(prepared, "--tasks")
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(
             f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks"
         )
-    names, stop_ids = options.tasks.split(","), stop_ids_for(prepared, tokenizer)
+    names = options.tasks.split(",")
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer)
     length = options.sequence_length or prepared.spec.max_positions
     is_asking = place().rank == 0
     if is_asking:

@@ -4,14 +4,16 @@ deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" 
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megalite.data.progress import Counted
-from megalite.data.tokenizer import Tokenizer, prompt_ids
+from megalite.data.tokenizer import Tokenizer, continuation, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
+from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
     Prepared,
     beams_asked,
@@ -22,7 +24,7 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import as_sources, check_ids, continuation
+from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
@@ -38,7 +40,9 @@ def generate_main(arguments: list[str]) -> int:
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
         with reading(options.checkpoint, CheckpointError):
             prepared = prepare_model(options, place().world_size)
-            check_decoder(prepared, "generation", sources=True)
+            check_decoder(
+                prepared.spec, f"--checkpoint: {prepared.folder}", "generation", sources=True
+            )
             tokenizer = tokenizer_for(options, prepared)
             sampling = Sampling(
                 options.temperature,
@@ -169,7 +173,7 @@ def _generate(
         prompts * options.samples
     )  # chance differs by a text's number; sample 0 is as without others
     stage, grid = load_stage(prepared, options.dtype)
-    stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer) | set(options.stop_id)
 
     is_source = prepared.spec.stacks is not None
 
@@ -177,16 +181,10 @@ def _generate(
         text = continuation(tokenizer, ids[number], tokens, stop_ids, is_source)
         return cut_at(text, options.stop)
 
-    told: list[int] = []
-    written: list[str] = []
+    def show(piece: str) -> None:
+        print(piece, end="", file=sys.stderr, flush=True)
 
-    def show(number: int, token: int) -> None:
-        told.append(token)
-        text = text_of(number, told)
-        if not text.endswith("\ufffd"):  # else a character is not whole yet
-            print(text[len("".join(written)) :], end="", file=sys.stderr, flush=True)
-            written[:] = [text]
-
+    growing = Growing(functools.partial(text_of, 0), show)
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
@@ -194,13 +192,14 @@ def _generate(
     # A beam search does not know its tokens before its end, so nothing would move.
     visible = grid.rank == 0 and not shown and beams is None
     with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
-        on_token = show if shown else lambda number, token: progress.add()
+        on_token = growing.add if shown else lambda number, token: progress.add()
         found = generate_all(
             generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
         )
     texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:
-        print(texts[0][len("".join(written)) :], file=sys.stderr, flush=True)
+        growing.end(texts[0])
+        print(file=sys.stderr, flush=True)
     return texts
 
 

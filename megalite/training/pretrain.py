@@ -315,7 +315,8 @@ def _train(prepared: Prepared, rank: int) -> int:
         )
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))
-        phase(f"{grid.world_size} ranks on {hosts} host{'s' * (hosts > 1)} are connected")
+        on = f"{hosts} hosts" if hosts > 1 else "1 host"
+        phase(f"{grid.world_size} ranks on {on} are connected")
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)
