@@ -78,6 +78,9 @@ class Engine(DeepSpeedEngine):
             # and adds to what the last step has left here (runtime/zero/stage_1_and_2.py:1855).
             for held in self.optimizer.accumulated_grads_in_cpu.values():  # type: ignore[union-attr]
                 held.zero_()
+            # Where a step has one micro-batch, its first backward is a chunk's last one too, and would be copied over
+            # what another gives of the same parameter, a tied one (:2166). So none is the first.
+            self.optimizer.micro_step_id = 0  # type: ignore[union-attr]
 
     @property
     def hands_over_by_chunk(self) -> bool:

@@ -175,6 +175,7 @@ _OF_ZERO_1_AND_2 = (
     _zero("averaged_gradients", "", "this rank's gradients by group, after the reduction"),
     _zero("cpu_offload", "", "gradients and masters lie in main memory"),
     _zero("accumulated_grads_in_cpu", "", "what offload sums micro-batches in"),
+    _zero("micro_step_id", "", "set, so that no backward counts as a step's first"),
     _zero("clip_grad", "", "the limit of the norm"),
     _zero("loss_scale", "", "current loss scale"),
     _zero("loss_scaler", "", "the scaler"),

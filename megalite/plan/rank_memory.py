@@ -22,6 +22,7 @@ from megalite.plan.states import (
     forward_of,
     offloads,
     parameter_sizes,
+    persistence_threshold,
     place_of,
     predicted_states,
     recompute_of,
@@ -30,6 +31,7 @@ from megalite.plan.states import (
 from megalite.plan.step_time import Held, played_micro_batches
 
 HALF = 2
+REUSE_DISTANCE = 10**9  # DeepSpeed's default (runtime/zero/config.py)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class MemoryTable:
         hidden = self.at.hidden(spec)
         numbers = [size for group in sizes for size in group.numbers]
         gathered = (
-            2 * self.at.width * _largest_layer(numbers, spec) if config.zero_stage == 3 else 0
+            self.at.width * _whole_at_once(config, numbers, spec) if config.zero_stage == 3 else 0
         )
         on_host = self.device is not None and not self.device.cores and offloads(config)
         moved = most.gradients - (4 + self.at.width) * all_numbers(sizes) // copies
@@ -176,6 +178,15 @@ def _held(sizes: Sizes, expert: int) -> Held:
     return Held(float(all_numbers(sizes) - count), float(count))
 
 
-def _largest_layer(numbers: list[int], spec: TransformerSpec) -> int:
-    """Numbers of a layer, or of the embedding where it has more: ZeRO-3 gathers one while it uses another."""
-    return max(max(numbers), sum(numbers) // max(1, spec.num_layers))
+def _whole_at_once(config: Config, numbers: list[int], spec: TransformerSpec) -> int:
+    """Numbers of ZeRO-3's weights that are whole at a time beside those that always are.
+
+    At the least a layer, or the embedding where it has more, and another that is gathered meanwhile. But DeepSpeed does
+    not drop what is used again soon (runtime/zero/partitioned_param_coordinator.py, __params_to_release): a weight that
+    n numbers follow in forward is used again 2n numbers later, in backward.
+    """
+    layer = max(max(numbers), sum(numbers) // max(1, spec.num_layers))
+    distance = config.zero.stage3_max_reuse_distance
+    soon = (REUSE_DISTANCE if distance is None else distance) // 2
+    dropped = sum(count for count in numbers if count > persistence_threshold(config))
+    return max(2 * layer, min(dropped, soon))

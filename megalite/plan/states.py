@@ -157,10 +157,15 @@ def _owned(sizes: list[int], part: int, rank: int) -> int:
     return count + max(0, last - max(start, first))
 
 
+def persistence_threshold(config: Config) -> int:
+    """Parameters of at most so many numbers stay whole with ZeRO-3."""
+    threshold = config.zero.stage3_param_persistence_threshold
+    return PERSISTENCE_THRESHOLD if threshold is None else threshold
+
+
 def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     """ZeRO-3."""
-    threshold = config.zero.stage3_param_persistence_threshold
-    threshold = PERSISTENCE_THRESHOLD if threshold is None else threshold
+    threshold = persistence_threshold(config)
     numbers = [size for group in sizes for size in group.numbers]
     shards = sum(-(-size // d) for size in numbers)
     whole = (

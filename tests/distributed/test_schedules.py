@@ -46,6 +46,8 @@ CASES: list[Case] = [
     *scheduled(Layout(pipe=2, zero=2, micro=1), "zb-v", **EVERY_2),
     *scheduled(Layout(pipe=2, zero=2, micro=2), "interleaved zb-v", **SELECTIVE),
     *scheduled(Layout(pipe=2, zero=2, micro=1), **OFFLOAD),
+    # One micro-batch a step: its first backward is the last one of a chunk.
+    *scheduled(Layout(pipe=2, zero=2, micro=BATCH), "zb-v", tied=True, **OFFLOAD),
     *scheduled(Layout(pipe=2, zero=1, micro=1), "zb-h1 zb-v", **OFFLOAD),
     *scheduled(Layout(pipe=2, zero=2, micro=1), **DROPOUT),
     *scheduled(Layout(pipe=2, zero=1, micro=2), "zb-h1 zb-v", **RAMP),

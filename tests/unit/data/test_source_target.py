@@ -45,7 +45,7 @@ def pairs(folder: Path, source_length: int, length: int) -> TrainData:
 
 def test_a_pair_is_a_source_and_a_target_that_begins_with_its_start(tmp_path: Path) -> None:
     data = pairs(tmp_path, 6, 11)
-    tokens, labels, documents = data.batch(range(3))
+    tokens, labels, documents, _ = data.batch(range(3))
     assert documents is not None
     seen = set()
     for row in range(3):
@@ -71,7 +71,7 @@ def test_source_and_target_together_are_the_text(tmp_path: Path) -> None:
     data = corrupted(tmp_path)
     lengths = span_lengths(parse(Spans, SPANS), LENGTH)
     assert lengths is not None and lengths.source + lengths.target <= LENGTH
-    tokens, labels, documents = data.batch(range(40))
+    tokens, labels, documents, _ = data.batch(range(40))
     assert documents is None
     plain = data_section([tmp_path / "c"], lengths.text, objective={"masked": 1e-9, "mask_token_id": 1})  # fmt: skip
     whole = TrainData(plain, 5, VOCABULARY).batch(range(40)).tokens
