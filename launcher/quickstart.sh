@@ -44,4 +44,4 @@ echo "== validation loss $loss nats a token; knowing only how often each token o
 echo "== a sample, from tensor $tensor"
 deepspeed --num_gpus "$tensor" --master_port "$(free_port)" launcher/generate.py --checkpoint $run --prompt "    def __init__(self, " --max-new-tokens 80 \
     --temperature 0.7 "megalite.parallel.tensor=$tensor" | grep '^{'
-echo "== the run is in $run: config.json, metrics.jsonl, checkpoints/, tensorboard/"
+echo "== the run is in $run: report.html, config.json, metrics.jsonl, checkpoints/, tensorboard/"

@@ -27,7 +27,9 @@ deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/pretrain.py \
     --deepspeed_config ds_configs/translation.json
 python tools/nearest_translations.py --train $data/train.jsonl --test $data/test.jsonl
 for beams in "" "--beams 4"; do
+    written=runs/translation/translations${beams:+-beams}.jsonl
+    rm -f $written
     deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint runs/translation \
-        --translations $data/test.jsonl $beams --micro-batch-size 32 --write runs/translation/translations.jsonl \
+        --translations $data/test.jsonl $beams --micro-batch-size 32 --write $written \
         megalite.parallel.tensor=2 | grep '^{'
 done

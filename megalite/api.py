@@ -24,14 +24,21 @@ import torch
 from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.config import load_config
-from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, prompt_ids
+from megalite.data.tokenizer import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    continuation,
+    load_tokenizer,
+    prompt_ids,
+)
 from megalite.errors import CheckpointError, ConfigError, MegaliteError
-from megalite.hub.carried import stop_ids_of, tokenizer_of
+from megalite.hub.carried import tokenizer_of
 from megalite.hub.sources import Weights, open_weights, prompts_both_ways, resolve_weights
 from megalite.inference.generate import Generator
 from megalite.inference.likelihood import likelihoods
+from megalite.inference.prepare import check_decoder, stop_ids_for
 from megalite.inference.sampling import Sampling
-from megalite.inference.texts import as_sources, check_ids, continuation
+from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
@@ -171,10 +178,7 @@ class Model:
         The first token has none before it and does not count. Raises ConfigError for a text of fewer than two tokens.
         """
         ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
-        if self.has_source:
-            family = self.stage.spec.family
-            rule = f"a {family} model is an encoder-decoder: this needs a decoder, such as llama"
-            raise ConfigError(f"{self.folder}: {rule}")
+        check_decoder(self.stage.spec, str(self.folder), "this")
         if len(ids) < 2:
             raise ConfigError(f"text: has {len(ids)} tokens: must have at least 2")
         self._check(ids)
@@ -191,40 +195,24 @@ class Model:
     ) -> str:
         ids, is_source = as_sources(self.stage.spec, self.tokenizer, [ids])[0], self.has_source
         self._check(ids)
-        ends = stop_ids_of(self.weights)
-        if self.tokenizer.eod_id is not None:
-            ends.add(self.tokenizer.eod_id)
-        tokens: list[int] = []
-        written = ""
+        ends = stop_ids_for(self.weights, self.tokenizer)
 
-        def show(number: int, token: int) -> None:
-            nonlocal written
-            tokens.append(token)
-            text = continuation(self.tokenizer, ids, tokens, ends, is_source)
-            if on_text is not None and not text.endswith(
-                "\ufffd"
-            ):  # else a character is not whole yet
-                on_text(text[len(written) :])
-                written = text
+        def text_of(tokens: Sequence[int]) -> str:
+            return continuation(self.tokenizer, ids, tokens, ends, is_source)
 
+        growing = None if on_text is None else Growing(text_of, on_text)
+        on_token = None if growing is None else growing.add
         prefixed = prompts_both_ways(self.weights.state)
         generator = Generator(self.stage, Grid(), batch_size=1, prefixed=prefixed)
-        (text,) = generator.generate([ids], max_new_tokens, sampling, ends, show)
-        whole = continuation(self.tokenizer, ids, text.tokens, ends, is_source)
-        if on_text is not None and whole != written:
-            on_text(whole[len(written) :])
+        (text,) = generator.generate([ids], max_new_tokens, sampling, ends, on_token)
+        whole = text_of(text.tokens)
+        if growing is not None:
+            growing.end(whole)
         return whole
 
     def _check(self, ids: Sequence[int]) -> None:
-        spec = self.stage.spec
-        if spec.classifier is not None:
-            rule = "is a classifier of texts: this needs a model of language"
-            raise ConfigError(f"{self.folder}: {rule}")
-        if not spec.causal:
-            raise ConfigError(
-                f"{self.folder}: a {spec.family} model is an encoder: this needs a decoder, such as llama"
-            )
-        check_ids(spec, [ids])
+        check_decoder(self.stage.spec, str(self.folder), "this", sources=True)
+        check_ids(self.stage.spec, [ids])
 
 
 def train(

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,33 @@ def _reason(error: BaseException) -> str:
 def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
     """A file of UTF-8. An error of `kind` where it cannot be read or is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise kind(f"{path}: cannot be read: it is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise kind(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def lines_of(path: str | Path, kind: type[UserError] = ConfigError) -> list[tuple[int, str]]:
+    """(number from 1, line) of the lines of a UTF-8 file that are not blank. Only a newline ends a line, with or
+    without a carriage return before it: JSON may hold the other characters at which `str.splitlines` splits."""
+    lines = enumerate(read_text(path, kind).split("\n"), 1)
+    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
+@contextlib.contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Makes text that is not UTF-8 a ConfigError that names `what` is read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what}: is not UTF-8 (byte {error.start})") from None
+
+
+def read_standard_input(option: str) -> str:
+    """All of standard input, which `option` asks for. ConfigError where it is not UTF-8."""
+    with decoding(f"{option}: -"):
+        return sys.stdin.read()
 
 
 def parse_json(

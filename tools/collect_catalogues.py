@@ -13,6 +13,7 @@ that the first lines are a sample.
 import hashlib
 import json
 import re
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -71,12 +72,14 @@ def _write(path: Path, lines: list[dict[str, str]]) -> None:
 
 
 def _unpack(package: str, folder: Path) -> None:
-    """Downloads a package and unpacks it into a folder of its name."""
+    """Downloads a package and unpacks it into a folder of its name, which is there only once it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{package}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         for command in (
             ["apt-get", "download", package],
-            ["sh", "-c", f"dpkg-deb -x {package}_*.deb {package}"],
+            ["sh", "-c", f"dpkg-deb -x {package}_*.deb {package}.partial"],
         ):
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -84,6 +87,7 @@ def _unpack(package: str, folder: Path) -> None:
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip() or "no reason given").splitlines()[-1]
         raise ConfigError(f"--packages: {package}: cannot be had: {said}") from None
+    partial.rename(folder / package)
 
 
 def part_of(source: str) -> str:

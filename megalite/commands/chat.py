@@ -17,7 +17,7 @@ from megalite.checkpoint.files import best_checkpoint
 from megalite.data.chat_forms import NotChat, messages_of, tools_of
 from megalite.errors import ConfigError
 from megalite.inference.prepare import BEST_HELP, DTYPES
-from megalite.inputs import parse_json, read_text
+from megalite.inputs import decoding, parse_json, read_standard_input, read_text
 from megalite.ranks.launch import ArgumentParser, at_least
 
 _PROMPT = "> "
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     _check_samples(options)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     asked, tools = _asked(options)
+    if system and asked and asked[0].get("role") == "system":
+        raise ConfigError(f"--system: {options.messages} begins with a system message already")
     from megalite.api import load
 
     model = load(best_checkpoint(options.model) if options.best else options.model, options.dtype)
@@ -56,12 +58,15 @@ def _converse(model: Any, system: list[Message], options: argparse.Namespace) ->
             history.clear()
         elif text:
             history.append({"role": "user", "content": text})
+            messages = [*system, *history]
             try:
-                answer = model.chat([*system, *history], on_text=_show, **_sampling(options))
+                sampling = _sampling(options, model, messages)
+                answer = model.chat(messages, on_text=_show, **sampling)
             except ConfigError as error:
                 if not sys.stdin.isatty():
                     raise
-                print(f"{error}; the message is left out", file=sys.stderr)  # such as a long one
+                way_out = ": /reset starts a new one" if isinstance(error, _Full) else ""
+                print(f"{error}{way_out or '; the message is left out'}", file=sys.stderr)
                 history.pop()
                 continue
             print(flush=True)
@@ -75,7 +80,7 @@ def _answer(
     options: argparse.Namespace,
 ) -> None:
     """Prints the answer to a conversation, or several, a JSON object a line."""
-    sampling = _sampling(options)
+    sampling = _sampling(options, model, messages, tools)
     if options.samples == 1:
         model.chat(messages, on_text=_show, tools=tools, **sampling)
         print(flush=True)
@@ -116,16 +121,26 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)"
     )
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest")
-    parser.add_argument("--top-p", type=float, default=None, help="as of generate (1.0)")
-    parser.add_argument("--min-p", type=float, default=None, help="as of generate (0)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="as of generate (1)")
+    parser.add_argument("--top-p", type=float, default=None, help="as in generate (1.0)")
+    parser.add_argument("--min-p", type=float, default=None, help="as in generate (0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="as in generate (1)")
     parser.add_argument("--seed", type=at_least(0), default=1234)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     return parser.parse_args(arguments)
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Model.chat` that were given."""
+class _Full(ConfigError):
+    """A conversation leaves the model no room for an answer."""
+
+
+def _sampling(
+    options: argparse.Namespace,
+    model: Any,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The arguments of `Model.chat` that were given, with no more new tokens than the model has room for after the
+    messages. Raises _Full where it has none."""
     names = [
         "max_new_tokens",
         "temperature",
@@ -136,6 +151,12 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         "seed",
     ]
     given = {name: getattr(options, name) for name in names}
+    most = model.stage.spec.max_positions
+    if most is not None:
+        used = len(model.chat_ids(messages, tools))
+        if used >= most:
+            raise _Full(f"the conversation has {used} tokens and the model takes {most}")
+        given["max_new_tokens"] = min(options.max_new_tokens, most - used)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -158,27 +179,21 @@ def _asked(options: argparse.Namespace) -> tuple[list[Message], list[dict[str, A
         return _read_messages(options.messages)
     if options.prompt is None:
         return [], None
-    text = _standard_input("--prompt") if options.prompt == STANDARD_INPUT else options.prompt
+    text = read_standard_input("--prompt") if options.prompt == STANDARD_INPUT else options.prompt
     if not text:
         raise ConfigError("--prompt: must not be empty")
     return [{"role": "user", "content": text}], None
 
 
-def _standard_input(option: str) -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{option}: -: is not UTF-8 (byte {error.start})") from None
-
-
 def _lines() -> Iterator[str]:
     """The lines of standard input, with line editing where there is a terminal."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        with decoding("standard input"):
+            yield from (line.rstrip("\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError), decoding("standard input"):
         while True:
             yield input(_PROMPT)
 
@@ -198,7 +213,7 @@ def _show(piece: str) -> None:
 
 def _read_messages(path: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """A conversation from a file, and its tools. Raises ConfigError where it holds none."""
-    text = _standard_input("--messages") if path == STANDARD_INPUT else read_text(path)
+    text = read_standard_input("--messages") if path == STANDARD_INPUT else read_text(path)
     value = parse_json(text, f"--messages: {path}")
     line = value if isinstance(value, dict) else {"messages": value}
     try:

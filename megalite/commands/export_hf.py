@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: as stored")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="default: float32, the stored masters"
+    )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
     )

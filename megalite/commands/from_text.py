@@ -10,6 +10,7 @@ Nothing here is needed by a config that names its own corpora.
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,18 @@ from megalite.data.documents import kind_of, read_texts
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.preprocess import preprocess
 from megalite.data.split import split_corpus
-from megalite.data.tokenizer import load_tokenizer
-from megalite.data.tokenizer_training import train_tokenizer
+from megalite.data.tokenizer import EQUAL_FILE, load_tokenizer
+from megalite.data.tokenizer_training import VocabularyTooLarge, train_tokenizer
 from megalite.errors import DataError
+from megalite.hub.carried import tokenizer_files
 from megalite.hub.whole import appearing
-from megalite.inputs import reading
+from megalite.inputs import check_links, reading
 
 VALID_SHARE = 0.05
 TOKENIZER, TRAIN, VALID, CONFIG = "tokenizer", "train", "valid", "config.json"
 _VERSION = 1  # of the files made here: with another version everything is made again
 _BLOCK = 1 << 20
+_MADE = re.compile(r"-[0-9a-f]{12}$")  # ends the name of a folder that is made here
 _BYTE_PIECES = 256 + 3  # of a tokenizer: a piece for each byte, and <unk>, <s>, </s>
 # Of a trained tokenizer by the text's bytes: about one piece for every thousand bytes, in powers of two.
 _VOCABULARIES = (
@@ -85,12 +88,17 @@ class TextRun:
     valid_share: float = VALID_SHARE
 
 
-def find_inputs(paths: list[str]) -> list[str]:
-    """The text files that paths mean; of a folder all in it whose names end as a text's. Raises DataError."""
+def find_inputs(paths: list[str], run_dir: Path) -> list[str]:
+    """The text files that paths mean; of a folder all in it whose names end as a text's, without hidden ones and
+    without what training in `run_dir` writes. Raises DataError."""
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [str(file) for file in sorted(path.rglob("*")) if _is_text(file)]
+            inside = [
+                str(file)
+                for file in sorted(path.rglob("*"))
+                if _is_text(file) and not _is_hidden(file, path) and not _is_output(file, run_dir)
+            ]
             if not inside:
                 rule = "must hold .txt, .md, .jsonl or .parquet files (.gz or .zst after it)"
                 raise DataError(f"{path}: {rule}")
@@ -111,11 +119,28 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and path.suffix != ".json"  # a folder's own settings, most likely
 
 
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _is_output(file: Path, run_dir: Path) -> bool:
+    """Whether a start of this run or of its neighbours made it: training again would have other inputs."""
+    path, run, data = file.resolve(), run_dir.resolve(), data_folder(run_dir).resolve()
+    if path.is_relative_to(run):
+        return True
+    return path.is_relative_to(data) and bool(_MADE.search(path.relative_to(data).parts[0]))
+
+
+def data_folder(run_dir: Path) -> Path:
+    """Where the tokenizers and corpora of a run are made, each text's in a folder of its own."""
+    return run_dir.parent / "data"
+
+
 def prepare_text(run: TextRun) -> tuple[Path, bool]:
     """The folder with tokenizer, corpora and config, and whether it was there already. Raises DataError."""
     with reading(run.inputs[0], DataError):
         digest = _digest(run)
-        folder = run.run_dir.parent / "data" / f"{run.name}-{digest[:12]}"
+        folder = data_folder(run.run_dir) / f"{run.name}-{digest[:12]}"
         if (folder / CONFIG).exists():
             return folder, True
         shutil.rmtree(folder, ignore_errors=True)  # its config is missing, so it is not whole
@@ -134,7 +159,10 @@ def _digest(run: TextRun) -> str:
     files = [Path(name) for name in run.inputs]
     if run.tokenizer is not None:
         given = Path(run.tokenizer)
-        files += sorted(path for path in given.glob("*") if path.is_file()) or [given]
+        found = [*tokenizer_files(given)] if given.is_dir() else [given]
+        if not found:
+            raise DataError(f"--tokenizer: {given}: holds no tokenizer")
+        files += found
     for path in files:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -150,10 +178,13 @@ def _fill(run: TextRun, folder: Path) -> None:
     """The tokenizer and both corpora."""
     tokenizer = folder / TOKENIZER
     if run.tokenizer is None:
-        size = run.vocab_size or vocabulary_for(run.inputs)
-        train_tokenizer(run.inputs, size, "bpe", tokenizer)
+        _train_tokenizer(run, tokenizer)
     elif Path(run.tokenizer).is_dir():
-        shutil.copytree(run.tokenizer, tokenizer)
+        tokenizer.mkdir()
+        check_links(run.tokenizer, DataError)
+        equal = Path(run.tokenizer, EQUAL_FILE)
+        for path in (*tokenizer_files(Path(run.tokenizer)), *([equal] if equal.is_file() else [])):
+            shutil.copyfile(path, tokenizer / path.name)
     else:
         tokenizer.mkdir()
         shutil.copy(run.tokenizer, tokenizer / "tokenizer.model")
@@ -164,6 +195,17 @@ def _fill(run: TextRun, folder: Path) -> None:
     split_corpus(whole, folder / TRAIN, folder / VALID, wanted)
     for file in folder.glob("whole.*"):
         file.unlink()
+
+
+def _train_tokenizer(run: TextRun, folder: Path) -> None:
+    """With as many pieces as were asked for; else by the size of the text, or fewer where its lines are much alike."""
+    size = run.vocab_size or vocabulary_for(run.inputs)
+    try:
+        train_tokenizer(run.inputs, size, "bpe", folder)
+    except VocabularyTooLarge as error:
+        if run.vocab_size is not None:
+            raise
+        train_tokenizer(run.inputs, error.most, "bpe", folder)
 
 
 def vocabulary_for(inputs: list[str]) -> int:

@@ -69,7 +69,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.template is not None and not args.pairs:
-        raise ConfigError(f"--template: {args.template}: goes with --pairs")
+        raise ConfigError(f"--template: {args.template}: only with --pairs")
     return args
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megalite.commands.from_text import (
     CONFIG,
@@ -25,13 +26,12 @@ from megalite.commands.from_text import (
 from megalite.config import load_config
 from megalite.config.reading import apply_overrides, read_json
 from megalite.data.indexed import IndexedCorpus
-from megalite.data.tokenizer import load_tokenizer
-from megalite.errors import ConfigError
+from megalite.data.tokenizer import load_tokenizer, prompt_ids
+from megalite.errors import ConfigError, MegaliteError
 from megalite.ranks.launch import ArgumentParser, at_least, place
 from megalite.report.read import REPORT
 from megalite.training import pretrain
 
-_OWN = ("--tokenizer", "--vocab-size", "--valid-share", "--run-dir")  # of a run from text
 _SAMPLES = 3
 _PROMPT_TOKENS = 8
 _SAMPLE_TOKENS = 80
@@ -45,9 +45,12 @@ def main(arguments: list[str]) -> int:
     texts = [word for word in options.words if _is_path(word)]
     overrides = [word for word in options.words if not _is_path(word)]
     if not texts:
-        raise ConfigError("--deepspeed_config: missing: give it, or a text file to train on")
+        raise ConfigError("--deepspeed_config: missing: give a config, or a text file to train on")
     if place().world_size > 1:
-        rule = "a text is prepared by one process: megalite pretrain TEXT --check; then run its config on ranks"
+        rule = (
+            "text is prepared by one process: run megalite pretrain TEXT --check, then its config "
+            "on several ranks"
+        )
         raise ConfigError(f"{texts[0]}: {rule}")
     return _from_text(options, texts, overrides)
 
@@ -96,7 +99,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.tokenizer is not None and options.vocab_size is not None:
-        raise ConfigError("--vocab-size: goes without --tokenizer, which has its own")
+        rule = "cannot be used with --tokenizer, which has its own vocabulary"
+        raise ConfigError(f"--vocab-size: {options.vocab_size}: {rule}")
+    if options.world_size is not None and not options.check:
+        raise ConfigError(f"--world-size: {options.world_size}: {pretrain.ONLY_WITH_CHECK}")
     return options
 
 
@@ -111,13 +117,14 @@ def _share(text: str) -> float:
 
 
 def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[str]) -> int:
-    inputs = find_inputs(texts)
     name = Path(texts[0]).resolve().name.partition(".")[0] or "text"
     run_dir = Path(options.run_dir or f"runs/{name}")
+    inputs = find_inputs(texts, run_dir)
     run = TextRun(name, inputs, run_dir, options.tokenizer, options.vocab_size, options.valid_share)
     _tell(f"{len(inputs)} text file{'s' if len(inputs) > 1 else ''}: tokenizer and corpora …")
     folder, was_there = prepare_text(run)
-    _tell(f"{folder}: {'found from an earlier start' if was_there else 'made'}: {_corpora(folder)}")
+    how = "reused from an earlier start" if was_there else "prepared"
+    _tell(f"{folder}: {how}: {_corpora(folder)}")
     path = folder / CONFIG
     overrides = _with_shorter_warmup(path, overrides)
     words = ["--deepspeed_config", str(path), *overrides]
@@ -134,13 +141,22 @@ def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[st
 
 
 def _with_shorter_warmup(path: Path, overrides: list[str]) -> list[str]:
-    """The overrides, and one more where they leave fewer steps than the chosen config warms up for."""
+    """The overrides, and one more where they leave fewer steps than the chosen config warms up for. ConfigError where
+    they do not fit a config."""
     document = apply_overrides(read_json(path), overrides)
-    steps = document["megalite"]["train"]["steps"]
-    warmup = document.get("scheduler", {}).get("params", {}).get("warmup_steps", 0)
-    if not isinstance(steps, int) or not isinstance(warmup, int) or warmup <= steps:
-        return overrides
-    return [*overrides, f"scheduler.params.warmup_steps={steps // 20}"]
+    steps = _value_at(document, "megalite", "train", "steps")
+    warmup = _value_at(document, "scheduler", "params", "warmup_steps")
+    if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps:
+        overrides = [*overrides, f"scheduler.params.warmup_steps={steps // 20}"]
+    load_config(path, overrides)
+    return overrides
+
+
+def _value_at(document: Any, *keys: str) -> Any:
+    """None where the user's own values hold no such key."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
 
 
 def _corpora(folder: Path) -> str:
@@ -160,9 +176,16 @@ def _show_samples(run_dir: Path, folder: Path) -> None:
     prompts = [
         model.tokenizer.decode(tokens[start : start + _PROMPT_TOKENS].tolist()) for start in starts
     ]
+    most = model.stage.spec.max_positions
     lines = []
     for prompt in filter(str.strip, prompts):
-        text = model.generate(prompt, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, top_k=50)
+        used = len(prompt_ids(model.tokenizer, prompt))
+        count = _SAMPLE_TOKENS if most is None else min(_SAMPLE_TOKENS, most - used)
+        try:
+            text = model.generate(prompt, max_new_tokens=count, temperature=0.8, top_k=50)
+        except MegaliteError as error:  # the training is done, and is not undone by this
+            _tell(f"no sample: {error}")
+            continue
         lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
         _tell(f"sample: {prompt}|{text}")
     (run_dir / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")

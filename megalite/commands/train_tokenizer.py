@@ -3,7 +3,7 @@ wordpiece, which is for encoders and has [CLS], [SEP], [MASK] and [PAD]."""
 
 import argparse
 
-from megalite.data.tokenizer_training import train_tokenizer
+from megalite.data.tokenizer_training import MAX_SENTENCES, train_tokenizer
 from megalite.data.wordpiece import train_wordpiece
 from megalite.errors import ConfigError
 from megalite.ranks.launch import ArgumentParser, at_least
@@ -38,9 +38,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-sentences",
         type=at_least(1),
-        default=1_000_000,
         metavar="N",
-        help="lines trained on, sampled evenly",
+        help=f"of bpe and unigram: lines trained on, sampled evenly ({MAX_SENTENCES:,})",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     return parser.parse_args(argv)
@@ -50,11 +49,13 @@ def main(argv: list[str]) -> int:
     """The program; returns its exit code."""
     args = arguments(argv)
     if args.model_type == "wordpiece":
+        if args.max_sentences is not None:
+            rule = "only with --model-type bpe or unigram"
+            raise ConfigError(f"--max-sentences: {args.max_sentences}: {rule}")
         train_wordpiece(args.input, args.vocab_size, args.output, args.text_key, args.lowercase)
         return 0
     if args.lowercase:
-        raise ConfigError("--lowercase: goes with --model-type wordpiece")
-    train_tokenizer(
-        args.input, args.vocab_size, args.model_type, args.output, args.text_key, args.max_sentences
-    )
+        raise ConfigError("--lowercase: only with --model-type wordpiece")
+    most = args.max_sentences or MAX_SENTENCES
+    train_tokenizer(args.input, args.vocab_size, args.model_type, args.output, args.text_key, most)
     return 0

@@ -233,7 +233,7 @@ class DataTypes(Section):
 
 
 class OptimizerParams(Section):
-    """`optimizer.params`"""
+    """Parameters of the optimizer."""
 
     lr: float = Field(gt=0, description="Learning rate, the highest of the schedule.")
     weight_decay: Rate = Field(0.0, description="Decay of the weights, times the learning rate.")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 BYTES, SPACE = "Ġ", "▁"  # how byte-level vocabularies and sentencepiece's write a space
 _HIGHEST_ID = 10**7
 _LONG_NUMBER = re.compile(rb"\d{8}")
-_EQUAL_FILE = "sentencepiece_equal.json"
+EQUAL_FILE = "sentencepiece_equal.json"
 _COMPARED = (SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json")
 
 
@@ -279,12 +279,12 @@ def _loaded(path: Path) -> Tokenizer:
 def record_equal(folder: Path) -> None:
     """Write down that a folder's sentencepiece model has been found to give the ids of its other files, as they
     are now: text is then encoded by it, 1.5 (bpe) to 5 (unigram) times as fast."""
-    (folder / _EQUAL_FILE).write_text(json.dumps(_hashes(folder), indent=1) + "\n")
+    (folder / EQUAL_FILE).write_text(json.dumps(_hashes(folder), indent=1) + "\n")
 
 
 def _is_equal(folder: Path) -> bool:
     try:
-        return json.loads((folder / _EQUAL_FILE).read_text()) == _hashes(folder)
+        return json.loads((folder / EQUAL_FILE).read_text()) == _hashes(folder)
     except (OSError, ValueError):
         return False
 
@@ -338,3 +338,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         if first == [tokenizer.bos_id] and ids[:1] != first:
             return first + ids
     return ids
+
+
+def continuation(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: Collection[int] = (),
+    is_source: bool = False,
+) -> str:
+    """The text that tokens add to a prompt's: decoded together, since a token's text depends on its neighbours.
+    is_source: of an encoder-decoder's prompt, whose tokens are a text of their own."""
+    prompt = () if is_source else prompt
+    kept = [token for token in tokens if token not in stop]
+    start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)

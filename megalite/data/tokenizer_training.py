@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -31,8 +32,10 @@ from megalite.data.tokenizer import (
 )
 from megalite.errors import DataError
 
+MAX_SENTENCES = 1_000_000
 _LONGEST_LINE = 16_384  # bytes; sentencepiece passes over longer sentences
 _CHECKED_CHARACTERS = 1 << 24
+_TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's words
 _SCORE_STEP = 1 / 16
 _NEVER = (
     -1000.0
@@ -55,19 +58,28 @@ _AWKWARD = [
 ]
 
 
+class VocabularyTooLarge(DataError):
+    """A text has fewer different pieces than were asked for. most: as many as it has."""
+
+    def __init__(self, asked: int, most: int) -> None:
+        super().__init__(f"--vocab-size: {asked}: must be at most {most} for this text")
+        self.most = most
+
+
 def train_tokenizer(
     inputs: Sequence[str],
     vocab_size: int,
     model_type: str,
     output: str | Path,
     text_key: str = "text",
-    max_sentences: int = 1_000_000,
+    max_sentences: int = MAX_SENTENCES,
 ) -> None:
     """Train on the documents of `inputs` and write the folder `output`: tokenizer.json, its config, and the
     sentencepiece model itself.
 
     `max_sentences` lines at most are kept in memory, sampled evenly from all. Raises DataError for an
-    output that exists, an input that cannot be read, or a vocabulary that the text cannot fill.
+    output that exists or an input that cannot be read; VocabularyTooLarge for a text that cannot fill the
+    vocabulary.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -125,6 +137,8 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
         _beside(train)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
+        if most := _TOO_LARGE.search(reason):
+            raise VocabularyTooLarge(vocab_size, int(most[1])) from None
         raise DataError(
             f"--vocab-size {vocab_size}: sentencepiece cannot train it on this text: {reason}"
         ) from None

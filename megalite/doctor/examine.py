@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if (options.hostfile is None) == (options.num_gpus is None):
-        raise ConfigError("--hostfile or --num_gpus: one of them says where ranks start")
+        raise ConfigError("--hostfile or --num_gpus: missing: one of them is required")
     over_ssh = options.hostfile is not None
     slots: dict[str, int] = (
         read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}

@@ -1,7 +1,7 @@
 """A checkpoint of ours into a Hugging Face folder, tensor by tensor. The other way: import_hf.py.
 
 Memory: three copies of the largest tensor of the files (its parts, the whole, its bytes), whatever the model's size;
-`verify` needs more and says so (verify.py).
+`verify` needs more and says so (same_logits.py).
 """
 
 from collections.abc import Iterator

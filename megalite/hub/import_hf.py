@@ -1,7 +1,7 @@
 """A Hugging Face folder into a checkpoint of ours, tensor by tensor. Back: export_hf.py.
 
 Memory: a file of the checkpoint (checkpoint/files.py, FILE_BYTES) and two copies of the largest tensor, whatever the
-model's size, beside what is mapped of one source file; `verify` needs more and says so (verify.py).
+model's size, beside what is mapped of one source file; `verify` needs more and says so (same_logits.py).
 """
 
 from pathlib import Path

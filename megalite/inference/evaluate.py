@@ -29,11 +29,6 @@ class Score:
     tokens: int
     counts: tuple[float, ...] = ()
 
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite beyond a float's range."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
 
 @torch.inference_mode()
 def evaluate(

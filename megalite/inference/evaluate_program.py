@@ -3,7 +3,7 @@
 --data PREFIX       the loss on an indexed corpus; of a classifier of texts its accuracy too
 --labelled FILE     the accuracy of a classification
 --translations FILE  chrF and BLEU of the translations of pairs
---tasks NAME …      tasks of lm-evaluation-harness
+--tasks NAMES       tasks of lm-evaluation-harness
 """
 
 import argparse
@@ -27,6 +27,7 @@ from megalite.hub.carried import tokenizer_of
 from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
     Prepared,
+    beams_asked,
     check_decoder,
     load_stage,
     model_parser,
@@ -45,6 +46,20 @@ FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
 MASKED = 0.15  # of the tokens, where an encoder's weights do not say how they were trained
 _GIVEN = ("sequence_length", "tokenizer", *FOLLOWED)
 
+OWNERS = {
+    "template": "translations",
+    "max_new_tokens": "translations",
+    "beams": "translations",
+    "length_penalty": "translations",
+    "write": "translations",
+    "include_path": "tasks",
+    "num_fewshot": "tasks",
+    "limit": "tasks",
+    "apply_chat_template": "tasks",
+}
+"""Options that only one kind of measuring has a use for; left out they are None or False."""
+MOST_NEW_TOKENS = 128  # of a translation, where the option does not say
+
 Work = Callable[[Any, Any], list[dict[str, Any]]]
 """What is done with this rank's stage and the grid; gives what rank 0 prints."""
 
@@ -61,6 +76,7 @@ def evaluate_main(arguments: list[str]) -> int:
     prepare_work = next((work for asked, work in kinds if asked), _tasks)
 
     def prepare(thorough: bool) -> tuple[Prepared, Work]:
+        _check_owners(options)
         with reading(options.checkpoint, CheckpointError):
             sections, whole = (("data",), True) if options.data else ((), False)
             prepared = prepare_model(options, place().world_size, sections, whole)
@@ -95,13 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--template",
-        default=TEMPLATE,
         metavar="TEXT",
         help=f"the text before a translation, as in training (default: {TEMPLATE!r})",
     )
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="of a translation")
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), help=f"of a translation ({MOST_NEW_TOKENS})"
+    )
     parser.add_argument("--beams", type=at_least(2), metavar="N", help="of --translations")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
     parser.add_argument(
         "--write",
         metavar="FILE",
@@ -130,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
     )
     return parser
+
+
+def _check_owners(options: argparse.Namespace) -> None:
+    """ConfigError for an option that does nothing for what is measured."""
+    for name, owner in OWNERS.items():
+        value = getattr(options, name)
+        if value is not None and value is not False and getattr(options, owner) is None:
+            raise ConfigError(f"--{name.replace('_', '-')}: only with --{owner}")
 
 
 def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
@@ -219,7 +244,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
 def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
     from megalite.inference.labels import accuracy, read_labelled
 
-    check_decoder(prepared, "--labelled")
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--labelled")
     tokenizer = tokenizer_for(options, prepared)
     length = _sequence_length(options, prepared, {})
     encoder = ChatEncoder(tokenizer, str(options.tokenizer or options.checkpoint))
@@ -236,25 +261,31 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
 
 def _translations(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
-    from megalite.inference.beams import Beams
     from megalite.inference.generate import check_lengths
-    from megalite.inference.translations import read_pairs, scores, write_translations
+    from megalite.inference.translations import (
+        check_writable,
+        read_pairs,
+        scores,
+        write_translations,
+    )
 
-    check_decoder(prepared, "--translations", sources=True)
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--translations", sources=True)
     if importlib.util.find_spec("sacrebleu") is None:
         line = f"--translations: {options.translations}: needs sacrebleu"
         raise ConfigError(f"{line}: pip install 'megalite[eval]'")
     tokenizer = tokenizer_for(options, prepared)
-    encoder = PairEncoder.of(
-        tokenizer, str(options.tokenizer or options.checkpoint), options.template
-    )
+    template = TEMPLATE if options.template is None else options.template
+    encoder = PairEncoder.of(tokenizer, str(options.tokenizer or options.checkpoint), template)
+    if options.write is not None:
+        check_writable(options.write)
     pairs = read_pairs(options.translations)
     prompts = encoder.prompts([source for source, _ in pairs])
     prompts = as_sources(prepared.spec, tokenizer, prompts)
     check_ids(prepared.spec, prompts)
-    check_lengths(prepared.spec, prompts, options.max_new_tokens)
-    beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
-    stop_ids = stop_ids_for(prepared, tokenizer)
+    most = options.max_new_tokens or MOST_NEW_TOKENS
+    check_lengths(prepared.spec, prompts, most)
+    beams = beams_asked(options)
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer)
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
         from megalite.inference.generate import Generator, ends_at, generate_all
@@ -262,7 +293,6 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
 
         generator = Generator(stage, grid, options.micro_batch_size, prepared.prefixed)
         ends = ends_at(tokenizer, ())
-        most = options.max_new_tokens
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
             return []
@@ -282,13 +312,14 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
 
 
 def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
-    check_decoder(prepared, "--tasks")
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ConfigError(
             f"--tokenizer: {options.tokenizer}: must be a Hugging Face tokenizer for --tasks"
         )
-    names, stop_ids = options.tasks.split(","), stop_ids_for(prepared, tokenizer)
+    names = options.tasks.split(",")
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer)
     length = options.sequence_length or prepared.spec.max_positions
     is_asking = place().rank == 0
     if is_asking:

@@ -4,16 +4,19 @@ deepspeed --num_gpus 4 launcher/generate.py --checkpoint runs/x --prompt "Once" 
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megalite.data.progress import Counted
-from megalite.data.tokenizer import Tokenizer, prompt_ids
+from megalite.data.tokenizer import Tokenizer, continuation, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
+from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
     Prepared,
+    beams_asked,
     check_decoder,
     load_stage,
     model_parser,
@@ -21,8 +24,8 @@ from megalite.inference.prepare import (
     stop_ids_for,
     tokenizer_for,
 )
-from megalite.inference.texts import as_sources, check_ids, continuation
-from megalite.inputs import parse_json, read_text, reading
+from megalite.inference.texts import Growing, as_sources, check_ids
+from megalite.inputs import lines_of, parse_json, read_standard_input, reading
 from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
 
 STANDARD_INPUT = "-"
@@ -32,13 +35,14 @@ def generate_main(arguments: list[str]) -> int:
     """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
     a prompt's come one after another, each with its number as `sample`."""
     options = _parser().parse_args(arguments)
-    from megalite.inference.beams import Beams
     from megalite.inference.sampling import Sampling
 
     def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
         with reading(options.checkpoint, CheckpointError):
             prepared = prepare_model(options, place().world_size)
-            check_decoder(prepared, "generation", sources=True)
+            check_decoder(
+                prepared.spec, f"--checkpoint: {prepared.folder}", "generation", sources=True
+            )
             tokenizer = tokenizer_for(options, prepared)
             sampling = Sampling(
                 options.temperature,
@@ -51,11 +55,13 @@ def generate_main(arguments: list[str]) -> int:
             if options.samples > 1 and sampling.temperature == 0.0:
                 rule = "needs --temperature above 0: 0 makes them all alike"
                 raise ConfigError(f"--samples: {options.samples}: {rule}")
-            beams = None if options.beams is None else Beams(options.beams, options.length_penalty)
+            beams = beams_asked(options)
             if beams is not None:
                 _check_beams(options)
             # Standard input is rank 0's alone; the others hear of it below.
             prompts = _prompts(options) if place().rank == 0 else []
+            if options.stream and len(prompts) * options.samples > 1:
+                raise ConfigError("--stream: only with one prompt and one sample")
             ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
         return prepared, tokenizer, prompts, ids, (sampling, beams)
 
@@ -113,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
     )
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --beams")
+    parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
     parser.add_argument(
         "--batch-size",
         type=at_least(1),
@@ -167,7 +173,7 @@ def _generate(
         prompts * options.samples
     )  # chance differs by a text's number; sample 0 is as without others
     stage, grid = load_stage(prepared, options.dtype)
-    stop_ids = stop_ids_for(prepared, tokenizer) | set(options.stop_id)
+    stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer) | set(options.stop_id)
 
     is_source = prepared.spec.stacks is not None
 
@@ -175,29 +181,25 @@ def _generate(
         text = continuation(tokenizer, ids[number], tokens, stop_ids, is_source)
         return cut_at(text, options.stop)
 
-    told: list[int] = []
-    written: list[str] = []
+    def show(piece: str) -> None:
+        print(piece, end="", file=sys.stderr, flush=True)
 
-    def show(number: int, token: int) -> None:
-        told.append(token)
-        text = text_of(number, told)
-        if not text.endswith("\ufffd"):  # else a character is not whole yet
-            print(text[len("".join(written)) :], end="", file=sys.stderr, flush=True)
-            written[:] = [text]
-
+    growing = Growing(functools.partial(text_of, 0), show)
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
     ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
     own = len(range(grid.data.rank, len(ids), grid.data.size))
-    visible = grid.rank == 0 and not shown
+    # A beam search does not know its tokens before its end, so nothing would move.
+    visible = grid.rank == 0 and not shown and beams is None
     with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
-        on_token = show if shown else lambda number, token: progress.add()
+        on_token = growing.add if shown else lambda number, token: progress.add()
         found = generate_all(
             generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
         )
     texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:
-        print(texts[0][len("".join(written)) :], file=sys.stderr, flush=True)
+        growing.end(texts[0])
+        print(file=sys.stderr, flush=True)
     return texts
 
 
@@ -208,19 +210,16 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         return [options.prompt]
     if options.prompts is None:
         raise ConfigError("--prompt: missing: give it or --prompts FILE")
-    lines = [line for line in read_text(options.prompts).splitlines() if line]
+    lines = lines_of(options.prompts)
     if not lines:
         raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
     if not options.prompts.endswith(".jsonl"):
-        return lines
-    return [_prompt_of(line, f"{options.prompts}:{i}") for i, line in enumerate(lines, 1)]
+        return [line for _, line in lines]
+    return [_prompt_of(line, f"{options.prompts}:{number}") for number, line in lines]
 
 
 def _standard_input() -> str:
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt: -: is not UTF-8 (byte {error.start})") from None
+    text = read_standard_input("--prompt")
     if not text:
         raise ConfigError("--prompt: -: standard input is empty: must hold the prompt")
     return text

@@ -13,7 +13,7 @@ from megalite.data.chat import ChatEncoder, Marked
 from megalite.data.chat_forms import NotChat
 from megalite.errors import DataError
 from megalite.inference.likelihood import Likelihood
-from megalite.inputs import parse_json, read_text
+from megalite.inputs import lines_of, parse_json
 
 LARGEST = 1000  # labels; each line is scored with every one
 
@@ -30,7 +30,7 @@ class Labelled:
 
 def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> Labelled:
     """The lines of a file, cut on the left to `most_tokens`. Raises DataError that names the file and the line."""
-    lines = [(number, *_halves(path, number, text)) for number, text in _lines(path)]
+    lines = [(number, *_halves(path, number, text)) for number, text in lines_of(path, DataError)]
     completions = {_name(completion): completion for _, _, completion in lines}
     names = sorted(completions)
     if not 2 <= len(names) <= LARGEST:
@@ -70,11 +70,6 @@ def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
             name: right[number] / lines[number] for number, name in enumerate(labelled.names)
         },
     }
-
-
-def _lines(path: str | Path) -> list[tuple[int, str]]:
-    lines = read_text(path, DataError).splitlines()
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:

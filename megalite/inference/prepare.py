@@ -17,6 +17,7 @@ from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
 from megalite.hub.sources import (
+    Weights,
     open_weights,
     open_weights_together,
     prompts_both_ways,
@@ -102,21 +103,18 @@ def prepare_model(
     return Prepared(folder, weights.model, spec, parallel, weights.state, document["megalite"])
 
 
-def check_decoder(prepared: Prepared, use: str, sources: bool = False) -> None:
-    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. sources: whether
-    an encoder-decoder, whose prompts are sources, can do it too."""
-    if prepared.spec.stacks is not None and not sources:
-        model = f"a {prepared.spec.family} model is an encoder-decoder"
-        rule = f"{model}: {use} needs a decoder, such as llama"
-        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
-    if prepared.spec.classifier is not None:
-        rule = f"is a classifier of texts: {use} needs a model of language"
-        raise ConfigError(f"--checkpoint: {prepared.folder}: {rule}")
-    if not prepared.spec.causal:
-        model = f"a {prepared.spec.family} model is an encoder"
-        raise ConfigError(
-            f"--checkpoint: {prepared.folder}: {model}: {use} needs a decoder, such as llama"
-        )
+def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = False) -> None:
+    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. where, use: the
+    model, and what is asked of it, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
+    too."""
+    if spec.stacks is not None and not sources:
+        model = f"a {spec.family} model is an encoder-decoder"
+        raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
+    if spec.classifier is not None:
+        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a model of language")
+    if not spec.causal:
+        model = f"a {spec.family} model is an encoder"
+        raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
 
 
 def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
@@ -152,7 +150,19 @@ def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def stop_ids_for(prepared: Prepared, tokenizer: Tokenizer) -> frozenset[int]:
+def beams_asked(options: argparse.Namespace) -> Any:
+    """The `Beams` of --beams and --length-penalty; None where there is no --beams."""
+    from megalite.inference.beams import Beams
+
+    if options.beams is None:
+        if options.length_penalty is not None:
+            raise ConfigError(f"--length-penalty: {options.length_penalty}: only with --beams")
+        return None
+    penalty = 1.0 if options.length_penalty is None else options.length_penalty
+    return Beams(options.beams, penalty)
+
+
+def stop_ids_for(weights: Weights, tokenizer: Tokenizer) -> frozenset[int]:
     """What ends a text: the tokenizer's end of document, and what generation_config.json says."""
-    ends = stop_ids_of(open_weights(prepared.folder))
+    ends = stop_ids_of(weights)
     return frozenset(ends if tokenizer.eod_id is None else ends | {tokenizer.eod_id})

@@ -20,6 +20,7 @@ from megalite.errors import ConfigError
 from megalite.parallel.collectives import gather_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import share
+from megalite.parallel.likeliest_token import likeliest_token
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,7 @@ def choose(
     if sampling.repetition_penalty != 1.0:
         logits = _penalised(logits, vocabulary_size, axis, sampling.repetition_penalty, held)
     if sampling.temperature == 0.0:
-        column = logits.argmax(
-            dim=-1, keepdim=True
-        )  # of equal ones the first, on every rank and over ranks
-        best = torch.cat([logits.gather(-1, column).double(), (column + start).double()], dim=-1)
-        values, ids = gather_over(best, axis).unbind(-1)  # [t, B]
-        return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
+        return likeliest_token(logits, vocabulary_size, axis)
     scores, ids = _candidates(
         logits / sampling.temperature, start, vocabulary_size, axis, sampling.top_k
     )

@@ -1,28 +1,13 @@
-"""Prompts to tokens and tokens to the text that continues them, for every program that generates.
+"""Prompts to tokens, and texts that are shown while they grow, for every program that generates.
 
 Next: generate.py, which makes the tokens.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megalite.data.tokenizer import Tokenizer
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
-
-
-def continuation(
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    stop: Collection[int] = (),
-    is_source: bool = False,
-) -> str:
-    """The text that tokens add to a prompt's: decoded together, since a token's text depends on its neighbours.
-    is_source: of an encoder-decoder's prompt, whose tokens are a text of their own."""
-    prompt = () if is_source else prompt
-    kept = [token for token in tokens if token not in stop]
-    start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(kept)
 
 
 def as_sources(
@@ -45,3 +30,33 @@ def check_ids(spec: TransformerSpec, rows: Iterable[Sequence[int]]) -> None:
         raise ConfigError(
             f"--tokenizer: gives id {highest}: must be below the model's vocab_size {spec.vocabulary_size}"
         )
+
+
+class Growing:
+    """A text that is shown while it grows.
+
+    text_of: the text of the tokens so far; show: takes each new piece of it, once its characters are whole.
+    """
+
+    def __init__(
+        self, text_of: Callable[[Sequence[int]], str], show: Callable[[str], None]
+    ) -> None:
+        self.text_of, self.show = text_of, show
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def add(self, number: int, token: int) -> None:
+        """The next token; called as `on_token` is. number: of the text, of which there is one."""
+        self.tokens.append(token)
+        text = self.text_of(self.tokens)
+        if not text.endswith("\ufffd"):  # else a character is not whole yet
+            self._write(text)
+
+    def end(self, whole: str) -> None:
+        """Shows what is left of the whole text."""
+        if whole != self.written:
+            self._write(whole)
+
+    def _write(self, text: str) -> None:
+        self.show(text[len(self.written) :])
+        self.written = text

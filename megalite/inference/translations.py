@@ -8,7 +8,7 @@ from typing import Any
 from megalite.data.documents import Bad
 from megalite.data.pairs import pair_of
 from megalite.errors import DataError
-from megalite.inputs import parse_json, read_text
+from megalite.inputs import lines_of, parse_json
 
 Pair = tuple[str, str]
 
@@ -16,9 +16,7 @@ Pair = tuple[str, str]
 def read_pairs(path: str | Path) -> list[Pair]:
     """Source and target of each line. Raises DataError that names the file and the line."""
     found = []
-    for number, line in enumerate(read_text(path, DataError).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path, DataError):
         value = parse_json(line, f"{path}:{number}", DataError)
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: must hold an object with source and target")
@@ -42,6 +40,15 @@ def scores(translations: Sequence[str], targets: Sequence[str]) -> dict[str, Any
         score = metric.corpus_score(list(translations), [list(targets)])
         result |= {name: score.score, f"{name}_signature": str(metric.get_signature())}
     return result
+
+
+def check_writable(path: str | Path) -> None:
+    """DataError where `write_translations` could not write, or would write over something."""
+    path = Path(path)
+    if path.exists():
+        raise DataError(f"--write: {path}: already exists; choose a new file")
+    if not path.parent.is_dir():
+        raise DataError(f"--write: {path}: {path.parent} must be a folder that exists")
 
 
 def write_translations(

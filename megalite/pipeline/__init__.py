@@ -6,8 +6,6 @@ check.py        is a program complete, ordered and free of deadlock; its bubble 
 steps.py        one global order of all messages, which cannot hang whatever NCCL's rules
 cut.py          which layers are a chunk: by the simulated step
 plan.py         the schedule of a run: its chunks and its program for a number of micro-batches
-kept.py         what a rank keeps of its forwards under a program
-told.py         what --check says of the pipeline
 mailbox.py      receives posted early, sends kept until they are gone
 interpreter.py  runs the steps of a rank
 actions.py      what F, B, I and W are on DeepSpeed's engine: a training step, an evaluation

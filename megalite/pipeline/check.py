@@ -44,7 +44,7 @@ class Report:
     @property
     def bubble(self) -> float:
         """Share of the step in which the ranks are idle, on average."""
-        return 1 - sum(self.busy) / (len(self.busy) * self.length)
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.length))  # of one rank -1e-16
 
 
 def check(program: Program, cost: Cost = equal_costs, hop: float = 0.0) -> Report:

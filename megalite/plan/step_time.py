@@ -420,7 +420,7 @@ def step_time(
     spent = busy.mean(axis=0) * micro_batches * shared
     length = max(length, float(spent.sum()))
     parts |= zip(PARTS, spent.tolist(), strict=True)
-    parts["bubble"] = length - sum(parts.values())
+    parts["bubble"] = max(0.0, length - sum(parts.values()))  # of one rank -1e-16, by rounding
     ends = [sharing.end(work, held, ranks) for held in dict.fromkeys(weights)]
     longest = max(ends, key=lambda end: sum(end.values()))
     end = {part: shared * seconds for part, seconds in longest.items()}

@@ -24,15 +24,19 @@ def grid_picture(axes: dict[str, int], predicted: list[Bytes], memory: dict[str,
     pipe, *others = axes.items()
     places = [*itertools.product(*(range(size) for _, size in others))]
     width = len(places)
-    shown = max(1, MOST_CELLS // width)
+    columns = min(width, MOST_CELLS)
+    shown = min(pipe[1], max(1, MOST_CELLS // columns))
     measured = _by_rank(memory)
     most = max([_sum(states) for states in (*predicted, *measured)] or [1]) or 1
-    head = "".join(f"<th>{_place(others, place)}</th>" for place in places)
+    head = "".join(f"<th>{_place(others, place)}</th>" for place in places[:columns])
     rows = [f"<tr><th></th>{head}</tr>"]
-    for row in range(min(pipe[1], shown)):
-        cells = [_cell(row * width + column, predicted, measured, most) for column in range(width)]
+    for row in range(shown):
+        ranks = range(row * width, row * width + columns)
+        cells = [_cell(rank, predicted, measured, most) for rank in ranks]
         rows.append(f"<tr><th>{pipe[0]} {row}</th>{''.join(cells)}</tr>")
-    note = f"<p>The first {shown} of {pipe[1]} rows.</p>" if shown < pipe[1] else ""
+    parts = [f"{shown:,} of {pipe[1]:,} rows"] if shown < pipe[1] else []
+    parts += [f"{columns:,} of {width:,} columns"] if columns < width else []
+    note = f"<p>The first {', and the first '.join(parts)}.</p>" if parts else ""
     return f'<div class="wide"><table class="grid">{"".join(rows)}</table></div>{note}{LEGEND}'
 
 
@@ -95,8 +99,8 @@ def _both(key: str, rank: int, predicted: list[Bytes], measured: list[Bytes]) ->
         return gib(found)
     if asked == found:
         return f"{gib(found)} <small>as predicted</small>"
-    share = f"{100 * (found / asked - 1):+.2f} %" if asked else "none"
-    return f"{gib(found)} <small>predicted {gib(asked)}, {share}</small>"
+    share = f", {100 * (found / asked - 1):+.2f} %" if asked else ""
+    return f"{gib(found)} <small>predicted {gib(asked)}{share}</small>"
 
 
 def _by_rank(memory: dict[str, Any]) -> list[Bytes]:

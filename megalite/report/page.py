@@ -12,8 +12,8 @@ from megalite.report.grid import grid_picture, memory_table
 from megalite.report.numbers import clock, gib, percent, short
 from megalite.report.read import RunFolder
 
-CURVES = {  # field of a row -> (title, smoothed, axis from 0)
-    "loss": ("Training loss, nats a token", True, False),
+CURVES = {  # field of a row -> (title, smoothed, axis from 0); a loss has its unit after it
+    "loss": ("Training loss", True, False),
     "grad_norm": ("Gradient norm, before clipping", True, True),
     "learning_rate": ("Learning rate", False, True),
     "tokens_per_second": ("Tokens a second", True, True),
@@ -141,12 +141,18 @@ def _charts(runs: Sequence[RunFolder]) -> str:
                 curves.append(Curve(run.name, number, thinned(points), faint=True))
                 points = smoothed(points)
             curves.append(Curve(run.name, number, thinned(points)))
+        title = f"{title}, {_loss_unit(runs)}" if key == "loss" else title
         parts.append(svg(Chart(title, curves, zero, marks)))
         if key == "loss":
-            parts.append(
-                svg(Chart("Validation loss, nats a token", _validation(runs), False, marks))
-            )
+            title = f"Validation loss, {_loss_unit(runs)}"
+            parts.append(svg(Chart(title, _validation(runs), False, marks)))
     return "".join(parts)
+
+
+def _loss_unit(runs: Sequence[RunFolder]) -> str:
+    """What a loss is the mean of; a classifier's is of texts."""
+    units = {run.about.get("loss_unit", "nats a token") for run in runs}
+    return units.pop() if len(units) == 1 else "nats"
 
 
 def _validation(runs: Sequence[RunFolder]) -> list[Curve]:

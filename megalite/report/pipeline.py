@@ -34,8 +34,13 @@ def simulated(pipeline: dict[str, Any]) -> Rows:
 
 
 def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int, Rows]:
-    """The last traced step, and its actions on the first rank of each place on the pipe axis, in seconds."""
-    actions = [event for event in trace if event.get("cat") == "action"]
+    """The last step that was traced on this grid, and its actions on the first rank of each place on the pipe axis, in
+    seconds. Steps of earlier starts, on another grid, are left out; (0, []) where no step is left."""
+    actions = [
+        event
+        for event in trace
+        if event.get("cat") == "action" and event["args"].get("grid") == axes
+    ]
     if not actions or not axes:
         return 0, []
     step = max(event["args"]["step"] for event in actions)

@@ -134,7 +134,7 @@ def marks_of(run: RunFolder) -> list[tuple[float, str, str]]:
 
 
 def _end(start: Start) -> str:
-    return start.reason or "ended without a word"
+    return start.reason or "no end recorded: killed, or still running"
 
 
 def shares(run: RunFolder) -> list[dict[str, Any]]:

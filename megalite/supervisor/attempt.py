@@ -1,7 +1,7 @@
 """One start of stock `deepspeed`, with a guard on every host, to its end: what each rank said last, and who failed.
 
 What `deepspeed` itself says of the end is not enough: killed in the middle it ends with 0 (launcher/runner.py:639),
-and over ssh with whatever came last. Next: supervisor.py.
+and over ssh with whatever came last. Next: restarts.py.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from megalite.supervisor.remote import (
 )
 
 POLL_SECONDS = 0.2
-BEAT_SECONDS = 2.0  # between two words to a guard, which counts on them (guard.py)
+BEAT_SECONDS = 2.0  # between two words to a guard, which counts on them (host_guard.py)
 READY_SECONDS = 60.0
 REPORT_SECONDS = 2.0  # after a failure, until ranks that have not ended are asked for a report
 FAILURE_SECONDS = 8.0  # after a failure, until those are killed
@@ -385,8 +385,10 @@ class Attempt:
         for how, names in told.items():
             if names:
                 return f"{', '.join(names)} {how}"
-        when = "before a rank started" if not self.places else "before the ranks" * self.orphaned
-        return f"deepspeed ended with {code} {when}".strip()
+        when = " before a rank started"
+        if self.places:
+            when = " before the ranks" if self.orphaned else ""
+        return f"deepspeed ended with {code}{when}"
 
     def _names(self, ranks: list[int]) -> list[str]:
         return [

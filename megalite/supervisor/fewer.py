@@ -1,4 +1,4 @@
-"""The same training on fewer hosts: same global batch, fewer data ranks, more accumulation. Next: supervisor.py."""
+"""The same training on fewer hosts: same global batch, fewer data ranks, more accumulation. Next: restarts.py."""
 
 import re
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ standard output it tells of each rank that comes (`up RANK PID`) and goes (`down
 for none: killed), and where FOLDER is not this user's alone: `refused WHY`. On standard input come `signal N`, for the
 ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. Where nothing comes for a while whoever
 tells it is gone or out of reach: the ranks are stopped, and killed where they do not end. It ends with no process of
-the start left. Only Python's library: it is to start fast. Next: supervisor.py.
+the start left. Only Python's library: it is to start fast. Next: restarts.py.
 """
 
 import contextlib

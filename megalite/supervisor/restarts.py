@@ -8,7 +8,9 @@ import argparse
 import re
 import signal
 import sys
+from pathlib import Path
 
+from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.ranks.launch import ArgumentParser, at_least, program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
@@ -45,10 +47,13 @@ def main(arguments: list[str]) -> int:
         read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
     )
     if options.num_nodes:
+        if options.num_nodes > len(hosts):
+            count = f"the hostfile has {len(hosts)} host{'' if len(hosts) == 1 else 's'}"
+            raise ConfigError(f"--num_nodes: {options.num_nodes}: {count}")
         hosts = dict([*hosts.items()][: options.num_nodes])
     if over_ssh:
         if options.num_gpus:
-            hosts = {host: int(options.num_gpus) for host in hosts}
+            hosts = {host: options.num_gpus for host in hosts}
         check_bare()
         variables({})
         if unsent := secrets():
@@ -93,14 +98,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
     options = parser.parse_args(arguments)
     if options.hostfile is None and options.num_gpus is None:
-        raise ConfigError("--hostfile or --num_gpus: missing: one of them says where ranks start")
-    if options.hostfile is None and (options.num_nodes or options.ssh_port):
-        raise ConfigError("--num_nodes, --ssh_port: go with --hostfile")
+        raise ConfigError("--hostfile or --num_gpus: missing: one of them is required")
+    if options.hostfile is None:
+        for name in ("num_nodes", "ssh_port", "master_addr"):
+            if (value := getattr(options, name)) is not None:
+                raise ConfigError(f"--{name}: {value}: only with --hostfile")
     if options.hostfile is not None and (
         options.bind_cores_to_rank or options.bind_core_list is not None
     ):
-        rule = "go with --num_gpus: deepspeed does not send them to hosts"
+        rule = "only with --num_gpus: deepspeed does not pass them to hosts"
         raise ConfigError(f"--bind_cores_to_rank, --bind_core_list: {rule}")
+    _check_program(options.program)
     for name, form, rule in (
         ("master_addr", _ADDRESS, "must be a name or an address"),
         ("bind_core_list", _CORES, "must be cores as in 0-3,8"),
@@ -109,6 +117,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if value is not None and not form.fullmatch(value):
             raise ConfigError(f"--{name}: {value!r}: {rule}")
     return options
+
+
+def _check_program(program: str) -> None:
+    """ConfigError for what is neither a command for ranks nor a script."""
+    if program in RANK_COMMANDS or Path(program).is_file():
+        return
+    *others, last = RANK_COMMANDS
+    rule = f"must be {', '.join(others)} or {last}, or a script that exists"
+    near = nearest(program, RANK_COMMANDS)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"program: {program}: {rule}{hint}")
 
 
 class Supervisor:
@@ -126,8 +145,8 @@ class Supervisor:
             if outcome.code in (0, UserError.exit_code) or outcome.code > EXIT_BASE:
                 return outcome.code
             if start < starts:
-                _print(f"{outcome.who}: start {start + 1} of {starts} follows")
-        raise StartsFailed(f"{outcome.who}: start {starts} of {starts} failed")
+                _print(f"{outcome.who}; restarting (attempt {start + 1} of {starts})")
+        raise StartsFailed(f"{outcome.who}; attempt {starts} of {starts} failed, no more restarts")
 
     def _start(self, first: bool) -> Outcome:
         """On all hosts; after the first start on those that answer, where that makes the same training."""
@@ -144,7 +163,8 @@ class Supervisor:
     def _program(self, overrides: list[str]) -> Program:
         options, given = list[str](), vars(self.options)
         for name in ("bind_cores_to_rank", "quiet"):
-            options += [f"--{name}"] * given[name]
+            if given[name]:
+                options.append(f"--{name}")
         for name in (
             "bind_core_list",
             "log_level",
@@ -169,7 +189,9 @@ class Supervisor:
         try:
             hosts, overrides = ProgramConfig(self.options.arguments).fit(self.full, left)
         except ConfigError as error:
-            raise StartsFailed(f"{why}; not on {', '.join(left)} alone: {error}") from error
+            raise StartsFailed(
+                f"{why}; cannot continue on {', '.join(left)} alone: {error}"
+            ) from error
         _print(f"{why}; continuing with {sum(hosts.values())} ranks on {', '.join(hosts)}")
         return hosts, overrides
 

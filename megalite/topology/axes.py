@@ -63,6 +63,12 @@ class Sizes:
         return sizes
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Those that ranks are numbered by, outermost first; context only where it has several ranks."""
+        context = {"context": self.context} if self.context > 1 else {}
+        return {"pipe": self.pipe, "data": self.data, **context, "tensor": self.tensor}
+
+    @property
     def world_size(self) -> int:
         return prod(self.along(name) for name in AXES)
 

@@ -16,6 +16,7 @@ from megalite.plan.states import (
     predicted_activations,
     predicted_states,
 )
+from megalite.topology.axes import Sizes
 
 SHOWN_ROUNDS = 4  # micro-batches a rank of the pipe axis, of a step that is drawn
 
@@ -26,6 +27,7 @@ def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
         "model": spec.family,
         "causal": spec.causal,
         "parameters": spec.num_parameters,
+        "loss_unit": "nats a text" if spec.labels else "nats a token",
         "grid": axes_of(config),
         "predicted": predicted_bytes(config, spec),
         "pipeline": _pipeline(plan_of(config, spec), config.accumulation_steps),
@@ -36,8 +38,7 @@ def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
 def axes_of(config: Config) -> dict[str, int]:
     """Sizes of the axes, outermost first; context where it has several ranks."""
     parallel = config.parallel
-    context = {"context": parallel.context} if parallel.context > 1 else {}
-    return {"pipe": parallel.pipe, "data": config.data_size, **context, "tensor": parallel.tensor}
+    return Sizes(parallel.pipe, config.data_size, parallel.context, parallel.tensor).axes
 
 
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:

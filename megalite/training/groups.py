@@ -8,6 +8,7 @@ GROUPS = {
         *("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens"),
         *("skipped_steps", "loss_scale"),
     ),
+    "experts": ("expert_imbalance",),
     "checkpoint": ("checkpoint_seconds", "checkpoint_write_seconds", "checkpoint_copy_bytes"),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}

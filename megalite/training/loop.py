@@ -39,6 +39,8 @@ from megalite.training.step import train_step
 from megalite.training.watchers import Row, Watcher
 from megalite.training.watching import watchers_of
 
+_SHOWN_CHARACTERS = 300  # of an error's text in the history
+
 
 @dataclass
 class Agreed:
@@ -102,6 +104,10 @@ class Run:
         except TrainingError as error:
             self.checkpoints.finish()  # one from before the fault is as good as it would have been
             reason += str(error)
+            raise
+        except BaseException as error:
+            said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
+            reason += ": ".join(filter(None, [type(error).__name__, said]))
             raise
         finally:
             self.ahead.close()
@@ -211,7 +217,8 @@ class Run:
             self.going_back = self.health.fault is not None and self.health.fault.action == "rewind"
 
     def _go_back(self) -> None:
-        """To the newest good checkpoint, in this process; the last batch stays out of the run for good (collective)."""
+        """Back to the newest good checkpoint in this process; the last batch is excluded from the run for good
+        (collective)."""
         left_out = self.position.leaving_out(self.last_batch).left_out
         self.position = replace(self.checkpoints.restore().position, left_out=left_out)
         self.rate.start_at(self.position.step)

@@ -5,7 +5,7 @@
 flops_per_token is the model's (`TransformerSpec.flops_per_token`): matrix products alone, forward and backward once,
 whatever is computed again. peak is the sum over ranks of the rate in the device's data sheet, dense, in the type of the
 run; of a CPU, and of a device that is not in the table, the rate of large matrix products that all ranks measured
-together. Next: progress.py, which shows it.
+together. Next: speed.py, which fills it into a row; screen.py, which shows it.
 """
 
 import time

@@ -50,6 +50,7 @@ from megalite.training.sampling import encoded_prompts
 from megalite.training.screen import Phases, say
 from megalite.training.trackers import check_trackers
 
+ONLY_WITH_CHECK = "only with --check; a run has as many ranks as its launcher starts"
 _NEW_RUN = "another needs a new run, with megalite.train.load"
 
 
@@ -115,9 +116,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if options.world_size is not None and not options.check:
-        raise ConfigError(
-            "--world-size: goes with --check: a run has the ranks that its launcher starts"
-        )
+        raise ConfigError(f"--world-size: {options.world_size}: {ONLY_WITH_CHECK}")
     return options
 
 
@@ -316,7 +315,8 @@ def _train(prepared: Prepared, rank: int) -> int:
         )
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))
-        phase(f"{grid.world_size} ranks on {hosts} host{'s' * (hosts > 1)} are connected")
+        on = f"{hosts} hosts" if hosts > 1 else "1 host"
+        phase(f"{grid.world_size} ranks on {on} are connected")
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)

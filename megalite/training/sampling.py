@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from megalite.data.tokenizer import Tokenizer, continuation, load_tokenizer, prompt_ids
 from megalite.errors import ConfigError
 from megalite.model.context import Context
 from megalite.model.spec import TransformerSpec
-from megalite.parallel.collectives import gather_over
-from megalite.parallel.grid import Axis, Grid
-from megalite.parallel.layers import share
+from megalite.parallel.grid import Grid
+from megalite.parallel.likeliest_token import likeliest_token
 from megalite.parallel.rows import Rows
 from megalite.pipeline.actions import Pipeline
 from megalite.training.watchers import Row, Watcher
@@ -79,16 +78,9 @@ class Sampler(Watcher):
         if self.tokenizer is None:
             return
         row["samples"] = [
-            {"prompt": prompt, "text": self._text(ids, new)}
+            {"prompt": prompt, "text": continuation(self.tokenizer, ids, new)}
             for prompt, ids, new in zip(self.prompts, self.ids, texts, strict=True)
         ]
-
-    def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
-        """What the new tokens add: decoded together, since a token's text depends on its neighbours."""
-        assert self.tokenizer is not None
-        start = self.tokenizer.decode(prompt)
-        whole = self.tokenizer.decode([*prompt, *new])
-        return whole[len(start) :] if whole.startswith(start) else self.tokenizer.decode(new)
 
     def _continue(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """The new tokens of some prompts, at most B, on every rank."""
@@ -130,7 +122,7 @@ class Sampler(Watcher):
             last = torch.tensor(ends, device=device) - 1
             if rows is None:
                 logits = logits[several, last].unsqueeze(1)
-            found = likeliest(
+            found = likeliest_token(
                 logits, self.spec.vocabulary_size, self.grid.tensor
             )  # [B, 1 or S / c]
             chosen = found[: len(ends), 0] if rows is None else rows.gathered(found)[several, last]
@@ -138,12 +130,3 @@ class Sampler(Watcher):
             cut = self.pipeline.plan.cut
             dist.broadcast(chosen, pipe.ranks[cut.home[cut.last_chunk]], group=pipe.group)
         return chosen.tolist()
-
-
-def likeliest(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
-    """int64 […] of logits […, V / t]: of equal ones the lowest id (collective over the tensor axis)."""
-    start, _ = share(vocabulary_size, axis)
-    value, column = logits.double().max(dim=-1)
-    best = torch.stack([value, (column + start).double()], dim=-1)
-    values, ids = gather_over(best, axis).unbind(-1)  # [t, …]
-    return ids.gather(0, values.argmax(dim=0, keepdim=True))[0].long()

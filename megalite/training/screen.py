@@ -19,6 +19,7 @@ from rich.text import Text
 
 from megalite.config.rules import machine_has_gpu
 from megalite.data.position import Position
+from megalite.report.numbers import clock
 from megalite.training.watchers import Row, Watcher
 
 KEPT_ROWS = 20  # about as many rows of a run stay in a terminal
@@ -166,9 +167,3 @@ def say(text: str) -> None:
     """A line on standard output. Where that is a file on a full disk the run continues without the line."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss"""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

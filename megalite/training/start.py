@@ -83,13 +83,13 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
         except CheckpointError as error:
             damaged[path.name] = error
             if dist.get_rank() == 0:
-                print(f"{error}; an older checkpoint is looked for", file=sys.stderr, flush=True)
+                print(f"{error}; looking for an older checkpoint", file=sys.stderr, flush=True)
             continue
         position = Position.from_state(checkpoint.state)
         _name_latest(run_dir, path.name)
         _name_best(run_dir, position, damaged)
         return Start(
-            position, f"resumes from step {position.step}", checkpoint, True, tuple(damaged)
+            position, f"resuming from step {position.step}", checkpoint, True, tuple(damaged)
         )
     for error in damaged.values():
         raise error

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megalite.checkpoint.files import named_best
 from megalite.data.position import Position
+from megalite.report.numbers import clock
 from megalite.report.read import REPORT, STOPPED_BY_ERROR
 from megalite.training.metrics import MetricsFile
-from megalite.training.screen import clock
 from megalite.training.watchers import Watcher
 
 

@@ -158,7 +158,7 @@ def clock_offset(grid: Grid) -> float:
 def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> list[Event]:
     """This rank's events in the Trace Event Format. Messages are arrows from the rank that sends to the wait for
     them."""
-    rank, pipe = grid.rank, grid.pipe
+    rank, pipe, axes = grid.rank, grid.pipe, grid.sizes.axes
     events = [process_name(rank, f"rank {rank}: {grid.sizes.told(rank)}")]
     for span in spans:
         category, name = _named(span)
@@ -172,6 +172,8 @@ def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> li
             "dur": 1e6 * (span.end - span.start),
             "args": {"step": step, "kind": getattr(span.what, "kind", span.kind)},
         }
+        if category == "action":
+            event["args"]["grid"] = axes  # the file outlives this start, and may meet another grid
         events.append(event)
         if span.kind in ("send", "receive") and isinstance(span.what, Value):
             # Both ends name the pipeline by its first rank.

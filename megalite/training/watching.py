@@ -86,7 +86,7 @@ def watchers_of(run: Watched) -> list[Watcher]:
 
 
 def _on_rank_0(run: Watched) -> list[Watcher]:
-    """What writes and shows. The report is the last to be closed but one: the screen may have to tell of it."""
+    """Rank 0's watchers. Screen comes last: closing the others may still need to print a line."""
     train, first = run.config.train, run.position.step
     run_dir = Path(train.run_dir)
     metrics = MetricsFile(run_dir, first, train.tensorboard, run.note)

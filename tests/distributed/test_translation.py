@@ -151,13 +151,12 @@ def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> No
         "{source}=>",
         "--max-new-tokens",
         "12",
-        "--write",
-        str(tmp_path / "written.jsonl"),
     ]
     for beams, layout in (([], "tensor"), (["--beams", "3"], "pipe")):
-        arguments = [*base, *beams, f"megalite.parallel.{layout}=2"]
+        file = tmp_path / f"written-{layout}.jsonl"
+        arguments = [*base, *beams, "--write", str(file), f"megalite.parallel.{layout}=2"]
         line = json.loads(run_ranks(2, evaluated, arguments, init=False)[0])
-        written = [json.loads(row) for row in (tmp_path / "written.jsonl").read_text().splitlines()]
+        written = [json.loads(row) for row in file.read_text().splitlines()]
         texts = [row["translation"] for row in written]
         assert texts[:3] == [target for _, target in PAIRS]
         targets = [[target for _, target in unseen]]

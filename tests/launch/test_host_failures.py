@@ -73,7 +73,7 @@ def test_a_failure_is_named_and_nothing_stays(
     one = begin(LIMIT)
     fail(one, cluster)
     assert one.wait(120) == 1, one.text
-    assert f"run.py: {SAID[fail]}: start 1 of 1 failed" in one.lines, one.text
+    assert f"run.py: {SAID[fail]}; attempt 1 of 1 failed, no more restarts" in one.lines, one.text
 
 
 @pytest.mark.long

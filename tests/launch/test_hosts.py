@@ -74,8 +74,8 @@ def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
     one.wait_until(lambda: bool(checkpoints(tmp_path / "run")))
     one.ranks[1].kill()
     assert one.wait() == 0, one.text
-    assert "run.py: rank 1 on h1 was killed: start 2 of 2 follows" in one.lines, one.text
-    assert "resumes from step" in one.text
+    assert "run.py: rank 1 on h1 was killed; restarting (attempt 2 of 2)" in one.lines, one.text
+    assert "resuming from step" in one.text
 
     alone = start(tmp_path, where, layout, f"megalite.train.run_dir={tmp_path / 'alone'}")
     assert alone.wait() == 0, alone.text

@@ -72,5 +72,5 @@ def test_run_py_starts_again_over_its_own_dead_start(
     one.wait_until(lambda: rows(run)[-1]["step"] > step + 3)
     one.top.terminate()
     assert one.wait() == 143, one.text
-    assert "start 2 of 2 follows" in one.text and find_checkpoint(run)
+    assert "restarting (attempt 2 of 2)" in one.text and find_checkpoint(run)
     assert not (run / "lock").exists()

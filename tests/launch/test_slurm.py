@@ -68,7 +68,7 @@ def test_a_job_that_ends_early_goes_on(
 
     def goes_on(saved: int, times: int = 1) -> None:
         def has_gone() -> bool:
-            starts = job.text.split(f"resumes from step {saved}\n")
+            starts = job.text.split(f"resuming from step {saved}\n")
             return len(starts) == 1 + times and starts[-1].count("\nstep ") > SEEN_STEPS
 
         slurm.wait_until(has_gone, START_SECONDS, job)

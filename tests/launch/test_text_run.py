@@ -55,7 +55,7 @@ def test_a_text_file_becomes_a_run_with_samples(tmp_path: Path) -> None:
 
     # A second start finds the corpora, and the run at its end; a longer one resumes.
     again = pretrain(tmp_path, "my.book.txt", *SHORT)
-    assert "found from an earlier start" in again.stderr and "already at step 4" in again.stdout
+    assert "reused from an earlier start" in again.stderr and "already at step 4" in again.stdout
     config = str(folder / "config.json")
     words = [
         "--deepspeed_config",
@@ -64,7 +64,7 @@ def test_a_text_file_becomes_a_run_with_samples(tmp_path: Path) -> None:
         "scheduler.params.warmup_steps=0",
     ]
     longer = pretrain(tmp_path, *words)
-    assert "resumes from step 4" in longer.stderr + longer.stdout
+    assert "resuming from step 4" in longer.stderr + longer.stdout
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4, 5]
 
     # Another text under the same name is other data: a new folder, and the old run is not silently continued.
@@ -80,7 +80,10 @@ def test_a_folder_with_a_tokenizer_is_checked(tmp_path: Path) -> None:
     (texts / "a.md").write_text(book(30_000))
     (texts / "more/b.txt").write_text(book(9_000))
     (texts / "settings.json").write_text("{}")
-    assert find_inputs([str(texts)]) == [str(texts / "a.md"), str(texts / "more/b.txt")]
+    assert find_inputs([str(texts)], tmp_path / "runs/texts") == [
+        str(texts / "a.md"),
+        str(texts / "more/b.txt"),
+    ]
     first = pretrain(tmp_path, "texts", "--check", "--vocab-size", "600")
     resolved = json.loads(first.stdout)
     assert resolved["megalite"]["model"]["vocab_size"] == 600
@@ -97,12 +100,15 @@ def test_a_folder_with_a_tokenizer_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "--deepspeed_config: missing: give it, or a text file to train on"),
+        ([], "--deepspeed_config: missing: give a config, or a text file to train on"),
         (["none.txt"], "none.txt: no such file: must be a text file or a folder of some"),
         (["empty"], "empty: must hold .txt, .md, .jsonl or .parquet files"),
         (["short.txt"], "short.txt: gives"),
         (["a.pdf"], "a.pdf: must end in"),
-        (["short.txt", "--vocab-size", "9", "--tokenizer", "x"], "--vocab-size: goes without"),
+        (
+            ["short.txt", "--vocab-size", "9", "--tokenizer", "x"],
+            "--vocab-size: 9: cannot be used with --tokenizer",
+        ),
         (["short.txt", "--valid-share", "1.5"], "--valid-share: 1.5: must be a number above 0"),
     ],
 )
@@ -122,7 +128,7 @@ def test_a_text_is_not_prepared_on_several_ranks(
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     done = pretrain(tmp_path, "a.txt", code=2)
-    assert "a text is prepared by one process" in done.stderr
+    assert "a.txt: text is prepared by one process" in done.stderr
 
 
 def test_choices_grow_with_the_text(tmp_path: Path) -> None:
@@ -135,4 +141,4 @@ def test_choices_grow_with_the_text(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("".join(chr(0x4E00 + i) for i in range(3000)))
     assert vocabulary_for([str(tmp_path / "b.txt")]) == 4096
     with pytest.raises(DataError):
-        find_inputs([str(tmp_path / "none")])
+        find_inputs([str(tmp_path / "none")], tmp_path / "runs/none")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -198,10 +199,43 @@ def test_a_message_that_is_too_long_does_not_end_a_conversation(
     last = reference(chatty, f"user: a\nassistant: {first}\nuser: c\nassistant: ", 5)
     told = capsys.readouterr()
     assert told.out == f"> {first}\n> > {last}\n> "
-    assert "max_position_embeddings" in told.err and "the message is left out" in told.err
+    line = r"the conversation has 1\d\d tokens and the model takes 64"
+    assert re.fullmatch(f"{line}: /reset starts a new one\n", told.err)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    with pytest.raises(ConfigError, match="max_position_embeddings"):
+    with pytest.raises(ConfigError, match=line):
         chat.main([str(chatty), *GREEDY])
+
+
+def test_an_answer_takes_the_room_that_is_left(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model takes 64 tokens, fewer than the default of new ones."""
+    room = 64 - len("user: a\nassistant: ")
+    wanted = reference(chatty, "user: a\nassistant: ", room)
+    assert chat.main([str(chatty), "--temperature", "0", "--prompt", "a"]) == 0
+    assert capsys.readouterr().out == f"{wanted}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    assert chat.main([str(chatty), "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"{wanted}\n"
+
+
+def test_input_that_is_not_utf_8_is_one_line(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, line in (
+        ([], "standard input: is not UTF-8 .byte 1."),
+        (["--prompt", "-"], "--prompt: -: is not UTF-8 .byte 1."),
+        (["--messages", "-"], "--messages: -: is not UTF-8 .byte 1."),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), "utf-8"))
+        with pytest.raises(ConfigError, match=line):
+            chat.main([str(chatty), *GREEDY, *words])
+
+
+def test_two_system_messages_are_refused(chatty: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
+    file.write_text(json.dumps([system, user]))
+    with pytest.raises(ConfigError, match="--system: .*talk.json begins with a system message"):
+        chat.main([str(chatty), *GREEDY, "--system", "s", "--messages", str(file)])
 
 
 def test_train_returns_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megalite.errors import ConfigError
 from tests.ranks import REPOSITORY
 
 LEXICON = """
@@ -85,6 +87,62 @@ def test_a_message_is_in_one_part_alone(tmp_path: Path) -> None:
     assert not train & valid and len(train | valid) == 201
     assert len(parts["train"]) + len(parts["valid"]) == 201 and 5 < len(valid) < 40
     assert len(parts["text"]) == 2 * len(parts["train"])
+
+
+DOWNLOAD = """#!/bin/sh
+test -z "$FAILS" || exit 100
+touch "$2_1.0_all.deb"
+"""
+UNPACK = """#!/bin/sh
+mkdir "$3"
+touch "$3/half"
+test -z "$KILLED" || exit 1
+touch "$3/whole"
+"""
+
+
+def test_a_package_that_was_half_unpacked_is_unpacked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack = runpy.run_path(str(REPOSITORY / "tools/collect_catalogues.py"))["_unpack"]
+    (tmp_path / "bin").mkdir()
+    for name, text in (("apt-get", DOWNLOAD), ("dpkg-deb", UNPACK)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    folder = tmp_path / "packages"
+    monkeypatch.setenv("KILLED", "1")
+    with pytest.raises(ConfigError, match="--packages: vim: cannot be had"):
+        unpack("vim", folder)
+    assert not (folder / "vim").exists()
+    monkeypatch.delenv("KILLED")
+    unpack("vim", folder)
+    assert {path.name for path in (folder / "vim").iterdir()} == {"half", "whole"}
+    assert not (folder / "vim.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["sentiment", "topics"])
+def test_a_launcher_that_is_started_again_keeps_its_export(name: str) -> None:
+    """Nothing is exported to a folder that is there: that would end with 2."""
+    lines = (REPOSITORY / "launcher" / f"{name}.sh").read_text().splitlines()
+    (number,) = [number for number, line in enumerate(lines) if "export_hf.py" in line]
+    folder = lines[number].rpartition("--output ")[2]
+    assert lines[number - 1] == f"if [ ! -d {folder} ]; then" and lines[number + 1] == "fi"
+
+
+def test_translations_by_beams_have_a_file_of_their_own(tmp_path: Path) -> None:
+    """The loop of launcher/translate.sh with a program in place of deepspeed."""
+    text = (REPOSITORY / "launcher/translate.sh").read_text()
+    loop = text[text.index("for beams in") :]
+    script = f"""set -euo pipefail
+free_port() {{ echo 1; }}
+deepspeed() {{ while [ "$1" != --write ]; do shift; done; echo "{{$2"; }}
+data=x
+{loop}"""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = [Path(line.removeprefix("{")).name for line in done.stdout.splitlines()]
+    assert names == ["translations.jsonl", "translations-beams.jsonl"]
 
 
 def test_sentences_and_what_the_lexicon_says_of_them(tmp_path: Path) -> None:

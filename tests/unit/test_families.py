@@ -237,3 +237,10 @@ def test_key_value_heads_against_the_tensor_axis(kv_heads: int, tensor: int, ref
         ConfigError, match="tensor: 2: must divide num_key_value_heads 3 or be a multiple of it"
     ):
         check_model(config, spec)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3_moe"])
+def test_a_head_size_that_the_class_does_not_list_is_read(family: str) -> None:
+    """transformers' attention takes `head_dim` wherever a config has it."""
+    section = {**FAMILY_CONFIGS[family], "head_dim": 10}
+    assert read_spec(section).head_size == 10

@@ -1,8 +1,14 @@
 """What a user gives is read whole or refused in a line: links in folders, JSON, errors that no rule foresaw."""
 
+import argparse
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +17,11 @@ from megalite.errors import CheckpointError, ConfigError, DataError, UserError
 from megalite.hub.export_hf import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.hub.import_hf import import_hf
-from megalite.inputs import parse_json, reading
+from megalite.hub.whole import appearing
+from megalite.inference.generate_program import _prompts
+from megalite.inference.labels import read_labelled
+from megalite.inference.translations import read_pairs
+from megalite.inputs import lines_of, parse_json, reading
 from tests.byte_model import save_byte_model
 
 
@@ -118,3 +128,54 @@ def test_what_nobody_foresaw_names_what_was_read() -> None:
         with pytest.raises(type(passing)) as same, reading("FILE"):
             raise passing
         assert same.value is passing
+
+
+AWKWARD = "a\u2028b\u2029c\x85d\x0ce\x1cf"  # where str.splitlines ends a line, and JSON does not
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(f"\n  \r\n{AWKWARD}\r\n\nlast".encode())
+    assert lines_of(file) == [(3, AWKWARD), (5, "last")]
+
+
+def test_awkward_characters_stay_in_pairs_labels_and_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    text = AWKWARD.replace("\x0c", "").replace("\x1c", "")  # JSON writes these two as escapes
+
+    def write(*rows: dict[str, Any]) -> str:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("\n" + "\n\n".join(lines), encoding="utf-8")
+        return str(file)
+
+    assert read_pairs(write({"source": text, "target": "b"})) == [(text, "b")]
+    with pytest.raises(DataError, match="lines.jsonl:4: "):
+        read_pairs(write({"source": text, "target": "b"}, {"source": "a"}))
+    options = argparse.Namespace(prompt=None, prompts=write({"prompt": text}, {"prompt": "b"}))
+    assert _prompts(options) == [text, "b"]
+    options.prompts = write({"prompt": text}, {})
+    with pytest.raises(ConfigError, match="lines.jsonl:4: must be an object with a text as its"):
+        _prompts(options)
+    bad = write({"prompt": text, "completion": "a"}, {"prompt": "b"})
+    with pytest.raises(DataError, match='lines.jsonl:4: must hold "prompt" and "completion"'):
+        read_labelled(bad, None, 9)  # type: ignore[arg-type]
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    """Of processes of this host that are not alive; the others may still write."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    dead = tmp_path / f".out.{host}.{ended.pid}.unfinished"
+    kept = [
+        tmp_path / f".out.{host}.{os.getppid()}.unfinished",
+        tmp_path / f".out.other.{ended.pid}.unfinished",
+        tmp_path / f".out2.{host}.{ended.pid}.unfinished",
+    ]
+    for folder in (dead, *kept):
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+    with appearing(tmp_path / "out", ConfigError) as partial:
+        assert not dead.exists() and all(folder.exists() for folder in kept)
+        partial.mkdir()
+    assert (tmp_path / "out").is_dir() and not partial.exists()

@@ -57,8 +57,8 @@ def test_mistakes_of_the_command_line_are_one_line(
         "--restarts: -1": ["--num_gpus", "1", "--restarts", "-1", *program],
         "--launcher_args": ["--num_gpus", "1", "--launcher_args", "x", *program],
         "--master_addr: 'a;x': must be a name": [
-            "--num_gpus",
-            "1",
+            "--hostfile",
+            "x",
             "--master_addr",
             "a;x",
             *program,
@@ -70,12 +70,27 @@ def test_mistakes_of_the_command_line_are_one_line(
             "1;x",
             *program,
         ],
-        "--bind_cores_to_rank.*go with --num_gpus": [
+        "--bind_cores_to_rank.*only with --num_gpus": [
             "--hostfile",
             "x",
             "--bind_cores_to_rank",
             *program,
         ],
+        "--master_addr: h: only with --hostfile": [
+            "--num_gpus",
+            "1",
+            "--master_addr",
+            "h",
+            *program,
+        ],
+        "--num_nodes: 2: only with --hostfile": ["--num_gpus", "1", "--num_nodes", "2", *program],
+        "--ssh_port: 2: only with --hostfile": ["--num_gpus", "1", "--ssh_port", "2", *program],
+        "program: pretran: must be pretrain, generate or evaluate, or a script that exists; did you mean pretrain.$": [
+            "--num_gpus",
+            "2",
+            "pretran",
+        ],
+        "program: x/none.py: must be pretrain, .* that exists$": ["--num_gpus", "2", "x/none.py"],
         "--log_level: invalid choice": ["--num_gpus", "1", "--log_level", "$(x)", *program],
     }
     for said, arguments in cases.items():
@@ -85,11 +100,14 @@ def test_mistakes_of_the_command_line_are_one_line(
     with pytest.raises(ConfigError, match="line 2.*must be listed only once"):
         main(["--hostfile", str(file), *program])
     file.write_text("h slots=1\n")
+    with pytest.raises(ConfigError, match="--num_nodes: 4: the hostfile has 1 host$"):
+        main(["--hostfile", str(file), "--num_nodes", "4", *program])
     monkeypatch.setenv("HF_LINES", "a\nb")
     with pytest.raises(ConfigError, match="environment: HF_LINES"):
         main(["--hostfile", str(file), *program])
     monkeypatch.delenv("HF_LINES")
-    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/launcher").mkdir(parents=True)
+    (tmp_path / "a b/launcher/pretrain.py").write_text("")
     monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(ConfigError, match="the folder .*a b"):
         main(["--hostfile", str(file), *program])

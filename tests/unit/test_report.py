@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 
 from megalite.errors import ConfigError, DataError
+from megalite.parallel.grid import Grid
+from megalite.parallel.timeline import Span as Timed
+from megalite.pipeline.program import Action
 from megalite.report.charts import smoothed, thinned
+from megalite.report.grid import MOST_CELLS, grid_picture, memory_table
 from megalite.report.numbers import short, ticks
 from megalite.report.pipeline import Span, bubble, formula, measured
 from megalite.report.program import main, write_report
 from megalite.report.read import MOST_ROWS, read_run
 from megalite.report.timeline import fault_times, starts
 from megalite.report.trace import with_bubbles
+from megalite.training.tracing import events_of
 
 CHROMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 HOSTILE = "</script><script>document.title = 'pwned'</script><img src=x onerror=alert(1)>"
@@ -121,7 +126,8 @@ def test_a_page_shows_all_of_a_run_and_loads_nothing(tmp_path: Path) -> None:
     assert text.count('<svg class="chart"') == 6
     for words in (
         "50 of 50", "4.2500 at step 50", "1.234 k", "data/a", "rank 1 on a was killed",
-        "step 10: loss is nan (skip)", "restarted from step 20", "ended without a word", "step_00000050",
+        "step 10: loss is nan (skip)", "restarted from step 20", "step_00000050",
+        "no end recorded: killed, or still running",
         'href="checkpoints/step_00000050/"', "predicted 100 B, +100.00 %", "as predicted",
         "(p − 1) / (m + p − 1) = 50 %", "bubble: rank 1 of the pipe axis is idle 50 % of the step",
     ):  # fmt: skip
@@ -218,19 +224,68 @@ def test_bubbles_are_named_and_measured() -> None:
         ("bubble: wait for B0.0", 1.0, 3.0),
         ("bubble: end", 5.0, 6.0),
     ]
-    events = [
-        {
-            "cat": "action",
-            "pid": pid,
-            "ts": ts,
-            "dur": 1e6,
-            "name": "F",
-            "args": {"step": 3, "kind": "F"},
-        }
-        for pid, ts in ((0, 0.0), (1, 0.0), (2, 1e6), (3, 1e6))
-    ]
-    step, rows = measured(events, {"pipe": 2, "data": 1, "tensor": 2})
+    grid = {"pipe": 2, "data": 1, "tensor": 2}
+    events = [traced(pid, ts, 3, grid) for pid, ts in ((0, 0.0), (1, 0.0), (2, 1e6), (3, 1e6))]
+    step, rows = measured(events, grid)
     assert step == 3 and [len(row) for row in rows] == [1, 1] and bubble(rows) == pytest.approx(0.5)
+
+
+def traced(pid: int, ts: float, step: int, grid: dict[str, int]) -> dict[str, Any]:
+    """An action of a rank in a trace, a second long."""
+    args = {"step": step, "kind": "F", "grid": grid}
+    return {"cat": "action", "pid": pid, "ts": ts, "dur": 1e6, "name": "F", "args": args}
+
+
+def test_a_trace_of_an_earlier_grid_is_not_measured(tmp_path: Path) -> None:
+    """A run that was traced on pipe 4 and resumed on pipe 2."""
+    run = run_folder(tmp_path / "run")
+    wide = [traced(pid, 1e6 * pid, 9, {"pipe": 4, "data": 1, "tensor": 1}) for pid in range(4)]
+    (run / "trace.json").write_text(json.dumps({"traceEvents": wide}))
+    assert main([str(run)]) == 0
+    assert "Measured in step" not in (run / "report.html").read_text()
+    now = {"pipe": 2, "data": 1, "tensor": 1}
+    assert measured(wide, now) == (0, [])
+    step, rows = measured([*wide, *(traced(pid, 0.0, 5, now) for pid in range(2))], now)
+    assert step == 5 and [len(row) for row in rows] == [1, 1]
+
+
+def test_a_traced_action_names_its_grid() -> None:
+    spans = [Timed("action", Action("F", 0, 0), "", 0.0, 1.0)]
+    _, event = events_of(spans, Grid.at(0, pipe=2, data=1, tensor=2), 3, 0.0)
+    assert event["args"]["grid"] == {"pipe": 2, "data": 1, "tensor": 2}
+
+
+def test_the_loss_of_a_classifier_is_a_mean_over_texts(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    about = json.loads((run / "about.json").read_text())
+    assert main([str(run)]) == 0
+    assert "Training loss, nats a token" in (run / "report.html").read_text()
+    (run / "about.json").write_text(json.dumps({**about, "loss_unit": "nats a text"}))
+    assert main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "Training loss, nats a text" in text and "Validation loss, nats a text" in text
+    assert "nats a token" not in text
+
+
+@pytest.mark.parametrize(
+    ("pipe", "data", "note"),
+    [
+        (2, 4, ""),
+        (1000, 4, "The first 64 of 1,000 rows."),
+        (1, 1000, "The first 256 of 1,000 columns."),
+        (3, 1000, "The first 1 of 3 rows, and the first 256 of 1,000 columns."),
+    ],
+)
+def test_a_picture_of_many_ranks_shows_some_and_says_so(pipe: int, data: int, note: str) -> None:
+    states = {"weights_bytes": 1, "gradients_bytes": 1, "optimizer_bytes": 1}
+    picture = grid_picture({"pipe": pipe, "data": data}, [states] * pipe * data, {})
+    assert picture.count("<td") == min(pipe * data, MOST_CELLS)
+    assert f"</div><p>{note}</p>" in picture if note else "The first" not in picture
+
+
+def test_bytes_that_were_predicted_to_be_none_have_no_share() -> None:
+    table = memory_table([{"weights_bytes": 0}], {"weights_bytes": [2048]})
+    assert "2 KiB <small>predicted 0 B</small>" in table
 
 
 PROBE = """<script>

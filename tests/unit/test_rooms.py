@@ -36,7 +36,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "doctor": 450,
     "races": 1150,
     "api": 210,
-    "commands": 1100,
+    "commands": 1150,
     "__main__": 10,
 }
 LONGEST_FILE = 400

@@ -16,17 +16,19 @@ from rich.console import Console
 from megalite.config.limits import Faults
 from megalite.data import progress
 from megalite.data.position import Position
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, TrainingError
 from megalite.guard import pace as room
 from megalite.guard.pace import Pace
 from megalite.parallel.timeline import Span
 from megalite.training.groups import grouped
+from megalite.training.loop import Run
 from megalite.training.metrics import MetricsFile
 from megalite.training.sampling import encoded_prompts
 from megalite.training.screen import HEADER, Screen
 from megalite.training.summary import Summary
 from megalite.training.tracing import split
 from megalite.training.trackers import Trackers, check_trackers
+from megalite.training.watchers import Watcher
 from tests.byte_model import save_byte_model
 
 
@@ -109,14 +111,43 @@ def test_a_run_says_at_its_end_what_came_of_it(tmp_path: Path) -> None:
     assert metrics.best is not None and metrics.best["step"] == 1
 
 
+class Ended(Watcher):
+    """Remembers the reason of a run's end."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def ended(self, position: Position, reason: str) -> None:
+        self.reason = reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("out of\n  memory " + "x" * 400), "error: RuntimeError: out of memory x"),
+        (KeyError(), "error: KeyError"),
+        (TrainingError("loss is nan"), "error: loss is nan"),
+    ],
+)
+def test_any_error_that_ends_a_run_is_the_reason(error: Exception, reason: str) -> None:
+    watcher, nothing = Ended(), mock.Mock()
+    nothing._train.side_effect = error
+    nothing.watchers = [watcher]
+    with pytest.raises(type(error)):
+        Run.train(nothing)
+    assert watcher.reason.startswith(reason) and "\n" not in watcher.reason
+    assert len(watcher.reason) <= len("error: RuntimeError: ") + 300
+
+
 def test_figures_are_grouped() -> None:
     found = grouped(
         {"step": 1, "loss": 2.0, "valid_losses": {"a": 1.0}, "weights_bytes": [1, 3], "skipped": "x", "mfu": 0.5,
-         "checkpoint_seconds": 1.0, "split_seconds": {"compute": 0.5}, "unix_seconds": 5.0, "grad_norm": None}
+         "checkpoint_seconds": 1.0, "split_seconds": {"compute": 0.5}, "unix_seconds": 5.0, "grad_norm": None,
+         "expert_imbalance": 1.5}
     )  # fmt: skip
     assert found == {
         "train/loss": 2.0, "valid/losses/a": 1.0, "memory/weights_bytes": 3.0, "speed/mfu": 0.5,
-        "checkpoint/seconds": 1.0, "speed/split_seconds/compute": 0.5,
+        "checkpoint/seconds": 1.0, "speed/split_seconds/compute": 0.5, "experts/expert_imbalance": 1.5,
     }  # fmt: skip
 
 

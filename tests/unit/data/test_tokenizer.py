@@ -133,8 +133,6 @@ def test_mistakes_are_one_line(
         assert "\n" not in str(raised.value) and name in str(raised.value)
     with pytest.raises(DataError, match="already exists"):
         train_tokenizer([str(text_file)], 500, "bpe", tokenizers["bpe"])
-    with pytest.raises(
-        DataError, match="--vocab-size 100000: sentencepiece cannot train it on this text: .*<= "
-    ):
+    with pytest.raises(DataError, match=r"--vocab-size: 100000: must be at most \d+ for this text"):
         train_tokenizer([str(text_file)], 100_000, "unigram", tmp_path / "large")
     assert not (tmp_path / "large").exists()
