@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.errors import ConfigError
 from megalite.hub.hf_folder import HFFolder
@@ -74,6 +75,7 @@ def on_a_grid(
         folder = HFFolder(path)
         stage = Stage(folder.spec, grid, inference_cut(folder.spec, grid.pipe.size))
         load_module(folder.read, stage)
+        set_router_bias(stage, folder.state, torch.device("cpu"))
         generator, told = Generator(stage, grid, batch_size=4), []
         greedy = generator.generate(
             PROMPTS, NEW, stop_ids=[2], on_token=lambda n, t, told=told: told.append((n, t))
