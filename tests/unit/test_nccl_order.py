@@ -87,7 +87,9 @@ def calls_of_training(
 class _Stage(torch.nn.Module):
     """A stage without layers, of a model with 5 tokens and 4 features."""
 
-    spec: Any = SimpleNamespace(hidden_size=4, vocabulary_size=5, max_positions=None)
+    spec: Any = SimpleNamespace(
+        hidden_size=4, vocabulary_size=5, max_positions=None, start_id=None, stacks=None
+    )
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
