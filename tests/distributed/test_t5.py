@@ -235,6 +235,7 @@ def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> No
         line = json.loads(run_ranks(2, evaluated, arguments, init=False)[0])
         texts = [json.loads(row)["translation"] for row in written.read_text().splitlines()]
         assert texts == [target for _, target in PAIRS] and line["chrf"] == 100
+        written.unlink()
     export_hf(tmp_path / "run", tmp_path / "out", verify=True)
     (source, target), *_ = PAIRS
     asked = [
