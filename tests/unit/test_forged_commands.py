@@ -18,6 +18,7 @@ from megalite.doctor import examine as doctor
 from megalite.errors import ConfigError
 from megalite.hub.import_hf import import_hf
 from megalite.inference import evaluate_program, generate_program
+from megalite.prove import calibrate, ranking
 from megalite.races import growth
 from megalite.ranks import launch
 from megalite.supervisor import restarts as supervisor
@@ -77,7 +78,10 @@ def test_a_forged_command_line(
         monkeypatch.setattr(module, "start_ranks", _prepared)
     monkeypatch.setattr(supervisor.Supervisor, "run", _stop)
     monkeypatch.setattr(doctor, "_lines", _stop)
-    monkeypatch.setattr(growth, "measured", _stop)  # it runs without an argument too
+    # These run without an argument too.
+    monkeypatch.setattr(growth, "measured", _stop)
+    monkeypatch.setattr(calibrate, "run_local_ranks", _stop)
+    monkeypatch.setattr(ranking, "run_local_ranks", _stop)
     write_corpus(tmp_path / "corpus", 5)
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "config.json").write_text("{}")
