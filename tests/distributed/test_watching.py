@@ -143,7 +143,8 @@ def test_a_trace_has_every_action_and_message_on_one_clock(watched: Path) -> Non
     sent = [program.gives(action) for _, action in program.all_actions()]
     assert len(ends) == 2 * sum(program.crosses(value) for value in sent)  # two pipelines
     for message in ends.values():
-        assert message["s"] < message["f"]  # with clocks 1000 s apart, if they were not aligned
+        # With clocks 1000 s apart, if they were not aligned; on a busy machine aligned to some milliseconds.
+        assert message["s"] < message["f"] + 0.5e6
     times = [event["ts"] for event in events if event["ph"] == "X"]
     assert max(times) - min(times) < 60e6
     assert any(event["name"].startswith("bubble: wait for activation of chunk") for event in events)
