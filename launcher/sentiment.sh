@@ -33,6 +33,5 @@ train megalite.data.objective='{"masked": 0.3}' megalite.train.run_dir=runs/sent
 train
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint runs/sentiment --data $data/valid \
     megalite.parallel.tensor=2 | grep '^{'
-if [ ! -d runs/sentiment-exported ]; then
-    python tools/export_hf.py --checkpoint runs/sentiment --output runs/sentiment-exported
-fi
+rm -rf runs/sentiment-exported
+python tools/export_hf.py --checkpoint runs/sentiment --output runs/sentiment-exported

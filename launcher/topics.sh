@@ -28,6 +28,5 @@ done
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/pretrain.py --deepspeed_config $config
 deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint runs/topics --data $data/valid \
     megalite.parallel.tensor=2 | grep '^{'
-if [ ! -d runs/topics-exported ]; then
-    python tools/export_hf.py --checkpoint runs/topics --output runs/topics-exported
-fi
+rm -rf runs/topics-exported
+python tools/export_hf.py --checkpoint runs/topics --output runs/topics-exported

@@ -87,8 +87,8 @@ def parse_json(
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
     constant: Callable[[str], Any] | None = None,
 ) -> Any:
-    """`json.loads`, and all that it can raise as one line after `where`. pairs, constant: its hooks; what they refuse
-    by ValueError is told likewise."""
+    """`json.loads`, with everything that it can raise turned into one line after `where`. pairs, constant: its hooks;
+    a ValueError from them is reported the same way."""
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
         if (

@@ -243,8 +243,8 @@ class Train(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="In place of steps: how often each sample of the corpus is taken. `steps` follows from it, the "
-        "corpus and the batches, is told at the start and is what `config.json` has. One corpus, no blend.",
+        description="Passes over the corpus, in place of `steps`: the start computes `steps` from it, prints it and "
+        "writes it to `config.json`. For one corpus, not for a blend.",
     )
     seed: int = Field(
         1234, ge=0, lt=2**63, description="Seed of the weights, the dropout and the sample order."

@@ -5,8 +5,8 @@
     ShareGPT                {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]}
     Alpaca                  {"instruction": "…", "input": "…", "output": "…"}
 
-A message of the assistant may hold `tool_calls`, messages of the role `tool` hold what came of them, and `tools` of
-the line is what the template is told of the tools. Lines of ShareGPT and Alpaca may have a `system` message.
+An assistant message may hold `tool_calls`, messages of the role `tool` hold their results, and the line's `tools`
+describes the tools to the template. Lines of ShareGPT and Alpaca may have a `system` message.
 A field that is null counts as absent. Next: chat.py, which renders conversations and marks the answers.
 """
 

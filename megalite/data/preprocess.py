@@ -246,12 +246,7 @@ def preprocess(
     loaded = load_tokenizer(tokenizer)
     dtype = token_dtype(loaded.vocabulary_size)
     forms = {"--chat": chat, "--label-key": label_key is not None, "--pairs": template is not None}
-    for name, asked in forms.items():
-        if asked and set(kinds) != {"jsonl"}:
-            raise DataError(f"{inputs[0]}: must be lines of JSON for {name}")
-    asked_forms = [name for name, asked in forms.items() if asked]
-    if len(asked_forms) > 1:
-        raise ConfigError(f"{asked_forms[1]}: not with {asked_forms[0]}")
+    form = _one_form(inputs, kinds, [name for name, asked in forms.items() if asked])
     _check_labels(label_key, classes)
     _check_ends(append_eod, cls_sep, chat, template)
     if template is not None:
@@ -265,7 +260,7 @@ def preprocess(
         else:
             task = LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
     beside = None
-    if asked_forms:
+    if form is not None:
         beside = labels_prefix(output) if label_key is not None else marks_prefix(output)
     fingerprint = _fingerprint(inputs, kinds, task)
     with (
@@ -285,6 +280,16 @@ def preprocess(
             partial.finish(dtype)
         partial.give_names()
     return partial.counts
+
+
+def _one_form(inputs: Sequence[str], kinds: Sequence[Kind], asked: Sequence[str]) -> str | None:
+    """The option that says what the lines hold; None: texts."""
+    for name in asked:
+        if set(kinds) != {"jsonl"}:
+            raise DataError(f"{inputs[0]}: must be lines of JSON for {name}")
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[1]}: not with {asked[0]}")
+    return asked[0] if asked else None
 
 
 def _check_ends(append_eod: bool, cls_sep: bool, chat: bool, template: str | None) -> None:

@@ -1,12 +1,12 @@
 """The rank's side of the doctor: an all-reduce on each axis of the grid, and messages both ways on the pipe axis, with
-their rates. Of GPUs in plan/devices.py, and of a machine that was calibrated, an all-reduce's share of what the links
-are known for is told too; ends with 1 where one is slow.
+their rates. For GPUs that plan/devices.py lists and for calibrated machines it also prints an all-reduce's share of the
+known rate, and exits with 1 if an axis is slow.
 
 python axes.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,69 +23,98 @@ REPEATS = 3
 
 
 def main(arguments: list[str]) -> int:
+    """Prints a line for each axis; 1 where one is far slower than it is known for (collective)."""
     here, _ = start_ranks(lambda thorough: None)
-    import torch
-    import torch.distributed as dist
-
-    from megalite.doctor.links import SLOW, known_share, share_words
     from megalite.parallel.grid import Grid
-    from megalite.plan.devices import device_called, read_device
     from megalite.ranks.accelerator import use_accelerator
-    from megalite.topology.axes import TOLD
 
     words = [word for word in arguments if not word.startswith("--local_rank")]  # a launcher's
     pipe, tensor, context, expert = map(int, words[:4])
     grid = Grid.build(pipe, tensor, context, expert)
     kind = use_accelerator().device_name()
+    known = known_device(words[4:], kind, here.local_size)
+    is_slow = False
+    for line, slow in (*all_reduces(grid, kind, known), *neighbours(grid, kind)):
+        is_slow |= slow
+        if here.rank == 0:
+            print(line, flush=True)
+    stop_ranks()
+    return int(is_slow)
+
+
+def known_device(calibration: list[str], kind: str, local_size: int) -> Any:
+    """The device's figures: those of the calibration's file, else of the GPU by its name; None for others."""
+    import torch
+
+    from megalite.plan.devices import device_called, read_device
+
+    if calibration:
+        known = read_device(Path(calibration[0]), "megalite.train.calibration")
+    elif kind != "cpu":
+        known = device_called(torch.get_device_module(kind).get_device_name())
+    else:
+        known = None
+    return None if known is None else replace(known, node_ranks=local_size)
+
+
+def all_reduces(grid: Any, kind: str, known: Any) -> Iterator[tuple[str, bool]]:
+    """For each axis of several ranks a line, and whether it is slow (collective)."""
+    import torch
+    import torch.distributed as dist
+
+    from megalite.doctor.links import SLOW, known_share, share_words
+    from megalite.topology.axes import TOLD
+
     reduced = REDUCED.get(kind, REDUCED_ON_DEVICES)
     values = torch.ones(reduced * MIB // 4, device=kind)
-    known, slow = None, False
-    if words[4:]:
-        known = read_device(Path(words[4]), "megalite.train.calibration")
-    elif kind != "cpu":
-        known = device_called(torch.get_device_module(values.device).get_device_name(values.device))
-    if known is not None:
-        known = replace(known, node_ranks=here.local_size)
+    for axis in (getattr(grid, name) for name in TOLD):
+        if axis.size == 1:
+            continue
+        group, size = axis.group, axis.size
+        seconds = seconds_of(lambda group=group: dist.all_reduce(values, group=group), kind)
+        sent_bytes = 2 * (size - 1) / size * values.nbytes  # by each rank, in a ring
+        line = f"{axis.name} axis, {size} ranks: all-reduce of {reduced} MiB {rate(seconds, sent_bytes)}"
+        if known is None:
+            yield line, False
+            continue
+        apart = axis.ranks[1] - axis.ranks[0]
+        share = known_share(known, size, apart, grid.world_size, values.nbytes, seconds)
+        yield f"{line}, {share_words(known, share)}", share < SLOW
 
-    def seconds_of(work: Callable[[], Any]) -> float:
-        """Of the slowest rank, after one to begin with."""
+
+def neighbours(grid: Any, kind: str) -> Iterator[tuple[str, bool]]:
+    """A line about messages on the pipe axis, where it has several ranks (collective)."""
+    import torch
+
+    if grid.pipe.size == 1:
+        return
+    sent = SENT.get(kind, SENT_ON_DEVICES)
+    given = torch.ones(sent * MIB // 4, device=kind)
+    seconds = seconds_of(lambda: exchange(grid.pipe, given), kind)
+    what = f"{sent} MiB between neighbours, both ways at once,"
+    yield f"pipe axis, {grid.pipe.size} ranks: {what} {rate(seconds, given.nbytes)}", False
+
+
+def seconds_of(work: Callable[[], Any], kind: str) -> float:
+    """Of the slowest rank, after one to begin with (collective)."""
+    import torch
+    import torch.distributed as dist
+
+    work()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(REPEATS):
         work()
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            work()
-            values[:1].sum().item()  # waits for the device
-        seconds = torch.tensor([(time.perf_counter() - start) / REPEATS], device=kind)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return seconds.item()
+        if kind != "cpu":
+            torch.get_device_module(kind).synchronize()
+    seconds = torch.tensor([(time.perf_counter() - start) / REPEATS], device=kind)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
 
-    def tell(what: str, seconds: float, moved: float, beside: str = "") -> None:
-        """moved: bytes that a rank sends."""
-        if here.rank == 0:
-            rate = f"{moved / seconds / 1e9:.2f} GB/s each way a rank{beside}"
-            print(f"{what} in {1e3 * seconds:.0f} ms, {rate}", flush=True)
 
-    for name in TOLD:
-        axis = getattr(grid, name)
-        if axis.size > 1:
-            group, size = axis.group, axis.size
-            seconds = seconds_of(lambda group=group: dist.all_reduce(values, group=group))
-            moved = 2 * (size - 1) / size * values.nbytes  # by each rank, in a ring
-            beside = ""
-            if known is not None:
-                apart, world = axis.ranks[1] - axis.ranks[0], grid.world_size
-                share = known_share(known, size, apart, world, values.nbytes, seconds)
-                slow, beside = slow or share < SLOW, f", {share_words(known, share)}"
-            told = f"{name} axis, {size} ranks: all-reduce of {reduced} MiB"
-            tell(told, seconds, moved, beside)
-    if grid.pipe.size > 1:
-        sent = SENT.get(kind, SENT_ON_DEVICES)
-        given = torch.ones(sent * MIB // 4, device=kind)
-        seconds = seconds_of(lambda: exchange(grid.pipe, given))
-        told = f"pipe axis, {pipe} ranks: {sent} MiB between neighbours, both ways at once,"
-        tell(told, seconds, given.nbytes)
-    stop_ranks()
-    return int(slow)
+def rate(seconds: float, sent_bytes: float) -> str:
+    """For people. sent_bytes: by a rank, each way."""
+    return f"in {1e3 * seconds:.0f} ms, {sent_bytes / seconds / 1e9:.2f} GB/s each way a rank"
 
 
 def exchange(axis: Any, given: Any) -> list[Any]:

@@ -18,4 +18,6 @@ def known_share(
 def share_words(known: Device, share: float) -> str:
     """For people."""
     words = f"{100 * share:.0f} % of what {known.name} is known for"
-    return words + ": slow: look at its links, and at what else uses them" * (share < SLOW)
+    if share < SLOW:
+        words += ": slow: look at its links, and at what else uses them"
+    return words

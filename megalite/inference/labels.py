@@ -54,8 +54,8 @@ def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> L
 
 
 def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
-    """What is told of a file: the share of lines whose likeliest label is theirs, in all and by label; `commonest`
-    is what naming the commonest label every time would give."""
+    """The figures for a file: the share of lines whose likeliest label is the right one, overall and by label;
+    `commonest`: the share that always answering the most common label would reach."""
     size, truth = len(labelled.names), labelled.truth
     chosen = []
     for first in range(0, len(found), size):

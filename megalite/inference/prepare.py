@@ -119,7 +119,7 @@ def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = F
 
 def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     """This rank's stage with its weights, and the grid (collective)."""
-    # Imported here: a mistake on the command line is told before torch's half of the start.
+    # Imported here, so that a mistake on the command line is reported before torch is loaded.
     import torch
     from deepspeed.accelerator import get_accelerator
 

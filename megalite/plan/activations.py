@@ -145,7 +145,7 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
         if not spec.shared_norm or at.split.divides:
             table["input of gate, up"] = gathered
         features = at.width * at.part(spec.intermediate_size)
-        table["activation"] = _gate(features, at) if spec.gated else features
+        table["activation"] = gate_bytes(features, at) if spec.gated else features
         if spec.activation != "relu" or spec.gated:
             table["input of down projection"] = features
     if spec.hidden_dropout > 0:
@@ -153,7 +153,7 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
     return table
 
 
-def _gate(features: int, at: Forward) -> int:
+def gate_bytes(features: int, at: Forward) -> int:
     """Its two inputs, and its activation, unless that is made again (`megalite.train.compile`)."""
     return (2 if at.compiled else 3) * features
 
@@ -171,7 +171,7 @@ def _routed(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
         "experts: order": 2 * INT64 * t * k,
         "experts: ends": INT32 * (count // at.experts),
         "input of gate, up": rows,
-        "activation": _gate(features, at),
+        "activation": gate_bytes(features, at),
         "input of down projection": features,
         "what the weights multiply": rows,
     }
@@ -195,7 +195,7 @@ def _shared(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
     features = at.width * at.part(mixture.shared_size)
     table = {
         "shared: input": hidden if at.width < FP32 else 0,  # of fp32 the router keeps the same
-        "shared: activation": _gate(features, at),
+        "shared: activation": gate_bytes(features, at),
         "shared: input of down projection": features,
     }
     if mixture.shared_is_weighed:

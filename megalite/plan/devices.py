@@ -186,8 +186,8 @@ def known_device(name: str) -> Device:
 def device_called(name: str) -> Device | None:
     """By a GPU's own name, such as `NVIDIA H100 80GB HBM3`; None where it is not in the table: H100 PCIe and NVL have
     other figures."""
-    words = name.replace("-", " ").replace("_", " ").split()
-    if "PCIe" in words or "NVL" in words:
+    words = name.upper().replace("-", " ").replace("_", " ").split()
+    if "PCIE" in words or "NVL" in words:
         return None
     return next((device for known, device in DEVICES.items() if known in words), None)
 
@@ -219,16 +219,19 @@ def read_device(path: Path, key: str = "--device") -> Device:
         held.pop(name, None)
     if set(held) != {field.name for field in fields(Device)}:
         raise ConfigError(f"{key}: {path}: {rule}")
-    wrong = [
-        name for name, value in held.items() if name not in _NOT_NUMBERS and not _is_rate(value)
-    ]
+    numbers = {name: value for name, value in held.items() if name not in _NOT_NUMBERS}
+    for name, link in links.items():
+        numbers |= {f"{name}.{part}": value for part, value in vars(link).items()}
+    wrong = [name for name, value in numbers.items() if not _is_figure(name, value)]
     if wrong:
-        raise ConfigError(f"{key}: {path}: {wrong[0]}: {held[wrong[0]]}: {rule}")
+        raise ConfigError(f"{key}: {path}: {wrong[0]}: {numbers[wrong[0]]}: {rule}")
     return replace(Device(**{**held, **links}))
 
 
 _NOT_NUMBERS = ("name", "source", "node", "network", "host")
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and value >= 0
+def _is_figure(name: str, value: Any) -> bool:
+    """Seconds, cores and states_rate may be 0; something is divided by the others."""
+    may_be_zero = name.endswith("seconds") or name in ("cores", "states_rate")
+    return isinstance(value, int | float) and (value > 0 or (may_be_zero and value == 0))

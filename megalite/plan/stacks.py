@@ -27,6 +27,7 @@ from megalite.plan.activations import (
     Forward,
     Table,
     embedding_table,
+    gate_bytes,
     groups,
     head_table,
     norm_table,
@@ -91,8 +92,7 @@ def _fed(spec: TransformerSpec, own: Forward) -> Table:
     """Within the MLP."""
     numbers = own.part(spec.intermediate_size)
     features = own.width * numbers
-    gate = (2 if own.compiled else 3) * features
-    table: Table = {"activation": gate if spec.gated else features}
+    table: Table = {"activation": gate_bytes(features, own) if spec.gated else features}
     if spec.activation != "relu" or spec.gated or spec.mlp_dropout > 0:
         table["input of down projection"] = features
     if spec.mlp_dropout > 0:

@@ -1,8 +1,8 @@
 """`tools/benchmark_step.py --calibrate FILE`: measures this machine, and writes the device that tools/plan.py --device,
 `megalite.train.calibration` and the doctor take.
 
-Three starts, about a minute on two cores: one rank alone times operations and steps of the real engine; then up to 8
-ranks, on a machine without GPUs more than it has cores, time collectives. Next: ranking.py.
+Two starts, about a minute on two cores. First one rank alone times operations and steps of the real engine; then a rank
+for each GPU, at most 8, or without GPUs 8 ranks, however many cores there are, time collectives. Next: ranking.py.
 """
 
 import json
@@ -40,6 +40,8 @@ DOCUMENT_TOKENS = 1000
 
 def calibrate_to(path: Path) -> Device:
     """Measures, writes the file and returns its device. Raises ConfigError where the file cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"--calibrate: {path}: is a folder; must be a file")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--calibrate: {path}: {path.absolute().parent}: must be a folder")
     start = time.monotonic()
@@ -83,8 +85,6 @@ def calibrated() -> tuple[Device, Measured, dict[str, Any]]:
         alone = _measured(1, folder, together=False, configs=configs)
         together = _measured(ranks, folder, together=True) if ranks > 1 else None
     collectives = [] if together is None else with_seconds(together)
-    for row, config in zip(alone["steps"], configs, strict=True):
-        row["config"] = config
     kinds = ("products", "pointwise", "attention", "optimizer", "steps")
     share = 1.0 if together is None else together["busy_share"]
     measured = Measured(

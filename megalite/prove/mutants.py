@@ -311,11 +311,11 @@ def _old_randomness(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 def _of_resuming(grid: Grid) -> Iterable[tuple[str, Plant]]:
-    yield "the optimizer counts its steps from zero on resuming", _steps_anew
+    yield "the optimizer counts its steps from zero on resuming", _restarted_steps
     yield "the run repeats a batch on resuming", _repeated_batch
 
 
-def _steps_anew(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+def _restarted_steps(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     if event == "resumed":
         for state in session.engine.basic_optimizer.state.values():  # type: ignore[union-attr]
             if "step" in state:

@@ -211,6 +211,26 @@ def main(arguments: list[str]) -> int:
     for layout, one in configs.items():
         check_room(layout.world_size, str(layout))
         check_nvme(one, read_spec(one.model), layout.world_size)
+    alone = _of_one_process(config, batch)
+    with tempfile.TemporaryDirectory(prefix="verify_layouts_") as folder:
+        reference, *others = _traces(alone, 1, options.steps, Path(folder) / "one")
+        spread = Spread(reference, others)
+        verdicts, all_found = {}, True
+        for layout, one in configs.items():
+            with tempfile.TemporaryDirectory(prefix="layout_", dir=folder) as inner:
+                own, size = Path(inner) / "own", layout.world_size
+                (trace,) = _traces([one.to_json()], size, options.steps, own)
+                verdict = verdicts[layout] = spread.judge(trace)
+                print(f"{layout}: {'; '.join(map(str, verdict.first)) or 'agrees'}", flush=True)
+                if options.mutants:
+                    all_found &= _try_mutants(one, options.mutants, spread, trace, Path(inner))
+    print("\n" + table(verdicts))
+    return 1 if any(verdict.first for verdict in verdicts.values()) or not all_found else 0
+
+
+def _of_one_process(config: Config, batch: int) -> list[dict[str, Any]]:
+    """The JSON of one process with each micro-batch size that bounds come from. Opens the data. ConfigError where there
+    is one size alone."""
     given = config_of(config, Layout(zero=0), batch, offload=False)
     sizes = micro_sizes(common_batch(given), given.micro_batch_size)
     if len(sizes) < 2:
@@ -218,37 +238,10 @@ def main(arguments: list[str]) -> int:
             f"train_batch_size: {batch}: must be 2 or more: bounds come from micro-batch sizes"
         )
     TrainData(given.data, given.train.seed, read_spec(given.model).vocabulary_size)
-    alone = [
-        config_of(config, Layout(zero=0, micro=size), batch, offload=False).to_json()
-        for size in sizes
-    ]
-    with tempfile.TemporaryDirectory(prefix="verify_layouts_") as folder:
-        print(
-            f"one process, micro-batches of {', '.join(map(str, sizes))} of {batch} samples",
-            flush=True,
-        )
-        reference, *others = _traces(alone, 1, options.steps, Path(folder) / "one")
-        spread = Spread(reference, others)
-        verdicts, all_found = {}, True
-        for number, layout in enumerate(layouts):
-            with tempfile.TemporaryDirectory(prefix=f"layout{number}_", dir=folder) as inner:
-                trace = _traces(
-                    [configs[layout].to_json()],
-                    layout.world_size,
-                    options.steps,
-                    Path(inner) / "own",
-                )[0]
-                verdicts[layout] = spread.judge(trace)
-                print(
-                    f"{layout}: {'; '.join(map(str, verdicts[layout].first)) or 'agrees'}",
-                    flush=True,
-                )
-                if options.mutants:
-                    all_found &= _try_mutants(
-                        configs[layout], options.mutants, spread, trace, Path(inner)
-                    )
-    print("\n" + table(verdicts))
-    return 1 if any(verdict.first for verdict in verdicts.values()) or not all_found else 0
+    told = ", ".join(map(str, sizes))
+    print(f"one process, micro-batches of {told} of {batch} samples", flush=True)
+    layouts = [Layout(zero=0, micro=size) for size in sizes]
+    return [config_of(config, layout, batch, offload=False).to_json() for layout in layouts]
 
 
 def _try_mutants(config: Config, count: int, spread: Spread, sound: Trace, folder: Path) -> bool:

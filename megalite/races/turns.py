@@ -1,6 +1,6 @@
-"""A contender's side of a race: it waits for its turn, and then says what the step took. Imports nothing of torch.
+"""A contender's side of a race: it waits for its turn, then reports what the step took. Does not import torch.
 
-Every rank is told on one pipe and answers on another; when the first is closed the race is over.
+Each rank waits for its turn on one pipe and answers on another; the race is over when the first pipe is closed.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PIPES = "RACE_PIPES"  # in the environment: the numbers of both, comma between
+PIPES = "RACE_PIPES"  # environment variable: the numbers of both, separated by a comma
 
 
 def request() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from megalite.config import Config
+from megalite.model.families import read_spec
 from megalite.plan.devices import Device, device_called, read_device
 from megalite.plan.plan_program import planner_of
 from megalite.training.watchers import Row, Watcher
@@ -38,8 +39,11 @@ def device_of_run(config: Config, device: torch.device, hosts: Sequence[str]) ->
 
 
 def predicted_seconds(config: Config, device: Device | None) -> float | None:
-    """Of a step of a resolved config; None of an unknown device, and where the batch grows from step to step."""
+    """Of a step of a resolved config; None of an unknown device, where the batch grows from step to step, and of an
+    encoder-decoder, whose times the planner does not know."""
     if device is None or config.train.batch_ramp is not None:
+        return None
+    if read_spec(config.model).stacks is not None:
         return None
     _, given = planner_of(config, config.world_size, device, device.memory_bytes)
     return None if given is None else given.time.seconds

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.config import Config
+from megalite.config import Config, load_config
 from megalite.doctor.links import known_share, share_words
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.calibration import Measured, fitted, link_of, predicted_seconds
-from megalite.plan.candidates import Candidate, Search
+from megalite.plan.candidates import Candidate, Search, given_candidate
 from megalite.plan.devices import (
     DEVICES,
     GIB,
@@ -32,6 +32,7 @@ from megalite.prove.clocks import cores
 from megalite.prove.ranking import kendall_tau
 from megalite.training import foreseen
 from megalite.training.foreseen import Foreseen, device_of_run
+from tests.ranks import REPOSITORY
 from tests.small_models import MODELS
 
 LINK = Link(2e9, 3e-5)
@@ -142,7 +143,8 @@ def test_a_calibrations_file_is_a_device_with_more_beside_it(tmp_path: Path) -> 
     write_device(MACHINE, file, machine={"cores": 2}, measured={"products": []})
     assert read_device(file) == MACHINE
     held = json.loads(file.read_text())
-    for wrong in ({"cores": -1}, {"memory_rate": "fast"}, {"node": {}}, {"more": 1}):
+    zeros = {"memory_rate": 0}, {"busy_share": 0}, {"node": {"bytes_per_second": 0, "seconds": 0}}
+    for wrong in ({"cores": -1}, {"memory_rate": "fast"}, {"node": {}}, {"more": 1}, *zeros):
         file.write_text(json.dumps({**held, **wrong}))
         with pytest.raises(ConfigError, match=r"^a.key: .*device.json: .*--calibrate") as raised:
             read_device(file, "a.key")
@@ -169,6 +171,7 @@ def test_gpus_by_their_names() -> None:
     assert device_called("AMD Instinct MI300X") is DEVICES["MI300X"]
     assert device_called("NVIDIA H100 PCIe") is None and device_called("NVIDIA H200 NVL") is None
     assert device_called("NVIDIA L40S") is None
+    assert device_called("NVIDIA A100-PCIE-40GB") is None
 
 
 def test_collectives_take_the_clock_that_counts() -> None:
@@ -224,9 +227,9 @@ def test_time_is_told_of_a_machine_that_is_known(tmp_path: Path) -> None:
         torch.set_num_threads(1)
         found = device_of_run(config, cpu, ["a", "a", "b"])
         assert found == replace(MACHINE, node_ranks=2)
-        assert foreseen.predicted_seconds(config, found) == pytest.approx(
-            planned_seconds(config, found)
-        )
+        search = Search(config, read_spec(config.model), 4, 8)
+        layout = Planner(search, found, 80 * GIB).layout(config, given_candidate(config))
+        assert foreseen.predicted_seconds(config, found) == pytest.approx(layout.time.seconds)
         torch.set_num_threads(2)
         assert device_of_run(config, cpu, ["a"]) is None
     finally:
@@ -234,14 +237,8 @@ def test_time_is_told_of_a_machine_that_is_known(tmp_path: Path) -> None:
     assert device_of_run(run_config(tmp_path), cpu, ["a"]) is None
     ramp = {"start": 4, "increment": 4, "samples": 8}
     assert foreseen.predicted_seconds(run_config(tmp_path, batch_ramp=ramp), MACHINE) is None
-
-
-def planned_seconds(config: Config, device: Device) -> float:
-    from megalite.plan.plan_program import planner_of
-
-    _, given = planner_of(config, 4, device, device.memory_bytes)
-    assert given is not None
-    return given.time.seconds
+    shipped = load_config(REPOSITORY / "ds_configs/t5.json").resolve(8)
+    assert foreseen.predicted_seconds(shipped, DEVICES["H100"]) is None, "times are not known"
 
 
 def step_row(step: int, **fields: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from megalite.plan.candidates import (
 )
 from megalite.plan.devices import DEVICES, GIB, Link, read_device, write_device
 from megalite.plan.plan_program import LETTERS, main
+from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace
 from megalite.plan.search import Layout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
@@ -160,10 +161,14 @@ def test_the_search_finds_the_ten_best(name: str) -> None:
     by."""
     search = small_search(name)
     layouts = [search.exact(one) for one in candidates(search.search)]
+    programs = Programs(search)
     for layout in layouts:
         one = layout.candidate
         assert search.least_seconds(one) <= layout.time.seconds * (1 + 1e-9), one
         assert search.least_bytes(one) <= layout.memory.total, one
+        if one.pipe > 1:
+            assert programs.least_seconds(one) <= layout.time.seconds * (1 + 1e-9), one
+            assert programs.least_bytes(one) <= layout.memory.total, one
     sizes = sorted(layout.memory.total for layout in layouts)
     assert search.smallest().memory.total == sizes[0]
     for memory_bytes in (80 * GIB, sizes[len(sizes) // 3], sizes[len(sizes) // 50]):
