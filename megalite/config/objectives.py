@@ -1,7 +1,7 @@
 """What a sample asks for beside the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
 
 Of classifiers the labels of texts, of encoder-decoders the target that belongs to a source, from pairs or from the
-text itself. Masked language modelling is in sections.py.
+text itself. Masked language modelling is in masks.py.
 """
 
 from dataclasses import dataclass

@@ -230,7 +230,7 @@ class EarlyStop(Section):
         "of that step."
     )
     min_delta: float = Field(
-        0.0, ge=0, description="A loss is lower only where it is so by more than this."
+        0.0, ge=0, description="A loss counts as lower only if it falls by more than this."
     )
 
 

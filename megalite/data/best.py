@@ -11,8 +11,8 @@ from megalite.config.sections import EarlyStop
 
 @dataclass(frozen=True)
 class Best:
-    """loss, step: of the evaluation with the lowest loss, None before the first; bar: the loss that a later one must
-    be below by `min_delta`, which small gains do not move, so that they may add up; waited: evaluations since."""
+    """loss, step: of the evaluation with the lowest loss, None before the first; bar: a later loss must
+    be below it by `min_delta`; smaller gains leave it where it is, so that they add up; waited: evaluations since."""
 
     loss: float | None = None
     step: int | None = None

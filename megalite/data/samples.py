@@ -67,7 +67,7 @@ class Windows:
         if self.num_samples < 1:
             raise DataError(
                 f"{corpus.tokens_path}: holds {tokens} tokens{'' if split is None else f' in the split {split}'}: a "
-                f"sample needs megalite.data.sequence_length {sequence_length}{' + 1' if ahead else ''}"
+                f"sample needs {sequence_length}{' + 1' if ahead else ''}, by megalite.data.sequence_length"
             )
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:

@@ -36,7 +36,7 @@ class Engine(DeepSpeedEngine):
     router_bias: RouterBias | None = None
     """Of a model with experts."""
     update_waits_for: Any = None
-    """An event that the device must come to before the next update: the end of copies of what that changes."""
+    """Event after a checkpoint's copies. The next update, which changes what is copied, waits for it on the device."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid

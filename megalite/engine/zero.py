@@ -1,8 +1,7 @@
 """DeepSpeed's ZeRO-1 and 2, extended where the model plane (pipe × tensor) needs it; what all stages have in common.
 
 The norm is ours (norm.py); all copies of what several stages hold, such as a tied embedding, get the sum of their
-gradients. Whether a step's update
-happens is the norm's word, on every rank or on none. Next: zero3.py.
+gradients. Whether a step's update happens is the norm's word, on every rank or on none. Next: zero3.py.
 """
 
 from collections.abc import Iterator, Sequence

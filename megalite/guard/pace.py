@@ -43,7 +43,9 @@ class Pace:
             for layer in stage.cut.layers[chunk]
         ]
         parameters = (
-            spec.share_of(layer, source) * spec.layer_parameters(layer, used=True)
+            spec.layer_parameters(layer, used=True)
+            if spec.stacks is None
+            else spec.layer_work(layer, 1.0, source)[0]
             for layer in layers
         )
         self.work = float(sum(parameters) + head)

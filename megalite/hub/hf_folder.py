@@ -100,7 +100,7 @@ class HFFolder:
             return data | state_of(self.spec, self._read_bias)
 
     def _read_bias(self, file_name: str) -> Tensor:
-        values = self._files.read(file_name, ())
+        values = self._files.read(file_name.removeprefix(self._prefix), ())
         self._check_finite(file_name, values)
         return values
 
@@ -133,7 +133,7 @@ class HFFolder:
         ranges = tuple(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True))
         pieces = []
         for number in range(offsets[0], offsets[0] + shape[0]):
-            file_name = entry.of_expert(number)
+            file_name = entry.of_expert(number).removeprefix(self._prefix)
             pieces.append(self._files.read(file_name, ranges))
             self._check_finite(file_name, pieces[-1])
         return torch.stack(pieces)
@@ -173,6 +173,7 @@ class HFFolder:
                 known.add(file_name)
                 self._check_tensor(file_name, shape[::-1] if entry.transposed else shape)
         for file_name in bias_names(self.spec):
+            file_name = file_name.removeprefix(self._prefix)
             known.add(file_name)
             self._check_tensor(file_name, [1, self.spec.experts])
         copies = [*getattr(FAMILIES[self.spec.family], "COPIES", ())]

@@ -12,8 +12,8 @@ from megalite.hub.hf_folder import HFFolder
 from megalite.model.families import read_spec
 
 Weights = Checkpoint | HFFolder
-"""Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape), and state, which
-of a Hugging Face folder holds the biases of its routers alone."""
+"""Both have model (a Hugging Face config as a dict), names, shape(name), read(name, offsets, shape), and state: of a
+Hugging Face folder the biases of its routers, and how its prompts were read where they see each other both ways."""
 
 
 def is_hf_folder(path: str | Path) -> bool:

@@ -36,7 +36,8 @@ def _remove_dead(target: Path, host: str) -> None:
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(host)}\.(\d+)\.unfinished")
     for path in target.parent.iterdir():
         found = form.fullmatch(path.name)
-        if found is not None and not _is_alive(int(found[1])):
+        # This process has not begun yet: what has its number is of an earlier one.
+        if found is not None and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     activate(gate) again instead of keeping it."""
     if compiles():
         return _Gated.apply(gate, up, activation)  # type: ignore[return-value]
-    return activate(gate, activation) * up
+    return _product(gate, up, activation)
 
 
 class _Gated(torch.autograd.Function):
@@ -48,7 +48,7 @@ def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 def _slopes(
     slope: Tensor, gate: Tensor, up: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, of that of the product."""
+    """Gradients of gate and up from the product's."""
     of_activation, aten = slope * up, torch.ops.aten
     match activation:
         case "silu":

@@ -10,15 +10,17 @@ that wait with zero-bubble schedules (parallel/deferred.py).
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from megalite.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 KEY = "megalite.train.compile"
+RECOMPILE_LIMIT = 64
 
 
 class _Compiler:
@@ -34,6 +36,10 @@ def compile_pieces(wanted: bool) -> None:
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
         # A few small kernels: without it each rank starts a pool of processes for them.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        from torch._dynamo import config  # a second to import
+
+        # Forms of one function: training, evaluation, samples, and 0, 1 or more rows of an expert; 8 are too few.
+        config.recompile_limit = RECOMPILE_LIMIT
 
 
 def compiles() -> bool:
@@ -44,8 +50,15 @@ def compiles() -> bool:
 @cache
 def compiled(function: Function) -> Function:
     """What the compiler makes of a function of tensors. Sizes that change (tokens of an expert) are compiled for once
-    more, and then for all."""
-    return torch.compile(function, fullgraph=True)  # type: ignore[return-value]
+    more, and then for all. Inside a dispatch mode (parallel/traffic.py, prove/messages.py), where the compiler refuses
+    to work, the function itself is called."""
+    made = torch.compile(function, fullgraph=True)
+
+    @wraps(function)
+    def called(*values: Any) -> Any:
+        return made(*values) if _get_current_dispatch_mode() is None else function(*values)
+
+    return called  # type: ignore[return-value]
 
 
 def check_compiler() -> None:

@@ -55,8 +55,8 @@ class Context:
 
     positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
     documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
+    bounds: the documents as pieces, where they are known without waiting for a device.
     counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
-    bounds: the same as pieces, where they are known without waiting for a device.
     prefixes [B, S] bool: tokens at the start of their document, or sample, that all of it may look at, and which look
     at each other both ways; halves: the prefixes as pieces, with others between them, where those are known.
     lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.

@@ -369,7 +369,7 @@ class TransformerSpec:
             total += 6.0 * weights + 12 * self.num_heads * self.head_size * seen
         return total
 
-    def layer_work(self, layer: int, length: int, source_length: int) -> tuple[float, float]:
+    def layer_work(self, layer: int, length: float, source_length: float) -> tuple[float, float]:
         """Of an encoder-decoder's layer, for a token of a sample on average: weights that multiply it, and positions
         that attention works on for it."""
         source = source_length / length

@@ -92,29 +92,25 @@ class Block(nn.Module):
             hidden = hidden + self._drop(
                 self.attention_norm(self.attention(hidden, context)), context, "attention"
             )
-            return hidden + self._drop(mlp_norm(self._fed(hidden, context)), context, "mlp")
+            return hidden + self._drop(mlp_norm(self.mlp(hidden, context)), context, "mlp")
         if self.spec.norm_place == "sum":  # BERT
             hidden = self.attention_norm(
                 hidden + self._drop(self.attention(hidden, context), context, "attention")
             )
-            return mlp_norm(hidden + self._drop(self._fed(hidden, context), context, "mlp"))
+            return mlp_norm(hidden + self._drop(self.mlp(hidden, context), context, "mlp"))
         normed = self.attention_norm(hidden)
         mixed = self._drop(self.attention(normed, context), context, "attention")
         if self.spec.parallel:  # GPT-J, GPT-NeoX, Phi
             normed = normed if self.spec.shared_norm else mlp_norm(hidden)
-            return hidden + mixed + self._drop(self._fed(normed, context), context, "mlp")
+            return hidden + mixed + self._drop(self.mlp(normed, context), context, "mlp")
         hidden = hidden + mixed
         if self.cross_attention is not None and self.cross_norm is not None:
             looked = self.cross_attention(self.cross_norm(hidden), context, source)
             hidden = hidden + self._drop(looked, context, "cross_attention")
-        hidden = hidden + self._drop(self._fed(mlp_norm(hidden), context), context, "mlp")
+        hidden = hidden + self._drop(self.mlp(mlp_norm(hidden), context), context, "mlp")
         if self.stack_norm is None:
             return hidden
         return drop_final(self.stack_norm(hidden), self.spec, context, "encoder")
-
-    def _fed(self, hidden: Tensor, context: Context) -> Tensor:
-        """Through the MLP or the experts."""
-        return self.mlp(hidden, context)
 
     def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
         if part == "mlp" and not self.spec.drops_mlp:

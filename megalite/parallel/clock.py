@@ -26,9 +26,8 @@ class Clock:
 
     @functools.cached_property
     def by_events(self) -> bool:
-        return (
-            machine_has_gpu()
-        )  # not torch.accelerator's word: ranks on a CPU may have GPUs beside them
+        # Not torch.accelerator's word: ranks on a CPU may have GPUs beside them.
+        return machine_has_gpu()
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         return self._span(1) if self.on else _NOTHING

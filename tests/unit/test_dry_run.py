@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config, load_config
+from megalite.model.compiled import compile_pieces
 from megalite.model.families import read_spec
 from megalite.parallel import exchange, rows
 from megalite.pipeline.actions import Pipeline
@@ -239,3 +240,13 @@ def test_a_thousand_ranks_in_a_minute_and_a_gibibyte() -> None:
     found = dry_run(config, read_spec(config.model), 80 * GIB)
     assert time.process_time() - start < 60 and len(found.places) == 16
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2**30
+
+
+def test_messages_of_compiled_pieces_match() -> None:
+    """The compiler refuses to work while messages are recorded: the pieces run as they are."""
+    document = small().to_json()
+    document["megalite"]["train"]["compile"] = True
+    try:
+        assert match(calls_of_all(Config.from_dict(document).resolve(8)))["collectives"] > 0
+    finally:
+        compile_pieces(False)

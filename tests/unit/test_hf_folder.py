@@ -229,3 +229,18 @@ def test_what_older_t5_files_hold_twice_must_be_the_embedding(tmp_path: Path) ->
     line = "decoder.embed_tokens.weight: differs from the embedding: a t5 model has one embedding"
     with pytest.raises(CheckpointError, match=line):
         HFFolder(tmp_path)
+
+
+def test_experts_and_biases_without_the_base_model_s_prefix_are_read(tmp_path: Path) -> None:
+    """As a tied model is that was saved without its head."""
+    config = {**FAMILY_CONFIGS["ernie4_5_moe"], "tie_word_embeddings": True}
+    hf_model(config).save_pretrained(tmp_path / "plain")
+
+    def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key.removeprefix("model."): value for key, value in tensors.items()}
+
+    wanted = HFFolder(tmp_path / "plain")
+    found = HFFolder(altered(tmp_path / "plain", tmp_path / "bare", bare))
+    assert found.state == wanted.state and found.state
+    for name in wanted.names:
+        assert torch.equal(found.read(name), wanted.read(name))

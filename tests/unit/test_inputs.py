@@ -172,10 +172,11 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
         tmp_path / f".out.other.{ended.pid}.unfinished",
         tmp_path / f".out2.{host}.{ended.pid}.unfinished",
     ]
-    for folder in (dead, *kept):
+    own = tmp_path / f".out.{host}.{os.getpid()}.unfinished"  # of a container that was restarted
+    for folder in (dead, own, *kept):
         folder.mkdir()
         (folder / "weights").write_text("x")
     with appearing(tmp_path / "out", ConfigError) as partial:
-        assert not dead.exists() and all(folder.exists() for folder in kept)
+        assert not dead.exists() and not own.exists() and all(folder.exists() for folder in kept)
         partial.mkdir()
     assert (tmp_path / "out").is_dir() and not partial.exists()

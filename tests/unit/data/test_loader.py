@@ -114,7 +114,7 @@ def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document(range(16))
     with pytest.raises(
-        DataError, match="holds 16 tokens: a sample needs megalite.data.sequence_length 16 . 1"
+        DataError, match="holds 16 tokens: a sample needs 16 . 1, by megalite.data.sequence_length"
     ):
         TrainData(data_section([tmp_path / "a"], 16), 1, 1000)
     assert (
