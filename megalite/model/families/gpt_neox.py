@@ -3,7 +3,14 @@ files hold q, k and v fused, head by head."""
 
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, HFTensor, choose, head_size, rotary, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    HFTensor,
+    choose,
+    equal_head_size,
+    rotary,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -31,7 +38,7 @@ TENSORS = tensors(
 
 def read(config: Any) -> TransformerSpec:
     """A GPTNeoXConfig as our spec."""
-    size = head_size(config)
+    size = equal_head_size(config)
     return TransformerSpec(
         family="gpt_neox",
         hidden_size=config.hidden_size,

@@ -15,7 +15,7 @@ from megalite.model.families.common import (
     KEY,
     HFTensor,
     choose,
-    head_size,
+    equal_head_size,
     padding,
     require,
     rotary,
@@ -67,7 +67,7 @@ OLD_KEYS = {
 def read(config: Any) -> TransformerSpec:
     """A ModernBertConfig as our spec."""
     require(config, "mlp_dropout", 0, 0.0)
-    size, kinds = head_size(config), config.rope_parameters
+    size, kinds = equal_head_size(config), config.rope_parameters
     spans = windows(config)
     by_kind = {
         kind: rotary(config, size, kinds[kind], f"rope_parameters.{kind}")

@@ -18,6 +18,7 @@ TENSORS = llama.TENSORS | tensors(
         "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
     }
 )
+OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
