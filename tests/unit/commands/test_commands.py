@@ -1,29 +1,22 @@
-"""`megalite`: its table, help, typos, completion, example configs and explanations of keys."""
+"""`megalite`: its table, help, typos, completion and example configs."""
 
 import ast
-import functools
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 
 import megalite
 from megalite.commands import completion, configs
 from megalite.commands.main import unknown_command, usage
 from megalite.commands.table import COMMANDS, Command
-from megalite.config.explain import all_keys, explain
-from megalite.config.schema import json_schema
 from megalite.errors import ConfigError
 from tests.ranks import REPOSITORY
-from tests.unit.test_foreign_configs import ALONE, OFF, TRAINERS, ZERO2, ZERO3
 
 NAMES = [command.name for command in COMMANDS]
 HELP = """
@@ -148,93 +141,3 @@ def test_examples_are_listed_printed_and_copied(
     assert (tmp_path / "my.json").read_text() == text
     with pytest.raises(ConfigError, match="already exists; choose a new file"):
         configs.main(["tiny_cpu", str(tmp_path / "my.json")])
-
-
-def test_a_key_is_explained_by_path_or_by_its_end() -> None:
-    lines = explain("megalite.data.train.0.weight")
-    assert lines == [
-        "megalite.data.train.weight",
-        "  Share of the samples, relative to the other entries.",
-        "  type     number",
-        "  default  1.0",
-        "  rule     greater than 0",
-    ]
-    assert explain("stage")[0] == "zero_optimization.stage"
-    assert '  "auto"   5e-05' in explain("optimizer.params.lr")
-    assert "  default  none: the key is required" in explain("optimizer.params.lr")
-    shared = explain("warmup_steps")
-    assert shared[0].endswith("(scheduler.type constant, linear, cosine, wsd, inverse_sqrt)")
-    assert explain("wandb")[1].startswith("  refused  ")
-
-
-def test_every_key_has_a_meaning_and_a_type() -> None:
-    for key in all_keys():
-        lines = explain(key.path)
-        assert lines[1].strip() and any(line.startswith("  type     ") for line in lines), key.path
-
-
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [
-        ("tensro", "megalite.parallel.tensor"),
-        ("megalite.train.step", "megalite.train.steps"),
-        ("zero_optimisation.stage", "zero_optimization.stage"),
-    ],
-)
-def test_an_unknown_key_names_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        explain(name)
-    assert str(error.value) == f"{name}: unknown key; did you mean {near}?"
-
-
-@functools.cache
-def validator() -> Any:
-    return jsonschema.Draft202012Validator(json_schema())
-
-
-def errors_of(value: Any) -> list[str]:
-    return [error.json_path for error in validator().iter_errors(value)]
-
-
-def test_the_schema_accepts_what_is_accepted() -> None:
-    jsonschema.Draft202012Validator.check_schema(json_schema())
-    examples = {
-        path.name: json.loads(path.read_text())
-        for path in (REPOSITORY / "ds_configs").glob("*.json")
-    }
-    examples |= {
-        f"trainer {zero['stage']}": {**TRAINERS, "zero_optimization": zero, "megalite": ALONE}
-        for zero in (ZERO2, ZERO3)
-    }
-    examples["off"] = {**examples["tiny_cpu.json"], **OFF, "$schema": "./megalite.schema.json"}
-    for name, value in examples.items():
-        assert errors_of(value) == [], name
-
-
-@pytest.mark.parametrize(
-    ("change", "where"),
-    [
-        ({"megalite": {**ALONE, "parallel": {"tensro": 2}}}, "$.megalite.parallel"),
-        ({"scheduler": {"type": "cosine", "params": {"warmup_stepz": 3}}}, "$.scheduler"),
-        ({"scheduler": {"type": "cosin"}}, "$.scheduler"),
-        ({"zero_optimization": {"stage": 7}}, "$.zero_optimization"),
-        ({"wandb": {"enabled": True}}, "$.wandb"),
-        ({"train_batch_sise": 3}, "$"),
-    ],
-)
-def test_the_schema_refuses_what_is_refused(change: dict[str, Any], where: str) -> None:
-    value = json.loads((REPOSITORY / "ds_configs/tiny_cpu.json").read_text()) | change
-    assert errors_of(value) == [where]
-
-
-def test_a_config_may_name_its_schema(tmp_path: Path) -> None:
-    value = json.loads((REPOSITORY / "ds_configs/tiny_cpu.json").read_text())
-    (tmp_path / "c.json").write_text(json.dumps({"$schema": "./megalite.schema.json", **value}))
-    loaded = megalite_config(tmp_path / "c.json")
-    assert loaded == megalite_config(REPOSITORY / "ds_configs/tiny_cpu.json")
-
-
-def megalite_config(path: Path) -> Any:
-    from megalite.config import load_config
-
-    return load_config(path)

@@ -11,7 +11,7 @@ from megalite.races.inputs import Shape
 from megalite.races.races import RACES, main, report
 from megalite.races.referee import Contender, RaceFailed, race
 
-MODULE = "tests.unit.race_contender"
+MODULE = "tests.unit.races.race_contender"
 TINY = Shape(hidden=128, layers=2, intermediate=64, vocabulary=512, length=32)
 
 

@@ -1,24 +1,18 @@
-"""What is shown and sent of a run, without ranks: the terminal, trackers, prompts, the split of a step, slow ranks."""
+"""What is shown and sent of a run, without ranks: the terminal, trackers, prompts, the split of a step."""
 
 import io
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
-from megalite.config.limits import Faults
-from megalite.data import progress
 from megalite.data.position import Position
 from megalite.errors import ConfigError, TrainingError
-from megalite.guard import pace as room
-from megalite.guard.pace import Pace
 from megalite.parallel.timeline import Span
 from megalite.training.groups import grouped
 from megalite.training.loop import Run
@@ -235,38 +229,6 @@ def test_a_step_is_split_up_without_counting_twice() -> None:
         "compute": 1.5, "wait tensor": 0.5, "wait pipe": 1.0, "wait world": 0.25, "update": 0.75,
         "checkpoint": 0.5, "other": 1.5,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("ranks, named", [(1, 1), (1000, 0)])
-def test_no_rank_is_called_slow_where_ranks_share_cores(ranks: int, named: int) -> None:
-    pace = Pace.__new__(Pace)
-    pace.faults = Faults.model_validate({"slow_looks": 1})
-    pace.device, pace.hosts, pace.slow, pace.work = torch.device("cpu"), ["a", "a"], {}, 1.0
-    pace.engine = SimpleNamespace(grid=SimpleNamespace(world_size=2))  # type: ignore[assignment]
-
-    def gather(everyone: list[Any], own: Any) -> None:
-        everyone[0].copy_(torch.tensor([1.0, 1.0, own[2]]))
-        everyone[1].copy_(torch.tensor([9.0, 1.0, own[2]]))
-
-    with (
-        mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(ranks)}),
-        mock.patch.object(torch, "get_num_threads", lambda: 1),
-        mock.patch.object(room.dist, "all_gather", gather),
-        mock.patch.object(room.RANK_CLOCK, "on", True),
-    ):
-        figures, lines = pace.end(10)
-        more = [pace.end(step)[1] for step in (20, 30)]
-    assert figures["slowest_rank"] == 1 and len(lines) == named
-    assert more == [[], []] and all(len(seen) == 1 for seen in pace.slow.values()), "told once"
-
-
-def test_progress_is_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
-    assert [*progress.counted("abc", 3, "letters")] == ["a", "b", "c"]
-    assert [*progress.counted("abc", 3, "letters", visible=False)] == ["a", "b", "c"]
-    assert capsys.readouterr().err == "1 of 3 letters\n2 of 3 letters\n3 of 3 letters\n"
 
 
 def test_rows_of_texts_are_json(tmp_path: Path) -> None:

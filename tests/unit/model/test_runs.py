@@ -1,6 +1,5 @@
 """Attention of the runs of tokens that a rank of the context axis holds, against attention of all tokens."""
 
-from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -12,13 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import megalite.model.attention as attention
 from megalite.model.context import Context
-from megalite.model.families import read_spec
 from megalite.model.runs import attend_runs, by_run
 from megalite.model.varlen import runs_as_pieces
 from megalite.parallel.grid import Axis
-from megalite.parallel.rows import Rows, _joined, _parted, runs_of
-from megalite.plan.balance import shares
-from tests.small_models import MODELS
+from megalite.parallel.rows import Rows
 
 B, N, H, S = 2, 6, 8, 48
 SIZES = (2, 3, 4)
@@ -26,32 +22,6 @@ SIZES = (2, 3, 4)
 
 def rows(size: int, rank: int, length: int = S) -> Rows:
     return Rows(Axis(size, rank, tuple(range(size)), None), length)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_runs_of_all_ranks_are_the_sample(size: int) -> None:
-    held = [token for rank in range(size) for run in runs_of(S, size, rank) for token in run]
-    assert sorted(held) == list(range(S))
-    for rank in range(size):
-        own = [token for run in runs_of(S, size, rank) for token in run]
-        assert rows(size, rank).index(torch.device("cpu")).tolist() == own
-        assert rows(size, rank).cut(torch.arange(S), 0).tolist() == own
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_every_rank_has_as_many_pairs_of_a_causal_mask(size: int) -> None:
-    pairs = {
-        sum(token + 1 for run in runs_of(S, size, rank) for token in run) for rank in range(size)
-    }
-    assert len(pairs) == 1
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_parts_are_joined_in_the_order_of_the_tokens(size: int) -> None:
-    whole = torch.randn(2, B, S, H)
-    parts = torch.stack([rows(size, rank).cut(whole, 2) for rank in range(size)])
-    assert torch.equal(_joined(parts), whole)
-    assert torch.equal(_parted(whole, size), parts)
 
 
 @pytest.mark.parametrize(("size", "key_heads", "of_gpus"), product(SIZES, (6, 2, 1), (False, True)))
@@ -89,39 +59,6 @@ def test_runs_in_16_bits_differ_by_rounding() -> None:
         mixed = attend_runs(narrow[0], narrow[1], narrow[2], own)
         assert mixed.dtype == torch.bfloat16
         assert (mixed.float() - own.cut(whole, 2)).abs().max() < 0.05
-
-
-def pairs_by_hand(documents: list[int], window: int, causal: bool, own: list[int]) -> int:
-    every = range(len(documents))
-    return sum(
-        documents[one] == documents[other]
-        and abs(one - other) < window
-        and (other <= one or not causal)
-        for one in own
-        for other in every
-    )
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 5])
-def test_shares_of_attention_with_documents(causal: bool, window: int | None) -> None:
-    documents = [0] * 7 + [1] * 2 + [2] * 20 + [3] * 1 + [4] * 18
-    spec = replace(read_spec(MODELS["llama"]), causal=causal, windows=(window, None, None, None))
-    found = shares(spec, np.array([documents]), 3)
-    work = []
-    for rank in range(3):
-        own = [token for run in runs_of(S, 3, rank) for token in run]
-        work.append(
-            pairs_by_hand(documents, window or S, causal, own)
-            + 3 * pairs_by_hand(documents, S, causal, own)
-        )
-    assert found == pytest.approx([3 * one / sum(work) for one in work])
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_causal_mask_alone_is_shared_evenly(size: int) -> None:
-    spec = read_spec(MODELS["llama"])
-    assert shares(spec, np.zeros((1, S), int), size) == pytest.approx([1.0] * size)
 
 
 def lower_right(

@@ -1,24 +1,17 @@
-"""Rows of metrics: what JSON can hold, what a spike is measured by, and what becomes of rows on a full disk."""
+"""Rows of metrics: what JSON can hold, and what becomes of rows on a full disk."""
 
-import errno
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megalite.checkpoint import appended
-from megalite.checkpoint.appended import Appended
-from megalite.config.limits import Faults
-from megalite.data.position import Position
-from megalite.guard.health import Fault, Health
 from megalite.training.metrics import MetricsFile, perplexity
+from tests.small_disk import Disk
 
 
 def strict_rows(path: Path) -> list[dict[str, Any]]:
@@ -54,95 +47,6 @@ def test_what_is_not_finite_is_null_in_a_row(tmp_path: Path) -> None:
         "valid_losses": {"a": 800.0},
     }
     assert strict_rows(tmp_path / "metrics.jsonl") == [nothing, nothing, large]
-
-
-@pytest.mark.parametrize(
-    "recent, spike", [((0.0, 0.0, 0.0), None), ((0.0, 0.1, 0.1), "5.00 times the median 0.1000")]
-)
-def test_a_median_of_zero_is_no_measure_of_a_spike(
-    recent: tuple[float, ...], spike: str | None
-) -> None:
-    """Losses are 0 where no token of a batch counts."""
-    faults = Faults.model_validate({"spike_factor": 2.0, "spike_window": 3})
-    health: Any = SimpleNamespace(
-        faults=faults,
-        position=Position(recent_losses=recent),
-        engine=SimpleNamespace(can_lower_loss_scale=False),
-        scale=1.0,
-    )
-    fault: Fault | None = Health._fault_of(health, 0.5, 1.0)
-    assert (fault is None) if spike is None else (fault is not None and spike in fault.text)
-
-
-class Disk:
-    """Where `room` more bytes can be written; None: as many as one likes."""
-
-    def __init__(self) -> None:
-        self.room: int | None = None
-
-    def write(self, descriptor: int, content: memoryview) -> int:
-        if self.room is not None:
-            content = content[: self.room]
-            self.room -= len(content)
-            if not content:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return WRITE(descriptor, content)
-
-
-WRITE = os.write
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    made = Disk()
-    monkeypatch.setattr(os, "write", made.write)
-    return made
-
-
-@pytest.mark.parametrize("room", [0, 5, 9])
-def test_rows_wait_while_the_disk_is_full(tmp_path: Path, disk: Disk, room: int) -> None:
-    """Rows of ten bytes. Part of one may find room; the file never holds it."""
-    told: list[str] = []
-    path = tmp_path / "rows"
-    file = Appended(path, told.append)
-    file.append(b"row 00001\n")
-    disk.room = room
-    for number in range(2, 6):
-        file.append(f"row {number:05d}\n".encode())
-        assert path.read_bytes() == b"row 00001\n"
-    assert told == [
-        f"{path}: cannot be written: No space left on device; the run continues, rows wait in memory"
-    ]
-    disk.room = None
-    file.append(b"row 00006\n")
-    assert told[1:] == [f"{path}: is written again; no rows are lost"]
-    file.append(b"row 00007\n")
-    file.close()
-    assert (
-        path.read_text() == "".join(f"row {number:05d}\n" for number in range(1, 8))
-        and len(told) == 2
-    )
-
-
-def test_rows_that_are_lost_are_told(
-    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(appended, "WAITING_BYTES", 35)
-    told: list[str] = []
-    path = tmp_path / "rows"
-    file = Appended(path, told.append)
-    disk.room = 0
-    for number in range(1, 6):
-        file.append(f"row {number:05d}\n".encode())
-    disk.room = None
-    file.append(b"row 00006\n")
-    assert told[1:] == [f"{path}: is written again; 2 rows are lost"]
-    assert path.read_text() == "".join(f"row {number:05d}\n" for number in range(3, 7))
-    disk.room = 0
-    file.append(b"row 00007\n")
-    file.close()
-    assert told[2:] == [told[0], f"{path}: 1 row is lost"]
-    assert path.read_text().endswith("row 00006\n")
 
 
 def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, disk: Disk) -> None:

@@ -1,4 +1,4 @@
-"""A measured device: what it follows from, what its cores do to predictions, and where it is told."""
+"""A measured device: what it follows from, and what its cores do to predictions."""
 
 import json
 from dataclasses import replace
@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megalite.config import Config, load_config
-from megalite.doctor.links import known_share, share_words
+from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.calibration import Measured, fitted, link_of, predicted_seconds
-from megalite.plan.candidates import Candidate, Search, given_candidate
+from megalite.plan.candidates import Candidate, Search
 from megalite.plan.devices import (
     DEVICES,
     GIB,
@@ -26,13 +24,7 @@ from megalite.plan.devices import (
 from megalite.plan.plan_program import plan_line
 from megalite.plan.search import Planner
 from megalite.plan.step_time import ring_seconds
-from megalite.prove.benchmark import main
-from megalite.prove.calibrate import step_configs, with_seconds
-from megalite.prove.clocks import cores
-from megalite.prove.ranking import kendall_tau
-from megalite.training import foreseen
-from megalite.training.foreseen import Foreseen, device_of_run
-from tests.ranks import REPOSITORY
+from megalite.prove.calibrate import step_configs
 from tests.small_models import MODELS
 
 LINK = Link(2e9, 3e-5)
@@ -153,18 +145,6 @@ def test_a_calibrations_file_is_a_device_with_more_beside_it(tmp_path: Path) -> 
         read_device(tmp_path / "none.json")
 
 
-def test_the_doctor_holds_links_against_those_that_are_known() -> None:
-    h100, size = DEVICES["H100"], 2**24
-    expected = ring_seconds(h100.node, 8, size, passes=2)
-    assert known_share(h100, 8, 1, 64, size, 2 * expected) == pytest.approx(0.5)
-    across = ring_seconds(h100.network, 8, size, passes=2)
-    assert known_share(h100, 8, 8, 64, size, across) == pytest.approx(1.0)
-    shared = 4 * ring_seconds(LINK, 8, size, passes=2)  # 8 ranks on 2 cores
-    assert known_share(MACHINE, 8, 1, 8, size, shared) == pytest.approx(1.0)
-    assert share_words(h100, 0.9) == "90 % of what H100 is known for"
-    assert share_words(h100, 0.2).startswith("20 % of what H100 is known for: slow: ")
-
-
 def test_gpus_by_their_names() -> None:
     assert device_called("NVIDIA H100 80GB HBM3") is DEVICES["H100"]
     assert device_called("NVIDIA A100-SXM4-80GB") is DEVICES["A100"]
@@ -172,27 +152,6 @@ def test_gpus_by_their_names() -> None:
     assert device_called("NVIDIA H100 PCIe") is None and device_called("NVIDIA H200 NVL") is None
     assert device_called("NVIDIA L40S") is None
     assert device_called("NVIDIA A100-PCIE-40GB") is None
-
-
-def test_collectives_take_the_clock_that_counts() -> None:
-    row = {"ranks": 4 * cores(), "wall_seconds": 4.0, "processor_seconds": 0.5}
-    quiet, busy = (
-        with_seconds({"collectives": [row], "others_share": share})[0] for share in (0.0, 0.5)
-    )
-    assert quiet["seconds"] == 1.0 and busy["seconds"] == 0.5
-
-
-def test_rankings() -> None:
-    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert kendall_tau([1, 2, 3, 4], [40, 30, 20, 10]) == -1
-    assert kendall_tau([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(4 / 6)
-
-
-def test_calibrate_goes_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--calibrate: x: goes without --steps"):
-        main(["--calibrate", "x", "--steps", "3"])
-    with pytest.raises(ConfigError, match="must be a folder"):
-        main(["--calibrate", str(tmp_path / "none" / "x.json")])
 
 
 def run_config(tmp_path: Path, **train: Any) -> Config:
@@ -217,59 +176,3 @@ def test_check_predicts_on_the_calibrated_machine(tmp_path: Path) -> None:
     assert plan_line(run_config(tmp_path)).startswith("plan: on H100 ")
     with pytest.raises(ConfigError, match=r"^megalite.train.calibration: no: must be a file"):
         plan_line(run_config(tmp_path, calibration="no"))
-
-
-def test_time_is_told_of_a_machine_that_is_known(tmp_path: Path) -> None:
-    file, cpu = tmp_path / "device.json", torch.device("cpu")
-    write_device(MACHINE, file)
-    config, threads = run_config(tmp_path, calibration=str(file)), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        found = device_of_run(config, cpu, ["a", "a", "b"])
-        assert found == replace(MACHINE, node_ranks=2)
-        search = Search(config, read_spec(config.model), 4, 8)
-        layout = Planner(search, found, 80 * GIB).layout(config, given_candidate(config))
-        assert foreseen.predicted_seconds(config, found) == pytest.approx(layout.time.seconds)
-        torch.set_num_threads(2)
-        assert device_of_run(config, cpu, ["a"]) is None
-    finally:
-        torch.set_num_threads(threads)
-    assert device_of_run(run_config(tmp_path), cpu, ["a"]) is None
-    ramp = {"start": 4, "increment": 4, "samples": 8}
-    assert foreseen.predicted_seconds(run_config(tmp_path, batch_ramp=ramp), MACHINE) is None
-    shipped = load_config(REPOSITORY / "ds_configs/t5.json").resolve(8)
-    assert foreseen.predicted_seconds(shipped, DEVICES["H100"]) is None, "times are not known"
-
-
-def step_row(step: int, **fields: Any) -> dict[str, Any]:
-    return {"step": step, "step_seconds": 0.1 * step, **fields}
-
-
-def test_first_steps_have_predicted_beside_measured() -> None:
-    memory = [
-        {"weights_bytes": 10, "gradients_bytes": 5, "optimizer_bytes": 20, "activations_bytes": 7},
-        {"weights_bytes": 11, "gradients_bytes": 5, "optimizer_bytes": 20, "activations_bytes": 7},
-    ]
-    held = {"weights_bytes": [10, 11], "gradients_bytes": [5, 5], "optimizer_bytes": [20, 20]}
-    said: list[str] = []
-    watcher = Foreseen(memory, 0.25, said.append)
-    rows = [step_row(5, **held), *(step_row(step) for step in range(6, 11))]
-    for row in rows:
-        watcher.after_step(row)
-    assert rows[0]["predicted_states_bytes"] == [35, 36]
-    assert [row.get("predicted_step_seconds") for row in rows] == [
-        None,
-        0.25,
-        0.25,
-        0.25,
-        None,
-        None,
-    ]
-    assert said == [
-        "a step: predicted 0.25 s, measured 0.7 s (+180 %, median of steps 6 to 8); "
-        "model states of up to 36 bytes a rank, as predicted"
-    ]
-    said.clear()
-    other = {**held, "optimizer_bytes": [20, 24]}
-    Foreseen(memory, None, said.append).after_step(step_row(1, **other))
-    assert said == ["model states of rank 1: predicted 36 bytes, measured 40 bytes"]
