@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tests.families import FAMILY_CONFIGS, VOCABULARY, hf_model
 
@@ -41,6 +42,7 @@ def save_chatty_model(folder: Path) -> Path:
 
 def reference(folder: Path, text: str, new: int) -> str:
     """What transformers generates, greedily."""
+    logging.disable_progress_bar()  # on standard error, which tests compare
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids = tokenizer(
         text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=False

@@ -10,7 +10,7 @@ import pytest
 
 from megalite.engine.seams import SEAMS, Seam
 
-PACKAGE = Path(__file__).parents[2] / "megalite"
+PACKAGE = Path(__file__).parents[3] / "megalite"
 TOUCHING = [*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "ranks" / "accelerator.py"]
 DOCUMENTED = {  # imports of DeepSpeed that any room may have
     ("deepspeed", ""),
