@@ -69,7 +69,8 @@ def test_tests_that_are_named_exist() -> None:
     """By their folder in tests/, as in unit/test_docs.py."""
     named = re.compile(r"\b(?:unit|distributed|launch|gpu)/[\w/]*test_[\w*]+\.py\b")
     listed = subprocess.run(
-        ["git", "grep", "-lE", r"(unit|distributed|launch|gpu)/[a-z_/]*test_"], capture_output=True, text=True, check=True
+        ["git", "grep", "-lE", r"(unit|distributed|launch|gpu)/[a-z_/]*test_"],
+        capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     found = {(page, name) for page in listed for name in named.findall(Path(page).read_text())}
     assert len(found) > 40
