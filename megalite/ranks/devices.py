@@ -92,6 +92,8 @@ def library_settings(
         wanted["TORCH_FR_BUFFER_SIZE"] = (
             "2000"  # entries of the flight recorder, which the watchdog reads
         )
+        # A collective that begins beside products gets processors as they come free, before the products' next blocks.
+        wanted["TORCH_NCCL_HIGH_PRIORITY"] = "1"
         # NCCL's bootstrap, and its data where there is no InfiniBand. Of a lone node it takes what it likes.
         wanted |= {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, "lo") else {}
     else:
