@@ -24,6 +24,16 @@ def visible_gpus() -> int:
     return torch.accelerator.device_count()
 
 
+def gpu_memory_bytes() -> int | None:
+    """Of the first GPU that torch sees; None where ranks compute on the CPU."""
+    if not visible_gpus():
+        return None
+    import torch
+
+    module: Any = torch.get_device_module()
+    return module.get_device_properties(0).total_memory
+
+
 def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
     """Ordinal of a rank's GPU. A launcher shows all GPUs of a node to each of its ranks, or its own alone, as Slurm
     does for --gpus-per-task=1. Raises ConfigError where there are too few."""
