@@ -5,13 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from megalite.errors import ConfigError
+from megalite.ranks import launch
 from megalite.ranks.launch import ArgumentParser, Place, at_least, place
 from megalite.ranks.signals import command_of, killed_ranks, leave_word
+from megalite.supervisor import attempt
 from megalite.supervisor.attempt import Attempt, Signals, name_of_run
 from megalite.supervisor.attempt import Program as AttemptProgram
 from megalite.supervisor.fewer import ProgramConfig
@@ -186,6 +194,69 @@ def test_no_two_starts_share_a_name() -> None:
     assert len(names) == 3 and all(name.startswith(f"{run}-") for name in names)
 
 
+class Clock:
+    """A clock that only waiting moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(attempt, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def attempt_of(ranks: int, **keys: Any) -> Attempt:
+    """One whose ranks all run."""
+    program = AttemptProgram([], [], False, None, None, **keys)
+    made = Attempt(program, {"localhost": ranks}, name_of_run(), Signals())
+    made.running = dict.fromkeys(range(ranks), mock.Mock())
+    return made
+
+
+@pytest.mark.parametrize("grace", [120.0, 7.0])
+def test_the_time_after_a_signal_is_given_once(
+    monkeypatch: pytest.MonkeyPatch, grace: float
+) -> None:
+    """`deepspeed` itself ends a little before it is over, and its ranks do not."""
+    clock, deepspeed = Clock(monkeypatch), mock.Mock()
+    made = attempt_of(2, grace_seconds=grace)
+    made.stopped_at = clock.now
+    deepspeed.poll.return_value = None
+    clock.now += grace - 3
+    assert not made._is_over(deepspeed)
+    deepspeed.poll.return_value = 1
+    assert not made._is_over(deepspeed)
+    clock.now += 2.5
+    assert not made._is_over(deepspeed) and made.orphaned
+    clock.now += 1
+    assert made._is_over(deepspeed)
+
+
+def test_a_remote_shell_that_stays_does_not_keep_a_run_that_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, shell = Clock(monkeypatch), mock.Mock()
+    shell.poll.return_value = None
+    made = attempt_of(2)
+    made._down(0, "0")
+    made._down(1, "0")
+    clock.now += 29
+    assert not made._is_over(shell)
+    clock.now += 2
+    assert made._is_over(shell)
+    assert made._outcome(None, {}).code == 0
+
+
+def test_all_guards_are_let_go_within_one_limit(tmp_path: Path) -> None:
+    """Ones that do not listen, as connections to hosts that are out of reach."""
+    made = attempt_of(0)
+    begin = time.monotonic()
+    with mock.patch.object(attempt, "python_module", lambda *words: ["sleep", "60"]):
+        made.guards = [
+            attempt.HostGuard(attempt.THIS, "x", None, tmp_path / "said") for _ in range(5)
+        ]
+    made._let_go()
+    assert time.monotonic() - begin < 3
+    assert all(guard.process.poll() is not None for guard in made.guards)
+
+
 def test_the_guard_does_not_see_other_users_processes() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can start another user's process")
@@ -273,6 +344,23 @@ def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
     assert [said(), said(), said(), guard.stdout.read()] == ["down 7 -", "down 9 0", "over", ""]
     assert rank.wait(5) == -15 and guard.wait(5) == 0 and not folder.exists()
     assert not command_of(orphan)
+
+
+def test_missing_ranks_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.add("came", 1)
+    monkeypatch.setattr(launch, "TOLD", timedelta(seconds=0.2))
+    monkeypatch.setattr(launch, "WAIT", timedelta(seconds=0.9))
+    with pytest.raises(dist.DistStoreError):
+        launch._wait_for_verdict(store, Place(0, 2, 0, 2))
+    line = "waiting for other ranks: 1 of 2 ranks have come, 0 are ready"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 3 and all(told.endswith(f": {line}") for told in said)
+    store.set("verdict", "0")
+    launch._wait_for_verdict(store, Place(0, 2, 0, 2))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
