@@ -260,13 +260,12 @@ def test_a_restart_does_not_forget_how_many_faults_there_were_in_a_row(
             (of(3), functools.partial(bad, at={2, 3})),
             (of(6), functools.partial(bad, at={1, 2})),
         ]
-    else:  # step 2 twice, and a stop of another kind at the third try; then it fails again
+    else:  # step 2 goes back twice and ends the start; then it goes back once more, and may not again
         runs = [
             (of(6), functools.partial(bad, at={2, 3, 4})),
-            (of(6), functools.partial(bad, at={1})),
+            (of(6), functools.partial(bad, at={1, 2})),
         ]
-        faults_of_first = {**faults, "most_in_a_row": 2}
-        runs[0][0]["megalite"]["train"]["faults"] = faults_of_first
+        runs[0][0]["megalite"]["train"]["faults"] = {**faults, "most_in_a_row": 2}
     first, second = run_ranks(1, train, runs)[0]
     assert first == 0 if action == "skip" else "2 in a row before it" in str(first)
     assert "3 in a row before it (megalite.train.faults.most_in_a_row)" in str(second), second

@@ -134,6 +134,13 @@ def test_variables_are_those_of_libraries_and_of_deepspeeds_file(
     assert "SECRET" not in found and found["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
 
 
+def test_a_user_without_a_home_has_no_file_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError("uid not found")))
+    assert "PYTHONPATH" in variables({})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sent"),
     [
