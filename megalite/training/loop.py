@@ -5,8 +5,8 @@ every rank whether the step is sound (health.py), of signals, and of the end of 
 around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
 """
 
+import contextlib
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megalite.data.loader import TrainData, ValidData
 from megalite.data.position import Kept, Position
 from megalite.engine.build import LearningRate, build_pipeline
 from megalite.engine.engine import Engine
-from megalite.errors import TrainingError
+from megalite.errors import MegaliteError
 from megalite.guard.health import FAULTS, Health
 from megalite.guard.watchdog import Watchdog
 from megalite.model.spec import TransformerSpec
@@ -99,11 +99,8 @@ class Run:
             reason = "stopped early" if self.stops_early else "done"
             reason = f"signal {stop}" if stop else reason
             return EXIT_BASE + stop if stop else 0
-        except TrainingError as error:
-            # One from before the fault is as good as it would have been, and has its own time: not the step's.
-            seconds = self.config.train.limits.checkpoint_seconds
-            with self.watchdog.watching("the checkpoint before the fault", seconds):
-                self.checkpoints.finish()
+        except MegaliteError as error:
+            self._finish_earlier()
             reason += str(error)
             raise
         except BaseException as error:
@@ -117,6 +114,15 @@ class Run:
                 watcher.ended(self.position, reason)
             for watcher in self.watchers:
                 watcher.close()
+
+    def _finish_earlier(self) -> None:
+        """Brings a save in progress to its end when the run fails by an error that it raised on purpose: a checkpoint
+        from before is as good as it would have been. It has its own time, not the step's. Where one rank alone fails,
+        by a token that the vocabulary does not have, the others' threads still write their parts."""
+        seconds = self.config.train.limits.checkpoint_seconds
+        in_time = self.watchdog.watching("the checkpoint before the fault", seconds)
+        with in_time, contextlib.suppress(dist.DistError):  # not in place of the fault itself
+            self.checkpoints.finish()
 
     def _train(self) -> int:
         """The number of the signal that stopped the run; 0: none did."""
@@ -192,7 +198,7 @@ class Run:
             batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
-        with self.engine.weighed() if first else nullcontext({}) as memory:
+        with self.engine.weighed() if first else contextlib.nullcontext({}) as memory:
             train_step(self.pipeline, self.grid.replica, batches, health.take_loss)
         agreed = self._agreed()
         if agreed.save_ended:

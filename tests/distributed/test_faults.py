@@ -18,11 +18,14 @@ from unittest import mock
 import pytest
 import torch
 
+from megalite.checkpoint import storage
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.limits import Faults
+from megalite.data.loader import TrainData
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
+from megalite.errors import DataError
 from megalite.guard.health import Health
 from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
@@ -30,7 +33,7 @@ from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
 from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
 
 GRID = {"pipe": 2, "zero": 2}  # on 4 ranks: ranks 2 and 3 hold the last stage
@@ -304,6 +307,41 @@ def test_no_object_travels_while_checkpoints_are_sound() -> None:
     found = run_ranks(3, soundness)
     line = "weight/of_1 is not finite on rank 1: must not be saved"
     assert found == [[(0, "sound"), (0, line)]] * 3
+
+
+def fails_while_saving(rank: int, world_size: int, keys: dict[str, Any]) -> str:
+    """Rank 1 meets a token that it must not at step 3, while the checkpoint of step 2 is written, and says what it then
+    finds; the others wait for it."""
+    whole, write = TrainData.batch, storage.write_tensors
+    bad = range(2 * BATCH, 3 * BATCH)
+
+    def batch(self: TrainData, positions: Any) -> Any:
+        if rank == 1 and set(positions) & set(bad):
+            raise DataError("a token is beyond the vocabulary")
+        return whole(self, positions)
+
+    def slow(*args: Any) -> str:
+        time.sleep(1.5)
+        return write(*args)
+
+    with (
+        mock.patch.object(TrainData, "batch", batch),
+        mock.patch.object(storage, "write_tensors", slow),
+    ):
+        try:
+            return str(train(rank, world_size, [(keys, nothing)]))
+        except DataError as error:
+            saved = [
+                path.name for path in checkpoints_of(Path(keys["megalite"]["train"]["run_dir"]))
+            ]
+            print(f"{error}: {saved}", flush=True)
+            raise
+
+
+def test_a_token_that_one_rank_refuses_does_not_cost_a_checkpoint(tmp_path: Path) -> None:
+    keys = document(tmp_path, "run", {}, train={"checkpoint_interval": 2})
+    with pytest.raises(RankFailure, match=r"beyond the vocabulary: \['step_00000002'\]"):
+        run_ranks(2, fails_while_saving, keys)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
@@ -152,18 +153,24 @@ class Ended(Watcher):
     ],
 )
 def test_any_error_that_ends_a_run_is_the_reason(error: Exception, reason: str) -> None:
-    watcher, nothing = Ended(), mock.MagicMock()
+    watcher, nothing = Ended(), mock.Mock()
     nothing._train.side_effect = error
-    nothing.config.train.limits.checkpoint_seconds = 7.0
     nothing.watchers = [watcher]
     with pytest.raises(type(error)):
         Run.train(nothing)
-    if isinstance(
-        error, TrainingError
-    ):  # a checkpoint in progress is waited for in a time of its own
-        nothing.watchdog.watching.assert_called_once_with("the checkpoint before the fault", 7.0)
+    assert nothing._finish_earlier.called == isinstance(error, TrainingError)
     assert watcher.reason.startswith(reason) and "\n" not in watcher.reason
     assert len(watcher.reason) <= len("error: RuntimeError: ") + 300
+
+
+def test_a_save_in_progress_has_a_time_of_its_own_when_the_run_fails() -> None:
+    """Not what is left of the step's."""
+    run = mock.MagicMock()
+    run.config.train.limits.checkpoint_seconds = 7.0
+    run.checkpoints.finish.side_effect = dist.DistBackendError("a peer is gone")
+    run.watchdog.watching.return_value.__exit__.return_value = False
+    Run._finish_earlier(run)
+    run.watchdog.watching.assert_called_once_with("the checkpoint before the fault", 7.0)
 
 
 def test_figures_are_grouped() -> None:
