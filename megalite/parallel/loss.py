@@ -21,6 +21,7 @@ IGNORED = -100  # torch's and transformers' label for "does not count"
 LEAST_ROWS = 256  # of a chunk on a CPU
 LEAST_ROWS_OF_DEVICES = 2048  # GPUs need larger products
 IN_CACHE = 2**18  # logits that a CPU works on at a time: 1 MiB in fp32
+AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices do: 256 MiB in fp32
 PRODUCT_ROWS = 2048  # of the weight's gradient that a CPU makes at a time, where it must be added in another type
 
 
@@ -86,15 +87,15 @@ def _sum_of_losses(
     """For hidden [n, D] and labels [n]."""
     tokens, size = hidden.shape
     start, _ = share(vocabulary_size, axis)
-    width = gradient_type(weight.dtype).itemsize
-    rows = chunk_rows(tokens, size, -(-vocabulary_size // axis.size), width, hidden.device.type)
+    width, columns = gradient_type(weight.dtype).itemsize, -(-vocabulary_size // axis.size)
+    rows = chunk_rows(tokens, size, columns, width, hidden.device.type)
     gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     room = hidden.new_empty(min(rows, tokens), weight.shape[0])
     raised = (
         None if gradients.dtype == room.dtype else torch.empty_like(room, dtype=gradients.dtype)
     )
-    step = _block_rows(room, axis)
+    step = block_rows(len(room), columns, axis.size, hidden.device.type)
     wide = (
         None
         if gradients.dtype == torch.float32
@@ -127,11 +128,13 @@ def _sum_of_losses(
     return total, gradients
 
 
-def _block_rows(logits: Tensor, axis: Axis) -> int:
-    """Rows of a chunk that are worked on at a time. A CPU makes several passes over what fits its cache; with a split
-    vocabulary each block would cost messages."""
-    in_cache = axis.size == 1 and logits.device.type == "cpu"
-    return max(1, min(len(logits), IN_CACHE // logits.shape[1]) if in_cache else len(logits))
+def block_rows(rows: int, columns: int, ranks: int, device: str) -> int:
+    """Rows of a chunk of logits that are worked on at a time, in fp32. A CPU makes several passes over what fits its
+    cache. With a split vocabulary each block costs messages, so on a CPU a chunk is one block there. columns: as of
+    `chunk_rows`, so that all ranks cut the same blocks; ranks: of the axis."""
+    if device != "cpu":
+        return max(1, min(rows, AT_A_TIME_ON_DEVICES // columns))
+    return max(1, min(rows, IN_CACHE // columns) if ranks == 1 else rows)
 
 
 class _HeadLoss(torch.autograd.Function):
