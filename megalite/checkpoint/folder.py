@@ -38,16 +38,13 @@ STATE, INDEX, SUMS = "state.json", "index.json", "SHA256SUMS"
 LATEST, BEST = "latest", "best"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
-REPLACED_NAME = re.compile(
-    r"^\.step_(\d{8,})\.replaced$"
-)  # was hidden to make room; counts where there is no step_…
-LEFT_OVER_NAME = re.compile(
-    r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$"
-)  # what a killed save or removal leaves
+# Was hidden to make room; counts where there is no step_…
+REPLACED_NAME = re.compile(r"^\.step_(\d{8,})\.replaced$")
+# What a killed save or removal leaves.
+LEFT_OVER_NAME = re.compile(r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$")
 _OWN_SUM = "# of the lines above: "
-_PLAIN_NAME = re.compile(
-    r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-)  # no path: an index cannot point out of its folder
+# No path: an index cannot point out of its folder.
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 MOST_DIMS = 8  # of a tensor
 
@@ -269,9 +266,8 @@ class Transaction:
         own = hashlib.sha256(lines.encode()).hexdigest()
         write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
         flush_folder(self.partial)
-        if (
-            self.folder.exists()
-        ):  # one that was found damaged, or that a run which goes back writes again
+        # One that was found damaged, or that a run which goes back writes again.
+        if self.folder.exists():
             replaced = self.folder.with_name(f".{self.folder.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.folder, replaced)

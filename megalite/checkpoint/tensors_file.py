@@ -32,9 +32,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         descriptor, unflushed = file.fileno(), 0
         flushing: Future[None] | None = None
         for block in _joined(_pieces(tensors)):
-            hashing = helpers.submit(
-                digest.update, block
-            )  # beside the write: neither holds Python's lock
+            # Beside the write: neither holds Python's lock.
+            hashing = helpers.submit(digest.update, block)
             try:
                 write_all(descriptor, block)
             finally:

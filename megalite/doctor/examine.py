@@ -157,10 +157,9 @@ def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any
         seen = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         return "what it said was not the probe's"
-    early, late = (
-        seen["time"] - after,
-        seen["time"] - before,
-    )  # its clock lies between, as far as this one can tell
+    # Its clock lies between, as far as this one can tell.
+    early = seen["time"] - after
+    late = seen["time"] - before
     error = early if early > 0 else late if late < 0 else 0.0
     seen["clock_error"] = error if abs(error) > CLOCK_SECONDS else 0.0
     return seen

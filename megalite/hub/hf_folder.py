@@ -36,13 +36,14 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+# How such a model's run read its corpora.
 _PROMPTS = {
     "samples": "padded",
     "loss": "marked",
     "objective": "prefix",
     "reset_attention": True,
     "eod_mask_loss": False,
-}  # how such a model's run read its corpora
+}
 _OF_HEADS = ("classifier.", "head.")
 
 
@@ -140,9 +141,8 @@ class HFFolder:
 
     def _check_finite(self, file_name: str, part: Tensor) -> None:
         """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
-        low, high = (
-            end.item() for end in part.aminmax()
-        )  # NaN where any is, and then neither comparison holds
+        # NaN where any is, and then neither comparison holds.
+        low, high = (end.item() for end in part.aminmax())
         if not (low >= -_LARGEST and high <= _LARGEST):
             rule = "every weight must be finite in fp32"
             raise CheckpointError(

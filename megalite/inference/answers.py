@@ -67,10 +67,8 @@ class Answers:
         stops: Sequence[str],
     ) -> list[str]:
         """The text that continues each prompt's ids, up to the first of `stops`."""
-        generator, ends = (
-            Generator(self.stage, self.grid, self.batch_size, self.prefixed),
-            ends_at(self.tokenizer, stops),
-        )
+        generator = Generator(self.stage, self.grid, self.batch_size, self.prefixed)
+        ends = ends_at(self.tokenizer, stops)
         found = generate_all(generator, prompts, max_new_tokens, sampling, self.stop_ids, ends)
         return [cut_at(self.tokenizer.decode(tokens), stops) for tokens in found]
 

@@ -169,9 +169,8 @@ def _generate(
     and Beams or None."""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
-    ids = (
-        prompts * options.samples
-    )  # chance differs by a text's number; sample 0 is as without others
+    # Chance differs by a text's number; sample 0 is as without others.
+    ids = prompts * options.samples
     stage, grid = load_stage(prepared, options.dtype)
     stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer) | set(options.stop_id)
 

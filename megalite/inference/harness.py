@@ -79,11 +79,9 @@ class Harness(TemplateLM):
 
     def __init__(self, answers: Answers, tokenizer: Any, max_length: int | None) -> None:
         super().__init__()
-        self.answers, self.tokenizer, self.max_length = (
-            answers,
-            tokenizer,
-            max_length or DEFAULT_LENGTH,
-        )
+        self.answers = answers
+        self.tokenizer = tokenizer
+        self.max_length = max_length or DEFAULT_LENGTH
 
     @property
     def eot_token_id(self) -> int:

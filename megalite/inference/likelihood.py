@@ -43,9 +43,8 @@ def likelihoods(
     axis, weight = grid.pipe, next(stage.parameters())
     by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    sums = torch.zeros(
-        len(rows), 2, dtype=torch.float64, device=weight.device
-    )  # losses, places not greedy
+    # Losses, places not greedy.
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)
     own = batches[grid.data.rank :: grid.data.size]
     ready: dict[int, tuple[Tensor, Tensor, Context]] = {}
 

@@ -82,9 +82,8 @@ class Signals:
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # that is nohup
+            # That is nohup.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
@@ -233,11 +232,8 @@ class Attempt:
             environment[ENV_FILE] = str(folder / "environment")
         else:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
-        for key in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-        ):  # of a launcher that may have started this one
+        # Of a launcher that may have started this one.
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)
         return subprocess.Popen(
             [sys.executable, "-m", "deepspeed.launcher.runner", *options, *words],
@@ -324,10 +320,8 @@ class Attempt:
         now = time.monotonic()
         if word != NO_WORD:
             self.words[rank] = word
-            if int(word.split()[0]) in (
-                MegaliteError.exit_code,
-                UserError.exit_code,
-            ):  # the others may wait for it
+            # The others may wait for it.
+            if int(word.split()[0]) in (MegaliteError.exit_code, UserError.exit_code):
                 self.failed_at = self.failed_at or now
         elif rank not in self.words and rank not in self.gone and not self.ending:
             self.gone.append(rank)

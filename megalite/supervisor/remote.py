@@ -18,10 +18,8 @@ from megalite.errors import ConfigError
 from megalite.inputs import read_text
 
 ENV_FILE = "DS_ENV_FILE"  # DeepSpeed's: the file of variables that it exports on each host
-USER_ENV_FILES = (
-    Path("~/.deepspeed_env"),
-    Path(".deepspeed_env"),
-)  # that DeepSpeed reads where none is named
+# That DeepSpeed reads where none is named.
+USER_ENV_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))
 FORWARDED = (  # names that begin so
     "CUDA_DEVICE", "CUDA_LAUNCH", "DEEPSPEED_", "DS_", "GLOO_", "HF_", "KMP_", "LD_LIBRARY", "MEGALITE_", "MKL_",
     "MLFLOW", "MV2", "NCCL_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH_",
