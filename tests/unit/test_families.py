@@ -13,13 +13,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalite.config import check_model, load_config
 from megalite.errors import ConfigError
-from megalite.hub.names import biases_to_hf, from_hf, state_of, to_hf
+from megalite.hub.names import biases_to_hf, state_of, to_hf
 from megalite.model.families import read_spec
 from megalite.model.rotary import frequencies
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, hf_model
+from tests.hf_tensors import from_hf
 
 # Fields of the config classes that change no function of a decoder that is trained.
 NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "is_decoder", "classifier_dropout"}

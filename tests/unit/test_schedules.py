@@ -13,12 +13,13 @@ from megalite.config import BatchPlan, Config, load_config
 from megalite.config.sections import BatchRamp
 from megalite.engine.build import build_stage
 from megalite.errors import ConfigError
-from megalite.hub.names import from_hf, hf_auto_class
+from megalite.hub.names import hf_auto_class
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups, learning_rate_factor
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, file_reader
+from tests.hf_tensors import from_hf
 
 TINY = "ds_configs/tiny_cpu.json"
 
