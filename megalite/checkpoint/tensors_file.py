@@ -1,4 +1,4 @@
-"""A safetensors file: written in one pass and to the disk itself, read part by part and held against the index.
+"""A safetensors file: written in one pass and to the disk itself, read part by part and compared with the index.
 
 safetensors' own writer first makes a copy of all that it is given, and the hash would need a second pass. Next:
 storage.py, which says what is written.

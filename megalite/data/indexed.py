@@ -265,7 +265,7 @@ class IndexedCorpus:
         return hashlib.sha256(self._index).hexdigest()
 
     def check_index(self) -> None:
-        """Read the whole index and hold each entry against the next. Raises DataError with the first place.
+        """Read the whole index and compare each entry with the next. Raises DataError with the first place.
 
         With as many documents as sequences, each document must be one sequence: otherwise one would be
         empty, another double, and a flipped bit is likelier than that.

@@ -4,7 +4,7 @@ them.
 All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
 are new in each epoch, and equal on every layout, for every micro-batch size and after a restart; evaluation numbers its
 samples from 0 under a seed of its own. Of a whole word (words.py) the position is that of its first token. A share that
-changes over a run is held against the same draws. Next: batch.py.
+changes over a run is compared with the same draws. Next: batch.py.
 """
 
 import copy

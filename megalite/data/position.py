@@ -15,7 +15,7 @@ class Position:
     """Optimizer steps done, samples and tokens seen; of the steps, those whose update was skipped.
 
     left_out: half-open ranges of the corpus order that no step takes, in order and apart: batches that a run went back
-    from. recent_losses: what a spike is held against. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
+    from. recent_losses: what a spike is measured by. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
     """
 
     step: int = 0

@@ -67,11 +67,11 @@ def run(
         apply_chat_template=apply_chat_template,
         log_samples=False,
     )
-    hidden = ("name", "alias")
-    return [
-        {"task": name, **{key: value for key, value in metrics.items() if key not in hidden}}
-        for name, metrics in found["results"].items()
-    ]
+    lines = []
+    for name, metrics in found["results"].items():
+        shown = {key: value for key, value in metrics.items() if key not in ("name", "alias")}
+        lines.append({"task": name, **shown})
+    return lines
 
 
 class Harness(TemplateLM):

@@ -36,18 +36,11 @@ _SECRET_NAME = re.compile(
 _SECRET_VALUE = re.compile(r"://[^/\s@]*:[^/\s@]*@")  # an address with a password
 
 
-def ssh(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
-    """A command line that runs a command on a host, in this folder."""
+def ssh(host: str, words: Sequence[str], port: int | None) -> list[str]:
+    """A command line that runs a command on a host, in this folder. port: None: ssh's own choice."""
     at = [] if port is None else ["-p", str(port)]
-    return [
-        "ssh",
-        "-T",
-        *SSH_OPTIONS,
-        *at,
-        "--",
-        host,
-        f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}",
-    ]
+    command = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+    return ["ssh", "-T", *SSH_OPTIONS, *at, "--", host, command]
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
