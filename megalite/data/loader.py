@@ -2,7 +2,7 @@
 
 There is no state, no worker and no queue: a batch is a few slices of memory maps, which costs microseconds a
 sample and lets any rank ask for any positions. `TrainData` never ends, `ValidData` holds each
-corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
+corpus's samples once, in order. `batch.py` has the form of a batch, `corpus_check.py` reads whole corpora.
 """
 
 import copy
@@ -168,7 +168,7 @@ def epoch_samples(data: Data, check: bool) -> int:
 
 def check_data(data: Data, vocabulary_size: int) -> None:
     """Read every corpus of a config whole, once: structure, checksums, every token id; what was found is
-    remembered (`verify.py`). Raises DataError or ConfigError with one line."""
+    remembered (`corpus_check.py`). Raises DataError or ConfigError with one line."""
     TrainData(data, 0, vocabulary_size)
     if data.valid:
         ValidData(data, vocabulary_size)
@@ -211,11 +211,10 @@ def _open(source: Source, data: Data, check: bool) -> _Opened:
 
 def _opened(source: Source, data: Data, check: bool) -> _Opened:
     corpus = IndexedCorpus(source.path)
-    standing = files_of(marks_prefix(source.path))[0]
-    if data.loss is None and standing.exists():
-        raise ConfigError(
-            f'megalite.data.loss: missing: {standing} exists: say "marked" to count what it marks, or "all"'
-        )
+    beside = files_of(marks_prefix(source.path))[0]
+    if data.loss is None and beside.exists():
+        rule = 'say "marked" to count what it marks, or "all"'
+        raise ConfigError(f"megalite.data.loss: missing: {beside} exists: {rule}")
     marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
     if data.classes:
         _check_names(source.path, data.classes)

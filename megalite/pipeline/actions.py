@@ -164,12 +164,10 @@ class _TrainingStep:
     """The actions of one step on this rank, and what its forwards have left for its backwards."""
 
     def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float | Tensor) -> None:
-        self.pipeline, self.engine, self.batches, self.scale = (
-            pipeline,
-            pipeline.engine,
-            batches,
-            scale,
-        )
+        self.pipeline = pipeline
+        self.engine = pipeline.engine
+        self.batches = batches
+        self.scale = scale
         program = pipeline.plan.program(len(batches))
         self.last, self.halved = program.last_chunk, program.splits_backward
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -205,9 +203,8 @@ class _TrainingStep:
             self.pipeline.loss += output.detach()
             return None
         given = output.detach()
-        output.data = output.new_empty(
-            0
-        )  # backward needs the output's place in the graph, not its numbers
+        # Backward needs the output's place in the graph, not its numbers.
+        output.data = output.new_empty(0)
         return given
 
     def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:

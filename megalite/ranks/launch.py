@@ -93,13 +93,27 @@ def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """A type of arguments: finite numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: must be a number above 0")
     return value
+
+
+def share(text: str) -> float:
+    """A type of arguments: shares of all, above 0 and below 1."""
+    value = _number(text)
+    if not 0 < value < 1:
+        rule = "must be a number above 0 and below 1"
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: {rule}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _is_number(text: str) -> bool:

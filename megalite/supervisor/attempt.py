@@ -41,7 +41,7 @@ READY_SECONDS = 60.0
 REPORT_SECONDS = 2.0  # after a failure, until ranks that have not ended are asked for a report
 FAILURE_SECONDS = 8.0  # after a failure, until those are killed
 LAST_LINES_SECONDS = (
-    0.5  # after the end of all ranks, not all a good one, until `deepspeed` is not waited for
+    0.5  # after the end of all ranks, one of them a bad one, that `deepspeed` is waited for
 )
 DONE_SECONDS = 30.0
 """The same where all is good: a remote shell stays as long as anything that a rank has left behind has its output."""
@@ -87,9 +87,8 @@ class Signals:
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # that is nohup
+            # Under nohup SIGHUP is ignored, and stays so.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
@@ -131,6 +130,11 @@ class HostGuard:
             if mark:
                 into.put((self, said.strip()))
         into.put((self, ""))
+
+    @property
+    def why_missing(self) -> str:
+        """Why it does not start."""
+        return self.refusal or f"no answer by ssh: {_last_line(self.said)}"
 
     def tell(self, line: str) -> None:
         pipe: IO[bytes] | None = self.process.stdin
@@ -205,20 +209,14 @@ class Attempt:
                 self.guards.append(guard)
                 threading.Thread(target=guard.read, args=(self.events,), daemon=True).start()
             deadline = time.monotonic() + READY_SECONDS
-            while (
-                not all(guard.address or guard.lost for guard in self.guards)
-                and time.monotonic() < deadline
-            ):
-                if self.signals.stop:
+            while time.monotonic() < deadline and not self.signals.stop:
+                if all(guard.address or guard.lost for guard in self.guards):
                     break
                 self._hear()
             missing = [guard for guard in self.guards if guard.lost or not guard.address]
             if missing and not self.signals.stop:
                 self._end_guards()
-                why = {
-                    g.host: g.refusal or f"no answer by ssh: {_last_line(g.said)}" for g in missing
-                }
-                raise HostsLost(why)
+                raise HostsLost({guard.host: guard.why_missing for guard in missing})
             yield
         finally:
             self._let_go()
@@ -249,11 +247,8 @@ class Attempt:
             environment[ENV_FILE] = str(folder / "environment")
         else:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
-        for key in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-        ):  # of a launcher that may have started this one
+        # Of a launcher that may have started this one.
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)
         return subprocess.Popen(
             [sys.executable, "-m", "deepspeed.launcher.runner", *options, *words],
@@ -342,10 +337,8 @@ class Attempt:
         now = time.monotonic()
         if word != NO_WORD:
             self.words[rank] = word
-            if int(word.split()[0]) in (
-                MegaliteError.exit_code,
-                UserError.exit_code,
-            ):  # the others may wait for it
+            # The others may wait for it.
+            if int(word.split()[0]) in (MegaliteError.exit_code, UserError.exit_code):
                 self.failed_at = self.failed_at or now
         elif rank not in self.words and rank not in self.gone and not self.ending:
             self.gone.append(rank)
@@ -362,10 +355,9 @@ class Attempt:
         self.ending = True
         self._tell("end")
         deadline = time.monotonic() + FAILURE_SECONDS
-        while (
-            not all(guard.over or guard.lost for guard in self.guards)
-            and time.monotonic() < deadline
-        ):
+        while time.monotonic() < deadline:
+            if all(guard.over or guard.lost for guard in self.guards):
+                break
             self._hear()
 
     def _outcome(self, code: int | None, left: dict[int, HostGuard]) -> Outcome:

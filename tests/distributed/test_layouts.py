@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalite.config import Config, Train
 from megalite.data.loader import TrainData
-from megalite.hub.names import from_hf, to_hf
+from megalite.hub.names import to_hf
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import parameter_groups
 from megalite.model.transformer import Stage
@@ -32,6 +32,7 @@ from megalite.prove.verify import Spread, Verdict, differences
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.step import tokens_that_count
 from tests.families import file_reader
+from tests.hf_tensors import from_hf
 from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 

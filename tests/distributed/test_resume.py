@@ -128,7 +128,9 @@ def test_another_corpus_under_the_same_name_is_found(tmp_path: Path, change: str
     documents = [random.integers(0, VOCABULARY, length) for length in lengths]
 
     def write(folder: Path) -> None:
-        with IndexedWriter(folder / "other", np.uint16, overwrite=True) as writer:
+        for file in folder.glob("other.*"):
+            file.unlink()
+        with IndexedWriter(folder / "other", np.uint16) as writer:
             for one in documents:
                 writer.add_document(one)
 
