@@ -6,11 +6,14 @@ may start a thread: a fork copies only the thread that forks.
 """
 
 import contextlib
+import gc
 import importlib
 import pkgutil
 
 import deepspeed.runtime.pipe.engine  # noqa: F401
 import deepspeed.runtime.pipe.module  # noqa: F401
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (each engine's: a second, for torch's compiler)
 import pytest  # noqa: F401  (test modules import it)
 import torch.distributed.checkpoint  # noqa: F401
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401
@@ -29,3 +32,6 @@ def import_megalite() -> None:
 
 use_accelerator()
 import_megalite()
+# A rank's garbage collector need not go through what is here, nor have its pages copied.
+gc.collect()
+gc.freeze()

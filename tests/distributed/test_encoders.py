@@ -5,8 +5,6 @@ import io
 import json
 import math
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from megalite.prove.layouts import Layout, config_of, micro_sizes
 from megalite.prove.trace import Trace
 from megalite.prove.verify import Spread
 from tests.families import FAMILY_CONFIGS, hf_model
-from tests.ranks import REPOSITORY, run_ranks
+from tests.programs import run_program
+from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.traces import LENGTH, Request, document, nothing, traces
 from tests.training_runs import document as run_document
@@ -229,9 +228,6 @@ def test_what_needs_a_decoder_refuses_an_encoder_in_a_line(
     program: str, asked: tuple[str, ...], use: str, tmp_path: Path
 ) -> None:
     hf_model(FAMILY_CONFIGS["bert"]).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, f"launcher/{program}", "--checkpoint", str(tmp_path), *asked],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_program(f"launcher/{program}", "--checkpoint", str(tmp_path), *asked)
     rule = f"--checkpoint: {tmp_path}: a bert model is an encoder: {use} needs a decoder, such as llama"
     assert done.returncode == 2 and rule in done.stderr, done.stderr
