@@ -1,9 +1,9 @@
 """Every inner name of DeepSpeed that megalite touches: where it is defined, the form that is relied on, and why.
 
-DeepSpeed promises none of these. `tests/unit/test_seams.py` looks each up in the installed source, and finds names that
-are used in engine/ and ranks/accelerator.py and missing here, so a release that moves one gives a red line that names
-it. What DeepSpeed documents (`init_distributed`, `get_accelerator`, an engine's `step`) is here only where megalite
-overrides it. No other room imports DeepSpeed's inner modules.
+DeepSpeed promises none of these. `tests/unit/engine/test_seams.py` looks each up in the installed source, and finds
+names that are used in engine/ and ranks/accelerator.py and missing here, so a release that moves one gives a red line
+that names it. What DeepSpeed documents (`init_distributed`, `get_accelerator`, an engine's `step`) is here only where
+megalite overrides it. No other room imports DeepSpeed's inner modules.
 """
 
 from dataclasses import dataclass

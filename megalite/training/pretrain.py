@@ -75,14 +75,13 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(
             options.deepspeed_config, options.overrides, place().world_size, thorough
         )
-        if thorough:
-            _make_run_dir(prepared.config)
-            if place().rank == 0:
-                take_lock(Path(prepared.config.train.run_dir))
+        _make_run_dir(prepared.config)
+        if place().rank == 0:
+            take_lock(Path(prepared.config.train.run_dir))
         return prepared
 
     here, prepared = start_ranks(
-        prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout
+        prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout, _differs
     )
     try:
         _remove_swap_folders(prepared.config, here)
@@ -127,6 +126,28 @@ class Prepared:
     config: Config
     spec: TransformerSpec
     model: dict[str, Any]
+
+
+def _differs(first: Prepared, own: Prepared) -> str | None:
+    """What a node's config or model has other than that of rank 0, as one line; None where they are the same."""
+    was, now = ({**one.config.to_json(), "megalite.model": one.model} for one in (first, own))
+    found = _first_difference(was, now, "")
+    if found is None:
+        return None
+    key, theirs, ours = found
+    return f"{key}: {ours}: must be {theirs}, as on the node of rank 0"
+
+
+def _first_difference(was: Any, now: Any, key: str) -> tuple[str, str, str] | None:
+    """(dotted key, value of `was`, value of `now`), as JSON; a key that one of them lacks is null there."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            found = _first_difference(was.get(name), now.get(name), inner)
+            if found is not None:
+                return found
+        return None
+    return None if was == now else (key, json.dumps(was), json.dumps(now))
 
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
