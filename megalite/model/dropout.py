@@ -14,9 +14,8 @@ from torch import Tensor
 
 from megalite.model.compiled import compiled, compiles
 
-_GOLDEN = (
-    0x9E3779B97F4A7C15 - 2**64
-)  # as signed 64-bit numbers, whose products wrap as unsigned ones do
+# As signed 64-bit numbers, whose products wrap as unsigned ones do.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 AT_A_TIME = {"cpu": 2**16}  # numbers that are drawn; a CPU's cache has 512 KiB for them
 AT_A_TIME_ON_DEVICES = 2**22
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)

@@ -153,11 +153,13 @@ class Split:
             return _ScatterSequence.apply(partial, self.axis)  # type: ignore[return-value]
         return leave(partial, self.axis)
 
+    def length(self, hidden: Tensor) -> int:
+        """S of hidden states between the products, [B, S or S / t, D]."""
+        return hidden.shape[1] * (self.axis.size if self.divides else 1)
+
     def rows(self, length: int) -> range:
         """Which of `length` tokens this rank holds between the products."""
+        if not self.divides:
+            return range(length)
         part = length // self.axis.size
-        return (
-            range(self.axis.rank * part, (self.axis.rank + 1) * part)
-            if self.divides
-            else range(length)
-        )
+        return range(self.axis.rank * part, (self.axis.rank + 1) * part)

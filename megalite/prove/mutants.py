@@ -61,7 +61,8 @@ def mutants(config: Config) -> dict[str, Plant]:
 def chosen(names: Iterable[str], count: int) -> list[str]:
     """So many of the names, evenly over all of them."""
     every = list(names)
-    return [every[number * len(every) // count] for number in range(min(count, len(every)))]
+    count = min(count, len(every))
+    return [every[number * len(every) // count] for number in range(count)]
 
 
 # Parameters. A kind is a name without the layer's number.

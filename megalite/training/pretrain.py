@@ -309,6 +309,8 @@ def _write_config(config: Config) -> None:
 
 def _ended(config: Config, position: Position) -> str | None:
     """Why a run is over before a start's first step; None where it is not."""
+    if position.owes_evaluation and config.evaluates:
+        return None
     if position.step >= config.train.last_step:
         return f"already at step {position.step} of {config.train.last_step}"
     if position.best.is_stopped(config.train.early_stop):
