@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalite.hub.names import biases_to_hf, from_hf, state_of, to_hf
+from megalite.hub.names import biases_to_hf, state_of, to_hf
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, hf_model
+from tests.hf_tensors import from_hf
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)

@@ -120,7 +120,7 @@ def test_a_beam_search_shows_no_bar(
     monkeypatch.setattr(generate_program, "Counted", Bar)
     monkeypatch.setattr(generate_program, "start_ranks", lambda prepare: (place(), prepare(True)))
     monkeypatch.setattr(generate_program, "stop_ranks", lambda: None)
-    monkeypatch.setattr(generate_program, "_told_by_rank_0", lambda value: value)
+    monkeypatch.setattr(generate_program, "told_by_rank_0", lambda value: value)
     stage = megalite.load(folder).stage
     monkeypatch.setattr(generate_program, "load_stage", lambda prepared, dtype: (stage, Grid()))
     monkeypatch.setattr(

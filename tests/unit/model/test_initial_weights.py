@@ -5,11 +5,12 @@ import torch
 from transformers import AutoConfig
 
 from megalite.engine.build import build_stage
-from megalite.hub.names import from_hf, hf_auto_class
+from megalite.hub.names import hf_auto_class
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, file_reader
+from tests.hf_tensors import from_hf
 from tests.unit.config.test_schedules import tiny
 
 

@@ -13,7 +13,6 @@ from megalite.config import Config, load_config
 from megalite.data.indexed import IndexedWriter, marks_prefix
 from megalite.data.loader import UNCOUNTED, ValidData
 from megalite.errors import ConfigError
-from megalite.hub.names import from_hf
 from megalite.inference.generate import Generator
 from megalite.inference.likelihood import likelihoods
 from megalite.model.context import Context
@@ -23,6 +22,7 @@ from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.layers import placed
 from megalite.training.batches import MicroBatch, micro_batches
 from tests.families import FAMILY_CONFIGS, VOCABULARY, file_reader, hf_model, load_hf
+from tests.hf_tensors import from_hf
 from tests.unit.data.corpora import data_section
 
 LENGTH, CPU = 15, torch.device("cpu")
