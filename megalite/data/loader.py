@@ -44,7 +44,7 @@ _PAIRS = 200  # pairs of a corpus at most, that are looked at for what is cut of
 
 
 class Share(NamedTuple):
-    """What a corpus of a blend has given: its prefix, the share asked for, and samples so far."""
+    """What a corpus of a blend has given: its prefix, the share in the config, and samples so far."""
 
     path: str
     asked: float

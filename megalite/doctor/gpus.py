@@ -15,7 +15,9 @@ FIELDS = {
 }
 """Ours, and nvidia-smi's; memory in MiB."""
 SECONDS = 30.0  # a driver that is broken may not answer at all
-LEAST_USED = 1024  # MiB on a GPU that tell of another process: a driver keeps some hundreds
+LEAST_USED = (
+    1024  # MiB on a GPU, from which on another process is likely: a driver keeps some hundreds
+)
 GPU = dict[str, str]
 
 
