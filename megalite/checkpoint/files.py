@@ -46,6 +46,7 @@ ROUTER_BIAS = "router_bias"
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
     "sequence_length": (int,), ROUTER_BIAS: (list,), "best": (dict,),
+    "owes_evaluation": (bool,), "faults_in_a_row": (int,), "faulty_step": (int,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 

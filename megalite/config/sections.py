@@ -270,7 +270,8 @@ class Train(Section):
     compile: bool = Field(
         False,
         description="Let torch.compile make one kernel of rotary positions and one of a gated MLP's product, forward "
-        "and backward; each rank compiles at its first step, which needs a C++ compiler. Results differ by rounding.",
+        "and backward, and on GPUs one of dropout's masks; each rank compiles at its first step, which needs a C++ "
+        "compiler. Results differ by rounding.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,

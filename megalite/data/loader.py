@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
-from megalite.data.source_target import source_target_of
+from megalite.data.source_target import OfSpans, source_target_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import read_json_object, reading
@@ -178,6 +178,22 @@ def check_data(data: Data, vocabulary_size: int) -> None:
             check_corpus(marks_prefix(prefix), 2)
         if data.classes:
             check_corpus(labels_prefix(prefix), len(data.classes))
+
+
+def tokenizer_ids(data: Data, vocabulary_size: int) -> dict[str, Any]:
+    """The token ids that samples depend on and that a tokenizer decides, by their names; empty where there are none.
+
+    An id that the config gives itself is among them. Raises ConfigError or DataError where one is missing.
+    """
+    ids: dict[str, Any] = {}
+    if (masking := masking_of(data, vocabulary_size, seed=0, last=False)) is not None:
+        ids |= masking.ids
+    made = source_target_of(data, vocabulary_size, seed=0)
+    if isinstance(made, OfSpans):
+        ids |= {"end of document": made.end, "sentinels": made.sentinels.tolist()}
+    if data.eod_mask_loss:
+        ids["end of document"] = _end_of_document(data)
+    return ids
 
 
 def epochs_of(data: Data, seed: int, vocabulary_size: int, samples: int) -> list[tuple[str, float]]:

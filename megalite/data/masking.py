@@ -41,6 +41,12 @@ class Masking:
         self.share, self.words = objective.ends[0], words
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
         self._others = np.setdiff1d(np.arange(ids), self._special)
+        self.ids = {
+            "mask token": mask_id,
+            "special tokens": sorted({*special_ids}),
+            "number of ids": ids,
+        }
+        """All that a tokenizer decides of the masks, beside words: by its name, for a run's fingerprint."""
 
     def at_step(self, step: int, steps: int) -> "Masking":
         """The same with the share of a step of a run of so many."""

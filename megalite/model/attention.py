@@ -137,6 +137,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         query, key, value = columns(x, (self.query, self.key, self.value), self.split)
+        if self.rotary is not None and self.qk_norm == "none":
+            value = value.contiguous()  # not a view that keeps the memory of all three
         value = self._heads(value).transpose(1, 2)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)

@@ -63,6 +63,8 @@ class SplitNorm(nn.Module):
         self.weight = parameter((size,), 0, axis, None, fill=1.0, unit=spec.head_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return rms_norm(x, later(self.weight), self.eps)
         wide = x.float()
         squares = wide.pow(2).sum(dim=-1, keepdim=True) / self.holders.size
         # Each rank uses the sum for features of its own: gradients are summed as the squares are.

@@ -215,11 +215,12 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if deferred.is_collecting():
-            return deferred.linear(x, self.weight, self.bias, self._sum_over_holders)
+            return deferred.linear(x, self.weight, self.bias, self.sum_over_holders)
         bias = None if self.bias is None else enter(self.bias, self.holders)
         return F.linear(x, enter(self.weight, self.holders), bias)
 
-    def _sum_over_holders(self, gradient: Tensor) -> Tensor:
+    def sum_over_holders(self, gradient: Tensor) -> Tensor:
+        """Of weight or bias, in place."""
         return sum_over(gradient.contiguous(), self.holders)
 
 

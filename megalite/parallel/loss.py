@@ -21,6 +21,7 @@ IGNORED = -100  # torch's and transformers' label for "does not count"
 LEAST_ROWS = 256  # of a chunk on a CPU
 LEAST_ROWS_OF_DEVICES = 2048  # GPUs need larger products
 IN_CACHE = 2**18  # logits that a CPU works on at a time: 1 MiB in fp32
+AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices do: 256 MiB in fp32
 PRODUCT_ROWS = 2048  # of the weight's gradient that a CPU makes at a time, where it must be added in another type
 
 
@@ -86,12 +87,12 @@ def _sum_of_losses(
     """For hidden [n, D] and labels [n]."""
     tokens, size = hidden.shape
     start, _ = share(vocabulary_size, axis)
-    largest_share = -(-vocabulary_size // axis.size)
+    columns = -(-vocabulary_size // axis.size)
     width = gradient_type(weight.dtype).itemsize
-    rows = chunk_rows(tokens, size, largest_share, width, hidden.device.type)
+    rows = chunk_rows(tokens, size, columns, width, hidden.device.type)
     gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    room = _Room(min(rows, tokens), weight, gradients.dtype, axis)
+    room = _Room(min(rows, tokens), columns, weight, gradients.dtype, axis)
     for first in range(0, tokens, rows):
         chunk, chunk_labels = hidden[first : first + rows], labels[first : first + rows]
         logits = room.logits(chunk, weight, bias)
@@ -114,15 +115,17 @@ def _sum_of_losses(
 
 
 class _Room:
-    """Memory for the logits of one chunk at a time, of at most `rows` rows.
+    """Memory for the logits of one chunk at a time, of at most `rows` rows; columns: of the largest rank.
 
     product: in the weight's type; raised: in the type of gradients, where that is another; wide: of `step` rows in
     fp32, where gradients are not in fp32.
     """
 
-    def __init__(self, rows: int, weight: Tensor, dtype: torch.dtype, axis: Axis) -> None:
+    def __init__(
+        self, rows: int, columns: int, weight: Tensor, dtype: torch.dtype, axis: Axis
+    ) -> None:
+        self.step = block_rows(rows, columns, axis.size, weight.device.type)
         columns = weight.shape[0]
-        self.step = _block_rows(rows, columns, weight.device, axis)
         self.product = weight.new_empty(rows, columns)
         self.raised = self.wide = None
         if dtype != weight.dtype:
@@ -144,12 +147,13 @@ class _Room:
         return block if self.wide is None else self.wide[: len(block)].copy_(block)
 
 
-def _block_rows(rows: int, columns: int, device: torch.device, axis: Axis) -> int:
-    """Rows of a chunk that are worked on at a time. A CPU makes several passes over what fits its cache; with a split
-    vocabulary each block would cost messages."""
-    if axis.size == 1 and device.type == "cpu":
-        rows = min(rows, IN_CACHE // columns)
-    return max(1, rows)
+def block_rows(rows: int, columns: int, ranks: int, device: str) -> int:
+    """Rows of a chunk of logits that are worked on at a time, in fp32. A CPU makes several passes over what fits its
+    cache. With a split vocabulary each block costs messages, so on a CPU a chunk is one block there. columns: as of
+    `chunk_rows`, so that all ranks cut the same blocks; ranks: of the axis."""
+    if device != "cpu":
+        return max(1, min(rows, AT_A_TIME_ON_DEVICES // columns))
+    return max(1, min(rows, IN_CACHE // columns) if ranks == 1 else rows)
 
 
 class _HeadLoss(torch.autograd.Function):

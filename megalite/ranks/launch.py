@@ -49,6 +49,7 @@ from megalite.ranks.signals import (
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
+TOLD = timedelta(seconds=60)  # between two lines about what is waited for
 HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
 MOST_RANKS = 2**17
 DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
@@ -263,7 +264,8 @@ def print_line(error: Exception) -> None:
             len(line) > _LINE_CHARACTERS
         ):  # a path or a value of thousands: what is said of it is at the end
             line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
-        print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone, a full disk: nobody hears it
+            print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
 
 
 def start_ranks(
@@ -389,7 +391,7 @@ def _agree(
     if store.add("checked", 1) == here.world_size:
         store.compare_set("verdict", "", _GOOD)
     try:
-        store.wait(["verdict"], WAIT)
+        _wait_for_verdict(store, here)
         verdict = store.get("verdict").decode()
     except dist.DistError:
         print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
@@ -427,6 +429,22 @@ def _compare_nodes(
         first = store.get(_PREPARED)
         if first and (found := differs(pickle.loads(first), prepared)) is not None:
             raise ConfigError(f"{socket.gethostname()}: {found}")
+
+
+def _wait_for_verdict(store: Any, here: Place) -> None:
+    """Until all ranks have come and what they were given is checked. Rank 0 says now and then what is missing."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + WAIT.total_seconds()
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return store.wait(["verdict"], min(TOLD, timedelta(seconds=left)))
+        except dist.DistStoreError:  # of the time; a store that is gone raises DistNetworkError
+            came, ready = store.add("came", 0), store.add("checked", 0)
+            if here.rank == 0:
+                line = f"{came} of {here.world_size} ranks have come, {ready} are ready"
+                print_line(RuntimeError(f"waiting for other ranks: {line}"))
+    store.wait(["verdict"], timedelta(seconds=1))
 
 
 def _set_environment(here: Place) -> None:

@@ -157,7 +157,10 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
     for path in sorted(folder.glob("step_*")):
         number = path.name.removeprefix("step_")
         if path.is_dir() and number.isdigit():
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            try:
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            except OSError:
+                continue  # the run has just removed it
             pointed = path.name == latest, path.name == best
             found.append(Checkpoint(path.name, size, *pointed))
     return found

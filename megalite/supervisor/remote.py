@@ -91,8 +91,10 @@ def _asked_for() -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), found.get("PYTHONPATH", "")]))
     named = os.environ.get(ENV_FILE)
     for path in [Path(named)] if named else USER_ENV_FILES:
-        if path.expanduser().is_file():
-            for number, line in enumerate(read_text(path.expanduser()).splitlines(), 1):
+        # Not Path.expanduser: that raises where a container's user has no home.
+        file = Path(os.path.expanduser(path))
+        if file.is_file():
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 name, equals, value = line.partition("=")
                 if equals:
                     found[name.strip()] = value.strip()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.ranks.launch import ArgumentParser, at_least, program_name
+from megalite.ranks.launch import ArgumentParser, at_least, positive, program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
+    STOP_SECONDS,
     THIS,
     Attempt,
     HostsLost,
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--restarts", type=at_least(0), default=0, metavar="N", help="starts after a failure (0)"
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=positive,
+        default=STOP_SECONDS,
+        metavar="S",
+        help=f"after a signal, until ranks that have not ended are killed ({STOP_SECONDS:.0f}): time for the step and "
+        "the last checkpoint",
     )
     parser.add_argument("--master_addr", help="an address of the first host that the others reach")
     parser.add_argument(
@@ -183,6 +192,7 @@ class Supervisor:
             self.options.hostfile is not None,
             self.options.ssh_port,
             self.options.master_addr,
+            self.options.grace_seconds,
         )
 
     def _fit(self, left: dict[str, int], why: str) -> tuple[dict[str, int], list[str]]:

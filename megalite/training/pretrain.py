@@ -32,8 +32,9 @@ from megalite.plan.balance import context_lines
 from megalite.plan.devices import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
+from megalite.plan.rank_memory import check_states
 from megalite.plan.states import told_lines
-from megalite.ranks.devices import be_deterministic
+from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
 from megalite.ranks.launch import (
     MOST_RANKS,
     ArgumentParser,
@@ -75,6 +76,8 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(
             options.deepspeed_config, options.overrides, place().world_size, thorough
         )
+        if thorough and (memory := gpu_memory_bytes()) is not None:
+            check_states(prepared.config, prepared.spec, memory)
         _make_run_dir(prepared.config)
         if place().rank == 0:
             take_lock(Path(prepared.config.train.run_dir))
@@ -306,6 +309,8 @@ def _write_config(config: Config) -> None:
 
 def _ended(config: Config, position: Position) -> str | None:
     """Why a run is over before a start's first step; None where it is not."""
+    if position.owes_evaluation and config.evaluates:
+        return None
     if position.step >= config.train.last_step:
         return f"already at step {position.step} of {config.train.last_step}"
     if position.best.is_stopped(config.train.early_stop):

@@ -11,6 +11,7 @@ from megalite.doctor.axes import exchange
 from megalite.parallel.grid import Grid
 from tests.launch.hosts import Cluster
 from tests.launch.starts import write_config
+from tests.programs import run_program
 from tests.ranks import REPOSITORY, run_ranks
 
 
@@ -47,7 +48,7 @@ def test_hosts_that_are_well(tmp_path: Path, cluster: Cluster) -> None:
 
 
 def test_a_mistake_is_one_line() -> None:
-    done = subprocess.run([sys.executable, "tools/doctor.py"], capture_output=True, text=True)
+    done = run_program("tools/doctor.py")
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1

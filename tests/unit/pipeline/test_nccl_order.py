@@ -78,7 +78,7 @@ def calls_of_training(
             engine = Engine(recorder.synchronize if timer else lambda: None)
             line = Pipeline(engine, pipe_axis(stages, rank, back), plan, (1,), torch.float32)
             line.train_step([BATCH] * micro_batches, 1.0)
-            line.evaluate([BATCH] * (micro_batches + 1))
+            line.evaluate(micro_batches + 1, lambda number: BATCH)
             line.train_step([BATCH] * (2 * micro_batches), 1.0)
         result.append(recorder.calls)
     return result

@@ -81,12 +81,14 @@ def test_libraries_are_told_what_the_user_has_not_said() -> None:
     alone = library_settings({}, on_gpu=True, interface="lo")
     assert alone["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "NCCL_SOCKET_IFNAME" not in alone and "TORCHDYNAMO_DISABLE" not in alone
+    assert alone["TORCH_NCCL_HIGH_PRIORITY"] == "1"
     several = library_settings({}, on_gpu=True, interface="eth1")
     assert (several["GLOO_SOCKET_IFNAME"], several["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
     users = {
         "NCCL_SOCKET_IFNAME": "ib0",
         "PYTORCH_CUDA_ALLOC_CONF": "x",
         "GLOO_SOCKET_IFNAME": "eth0",
+        "TORCH_NCCL_HIGH_PRIORITY": "0",
     }
     left = library_settings(users, on_gpu=True, interface="eth0")
     assert set(left) == {"TORCH_GLOO_LAZY_INIT", "TORCH_FR_BUFFER_SIZE"}

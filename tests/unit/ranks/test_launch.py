@@ -4,11 +4,31 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from megalite.errors import ConfigError
+from megalite.ranks import launch
 from megalite.ranks.launch import ArgumentParser, Place, at_least, place
+
+
+def test_missing_ranks_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.add("came", 1)
+    monkeypatch.setattr(launch, "TOLD", timedelta(seconds=0.2))
+    monkeypatch.setattr(launch, "WAIT", timedelta(seconds=0.9))
+    with pytest.raises(dist.DistStoreError):
+        launch._wait_for_verdict(store, Place(0, 2, 0, 2))
+    line = "waiting for other ranks: 1 of 2 ranks have come, 0 are ready"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 3 and all(told.endswith(f": {line}") for told in said)
+    store.set("verdict", "0")
+    launch._wait_for_verdict(store, Place(0, 2, 0, 2))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

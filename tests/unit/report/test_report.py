@@ -155,6 +155,23 @@ def test_anything_but_one_file_may_be_missing(tmp_path: Path, missing: str) -> N
     assert "<section>" in (run / "report.html").read_text()
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    own = Path.rglob
+
+    def gone(self: Path, pattern: str) -> Any:
+        if self.name == "step_00000001":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return own(self, pattern)
+
+    monkeypatch.setattr(Path, "rglob", gone)
+    assert [found.step for found in read_run(tmp_path).checkpoints] == [2]
+
+
 def test_what_is_no_run_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match="must be a run folder"):
         main([str(tmp_path)])

@@ -5,12 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from megalite.errors import ConfigError
 from megalite.ranks.signals import command_of, killed_ranks, leave_word
+from megalite.supervisor import attempt
 from megalite.supervisor.attempt import Attempt, Signals, name_of_run
 from megalite.supervisor.attempt import Program as AttemptProgram
 from megalite.supervisor.fewer import ProgramConfig
@@ -125,6 +130,13 @@ def test_variables_are_those_of_libraries_and_of_deepspeeds_file(
     assert "SECRET" not in found and found["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
 
 
+def test_a_user_without_a_home_has_no_file_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError("uid not found")))
+    assert "PYTHONPATH" in variables({})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sent"),
     [
@@ -183,6 +195,69 @@ def test_no_two_starts_share_a_name() -> None:
     program, run = AttemptProgram([], [], False, None, None), name_of_run()
     names = {Attempt(program, {}, run, Signals()).name for _ in range(3)}
     assert len(names) == 3 and all(name.startswith(f"{run}-") for name in names)
+
+
+class Clock:
+    """A clock that only waiting moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(attempt, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def attempt_of(ranks: int, **keys: Any) -> Attempt:
+    """One whose ranks all run."""
+    program = AttemptProgram([], [], False, None, None, **keys)
+    made = Attempt(program, {"localhost": ranks}, name_of_run(), Signals())
+    made.running = dict.fromkeys(range(ranks), mock.Mock())
+    return made
+
+
+@pytest.mark.parametrize("grace", [120.0, 7.0])
+def test_the_time_after_a_signal_is_given_once(
+    monkeypatch: pytest.MonkeyPatch, grace: float
+) -> None:
+    """`deepspeed` itself ends a little before it is over, and its ranks do not."""
+    clock, deepspeed = Clock(monkeypatch), mock.Mock()
+    made = attempt_of(2, grace_seconds=grace)
+    made.stopped_at = clock.now
+    deepspeed.poll.return_value = None
+    clock.now += grace - 3
+    assert not made._is_over(deepspeed)
+    deepspeed.poll.return_value = 1
+    assert not made._is_over(deepspeed)
+    clock.now += 2.5
+    assert not made._is_over(deepspeed) and made.orphaned
+    clock.now += 1
+    assert made._is_over(deepspeed)
+
+
+def test_a_remote_shell_that_stays_does_not_keep_a_run_that_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, shell = Clock(monkeypatch), mock.Mock()
+    shell.poll.return_value = None
+    made = attempt_of(2)
+    made._down(0, "0")
+    made._down(1, "0")
+    clock.now += 29
+    assert not made._is_over(shell)
+    clock.now += 2
+    assert made._is_over(shell)
+    assert made._outcome(None, {}).code == 0
+
+
+def test_all_guards_are_let_go_within_one_limit(tmp_path: Path) -> None:
+    """Ones that do not listen, as connections to hosts that are out of reach."""
+    made = attempt_of(0)
+    begin = time.monotonic()
+    with mock.patch.object(attempt, "python_module", lambda *words: ["sleep", "60"]):
+        made.guards = [
+            attempt.HostGuard(attempt.THIS, "x", None, tmp_path / "said") for _ in range(5)
+        ]
+    made._let_go()
+    assert time.monotonic() - begin < 3
+    assert all(guard.process.poll() is not None for guard in made.guards)
 
 
 def test_the_guard_does_not_see_other_users_processes() -> None:

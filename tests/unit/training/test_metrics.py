@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalite.data.position import Position
 from megalite.training.metrics import MetricsFile, perplexity
 from tests.small_disk import Disk
 
@@ -36,17 +37,43 @@ def test_what_is_not_finite_is_null_in_a_row(tmp_path: Path) -> None:
             "valid_loss": loss,
             "valid_perplexity": perplexity(loss),
             "valid_losses": {"a": loss},
+            "interval": [loss, 1.0],
         }
         metrics.write(row)
     metrics.close()
-    nothing = {"step": 1, "valid_loss": None, "valid_perplexity": None, "valid_losses": {"a": None}}
+    nothing = {
+        "step": 1,
+        "valid_loss": None,
+        "valid_perplexity": None,
+        "valid_losses": {"a": None},
+        "interval": [None, 1.0],
+    }
     large = {
         "step": 1,
         "valid_loss": 800.0,
         "valid_perplexity": sys.float_info.max,
         "valid_losses": {"a": 800.0},
+        "interval": [800.0, 1.0],
     }
     assert strict_rows(tmp_path / "metrics.jsonl") == [nothing, nothing, large]
+
+
+def test_an_evaluation_that_is_owed_has_one_row(tmp_path: Path) -> None:
+    """A start that was killed has made it, and not saved that."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "valid_loss": 1.0}\n{"step": 2, "loss": 3.0}\n{"step": 2, "valid_loss": 2.0}\n'
+    )
+    MetricsFile(tmp_path, 2, False, print).close()
+    assert len(strict_rows(path)) == 3
+    metrics = MetricsFile(tmp_path, 2, False, print, evaluates_first=True)
+    assert strict_rows(path) == [{"step": 1, "valid_loss": 1.0}, {"step": 2, "loss": 3.0}]
+    metrics.evaluated({"step": 2, "valid_loss": 2.5})
+    metrics.went_back(Position(step=2, owes_evaluation=True))
+    metrics.evaluated({"step": 2, "valid_loss": 2.5})
+    metrics.close()
+    assert [row["step"] for row in strict_rows(path) if "valid_loss" in row] == [1, 2]
+    assert metrics.best == {"step": 1, "valid_loss": 1.0}
 
 
 def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, disk: Disk) -> None:
@@ -59,11 +86,11 @@ def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, di
     disk.room = 0
     metrics = MetricsFile(tmp_path, 4, False, print)
     assert [row["step"] for row in strict_rows(path)] == [1, 2, 3, 4]
-    metrics.go_back(2)
+    metrics.went_back(Position(step=2))
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
     disk.room = None
     path.write_text(
-        '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+        '{"step": 1}\n{"st\n[7]\n8\n{"step": 2}\n{"step": 3}\n'
     )  # torn in the middle, not by us
     MetricsFile(tmp_path, 2, False, print).close()
     assert [row["step"] for row in strict_rows(path)] == [1, 2]

@@ -1,19 +1,23 @@
 """What is shown and sent of a run, without ranks: the terminal, trackers, prompts, the split of a step."""
 
+import errno
 import io
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 
 from megalite.data.position import Position
 from megalite.errors import ConfigError, TrainingError
 from megalite.parallel.timeline import Span
+from megalite.training import trackers as room_of_trackers
 from megalite.training.groups import grouped
 from megalite.training.loop import Run
 from megalite.training.metrics import MetricsFile
@@ -52,6 +56,31 @@ def test_a_terminal_of_60_columns_shows_step_bar_and_memory(width: int) -> None:
     assert len(HEADER) <= 60 and text.count(HEADER) == 1 and "validation, perplexity 4.48" in text
     kept = [step for step in range(1, 101) if f"{step:>9}    2.3457" in text]
     assert kept == [1, 50, 100]
+
+
+class Closed(io.StringIO):
+    """A terminal that can be closed."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Closed()
+    screen = Screen(9, 0, 1, Console(file=terminal, force_terminal=True, width=80))
+    screen.after_step(row(1))
+    terminal.gone = True
+    screen.after_step(row(2))
+    screen.evaluated({"step": 2, "valid_loss": 2.0, "valid_perplexity": 7.4})
+    screen.note("a word")
+    screen.after_step(row(3))
+    screen.close()
+    said = capsys.readouterr().out
+    assert "step 2  valid loss 2.0000" in said and "a word" in said and "step 3/9" in said
 
 
 def test_a_skipped_step_stays_in_the_table() -> None:
@@ -101,7 +130,7 @@ def test_a_run_says_at_its_end_what_came_of_it(tmp_path: Path) -> None:
     told.clear()
     summary.ended(Position(step=3), "error: loss is nan")
     assert told == []
-    metrics.go_back(1)
+    metrics.went_back(Position(step=1))
     assert metrics.best is not None and metrics.best["step"] == 1
 
 
@@ -129,8 +158,19 @@ def test_any_error_that_ends_a_run_is_the_reason(error: Exception, reason: str) 
     nothing.watchers = [watcher]
     with pytest.raises(type(error)):
         Run.train(nothing)
+    assert nothing._finish_earlier.called == isinstance(error, TrainingError)
     assert watcher.reason.startswith(reason) and "\n" not in watcher.reason
     assert len(watcher.reason) <= len("error: RuntimeError: ") + 300
+
+
+def test_a_save_in_progress_has_a_time_of_its_own_when_the_run_fails() -> None:
+    """Not what is left of the step's."""
+    run = mock.MagicMock()
+    run.config.train.limits.checkpoint_seconds = 7.0
+    run.checkpoints.finish.side_effect = dist.DistBackendError("a peer is gone")
+    run.watchdog.watching.return_value.__exit__.return_value = False
+    Run._finish_earlier(run)
+    run.watchdog.watching.assert_called_once_with("the checkpoint before the fault", 7.0)
 
 
 def test_figures_are_grouped() -> None:
@@ -176,6 +216,24 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_continues(tmp_path: Path) 
         "megalite.train.trackers: failing: left out from here on: ConnectionError: no route to host"
     )
     assert told == [line]
+
+
+class Stuck(Failing):
+    """A tracker whose server is away at the end."""
+
+    def finish(self) -> None:
+        time.sleep(0.5)
+
+
+def test_a_tracker_that_waits_at_the_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(room_of_trackers, "TOLD_SECONDS", 0.1)
+    with mock.patch.dict(LOGGER_TYPE_TO_CLASS, {"stuck": Stuck}):
+        Trackers(["stuck"], tmp_path, {}, told.append).close()
+    (line,) = told
+    assert line.startswith("megalite.train.trackers: stuck: has been ending its run for 0.1 s; ")
 
 
 def test_trackers_are_checked_before_a_run() -> None:
