@@ -222,7 +222,7 @@ class PartIndex(Index):
                 end += count
             if end != math.prod(slice_shape):
                 raise CheckpointError(
-                    f"{name}: {end} elements of {math.prod(slice_shape)} stored of a slice: must be each once"
+                    f"{name}: {end} of {math.prod(slice_shape)} elements of a slice stored: each must be stored once"
                 )
 
 

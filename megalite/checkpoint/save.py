@@ -318,7 +318,7 @@ class Saver:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
+                self.told.append(f"{path}: damaged and skipped: is now {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
                 self.told.append(

@@ -113,7 +113,7 @@ def _check_prefix(data: Data) -> None:
         return
     with_prefix = 'with megalite.data.objective "prefix"'
     if data.loss != "marked":
-        rule = f'must be "marked" {with_prefix}: prompts are what is before the marked tokens'
+        rule = f'must be "marked" {with_prefix}: a prompt is the tokens before the marked ones'
         raise broken("megalite.data.loss", data.loss, rule)
     if data.samples == "windows":
         rule = f'must be "packed" or "padded" {with_prefix}, which is of whole documents'
@@ -158,7 +158,7 @@ def check_objective(data: Data, dims: ModelDims) -> None:
         return
     if dims.causal and isinstance(data.objective, Masked):
         value = data.objective.model_dump(exclude_none=True)
-        rule = f"needs an encoder, such as bert: a {dims.family} model sees only the tokens before each"
+        rule = f"needs an encoder, such as bert: a {dims.family} model sees only earlier tokens"
         raise broken("megalite.data.objective", value, rule)
     if not dims.causal and isinstance(data.objective, str):
         rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees all tokens'

@@ -93,7 +93,7 @@ class TrainData:
             if words is None or not isinstance(samples, Windows) or samples.num_samples == 1:
                 continue
             share = words.cut(*samples.edges(_EDGES)).mean()
-            told = "of the windows begin within a word, whose two parts are masked apart"
+            told = "of the windows begin within a word, whose two parts are masked separately"
             lines.append(f"data: {path}: about {share:.0%} {told}")
         return lines
 

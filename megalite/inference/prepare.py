@@ -110,7 +110,7 @@ def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = F
         model = f"a {spec.family} model is an encoder-decoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
     if spec.classifier is not None:
-        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a model of language")
+        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a language model")
     if not spec.causal:
         model = f"a {spec.family} model is an encoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
