@@ -101,6 +101,7 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
         "gradient_accumulation_steps": accumulation,
         "data axis": data,
     }
+    # The batch is given: the others must make it, or the one that is missing follows from it.
     factor, names = 1, []
     for name, value in given.items():
         if value is not None:

@@ -74,6 +74,7 @@ class BatchReader:
         documents = np.zeros(shape, np.int32) if self.apart else None
         prefixes = np.zeros(shape, bool) if self.prefixed else None
         fill = self._fill_whole if self.whole else self._fill_window
+        # By corpus: the samples of one are looked up together.
         for number in np.unique(corpora).tolist():
             stream, rows = streams[number], np.flatnonzero(corpora == number)
             for corpus in (stream.samples.corpus, stream.marks):
