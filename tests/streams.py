@@ -54,6 +54,7 @@ class Stream:
 
     def synchronize(self) -> None:
         self.streams.host_waits["stream"] += 1
+        self.streams.log.append(("waits", self.streams.step, self))
 
 
 class Event:

@@ -48,7 +48,8 @@ def squares_of(values: Sequence[Tensor]) -> Tensor:
 
 def fused_squares_of(values: Sequence[Tensor]) -> Tensor:
     """As `squares_of`, on any device."""
-    return torch.stack(torch._foreach_norm(list(values), 2, dtype=torch.float64)).square()
+    norms = torch._foreach_norm(list(values), 2, dtype=torch.float64)  # type: ignore[attr-defined]
+    return torch.stack(norms).square()
 
 
 ONE = Sizes()

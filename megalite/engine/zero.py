@@ -198,8 +198,9 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         if not self.overlap_comm or accelerator.resolves_data_dependency():
             yield
             return
-        wait_for(self.reduction_stream)
-        self.reduction_stream.wait_stream(accelerator.current_stream())
+        stream: Any = self.reduction_stream
+        wait_for(stream)
+        stream.wait_stream(accelerator.current_stream())
         with accelerator_with(synchronize=lambda *args: None):
             yield
 

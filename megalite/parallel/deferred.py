@@ -10,7 +10,6 @@ torch.distributed.pipelining writes `weight.grad` by hand, past all hooks (pytor
 with it. Next: layers.py.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -154,13 +153,12 @@ class _Linears(torch.autograd.Function):
         for number, finish in enumerate(ctx.finishes):
             for kind, value in ("weight", ctx.weights[number]), ("bias", ctx.biases[number]):
                 if value is not None:
-                    make = functools.partial(products.take, kind, number)
-                    ctx.waiting.add(value, functools.partial(_finished, make, finish))
+                    ctx.waiting.add(value, _maker(products, kind, number, finish))
         return given, *[None] * 5
 
 
-def _finished(make: Make, finish: Finish) -> Tensor:
-    return finish(make())
+def _maker(products: _Products, kind: str, number: int, finish: Finish) -> Make:
+    return lambda: finish(products.take(kind, number))
 
 
 class _Embedding(torch.autograd.Function):

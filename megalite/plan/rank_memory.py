@@ -174,6 +174,9 @@ class MemoryTable:
 
 def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> None:
     """ConfigError where weights, gradients and optimizer state of a rank alone are more than its device has."""
+    weights = config.zero.offload_param
+    if weights is not None and weights.device != "none":
+        return
     plan, sizes = plan_of(config, spec), SizesByPlace()
     for pipe_rank in range(plan.pipe):
         place = place_of(config, (pipe_rank + 1) * config.world_size // plan.pipe - 1)

@@ -14,6 +14,7 @@ from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
+from megalite.parallel.deferred import _Products
 from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.actions import Pipeline, _TrainingStep
 from megalite.pipeline.cut import ModelCosts
@@ -78,6 +79,9 @@ class Meter:
             for _, make in waiting._makers:
                 cells = [cell.cell_contents for cell in make.__closure__ or ()]
                 tensors += [value for value in cells if isinstance(value, Tensor)]
+                for products in cells:
+                    if isinstance(products, _Products):
+                        tensors += [*products.slopes, products.rows]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self.most = max(
             self.most, sum(size for at, size in storages.items() if at not in self.parameters)

@@ -40,6 +40,9 @@ def test_offloaded_states_are_not_the_gpus() -> None:
     with pytest.raises(ConfigError, match="GiB for weights: a GPU here has"):
         check_states(config, spec, held.weights - 1)
 
+    config = resolved("zero3_offload", 2)  # weights too
+    check_states(config, read_spec(config.model), 0)
+
 
 def test_a_run_on_gpus_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolved("tiny_cpu", 8)

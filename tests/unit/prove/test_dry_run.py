@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.config import Config, load_config
+from megalite.config import Config, check_model, load_config
 from megalite.model.compiled import compile_pieces
 from megalite.model.families import read_spec
 from megalite.parallel import exchange, rows
@@ -59,12 +59,26 @@ def test_shipped_configs_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_cpu.json", "data_parallel.json", "bert.json", "fp16.json", "t5.json"]
+    "name",
+    [
+        "tiny_cpu.json",
+        "data_parallel.json",
+        "modernbert.json",
+        "topics.json",
+        "fp16.json",
+        "t5.json",
+    ],
 )
 def test_messages_of_shipped_configs_match(name: str) -> None:
     config = shipped(name)
     found = match(calls_of_all(shrunken(config)))
     assert found["collectives"] > 0 and (found["messages"] > 0) == (config.parallel.pipe > 1)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_shipped_configs_can_be_shrunken(name: str) -> None:
+    config = shrunken(shipped(name))
+    check_model(config, read_spec(config.model))
 
 
 @pytest.mark.long
