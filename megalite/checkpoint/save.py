@@ -272,12 +272,12 @@ class Saver:
     def _make_room(self, needed: int) -> None:
         """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many
         as it takes; the newest that is known to be whole and the best stay in any case."""
-        standing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
-        if not self.keep or self.good_step is None or self.good_step not in standing:
+        existing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
+        if not self.keep or self.good_step is None or self.good_step not in existing:
             return
         missing, doomed = needed - shutil.disk_usage(self.folder).free, list[Path]()
         best = named_best(self.folder.parent)
-        for step, path in standing.items():
+        for step, path in existing.items():
             if missing > 0 and step < self.good_step and path.name != best:
                 doomed.append(path)
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

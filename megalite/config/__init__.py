@@ -211,6 +211,12 @@ class Config:
         return self.zero.stage
 
     @property
+    def evaluates(self) -> bool:
+        """Whether a run makes evaluations: of validation data, or of prompts that are continued."""
+        shown = bool(self.data.valid or self.train.sample_prompts)
+        return shown and self.train.eval_interval > 0
+
+    @property
     def swap_folder(self) -> str | None:
         """Where masters and moments lie in files between steps; None where they stay in memory."""
         offload = self.zero.offload_optimizer

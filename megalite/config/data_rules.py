@@ -53,10 +53,8 @@ def check_data_keys(data: Data) -> None:
                     source.split,
                     "must be [from, to] with from < to",
                 )
-    least, total = (
-        min(source.weight for source in data.train),
-        sum(source.weight for source in data.train),
-    )
+    least = min(source.weight for source in data.train)
+    total = sum(source.weight for source in data.train)
     if least < LEAST_SHARE * total:
         i = next(i for i, source in enumerate(data.train) if source.weight == least)
         rule = f"must be at least {LEAST_SHARE:g} of the sum of weights {total:g}"

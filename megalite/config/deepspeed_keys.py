@@ -1,7 +1,7 @@
 """DeepSpeed's keys that megalite takes, with their types and ranges, and those that it refuses, with why.
 
 DeepSpeed itself lets an unknown top-level key pass in silence, so every key that DeepSpeed 0.19.8 reads
-is here, as a field or as a refusal. `tests/unit/test_config.py` compares the sections with those of the
+is here, as a field or as a refusal. `tests/unit/config/test_config.py` compares the sections with those of the
 installed package that have types; DeepSpeed is not imported here, for the sake of a quick start. A field left out keeps
 DeepSpeed's default, but for those that `rules.py` always writes.
 """

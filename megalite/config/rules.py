@@ -122,10 +122,8 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
 
 def check_document(document: Document) -> None:
     """Every rule between keys that needs neither the world size nor the model."""
-    megalite, zero = (
-        document.megalite,
-        document.zero_optimization or ZeroOptimization.model_validate({}),
-    )
+    megalite = document.megalite
+    zero = document.zero_optimization or ZeroOptimization.model_validate({})
     all_of(
         lambda: check_data_keys(megalite.data),
         lambda: check_classifier(megalite),

@@ -271,7 +271,8 @@ class Train(Section):
     compile: bool = Field(
         False,
         description="Have torch.compile make one kernel each of rotary turns and of a gated MLP's product, forward and "
-        "backward; each rank compiles at its first step, which takes a C++ compiler. Results differ by rounding.",
+        "backward, and on GPUs of dropout's masks; each rank compiles at its first step, which takes a C++ compiler. "
+        "Results differ by rounding.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,

@@ -110,14 +110,12 @@ def documents(
     for number in numbers:
         ids = corpus.document(number)
         yield f"  document {number}, {len(ids):,} tokens:"
-        text = (
-            tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)[:width]
-            if tokenizer
-            else None
-        )
-        yield "    " + (
-            repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist()))
-        )
+        if tokenizer is None:
+            shown = " ".join(map(str, ids[: width // 4].tolist()))
+        else:
+            text = tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)
+            shown = repr(text[:width])
+        yield f"    {shown}"
 
 
 def marked_documents(

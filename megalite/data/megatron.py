@@ -32,18 +32,16 @@ class MegatronSamples:
     ) -> None:
         """`sequences` of the corpus, for `samples` samples. Raises DataError where they hold no token."""
         self.corpus = corpus
-        sizes = np.array(
-            corpus.sizes[sequences.start : sequences.stop]
-        )  # aligned, unlike the file's
+        # Aligned, unlike the file's.
+        sizes = np.array(corpus.sizes[sequences.start : sequences.stop])
         epoch_tokens = int(sizes.sum(dtype=np.int64))
         if epoch_tokens == 0:
             raise DataError(
                 f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} hold no token"
             )
         epochs = -(-(samples * sequence_length + 1) // epoch_tokens)
-        before_last = (
-            (epochs - 1) * epoch_tokens - 1
-        ) // sequence_length  # samples of all epochs but the last
+        # Samples of all epochs but the last.
+        before_last = ((epochs - 1) * epoch_tokens - 1) // sequence_length
         least = int(_LEAST_LAST_EPOCH * ((epoch_tokens - 1) // sequence_length))
         apart = epochs > 1 and samples - before_last < least
         self.num_samples = (epochs * epoch_tokens - 1) // sequence_length
@@ -101,9 +99,8 @@ class SampleIndex:
             .sum(axis=1, dtype=np.int64)
             for start in range(0, whole, _CHUNK)
         ]
-        self._ends = np.cumsum(
-            np.concatenate([np.zeros(1, np.int64), *sums])
-        )  # tokens before each 64th document
+        # Tokens before each 64th document.
+        self._ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sums]))
 
     def begins(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in `documents`, token in that document), int64 [B] each, of samples [B]."""

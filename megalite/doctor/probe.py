@@ -22,9 +22,8 @@ import megalite
 from megalite.doctor.gpus import facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-HASHED_BYTES = (
-    2**20
-)  # of a file's beginning; with its size and time that tells one file from another
+# Of a file's beginning; with its size and time that tells one file from another.
+HASHED_BYTES = 2**20
 
 
 def probe(wanted: dict[str, Any]) -> dict[str, Any]:

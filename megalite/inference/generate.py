@@ -238,9 +238,10 @@ class _Batch:
         self.tensor_axis, self.device = generator.grid.tensor, generator.device
         self.max_new_tokens = max_new_tokens
         longest = max(len(text.prompt) for text in texts)
+        # [B]
         self.padding = torch.tensor(
             [longest - len(text.prompt) for text in texts], device=self.device
-        )  # [B]
+        )
         rows = [[0] * (longest - len(text.prompt)) + text.prompt for text in texts]
         self.start_id, self.source = self.stage.spec.start_id, 0
         capacity = longest + max_new_tokens

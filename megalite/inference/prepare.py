@@ -76,11 +76,10 @@ def prepare_model(
     sections: tuple[str, ...] = (),
     whole_samples: bool = False,
 ) -> Prepared:
-    """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
+    """Checks the arguments against weights and world, without a rank. sections: of `megalite` that overrides may
     name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
-    folder = resolve_weights(
-        best_checkpoint(options.checkpoint) if options.best else options.checkpoint
-    )
+    path = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
+    folder = resolve_weights(path)
     weights = open_weights(folder)
     spec = read_spec(weights.model)
     document = apply_overrides({"megalite": {"parallel": {}}}, options.overrides)
@@ -138,6 +137,15 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     stage = stage.to(device=device, dtype=getattr(torch, dtype))
     set_router_bias(stage, prepared.state, torch.device(device))
     return stage, grid
+
+
+def told_by_rank_0(value: Any) -> Any:
+    """What rank 0 has, on every rank (collective)."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:

@@ -220,6 +220,11 @@ class TransformerSpec:
         """Standard deviation that a matrix with so many inputs starts from."""
         return self.init_std / math.sqrt(inputs) if self.fan_in_init else self.init_std
 
+    def scaled_by_depth(self, std: float) -> float:
+        """Of a matrix that writes to the residual stream: with `depth_scaled_init` std / sqrt(2·layers), GPT-2 (Radford
+        et al. 2019, section 2.3)."""
+        return std / math.sqrt(2 * self.num_layers) if self.depth_scaled_init else std
+
     def window(self, layer: int) -> int | None:
         """Positions that a token of the layer sees, None for all."""
         return self.windows[layer] if self.windows else None

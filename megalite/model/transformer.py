@@ -117,8 +117,7 @@ class Block(nn.Module):
             return added
         if context.randomness is None or self.spec.hidden_dropout == 0:
             return added
-        length = added.shape[1] * (self.split.axis.size if self.split.divides else 1)
-        rows = context.row_numbers(self.split.rows(length), added.device)
+        rows = context.row_numbers(self.split.rows(self.split.length(added)), added.device)
         place = f"layers.{self.layer}.{part}.output"
         return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
 
@@ -341,11 +340,9 @@ class Stage(nn.Module):
         self.cut = cut or Cut((0,), (range(spec.num_layers),))
         self.chunks = nn.ModuleDict()
         for number in self.cut.chunks_of(grid.pipe.rank):
-            first, last, layers = (
-                number == 0,
-                number == self.cut.last_chunk,
-                self.cut.layers[number],
-            )
+            first = number == 0
+            last = number == self.cut.last_chunk
+            layers = self.cut.layers[number]
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
             others: Any = next(iter(self.chunks.values()), None)
             tables = None if others is None else others.tables
@@ -369,12 +366,9 @@ class Stage(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """Of the product with the output embedding, or with a classifier's labels; empty where the head is on another
         rank."""
-        head = self.head
-        return (
-            []
-            if head is None
-            else [value for value in (head.weight, head.bias) if value is not None]
-        )
+        if self.head is None:
+            return []
+        return [value for value in (self.head.weight, self.head.bias) if value is not None]
 
     @property
     def score_shape(self) -> tuple[int, ...]:

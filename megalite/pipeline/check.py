@@ -17,6 +17,9 @@ from megalite.pipeline.program import Action, Kind, Program, Value
 Cost = Callable[[Kind, int], float]
 """Time of an action of a kind on a chunk, in any unit."""
 
+_CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
+"""By an action's kind, the change of how many micro-batches are kept between F and B or I, and between I and W."""
+
 
 class ProgramError(MegaliteError):
     """A program that must not run."""
@@ -161,11 +164,11 @@ class _Player:
         self.busy[rank] += length
         value = self.program.gives(action)
         if value is not None:
-            self.arrives[value] = self.clock[rank] + (
-                self.hop if self.program.crosses(value) else 0.0
-            )
-        self.held[rank] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
-        self.waiting[rank] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
+            hop = self.hop if self.program.crosses(value) else 0.0
+            self.arrives[value] = self.clock[rank] + hop
+        held, waits = _CHANGES[action.kind]
+        self.held[rank] += held
+        self.waiting[rank] += waits
         self.most_held[rank] = max(self.most_held[rank], self.held[rank])
         self.most_waiting[rank] = max(self.most_waiting[rank], self.waiting[rank])
         self.done[rank] += 1
@@ -205,7 +208,3 @@ def most_bytes(
         if kind in "BW":
             through.add(chunk)
     return most
-
-
-_CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
-"""Of what an action changes: micro-batches that are held between F and B or I, and between I and W."""

@@ -76,25 +76,24 @@ class Lengths:
     def of(self, cost: Cost, hop: float = 0.0) -> float:
         """Length of a step; hop: time of a message between ranks."""
         table = [[cost(kind, chunk) for chunk in range(self.chunks)] for kind in KINDS]  # type: ignore[arg-type]
-        ends = [0.0] * (len(self._kinds) + 1)  # the last one for "nothing before"
+        ends = self._ends(table, hop)
+        return max(ends[number] for number in self._last)
+
+    def _ends(self, table: list[list[float]], hop: float) -> list[float]:
+        """When each action ends, for costs [kind][chunk]; one more 0 at the end, for "nothing before"."""
+        ends = [0.0] * (len(self._kinds) + 1)
         rows = zip(
             self._kinds, self._chunks, self._before, self._source, self._message, strict=True
         )
         for number, (kind, chunk, before, source, message) in enumerate(rows):
             start, ready = ends[before], ends[source] + hop if message else ends[source]
             ends[number] = (start if start > ready else ready) + table[kind][chunk]
-        return max(ends[number] for number in self._last)
+        return ends
 
     def path(self, table: np.ndarray, hop: float = 0.0) -> tuple[np.ndarray, int]:
         """The longest chain of actions that wait for each other, for costs [kind, chunk]: how many of each there are
         [kind, chunk], and how many messages between ranks. Whatever other costs are, a step takes no less than it."""
-        ends, costs = [0.0] * (len(self._kinds) + 1), table.tolist()
-        rows = zip(
-            self._kinds, self._chunks, self._before, self._source, self._message, strict=True
-        )
-        for number, (kind, chunk, before, source, message) in enumerate(rows):
-            start, ready = ends[before], ends[source] + hop if message else ends[source]
-            ends[number] = (start if start > ready else ready) + costs[kind][chunk]
+        ends = self._ends(table.tolist(), hop)
         counts, hops = np.zeros((len(KINDS), self.chunks)), 0
         number = max(self._last, key=lambda number: ends[number])
         while number >= 0:

@@ -14,7 +14,7 @@ length, whatever the costs:
 
 Of 1F1B with m > p the second, for all ranks together, is least where all T_r are equal: (m + p - 1) ΣT / p, the
 formula of an even cut. For the others the first is taken for all ranks together. Layers are whole, and the head is on
-one rank. tests/unit/test_plan.py holds both bounds against every layout of small worlds.
+one rank. tests/unit/plan/test_plan.py holds both bounds against every layout of small worlds.
 Next: search.py.
 """
 

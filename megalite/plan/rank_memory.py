@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megalite.config import Config
+from megalite.errors import ConfigError
 from megalite.model.chunks import Cut
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.plan import PipelinePlan, plan_of
 from megalite.pipeline.steps import AHEAD
 from megalite.plan.activations import Forward
-from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
+from megalite.plan.devices import FRAGMENTS, GIB, OVERHEAD_BYTES, Device
 from megalite.plan.gradients import FP32, Moment, Reduction
 from megalite.plan.kept import parts_of
 from megalite.plan.states import (
@@ -217,6 +218,28 @@ class MemoryTable:
         if self.device is None or self.device.cores:
             return 0
         return int(OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes)
+
+
+def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> None:
+    """ConfigError where weights, gradients and optimizer state of a rank alone are more than its device has."""
+    weights = config.zero.offload_param
+    if weights is not None and weights.device != "none":
+        return
+    plan, sizes = plan_of(config, spec), SizesByPlace()
+    for pipe_rank in range(plan.pipe):
+        place = place_of(config, (pipe_rank + 1) * config.world_size // plan.pipe - 1)
+        states = predicted_states(config, sizes.of(config, spec, plan, pipe_rank), place)
+        needed, what = states.weights, "weights"
+        if not offloads(config):
+            needed += states.gradients + states.optimizer
+            what += ", gradients and optimizer state"
+        if needed > memory_bytes:
+            rule = (
+                f"a GPU here has {memory_bytes / GIB:.1f} (megalite plan finds a layout that fits)"
+            )
+            raise ConfigError(
+                f"world size: {config.world_size}: rank {place.rank} needs {needed / GIB:.1f} GiB for {what}: {rule}"
+            )
 
 
 def _held(sizes: Sizes, expert: int) -> Held:

@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     """Writes the page of one or several run folders. DataError where one is none; OSError."""
     content = page([read_run(path) for path in runs], output.parent)
     part = output.with_name(f".{output.name}.part")
-    part.write_text(content, encoding="utf-8")
+    part.write_text(content, encoding="utf-8", errors="backslashreplace")
     part.replace(output)
 
 

@@ -45,9 +45,8 @@ class Guard:
         # An earlier start of the same run may have left ranks here while the host was out of reach.
         _kill(str(self.folder).rpartition("-")[0])
         try:
-            with contextlib.suppress(
-                FileExistsError
-            ):  # another guard on this host may have made it
+            # Another guard on this host may have made it.
+            with contextlib.suppress(FileExistsError):
                 self.folder.mkdir(mode=0o700)
             self.inside = private_folder(str(self.folder))
         except OSError as error:
@@ -58,9 +57,8 @@ class Guard:
             self._look()
         _kill(str(self.folder))
         self._look()
-        for name in sorted(
-            os.listdir(self.inside)
-        ):  # of ranks that came and went between two looks
+        # Of ranks that came and went between two looks.
+        for name in sorted(os.listdir(self.inside)):
             if name.startswith("rank_"):
                 self._tell(name.removeprefix("rank_"))
         for name in os.listdir(self.inside):
@@ -133,9 +131,8 @@ class Guard:
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
             word = NO_WORD
-            with contextlib.suppress(
-                OSError
-            ):  # another guard on this host may have told and removed it
+            # Another guard on this host may have told and removed it.
+            with contextlib.suppress(OSError):
                 file = os.open(f"rank_{rank}", os.O_RDONLY, dir_fd=self.inside)
                 word = os.read(file, WORD_BYTES).decode(errors="replace") or NO_WORD
                 os.close(file)

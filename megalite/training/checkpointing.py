@@ -50,10 +50,8 @@ class Checkpoints(Watcher):
         row |= self.saver.taken_figures()
 
     def save(self, position: Position) -> str | None:
-        """Begins to save (collective). Returns None, or what is not finite and must not be saved; TrainingError where
-        the run must stop for that."""
-        if self.saved_step == position.step:
-            return None
+        """Begins to save (collective), in place of an earlier checkpoint of that step. Returns None, or what is not
+        finite and must not be saved; TrainingError where the run must stop for that."""
         self.finish()
         replicated = self.config.zero_stage == 0
         boxes = owned_boxes(self.engine.shards(), self.engine.grid, replicated)
@@ -86,16 +84,20 @@ class Checkpoints(Watcher):
             raise TrainingError(f"{self.run_dir}: holds no checkpoint to go back to")
         start.fill(self.engine)
         self.saver.starts_from(start.position.step, start.damaged)
-        self.saved_step = (
-            None  # it is saved again, with the samples that the run leaves out from here on
-        )
+        self.saved_step = start.position.step
         return start
 
     def _state(self, position: Position) -> dict[str, Any]:
         """state.json: the whole position, and what a later start compares its config with."""
-        config, grid = self.config, self.engine.grid
+        config, grid, health = self.config, self.engine.grid, self.health
+        whole = replace(
+            position,
+            loss_scale=self.engine.loss_scale_state(),
+            faults_in_a_row=health.in_a_row,
+            faulty_step=health.faulty_step,
+        )
         return {
-            **asdict(replace(position, loss_scale=self.engine.loss_scale_state())),
+            **asdict(whole),
             **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
             "optimizer": config.optimizer.type,

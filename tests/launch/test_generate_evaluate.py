@@ -1,4 +1,4 @@
-"""launcher/generate.py and launcher/evaluate.py under the real `deepspeed`, tools/ as programs."""
+"""launcher/generate.py and launcher/evaluate.py under the real `deepspeed` and alone, tools/ as programs."""
 
 import json
 import os
@@ -15,15 +15,20 @@ from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
+from tests.programs import run_program
 from tests.ranks import REPOSITORY
 
 LAYOUT = ["megalite.parallel.tensor=2", "megalite.parallel.pipe=2"]
 PROMPT = "bcd"
+GENERATE = "launcher/generate.py"
 
 
-def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def launch(
+    program: str, *arguments: str, ranks: int = 4, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = ["deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments]
     return subprocess.run(
         command,
         cwd=REPOSITORY,
@@ -33,13 +38,6 @@ def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         timeout=200,
         input=stdin,
     )
-
-
-def launch(
-    program: str, *arguments: str, ranks: int = 4, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    command = ["deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments]
-    return run(*command, stdin=stdin)
 
 
 def json_lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -111,11 +109,10 @@ def test_a_prompt_from_standard_input_and_several_samples(folder: Path, tmp_path
     assert len({line["text"] for line in lines}) > 1
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (prompt, "x y")))
-    alone = [sys.executable, "launcher/generate.py", *options, "--prompts", str(prompts)]
-    found = json_lines(run(*alone))
+    found = json_lines(run_program(GENERATE, *options, "--prompts", str(prompts)))
     assert [line["prompt"] for line in found] == [prompt, "x y"] and "sample" not in found[0]
     assert found[0]["text"] == lines[0]["text"]
-    assert json_lines(run(*alone[:2], *options, "--prompt", prompt))[0] == found[0]
+    assert json_lines(run_program(GENERATE, *options, "--prompt", prompt))[0] == found[0]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +128,7 @@ def test_prompts_that_are_none_are_one_line(
 ) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
     words = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in words]
-    done = run(
-        sys.executable, "launcher/generate.py", "--checkpoint", str(folder), *words, stdin=stdin
-    )
+    done = run_program(GENERATE, "--checkpoint", str(folder), *words, stdin=stdin)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert line in done.stderr
 
@@ -154,14 +149,8 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
     )
     assert error_lines(done) == [line]
     (tmp_path / "stands").mkdir()
-    done = run(
-        sys.executable,
-        "tools/import_hf.py",
-        "--model",
-        str(folder),
-        "--output",
-        str(tmp_path / "stands"),
-    )
+    arguments = ["--model", str(folder), "--output", str(tmp_path / "stands")]
+    done = run_program("tools/import_hf.py", *arguments)
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
@@ -170,14 +159,8 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
 
 
 def test_tools_convert_and_say_what_they_compared(folder: Path, tmp_path: Path) -> None:
-    done = run(
-        sys.executable,
-        "tools/import_hf.py",
-        "--model",
-        str(folder),
-        "--output",
-        str(tmp_path / "in"),
-    )
+    arguments = ["--model", str(folder), "--output", str(tmp_path / "in")]
+    done = run_program("tools/import_hf.py", *arguments)
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
     arguments = [
         "--checkpoint",
@@ -187,6 +170,6 @@ def test_tools_convert_and_say_what_they_compared(folder: Path, tmp_path: Path) 
         "--dtype",
         "bfloat16",
     ]
-    done = run(sys.executable, "tools/export_hf.py", *arguments)
+    done = run_program("tools/export_hf.py", *arguments)
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").decode([40, 41]) != ""

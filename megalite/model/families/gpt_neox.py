@@ -3,7 +3,15 @@ files hold q, k and v fused, head by head."""
 
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, HFTensor, choose, head_size, rotary, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    QUERY_KEY_VALUE,
+    choose,
+    fused,
+    head_size,
+    rotary,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -17,16 +25,7 @@ TENSORS = tensors(
         "final_norm": "gpt_neox.final_layer_norm",
         "head": "embed_out",
     }
-) | {
-    f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-        f"gpt_neox.layers.{{layer}}.attention.query_key_value.{kind}",
-        part=part,
-        parts=3,
-        by_head=True,
-    )
-    for part, ours in enumerate(("query", "key", "value"))
-    for kind in ("weight", "bias")
-}
+) | fused(QUERY_KEY_VALUE, "gpt_neox.layers.{layer}.attention.query_key_value", by_head=True)
 
 
 def read(config: Any) -> TransformerSpec:
