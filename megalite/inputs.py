@@ -91,9 +91,8 @@ def parse_json(
     a ValueError from them is reported the same way."""
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        if (
-            "\\u" in text
-        ):  # JSON can write half of a character that needs two: nothing can write that out again
+        # JSON can write half of a character that needs two: nothing can write that out again.
+        if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise kind(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megalite.config import Classified
 from megalite.data.indexed import IndexedWriter, labels_prefix, names_file
-from megalite.hub.names import from_hf
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
 from megalite.model.families.classifiers import CLASSES
@@ -18,6 +17,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from tests.families import FAMILY_CONFIGS, VOCABULARY, file_reader, hf_model
+from tests.hf_tensors import from_hf
 
 LABELS = ("bad", "so so", "good")
 MEAN = {**FAMILY_CONFIGS["modernbert"], "classifier_pooling": "mean"}

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megalite.checkpoint.router_bias import set_router_bias
-from megalite.hub.names import from_hf, hf_auto_class, state_of
+from megalite.hub.names import hf_auto_class, state_of
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, placed
+from tests.hf_tensors import from_hf
 
 VOCABULARY, SEQUENCE, BATCH = 131, 13, 3
 SOURCE = 8  # tokens of an encoder-decoder's source among those of the sequence

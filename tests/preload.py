@@ -6,11 +6,16 @@ may start a thread: a fork copies only the thread that forks.
 """
 
 import contextlib
+import gc
 import importlib
 import pkgutil
 
+import deepspeed.module_inject.auto_ep_layer  # noqa: F401
 import deepspeed.runtime.pipe.engine  # noqa: F401
 import deepspeed.runtime.pipe.module  # noqa: F401
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (each engine's: a second, for torch's compiler)
+import numpy.ma  # noqa: F401
 import pytest  # noqa: F401  (test modules import it)
 import torch.distributed.checkpoint  # noqa: F401
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401
@@ -18,6 +23,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import megalite
 from megalite.ranks.accelerator import use_accelerator
+from megalite.training import mfu
 
 
 def import_megalite() -> None:
@@ -29,3 +35,8 @@ def import_megalite() -> None:
 
 use_accelerator()
 import_megalite()
+# What a machine can do at most is measured at each start, for longer than many a test's run takes.
+mfu.ROWS["cpu"], mfu.MEASURED_SECONDS = 256, 0.01
+# A rank's garbage collector need not go through what is here, nor have its pages copied.
+gc.collect()
+gc.freeze()

@@ -5,7 +5,8 @@ Each rank is a process forked from a server that has imported torch, DeepSpeed a
 call with the tracebacks, and the other ranks are killed; a call that takes too long fails with the stack of
 every rank. No rank outlives the call, nor the process that made it.
 
-This file is not the launcher: tests of `deepspeed` itself are in tests/launch.
+This file is not the launcher: tests of `deepspeed` itself are in tests/launch. programs.py runs whole programs on the
+same server.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ GRACE_SECONDS = 0.5  # for other ranks' own tracebacks, after the first
 OUTPUT_CHARACTERS = 6000  # of each rank's output, shown on a failure
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-_context = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class RankFailure(AssertionError):
@@ -81,7 +82,7 @@ def run_ranks(
     Each rank computes with one thread. Raises RankFailure.
     """
     __tracebackhide__ = True
-    _start_server()
+    start_server()
     # The store's server lives here, on a port that the kernel chose as it was bound: no two worlds race for one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
@@ -103,7 +104,7 @@ def run_ranks(
 
 
 @functools.cache
-def _start_server() -> None:
+def start_server() -> None:
     """Start the forkserver and wait until it has imported everything, so that no test's timeout counts that."""
     environment = {
         "DS_ACCELERATOR": "cpu",
@@ -119,9 +120,9 @@ def _start_server() -> None:
         ),
     }
     with _environment(environment):
-        _context.set_forkserver_preload(["tests.preload"])
+        CONTEXT.set_forkserver_preload(["tests.preload"])
         forkserver.ensure_running()
-        probe = _context.Process(target=os.getpid)
+        probe = CONTEXT.Process(target=os.getpid)
         probe.start()
         probe.join()
     if probe.exitcode != 0:
@@ -151,7 +152,7 @@ def _start_rank(
     timeout_seconds: float,
     init: bool,
 ) -> Rank:
-    ours, theirs = _context.Pipe(duplex=False)
+    ours, theirs = CONTEXT.Pipe(duplex=False)
     rank = Rank(number, None, ours, folder)  # type: ignore[arg-type]
     environment = {
         "RANK": str(number),
@@ -171,7 +172,7 @@ def _start_rank(
         timeout_seconds,
         init,
     )
-    rank.process = _context.Process(
+    rank.process = CONTEXT.Process(
         target=_rank_main, args=arguments, name=f"rank{number}", daemon=False
     )
     rank.process.start()
@@ -189,7 +190,7 @@ def _rank_main(
     init: bool,
 ) -> None:
     """A rank's whole life: report ("result", pickled value) or ("error", traceback)."""
-    _die_with_parent()
+    die_with_parent()
     os.setsid()  # so that the parent can kill what this rank starts together with it
     output = os.open(output_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -219,7 +220,7 @@ def _rank_main(
     os._exit(0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this rank when the forkserver ends, which ends with the process that runs the tests."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The server ends when the last copy of this pipe is closed, and every rank is handed one.

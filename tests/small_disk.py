@@ -1,6 +1,7 @@
-"""A disk that a test can fill: a tmpfs of its own, where the test may mount one."""
+"""Disks that a test can fill: a tmpfs of its own, where the test may mount one, and writes that find no room."""
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -32,3 +33,21 @@ def fill(filler: Path) -> None:
             with contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(size))
+
+
+_write = os.write
+
+
+class Disk:
+    """Where `room` more bytes can be written; None: as many as one likes."""
+
+    def __init__(self) -> None:
+        self.room: int | None = None
+
+    def write(self, descriptor: int, content: memoryview) -> int:
+        if self.room is not None:
+            content = content[: self.room]
+            self.room -= len(content)
+            if not content:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return _write(descriptor, content)

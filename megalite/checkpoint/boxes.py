@@ -45,9 +45,8 @@ def boxes_of_range(
     for size in shape[1:]:
         row *= size
     stop = start + count
-    if (
-        start % row or count < row
-    ):  # a row that is not whole: its part within this range, one dim down
+    # A row that is not whole: its part within this range, one dim down.
+    if start % row or count < row:
         index = start // row
         first_stop = min(stop, (index + 1) * row)
         for offsets, sizes, flat in boxes_of_range(

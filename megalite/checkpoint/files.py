@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,12 +41,12 @@ from megalite.checkpoint.tensors_file import TensorFiles, write_tensors
 from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
-ROUTER_BIAS = (
-    "router_bias"  # in the state: for each layer with experts, in order, a list of numbers
-)
+ROUTER_BIAS = "router_bias"
+"""In the state: for each layer with experts, in order, a list of numbers."""
 _STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
     "sequence_length": (int,), ROUTER_BIAS: (list,), "best": (dict,),
+    "owes_evaluation": (bool,), "faults_in_a_row": (int,), "faulty_step": (int,),
 }  # fmt: skip
 FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
 
@@ -67,12 +66,11 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them; one that was
     hidden to make room for another of its step is, where a kill came before that took its place."""
     folder = run_dir / "checkpoints"
-    found = {
-        step: path
-        for path in sorted(folder.glob(".step_*.replaced"))
-        if (step := step_of(path)) is not None
-    }
-    found |= {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None}
+    found = {}
+    for path in (*sorted(folder.glob(".step_*.replaced")), *folder.glob("step_*")):
+        step = step_of(path)
+        if step is not None:
+            found[step] = path
     return [found[step] for step in sorted(found)]
 
 
@@ -198,9 +196,7 @@ class Checkpoint:
         self.read_into(result, name, offsets, kind)
         return result
 
-    def read_into(
-        self, target: Tensor, name: str, offsets: Sequence[int], kind: str = WEIGHT
-    ) -> None:
+    def read_into(self, target: Tensor, name: str, offsets: Sequence[int], kind: str) -> None:
         """Fills `target` with the box at `offsets` of its shape."""
         entry, offsets = self._entry(name, kind), tuple(offsets)
         rows = range(offsets[0], offsets[0] + len(target)) if offsets else None
@@ -225,13 +221,16 @@ def _overlaps(
         stored_ends = [a + n for a, n in zip(chunk.offsets, chunk.shape, strict=True)]
         stops = [min(a, b) for a, b in zip(wanted_ends, stored_ends, strict=True)]
         if all(a < b for a, b in zip(starts, stops, strict=True)):
-            ours = tuple(
-                slice(a - o, b - o) for a, b, o in zip(starts, stops, offsets, strict=True)
-            )
-            theirs = tuple(
-                slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets, strict=True)
-            )
-            yield chunk, ours, theirs
+            ours = _slices(starts, stops, offsets)
+            yield chunk, ours, _slices(starts, stops, chunk.offsets)
+
+
+def _slices(
+    starts: Iterable[int], stops: Iterable[int], offsets: Iterable[int]
+) -> tuple[slice, ...]:
+    """A range of the full tensor within a box that begins at `offsets`."""
+    ends = zip(starts, stops, offsets, strict=True)
+    return tuple(slice(start - first, stop - first) for start, stop, first in ends)
 
 
 class CheckpointWriter:
@@ -244,7 +243,7 @@ class CheckpointWriter:
     def __init__(self, folder: str | Path, model: dict[str, Any], state: dict[str, Any]) -> None:
         folder = Path(folder)
         if folder.exists():
-            raise CheckpointError(f"{folder}: already exists: choose a new folder")
+            raise CheckpointError(f"{folder}: already exists; choose a new folder")
         self.carried: dict[str, bytes] = {}
         self.transaction = Transaction(folder, {**state, "model": model}, self.carried)
         self.index, self.digests = Index(), {}
@@ -258,10 +257,8 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor, kind: str = WEIGHT) -> None:
         """Takes a full tensor."""
         full_name, shape = f"{kind}/{name}", tuple(tensor.shape)
-        if (
-            self.pending
-            and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > FILE_BYTES
-        ):
+        held = sum(pending.nbytes for pending in self.pending.values())
+        if self.pending and held + tensor.nbytes > FILE_BYTES:
             self._flush()
         chunk = Chunk((0,) * len(shape), shape, self._file_name, full_name)
         self.index.add(full_name, Entry(shape, tensor.dtype), chunk)
@@ -281,13 +278,8 @@ class CheckpointWriter:
         self.pending.clear()
         self.written += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if error is not None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
+        if kind is not None:
             self.transaction.abandon()
             return
         try:

@@ -38,16 +38,13 @@ STATE, INDEX, SUMS = "state.json", "index.json", "SHA256SUMS"
 LATEST, BEST = "latest", "best"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
-REPLACED_NAME = re.compile(
-    r"^\.step_(\d{8,})\.replaced$"
-)  # was hidden to make room; counts where there is no step_…
-LEFT_OVER_NAME = re.compile(
-    r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$"
-)  # what a killed save or removal leaves
+# Hidden while another of its step takes its place; it counts where a kill came before that.
+REPLACED_NAME = re.compile(r"^\.step_(\d{8,})\.replaced$")
+# What a killed save or removal leaves.
+LEFT_OVER_NAME = re.compile(r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$")
 _OWN_SUM = "# of the lines above: "
-_PLAIN_NAME = re.compile(
-    r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-)  # no path: an index cannot point out of its folder
+# No path: an index cannot point out of its folder.
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 MOST_DIMS = 8  # of a tensor
 
@@ -127,12 +124,8 @@ class Index:
             chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
             for chunk in chunks:
                 check_file_name(chunk.file)
-            if any(
-                type(number) is not int
-                for chunk in chunks
-                for number in (*chunk.offsets, *chunk.shape)
-            ):
-                raise ValueError(f"{name}: a box must be given by integers")
+                if any(type(number) is not int for number in (*chunk.offsets, *chunk.shape)):
+                    raise ValueError(f"{name}: a box must be given by integers")
             if len(entry["shape"]) > MOST_DIMS:
                 raise ValueError(f"{name}: {len(entry['shape'])} dims: must be at most {MOST_DIMS}")
             index.entries[name] = Entry(tuple(entry["shape"]), dtype_named(entry["dtype"]), chunks)
@@ -155,15 +148,14 @@ def check_tiled(
     stored of them."""
     corners = defaultdict[tuple[int, ...], int](int)
     for offsets, shape in boxes:
-        ends = zip(offsets, shape, full_shape, strict=True)
-        if not all(
-            start >= 0 and count >= 0 and start + count <= size for start, count, size in ends
-        ):
+        for start, count, size in zip(offsets, shape, full_shape, strict=True):
+            if start >= 0 and count >= 0 and start + count <= size:
+                continue
             raise CheckpointError(f"{name}: box {shape} at {offsets}: must lie in {full_shape}")
         _add_corners(corners, offsets, shape, 1)
     if held != math.prod(full_shape):
         raise CheckpointError(
-            f"{name}: {held} elements of {math.prod(full_shape)} stored: must be each once"
+            f"{name}: {held} of {math.prod(full_shape)} elements stored: each must be stored once"
         )
     _add_corners(corners, (0,) * len(full_shape), full_shape, -1)
     if any(corners.values()):
@@ -246,10 +238,10 @@ class Transaction:
 
     def begin(self) -> None:
         """Makes the empty unpublished folder."""
-        standing = next(path for path in self.partial.parents if path.exists())
+        existing = next(path for path in self.partial.parents if path.exists())
         self.partial.mkdir(parents=True)
         for made in self.partial.parents:
-            if made == standing:
+            if made == existing:
                 break
             flush_folder(made.parent)
 
@@ -269,9 +261,8 @@ class Transaction:
         own = hashlib.sha256(lines.encode()).hexdigest()
         write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
         flush_folder(self.partial)
-        if (
-            self.folder.exists()
-        ):  # one that was found damaged, or that a run which goes back writes again
+        # One that was found damaged, or that a run which goes back writes again.
+        if self.folder.exists():
             replaced = self.folder.with_name(f".{self.folder.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.folder, replaced)
@@ -300,9 +291,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     lines, mark, own = text.rpartition(_OWN_SUM)
     if not mark or own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         raise CheckpointError(f"{path}: damaged: its lines do not have the SHA-256 that it states")
-    sums = {
-        name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())
-    }
+    rows = [line.partition("  ") for line in lines.splitlines()]
+    sums = {name: digest for digest, _, name in rows}
     for name in (STATE, INDEX, *sums):
         if not _LISTED_NAME.match(name) or name not in sums:
             raise CheckpointError(f"{path}: {name}: must be the plain name of a file that it lists")

@@ -12,6 +12,7 @@ SHOWN_STATE = (
     "sequence_length",
     "tokenizer",
 )
+SHOWN_SIZES = ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
 
 
 def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
@@ -23,18 +24,15 @@ def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
             yield f"  {key}: {state[key]}"
     for key, value in (state.get("layout") or {}).items():  # null: imported, written by no layout
         yield f"  written by {key}: {value}"
-    yield f"  model: {checkpoint.model.get('model_type')}, " + ", ".join(
-        f"{key} {checkpoint.model[key]}"
-        for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size")
-        if key in checkpoint.model
-    )
+    model = checkpoint.model
+    sizes = [f"{key} {model[key]}" for key in SHOWN_SIZES if key in model]
+    yield f"  model: {model.get('model_type')}, {', '.join(sizes)}"
     parameters = sum(entries[f"{WEIGHT}/{name}"].numel for name in checkpoint.names)
     files = checkpoint.index.boxes_by_file()
-    yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, " + (
-        f"with {', '.join(sorted(checkpoint.moments))}"
-        if checkpoint.has_moments
-        else "without moments"
-    )
+    moments = "without moments"
+    if checkpoint.has_moments:
+        moments = f"with {', '.join(sorted(checkpoint.moments))}"
+    yield f"  {len(checkpoint.names)} weights of {parameters:,} parameters, {moments}"
     yield f"  {size_bytes(checkpoint.index):,} bytes in {len(files)} files, {sum(files.values())} boxes"
     if tensors:
         for name in checkpoint.names:

@@ -20,7 +20,7 @@ def bias_of(state: dict[str, Any], mixture: Mixture) -> Tensor | None:
     shape = len(mixture.layers), mixture.count
     try:
         values = torch.tensor(state[ROUTER_BIAS], dtype=torch.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for null and objects
         values = torch.empty(0)
     if tuple(values.shape) != shape or not values.isfinite().all():
         rule = f"must be {shape[0]} lists of {shape[1]} finite numbers"

@@ -84,8 +84,8 @@ class Copy:
     """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
     several times as long as filling it.
 
-    From a GPU the copies are made in a stream of their own, behind what the device was asked for before; the host waits
-    for nothing. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
+    From a GPU the copies are made in a stream of their own, behind the work that the device has; the host does not
+    wait. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
     (Engine.update_waits_for), and the memory must not be read.
     """
 
@@ -272,12 +272,12 @@ class Saver:
     def _make_room(self, needed: int) -> None:
         """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many
         as it takes; the newest that is known to be whole and the best stay in any case."""
-        standing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
-        if not self.keep or self.good_step is None or self.good_step not in standing:
+        existing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
+        if not self.keep or self.good_step is None or self.good_step not in existing:
             return
         missing, doomed = needed - shutil.disk_usage(self.folder).free, list[Path]()
         best = named_best(self.folder.parent)
-        for step, path in standing.items():
+        for step, path in existing.items():
             if missing > 0 and step < self.good_step and path.name != best:
                 doomed.append(path)
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -318,7 +318,7 @@ class Saver:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
+                self.told.append(f"{path}: damaged and skipped: is now {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
                 self.told.append(

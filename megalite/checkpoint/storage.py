@@ -36,7 +36,7 @@ def write_together(
     group: Any,
     before: Callable[[int], None],
     after: Callable[[], None],
-    ready: Callable[[], None] = lambda: None,
+    ready: Callable[[], None],
 ) -> None:
     """Writes every rank's boxes into a checkpoint's folder and makes it visible (collective over `group`; None: this
     process alone). Boxes of different ranks must not overlap: each element has one owner.

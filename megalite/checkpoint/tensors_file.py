@@ -1,4 +1,4 @@
-"""A safetensors file: written in one pass and to the disk itself, read part by part and held against the index.
+"""A safetensors file: written in one pass and to the disk itself, read part by part and compared with the index.
 
 safetensors' own writer first makes a copy of all that it is given, and the hash would need a second pass. Next:
 storage.py, which says what is written.
@@ -32,9 +32,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         descriptor, unflushed = file.fileno(), 0
         flushing: Future[None] | None = None
         for block in _joined(_pieces(tensors)):
-            hashing = helpers.submit(
-                digest.update, block
-            )  # beside the write: neither holds Python's lock
+            # Beside the write: neither holds Python's lock.
+            hashing = helpers.submit(digest.update, block)
             try:
                 write_all(descriptor, block)
             finally:
@@ -121,20 +120,15 @@ class TensorFiles:
             start += chunk.run[1] * entry.dtype.itemsize if chunk.run is not None else 0
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
-            direct = (
-                target.device.type == "cpu"
-                and target.is_contiguous()
-                and target.dtype == entry.dtype
-            )
-            direct = direct and target.shape[1:] == chunk.shape[1:]
+            # Read into the target itself, or by blocks through memory of the box's form.
+            alike = target.dtype == entry.dtype and target.shape[1:] == chunk.shape[1:]
+            direct = target.device.type == "cpu" and target.is_contiguous() and alike
             step = count if direct else max(1, _BLOCK_BYTES // max(1, row_bytes))
             for i in range(0, count, step):
                 rows = target.narrow(0, i, min(step, count - i))
-                whole = (
-                    rows
-                    if direct
-                    else torch.empty((len(rows), *chunk.shape[1:]), dtype=entry.dtype)
-                )
+                whole = rows
+                if not direct:
+                    whole = torch.empty((len(rows), *chunk.shape[1:]), dtype=entry.dtype)
                 _read(file.fileno(), start + (first + i) * row_bytes, whole)
                 if not direct:
                     rows.copy_(whole[(slice(None), *part[1:])])

@@ -41,9 +41,8 @@ def main(arguments: list[str]) -> int:
     if asked:
         _answer(model, [*system, *asked], tools, options)
         return 0
-    model.chat_ids(
-        [*system, {"role": "user", "content": "."}]
-    )  # a missing template is reported at once
+    # A missing template is reported at once.
+    model.chat_ids([*system, {"role": "user", "content": "."}])
     _converse(model, system, options)
     return 0
 

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hugging Face folder; its logits are held against transformers'."""
+"""Turn a checkpoint into a Hugging Face folder; its logits are compared with transformers'."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Turn a Hugging Face folder into a checkpoint that any layout loads; its logits are held against transformers'."""
+"""Turn a Hugging Face folder into a checkpoint that any layout loads; its logits are compared with transformers'."""
 
 import argparse
 

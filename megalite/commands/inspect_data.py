@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from megalite.data.inspection import Show, inspect
-from megalite.ranks.launch import ArgumentParser, at_least, positive
+from megalite.ranks.launch import ArgumentParser, at_least, positive, share
 
 SHOWN, SHOWN_MARKED = 200, 2000
 
@@ -51,7 +51,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--masked",
         type=share,
         metavar="SHARE",
-        help="show what masked language modelling asks for, in one draw of this share of the tokens",
+        help="show the tokens that masked language modelling predicts, in one draw of this share of them",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
@@ -73,14 +73,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.width is None:
         args.width = SHOWN_MARKED if args.mask or args.masked else SHOWN
     return args
-
-
-def share(text: str) -> float:
-    """A share of all, above 0 and below 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
-    return value
 
 
 def main(argv: list[str]) -> int:

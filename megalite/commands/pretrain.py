@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from megalite.commands.from_text import (
     CONFIG,
@@ -28,8 +27,8 @@ from megalite.config.reading import apply_overrides, read_json
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.tokenizer import load_tokenizer, prompt_ids
 from megalite.errors import ConfigError, MegaliteError
-from megalite.ranks.launch import ArgumentParser, at_least, place
-from megalite.report.read import REPORT
+from megalite.ranks.launch import ArgumentParser, at_least, place, share
+from megalite.report.read import REPORT, value_at
 from megalite.training import pretrain
 
 _SAMPLES = 3
@@ -90,7 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     text.add_argument(
         "--valid-share",
-        type=_share,
+        type=share,
         default=VALID_SHARE,
         metavar="X",
         help=f"of the tokens, for validation (default: {VALID_SHARE})",
@@ -104,16 +103,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if options.world_size is not None and not options.check:
         raise ConfigError(f"--world-size: {options.world_size}: {pretrain.ONLY_WITH_CHECK}")
     return options
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text[:80]}: must be a number above 0 and below 1")
-    return value
 
 
 def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[str]) -> int:
@@ -144,19 +133,12 @@ def _with_shorter_warmup(path: Path, overrides: list[str]) -> list[str]:
     """The overrides, and one more where they leave fewer steps than the chosen config warms up for. ConfigError where
     they do not fit a config."""
     document = apply_overrides(read_json(path), overrides)
-    steps = _value_at(document, "megalite", "train", "steps")
-    warmup = _value_at(document, "scheduler", "params", "warmup_steps")
+    steps = value_at(document, "megalite", "train", "steps")
+    warmup = value_at(document, "scheduler", "params", "warmup_steps")
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps:
         overrides = [*overrides, f"scheduler.params.warmup_steps={steps // 20}"]
     load_config(path, overrides)
     return overrides
-
-
-def _value_at(document: Any, *keys: str) -> Any:
-    """None where the user's own values hold no such key."""
-    for key in keys:
-        document = document.get(key) if isinstance(document, dict) else None
-    return document
 
 
 def _corpora(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """How many samples each step takes: a function of the samples consumed before it, the same on every layout.
 
-Next: rules.py, which holds the sizes against micro-batch and data axis.
+Next: rules.py, which compares the sizes with micro-batch and data axis.
 """
 
 from dataclasses import dataclass
@@ -46,9 +46,8 @@ class BatchPlan:
             left += [steps - done] if steps is not None else []
             if self.ramp is not None and size < self.full:
                 level = (size - self.ramp.start) // self.ramp.increment + 1
-                end = -(
-                    -level * self.ramp.samples // self.levels
-                )  # the first count of samples of the next level
+                # The first count of samples of the next level.
+                end = -(-level * self.ramp.samples // self.levels)
                 left.append(-(-(end - consumed) // size))
             count = min(left)
             done, consumed = done + count, consumed + count * size

@@ -35,7 +35,7 @@ class Best:
     @property
     def stop_line(self) -> str:
         """Why it does."""
-        evaluations = f"{self.waited} evaluation{'s' * (self.waited > 1)}"
+        evaluations = "1 evaluation" if self.waited == 1 else f"{self.waited} evaluations"
         if self.loss is None:
             return f"stopped early: no finite validation loss in {evaluations}"
         best = f"best {self.loss:.4f} at step {self.step}"

@@ -31,9 +31,8 @@ class Blend:
         """`weights` of the corpora, above 0; taken as the decimals that they are written as. A block is twice
         as long as the least share is small, so config/rules.py has a limit for that."""
         exact = [Fraction(repr(float(weight))) for weight in weights]
-        self._parts, self._total = _integers(
-            [weight / sum(exact) for weight in exact]
-        )  # w_i = parts[i] / total
+        # w_i = parts[i] / total.
+        self._parts, self._total = _integers([weight / sum(exact) for weight in exact])
         self._block = max(_LEAST_BLOCK, 2 * math.ceil(self._total / min(self._parts)) + 2)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -107,9 +107,8 @@ class ChatEncoder:
                 rule = "the chat template does not continue its own opening of an answer"
                 raise NotChat(f"{sample.places[i]}: {rule}")
             texts.append(answered)
-            spans.append(
-                (len(opened), len(answered.rstrip()))
-            )  # a line's end after the turn is the template's
+            # A line's end after the turn is the template's.
+            spans.append((len(opened), len(answered.rstrip())))
         if all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)):
             return [self._marked(texts[-1], spans)]
         return [self._marked(text, [span]) for text, span in zip(texts, spans, strict=True)]

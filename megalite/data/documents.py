@@ -77,9 +77,8 @@ def kind_of(
     """What an input holds: as `given`, else by its name; standard input has lines of JSON. `paragraphs`: blank
     lines part the documents of a .txt. Raises DataError for a name that does not say."""
     unpacked = path.removesuffix(".gz").removesuffix(".zst")
-    kind = given or (
-        "jsonl" if path == STANDARD_INPUT else _SUFFIXES.get(Path(unpacked).suffix.lower())
-    )
+    by_name = _SUFFIXES.get(Path(unpacked).suffix.lower())
+    kind = given or ("jsonl" if path == STANDARD_INPUT else by_name)
     if kind is None:
         raise DataError(
             f"{path}: must end in .jsonl, .txt or .parquet (.gz or .zst after it), or --format must say what it is"
@@ -102,11 +101,10 @@ def read_chunks(
                 continue
             try:
                 with _Stream(path, begin.offset) as stream:
-                    yield from (
-                        _whole_chunks(stream, begin)
-                        if kind == "txt"
-                        else _line_chunks(stream, kind, begin)
-                    )
+                    if kind == "txt":
+                        yield from _whole_chunks(stream, begin)
+                    else:
+                        yield from _line_chunks(stream, kind, begin)
             except (EOFError, zlib.error) as error:
                 raise DataError(f"{path}: is damaged: {error}") from None
 
@@ -114,20 +112,18 @@ def read_chunks(
 def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
     """The documents of a chunk in order, and what is none; blank lines are neither."""
     data, number = chunk.data, chunk.start.number
+    mark = _BOM if chunk.start.offset == 0 else b""
     if chunk.kind == "jsonl":
         yield from (text_of(found, text_key, row) for row, found in parse_objects(chunk))
     elif chunk.kind == "parquet":
         missing = f"{json.dumps(text_key)} holds no text"
-        yield from (
-            Bad(row, missing) if text is None else text for row, text in enumerate(data, number)
-        )
+        for row, text in enumerate(data, number):
+            yield Bad(row, missing) if text is None else text
     elif chunk.kind == "paragraphs":
-        for row, part in enumerate((part for part in _GAP.split(data) if part.strip()), number):
-            yield _decoded(
-                part.strip(b"\r\n").removeprefix(_BOM if chunk.start.offset == 0 else b""), row
-            )
+        for row, part in enumerate(filter(bytes.strip, _GAP.split(data)), number):
+            yield _decoded(part.strip(b"\r\n").removeprefix(mark), row)
     else:
-        yield _decoded(data.removeprefix(_BOM if chunk.start.offset == 0 else b""), number)
+        yield _decoded(data.removeprefix(mark), number)
 
 
 def read_texts(
@@ -155,9 +151,8 @@ def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
 def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
     try:
         value = json.loads(line.decode("utf-8"))
-        if (
-            b"\\u" in line
-        ):  # JSON can write half of a character that needs two: no tokenizer takes it
+        # JSON can write half of a character that needs two: no tokenizer takes it.
+        if b"\\u" in line:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         return Bad(number, f"is not UTF-8 (byte {error.start})")
@@ -289,11 +284,9 @@ def _last_gap(block: bytes) -> int:
 
 
 def _chunk(kind: Kind, place: Place, data: bytes, read_bytes: int) -> Chunk:
-    count = (
-        sum(map(bool, map(bytes.strip, _GAP.split(data))))
-        if kind == "paragraphs"
-        else data.count(b"\n")
-    )
+    count = data.count(b"\n")
+    if kind == "paragraphs":
+        count = sum(1 for part in _GAP.split(data) if part.strip())
     end = Place(place.input, place.offset + len(data), place.number + count)
     return Chunk(kind, place, end, data, read_bytes)
 
@@ -328,7 +321,7 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: is no .parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: is not a .parquet file: {str(error).splitlines()[0]}") from None
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise DataError(f"{path}: has no column {json.dumps(column)} (--text-key); it has {names}")
@@ -347,10 +340,8 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
                 row += batch.num_rows
                 if texts:
                     first = row - len(texts)
-                    start, end = (
-                        Place(place.input, first, first + 1),
-                        Place(place.input, row, row + 1),
-                    )
+                    start = Place(place.input, first, first + 1)
+                    end = Place(place.input, row, row + 1)
                     yield Chunk("parquet", start, end, texts, size * row // total)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None

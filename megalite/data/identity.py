@@ -1,6 +1,6 @@
 """What tells a corpus from another, whatever their paths: sizes, and sums of the index and of parts of the tokens.
 
-Not a check of damage (verify.py): a run asks at each start, so the tokens are only looked at in places.
+Not a check of damage (corpus_check.py): a run asks at each start, so the tokens are only looked at in places.
 """
 
 import functools
@@ -9,10 +9,9 @@ from typing import Any
 
 from megalite.data.indexed import IndexedCorpus, files_of
 
-PLACES, PLACE_TOKENS = (
-    64,
-    1024,
-)  # evenly over the tokens, so that equal lengths of documents do not pass for equal text
+# Evenly over the tokens, so that equal lengths of documents do not pass for equal text.
+PLACES = 64
+PLACE_TOKENS = 1024
 
 
 def identity(prefix: str) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def identity(prefix: str) -> dict[str, Any]:
     return _identity(prefix, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
-@functools.lru_cache(maxsize=4096)  # asked for before a run and in it
+@functools.lru_cache(maxsize=4096)  # called before a run and in it
 def _identity(prefix: str, files: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     corpus = IndexedCorpus(prefix)
     tokens = hashlib.sha256()

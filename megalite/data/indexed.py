@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -191,10 +190,9 @@ class IndexedCorpus:
 
     def document_at(self, token: int) -> int:
         """The document that holds the token at a place of the corpus."""
-        low, high = (
-            0,
-            self.num_documents,
-        )  # bisect: the last document that starts at or before `token`
+        # Bisect: the last document that starts at or before `token`.
+        low = 0
+        high = self.num_documents
         while high - low > 1:
             middle = (low + high) // 2
             if self.document_start(middle) <= token:
@@ -207,9 +205,8 @@ class IndexedCorpus:
         """The places in (start, stop) at which a document begins."""
         places, document = [], self.document_at(start) + 1
         while document < self.num_documents and (place := self.document_start(document)) < stop:
-            if place > start and (
-                not places or place > places[-1]
-            ):  # an empty document begins nothing
+            # An empty document begins nothing.
+            if place > start and (not places or place > places[-1]):
                 places.append(place)
             document += 1
         return places
@@ -268,7 +265,7 @@ class IndexedCorpus:
         return hashlib.sha256(self._index).hexdigest()
 
     def check_index(self) -> None:
-        """Read the whole index and hold each entry against the next. Raises DataError with the first place.
+        """Read the whole index and compare each entry with the next. Raises DataError with the first place.
 
         With as many documents as sequences, each document must be one sequence: otherwise one would be
         empty, another double, and a flipped bit is likelier than that.
@@ -284,6 +281,7 @@ class IndexedCorpus:
                     self.index_path,
                     f"byte {base + 4 * entry}: sequence {entry} has {sizes[bad[0]]} tokens, must be 0 or more",
                 )
+            # Sequences lie one after another: each begins where the sizes before it end.
             ends = expected + np.cumsum(sizes) * width
             begins = ends - sizes * width
             if (bad := np.flatnonzero(pointers != begins)).size:
@@ -316,13 +314,12 @@ class IndexedWriter:
             writer.add_document([5, 6, 7])
     """
 
-    def __init__(self, prefix: str | Path, dtype: Any, overwrite: bool = False) -> None:
-        """Raises DataError where a file of the prefix exists, unless `overwrite`."""
+    def __init__(self, prefix: str | Path, dtype: Any) -> None:
+        """Raises DataError where a file of the prefix exists."""
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"tokens cannot be stored as {self.dtype}")
-        if not overwrite:
-            refuse_standing(prefix)
+        refuse_existing(prefix)
         self._sizes: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
@@ -383,23 +380,18 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
         if kind is None:
             self.finish()
         else:
             self.discard()
 
 
-def refuse_standing(prefix: str | Path) -> None:
+def refuse_existing(prefix: str | Path) -> None:
     """Raise DataError where `prefix.idx` or `prefix.bin` exists."""
     for path in files_of(prefix):
         if path.exists():
-            raise DataError(f"{path}: already exists: name another output or remove it")
+            raise DataError(f"{path}: already exists; choose another output or remove it")
 
 
 def create(path: Path) -> BinaryIO:

@@ -34,7 +34,7 @@ class Show:
     mask: bool = False
     """Documents with what `PREFIX.mask` marks, in place of counts and lengths."""
     masked: float | None = None
-    """Or with what masked language modelling asks for, with this share of the tokens."""
+    """Or with the tokens that masked language modelling predicts, this share of them."""
     columns: int = 80
     colour: bool = False
     weights: Sequence[float] | None = None
@@ -110,14 +110,12 @@ def documents(
     for number in numbers:
         ids = corpus.document(number)
         yield f"  document {number}, {len(ids):,} tokens:"
-        text = (
-            tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)[:width]
-            if tokenizer
-            else None
-        )
-        yield "    " + (
-            repr(text) if text is not None else " ".join(map(str, ids[: width // 4].tolist()))
-        )
+        if tokenizer is None:
+            shown = " ".join(map(str, ids[: width // 4].tolist()))
+        else:
+            text = tokenizer.decode(ids[:width].tolist(), skip_special_tokens=False)
+            shown = repr(text[:width])
+        yield f"    {shown}"
 
 
 def marked_documents(

@@ -2,14 +2,14 @@
 
 There is no state, no worker and no queue: a batch is a few slices of memory maps, which costs microseconds a
 sample and lets any rank ask for any positions. `TrainData` never ends, `ValidData` holds each
-corpus's samples once, in order. `batch.py` has the form of a batch, `verify.py` reads whole corpora.
+corpus's samples once, in order. `batch.py` has the form of a batch, `corpus_check.py` reads whole corpora.
 """
 
 import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
 from megalite.data.samples import Shuffled, Windows, part_of
-from megalite.data.source_target import source_target_of
+from megalite.data.source_target import OfSpans, source_target_of
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import read_json_object, reading
@@ -44,7 +44,7 @@ _PAIRS = 200  # pairs of a corpus at most, that are looked at for what is cut of
 
 
 class Share(NamedTuple):
-    """What a corpus of a blend has given: its prefix, the share asked for, and samples so far."""
+    """What a corpus of a blend has given: its prefix, the share in the config, and samples so far."""
 
     path: str
     asked: float
@@ -93,7 +93,7 @@ class TrainData:
             if words is None or not isinstance(samples, Windows) or samples.num_samples == 1:
                 continue
             share = words.cut(*samples.edges(_EDGES)).mean()
-            told = "of the windows begin within a word, whose two parts are masked apart"
+            told = "of the windows begin within a word, whose two parts are masked separately"
             lines.append(f"data: {path}: about {share:.0%} {told}")
         return lines
 
@@ -168,7 +168,7 @@ def epoch_samples(data: Data, check: bool) -> int:
 
 def check_data(data: Data, vocabulary_size: int) -> None:
     """Read every corpus of a config whole, once: structure, checksums, every token id; what was found is
-    remembered (`verify.py`). Raises DataError or ConfigError with one line."""
+    remembered (`corpus_check.py`). Raises DataError or ConfigError with one line."""
     TrainData(data, 0, vocabulary_size)
     if data.valid:
         ValidData(data, vocabulary_size)
@@ -178,6 +178,22 @@ def check_data(data: Data, vocabulary_size: int) -> None:
             check_corpus(marks_prefix(prefix), 2)
         if data.classes:
             check_corpus(labels_prefix(prefix), len(data.classes))
+
+
+def tokenizer_ids(data: Data, vocabulary_size: int) -> dict[str, Any]:
+    """The token ids that samples depend on and that a tokenizer decides, by their names; empty where there are none.
+
+    An id that the config gives itself is among them. Raises ConfigError or DataError where one is missing.
+    """
+    ids: dict[str, Any] = {}
+    if (masking := masking_of(data, vocabulary_size, seed=0, last=False)) is not None:
+        ids |= masking.ids
+    made = source_target_of(data, vocabulary_size, seed=0)
+    if isinstance(made, OfSpans):
+        ids |= {"end of document": made.end, "sentinels": made.sentinels.tolist()}
+    if data.eod_mask_loss:
+        ids["end of document"] = _end_of_document(data)
+    return ids
 
 
 def epochs_of(data: Data, seed: int, vocabulary_size: int, samples: int) -> list[tuple[str, float]]:
@@ -195,11 +211,10 @@ def _open(source: Source, data: Data, check: bool) -> _Opened:
 
 def _opened(source: Source, data: Data, check: bool) -> _Opened:
     corpus = IndexedCorpus(source.path)
-    standing = files_of(marks_prefix(source.path))[0]
-    if data.loss is None and standing.exists():
-        raise ConfigError(
-            f'megalite.data.loss: missing: {standing} exists: say "marked" to count what it marks, or "all"'
-        )
+    beside = files_of(marks_prefix(source.path))[0]
+    if data.loss is None and beside.exists():
+        rule = 'say "marked" to count what it marks, or "all"'
+        raise ConfigError(f"megalite.data.loss: missing: {beside} exists: {rule}")
     marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
     if data.classes:
         _check_names(source.path, data.classes)

@@ -1,10 +1,10 @@
-"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are asked for, and what replaces
+"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are predicted, and what replaces
 them.
 
 All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
 are new in each epoch, and equal on every layout, for every micro-batch size and after a restart; evaluation numbers its
 samples from 0 under a seed of its own. Of a whole word (words.py) the position is that of its first token. A share that
-changes over a run is held against the same draws. Next: batch.py.
+changes over a run is compared with the same draws. Next: batch.py.
 """
 
 import copy
@@ -13,7 +13,7 @@ import numpy as np
 
 from megalite.config import Data
 from megalite.config.masks import Masked
-from megalite.data.permutation import hashed, mixed
+from megalite.data.permutation import STEP, hashed, mixed
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.words import Words, words_of
 from megalite.errors import ConfigError
@@ -21,11 +21,10 @@ from megalite.errors import ConfigError
 UNCOUNTED = -100  # the label of a position that does not count in the loss
 KEY = "megalite.data.objective"
 _CHOSEN, _KIND, _OTHER = range(3)  # what is drawn of each position
-_STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Masking:
-    """An objective with its tokens. share: of the tokens, that is asked for."""
+    """An objective with its tokens. share: of the tokens that are predicted."""
 
     def __init__(
         self,
@@ -36,12 +35,18 @@ class Masking:
         seed: int,
         words: Words | None = None,
     ) -> None:
-        """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this; seed: of
+        """`special_ids` are never predicted, nor do they replace another; `ids`: a random token is below this; seed: of
         the masks; words: None where tokens are masked one by one."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
         self.share, self.words = objective.ends[0], words
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
         self._others = np.setdiff1d(np.arange(ids), self._special)
+        self.ids = {
+            "mask token": mask_id,
+            "special tokens": sorted({*special_ids}),
+            "number of ids": ids,
+        }
+        """All that a tokenizer decides of the masks, beside words: by its name, for a run's fingerprint."""
 
     def at_step(self, step: int, steps: int) -> "Masking":
         """The same with the share of a step of a run of so many."""
@@ -75,7 +80,7 @@ class Masking:
     def _draw(self, what: int, numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """64 random bits of each position, uint64 [B, S]."""
         rows = hashed(numbers.astype(np.uint64), mixed(self._seed, what))
-        return hashed(rows[:, None] + np.arange(1, shape[1] + 1).astype(np.uint64) * _STRIDE, what)
+        return hashed(rows[:, None] + np.arange(1, shape[1] + 1).astype(np.uint64) * STEP, what)
 
 
 def _below(draws: np.ndarray, share: float) -> np.ndarray:

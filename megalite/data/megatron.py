@@ -5,7 +5,7 @@ As megatron-core's GPTDataset builds it (`gpt_dataset.py`, `helpers.cpp`, 0.16.1
 index (where in it each sample begins) and the shuffle index (the order of samples). A last epoch of which
 less than 80 % is needed is shuffled by itself. All of it depends on the number of samples that the run was started
 for; tables and start grow with the corpus (`samples.py` has the order without tables). Megatron's compiled
-helper is not needed: what it builds is looked up here when it is asked for.
+helper is not needed: what it builds is looked up here when it is needed.
 """
 
 import math
@@ -32,18 +32,16 @@ class MegatronSamples:
     ) -> None:
         """`sequences` of the corpus, for `samples` samples. Raises DataError where they hold no token."""
         self.corpus = corpus
-        sizes = np.array(
-            corpus.sizes[sequences.start : sequences.stop]
-        )  # aligned, unlike the file's
+        # Aligned, unlike the file's.
+        sizes = np.array(corpus.sizes[sequences.start : sequences.stop])
         epoch_tokens = int(sizes.sum(dtype=np.int64))
         if epoch_tokens == 0:
             raise DataError(
                 f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} hold no token"
             )
         epochs = -(-(samples * sequence_length + 1) // epoch_tokens)
-        before_last = (
-            (epochs - 1) * epoch_tokens - 1
-        ) // sequence_length  # samples of all epochs but the last
+        # Samples of all epochs but the last.
+        before_last = ((epochs - 1) * epoch_tokens - 1) // sequence_length
         least = int(_LEAST_LAST_EPOCH * ((epoch_tokens - 1) // sequence_length))
         apart = epochs > 1 and samples - before_last < least
         self.num_samples = (epochs * epoch_tokens - 1) // sequence_length
@@ -101,9 +99,8 @@ class SampleIndex:
             .sum(axis=1, dtype=np.int64)
             for start in range(0, whole, _CHUNK)
         ]
-        self._ends = np.cumsum(
-            np.concatenate([np.zeros(1, np.int64), *sums])
-        )  # tokens before each 64th document
+        # Tokens before each 64th document.
+        self._ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sums]))
 
     def begins(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in `documents`, token in that document), int64 [B] each, of samples [B]."""
@@ -133,14 +130,13 @@ class MegatronBlend:
 
     def __init__(self, weights: Sequence[float], samples: int) -> None:
         """For a run of `samples` samples, as Megatron was started with."""
-        self.shares: list[float] = (
-            np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))
-        ).tolist()
-        needed = [math.ceil(samples * share) for share in self.shares]
-        self.num_samples = sum(needed) if len(weights) > 1 else samples
-        self.samples_of = (
-            [math.ceil(n * (1 + _SURPLUS)) for n in needed] if len(weights) > 1 else [samples]
-        )
+        all_weights = np.array(weights, np.float64)
+        self.shares: list[float] = (all_weights / np.sum(all_weights)).tolist()
+        self.num_samples, self.samples_of = samples, [samples]
+        if len(weights) > 1:
+            needed = [math.ceil(samples * share) for share in self.shares]
+            self.num_samples = sum(needed)
+            self.samples_of = [math.ceil(count * (1 + _SURPLUS)) for count in needed]
         self._corpora, self._places = self._walk()
 
     def _walk(self) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +158,7 @@ class MegatronBlend:
         if positions.size and int(positions.max()) >= self.num_samples:
             raise DataError(
                 f"megalite.data.megatron_samples: the order is made for {self.num_samples} samples and the run "
-                f"asks for sample {int(positions.max())}: a longer run has another order in Megatron"
+                f"needs sample {int(positions.max())}: a longer run has another order in Megatron"
             )
         return self._corpora[positions].astype(np.int64), self._places[positions]
 

@@ -1,6 +1,6 @@
 """Samples of whole documents, for fine-tuning: several in a sample, as many as fit, or one and then filling.
 
-A document of n tokens takes n - 1 positions, since nothing is asked for after its last token; one longer than
+A document of n tokens takes n - 1 positions, since nothing is predicted after its last token; one longer than
 S + 1 tokens is cut, and one of a single token left out. Where tokens are masked instead it takes n positions, and one
 longer than S is cut. Which documents share a sample is found once, the longest first, each into the fullest sample
 that it still fits ("best fit decreasing"); where documents are kept apart in attention it changes no result.
@@ -22,8 +22,8 @@ class WholeDocuments:
         documents: range,
         sequence_length: int,
         together: bool,
-        ahead: int = 1,
-        cuts: bool = True,
+        ahead: int,
+        cuts: bool,
     ) -> None:
         """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position; cuts: whether
         what is longer is cut here. Raises DataError where none is long enough."""
@@ -40,9 +40,8 @@ class WholeDocuments:
         usable += documents.start
         if together:
             sample_of = best_fit(needed, sequence_length)
-            order = np.argsort(
-                sample_of, kind="stable"
-            )  # within a sample in the order of the corpus
+            # Within a sample in the order of the corpus.
+            order = np.argsort(sample_of, kind="stable")
             self._documents, counts = usable[order], np.bincount(sample_of)
         else:
             self._documents, counts = usable, np.ones(len(usable), np.int64)
@@ -55,12 +54,12 @@ class WholeDocuments:
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """The documents of each sample; see samples.Samples."""
-        return [
-            [self._piece(document) for document in self._documents[start:stop].tolist()]
-            for start, stop in zip(
-                self._starts[positions], self._starts[positions + 1], strict=True
-            )
-        ]
+        found = []
+        bounds = zip(self._starts[positions], self._starts[positions + 1], strict=True)
+        for start, stop in bounds:
+            documents = self._documents[start:stop].tolist()
+            found.append([self._piece(document) for document in documents])
+        return found
 
     def _piece(self, document: int) -> Piece:
         start, stop = self.corpus.document_start(document), self.corpus.document_start(document + 1)

@@ -20,7 +20,7 @@ import numpy as np
 
 from megalite.data.corpus_check import checksum_file, checksum_lines
 from megalite.data.documents import Bad, Chunk, Place
-from megalite.data.indexed import files_of, names_file, refuse_standing, write_index
+from megalite.data.indexed import files_of, names_file, refuse_existing, write_index
 from megalite.errors import DataError
 
 _JOURNAL_SECONDS = 5.0
@@ -66,7 +66,7 @@ class Partial:
         fingerprint: str,
         overwrite: bool,
         marks: str | None,
-        classes: Sequence[str] = (),
+        classes: Sequence[str],
     ) -> None:
         """Open or make it. marks: prefix of a corpus of marks beside the tokens, None: there is none; classes: names
         of what it marks, written beside it. Raises DataError where the output exists, another process works on it, or
@@ -82,7 +82,7 @@ class Partial:
         self._classes = list(classes)
         if not overwrite and not state.get("written"):
             for prefix in self._prefixes.values():
-                refuse_standing(prefix)
+                refuse_existing(prefix)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the end)
@@ -131,11 +131,15 @@ class Partial:
         if encoded.marks:
             self._files["marks.bin"].write(encoded.marks)
         self.counts.tokens += sum(sizes)
+        # A document may go over several chunks: its size is written when its end has come.
         if self._open_tokens and sizes:
             sizes[0] += self._open_tokens
         elif self._open_tokens and not chunk.open_end:
             sizes = [self._open_tokens]
-        self._open_tokens = (sizes.pop() if sizes else self._open_tokens) if chunk.open_end else 0
+        if not chunk.open_end:
+            self._open_tokens = 0
+        elif sizes:
+            self._open_tokens = sizes.pop()
         if max([self._open_tokens, *sizes]) > _LONGEST_DOCUMENT:
             raise DataError(
                 f"{path}:{chunk.start.number}: a document of more than {_LONGEST_DOCUMENT} tokens"

@@ -9,8 +9,9 @@ the same on every machine and with every NumPy release.
 
 import numpy as np
 
+STEP = np.uint64(0x9E3779B97F4A7C15)
+"""SplitMix64's: multiples of it are far apart, so that a hash of them is well mixed."""
 _ROUNDS = 12
-_GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -18,7 +19,7 @@ def mixed(value: int, *more: int) -> int:
     """One 64-bit hash of some integers (SplitMix64's finaliser over each)."""
     result = 0
     for part in (value, *more):
-        result = ((result ^ part) + _GOLDEN) & _MASK
+        result = ((result ^ part) + int(STEP)) & _MASK
         result = ((result ^ (result >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         result = ((result ^ (result >> 27)) * 0x94D049BB133111EB) & _MASK
         result ^= result >> 31

@@ -15,7 +15,9 @@ class Position:
     """Optimizer steps done, samples and tokens seen; of the steps, those whose update was skipped.
 
     left_out: half-open ranges of the corpus order that no step takes, in order and apart: batches that a run went back
-    from. recent_losses: what a spike is held against. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
+    from. recent_losses: what a spike is measured by. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
+    owes_evaluation: the evaluation after this step is still to be made: a signal came first. faults_in_a_row: skips and
+    rewinds with no step past them, the last of them at faulty_step (guard/health.py).
     """
 
     step: int = 0
@@ -26,6 +28,9 @@ class Position:
     recent_losses: tuple[float, ...] = ()
     loss_scale: dict[str, Any] | None = None
     best: Best = Best()
+    owes_evaluation: bool = False
+    faults_in_a_row: int = 0
+    faulty_step: int = 0
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
@@ -49,6 +54,7 @@ class Position:
             consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + tokens,
             skipped_steps=self.skipped_steps + skipped,
+            owes_evaluation=False,
         )
 
     def place(self, sample: int) -> int:

@@ -87,9 +87,8 @@ class TextTask(Task):
             else:
                 texts.append(found)
         ids = [found for found in self.encoder.encode_batch(texts) if found]
-        if (
-            chunk.kind != "txt" or chunk.start.offset == 0
-        ):  # else a piece of a document that has begun
+        # Else a piece of a document that has begun.
+        if chunk.kind != "txt" or chunk.start.offset == 0:
             ids = [self.begin + found for found in ids]
         if not chunk.open_end:
             for found in ids:
@@ -249,19 +248,18 @@ def preprocess(
     form = _one_form(inputs, kinds, [name for name, asked in forms.items() if asked])
     _check_labels(label_key, classes)
     _check_ends(append_eod, cls_sep, chat, template)
+    task: Task
+    beside = None if form is None else marks_prefix(output)
     if template is not None:
-        task: Task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
+        task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
     elif chat:
         task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
     else:
         encoder, begin, end = _of_texts(loaded, tokenizer, append_eod, cls_sep)
-        if label_key is None:
-            task = TextTask(encoder, dtype, text_key, begin, end)
-        else:
+        task = TextTask(encoder, dtype, text_key, begin, end)
+        if label_key is not None:
             task = LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
-    beside = None
-    if form is not None:
-        beside = labels_prefix(output) if label_key is not None else marks_prefix(output)
+            beside = labels_prefix(output)
     fingerprint = _fingerprint(inputs, kinds, task)
     with (
         Partial(output, fingerprint, overwrite, beside, classes) as partial,
@@ -271,12 +269,8 @@ def preprocess(
             chunks = read_chunks(inputs, kinds, text_key, partial.place)
             for chunk, encoded in _encoded(chunks, task, workers):
                 partial.add(chunk, encoded, inputs[chunk.start.input], strict)
-                progress.show(
-                    chunk.start.input,
-                    chunk.read_bytes,
-                    partial.counts.documents,
-                    partial.counts.tokens,
-                )
+                done = partial.counts
+                progress.show(chunk.start.input, chunk.read_bytes, done.documents, done.tokens)
             partial.finish(dtype)
         partial.give_names()
     return partial.counts

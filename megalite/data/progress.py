@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
@@ -21,7 +20,7 @@ class Counted:
     """How many of `total` things are done: a bar on standard error in a terminal, elsewhere a line every ten seconds.
     what: names them; visible: false on ranks that say nothing."""
 
-    def __init__(self, what: str, total: int, visible: bool = True) -> None:
+    def __init__(self, what: str, total: int, visible: bool) -> None:
         self.what, self.total, self.visible = what, total, visible
         self.done, self._last = 0, time.monotonic()
         self._bar: Bar | None = None
@@ -112,11 +111,6 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         if self._bar is not None:
             self._bar.stop()

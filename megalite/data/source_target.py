@@ -1,4 +1,4 @@
-"""Samples of an encoder-decoder: a source, which the encoder sees whole, and the target that is asked for.
+"""Samples of an encoder-decoder: a source, which the encoder sees whole, and the target that is predicted.
 
 A sample's S tokens are `source_length` of the source, which an end token closes, and the target's, behind the token
 that starts it: `labels` has the target's next token at each place. From pairs (pairs.py) each document is one, its
@@ -15,14 +15,13 @@ import numpy as np
 
 from megalite.config import Data
 from megalite.config.objectives import Pairs, SpanLengths, Spans
-from megalite.data.permutation import hashed, mixed
+from megalite.data.permutation import STEP, hashed, mixed
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
 
 KEY = "megalite.data.objective"
 SENTINEL = "<extra_id_{number}>"
 _KEPT, _NOISE = range(2)  # what is drawn of each position
-_STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class OfSpans:
     def _parts(self, what: int, number: int, count: int) -> list[int]:
         """So many tokens in `spans` parts of one or more, each division as likely as another."""
         key = int(hashed(np.array([number], np.uint64), mixed(self.seed, what))[0])
-        draws = hashed(np.arange(1, count).astype(np.uint64) * _STRIDE, key)
+        draws = hashed(np.arange(1, count).astype(np.uint64) * STEP, key)
         ends = np.sort(np.argsort(draws, kind="stable")[: self.lengths.spans - 1]) + 1
         return np.diff([0, *ends.tolist(), count]).tolist()
 

@@ -7,9 +7,12 @@ new ones.
 import copy
 import hashlib
 import json
+import os
 import re
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +139,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self.inner = inner
         self._equal = None if equal_model is None else SentencePieceTokenizer(equal_model).encoder()
         self.vocabulary_size = max(inner.get_vocab().values()) + 1
-        self.bos_id, self.eod_id, self.mask_id = (
-            inner.bos_token_id,
-            inner.eos_token_id,
-            inner.mask_token_id,
-        )
+        self.bos_id = inner.bos_token_id
+        self.eod_id = inner.eos_token_id
+        self.mask_id = inner.mask_token_id
         self.cls_id, self.sep_id = inner.cls_token_id, inner.sep_token_id
         self.special_ids = frozenset(inner.all_special_ids)
         self._encoder = self.encoder()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        with reading(
-            self.inner.name_or_path, DataError
-        ):  # what is odd in its files may show at any text
+        # What is odd in its files may show at any text.
+        with reading(self.inner.name_or_path, DataError):
             return self._encoder.encode_batch(texts)
 
     def encoder(self) -> Encoder:
@@ -182,7 +182,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return prefix
         parts = ("normalizer", "pre_tokenizer", "decoder")
         around = json.dumps([settings.get(part) for part in parts], ensure_ascii=False)
-        return BYTES if "ByteLevel" in around else SPACE if SPACE in around else None
+        if "ByteLevel" in around:
+            return BYTES
+        return SPACE if SPACE in around else None
 
     def pieces(self) -> list[str]:
         """See Tokenizer."""
@@ -270,9 +272,8 @@ def _loaded(path: Path) -> Tokenizer:
     tokenizer = HuggingFaceTokenizer(
         _from_transformers(path), model_file if _is_equal(path) else None
     )
-    tokenizer.decode(
-        tokenizer.inner("a")["input_ids"]
-    )  # what is odd in its settings shows at its first use
+    # What is odd in its settings shows at its first use.
+    tokenizer.decode(tokenizer.inner("a")["input_ids"])
     return tokenizer
 
 
@@ -322,11 +323,25 @@ def _from_transformers(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises bare Exception for a file that it cannot read
+    except Exception as error:  # which the tokenizers library raises for a file that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be loaded as a tokenizer: {reason[:200]}") from None
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """The path of a folder to make, which gets the name `output` when the block ends. Raises DataError where `output`
+    exists and is not an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output}: already exists; choose a new folder or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        folder = Path(scratch) / "folder"
+        yield folder
+        os.chmod(folder, 0o755)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(folder, output)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Train a sentencepiece model and give it the form that transformers loads, with the same ids.
 
 transformers' own conversion of such a model loses leading spaces in places, so the `tokenizers` object is
-built here from the model's pieces, and held against the model on the training text before the folder gets
+built here from the model's pieces, and compared with the model on the training text before the folder gets
 its name. Text is taken as it is: no normalisation, every space kept, unknown characters as bytes.
 """
 
@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,6 +27,7 @@ from megalite.data.tokenizer import (
     SENTENCEPIECE_FILE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
+    new_folder,
     record_equal,
 )
 from megalite.errors import DataError
@@ -37,9 +37,8 @@ _LONGEST_LINE = 16_384  # bytes; sentencepiece passes over longer sentences
 _CHECKED_CHARACTERS = 1 << 24
 _TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's words
 _SCORE_STEP = 1 / 16
-_NEVER = (
-    -1000.0
-)  # the score of pieces that text must not match: no path over plain characters is as bad
+# The score of pieces that text must not match: no path over plain characters is as bad.
+_NEVER = -1000.0
 _AWKWARD = [
     "",
     " ",
@@ -81,29 +80,16 @@ def train_tokenizer(
     output that exists or an input that cannot be read; VocabularyTooLarge for a text that cannot fill the
     vocabulary.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output}: already exists: name another output or remove it")
     bad: list[str] = []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        model = Path(scratch) / SENTENCEPIECE_FILE
-        model.write_bytes(
-            _trained(
-                read_texts(inputs, text_key, bad.append), vocab_size, model_type, max_sentences
-            )
-        )
-        export_sentencepiece(model, Path(scratch) / "folder")
-        _compare(
-            model, Path(scratch) / "folder", itertools.chain(_AWKWARD, read_texts(inputs, text_key))
-        )
-        record_equal(Path(scratch) / "folder")
-        os.chmod(Path(scratch) / "folder", 0o755)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(Path(scratch) / "folder", output)
+    with new_folder(Path(output)) as folder:
+        model = folder.parent / SENTENCEPIECE_FILE
+        texts = read_texts(inputs, text_key, bad.append)
+        model.write_bytes(_trained(texts, vocab_size, model_type, max_sentences))
+        export_sentencepiece(model, folder)
+        _compare(model, folder, itertools.chain(_AWKWARD, read_texts(inputs, text_key)))
+        record_equal(folder)
     if bad:
-        print(f"{len(bad)} bad lines passed over, the first: {bad[0]}", file=sys.stderr)
+        print(f"{len(bad)} bad lines skipped, the first: {bad[0]}", file=sys.stderr)
 
 
 def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentences: int) -> bytes:
@@ -246,9 +232,8 @@ def _fast(model: Any) -> Any:
 
 def _proto(model: bytes) -> Any:
     """A model's own description, with its pieces and how it was trained."""
-    pb2: Any = importlib.import_module(
-        "sentencepiece.sentencepiece_model_pb2"
-    )  # knows its names at run time only
+    # Knows its names at run time only.
+    pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     return pb2.ModelProto.FromString(model)
 
 
@@ -257,7 +242,7 @@ def _is_bpe(proto: Any) -> bool:
 
 
 def _compare(model_file: Path, folder: Path, texts: Iterable[str]) -> None:
-    """Hold the exported folder against the model. Raises AssertionError with the first text that differs:
+    """Compares the exported folder with the model. Raises AssertionError with the first text that differs:
     that is no user's mistake."""
     from transformers import AutoTokenizer
 

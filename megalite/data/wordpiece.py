@@ -1,8 +1,6 @@
 """Train a WordPiece tokenizer for encoders, as BERT has (arXiv 1810.04805), with [PAD], [UNK], [CLS], [SEP], [MASK]."""
 
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import (
@@ -16,6 +14,7 @@ from tokenizers import (
 )
 
 from megalite.data.documents import read_texts
+from megalite.data.tokenizer import new_folder
 from megalite.errors import DataError
 
 SPECIAL = {
@@ -35,38 +34,25 @@ def train_wordpiece(
     that the text cannot fill."""
     from transformers import PreTrainedTokenizerFast  # seconds to import
 
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output}: already exists; choose a new folder or remove it")
+    with new_folder(Path(output)) as folder:
+        tokenizer = _trained(read_texts(inputs, text_key), vocab_size, lowercase)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
+
+
+def _trained(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.BertPreTokenizer(),
-        decoders.WordPiece(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), show_progress=False
     )
-    tokenizer.train_from_iterator(read_texts(inputs, text_key), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
-        rule = (
-            f"the text makes {size} tokens"
-            if size < vocab_size
-            else f"its characters alone make {size} tokens"
-        )
-        raise DataError(f"--vocab-size {vocab_size}: {rule}")
-    ends = [
-        (token, tokenizer.token_to_id(token))
-        for token in (SPECIAL["cls_token"], SPECIAL["sep_token"])
-    ]
+        what = "the text makes" if size < vocab_size else "its characters alone make"
+        raise DataError(f"--vocab-size {vocab_size}: {what} {size} tokens")
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        folder = Path(scratch) / "folder"
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
-        os.chmod(folder, 0o755)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(folder, output)
+    return tokenizer

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,9 @@ def main(arguments: list[str]) -> int:
     if (options.hostfile is None) == (options.num_gpus is None):
         raise ConfigError("--hostfile or --num_gpus: missing: one of them is required")
     over_ssh = options.hostfile is not None
-    slots: dict[str, int] = (
-        read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
-    )
+    slots: dict[str, int] = {THIS: options.num_gpus}
     if over_ssh:
+        slots = read_hostfile(options.hostfile)
         check_bare()
         variables({})
     config = _config(options.deepspeed_config, options.overrides, sum(slots.values()))
@@ -64,10 +64,8 @@ def main(arguments: list[str]) -> int:
     for line in _lines(options, slots, config):
         print(line, flush=True)
         count += 1
-    print(
-        f"{len(slots)} hosts, {sum(slots.values())} ranks: "
-        + (f"{count} findings" if count else "all well")
-    )
+    found = f"{count} findings" if count else "all well"
+    print(f"{len(slots)} hosts, {sum(slots.values())} ranks: {found}")
     return 1 if count else 0
 
 
@@ -79,53 +77,54 @@ def _config(path: str | None, overrides: list[str], world_size: int) -> Config |
     return config
 
 
-def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
+def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Iterator[str]:
     """Findings, one after another."""
-    over_ssh = options.hostfile is not None
-    wanted = {
-        "paths": _paths(options.deepspeed_config, config),
-        "folders": [],
-        "port": options.master_port,
-    }
-    checkpoints = 0
-    if config is not None:
-        wanted["folders"] = [config.train.run_dir]
-        # Weights and two moments in fp32; one more exists while another is written.
-        checkpoints = (
-            12 * read_spec(config.model).num_parameters * ((config.train.keep_checkpoints or 1) + 1)
-        )
+    folders = [] if config is None else [config.train.run_dir]
+    paths = _paths(options.deepspeed_config, config)
+    wanted = {"paths": paths, "folders": folders, "port": options.master_port}
     with ThreadPoolExecutor(len(slots)) as pool:
-        probes = dict(
-            zip(
-                slots,
-                pool.map(lambda host: _probe(host, wanted, options.ssh_port), slots),
-                strict=True,
-            )
-        )
+        seen = pool.map(lambda host: _probe(host, wanted, options.ssh_port), slots)
+        probes = dict(zip(slots, seen, strict=True))
     failed = {host: seen for host, seen in probes.items() if isinstance(seen, str)}
     for host, said in failed.items():
-        yield f"{host}: no answer: {said}: `ssh {host} true` must work without a question, and this folder be there"
+        rule = f"`ssh {host} true` must work without a prompt, and this folder must exist there"
+        yield f"{host}: no answer: {said}: {rule}"
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     for host, seen in answered.items():
         if seen["gpu_facts"] and isinstance(seen["gpu_facts"], list):
             print(f"{host}: {gpu_line(seen['gpu_facts'])}", flush=True)
     if answered:
-        yield from findings(answered, slots, options.master_port, checkpoints)
+        yield from findings(answered, slots, options.master_port, _checkpoint_bytes(config))
     parallel = Parallel.model_validate({}) if config is None else config.parallel
     hosts = [host for host, count in slots.items() for _ in range(count)]
     line = crossing_hosts(hosts, parallel.tensor)
     if line is not None:
         yield line
-    if failed or not all(seen["port_free"] for seen in [next(iter(answered.values()))]):
-        return
+    # Ranks would not meet without a host, or without the first one's port.
+    if not failed and next(iter(answered.values()))["port_free"]:
+        yield from _try_axes(options, slots, config, parallel)
+
+
+def _checkpoint_bytes(config: Config | None) -> int:
+    """Of all checkpoints that a run keeps at a time: weights and two moments in fp32. One more than `keep_checkpoints`
+    exists while another is written."""
+    if config is None:
+        return 0
+    kept = (config.train.keep_checkpoints or 1) + 1
+    return 12 * read_spec(config.model).num_parameters * kept
+
+
+def _try_axes(
+    options: Any, slots: dict[str, int], config: Config | None, parallel: Parallel
+) -> Iterator[str]:
+    """A finding where a collective of each axis fails."""
     axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
-    sizes = [str(size) for size in axes_sizes]
-    calibration = None if config is None else config.train.calibration
-    sizes += [] if calibration is None else [calibration]
-    program = Program(
-        ["--master_port", str(options.master_port), "--quiet"], [axes.__file__, *sizes],
-        over_ssh, options.ssh_port, None,
-    )  # fmt: skip
+    words = [axes.__file__, *map(str, axes_sizes)]
+    if config is not None and config.train.calibration is not None:
+        words.append(config.train.calibration)
+    deepspeeds = ["--master_port", str(options.master_port), "--quiet"]
+    over_ssh = options.hostfile is not None
+    program = Program(deepspeeds, words, over_ssh, options.ssh_port, None)
     signals = Signals()
     signals.listen()
     try:
@@ -136,7 +135,7 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Any:
     if signals.stop == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.code:
-        yield f"a collective of each axis: {outcome.who or 'failed'}: what is above tells more"
+        yield f"a collective of each axis: {outcome.who or 'failed'}: see the lines above"
 
 
 def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any] | str:
@@ -157,11 +156,10 @@ def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any
         seen = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         return "what it said was not the probe's"
-    early, late = (
-        seen["time"] - after,
-        seen["time"] - before,
-    )  # its clock lies between, as far as this one can tell
-    error = early if early > 0 else late if late < 0 else 0.0
+    # Its clock lies between, as far as this one can tell.
+    early = seen["time"] - after
+    late = seen["time"] - before
+    error = max(early, 0.0) or min(late, 0.0)
     seen["clock_error"] = error if abs(error) > CLOCK_SECONDS else 0.0
     return seen
 
@@ -174,8 +172,7 @@ def _paths(config_path: str | None, config: Config | None) -> list[str]:
     for source in [*config.data.train, *config.data.valid]:
         paths += [f"{source.path}.idx", f"{source.path}.bin"]
     model = config.document.megalite.model
-    folders = [config.data.tokenizer, model if isinstance(model, str) else None]
-    paths += [
-        str(path) for folder in folders if folder for path in sorted(Path(folder).glob("*.json"))
-    ]
+    for folder in (config.data.tokenizer, model):
+        if isinstance(folder, str):
+            paths += map(str, sorted(Path(folder).glob("*.json")))
     return paths

@@ -22,9 +22,8 @@ import megalite
 from megalite.doctor.gpus import facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-HASHED_BYTES = (
-    2**20
-)  # of a file's beginning; with its size and time that tells one file from another
+# Of a file's beginning; with its size and time that tells one file from another.
+HASHED_BYTES = 2**20
 
 
 def probe(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +90,9 @@ def _available_memory() -> int:
 
 def _free_disk(folder: Path) -> int:
     """Of the file system on which the folder is, or will be."""
-    standing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    return shutil.disk_usage(standing).free if os.access(standing, os.W_OK) else 0
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free if os.access(existing, os.W_OK) else 0
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ BLOCK = (
 
 
 def squares(values: Tensor) -> Tensor:
-    """Sum of the squares as an fp64 scalar, without an fp64 copy of the values."""
-    if values.device.type != "cpu":
-        return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    """Sum of the squares on a CPU as an fp64 scalar, without an fp64 copy of the values."""
     # On a CPU vector_norm converts all values first.
     flat, total = values.reshape(-1), torch.zeros((), dtype=torch.float64)
     room = torch.empty(min(BLOCK, flat.numel()), dtype=torch.float64)
@@ -39,6 +37,19 @@ def squares(values: Tensor) -> Tensor:
         wide = room[: block.numel()].copy_(block)
         total += torch.dot(wide, wide)
     return total
+
+
+def squares_of(values: Sequence[Tensor]) -> Tensor:
+    """The same of several tensors of one device, [n]: on a GPU in a few kernels for all of them."""
+    if values[0].device.type == "cpu":
+        return torch.stack([squares(value) for value in values])
+    return fused_squares_of(values)
+
+
+def fused_squares_of(values: Sequence[Tensor]) -> Tensor:
+    """As `squares_of`, on any device."""
+    norms = torch._foreach_norm(list(values), 2, dtype=torch.float64)  # type: ignore[attr-defined]
+    return torch.stack(norms).square()
 
 
 ONE = Sizes()
@@ -70,6 +81,7 @@ class GlobalNorm:
         self.heard: list[float] = []
         self.overflowed, self.accepted = False, True
         self._own = self._all = torch.zeros(0)
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @record_function("GlobalNorm")
     def __call__(
@@ -86,9 +98,14 @@ class GlobalNorm:
         if len(riders):
             riders = riders if device.type == "cpu" else riders.pin_memory()
             sums[rows + 1 :].copy_(riders, non_blocking=True)
-        for placement, gradient in pieces:
-            if placement.counted:
-                sums[self.row[placement.name]] += squares(gradient)
+        counted = [
+            (self.row[place.name], gradient)
+            for place, gradient in pieces
+            if place.counted and gradient.numel()
+        ]
+        if counted:
+            numbers, gradients = zip(*counted, strict=True)
+            sums.index_add_(0, self._on(device, numbers), squares_of(gradients))
         if self.loss is not None:
             sums[rows] = self.loss
         self._own = sums[:rows].clone()
@@ -109,6 +126,14 @@ class GlobalNorm:
         accepted = self.judge is None or self.judge(loss, found)
         self.accepted = accepted and math.isfinite(found)
         return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
+
+    def _on(self, device: torch.device, rows: tuple[int, ...]) -> Tensor:
+        """Rows as indices on a device, which are the same in every step."""
+        if rows not in self._indices:
+            index = torch.tensor(rows)
+            index = index if device.type == "cpu" else index.pin_memory()
+            self._indices = {rows: index.to(device, non_blocking=True)}
+        return self._indices[rows]
 
     def not_finite(self, own: bool = False) -> list[str]:
         """Names of the tensors whose gradient was not finite at the last call; own: by this rank's pieces alone."""

@@ -1,9 +1,9 @@
 """Every inner name of DeepSpeed that megalite touches: where it is defined, the form that is relied on, and why.
 
-DeepSpeed promises none of these. `tests/unit/test_seams.py` looks each up in the installed source, and finds names that
-are used in engine/ and ranks/accelerator.py and missing here, so a release that moves one gives a red line that names
-it. What DeepSpeed documents (`init_distributed`, `get_accelerator`, an engine's `step`) is here only where megalite
-overrides it. No other room imports DeepSpeed's inner modules.
+DeepSpeed promises none of these. `tests/unit/engine/test_seams.py` looks each up in the installed source, and finds
+names that are used in engine/ and ranks/accelerator.py and missing here, so a release that moves one gives a red line
+that names it. What DeepSpeed documents (`init_distributed`, `get_accelerator`, an engine's `step`) is here only where
+megalite overrides it. No other room imports DeepSpeed's inner modules.
 """
 
 from dataclasses import dataclass
@@ -169,6 +169,16 @@ _OF_ZERO_1_AND_2 = (
     _zero("ipg_buckets", "", "gradients that wait for their reduction"),
     _zero("overlap_comm", "", "whether reductions have a stream of their own"),
     _zero("reduction_stream", "", "that stream"),
+    _zero(
+        "allreduce_and_copy",
+        "self, small_bucket, communication_data_type, rank, log, divide, process_group, output_bucket",
+        "overridden: the host does not wait",
+    ),
+    _zero(
+        "_allreduce_noncontiguous_bucket_preserving_fp32",
+        "self, grads, grad_params, communication_data_type",
+        "overridden: the host does not wait",
+    ),
     _zero("bit16_groups", "", "parameters by the optimizer's groups"),
     _zero("single_partition_of_fp32_groups", "", "flat fp32 masters of this rank"),
     _zero("params_in_partition", "", "parameters that reach into this rank's part"),
@@ -203,6 +213,7 @@ _OF_ZERO_3 = (
     _zero3("_update_scale", "self, has_overflow", "overridden: the scale moves after the step"),
     _zero3("step", "self, closure", "overridden: loss scale, one verdict"),
     _zero3("_get_norm_groups", "self", "overridden: the global norm"),
+    _zero3("_post_step", "self, timer_names", "overridden: the host does not wait"),
     _zero3("_prepare_sub_group", "self, sub_group_id, timer_names", "overridden: gradients"),
     _zero3(
         "_offload_grad_partition_at_boundary",
@@ -225,6 +236,7 @@ _OF_ZERO_3 = (
     _zero3("swap_optimizer", "", "masters and moments in files"),
     _zero3("offload_optimizer", "", "masters and moments in main memory or files"),
     _zero3("optimizer_swapper", "", "reads and writes those files"),
+    _zero3("reduce_and_partition_stream", "", "of reductions; where the host would wait for it"),
     _zero3("loss_scaler", "", "the scaler"),
     _zero3("overflow", "", "whether the update was left out"),
     _zero3("optimizer", "", "the one that is wrapped, with the moments"),
@@ -249,6 +261,16 @@ _OF_ZERO_3 = (
         "self, current_submodule, forward",
         "zero3.py",
         "overridden: on the clock as waiting",
+    ),
+    Seam(_PARTITION, "NoGatherHandle", "", "streams.py", "weights that a rank has alone"),
+    Seam(_PARTITION, "NoGatherCoalescedHandle", "", "streams.py", "the same of several"),
+    Seam(_PARTITION, "NoGatherHandle.wait", "self", "streams.py", "replaced: no wait of the host"),
+    Seam(
+        _PARTITION,
+        "NoGatherCoalescedHandle.wait",
+        "self",
+        "streams.py",
+        "replaced: no wait of the host",
     ),
     Seam(_PARTITION, "Init", "", "initial.py", "makes parameters ZeRO-3's"),
     Seam(

@@ -5,6 +5,7 @@ gradients. Whether a step's update happens is the norm's word, on every rank or 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megalite.engine.norm import GlobalNorm
+from megalite.engine.streams import accelerator_with, wait_for
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Placement, Shard
@@ -178,6 +180,30 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                         self.reduce_ready_partitions_and_remove_grads(value, group)
         super().reduce_gradients(pipeline_parallel)
 
+    def allreduce_and_copy(self, *args: Any, **kwargs: Any) -> None:
+        """Called by DeepSpeed for each rank's part of a bucket. With overlap_comm it would have the host wait for the
+        device each time, to free gradients that the last bucket's reduction has read; the step's stream, which takes
+        their memory next, waits for that reduction, and this one for the gradients."""
+        with self._streams_in_order():
+            super().allreduce_and_copy(*args, **kwargs)
+
+    def _allreduce_noncontiguous_bucket_preserving_fp32(self, *args: Any, **kwargs: Any) -> None:
+        """The same where gradients are not copied into one buffer."""
+        with self._streams_in_order():
+            super()._allreduce_noncontiguous_bucket_preserving_fp32(*args, **kwargs)
+
+    @contextmanager
+    def _streams_in_order(self) -> Iterator[None]:
+        accelerator: Any = get_accelerator()
+        if not self.overlap_comm or accelerator.resolves_data_dependency():
+            yield
+            return
+        stream: Any = self.reduction_stream
+        wait_for(stream)
+        stream.wait_stream(accelerator.current_stream())
+        with accelerator_with(synchronize=lambda *args: None):
+            yield
+
     def independent_gradient_partition_epilogue(self) -> None:
         """Called by DeepSpeed after a backward that reduces. With overlap_comm it would have the host wait for all that
         the device has to do; here the stream of the step waits for that of the reductions."""
@@ -185,9 +211,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
             super().independent_gradient_partition_epilogue()
             return
         self.reduce_ipg_grads()
-        accelerator: Any = get_accelerator()
-        if not accelerator.resolves_data_dependency():
-            accelerator.current_stream().wait_stream(self.reduction_stream)
+        wait_for(self.reduction_stream)
         self._clear_previous_reduced_grads()
         self.overlap_comm = False
         try:

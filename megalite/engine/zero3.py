@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
+from megalite.engine.streams import accelerator_with, gather_without_waiting, join_on_the_device
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.layers import Placement, Shard
@@ -42,6 +43,10 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         optimizer.global_norm = norm
         coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
         coordinator.__class__ = _TimedCoordinator
+        gather_without_waiting()
+        if not optimizer.offload_optimizer:  # the host is to read gradients in main memory
+            # DeepSpeed has it wait after each backward (independent_gradient_partition_epilogue).
+            join_on_the_device(optimizer.reduce_and_partition_stream)
         for partition in optimizer.fp32_partitioned_groups_flat:
             partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does without
 
@@ -68,6 +73,15 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         if self.offload_optimizer:
             partition = self.fp32_partitioned_groups_flat[sub_group_id]
             partition.grad = self.flat_gradient(sub_group_id).to(partition.device)
+
+    def _post_step(self, timer_names: set[str]) -> None:
+        """Called by DeepSpeed's step after the update, where it gathers the weights that stay whole, and would have the
+        host wait until the device has them."""
+        if self.offload_optimizer:  # an update by the host
+            super()._post_step(timer_names)
+            return
+        with accelerator_with(synchronize=lambda *args: None):
+            super()._post_step(timer_names)
 
     def _get_norm_groups(self) -> list[Tensor]:
         """Called by DeepSpeed's step, which takes the root of the sum of squares: of one, ours."""

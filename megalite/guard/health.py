@@ -58,9 +58,15 @@ class Health:
     without the loss scale, and `scale` is that of the step."""
 
     def __init__(
-        self, faults: Faults, engine: Engine, pipeline: Pipeline, hosts: list[str], file: Appended
+        self,
+        faults: Faults,
+        engine: Engine,
+        pipeline: Pipeline,
+        hosts: list[str],
+        file: Appended,
+        start: Position,
     ) -> None:
-        """file: takes a line for each fault, of rank 0's."""
+        """file: takes a line for each fault, of rank 0's; start: where the run starts from."""
         self.faults, self.engine, self.pipeline, self.hosts, self.file = (
             faults,
             engine,
@@ -68,11 +74,12 @@ class Health:
             hosts,
             file,
         )
-        self.position = Position()
+        self.position = start
         self.fault: Fault | None = None
         self.loss = self.norm = math.nan
         self.scale = 1.0
-        self.in_a_row, self.faulty_step = 0, 0
+        # Not the position's own: a run that goes back must not forget why.
+        self.in_a_row, self.faulty_step = start.faults_in_a_row, start.faulty_step
         engine.global_norm.judge = self._judge
         if engine.stage.embedding is not None:
             engine.stage.embedding.register_forward_hook(self._watch_first_gradient)
@@ -142,11 +149,16 @@ class Health:
 
     def check_sound(self, boxes: BoxDict, step: int) -> str | None:
         """As `answer`, about what is to be saved after a step: None where all of it is finite (collective)."""
-        everyone = self._gather(not_finite(boxes))
-        found = [(names[0], rank) for rank, names in enumerate(everyone) if names]
-        if not found:
+        grid, names = self.engine.grid, not_finite(boxes)
+        # Where all is well one number travels, in main memory; a name only from the lowest rank that has one.
+        first = torch.tensor(grid.rank if names else grid.world_size)
+        dist.all_reduce(first, dist.ReduceOp.MIN)
+        rank = int(first)
+        if rank == grid.world_size:
             return None
-        name, rank = found[0]
+        told = [names[0] if rank == grid.rank else ""]
+        dist.broadcast_object_list(told, src=rank)
+        name = told[0]
         action = (
             "rewind" if self.faults.not_finite == "rewind" else "stop"
         )  # what is skipped would not mend it

@@ -34,6 +34,7 @@ from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 1.0  # between two looks of a node at the folder
 SETTLE_SECONDS = 3.0  # that a rank that ends gives the others to write their files: a launcher kills them afterwards
+REPORT_SECONDS = 20.0  # for all of a report, after which a rank ends without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
 _KILLED, _FAILED, _SILENT, _BUSY, _WAITS = (
@@ -120,8 +121,10 @@ class Watchdog:
             if self.signals.peer_lost:
                 self._end(_BUSY, _main_frames(), "when another rank was lost or had failed")
             if now - looked > LOOK_SECONDS and self._looks_for_its_node():
-                looked = now
-                if self.folder.exists():
+                looked, found = now, False
+                with contextlib.suppress(OSError):  # a file system that is away now
+                    found = self.folder.exists()
+                if found:
                     self._end(_BUSY, _main_frames(), "when another rank had failed")
 
     def _looks_for_its_node(self) -> bool:
@@ -149,6 +152,34 @@ class Watchdog:
     def _end(self, kind: str, frames: Iterable[FrameType], cause: str, text: str = "") -> NoReturn:
         """Writes this rank's file, waits a little for the others', sums up where this is the lowest, and ends."""
         self.lock.acquire()  # for good: the main thread and the watching one may both come here
+        # A call to a file system that is away may never return.
+        late = threading.Timer(
+            REPORT_SECONDS, self._leave, [cause, f"not written within {REPORT_SECONDS:g} s"]
+        )
+        late.daemon = True
+        late.start()
+        try:
+            self._report(kind, frames, cause, text)
+        except Exception as error:  # whatever it is, a rank that is to end must not stay
+            self._leave(cause, f"{type(error).__name__}: {error}")
+        self._leave()
+
+    def _leave(self, cause: str = "", no_report: str = "") -> NoReturn:
+        """Ends this process. no_report: why there is none."""
+        if no_report:
+            where = f"rank {self.rank} on {self.hosts[self.rank]}: {self.part}"
+            print_line(RuntimeError(f"{where}: {cause}; no report: {no_report}"))
+        # A neighbour that was stopped could not hear the launcher's SIGTERM: it continues, and ends by itself.
+        self._signal_neighbours(signal.SIGCONT)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        leave_word(FAULT_CODE)
+        os._exit(
+            FAULT_CODE
+        )  # the interpreter's end would wait for threads that wait for dead peers
+
+    def _report(self, kind: str, frames: Iterable[FrameType], cause: str, text: str) -> None:
         flight = own_flight()
         call, peers = _collective(frames, self.rank)
         peer = self.waits_for()
@@ -161,34 +192,21 @@ class Watchdog:
             words := in_words(flight)
         ):  # its host waits for the device, in any call
             kind, cause = _WAITS, f"in {words}; {cause}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(
-                f"{kind} | {','.join(map(str, peers))} | {self._where()}: {cause}", flight, text
-            )
-            self._signal_neighbours(signal.SIGUSR2)
-            written = self._settle()
-            if min(written, default=self.rank) == self.rank:
-                self._sum_up(written)
-            self._until(lambda: (self.folder / SUMMARY).exists())
-        except OSError as error:
-            print_line(
-                RuntimeError(f"rank {self.rank}: {self._where()}: {cause}; no report: {error}")
-            )
-        # A neighbour that was stopped could not hear the launcher's SIGTERM: it continues, and ends by itself.
-        self._signal_neighbours(signal.SIGCONT)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        leave_word(FAULT_CODE)
-        os._exit(
-            FAULT_CODE
-        )  # the interpreter's end would wait for threads that wait for dead peers
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(
+            f"{kind} | {','.join(map(str, peers))} | {self._where()}: {cause}", flight, text
+        )
+        self._signal_neighbours(signal.SIGUSR2)
+        written = self._settle()
+        if min(written, default=self.rank) == self.rank:
+            self._sum_up(written)
+        self._until(lambda: (self.folder / SUMMARY).exists())
 
     def _write(self, line: str, flight: Flight, text: str) -> None:
         """Whole or not there: others read it."""
         path = self.folder / f"rank_{self.rank:05d}.txt"
         beside = path.with_name(f".{path.name}")
-        with beside.open("w") as file:
+        with beside.open("w", errors="backslashreplace") as file:
             file.write(f"{line}\n{to_text(flight)}\n{text}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

@@ -28,6 +28,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_CARRIED = (*_TOKENIZER, GENERATION)
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
@@ -38,16 +39,15 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
 def carried_files(folder: Path) -> Iterator[Path]:
     """All of these that a folder holds. CheckpointError where a link in it leads out."""
     check_links(folder, CheckpointError)
-    return (folder / name for name in (*_TOKENIZER, GENERATION) if (folder / name).is_file())
+    return (folder / name for name in _CARRIED if (folder / name).is_file())
 
 
-def carry(source: Path, target: Path, names: tuple[str, ...] = (*_TOKENIZER, GENERATION)) -> None:
-    """Copies those small files that `source` has and `target` has not. CheckpointError where a link leads out of it."""
-    check_links(source, CheckpointError)
-    for name in names:
-        if (source / name).is_file() and not (target / name).exists():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+def carry(source: Path, target: Path) -> None:
+    """Copies those small files that `source` has and the folder `target` has not. CheckpointError where a link leads
+    out of `source`."""
+    for path in carried_files(source):
+        if not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
 
 
 def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, bytes]:
@@ -59,12 +59,11 @@ def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, 
             files |= {path.name: path for path in carried_files(place)}
     if tokenizer is not None:
         files = {name: path for name, path in files.items() if name == GENERATION}
-        path = Path(tokenizer)
-        files |= (
-            {SENTENCEPIECE_FILE: path}
-            if path.is_file()
-            else {path.name: path for path in tokenizer_files(path)}
-        )
+        place = Path(tokenizer)
+        if place.is_file():
+            files[SENTENCEPIECE_FILE] = place
+        else:
+            files |= {path.name: path for path in tokenizer_files(place)}
     try:
         return {name: path.read_bytes() for name, path in files.items()}
     except OSError as error:
@@ -85,9 +84,8 @@ def stop_ids_of(weights: Weights) -> set[int]:
     values: Any = weights.model.get("eos_token_id")
     for place in (weights.folder, weights.folder / CARRIED):
         if (place / GENERATION).is_file():
-            values = read_json_object(place / GENERATION, CheckpointError).get(
-                "eos_token_id", values
-            )
+            settings = read_json_object(place / GENERATION, CheckpointError)
+            values = settings.get("eos_token_id", values)
             break
     values = values if isinstance(values, list) else [values]
     return {value for value in values if isinstance(value, int) and not isinstance(value, bool)}

@@ -48,7 +48,7 @@ class _Weights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of the files, in the order in which `tensors` gives them."""
         result = {}
-        for name in self.names():
+        for name in self.checkpoint.names:
             entry, shape = hf_tensor(self.spec, name), self.checkpoint.shape(name)
             if entry.stacked:
                 result |= dict.fromkeys(file_names(entry, self.spec), shape[1:])
@@ -57,11 +57,8 @@ class _Weights:
             result.setdefault(entry.name, shape[::-1] if entry.transposed else shape)
         return result
 
-    def names(self) -> list[str]:
-        return self.checkpoint.names
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        made = to_hf(self.spec, self.names(), self.checkpoint.read)
+        made = to_hf(self.spec, self.checkpoint.names, self.checkpoint.read)
         for name, tensor in counted(made, len(self.shapes()), "tensors written"):
             if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
                 raise CheckpointError(
@@ -76,7 +73,6 @@ def export_hf(
     output: str | Path,
     dtype: str = "float32",
     verify: bool | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Comparison | None:
     """Writes safetensors files with an index where there is more than one, config.json, generation_config.json and
     the tokenizer's files. The folder appears when all is written and verified, or not at all.
@@ -88,7 +84,7 @@ def export_hf(
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
         if ROUTER_BIAS in source.state and not bias_names(weights.spec):
             family = weights.spec.family
-            rule = f'a {family} file has no place for what megalite.train.router.balance "bias" has made'
+            rule = f'a {family} file cannot hold the biases of megalite.train.router.balance "bias"'
             raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
         with reading(source.folder, CheckpointError):
             biases = dict(biases_to_hf(weights.spec, source.state))
@@ -96,7 +92,7 @@ def export_hf(
         # In fp32 and first: a reader asks for numbers at multiples of their size.
         wide = {name: (tuple(value.shape), value.dtype) for name, value in biases.items()}
         others = {name: (shape, weights.dtype) for name, shape in weights.shapes().items()}
-        shards: list[Shard] = plan_shards(wide | others, shard_bytes)
+        shards: list[Shard] = plan_shards(wide | others, SHARD_BYTES)
         write_shards(partial, shards, chain(biases.items(), weights.tensors()))
         write_index(partial, shards)
         with reading(source.folder, CheckpointError):

@@ -1,6 +1,6 @@
 """A Hugging Face folder read under our names, lazily: a tensor, or one box of it, straight from its file.
 
-Opening reads `config.json` and the files' headers, and holds them against the model: a tensor that is missing, has
+Opening reads `config.json` and the files' headers, and compares them with the model: a tensor that is missing, has
 another shape or is not known is refused. Reading a box reads its bytes alone. What is fused or transposed in the
 files comes from the family's table (names.py).
 
@@ -36,13 +36,14 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
+# How such a model's run read its corpora.
 _PROMPTS = {
     "samples": "padded",
     "loss": "marked",
     "objective": "prefix",
     "reset_attention": True,
     "eod_mask_loss": False,
-}  # how such a model's run read its corpora
+}
 _OF_HEADS = ("classifier.", "head.")
 
 
@@ -140,9 +141,8 @@ class HFFolder:
 
     def _check_finite(self, file_name: str, part: Tensor) -> None:
         """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
-        low, high = (
-            end.item() for end in part.aminmax()
-        )  # NaN where any is, and then neither comparison holds
+        # NaN where any is, and then neither comparison holds.
+        low, high = (end.item() for end in part.aminmax())
         if not (low >= -_LARGEST and high <= _LARGEST):
             rule = "every weight must be finite in fp32"
             raise CheckpointError(
@@ -155,12 +155,9 @@ class HFFolder:
     def _missing_prefix(self) -> str:
         """GPT-2's own files leave "transformer." out: they were saved from the model without its head."""
         first = hf_tensor(self.spec, TIED_NAME).name
-        prefix = first.partition(".")[0] + "."
-        return (
-            prefix
-            if first not in self._files.where and first.removeprefix(prefix) in self._files.where
-            else ""
-        )
+        prefix, where = first.partition(".")[0] + ".", self._files.where
+        is_missing = first not in where and first.removeprefix(prefix) in where
+        return prefix if is_missing else ""
 
     def _check(self) -> None:
         """The files hold every tensor of the model with its shape, and no other."""
@@ -238,9 +235,10 @@ def _file_rows(
         yield first + shift, last + shift
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value of one of torch's files is a tensor with all its numbers in the file."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+def _is_plain(name: Any, value: Any) -> bool:
+    """Whether an entry of one of torch's files is a named tensor with all its numbers in the file."""
+    is_tensor = isinstance(value, Tensor) and value.layout == torch.strided
+    if not isinstance(name, str) or not is_tensor:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
 
@@ -304,14 +302,12 @@ class _Files:
                     f"{path}: is no file of tensors alone: {type(error).__name__}"
                 ) from error
             held = self._open[path]
+            odd = []
             if isinstance(held, dict):
-                odd = [
-                    name
-                    for name, value in held.items()
-                    if not (isinstance(name, str) and _is_plain(value))
-                ]
-            else:
-                odd = [type(held).__name__] if path.suffix == ".bin" else []
+                items = held.items()
+                odd = [name for name, value in items if not _is_plain(name, value)]
+            elif path.suffix == ".bin":
+                odd = [type(held).__name__]
             if odd:
                 del self._open[path]
                 raise CheckpointError(f"{path}: is no file of tensors alone: {odd[0]!r}")

@@ -24,9 +24,9 @@ def import_hf(
 ) -> Comparison | None:
     """Writes a checkpoint of step 0 in fp32. The folder appears when all is written and verified, or not at all.
 
-    verify: hold the logits against transformers'; None: where memory is enough. experts: that are made of a dense
-    model's MLPs (upcycle.py). Returns what was compared, None
-    where nothing was. Raises CheckpointError, ConfigError, ConversionError.
+    verify: compare the logits with transformers'; None: where memory is enough. experts: that are made of a dense
+    model's MLPs (upcycle.py). Returns what was compared, None where nothing was. Raises CheckpointError, ConfigError,
+    ConversionError.
     """
     dense = HFFolder(model)
     source = dense if experts is None else Upcycled(dense, experts)

@@ -37,18 +37,6 @@ def hf_tensor(spec: TransformerSpec, name: str) -> HFTensor:
     return replace(entry, name=entry.name.replace("{layer}", str(layer)))
 
 
-def from_hf(spec: TransformerSpec, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """Our full tensor of that name; `read` gives a file's tensor by its name there."""
-    entry = hf_tensor(spec, name)
-    if entry.stacked:
-        return torch.stack([read(file_name) for file_name in file_names(entry, spec)])
-    tensor = read(entry.name)
-    if entry.transposed:
-        tensor = tensor.t()
-    parts = tensor.unflatten(0, (groups_of(entry, spec), entry.parts, -1))
-    return parts[:, entry.part].flatten(0, 1)
-
-
 def to_hf(
     spec: TransformerSpec, names: Iterable[str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -79,7 +67,8 @@ def bias_names(spec: TransformerSpec) -> list[str]:
 
 
 def state_of(spec: TransformerSpec, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """What a checkpoint's state holds of these biases: nothing where all are 0. read: as of `from_hf`."""
+    """What a checkpoint's state holds of these biases: nothing where all are 0. `read` gives a file's
+    tensor by its name there."""
     rows = [read(name).float().flatten() for name in bias_names(spec)]
     return {ROUTER_BIAS: [row.tolist() for row in rows]} if any(row.any() for row in rows) else {}
 

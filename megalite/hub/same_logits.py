@@ -53,7 +53,7 @@ class Comparison:
 def compare(
     ours: Path, theirs: Path, wanted: bool | None, dtype: torch.dtype | None = None
 ) -> Comparison | None:
-    """Holds a folder of either kind, read by us, against a Hugging Face folder, read by transformers.
+    """Compares a folder of either kind, read by us, with a Hugging Face folder, read by transformers.
 
     wanted None: where memory is enough; None is returned where it is not. dtype: that the Hugging Face folder was
     rounded to. Raises ConversionError beyond the bound.
@@ -116,7 +116,7 @@ def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
 
 @torch.no_grad()
 def our_logits(
-    source: Weights, spec: TransformerSpec, tokens: Tensor, dtype: torch.dtype | None = None
+    source: Weights, spec: TransformerSpec, tokens: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
     """Logits [B, S, V], of a classifier [B, N], of our model in fp32, its weights rounded to `dtype` first."""
     stage = Stage(spec, Grid()).eval()

@@ -3,7 +3,6 @@ MLP, and the router at random. The weights of the chosen experts sum to one, so 
 one does until it is trained.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,8 @@ class Experts:
 
 
 class Upcycled:
-    """A Hugging Face folder with experts in place of MLPs; has the folder's model, names, shape, read. ConfigError
-    where its family has no counterpart with experts."""
+    """A Hugging Face folder with experts in place of MLPs; has the folder's model, names and read. ConfigError where
+    its family has no counterpart with experts."""
 
     def __init__(self, dense: HFFolder, experts: Experts) -> None:
         self.dense, self.experts, self.folder = dense, experts, dense.folder
@@ -43,23 +42,14 @@ class Upcycled:
         """Full names of our parameters."""
         return list(self.shapes)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a parameter."""
-        return self.shapes[name]
-
-    def read(
-        self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None
-    ) -> Tensor:
-        """A parameter, or its box at `offsets` of `shape`."""
-        full = self.shapes[name]
-        offsets, shape = tuple(offsets or (0,) * len(full)), tuple(shape or full)
+    def read(self, name: str) -> Tensor:
+        """A parameter."""
+        shape = self.shapes[name]
         if EXPERTS in name:
-            source = name.replace(EXPERTS, ".mlp.")
-            return self.dense.read(source, offsets[1:], shape[1:]).expand(shape).contiguous()
+            return self.dense.read(name.replace(EXPERTS, ".mlp.")).expand(shape).contiguous()
         if ROUTER in name:
-            whole = drawn(f"{self.experts.seed}/{name}", full, self.spec.init_std)
-            return whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
-        return self.dense.read(name, offsets, shape)
+            return drawn(f"{self.experts.seed}/{name}", shape, self.spec.init_std)
+        return self.dense.read(name)
 
 
 def _with_experts(model: dict[str, Any], experts: Experts) -> dict[str, Any]:

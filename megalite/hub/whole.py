@@ -15,7 +15,7 @@ def appearing(target: str | Path, error: type[Exception]) -> Iterator[Path]:
     trace where that ends by an exception. `error` is raised where the target already exists."""
     target = Path(target)
     if target.exists() or target.is_symlink():
-        raise error(f"{target}: already exists: choose a new folder; nothing is overwritten")
+        raise error(f"{target}: already exists; choose a new folder")
     host = socket.gethostname()
     partial = target.with_name(f".{target.name}.{host}.{os.getpid()}.unfinished")
     try:

@@ -11,12 +11,11 @@ else:
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from megalite.data.chat import Marked
 from megalite.data.tokenizer import Tokenizer
 from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 from megalite.inference.likelihood import Likelihood, likelihoods
+from megalite.inference.prepare import told_by_rank_0
 from megalite.inference.sampling import Sampling
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -25,7 +24,7 @@ _END = "end"
 
 
 class Answers:
-    """What all ranks can be asked for. batch_size: rows that go through the stages together; prefixed: as of
+    """What rank 0 can ask of all ranks. batch_size: rows that go through the stages together; prefixed: as of
     Generator."""
 
     def __init__(
@@ -34,24 +33,24 @@ class Answers:
         grid: Grid,
         tokenizer: Tokenizer,
         stop_ids: Collection[int],
-        batch_size: int = 8,
-        prefixed: bool = False,
+        batch_size: int,
+        prefixed: bool,
     ) -> None:
         self.stage, self.grid, self.tokenizer = stage, grid, tokenizer
         self.stop_ids, self.batch_size, self.prefixed = stop_ids, batch_size, prefixed
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """On rank 0: `likelihoods` or `texts` on every rank."""
-        _tell((name, arguments))
+        told_by_rank_0((name, arguments))
         return getattr(self, name)(*arguments)
 
     def end(self) -> None:
         """On rank 0: lets the others go."""
-        _tell((_END, ()))
+        told_by_rank_0((_END, ()))
 
     def take_part(self) -> None:
         """On the others: answers all that rank 0 asks until it ends."""
-        while (question := _tell(None))[0] != _END:
+        while (question := told_by_rank_0(None))[0] != _END:
             name, arguments = question
             getattr(self, name)(*arguments)
 
@@ -67,15 +66,7 @@ class Answers:
         stops: Sequence[str],
     ) -> list[str]:
         """The text that continues each prompt's ids, up to the first of `stops`."""
-        generator, ends = (
-            Generator(self.stage, self.grid, self.batch_size, self.prefixed),
-            ends_at(self.tokenizer, stops),
-        )
+        generator = Generator(self.stage, self.grid, self.batch_size, self.prefixed)
+        ends = ends_at(self.tokenizer, stops)
         found = generate_all(generator, prompts, max_new_tokens, sampling, self.stop_ids, ends)
         return [cut_at(self.tokenizer.decode(tokens), stops) for tokens in found]
-
-
-def _tell(question: Any) -> Any:
-    box = [question]
-    dist.broadcast_object_list(box)
-    return box[0]

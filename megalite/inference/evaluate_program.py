@@ -94,7 +94,19 @@ def evaluate_main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = model_parser("Score a model on any layout.")
-    what = parser.add_mutually_exclusive_group(required=True)
+    _add_kinds(parser.add_mutually_exclusive_group(required=True))
+    _add_owned(parser)
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
+    )
+    return parser
+
+
+def _add_kinds(what: Any) -> None:
+    """What is measured, into a group of which one is given."""
     what.add_argument(
         "--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity"
     )
@@ -109,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--translations", metavar="FILE", help="lines with source and target: chrF and BLEU"
     )
+
+
+def _add_owned(parser: argparse.ArgumentParser) -> None:
+    """OWNERS."""
     parser.add_argument(
         "--template",
         metavar="TEXT",
@@ -140,13 +156,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="to the questions of --tasks"
     )
-    parser.add_argument(
-        "--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's"
-    )
-    parser.add_argument(
-        "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
-    )
-    return parser
 
 
 def _check_owners(options: argparse.Namespace) -> None:
@@ -167,7 +176,6 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
         raise broken("megalite.parallel.context", context, rule)
     samples = ValidData(data, prepared.spec.vocabulary_size, check=thorough)
     by_heads = prepared.parallel.context_attention == "heads"
-
     labels = prepared.spec.labels
 
     def work(stage: Any, grid: Any) -> list[dict[str, Any]]:
@@ -184,15 +192,14 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
             data.source_length,
         )
         settings = data.model_dump(include={"sequence_length", *FOLLOWED}, exclude_none=True)
-        return [
-            {
-                "loss": score.loss,
-                "perplexity": perplexity(score.loss),
-                "tokens": score.tokens,
-                **(figures(score.counts, labels) if labels else {}),
-                "data": settings,
-            }
-        ]
+        line = {
+            "loss": score.loss,
+            "perplexity": perplexity(score.loss),
+            "tokens": score.tokens,
+            **(figures(score.counts, labels) if labels else {}),
+            "data": settings,
+        }
+        return [line]
 
     return work
 
@@ -296,17 +303,14 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
             return []
-        texts = [
-            tokenizer.decode([token for token in tokens if token not in stop_ids]).strip()
-            for tokens in found
-        ]
+        # What ends a text is no part of it.
+        kept = [[token for token in tokens if token not in stop_ids] for tokens in found]
+        texts = [tokenizer.decode(tokens).strip() for tokens in kept]
         if options.write is not None:
             write_translations(options.write, pairs, texts)
         cut = sum(len(tokens) == most and tokens[-1] not in stop_ids for tokens in found)
-        return [
-            scores(texts, [target for _, target in pairs])
-            | {"lines": len(pairs), "cut": cut, "beams": options.beams or 1}
-        ]
+        line = scores(texts, [target for _, target in pairs])
+        return [line | {"lines": len(pairs), "cut": cut, "beams": options.beams or 1}]
 
     return work
 

@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megalite.data.progress import Counted
 from megalite.data.tokenizer import Tokenizer, continuation, prompt_ids
@@ -23,6 +23,7 @@ from megalite.inference.prepare import (
     prepare_model,
     stop_ids_for,
     tokenizer_for,
+    told_by_rank_0,
 )
 from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
@@ -35,40 +36,16 @@ def generate_main(arguments: list[str]) -> int:
     """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
     a prompt's come one after another, each with its number as `sample`."""
     options = _parser().parse_args(arguments)
-    from megalite.inference.sampling import Sampling
 
-    def prepare(thorough: bool) -> tuple[Prepared, Tokenizer, list[str], list[list[int]], Any]:
+    def prepare(thorough: bool) -> _Asked:
         with reading(options.checkpoint, CheckpointError):
-            prepared = prepare_model(options, place().world_size)
-            check_decoder(
-                prepared.spec, f"--checkpoint: {prepared.folder}", "generation", sources=True
-            )
-            tokenizer = tokenizer_for(options, prepared)
-            sampling = Sampling(
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.seed,
-                options.repetition_penalty,
-                options.min_p,
-            )
-            if options.samples > 1 and sampling.temperature == 0.0:
-                rule = "needs --temperature above 0: 0 makes them all alike"
-                raise ConfigError(f"--samples: {options.samples}: {rule}")
-            beams = beams_asked(options)
-            if beams is not None:
-                _check_beams(options)
-            # Standard input is rank 0's alone; the others hear of it below.
-            prompts = _prompts(options) if place().rank == 0 else []
-            if options.stream and len(prompts) * options.samples > 1:
-                raise ConfigError("--stream: only with one prompt and one sample")
-            ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
-        return prepared, tokenizer, prompts, ids, (sampling, beams)
+            return _asked(options)
 
-    here, (prepared, tokenizer, prompts, ids, choice) = start_ranks(prepare)
+    here, asked = start_ranks(prepare)
     try:
-        prompts, ids = _told_by_rank_0((prompts, ids))
-        texts = _generate(prepared, tokenizer, ids, choice, options)
+        # Standard input is rank 0's alone.
+        prompts, ids = told_by_rank_0((asked.prompts, asked.ids))
+        texts = _generate(asked, ids, options)
         if here.rank == 0:
             for number, prompt in enumerate(prompts):
                 for sample, text in enumerate(texts[number :: len(prompts)]):
@@ -78,6 +55,44 @@ def generate_main(arguments: list[str]) -> int:
     finally:
         stop_ranks()
     return 0
+
+
+class _Asked(NamedTuple):
+    """What the command line asks for, checked. prompts, ids: on rank 0; sampling: a Sampling; beams: Beams or None."""
+
+    prepared: Prepared
+    tokenizer: Tokenizer
+    prompts: list[str]
+    ids: list[list[int]]
+    sampling: Any
+    beams: Any
+
+
+def _asked(options: argparse.Namespace) -> _Asked:
+    from megalite.inference.sampling import Sampling
+
+    prepared = prepare_model(options, place().world_size)
+    check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "generation", sources=True)
+    tokenizer = tokenizer_for(options, prepared)
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        options.repetition_penalty,
+        options.min_p,
+    )
+    if options.samples > 1 and sampling.temperature == 0.0:
+        rule = "needs --temperature above 0: 0 makes them all alike"
+        raise ConfigError(f"--samples: {options.samples}: {rule}")
+    beams = beams_asked(options)
+    if beams is not None:
+        _check_beams(options)
+    prompts = _prompts(options) if place().rank == 0 else []
+    if options.stream and len(prompts) * options.samples > 1:
+        raise ConfigError("--stream: only with one prompt and one sample")
+    ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)
+    return _Asked(prepared, tokenizer, prompts, ids, sampling, beams)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +107,27 @@ def _parser() -> argparse.ArgumentParser:
         help="a prompt a line; of a .jsonl file the `prompt` of each line, which may hold newlines",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
+    _add_sampling(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=8,
+        help="prompts that go through the stages together",
+    )
+    parser.add_argument(
+        "--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a text before it"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="show tokens on standard error as they come"
+    )
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen."""
     parser.add_argument(
         "--samples", type=at_least(1), default=1, metavar="N", help="texts for each prompt"
     )
@@ -120,22 +156,6 @@ def _parser() -> argparse.ArgumentParser:
         "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
     )
     parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
-    parser.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        default=8,
-        help="prompts that go through the stages together",
-    )
-    parser.add_argument(
-        "--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends a text before it"
-    )
-    parser.add_argument(
-        "--stream", action="store_true", help="show tokens on standard error as they come"
-    )
-    return parser
 
 
 def _check_beams(options: argparse.Namespace) -> None:
@@ -149,32 +169,15 @@ def _check_beams(options: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: not with --beams")
 
 
-def _told_by_rank_0(value: Any) -> Any:
-    """What rank 0 has, on every rank (collective)."""
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _generate(
-    prepared: Prepared,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    choice: Any,
-    options: argparse.Namespace,
-) -> list[str]:
-    """The texts of all prompts, on every rank: the first sample of each, then the second of each, … choice: Sampling,
-    and Beams or None."""
+def _generate(asked: _Asked, prompts: list[list[int]], options: argparse.Namespace) -> list[str]:
+    """The texts of all prompts, on every rank: the first sample of each, then the second of each, …"""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
-    ids = (
-        prompts * options.samples
-    )  # chance differs by a text's number; sample 0 is as without others
+    # Chance differs by a text's number; sample 0 is as without others.
+    ids = prompts * options.samples
+    prepared, tokenizer, beams = asked.prepared, asked.tokenizer, asked.beams
     stage, grid = load_stage(prepared, options.dtype)
     stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer) | set(options.stop_id)
-
     is_source = prepared.spec.stacks is not None
 
     def text_of(number: int, tokens: Sequence[int]) -> str:
@@ -187,14 +190,14 @@ def _generate(
     growing = Growing(functools.partial(text_of, 0), show)
     shown = options.stream and grid.rank == 0 and len(ids) == 1
     generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
-    ends, (sampling, beams) = ends_at(tokenizer, options.stop), choice
+    ends = ends_at(tokenizer, options.stop)
     own = len(range(grid.data.rank, len(ids), grid.data.size))
     # A beam search does not know its tokens before its end, so nothing would move.
     visible = grid.rank == 0 and not shown and beams is None
     with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
         on_token = growing.add if shown else lambda number, token: progress.add()
         found = generate_all(
-            generator, ids, options.max_new_tokens, sampling, stop_ids, ends, on_token, beams
+            generator, ids, options.max_new_tokens, asked.sampling, stop_ids, ends, on_token, beams
         )
     texts = [text_of(number, tokens) for number, tokens in enumerate(found)]
     if shown:

@@ -67,11 +67,11 @@ def run(
         apply_chat_template=apply_chat_template,
         log_samples=False,
     )
-    hidden = ("name", "alias")
-    return [
-        {"task": name, **{key: value for key, value in metrics.items() if key not in hidden}}
-        for name, metrics in found["results"].items()
-    ]
+    lines = []
+    for name, metrics in found["results"].items():
+        shown = {key: value for key, value in metrics.items() if key not in ("name", "alias")}
+        lines.append({"task": name, **shown})
+    return lines
 
 
 class Harness(TemplateLM):
@@ -79,11 +79,9 @@ class Harness(TemplateLM):
 
     def __init__(self, answers: Answers, tokenizer: Any, max_length: int | None) -> None:
         super().__init__()
-        self.answers, self.tokenizer, self.max_length = (
-            answers,
-            tokenizer,
-            max_length or DEFAULT_LENGTH,
-        )
+        self.answers = answers
+        self.tokenizer = tokenizer
+        self.max_length = max_length or DEFAULT_LENGTH
 
     @property
     def eot_token_id(self) -> int:

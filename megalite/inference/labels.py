@@ -74,11 +74,8 @@ def accuracy(labelled: Labelled, found: Sequence[Likelihood]) -> dict[str, Any]:
 
 def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:
     line = parse_json(text, f"{path}:{number}", DataError)
-    if (
-        isinstance(line, dict)
-        and isinstance(messages := line.get("messages"), list)
-        and len(messages) > 1
-    ):
+    messages = line.get("messages") if isinstance(line, dict) else None
+    if isinstance(messages, list) and len(messages) > 1:
         return messages[:-1], messages[-1:]
     if not isinstance(line, dict) or "prompt" not in line or "completion" not in line:
         raise DataError(f'{path}:{number}: must hold "prompt" and "completion", or "messages"')

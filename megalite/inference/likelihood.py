@@ -43,23 +43,14 @@ def likelihoods(
     axis, weight = grid.pipe, next(stage.parameters())
     by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    sums = torch.zeros(
-        len(rows), 2, dtype=torch.float64, device=weight.device
-    )  # losses, places not greedy
+    # Losses, places not greedy.
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)
     own = batches[grid.data.rank :: grid.data.size]
     ready: dict[int, tuple[Tensor, Tensor, Context]] = {}
 
     def numbers() -> Iterator[int]:
         for number, batch in enumerate(own):
-            tokens, labels = _padded([rows[row] for row in batch])
-            context = Context()
-            lengths = [len(rows[row][0]) - 1 for row in batch]
-            context.lengths = torch.tensor(lengths, device=weight.device)
-            if prefixed:
-                prompts = torch.tensor([_prompt(rows[row][1]) for row in batch])
-                places = torch.arange(tokens.shape[1])
-                context.prefixes = (places < prompts.unsqueeze(-1)).to(weight.device)
-            ready[number] = tokens.to(weight.device), labels.to(weight.device), context
+            ready[number] = _batch([rows[row] for row in batch], prefixed, weight.device)
             yield number
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
@@ -77,6 +68,19 @@ def likelihoods(
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum
     return [Likelihood(-loss, missed < 0.5) for loss, missed in sums.tolist()]
+
+
+def _batch(
+    rows: Sequence[Marked], prefixed: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Context]:
+    """Tokens and labels [B, S] of some rows, and their context."""
+    tokens, labels = _padded(rows)
+    context = Context(lengths=torch.tensor([len(ids) - 1 for ids, _ in rows], device=device))
+    if prefixed:
+        prompts = torch.tensor([_prompt(marks) for _, marks in rows])
+        places = torch.arange(tokens.shape[1])
+        context.prefixes = (places < prompts.unsqueeze(-1)).to(device)
+    return tokens.to(device), labels.to(device), context
 
 
 def _prompt(marks: Sequence[int]) -> int:
@@ -106,6 +110,5 @@ def _sums(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> T
     missed = choose(chosen, vocabulary_size, axis, Sampling(), ()) != wanted
     losses = token_losses(chosen, wanted, vocabulary_size, axis)
     found = torch.stack([losses, missed], dim=-1).double()
-    return torch.zeros(len(labels), 2, dtype=torch.float64, device=logits.device).index_add_(
-        0, rows, found
-    )
+    sums = torch.zeros(len(labels), 2, dtype=torch.float64, device=logits.device)
+    return sums.index_add_(0, rows, found)

@@ -76,11 +76,10 @@ def prepare_model(
     sections: tuple[str, ...] = (),
     whole_samples: bool = False,
 ) -> Prepared:
-    """Checks what was asked for against weights and world, without a rank. sections: of `megalite` that overrides may
+    """Checks the arguments against weights and world, without a rank. sections: of `megalite` that overrides may
     name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
-    folder = resolve_weights(
-        best_checkpoint(options.checkpoint) if options.best else options.checkpoint
-    )
+    path = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
+    folder = resolve_weights(path)
     weights = open_weights(folder)
     spec = read_spec(weights.model)
     document = apply_overrides({"megalite": {"parallel": {}}}, options.overrides)
@@ -104,14 +103,14 @@ def prepare_model(
 
 
 def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = False) -> None:
-    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. where, use: the
-    model, and what is asked of it, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
+    """ConfigError where an encoder or a classifier is to do what needs a decoder's language model. where, use: the
+    model, and what it is to do, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
     too."""
     if spec.stacks is not None and not sources:
         model = f"a {spec.family} model is an encoder-decoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
     if spec.classifier is not None:
-        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a model of language")
+        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a language model")
     if not spec.causal:
         model = f"a {spec.family} model is an encoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
@@ -138,6 +137,15 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     stage = stage.to(device=device, dtype=getattr(torch, dtype))
     set_router_bias(stage, prepared.state, torch.device(device))
     return stage, grid
+
+
+def told_by_rank_0(value: Any) -> Any:
+    """What rank 0 has, on every rank (collective)."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:

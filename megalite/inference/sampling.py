@@ -44,7 +44,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature: {self.temperature}: must be a number from 0")
+            raise ConfigError(f"--temperature: {self.temperature}: must be a number of 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"--top-k: {self.top_k}: must be at least 1")
         if not 0.0 < self.top_p <= 1.0:
@@ -123,9 +123,8 @@ def _candidates(
     largest_share = -(-vocabulary_size // axis.size)
     width = min(top_k or largest_share, largest_share)
     ordered, columns = scores.sort(dim=-1, descending=True, stable=True)
-    missing = max(
-        0, width - ordered.shape[-1]
-    )  # shares differ by one where the vocabulary does not divide
+    # Shares differ by one where the vocabulary does not divide.
+    missing = max(0, width - ordered.shape[-1])
     ordered = torch.nn.functional.pad(ordered[:, :width], (0, missing), value=-torch.inf)
     ids = torch.nn.functional.pad(columns[:, :width] + start, (0, missing))
     ordered = gather_over(ordered, axis).transpose(0, 1).flatten(1)  # [B, t · width]

@@ -1,4 +1,4 @@
-"""Translations of a file's sources, held against its targets by chrF and BLEU."""
+"""Translations of a file's sources, compared with its targets by chrF and BLEU."""
 
 import json
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ from megalite.model.varlen import (
 )
 from megalite.parallel.collectives import Split
 from megalite.parallel.columns import columns
-from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, share
+from megalite.parallel.layers import ColumnLinear, RowLinear, share
 from megalite.parallel.rows import gather_rows, to_heads, to_rows
 
 
@@ -48,32 +48,13 @@ def attend(
     query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops: where the weights [B, N / t, S, T] are dropped. Result
     like query. window and causal: as of `Context.mask`.
     """
-    b, _, s, h = query.shape
-    t, device = key.shape[2], query.device
+    s, t = query.shape[2], key.shape[2]
+    if drops is None:
+        mixed = _attend_without_mask(query, key, value, context, window, causal)
+        if mixed is not None:
+            return mixed
+    visible = context.mask(window, s, t, query.device, causal)
     grouped = query.shape[1] != key.shape[1]
-    plain = (
-        context.documents is None and context.prefixes is None and (window is None or window >= t)
-    )
-    if drops is None and causal and plain and context.rows is not None:
-        return attend_runs(query, key, value, context.rows)
-    if (
-        drops is None
-        and not plain
-        and (causal or context.rows is None)
-        and kernel_takes(device.type, query.dtype, h)
-        and new_enough(device)
-    ):
-        if context.rows is not None:
-            runs = context.pieces_of_runs(b, device)
-            if runs is not None:
-                return attend_runs_in_pieces(query, key, value, runs, window)
-        elif (pieces := context.pieces(b, s, device)) is not None:
-            if context.prefixes is None:
-                return attend_pieces(query, key, value, pieces, window, causal)
-            if (halves := context.halves) is not None:
-                prefixes = context.prefixes
-                return attend_prefixes(query, key, value, pieces, halves, prefixes, window)
-    visible = context.mask(window, s, t, device, causal)
     if drops is None:
         return F.scaled_dot_product_attention(
             query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
@@ -90,6 +71,31 @@ def attend(
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
 
 
+def _attend_without_mask(
+    query: Tensor, key: Tensor, value: Tensor, context: Context, window: int | None, causal: bool
+) -> Tensor | None:
+    """By a kernel that knows documents, prefixes, windows and runs of tokens; None where there is none for this."""
+    b, _, s, h = query.shape
+    device, rows, prefixes = query.device, context.rows, context.prefixes
+    narrow = window is not None and window < key.shape[2]
+    if context.documents is None and prefixes is None and not narrow:
+        return attend_runs(query, key, value, rows) if causal and rows is not None else None
+    takes = kernel_takes(device.type, query.dtype, h) and new_enough(device)
+    if not takes or (rows is not None and not causal):
+        return None
+    if rows is not None:
+        runs = context.pieces_of_runs(b, device)
+        return None if runs is None else attend_runs_in_pieces(query, key, value, runs, window)
+    pieces, halves = context.pieces(b, s, device), context.halves
+    if pieces is None:
+        return None
+    if prefixes is None:
+        return attend_pieces(query, key, value, pieces, window, causal)
+    if halves is None:
+        return None
+    return attend_prefixes(query, key, value, pieces, halves, prefixes, window)
+
+
 class Attention(nn.Module):
     """Self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
 
@@ -99,34 +105,24 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
         super().__init__()
         axis = split.axis
-        self.split, self.layer, self.rotary, self.head_size = (
-            split,
-            layer,
-            spec.rotary_of(layer),
-            spec.head_size,
-        )
-        self.window, self.qk_norm, self.dropout = (
-            spec.window(layer),
-            spec.qk_norm,
-            spec.attention_dropout,
-        )
-        self.causal, self.recompute, self.heads = (
-            spec.is_causal(layer),
-            recompute,
-            range(*share(spec.num_heads, axis)),
-        )
+        self.split = split
+        self.layer = layer
+        self.rotary = spec.rotary_of(layer)
+        self.head_size = spec.head_size
+        self.window = spec.window(layer)
+        self.qk_norm = spec.qk_norm
+        self.dropout = spec.attention_dropout
+        self.causal = spec.is_causal(layer)
+        self.recompute = recompute
+        self.heads = range(*share(spec.num_heads, axis))
         self.name = f"layers.{layer}.attention"
         self.bias_key = bias_key(self.causal) if spec.stacks is not None else None
-        d, h, bias, std = (
-            spec.hidden_size,
-            spec.head_size,
-            spec.attention_bias,
-            spec.std_of(spec.hidden_size),
-        )
+        d = spec.hidden_size
+        h = spec.head_size
+        bias = spec.attention_bias
+        std = spec.std_of(spec.hidden_size)
         queries, keys = spec.num_heads * h, spec.num_kv_heads * h
-        out_std = spec.std_of(queries)
-        if spec.depth_scaled_init:
-            out_std = depth_scaled(out_std, spec.num_layers)
+        out_std = spec.scaled_by_depth(spec.std_of(queries))
         query_std = std if spec.scaled_scores else std / math.sqrt(h)
         self.query = ColumnLinear(d, queries, bias, axis, query_std, unit=h)
         self.key = ColumnLinear(d, keys, bias, axis, std, unit=h)
@@ -141,6 +137,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         query, key, value = columns(x, (self.query, self.key, self.value), self.split)
+        if self.rotary is not None and self.qk_norm == "none":
+            value = value.contiguous()  # not a view that keeps the memory of all three
         value = self._heads(value).transpose(1, 2)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)

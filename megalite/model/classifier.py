@@ -58,7 +58,7 @@ class Classifier(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor | None, context: Context) -> Tensor:
         if self.norm is not None:
             hidden = self.norm(hidden)
-        length = hidden.shape[1] * (self.split.axis.size if self.split.divides else 1)
+        length = self.split.length(hidden)
         if labels is None:  # a text a row
             texts = torch.arange(hidden.shape[0], device=hidden.device) * length
         elif context.counted is not None:

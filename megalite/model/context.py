@@ -142,11 +142,9 @@ class Context:
         if self.positions is not None:
             return self.positions.max(dim=1, keepdim=True).values + 1
         if self.documents is None:
-            return (
-                torch.full((1, 1), self._all(s), device=device)
-                if self.lengths is None
-                else self.lengths.unsqueeze(-1)
-            )
+            if self.lengths is not None:
+                return self.lengths.unsqueeze(-1)
+            return torch.full((1, 1), self._all(s), device=device)
         s = self._all(s)
         places = self._all_places(s, device)
         ends = torch.ones_like(places, dtype=torch.bool)
@@ -176,7 +174,7 @@ class Context:
         return self.shared[key]
 
     def mask(
-        self, window: int | None, s: int, t: int, device: torch.device, causal: bool = True
+        self, window: int | None, s: int, t: int, device: torch.device, causal: bool
     ) -> Tensor | None:
         """Which of T positions each of the last S, or of `rows`, may look at, bool [B or 1, 1, S, T]; None: all before
         it and itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
@@ -197,6 +195,7 @@ class Context:
                 own = self.rows.index(device)
             distance = own.unsqueeze(-1) - torch.arange(t, device=device)
             ahead = distance < 0
+            # What may be seen by its direction, then what is near enough, then what is in the same document.
             if not causal:
                 mask = torch.ones_like(ahead)[None, None]
             elif self.prefixes is None:

@@ -24,15 +24,12 @@ class Embedding(nn.Module):
             spec.vocabulary_size, spec.hidden_size, split, std, spec.padding_id
         )
         self.position_offset, self.positions, self.types = spec.position_offset, None, None
+        d, axis = spec.hidden_size, split.axis
         if spec.position_rows:
-            self.positions = parameter(
-                (spec.position_rows, spec.hidden_size), None, split.axis, std
-            )
+            self.positions = parameter((spec.position_rows, d), None, axis, std)
         if spec.token_types:
-            self.types = parameter((spec.token_types, spec.hidden_size), None, split.axis, std)
-        self.norm = (
-            Norm(spec, split.axis, spec.hidden_size, split.users) if spec.embedding_norm else None
-        )
+            self.types = parameter((spec.token_types, d), None, axis, std)
+        self.norm = Norm(spec, axis, d, split.users) if spec.embedding_norm else None
 
     def forward(self, ids: Tensor, context: Context) -> Tensor:
         hidden, rows = self.tokens(ids), self.split.rows(ids.shape[1])

@@ -24,7 +24,7 @@ from megalite.parallel.collectives import Split
 from megalite.parallel.exchange import Route, exchange, exchange_evenly
 from megalite.parallel.grid import Axis
 from megalite.parallel.grouped import Groups, grouped_linear
-from megalite.parallel.layers import depth_scaled, expert_parameter
+from megalite.parallel.layers import expert_parameter
 
 
 class RoutedMLP(nn.Module):
@@ -65,12 +65,10 @@ class Experts(nn.Module):
         super().__init__()
         self.axis, self.count = axis, mixture.count
         self.activation: Activation = spec.activation
-        wide, narrow = (mixture.count, mixture.intermediate_size, spec.hidden_size), spec.init_std
-        tall = (mixture.count, spec.hidden_size, mixture.intermediate_size)
-        out_std = depth_scaled(narrow, spec.num_layers) if spec.depth_scaled_init else narrow
-        self.gate = GroupedLinear(wide, 1, tensor_axis, axis, narrow)
-        self.up = GroupedLinear(wide, 1, tensor_axis, axis, narrow)
-        self.down = GroupedLinear(tall, 2, tensor_axis, axis, out_std)
+        e, d, f, std = mixture.count, spec.hidden_size, mixture.intermediate_size, spec.init_std
+        self.gate = GroupedLinear((e, f, d), 1, tensor_axis, axis, std)
+        self.up = GroupedLinear((e, f, d), 1, tensor_axis, axis, std)
+        self.down = GroupedLinear((e, d, f), 2, tensor_axis, axis, spec.scaled_by_depth(std))
 
     def forward(self, rows: Tensor, chosen: Tensor) -> Tensor:
         k, ids = chosen.shape[1], chosen.flatten()

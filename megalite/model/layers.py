@@ -21,7 +21,6 @@ from megalite.parallel.layers import (
     ColumnLinear,
     RowLinear,
     WholeLinear,
-    depth_scaled,
     holders,
     parameter,
     share,
@@ -64,6 +63,8 @@ class SplitNorm(nn.Module):
         self.weight = parameter((size,), 0, axis, None, fill=1.0, unit=spec.head_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return rms_norm(x, later(self.weight), self.eps)
         wide = x.float()
         squares = wide.pow(2).sum(dim=-1, keepdim=True) / self.holders.size
         # Each rank uses the sum for features of its own: gradients are summed as the squares are.
@@ -80,9 +81,7 @@ class MLP(nn.Module):
         self.split, axis = split, split.axis
         self.activation: Activation = spec.activation
         d, f, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
-        std, out_std = spec.std_of(d), spec.std_of(f)
-        if spec.depth_scaled_init:
-            out_std = depth_scaled(out_std, spec.num_layers)
+        std, out_std = spec.std_of(d), spec.scaled_by_depth(spec.std_of(f))
         self.gate = ColumnLinear(d, f, bias, axis, std) if spec.gated else None
         self.up = ColumnLinear(d, f, bias, axis, std)
         self.down = RowLinear(f, d, bias, split, out_std)
@@ -112,15 +111,9 @@ class Transform(nn.Module):
         super().__init__()
         assert spec.head_transform is not None
         self.activation: Activation = spec.head_transform
-        std = (
-            depth_scaled(spec.init_std, spec.num_layers)
-            if spec.depth_scaled_init
-            else spec.init_std
-        )
-        self.dense = WholeLinear(
-            spec.hidden_size, spec.hidden_size, spec.head_transform_bias, split, std
-        )
-        self.norm = Norm(spec, split.axis, spec.hidden_size, split.users)
+        d, std = spec.hidden_size, spec.scaled_by_depth(spec.init_std)
+        self.dense = WholeLinear(d, d, spec.head_transform_bias, split, std)
+        self.norm = Norm(spec, split.axis, d, split.users)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(activate(self.dense(hidden), self.activation))

@@ -37,11 +37,9 @@ def check_parameter_groups(config: Config, spec: TransformerSpec) -> None:
     for i, entry in enumerate(entries):
         if i not in taken:
             seen = any(fnmatchcase(name, entry.match) for name in names)
-            rule = (
-                "earlier entries take all that it matches"
-                if seen
-                else f"matches no tensor, such as {names[-1]}"
-            )
+            rule = f"matches no tensor, such as {names[-1]}"
+            if seen:
+                rule = "earlier entries take all that it matches"
             raise ConfigError(f"megalite.train.parameter_groups.{i}.match: {entry.match!r}: {rule}")
 
 
@@ -92,17 +90,14 @@ def learning_rate_factor(
     past = max(0, step - schedule.warmup_steps)
     match schedule.type:
         case "linear" | "cosine":
-            shape = _fall(
-                schedule.type, past / max(1, schedule.total_steps - schedule.warmup_steps)
-            )
+            fall_steps = max(1, schedule.total_steps - schedule.warmup_steps)
+            shape = _fall(schedule.type, past / fall_steps)
         case "wsd":
             decayed = step - (schedule.total_steps - schedule.decay_steps)
             shape = _fall(schedule.decay_shape, decayed / schedule.decay_steps)
         case "inverse_sqrt":
-            return max(
-                schedule.min_ratio,
-                math.sqrt(schedule.timescale_steps / (schedule.timescale_steps + past)),
-            )
+            timescale = schedule.timescale_steps
+            return max(schedule.min_ratio, math.sqrt(timescale / (timescale + past)))
         case _:
             return 1.0
     return schedule.min_ratio + (1.0 - schedule.min_ratio) * shape

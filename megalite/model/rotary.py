@@ -34,11 +34,9 @@ def frequencies(rotary: Rotary, length: int, device: torch.device | None = None)
 
 def _llama3(rotary: Rotary, plain: Tensor) -> Tensor:
     """Llama 3.1: slow pairs are divided by the factor, fast ones kept, those between blended."""
-    low, high, length = (
-        rotary.low_frequency_factor,
-        rotary.high_frequency_factor,
-        rotary.original_positions,
-    )
+    low = rotary.low_frequency_factor
+    high = rotary.high_frequency_factor
+    length = rotary.original_positions
     turn = 2 * math.pi / plain  # positions a full turn
     slow = turn > length / low
     result = torch.where(slow, plain / rotary.factor, plain)

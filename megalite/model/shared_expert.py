@@ -13,7 +13,7 @@ from megalite.model.spec import Activation, Mixture, TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import later
 from megalite.parallel.grid import Axis
-from megalite.parallel.layers import ColumnLinear, RowLinear, depth_scaled, parameter
+from megalite.parallel.layers import ColumnLinear, RowLinear, parameter
 
 
 class SharedExpert(nn.Module):
@@ -24,10 +24,9 @@ class SharedExpert(nn.Module):
         super().__init__()
         self.activation: Activation = spec.activation
         d, f, std, axis = spec.hidden_size, mixture.shared_size, spec.init_std, split.axis
-        out_std = depth_scaled(std, spec.num_layers) if spec.depth_scaled_init else std
         self.gate = ColumnLinear(d, f, False, axis, std)
         self.up = ColumnLinear(d, f, False, axis, std)
-        self.down = RowLinear(f, d, False, split, out_std, is_summed=False)
+        self.down = RowLinear(f, d, False, split, spec.scaled_by_depth(std), is_summed=False)
         self.weigher = Weigher(d, axis, std) if mixture.shared_is_weighed else None
 
     def forward(self, rows: Tensor) -> Tensor:

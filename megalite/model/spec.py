@@ -154,7 +154,7 @@ class TransformerSpec:
     """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
     tuple: all."""
     classifier: ClassifierSpec | None = None
-    """Of a model that names the label of a text; None: it asks for tokens."""
+    """Of a model that predicts the label of a text; None: it predicts tokens."""
     padding_id: int | None = None
     """A token whose look-up trains no embedding."""
     embedding_dropout: float = 0.0
@@ -219,6 +219,11 @@ class TransformerSpec:
     def std_of(self, inputs: int) -> float:
         """Standard deviation that a matrix with so many inputs starts from."""
         return self.init_std / math.sqrt(inputs) if self.fan_in_init else self.init_std
+
+    def scaled_by_depth(self, std: float) -> float:
+        """Of a matrix that writes to the residual stream: with `depth_scaled_init` std / sqrt(2·layers), GPT-2 (Radford
+        et al. 2019, section 2.3)."""
+        return std / math.sqrt(2 * self.num_layers) if self.depth_scaled_init else std
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of the layer sees, None for all."""

@@ -117,8 +117,7 @@ class Block(nn.Module):
             return added
         if context.randomness is None or self.spec.hidden_dropout == 0:
             return added
-        length = added.shape[1] * (self.split.axis.size if self.split.divides else 1)
-        rows = context.row_numbers(self.split.rows(length), added.device)
+        rows = context.row_numbers(self.split.rows(self.split.length(added)), added.device)
         place = f"layers.{self.layer}.{part}.output"
         return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
 
@@ -221,6 +220,7 @@ class Chunk(nn.Module):
             if block.stack_norm is not None:
                 name_parameters(block.stack_norm, "encoder_norm")
             self.blocks[str(layer)] = block
+        # Chunks of one rank share the tables; of the ranks' copies that of the first chunk counts.
         self.tables = tables if tables is not None else _tables(spec, split.axis, counted=first)
         self.head: Head | Classifier | None = None
         if last and spec.classifier is not None:
@@ -341,11 +341,9 @@ class Stage(nn.Module):
         self.cut = cut or Cut((0,), (range(spec.num_layers),))
         self.chunks = nn.ModuleDict()
         for number in self.cut.chunks_of(grid.pipe.rank):
-            first, last, layers = (
-                number == 0,
-                number == self.cut.last_chunk,
-                self.cut.layers[number],
-            )
+            first = number == 0
+            last = number == self.cut.last_chunk
+            layers = self.cut.layers[number]
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
             others: Any = next(iter(self.chunks.values()), None)
             tables = None if others is None else others.tables
@@ -369,12 +367,9 @@ class Stage(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """Of the product with the output embedding, or with a classifier's labels; empty where the head is on another
         rank."""
-        head = self.head
-        return (
-            []
-            if head is None
-            else [value for value in (head.weight, head.bias) if value is not None]
-        )
+        if self.head is None:
+            return []
+        return [value for value in (self.head.weight, self.head.bias) if value is not None]
 
     @property
     def score_shape(self) -> tuple[int, ...]:

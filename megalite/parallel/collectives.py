@@ -76,7 +76,7 @@ def leave(partial: Tensor, axis: Axis) -> Tensor:
     return _Leave.apply(partial, axis) if axis.size > 1 else partial  # type: ignore[return-value]
 
 
-def _gather(part: Tensor, axis: Axis) -> Tensor:
+def gather_sequence(part: Tensor, axis: Axis) -> Tensor:
     """[B, S / t, …] of every rank, as [B, S, …]; without autograd."""
     parts = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
     with RANK_CLOCK.waiting():
@@ -84,12 +84,18 @@ def _gather(part: Tensor, axis: Axis) -> Tensor:
     return parts.unflatten(0, (axis.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _scatter(whole: Tensor, axis: Axis) -> Tensor:
-    """Sums [B, S, …] over the ranks and keeps this rank's [B, S / t, …]; without autograd."""
+def begin_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Any]:
+    """Begins the sum of [B, S, …] over the ranks, of which this rank keeps [B, S / t, …]; that, and what to wait for
+    before it is read; without autograd."""
     parts = whole.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous().flatten(0, 1)
     part = whole.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
+    return part, dist.reduce_scatter_tensor(part, parts, group=axis.group, async_op=True)
+
+
+def _scatter(whole: Tensor, axis: Axis) -> Tensor:
     with RANK_CLOCK.waiting():
-        dist.reduce_scatter_tensor(part, parts, group=axis.group)
+        part, summing = begin_scatter(whole, axis)
+        summing.wait()
     return part
 
 
@@ -97,7 +103,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _gather(part, axis)
+        return gather_sequence(part, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -112,7 +118,7 @@ class _ScatterSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.axis), None
+        return gather_sequence(grads[0], ctx.axis), None
 
 
 @dataclass(frozen=True)
@@ -147,11 +153,13 @@ class Split:
             return _ScatterSequence.apply(partial, self.axis)  # type: ignore[return-value]
         return leave(partial, self.axis)
 
+    def length(self, hidden: Tensor) -> int:
+        """S of hidden states between the products, [B, S or S / t, D]."""
+        return hidden.shape[1] * (self.axis.size if self.divides else 1)
+
     def rows(self, length: int) -> range:
         """Which of `length` tokens this rank holds between the products."""
+        if not self.divides:
+            return range(length)
         part = length // self.axis.size
-        return (
-            range(self.axis.rank * part, (self.axis.rank + 1) * part)
-            if self.divides
-            else range(length)
-        )
+        return range(self.axis.rank * part, (self.axis.rank + 1) * part)

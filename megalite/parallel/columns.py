@@ -2,7 +2,7 @@
 tensor axis, backward makes the gradients of the weights, which no other rank waits for.
 
 Left to autograd, the sum would begin after the last weight's gradient. Megatron-LM overlaps the two for one linear
-(`LinearWithGradAccumulationAndAsyncCommunication`). Used by model/.
+(`LinearWithGradAccumulationAndAsyncCommunication`). How many products there are is joint.py's. Used by model/.
 """
 
 from collections.abc import Sequence
@@ -10,58 +10,63 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.parallel import deferred
 from megalite.parallel.clock import RANK_CLOCK
-from megalite.parallel.collectives import Split, enter
-from megalite.parallel.grid import Axis
+from megalite.parallel.collectives import Split, begin_scatter, enter, gather_sequence
+from megalite.parallel.joint import Joint
 from megalite.parallel.layers import ColumnLinear
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, count: int, *parts: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, split: Split, count: int, *parts: Any) -> tuple[Tensor, ...]:
         weights, biases = parts[:count], parts[count:]
-        ctx.axis, ctx.biased = axis, [bias is not None for bias in biases]
+        ctx.split, ctx.biased = split, [bias is not None for bias in biases]
+        x = gather_sequence(x, split.axis) if split.divides else x
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        return tuple(Joint(weights).outputs(x, biases))
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        given, summing = None, None
+        joint, given, summing = Joint(weights), None, None
+        slopes = joint.slopes(grads)
         if ctx.needs_input_grad[0]:
-            # The last product first: the order in which autograd would add them up.
-            for slope, weight in reversed([*zip(slopes, weights, strict=True)]):
-                part = slope @ weight
-                given = part if given is None else given.add_(part)
-            assert given is not None
-            given = given.contiguous()
-            summing = dist.all_reduce(given, group=ctx.axis.group, async_op=True)
-        rows = x.flatten(0, -2)
-        of_weights = [slope.flatten(0, -2).t() @ rows for slope in slopes]
-        of_biases = [
-            slope.flatten(0, -2).sum(0) if biased else None
-            for slope, biased in zip(slopes, ctx.biased, strict=True)
-        ]
+            given, summing = _begin_sum(joint.of_input(slopes).view(x.shape), ctx.split)
+        of_weights = joint.of_weights(slopes, x.flatten(0, -2))
+        of_biases: list[Any] = [None] * len(weights)
+        if any(ctx.biased):
+            made = zip(joint.of_biases(slopes), ctx.biased, strict=True)
+            of_biases = [slope if biased else None for slope, biased in made]
         if summing is not None:
             with RANK_CLOCK.waiting():
                 summing.wait()
         return given, None, None, *of_weights, *of_biases
 
 
+def _begin_sum(given: Tensor, split: Split) -> tuple[Tensor, Any]:
+    """Begins the sum of a gradient of `split.enter`'s result; what `enter`'s input gets once that has come, and what to
+    wait for, None: nothing."""
+    if split.axis.size == 1:
+        return given, None
+    if split.divides:
+        return begin_scatter(given, split.axis)
+    return given, dist.all_reduce(given, group=split.axis.group, async_op=True)
+
+
 def columns(x: Tensor, linears: Sequence[ColumnLinear], split: Split) -> list[Tensor]:
-    """Each linear of `split.enter(x)`. x [B, S or S / t, in]; results [B, S, out / t]."""
-    apart = split.axis.size == 1 or split.divides or not split.overlaps
-    apart = apart or deferred.is_collecting() or not torch.is_grad_enabled()
+    """Each linear of `split.enter(x)`. x [B, S or S / t, in]; results [B, S, out / t], which may be views of one."""
     # What wraps a linear, or hooks into its call, is called.
-    if apart or any(type(linear) is not ColumnLinear for linear in linears):
+    if not split.overlaps or any(type(linear) is not ColumnLinear for linear in linears):
         entered = split.enter(x)
         return [linear(entered) for linear in linears]
+    if deferred.is_collecting():
+        given = [(linear.weight, linear.bias, linear.sum_over_holders) for linear in linears]
+        return deferred.linears(split.enter(x), *zip(*given, strict=True))
     weights = [enter(linear.weight, linear.holders) for linear in linears]
     biases = [
         None if linear.bias is None else enter(linear.bias, linear.holders) for linear in linears
     ]
-    return list(_Columns.apply(x, split.axis, len(linears), *weights, *biases))  # type: ignore[arg-type]
+    return list(_Columns.apply(x, split, len(linears), *weights, *biases))  # type: ignore[arg-type]

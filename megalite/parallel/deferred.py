@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.parallel.joint import Joint
+
 Make = Callable[[], Tensor]
+Finish = Callable[[Tensor], Tensor]
 
 
 class WeightGradients:
@@ -33,10 +36,12 @@ class WeightGradients:
 
     def take(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """Makes the gradients, in that order, and forgets what they were made of. Those of one parameter are summed."""
-        makers, self._makers = self._makers, []
+        makers, self._makers = self._makers[::-1], []
         sums: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for weight, make in makers:
+        while makers:  # what each was made of goes before the next is
+            weight, make = makers.pop()
             gradient = make()
+            del make
             if id(weight) in sums:
                 gradient = sums[id(weight)][1] + gradient
             sums[id(weight)] = weight, gradient.to(weight.dtype)
@@ -100,29 +105,60 @@ class _Later(torch.autograd.Function):
         return None, None, None
 
 
-class _Linear(torch.autograd.Function):
+class _Products:
+    """Gradients of the weights and biases of several linears of one input. All are made when the first one is asked
+    for, since they may be one product."""
+
+    def __init__(self, joint: Joint, slopes: list[Tensor], rows: Tensor, biased: bool) -> None:
+        self.joint, self.slopes, self.rows, self.biased = joint, slopes, rows, biased
+        self.made: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, kind: str, number: int) -> Tensor:
+        """kind: "weight" or "bias"."""
+        if self.slopes:
+            made = {"weight": self.joint.of_weights(self.slopes, self.rows)}
+            if self.biased:
+                made["bias"] = self.joint.of_biases(self.slopes)
+            self.made = {
+                (name, i): part for name, some in made.items() for i, part in enumerate(some)
+            }
+            del self.rows
+            self.slopes = []
+        return self.made.pop((kind, number))
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         anchor: Tensor,
-        weights: tuple[Any, Any],
-        finish: Any,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter | None],
+        finishes: Sequence[Finish],
         waiting: WeightGradients,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
-        ctx.weights, ctx.finish, ctx.waiting = weights, finish, waiting
-        return F.linear(x, *weights)
+        ctx.weights, ctx.biases, ctx.finishes, ctx.waiting = weights, biases, finishes, waiting
+        return tuple(Joint(weights).outputs(x, biases))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # A saved input comes back with its grad_fn. Kept in `waiting` that would hold the graph, which holds `waiting`.
-        x, slope = ctx.saved_tensors[0].detach(), grads[0]
-        (weight, bias), finish = ctx.weights, ctx.finish
-        ctx.waiting.add(weight, lambda: finish(slope.flatten(0, -2).t() @ x.flatten(0, -2)))
-        if bias is not None:
-            ctx.waiting.add(bias, lambda: finish(slope.flatten(0, -2).sum(0)))
-        return (slope @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+        x, joint = ctx.saved_tensors[0].detach(), Joint(ctx.weights)
+        slopes = joint.slopes(grads)
+        biased = any(bias is not None for bias in ctx.biases)
+        products = _Products(joint, slopes, x.flatten(0, -2), biased)
+        given = joint.of_input(slopes).view(x.shape) if ctx.needs_input_grad[0] else None
+        for number, finish in enumerate(ctx.finishes):
+            for kind, value in ("weight", ctx.weights[number]), ("bias", ctx.biases[number]):
+                if value is not None:
+                    ctx.waiting.add(value, _maker(products, kind, number, finish))
+        return given, *[None] * 5
+
+
+def _maker(products: _Products, kind: str, number: int, finish: Finish) -> Make:
+    return lambda: finish(products.take(kind, number))
 
 
 class _Embedding(torch.autograd.Function):
@@ -158,14 +194,21 @@ def _as_it_is(gradient: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor,
-    weight: nn.Parameter,
-    bias: nn.Parameter | None,
-    finish: Callable[[Tensor], Tensor] = _as_it_is,
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Finish = _as_it_is
 ) -> Tensor:
     """x weightᵀ + bias, while gradients are collected; x [..., in], weight [out, in]. finish: what the gradients of
     weight and bias still go through (a sum over ranks)."""
-    return _Linear.apply(x, anchor(x.device), (weight, bias), finish, _now)  # type: ignore[return-value]
+    return linears(x, (weight,), (bias,), (finish,))[0]
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[nn.Parameter],
+    biases: Sequence[nn.Parameter | None],
+    finishes: Sequence[Finish],
+) -> list[Tensor]:
+    """The same for several linears of one input."""
+    return list(_Linears.apply(x, anchor(x.device), weights, biases, finishes, _now))  # type: ignore[arg-type]
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Tensor:

@@ -35,7 +35,7 @@ def exchange(rows: Tensor, route: Route) -> Tensor:
 
 
 def exchange_evenly(values: Tensor, axis: Axis) -> Tensor:
-    """The same for a tensor whose equal parts go to each rank; without autograd."""
+    """The same for a contiguous tensor whose equal parts go to each rank; without autograd."""
     result = torch.empty_like(values)
     with RANK_CLOCK.waiting():
         dist.all_to_all_single(result, values, group=axis.group)

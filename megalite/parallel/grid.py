@@ -126,9 +126,8 @@ class Grid:
             dist.all_reduce(word, group=axis.group)
         pipe = self.pipe
         for here in range(pipe.size if pipe.size > 1 else 0):
-            there = (
-                here + 1
-            ) % pipe.size  # neighbours, and the ends, which interleaved schedules join
+            # Neighbours, and the ends, which interleaved schedules join.
+            there = (here + 1) % pipe.size
             for source, target in ((here, there), (there, here)):
                 if pipe.rank == source:
                     dist.send(word, pipe.ranks[target], group=pipe.towards(source, target))

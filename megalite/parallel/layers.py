@@ -8,7 +8,6 @@ gives the full ones. Next: loss.py.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -109,7 +108,7 @@ def share(length: int, axis: Axis, unit: int = 1) -> tuple[int, int]:
     return start * unit, max(stop, start + 1) * unit
 
 
-def holders(length: int, axis: Axis, unit: int = 1) -> Axis:
+def holders(length: int, axis: Axis, unit: int) -> Axis:
     """The run of the axis whose ranks hold the same `share`: this rank alone where there are units enough."""
     return axis.run(max(1, axis.size // (length // unit)))
 
@@ -127,7 +126,10 @@ def parameter(
     if dim is not None:
         cuts = (AxisCut("tensor", dim, *share(shape[dim], axis, unit), axis.size),)
         copies = holders(shape[dim], axis, unit)
-    placement = Placement(shape, cuts, std, fill, counted=copies.is_first)
+    return _empty(Placement(shape, cuts, std, fill, counted=copies.is_first))
+
+
+def _empty(placement: Placement) -> nn.Parameter:
     result = nn.Parameter(torch.empty(placement.shape))
     result.placement = placement  # type: ignore[attr-defined]
     return result
@@ -142,12 +144,9 @@ def expert_parameter(
         AxisCut("expert", 0, *share(shape[0], expert), expert.size),
         AxisCut("tensor", dim, *share(shape[dim], tensor), tensor.size),
     )
-    placement = Placement(
-        shape, cuts, std, 0.0, counted=True, replicas="expert_replica", drawn_apart=True
+    return _empty(
+        Placement(shape, cuts, std, 0.0, counted=True, replicas="expert_replica", drawn_apart=True)
     )
-    result = nn.Parameter(torch.empty(placement.shape))
-    result.placement = placement  # type: ignore[attr-defined]
-    return result
 
 
 def placed(module: nn.Module) -> Iterator[tuple[nn.Parameter, Placement]]:
@@ -216,11 +215,12 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if deferred.is_collecting():
-            return deferred.linear(x, self.weight, self.bias, self._sum_over_holders)
+            return deferred.linear(x, self.weight, self.bias, self.sum_over_holders)
         bias = None if self.bias is None else enter(self.bias, self.holders)
         return F.linear(x, enter(self.weight, self.holders), bias)
 
-    def _sum_over_holders(self, gradient: Tensor) -> Tensor:
+    def sum_over_holders(self, gradient: Tensor) -> Tensor:
+        """Of weight or bias, in place."""
         return sum_over(gradient.contiguous(), self.holders)
 
 
@@ -285,7 +285,7 @@ class VocabularyEmbedding(nn.Module):
         hidden_size: int,
         split: Split,
         std: float,
-        padding_id: int | None = None,
+        padding_id: int | None,
     ) -> None:
         super().__init__()
         self.split = split
@@ -302,9 +302,3 @@ class VocabularyEmbedding(nn.Module):
             (ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row
         )
         return self.split.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
-
-
-def depth_scaled(std: float, num_layers: int) -> float:
-    """Standard deviation of a projection that writes to the residual stream: std / sqrt(2·layers), GPT-2
-    (Radford et al. 2019, section 2.3)."""
-    return std / math.sqrt(2 * num_layers)

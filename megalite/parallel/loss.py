@@ -3,7 +3,7 @@
 Each rank has the logits of its ids; the maximum, the sum of exponentials and the label's logit are three
 numbers a token that cross the axis. The product with the head's weight is part of it, in chunks of tokens.
 Where gradients are wanted they are made in the same pass: logits are made once, their gradients take their place, and
-no more of them than a chunk's is ever in memory. Next: pipeline.py.
+no more of them than a chunk's is ever in memory. Next: model/transformer.py.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ IGNORED = -100  # torch's and transformers' label for "does not count"
 LEAST_ROWS = 256  # of a chunk on a CPU
 LEAST_ROWS_OF_DEVICES = 2048  # GPUs need larger products
 IN_CACHE = 2**18  # logits that a CPU works on at a time: 1 MiB in fp32
+AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices do: 256 MiB in fp32
 PRODUCT_ROWS = 2048  # of the weight's gradient that a CPU makes at a time, where it must be added in another type
 
 
@@ -86,40 +87,26 @@ def _sum_of_losses(
     """For hidden [n, D] and labels [n]."""
     tokens, size = hidden.shape
     start, _ = share(vocabulary_size, axis)
+    columns = -(-vocabulary_size // axis.size)
     width = gradient_type(weight.dtype).itemsize
-    rows = chunk_rows(tokens, size, -(-vocabulary_size // axis.size), width, hidden.device.type)
+    rows = chunk_rows(tokens, size, columns, width, hidden.device.type)
     gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    room = hidden.new_empty(min(rows, tokens), weight.shape[0])
-    raised = (
-        None if gradients.dtype == room.dtype else torch.empty_like(room, dtype=gradients.dtype)
-    )
-    step = _block_rows(room, axis)
-    wide = (
-        None
-        if gradients.dtype == torch.float32
-        else room.new_empty(step, room.shape[1], dtype=torch.float32)
-    )
+    room = _Room(min(rows, tokens), columns, weight, gradients.dtype, axis)
     for first in range(0, tokens, rows):
-        chunk = hidden[first : first + rows]
-        logits = room[: len(chunk)]
-        if bias is None:
-            torch.mm(chunk, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, chunk, weight.t(), out=logits)
-        if raised is not None:
-            logits = raised[: len(chunk)].copy_(logits)
-        for block, block_labels in zip(
-            logits.split(step), labels[first : first + rows].split(step), strict=True
-        ):
-            scores = block if wide is None else wide[: len(block)].copy_(block)
+        chunk, chunk_labels = hidden[first : first + rows], labels[first : first + rows]
+        logits = room.logits(chunk, weight, bias)
+        blocks = zip(logits.split(room.step), chunk_labels.split(room.step), strict=True)
+        for block, block_labels in blocks:
+            scores = room.in_fp32(block)
             losses, slopes = _losses_and_slopes(
                 scores, block_labels, start, axis, z_loss, any(wanted)
             )
             total += losses.sum()
             if gradients.bias is not None:
                 gradients.bias += slopes.sum(dim=0)
-            if wide is not None and any(wanted):
+            # In fp32 the slopes have already taken the place of the logits.
+            if room.wide is not None and any(wanted):
                 block.copy_(slopes)
         if any(wanted):
             with _ten_bits(gradients.raised):
@@ -127,11 +114,46 @@ def _sum_of_losses(
     return total, gradients
 
 
-def _block_rows(logits: Tensor, axis: Axis) -> int:
-    """Rows of a chunk that are worked on at a time. A CPU makes several passes over what fits its cache; with a split
-    vocabulary each block would cost messages."""
-    in_cache = axis.size == 1 and logits.device.type == "cpu"
-    return max(1, min(len(logits), IN_CACHE // logits.shape[1]) if in_cache else len(logits))
+class _Room:
+    """Memory for the logits of one chunk at a time, of at most `rows` rows; columns: of the largest rank.
+
+    product: in the weight's type; raised: in the type of gradients, where that is another; wide: of `step` rows in
+    fp32, where gradients are not in fp32.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, weight: Tensor, dtype: torch.dtype, axis: Axis
+    ) -> None:
+        self.step = block_rows(rows, columns, axis.size, weight.device.type)
+        columns = weight.shape[0]
+        self.product = weight.new_empty(rows, columns)
+        self.raised = self.wide = None
+        if dtype != weight.dtype:
+            self.raised = weight.new_empty(rows, columns, dtype=dtype)
+        if dtype != torch.float32:
+            self.wide = weight.new_empty(self.step, columns, dtype=torch.float32)
+
+    def logits(self, chunk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """chunk weightᵀ + bias, in the type of gradients."""
+        logits = self.product[: len(chunk)]
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
+        return logits if self.raised is None else self.raised[: len(chunk)].copy_(logits)
+
+    def in_fp32(self, block: Tensor) -> Tensor:
+        """The block itself, or a copy."""
+        return block if self.wide is None else self.wide[: len(block)].copy_(block)
+
+
+def block_rows(rows: int, columns: int, ranks: int, device: str) -> int:
+    """Rows of a chunk of logits that are worked on at a time, in fp32. A CPU makes several passes over what fits its
+    cache. With a split vocabulary each block costs messages, so on a CPU a chunk is one block there. columns: as of
+    `chunk_rows`, so that all ranks cut the same blocks; ranks: of the axis."""
+    if device != "cpu":
+        return max(1, min(rows, AT_A_TIME_ON_DEVICES // columns))
+    return max(1, min(rows, IN_CACHE // columns) if ranks == 1 else rows)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -216,7 +238,7 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axi
     return _losses_and_slopes(logits, labels, start, axis, 0.0, wanted=False)[0]
 
 
-def chunk_rows(tokens: int, size: int, columns: int, width: int, device: str = "cpu") -> int:
+def chunk_rows(tokens: int, size: int, columns: int, width: int, device: str) -> int:
     """Tokens of a chunk of `tokens` hidden states of `size` numbers of `width` bytes on a type of device.
 
     A chunk's logits take no more bytes than the weight's gradient in fp32, [V / t, D], to which each chunk adds, and

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.collectives import gather_over
+from megalite.parallel.exchange import exchange_evenly
 from megalite.parallel.grid import Axis
 
 
@@ -127,23 +128,16 @@ def gather_rows(key: Tensor, value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]
     return _GatherRows.apply(key, value, rows)  # type: ignore[return-value]
 
 
-def _exchange(given: Tensor, axis: Axis) -> Tensor:
-    """given[i] goes to rank i of the axis, the result's [i] comes from it; without autograd."""
-    taken = torch.empty_like(given)
-    with RANK_CLOCK.waiting():
-        dist.all_to_all_single(taken, given, group=axis.group)
-    return taken
-
-
 def _heads_for_tokens(x: Tensor, rows: Rows) -> Tensor:
     """All heads of this rank's tokens -> this rank's heads of all tokens: [B, N, S / c, H] -> [B, N / c, S, H]."""
     given = x.unflatten(1, (rows.axis.size, -1)).movedim(1, 0).contiguous()
-    return _joined(_exchange(given, rows.axis))
+    return _joined(exchange_evenly(given, rows.axis))
 
 
 def _tokens_for_heads(x: Tensor, rows: Rows) -> Tensor:
     """The inverse."""
-    taken = _exchange(_parted(x, rows.axis.size), rows.axis)  # [c, B, N / c, S / c, H]
+    # [c, B, N / c, S / c, H]
+    taken = exchange_evenly(_parted(x, rows.axis.size), rows.axis)
     return taken.movedim(0, 1).flatten(1, 2)
 
 

@@ -64,7 +64,7 @@ class Pipeline:
         """Sum of the losses of this step's micro-batches so far (fp32 scalar), 0 but on the last chunk's rank."""
         self.peaks: list[tuple[Action, Tensor]] = []
         """Of this step, what tells where numbers stopped being finite: the largest absolute value of what left each
-        action. Scalars on the device, which nobody waits for."""
+        action. Scalars on the device, for which the host does not wait."""
 
     @property
     def instruction(self) -> str:
@@ -104,14 +104,23 @@ class Pipeline:
         return self.loss
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Sum of the losses of the micro-batches (fp32 scalar), 0 but on the last chunk's rank; of a classifier with
-        its counts (model/classifier.py)."""
+    def evaluate(self, count: int, read: Callable[[int], Batch]) -> Tensor:
+        """Sum of the losses of `count` micro-batches (fp32 scalar), 0 but on the last chunk's rank; of a classifier
+        with its counts (model/classifier.py).
+
+        read: gives a micro-batch by its number; called once for each, in their order, when this rank comes to it. It is
+        let go after this rank's last chunk.
+        """
         total = torch.zeros(self.engine.stage.score_shape, device=self.engine.device)
-        last = self.plan.cut.last_chunk
+        last, held = self.plan.cut.last_chunk, dict[int, Batch]()
+        own_last = max(c for c, rank in enumerate(self.plan.cut.home) if rank == self.axis.rank)
 
         def forward(action: Action, source: Tensor | None) -> Tensor | None:
-            tokens, labels, context = _parts(batches[action.micro_batch])
+            number = action.micro_batch
+            batch = held.pop(number) if number in held else read(number)
+            if action.chunk < own_last:
+                held[number] = batch
+            tokens, labels, context = _parts(batch)
             inputs = tokens if source is None else source
             with RANK_CLOCK.computing():
                 output = self.engine(
@@ -122,7 +131,7 @@ class Pipeline:
             total.add_(output)
             return None
 
-        steps = self.plan.evaluation_steps(len(batches), self.axis.rank)
+        steps = self.plan.evaluation_steps(count, self.axis.rank)
         self.interpreter.run(steps, forward, lambda value: self.shape)
         return total
 
@@ -155,12 +164,10 @@ class _TrainingStep:
     """The actions of one step on this rank, and what its forwards have left for its backwards."""
 
     def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float | Tensor) -> None:
-        self.pipeline, self.engine, self.batches, self.scale = (
-            pipeline,
-            pipeline.engine,
-            batches,
-            scale,
-        )
+        self.pipeline = pipeline
+        self.engine = pipeline.engine
+        self.batches = batches
+        self.scale = scale
         program = pipeline.plan.program(len(batches))
         self.last, self.halved = program.last_chunk, program.splits_backward
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -196,9 +203,8 @@ class _TrainingStep:
             self.pipeline.loss += output.detach()
             return None
         given = output.detach()
-        output.data = output.new_empty(
-            0
-        )  # backward needs the output's place in the graph, not its numbers
+        # Backward needs the output's place in the graph, not its numbers.
+        output.data = output.new_empty(0)
         return given
 
     def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:

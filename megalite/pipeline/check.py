@@ -9,12 +9,16 @@ and what each rank holds. Messages: steps.py.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megalite.errors import MegaliteError
 from megalite.pipeline.program import Action, Kind, Program, Value
 
 Cost = Callable[[Kind, int], float]
 """Time of an action of a kind on a chunk, in any unit."""
+
+_CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
+"""By an action's kind, the change of how many micro-batches are kept between F and B or I, and between I and W."""
 
 
 class ProgramError(MegaliteError):
@@ -68,6 +72,7 @@ def _check_complete(program: Program, rank: int) -> None:
                 f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}"
             )
         kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
+    # Of each chunk and micro-batch a forward, and with backwards either one whole or its two halves.
     forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
     allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
     for chunk in own:
@@ -160,38 +165,47 @@ class _Player:
         self.busy[rank] += length
         value = self.program.gives(action)
         if value is not None:
-            self.arrives[value] = self.clock[rank] + (
-                self.hop if self.program.crosses(value) else 0.0
-            )
-        self.held[rank] += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]
-        self.waiting[rank] += {"F": 0, "B": 0, "I": 1, "W": -1}[action.kind]
+            hop = self.hop if self.program.crosses(value) else 0.0
+            self.arrives[value] = self.clock[rank] + hop
+        held, waits = _CHANGES[action.kind]
+        self.held[rank] += held
+        self.waiting[rank] += waits
         self.most_held[rank] = max(self.most_held[rank], self.held[rank])
         self.most_waiting[rank] = max(self.most_waiting[rank], self.waiting[rank])
         self.done[rank] += 1
 
 
+class MostKept(NamedTuple):
+    """When a rank keeps most for its backwards. counts: by chunk, micro-batches that are held between F and its
+    backward, and that wait between I and W; through: chunks that a backward was through before; action: the one that
+    it comes with."""
+
+    bytes: int
+    counts: dict[int, tuple[int, int]]
+    through: frozenset[int]
+    action: Action | None
+
+
 def most_bytes(
     program: Program, rank: int, whole: Callable[[int], int], between: Callable[[int], int]
-) -> tuple[int, dict[int, tuple[int, int]]]:
-    """Most bytes that a rank keeps for its backwards: (bytes, at that time for each chunk the micro-batches that are
-    held between F and its backward, and those that wait between I and W).
-
-    whole(chunk): bytes of one between F and B or I; between(chunk): between I and W.
-    """
+) -> MostKept:
+    """whole(chunk): bytes of a micro-batch between F and B or I; between(chunk): between I and W. Of moments with as
+    much it is the one before which most chunks had a backward."""
     now = {chunk: [0, 0] for chunk in program.chunks_of(rank)}
     wholes = {chunk: whole(chunk) for chunk in now}
     betweens = {chunk: between(chunk) for chunk in now}
-    size, most, found = 0, 0, {chunk: (0, 0) for chunk in now}
-    for kind, chunk, _ in program.actions[rank]:
+    size, through = 0, set[int]()
+    most = MostKept(0, {chunk: (0, 0) for chunk in now}, frozenset(), None)
+    for action in program.actions[rank]:
+        kind, chunk, _ = action
         held, waits = _CHANGES[kind]
         counts = now[chunk]
         counts[0] += held
         counts[1] += waits
         size += held * wholes[chunk] + waits * betweens[chunk]
-        if size > most:
-            most, found = size, {c: (n, w) for c, (n, w) in now.items()}
-    return most, found
-
-
-_CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
-"""Of what an action changes: micro-batches that are held between F and B or I, and between I and W."""
+        if (size, len(through)) > (most.bytes, len(most.through)):
+            own = {c: (n, w) for c, (n, w) in now.items()}
+            most = MostKept(size, own, frozenset(through), action)
+        if kind in "BW":
+            through.add(chunk)
+    return most

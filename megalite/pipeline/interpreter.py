@@ -31,12 +31,10 @@ class Interpreter:
     def __init__(
         self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False
     ) -> None:
-        self.mailbox, self.last_chunk, self.dtype, self.tells_chunk = (
-            mailbox,
-            last_chunk,
-            dtype,
-            tells_chunk,
-        )
+        self.mailbox = mailbox
+        self.last_chunk = last_chunk
+        self.dtype = dtype
+        self.tells_chunk = tells_chunk
         self.action: Action | None = None
         self.whole, self.busy = Clock(), Clock()
 
@@ -92,6 +90,5 @@ class Interpreter:
         if self.action is None:
             return ""
         kind, chunk, k = self.action
-        return f"{WORDS[kind]} of micro-batch {k}" + (
-            f" on chunk {chunk}" if self.tells_chunk else ""
-        )
+        where = f" on chunk {chunk}" if self.tells_chunk else ""
+        return f"{WORDS[kind]} of micro-batch {k}{where}"

@@ -1,6 +1,6 @@
 """How long a step of one program is, for many costs at once: what cuts are searched by, and the planner's clock.
 
-check.py plays a program action by action and says what is wrong with it. Where only the length is asked for, the order
+check.py plays a program action by action and says what is wrong with it. For the length alone, the order
 in which actions become ready does not depend on their costs, so it is found once; then the times of an action under
 hundreds of costs are one operation on a row of numbers. Next: cut.py.
 """
@@ -47,7 +47,8 @@ class Lengths:
                 while place[rank] < len(actions):
                     kind, chunk, k = actions[place[rank]]
                     source, message = -1, False
-                    neighbour = chunk - 1 if kind == "F" else chunk + 1 if kind in "BI" else -1
+                    # The chunk that gives what the action needs; -1: none does.
+                    neighbour = {"F": chunk - 1, "W": -1}.get(kind, chunk + 1)
                     if 0 <= neighbour <= last:
                         source = given.get((kind == "F", neighbour, k), -1)
                         if source < 0:
@@ -76,25 +77,24 @@ class Lengths:
     def of(self, cost: Cost, hop: float = 0.0) -> float:
         """Length of a step; hop: time of a message between ranks."""
         table = [[cost(kind, chunk) for chunk in range(self.chunks)] for kind in KINDS]  # type: ignore[arg-type]
-        ends = [0.0] * (len(self._kinds) + 1)  # the last one for "nothing before"
+        ends = self._ends(table, hop)
+        return max(ends[number] for number in self._last)
+
+    def _ends(self, table: list[list[float]], hop: float) -> list[float]:
+        """When each action ends, for costs [kind][chunk]; one more 0 at the end, for "nothing before"."""
+        ends = [0.0] * (len(self._kinds) + 1)
         rows = zip(
             self._kinds, self._chunks, self._before, self._source, self._message, strict=True
         )
         for number, (kind, chunk, before, source, message) in enumerate(rows):
             start, ready = ends[before], ends[source] + hop if message else ends[source]
             ends[number] = (start if start > ready else ready) + table[kind][chunk]
-        return max(ends[number] for number in self._last)
+        return ends
 
     def path(self, table: np.ndarray, hop: float = 0.0) -> tuple[np.ndarray, int]:
         """The longest chain of actions that wait for each other, for costs [kind, chunk]: how many of each there are
         [kind, chunk], and how many messages between ranks. Whatever other costs are, a step takes no less than it."""
-        ends, costs = [0.0] * (len(self._kinds) + 1), table.tolist()
-        rows = zip(
-            self._kinds, self._chunks, self._before, self._source, self._message, strict=True
-        )
-        for number, (kind, chunk, before, source, message) in enumerate(rows):
-            start, ready = ends[before], ends[source] + hop if message else ends[source]
-            ends[number] = (start if start > ready else ready) + costs[kind][chunk]
+        ends = self._ends(table.tolist(), hop)
         counts, hops = np.zeros((len(KINDS), self.chunks)), 0
         number = max(self._last, key=lambda number: ends[number])
         while number >= 0:

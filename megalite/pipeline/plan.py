@@ -99,8 +99,7 @@ def inference_cut(spec: TransformerSpec, pipe: int) -> Cut:
     """A chunk a rank, for forwards alone: the longest is as short as can be."""
     length, source = (1, 0) if spec.stacks is None else (2, 1)  # as much source as target
     costs = ModelCosts.of(spec, length, recomputes=False, source=source)
-    costs = replace(
-        costs, head=costs.head / 3
-    )  # without the gradients that training makes with the loss
+    # Without the gradients that training makes with the loss.
+    costs = replace(costs, head=costs.head / 3)
     home = straight(pipe)
     return cut_by_cost(costs, home, lambda cost: forward_only(home, SEARCH_ROUNDS * pipe))

@@ -12,6 +12,7 @@ p ranks, m micro-batches, v chunks a rank. A new schedule is one function and on
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from megalite.pipeline.check import Cost, ProgramError, equal_costs
 from megalite.pipeline.program import Action, Kind, Program
@@ -213,28 +214,26 @@ class _Lister:
         self.held[rank] += {"F": 1, "I": 0, "W": -1}[kind]
 
 
-SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-v")
+class Schedule(NamedTuple):
+    """Functions of p and v to the rank of each chunk, and of p, m, v and the costs of actions to the program."""
+
+    home: Callable[[int, int], tuple[int, ...]]
+    program: Callable[[int, int, int, Cost], Program]
+
+
+SCHEDULES = {
+    "1f1b": Schedule(lambda p, v: straight(p), lambda p, m, v, cost: one_f_one_b(p, m)),
+    "interleaved": Schedule(round_robin, lambda p, m, v, cost: interleaved(p, m, v)),
+    "zb-h1": Schedule(lambda p, v: straight(p), lambda p, m, v, cost: zb_h1(p, m)),
+    "zb-v": Schedule(lambda p, v: v_shaped(p), lambda p, m, v, cost: zb_v(p, m, cost)),
+}
 
 
 def home_of(schedule: str, p: int, v: int) -> tuple[int, ...]:
     """The rank that holds each chunk under a schedule. v: chunks a rank, for `interleaved`."""
-    match schedule:
-        case "interleaved":
-            return round_robin(p, v)
-        case "zb-v":
-            return v_shaped(p)
-    return straight(p)
+    return SCHEDULES[schedule].home(p, v)
 
 
 def make_program(schedule: str, p: int, m: int, v: int, cost: Cost = equal_costs) -> Program:
     """The program of a schedule by its name."""
-    match schedule:
-        case "1f1b":
-            return one_f_one_b(p, m)
-        case "interleaved":
-            return interleaved(p, m, v)
-        case "zb-h1":
-            return zb_h1(p, m)
-        case "zb-v":
-            return zb_v(p, m, cost)
-    raise ProgramError(f"{schedule}: unknown schedule: must be one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule].program(p, m, v, cost)

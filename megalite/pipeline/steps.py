@@ -17,9 +17,7 @@ from megalite.pipeline.check import Cost, ProgramError, check, equal_costs
 from megalite.pipeline.program import Action, Program, Value
 
 AHEAD = 1  # actions before the one that needs it, a receive is posted
-IN_FLIGHT = (
-    2  # sends of a forward-only program that may be under way from one rank: its back-pressure
-)
+IN_FLIGHT = 2  # sends that one rank of a forward-only program may have under way: its back-pressure
 
 
 class Receive(NamedTuple):
@@ -119,7 +117,7 @@ class _Merger:
 
 def forward_stream(p: int, rank: int, numbers: Iterable[int], ahead: int = AHEAD) -> Iterator[Step]:
     """A rank's steps for forward passes that follow one another through p chunks, one a rank, where they are not known
-    beforehand: each is asked for when its turn comes, `ahead` passes before it is done. The same steps as of
+    beforehand: each number is taken `ahead` passes before it is done. The same steps as of
     `forward_only` (schedules.py); every rank must get the same numbers."""
     ready: deque[int] = deque()
     under_way: deque[Value] = deque()
@@ -238,13 +236,12 @@ class _Streams:
     def stuck(self) -> list[str]:
         """What each rank is blocked at."""
         result = []
-        for rank, steps in enumerate(self.ranks):
-            if self.host[rank] < len(steps) or self.queues[rank]:
-                at = steps[self.host[rank]] if self.host[rank] < len(steps) else "the end"
-                message = (
-                    f"; next message: {_words(self.queues[rank][0])}" if self.queues[rank] else ""
-                )
-                result.append(f"rank {rank} waits at {_words(at)}{message}")
+        for rank, (steps, queue) in enumerate(zip(self.ranks, self.queues, strict=True)):
+            left = steps[self.host[rank] :]
+            if left or queue:
+                at = _words(left[0]) if left else "the end"
+                message = f"; next message: {_words(queue[0])}" if queue else ""
+                result.append(f"rank {rank} waits at {at}{message}")
         return result
 
 
@@ -259,7 +256,7 @@ def _inputs(action: Action) -> list[Value]:
     return []
 
 
-def _words(step: Step | str) -> str:
+def _words(step: Step) -> str:
     match step:
         case Receive(value, source):
             return f"receive of {value} from rank {source}"
@@ -269,4 +266,3 @@ def _words(step: Step | str) -> str:
             return f"wait for {value}"
         case Act(action):
             return str(action)
-    return step

@@ -49,7 +49,7 @@ from megalite.model.transformer import Recompute
 from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
-from megalite.parallel.loss import chunk_rows, gradient_type
+from megalite.parallel.loss import block_rows, chunk_rows, gradient_type
 
 FP32, INT32, INT64 = 4, 4, 8
 Table = dict[str, int]
@@ -211,7 +211,8 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
     keys = values = at.part(spec.num_kv_heads * h, h)
     table: Table = {}
     if spec.qk_norm != "none":
-        by_head, kind = spec.qk_norm == "head", spec.norm if spec.qk_norm == "head" else "split"
+        by_head = spec.qk_norm == "head"
+        kind = spec.norm if by_head or at.split.axis.size == 1 else "split"
         for name, numbers in (("query norm", queries), ("key norm", keys)):
             table |= norm_table(kind, name, numbers, numbers // h if by_head else at.tokens, at)
     heads, key_heads = queries // (at.tokens * h), keys // (at.tokens * h)
@@ -289,13 +290,18 @@ def head_table(spec: TransformerSpec, at: Forward) -> Table:
 
 
 def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
-    """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32; on a CPU of a few rows."""
+    """What the loss holds of a chunk's logits: themselves, and in 16 bits a copy in fp32, in bf16 of a block of them
+    alone, which on a CPU is a few rows."""
     if spec.classifier is not None:
         return 0
     start, stop = share(spec.vocabulary_size, at.split.axis)
-    whole = at.split.axis.size > 1 or at.device != "cpu" or at.dtype == torch.float16
-    width = at.width + FP32 if at.width < FP32 and whole else at.width
-    return width * _loss_rows(spec, at) * (stop - start)
+    rows, ranks = _loss_rows(spec, at), at.split.axis.size
+    held = at.width * rows
+    if at.dtype == torch.float16:  # whose gradients are made in fp32
+        held += FP32 * rows
+    elif at.width < FP32 and (ranks > 1 or at.device != "cpu"):
+        held += FP32 * block_rows(rows, -(-spec.vocabulary_size // ranks), ranks, at.device)
+    return held * (stop - start)
 
 
 def _loss_rows(spec: TransformerSpec, at: Forward) -> int:

@@ -8,7 +8,7 @@ families of them first, and the search ends where the next one cannot be faster 
     layout      its program is played with its real cut, and its memory weighed
 
 Recompute and offload only save memory: of layouts that differ in nothing else, the fastest that fits is reported. A
-layout that cannot fit is dropped as soon as that is known. tests/unit/test_plan.py compares with trying all.
+layout that cannot fit is dropped as soon as that is known. tests/unit/plan/test_plan.py compares with trying all.
 
 Next: advice.py.
 """

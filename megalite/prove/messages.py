@@ -35,7 +35,9 @@ from megalite.engine.over_fakes import deepspeed_over_fakes
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import model_dict, read_spec
+from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
+from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
 from megalite.plan.places import DryRunError, fake_world
 from megalite.training.batches import MicroBatch, rows_of
@@ -184,6 +186,8 @@ def shrunken(config: Config) -> Config:
             model[key] = value
     for key in ("layer_types", "pad_token_id", "mlp_only_layers", "decoder_start_token_id"):
         model.pop(key, None)
+    if spec.padding_id is not None:  # a family's own would be beyond the small vocabulary
+        model["pad_token_id"] = 0
     length = 8 * tensor * context
     micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
     if parallel.schedule == "interleaved":
@@ -198,6 +202,7 @@ def shrunken(config: Config) -> Config:
         zero.pop(key, None)
     zero["reduce_bucket_size"] = 100_000
     document.pop("aio", None)
+    document.pop("scheduler", None)  # sends nothing, and may count steps of the large batch
     megalite = document["megalite"]
     megalite["model"] = model
     megalite["parallel"] |= {"tensor": tensor, "context": context, "expert": expert}
@@ -250,7 +255,7 @@ def _calls_of(
         if plant is not None:
             plant(rank, pipeline)
         try:
-            train_step(pipeline, grid.replica, _batches(config, grid, spec.vocabulary_size))
+            train_step(pipeline, grid.replica, _batches(config, spec, grid))
         except (RuntimeError, AssertionError, ValueError) as error:
             told = " ".join(str(error).split())[:200]
             doing = pipeline.instruction or "its step"
@@ -268,16 +273,21 @@ def _fill(stage: Any) -> None:
             value.copy_(torch.sin(1.7 * numbers).mul_(0.1).view_as(value))
 
 
-def _batches(config: Config, grid: Grid, vocabulary: int) -> list[MicroBatch]:
-    """Any tokens: of the same samples on every rank, since what is sent does not depend on them."""
+def _batches(config: Config, spec: TransformerSpec, grid: Grid) -> list[MicroBatch]:
+    """Any tokens, of the same samples on every rank, since what is sent does not depend on them; a classifier's text is
+    a sample."""
     draw, length, rows = random.Random(0), config.data.sequence_length, rows_of(config, grid)
     draws, result = Randomness(0, 0, torch.arange(config.micro_batch_size)), []
     for _ in range(config.accumulation_steps):
-        sample = [draw.randrange(vocabulary) for _ in range(length)]
+        sample = [draw.randrange(spec.vocabulary_size) for _ in range(length)]
         tokens = torch.tensor([sample] * config.micro_batch_size)
         tokens = tokens if rows is None else rows.cut(tokens, 1)
+        labels = tokens.clone()
+        if spec.classifier is not None:
+            labels = torch.full_like(tokens, IGNORED)
+            labels[:, 0] = len(spec.labels) - 1
         context = Context(randomness=draws, rows=rows, source=config.data.source_length)
-        result.append(MicroBatch(tokens, tokens.clone(), context))
+        result.append(MicroBatch(tokens, labels, context))
     return result
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import megalite.engine.norm as norm_over
 import megalite.parallel.collectives as collectives
+import megalite.parallel.columns as columns_over
 import megalite.parallel.loss as loss_over
 import megalite.parallel.rows as rows_over
 from megalite.config import Config
@@ -29,6 +30,7 @@ from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import parameter_groups
 from megalite.model.transformer import Stage
+from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Placement, placed
 from megalite.parallel.rows import Rows
@@ -59,7 +61,8 @@ def mutants(config: Config) -> dict[str, Plant]:
 def chosen(names: Iterable[str], count: int) -> list[str]:
     """So many of the names, evenly over all of them."""
     every = list(names)
-    return [every[number * len(every) // count] for number in range(min(count, len(every)))]
+    count = min(count, len(every))
+    return [every[number * len(every) // count] for number in range(count)]
 
 
 # Parameters. A kind is a name without the layer's number.
@@ -448,10 +451,14 @@ def _of_the_tensor_axis(config: Config) -> Iterable[tuple[str, Plant]]:
     for owner, method in names:
         yield f"collectives.{owner}.{method}: the sum is missing", _sums_of(owner, method, 0)
         yield f"collectives.{owner}.{method}: the sum is made twice", _sums_of(owner, method, 2)
+    if config.zero_stage != 3 and config.parallel.schedule in ("1f1b", "interleaved"):
+        yield "columns._begin_sum: the sum is missing", _sums_of_columns(0)
+        yield "columns._begin_sum: the sum is made twice", _sums_of_columns(2)
     yield "the loss does not sum over the vocabulary's parts", _loss_alone
 
 
 _sum, _scatter = collectives.sum_over, collectives._scatter
+_begin_sum = columns_over._begin_sum
 
 
 def _sums_of(owner: str, method: str, times: int) -> Plant:
@@ -481,6 +488,22 @@ def _sums_of(owner: str, method: str, times: int) -> Plant:
                 return whole(ctx, *arguments)
 
         put(stack, target, method, staticmethod(changed))
+
+    return plant
+
+
+def _sums_of_columns(times: int) -> Plant:
+    """Of linears of one input, whose sum begins before the gradients of their weights are made."""
+
+    def begun(given: Tensor, split: Split) -> tuple[Tensor, Any]:
+        if times:
+            return _begin_sum(given * times, split)
+        rows = split.rows(given.shape[1])
+        return given[:, rows.start : rows.stop].contiguous(), None
+
+    def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+        if event == "built":
+            put(stack, columns_over, "_begin_sum", begun)
 
     return plant
 

@@ -56,11 +56,12 @@ def main() -> None:
                 loss = F.cross_entropy(model(ids).logits.flatten(0, 1), wanted.flatten()) / parts
                 loss.backward()
             total += (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
-        norms = [
-            nn.utils.get_total_norm([v.grad for v in values if v.grad is not None])
-            for values in (whole, cut)
-        ]
-        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        # One norm over all gradients: of whole parameters and of sharded ones, each kind by itself first.
+        norms = []
+        for values in (whole, cut):
+            gradients = [value.grad for value in values if value.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         norm = torch.stack(norms).square().sum().sqrt()
         factor = (asked["clipping"] / (norm + 1e-6)).clamp(max=1.0)
         for value in (*whole, *cut):

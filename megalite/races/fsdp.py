@@ -17,11 +17,9 @@ def main() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
     model, batch = load_model(asked), batches(asked)
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if asked["bf16"]
-        else MixedPrecisionPolicy()
-    )
+    policy = MixedPrecisionPolicy()
+    if asked["bf16"]:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for part in (*model.model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=asked["reshard"])
     optimizer = adam(model.parameters(), asked)

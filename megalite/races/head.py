@@ -1,7 +1,8 @@
-"""Race of the head and its loss alone, GPT-2's sizes: ours against F.linear with F.cross_entropy, in one process."""
+"""Race of the head and its loss alone, of GPT-2's sizes: ours against F.linear with F.cross_entropy, in one process."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -36,38 +37,41 @@ def main(rounds: int) -> None:
         ),
     }
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
-        weight = torch.randn(VOCABULARY, HIDDEN).mul(0.02).to(dtype).requires_grad_()
         names = [name for name in ways if dtype != torch.float32 or "16 bits" not in name]
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        peaks, losses = {}, {}
+        _race({name: ways[name] for name in names}, dtype, rounds)
 
-        def step(
-            way: Callable[[Tensor, Tensor], Tensor],
-            hidden: Tensor = hidden,
-            weight: Tensor = weight,
-        ) -> float:
-            loss = way(hidden, weight) / TOKENS
-            loss.backward()
-            hidden.grad = weight.grad = None
-            return loss.item()
 
-        for name in names:
-            peaks[name] = _peak_bytes(lambda name=name: step(ways[name]))
-        for number in range(rounds + 1):
-            for name in names if number % 2 else names[::-1]:
-                start = time.process_time()
-                losses[name] = step(ways[name])
-                seconds[name].append(time.process_time() - start)
-        kept = sum(value.nbytes for value in (hidden, weight))
-        for name in names:
-            own = seconds[name][1:]
-            ratio = median(own) / median(seconds["megalite"][1:])
-            told = f"peak {peaks[name] / 1e6:4.0f} MB, {(peaks[name] - kept) / 1e6:4.0f} beside the gradients"
-            print(
-                f"{str(dtype)[6:]:9} {name:32} loss {losses[name]:.4f}  {spread(own)} s  ratio {ratio:.3f}  {told}"
-            )
+def _race(ways: dict[str, Any], dtype: Any, rounds: int) -> None:
+    """In one type; the order of the ways changes from round to round, and the first round does not count."""
+    import torch
+
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN).mul(0.02).to(dtype).requires_grad_()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    losses = {}
+
+    def step(name: str) -> float:
+        loss = ways[name](hidden, weight) / TOKENS
+        loss.backward()
+        hidden.grad = weight.grad = None
+        return loss.item()
+
+    peaks = {name: _peak_bytes(partial(step, name)) for name in ways}
+    names = list(ways)
+    for number in range(rounds + 1):
+        for name in names if number % 2 else names[::-1]:
+            start = time.process_time()
+            losses[name] = step(name)
+            seconds[name].append(time.process_time() - start)
+    kept = hidden.nbytes + weight.nbytes
+    for name in names:
+        own = seconds[name][1:]
+        ratio = median(own) / median(seconds["megalite"][1:])
+        told = f"peak {peaks[name] / 1e6:4.0f} MB, {(peaks[name] - kept) / 1e6:4.0f} beside the gradients"
+        print(
+            f"{str(dtype)[6:]:9} {name:32} loss {losses[name]:.4f}  {spread(own)} s  ratio {ratio:.3f}  {told}"
+        )
 
 
 def _peak_bytes(work: Callable[[], object]) -> int:

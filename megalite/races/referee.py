@@ -107,10 +107,8 @@ class Team:
             self.start_wall = time.perf_counter() - self._started
             self.start_processor = [answer["since_start"] for answer in answers]
         losses = [answer["loss"] for answer in answers if answer["loss"] is not None]
-        processor, wall = (
-            [answer["processor"] for answer in answers],
-            max(answer["wall"] for answer in answers),
-        )
+        processor = [answer["processor"] for answer in answers]
+        wall = max(answer["wall"] for answer in answers)
         self.steps.append(Step(processor, wall, sum(losses) / len(losses)))
         self.peak_bytes = max(answer["peak_bytes"] for answer in answers)
         return self.steps[-1]

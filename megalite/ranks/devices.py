@@ -24,6 +24,16 @@ def visible_gpus() -> int:
     return torch.accelerator.device_count()
 
 
+def gpu_memory_bytes() -> int | None:
+    """Of the first GPU that torch sees; None where ranks compute on the CPU."""
+    if not visible_gpus():
+        return None
+    import torch
+
+    module: Any = torch.get_device_module()
+    return module.get_device_properties(0).total_memory
+
+
 def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
     """Ordinal of a rank's GPU. A launcher shows all GPUs of a node to each of its ranks, or its own alone, as Slurm
     does for --gpus-per-task=1. Raises ConfigError where there are too few."""
@@ -92,6 +102,8 @@ def library_settings(
         wanted["TORCH_FR_BUFFER_SIZE"] = (
             "2000"  # entries of the flight recorder, which the watchdog reads
         )
+        # A collective that begins beside products gets processors as they come free, before the products' next blocks.
+        wanted["TORCH_NCCL_HIGH_PRIORITY"] = "1"
         # NCCL's bootstrap, and its data where there is no InfiniBand. Of a lone node it takes what it likes.
         wanted |= {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, "lo") else {}
     else:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import socket
@@ -48,10 +49,11 @@ from megalite.ranks.signals import (
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
+TOLD = timedelta(seconds=60)  # between two lines about what is waited for
 HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
 MOST_RANKS = 2**17
 DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
-_GOOD = "0"
+_GOOD, _PREPARED = "0", "prepared"
 _SHOWN_CHARACTERS = 80  # of a value that an error repeats
 _LINE_CHARACTERS = 1000  # of an error
 
@@ -91,13 +93,27 @@ def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """A type of arguments: finite numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: must be a number above 0")
     return value
+
+
+def share(text: str) -> float:
+    """A type of arguments: shares of all, above 0 and below 1."""
+    value = _number(text)
+    if not 0 < value < 1:
+        rule = "must be a number above 0 and below 1"
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: {rule}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _is_number(text: str) -> bool:
@@ -248,18 +264,22 @@ def print_line(error: Exception) -> None:
             len(line) > _LINE_CHARACTERS
         ):  # a path or a value of thousands: what is said of it is at the end
             line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
-        print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone, a full disk: nobody hears it
+            print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
 
 
 def start_ranks(
     prepare: Callable[[bool], T],
     timeout: Callable[[T], timedelta] = lambda prepared: DEFAULT_TIMEOUT,
+    differs: Callable[[T, T], str | None] | None = None,
 ) -> tuple[Place, T]:
     """Makes this process a rank of an initialised world, and returns what `prepare` made. timeout: of a
     collective, by what was prepared.
 
-    prepare(True) is called on one rank a node and checks everything; prepare(False), on the others after its word,
-    may leave out what is slow. Where it raises UserError the line is printed there and every rank exits with 2.
+    prepare(True) is called on one rank a node and checks everything. Where it raises UserError the line is printed
+    there and every rank exits with 2. With `differs` the other ranks get what rank 0 prepared, by pickle, and
+    differs(rank 0's, own) of each node says in a line what is not the same there, which is a mistake too. Without it
+    prepare(False) is called on them, which may leave out what is slow.
     """
     listen()
     here = place()
@@ -284,7 +304,7 @@ def start_ranks(
     _quieten(here.rank)
     visible = visible_gpus()
     sum_in_fp32()
-    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare))
+    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
     Place.started = True
     import deepspeed
 
@@ -345,7 +365,12 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
+def _agree(
+    store: Any,
+    here: Place,
+    prepare: Callable[[bool], T],
+    differs: Callable[[T, T], str | None] | None,
+) -> T:
     """The validating ranks' word to all, an exit code: returns what `prepare` made, or ends the process."""
     import torch.distributed as dist
 
@@ -353,7 +378,11 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
     if here.local_rank == 0:
         try:
             prepared = prepare(True)
+            if differs is not None:
+                _compare_nodes(store, here, prepared, differs)
         except Exception as error:
+            if here.rank == 0:
+                store.set(_PREPARED, b"")  # the other nodes have nothing to compare with
             if not isinstance(error, UserError):
                 traceback.print_exc()
             elif store.add(f"said: {error}", 1) == 1:  # once, not on every node
@@ -362,7 +391,7 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
     if store.add("checked", 1) == here.world_size:
         store.compare_set("verdict", "", _GOOD)
     try:
-        store.wait(["verdict"], WAIT)
+        _wait_for_verdict(store, here)
         verdict = store.get("verdict").decode()
     except dist.DistError:
         print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
@@ -381,7 +410,41 @@ def _agree(store: Any, here: Place, prepare: Callable[[bool], T]) -> T:
         # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
         os._exit(int(verdict))
-    return prepared if prepared is not None else prepare(False)
+    if here.local_rank == 0:
+        return prepared  # type: ignore[return-value]
+    return prepare(False) if differs is None else pickle.loads(store.get(_PREPARED))
+
+
+def _compare_nodes(
+    store: Any, here: Place, prepared: T, differs: Callable[[T, T], str | None]
+) -> None:
+    """Rank 0 hands on what it prepared; ConfigError on a node that prepared something else."""
+    import torch.distributed as dist
+
+    if here.rank == 0:
+        store.set(_PREPARED, pickle.dumps(prepared))
+        return
+    with contextlib.suppress(dist.DistError):  # rank 0 has gone: the word of all says so
+        store.wait([_PREPARED], WAIT)
+        first = store.get(_PREPARED)
+        if first and (found := differs(pickle.loads(first), prepared)) is not None:
+            raise ConfigError(f"{socket.gethostname()}: {found}")
+
+
+def _wait_for_verdict(store: Any, here: Place) -> None:
+    """Until all ranks have come and what they were given is checked. Rank 0 says now and then what is missing."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + WAIT.total_seconds()
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return store.wait(["verdict"], min(TOLD, timedelta(seconds=left)))
+        except dist.DistStoreError:  # of the time; a store that is gone raises DistNetworkError
+            came, ready = store.add("came", 0), store.add("checked", 0)
+            if here.rank == 0:
+                line = f"{came} of {here.world_size} ranks have come, {ready} are ready"
+                print_line(RuntimeError(f"waiting for other ranks: {line}"))
+    store.wait(["verdict"], timedelta(seconds=1))
 
 
 def _set_environment(here: Place) -> None:

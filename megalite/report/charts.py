@@ -50,11 +50,11 @@ class Chart:
     marks: list[Mark] = field(default_factory=list)
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points: of each run of neighbours the lowest and the highest, so that no peak is lost."""
-    if len(points) <= most:
+def thinned(points: Points) -> Points:
+    """At most MOST_POINTS: of each run of neighbours the lowest and the highest, so that no peak is lost."""
+    if len(points) <= MOST_POINTS:
         return points
-    size = -(-2 * len(points) // most)
+    size = -(-2 * len(points) // MOST_POINTS)
     result: Points = []
     for first in range(0, len(points), size):
         group = points[first : first + size]

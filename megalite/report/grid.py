@@ -2,9 +2,11 @@
 
 import itertools
 from html import escape
+from itertools import chain
 from typing import Any
 
 from megalite.report.numbers import gib
+from megalite.report.tables import table, wide
 
 STATES = {
     "weights_bytes": "weights",
@@ -53,20 +55,16 @@ LEGEND = (
 def memory_table(predicted: list[Bytes], memory: dict[str, Any]) -> str:
     """Bytes of each rank; ranks with the same figures share a row."""
     measured = _by_rank(memory)
-    columns = [*dict.fromkeys([key for states in predicted for key in states] + [*STATES])]
+    columns = list(dict.fromkeys([*chain.from_iterable(predicted), *STATES]))
     if measured and "peak_bytes" in measured[0]:
         columns.append("peak_bytes")
     rows: dict[tuple[str, ...], list[int]] = {}
     for rank in range(max(len(predicted), len(measured))):
         cells = tuple(_both(key, rank, predicted, measured) for key in columns)
         rows.setdefault(cells, []).append(rank)
-    names = [key.removesuffix("_bytes") for key in columns]
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("ranks", *names))
-    body = "".join(
-        f"<tr><td>{_runs(ranks)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for cells, ranks in rows.items()
-    )
-    return f'<div class="wide"><table class="figures"><tr>{head}</tr>{body}</table></div>'
+    names = [escape(key.removesuffix("_bytes")) for key in columns]
+    body = [(_runs(ranks), *cells) for cells, ranks in rows.items()]
+    return wide(table(["ranks", *names], body))
 
 
 def _cell(rank: int, predicted: list[Bytes], measured: list[Bytes], most: int) -> str:

@@ -3,6 +3,8 @@
 import math
 import time
 
+TICKS = 5  # of an axis
+
 
 def short(value: float) -> str:
     """Four digits and a prefix: 12.3 k, 1.234, 5e-05."""
@@ -39,11 +41,11 @@ def date(unix_seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About so many round numbers in [low, high], evenly spaced."""
+def ticks(low: float, high: float) -> list[float]:
+    """About TICKS round numbers in [low, high], evenly spaced."""
     if not high > low:
         return [low]
-    rough = (high - low) / count
+    rough = (high - low) / TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
     first = math.ceil(low / step - 1e-9)

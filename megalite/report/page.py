@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from megalite.report import pipeline, timeline
 from megalite.report.charts import COLOURS, Chart, Curve, Mark, Points, smoothed, svg, thinned
 from megalite.report.grid import grid_picture, memory_table
 from megalite.report.numbers import clock, gib, percent, short
-from megalite.report.read import RunFolder
+from megalite.report.read import RunFolder, value_at
+from megalite.report.tables import table, wide
 
 CURVES = {  # field of a row -> (title, smoothed, axis from 0); a loss has its unit after it
     "loss": ("Training loss", True, False),
@@ -68,7 +70,7 @@ Facts = dict[str, str]
 def _facts(run: RunFolder) -> Facts:
     """A run in figures, by their names."""
     facts: Facts = {}
-    last, best, steps = run.last, run.best, _get(run.config, "megalite", "train", "steps")
+    last, best, steps = run.last, run.best, value_at(run.config, "megalite", "train", "steps")
     if model := run.about.get("model"):
         facts["model"] = str(model)
     if parameters := run.about.get("parameters"):
@@ -104,30 +106,19 @@ def _tiles(run: RunFolder) -> str:
 
 def _comparison(runs: Sequence[RunFolder]) -> str:
     """A column for each run: its figures, and the keys of the configs that differ between them."""
+    rows: list[list[str]] = []
     facts = [_facts(run) for run in runs]
-    flat = [_flat(run.config) for run in runs]
-    rows = [
-        (name, [of.get(name, "") for of in facts])
-        for name in dict.fromkeys(n for of in facts for n in of)
-    ]
-    keys = dict.fromkeys(key for of in flat for key in of)
-    differing = [(key, [of.get(key) for of in flat]) for key in keys]
-    differing = [
-        (key, values) for key, values in differing if any(value != values[0] for value in values)
-    ]
-    rows += [
-        (key, ["" if value is None else json.dumps(value) for value in values])
-        for key, values in differing
-    ]
-    head = "".join(
-        f'<th><i class="c{number % COLOURS}"></i> {escape(run.name)}</th>'
-        for number, run in enumerate(runs)
-    )
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td class=long>{escape(text)}</td>' for text in texts)}</tr>"
-        for name, texts in rows
-    )
-    return f'<div class="wide"><table class="figures"><tr><th></th>{head}</tr>{body}</table></div>'
+    for name in dict.fromkeys(chain.from_iterable(facts)):
+        rows.append([name, *(of_run.get(name, "") for of_run in facts)])
+    configs = [_flat(run.config) for run in runs]
+    for key in dict.fromkeys(chain.from_iterable(configs)):
+        values = [config.get(key) for config in configs]
+        if any(value != values[0] for value in values):
+            rows.append([key, *("" if value is None else json.dumps(value) for value in values)])
+    colours = [f'<i class="c{number % COLOURS}"></i>' for number in range(len(runs))]
+    heads = [f"{colour} {escape(run.name)}" for colour, run in zip(colours, runs, strict=True)]
+    cells = [[escape(text) for text in row] for row in rows]
+    return wide(table(["", *heads], cells, long=range(1, len(runs) + 1)))
 
 
 def _charts(runs: Sequence[RunFolder]) -> str:
@@ -238,12 +229,12 @@ def _split(run: RunFolder) -> str:
     for row in rows:
         for name, seconds in row["split_seconds"].items():
             sums[name] = sums.get(name, 0.0) + seconds
-    body = "".join(
-        f"<tr><td>{escape(name)}</td><td>{seconds / len(rows):.4g} s</td><td>{percent(seconds / whole)}</td></tr>"
+    body = [
+        (escape(name), f"{seconds / len(rows):.4g} s", percent(seconds / whole))
         for name, seconds in sums.items()
-    )
+    ]
     words = f"Means over the ranks and {len(rows)} measured steps."
-    return f'<p>{words}</p><table class="figures"><tr><th></th><th>a step</th><th>share</th></tr>{body}</table>'
+    return f"<p>{words}</p>{table(('', 'a step', 'share'), body)}"
 
 
 def _data(run: RunFolder) -> str:
@@ -251,42 +242,38 @@ def _data(run: RunFolder) -> str:
     if not found:
         return ""
     total = sum(share["samples"] for share in found) or 1
-    body = "".join(
-        f"<tr><td class=long>{escape(share['path'])}</td><td>{share['samples']:,}</td>"
-        f"<td>{percent(share['samples'] / total)}</td><td>{percent(share['asked'])}</td></tr>"
-        for share in found
-    )
-    head = "<tr><th>corpus</th><th>samples</th><th>share</th><th>asked</th></tr>"
-    return f'<div class="wide"><table class="figures">{head}{body}</table></div>'
+    body = []
+    for share in found:
+        given, asked = percent(share["samples"] / total), percent(share["asked"])
+        body.append((escape(share["path"]), f"{share['samples']:,}", given, asked))
+    return wide(table(("corpus", "samples", "share", "asked"), body, long=(0,)))
 
 
 def _checkpoints(run: RunFolder, base: Path) -> str:
     if not run.checkpoints:
         return ""
     here = _relative(run.path / "checkpoints", base)
-    rows = "".join(
-        f'<tr><td><a href="{escape(f"{here}/{found.name}", quote=True)}/">{found.name}</a></td>'
-        f"<td>{gib(found.bytes)}</td><td>{found.called}</td></tr>"
-        for found in run.checkpoints
-    )
-    head = "<tr><th>folder</th><th>size</th><th></th></tr>"
-    return f'<div class="wide"><table class="figures">{head}{rows}</table></div>'
+    rows = []
+    for found in run.checkpoints:
+        address = escape(f"{here}/{found.name}", quote=True)
+        link = f'<a href="{address}/">{found.name}</a>'
+        rows.append((link, gib(found.bytes), found.called))
+    return wide(table(("folder", "size", ""), rows))
 
 
 def _config(run: RunFolder) -> str:
     if not run.config:
         return ""
-    differing = run.about.get("differing", [])
-    rows = "".join(
-        f"<tr><td class=long>{escape(key)}</td><td class=long>{escape(json.dumps(value))}</td>"
-        f"<td class=long>{'' if default is None else escape(json.dumps(default))}</td></tr>"
-        for key, value, default in differing
-    )
-    head = "<tr><th>key</th><th>value</th><th>default</th></tr>"
-    table = f'<div class="wide"><table class="figures">{head}{rows}</table></div>' if rows else ""
+    rows = []
+    for key, value, default in run.about.get("differing", []):
+        usual = "" if default is None else json.dumps(default)
+        rows.append([escape(text) for text in (key, json.dumps(value), usual)])
+    differing = ""
+    if rows:
+        words = "<p>What differs from the defaults, or has none:</p>"
+        differing = words + wide(table(("key", "value", "default"), rows, long=range(3)))
     whole = escape(json.dumps(run.config, indent=2, ensure_ascii=False))
-    words = "<p>What differs from the defaults, or has none:</p>" if rows else ""
-    return f"{words}{table}<details><summary>config.json</summary><pre>{whole}</pre></details>"
+    return f"{differing}<details><summary>config.json</summary><pre>{whole}</pre></details>"
 
 
 def _relative(path: Path, base: Path) -> str:
@@ -306,12 +293,6 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     for name, part in value.items():
         found |= _flat(part, f"{key}.{name}" if key else name)
     return found
-
-
-def _get(document: Any, *path: str) -> Any:
-    for name in path:
-        document = document.get(name) if isinstance(document, dict) else None
-    return document
 
 
 def _number(value: float | None) -> str:

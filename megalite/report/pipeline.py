@@ -1,6 +1,7 @@
 """One step on the ranks of the pipe axis as a strip chart: simulated from the program, and measured where the run has
 traced a step. What is empty is bubble."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,27 +28,22 @@ Rows = list[list[Span]]
 
 def simulated(pipeline: dict[str, Any]) -> Rows:
     """From about.json."""
-    return [
-        [Span(kind, f"{kind}{chunk}.{k}", start, end) for kind, chunk, k, start, end in actions]
-        for actions in pipeline.get("actions", [])
-    ]
+    rows: Rows = []
+    for actions in pipeline.get("actions", []):
+        spans = [Span(kind, f"{kind}{chunk}.{k}", *times) for kind, chunk, k, *times in actions]
+        rows.append(spans)
+    return rows
 
 
 def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int, Rows]:
     """The last step that was traced on this grid, and its actions on the first rank of each place on the pipe axis, in
     seconds. Steps of earlier starts, on another grid, are left out; (0, []) where no step is left."""
-    actions = [
-        event
-        for event in trace
-        if event.get("cat") == "action" and event["args"].get("grid") == axes
-    ]
+    actions = [event for event in trace if event.get("cat") == "action"]
+    actions = [event for event in actions if event["args"].get("grid") == axes]
     if not actions or not axes:
         return 0, []
     step = max(event["args"]["step"] for event in actions)
-    world = 1
-    for size in axes.values():
-        world *= size
-    width = world // axes["pipe"]
+    width = math.prod(axes.values()) // axes["pipe"]
     rows: Rows = [[] for _ in range(axes["pipe"])]
     for event in actions:
         place, column = divmod(event["pid"], width)
@@ -100,9 +96,7 @@ def strip(rows: Rows, caption: str) -> str:
         parts += [_rect(span, y, start, scale) for span in row]
     kinds = {span.kind for row in rows for span in row}
     legend = "".join(
-        f'<span><i class="kind{kind}"></i>{words}</span>'
-        for kind, words in KINDS.items()
-        if kind in kinds
+        f'<span><i class="kind{kind}"></i>{KINDS[kind]}</span>' for kind in KINDS if kind in kinds
     )
     return (
         f'<figure><figcaption>{caption}</figcaption><svg class="strip" role="img" aria-label="{caption}" '

@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="also tell of each run's trace for Perfetto: trace.json of the steps that the run has traced "
-        "(megalite.train.trace_steps); of a run without one the simulated step as trace_simulated.json",
+        help="also print where each run's trace for Perfetto is: trace.json of the steps that the run has traced "
+        "(megalite.train.trace_steps); for a run without one, write the simulated step as trace_simulated.json",
     )
     options = parser.parse_args(arguments)
     several = len(options.runs) > 1
@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     """Writes the page of one or several run folders. DataError where one is none; OSError."""
     content = page([read_run(path) for path in runs], output.parent)
     part = output.with_name(f".{output.name}.part")
-    part.write_text(content, encoding="utf-8")
+    part.write_text(content, encoding="utf-8", errors="backslashreplace")
     part.replace(output)
 
 

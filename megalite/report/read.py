@@ -24,7 +24,6 @@ class Checkpoint:
     """A checkpoint's folder; bytes: of its files."""
 
     name: str
-    step: int
     bytes: int
     latest: bool
     best: bool
@@ -95,6 +94,13 @@ def read_run(path: Path) -> RunFolder:
     return run
 
 
+def value_at(document: Any, *keys: str) -> Any:
+    """A value of nested objects; None where they hold no such key."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
 def _metrics(path: Path) -> Iterator[Row]:
     """Rows of the file. Of a long run's steps every k-th is taken, and the first with memory, without parsing the
     rest."""
@@ -151,7 +157,10 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
     for path in sorted(folder.glob("step_*")):
         number = path.name.removeprefix("step_")
         if path.is_dir() and number.isdigit():
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            try:
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            except OSError:
+                continue  # the run has just removed it
             pointed = path.name == latest, path.name == best
-            found.append(Checkpoint(path.name, int(number), size, *pointed))
+            found.append(Checkpoint(path.name, size, *pointed))
     return found

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from megalite.report import tables
 from megalite.report.numbers import clock, date
 from megalite.report.read import RunFolder
+from megalite.report.tables import wide
 
 WIDTH, HEIGHT, LEFT = 640, 46, 4
 
@@ -101,18 +103,13 @@ def picture(run: RunFolder) -> str:
 
 def table(run: RunFolder) -> str:
     """A row for each start, and one for each fault and each summary of a start that was lost."""
-    rows = [
-        f"<tr><td>{number + 1}</td><td>{date(start.begin)}</td><td>{clock(start.end - start.begin)}</td>"
-        f"<td>{start.step} – {start.last_step}</td><td>{escape(start.grid)}</td>"
-        f"<td>{escape(_end(start))}</td></tr>"
-        for number, start in enumerate(starts(run))
-    ]
-    head = "<tr><th>start</th><th>at</th><th>for</th><th>steps</th><th>grid</th><th>end</th></tr>"
-    result = (
-        f'<div class="wide"><table class="figures">{head}{"".join(rows)}</table></div>'
-        if rows
-        else ""
-    )
+    rows = []
+    for number, start in enumerate(starts(run), 1):
+        length, steps = clock(start.end - start.begin), f"{start.step} – {start.last_step}"
+        ended = escape(_end(start))
+        rows.append([str(number), date(start.begin), length, steps, escape(start.grid), ended])
+    head = ("start", "at", "for", "steps", "grid", "end")
+    result = wide(tables.table(head, rows)) if rows else ""
     lines = [text for _, text in fault_times(run)]
     lines += [f"start {name}: {line}" for name, line in run.summaries.items()]
     if lines:

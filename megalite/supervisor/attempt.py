@@ -41,10 +41,13 @@ READY_SECONDS = 60.0
 REPORT_SECONDS = 2.0  # after a failure, until ranks that have not ended are asked for a report
 FAILURE_SECONDS = 8.0  # after a failure, until those are killed
 LAST_LINES_SECONDS = (
-    0.5  # after the end of all ranks, not all a good one, until `deepspeed` is not waited for
+    0.5  # after the end of all ranks, one of them a bad one, that `deepspeed` is waited for
 )
+DONE_SECONDS = 30.0
+"""The same where all is good: a remote shell stays as long as anything that a rank has left behind has its output."""
 SEEN_SECONDS = 2.0  # that the end of a rank takes to be seen
-STOP_SECONDS = 120.0  # the same after a signal: a last checkpoint is saved
+STOP_SECONDS = 120.0  # the same after a signal, unless --grace_seconds says another: a last checkpoint is saved
+CLOSE_SECONDS = 1.0  # after all that, until what is left of the guards' connections is killed
 THIS = "localhost"
 SSH_ARGS = "PDSH_SSH_ARGS_APPEND"  # pdsh's
 
@@ -71,6 +74,8 @@ class Program:
     over_ssh: bool
     ssh_port: int | None
     master_addr: str | None
+    grace_seconds: float = STOP_SECONDS
+    """After a signal to stop, until ranks that have not ended are killed."""
 
 
 @dataclass
@@ -82,9 +87,8 @@ class Signals:
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            if (
-                number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ):  # that is nohup
+            # Under nohup SIGHUP is ignored, and stays so.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
@@ -127,6 +131,11 @@ class HostGuard:
                 into.put((self, said.strip()))
         into.put((self, ""))
 
+    @property
+    def why_missing(self) -> str:
+        """Why it does not start."""
+        return self.refusal or f"no answer by ssh: {_last_line(self.said)}"
+
     def tell(self, line: str) -> None:
         pipe: IO[bytes] | None = self.process.stdin
         assert pipe is not None
@@ -134,12 +143,16 @@ class HostGuard:
             pipe.write(f"{line}\n".encode())
             pipe.flush()
 
-    def close(self) -> None:
+    def let_go(self) -> None:
+        """A guard that hears no more ends."""
         with contextlib.suppress(OSError, ValueError):
             assert self.process.stdin is not None
             self.process.stdin.close()
+
+    def close(self, deadline: float) -> None:
+        """Waits for its process, and kills that at the deadline, by `time.monotonic`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         self.process.kill()
         self.process.wait()
 
@@ -196,24 +209,25 @@ class Attempt:
                 self.guards.append(guard)
                 threading.Thread(target=guard.read, args=(self.events,), daemon=True).start()
             deadline = time.monotonic() + READY_SECONDS
-            while (
-                not all(guard.address or guard.lost for guard in self.guards)
-                and time.monotonic() < deadline
-            ):
-                if self.signals.stop:
+            while time.monotonic() < deadline and not self.signals.stop:
+                if all(guard.address or guard.lost for guard in self.guards):
                     break
                 self._hear()
             missing = [guard for guard in self.guards if guard.lost or not guard.address]
             if missing and not self.signals.stop:
                 self._end_guards()
-                why = {
-                    g.host: g.refusal or f"no answer by ssh: {_last_line(g.said)}" for g in missing
-                }
-                raise HostsLost(why)
+                raise HostsLost({guard.host: guard.why_missing for guard in missing})
             yield
         finally:
-            for guard in self.guards:
-                guard.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of all guards, in one time for all together."""
+        for guard in self.guards:
+            guard.let_go()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for guard in self.guards:
+            guard.close(deadline)
 
     def _start(self, folder: Path) -> "subprocess.Popen[bytes]":
         program, options, words = self.program, list(self.program.options), list(self.program.words)
@@ -233,11 +247,8 @@ class Attempt:
             environment[ENV_FILE] = str(folder / "environment")
         else:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
-        for key in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-        ):  # of a launcher that may have started this one
+        # Of a launcher that may have started this one.
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)
         return subprocess.Popen(
             [sys.executable, "-m", "deepspeed.launcher.runner", *options, *words],
@@ -252,7 +263,7 @@ class Attempt:
             addresses = subprocess.run(command, capture_output=True, text=True).stdout.split()
             if not addresses:
                 raise MegaliteError(
-                    f"{first.host}: hostname -I names no address: give one: --master_addr"
+                    f"{first.host}: hostname -I names no address: give --master_addr"
                 )
             return addresses[0]
         return first.address
@@ -277,13 +288,15 @@ class Attempt:
                 return True
             self.child_ended_at = self.child_ended_at or now
             if now - self.child_ended_at > SEEN_SECONDS and not self.orphaned:
-                self.orphaned, self.stopped_at = True, now
+                self.orphaned = True
+                self.stopped_at = self.stopped_at or now  # a signal's time is not given anew
                 self._tell(f"signal {signal.SIGTERM.value}")
         if self.failed_at is not None and now - self.failed_at > FAILURE_SECONDS:
             return True
-        if self.ended_at is not None and now - self.ended_at > LAST_LINES_SECONDS:
+        ending = DONE_SECONDS if {*self.words.values()} == {"0"} else LAST_LINES_SECONDS
+        if self.ended_at is not None and now - self.ended_at > ending:
             return True
-        return self.stopped_at is not None and now - self.stopped_at > STOP_SECONDS
+        return self.stopped_at is not None and now - self.stopped_at > self.program.grace_seconds
 
     def _hear(self) -> None:
         """Takes in what the guards say within POLL_SECONDS."""
@@ -324,16 +337,14 @@ class Attempt:
         now = time.monotonic()
         if word != NO_WORD:
             self.words[rank] = word
-            if int(word.split()[0]) in (
-                MegaliteError.exit_code,
-                UserError.exit_code,
-            ):  # the others may wait for it
+            # The others may wait for it.
+            if int(word.split()[0]) in (MegaliteError.exit_code, UserError.exit_code):
                 self.failed_at = self.failed_at or now
         elif rank not in self.words and rank not in self.gone and not self.ending:
             self.gone.append(rank)
             self.failed_at = self.failed_at or now
             self._tell(f"killed {rank}")
-        if len(self.words) + len(self.gone) == self.world_size and {*self.words.values()} != {"0"}:
+        if len(self.words) + len(self.gone) == self.world_size:
             self.ended_at = self.ended_at or now
 
     def _tell(self, line: str) -> None:
@@ -344,17 +355,16 @@ class Attempt:
         self.ending = True
         self._tell("end")
         deadline = time.monotonic() + FAILURE_SECONDS
-        while (
-            not all(guard.over or guard.lost for guard in self.guards)
-            and time.monotonic() < deadline
-        ):
+        while time.monotonic() < deadline:
+            if all(guard.over or guard.lost for guard in self.guards):
+                break
             self._hear()
 
     def _outcome(self, code: int | None, left: dict[int, HostGuard]) -> Outcome:
         codes = {rank: int(word.split()[0]) for rank, word in self.words.items()}
         if self.signals.stop:
             return Outcome(EXIT_BASE + self.signals.stop)
-        if code == 0 and len(codes) == self.world_size and not any(codes.values()):
+        if code in (0, None) and len(codes) == self.world_size and not any(codes.values()):
             return Outcome(0)
         if 2 in codes.values() or (code == 2 and not self.places):
             return Outcome(2)

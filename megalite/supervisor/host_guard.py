@@ -1,13 +1,13 @@
-"""A process on each host that sees to the ranks of one start there, for as long as launcher/run.py lives.
+"""A process on each host that watches the ranks of one start there, for as long as launcher/run.py lives.
 
     python -m megalite.supervisor.host_guard FOLDER
 
 It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
-standard output it tells of each rank that comes (`up RANK PID`) and goes (`down RANK WORD`, the word that it left; `-`
-for none: killed), and where FOLDER is not this user's alone: `refused WHY`. On standard input come `signal N`, for the
-ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. Where nothing comes for a while whoever
-tells it is gone or out of reach: the ranks are stopped, and killed where they do not end. It ends with no process of
-the start left. Only Python's library: it is to start fast. Next: restarts.py.
+standard output it writes a line for each rank that starts (`up RANK PID`) and ends (`down RANK WORD`, the word that it
+left; `-` for none: killed), and `refused WHY` where FOLDER is not this user's alone. It reads from standard input
+`signal N`, for the ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. If nothing comes
+for a while, the launcher is gone or out of reach: the ranks are stopped, and killed if they do not end. It ends when
+no process of the start is left. Only Python's library: it is to start fast. Next: restarts.py.
 """
 
 import contextlib
@@ -45,9 +45,8 @@ class Guard:
         # An earlier start of the same run may have left ranks here while the host was out of reach.
         _kill(str(self.folder).rpartition("-")[0])
         try:
-            with contextlib.suppress(
-                FileExistsError
-            ):  # another guard on this host may have made it
+            # Another guard on this host may have made it.
+            with contextlib.suppress(FileExistsError):
                 self.folder.mkdir(mode=0o700)
             self.inside = private_folder(str(self.folder))
         except OSError as error:
@@ -58,9 +57,8 @@ class Guard:
             self._look()
         _kill(str(self.folder))
         self._look()
-        for name in sorted(
-            os.listdir(self.inside)
-        ):  # of ranks that came and went between two looks
+        # Of ranks that came and went between two looks.
+        for name in sorted(os.listdir(self.inside)):
             if name.startswith("rank_"):
                 self._tell(name.removeprefix("rank_"))
         for name in os.listdir(self.inside):
@@ -133,9 +131,8 @@ class Guard:
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
             word = NO_WORD
-            with contextlib.suppress(
-                OSError
-            ):  # another guard on this host may have told and removed it
+            # Another guard on this host may have told and removed it.
+            with contextlib.suppress(OSError):
                 file = os.open(f"rank_{rank}", os.O_RDONLY, dir_fd=self.inside)
                 word = os.read(file, WORD_BYTES).decode(errors="replace") or NO_WORD
                 os.close(file)

@@ -18,10 +18,8 @@ from megalite.errors import ConfigError
 from megalite.inputs import read_text
 
 ENV_FILE = "DS_ENV_FILE"  # DeepSpeed's: the file of variables that it exports on each host
-USER_ENV_FILES = (
-    Path("~/.deepspeed_env"),
-    Path(".deepspeed_env"),
-)  # that DeepSpeed reads where none is named
+# That DeepSpeed reads where none is named.
+USER_ENV_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))
 FORWARDED = (  # names that begin so
     "CUDA_DEVICE", "CUDA_LAUNCH", "DEEPSPEED_", "DS_", "GLOO_", "HF_", "KMP_", "LD_LIBRARY", "MEGALITE_", "MKL_",
     "MLFLOW", "MV2", "NCCL_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH_",
@@ -38,18 +36,11 @@ _SECRET_NAME = re.compile(
 _SECRET_VALUE = re.compile(r"://[^/\s@]*:[^/\s@]*@")  # an address with a password
 
 
-def ssh(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
-    """A command line that runs a command on a host, in this folder."""
+def ssh(host: str, words: Sequence[str], port: int | None) -> list[str]:
+    """A command line that runs a command on a host, in this folder. port: None: ssh's own choice."""
     at = [] if port is None else ["-p", str(port)]
-    return [
-        "ssh",
-        "-T",
-        *SSH_OPTIONS,
-        *at,
-        "--",
-        host,
-        f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}",
-    ]
+    command = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+    return ["ssh", "-T", *SSH_OPTIONS, *at, "--", host, command]
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
@@ -100,8 +91,10 @@ def _asked_for() -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), found.get("PYTHONPATH", "")]))
     named = os.environ.get(ENV_FILE)
     for path in [Path(named)] if named else USER_ENV_FILES:
-        if path.expanduser().is_file():
-            for number, line in enumerate(read_text(path.expanduser()).splitlines(), 1):
+        # Not Path.expanduser: that raises where a container's user has no home.
+        file = Path(os.path.expanduser(path))
+        if file.is_file():
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 name, equals, value = line.partition("=")
                 if equals:
                     found[name.strip()] = value.strip()

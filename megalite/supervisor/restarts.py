@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.ranks.launch import ArgumentParser, at_least, program_name
+from megalite.ranks.launch import ArgumentParser, at_least, positive, program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
+    STOP_SECONDS,
     THIS,
     Attempt,
     HostsLost,
@@ -32,6 +33,7 @@ _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 RANK_COMMANDS = ("pretrain", "generate", "evaluate")
 """Commands of `megalite` that run on every rank."""
 _MODULE = ["--module", "--no_local_rank"]  # of deepspeed: the program is `python -m megalite`
+_PASSED_ON = ("bind_core_list", "log_level", "enable_each_rank_log", "master_port", "ssh_port")
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -43,13 +45,13 @@ def main(arguments: list[str]) -> int:
     """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
     options = _parse(arguments)
     over_ssh = options.hostfile is not None
-    hosts: dict[str, int] = (
-        read_hostfile(options.hostfile) if over_ssh else {THIS: options.num_gpus}
-    )
+    hosts: dict[str, int] = {THIS: options.num_gpus}
+    if over_ssh:
+        hosts = read_hostfile(options.hostfile)
     if options.num_nodes:
         if options.num_nodes > len(hosts):
-            count = f"the hostfile has {len(hosts)} host{'' if len(hosts) == 1 else 's'}"
-            raise ConfigError(f"--num_nodes: {options.num_nodes}: {count}")
+            count = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
+            raise ConfigError(f"--num_nodes: {options.num_nodes}: the hostfile has {count}")
         hosts = dict([*hosts.items()][: options.num_nodes])
     if over_ssh:
         if options.num_gpus:
@@ -65,9 +67,9 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        description="Start a program on ranks with deepspeed, and see to its end."
+        description="Start a program on ranks with deepspeed, and watch it to its end."
     )
     parser.add_argument(
         "-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh"
@@ -80,6 +82,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--restarts", type=at_least(0), default=0, metavar="N", help="starts after a failure (0)"
+    )
+    parser.add_argument(
+        "--grace_seconds",
+        type=positive,
+        default=STOP_SECONDS,
+        metavar="S",
+        help=f"after a signal, until ranks that have not ended are killed ({STOP_SECONDS:.0f}): time for the step and "
+        "the last checkpoint",
     )
     parser.add_argument("--master_addr", help="an address of the first host that the others reach")
     parser.add_argument(
@@ -96,16 +106,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help=f"{', '.join(RANK_COMMANDS)}, or a script that runs on every rank",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line. ConfigError for options that do not go together, or have no such form."""
+    options = _parser().parse_args(arguments)
     if options.hostfile is None and options.num_gpus is None:
         raise ConfigError("--hostfile or --num_gpus: missing: one of them is required")
     if options.hostfile is None:
         for name in ("num_nodes", "ssh_port", "master_addr"):
             if (value := getattr(options, name)) is not None:
                 raise ConfigError(f"--{name}: {value}: only with --hostfile")
-    if options.hostfile is not None and (
-        options.bind_cores_to_rank or options.bind_core_list is not None
-    ):
+    binds = options.bind_cores_to_rank or options.bind_core_list is not None
+    if options.hostfile is not None and binds:
         rule = "only with --num_gpus: deepspeed does not pass them to hosts"
         raise ConfigError(f"--bind_cores_to_rank, --bind_core_list: {rule}")
     _check_program(options.program)
@@ -165,14 +179,9 @@ class Supervisor:
         for name in ("bind_cores_to_rank", "quiet"):
             if given[name]:
                 options.append(f"--{name}")
-        for name in (
-            "bind_core_list",
-            "log_level",
-            "enable_each_rank_log",
-            "master_port",
-            "ssh_port",
-        ):
-            options += [] if given[name] is None else [f"--{name}", str(given[name])]
+        for name in _PASSED_ON:
+            if given[name] is not None:
+                options += [f"--{name}", str(given[name])]
         words = [self.options.program, *self.options.arguments, *overrides]
         if self.options.program in RANK_COMMANDS:
             options += _MODULE
@@ -183,6 +192,7 @@ class Supervisor:
             self.options.hostfile is not None,
             self.options.ssh_port,
             self.options.master_addr,
+            self.options.grace_seconds,
         )
 
     def _fit(self, left: dict[str, int], why: str) -> tuple[dict[str, int], list[str]]:

@@ -34,7 +34,6 @@ PLANES: dict[str, tuple[str, ...]] = {
 """By the name of a group, the axes that vary in it. `replica` holds the copies of a weight, over which ZeRO shards and
 gradients are averaged; `expert_replica` those of an expert's weight. `model` is one whole copy of the model."""
 
-
 TOLD = ("pipe", "data", "context", "expert", "tensor")
 """The names that users meet."""
 
@@ -54,7 +53,7 @@ class Sizes:
 
     @classmethod
     def of_world(
-        cls, world_size: int, pipe: int, tensor: int, context: int = 1, expert: int = 1
+        cls, world_size: int, pipe: int, tensor: int, context: int, expert: int
     ) -> "Sizes":
         """The data axis is what is left of the world; the config's rules have refused sizes that do not divide it."""
         data = world_size // (pipe * context * tensor)

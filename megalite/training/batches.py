@@ -7,6 +7,7 @@ samples. Next: ahead.py, which reads a step ahead.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -55,6 +56,50 @@ def own_positions(
         yield list(range(first, min(first + micro, stop)))
 
 
+class MicroBatches(Protocol):
+    """A list of them, or `Unread`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> MicroBatch: ...
+
+
+class Unread:
+    """This rank's micro-batches of `count` samples from position `start` on. Each is read, and moved to the device,
+    when it is asked for, and again when it is asked for again: none is held here.
+
+    Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
+    micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
+    each sample, None: all; source: of an encoder-decoder, how many of each sample's tokens are the source.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        start: int,
+        count: int,
+        micro: int,
+        data: Axis,
+        device: torch.device,
+        draw: tuple[int, int] | None = None,
+        rows: Rows | None = None,
+        source: int = 0,
+    ) -> None:
+        rounds = -(-count // (micro * data.size))
+        stop = start + rounds * micro * data.size
+        self.positions = [*own_positions(start, stop, micro, data.size, data.rank)]
+        self.device = device
+        self._read = partial(
+            _micro_batch, samples, stop=start + count, draw=draw, rows=rows, source=source
+        )
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int, /) -> MicroBatch:
+        batch = self._read(self.positions[number])
+        return on_device(pinned(batch, self.device), self.device)
+
+
 def micro_batches(
     samples: Samples,
     start: int,
@@ -66,17 +111,9 @@ def micro_batches(
     rows: Rows | None = None,
     source: int = 0,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of `count` samples from position `start` on.
-
-    Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
-    micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
-    each sample, None: all; source: of an encoder-decoder, how many of each sample's tokens are the source.
-    """
-    rounds = -(-count // (micro * data.size))
-    padded = own_positions(start, start + rounds * micro * data.size, micro, data.size, data.rank)
-    stop = start + count
-    made = [_micro_batch(samples, positions, stop, draw, rows, source) for positions in padded]
-    return [on_device(pinned(batch, device), device) for batch in made]
+    """Those of `Unread`, all read."""
+    unread = Unread(samples, start, count, micro, data, device, draw, rows, source)
+    return [unread[number] for number in range(len(unread))]
 
 
 def _micro_batch(

@@ -49,10 +49,10 @@ class Checkpoints(Watcher):
         """Adds what checkpoints have cost since the last step."""
         row |= self.saver.taken_figures()
 
-    def save(self, position: Position) -> str | None:
-        """Begins to save (collective). Returns None, or what is not finite and must not be saved; TrainingError where
-        the run must stop for that."""
-        if self.saved_step == position.step:
+    def save(self, position: Position, again: bool = False) -> str | None:
+        """Begins to save (collective), unless that step is saved; again: in its place. Returns None, or what is not
+        finite and must not be saved; TrainingError where the run must stop for that."""
+        if self.saved_step == position.step and not again:
             return None
         self.finish()
         replicated = self.config.zero_stage == 0
@@ -86,16 +86,20 @@ class Checkpoints(Watcher):
             raise TrainingError(f"{self.run_dir}: holds no checkpoint to go back to")
         start.fill(self.engine)
         self.saver.starts_from(start.position.step, start.damaged)
-        self.saved_step = (
-            None  # it is saved again, with the samples that the run leaves out from here on
-        )
+        self.saved_step = start.position.step
         return start
 
     def _state(self, position: Position) -> dict[str, Any]:
         """state.json: the whole position, and what a later start compares its config with."""
-        config, grid = self.config, self.engine.grid
+        config, grid, health = self.config, self.engine.grid, self.health
+        whole = replace(
+            position,
+            loss_scale=self.engine.loss_scale_state(),
+            faults_in_a_row=health.in_a_row,
+            faulty_step=health.faulty_step,
+        )
         return {
-            **asdict(replace(position, loss_scale=self.engine.loss_scale_state())),
+            **asdict(whole),
             **(self.engine.router_bias.state if self.engine.router_bias is not None else {}),
             "seed": config.train.seed,
             "optimizer": config.optimizer.type,

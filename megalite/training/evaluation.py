@@ -1,27 +1,32 @@
 """The loss of a training run's model on samples, through the pipeline of its engine. Without an engine:
 inference/evaluate.py."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch
-from megalite.training.step import tokens_that_count
+from megalite.training.batches import MicroBatch, MicroBatches
 
 
-def loss_and_tokens(pipeline: Pipeline, batches: Sequence[MicroBatch]) -> Tensor:
+def loss_and_tokens(pipeline: Pipeline, batches: MicroBatches) -> Tensor:
     """[sum of losses, tokens that count] of all ranks' micro-batches, fp64, on the CPU (collective); of a classifier
-    its counts after them."""
+    its counts after them. Each micro-batch is asked for once, when the pipeline comes to it: of an evaluation as long
+    as one likes, those that are on their way through this rank's chunks are held."""
     engine = pipeline.engine
+    tokens = torch.zeros((), dtype=torch.int64, device=engine.device)
+
+    def read(number: int) -> MicroBatch:
+        batch = batches[number]
+        tokens.add_((batch.labels != IGNORED).sum())  # the host waits for none of them
+        return batch
+
     engine.eval()
-    scores = pipeline.evaluate(batches).double().reshape(-1)
+    scores = pipeline.evaluate(len(batches), read).double().reshape(-1)
     engine.train()
     # Every rank of the tensor axis has the same sum, and the ranks without a head have none.
     counts = engine.grid.tensor.is_first and engine.stage.head is not None
-    tokens = tokens_that_count(batches).double().reshape(1)
-    result = torch.cat([scores[:1], tokens, scores[1:]]) * float(counts)
+    result = torch.cat([scores[:1], tokens.double().reshape(1), scores[1:]]) * float(counts)
     dist.all_reduce(result)
     return result.cpu()

@@ -11,17 +11,21 @@ from megalite.config import Config, Data
 from megalite.config.masks import Masked
 from megalite.data.identity import identity
 from megalite.data.indexed import labels_prefix, marks_prefix
+from megalite.data.loader import tokenizer_ids
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.words import words_hash
+from megalite.model.families import read_spec
 
 TRAIN = "megalite.data.train"
-WORDS = "megalite.data.tokenizer"  # of words that are masked whole
+TOKENIZER = "megalite.data.tokenizer"
+IDS = "tokenizer ids"  # no key: what the tokenizer of that key decides
 MADE_FOR = "megalite.data.megatron_samples"
 _DIGITS = 12  # of shares: weights may be given as any multiple
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Of a resolved config: JSON values by the keys that they are of. Reads the corpora's indices."""
+    """Of a resolved config: JSON values by the keys that they are of, and under IDS the tokenizer's ids that samples
+    depend on. Reads the corpora's indices, and the tokenizer where such ids are used."""
     data = config.data
     whole = sum(source.weight for source in data.train)
     corpora = []
@@ -41,7 +45,9 @@ def fingerprint(config: Config) -> dict[str, Any]:
     values["megalite.data.objective"] = _objective(data)
     if isinstance(data.objective, Masked) and data.objective.whole_word:
         assert data.tokenizer is not None, "config/rules.py asks for it"
-        values[WORDS] = {"words_sha256": words_hash(load_tokenizer(data.tokenizer))}
+        values[TOKENIZER] = {"words_sha256": words_hash(load_tokenizer(data.tokenizer))}
+    if ids := tokenizer_ids(data, read_spec(config.model).vocabulary_size):
+        values[IDS] = ids
     if data.megatron_samples is not None:
         values[MADE_FOR] = data.megatron_samples
     return {**values, TRAIN: corpora}
@@ -60,9 +66,11 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
     """Of a checkpoint's fingerprint and a resolved config, where they differ: the key with the config's value, and the
     checkpoint's."""
     now = fingerprint(config)
-    for key in sorted(now.keys() & was.keys() - {TRAIN}):
+    for key in sorted(now.keys() & was.keys() - {TRAIN, IDS}):
         if now[key] != was[key]:
             return f"{key}: {json.dumps(now[key])}", json.dumps(was[key])
+    if (found := _other_ids(was.get(IDS, {}), now.get(IDS, {}), config.data)) is not None:
+        return found
     ours, theirs = now[TRAIN], was[TRAIN]
     if len(ours) != len(theirs):
         return f"{TRAIN}: {len(ours)} corpora", str(len(theirs))
@@ -83,6 +91,15 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
             return f"{key}.split: {ours_here['split']}", str(theirs_here["split"])
         if ours_here["share"] != theirs_here["share"]:
             return f"{key}.weight: {ours_here['share']} of all", f"{theirs_here['share']} of all"
+    return None
+
+
+def _other_ids(was: dict[str, Any], now: dict[str, Any], data: Data) -> tuple[str, str] | None:
+    """As `difference`, of the tokenizer's ids. Checkpoints from before there was such a part have none of them."""
+    for name in sorted(was.keys() & now.keys()):
+        if now[name] != was[name]:
+            path = data.tokenizer or "left out"
+            return f"{TOKENIZER}: {path}: {name} {now[name]}", json.dumps(was[name])
     return None
 
 

@@ -164,7 +164,7 @@ class _Lock:
             if (
                 not self.released
                 and os.getpid() == self.holder.pid
-                and self.path.read_text() == self.text
+                and self.path.read_text(errors="replace") == self.text
             ):
                 self.path.unlink()
             self.released = True
@@ -178,7 +178,7 @@ class _Lock:
                     return
                 if not self.path.exists() and self.create():
                     continue
-                text = self.path.read_text()
+                text = self.path.read_text(errors="replace")
                 if text == self.text:
                     os.utime(self.path)
                     continue

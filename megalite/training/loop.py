@@ -5,8 +5,8 @@ every rank whether the step is sound (health.py), of signals, and of the end of 
 around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
 """
 
+import contextlib
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megalite.data.loader import TrainData, ValidData
 from megalite.data.position import Kept, Position
 from megalite.engine.build import LearningRate, build_pipeline
 from megalite.engine.engine import Engine
-from megalite.errors import TrainingError
+from megalite.errors import MegaliteError
 from megalite.guard.health import FAULTS, Health
 from megalite.guard.watchdog import Watchdog
 from megalite.model.spec import TransformerSpec
@@ -30,7 +30,7 @@ from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.report.read import STOPPED_BY_ERROR
 from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Samples, micro_batches, rows_of
+from megalite.training.batches import MicroBatch, Samples, Unread, micro_batches, rows_of
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.classification import figures
 from megalite.training.evaluation import loss_and_tokens
@@ -76,15 +76,13 @@ class Run:
         self.watchers: list[Watcher] = []
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
         self.faults_file = Appended(run_dir / FAULTS, self.note)
-        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file)
+        self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file, start)
         self.going_back, self.last_batch = False, range(0)
         check = False  # one rank a node has, before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
         self.valid = (
             ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
         )
-        shown = bool(config.data.valid or config.train.sample_prompts)
-        self.evaluates = shown and config.train.eval_interval > 0
         self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.note)
         self.saver = self.checkpoints.saver
         self.ahead = Ahead(self._read, self.device)
@@ -101,8 +99,8 @@ class Run:
             reason = "stopped early" if self.stops_early else "done"
             reason = f"signal {stop}" if stop else reason
             return EXIT_BASE + stop if stop else 0
-        except TrainingError as error:
-            self.checkpoints.finish()  # one from before the fault is as good as it would have been
+        except MegaliteError as error:
+            self._finish_earlier()
             reason += str(error)
             raise
         except BaseException as error:
@@ -117,6 +115,15 @@ class Run:
             for watcher in self.watchers:
                 watcher.close()
 
+    def _finish_earlier(self) -> None:
+        """Brings a save in progress to its end when the run fails by an error that it raised on purpose: a checkpoint
+        from before is as good as it would have been. It has its own time, not the step's. Where one rank alone fails,
+        by a token that the vocabulary does not have, the others' threads still write their parts."""
+        seconds = self.config.train.limits.checkpoint_seconds
+        in_time = self.watchdog.watching("the checkpoint before the fault", seconds)
+        with in_time, contextlib.suppress(dist.DistError):  # not in place of the fault itself
+            self.checkpoints.finish()
+
     def _train(self) -> int:
         """The number of the signal that stopped the run; 0: none did."""
         train, stop, first = self.config.train, 0, self.first_step
@@ -126,6 +133,7 @@ class Run:
             self.note(line)
         if self.health.rewinds and self.position.step == 0:
             self._save()  # a run that may go back has something to go back to
+        self._make_up_evaluation()
         while self.position.step < train.last_step and not (stop or self.stops_early):
             step = self.position.step + 1
             with watching(
@@ -135,8 +143,10 @@ class Run:
                 agreed = self._step()
             stop = agreed.stop
             if not self.going_back:
-                if self.evaluates and not stop and due(step, train.eval_interval, train.last_step):
-                    with watching(f"evaluation after step {step}", limits.evaluation_seconds):
+                if self.config.evaluates and due(step, train.eval_interval, train.last_step):
+                    if stop:  # there may be no time for it: the next start makes it
+                        self.position = replace(self.position, owes_evaluation=True)
+                    else:
                         self._evaluate()
                 wanted = agreed.save or stop or self.stops_early or self._is_best
                 if wanted or due(step, train.checkpoint_interval, train.last_step):
@@ -145,6 +155,7 @@ class Run:
             if self.going_back:
                 with watching(f"going back from step {step}", limits.checkpoint_seconds):
                     self._go_back()
+                self._make_up_evaluation()
         with watching("the last checkpoint", limits.checkpoint_seconds):
             self.checkpoints.finish(last=True)
         for line in self.data.share_lines(self.position.consumed_samples):
@@ -187,7 +198,7 @@ class Run:
             batches = self.ahead.take(before, following)
         first = before.step == self.first_step
         health.begin(before)
-        with self.engine.weighed() if first else nullcontext({}) as memory:
+        with self.engine.weighed() if first else contextlib.nullcontext({}) as memory:
             train_step(self.pipeline, self.grid.replica, batches, health.take_loss)
         agreed = self._agreed()
         if agreed.save_ended:
@@ -228,7 +239,7 @@ class Run:
         self.note(f"back at step {self.position.step}; the run leaves out samples {ranges}")
         # Written down at once, so that a restart leaves them out too.
         self.going_back = False
-        self._save()
+        self._save(again=True)
         self.checkpoints.finish()
 
     def _read(self, position: Position) -> list[MicroBatch]:
@@ -266,8 +277,25 @@ class Run:
         dist.all_gather_object(everyone, memory)
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
+    def _make_up_evaluation(self) -> None:
+        """The evaluation that a checkpoint owes, since a signal came before it. The checkpoint is then written again
+        with what the run decides by it: no later start makes it a second time (collective)."""
+        if not self.position.owes_evaluation:
+            return
+        self.position = replace(self.position, owes_evaluation=False)
+        if self.config.evaluates:
+            self._evaluate()
+            step, seconds = self.position.step, self.config.train.limits.checkpoint_seconds
+            with self.watchdog.watching(f"checkpoint of step {step}", seconds):
+                self._save(again=True)
+
     def _evaluate(self) -> None:
-        """The validation loss, where there is data for it, and what watchers add."""
+        """The validation loss, where there is data for it, and what watchers add (collective)."""
+        step, seconds = self.position.step, self.config.train.limits.evaluation_seconds
+        with self.watchdog.watching(f"evaluation after step {step}", seconds):
+            self._evaluate_in_time()
+
+    def _evaluate_in_time(self) -> None:
         row: Row = {"step": self.position.step}
         if self.valid is not None:
             row |= self._validation(self.valid)
@@ -286,13 +314,17 @@ class Run:
         losses: dict[str, float] = {}
         counts = len(self.spec.labels) ** 2
         sums = torch.zeros(2 + counts, dtype=torch.float64)
-        for (path, positions), weight in zip(valid.corpora, weights, strict=True):
-            count = min(len(positions), max(1, round(wanted * weight / sum(weights))))
+        paths = [path for path, _ in valid.corpora]
+        for number, (path, positions) in enumerate(valid.corpora):
+            wished = max(1, round(wanted * weights[number] / sum(weights)))
+            count = min(len(positions), wished)
             if count == 0:
                 continue
             part = self._loss_and_tokens(valid, positions.start, count)
             sums += part
-            losses[path] = (part[0] / part[1]).item()
+            # Two parts of one corpus are told apart by their place in megalite.data.valid.
+            name = path if paths.count(path) == 1 else f"{path}:{number}"
+            losses[name] = (part[0] / part[1]).item()
         loss = (sums[0] / sums[1]).item()
         if sums[1] == 0:  # not a number is no gain: no best checkpoint, no early stop by a zero
             self.note("validation: no token counts in what is evaluated, so there is no loss")
@@ -309,16 +341,18 @@ class Run:
         """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
         micro, data = self.config.micro_batch_size, self.grid.data
         source = self.config.data.source_length
-        batches = micro_batches(
+        batches = Unread(
             samples, start, count, micro, data, self.device, rows=self.rows, source=source
         )
         return loss_and_tokens(self.pipeline, batches)
 
-    def _save(self) -> None:
-        """Begins a checkpoint of the position, unless it is saved or not sound."""
-        saved, unsound = self.checkpoints.saved_step, self.checkpoints.save(self.position)
+    def _save(self, again: bool = False) -> None:
+        """Begins a checkpoint of the position, unless its step is saved or it is not sound; again: in place of the one
+        that is saved."""
+        saved = not again and self.checkpoints.saved_step == self.position.step
+        unsound = self.checkpoints.save(self.position, again)
         self._heed(unsound)
-        if self.checkpoints.saved_step != saved:
+        if unsound is None and not saved:
             for watcher in self.watchers:
                 watcher.saved(self.position)
 

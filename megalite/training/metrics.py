@@ -26,22 +26,29 @@ FILE, FIRST_START = "metrics.jsonl", "first_start.json"
 
 
 class MetricsFile(Watcher):
-    """Appends rows to a run's metrics. Made by one rank only. tell: takes lines for the log, of a disk that is full."""
+    """Appends rows to a run's metrics. Made by one rank only."""
 
     def __init__(
-        self, run_dir: Path, first_step: int, tensorboard: bool, tell: Callable[[str], None]
+        self,
+        run_dir: Path,
+        first_step: int,
+        tensorboard: bool,
+        tell: Callable[[str], None],
+        evaluates_first: bool = False,
     ) -> None:
+        """tell: takes lines for the log, of a disk that is full; evaluates_first: the evaluation after `first_step` is
+        still to be made."""
         self.run_dir, self.path, self.tensorboard, self.tell = (
             run_dir,
             run_dir / FILE,
             tensorboard,
             tell,
         )
-        self._open(first_step)
+        self._open(first_step, evaluates_first)
 
-    def _open(self, first_step: int) -> None:
+    def _open(self, first_step: int, evaluates_first: bool) -> None:
         run_dir = self.run_dir
-        kept, self.last_seen = _keep_until(self.path, first_step)
+        kept, self.last_seen = _keep_until(self.path, first_step, evaluates_first)
         self.useful_seconds = sum(map(_useful_seconds, kept))
         self.best: Row | None = None
         for row in kept:
@@ -66,12 +73,8 @@ class MetricsFile(Watcher):
 
     def went_back(self, position: Position) -> None:
         """Removes the rows of later steps."""
-        self.go_back(position.step)
-
-    def go_back(self, step: int) -> None:
-        """Removes the rows after `step`; further ones follow it."""
         self.close()
-        self._open(step)
+        self._open(position.step, position.owes_evaluation)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row; it is on its way to the disk when this returns, or waits where that has no room. A figure that
@@ -113,6 +116,8 @@ def _finite(value: Any) -> Any:
     """JSON's value: null in place of each float that is not finite."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -133,9 +138,12 @@ def _first_start(run_dir: Path, useful_seconds: float) -> float:
         return first
 
 
-def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], float]:
+def _keep_until(
+    path: Path, step: int, without_evaluation: bool
+) -> tuple[list[dict[str, Any]], float]:
     """Leaves in the file the rows up to `step`, whole lines only; returns them, and the latest unix time of all rows
-    that were in it (0: none)."""
+    that were in it (0: none). without_evaluation: of that step the row of training alone: a start that was killed may
+    have evaluated it, and not saved that."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -145,11 +153,12 @@ def _keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], float]:
         try:
             row = json.loads(line)
             last_seen = max(last_seen, row.get("unix_seconds", 0.0))
-            if row["step"] <= step:
+            made_again = without_evaluation and row["step"] == step and "loss" not in row
+            if row["step"] <= step and not made_again:
                 rows.append(row)
                 lines.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # torn by a kill, or no row
     kept = b"".join(lines)
     if content.startswith(kept):
         os.truncate(path, len(kept))  # takes no room on a full disk

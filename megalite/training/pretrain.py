@@ -32,8 +32,9 @@ from megalite.plan.balance import context_lines
 from megalite.plan.devices import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
+from megalite.plan.rank_memory import check_states
 from megalite.plan.states import told_lines
-from megalite.ranks.devices import be_deterministic
+from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
 from megalite.ranks.launch import (
     MOST_RANKS,
     ArgumentParser,
@@ -75,14 +76,15 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(
             options.deepspeed_config, options.overrides, place().world_size, thorough
         )
-        if thorough:
-            _make_run_dir(prepared.config)
-            if place().rank == 0:
-                take_lock(Path(prepared.config.train.run_dir))
+        if thorough and (memory := gpu_memory_bytes()) is not None:
+            check_states(prepared.config, prepared.spec, memory)
+        _make_run_dir(prepared.config)
+        if place().rank == 0:
+            take_lock(Path(prepared.config.train.run_dir))
         return prepared
 
     here, prepared = start_ranks(
-        prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout
+        prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout, _differs
     )
     try:
         _remove_swap_folders(prepared.config, here)
@@ -127,6 +129,28 @@ class Prepared:
     config: Config
     spec: TransformerSpec
     model: dict[str, Any]
+
+
+def _differs(first: Prepared, own: Prepared) -> str | None:
+    """What a node's config or model has other than that of rank 0, as one line; None where they are the same."""
+    was, now = ({**one.config.to_json(), "megalite.model": one.model} for one in (first, own))
+    found = _first_difference(was, now, "")
+    if found is None:
+        return None
+    key, theirs, ours = found
+    return f"{key}: {ours}: must be {theirs}, as on the node of rank 0"
+
+
+def _first_difference(was: Any, now: Any, key: str) -> tuple[str, str, str] | None:
+    """(dotted key, value of `was`, value of `now`), as JSON; a key that one of them lacks is null there."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            found = _first_difference(was.get(name), now.get(name), inner)
+            if found is not None:
+                return found
+        return None
+    return None if was == now else (key, json.dumps(was), json.dumps(now))
 
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
@@ -285,6 +309,8 @@ def _write_config(config: Config) -> None:
 
 def _ended(config: Config, position: Position) -> str | None:
     """Why a run is over before a start's first step; None where it is not."""
+    if position.owes_evaluation and config.evaluates:
+        return None
     if position.step >= config.train.last_step:
         return f"already at step {position.step} of {config.train.last_step}"
     if position.best.is_stopped(config.train.early_stop):

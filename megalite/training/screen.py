@@ -10,6 +10,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -58,13 +59,29 @@ class Screen(Watcher):
             if step % self.log_interval == 0 or step == self.steps:
                 say(f"step {step}/{self.steps}  {self._plain(row)}")
             return
-        every = max(self.log_interval, math.ceil(self.steps / KEPT_ROWS))
+        with self._while_there():
+            self._draw(self.live, row)
+
+    def _draw(self, live: Live, row: Row) -> None:
+        step, every = row["step"], max(self.log_interval, math.ceil(self.steps / KEPT_ROWS))
         if step % every == 0 or step in (self.first_step + 1, self.steps) or "skipped" in row:
             self._keep(row)
-        self.live.start()
+        live.start()
         if time.monotonic() - self.drawn >= REDRAW_SECONDS:
             self.drawn = time.monotonic()
-            self.live.refresh()
+            live.refresh()
+
+    @contextlib.contextmanager
+    def _while_there(self) -> Iterator[None]:
+        """For what draws on the terminal. Once that is gone, as a closed window is, the run continues with plain lines,
+        whoever hears them."""
+        try:
+            yield
+        except OSError:
+            live, self.live = self.live, None
+            if live is not None:
+                with contextlib.suppress(OSError):
+                    live.stop()  # gives standard output back first
 
     def evaluated(self, row: Row) -> None:
         """The loss of an evaluation."""
@@ -79,14 +96,16 @@ class Screen(Watcher):
             say(f"step {row['step']}  valid loss {loss:.4f}  {told}")
             return
         line = Text(f"{row['step']:>9}  {loss:>8.4f}  ", style="bold green")
-        self.console.print(line.append(f"validation, {told}"))
+        with self._while_there():
+            self.console.print(line.append(f"validation, {told}"))
 
     def note(self, text: str) -> None:
         """Anything else worth a line."""
         if self.live is None:
             say(text)
         else:
-            self.console.print(text, highlight=False, markup=False)
+            with self._while_there():
+                self.console.print(text, highlight=False, markup=False)
 
     def went_back(self, position: Position) -> None:
         """Restarts the estimate of the time left."""
@@ -95,7 +114,8 @@ class Screen(Watcher):
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self.live is not None:
-            self.live.stop()
+            with self._while_there():
+                self.live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The two live lines."""

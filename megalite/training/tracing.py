@@ -15,14 +15,18 @@ import torch.distributed as dist
 
 from megalite.checkpoint.folder import write_durably
 from megalite.data.position import Position
-from megalite.engine.hearing import hearing
+from megalite.engine.hearing import WORLD, hearing
 from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import RANK_TIMELINE, Span
 from megalite.pipeline.program import Action, Value
 from megalite.report.read import TRACE
 from megalite.report.trace import Event, process_name
+from megalite.topology.axes import PLANES
 from megalite.training.watchers import Row, Watcher
 
+WAITED_IN = (*PLANES, "ends", WORLD)  # by collectives
+PARTS = ("compute", *map("wait {}".format, WAITED_IN), "data", "update", "checkpoint", "other")
+"""Of a step's time, as `split` names them."""
 EXCHANGES = 8  # with rank 0, of which the fastest tells the difference of the clocks
 
 
@@ -76,14 +80,11 @@ class StepTimeline(Watcher):
         return self.every > 0 and step % self.every == 0
 
     def _mean(self, own: dict[str, float]) -> dict[str, float]:
-        """Over the ranks; a name that a rank has not counts as 0."""
-        everyone: list[dict[str, float]] = [{}] * self.grid.world_size
-        dist.all_gather_object(everyone, own)
-        names = dict.fromkeys(name for of_rank in everyone for name in of_rank)
-        return {
-            name: sum(of_rank.get(name, 0.0) for of_rank in everyone) / len(everyone)
-            for name in names
-        }
+        """Over the ranks (collective); a part that a rank has not counts as 0, one that no rank has is left out."""
+        seconds = torch.tensor([own.get(part, 0.0) for part in PARTS], dtype=torch.float64)
+        dist.all_reduce(seconds)
+        means = (seconds / self.grid.world_size).tolist()
+        return {part: mean for part, mean in zip(PARTS, means, strict=True) if mean}
 
     def _write(self, step: int, events: list[Event]) -> None:
         """One file for all steps, of earlier starts too; an earlier trace of this step is replaced."""

@@ -7,6 +7,7 @@ folder.
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megalite.training.groups import grouped
 from megalite.training.watchers import Row, Watcher
 
 KEY = "megalite.train.trackers"
+TOLD_SECONDS = 15.0  # that a tracker may take to end its run before a line says so
 OFFLINE = {  # variables that are set where they are not: {run} is the run folder
     "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": "{run}"},
     "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{run}/mlflow.db"},
@@ -68,9 +70,17 @@ class Trackers(Watcher):
         self._log(row, texts)
 
     def close(self) -> None:
-        """Ends each tracker's run."""
+        """Ends each tracker's run. One whose server is away may wait for it as long as it likes: then a line says so.
+        In this thread: mlflow keeps the active run by thread."""
         for name, tracker in [*self.trackers.items()]:
+            told = f"{KEY}: {name}: has been ending its run for {TOLD_SECONDS:g} s"
+            waits = threading.Timer(
+                TOLD_SECONDS, self.tell, [f"{told}; all else is done, the process may be killed"]
+            )
+            waits.daemon = True
+            waits.start()
             self._try(name, tracker.finish)
+            waits.cancel()
 
     def _log(self, row: Row, texts: dict[str, str] | None = None) -> None:
         values = grouped(row) | (texts or {})

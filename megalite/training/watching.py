@@ -86,10 +86,12 @@ def watchers_of(run: Watched) -> list[Watcher]:
 
 
 def _on_rank_0(run: Watched) -> list[Watcher]:
-    """Rank 0's watchers. Screen comes last: closing the others may still need to print a line."""
+    """Rank 0's watchers. Screen comes last: closing the others may still need to print a line. Trackers come before it:
+    they may wait for a server, when all else is written."""
     train, first = run.config.train, run.position.step
     run_dir = Path(train.run_dir)
-    metrics = MetricsFile(run_dir, first, train.tensorboard, run.note)
+    owes = run.position.owes_evaluation and run.config.evaluates
+    metrics = MetricsFile(run_dir, first, train.tensorboard, run.note, owes)
     history = History(run_dir, run.data, run.note)
     axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
     history.started(run.position, axes, metrics.last_seen)
@@ -99,8 +101,8 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
         Foreseen(told["predicted"], predicted_seconds(run.config, device), run.note),
         metrics,
         history,
-        Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
         ReportWriter(run_dir, told, run.note),
         Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
+        Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
         Screen(train.last_step, first, train.log_interval),
     ]

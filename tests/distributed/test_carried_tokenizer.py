@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from megalite.hub.export_hf import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.inference.generate_program import generate_main
 from tests.byte_model import save_byte_model
-from tests.ranks import REPOSITORY, run_ranks
+from tests.programs import run_program
+from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, train
 
 TEXT = "bcd efg"
@@ -97,21 +96,8 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 1}), nothing)]) == [
         [0]
     ]
-    command = [
-        sys.executable,
-        "tools/export_hf.py",
-        "--no-verify",
-        "--checkpoint",
-        str(tmp_path / "run"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "out")],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    words = ["--no-verify", "--checkpoint", str(tmp_path / "run"), "--output", f"{tmp_path}/out"]
+    done = run_program("tools/export_hf.py", *words)
     assert done.returncode == 0 and done.stdout == f"{tmp_path}/out: written; not verified\n", (
         done.stderr
     )

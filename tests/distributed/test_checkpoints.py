@@ -18,7 +18,7 @@ from megalite.parallel.layers import Shard
 from tests.ranks import run_ranks
 from tests.small_models import Layout, Task, build, train_steps
 
-TASK = Task("gpt2", tied=True)
+TASK = Task("gpt2", tied=True, batch=8)
 CHAIN = [  # each loads what the two before have saved: pipe, tensor, data, every ZeRO stage, both types
     Layout(data=2, stage=0),
     Layout(pipe=2, tensor=2, stage=1),

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer_training import train_tokenizer
 from tests.distributed.test_evaluate import evaluated
 from tests.distributed.test_pretrained import tuned
-from tests.ranks import REPOSITORY, run_ranks
+from tests.programs import run_program
+from tests.ranks import run_ranks
 
 GLOSSES = """  1 This software and database is being provided to you
 00017222 03 n 02 plant 0 flora 0 001 @ 00004475 n 0000 | (botany) a living organism lacking the power of locomotion
@@ -21,15 +21,8 @@ GLOSSES = """  1 This software and database is being provided to you
 
 
 def collect(wordnet: Path, output: Path) -> None:
-    command = [
-        sys.executable,
-        "tools/collect_glosses.py",
-        "--wordnet",
-        str(wordnet),
-        "--output",
-        str(output),
-    ]
-    subprocess.run(command, cwd=REPOSITORY, check=True, env={"PYTHONPATH": str(REPOSITORY)})
+    words = ["--wordnet", str(wordnet), "--output", str(output)]
+    assert run_program("tools/collect_glosses.py", *words).returncode == 0
 
 
 def test_a_gloss_is_the_prompt_and_its_topic_the_completion(tmp_path: Path) -> None:

@@ -1,27 +1,32 @@
-"""parallel/columns.py: the same numbers as linears of their own, and the input's gradient is on its way before any
-weight's is made."""
+"""parallel/columns.py and joint.py: the numbers of linears of their own, one product where weights lie side by side in
+memory, and the input's gradient is on its way before any weight's is made."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.parallel.collectives import Split
 from megalite.parallel.columns import columns
-from megalite.parallel.grid import Grid
+from megalite.parallel.deferred import WeightGradients, collecting
+from megalite.parallel.grid import ALONE, Grid
+from megalite.parallel.joint import Joint, pays, side_by_side
 from megalite.parallel.layers import ColumnLinear, initialise, name_parameters
 from tests.ranks import run_ranks
+from tests.training_runs import document, nothing, train
 
-SIZE = 12
+SIZE, LENGTH = 32, 6
 OUT = (16, 8, 4)  # units of 4: the last has one, which both ranks hold
 
 
 class Log(TorchDispatchMode):
-    """What happens, in order: products by the shape of their result, and the sum's beginning and end."""
+    """What happens, in order: products by the shape of their result, and "sum" where the input's gradient is sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,51 +34,175 @@ class Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.mm:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm):
             self.events.append(tuple(result.shape))
         return result
 
 
-def results(rank: int, world_size: int, bias: bool, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Outputs and gradients by columns.py, and by linears of their own; checks the order of events."""
-    axis = Grid.build(1, world_size).tensor
+def lay_side_by_side(values: list[nn.Parameter]) -> None:
+    """As DeepSpeed does with a parameter group."""
+    flat = torch.cat([value.detach().flatten() for value in values])
+    for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
+        value.data = part.view(value.shape)
+
+
+def linears_of(axis: Any, bias: bool, dtype: torch.dtype, joined: bool) -> list[ColumnLinear]:
     linears = [ColumnLinear(SIZE, out, bias, axis, 0.5, unit=4) for out in OUT]
     for number, linear in enumerate(linears):
         name_parameters(linear, f"linear{number}")
         initialise(linear, 1)
+        if linear.bias is not None:
+            nn.init.normal_(linear.bias, generator=torch.Generator().manual_seed(number))
         linear.to(dtype)
+    if joined:
+        lay_side_by_side([linear.weight for linear in linears])
+    return linears
+
+
+WAYS = {
+    "apart": dict(joined=False, overlaps=False), "overlapping": dict(joined=False, overlaps=True),
+    "joined": dict(joined=True, overlaps=True), "waiting": dict(joined=True, overlaps=True),
+}  # fmt: skip
+
+
+def results(
+    rank: int, world_size: int, bias: bool, dtype: torch.dtype, sequence: bool
+) -> dict[str, list[Tensor]]:
+    """Outputs and gradients by each way; checks the order of events."""
+    axis = Grid.build(1, world_size).tensor
     generator = torch.Generator().manual_seed(3)
-    source = torch.randn(2, 5, SIZE, generator=generator).to(dtype)
-    kept = []
-    for overlaps in (True, False):
-        x = source.clone().requires_grad_()
-        outputs = columns(x, linears, Split(axis, overlaps=overlaps))
-        log = Log()
-        all_reduce = dist.all_reduce
+    whole = torch.randn(2, LENGTH, SIZE, generator=generator).to(dtype)
+    own = Split(axis, sequence).rows(LENGTH)
+    found = {}
+    for name, way in WAYS.items():
+        linears = linears_of(axis, bias, dtype, way["joined"])
+        x = whole[:, own.start : own.stop].clone().requires_grad_()
+        waiting = WeightGradients() if name == "waiting" else None
+        split, log, sent = Split(axis, sequence, way["overlaps"]), Log(), []
+        with collecting(waiting):
+            outputs = columns(x, linears, split)
+            loss = torch.stack([output.float().square().sum() for output in outputs]).sum()
 
-        def begun(tensor: Tensor, log: Log = log, original: Any = all_reduce, **kwargs: Any) -> Any:
-            if tensor.shape == source.shape:
-                log.events.append("sum")
-            return original(tensor, **kwargs)
+            def begun(original: Any, log: Log = log) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    if SIZE in args[0].shape[1:] and args[0].dim() == 3:
+                        log.events.append("sum")
+                    return original(*args, **kwargs)
 
-        with log, mock.patch.object(dist, "all_reduce", begun):
-            torch.stack([output.float().square().sum() for output in outputs]).sum().backward()
-        weights = [tuple(linear.weight.shape) for linear in linears]
+                return call
+
+            with (
+                log,
+                mock.patch.object(dist, "all_reduce", begun(dist.all_reduce)),
+                mock.patch.object(dist, "reduce_scatter_tensor", begun(dist.reduce_scatter_tensor)),
+            ):
+                loss.backward()
+        parameters = [value for linear in linears for value in linear.parameters()]
+        if waiting is not None:
+            weights, gradients = waiting.take()
+            for value, gradient in zip(weights, gradients, strict=True):
+                value.grad = gradient
+        shapes = [tuple(linear.weight.shape) for linear in linears]
+        one = tuple(map(sum, zip(*shapes, strict=True)))[0], SIZE
         at = log.events.index("sum")
-        made_before = [event for event in log.events[:at] if event in weights]
-        assert len(made_before) == (0 if overlaps else len(weights)), log.events
-        values = [*outputs, x.grad]
-        for linear in linears:
-            values += [value.grad for value in linear.parameters()]
-            linear.zero_grad()
-        kept.append([value.detach().clone() for value in values])
-    return kept
+        sent = [event for event in log.events[:at] if event in [*shapes, one]]
+        after = [event for event in log.events[at:] if event in [*shapes, one]]
+        wanted = {
+            "apart": (shapes[::-1], []), "overlapping": ([], shapes), "joined": ([], [one]), "waiting": ([], []),
+        }  # fmt: skip
+        assert (sorted(sent), after) == (sorted(wanted[name][0]), wanted[name][1]), (
+            name,
+            log.events,
+        )
+        values = [*outputs, x.grad, *(value.grad for value in parameters)]
+        found[name] = [value.detach().clone() for value in values]
+    return found
 
 
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_columns_are_linears_of_their_own(bias: bool, dtype: torch.dtype) -> None:
-    for together, apart in run_ranks(2, results, bias, dtype):
-        assert len(together) == 3 + 1 + 3 * (1 + bias)
-        for a, b in zip(together, apart, strict=True):
-            assert torch.equal(a, b)
+def test_columns_are_linears_of_their_own(bias: bool, dtype: torch.dtype, sequence: bool) -> None:
+    exact = run_ranks(2, results, bias, torch.float64, sequence)
+    for right, found in zip(exact, run_ranks(2, results, bias, dtype, sequence), strict=True):
+        assert len(right["apart"]) == 3 + 1 + 3 * (1 + bias)
+        for way, values in right.items():
+            for value, wanted in zip(values, right["apart"], strict=True):
+                torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12, msg=way)
+        errors = {
+            way: [(a.double() - b).norm() for a, b in zip(values, right["apart"], strict=True)]
+            for way, values in found.items()
+        }
+        scales = [value.norm() for value in right["apart"]]
+        for way, of_way in errors.items():
+            for error, least, scale in zip(of_way, errors["apart"], scales, strict=True):
+                assert error <= 1.5 * least + 1e-7 * scale, way
+
+
+def test_tensors_that_are_not_side_by_side_stay_apart() -> None:
+    flat = torch.arange(24.0)
+    first, second, third = (flat[a:b].view(-1, 2) for a, b in ((2, 8), (8, 12), (12, 14)))
+    whole = side_by_side([first, second, third])
+    assert whole is not None and torch.equal(whole, flat[2:14].view(-1, 2))
+    whole[0, 0] = 7.0
+    assert flat[2] == 7.0  # a view
+    for apart in (
+        [first, third], [second, first], [first, second.clone()], [first, flat[8:12].view(2, 2).t()],
+    ):  # fmt: skip
+        assert side_by_side(apart) is None
+    assert side_by_side([torch.empty(2, 2, device="meta")] * 2) is None
+
+
+def test_one_product_is_for_outputs_that_are_narrow_beside_the_input() -> None:
+    llama_8b = {"q|k|v": (4096 + 2 * 1024, 3), "gate|up": (2 * 14336, 2)}
+    joins = {
+        (name, tensor): pays(out // tensor, 4096, count)
+        for name, (out, count) in llama_8b.items()
+        for tensor in (1, 2, 8)
+    }
+    assert [key for key, joined in joins.items() if joined] == [("q|k|v", 2), ("q|k|v", 8)]
+    assert not pays(64, 4096, 1)
+
+
+def products(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """Of a run: how many products were made for how many weights."""
+    found: Counter[tuple[int, int]] = Counter()
+    made = Joint.__init__
+
+    def joint(self: Joint, weights: Any) -> None:
+        made(self, weights)
+        found[len(weights), len(self.matrices)] += 1
+
+    with mock.patch.object(Joint, "__init__", joint):
+        assert train(rank, world_size, [(keys, nothing)]) == [0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("zero", "schedule"), [(0, "1f1b"), (1, "1f1b"), (2, "1f1b"), (1, "zb-h1"), (3, "1f1b")]
+)
+def test_zero_1_and_2_have_query_key_and_value_side_by_side(
+    tmp_path: Path, zero: int, schedule: str
+) -> None:
+    pipe = 1 + (schedule != "1f1b")
+    layout: dict[str, Any] = {"zero": zero, "tensor": 2, "pipe": pipe, "schedule": schedule}
+    keys = document(tmp_path, "run", layout, train={"steps": 2})
+    if zero:
+        keys["bf16"] = {"enabled": True}
+    for found in run_ranks(2 * pipe, products, keys):
+        of_three = {count for (weights, count) in found if weights == 3}
+        assert of_three == {0: {3}, 1: {1}, 2: {1}, 3: set()}[zero], found
+
+
+def test_alone_there_is_no_sum() -> None:
+    linears = linears_of(ALONE, False, torch.float32, joined=True)
+    x = torch.randn(2, LENGTH, SIZE, requires_grad=True)
+    outputs = columns(x, linears, Split(ALONE))
+    torch.cat(outputs, dim=-1).square().sum().backward()
+    weight = torch.cat([linear.weight.detach() for linear in linears]).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    (other @ weight.t()).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+    assert weight.grad is not None
+    made = torch.cat([linear.weight.grad for linear in linears if linear.weight.grad is not None])
+    torch.testing.assert_close(made, weight.grad)

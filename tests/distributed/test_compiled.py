@@ -13,7 +13,7 @@ import torch
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.model import activation, compiled, rotary
+from megalite.model import activation, compiled, dropout, rotary
 from megalite.model.families import read_spec
 from megalite.model.spec import Activation
 from megalite.parallel.grid import Grid
@@ -21,6 +21,7 @@ from megalite.prove.layouts import Layout, config_of, micro_sizes
 from megalite.prove.verify import Spread
 from tests.distributed.test_activations import measured, predicted
 from tests.families import FAMILY_CONFIGS
+from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 
 STEPS, BATCH = 4, 8
@@ -79,6 +80,26 @@ def test_what_is_kept_is_predicted(family: str, as_they_are: None) -> None:
     assert whole == pytest.approx(told[0][1], rel=near) != pytest.approx(told[1][1], rel=near)
     tables = [sum(table.values()) for table in told[0][0]]
     assert parts == pytest.approx(tables, rel=near)
+
+
+def masks(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of several sizes and rates, as the compiler makes them for GPUs and as they are."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    compiled.compile_pieces(True)
+    made = []
+    for rate, sizes in ((0.1, (2, 3, 5, 70)), (0.5, (1, 1, 64, 257)), (1e-9, (2, 1, 3, 8))):
+        states = dropout._mixed(torch.randint(-(2**62), 2**62, sizes[:-1]))
+        inner = dropout._counter(range(sizes[-1]), states.device)
+        limit = inner.new_full((), int(rate * 2**64) - 2**63)
+        values = states, inner, limit
+        made.append((compiled.compiled(dropout._below)(*values), dropout._below(*values)))
+    return made
+
+
+def test_masks_are_the_same_to_the_bit() -> None:
+    for found in run_ranks(1, masks):
+        for one, other in found:
+            assert one.dtype == torch.bool and torch.equal(one, other)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpo
 from megalite.checkpoint.router_bias import set_router_bias
 from megalite.checkpoint.weights import load_module, load_shards_from
 from megalite.errors import CheckpointError, ConversionError, MegaliteError
+from megalite.hub import export_hf as export
 from megalite.hub import same_logits as verify
 from megalite.hub.export_hf import export_hf
 from megalite.hub.hf_folder import HFFolder
@@ -142,10 +143,16 @@ def test_training_starts_from_a_folder_on_a_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_goes_in_comes_out_to_the_bit(
-    name: str, imported: dict[str, tuple[Path, Path]], tmp_path: Path, caplog: Any, recwarn: Any
+    name: str,
+    imported: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    caplog: Any,
+    recwarn: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hf, checkpoint = imported[name]
-    export_hf(checkpoint, tmp_path / "out", verify=True, shard_bytes=40_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
+    export_hf(checkpoint, tmp_path / "out", verify=True)
     before, after = stored(hf), stored(tmp_path / "out")
     assert before.keys() == after.keys() and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert all(

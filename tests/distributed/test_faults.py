@@ -8,25 +8,32 @@ import math
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+from megalite.checkpoint import storage
+from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoint
 from megalite.config.limits import Faults
+from megalite.data.loader import TrainData
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
+from megalite.errors import DataError
+from megalite.guard.health import Health
 from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
 from megalite.training.batches import micro_batches
 from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
 
 GRID = {"pipe": 2, "zero": 2}  # on 4 ranks: ranks 2 and 3 hold the last stage
@@ -237,6 +244,104 @@ def test_a_run_stops_after_most_in_a_row(tmp_path: Path) -> None:
     for action, said in zip(actions, run_ranks(1, train, runs)[0], strict=True):
         assert "2 in a row before it (megalite.train.faults.most_in_a_row)" in said
         assert len((tmp_path / action / "faults.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("action", ["skip", "rewind"])
+def test_a_restart_does_not_forget_how_many_faults_there_were_in_a_row(
+    tmp_path: Path, action: str
+) -> None:
+    """Two of each start: every start alone would do with that."""
+    faults = {"not_finite": action, "most_in_a_row": 3}
+
+    def of(steps: int) -> dict[str, Any]:
+        keys = {"steps": steps, "checkpoint_interval": 1, "faults": faults}
+        return document(tmp_path, "run", {}, train=keys)
+
+    bad = functools.partial(spoilt, on=0, factor=math.nan)
+    if action == "skip":  # steps 2 and 3, then 4 and 5
+        runs = [
+            (of(3), functools.partial(bad, at={2, 3})),
+            (of(6), functools.partial(bad, at={1, 2})),
+        ]
+    else:  # step 2 goes back twice and ends the start; then it goes back once more, and may not again
+        runs = [
+            (of(6), functools.partial(bad, at={2, 3, 4})),
+            (of(6), functools.partial(bad, at={1, 2})),
+        ]
+        runs[0][0]["megalite"]["train"]["faults"] = {**faults, "most_in_a_row": 2}
+    first, second = run_ranks(1, train, runs)[0]
+    assert first == 0 if action == "skip" else "2 in a row before it" in str(first)
+    assert "3 in a row before it (megalite.train.faults.most_in_a_row)" in str(second), second
+
+
+def soundness(rank: int, world_size: int) -> list[tuple[int, str]]:
+    """(object collectives, what is told) of checks with the NaN on no rank, and on ranks 1 and 2."""
+    calls = Counter[str]()
+
+    def counting(name: str) -> Any:
+        own = getattr(torch.distributed, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            calls["objects"] += 1
+            return own(*args, **named)
+
+        return mock.patch.object(torch.distributed, name, call)
+
+    health: Any = SimpleNamespace(
+        engine=SimpleNamespace(grid=SimpleNamespace(rank=rank, world_size=world_size)),
+        faults=Faults.model_validate({}),
+        _rank=lambda number: f"rank {number}",
+        _answer=lambda step, fault: fault.text,
+    )
+    found = []
+    with counting("all_gather_object"), counting("broadcast_object_list"):
+        for bad in ((), (1, 2)):
+            values = torch.tensor([1.0, math.nan if rank in bad else 2.0])
+            boxes = {f"weight/of_{rank}": [Box((2,), (0,), values, (2,), 0)]}
+            found.append((calls["objects"], Health.check_sound(health, boxes, 4) or "sound"))
+    return found
+
+
+def test_no_object_travels_while_checkpoints_are_sound() -> None:
+    """Thousands of ranks would all unpickle each other's."""
+    found = run_ranks(3, soundness)
+    line = "weight/of_1 is not finite on rank 1: must not be saved"
+    assert found == [[(0, "sound"), (0, line)]] * 3
+
+
+def fails_while_saving(rank: int, world_size: int, keys: dict[str, Any]) -> str:
+    """Rank 1 meets a token that it must not at step 3, while the checkpoint of step 2 is written, and says what it then
+    finds; the others wait for it."""
+    whole, write = TrainData.batch, storage.write_tensors
+    bad = range(2 * BATCH, 3 * BATCH)
+
+    def batch(self: TrainData, positions: Any) -> Any:
+        if rank == 1 and set(positions) & set(bad):
+            raise DataError("a token is beyond the vocabulary")
+        return whole(self, positions)
+
+    def slow(*args: Any) -> str:
+        time.sleep(1.5)
+        return write(*args)
+
+    with (
+        mock.patch.object(TrainData, "batch", batch),
+        mock.patch.object(storage, "write_tensors", slow),
+    ):
+        try:
+            return str(train(rank, world_size, [(keys, nothing)]))
+        except DataError as error:
+            saved = [
+                path.name for path in checkpoints_of(Path(keys["megalite"]["train"]["run_dir"]))
+            ]
+            print(f"{error}: {saved}", flush=True)
+            raise
+
+
+def test_a_token_that_one_rank_refuses_does_not_cost_a_checkpoint(tmp_path: Path) -> None:
+    keys = document(tmp_path, "run", {}, train={"checkpoint_interval": 2})
+    with pytest.raises(RankFailure, match=r"beyond the vocabulary: \['step_00000002'\]"):
+        run_ranks(2, fails_while_saving, keys)
 
 
 @contextlib.contextmanager

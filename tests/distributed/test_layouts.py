@@ -1,4 +1,5 @@
-"""Any layout, the same training: 20 steps against one process, and one process against transformers and torch.
+"""Any layout, the same training: 8 steps (20 in the long form) against one process, and one process against
+transformers and torch.
 
 The bounds are those of tools/verify_layouts.py: 4 times what one process itself differs by between micro-batch sizes.
 """
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalite.config import Config, Train
 from megalite.data.loader import TrainData
-from megalite.hub.names import from_hf, to_hf
+from megalite.hub.names import to_hf
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import parameter_groups
 from megalite.model.transformer import Stage
@@ -32,10 +33,11 @@ from megalite.prove.verify import Spread, Verdict, differences
 from megalite.training.batches import MicroBatch, micro_batches
 from megalite.training.step import tokens_that_count
 from tests.families import file_reader
+from tests.hf_tensors import from_hf
 from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 
-STEPS, BATCH = 20, 8
+STEPS, LONG_STEPS, BATCH = 8, 20, 8
 FULL = {"activation_checkpointing": "full"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 SMALL_BUCKETS = {"reduce_bucket_size": 1000}  # less than most matrices have
@@ -84,8 +86,9 @@ def name(case: Case) -> str:
 class Runs:
     """Records what a test asks for, each world once with all its cases."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.corpus = folder, marked_corpus(folder / "corpus")
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.corpus = marked_corpus(folder / "corpus")
         self.recorded: dict[str, Trace] = {}
 
     def config(
@@ -111,7 +114,7 @@ class Runs:
     def alone(self, tied: bool) -> list[Trace]:
         """One process with the micro-batch sizes that verify_layouts takes."""
         layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
-        return traces(1, STEPS, [self.request((layout, tied, {})) for layout in layouts])
+        return traces(1, self.steps, [self.request((layout, tied, {})) for layout in layouts])
 
     @cache  # noqa: B019
     def spread(self, tied: bool) -> Spread:
@@ -123,14 +126,15 @@ class Runs:
             world_size = case[0].world_size
             together = CASES if case in CASES else OTHERS
             cases = [other for other in together if other[0].world_size == world_size]
-            found = traces(world_size, STEPS, [self.request(other) for other in cases])
+            found = traces(world_size, self.steps, [self.request(other) for other in cases])
             self.recorded |= dict(zip(map(name, cases), found, strict=True))
         return self.recorded[name(case)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("layouts"))
+def runs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Runs:
+    steps = LONG_STEPS if pytestconfig.getoption("--long") else STEPS
+    return Runs(tmp_path_factory.mktemp("layouts"), steps)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
     spread, trace = runs.spread(case[1]), runs.trace(case)
     assert max(row["norm"] for row in spread.reference.figures[0]) > 0.5, "clipping must act"
-    assert trace.steps == STEPS and all(rank == trace.figures[0] for rank in trace.figures)
+    assert trace.steps == runs.steps and all(rank == trace.figures[0] for rank in trace.figures)
     for one, other in zip(spread.reference.figures[0], trace.figures[0], strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
     verdict: Verdict = spread.judge(trace)
@@ -152,8 +156,8 @@ def test_pipe_alone_changes_no_bit_of_an_untied_model(runs: Runs, case: Case) ->
     request = runs.request(
         (Layout(zero=layout.zero, micro=layout.micro), False, {}), label=f"like {name(case)}"
     )
-    one, other = traces(1, STEPS, [request])[0], runs.trace(case)
-    for step in range(STEPS):
+    one, other = traces(1, runs.steps, [request])[0], runs.trace(case)
+    for step in range(runs.steps):
         assert [key for key, ratio, _ in differences(one, other, step) if ratio != 0] == []
 
 
@@ -190,7 +194,7 @@ def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
         )
         for micro, fault in orders
     ]
-    alone = [[row["loss"] for row in trace.figures[0]] for trace in traces(1, STEPS, requests)]
+    alone = [[row["loss"] for row in trace.figures[0]] for trace in traces(1, runs.steps, requests)]
     layouts = [
         Layout(pipe=2, data=2, zero=1, micro=2), Layout(pipe=2, tensor=2, zero=2, micro=2),
         Layout(tensor=2, data=2, zero=3, micro=2),
@@ -198,9 +202,9 @@ def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
     requests = [
         runs.request((layout, False, {}), bf16=True, label=f"bf16 {layout}") for layout in layouts
     ]
-    found = [[row["loss"] for row in trace.figures[0]] for trace in traces(4, STEPS, requests)]
+    found = [[row["loss"] for row in trace.figures[0]] for trace in traces(4, runs.steps, requests)]
     largest = 0.0
-    for step in range(STEPS):
+    for step in range(runs.steps):
         largest = max(
             largest, *(abs(one[step] - other[step]) for one, other in combinations(alone, 2))
         )

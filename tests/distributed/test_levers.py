@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.engine.norm import BLOCK, squares
+from megalite.engine.norm import BLOCK, fused_squares_of, squares, squares_of
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness, dropped
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
-from megalite.parallel.loss import head_loss
+from megalite.parallel.layers import share
+from megalite.parallel.loss import AT_A_TIME_ON_DEVICES, block_rows, head_loss
 from megalite.pipeline.plan import inference_cut
 from tests.allocations import peak_bytes
 from tests.families import (
@@ -270,6 +271,44 @@ def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
     assert peak_bytes(fused) < logits / 3 < logits < peak_bytes(plain)
 
 
+def loss_in_blocks(rank: int, world_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """The loss and its gradients of hidden states and of this rank's part of the weight, in blocks of 3 rows."""
+    axis = Grid.build(1, world_size).tensor
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 8, generator=generator).to(dtype) for n in (20, 37))
+    labels = torch.randint(0, 37, (20,), generator=generator)
+    start, stop = share(37, axis)
+    own = [hidden.requires_grad_(), weight[start:stop].clone().requires_grad_()]
+    with pytest.MonkeyPatch.context() as patch:
+        if world_size > 1:
+            patch.setattr("megalite.parallel.loss.block_rows", lambda *sizes: 3)
+        loss = head_loss(*own, None, labels, 37, axis)
+    loss.backward()
+    gradients = [value.grad for value in own if value.grad is not None]
+    return [loss.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_chunk_with_an_uneven_vocabulary_are_the_chunk(dtype: torch.dtype) -> None:
+    ((loss, of_hidden, of_weight),) = run_ranks(1, loss_in_blocks, dtype)
+    first, second = run_ranks(2, loss_in_blocks, dtype)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    for part in (first, second):
+        torch.testing.assert_close(part[0], loss, **close)
+    torch.testing.assert_close(first[1] + second[1], of_hidden, **close)
+    torch.testing.assert_close(torch.cat([first[2], second[2]]), of_weight, **close)
+
+
+def test_devices_hold_few_logits_in_fp32() -> None:
+    """Of Llama 3's vocabulary, whole and divided."""
+    for ranks in (1, 8):
+        columns = -(-128_256 // ranks)
+        rows = block_rows(8192, columns, ranks, "cuda")
+        assert 0.9 * AT_A_TIME_ON_DEVICES < rows * columns <= AT_A_TIME_ON_DEVICES
+    assert block_rows(8192, 2**27, 1, "cuda") == 1
+    assert block_rows(100, 128, 1, "cuda") == 100
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_exact_and_makes_no_copy(dtype: torch.dtype) -> None:
     values = torch.randn(3, 100_001).mul(1e3).to(dtype)
@@ -278,5 +317,9 @@ def test_the_norm_is_exact_and_makes_no_copy(dtype: torch.dtype) -> None:
         values[:, 1:].double().square().sum().item(), rel=1e-13
     )
     assert peak_bytes(lambda: squares(values)) < 1.1 * 8 * BLOCK
+    several = [values[0], values[1:, ::2], values[:, :7].t(), values[2, :0].sum()]
+    exact = torch.stack([value.double().square().sum() for value in several])
+    for made in (squares_of(several), fused_squares_of(several)):
+        torch.testing.assert_close(made, exact, rtol=1e-13, atol=0)
     values[1, 70_000] = torch.nan
-    assert squares(values).isnan()
+    assert squares(values).isnan() and fused_squares_of([values]).isnan().all()

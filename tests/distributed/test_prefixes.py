@@ -27,7 +27,7 @@ from tests.ranks import run_ranks
 from tests.traces import Request, document, nothing, traces
 from tests.training_runs import document as run_document
 from tests.training_runs import train
-from tests.unit.test_prefixes import write_marked
+from tests.unit.model.test_prefixes import write_marked
 
 STEPS, BATCH = 4, 8
 LAYOUTS = [

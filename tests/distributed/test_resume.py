@@ -11,11 +11,13 @@ import deepspeed
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
 from megalite.data.indexed import IndexedWriter, files_of
 from megalite.errors import CheckpointError
-from megalite.training.fingerprint import fingerprint
+from megalite.training.fingerprint import IDS, fingerprint
 from megalite.training.lock import Holder
 from megalite.training.pretrain import _train, main, prepare
 from tests.ranks import run_ranks
@@ -43,16 +45,18 @@ def config_file(folder: Path, **data: Any) -> Path:
     return path
 
 
-def trained(path: Path, step: int = 2) -> Path:
-    """A checkpoint as a run of that config leaves it, but for its weights."""
+def trained(path: Path, step: int = 2, without: str = "") -> Path:
+    """A checkpoint as a run of that config leaves it, but for its weights, and for a part of its fingerprint."""
     prepared = prepare(str(path), [], 2)
+    told = fingerprint(prepared.config)
+    told.pop(without, None)
     state = {
         "step": step,
         "consumed_samples": 8 * step,
         "consumed_tokens": 8 * step * LENGTH,
         "seed": 1234,
     }
-    state |= {"optimizer": "AdamW", "fingerprint": fingerprint(prepared.config)}
+    state |= {"optimizer": "AdamW", "fingerprint": told}
     folder = path.parent / "run" / "checkpoints" / f"step_{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(folder, prepared.model, state) as writer:
@@ -124,7 +128,9 @@ def test_another_corpus_under_the_same_name_is_found(tmp_path: Path, change: str
     documents = [random.integers(0, VOCABULARY, length) for length in lengths]
 
     def write(folder: Path) -> None:
-        with IndexedWriter(folder / "other", np.uint16, overwrite=True) as writer:
+        for file in folder.glob("other.*"):
+            file.unlink()
+        with IndexedWriter(folder / "other", np.uint16) as writer:
             for one in documents:
                 writer.add_document(one)
 
@@ -168,6 +174,29 @@ def test_a_checkpoint_without_a_fingerprint_resumes(tmp_path: Path) -> None:
     with CheckpointWriter(folder, prepare(str(path), [], 2).model, state) as writer:
         writer.add("a", torch.zeros(3))
     prepare(str(path), ["megalite.data.sequence_length=16"], 2)
+
+
+def test_another_tokenizer_s_end_of_document_is_named(tmp_path: Path) -> None:
+    """Checkpoints from before such ids were written down are taken."""
+    names = {f"word{number}": number for number in range(9)}
+    for end in ("word0", "word1"):
+        model = Tokenizer(models.WordLevel(names, "word8"))
+        PreTrainedTokenizerFast(tokenizer_object=model, eos_token=end).save_pretrained(
+            tmp_path / end
+        )
+    path = config_file(tmp_path, tokenizer=str(tmp_path / "word0"), eod_mask_loss=True)
+    folder = trained(path)
+    prepare(str(path), [], 2)
+    other = [f"megalite.data.tokenizer={tmp_path}/word1"]
+    with pytest.raises(CheckpointError) as raised:
+        prepare(str(path), other, 2)
+    rule = f"must be 0, as in {folder}: another needs a new run, with megalite.train.load"
+    assert str(raised.value) == (
+        f"megalite.data.tokenizer: {tmp_path}/word1: end of document 1: {rule}"
+    )
+    shutil.rmtree(folder)
+    trained(path, without=IDS)
+    prepare(str(path), other, 2)
 
 
 def train_prepared(

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,8 @@ from megalite.prove.layouts import Layout, comparable, config_of, micro_sizes
 from megalite.prove.mutants import chosen, mutants
 from megalite.prove.trace import Trace, no_plant, record
 from megalite.prove.verify import Spread, Verdict, main
-from tests.ranks import REPOSITORY, run_ranks
+from tests.programs import run_program
+from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
 from tests.traces import nothing, traces
 from tests.unit.data.corpora import write_corpus
@@ -253,17 +253,10 @@ def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:
 
 
 def test_the_program_agrees_and_refuses(document: dict[str, Any], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "tools/verify_layouts.py",
-        "--deepspeed_config",
-        config_file(document, tmp_path),
-    ]
+    config = config_file(document, tmp_path)
 
     def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
-        )
+        return run_program("tools/verify_layouts.py", "--deepspeed_config", config, *arguments)
 
     done = verify("--steps", "1", "--layouts", "pipe=2,zero=2,micro=1")
     assert done.returncode == 0 and done.stdout.endswith("agrees\n"), done.stdout + done.stderr

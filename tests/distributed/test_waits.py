@@ -11,12 +11,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelerator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.checkpoint.boxes import Box
 from megalite.data.position import Position
+from megalite.engine.norm import GlobalNorm
 from megalite.guard.health import not_finite
 from megalite.model.context import Context
 from megalite.parallel import loss
@@ -27,6 +27,7 @@ from megalite.training.loop import Run
 from tests.classifiers import LABELS, labelled_corpus
 from tests.ranks import run_ranks
 from tests.small_models import MODELS
+from tests.streams import like_a_gpu
 from tests.training_runs import document, train
 
 MOST_READS = 2  # of the device one: the other is of a number in main memory
@@ -59,13 +60,15 @@ class Reads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterator[None]:
-    """Adds the reads of each optimizer step, and of its forwards and backwards alone."""
-    whole, actions = Run._step, Interpreter.run
+    """Adds the reads of each optimizer step, and of its forwards and backwards alone; DeepSpeed does what it does on a
+    GPU, whose streams must be joined when the gradients are read."""
+    whole, actions, norm = Run._step, Interpreter.run, GlobalNorm.__call__
     reads: list[Reads] = []
 
     def step(self: Run) -> Any:
         with Reads() as found:
             reads.append(found)
+            streams.host_waits = found.found
             result = whole(self)
         steps.append(Counter(found.found))  # not what saving reads afterwards
         return result
@@ -74,6 +77,10 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
         before = Counter(reads[-1].found)
         actions(self, *args)
         in_actions.append(reads[-1].found - before)
+
+    def joined(self: GlobalNorm, *args: Any, **kwargs: Any) -> Any:
+        assert not streams.not_joined
+        return norm(self, *args, **kwargs)
 
     def told(kind: type, name: str) -> Any:
         original = getattr(kind, name)
@@ -85,11 +92,12 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
 
         return mock.patch.object(kind, name, read)
 
-    with contextlib.ExitStack() as patches:
+    with like_a_gpu() as streams, contextlib.ExitStack() as patches:
         for patch in (
             mock.patch.object(Run, "_step", step), mock.patch.object(Interpreter, "run", run),
             mock.patch.object(loss, "_rows_that_count", lambda labels: None),  # as on every device but a CPU
-            told(Tensor, "tolist"), told(Tensor, "numpy"), told(Tensor, "cpu"), told(CPUAccelerator, "synchronize"),
+            mock.patch.object(GlobalNorm, "__call__", joined),
+            told(Tensor, "tolist"), told(Tensor, "numpy"), told(Tensor, "cpu"),
         ):  # fmt: skip
             patches.enter_context(patch)
         yield
@@ -110,6 +118,9 @@ PACKED = {"samples": "packed", "reset_attention": True, "loss": "all"}
 EXPERTS = MODELS["mixtral"] | {"intermediate_size": 64, "num_hidden_layers": 2}  # rows of 16 bytes
 WAYS: list[dict[str, Any]] = [
     {"layout": {"zero": 0}}, {"layout": {"zero": 1}}, {"layout": {"zero": 2}}, {"layout": {"zero": 3}},
+    {"layout": {"zero": 1}, "zero": {"overlap_comm": True}}, {"layout": {"zero": 2}, "zero": {"overlap_comm": True}},
+    {"layout": {"zero": 2}, "zero": {"overlap_comm": True, "contiguous_gradients": False}},
+    {"layout": {"zero": 3}, "zero": {"overlap_comm": False}},
     {"layout": {"zero": 2, "tensor": 2}}, {"layout": {"zero": 1, "tensor": 2, "sequence": True}},
     {"layout": {"zero": 1, "context": 2}}, {"layout": {"zero": 2, "context": 2, "context_attention": "heads"}},
     {"layout": {"zero": 1, "pipe": 2}}, {"layout": {"zero": 1, "pipe": 2, "schedule": "interleaved"}},
@@ -126,6 +137,7 @@ def keys_of(folder: Path, way: dict[str, Any]) -> dict[str, Any]:
         labelled_corpus(folder / "corpus", texts=100, mean=5)
     keys = document(folder, "run", way["layout"], train={"steps": STEPS, "checkpoint_interval": 0})
     keys["megalite"]["data"] |= data
+    keys["zero_optimization"] |= way.get("zero", {})
     model = keys["megalite"]["model"] | {"num_hidden_layers": 4}
     keys["megalite"]["model"] = way.get("model", model)
     if way["layout"]["zero"]:
@@ -134,7 +146,11 @@ def keys_of(folder: Path, way: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "way", WAYS, ids=lambda way: f"{way['layout']} {way.get('model', {}).get('model_type', '')}"
+    "way",
+    WAYS,
+    ids=lambda way: (
+        f"{way['layout']} {way.get('model', {}).get('model_type', '')} {way.get('zero', '')}"
+    ),
 )
 def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[str, Any]) -> None:
     for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
@@ -160,6 +176,32 @@ def test_experts_read_once_a_layer_and_micro_batch(
             assert sum(step.values()) <= MOST_READS + layers * micro_batches, step
 
 
+def test_weights_that_a_rank_has_alone_are_gathered_without_a_wait(tmp_path: Path) -> None:
+    ((steps, in_actions),) = run_ranks(1, counts, keys_of(tmp_path, {"layout": {"zero": 3}}))
+    assert not any(in_actions[1:]) and all(sum(step.values()) <= MOST_READS for step in steps[1:])
+
+
+DEEPSPEEDS = {
+    "device": ({"zero": 2}, "megalite.engine.zero.ShardedOptimizer._streams_in_order"),
+    "stream": ({"zero": 3}, "megalite.engine.zero3.join_on_the_device"),
+}
+
+
+def counts_of_deepspeeds(
+    rank: int, world_size: int, keys: dict[str, Any], name: str
+) -> list[Counter[str]]:
+    with mock.patch(name, lambda *args: contextlib.nullcontext()):
+        return counts(rank, world_size, keys)[1]
+
+
+@pytest.mark.parametrize("waits_for", DEEPSPEEDS)
+def test_deepspeeds_own_waits_on_a_gpu_are_counted(tmp_path: Path, waits_for: str) -> None:
+    layout, name = DEEPSPEEDS[waits_for]
+    keys = keys_of(tmp_path, {"layout": layout, "zero": {"overlap_comm": True}})
+    for in_actions in run_ranks(2, counts_of_deepspeeds, keys, name):
+        assert all(actions[waits_for] > 0 for actions in in_actions), in_actions
+
+
 def test_what_is_to_be_saved_is_judged_by_one_read() -> None:
     values = [torch.ones(3), torch.ones(2, 2), torch.tensor([0.0, torch.nan]), torch.ones(0)]
     values += [torch.tensor([-torch.inf]), torch.full((4,), 3e38)]
@@ -180,7 +222,7 @@ def test_a_timer_that_waits_is_counted(tmp_path: Path) -> None:
     keys = document(tmp_path, "run", {"zero": 1}, train={"steps": STEPS, "checkpoint_interval": 0})
     keys["timers"] = {"throughput": {"enabled": True}}
     for _, in_actions in run_ranks(2, counts, keys):
-        assert any(actions["synchronize"] for actions in in_actions)
+        assert any(actions["device"] for actions in in_actions)
 
 
 def test_the_counter_counts() -> None:

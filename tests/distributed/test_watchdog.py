@@ -1,5 +1,6 @@
 """What the ranks write when one of them fails or is busy for too long (one that is gone: tests/launch)."""
 
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,43 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
         assert f"step 7, {doing[rank]}, for " in lines[rank], lines
         assert any(words in lines[rank] for words in said), lines
         assert " in step\n" in (folder / f"rank_{rank:05d}.txt").read_text()
+
+
+def broken(rank: int, world_size: int, run_dir: Path, how: str) -> None:
+    """A part is longer than its limit, and the report of that does not come through."""
+    limits = Limits.model_validate({})
+    with Watchdog(run_dir, limits) as watchdog:
+        if how == "a file system that hangs":
+            stack = mock.patch.object(watchdog, "_write", lambda *args: time.sleep(60))
+        elif how == "a bug":
+            stack = mock.patch.object(watchdog, "_write", lambda *args: [][0])
+        else:  # the folder cannot be looked at now
+            stale = mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
+            stack = mock.patch.object(type(watchdog.folder), "exists", stale)
+        soon = mock.patch.object(watchdog_module, "REPORT_SECONDS", 1.0)
+        with stack, soon, watchdog.watching("step 7", STEP_SECONDS + 1):
+            time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a file system that hangs", "no report: not written within 1 s"),
+        ("a bug", "no report: IndexError"),
+        ("a folder that is away", "longer than its limit of 3 s"),
+    ],
+)
+def test_a_report_that_does_not_come_through_keeps_no_rank(
+    tmp_path: Path, how: str, said: str
+) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailure, match="died with exit code 1") as failure:
+        run_ranks(1, broken, tmp_path, how, timeout_seconds=30)
+    assert time.monotonic() - begin < 20
+    told = str(failure.value)
+    if how == "a folder that is away":
+        told = next(tmp_path.glob("faults/*/rank_00000.txt")).read_text()
+    assert said in told, told
 
 
 def step_on_a_device(rank: int, world_size: int, run_dir: Path) -> None:

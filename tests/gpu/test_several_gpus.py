@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,33 @@ def test_a_layout_is_the_run_of_one_gpu(
     one = on_ranks(1, "losses", config=config(tmp_path, zero=1, precision="fp32"), steps=STEPS)[0]
     document = config(tmp_path, 2, zero=zero, precision="fp32", parallel=parallel)
     for rank in on_ranks(2, "losses", config=document, steps=STEPS):
+        for (loss, norm), (one_loss, one_norm) in zip(rank, one, strict=True):
+            assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(
+                one_norm, rel=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    "ranks, parallel",
+    [
+        (2, {}), (2, {"context": 2}), (2, {"tensor": 2, "sequence": True}), (4, {"pipe": 2, "tensor": 2}),
+        (4, {"tensor": 2, "context": 2, "sequence": True}), (4, {"pipe": 2, "schedule": "zb-v"}),
+        (8, {"pipe": 2, "tensor": 2}), (8, {"tensor": 4}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_grid_with_overlapped_reductions_is_the_run_of_one_gpu(
+    tmp_path: Path, ranks: int, parallel: dict[str, Any], needs: Needs
+) -> None:
+    needs(ranks)
+    keys: dict[str, Any] = {"model": {"num_attention_heads": 8, "num_key_value_heads": 4}}
+    alone = config(tmp_path, precision="fp32", **keys)
+    one = on_ranks(1, "losses", config=alone, steps=STEPS)[0]
+    zero: dict[str, Any] = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000}
+    document = config(
+        tmp_path, ranks, precision="fp32", parallel=parallel, zero_optimization=zero, **keys
+    )
+    for rank in on_ranks(ranks, "losses", config=document, steps=STEPS):
         for (loss, norm), (one_loss, one_norm) in zip(rank, one, strict=True):
             assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(
                 one_norm, rel=1e-4

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from tests.launch.hosts import Host
-from tests.ranks import REPOSITORY
+from tests.ranks import REPOSITORY, run_ranks
+from tests.training_runs import nothing, train
 from tests.unit.data.corpora import write_corpus
 
 BIN = Path(sys.executable).parent
@@ -45,6 +46,19 @@ def write_config(folder: Path, **train: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return path
+
+
+def train_on_forks(config: Path, *runs: tuple[Path, int], **parallel: int) -> None:
+    """Trains that config in each run folder to its step, on two ranks of tests/ranks.py, which start quickly. A run
+    that has a checkpoint resumes."""
+    asked = []
+    for run, steps in runs:
+        run.mkdir(exist_ok=True)
+        keys = json.loads(config.read_text())
+        keys["megalite"]["train"] |= {"steps": steps, "run_dir": str(run), "checkpoint_interval": 0}
+        keys["megalite"]["parallel"] = parallel
+        asked.append((keys, nothing))
+    assert run_ranks(2, train, asked, timeout_seconds=1000) == [[0] * len(runs)] * 2
 
 
 class Start:

@@ -1,4 +1,4 @@
-"""launcher/generate.py and launcher/evaluate.py under the real `deepspeed`, tools/ as programs."""
+"""launcher/generate.py and launcher/evaluate.py under the real `deepspeed` and alone, tools/ as programs."""
 
 import json
 import os
@@ -15,15 +15,18 @@ from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
+from tests.programs import run_program
 from tests.ranks import REPOSITORY
 
-LAYOUT = ["megalite.parallel.tensor=2", "megalite.parallel.pipe=2"]
+TENSOR, PIPE = "megalite.parallel.tensor=2", "megalite.parallel.pipe=2"
 PROMPT = "bcd"
+GENERATE = "launcher/generate.py"
 
 
-def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def launch(program: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = ["deepspeed", "--num_gpus", "2", f"launcher/{program}.py", *arguments]
     return subprocess.run(
         command,
         cwd=REPOSITORY,
@@ -33,13 +36,6 @@ def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         timeout=200,
         input=stdin,
     )
-
-
-def launch(
-    program: str, *arguments: str, ranks: int = 4, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    command = ["deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments]
-    return run(*command, stdin=stdin)
 
 
 def json_lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -66,7 +62,7 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
     import_hf(folder, tmp_path / "checkpoint")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT}\nx y z w\n")
-    arguments = ["--max-new-tokens", "9", *LAYOUT]
+    arguments = ["--max-new-tokens", "9", PIPE]
     lines = json_lines(
         launch("generate", "--checkpoint", str(folder), "--prompts", str(prompts), *arguments)
     )
@@ -88,9 +84,9 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
         str(tmp_path / "checkpoint"),
         "--data",
         str(tmp_path / "corpus"),
-        LAYOUT[1],
+        PIPE,
     ]
-    found = json_lines(launch("evaluate", *arguments, "--sequence-length", "10", ranks=2))
+    found = json_lines(launch("evaluate", *arguments, "--sequence-length", "10"))
     windows = ids.unfold(0, 11, 10)
     with torch.no_grad():
         logits = model(windows[:, :-1]).logits
@@ -105,17 +101,16 @@ def test_a_prompt_from_standard_input_and_several_samples(folder: Path, tmp_path
     options = ["--checkpoint", str(folder), "--max-new-tokens", "6", "--temperature", "1.0"]
     options += ["--min-p", "0.01", "--repetition-penalty", "1.2"]
     prompt = "bc\nd\n"
-    several = ["--samples", "3", "--prompt", "-", LAYOUT[0]]
-    lines = json_lines(launch("generate", *options, *several, ranks=2, stdin=prompt))
+    several = ["--samples", "3", "--prompt", "-", TENSOR]
+    lines = json_lines(launch("generate", *options, *several, stdin=prompt))
     assert [(line["prompt"], line["sample"]) for line in lines] == [(prompt, i) for i in range(3)]
     assert len({line["text"] for line in lines}) > 1
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (prompt, "x y")))
-    alone = [sys.executable, "launcher/generate.py", *options, "--prompts", str(prompts)]
-    found = json_lines(run(*alone))
+    found = json_lines(run_program(GENERATE, *options, "--prompts", str(prompts)))
     assert [line["prompt"] for line in found] == [prompt, "x y"] and "sample" not in found[0]
     assert found[0]["text"] == lines[0]["text"]
-    assert json_lines(run(*alone[:2], *options, "--prompt", prompt))[0] == found[0]
+    assert json_lines(run_program(GENERATE, *options, "--prompt", prompt))[0] == found[0]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +126,7 @@ def test_prompts_that_are_none_are_one_line(
 ) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
     words = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in words]
-    done = run(
-        sys.executable, "launcher/generate.py", "--checkpoint", str(folder), *words, stdin=stdin
-    )
+    done = run_program(GENERATE, "--checkpoint", str(folder), *words, stdin=stdin)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert line in done.stderr
 
@@ -146,7 +139,6 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
         "--prompt",
         "a",
         "megalite.parallel.tensro=2",
-        ranks=2,
     )
     assert done.returncode == 2
     line = (
@@ -154,14 +146,8 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
     )
     assert error_lines(done) == [line]
     (tmp_path / "stands").mkdir()
-    done = run(
-        sys.executable,
-        "tools/import_hf.py",
-        "--model",
-        str(folder),
-        "--output",
-        str(tmp_path / "stands"),
-    )
+    arguments = ["--model", str(folder), "--output", str(tmp_path / "stands")]
+    done = run_program("tools/import_hf.py", *arguments)
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
@@ -170,14 +156,8 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
 
 
 def test_tools_convert_and_say_what_they_compared(folder: Path, tmp_path: Path) -> None:
-    done = run(
-        sys.executable,
-        "tools/import_hf.py",
-        "--model",
-        str(folder),
-        "--output",
-        str(tmp_path / "in"),
-    )
+    arguments = ["--model", str(folder), "--output", str(tmp_path / "in")]
+    done = run_program("tools/import_hf.py", *arguments)
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
     arguments = [
         "--checkpoint",
@@ -187,6 +167,6 @@ def test_tools_convert_and_say_what_they_compared(folder: Path, tmp_path: Path) 
         "--dtype",
         "bfloat16",
     ]
-    done = run(sys.executable, "tools/export_hf.py", *arguments)
+    done = run_program("tools/export_hf.py", *arguments)
     assert done.returncode == 0 and "maximum difference" in done.stdout, done.stderr
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").decode([40, 41]) != ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.launch.hosts import Cluster, require
-from tests.launch.starts import BIN, Start, checkpoints, rows, write_config
+from tests.launch.starts import BIN, Start, checkpoints, rows, train_on_forks, write_config
 from tests.ranks import REPOSITORY
 
 LAST = 12
@@ -77,8 +77,7 @@ def test_a_run_over_hosts_is_that_of_one_and_goes_on_after_a_death(
     assert "run.py: rank 1 on h1 was killed; restarting (attempt 2 of 2)" in one.lines, one.text
     assert "resuming from step" in one.text
 
-    alone = start(tmp_path, where, layout, f"megalite.train.run_dir={tmp_path / 'alone'}")
-    assert alone.wait() == 0, alone.text
+    train_on_forks(config, (tmp_path / "alone", LAST), pipe=2)
     assert losses(tmp_path / "run") == losses(tmp_path / "alone")
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, LAST + 1))
 

@@ -1,6 +1,5 @@
 """kill -9 under the real launcher, a checkpoint saved at every step: of all ranks, of one, of the launcher."""
 
-import json
 import random
 import shutil
 import time
@@ -10,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalite.checkpoint.files import checkpoints_of, find_checkpoint
-from tests.launch.starts import Start, rows, write_config
-from tests.ranks import run_ranks
-from tests.training_runs import nothing, train
+from tests.launch.starts import Start, rows, train_on_forks, write_config
 
 LAST = 10_000
 SAME = ("step", "loss", "grad_norm", "consumed_samples")
@@ -59,14 +56,7 @@ def test_no_kill_leaves_a_run_that_cannot_go_on(
     one = start(tmp_path, f"--deepspeed_config={config}", f"megalite.train.steps={last}")
     assert one.wait(600) == 0, one.text
     print(f"{count} kills, {inside} of them inside a save, {last} steps, 0 unusable runs")
-    keys = json.loads(config.read_text())
-    keys["megalite"]["train"] |= {
-        "steps": last,
-        "run_dir": str(tmp_path / "whole"),
-        "checkpoint_interval": 0,
-    }
-    (tmp_path / "whole").mkdir()
-    assert run_ranks(2, train, [(keys, nothing)], timeout_seconds=1000) == [[0], [0]]
+    train_on_forks(config, (tmp_path / "whole", last))
     got, wanted = (
         [[row[key] for key in SAME] for row in rows(folder)] for folder in (run, tmp_path / "whole")
     )

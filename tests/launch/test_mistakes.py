@@ -1,16 +1,14 @@
 """A user's mistake under a launcher: one line of ours, no traceback, exit code 2."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.launch.starts import Start, write_config
+from tests.programs import run_program
 
 
 def write_bad_corpus(folder: Path) -> str:
@@ -28,7 +26,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, start: Callable[.
             f"--deepspeed_config={config}",
             f'megalite.data.train=["{write_bad_corpus(tmp_path)}"]',
         ],
-        "--deepspeed_config": [],
     }
     # All at once: a start waits more than it computes.
     starts = {said: start(tmp_path, *arguments) for said, arguments in cases.items()}
@@ -46,7 +43,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, start: Callable[.
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_that_another_run_has_is_one_line(tmp_path: Path) -> None:
+def test_a_port_that_another_run_has_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = write_config(tmp_path)
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -59,10 +58,9 @@ def test_a_port_that_another_run_has_is_one_line(tmp_path: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        ended = subprocess.run(
-            [sys.executable, "launcher/pretrain.py", "--deepspeed_config", str(config)],
-            env=os.environ | world, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        for name, value in world.items():
+            monkeypatch.setenv(name, value)
+        ended = run_program("launcher/pretrain.py", "--deepspeed_config", str(config))
     assert ended.returncode == 2, ended.stderr
     assert [
         line for line in ended.stderr.splitlines() if f"MASTER_PORT: {port}: " in line
@@ -71,10 +69,7 @@ def test_a_port_that_another_run_has_is_one_line(tmp_path: Path) -> None:
 
 def test_check_makes_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    ended = subprocess.run(
-        [sys.executable, "launcher/pretrain.py", "--deepspeed_config", str(config), "--check"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    ended = run_program("launcher/pretrain.py", "--deepspeed_config", str(config), "--check")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["megalite"]["train"]["run_dir"] == str(tmp_path / "run")
     assert not (tmp_path / "run").exists()

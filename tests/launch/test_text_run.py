@@ -1,9 +1,7 @@
 """`megalite pretrain my.txt`: from a text to a run with samples, in one process; a single long document is enough."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from megalite.commands.from_text import find_inputs, size_for, vocabulary_for
 from megalite.data.indexed import IndexedCorpus
 from megalite.errors import DataError
 from tests.launch.starts import rows
+from tests.programs import run_program
 from tests.ranks import REPOSITORY
 
 SHORT = ["megalite.train.steps=4", "megalite.train.eval_interval=2"]
@@ -25,11 +24,7 @@ def book(characters: int) -> str:
 
 
 def pretrain(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-m", "megalite", "pretrain", *words],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    done = run_program("megalite", "pretrain", *words, folder=folder)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

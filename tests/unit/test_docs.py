@@ -65,6 +65,19 @@ def test_pages_that_are_named_exist() -> None:
     assert [pair for pair in sorted(found) if not Path(pair[1]).exists()] == []
 
 
+def test_tests_that_are_named_exist() -> None:
+    """By their folder in tests/, as in unit/test_docs.py."""
+    named = re.compile(r"\b(?:unit|distributed|launch|gpu)/[\w/]*test_[\w*]+\.py\b")
+    form = r"(unit|distributed|launch|gpu)/[a-z_/]*test_"
+    listed = subprocess.run(
+        ["git", "grep", "-lE", form], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = {(page, name) for page in listed for name in named.findall(Path(page).read_text())}
+    assert len(found) > 40
+    tests = REPOSITORY / "tests"
+    assert [pair for pair in sorted(found) if not [*tests.glob(pair[1])]] == []
+
+
 def test_links_and_anchors_are_found() -> None:
     text = "# A *b*: `c_d`, e\n\n[x](y.md#a-b) `[no](code.md)`\n\n    [no](block.md)\n\n[z](https://z)\n"
     assert list(links(text)) == [("y.md", "a-b")]

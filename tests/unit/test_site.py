@@ -15,7 +15,7 @@ import pytest
 
 from tests.pages import outputs_of, pages
 from tests.ranks import REPOSITORY
-from tests.unit.test_report import CHROMES
+from tests.unit.report.test_report import CHROMES
 
 NEEDED = ("sphinx", "myst_parser", "furo")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -113,17 +113,7 @@ def load_hf_config(section: Section) -> Any:
         raise ConfigError(
             f"{where}: model_type: {written(model_type)}: must be one of {', '.join(FAMILIES)}"
         )
-    sizes = dict(values)
-    # A Qwen2MoeConfig writes 0 where no layer has a window; check_spec refuses it of those that have.
-    if sizes.get("sliding_window") == 0:
-        del sizes["sliding_window"]
-    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
-    refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
-    for key in values.keys() & refused.keys():
-        if values[key] not in refused[key]:
-            raise ConfigError(
-                f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
-            )
+    _check_values(model_type, values, where)
     try:
         with _quiet_transformers():
             config = config_of(model_type, values)
@@ -139,13 +129,24 @@ def load_hf_config(section: Section) -> Any:
         raise ConfigError(f"{KEY}.{unknown[0]}: unknown key of a {model_type} config{hint}")
     if unknown and where not in _told:
         _told.add(where)
-        _log.warning(
-            "%s: keys that a %s model does not use: %s",
-            where,
-            model_type,
-            ", ".join(sorted(unknown)),
-        )
+        names = ", ".join(sorted(unknown))
+        _log.warning("%s: keys that a %s model does not use: %s", where, model_type, names)
     return config
+
+
+def _check_values(model_type: str, values: dict[str, Any], where: str) -> None:
+    """Refuses sizes that are none, and fields that would change the function, before transformers sees them."""
+    sizes = dict(values)
+    # A Qwen2MoeConfig writes 0 where no layer has a window; check_spec refuses it of those that have.
+    if sizes.get("sliding_window") == 0:
+        del sizes["sliding_window"]
+    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
+    refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
+    for key in values.keys() & refused.keys():
+        if values[key] not in refused[key]:
+            raise ConfigError(
+                f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
+            )
 
 
 def config_of(model_type: str, values: dict[str, Any]) -> Any:
@@ -183,18 +184,17 @@ def read_spec(section: Section) -> TransformerSpec:
     """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
     config = load_hf_config(section)
     try:
-        with reading(
-            _place(section)
-        ):  # by transformers: a value of another type than a field's shows where it is used
+        # By transformers: a value of another type than a field's shows where it is used.
+        with reading(_place(section)):
             spec = FAMILIES[config.model_type].read(config)
             spec = classified(config, spec) if is_classifier(config) else spec
             check_spec(spec)
     except ConfigError as error:
-        if _place(section) != KEY:  # there the mistake is not in the JSON
-            raise ConfigError(
-                f"{_place(section)}: {str(error).removeprefix(KEY).lstrip('.: ')}"
-            ) from None
-        raise
+        if _place(section) == KEY:
+            raise
+        # In a folder the mistake is not under a key of the run's config.
+        line = str(error).removeprefix(KEY).lstrip(".: ")
+        raise ConfigError(f"{_place(section)}: {line}") from None
     return spec
 
 

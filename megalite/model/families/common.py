@@ -1,7 +1,7 @@
 """What families share: refusing a field, rotary positions and windows, one line of a table of tensor names."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,7 @@ _ROPE_KEYS = {
         "truncate",
     },
 }
-
-
+_ROPE_KEYS_OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"}
 _SIZES = _LAYERS | {
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
@@ -46,11 +45,17 @@ _SIZES = _LAYERS | {
     "decoder_sparse_step", "shared_expert_intermediate_size", "moe_num_experts", "moe_k", "moe_layer_interval",
     "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance",
 }  # fmt: skip
+_RATES = ("embedding_dropout", "attention_dropout", "hidden_dropout")
+_ROTARY_NUMBERS = (
+    "theta", "factor", "original_positions", "low_frequency_factor", "high_frequency_factor", "beta_fast",
+    "beta_slow", "attention_factor",
+)  # fmt: skip
 MOST_SIZE = 2**31 - 1  # token ids, and much else, have 31 bits
 MOST_LAYERS = 10_000
 MOST_NUMBER = 1e300  # NaN is not below it
-EXPERT = "{expert}"
 MOST_PARAMETERS = 10**15  # of which torch can still count the bytes
+EXPERT = "{expert}"
+QUERY_KEY_VALUE = tuple(f"layers.{{layer}}.attention.{name}" for name in ("query", "key", "value"))
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,33 @@ def tensors(names: dict[str, str], transposed: tuple[str, ...] = ()) -> dict[str
     }
 
 
-def expert_tensors(router: str, gate: str, up: str, down: str) -> dict[str, HFTensor]:
-    """A table of what a layer with experts has: the names of the router and of an expert's matrices in the files."""
-    ours = {"router": router, "experts.gate": gate, "experts.up": up, "experts.down": down}
+def fused(
+    ours: Sequence[str], theirs: str, transposed: bool = False, by_head: bool = False
+) -> dict[str, HFTensor]:
+    """A table of weights and biases of modules that are equal parts of one module in the files."""
     return {
-        f"layers.{{layer}}.mlp.{name}.weight": HFTensor(f"model.layers.{{layer}}.{theirs}.weight")
-        for name, theirs in ours.items()
+        f"{name}.{kind}": HFTensor(
+            f"{theirs}.{kind}", transposed and kind == "weight", part, len(ours), by_head
+        )
+        for part, name in enumerate(ours)
+        for kind in ("weight", "bias")
+    }
+
+
+def expert_tensors(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> dict[str, HFTensor]:
+    """A table of what a layer with experts has: router and experts of a `block` in the files, and the matrices of an
+    expert there."""
+    matrices = {"gate": gate, "up": up, "down": down}
+    names = {"router": "gate"} | {
+        f"experts.{ours}": f"experts.{EXPERT}.{theirs}" for ours, theirs in matrices.items()
+    }
+    return {
+        f"layers.{{layer}}.mlp.{ours}.weight": HFTensor(
+            f"model.layers.{{layer}}.{block}.{theirs}.weight"
+        )
+        for ours, theirs in names.items()
     }
 
 
@@ -204,22 +230,7 @@ def rotary(
         raise ConfigError(
             f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}"
         )
-    for key in given:
-        if key not in _ROPE_KEYS[kind] | {
-            "rope_type",
-            "type",
-            "rope_theta",
-            "partial_rotary_factor",
-        }:
-            raise ConfigError(f"{where}.{key}: unknown key with rope_type {kind!r}")
-    for key in ("factor", "low_freq_factor", "high_freq_factor"):
-        if (
-            key in _ROPE_KEYS[kind]
-            and not _is_positive(given.get(key))
-            and (kind, key) != ("yarn", "factor")
-        ):
-            rule = f"must be a positive number with rope_type {kind!r}"
-            raise ConfigError(f"{where}.{key}: {written(given.get(key))}: {rule}")
+    _check_rope_keys(kind, given, where)
     size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
     if size < 2 or size % 2:
         raise ConfigError(
@@ -241,6 +252,19 @@ def rotary(
         truncate=given.get("truncate", True),
         attention_factor=_yarn_attention_factor(given, factor) if kind == "yarn" else 1.0,
     )
+
+
+def _check_rope_keys(kind: str, given: dict[str, Any], where: str) -> None:
+    """Refuses keys that a kind of scaling does not have, and numbers of it that are not positive."""
+    known = _ROPE_KEYS[kind]
+    for key in given:
+        if key not in known | _ROPE_KEYS_OF_ALL:
+            raise ConfigError(f"{where}.{key}: unknown key with rope_type {kind!r}")
+    for key in ("factor", "low_freq_factor", "high_freq_factor"):
+        needed = key in known and kind != "yarn"  # whose factor has a default
+        if needed and not _is_positive(given.get(key)):
+            rule = f"must be a positive number with rope_type {kind!r}"
+            raise ConfigError(f"{where}.{key}: {written(given.get(key))}: {rule}")
 
 
 def _is_positive(value: Any) -> bool:
@@ -273,11 +297,9 @@ def windows(config: Any) -> tuple[int | None, ...]:
         rule = f"must have num_hidden_layers {config.num_hidden_layers} entries"
         raise ConfigError(f"{KEY}.layer_types: {len(config.layer_types)} entries: {rule}")
     sliding = ["sliding" in kind for kind in config.layer_types]
-    return (
-        tuple(config.sliding_window if slides else None for slides in sliding)
-        if any(sliding)
-        else ()
-    )
+    if not any(sliding):
+        return ()
+    return tuple(config.sliding_window if slides else None for slides in sliding)
 
 
 def check_sizes(values: dict[str, Any], where: str = f"{KEY}.") -> None:
@@ -300,24 +322,17 @@ def check_spec(spec: TransformerSpec) -> None:
     if (count := spec.num_parameters) > MOST_PARAMETERS:
         raise ConfigError(f"{KEY}: makes {count:,} parameters: must be at most {MOST_PARAMETERS:,}")
     for name, value in _numbers(spec):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not abs(value) < MOST_NUMBER
-        ):
-            raise ConfigError(
-                f"{KEY}: the {name.replace('_', ' ')} is {written(value)}: must be a finite number"
-            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and abs(value) < MOST_NUMBER):
+            words = name.replace("_", " ")
+            raise ConfigError(f"{KEY}: the {words} is {written(value)}: must be a finite number")
     if spec.num_heads % spec.num_kv_heads:
         rule = f"must divide num_attention_heads {spec.num_heads}"
         raise ConfigError(f"{KEY}.num_key_value_heads: {spec.num_kv_heads}: {rule}")
     if (mixture := spec.mixture) is not None and mixture.chosen > mixture.count:
         rule = f"must be at most the number of experts {mixture.count}"
         raise ConfigError(f"{KEY}.num_experts_per_tok: {mixture.chosen}: {rule}")
-    rates = {
-        f"the {name.replace('_', ' ')}": getattr(spec, name)
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout")
-    }
+    rates = {f"the {name.replace('_', ' ')}": getattr(spec, name) for name in _RATES}
     if spec.classifier is not None:
         rates["the dropout of the classifier"] = spec.classifier.dropout
         rates["the dropout before the classifier's dense layer"] = spec.classifier.dense_dropout
@@ -328,17 +343,9 @@ def check_spec(spec: TransformerSpec) -> None:
 
 def _numbers(spec: TransformerSpec) -> Iterator[tuple[str, Any]]:
     """Those that are no sizes, by name."""
-    for name in (
-        "norm_eps",
-        "init_std",
-        "embedding_dropout",
-        "attention_dropout",
-        "hidden_dropout",
-    ):
+    for name in ("norm_eps", "init_std", *_RATES):
         yield name, getattr(spec, name)
     for rotary in (spec.rotary, spec.local_rotary):
-        for name in () if rotary is None else (
-            "theta", "factor", "original_positions", "low_frequency_factor", "high_frequency_factor", "beta_fast",
-            "beta_slow", "attention_factor",
-        ):  # fmt: skip
-            yield f"rope {name}", getattr(rotary, name)
+        if rotary is not None:
+            for name in _ROTARY_NUMBERS:
+                yield f"rope {name}", getattr(rotary, name)

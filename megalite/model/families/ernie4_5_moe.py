@@ -22,12 +22,7 @@ from megalite.model.spec import Mixture, TransformerSpec
 _MLP, _FILE_MLP = "layers.{layer}.mlp", "model.layers.{layer}.mlp"
 TENSORS = (
     llama.TENSORS
-    | expert_tensors(
-        "mlp.gate",
-        gate="mlp.experts.{expert}.gate_proj",
-        up="mlp.experts.{expert}.up_proj",
-        down="mlp.experts.{expert}.down_proj",
-    )
+    | expert_tensors()
     | tensors(
         {
             f"{_MLP}.shared.{ours}": f"{_FILE_MLP}.shared_experts.{ours}_proj"
@@ -49,11 +44,9 @@ def read(config: Any) -> TransformerSpec:
 
 
 def _experts(config: Any) -> Mixture | None:
-    first, last, every = (
-        config.moe_layer_start_index,
-        config.moe_layer_end_index,
-        config.moe_layer_interval,
-    )
+    first = config.moe_layer_start_index
+    last = config.moe_layer_end_index
+    every = config.moe_layer_interval
     layers = range(config.num_hidden_layers)
     routed = [i for i in layers if first <= i <= last and (i + 1) % every == 0]
     experts = mixture(config, config.moe_intermediate_size, normalised=True, layers=routed)

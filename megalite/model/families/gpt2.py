@@ -5,9 +5,11 @@ from typing import Any
 
 from megalite.model.families.common import (
     ACTIVATIONS,
+    QUERY_KEY_VALUE,
     HFTensor,
     choose,
     equal_head_size,
+    fused,
     require,
     tensors,
 )
@@ -28,16 +30,7 @@ TENSORS = (
         },
         transposed=_CONV1D,
     )
-    | {
-        f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-            f"transformer.h.{{layer}}.attn.c_attn.{kind}",
-            transposed=kind == "weight",
-            part=part,
-            parts=3,
-        )
-        for part, ours in enumerate(("query", "key", "value"))
-        for kind in ("weight", "bias")
-    }
+    | fused(QUERY_KEY_VALUE, "transformer.h.{layer}.attn.c_attn", transposed=True)
     | {"embedding.positions": HFTensor("transformer.wpe.weight")}
 )
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from megalite.model.families.common import (
     ACTIVATIONS,
-    HFTensor,
+    QUERY_KEY_VALUE,
     choose,
     equal_head_size,
+    fused,
     rotary,
     tensors,
 )
@@ -24,16 +25,7 @@ TENSORS = tensors(
         "final_norm": "gpt_neox.final_layer_norm",
         "head": "embed_out",
     }
-) | {
-    f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-        f"gpt_neox.layers.{{layer}}.attention.query_key_value.{kind}",
-        part=part,
-        parts=3,
-        by_head=True,
-    )
-    for part, ours in enumerate(("query", "key", "value"))
-    for kind in ("weight", "bias")
-}
+) | fused(QUERY_KEY_VALUE, "gpt_neox.layers.{layer}.attention.query_key_value", by_head=True)
 
 
 def read(config: Any) -> TransformerSpec:

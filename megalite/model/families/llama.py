@@ -29,6 +29,12 @@ TENSORS = tensors(
         "head": "lm_head",
     }
 )
+QUERY_AND_KEY_NORMS = tensors(
+    {
+        "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
+        "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
+    }
+)
 WITHOUT_MLP = {ours: theirs for ours, theirs in TENSORS.items() if ".mlp." not in ours}
 
 

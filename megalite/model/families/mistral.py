@@ -12,12 +12,9 @@ TENSORS = llama.TENSORS
 
 def read(config: Any) -> TransformerSpec:
     """A MistralConfig as our spec."""
-    require(
-        config, "layer_types", None
-    )  # transformers' Mistral does not read it: such a file is a Ministral
+    # transformers' Mistral does not read it: such a file is a Ministral.
+    require(config, "layer_types", None)
     spec = llama.gated(config, attention_bias=False, output_bias=False)
-    return (
-        spec
-        if config.sliding_window is None
-        else replace(spec, windows=(config.sliding_window,) * spec.num_layers)
-    )
+    if config.sliding_window is None:
+        return spec
+    return replace(spec, windows=(config.sliding_window,) * spec.num_layers)

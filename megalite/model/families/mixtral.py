@@ -7,12 +7,7 @@ from megalite.model.families import llama, mistral
 from megalite.model.families.common import expert_tensors, mixture, require
 from megalite.model.spec import TransformerSpec
 
-TENSORS = llama.WITHOUT_MLP | expert_tensors(
-    "block_sparse_moe.gate",
-    gate="block_sparse_moe.experts.{expert}.w1",
-    up="block_sparse_moe.experts.{expert}.w3",
-    down="block_sparse_moe.experts.{expert}.w2",
-)
+TENSORS = llama.WITHOUT_MLP | expert_tensors("block_sparse_moe", gate="w1", up="w3", down="w2")
 
 
 def read(config: Any) -> TransformerSpec:

@@ -13,9 +13,10 @@ from megalite.errors import ConfigError
 from megalite.model.families.common import (
     ACTIVATIONS,
     KEY,
-    HFTensor,
+    QUERY_KEY_VALUE,
     choose,
     equal_head_size,
+    fused,
     padding,
     require,
     rotary,
@@ -41,20 +42,8 @@ TENSORS = (
             "head": "decoder",
         }
     )
-    | {
-        f"layers.{{layer}}.attention.{ours}.{kind}": HFTensor(
-            f"{_LAYER}.attn.Wqkv.{kind}", part=part, parts=3
-        )
-        for part, ours in enumerate(("query", "key", "value"))
-        for kind in ("weight", "bias")
-    }
-    | {
-        f"layers.{{layer}}.mlp.{ours}.{kind}": HFTensor(
-            f"{_LAYER}.mlp.Wi.{kind}", part=part, parts=2
-        )
-        for part, ours in enumerate(("gate", "up"))
-        for kind in ("weight", "bias")
-    }
+    | fused(QUERY_KEY_VALUE, f"{_LAYER}.attn.Wqkv")
+    | fused(("layers.{layer}.mlp.gate", "layers.{layer}.mlp.up"), f"{_LAYER}.mlp.Wi")
 )
 OLD_KEYS = {
     "global_attn_every_n_layers",
@@ -68,13 +57,14 @@ def read(config: Any) -> TransformerSpec:
     """A ModernBertConfig as our spec."""
     require(config, "mlp_dropout", 0, 0.0)
     size, kinds = equal_head_size(config), config.rope_parameters
-    spans = windows(config)
     by_kind = {
         kind: rotary(config, size, kinds[kind], f"rope_parameters.{kind}")
         for kind in set(config.layer_types)
     }
     local = by_kind.get("sliding_attention")
     everywhere = by_kind.get("full_attention", local)
+    # Our windows count the token itself.
+    spans = tuple(None if span is None else span + 1 for span in windows(config))
     return TransformerSpec(
         family="modernbert",
         hidden_size=config.hidden_size,
@@ -90,9 +80,7 @@ def read(config: Any) -> TransformerSpec:
         norm_eps=config.norm_eps,
         rotary=everywhere,
         local_rotary=local,
-        windows=tuple(
-            None if span is None else span + 1 for span in spans
-        ),  # ours count the token itself
+        windows=spans,
         activation=choose(config, "hidden_activation", ACTIVATIONS),
         gated=True,
         attention_bias=config.attention_bias,

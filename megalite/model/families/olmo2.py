@@ -10,13 +10,15 @@ from megalite.model.families import llama
 from megalite.model.families.common import tensors
 from megalite.model.spec import TransformerSpec
 
-TENSORS = llama.TENSORS | tensors(
-    {
-        "layers.{layer}.attention_norm": "model.layers.{layer}.post_attention_layernorm",
-        "layers.{layer}.mlp_norm": "model.layers.{layer}.post_feedforward_layernorm",
-        "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
-        "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
-    }
+TENSORS = (
+    llama.TENSORS
+    | llama.QUERY_AND_KEY_NORMS
+    | tensors(
+        {
+            "layers.{layer}.attention_norm": "model.layers.{layer}.post_attention_layernorm",
+            "layers.{layer}.mlp_norm": "model.layers.{layer}.post_feedforward_layernorm",
+        }
+    )
 )
 OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 

@@ -4,30 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from megalite.model.families import llama
-from megalite.model.families.common import (
-    equal_head_size,
-    expert_tensors,
-    mixture,
-    require,
-    tensors,
-)
+from megalite.model.families.common import equal_head_size, expert_tensors, mixture, require
 from megalite.model.spec import TransformerSpec
 
-TENSORS = (
-    llama.WITHOUT_MLP
-    | tensors(
-        {
-            "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
-            "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
-        }
-    )
-    | expert_tensors(
-        "mlp.gate",
-        gate="mlp.experts.{expert}.gate_proj",
-        up="mlp.experts.{expert}.up_proj",
-        down="mlp.experts.{expert}.down_proj",
-    )
-)
+TENSORS = llama.WITHOUT_MLP | llama.QUERY_AND_KEY_NORMS | expert_tensors()
 OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 

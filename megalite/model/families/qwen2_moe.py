@@ -17,12 +17,7 @@ from megalite.model.spec import TransformerSpec
 _MLP, _FILE_MLP = "layers.{layer}.mlp", "model.layers.{layer}.mlp"
 TENSORS = (
     llama.TENSORS
-    | expert_tensors(
-        "mlp.gate",
-        gate="mlp.experts.{expert}.gate_proj",
-        up="mlp.experts.{expert}.up_proj",
-        down="mlp.experts.{expert}.down_proj",
-    )
+    | expert_tensors()
     | tensors(
         {
             f"{_MLP}.shared.gate": f"{_FILE_MLP}.shared_expert.gate_proj",

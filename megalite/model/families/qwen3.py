@@ -4,15 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from megalite.model.families import llama
-from megalite.model.families.common import tensors, windows
+from megalite.model.families.common import windows
 from megalite.model.spec import TransformerSpec
 
-TENSORS = llama.TENSORS | tensors(
-    {
-        "layers.{layer}.attention.query_norm": "model.layers.{layer}.self_attn.q_norm",
-        "layers.{layer}.attention.key_norm": "model.layers.{layer}.self_attn.k_norm",
-    }
-)
+TENSORS = llama.TENSORS | llama.QUERY_AND_KEY_NORMS
 
 
 def read(config: Any) -> TransformerSpec:

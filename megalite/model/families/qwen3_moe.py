@@ -7,12 +7,7 @@ from megalite.model.families import llama, qwen3
 from megalite.model.families.common import expert_tensors, mixture, routed_layers
 from megalite.model.spec import TransformerSpec
 
-TENSORS = qwen3.TENSORS | expert_tensors(
-    "mlp.gate",
-    gate="mlp.experts.{expert}.gate_proj",
-    up="mlp.experts.{expert}.up_proj",
-    down="mlp.experts.{expert}.down_proj",
-)
+TENSORS = qwen3.TENSORS | expert_tensors()
 OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 

@@ -32,18 +32,17 @@ def _layers(stack: str, mlp: int) -> dict[str, str]:
     block = f"{stack}.block.{{layer}}.layer"
     ours, theirs = "layers.{layer}.attention", f"{block}.0.SelfAttention"
     parts = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    cross = {}
+    if stack == "decoder":
+        cross = {
+            f"layers.{{layer}}.cross_attention.{name}": f"{block}.1.EncDecAttention.{letter}"
+            for name, letter in parts.items()
+        }
+        cross["layers.{layer}.cross_norm"] = f"{block}.1.layer_norm"
     return {
         "layers.{layer}.attention_norm": f"{block}.0.layer_norm",
         **{f"{ours}.{name}": f"{theirs}.{letter}" for name, letter in parts.items()},
-        **(
-            {
-                f"layers.{{layer}}.cross_attention.{name}": f"{block}.1.EncDecAttention.{letter}"
-                for name, letter in parts.items()
-            }
-            | {"layers.{layer}.cross_norm": f"{block}.1.layer_norm"}
-            if stack == "decoder"
-            else {}
-        ),
+        **cross,
         "layers.{layer}.mlp_norm": f"{block}.{mlp}.layer_norm",
         "layers.{layer}.mlp.gate": f"{block}.{mlp}.DenseReluDense.wi_0",
         "layers.{layer}.mlp.up": f"{block}.{mlp}.DenseReluDense.wi_1",
@@ -127,10 +126,8 @@ def read(config: Any) -> TransformerSpec:
 
 
 def _stacks(config: Any) -> Stacks:
-    buckets, most = (
-        config.relative_attention_num_buckets,
-        config.relative_attention_max_distance,
-    )
+    buckets = config.relative_attention_num_buckets
+    most = config.relative_attention_max_distance
     if buckets < LEAST_BUCKETS:
         rule = f"must be at least {LEAST_BUCKETS}"
         raise ConfigError(f"{KEY}.relative_attention_num_buckets: {buckets}: {rule}")

@@ -1,20 +1,24 @@
 """Masked language modelling: which tokens are asked for, and that nothing but the sample's number decides it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megalite.config import Config, check_model, load_config
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
-from megalite.data.loader import UNCOUNTED, TrainData, ValidData
+from megalite.data.loader import UNCOUNTED, TrainData, ValidData, tokenizer_ids
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import ALONE, Axis
 from megalite.training.batches import micro_batches
-from megalite.training.fingerprint import difference, fingerprint
+from megalite.training.fingerprint import IDS, difference, fingerprint
 from tests.small_models import MODELS
 from tests.unit.data.corpora import data_section, write_corpus
 
@@ -155,6 +159,69 @@ def test_another_objective_is_another_run(tmp_path: Path) -> None:
     assert (
         found is not None and found[0].startswith("megalite.data.objective: ") and "0.2" in found[0]
     )
+
+
+def tokenizer_with(folder: Path, *names: str, **special: str) -> Path:
+    """One whose ids are the names' places."""
+    model = models.WordLevel({name: number for number, name in enumerate(names)}, names[0])
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_another_tokenizer_s_ids_are_another_run(tmp_path: Path) -> None:
+    """A checkpoint without such a part, from before there was one, is taken as it is."""
+    write_corpus(tmp_path / "c", 10, vocabulary=20)
+    names = [f"word{number}" for number in range(20)]
+    usual = {"mask_token": "word3", "eos_token": "word0"}
+    first = tokenizer_with(tmp_path / "first", *names, **usual)
+
+    def run(tokenizer: Path, *keys: str) -> Config:
+        path = str(tmp_path / "c")
+        given = [f'megalite.data.train=["{path}"]', f"megalite.data.tokenizer={tokenizer}"]
+        masked = 'megalite.data.objective={"masked":0.15}'
+        return load_config(TINY, [*BASE[1:2], *given, masked, *keys]).resolve(8)
+
+    was = json.loads(json.dumps(fingerprint(run(first))))
+    assert difference(was, run(first)) is None
+    shutil.copytree(first, tmp_path / "moved")
+    assert difference(was, run(tmp_path / "moved")) is None
+    cases = {
+        "mask token 4": tokenizer_with(
+            tmp_path / "mask", *names, mask_token="word4", eos_token="word0"
+        ),
+        "special tokens [0, 2, 3]": tokenizer_with(
+            tmp_path / "special", *names, **usual, cls_token="word2"
+        ),
+        "number of ids 21": tokenizer_with(tmp_path / "more", *names, "one more", **usual),
+    }
+    for told, folder in cases.items():
+        given, _ = difference(was, run(folder)) or ("", "")
+        assert given == f"megalite.data.tokenizer: {folder}: {told}"
+        old = {key: value for key, value in was.items() if key != IDS}
+        assert difference(old, run(folder)) is None
+
+
+def test_another_tokenizer_s_sentinels_are_another_run(tmp_path: Path) -> None:
+    names = [*(f"<extra_id_{number}>" for number in range(5)), "end", "other", "third"]
+    first = tokenizer_with(tmp_path / "first", *names, eos_token="end")
+    other = tokenizer_with(tmp_path / "other", *names[::-1], eos_token="end")
+    ends = tokenizer_with(tmp_path / "ends", *names, eos_token="other")
+    found = [
+        tokenizer_ids(
+            data_section(
+                ["x"],
+                12,
+                tokenizer=str(folder),
+                objective={"span_corruption": 0.5},
+                samples="windows",
+            ),
+            20,
+        )
+        for folder in (first, other, ends)
+    ]
+    assert [ids["end of document"] for ids in found] == [5, 2, 6]
+    assert [ids["sentinels"] for ids in found] == [[0], [7], [0]]
 
 
 TINY = "ds_configs/tiny_cpu.json"

@@ -1,0 +1,99 @@
+"""DeepSpeed takes a CPU for a device with streams: what it does on GPUs alone, such as waiting for them, it does."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelerator
+
+
+class Streams:
+    """All streams of a process. host_waits: how often the host has waited, by for what; log: ("used", stream) after
+    work was asked of another stream than the step's, ("waits", stream, for which)."""
+
+    def __init__(self) -> None:
+        self.host_waits: Counter[str] = Counter()
+        self.log: list[tuple[Any, ...]] = []
+        self.step = self.current = Stream(self)
+
+    @property
+    def not_joined(self) -> list[Any]:
+        """Streams with work that the step's stream has not waited for."""
+        last: dict[Any, str] = {}
+        for what, stream, *others in self.log:
+            if what == "used":
+                last[stream] = "used"
+            elif stream is self.step:
+                last[others[0]] = "joined"
+        return [stream for stream, state in last.items() if state == "used"]
+
+    @contextlib.contextmanager
+    def entered(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+            if stream is not self.step:
+                self.log.append(("used", stream))
+
+
+class Stream:
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def wait_stream(self, other: Any) -> None:
+        assert other is not None
+        self.streams.log.append(("waits", self, other))
+
+    def wait_event(self, event: Any) -> None:
+        self.streams.log.append(("waits", self, event.stream))
+
+    def synchronize(self) -> None:
+        self.streams.host_waits["stream"] += 1
+        self.streams.log.append(("waits", self.streams.step, self))
+
+
+class Event:
+    """Has always come, so that nobody waits for it."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams, self.stream = streams, streams.current
+
+    def record(self, stream: Any = None) -> None:
+        self.stream = stream or self.streams.current
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.streams.host_waits["event"] += 1
+
+
+@contextlib.contextmanager
+def like_a_gpu() -> Iterator[Streams]:
+    """Inside, engines are made and run as on a GPU, as far as DeepSpeed is concerned."""
+    streams = Streams()
+
+    def synchronize(self: Any, device_index: Any = None) -> None:
+        streams.host_waits["device"] += 1
+
+    answers = {
+        "is_synchronized_device": lambda self: False,
+        "synchronize": synchronize,
+        "current_stream": lambda self, device_index=None: streams.current,
+        "default_stream": lambda self, device_index=None: streams.step,
+        "stream": lambda self, stream: streams.entered(stream),
+        "Stream": property(lambda self: lambda *args, **kwargs: Stream(streams)),
+        "Event": property(lambda self: lambda *args, **kwargs: Event(streams)),
+    }
+    with contextlib.ExitStack() as patches:
+        for name, answer in answers.items():
+            patches.enter_context(mock.patch.object(CPUAccelerator, name, answer))
+        patches.enter_context(
+            mock.patch.object(torch.Tensor, "record_stream", lambda self, stream: None)
+        )
+        yield streams

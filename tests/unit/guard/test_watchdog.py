@@ -1,0 +1,119 @@
+"""Who is to blame for the end of a run, by what each rank wrote (megalite/guard/watchdog.py), without ranks."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megalite.guard import watchdog
+from megalite.guard.flight import Flight, Stay
+from megalite.guard.watchdog import SUMMARY, Watchdog, _collective, _ranks
+
+BUSY, FAILED, WAITS = (
+    "was busy |  | data",
+    "failed |  | step, for 3 s",
+    "waited for others | {} | x",
+)
+
+
+def summary(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[int, str],
+    killed: frozenset[int] = frozenset(),
+    flights: dict[int, Flight] | None = None,
+) -> list[str]:
+    """Lines about four ranks on two hosts."""
+    made: Any = Watchdog.__new__(Watchdog)
+    made.hosts, made.folder = ["a", "a", "b", "b"], tmp_path
+    monkeypatch.setattr(watchdog, "killed_ranks", lambda: killed)
+    made._sum_up({rank: (line, (flights or {}).get(rank, {})) for rank, line in said.items()})
+    return (tmp_path / SUMMARY).read_text().splitlines()
+
+
+def test_a_rank_that_failed_is_named_with_those_that_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {0: WAITS.format("2"), 1: WAITS.format("0,2"), 2: FAILED, 3: WAITS.format("1")}
+    lines = summary(tmp_path, monkeypatch, said)
+    assert lines[0] == "rank 2 on b failed; ranks 0, 1 waited for it"
+    assert lines[1:] == [
+        "rank 0 on a: x",
+        "rank 1 on a: x",
+        "rank 2 on b: step, for 3 s",
+        "rank 3 on b: x",
+    ]
+    assert f"{lines[0]}: {tmp_path / SUMMARY} and the stacks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "killed", "head"),
+    [
+        ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset({3}), "rank 3 on b was killed"),
+        ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset(), "rank 0 on a failed"),
+        ({0: BUSY, 1: BUSY, 2: BUSY}, frozenset(), "rank 3 on b gave no word"),
+        ({rank: BUSY for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, rank 2 on b, "),
+        ({rank: WAITS.format("") for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, "),
+    ],
+)
+def test_the_likeliest_cause_comes_first(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[int, str],
+    killed: frozenset[int],
+    head: str,
+) -> None:
+    assert summary(tmp_path, monkeypatch, said, killed)[0].startswith(head)
+
+
+def test_the_flight_recorder_decides_between_ranks_that_are_all_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under NCCL a rank waits for its device in any call: rank 2 has not come to the sixth collective."""
+    flights = {rank: {"w": Stay((0, 1, 2, 3), 6, 6, "all_reduce")} for rank in range(4)}
+    flights[2] = {"w": Stay((0, 1, 2, 3), 5)}
+    lines = summary(
+        tmp_path, monkeypatch, dict.fromkeys(range(4), WAITS.format("")), flights=flights
+    )
+    late = "rank 2 on b had not come to what others waited in; ranks 0, 1, 3 waited for it"
+    assert lines[0] == late
+
+
+def test_the_first_summary_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SUMMARY).write_text("of the first\n")
+    assert summary(tmp_path, monkeypatch, {0: FAILED}) == ["of the first"]
+
+
+def frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def test_the_innermost_call_of_torch_distributed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5, 6])
+    called: dict[str, Any] = {"found": None}
+    code = """
+def recv(tensor, src=None, group=None):
+    called["found"] = collective(frames(), 5)
+
+def all_reduce(tensor, group=None):
+    called["found"] = collective(frames(), 5)
+
+def _reduce(tensor, group=None):
+    called["found"] = collective(frames(), 5)
+"""
+    names: dict[str, Any] = {"called": called, "collective": _collective, "frames": frames}
+    exec(compile(code, "/x/distributed_c10d.py", "exec"), names)
+    names["recv"](None, 6)
+    assert called["found"] == ("recv", [6])
+    names["all_reduce"](None, "group")
+    assert called["found"] == ("all_reduce", [4, 6])
+    names["_reduce"](None)
+    assert called["found"] == ("", [])
+    assert _ranks([3]) == "rank 3" and _ranks([3, 4]) == "ranks 3, 4"

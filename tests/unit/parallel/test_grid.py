@@ -1,0 +1,114 @@
+"""Groups along axes: their backend, their timeout, and the order in which communicators are made."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import megalite.parallel.grid as grid_module
+from megalite.config import load_config
+from megalite.config.limits import Limits
+from megalite.model.families import read_spec
+from megalite.parallel.grid import Axis, Grid, backend_of_axes
+from megalite.pipeline.plan import plan_of
+from megalite.pipeline.steps import Send
+from tests.ranks import REPOSITORY, run_ranks
+
+
+def test_groups_along_axes_have_the_devices_backend_alone() -> None:
+    assert backend_of_axes("cpu:gloo,cuda:nccl") == ("cuda", "nccl")
+    assert backend_of_axes("cpu:gloo,cuda:gloo,mps:gloo") == ("cpu", "gloo")
+
+
+def timeouts(rank: int, world_size: int) -> set[float]:
+    grid = Grid.build(
+        world_size, 1, timeout=Limits.model_validate({"step_seconds": 4000}).collective_timeout
+    )
+    groups = [grid.pipe.group, grid.pipe.back, grid.model.group]
+    return {
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups
+    }
+
+
+def test_groups_have_it() -> None:
+    assert run_ranks(2, timeouts) == [{4300.0}] * 2
+
+
+class Messages:
+    """Stands in for torch.distributed on a rank: communicators in the order in which it comes to them."""
+
+    def __init__(
+        self, rank: int, world: frozenset[int], members: dict[str, frozenset[int]]
+    ) -> None:
+        self.rank, self.members, self.order = (
+            rank,
+            members | {"world": world},
+            list[tuple[str, frozenset[int]]](),
+        )
+
+    def all_reduce(self, tensor: Any, group: str = "world") -> None:
+        self.order.append((group, self.members[group]))
+
+    def send(self, tensor: Any, peer: int, group: str) -> None:
+        self.order.append((group, frozenset({self.rank, peer})))
+
+    recv = send
+
+
+def connected(pipe: int) -> list[list[tuple[str, frozenset[int]]]]:
+    """Of each rank of a pipe axis, the communicators that `connect` makes, in order."""
+    everyone, orders = frozenset(range(pipe)), []
+    for rank in range(pipe):
+        axis = Axis(pipe, rank, tuple(range(pipe)), "up", back="down")
+        messages = Messages(rank, everyone, {"up": everyone, "down": everyone})
+        with patch.object(grid_module, "dist", messages):
+            Grid(pipe=axis, world_size=pipe, rank=rank).connect(torch.device("cpu"))
+        orders.append(messages.order)
+    return orders
+
+
+@pytest.mark.parametrize("pipe", range(2, 9))
+def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
+    """Each one blocks its ranks until all of its members have come to it."""
+    orders = connected(pipe)
+    while any(orders):
+        ready = [
+            key for order in orders if order for key in order[:1]
+            if all(orders[member][:1] == [key] for member in key[1])
+        ]  # fmt: skip
+        assert ready, [order[:1] for order in orders]
+        for member in ready[0][1]:
+            orders[member].pop(0)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
+def test_no_message_of_a_step_is_the_first_on_its_communicator(schedule: str) -> None:
+    pipe = 4
+    keys = [
+        f"megalite.parallel.schedule={schedule}",
+        f"megalite.parallel.pipe={pipe}",
+        "megalite.parallel.tensor=1",
+    ]
+    config = load_config(
+        REPOSITORY / "ds_configs/quickstart.json", keys + ["gradient_accumulation_steps=4"]
+    )
+    config = config.resolve(pipe)
+    spec = read_spec(
+        config.model | {"num_hidden_layers": 8} if isinstance(config.model, dict) else config.model
+    )
+    made = {key for order in connected(pipe) for key in order}
+    for rank in range(pipe):
+        axis = Axis(pipe, rank, tuple(range(pipe)), "up", back="down")
+        for step in plan_of(config, spec).steps(4, rank):
+            if isinstance(step, Send):
+                assert (axis.towards(rank, step.target), frozenset({rank, step.target})) in made
+
+
+def connect_on_gloo(rank: int, world_size: int) -> bool:
+    Grid.build(world_size, 1).connect(torch.device("cpu"))
+    return True
+
+
+def test_the_groups_connect() -> None:
+    assert run_ranks(3, connect_on_gloo) == [True] * 3

@@ -1,0 +1,159 @@
+"""How layouts are compared (megalite/prove/verify.py, trace.py), on traces that are written here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite.prove.layouts import Layout
+from megalite.prove.trace import Trace
+from megalite.prove.verify import Spread, Verdict, _changes, differences, table
+
+Values = dict[str, Tensor]
+STEPS = 2
+
+
+def weights(step: int) -> Values:
+    """Two tensors after a step; step -1: before the first."""
+    generator = torch.Generator().manual_seed(1)
+    start = {"a": torch.randn(6, 4, generator=generator), "b": torch.randn(4, generator=generator)}
+    moves = {name: torch.randn(value.shape, generator=generator) for name, value in start.items()}
+    return {name: value + 0.01 * (step + 1) * moves[name] for name, value in start.items()}
+
+
+def place(full: Tensor, first: int, rows: int, counted: bool = True) -> dict[str, Any]:
+    shape, offsets = list(full.shape), [0] * full.dim()
+    shape[0], offsets[0] = rows, first
+    return {
+        "full_shape": list(full.shape), "shape": shape, "offsets": offsets, "start": 0, "counted": counted,
+    }  # fmt: skip
+
+
+def written(folder: Path, change: Callable[[int, int, Values], Any] | None = None) -> Trace:
+    """Rank 0 holds the first rows of a and all of b, rank 1 the other rows and a copy of b. change: (step, rank,
+    what the rank holds by key) is called before it is written."""
+    folder.mkdir()
+    for rank, (first, rows) in enumerate(((0, 4), (4, 2))):
+        places = {}
+        for step in range(-1, STEPS):
+            full = weights(step)
+            held = {
+                "weight/a": full["a"][first : first + rows].flatten().clone(),
+                "weight/b": full["b"].clone(),
+            }
+            places = {
+                "weight/a": place(full["a"], first, rows),
+                "weight/b": place(full["b"], 0, 4, counted=rank == 0),
+            }
+            if change is not None:
+                change(step, rank, held)
+            name = f"step{step}" if step >= 0 else "start"
+            save_file(held, folder / f"{name}_rank{rank}.safetensors")
+        figures = [{"loss": 3.0 - step, "norm": 0.5} for step in range(STEPS)]
+        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+    return Trace(folder)
+
+
+def rounded(factor: float) -> Callable[[int, int, Values], None]:
+    def change(step: int, rank: int, held: Values) -> None:
+        for value in held.values():
+            value *= 1 + factor
+
+    return change
+
+
+@pytest.fixture
+def spread(tmp_path: Path) -> Spread:
+    """Of one process and itself with other rounding."""
+    return Spread(written(tmp_path / "one"), [written(tmp_path / "other", rounded(1e-7))])
+
+
+def judged(spread: Spread, folder: Path, change: Callable[[int, int, Values], Any]) -> Verdict:
+    return spread.judge(written(folder, change))
+
+
+def test_a_trace_puts_full_tensors_together(tmp_path: Path) -> None:
+    trace = written(tmp_path / "one")
+    assert trace.steps == STEPS and trace.shapes == {"weight/a": (6, 4), "weight/b": (4,)}
+    for step in range(-1, STEPS):
+        found = trace.weights(step)
+        assert all(torch.equal(found[name], value) for name, value in weights(step).items())
+
+
+def test_rounding_agrees(spread: Spread, tmp_path: Path) -> None:
+    verdict = judged(spread, tmp_path / "x", rounded(-1e-7))
+    assert verdict.first == [] and 0 < max(verdict.worst.values()) <= 1
+    assert not _changes(spread.reference, written(tmp_path / "y", rounded(-1e-7)))
+
+
+def test_a_changed_element_is_named_with_step_tensor_and_rank(
+    spread: Spread, tmp_path: Path
+) -> None:
+    def change(step: int, rank: int, held: Values) -> None:
+        if step == 1 and rank == 1:
+            held["weight/a"][6] += 0.01
+
+    (found,) = judged(spread, tmp_path / "x", change).first
+    # By its own norm an update differs most; the weight differs too.
+    assert (found.step, found.what, found.rank) == (2, "update/a", 1)
+    assert found.ratio > found.bound
+    assert str(found).startswith("step 2: update/a on rank 1 differs by ")
+    assert _changes(spread.reference, Trace(tmp_path / "x"))
+
+
+def test_a_copy_that_is_stale_is_infinitely_far_off(spread: Spread, tmp_path: Path) -> None:
+    def change(step: int, rank: int, held: Values) -> None:
+        if step == 0 and rank == 1:
+            held["weight/b"] = weights(-1)["b"]
+
+    (found,) = judged(spread, tmp_path / "x", change).first
+    assert (found.step, found.what, found.rank) == (1, "weight/b", 1)
+    assert found.ratio == float("inf")
+
+
+def test_a_missing_decay_shows_in_the_update(spread: Spread, tmp_path: Path) -> None:
+    """A thousandth of an update is nothing beside the weight."""
+
+    def change(step: int, rank: int, held: Values) -> None:
+        if step >= 0:
+            start = weights(-1)
+            rows = slice(0, 4) if rank == 0 else slice(4, 6)
+            held["weight/a"] -= 0.001 * (held["weight/a"] - start["a"][rows].flatten())
+
+    first = judged(spread, tmp_path / "x", change).first
+    assert [found.what for found in first] == ["update/a"]
+
+
+def test_elements_that_no_rank_holds_are_found(spread: Spread, tmp_path: Path) -> None:
+    trace = written(tmp_path / "x")
+    trace.places[1]["weight/a"]["counted"] = False
+    found = {key: ratio for key, ratio, _ in differences(spread.reference, trace, 0)}
+    assert found["weight/a"] == float("inf") and found["weight/b"] < 1e-6
+    del trace.places[0]["weight/b"], trace.places[1]["weight/b"]
+    del trace.__dict__["shapes"]
+    assert ("weight/b", float("inf"), 0) in [*differences(spread.reference, trace, 0)]
+
+
+def test_losses_are_compared_on_every_rank(spread: Spread, tmp_path: Path) -> None:
+    trace = written(tmp_path / "x")
+    trace.figures[1][1]["loss"] = 2.1
+    first = spread.judge(trace).first
+    assert [(found.step, found.what, found.rank) for found in first] == [(2, "loss", 1)]
+    assert first[0].ratio == pytest.approx(0.05)
+    trace.figures[0][0]["norm"] = float("nan")
+    assert spread.judge(trace).first[0].what == "norm", "what is no number is no agreement"
+
+
+def test_the_table_has_a_row_for_each_layout(spread: Spread, tmp_path: Path) -> None:
+    good = judged(spread, tmp_path / "good", rounded(-1e-7))
+    bad = judged(spread, tmp_path / "bad", rounded(0.1))
+    layouts = [Layout.parse("pipe=2"), Layout.parse("tensor=2")]
+    head, *rows = table(dict(zip(layouts, (good, bad), strict=True))).splitlines()
+    assert head.split()[:3] == ["layout", "loss", "norm"]
+    for row, layout, word in zip(rows, layouts, ("agrees", "differs"), strict=True):
+        assert row.startswith(str(layout)) and row.endswith(word)

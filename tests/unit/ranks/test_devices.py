@@ -1,0 +1,229 @@
+"""GPUs and a rank's start (megalite/ranks), on a machine that has none: ordinals, too few GPUs, settings of torch and
+NCCL, descriptors and timeouts."""
+
+import functools
+import os
+import resource
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+import megalite.ranks.devices as devices
+import megalite.ranks.launch as launch
+from megalite.config import load_config
+from megalite.config.limits import Limits
+from megalite.errors import ConfigError
+from megalite.parallel.clock import Clock
+from megalite.ranks.devices import GPUNames, library_settings, own_gpu
+from megalite.training.screen import Screen
+from tests.ranks import REPOSITORY, RankFailure, run_ranks
+from tests.training_runs import document, nothing, rows, train
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one() -> None:
+    assert [own_gpu(rank, 8, 8) for rank in range(8)] == list(range(8))
+    assert [own_gpu(rank, 2, 8) for rank in range(2)] == [0, 1]
+    assert {own_gpu(rank, 8, 1) for rank in range(8)} == {0}  # Slurm's --gpus-per-task=1
+    with pytest.raises(
+        ConfigError, match="ranks on a node: 8: must be at most the 4 GPUs that torch sees there"
+    ):
+        own_gpu(0, 8, 4)
+
+
+def tell_all(names: list[str]) -> None:
+    """What the ranks of a node do that see one GPU each, of these names; the first one checks."""
+    store = HashStore()
+    told = [
+        threading.Thread(target=GPUNames(store, "node").tell, args=(name, len(names)))
+        for name in names
+    ]
+    GPUNames(store, "another node").tell(names[0], 1)
+    for thread in told:
+        thread.start()
+    GPUNames(store, "node").check(len(names))
+
+
+def test_one_visible_gpu_is_each_ranks_own_or_a_mistake() -> None:
+    tell_all(["a", "b", "c"])
+    with pytest.raises(
+        ConfigError, match="ranks on a node: 3: must be at most the 1 GPU that torch sees there"
+    ):
+        tell_all(["a", "b", "a"])
+
+
+def start_with_one_gpu(rank: int, world_size: int) -> None:
+    """The start of a rank that sees one GPU, the same as its neighbour."""
+    with (
+        patch.object(launch, "visible_gpus", lambda: 1),
+        patch.object(launch, "gpu_name", lambda ordinal: "GPU-0"),
+    ):
+        launch.start_ranks(lambda thorough: pytest.fail("prepared"))
+
+
+def test_too_few_gpus_are_one_line_before_ranks_start() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(2, start_with_one_gpu, init=False)
+    text = str(failure.value)
+    assert "died with exit code 2" in text
+    assert text.count("ranks on a node: 2: must be at most the 1 GPU that torch sees there") == 1, (
+        text
+    )
+
+
+def test_libraries_are_told_what_the_user_has_not_said() -> None:
+    alone = library_settings({}, on_gpu=True, interface="lo")
+    assert alone["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "NCCL_SOCKET_IFNAME" not in alone and "TORCHDYNAMO_DISABLE" not in alone
+    assert alone["TORCH_NCCL_HIGH_PRIORITY"] == "1"
+    several = library_settings({}, on_gpu=True, interface="eth1")
+    assert (several["GLOO_SOCKET_IFNAME"], several["NCCL_SOCKET_IFNAME"]) == ("eth1", "=eth1")
+    users = {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "PYTORCH_CUDA_ALLOC_CONF": "x",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TORCH_NCCL_HIGH_PRIORITY": "0",
+    }
+    left = library_settings(users, on_gpu=True, interface="eth0")
+    assert set(left) == {"TORCH_GLOO_LAZY_INIT", "TORCH_FR_BUFFER_SIZE"}
+    assert set(library_settings({}, on_gpu=False, interface=None)) == {
+        "TORCH_GLOO_LAZY_INIT",
+        "TORCHDYNAMO_DISABLE",
+    }
+
+
+def test_as_many_files_as_the_system_allows() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        devices.raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def descriptors_of_group(ranks: int) -> int:
+    """Most descriptors of a lazy gloo group on a rank that all-gathers, broadcasts, reduces and waits at barriers: five
+    of its own, and its neighbours in rings and trees."""
+    return 5 + 4 * (ranks - 1).bit_length()
+
+
+def descriptors_of_gloo(rank: int, world_size: int) -> tuple[int, int]:
+    """More descriptors than before: of the world's group after the collectives that megalite asks of gloo, and of a
+    group along an axis."""
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
+    dist.init_process_group("gloo")
+    first = _descriptors()
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, rank)
+    dist.broadcast_object_list([rank])
+    dist.all_reduce(torch.ones(1000))
+    dist.barrier()
+    used = _descriptors()
+    dist.new_group(backend="gloo")
+    return used - first + 5, _descriptors() - used
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_descriptors_of_a_rank_at_1024() -> None:
+    """On GPUs gloo has the world and the saver's group. Rank 0 alone holds the store and gathers the plans of a
+    checkpoint, with a connection to each rank; raise_open_files is for that one."""
+    ranks = 8
+    for used, unused in run_ranks(ranks, descriptors_of_gloo, init=False)[1:]:
+        assert used <= descriptors_of_group(ranks)
+        assert unused <= 5, "a group is connected before its first message"
+    assert 2 * descriptors_of_group(1024) <= 200
+
+
+def test_torchs_timeout_is_above_every_limit() -> None:
+    limits = Limits.model_validate({"checkpoint_seconds": 5000})
+    assert limits.collective_timeout.total_seconds() == 5300
+
+
+@pytest.mark.parametrize("gpus", range(10))
+def test_the_quickstart_fits_its_grid_to_the_gpus(gpus: int) -> None:
+    words = subprocess.check_output(
+        ["bash", "-c", f"source tools/environment.sh; quickstart_grid {gpus}"],
+        cwd=REPOSITORY,
+        text=True,
+    )
+    ranks, pipe, tensor = map(int, words.split())
+    assert ranks <= gpus or (gpus, ranks) == (0, 8)
+    accumulation = 4 // (ranks // pipe // tensor)
+    keys = [f"megalite.parallel.pipe={pipe}", f"megalite.parallel.tensor={tensor}"]
+    config = load_config(
+        REPOSITORY / "ds_configs/quickstart.json",
+        [*keys, f"gradient_accumulation_steps={accumulation}"],
+    )
+    assert config.resolve(ranks).train_batch_size == 32
+
+
+def test_slurm_gives_a_rank_its_share_of_the_cores(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    for cores, wanted in {"96": 12, "4": 1}.items():
+        env = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_ON_NODE": cores, "SLURM_NTASKS_PER_NODE": "8",
+        }  # fmt: skip
+        said = subprocess.check_output(
+            ["bash", "launcher/slurm.sh", "--check"], cwd=REPOSITORY, env=env, text=True
+        )
+        assert said.startswith(f"--cpus-per-task={wanted} --kill-on-bad-exit=1 ")
+
+
+def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
+    devices.sum_in_fp32()
+    devices.be_deterministic()
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        not matmul.allow_bf16_reduced_precision_reduction
+        and not matmul.allow_fp16_reduced_precision_reduction,
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_ALGO"] == "Ring",
+    )
+
+
+def test_sums_in_fp32_and_in_one_order() -> None:
+    assert run_ranks(1, numerics) == [(True, True, True)]
+
+
+def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:
+    """On a CPU its numbers are those without it, and no operation lacks a deterministic form."""
+    of = functools.partial(document, tmp_path, layout={"zero": 1})
+    runs: list[Any] = [(of(run="a", train={"steps": 2}), nothing)]
+    runs.append((of(run="b", train={"steps": 2, "deterministic": True}), nothing))
+    assert run_ranks(2, train, runs) == [[0, 0]] * 2
+    losses = [[row["loss"] for row in rows(tmp_path / run)] for run in "ab"]
+    assert losses[0] == losses[1] and run_ranks(2, trained_deterministically, runs[1:]) == [
+        True,
+        True,
+    ]
+
+
+def trained_deterministically(rank: int, world_size: int, runs: list[Any]) -> bool:
+    train(rank, world_size, runs)
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_ranks_on_a_cpu_beside_gpus_measure_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DS_ACCELERATOR=cpu on a machine with GPUs: events on those would tell nothing of what the ranks do."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    clock = Clock()
+    clock.on = True
+    with clock.computing():
+        pass
+    assert 0 < clock.take() < 1
+    assert Screen(1, 0, 1)._memory_gib() > 0
