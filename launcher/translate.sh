@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Translation from nothing but this clone and a Debian mirror: German messages of programs, a small decoder trained to
 # write them after the English ones, and chrF and BLEU on messages of families that it has not seen, beside those of
-# copying the source and of the nearest training message's translation. 15 minutes on two cores.
+# copying the source and of the nearest training message's translation. It takes about 30 minutes of processor time, 15 on
+# each of two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
