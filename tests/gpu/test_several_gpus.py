@@ -68,7 +68,7 @@ def test_a_grid_with_overlapped_reductions_is_the_run_of_one_gpu(
     keys: dict[str, Any] = {"model": {"num_attention_heads": 8, "num_key_value_heads": 4}}
     alone = config(tmp_path, precision="fp32", **keys)
     one = on_ranks(1, "losses", config=alone, steps=STEPS)[0]
-    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000}
+    zero: dict[str, Any] = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 200_000}
     document = config(
         tmp_path, ranks, precision="fp32", parallel=parallel, zero_optimization=zero, **keys
     )
