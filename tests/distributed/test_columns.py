@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalite.parallel.collectives import Split
 from megalite.parallel.columns import columns
 from megalite.parallel.deferred import WeightGradients, collecting
-from megalite.parallel.grid import ALONE, Grid
-from megalite.parallel.joint import Joint, pays, side_by_side
+from megalite.parallel.grid import Grid
+from megalite.parallel.joint import Joint
 from megalite.parallel.layers import ColumnLinear, initialise, name_parameters
 from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, train
@@ -139,31 +139,6 @@ def test_columns_are_linears_of_their_own(bias: bool, dtype: torch.dtype, sequen
                 assert error <= 1.5 * least + 1e-7 * scale, way
 
 
-def test_tensors_that_are_not_side_by_side_stay_apart() -> None:
-    flat = torch.arange(24.0)
-    first, second, third = (flat[a:b].view(-1, 2) for a, b in ((2, 8), (8, 12), (12, 14)))
-    whole = side_by_side([first, second, third])
-    assert whole is not None and torch.equal(whole, flat[2:14].view(-1, 2))
-    whole[0, 0] = 7.0
-    assert flat[2] == 7.0  # a view
-    for apart in (
-        [first, third], [second, first], [first, second.clone()], [first, flat[8:12].view(2, 2).t()],
-    ):  # fmt: skip
-        assert side_by_side(apart) is None
-    assert side_by_side([torch.empty(2, 2, device="meta")] * 2) is None
-
-
-def test_one_product_is_for_outputs_that_are_narrow_beside_the_input() -> None:
-    llama_8b = {"q|k|v": (4096 + 2 * 1024, 3), "gate|up": (2 * 14336, 2)}
-    joins = {
-        (name, tensor): pays(out // tensor, 4096, count)
-        for name, (out, count) in llama_8b.items()
-        for tensor in (1, 2, 8)
-    }
-    assert [key for key, joined in joins.items() if joined] == [("q|k|v", 2), ("q|k|v", 8)]
-    assert not pays(64, 4096, 1)
-
-
 def products(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[tuple[int, int]]:
     """Of a run: how many products were made for how many weights."""
     found: Counter[tuple[int, int]] = Counter()
@@ -192,17 +167,3 @@ def test_zero_1_and_2_have_query_key_and_value_side_by_side(
     for found in run_ranks(2 * pipe, products, keys):
         of_three = {count for (weights, count) in found if weights == 3}
         assert of_three == {0: {3}, 1: {1}, 2: {1}, 3: set()}[zero], found
-
-
-def test_alone_there_is_no_sum() -> None:
-    linears = linears_of(ALONE, False, torch.float32, joined=True)
-    x = torch.randn(2, LENGTH, SIZE, requires_grad=True)
-    outputs = columns(x, linears, Split(ALONE))
-    torch.cat(outputs, dim=-1).square().sum().backward()
-    weight = torch.cat([linear.weight.detach() for linear in linears]).requires_grad_()
-    other = x.detach().clone().requires_grad_()
-    (other @ weight.t()).square().sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
-    assert weight.grad is not None
-    made = torch.cat([linear.weight.grad for linear in linears if linear.weight.grad is not None])
-    torch.testing.assert_close(made, weight.grad)

@@ -36,7 +36,8 @@ THROUGH = {
     "data.source_target": "unit/data/test_source_target.py",
     # DeepSpeed's optimizers need a world: the dry run makes them over groups that go nowhere.
     **dict.fromkeys(
-        ("engine.engine", "engine.over_fakes", "engine.zero", "engine.zero3"), "unit/prove/test_dry_run.py"
+        ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
+        "unit/prove/test_dry_run.py",
     ),
     **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
     **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),

@@ -70,17 +70,22 @@ def test_a_linear_that_is_wrapped_is_called(monkeypatch: pytest.MonkeyPatch) -> 
     assert Wrapped.calls == 1
 
 
-@pytest.mark.parametrize(
-    "split", [Split(ALONE), Split(AXIS, overlaps=False)], ids=["one rank", "zero-3"]
-)
-def test_elsewhere_each_linear_is_called(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_zero_3_each_linear_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(over._Columns, "apply", lambda *args: pytest.fail("made together"))
-    made, x = linears(split.axis), torch.randn(2, 3, 6)
-    for output, linear in zip(columns(x, made, split), made, strict=True):
+    made, x = linears(AXIS), torch.randn(2, 3, 6)
+    for output, linear in zip(columns(x, made, Split(AXIS, overlaps=False)), made, strict=True):
         torch.testing.assert_close(output, F.linear(x, linear.weight, linear.bias))
 
 
-def test_without_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(over._Columns, "apply", lambda *args: pytest.fail("made together"))
+def test_one_rank_has_no_sum_and_no_gradients_keep_nothing() -> None:
+    made, x = linears(ALONE), torch.randn(2, 3, 6, requires_grad=True)
     with torch.no_grad():
-        columns(torch.randn(2, 3, 6), linears(AXIS), Split(AXIS))
+        outputs = columns(x, made, Split(ALONE))
+    for output, linear in zip(outputs, made, strict=True):
+        assert not output.requires_grad
+        torch.testing.assert_close(output, F.linear(x, linear.weight, linear.bias))
+    values = [x, *(value for linear in made for value in linear.parameters())]
+    found = torch.autograd.grad([y.sum() for y in columns(x, made, Split(ALONE))], values)
+    plain = [F.linear(x, linear.weight, linear.bias).sum() for linear in made]
+    for one, other in zip(found, torch.autograd.grad(plain, values), strict=True):
+        torch.testing.assert_close(one, other)

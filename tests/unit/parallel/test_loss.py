@@ -89,8 +89,8 @@ def test_losses_of_tokens() -> None:
 
 def test_a_chunk_takes_no_more_than_the_weights_gradient() -> None:
     for tokens, size, columns, width in ((4096, 1024, 50_000, 2), (100, 64, 32_000, 4)):
-        rows = chunk_rows(tokens, size, columns, width)
+        rows = chunk_rows(tokens, size, columns, width, "cpu")
         assert 1 <= rows <= tokens
         assert rows * columns * width <= max(4 * columns * size, 2**8 * columns * width)
-    assert chunk_rows(1000, 64, 500, 4) == 250  # four chunks of one size, not 256 and a rest
-    assert chunk_rows(0, 64, 500, 4) == 1
+    assert chunk_rows(1000, 64, 500, 4, "cpu") == 250  # four chunks of one size, not 256 and a rest
+    assert chunk_rows(0, 64, 500, 4, "cpu") == 1
