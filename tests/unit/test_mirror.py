@@ -49,7 +49,6 @@ THROUGH = {
 }  # fmt: skip
 WITH_RANKS = {
     "engine.nvme": "distributed/test_nvme.py",
-    "engine.streams": "distributed/test_waits.py",
     "inference.harness": "distributed/test_harness.py",  # needs the extra `eval`
     "prove.benchmark_rank": "distributed/test_benchmark.py",
     **dict.fromkeys(
