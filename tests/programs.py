@@ -26,14 +26,15 @@ def run_program(
     folder: Path = REPOSITORY,
     stdin: str = "",
     timeout_seconds: float = 200,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """What `python PROGRAM WORDS` gives in `folder`; `program` is a path in the repository, or "megalite" for
-    `python -m megalite`. Raises subprocess.TimeoutExpired."""
+    """What `python PROGRAM WORDS` gives in `folder`, with more variables in its environment; `program` is a path in the
+    repository, or "megalite" for `python -m megalite`. Raises subprocess.TimeoutExpired."""
     start_server()
     with tempfile.TemporaryDirectory(prefix="program_") as streams:
         files = [Path(streams, name) for name in STREAMS]
         files[0].write_text(stdin)
-        arguments = program, words, folder, dict(os.environ), files
+        arguments = program, words, folder, os.environ | variables, files
         process = CONTEXT.Process(target=_program_main, args=arguments)
         process.start()
         process.join(timeout_seconds)

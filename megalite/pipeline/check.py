@@ -72,6 +72,7 @@ def _check_complete(program: Program, rank: int) -> None:
                 f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}"
             )
         kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
+    # Of each chunk and micro-batch a forward, and with backwards either one whole or its two halves.
     forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
     allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
     for chunk in own:

@@ -26,7 +26,7 @@ class Runs:
         requests: list[Request] = []
         for layout in layouts:
             json = document(self.corpus, "llama", False, BATCH)
-            json["megalite"]["model"] = MODELS["bert"]
+            json["megalite"]["model"] = MODELS["bert"] | {"num_hidden_layers": 2}
             json["megalite"]["data"] |= {"sequence_length": 32, **ENCODER}
             config = config_of(Config.from_dict(json), layout, BATCH)
             requests.append((config.to_json(), nothing, self.folder / str(layout)))

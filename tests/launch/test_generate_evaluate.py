@@ -18,17 +18,15 @@ from tests.families import VOCABULARY
 from tests.programs import run_program
 from tests.ranks import REPOSITORY
 
-LAYOUT = ["megalite.parallel.tensor=2", "megalite.parallel.pipe=2"]
+TENSOR, PIPE = "megalite.parallel.tensor=2", "megalite.parallel.pipe=2"
 PROMPT = "bcd"
 GENERATE = "launcher/generate.py"
 
 
-def launch(
-    program: str, *arguments: str, ranks: int = 4, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
+def launch(program: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = ["deepspeed", "--num_gpus", str(ranks), f"launcher/{program}.py", *arguments]
+    command = ["deepspeed", "--num_gpus", "2", f"launcher/{program}.py", *arguments]
     return subprocess.run(
         command,
         cwd=REPOSITORY,
@@ -64,7 +62,7 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
     import_hf(folder, tmp_path / "checkpoint")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT}\nx y z w\n")
-    arguments = ["--max-new-tokens", "9", *LAYOUT]
+    arguments = ["--max-new-tokens", "9", PIPE]
     lines = json_lines(
         launch("generate", "--checkpoint", str(folder), "--prompts", str(prompts), *arguments)
     )
@@ -86,9 +84,9 @@ def test_generation_and_evaluation_of_a_checkpoint_and_of_a_folder(
         str(tmp_path / "checkpoint"),
         "--data",
         str(tmp_path / "corpus"),
-        LAYOUT[1],
+        PIPE,
     ]
-    found = json_lines(launch("evaluate", *arguments, "--sequence-length", "10", ranks=2))
+    found = json_lines(launch("evaluate", *arguments, "--sequence-length", "10"))
     windows = ids.unfold(0, 11, 10)
     with torch.no_grad():
         logits = model(windows[:, :-1]).logits
@@ -103,8 +101,8 @@ def test_a_prompt_from_standard_input_and_several_samples(folder: Path, tmp_path
     options = ["--checkpoint", str(folder), "--max-new-tokens", "6", "--temperature", "1.0"]
     options += ["--min-p", "0.01", "--repetition-penalty", "1.2"]
     prompt = "bc\nd\n"
-    several = ["--samples", "3", "--prompt", "-", LAYOUT[0]]
-    lines = json_lines(launch("generate", *options, *several, ranks=2, stdin=prompt))
+    several = ["--samples", "3", "--prompt", "-", TENSOR]
+    lines = json_lines(launch("generate", *options, *several, stdin=prompt))
     assert [(line["prompt"], line["sample"]) for line in lines] == [(prompt, i) for i in range(3)]
     assert len({line["text"] for line in lines}) > 1
     prompts = tmp_path / "prompts.jsonl"
@@ -141,7 +139,6 @@ def test_mistakes_are_one_line_and_exit_2(folder: Path, tmp_path: Path) -> None:
         "--prompt",
         "a",
         "megalite.parallel.tensro=2",
-        ranks=2,
     )
     assert done.returncode == 2
     line = (

@@ -26,7 +26,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, start: Callable[.
             f"--deepspeed_config={config}",
             f'megalite.data.train=["{write_bad_corpus(tmp_path)}"]',
         ],
-        "--deepspeed_config": [],
     }
     # All at once: a start waits more than it computes.
     starts = {said: start(tmp_path, *arguments) for said, arguments in cases.items()}

@@ -25,6 +25,7 @@ from megalite.supervisor import restarts as supervisor
 from megalite.training import pretrain as training
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, ODD, holds
+from tests.programs import run_program
 from tests.ranks import REPOSITORY
 from tests.unit.data.corpora import write_corpus
 
@@ -157,13 +158,13 @@ def test_what_nobody_foresaw_is_one_line_and_shown_on_demand(tmp_path: Path) -> 
         "--output",
         str(tmp_path / "out"),
     ]
-    ended = run("tools/preprocess_data.py", *words)
-    assert ended.returncode == 2 and ended.stderr.startswith(b"preprocess_data.py: "), ended.stderr
-    assert ended.stderr.count(b"\n") == 1 and str(tmp_path).encode() in ended.stderr
-    shown = run("tools/preprocess_data.py", *words, MEGALITE_TRACEBACK="1")
+    ended = run_program("tools/preprocess_data.py", *words)
+    assert ended.returncode == 2 and ended.stderr.startswith("preprocess_data.py: "), ended.stderr
+    assert ended.stderr.count("\n") == 1 and str(tmp_path) in ended.stderr
+    shown = run_program("tools/preprocess_data.py", *words, MEGALITE_TRACEBACK="1")
     assert (
         shown.returncode == 2
-        and b"Traceback" in shown.stderr
+        and "Traceback" in shown.stderr
         and shown.stderr.endswith(ended.stderr)
     )
 
@@ -188,18 +189,16 @@ def test_what_was_seen_to_end_in_a_traceback(tmp_path: Path) -> None:
         ),
         ("tools/inspect_checkpoint.py", ["h" * 5000], {}, "File name too long"),
     ):
-        ended = run(program, *words, **environment)
-        assert (
-            ended.returncode == 2
-            and ended.stderr.count(b"\n") == 1
-            and said.encode() in ended.stderr
-        ), ended
+        ended = run_program(program, *words, **environment)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and said in ended.stderr, (
+            ended
+        )
 
 
 def test_an_imported_checkpoint_is_inspected(tmp_path: Path) -> None:
     import_hf(save_byte_model(tmp_path / "model"), tmp_path / "checkpoint", verify=False)
-    ended = run("tools/inspect_checkpoint.py", str(tmp_path / "checkpoint"), "--verify")
-    assert ended.returncode == 0 and b"written by" not in ended.stdout, ended.stderr
+    ended = run_program("tools/inspect_checkpoint.py", str(tmp_path / "checkpoint"), "--verify")
+    assert ended.returncode == 0 and "written by" not in ended.stdout, ended.stderr
 
 
 def test_names_that_are_no_text_and_no_files(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 that is wrong is told at once."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 
 from megalite.config import Config, load_config
 from megalite.errors import ConfigError
+from tests.programs import run_program
 from tests.ranks import REPOSITORY
 from tests.unit.data.corpora import write_corpus
 
@@ -84,10 +83,8 @@ def test_check_says_what_auto_becomes(tmp_path: Path) -> None:
     data = {"sequence_length": 16, "train": [str(tmp_path / "x")]}
     keys = {**TRAINERS, "zero_optimization": ZERO2, "megalite": {**ALONE, "data": data}}
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    done = subprocess.run(
-        [sys.executable, "launcher/pretrain.py", "--deepspeed_config", str(tmp_path / "config.json"), "--check"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    words = ["--deepspeed_config", str(tmp_path / "config.json"), "--check"]
+    done = run_program("launcher/pretrain.py", *words)
     assert done.returncode == 0 and json.loads(done.stdout)["optimizer"]["params"]["lr"] == 5e-5, (
         done.stderr
     )
@@ -211,11 +208,9 @@ def test_rules_between_keys_are_told_at_once_too() -> None:
 
 
 def test_the_program_prints_a_line_for_each(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "launcher/pretrain.py", "--deepspeed_config", "ds_configs/tiny_cpu.json", "--check",
-         "zero_optimization.stage=7", "megalite.train.seed=1.5"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    words = ["--deepspeed_config", "ds_configs/tiny_cpu.json", "--check"]
+    words += ["zero_optimization.stage=7", "megalite.train.seed=1.5"]
+    done = run_program("launcher/pretrain.py", *words)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 2, done.stderr
     assert all(line.startswith("pretrain.py: ") for line in lines)
