@@ -32,7 +32,7 @@ HALVINGS, TURNS = 14, 4
 SHARES_OF_LINK = {"all_gather": "gather", "reduce_scatter": "scatter", "reduce": "reduce"}
 """Fields of Link, by collective; `reduce` is one call for each rank, which gets a part."""
 KINDS = ("all_reduce", *SHARES_OF_LINK)
-LEAST_SHARE = 0.1
+SHARES_OF_BYTES = 0.25, 8.0  # between which what a byte takes, beside an all-reduce's, is believed
 
 Row = dict[str, Any]
 
@@ -100,32 +100,45 @@ def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
 def link_of(collectives: Sequence[Row], cores: int) -> tuple[Link, float]:
     """Rates and seconds a message that meet all collectives best, each by its share of itself; and what a message takes
     more where ranks share no core. cores: as of Device."""
-    rows = []
-    for row in collectives:
-        size, whole, kind = row["ranks"], row["bytes"], row["kind"]
-        sent = dict.fromkeys(KINDS, 0.0)
-        if kind == "send":
-            sent["all_reduce"], messages = float(whole), 1
-        else:
-            ring = min(size - 1, 2 * math.ceil(math.log2(size)))
-            passes = 2 if kind == "all_reduce" else 1
-            sent[kind] = passes * whole * (size - 1) / size
-            messages = size if kind == "reduce" else passes * ring
-        alone = float(messages) if size <= cores else 0.0
-        parts = *sent.values(), messages - alone, alone
-        rows.append([part / row["seconds"] for part in parts])
-    *bytes_, shared, alone = _not_negative(np.array(rows), np.ones(len(rows)))
-    plain = max(bytes_[0], 1e-15)
+    bytes_, shared, alone = _collective_seconds(collectives, cores, KINDS)
     found = {row["kind"] for row in collectives}
     shares = {
-        SHARES_OF_LINK[kind]: max(seconds / plain, LEAST_SHARE)
+        SHARES_OF_LINK[kind]: seconds / max(bytes_[0], 1e-15)
         for kind, seconds in zip(KINDS[1:], bytes_[1:], strict=True)
         if kind in found
     }
+    least, most = SHARES_OF_BYTES
+    if any(not least <= value <= most for value in shares.values()):
+        # Too little was measured, or too unevenly, to tell the kinds apart.
+        bytes_, shared, alone = _collective_seconds(collectives, cores, KINDS[:1])
+        shares = {}
+    plain = max(bytes_[0], 1e-15)
     if all(row["ranks"] <= cores for row in collectives):
         return Link(1 / plain, alone, **shares), 0.0
     wakes = max(0.0, alone - shared) if cores > 1 else 0.0
     return Link(1 / plain, shared, **shares), wakes
+
+
+def _collective_seconds(
+    collectives: Sequence[Row], cores: int, kinds: Sequence[str]
+) -> tuple[list[float], float, float]:
+    """Seconds a byte of each kind, the first one's of all others; a message where ranks share cores, and where not."""
+    rows = []
+    for row in collectives:
+        size, whole, kind = row["ranks"], row["bytes"], row["kind"]
+        if kind == "send":
+            sent, messages = float(whole), 1
+        else:
+            passes = 2 if kind == "all_reduce" else 1
+            sent = passes * whole * (size - 1) / size
+            ring = passes * min(size - 1, 2 * math.ceil(math.log2(size)))
+            messages = size if kind == "reduce" else ring
+        own = kinds.index(kind) if kind in kinds else 0
+        bytes_ = [sent if number == own else 0.0 for number in range(len(kinds))]
+        by_cores = (0.0, messages) if size <= cores else (messages, 0.0)
+        rows.append([part / row["seconds"] for part in (*bytes_, *by_cores)])
+    *bytes_, shared, alone = _not_negative(np.array(rows), np.ones(len(rows)))
+    return bytes_, shared, alone
 
 
 def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:

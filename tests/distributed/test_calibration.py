@@ -71,7 +71,11 @@ def test_a_machine_is_measured_and_predicted_with(
     rows = held[MEASURED]["collectives"]
     assert {(row["kind"], row["ranks"]) for row in rows} == {
         ("send", 2),
-        *((kind, n) for kind in ("all_reduce", "reduce_scatter", "all_gather") for n in (2, 4)),
+        *(
+            (kind, n)
+            for kind in ("all_reduce", "reduce_scatter", "all_gather", "reduce")
+            for n in (2, 4)
+        ),
     }
     for kind in ("products", "pointwise", "attention", "optimizer", "collectives", "steps"):
         assert all(row["seconds"] > 0 for row in held[MEASURED][kind]), kind
