@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Translation from nothing but this clone and a Debian mirror: German messages of programs, a small decoder trained to
-# write them after the English ones, and chrF and BLEU on messages that it has not seen, beside those of copying the
-# source and of the nearest training message's translation.
+# write them after the English ones, and chrF and BLEU on messages of families that it has not seen, beside those of
+# copying the source and of the nearest training message's translation. It takes about 30 minutes of processor time, 15 on
+# each of two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -13,7 +14,7 @@ if [ ! -f $data/valid.jsonl ]; then
     python tools/collect_catalogues.py --language de --output $data
 fi
 if [ ! -f $data/tokenizer/tokenizer.json ]; then
-    python tools/train_tokenizer.py --input $data/text.jsonl --vocab-size 4096 --output $data/tokenizer
+    python tools/train_tokenizer.py --input $data/text.jsonl --vocab-size 2048 --output $data/tokenizer
 fi
 for part in train valid; do
     if [ ! -f $data/$part.idx ]; then
@@ -30,6 +31,5 @@ for beams in "" "--beams 4"; do
     written=runs/translation/translations${beams:+-beams}.jsonl
     rm -f $written
     deepspeed --num_gpus 2 --master_port "$(free_port)" launcher/evaluate.py --checkpoint runs/translation \
-        --translations $data/test.jsonl $beams --micro-batch-size 32 --write $written \
-        megalite.parallel.tensor=2 | grep '^{'
+        --translations $data/test.jsonl $beams --micro-batch-size 32 --write $written | grep '^{'
 done

@@ -5,9 +5,14 @@
 
 downloads the packages with `apt-get download` (48 MB) into FOLDER/packages, unless they are there, and installs
 nothing. Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of source (English) and target, and FOLDER/text.jsonl,
-the training messages of both languages as lines of text, for a tokenizer. Which part a message goes into depends on its
-source alone, so that no message of one part is in the other: of ten one is for validation. Those are in no order, so
-that the first lines are a sample.
+the training messages of both languages as lines of text, for a tokenizer. Of ten families of messages one is for
+validation. Those messages are in no order, so that the first lines are a sample.
+
+Catalogues are full of messages that are nearly the same, and a message is not unseen if its twin was in training. So
+messages that are nearly the same are of one family, and a family is in one part alone. Without case, digits,
+placeholders and punctuation, two sources are of one family if their words are the same, in the same order, once up to
+one word of a source of four or more, or up to two of eight or more, is left out of either; and so are two that a chain
+of such pairs joins.
 """
 
 import hashlib
@@ -16,7 +21,9 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
@@ -26,8 +33,13 @@ from megalite.ranks.launch import ArgumentParser, at_least, run_program
 
 PACKAGES = ["coreutils", "evolution-common", "gcc-12-locales", "gimp-data", "git", "gnome-control-center-data",
             "gnupg-l10n", "nautilus-data", "vim-runtime"]  # fmt: skip
-EVERY = 10  # of these one message is for validation
+EVERY = 10  # of these one family is for validation
+LEAST_WORDS = ((4, 1), (8, 2))  # of a source, and how many of them may be left out
+WORD = re.compile(r"[^\W\d_]+")
+PLACEHOLDER = re.compile(r"%[^a-zA-Z%\s]*(?:hh|ll|[hljztLqw])?[a-zA-Z]|\{\w*\}")
 CONTEXT, PLURAL = b"\x04", b"\x00"
+Pair = tuple[str, str]
+Words = tuple[str, ...]
 CHARSET = re.compile(rb"charset=([\w.:-]+)")
 
 
@@ -47,18 +59,18 @@ def main(argv: list[str]) -> int:
     for package in args.packages:
         if not (unpacked / package).is_dir():
             _unpack(package, unpacked)
-    parts: dict[str, dict[tuple[str, str], None]] = {"train": {}, "valid": {}}
+    pairs: dict[Pair, None] = {}
     for package in args.packages:
         for path in sorted((unpacked / package).rglob(f"{args.language}/LC_MESSAGES/*.mo")):
             with reading(path, DataError):
                 found = list(messages(path.read_bytes()))
             for source, target in found:
                 if source != target and max(len(source), len(target)) <= args.longest:
-                    parts[part_of(source)][source, target] = None
-    if not parts["train"]:
+                    pairs[source, target] = None
+    if not pairs:
         rule = "is in no catalogue of the packages"
         raise ConfigError(f"--language: {args.language}: {rule} {' '.join(args.packages)}")
-    train, valid = list(parts["train"]), sorted(parts["valid"], key=lambda pair: digest(pair[0]))
+    train, valid = split(pairs)
     _write(folder / "train.jsonl", [{"source": s, "target": t} for s, t in train])
     _write(folder / "valid.jsonl", [{"source": s, "target": t} for s, t in valid])
     _write(folder / "text.jsonl", [{"text": text} for pair in train for text in pair])
@@ -90,9 +102,50 @@ def _unpack(package: str, folder: Path) -> None:
     partial.rename(folder / package)
 
 
-def part_of(source: str) -> str:
-    """`train` or `valid`."""
-    return "valid" if digest(source) % EVERY == 0 else "train"
+def split(pairs: Collection[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Those for training in their order, and those for validation in no order. Which part a family is in depends on
+    the words of its messages alone."""
+    families = Families(words(source) for source, _ in pairs)
+    least: dict[Words, int] = defaultdict(lambda: 2**64)
+    for source, _ in pairs:
+        found = words(source)
+        family = families.of(found)
+        least[family] = min(least[family], digest(" ".join(found)))
+    train, valid = [], []
+    for pair in pairs:
+        held_out = least[families.of(words(pair[0]))] % EVERY == 0
+        (valid if held_out else train).append(pair)
+    return train, sorted(valid, key=lambda pair: digest(pair[0]))
+
+
+class Families:
+    """Which messages are nearly the same, and which are joined by a chain of those (union-find)."""
+
+    def __init__(self, messages: Iterable[Words]) -> None:
+        self._above: dict[Words, Words] = {}  # a root is above itself
+        for message in set(messages):
+            self._above.setdefault(message, message)
+            for least, left_out in LEAST_WORDS:
+                if len(message) >= least:
+                    for rest in combinations(message, len(message) - left_out):
+                        self._join(message, rest)
+
+    def of(self, message: Words) -> Words:
+        """The one message that all of a family have as theirs."""
+        above = self._above
+        while above[message] != message:
+            above[message] = above[above[message]]
+            message = above[message]
+        return message
+
+    def _join(self, one: Words, other: Words) -> None:
+        self._above.setdefault(other, other)
+        self._above[self.of(other)] = self.of(one)
+
+
+def words(source: str) -> Words:
+    """Of a message, without case, digits, placeholders and punctuation."""
+    return tuple(WORD.findall(PLACEHOLDER.sub(" ", source).lower()))
 
 
 def digest(text: str) -> int:

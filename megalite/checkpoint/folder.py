@@ -155,7 +155,7 @@ def check_tiled(
         _add_corners(corners, offsets, shape, 1)
     if held != math.prod(full_shape):
         raise CheckpointError(
-            f"{name}: {held} elements of {math.prod(full_shape)} stored: must be each once"
+            f"{name}: {held} of {math.prod(full_shape)} elements stored: each must be stored once"
         )
     _add_corners(corners, (0,) * len(full_shape), full_shape, -1)
     if any(corners.values()):

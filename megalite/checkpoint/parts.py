@@ -197,7 +197,7 @@ class PartIndex(Index):
         for name, rows in self._rows.items():
             of_rows = {table.slices[row].kinds for table, row in rows}
             kinds = sorted({kind for kinds in of_rows for kind in kinds})
-            # Where every row has all kinds, these are stored in the same ranges: one check tells of them all.
+            # Where every row has all kinds, these are stored in the same ranges: one check is enough.
             for kind in kinds[:1] if len(of_rows) == 1 else kinds:
                 of_kind = [(table, row) for table, row in rows if kind in table.slices[row].kinds]
                 self._check_tensor(f"{kind}/{name}", of_kind)
@@ -222,7 +222,7 @@ class PartIndex(Index):
                 end += count
             if end != math.prod(slice_shape):
                 raise CheckpointError(
-                    f"{name}: {end} elements of {math.prod(slice_shape)} stored of a slice: must be each once"
+                    f"{name}: {end} of {math.prod(slice_shape)} elements of a slice stored: each must be stored once"
                 )
 
 

@@ -84,8 +84,8 @@ class Copy:
     """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
     several times as long as filling it.
 
-    From a GPU the copies are made in a stream of their own, behind what the device was asked for before; the host waits
-    for nothing. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
+    From a GPU the copies are made in a stream of their own, behind the work that the device has; the host does not
+    wait. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
     (Engine.update_waits_for), and the memory must not be read.
     """
 
@@ -318,7 +318,7 @@ class Saver:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                self.told.append(f"{path}: damaged, and passed over: is now {aside.name}")
+                self.told.append(f"{path}: damaged and skipped: is now {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
                 self.told.append(

@@ -198,7 +198,7 @@ def _fill(run: TextRun, folder: Path) -> None:
 
 
 def _train_tokenizer(run: TextRun, folder: Path) -> None:
-    """With as many pieces as were asked for; else by the size of the text, or fewer where its lines are much alike."""
+    """Of the given size; else of one by the size of the text, or fewer pieces where its lines are much alike."""
     size = run.vocab_size or vocabulary_for(run.inputs)
     try:
         train_tokenizer(run.inputs, size, "bpe", folder)

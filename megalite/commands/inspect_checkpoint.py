@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     path = Path(options.checkpoint)
     with reading(path, CheckpointError):
         run_dir = path.parent if path.name == "checkpoints" else path
-        standing = [path] if (path / SUMS).exists() else checkpoints_of(run_dir)
-        folder = standing[-1] if standing else find_checkpoint(path)
+        found = [path] if (path / SUMS).exists() else checkpoints_of(run_dir)
+        folder = found[-1] if found else find_checkpoint(path)
         lines = list(described(Checkpoint.open(folder), options.tensors))
     for line in lines:
         print(line)

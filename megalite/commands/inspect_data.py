@@ -51,7 +51,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--masked",
         type=share,
         metavar="SHARE",
-        help="show what masked language modelling asks for, in one draw of this share of the tokens",
+        help="show the tokens that masked language modelling predicts, in one draw of this share of them",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"

@@ -2,7 +2,7 @@
 
 `load_config` reads a file and `KEY=VALUE` overrides and checks each key; `Config.resolve` adds the world
 size, applies the rules between keys and writes every default that the result depends on; `check_model`
-holds the model's sizes against the rest. Nothing here imports torch or deepspeed or starts anything.
+compares the model's sizes with the rest. Nothing here imports torch or deepspeed or starts anything.
 
 Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.py` (what ties them).
 """
@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration. Its sizes of the batch are there after `resolve`."""
+    """A whole configuration. `resolve` fills in what the JSON leaves out, such as the batch sizes."""
 
     document: Document
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -85,24 +85,21 @@ class Config:
         """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
         if keys.get("optimizer", {}).get("type") == "SGD":
-            keys["zero_allow_untested_optimizer"] = (
-                True  # tested here: tests/distributed/test_recipes.py
-            )
+            # Tested here: tests/distributed/test_recipes.py.
+            keys["zero_allow_untested_optimizer"] = True
         # Left out, it is on, and waits for the device twice a micro-batch.
         keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})
         if scheduler.get("type") in OURS:
             del keys["scheduler"]
         elif scheduler.get("type") in DEEPSPEEDS:
-            params, fields = scheduler["params"], DEEPSPEEDS[scheduler["type"]].model_fields
-            if "total_num_steps" in fields and params.get("total_num_steps") is None:
+            params, optimizer = scheduler["params"], self.document.optimizer
+            fields = DEEPSPEEDS[scheduler["type"]].model_fields
+            left_out = [name for name in fields if params.get(name) is None]
+            if "total_num_steps" in left_out:
                 params["total_num_steps"] = self.train.last_step
-            if (
-                "warmup_max_lr" in fields
-                and params.get("warmup_max_lr") is None
-                and self.document.optimizer
-            ):
-                params["warmup_max_lr"] = self.document.optimizer.params.lr
+            if "warmup_max_lr" in left_out and optimizer is not None:
+                params["warmup_max_lr"] = optimizer.params.lr
         return keys
 
     @property
@@ -119,21 +116,12 @@ class Config:
         schedule = Schedule(scheduler.type, total, warmup, params.warmup_tokens)
         match params:
             case WSD():
-                steps = decay_steps(params, total)
-                return replace(
-                    schedule,
-                    min_ratio=params.min_ratio,
-                    decay_steps=steps,
-                    decay_shape=params.decay_shape,
-                )
-            case Linear():
-                return replace(schedule, min_ratio=params.min_ratio)
+                steps, shape = decay_steps(params, total), params.decay_shape
+                schedule = replace(schedule, decay_steps=steps, decay_shape=shape)
             case InverseSqrt():
-                return replace(
-                    schedule,
-                    min_ratio=params.min_ratio,
-                    timescale_steps=params.timescale_steps or warmup,
-                )
+                schedule = replace(schedule, timescale_steps=params.timescale_steps or warmup)
+        if isinstance(params, Linear | InverseSqrt):
+            schedule = replace(schedule, min_ratio=params.min_ratio)
         return schedule
 
     @property
@@ -240,7 +228,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_model(config: Config, dims: ModelDims) -> None:
-    """Hold the sizes of the model against the grid and the samples. Raises ConfigError with one line."""
+    """Compare the sizes of the model with the grid and the samples. Raises ConfigError with one line."""
     check_dims(config.document, dims)
 
 

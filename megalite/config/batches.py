@@ -1,6 +1,6 @@
 """How many samples each step takes: a function of the samples consumed before it, the same on every layout.
 
-Next: rules.py, which holds the sizes against micro-batch and data axis.
+Next: rules.py, which compares the sizes with micro-batch and data axis.
 """
 
 from dataclasses import dataclass

@@ -15,32 +15,22 @@ from megalite.config.sections import Data, Megalite
 from megalite.config.stack_rules import check_objective_of_stacks, check_source_target
 from megalite.errors import ConfigError
 
-LEAST_SHARE = (
-    1e-6  # of a corpus of a blend: below it, data/blend.py would walk through millions of positions
-)
+# Of a corpus of a blend: below it, data/blend.py would walk through millions of positions.
+LEAST_SHARE = 1e-6
 
 
 def check_data_keys(data: Data) -> None:
     if data.eod_mask_loss and data.tokenizer is None:
-        raise broken(
-            "megalite.data.eod_mask_loss",
-            True,
-            "needs megalite.data.tokenizer, which names the token",
-        )
+        rule = "needs megalite.data.tokenizer, which names the token"
+        raise broken("megalite.data.eod_mask_loss", True, rule)
     if data.megatron_samples is not None and data.order != "megatron":
-        raise broken(
-            "megalite.data.megatron_samples",
-            data.megatron_samples,
-            'needs megalite.data.order "megatron"',
-        )
+        rule = 'needs megalite.data.order "megatron"'
+        raise broken("megalite.data.megatron_samples", data.megatron_samples, rule)
     if data.samples == "packed" and not data.reset_attention:
         raise broken("megalite.data.samples", "packed", "needs megalite.data.reset_attention true")
     if data.samples != "windows" and data.order == "megatron":
-        raise broken(
-            "megalite.data.samples",
-            data.samples,
-            'must be "windows" with megalite.data.order "megatron"',
-        )
+        rule = 'must be "windows" with megalite.data.order "megatron"'
+        raise broken("megalite.data.samples", data.samples, rule)
     _check_masked(data)
     _check_classes(data)
     check_source_target(data)
@@ -48,11 +38,8 @@ def check_data_keys(data: Data) -> None:
     for name, sources in (("train", data.train), ("valid", data.valid)):
         for i, source in enumerate(sources):
             if source.split is not None and source.split[0] >= source.split[1]:
-                raise broken(
-                    f"megalite.data.{name}.{i}.split",
-                    source.split,
-                    "must be [from, to] with from < to",
-                )
+                rule = "must be [from, to] with from < to"
+                raise broken(f"megalite.data.{name}.{i}.split", source.split, rule)
     least = min(source.weight for source in data.train)
     total = sum(source.weight for source in data.train)
     if least < LEAST_SHARE * total:
@@ -68,11 +55,8 @@ def _check_masked(data: Data) -> None:
         return
     path = "megalite.data.objective"
     if objective.keep + objective.swap > 1:
-        raise broken(
-            f"{path}.keep",
-            objective.keep,
-            f"must be at most 1 together with {path}.swap {objective.swap}",
-        )
+        rule = f"must be at most 1 together with {path}.swap {objective.swap}"
+        raise broken(f"{path}.keep", objective.keep, rule)
     if data.tokenizer is None and objective.mask_token_id is None:
         raise ConfigError(
             f"{path}.mask_token_id: missing: give it or megalite.data.tokenizer, which has a mask token"
@@ -119,7 +103,7 @@ def _check_classes(data: Data) -> None:
         rule = f"must be true {with_classes}: a text must not see the others of its sample"
         raise broken("megalite.data.reset_attention", False, rule)
     if data.eod_mask_loss:
-        rule = f"must be false {with_classes}: no token is asked for"
+        rule = f"must be false {with_classes}: no token is predicted"
         raise broken("megalite.data.eod_mask_loss", True, rule)
 
 
@@ -129,7 +113,7 @@ def _check_prefix(data: Data) -> None:
         return
     with_prefix = 'with megalite.data.objective "prefix"'
     if data.loss != "marked":
-        rule = f'must be "marked" {with_prefix}: prompts are what is before the marked tokens'
+        rule = f'must be "marked" {with_prefix}: a prompt is the tokens before the marked ones'
         raise broken("megalite.data.loss", data.loss, rule)
     if data.samples == "windows":
         rule = f'must be "packed" or "padded" {with_prefix}, which is of whole documents'
@@ -140,7 +124,7 @@ def _check_prefix(data: Data) -> None:
         )
         raise broken("megalite.data.reset_attention", False, rule)
     if data.eod_mask_loss:
-        rule = f"must be false {with_prefix}: every marked token is asked for"
+        rule = f"must be false {with_prefix}: every marked token is predicted"
         raise broken("megalite.data.eod_mask_loss", True, rule)
 
 
@@ -152,7 +136,7 @@ def check_undivided(parallel: Parallel, data: Data) -> None:
 
 
 def check_classifier(megalite: Megalite) -> None:
-    """What a classifier's head has no use for."""
+    """What a classifier cannot have."""
     if not megalite.data.classes:
         return
     with_classes = "with megalite.data.objective.classes"
@@ -165,7 +149,7 @@ def check_classifier(megalite: Megalite) -> None:
 
 
 def check_objective(data: Data, dims: ModelDims) -> None:
-    """What is asked for against what a token sees, and what the model's head gives."""
+    """What is predicted against what a token sees, and what the model's head gives."""
     if dims.labels != data.classes:
         rule = f'must be the labels of the model, a classifier: {{"classes": {json.dumps(dims.labels)}}}'
         value = data.objective if isinstance(data.objective, str) else data.objective.model_dump()
@@ -174,8 +158,8 @@ def check_objective(data: Data, dims: ModelDims) -> None:
         return
     if dims.causal and isinstance(data.objective, Masked):
         value = data.objective.model_dump(exclude_none=True)
-        rule = f"needs an encoder, such as bert: a {dims.family} model sees only what is before a token"
+        rule = f"needs an encoder, such as bert: a {dims.family} model sees only earlier tokens"
         raise broken("megalite.data.objective", value, rule)
     if not dims.causal and isinstance(data.objective, str):
-        rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees what is asked for'
+        rule = f'must be {{"masked": 0.15}} or the like with a {dims.family} model, which sees all tokens'
         raise broken("megalite.data.objective", data.objective, rule)

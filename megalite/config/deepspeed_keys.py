@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from megalite.config.section import Section
+from megalite.config.section import Positive, Section, Share
 
 _OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
 _NO_EXPERTS = "DeepSpeed's own experts are not used; use megalite.parallel.expert"
@@ -37,9 +37,7 @@ def _no_nvme(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
-Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def key(description: str) -> Any:
@@ -96,13 +94,13 @@ class ZeroOptimization(Section):
         0,
         ge=0,
         le=3,
-        description="What the data axis shares out: 1 optimizer state, 2 gradients too, 3 weights too. "
+        description="What is sharded over the data axis: 1 optimizer state, 2 gradients too, 3 weights too. "
         "pipe > 1 takes 0 to 2.",
     )
     contiguous_gradients: bool | None = key("Copy gradients into one buffer as they are made.")
     reduce_scatter: bool | None = key("Reduce-scatter in place of all-reduce.")
     reduce_bucket_size: Count | None = key(
-        "Elements reduced at a time, a buffer of its own; left out: 4e7."
+        "Elements reduced at a time, the size of a buffer; left out: 4e7."
     )
     use_multi_rank_bucket_allreduce: bool | None = key(
         "One all-reduce in place of a reduce for each owner: fewer messages, twice the bytes. Left out: false."
@@ -189,7 +187,7 @@ class Bf16(Section):
             ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
             "masters and moments are kept in fp32",
         ),
-        "check_grad_overflow": "gradients are always looked at; see megalite.train.faults.not_finite",
+        "check_grad_overflow": "gradients are always checked; see megalite.train.faults.not_finite",
         "immediate_grad_update": "it is for DeepSpeed's BF16_Optimizer, which is not used: ZeRO does without",
     }
 
@@ -251,7 +249,7 @@ class OptimizerParams(Section):
         "With type Adam: true (DeepSpeed's default) decays as AdamW does, false adds it to the gradient."
     )
     torch_adam: bool | None = key(
-        "torch's Adam; false: DeepSpeed's, which is compiled at the first start and needs nvcc where a GPU is. "
+        "torch's Adam; false: DeepSpeed's, which is compiled at the first start, on a GPU with nvcc. "
         "Left out: true."
     )
     fused: bool | None = key(
@@ -273,13 +271,8 @@ ADAM: dict[str, Any] = {
     "torch_adam": True,
     "fused": None,  # with torch_adam alone
 }
-OPTIMIZERS: dict[
-    str, dict[str, Any]
-] = {  # what each takes beside lr and weight_decay, with what holds when left out
-    "AdamW": ADAM,
-    "Adam": ADAM,
-    "SGD": {"momentum": 0.0},
-}
+OPTIMIZERS: dict[str, dict[str, Any]] = {"AdamW": ADAM, "Adam": ADAM, "SGD": {"momentum": 0.0}}
+"""What each takes beside lr and weight_decay, with the defaults."""
 REFUSED_OPTIMIZERS = {
     "Muon": "DeepSpeed's makes orthogonal what a rank of the tensor axis holds of a matrix, not the matrix, and from "
     "ZeRO-1 on clips the update in place of the gradient: the result would depend on the layout",
@@ -291,17 +284,11 @@ REFUSED_OPTIMIZERS = {
 
 def _optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
-        why = next(
-            (
-                f": {why}"
-                for known, why in REFUSED_OPTIMIZERS.items()
-                if known.lower() == name.lower()
-            ),
-            "",
-        )
-        raise PydanticCustomError(
-            "optimizer", "{rule}", {"rule": f"must be one of {', '.join(OPTIMIZERS)}{why}"}
-        )
+        rule = f"must be one of {', '.join(OPTIMIZERS)}"
+        for known, why in REFUSED_OPTIMIZERS.items():
+            if known.lower() == name.lower():
+                rule = f"{rule}: {why}"
+        raise PydanticCustomError("optimizer", "{rule}", {"rule": rule})
     return name
 
 

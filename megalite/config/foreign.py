@@ -1,7 +1,7 @@
-"""What a JSON that was made for another trainer holds and that asks nothing of megalite: keys that are off, and "auto".
+"""Keys of a JSON that was made for another trainer and that mean nothing here: those that are off, and "auto".
 
-Hugging Face's Trainer fills `auto` in from its own arguments; here it becomes what those hold when left out, or is left
-out. What that is in each case, and what has no effect, is said in a note. Next: rules.py.
+Hugging Face's Trainer fills `auto` in from its own arguments; here it becomes their default, or is left out. A note
+says which, and names keys without effect. Next: rules.py.
 """
 
 import json
@@ -30,7 +30,7 @@ AUTO: dict[str, Any] = {  # by key: what `auto` becomes, or (LEFT_OUT, what then
     "zero_optimization.stage3_prefetch_bucket_size": (LEFT_OUT, "DeepSpeed's 5e7 holds"),
     "zero_optimization.stage3_param_persistence_threshold": (LEFT_OUT, "DeepSpeed's 1e5 holds"),
 }
-IDLE = {  # keys that are often true, and then ask for what megalite does in its own way, or does not need
+IDLE = {  # keys that are often true, and ask for something that megalite does in its own way, or does not need
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "checkpoints hold whole tensors always",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "checkpoints hold whole tensors always",
     "zero_allow_untested_optimizer": "optimizer.type is one that is tested",
@@ -38,7 +38,7 @@ IDLE = {  # keys that are often true, and then ask for what megalite does in its
 
 
 def without_foreign(section: type[Section], value: Any, path: str = "") -> tuple[Any, list[str]]:
-    """`value`, which lies at the dotted `path` of the JSON, as far as it asks for something, and the notes."""
+    """`value`, which is at the dotted `path` of the JSON, without such keys, and the notes."""
     if not isinstance(value, dict):
         return value, []
     result, notes = {}, []
@@ -64,14 +64,14 @@ def without_foreign(section: type[Section], value: Any, path: str = "") -> tuple
 
 
 def is_off(section: type[Section], key: str, value: Any) -> bool:
-    """Whether a refused key asks for what holds anyway."""
+    """Whether a refused key changes nothing."""
     return value in section.neutral[key] if key in section.neutral else _is_off(value)
 
 
 def _is_off(value: Any) -> bool:
-    """False, null, and an object that says so of itself or of all in it."""
-    if isinstance(value, dict):
-        return value.get("enabled") is False or (
-            "enabled" not in value and all(map(_is_off, value.values()))
-        )
-    return value is None or value is False
+    """False, null, an object that is not enabled, and one of which all values are off."""
+    if not isinstance(value, dict):
+        return value is None or value is False
+    if "enabled" in value:
+        return value["enabled"] is False
+    return all(map(_is_off, value.values()))

@@ -14,31 +14,27 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Limits(Section):
-    """How long each part of a run may take. One that takes longer is taken for stuck: each rank writes its stacks into
-    the run folder's `faults/`, and all end."""
+    """How long each part of a run may take. A part that takes longer counts as stuck: each rank writes its stacks into
+    the run folder's `faults/`, and all ranks end."""
 
     first_step_seconds: Seconds = Field(
-        1800.0, description="The engine's start, and as much again for the first step."
+        1800.0, description="The start of the engine, and the first step, each."
     )
     step_seconds: Seconds = Field(600.0, description="One later step.")
-    checkpoint_seconds: Seconds = Field(1800.0, description="What a step waits for a checkpoint.")
+    checkpoint_seconds: Seconds = Field(
+        1800.0, description="The time that a step waits for a checkpoint."
+    )
     evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
 
     @property
     def collective_timeout(self) -> timedelta:
         """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
-        longest = max(
-            self.first_step_seconds,
-            self.step_seconds,
-            self.checkpoint_seconds,
-            self.evaluation_seconds,
-        )
+        longest = max(self.model_dump().values())
         return timedelta(seconds=longest + 300)
 
 
-DEFAULT_TIMEOUT = Limits.model_validate(
-    {}
-).collective_timeout  # of programs without limits of their own
+# Of programs without limits of their own.
+DEFAULT_TIMEOUT = Limits.model_validate({}).collective_timeout
 
 
 class Faults(Section):
@@ -55,11 +51,11 @@ class Faults(Section):
     spike_factor: float | None = Field(
         None,
         gt=1,
-        description="A loss above this many times the median of the last spike_window losses is a spike; none is where "
-        "that median is 0.",
+        description="A loss above this many times the median of the last spike_window losses is a spike; there is none "
+        "if that median is 0.",
     )
     spike_window: Positive = Field(
-        100, description="Losses that the median is of; none is a spike before there are as many."
+        100, description="Losses in that median; there is no spike before there are as many."
     )
     spike: Literal["warn", "skip", "rewind"] = Field(
         "warn", description="What is done about a spike: a line in the log, or as in not_finite."
@@ -75,13 +71,13 @@ class Faults(Section):
     )
     pace_interval: Counter = Field(
         10,
-        description="Steps between two comparisons of the ranks' own seconds of computing, whose rows also have "
-        "`split_seconds`, where the step's time went; 0: never.",
+        description="Steps between two comparisons of the time that each rank computes; the metrics of such a step "
+        "also have `split_seconds`, the parts of its time; 0: never.",
     )
     slow_factor: float = Field(
         1.5,
         gt=1,
-        description="A rank is slow that computes longer than the median of all by this factor.",
+        description="A rank is slow if it computes longer than this many times the median of all ranks.",
     )
     slow_looks: Positive = Field(
         3, description="Comparisons in a row after which a slow rank is named."

@@ -5,11 +5,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from megalite.config.section import Section
+from megalite.config.section import Counter, Section, Share
 
 MaskedShare = Annotated[float, Field(gt=0, lt=1)]
 TwoShares = Annotated[list[MaskedShare], Field(min_length=2, max_length=2)]
-TokenId = Annotated[int, Field(ge=0)]
 
 
 def _masked(value: Any) -> Any:
@@ -25,26 +24,24 @@ class Masked(Section):
     drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
 
     masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
-        description="Share of the tokens that are asked for, such as 0.15; or of the first and the last step, such as "
-        "`[0.3, 0.15]`, and in a straight line between them. Evaluation has the last step's.",
+        description="Share of the tokens that are predicted, such as 0.15; or the shares of the first and the last "
+        "step, such as `[0.3, 0.15]`, in a straight line between them. Evaluation uses the last step's.",
     )
     whole_word: bool = Field(
         False,
-        description="Ask for all tokens of a word or for none; needs a tokenizer whose tokens show where words begin.",
+        description="Predict all tokens of a word or none; needs a tokenizer whose tokens show where words begin.",
     )
-    keep: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="Share of those that are left as they are."
-    )
-    swap: Annotated[float, Field(ge=0, le=1)] = Field(
+    keep: Share = Field(0.1, description="Share of those that are left as they are.")
+    swap: Share = Field(
         0.1, description="Share of those that are replaced by a random token; the rest is masked."
     )
-    mask_token_id: TokenId | None = Field(
+    mask_token_id: Counter | None = Field(
         None,
         description="The token that replaces a masked one; left out: the tokenizer's mask token.",
     )
-    special_token_ids: list[TokenId] | None = Field(
+    special_token_ids: list[Counter] | None = Field(
         None,
-        description="Tokens that are never asked for, beside the mask token; left out: the tokenizer's special tokens.",
+        description="Tokens that are never predicted, beside the mask token; left out: the tokenizer's special tokens.",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""What a sample asks for beside the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
+"""What a model predicts beside the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
 
 Of classifiers the labels of texts, of encoder-decoders the target that belongs to a source, from pairs or from the
 text itself. Masked language modelling is in masks.py.
@@ -10,15 +10,14 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from megalite.config.section import Section
+from megalite.config.section import Counter, Section
 
-Id = Annotated[int, Field(ge=0)]
 Length = Annotated[int, Field(ge=2)]
 
 
 class Classes(Section):
-    """Classification: of each text its label is asked for. The texts are whole documents, `packed` or `padded`, of a
-    corpus that tools/preprocess_data.py --label-key has made."""
+    """Classification: the model predicts the label of each text. The texts are whole documents, `packed` or `padded`,
+    of a corpus that tools/preprocess_data.py --label-key has made."""
 
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=2,
@@ -43,27 +42,27 @@ class Pairs(Section):
         description="Tokens of a sample for the source and the token that ends it; the rest of "
         "`megalite.data.sequence_length` is for the target. What is longer is cut."
     )
-    start_token_id: Id = Field(
+    start_token_id: Counter = Field(
         0, description="The token that targets begin with, the model's decoder_start_token_id."
     )
 
 
 class Spans(Section):
     """Span corruption, for pretraining an encoder-decoder (t5): spans of the text are replaced by a sentinel each, and
-    the target asks for them. They are drawn again in each epoch, the same on every layout and after a restart."""
+    the target holds them. They are drawn again in each epoch, the same on every layout and after a restart."""
 
     span_corruption: float = Field(
-        gt=0, lt=1, description="Share of the tokens that are asked for, such as 0.15."
+        gt=0, lt=1, description="Share of the tokens that are replaced and predicted, such as 0.15."
     )
     mean_span: float = Field(3.0, ge=1, le=1e6, description="Mean tokens of a span.")
-    start_token_id: Id = Field(
+    start_token_id: Counter = Field(
         0, description="The token that targets begin with, the model's decoder_start_token_id."
     )
-    end_token_id: Id | None = Field(
+    end_token_id: Counter | None = Field(
         None,
         description="The token that ends source and target; left out: the tokenizer's end of document.",
     )
-    sentinel_token_ids: list[Id] | None = Field(
+    sentinel_token_ids: list[Counter] | None = Field(
         None,
         min_length=1,
         description="The token of the first span, of the second, …; left out: the tokenizer's <extra_id_0>, "
@@ -72,7 +71,7 @@ class Spans(Section):
 
 
 class SpanLengths(NamedTuple):
-    """text: tokens of a corpus in a sample, of which `noise` are asked for in so many `spans`; source, target: tokens
+    """text: tokens of a corpus in a sample, of which `noise` are predicted in so many `spans`; source, target: tokens
     that these make, with sentinels and the end."""
 
     text: int
@@ -96,7 +95,7 @@ def span_lengths(objective: Spans, length: int) -> SpanLengths | None:
     return _longest_text(objective.span_corruption, objective.mean_span, length)
 
 
-@cache  # asked for at each step, and it walks through lengths
+@cache  # called at each step, and it walks through lengths
 def _longest_text(share: float, mean_span: float, length: int) -> SpanLengths | None:
     for text in range(length, 1, -1):
         noise = min(max(round(text * share), 1), text - 1)

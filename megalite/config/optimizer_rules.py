@@ -12,11 +12,7 @@ from megalite.config.section import all_of, broken
 from megalite.errors import ConfigError
 
 REDUCE_BUCKET_ELEMENTS = 40_000_000
-
-
 NVME_SUB_GROUP_ELEMENTS = 100_000_000
-
-
 NVME_KEYS = {"nvme_path", "buffer_count", "pipeline_read", "pipeline_write"}
 
 
@@ -25,42 +21,31 @@ def check_precision(document: Document) -> None:
     fp16 = document.fp16 is not None and document.fp16.enabled
     if fp16 and bf16:
         raise broken("fp16.enabled", True, "must not be on together with bf16.enabled")
-    if (bf16 or fp16) and (
-        document.zero_optimization is None or document.zero_optimization.stage == 0
-    ):
-        raise broken(
-            "zero_optimization.stage",
-            0,
-            f"DeepSpeed does not start ZeRO-0 with {'bf16' if bf16 else 'fp16'} and fp32 accumulation; use stage 1, "
-            "same result",
-        )
+    zero = document.zero_optimization
+    if (bf16 or fp16) and (zero is None or zero.stage == 0):
+        name = "bf16" if bf16 else "fp16"
+        rule = f"DeepSpeed does not start ZeRO-0 with {name} and fp32 accumulation; use stage 1, same result"
+        raise broken("zero_optimization.stage", 0, rule)
     if document.communication_data_type == "bf16" and not bf16:
         raise broken("communication_data_type", "bf16", "needs bf16.enabled; leave it out")
 
 
 def check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
     pipe = parallel.pipe
-    offloads = {
-        name
-        for name in ("offload_optimizer", "offload_param")
-        if (section := getattr(zero, name)) is not None and section.device != "none"
-    }
     if pipe > 1 and zero.stage == 3:
-        raise broken(
-            "zero_optimization.stage",
-            3,
+        rule = (
             f"must be at most 2 with megalite.parallel.pipe {pipe}: each micro-batch would gather the stage's weights "
-            "again, twice, and forwards and backwards in turn would undo DeepSpeed's order of fetches",
+            "again, twice, and forwards and backwards in turn would undo DeepSpeed's order of fetches"
         )
-    for name in sorted(offloads):
-        device = getattr(zero, name).device
-        least = 3 if name == "offload_param" or device == "nvme" else 1
+        raise broken("zero_optimization.stage", 3, rule)
+    for name in ("offload_optimizer", "offload_param"):
+        section = getattr(zero, name)
+        if section is None or section.device == "none":
+            continue
+        least = 3 if name == "offload_param" or section.device == "nvme" else 1
         if zero.stage < least:
-            raise broken(
-                f"zero_optimization.{name}.device",
-                device,
-                f"needs zero_optimization.stage {least} or more",
-            )
+            rule = f"needs zero_optimization.stage {least} or more"
+            raise broken(f"zero_optimization.{name}.device", section.device, rule)
     offload = zero.offload_optimizer
     if offload is not None and offload.ratio is not None and offload.ratio < 1 and zero.stage != 3:
         raise broken(
@@ -74,17 +59,12 @@ def _check_nvme(document: Document, optimizer: Optimizer) -> None:
     offload = None if zero is None else zero.offload_optimizer
     path = "zero_optimization.offload_optimizer"
     if zero is None or offload is None or offload.device != "nvme":
-        given = (
-            []
-            if offload is None
-            else offload.model_dump(exclude_none=True, include=NVME_KEYS).items()
-        )
-        for name, value in given:
-            raise broken(f"{path}.{name}", value, f'needs {path}.device "nvme"')
+        rule = f'needs {path}.device "nvme"'
+        if offload is not None:
+            for name, value in offload.model_dump(exclude_none=True, include=NVME_KEYS).items():
+                raise broken(f"{path}.{name}", value, rule)
         if document.aio is not None:
-            raise broken(
-                "aio", document.aio.model_dump(exclude_none=True), f'needs {path}.device "nvme"'
-            )
+            raise broken("aio", document.aio.model_dump(exclude_none=True), rule)
         return
     if offload.nvme_path is None:
         raise ConfigError(f"{path}.nvme_path: missing: device nvme needs a folder for its files")
@@ -108,9 +88,8 @@ def moments_kept(optimizer: Optimizer) -> int:
 def buffers_needed(offload: OffloadOptimizer, optimizer: Optimizer) -> int:
     """Of a step with device nvme: masters and moments of a sub-group, of the one that is read ahead and of the one that
     is still written."""
-    return (1 + moments_kept(optimizer)) * (
-        1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
-    )
+    sub_groups = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
+    return sub_groups * (1 + moments_kept(optimizer))
 
 
 def check_optimizer(document: Document) -> None:
@@ -121,27 +100,17 @@ def check_optimizer(document: Document) -> None:
 
 
 def _check_update(optimizer: Optimizer) -> None:
-    for name, value in optimizer.params.model_dump(
-        exclude_none=True, exclude={"lr", "weight_decay"}
-    ).items():
+    params, path = optimizer.params, "optimizer.params"
+    given = params.model_dump(exclude_none=True, exclude={"lr", "weight_decay"})
+    for name, value in given.items():
         if name not in OPTIMIZERS[optimizer.type]:
-            raise broken(
-                f"optimizer.params.{name}",
-                value,
-                f"is not a parameter of {optimizer.type}; leave it out",
-            )
-    if optimizer.type == "AdamW" and optimizer.params.adam_w_mode is False:
-        raise broken(
-            "optimizer.params.adam_w_mode",
-            False,
-            "must not be false with type AdamW; use type Adam",
-        )
-    if optimizer.params.fused is not None and optimizer.params.torch_adam is False:
-        raise broken(
-            "optimizer.params.fused",
-            optimizer.params.fused,
-            "must be left out with torch_adam false",
-        )
+            rule = f"is not a parameter of {optimizer.type}; leave it out"
+            raise broken(f"{path}.{name}", value, rule)
+    if optimizer.type == "AdamW" and params.adam_w_mode is False:
+        rule = "must not be false with type AdamW; use type Adam"
+        raise broken(f"{path}.adam_w_mode", False, rule)
+    if params.fused is not None and params.torch_adam is False:
+        raise broken(f"{path}.fused", params.fused, "must be left out with torch_adam false")
 
 
 def check_groups(document: Document) -> None:

@@ -14,7 +14,7 @@ class Parallel(Section):
     pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
     schedule: Literal["1f1b", "interleaved", "zb-h1", "zb-v"] = Field(
         "1f1b",
-        description="In which order the ranks of the pipe axis work. `1f1b`: one chunk of layers a rank. "
+        description="The order in which the ranks of the pipe axis work. `1f1b`: one chunk of layers a rank. "
         "`interleaved`: several, for a smaller bubble and more messages. `zb-h1`: weight gradients fill the bubble. "
         "`zb-v`: both, with two chunks a rank in the shape of a V: the smallest bubble. The result is the same; "
         "docs/layouts.md says which to choose.",
@@ -44,7 +44,6 @@ class Parallel(Section):
         "of the whole sample; any number of heads. `heads`: each computes some heads of the whole sample; context "
         "divides the heads of a rank of the tensor axis. The result is the same; docs/layouts.md says which to choose.",
     )
-
     expert: Positive = Field(
         1,
         description="Ranks of the data axis that share each layer's experts, a divisor of it and of the model's "

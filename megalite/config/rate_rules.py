@@ -16,11 +16,9 @@ from megalite.errors import ConfigError
 def wrong_schedule(value: Any) -> Wrong:
     """What is wrong with `scheduler.params` of a whole JSON, of which other parts may be wrong too."""
     scheduler = value.get("scheduler") if isinstance(value, dict) else None
-    kind, params = (
-        (scheduler.get("type"), scheduler.get("params"))
-        if isinstance(scheduler, dict)
-        else (None, None)
-    )
+    if not isinstance(scheduler, dict):
+        return {}
+    kind, params = scheduler.get("type"), scheduler.get("params")
     if not isinstance(kind, str) or kind not in SCHEDULES or not isinstance(params, dict):
         return {}
     _, wrong = read(SCHEDULES[kind], params, "scheduler.params")
@@ -52,22 +50,13 @@ def check_schedule(document: Document) -> Section | None:
 
 
 def _check_own_schedule(params: Constant) -> None:
+    path = "scheduler.params"
     if params.warmup_tokens is not None and params.warmup_steps > 0:
-        raise broken(
-            "scheduler.params.warmup_tokens",
-            params.warmup_tokens,
-            "cannot be given together with warmup_steps",
-        )
-    if (
-        isinstance(params, WSD)
-        and params.decay_steps is not None
-        and params.decay_share is not None
-    ):
-        raise broken(
-            "scheduler.params.decay_share",
-            params.decay_share,
-            "cannot be given together with decay_steps",
-        )
+        rule = "cannot be given together with warmup_steps"
+        raise broken(f"{path}.warmup_tokens", params.warmup_tokens, rule)
+    if isinstance(params, WSD) and None not in (params.decay_steps, params.decay_share):
+        rule = "cannot be given together with decay_steps"
+        raise broken(f"{path}.decay_share", params.decay_share, rule)
     unscaled = isinstance(params, InverseSqrt) and params.timescale_steps is None
     if unscaled and params.warmup_steps == 0 and params.warmup_tokens is None:
         raise ConfigError(
@@ -85,11 +74,8 @@ def _check_fall(
 ) -> None:
     """`value` of `key` makes a warm-up of `warmup` steps: they must leave room for what follows."""
     if isinstance(params, WSD) and (params.decay_steps or 0) > total:
-        raise broken(
-            "scheduler.params.decay_steps",
-            params.decay_steps,
-            f"must be at most {total_key} {total}",
-        )
+        rule = f"must be at most {total_key} {total}"
+        raise broken("scheduler.params.decay_steps", params.decay_steps, rule)
     so_many = "" if value == warmup else f"makes {warmup} steps of warm-up: "
     if isinstance(params, WSD) and warmup + decay_steps(params, total) > total:
         rule = f"and the decay's {decay_steps(params, total)} steps must be at most {total_key} {total} together"

@@ -1,10 +1,10 @@
 """The section `megalite.train.router`. Next: sections.py, of which it is a part."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from megalite.config.section import Section
+from megalite.config.section import Counter, Section
 
 
 class Router(Section):
@@ -13,19 +13,19 @@ class Router(Section):
     balance: Literal["sample", "bias", "none"] = Field(
         "sample",
         description="`sample`: a loss for each layer and sample, times the model config's router_aux_loss_coef, that "
-        "is least where all experts are used alike; it is the same on every layout, which transformers' own is not. "
-        "`bias`: no loss; what is added to the probabilities where experts are chosen moves after each step by the "
-        "tokens that each expert got of the global batch. `none`: neither.",
+        "is least if all experts are used alike; it is the same on every layout, unlike transformers' own. "
+        "`bias`: no loss, but a bias of each expert, added to the probabilities by which experts are chosen, moves "
+        "after each step by how many tokens of the global batch the expert got. `none`: neither.",
     )
     bias_rate: float | None = Field(
-        None, gt=0, description="By how much a bias moves in a step; left out: 1e-3."
+        None, gt=0, description="How far a bias moves in a step; left out: 1e-3."
     )
     z_loss: float = Field(
         0.0,
         ge=0,
         description="Weight of the mean squared logarithm of the router's softmax denominator, in each layer.",
     )
-    load_interval: Annotated[int, Field(ge=0)] = Field(
+    load_interval: Counter = Field(
         10,
         description="Steps between two rows of metrics with each expert's tokens, `expert_tokens`, and lines about "
         "experts without a token; 0: never.",

@@ -101,6 +101,7 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
         "gradient_accumulation_steps": accumulation,
         "data axis": data,
     }
+    # The batch is given: the others must make it, or the one that is missing follows from it.
     factor, names = 1, []
     for name, value in given.items():
         if value is not None:
@@ -109,11 +110,8 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
     product = " × ".join(names)
     if micro is not None and accumulation is not None:
         if batch != factor:
-            raise broken(
-                "train_batch_size",
-                batch,
-                f"must be {product} = {factor}; set one of the three to null to derive it",
-            )
+            rule = f"must be {product} = {factor}; set one of the three to null to derive it"
+            raise broken("train_batch_size", batch, rule)
         return batch, micro, accumulation
     if batch % factor:
         raise broken("train_batch_size", batch, f"must be a multiple of {product} = {factor}")
@@ -147,9 +145,8 @@ def _check_faults(megalite: Megalite) -> None:
             rule = 'must not be rewind with megalite.data.order "megatron", made for a given number of samples'
             raise broken(f"megalite.train.faults.{name}", "rewind", rule)
     if faults.spike != "warn" and faults.spike_factor is None:
-        raise broken(
-            "megalite.train.faults.spike", faults.spike, "needs megalite.train.faults.spike_factor"
-        )
+        rule = "needs megalite.train.faults.spike_factor"
+        raise broken("megalite.train.faults.spike", faults.spike, rule)
 
 
 def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
@@ -167,11 +164,8 @@ def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
         rule = f"must divide train_batch_size {plan.full} - start {ramp.start} = {plan.full - ramp.start}"
         raise broken(f"{key}.increment", ramp.increment, rule)
     if plan.levels > MOST_RISES:
-        raise broken(
-            f"{key}.increment",
-            ramp.increment,
-            f"makes {plan.levels:,} rises: must be at most {MOST_RISES:,}",
-        )
+        rule = f"makes {plan.levels:,} rises: must be at most {MOST_RISES:,}"
+        raise broken(f"{key}.increment", ramp.increment, rule)
 
 
 def resolved_keys(document: Document, data: int) -> dict[str, Any]:
@@ -195,7 +189,19 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
         if made_for < needed:
             rule = f"must be at least the samples of megalite.train.steps, {needed}"
             raise broken("megalite.data.megatron_samples", made_for, rule)
-    zero = result.setdefault("zero_optimization", {"stage": 0})
+    _resolve_zero(document, result.setdefault("zero_optimization", {"stage": 0}))
+    _resolve_types(result)
+    kind, params = result["optimizer"]["type"], result["optimizer"]["params"]
+    for name, value in OPTIMIZERS[kind].items():
+        if value is not None:
+            params.setdefault(name, value)
+    if params.get("torch_adam"):
+        params.setdefault("fused", True)
+    return result
+
+
+def _resolve_zero(document: Document, zero: dict[str, Any]) -> None:
+    """Defaults of `zero_optimization` that are not DeepSpeed's."""
     if zero["stage"] in (1, 2):
         # DeepSpeed's default all-reduces every bucket and keeps a part; so each part goes to its owner alone, half
         # of the bytes.
@@ -207,9 +213,12 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
     if offload and offload.device == "nvme" and document.optimizer is not None:
         # Buffers are as large as the largest sub-group: with DeepSpeed's 1e9 they hold what the files are to hold.
         zero.setdefault("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
-        zero["offload_optimizer"].setdefault(
-            "buffer_count", buffers_needed(offload, document.optimizer)
-        )
+        needed = buffers_needed(offload, document.optimizer)
+        zero["offload_optimizer"].setdefault("buffer_count", needed)
+
+
+def _resolve_types(result: dict[str, Any]) -> None:
+    """Defaults of the types that are computed in and sent."""
     result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     fp16 = result.get("fp16", {})
     if fp16.get("enabled"):
@@ -217,13 +226,6 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
             fp16.setdefault(name, value)
     if fp16.get("enabled") or result.get("bf16", {}).get("enabled"):
         result.setdefault("communication_data_type", "fp32")
-    kind, params = result["optimizer"]["type"], result["optimizer"]["params"]
-    for name, value in OPTIMIZERS[kind].items():
-        if value is not None:
-            params.setdefault(name, value)
-    if params.get("torch_adam"):
-        params.setdefault("fused", True)
-    return result
 
 
 def machine_has_gpu() -> bool:
@@ -232,10 +234,8 @@ def machine_has_gpu() -> bool:
     accelerator = os.environ.get("DS_ACCELERATOR")
     if accelerator:
         return accelerator != "cpu"
-    return any(
-        Path(device).exists()
-        for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
-    )
+    devices = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+    return any(Path(device).exists() for device in devices)
 
 
 def check_layout(parallel: Parallel, dims: ModelDims) -> None:
@@ -256,9 +256,8 @@ def check_layout(parallel: Parallel, dims: ModelDims) -> None:
         rule = f"must divide num_key_value_heads {dims.num_kv_heads} or be a multiple of it"
         raise broken("megalite.parallel.tensor", tensor, rule)
     if dims.vocabulary_size < tensor:
-        raise broken(
-            "megalite.parallel.tensor", tensor, f"must be at most vocab_size {dims.vocabulary_size}"
-        )
+        rule = f"must be at most vocab_size {dims.vocabulary_size}"
+        raise broken("megalite.parallel.tensor", tensor, rule)
     check_layout_of_stacks(parallel, dims)
     check_context_heads(parallel, dims)
     check_layers(parallel, dims.num_layers)

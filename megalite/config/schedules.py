@@ -6,14 +6,12 @@ are in `megalite/training`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from megalite.config.deepspeed_keys import Rate, key
-from megalite.config.section import Section
-
-Steps = Annotated[int, Field(ge=1)]
+from megalite.config.section import Positive, Section
 
 
 class Constant(Section):
@@ -22,15 +20,15 @@ class Constant(Section):
     warmup_steps: int = Field(
         0, ge=0, description="Steps of linear rise to `lr`; the first is above 0."
     )
-    warmup_tokens: Steps | None = key(
-        "In place of warmup_steps: tokens of linear rise, whatever a step holds of them."
+    warmup_tokens: Positive | None = key(
+        "In place of warmup_steps: tokens of linear rise, however many a step has."
     )
 
 
 class Linear(Constant):
     """`linear`: from `lr` to `lr × min_ratio` in a straight line."""
 
-    total_steps: Steps | None = key(
+    total_steps: Positive | None = key(
         "Step at which the lowest rate is reached; left out: megalite.train.steps."
     )
     min_ratio: float = Field(0.0, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
@@ -43,7 +41,7 @@ class Cosine(Linear):
 class WSD(Linear):
     """`wsd` (warm-up, stable, decay; arXiv 2404.06395): `lr` until the decay, which ends at total_steps."""
 
-    decay_steps: Steps | None = key("Steps of the decay.")
+    decay_steps: Positive | None = key("Steps of the decay.")
     decay_share: float | None = Field(
         None,
         gt=0,
@@ -58,7 +56,7 @@ class WSD(Linear):
 class InverseSqrt(Constant):
     """`inverse_sqrt`: `lr × sqrt(T / (T + steps since the warm-up))`; with T the warm-up, that of arXiv 1706.03762."""
 
-    timescale_steps: Steps | None = key("T; left out: the warm-up in steps.")
+    timescale_steps: Positive | None = key("T; left out: the warm-up in steps.")
     min_ratio: float = Field(0.0, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
 
 
@@ -67,14 +65,14 @@ class WarmupLR(Section):
 
     warmup_min_lr: Rate | None = key("Rate at the start.")
     warmup_max_lr: Rate | None = key("Rate after the warm-up; left out: optimizer.params.lr.")
-    warmup_num_steps: Steps | None = key("Steps of warm-up.")
+    warmup_num_steps: Positive | None = key("Steps of warm-up.")
     warmup_type: Literal["log", "linear"] | None = key("Form of the rise.")
 
 
 class WarmupDecayLR(WarmupLR):
     """`WarmupDecayLR`"""
 
-    total_num_steps: Steps | None = key(
+    total_num_steps: Positive | None = key(
         "Step at which 0 is reached; left out: megalite.train.steps."
     )
 
@@ -82,11 +80,13 @@ class WarmupDecayLR(WarmupLR):
 class WarmupCosineLR(Section):
     """`WarmupCosineLR`"""
 
-    total_num_steps: Steps | None = key("Step of the lowest rate; left out: megalite.train.steps.")
+    total_num_steps: Positive | None = key(
+        "Step of the lowest rate; left out: megalite.train.steps."
+    )
     warmup_min_ratio: float | None = Field(
         None, ge=0, le=1, description="Rate at the start, as a share of `lr`."
     )
-    warmup_num_steps: Steps | None = key("Steps of warm-up.")
+    warmup_num_steps: Positive | None = key("Steps of warm-up.")
     cos_min_ratio: float | None = Field(
         None, ge=0, le=1, description="Lowest rate, as a share of `lr`."
     )
@@ -99,8 +99,8 @@ class OneCycle(Section):
     cycle_min_lr: Rate = Field(description="Lowest rate of the cycle.")
     cycle_max_lr: Rate = Field(description="Highest rate of the cycle.")
     decay_lr_rate: Rate | None = key("Decay of the rate after the cycle.")
-    cycle_first_step_size: Steps | None = key("Steps of the rise.")
-    cycle_second_step_size: Steps | None = key("Steps of the fall.")
+    cycle_first_step_size: Positive | None = key("Steps of the rise.")
+    cycle_second_step_size: Positive | None = key("Steps of the fall.")
     cycle_first_stair_count: int | None = Field(None, ge=0, description="Stairs of the rise.")
     cycle_second_stair_count: int | None = Field(None, ge=0, description="Stairs of the fall.")
     decay_step_size: int | None = Field(None, ge=0, description="Steps of a decay; 0: no decay.")
@@ -114,7 +114,7 @@ class LRRangeTest(Section):
     """`LRRangeTest`"""
 
     lr_range_test_min_lr: Rate | None = key("Rate at the start.")
-    lr_range_test_step_size: Steps | None = key("Steps between two rises.")
+    lr_range_test_step_size: Positive | None = key("Steps between two rises.")
     lr_range_test_step_rate: Rate | None = key("Size of a rise.")
     lr_range_test_staircase: bool | None = key("Rise in stairs.")
 

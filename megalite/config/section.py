@@ -24,8 +24,8 @@ _LEAST_LIKENESS = 0.5  # one wrong letter of two ("lx" for "lr") is still recogn
 
 class Section(BaseModel):
     """A closed, frozen part of the JSON. `refused` maps keys that DeepSpeed knows and megalite does not
-    take to the reason, which names the key to use instead where there is one; `neutral` those of them to the values
-    that ask for what holds anyway, where that is not false (foreign.py)."""
+    take to the reason, which names the key to use instead where there is one; `neutral` some of them to the values
+    that change nothing, where false is not one (foreign.py)."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -36,6 +36,7 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Counter = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 AnySection = TypeVar("AnySection", bound=Section)
 Place = tuple[str | int, ...]
 Wrong = dict[Place, str]
@@ -63,9 +64,9 @@ def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySect
             place = _place(value, detail)
             line = _line(section, detail, place, path)
             # Each form that a value may have has an error of its own: of a list, a word, a number.
-            wrong[place] = (
-                f"{wrong[place]}, or {line.rpartition(': ')[2]}" if place in wrong else line
-            )
+            if place in wrong:
+                line = f"{wrong[place]}, or {line.rpartition(': ')[2]}"
+            wrong[place] = line
         return None, wrong
 
 
@@ -144,14 +145,14 @@ def broken(path: str, value: Any, rule: str) -> ConfigError:
 
 def unknown(path: str, near: list[str]) -> ConfigError:
     """The error of a key that nothing knows, with the full paths of the nearest that are known."""
-    return ConfigError(
-        f"{path}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    )
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ConfigError(f"{path}: unknown key{hint}")
 
 
 def join(path: str, *keys: str | int) -> str:
     """A dotted path: `join("megalite", "data", "train", 0)` is `megalite.data.train.0`."""
-    return ".".join([path] * bool(path) + [str(key) for key in keys])
+    parts = [str(key) for key in keys]
+    return ".".join([path, *parts] if path else parts)
 
 
 def shown(value: Any) -> str:

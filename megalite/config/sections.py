@@ -20,9 +20,8 @@ from megalite.config.objectives import (
 )
 from megalite.config.parallel_keys import Parallel
 from megalite.config.router_section import Router
-from megalite.config.section import Counter, Positive, Section, broken
+from megalite.config.section import Counter, Positive, Section, Share, broken
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -108,13 +107,13 @@ class Data(Section):
         Literal["causal", "prefix"] | Masked | Classes | Pairs | Spans, BeforeValidator(_objective)
     ] = Field(
         "causal",
-        description="`causal`: each token is asked for after those before it. `prefix`: so are marked tokens, and the "
-        "tokens of a document's prompt, which is before those, see each other both ways (docs/translation.md). For "
-        "encoders masked language modelling, "
-        '`{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation then has the same masks every time '
-        '(docs/encoders.md). `{"classes": ["negative", "positive"]}`: the model is a classifier of texts, whose head '
-        "takes the place of the other (docs/classification.md). For encoder-decoders pairs of source and target, "
-        '`{"source_length": 64}`, or span corruption, `{"span_corruption": 0.15, "mean_span": 3}` '
+        description="`causal`: each token is predicted from those before it. `prefix`: so are marked tokens, while "
+        "those of a document's prompt, the tokens before the marked ones, see each other both ways "
+        "(docs/translation.md). "
+        'For encoders masked language modelling, `{"masked": 0.15, "keep": 0.1, "swap": 0.1}`; evaluation uses the '
+        'same masks every time (docs/encoders.md). `{"classes": ["negative", "positive"]}`: a classifier of texts, '
+        "whose head replaces the model's own (docs/classification.md). For encoder-decoders pairs of source and "
+        'target, `{"source_length": 64}`, or span corruption, `{"span_corruption": 0.15, "mean_span": 3}` '
         "(docs/translation.md).",
     )
     order: Literal["shuffled", "megatron"] = Field(
@@ -124,12 +123,12 @@ class Data(Section):
     )
     megatron_samples: Positive | None = Field(
         None,
-        description="Samples that the order `megatron` is made for, there train_iters × global_batch_size; left "
-        "out: megalite.train.steps × train_batch_size, of the run's first start.",
+        description="Samples that the order `megatron` is computed for, Megatron-LM's train_iters × global_batch_size; "
+        "left out: megalite.train.steps × train_batch_size of the run's first start.",
     )
     reset_attention: bool = Field(
         False,
-        description="Keep documents apart: attention and positions restart at each, and a document's "
+        description="Keep documents apart: attention and positions restart at each document, and a document's "
         "last token does not predict the next document's first.",
     )
     eod_mask_loss: bool = Field(
@@ -139,7 +138,7 @@ class Data(Section):
 
     @property
     def ahead(self) -> int:
-        """Tokens that a sample needs after its last position: what is asked for there."""
+        """Tokens that a sample needs after its last position: the label there."""
         return 1 if isinstance(self.objective, str) else 0
 
     @property
@@ -155,10 +154,9 @@ class Data(Section):
     @property
     def spans(self) -> SpanLengths | None:
         """Lengths in samples of span corruption; None for other objectives, and where none fits."""
-        objective = self.objective
-        return (
-            span_lengths(objective, self.sequence_length) if isinstance(objective, Spans) else None
-        )
+        if not isinstance(self.objective, Spans):
+            return None
+        return span_lengths(self.objective, self.sequence_length)
 
     @property
     def source_length(self) -> int:
@@ -169,7 +167,7 @@ class Data(Section):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels of texts; empty where the objective asks for tokens."""
+        """Names of the labels of texts; empty where tokens are predicted."""
         return tuple(self.objective.classes) if isinstance(self.objective, Classes) else ()
 
 
@@ -195,22 +193,23 @@ class Init(Section):
     embedding_std: float | None = Field(
         None,
         gt=0,
-        description="That of token and learned position embeddings, a tied head's too; left out: as std.",
+        description="Standard deviation of token and learned position embeddings, and so of a tied head; left out: as "
+        "std.",
     )
     depth_scaled: bool | None = Field(
         None,
         description="Projections that write to the residual stream (attention's output, the MLP's down) take "
         "std / sqrt(2 × layers), as GPT-2 and Megatron-LM do; left out: as the family does in transformers, which is "
-        "true for gpt2 alone.",
+        "true for gpt2 and modernbert alone.",
     )
 
 
 class ParameterGroup(Section):
-    """What the optimizer does otherwise about some tensors."""
+    """Settings of the optimizer for some tensors."""
 
     match: Text = Field(
-        description="Full names, with `*`, `?` and `[…]` as in a shell: `layers.*.mlp.*`, `embedding.*`. Of entries "
-        "that match a name the first holds; one that is left with none is refused."
+        description="Full names, with `*`, `?` and `[…]` as in a shell: `layers.*.mlp.*`, `embedding.*`. The first "
+        "entry that matches a name applies to it; an entry that applies to no tensor is refused."
     )
     lr_ratio: float = Field(
         1.0, ge=0, description="Learning rate, as a multiple of the run's; 0: not trained."
@@ -259,20 +258,20 @@ class Train(Section):
     )
     activation_checkpointing: Literal["none", "selective", "full"] | Positive = Field(
         "none",
-        description="What is computed again in backward instead of being kept. `selective`: the core of attention; "
+        description="What backward computes again instead of keeping it. `selective`: the core of attention; "
         "`full`: all of a layer but its input; a number n: all of n layers but the input of the first.",
     )
     deterministic: bool = Field(
         False,
         description="On GPUs: kernels and collectives whose sums have one order, so that a run and its repetition or "
         "resumption on the same GPUs are equal to the bit, at some cost in speed; an operation without such a kernel "
-        "is an error. On a CPU that holds anyway.",
+        "is an error. Runs on a CPU are always so.",
     )
     compile: bool = Field(
         False,
-        description="Have torch.compile make one kernel each of rotary turns and of a gated MLP's product, forward and "
-        "backward, and on GPUs of dropout's masks; each rank compiles at its first step, which takes a C++ compiler. "
-        "Results differ by rounding.",
+        description="Let torch.compile make one kernel of rotary positions and one of a gated MLP's product, forward "
+        "and backward, and on GPUs one of dropout's masks; each rank compiles at its first step, which needs a C++ "
+        "compiler. Results differ by rounding.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,
@@ -280,7 +279,7 @@ class Train(Section):
     )
     parameter_groups: list[ParameterGroup] = Field(
         [],
-        description="Learning rate and weight decay by names; norms and biases do not decay where none says so.",
+        description="Learning rate and weight decay by names; norms and biases do not decay unless an entry says so.",
     )
     init: Init = Field(
         default_factory=lambda: Init.model_validate({}),
@@ -293,12 +292,12 @@ class Train(Section):
     )
     router: Router | None = Field(
         None,
-        description="Of a model with experts; left out: each of its keys as it is when left out.",
+        description="For a model with experts; left out: the defaults of its keys.",
     )
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step has one too; 0: never."
     )
-    eval_steps: Positive = Field(4, description="Global batches of an evaluation.")
+    eval_steps: Positive = Field(4, description="Global batches in an evaluation.")
     keep_best: bool = Field(
         False,
         description="Save a checkpoint after each evaluation with the lowest validation loss so far. The file "
@@ -314,9 +313,9 @@ class Train(Section):
     checkpoint_copy_gib: float | None = Field(
         None,
         ge=0,
-        description="Most memory of a rank for the copy that a checkpoint is written from while training continues; "
-        "where a rank needs more the steps wait for the files, and 0 has them always wait. Left out: half of what is "
-        "free on the node, shared among its ranks.",
+        description="Most memory that a rank may use for a copy of the checkpoint, so that training continues while it "
+        "is written. If a rank needs more, training waits for the files; 0: always. Left out: half of the node's free "
+        "memory, divided among its ranks.",
     )
     keep_checkpoints: Counter = Field(
         3, description="Newest checkpoints that are kept, beside the best; 0: all."
@@ -335,11 +334,11 @@ class Train(Section):
     sample_prompts: list[Text] = Field(
         [], description="Texts that the model continues at each evaluation; docs/watching.md."
     )
-    sample_tokens: Positive = Field(48, description="New tokens of each of them at most.")
+    sample_tokens: Positive = Field(48, description="Most new tokens for each of them.")
     calibration: Text | None = Field(
         None,
-        description="File of tools/benchmark_step.py --calibrate, of this machine: what a step is predicted to take, "
-        "in `--check` and beside the first steps; left out: a known GPU's figures. docs/planning.md.",
+        description="File that tools/benchmark_step.py --calibrate wrote on this machine, by which a step's time is "
+        "predicted in `--check` and beside the first steps; left out: figures of a known GPU. docs/planning.md.",
     )
     trace_steps: list[Positive] = Field(
         [],
@@ -351,14 +350,14 @@ class Train(Section):
     )
     faults: Faults = Field(
         default_factory=lambda: Faults.model_validate({}),
-        description="Steps that go wrong, and ranks that do.",
+        description="What is done about steps and ranks that go wrong.",
     )
 
     @property
     def last_step(self) -> int:
         """Steps of the whole run. Raises ConfigError where they follow from epochs, and no corpus was read."""
         if self.steps is None:
-            rule = "only training reads the corpus that the steps follow from: give megalite.train.steps in its place"
+            rule = "only training reads the corpus, from which the steps follow: give megalite.train.steps instead"
             raise broken("megalite.train.epochs", self.epochs, rule)
         return self.steps
 
@@ -370,7 +369,7 @@ class Megalite(Section):
         description='A Hugging Face config, `{"model_type": "llama", …}`, or a folder with its `config.json`.'
     )
     parallel: Parallel = Field(
-        default_factory=lambda: Parallel.model_validate({}), description="The grid."
+        default_factory=lambda: Parallel.model_validate({}), description="The grid of ranks."
     )
     data: Data
     train: Train

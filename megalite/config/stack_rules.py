@@ -21,7 +21,7 @@ def check_source_target(data: Data) -> None:
         wanted = {"samples": "padded", "loss": "marked", "reset_attention": True}
         if objective.source_length >= length:
             rule = (
-                f"must be below megalite.data.sequence_length {length}, which the target is in too"
+                f"must be below megalite.data.sequence_length {length}, which also holds the target"
             )
             raise broken(f"{PATH}.source_length", objective.source_length, rule)
     elif isinstance(objective, Spans):
@@ -78,7 +78,5 @@ def check_layout_of_stacks(parallel: Parallel, dims: ModelDims) -> None:
 def check_stacks(megalite: Megalite, dims: ModelDims) -> None:
     """What training has no form of for an encoder-decoder."""
     if dims.start_id is not None and megalite.train.sample_prompts:
-        rule = (
-            f"must be left out with a {dims.family} model: launcher/generate.py has samples of it"
-        )
+        rule = f"must be left out with a {dims.family} model: use launcher/generate.py"
         raise broken("megalite.train.sample_prompts", megalite.train.sample_prompts, rule)

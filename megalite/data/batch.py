@@ -74,6 +74,7 @@ class BatchReader:
         documents = np.zeros(shape, np.int32) if self.apart else None
         prefixes = np.zeros(shape, bool) if self.prefixed else None
         fill = self._fill_whole if self.whole else self._fill_window
+        # By corpus: the samples of one are looked up together.
         for number in np.unique(corpora).tolist():
             stream, rows = streams[number], np.flatnonzero(corpora == number)
             for corpus in (stream.samples.corpus, stream.marks):
@@ -108,7 +109,7 @@ class BatchReader:
         labels: np.ndarray,
         documents: np.ndarray | None,
     ) -> None:
-        """Rows [S] of one sample: its tokens in a run, and the one after them where that is asked for."""
+        """Rows [S] of one sample: its tokens in a run, and the one after them where that is predicted."""
         ahead = self.ahead
         window = np.empty(self.length + ahead, np.int64)
         read_tokens(stream.samples.corpus, pieces, window)
@@ -132,7 +133,7 @@ class BatchReader:
         labels: np.ndarray,
         documents: np.ndarray | None,
     ) -> None:
-        """Rows [S] of one sample: each document's tokens but the last, which nothing is asked for after, then
+        """Rows [S] of one sample: each document's tokens but the last, after which nothing is predicted, then
         filling."""
         filled, ahead = 0, self.ahead
         for number, piece in enumerate(pieces):

@@ -321,7 +321,7 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: is no .parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: is not a .parquet file: {str(error).splitlines()[0]}") from None
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise DataError(f"{path}: has no column {json.dumps(column)} (--text-key); it has {names}")

@@ -20,7 +20,7 @@ def identity(prefix: str) -> dict[str, Any]:
     return _identity(prefix, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
-@functools.lru_cache(maxsize=4096)  # asked for before a run and in it
+@functools.lru_cache(maxsize=4096)  # called before a run and in it
 def _identity(prefix: str, files: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     corpus = IndexedCorpus(prefix)
     tokens = hashlib.sha256()

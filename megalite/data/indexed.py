@@ -281,6 +281,7 @@ class IndexedCorpus:
                     self.index_path,
                     f"byte {base + 4 * entry}: sequence {entry} has {sizes[bad[0]]} tokens, must be 0 or more",
                 )
+            # Sequences lie one after another: each begins where the sizes before it end.
             ends = expected + np.cumsum(sizes) * width
             begins = ends - sizes * width
             if (bad := np.flatnonzero(pointers != begins)).size:

@@ -34,7 +34,7 @@ class Show:
     mask: bool = False
     """Documents with what `PREFIX.mask` marks, in place of counts and lengths."""
     masked: float | None = None
-    """Or with what masked language modelling asks for, with this share of the tokens."""
+    """Or with the tokens that masked language modelling predicts, this share of them."""
     columns: int = 80
     colour: bool = False
     weights: Sequence[float] | None = None

@@ -44,7 +44,7 @@ _PAIRS = 200  # pairs of a corpus at most, that are looked at for what is cut of
 
 
 class Share(NamedTuple):
-    """What a corpus of a blend has given: its prefix, the share asked for, and samples so far."""
+    """What a corpus of a blend has given: its prefix, the share in the config, and samples so far."""
 
     path: str
     asked: float
@@ -93,7 +93,7 @@ class TrainData:
             if words is None or not isinstance(samples, Windows) or samples.num_samples == 1:
                 continue
             share = words.cut(*samples.edges(_EDGES)).mean()
-            told = "of the windows begin within a word, whose two parts are masked apart"
+            told = "of the windows begin within a word, whose two parts are masked separately"
             lines.append(f"data: {path}: about {share:.0%} {told}")
         return lines
 

@@ -41,7 +41,7 @@ def runs_of(ids: Sequence[int], marks: np.ndarray, tokenizer: Tokenizer | None) 
 
 
 def drawn(ids: np.ndarray, number: int, share: float, tokenizer: Tokenizer | None) -> np.ndarray:
-    """Marks ([tokens], uint8) of what masked language modelling with that share of tokens asks for in one draw.
+    """Marks ([tokens], uint8) of the share of tokens that masked language modelling predicts, in one draw.
     number: of the document, for the draw. Raises ConfigError where there is no mask token."""
     if tokenizer is None or tokenizer.mask_id is None:
         raise ConfigError(f"--masked: {share:g}: needs --tokenizer, of one with a mask token")

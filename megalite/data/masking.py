@@ -1,4 +1,4 @@
-"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are asked for, and what replaces
+"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are predicted, and what replaces
 them.
 
 All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
@@ -24,7 +24,7 @@ _CHOSEN, _KIND, _OTHER = range(3)  # what is drawn of each position
 
 
 class Masking:
-    """An objective with its tokens. share: of the tokens, that is asked for."""
+    """An objective with its tokens. share: of the tokens that are predicted."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Masking:
         seed: int,
         words: Words | None = None,
     ) -> None:
-        """`special_ids` are never asked for, nor do they replace another; `ids`: a random token is below this; seed: of
+        """`special_ids` are never predicted, nor do they replace another; `ids`: a random token is below this; seed: of
         the masks; words: None where tokens are masked one by one."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
         self.share, self.words = objective.ends[0], words

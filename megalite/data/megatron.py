@@ -5,7 +5,7 @@ As megatron-core's GPTDataset builds it (`gpt_dataset.py`, `helpers.cpp`, 0.16.1
 index (where in it each sample begins) and the shuffle index (the order of samples). A last epoch of which
 less than 80 % is needed is shuffled by itself. All of it depends on the number of samples that the run was started
 for; tables and start grow with the corpus (`samples.py` has the order without tables). Megatron's compiled
-helper is not needed: what it builds is looked up here when it is asked for.
+helper is not needed: what it builds is looked up here when it is needed.
 """
 
 import math
@@ -130,14 +130,13 @@ class MegatronBlend:
 
     def __init__(self, weights: Sequence[float], samples: int) -> None:
         """For a run of `samples` samples, as Megatron was started with."""
-        self.shares: list[float] = (
-            np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))
-        ).tolist()
-        needed = [math.ceil(samples * share) for share in self.shares]
-        self.num_samples = sum(needed) if len(weights) > 1 else samples
-        self.samples_of = (
-            [math.ceil(n * (1 + _SURPLUS)) for n in needed] if len(weights) > 1 else [samples]
-        )
+        all_weights = np.array(weights, np.float64)
+        self.shares: list[float] = (all_weights / np.sum(all_weights)).tolist()
+        self.num_samples, self.samples_of = samples, [samples]
+        if len(weights) > 1:
+            needed = [math.ceil(samples * share) for share in self.shares]
+            self.num_samples = sum(needed)
+            self.samples_of = [math.ceil(count * (1 + _SURPLUS)) for count in needed]
         self._corpora, self._places = self._walk()
 
     def _walk(self) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +158,7 @@ class MegatronBlend:
         if positions.size and int(positions.max()) >= self.num_samples:
             raise DataError(
                 f"megalite.data.megatron_samples: the order is made for {self.num_samples} samples and the run "
-                f"asks for sample {int(positions.max())}: a longer run has another order in Megatron"
+                f"needs sample {int(positions.max())}: a longer run has another order in Megatron"
             )
         return self._corpora[positions].astype(np.int64), self._places[positions]
 

@@ -1,6 +1,6 @@
 """Samples of whole documents, for fine-tuning: several in a sample, as many as fit, or one and then filling.
 
-A document of n tokens takes n - 1 positions, since nothing is asked for after its last token; one longer than
+A document of n tokens takes n - 1 positions, since nothing is predicted after its last token; one longer than
 S + 1 tokens is cut, and one of a single token left out. Where tokens are masked instead it takes n positions, and one
 longer than S is cut. Which documents share a sample is found once, the longest first, each into the fullest sample
 that it still fits ("best fit decreasing"); where documents are kept apart in attention it changes no result.

@@ -131,6 +131,7 @@ class Partial:
         if encoded.marks:
             self._files["marks.bin"].write(encoded.marks)
         self.counts.tokens += sum(sizes)
+        # A document may go over several chunks: its size is written when its end has come.
         if self._open_tokens and sizes:
             sizes[0] += self._open_tokens
         elif self._open_tokens and not chunk.open_end:

@@ -1,7 +1,7 @@
-"""Samples of one corpus: S tokens, and the one after them where it is asked for (`ahead` 1; masked language modelling
+"""Samples of one corpus: S tokens, and the one after them where it is predicted (`ahead` 1; masked language modelling
 has 0), taken at multiples of S from the tokens laid end to end.
 
-S sequence length in tokens, B samples asked for. Two orders: the windows of the file itself, in order or
+S sequence length in tokens, B samples of a batch. Two orders: the windows of the file itself, in order or
 in a new permutation each epoch, computed at the requested position, so that a start costs the same at any size
 (here); and Megatron-LM's, whose tables are built first (`megatron.py`).
 Which corpus a position of the run goes to is `blend.py`.
@@ -105,7 +105,7 @@ class Shuffled:
 
     def _block(self, block: int) -> np.ndarray:
         """The samples at positions [block · BLOCK, (block + 1) · BLOCK). A shuffle of a few positions costs as much as
-        one of a thousand, and a run asks for neighbours, so the newest blocks are kept."""
+        one of a thousand, and a run reads neighbours, so the newest blocks are kept."""
         if block not in self._blocks:
             if len(self._blocks) == KEPT_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]

@@ -1,4 +1,4 @@
-"""Samples of an encoder-decoder: a source, which the encoder sees whole, and the target that is asked for.
+"""Samples of an encoder-decoder: a source, which the encoder sees whole, and the target that is predicted.
 
 A sample's S tokens are `source_length` of the source, which an end token closes, and the target's, behind the token
 that starts it: `labels` has the target's next token at each place. From pairs (pairs.py) each document is one, its

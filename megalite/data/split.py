@@ -14,7 +14,7 @@ from megalite.data.corpus_check import write_checksums
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
 from megalite.errors import DataError
 
-_MISSING = 0.2  # of what was asked for: with less missing no document is cut
+_MISSING = 0.2  # of the wanted tokens: if fewer are missing, no document is cut
 _SEED = 0
 
 

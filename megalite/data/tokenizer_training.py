@@ -89,7 +89,7 @@ def train_tokenizer(
         _compare(model, folder, itertools.chain(_AWKWARD, read_texts(inputs, text_key)))
         record_equal(folder)
     if bad:
-        print(f"{len(bad)} bad lines passed over, the first: {bad[0]}", file=sys.stderr)
+        print(f"{len(bad)} bad lines skipped, the first: {bad[0]}", file=sys.stderr)
 
 
 def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentences: int) -> bytes:

@@ -121,7 +121,7 @@ def exchange(axis: Any, given: Any) -> list[Any]:
     """What the neighbours on the pipe axis send, lower first, to whom this rank sends `given`: all messages are on
     their way at once, each direction on its own group (Axis.towards).
 
-    One direction is asked for after the other: with NCCL the first message of two ranks on a group waits for both.
+    One direction is sent after the other: with NCCL the first message of two ranks on a group waits for both.
     """
     import torch
     import torch.distributed as dist

@@ -87,7 +87,8 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Iterat
         probes = dict(zip(slots, seen, strict=True))
     failed = {host: seen for host, seen in probes.items() if isinstance(seen, str)}
     for host, said in failed.items():
-        yield f"{host}: no answer: {said}: `ssh {host} true` must work without a question, and this folder be there"
+        rule = f"`ssh {host} true` must work without a prompt, and this folder must exist there"
+        yield f"{host}: no answer: {said}: {rule}"
     answered = {host: seen for host, seen in probes.items() if not isinstance(seen, str)}
     for host, seen in answered.items():
         if seen["gpu_facts"] and isinstance(seen["gpu_facts"], list):
@@ -134,7 +135,7 @@ def _try_axes(
     if signals.stop == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.code:
-        yield f"a collective of each axis: {outcome.who or 'failed'}: what is above tells more"
+        yield f"a collective of each axis: {outcome.who or 'failed'}: see the lines above"
 
 
 def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any] | str:

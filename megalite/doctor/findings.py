@@ -53,7 +53,7 @@ def _room_findings(
 ) -> Iterator[str]:
     if seen["memory"] < slots * RANK_BYTES:
         free = f"{seen['memory'] / GIB:.1f} GiB"
-        yield f"{host}: {free} of memory are free for {slots} ranks: less than 1 GiB each: free some, or fewer slots"
+        yield f"{host}: {free} of memory are free for {slots} ranks: less than 1 GiB each: free some, or lower slots"
     if seen["gpus"] and slots > seen["gpus"]:
         yield f"{host}: slots={slots}: it has {seen['gpus']} GPUs: a rank takes one"
     for folder, free in seen["disks"].items():

@@ -15,7 +15,9 @@ FIELDS = {
 }
 """Ours, and nvidia-smi's; memory in MiB."""
 SECONDS = 30.0  # a driver that is broken may not answer at all
-LEAST_USED = 1024  # MiB on a GPU that tell of another process: a driver keeps some hundreds
+LEAST_USED = (
+    1024  # MiB on a GPU, from which on another process is likely: a driver keeps some hundreds
+)
 GPU = dict[str, str]
 
 
@@ -45,7 +47,7 @@ def line(gpus: list[GPU]) -> str:
 def gpu_findings(host: str, seen: Any, first: str, reference: Any) -> Iterator[str]:
     """seen, reference: as `facts`, of a host and of the first one."""
     if isinstance(seen, str):
-        yield f"{host}: {seen}: see to the driver: its GPUs cannot be asked"
+        yield f"{host}: {seen}: check the driver of its GPUs"
         return
     if isinstance(reference, list) and line(seen) != line(reference):
         yield f"{host}: {line(seen)}; on {first} {line(reference)}: a step is as fast as the slowest GPU"
@@ -53,4 +55,4 @@ def gpu_findings(host: str, seen: Any, first: str, reference: Any) -> Iterator[s
         if gpu["errors"].isdecimal() and int(gpu["errors"]):
             yield f"{host}: GPU {number}: {gpu['errors']} uncorrected memory errors: reset it, or take it out"
         if gpu["used"].isdecimal() and int(gpu["used"]) >= LEAST_USED:
-            yield f"{host}: GPU {number}: {gpu['used']} MiB are in use: end what has them"
+            yield f"{host}: GPU {number}: {gpu['used']} MiB are in use: end the process that holds them"

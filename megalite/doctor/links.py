@@ -1,4 +1,4 @@
-"""A measured all-reduce beside what the link of its axis is known for (plan/devices.py, or a calibration)."""
+"""A measured all-reduce beside the known rate of the link of its axis (plan/devices.py, or a calibration)."""
 
 from megalite.plan.devices import Device
 from megalite.plan.step_time import link_along, ring_seconds
@@ -17,7 +17,7 @@ def known_share(
 
 def share_words(known: Device, share: float) -> str:
     """For people."""
-    words = f"{100 * share:.0f} % of what {known.name} is known for"
+    words = f"{100 * share:.0f} % of the known rate of {known.name}"
     if share < SLOW:
-        words += ": slow: look at its links, and at what else uses them"
+        words += ": slow: check its links, and what else uses them"
     return words

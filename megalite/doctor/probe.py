@@ -90,10 +90,9 @@ def _available_memory() -> int:
 
 def _free_disk(folder: Path) -> int:
     """Of the file system on which the folder is, or will be."""
-    standing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    return shutil.disk_usage(standing).free if os.access(standing, os.W_OK) else 0
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free if os.access(existing, os.W_OK) else 0
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def export_hf(
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
         if ROUTER_BIAS in source.state and not bias_names(weights.spec):
             family = weights.spec.family
-            rule = f'a {family} file has no place for what megalite.train.router.balance "bias" has made'
+            rule = f'a {family} file cannot hold the biases of megalite.train.router.balance "bias"'
             raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
         with reading(source.folder, CheckpointError):
             biases = dict(biases_to_hf(weights.spec, source.state))

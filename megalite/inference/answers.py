@@ -24,7 +24,7 @@ _END = "end"
 
 
 class Answers:
-    """What all ranks can be asked for. batch_size: rows that go through the stages together; prefixed: as of
+    """What rank 0 can ask of all ranks. batch_size: rows that go through the stages together; prefixed: as of
     Generator."""
 
     def __init__(

@@ -32,7 +32,7 @@ class Beams:
         if self.size < 2:
             raise ConfigError(f"--beams: {self.size}: must be at least 2; left out: greedy")
         if not 0.0 <= self.length_penalty < float("inf"):
-            rule = "must be a number from 0"
+            rule = "must be a number of 0 or more"
             raise ConfigError(f"--length-penalty: {self.length_penalty}: {rule}")
 
 

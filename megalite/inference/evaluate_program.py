@@ -303,6 +303,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
             return []
+        # What ends a text is no part of it.
         kept = [[token for token in tokens if token not in stop_ids] for tokens in found]
         texts = [tokenizer.decode(tokens).strip() for tokens in kept]
         if options.write is not None:

@@ -49,7 +49,7 @@ class Text:
 def check_lengths(
     spec: TransformerSpec, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """ConfigError where a prompt is empty or what is asked for goes beyond the model's positions."""
+    """ConfigError where a prompt is empty, or prompt and new tokens go beyond the model's positions."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens: {max_new_tokens}: must be at least 1")
     for number, prompt in enumerate(prompts):
@@ -172,7 +172,7 @@ class _Batches:
 
     def run(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> None:
         """Until every text is finished."""
-        # A pass is asked for when the one before it is done: which batch it is may depend on tokens.
+        # Each pass is chosen when the one before it is done: its batch may depend on tokens.
         self.forwards.run(
             self._passes(stop_ids, ends, on_token), self._forward, self._shape, ahead=0
         )

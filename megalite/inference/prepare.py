@@ -103,14 +103,14 @@ def prepare_model(
 
 
 def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = False) -> None:
-    """ConfigError where an encoder or a classifier is asked for what needs a decoder's language model. where, use: the
-    model, and what is asked of it, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
+    """ConfigError where an encoder or a classifier is to do what needs a decoder's language model. where, use: the
+    model, and what it is to do, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
     too."""
     if spec.stacks is not None and not sources:
         model = f"a {spec.family} model is an encoder-decoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
     if spec.classifier is not None:
-        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a model of language")
+        raise ConfigError(f"{where}: is a classifier of texts: {use} needs a language model")
     if not spec.causal:
         model = f"a {spec.family} model is an encoder"
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")

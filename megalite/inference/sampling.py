@@ -44,7 +44,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature: {self.temperature}: must be a number from 0")
+            raise ConfigError(f"--temperature: {self.temperature}: must be a number of 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"--top-k: {self.top_k}: must be at least 1")
         if not 0.0 < self.top_p <= 1.0:

@@ -1,10 +1,10 @@
-"""Pointwise work that torch.compile makes one kernel of, where `megalite.train.compile` asks for it: the gate of an MLP
-(activation.py) and rotary turns (rotary.py), forward and backward; and what dropout is drawn by (dropout.py).
+"""Pointwise work that torch.compile makes one kernel of, with `megalite.train.compile`: the gate of an MLP
+(activation.py) and rotary positions (rotary.py), forward and backward; and the draws of dropout (dropout.py).
 
 What is compiled are functions of tensors, called inside autograd functions of ours or without autograd. No parameter,
 hook, message or generator with a state goes through the compiler, so ZeRO, the pipe axis, the tensor axis and
-recomputation find what they always find. A whole block is not compiled: there are collectives in it, DeepSpeed's hooks
-with ZeRO-3, and weight gradients that wait with zero-bubble schedules (parallel/deferred.py).
+recomputation are not affected. A whole block is not compiled: there are collectives in it, DeepSpeed's hooks with
+ZeRO-3, and weight gradients that wait with zero-bubble schedules (parallel/deferred.py).
 """
 
 import os

@@ -195,6 +195,7 @@ class Context:
                 own = self.rows.index(device)
             distance = own.unsqueeze(-1) - torch.arange(t, device=device)
             ahead = distance < 0
+            # What may be seen by its direction, then what is near enough, then what is in the same document.
             if not causal:
                 mask = torch.ones_like(ahead)[None, None]
             elif self.prefixes is None:

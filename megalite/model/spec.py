@@ -154,7 +154,7 @@ class TransformerSpec:
     """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
     tuple: all."""
     classifier: ClassifierSpec | None = None
-    """Of a model that names the label of a text; None: it asks for tokens."""
+    """Of a model that predicts the label of a text; None: it predicts tokens."""
     padding_id: int | None = None
     """A token whose look-up trains no embedding."""
     embedding_dropout: float = 0.0

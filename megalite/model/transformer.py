@@ -220,6 +220,7 @@ class Chunk(nn.Module):
             if block.stack_norm is not None:
                 name_parameters(block.stack_norm, "encoder_norm")
             self.blocks[str(layer)] = block
+        # Chunks of one rank share the tables; of the ranks' copies that of the first chunk counts.
         self.tables = tables if tables is not None else _tables(spec, split.axis, counted=first)
         self.head: Head | Classifier | None = None
         if last and spec.classifier is not None:

@@ -123,8 +123,8 @@ def attend_pieces(
 
 
 def prefixes_as_pieces(documents: np.ndarray, prefixes: np.ndarray) -> Bounds:
-    """Each document's prefix is a piece. What follows it, of which nothing is wanted, is cut into pieces of a kernel's
-    tile, so that little is computed of it. In main memory. documents, prefixes [B, S]."""
+    """Each document's prefix is a piece. The rest, whose results are not used, is cut into pieces of a kernel's tile,
+    so that little is computed for it. In main memory. documents, prefixes [B, S]."""
     tiles = np.arange(documents.shape[1]) // TILE + 1
     return documents_as_pieces(documents * (tiles[-1] + 1) + np.where(prefixes, 0, tiles))
 

@@ -1,7 +1,7 @@
 """How long this rank computes, not counting what it waits for others: the figure that tells a slow rank from those
 that wait for it.
 
-On a CPU by the clock on the wall; on other devices by events on the current stream, which nobody waits for: they are
+On a CPU by the clock on the wall; on other devices by events on the current stream, without waiting: they are
 read after a later step has synchronised anyway. Not a profiler: `on` is set for a step now and then.
 """
 

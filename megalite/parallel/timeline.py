@@ -1,7 +1,7 @@
 """What this rank does when, as named spans: for a step now and then that is traced, or whose time is split up.
 
 Off, a span costs a test of a flag. On, a CPU's are taken by the clock on the wall, other devices' by events on the
-current stream, which nobody waits for before `take`. parallel/clock.py measures one sum, and is cheaper.
+current stream, for which nothing waits before `take`. parallel/clock.py measures one sum, and is cheaper.
 """
 
 import contextlib

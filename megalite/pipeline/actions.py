@@ -64,7 +64,7 @@ class Pipeline:
         """Sum of the losses of this step's micro-batches so far (fp32 scalar), 0 but on the last chunk's rank."""
         self.peaks: list[tuple[Action, Tensor]] = []
         """Of this step, what tells where numbers stopped being finite: the largest absolute value of what left each
-        action. Scalars on the device, which nobody waits for."""
+        action. Scalars on the device, for which the host does not wait."""
 
     @property
     def instruction(self) -> str:

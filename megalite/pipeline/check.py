@@ -9,6 +9,7 @@ and what each rank holds. Messages: steps.py.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megalite.errors import MegaliteError
 from megalite.pipeline.program import Action, Kind, Program, Value
@@ -71,6 +72,7 @@ def _check_complete(program: Program, rank: int) -> None:
                 f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}"
             )
         kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
+    # Of each chunk and micro-batch a forward, and with backwards either one whole or its two halves.
     forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
     allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
     for chunk in own:
@@ -173,24 +175,37 @@ class _Player:
         self.done[rank] += 1
 
 
+class MostKept(NamedTuple):
+    """When a rank keeps most for its backwards. counts: by chunk, micro-batches that are held between F and its
+    backward, and that wait between I and W; through: chunks that a backward was through before; action: the one that
+    it comes with."""
+
+    bytes: int
+    counts: dict[int, tuple[int, int]]
+    through: frozenset[int]
+    action: Action | None
+
+
 def most_bytes(
     program: Program, rank: int, whole: Callable[[int], int], between: Callable[[int], int]
-) -> tuple[int, dict[int, tuple[int, int]]]:
-    """Most bytes that a rank keeps for its backwards: (bytes, at that time for each chunk the micro-batches that are
-    held between F and its backward, and those that wait between I and W).
-
-    whole(chunk): bytes of one between F and B or I; between(chunk): between I and W.
-    """
+) -> MostKept:
+    """whole(chunk): bytes of a micro-batch between F and B or I; between(chunk): between I and W. Of moments with as
+    much it is the one before which most chunks had a backward."""
     now = {chunk: [0, 0] for chunk in program.chunks_of(rank)}
     wholes = {chunk: whole(chunk) for chunk in now}
     betweens = {chunk: between(chunk) for chunk in now}
-    size, most, found = 0, 0, {chunk: (0, 0) for chunk in now}
-    for kind, chunk, _ in program.actions[rank]:
+    size, through = 0, set[int]()
+    most = MostKept(0, {chunk: (0, 0) for chunk in now}, frozenset(), None)
+    for action in program.actions[rank]:
+        kind, chunk, _ = action
         held, waits = _CHANGES[kind]
         counts = now[chunk]
         counts[0] += held
         counts[1] += waits
         size += held * wholes[chunk] + waits * betweens[chunk]
-        if size > most:
-            most, found = size, {c: (n, w) for c, (n, w) in now.items()}
-    return most, found
+        if (size, len(through)) > (most.bytes, len(most.through)):
+            own = {c: (n, w) for c, (n, w) in now.items()}
+            most = MostKept(size, own, frozenset(through), action)
+        if kind in "BW":
+            through.add(chunk)
+    return most

@@ -176,10 +176,8 @@ class _Sums:
         """Cost of a micro-batch on the rank that has most; of equal ones that with the lighter chunks."""
         tables = self.tables(many)
         chunks = tables[0] + tables[1]
-        ranks = [
-            sum(chunks[chunk] for chunk, there in enumerate(home) if there == rank)
-            for rank in sorted(set(home))
-        ]
+        ranks = np.zeros((max(home) + 1, len(many)))
+        np.add.at(ranks, list(home), chunks)
         return np.max(ranks, axis=0) + 1e-6 * (chunks**2).sum(axis=0) / chunks.sum(axis=0)
 
 

@@ -26,8 +26,8 @@ class Forwards:
         shape: Callable[[int], tuple[int, ...]],
         ahead: int = AHEAD,
     ) -> None:
-        """Runs passes in the order of their numbers, which every rank must get alike; a number is asked for `ahead`
-        passes before its own. Returns when all that was sent is gone.
+        """Runs passes in the order of their numbers, which every rank must get alike; a number is taken `ahead` passes
+        before its own. Returns when all that was sent is gone.
 
         forward(number, hidden): the pass on this rank's chunk; hidden: what came from the rank before, None on the
         first; the result goes to the next rank, and nowhere from the last. shape(number): of what is received.

@@ -1,6 +1,6 @@
 """How long a step of one program is, for many costs at once: what cuts are searched by, and the planner's clock.
 
-check.py plays a program action by action and says what is wrong with it. Where only the length is asked for, the order
+check.py plays a program action by action and says what is wrong with it. For the length alone, the order
 in which actions become ready does not depend on their costs, so it is found once; then the times of an action under
 hundreds of costs are one operation on a row of numbers. Next: cut.py.
 """
@@ -47,7 +47,8 @@ class Lengths:
                 while place[rank] < len(actions):
                     kind, chunk, k = actions[place[rank]]
                     source, message = -1, False
-                    neighbour = chunk - 1 if kind == "F" else chunk + 1 if kind in "BI" else -1
+                    # The chunk that gives what the action needs; -1: none does.
+                    neighbour = {"F": chunk - 1, "W": -1}.get(kind, chunk + 1)
                     if 0 <= neighbour <= last:
                         source = given.get((kind == "F", neighbour, k), -1)
                         if source < 0:

@@ -117,7 +117,7 @@ class _Merger:
 
 def forward_stream(p: int, rank: int, numbers: Iterable[int], ahead: int = AHEAD) -> Iterator[Step]:
     """A rank's steps for forward passes that follow one another through p chunks, one a rank, where they are not known
-    beforehand: each is asked for when its turn comes, `ahead` passes before it is done. The same steps as of
+    beforehand: each number is taken `ahead` passes before it is done. The same steps as of
     `forward_only` (schedules.py); every rank must get the same numbers."""
     ready: deque[int] = deque()
     under_way: deque[Value] = deque()

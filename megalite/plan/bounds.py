@@ -164,7 +164,7 @@ def _waiting(least: LeastWork, p: int, m: int, whole: float) -> float:
 @dataclass(frozen=True)
 class LeastKept:
     """Bytes that forwards keep for their backwards: of a layer and a micro-batch, and of that between I and W; what is
-    made again at a time; of the head; of a chunk of its logits; of a message of the pipe axis."""
+    made again before anything is freed; of the head; of a chunk of its logits; of a message of the pipe axis."""
 
     layer: float
     waiting: float
@@ -181,16 +181,41 @@ class LeastKept:
         selective = recompute == "selective"
         every = {"none": 0, "selective": 0, "full": 1}.get(recompute)
         every = int(recompute) if every is None else every
-        made = "selective" if selective else every
+        again = 0
         if every:
             layer = at.hidden(spec) / every
+            again = min(made_again(spec, layers[i : i + 1], every, at) for i in kinds.values())
         else:
             layer = min(total(layer_table(spec, i, at, selective)) for i in kinds.values())
-        again = min(made_again(spec, layers[i : i + 1], made, at) for i in kinds.values())  # type: ignore[arg-type]
         parts = [ChunkPart(layers[i : i + 1], False, False) for i in kinds.values()]
         waiting = min(total(waiting_table(spec, part, at)) for part in parts)
         head = total(head_table(spec, at))
         return cls(layer, waiting, again, head, logits_bytes(spec, at), at.hidden(spec))
+
+    @property
+    def of_head(self) -> float:
+        """Of the rank with the head: the logits are gone before its backward begins, and what it keeps itself before
+        that of the layers."""
+        return max(self.head + self.logits, self.again)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes of a number of weights, `routed` of one of experts that an expert axis divides. stands: of weights,
+    optimizer, and gradients where they are there all the time; gradient: that comes with the first backward."""
+
+    stands: float
+    gradient: float
+    stands_routed: float
+    gradient_routed: float
+
+    def of(self, held: Held, gradients: bool) -> float:
+        """Of so many numbers, with gradients or without."""
+        shared = self.stands + gradients * self.gradient
+        return (
+            shared * held.shared
+            + (self.stands_routed + gradients * self.gradient_routed) * held.routed
+        )
 
 
 @dataclass(eq=False)
@@ -257,7 +282,8 @@ class Bounds:
     def sharing(self, one: Candidate) -> Sharing:
         """What the copies of a candidate's weights add."""
         data, offload = self.search.data(one), one.offload != "none"
-        return Sharing(data, one.tensor, one.zero, offload, self.moments, one.context, one.expert)
+        own = one.context, one.expert, self._bucket_numbers
+        return Sharing(data, one.tensor, one.zero, offload, self.moments, *own)
 
     def micro_batches(self, one: Candidate) -> int:
         """Of a step."""
@@ -289,25 +315,40 @@ class Bounds:
         return length + shared * sum(sharing.end(least.work, held, world).values())
 
     def least_bytes(self, one: Candidate) -> float:
-        """Of the largest rank. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers each, that is as
-        much as each holds where all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
-        spec, p, kept = self.search.spec, one.pipe, self.kept_of(one)
-        fixed, head = self.fixed_bytes(one), kept.head + kept.logits
+        """Of the largest rank: where its forwards keep most, and at the end of the last backward, where all gradients
+        are there."""
+        gradients = self._has_gradients(one)
+        bucket = self.bucket_bytes(one)
+        kept = self._least_level(one, gradients, self.kept_of(one))
+        kept += bucket if one.zero == 1 and gradients else 0
+        return self.fixed_bytes(one) + max(kept, self._least_level(one, True, None) + bucket)
+
+    def _has_gradients(self, one: Candidate) -> bool:
+        """Whether all gradients are there when the forwards of a step's last micro-batches keep most, at the least."""
+        m = self.micro_batches(one)
+        return m > one.pipe and (one.pipe == 1 or one.schedule == "1f1b")
+
+    def _least_level(self, one: Candidate, gradients: bool, kept: LeastKept | None) -> float:
+        """States and what is kept, None: nothing. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers
+        each, that is as much as each holds where all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
+        spec, p = self.search.spec, one.pipe
+        of_layer, of_head, again, hidden = 0.0, 0.0, 0.0, 0.0
+        if kept is not None:
+            of_layer, of_head, again, hidden = kept.layer, kept.of_head, kept.again, kept.hidden
         if p == 1:
-            (shared, routed), held = self._state_bytes(one), self.weights(one)
-            head += max(0.0, kept.again - kept.logits)
-            states = shared * held.shared + routed * held.routed
-            return fixed + states + kept.layer * spec.num_layers + head
-        first, each, last = self.state_bytes(one)
+            states = self.rates(one).of(self.weights(one), gradients)
+            return states + of_layer * spec.num_layers + of_head
+        first, each, last = self.state_bytes(one, gradients)
         counts = np.array(_held(one, self.micro_batches(one)))
-        by_layer, beside = each + kept.layer * counts, np.full(p, float(kept.again))
-        beside[0] += first
+        by_layer, beside = each + of_layer * counts, np.full(p, float(again))
         if one.schedule == "zb-v":  # both ends are on the first rank
-            beside[0] += head - min(kept.again, kept.logits) + last
+            beside[0] = of_head + first + last
         else:  # whose chunk may be the head alone
-            beside[-1] = head + last
+            beside[0] += first
+            beside[-1] = 0.0 if kept is None else kept.head + kept.logits
+            beside[-1] += last
         level = (spec.num_layers + (beside / by_layer).sum()) / (1 / by_layer).sum()
-        return fixed + (AHEAD + 1) * kept.hidden + float(level)
+        return (AHEAD + 1) * hidden + float(level)
 
     def layer_numbers(self, one: Candidate) -> Held:
         """Numbers of the weights of the smallest layer on a rank."""
@@ -331,37 +372,46 @@ class Bounds:
         together = one.pipe == 1 or one.schedule == "zb-v"
         return table, 0.0 if spec.labels or (spec.tied and together) else table
 
-    def state_bytes(self, one: Candidate) -> tuple[float, float, float]:
-        """Of the embedding, of the smallest layer, and of the head."""
-        shared, routed = self._state_bytes(one)
-        layer, (first, last) = self.layer_numbers(one), self.table_numbers(one)
-        return shared * first, shared * layer.shared + routed * layer.routed, shared * last
+    def state_bytes(self, one: Candidate, gradients: bool) -> tuple[float, float, float]:
+        """Of the embedding, of the smallest layer, and of the head; with gradients or without."""
+        rates, (first, last) = self.rates(one), self.table_numbers(one)
+        layer = rates.of(self.layer_numbers(one), gradients)
+        return rates.of(Held(first), gradients), layer, rates.of(Held(last), gradients)
 
-    def _state_bytes(self, one: Candidate) -> tuple[float, float]:
-        """Of a number of weights, and of one of experts that an expert axis divides."""
+    def rates(self, one: Candidate) -> Rates:
+        """Of a candidate's states."""
         away = one.offload == "nvme" or (one.offload != "none" and not self.device.cores)
         optimizer = 0 if away else FP32 * (self.moments + (one.zero > 0))
         width, ranks = self.dtype_bytes, self.search.data(one) * one.context
-        whole = one.zero < 2 and (one.zero == 0 or self.micro_batches(one) > 1)  # gradients
 
-        def of(copies: float) -> float:
+        def of(copies: float) -> tuple[float, float]:
             weight = width / copies if one.zero == 3 else width
-            gradient = FP32 if whole else FP32 / copies
-            return weight + gradient + (optimizer / copies if one.zero else optimizer)
+            gradient = FP32 if one.zero < 2 else FP32 / copies
+            stands = weight + (optimizer / copies if one.zero else optimizer)
+            return (stands + gradient, 0.0) if one.zero == 3 else (stands, gradient)
 
-        return of(ranks), of(ranks / one.expert)
+        return Rates(*of(ranks), *of(ranks / one.expert))
 
     def fixed_bytes(self, one: Candidate) -> float:
-        """Of what does not depend on the layers."""
+        """Of what does not depend on the layers, and is there all the time."""
         if self.device.cores:
             return 0.0
-        zero, size = self.search.config.document.zero_optimization, REDUCE_BUCKET_ELEMENTS
-        if zero is not None and zero.reduce_bucket_size is not None:
-            size = zero.reduce_bucket_size
+        return OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes
+
+    def bucket_bytes(self, one: Candidate) -> float:
+        """Of the bucket of reductions, which is there at the end of each backward."""
+        if self.device.cores:
+            return 0.0
+        zero = self.search.config.document.zero_optimization
         if one.zero == 0 or (zero is not None and zero.contiguous_gradients is False):
-            size = 0
-        bucket = size * (self.dtype_bytes if one.zero == 2 else FP32)
-        return bucket + OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes
+            return 0.0
+        return self._bucket_numbers * (self.dtype_bytes if one.zero == 2 else FP32)
+
+    @cached_property
+    def _bucket_numbers(self) -> int:
+        zero = self.search.config.document.zero_optimization
+        given = None if zero is None else zero.reduce_bucket_size
+        return max(1, REDUCE_BUCKET_ELEMENTS if given is None else given)
 
 
 def _held(one: Candidate, micro_batches: int) -> list[int]:

@@ -3,7 +3,8 @@
 Directly: rates of products, of memory and of attention's core, the time of a kernel, links (least squares over all
 collectives). Then what only real steps show, of the real engine on one rank, so that their prediction is met: the
 engine's own seconds a layer, a micro-batch and a step from models with little to compute, and what ZeRO-3 adds to them;
-`states_rate` from one with many weights for its tokens, `product_share` from one with many tokens.
+`states_rate` from one with many weights for its tokens, `gradient_rate` from the same with several micro-batches,
+`reduce_rate` from that with ZeRO-2, which reduces after each of them, `product_share` from one with many tokens.
 prove/calibrate.py measures. Next: plan_program.py.
 """
 
@@ -20,16 +21,18 @@ import numpy as np
 from megalite.config import Config
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import Device, Link
+from megalite.plan.devices import ENGINE_RATES, Device, Link
 from megalite.plan.rank_memory import SizesByPlace
 from megalite.plan.search import Planner
 
 LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
 SHARES = 0.2, 1.2  # between which product_share is looked for
 MOST_GATHER_SECONDS = 0.1
-HALVINGS, TURNS = 16, 3
-PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
-"""Of the ring formula (step_time.py), by collective; `send` is one message."""
+HALVINGS, TURNS = 14, 4
+SHARES_OF_LINK = {"all_gather": "gather", "reduce_scatter": "scatter", "reduce": "reduce"}
+"""Fields of Link, by collective; `reduce` is one call for each rank, which gets a part."""
+KINDS = ("all_reduce", *SHARES_OF_LINK)
+LEAST_SHARE = 0.1
 
 Row = dict[str, Any]
 
@@ -67,14 +70,18 @@ def fitted(start: Device, measured: Measured) -> Device:
         product_share=1.0,
     )
     if measured.collectives:
-        device = replace(device, node=link_of(measured.collectives))
-    *small, gathering, heavy, large = measured.steps
+        node, wake = link_of(measured.collectives, start.cores)
+        device = replace(device, node=node, wake_seconds=wake)
+    *small, gathering, reducing, summing, heavy, large = measured.steps
     device = with_engine_seconds(device, small)
     device = _met(device, "gather_seconds", (0.0, MOST_GATHER_SECONDS), gathering)
-    # What a share of the peak and what an update takes are both in each of two steps: a few turns settle them.
+    # Each of these steps has something of all four figures: a few turns settle them.
+    rates = device.memory_rate / 100, device.memory_rate
+    device = replace(device, **dict.fromkeys(ENGINE_RATES, rates[1]))
     for _ in range(TURNS):
         device = _met(device, "product_share", SHARES, large)
-        device = _met(device, "states_rate", (device.memory_rate / 100, device.memory_rate), heavy)
+        for name, step in zip(ENGINE_RATES, (summing, reducing, heavy), strict=True):
+            device = _met(device, name, rates, step)
     return device
 
 
@@ -90,20 +97,35 @@ def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
     return rate, max(0.0, flops[sizes[0]] - sizes[0] / rate)
 
 
-def link_of(collectives: Sequence[Row]) -> Link:
-    """Rate and seconds a message that meet all collectives best, each by its share of itself."""
+def link_of(collectives: Sequence[Row], cores: int) -> tuple[Link, float]:
+    """Rates and seconds a message that meet all collectives best, each by its share of itself; and what a message takes
+    more where ranks share no core. cores: as of Device."""
     rows = []
     for row in collectives:
-        size, whole = row["ranks"], row["bytes"]
-        if row["kind"] == "send":
-            parts = [float(whole), 1.0]
+        size, whole, kind = row["ranks"], row["bytes"], row["kind"]
+        sent = dict.fromkeys(KINDS, 0.0)
+        if kind == "send":
+            sent["all_reduce"], messages = float(whole), 1
         else:
-            messages = min(size - 1, 2 * math.ceil(math.log2(size)))
-            passes = PASSES[row["kind"]]
-            parts = [passes * whole * (size - 1) / size, float(passes * messages)]
+            ring = min(size - 1, 2 * math.ceil(math.log2(size)))
+            passes = 2 if kind == "all_reduce" else 1
+            sent[kind] = passes * whole * (size - 1) / size
+            messages = size if kind == "reduce" else passes * ring
+        alone = float(messages) if size <= cores else 0.0
+        parts = *sent.values(), messages - alone, alone
         rows.append([part / row["seconds"] for part in parts])
-    seconds_a_byte, seconds_a_message = _not_negative(np.array(rows), np.ones(len(rows)))
-    return Link(1 / max(seconds_a_byte, 1e-15), seconds_a_message)
+    *bytes_, shared, alone = _not_negative(np.array(rows), np.ones(len(rows)))
+    plain = max(bytes_[0], 1e-15)
+    found = {row["kind"] for row in collectives}
+    shares = {
+        SHARES_OF_LINK[kind]: max(seconds / plain, LEAST_SHARE)
+        for kind, seconds in zip(KINDS[1:], bytes_[1:], strict=True)
+        if kind in found
+    }
+    if all(row["ranks"] <= cores for row in collectives):
+        return Link(1 / plain, alone, **shares), 0.0
+    wakes = max(0.0, alone - shared) if cores > 1 else 0.0
+    return Link(1 / plain, shared, **shares), wakes
 
 
 def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:

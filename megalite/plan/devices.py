@@ -20,10 +20,18 @@ GIGA, GIB = 1e9, 2**30
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_second: what a rank sends, one way; seconds: that each message of a collective takes beside that."""
+    """bytes_per_second: what a rank sends, one way; seconds: that each message of a collective takes beside that.
+    gather, scatter, reduce: how many times as long a byte takes in an all-gather, a reduce-scatter, and in a reduction
+    of each part to the rank that owns it, as in an all-reduce."""
 
     bytes_per_second: float
     seconds: float
+    gather: float = 1.0
+    scatter: float = 1.0
+    reduce: float = 1.0
+
+
+ENGINE_RATES = "gradient_rate", "reduce_rate", "states_rate"
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,11 @@ class Device:
     host: link to main memory; node_ranks: devices of a node; launch_seconds: of one kernel, where it is not hidden by
     the one before; layer_seconds: of a layer's forward beside what its sizes take, and as much again for I and for W;
     gather_seconds: that ZeRO-3's hooks add to a layer's forward, and to its backward; micro_seconds and step_seconds:
-    of the engine, for each backward and each step; states_rate: bytes a second that an update moves, 0: as memory_rate;
+    of the engine, for each backward and each step; gradient_rate: bytes a second at which gradients of weights are
+    written to new memory, 0: their products hide it; reduce_rate, states_rate: bytes a second that the engine moves
+    where it reduces gradients, beside sending them, and in an update, 0: as memory_rate;
     cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
+    wake_seconds: that a message takes more where no two ranks share a core, which then sleeps while its rank waits;
     busy_share: a core's rate while all cores compute, over that of one alone; source: where the figures are from."""
 
     name: str
@@ -54,8 +65,11 @@ class Device:
     gather_seconds: float = 0.0
     micro_seconds: float = 0.0
     step_seconds: float = 0.0
+    gradient_rate: float = 0.0
+    reduce_rate: float = 0.0
     states_rate: float = 0.0
     cores: int = 0
+    wake_seconds: float = 0.0
     busy_share: float = 1.0
 
     def flops(self, itemsize: int) -> float:
@@ -72,16 +86,21 @@ class Device:
         return self.memory_bytes / (min(ranks, self.node_ranks) if self.cores else 1)
 
     def among(self, ranks: int) -> "Device":
-        """As one of so many ranks finds it: cores that compute at once share caches, memory and execution units."""
-        working = min(ranks, self.node_ranks, self.cores)
+        """As one of so many ranks finds it: cores that compute at once share caches, memory and execution units, and
+        those that nobody else wants sleep."""
+        ranks = min(ranks, self.node_ranks)
+        working = min(ranks, self.cores)
         if working <= 1:
             return self
+        node = self.node
+        if ranks <= self.cores:
+            node = replace(node, seconds=node.seconds + self.wake_seconds)
         share = 1 - (1 - self.busy_share) * (working - 1) / (self.cores - 1)
-        rates = ("half_flops", "single_flops", "memory_rate", "states_rate")
+        rates = ("half_flops", "single_flops", "memory_rate", *ENGINE_RATES)
         seconds = ("launch", "layer", "gather", "micro", "step")
         slower = {name: getattr(self, name) * share for name in rates}
         slower |= {f"{name}_seconds": getattr(self, f"{name}_seconds") / share for name in seconds}
-        return replace(self, **slower)
+        return replace(self, node=node, **slower)
 
 
 LINK_SHARE = 0.8  # of a link's rate that NCCL's rings reach with large messages
@@ -232,6 +251,6 @@ _NOT_NUMBERS = ("name", "source", "node", "network", "host")
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    """Seconds, cores and states_rate may be 0; something is divided by the others."""
-    may_be_zero = name.endswith("seconds") or name in ("cores", "states_rate")
+    """Seconds, cores and rates of the engine may be 0; something is divided by the others."""
+    may_be_zero = name.endswith("seconds") or name in ("cores", *ENGINE_RATES)
     return isinstance(value, int | float) and (value > 0 or (may_be_zero and value == 0))

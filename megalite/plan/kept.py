@@ -79,9 +79,11 @@ def kept_by(
         told, waits, makes = stack_chunk_table, stack_waiting_table, stack_made_again
     tables = {chunk: told(spec, part, recompute, at) for chunk, part in parts.items()}
     waiting = {chunk: waits(spec, part, at) for chunk, part in parts.items()}
-    _, counts = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))
+    most = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))
     again = max(makes(spec, part.layers, recompute, at) for part in parts.values())
     head_rows = at if spec.stacks is None else rows_of(at, encoder=False)
     logits = logits_bytes(spec, head_rows) if any(part.last for part in parts.values()) else 0
-    chunks = {chunk: KeptChunk(tables[chunk], waiting[chunk], *counts[chunk]) for chunk in parts}
+    chunks = {
+        chunk: KeptChunk(tables[chunk], waiting[chunk], *most.counts[chunk]) for chunk in parts
+    }
     return Kept(chunks, again, logits)

@@ -12,12 +12,12 @@ def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:
     bubble = f"bubble {100 * report.bubble:.1f} % of a step with {micro_batches} micro-batches, simulated"
     lines = [f"pipeline: schedule {plan.schedule}, {bubble}"]
     for rank in range(plan.pipe):
-        _, counts = most_bytes(
+        most = most_bytes(
             program, rank, lambda chunk: max(1, len(plan.cut.layers[chunk])), lambda chunk: 0
         )
         parts = [
             f"{_words(plan, chunk)}, {_counted(held, 'micro-batch', 'micro-batches')} held"
-            for chunk, (held, _) in counts.items()
+            for chunk, (held, _) in most.counts.items()
         ]
         if report.waiting[rank]:
             waiting = _counted(

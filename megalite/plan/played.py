@@ -8,6 +8,7 @@ a few sums, each nearly as much as playing would find. Next: search.py.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,17 +32,27 @@ from megalite.plan.step_time import (
 NEAR = 0.99
 
 
+class Moments(NamedTuple):
+    """One of each rank. held and waits [rank, chunk]: micro-batches that it keeps between F and its backward, and
+    between I and W; begun: whether a backward of the chunk came before, so that it has gradients; with_head [rank]:
+    whether it comes with the head's forward."""
+
+    held: np.ndarray
+    waits: np.ndarray
+    begun: np.ndarray
+    with_head: np.ndarray
+
+
 @dataclass(eq=False)
 class Played:
     """Of the program of so many micro-batches of a plan. counts [n, kind, chunk] and hops [n]: of the chains that were
-    found; held and waits [n, rank, chunk]: micro-batches that a rank kept at those moments."""
+    found; moments [n]: those at which ranks kept most."""
 
     plan: PipelinePlan
     micro_batches: int
     counts: list[np.ndarray] = field(default_factory=list)
     hops: list[int] = field(default_factory=list)
-    held: list[np.ndarray] = field(default_factory=list)
-    waits: list[np.ndarray] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -106,16 +117,20 @@ class Programs:
         played.counts.append(counts)
         played.hops.append(hops)
         whole, between = self._kept(played, one)
-        held, waits = (np.zeros(played.home.shape) for _ in range(2))
+        held, waits, begun = (np.zeros(played.home.shape) for _ in range(3))
+        with_head = np.zeros(one.pipe)
         program = played.plan.program(played.micro_batches)
         for rank in range(one.pipe):
-            _, found = most_bytes(
+            most = most_bytes(
                 program, rank, lambda chunk: int(whole[chunk]), lambda chunk: int(between[chunk])
             )
-            for chunk, (count, waiting) in found.items():
+            for chunk, (count, waiting) in most.counts.items():
                 held[rank, chunk], waits[rank, chunk] = count, waiting
-        played.held.append(held)
-        played.waits.append(waits)
+                begun[rank, chunk] = chunk in most.through
+            if most.action is not None:
+                kind, chunk, _ = most.action
+                with_head[rank] = kind == "F" and chunk == program.last_chunk
+        played.moments.append(Moments(held, waits, begun, with_head))
 
     def least_seconds(self, one: Candidate) -> float:
         """Of a step with the program of a layout."""
@@ -139,23 +154,41 @@ class Programs:
         return length + shared_cores * sum(end.values())
 
     def least_bytes(self, one: Candidate) -> float:
-        """Of the largest rank."""
+        """Of the largest rank: at those moments, and at the end of the last backward."""
         bounds, played = self.bounds, self.of(one)
         whole, between = self._kept(played, one)
-        kept = bounds.kept_of(one)
-        moments = [
-            held @ whole + waits @ between
-            for held, waits in zip(played.held, played.waits, strict=True)
-        ]
+        kept, bucket = bounds.kept_of(one), bounds.bucket_bytes(one)
+        stands, gradients = self._state_bytes(played, one)
         places = np.arange(one.pipe)
         neighbours = (places > 0).astype(int) + (places < one.pipe - 1)
-        ranks = np.max(moments, axis=0) + neighbours * (AHEAD + 1) * kept.hidden
-        layers = played.home @ played.layers
-        again = np.where(layers > 0, kept.again, 0.0)
-        ranks += np.where(played.home[:, -1], np.maximum(again, kept.logits), again)
-        first, each, last = bounds.state_bytes(one)
-        ranks += layers * each + played.home[:, 0] * first + played.home[:, -1] * last
-        return bounds.fixed_bytes(one) + float(ranks.max())
+        messages = neighbours * (AHEAD + 1) * kept.hidden
+        most = (stands + gradients).sum(axis=1) + bucket
+        has_layers = played.home @ played.layers > 0
+        for held, waits, begun, with_head in played.moments:
+            # Before what is held goes with a backward, that makes its first layers again; but a W may come first.
+            again = kept.again * (has_layers & ~waits.any(axis=1))
+            again = np.maximum(0.0, again - kept.head * played.home[:, -1])
+            own = stands.sum(axis=1) + held @ whole + waits @ between
+            own += np.maximum(again, kept.logits * with_head)
+            if one.zero < 2:
+                own += (begun * gradients).sum(axis=1)
+                own += bucket * (one.zero == 1) * begun.any(axis=1)
+            else:
+                own += begun.any(axis=1) * gradients.sum(axis=1)
+            most = np.maximum(most, own)
+        return bounds.fixed_bytes(one) + float((most + messages).max())
+
+    def _state_bytes(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
+        """[rank, chunk] of what stands, and of gradients that come with the first backward."""
+        result = []
+        for gradients in (False, True):
+            first, each, last = self.bounds.state_bytes(one, gradients)
+            of_chunk = played.layers * each
+            of_chunk[0] += first
+            of_chunk[-1] += last
+            result.append(played.home * of_chunk)
+        stands, both = result
+        return stands, both - stands
 
     def _hop(self, one: Candidate) -> float:
         bounds = self.bounds

@@ -1,5 +1,6 @@
-"""All memory of a rank, and which rank has most. Model states and activations are exact (states.py, activations.py);
-what is beside them is counted here, and what a device's libraries take is an assumption (devices.py).
+"""All memory of a rank at the moment of a step at which there is most, and which rank has most. Model states and what
+forwards keep are exact (states.py, activations.py), when they come together is timeline.py's, and what a device's
+libraries take is an assumption (devices.py).
 
 Next: candidates.py.
 """
@@ -16,13 +17,19 @@ from megalite.pipeline.plan import PipelinePlan, plan_of
 from megalite.pipeline.steps import AHEAD
 from megalite.plan.activations import Forward
 from megalite.plan.devices import FRAGMENTS, GIB, OVERHEAD_BYTES, Device
-from megalite.plan.kept import kept_by
+from megalite.plan.gradients import FP32, Moment, Reduction
+from megalite.plan.kept import parts_of
 from megalite.plan.states import (
     Sizes,
+    States,
     all_numbers,
+    bucket_numbers,
     forward_of,
+    offload_buffers,
     offloads,
+    owned_gradients,
     parameter_sizes,
+    partition_sizes,
     persistence_threshold,
     place_of,
     predicted_states,
@@ -30,15 +37,17 @@ from megalite.plan.states import (
     routed_spec,
 )
 from megalite.plan.step_time import Held, played_micro_batches
+from megalite.plan.timeline import ChunkMemory, most_memory
 
-HALF = 2
-REUSE_DISTANCE = 10**9  # DeepSpeed's default (runtime/zero/config.py)
+REUSE_DISTANCE = 10**9  # DeepSpeed's defaults (runtime/zero/config.py)
+PREFETCHED = 5 * 10**7
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on a rank's device. messages: of the pipe axis, under way; gathered: of ZeRO-3's weights while they are
-    used; libraries: an assumption."""
+    """Bytes on a rank's device at the moment of a step at which there are most. gradients, buckets, activations: then
+    (timeline.py), buckets with what is sent of them, activations with what a backward makes; messages: of the pipe
+    axis, under way; gathered: of ZeRO-3's weights while they are used; libraries: an assumption."""
 
     rank: int
     weights: int
@@ -137,34 +146,73 @@ class MemoryTable:
         grids = [
             place_of(config, (pipe_rank * copies + place) * tensor + tensor - 1) for place in places
         ]
-        states = [(predicted_states(config, sizes, grid), grid.rank) for grid in grids]
-        most, rank = max(
-            states, key=lambda held: held[0].weights + held[0].gradients + held[0].optimizer
-        )
-        played = played_micro_batches(plan, config.accumulation_steps)
-        kept = kept_by(
-            routed_spec(config, spec), plan, pipe_rank, recompute_of(config), self.at, played
-        )
+        grid = max(grids, key=lambda grid: owned_gradients(config, sizes, grid))
+        states = predicted_states(config, sizes, grid)
+        gathered, in_flight = 0, 0
+        if config.zero_stage == 3 and copies > 1:
+            numbers = [size for group in sizes for size in group.numbers]
+            gathered = self.at.width * _whole_at_once(config, numbers, spec)
+            in_flight = self.at.width * _in_flight(config, numbers)
+        moment = self._most(pipe_rank, self._reduction(sizes, grid), in_flight)
         neighbours = (pipe_rank > 0) + (pipe_rank < plan.pipe - 1)
-        hidden = self.at.hidden(spec)
-        numbers = [size for group in sizes for size in group.numbers]
-        gathered = (
-            self.at.width * _whole_at_once(config, numbers, spec) if config.zero_stage == 3 else 0
-        )
-        on_host = self.device is not None and not self.device.cores and offloads(config)
-        moved = most.gradients - (4 + self.at.width) * all_numbers(sizes) // copies
         return RankMemory(
-            rank,
-            most.weights,
-            max(0, moved) if on_host and config.zero_stage < 3 else most.gradients,
-            0 if on_host else most.optimizer,
-            most.buckets if self.device is None or not self.device.cores else 0,
-            kept.bytes,
+            grid.rank,
+            states.weights,
+            self._standing_gradients(sizes, states, grid) + moment.gradients,
+            0 if self._on_host else states.optimizer,
+            moment.buckets,
+            moment.kept,
             # Receives posted early and sends that are not gone, from each neighbour.
-            neighbours * (AHEAD + 1) * hidden,
-            gathered if copies > 1 else 0,
+            neighbours * (AHEAD + 1) * self.at.hidden(spec),
+            gathered,
             self._libraries(),
         )
+
+    def _standing_gradients(self, sizes: Sizes, states: States, grid: Grid) -> int:
+        """Bytes of gradients that are there all the time."""
+        config = self.config
+        if config.zero_stage == 3:
+            return states.gradients
+        if config.zero_stage == 0 or not offloads(config):
+            return 0
+        moved = 0 if self._on_host else (FP32 + self.at.width) * sum(partition_sizes(sizes, grid))
+        return moved + offload_buffers(config, sizes)
+
+    @property
+    def _on_host(self) -> bool:
+        """Whether the optimizer is stepped in another memory than the device's."""
+        return self.device is not None and not self.device.cores and offloads(self.config)
+
+    def _reduction(self, sizes: Sizes, grid: Grid) -> Reduction:
+        """Of a rank at this place."""
+        config, numbers = self.config, all_numbers(sizes)
+        bucket = bucket_numbers(config) if config.zero_stage else 0
+        on_cpu = self.device is not None and self.device.cores > 0
+        return Reduction(
+            config.zero_stage,
+            self.at.width,
+            numbers,
+            tuple(partition_sizes(sizes, grid)),
+            owned_gradients(config, sizes, grid) if config.zero_stage in (1, 2) else 0,
+            # On a CPU what is not written takes no memory.
+            min(bucket, numbers) if on_cpu else bucket,
+            1 + bool(config.zero.overlap_comm),
+            grid.replica.size,
+            self.at.device == "cpu",
+        )
+
+    def _most(self, pipe_rank: int, rules: Reduction, in_flight: int) -> Moment:
+        """The moment of a rank of the pipe axis at which most comes together."""
+        config, plan = self.config, self.plan
+        spec = routed_spec(config, self.spec)
+        parts, recompute = parts_of(plan, pipe_rank), recompute_of(config)
+        has_head = any(part.last for part in parts.values())
+        chunks = {
+            number: ChunkMemory(spec, part, recompute, self.at, in_flight, has_head)
+            for number, part in parts.items()
+        }
+        played = played_micro_batches(plan, config.accumulation_steps)
+        return most_memory(plan.program(played), pipe_rank, chunks, rules)
 
     def _libraries(self) -> int:
         if self.device is None or self.device.cores:
@@ -213,3 +261,10 @@ def _whole_at_once(config: Config, numbers: list[int], spec: TransformerSpec) ->
     soon = (REUSE_DISTANCE if distance is None else distance) // 2
     dropped = sum(count for count in numbers if count > persistence_threshold(config))
     return max(2 * layer, min(dropped, soon))
+
+
+def _in_flight(config: Config, numbers: list[int]) -> int:
+    """Numbers of ZeRO-3's weights that are gathered ahead, which are there twice until the last of them is used."""
+    ahead = config.zero.stage3_prefetch_bucket_size
+    dropped = sum(count for count in numbers if count > persistence_threshold(config))
+    return min(PREFETCHED if ahead is None else ahead, dropped)

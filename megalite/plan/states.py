@@ -111,21 +111,13 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
             return States(e * count, FP32 * count, _moments(config) * FP32 * count, 0)
         case 3:
             return _fully_sharded(config, sizes, e, d)
+    parts = partition_sizes(sizes, grid)
     axes: list[Axis] = [getattr(grid, group.replicas) for group in sizes]
-    parts = [
-        -(-sum(group.numbers) // (2 * axis.size)) * 2
-        for group, axis in zip(sizes, axes, strict=True)
-    ]
-    owned = [
-        _owned(group.numbers, part, axis.rank)
-        for group, part, axis in zip(sizes, parts, axes, strict=True)
-    ]
-    gradients = FP32 * sum(owned if config.precision == "fp32" else parts)
+    gradients = owned_gradients(config, sizes, grid)
     if config.zero_stage == 1 and config.accumulation_steps > 1:
         gradients = max(gradients, FP32 * all_numbers(sizes))
     if offloads(config):
-        largest = max(max(group.numbers) for group in sizes)
-        gradients += (FP32 + e) * sum(parts) + 2 * e * largest
+        gradients += (FP32 + e) * sum(parts) + offload_buffers(config, sizes)
     bucket = FP32 if config.zero_stage == 1 else e
     if config.zero.overlap_comm:
         bucket *= 2  # one is filled while the other is reduced
@@ -133,8 +125,34 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
         e * sum(axis.size * part for axis, part in zip(axes, parts, strict=True)),
         gradients,
         (1 + _moments(config)) * FP32 * sum(parts),
-        bucket * _bucket(config),
+        bucket * bucket_numbers(config),
     )
+
+
+def partition_sizes(sizes: Sizes, grid: Grid) -> list[int]:
+    """Numbers of a rank's partition of each of the optimizer's groups, with ZeRO-1 and 2."""
+    axes: list[Axis] = [getattr(grid, group.replicas) for group in sizes]
+    return [
+        -(-sum(group.numbers) // (2 * axis.size)) * 2
+        for group, axis in zip(sizes, axes, strict=True)
+    ]
+
+
+def owned_gradients(config: Config, sizes: Sizes, grid: Grid) -> int:
+    """Bytes of the gradients that a rank owns with ZeRO-1 and 2 once they are reduced."""
+    parts = partition_sizes(sizes, grid)
+    if config.precision != "fp32":
+        return FP32 * sum(parts)
+    axes: list[Axis] = [getattr(grid, group.replicas) for group in sizes]
+    return FP32 * sum(
+        _owned(group.numbers, part, axis.rank)
+        for group, part, axis in zip(sizes, parts, axes, strict=True)
+    )
+
+
+def offload_buffers(config: Config, sizes: Sizes) -> int:
+    """Bytes of what gradients go through on their way to main memory."""
+    return 2 * DTYPES[config.precision].itemsize * max(max(group.numbers) for group in sizes)
 
 
 def all_numbers(sizes: Sizes) -> int:
@@ -175,7 +193,9 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
     if config.swap_folder is not None:
         swapped = swap_sizes(config, sizes, d)
         optimizer, files = sum(swapped.buffers) + swapped.memory, swapped.files
-    return States(e * (shards + whole), FP32 * shards, optimizer, FP32 * _bucket(config), files)
+    return States(
+        e * (shards + whole), FP32 * shards, optimizer, FP32 * bucket_numbers(config), files
+    )
 
 
 @dataclass(frozen=True)
@@ -215,8 +235,8 @@ def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
     return [*result, numbers] if numbers else result
 
 
-def _bucket(config: Config) -> int:
-    """Numbers of the bucket."""
+def bucket_numbers(config: Config) -> int:
+    """Numbers of the bucket that gradients are reduced in."""
     if config.zero.contiguous_gradients is False:
         return 0
     return resolved(config.zero.reduce_bucket_size)

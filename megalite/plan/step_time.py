@@ -17,12 +17,13 @@ Next: rank_memory.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from megalite.config.optimizer_rules import REDUCE_BUCKET_ELEMENTS
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis
@@ -41,6 +42,8 @@ PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT, CONTEXT = rang
 FP32 = 4
 PLAYED = 4  # micro-batches a rank that a program is played with; further ones take their busiest rank's time
 HIDDEN = 0.5  # of the time of a pass, that hides ZeRO-3's messages, which take memory and processors from kernels
+SOON = 5e8  # of ZeRO-3's weights, that stay between forward and backward (rank_memory.py)
+COPIED_BYTES = 40  # read and written: into a bucket, divided, flat for sending, to what is owned, flat for the update
 HOST_UPDATE = 4e8  # numbers a second that a rank's share of a host steps with offload_optimizer
 
 
@@ -55,15 +58,35 @@ def link_of(device: Device, size: int, members: int) -> Link:
     if members >= size:
         return device.node
     rate = min(device.node.bytes_per_second, members * device.network.bytes_per_second)
-    return Link(rate, device.network.seconds)
+    return replace(device.network, bytes_per_second=rate)
 
 
-def ring_seconds(link: Link, size: int, whole: float, passes: int = 1) -> float:
-    """Of a gather or scatter of `whole` bytes over `size` ranks; an all-reduce is two passes."""
+def ring_seconds(
+    link: Link, size: int, whole: float, passes: int = 1, byte: float = 1.0, calls: float = 0.0
+) -> float:
+    """Of a gather or scatter of `whole` bytes over `size` ranks; an all-reduce is two passes. byte: how many times as
+    long a byte takes, of Link; calls: messages, where not those of a ring."""
     if size == 1:
         return 0.0
-    messages = min(size - 1, 2 * math.ceil(math.log2(size)))  # rings, or trees where they are long
-    return passes * (whole * (size - 1) / size / link.bytes_per_second + messages * link.seconds)
+    # Rings, or trees where they are long.
+    messages = calls or passes * min(size - 1, 2 * math.ceil(math.log2(size)))
+    sent = passes * whole * (size - 1) / size
+    return byte * sent / link.bytes_per_second + messages * link.seconds
+
+
+def gather_seconds(link: Link, size: int, whole: float) -> float:
+    """Of an all-gather."""
+    return ring_seconds(link, size, whole, byte=link.gather)
+
+
+def scatter_seconds(link: Link, size: int, whole: float) -> float:
+    """Of a reduce-scatter."""
+    return ring_seconds(link, size, whole, byte=link.scatter)
+
+
+def owners_seconds(link: Link, size: int, whole: float, buckets: float = 1.0) -> float:
+    """Of reducing as many bytes in so many buckets, the part of each rank in a call of its own."""
+    return ring_seconds(link, size, whole, byte=link.reduce, calls=size * buckets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +162,10 @@ class Work:
     def exchange(self) -> float:
         """Seconds of an all-reduce of hidden states, or of the gather and scatter in its place."""
         whole = self.dtype_bytes * self.tokens * self.spec.hidden_size
-        return ring_seconds(self._link, self.tensor, whole, passes=2)
+        if not self.sequence:
+            return ring_seconds(self._link, self.tensor, whole, passes=2)
+        gathered = gather_seconds(self._link, self.tensor, whole)
+        return gathered + scatter_seconds(self._link, self.tensor, whole)
 
     @cached_property
     def _mixed(self) -> list[float]:
@@ -156,7 +182,8 @@ class Work:
     def mixing(self) -> float:
         """Seconds of them."""
         link = link_along(self.device, self.context, self.tensor)
-        return sum(ring_seconds(link, self.context, whole) for whole in self._mixed)
+        seconds = ring_seconds if self.by_heads else gather_seconds
+        return sum(seconds(link, self.context, whole) for whole in self._mixed)
 
     @property
     def mixed_bytes(self) -> float:
@@ -295,7 +322,7 @@ class Held(NamedTuple):
 class Sharing:
     """What the copies of a weight add, which are along data and context. data, context, expert, tensor: ranks of the
     axes; zero: the stage; offload: whether the optimizer is stepped in main memory; moments: tensors that it keeps of
-    each weight."""
+    each weight; bucket: numbers that are reduced at a time."""
 
     data: int
     tensor: int
@@ -304,6 +331,7 @@ class Sharing:
     moments: int = 2
     context: int = 1
     expert: int = 1
+    bucket: int = REDUCE_BUCKET_ELEMENTS
 
     @property
     def ranks(self) -> int:
@@ -326,21 +354,38 @@ class Sharing:
         result, device, e = np.zeros((len(KINDS), len(PARTS))), work.device, work.dtype_bytes
         numbers, lines = sum(held), self._lines(device, held)
         summed = (e + 2 * FP32) * numbers / device.memory_rate if several or self.zero > 1 else 0.0
+        if device.gradient_rate:
+            summed += e * numbers / device.gradient_rate
+        if self.zero > 1:
+            summed += self._copied(device, numbers)
         result[1, ENGINE] = result[3, ENGINE] = summed + device.micro_seconds
-        if self.zero >= 2:
-            reduced = sum(ring_seconds(link, size, FP32 * count) for link, size, count in lines)
-            result[1, DATA] = result[3, DATA] = reduced
+        if self.zero == 2:
+            result[1, DATA] = result[3, DATA] = self._reduced(lines)
         if self.zero == 3:
             # Layer by layer, beside computing, which hides a part of it. There is no expert axis.
             layers, (link, size, _) = work.spec.num_layers, lines[0]
-            gathered = layers * ring_seconds(link, size, e * numbers / layers)
-            reduced = layers * ring_seconds(link, size, FP32 * numbers / layers)
+            gathered = layers * gather_seconds(link, size, e * numbers / layers)
+            reduced = layers * scatter_seconds(link, size, FP32 * numbers / layers)
+            # What is gathered for forward stays for backward, where that comes soon.
+            again = max(0.0, numbers - SOON) / max(1.0, numbers)
             # Cores that pass messages on compute nothing meanwhile.
             hidden = (0.0 if device.cores else HIDDEN) * work.model.sum(axis=1)
             hooks = layers * device.gather_seconds
             result[0, DATA] = max(0.0, gathered - hidden[0]) + hooks
-            result[1, DATA] = max(0.0, gathered + reduced - hidden[1]) + hooks
+            result[1, DATA] = max(0.0, again * gathered + reduced - hidden[1]) + hooks
         return result
+
+    def _copied(self, device: Device, numbers: float) -> float:
+        """Seconds in which gradients are copied from one buffer to another on their way to their owner and the
+        update."""
+        return COPIED_BYTES * numbers / (device.reduce_rate or device.memory_rate)
+
+    def _reduced(self, lines: list[tuple[Link, int, float]]) -> float:
+        """Seconds in which ZeRO-1 and 2 reduce."""
+        return sum(
+            owners_seconds(link, size, FP32 * count, 1 + count / self.bucket)
+            for link, size, count in lines
+        )
 
     def end(self, work: Work, held: Held, world: int = 1) -> dict[str, float]:
         """Seconds after a step's last backward, by part. world: ranks in all, which sum a few numbers twice: the tokens
@@ -356,12 +401,12 @@ class Sharing:
         for link, size, count in lines:
             if self.zero == 0:
                 sent += ring_seconds(link, size, FP32 * count, passes=2)
-            elif self.zero == 1:
-                sent += ring_seconds(link, size, FP32 * count)
-            if self.zero in (1, 2):
-                sent += ring_seconds(link, size, e * count)
+            elif self.zero < 3:
+                sent += gather_seconds(link, size, e * count)
+        sent += self._reduced(lines) if self.zero == 1 else 0.0
+        copied = self._copied(device, sum(held)) if self.zero == 1 else 0.0
         sent += 2 * ring_seconds(link_along(device, world, 1), world, 0.0, passes=2)
-        return {"data": sent, "update": update + device.step_seconds}
+        return {"data": sent, "engine": copied, "update": update + device.step_seconds}
 
 
 @dataclass(frozen=True)
@@ -424,7 +469,8 @@ def step_time(
     ends = [sharing.end(work, held, ranks) for held in dict.fromkeys(weights)]
     longest = max(ends, key=lambda end: sum(end.values()))
     end = {part: shared * seconds for part, seconds in longest.items()}
-    parts["data"] += end["data"]
+    for part in ("data", "engine"):
+        parts[part] += end[part]
     parts["update"] = end["update"]
     seconds = length + sum(end.values())
     return StepTime(seconds, parts, parts["bubble"] / seconds)

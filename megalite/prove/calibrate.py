@@ -69,9 +69,15 @@ def device_lines(device: Device, path: Path) -> str:
             + shared * (device.cores > 1),
             f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
             f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
-            f"    link: {link.bytes_per_second / 1e9:.4g} GB/s, {1e6 * link.seconds:.3g} µs a message",
+            f"    link: {link.bytes_per_second / 1e9:.4g} GB/s, {1e6 * link.seconds:.3g} µs a message"
+            + f" and {1e6 * device.wake_seconds:.3g} more on cores of their own"
+            * (device.cores > 1)
+            + "; a byte takes "
+            f"{link.gather:.2f} times as long to gather, {link.scatter:.2f} to scatter, {link.reduce:.2f} to reduce",
             f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}, ZeRO-3 a layer {gather}; "
-            f"its updates move {(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s",
+            f"it writes gradients at {(device.gradient_rate or device.memory_rate) / 1e9:.4g} GB/s, moves "
+            f"{(device.reduce_rate or device.memory_rate) / 1e9:.4g} GB/s when it reduces, "
+            f"{(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s in an update",
         ]
     )
 
@@ -178,12 +184,14 @@ def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
 
 def step_configs(folder: str) -> list[dict[str, Any]]:
     """Resolved, of one rank: four with little to compute, of 1 and 4 layers and micro-batches; the last of them with
-    ZeRO-3; one with many weights for its tokens; one with many tokens."""
+    ZeRO-3; one with many weights for its tokens, of 4 micro-batches with ZeRO-2 and with ZeRO-1, and of one; one with
+    many tokens."""
     small = [_config(folder, layers, count, 32, 1, 16) for layers in (1, 4) for count in (1, 4)]
     hidden, micro, length = (4096, 2, 2048) if machine_has_gpu() else (256, 4, 128)
     return [
         *small,
         _config(folder, 4, 4, 32, 1, 16, zero=3),
+        *(_config(folder, 8, 4, hidden, 1, 16, zero) for zero in (2, 1)),
         _config(folder, 8, 1, hidden, 1, 16),
         _config(folder, 4, 2, hidden, micro, length),
     ]

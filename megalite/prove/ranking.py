@@ -19,10 +19,12 @@ import torch
 from megalite.config import Config
 from megalite.config.reading import apply_overrides
 from megalite.config.rules import machine_has_gpu
+from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.candidates import given_candidate
 from megalite.plan.devices import Device, device_of
 from megalite.plan.plan_program import planner_of
+from megalite.plan.rank_memory import MemoryTable, SizesByPlace
 from megalite.plan.search import Layout as PlannedLayout
 from megalite.plan.states import (
     parameter_sizes,
@@ -124,14 +126,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)"
     )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        metavar="LAYOUT",
+        help=f"two or more, as data=2,zero=2,micro=1 (default: {len(LAYOUTS)} of 1 to 8 ranks)",
+    )
     options = parser.parse_args(arguments)
+    if options.layouts is not None:
+        _check(options.layouts)
     device = _calibrated() if options.device is None else device_of(options.device)
     print(device_lines(device, Path(options.device or "calibrated now")), flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmark_plan_") as folder:
         random_corpus(Path(folder) / "train", VOCABULARY, tokens=300_000)
-        cases = _measured(folder, device, options.steps)
+        cases = _measured(folder, device, options.steps, options.layouts or LAYOUTS)
     print("\n".join(["", *step_table(cases), "", *memory_table(cases)]), flush=True)
     return 0
+
+
+def _check(layouts: Sequence[str]) -> None:
+    """ConfigError where these cannot be ranked on this machine."""
+    if len(layouts) < 2:
+        raise ConfigError(f"--layouts: {layouts[0]}: must be two or more, which are ranked")
+    for text in layouts:
+        ranks, most = Layout.parse((text.split() or [text])[0]).world_size, _most_ranks()
+        if ranks > most:
+            raise ConfigError(
+                f"--layouts: {text}: {ranks} ranks: must be at most {most} on this machine"
+            )
 
 
 def _calibrated() -> Device:
@@ -167,19 +189,22 @@ def document(folder: str) -> dict[str, Any]:
     }
 
 
-def _measured(folder: str, device: Device, steps: int) -> list[Case]:
-    """Of every layout that this machine has ranks for; those of as many ranks by turns."""
+def _measured(folder: str, device: Device, steps: int, layouts: Sequence[str]) -> list[Case]:
+    """Of those of the layouts that this machine has ranks for, those of as many ranks by turns. Those with ZeRO-3 are
+    started apart: making its weights puts another linear layer into torch (runtime/zero/linear.py), for as long as
+    the process lives."""
     most = _most_ranks()
-    by_ranks: dict[int, list[Case]] = {}
-    for text in LAYOUTS:
+    starts: dict[tuple[int, bool], list[Case]] = {}
+    for text in layouts:
         layout, *own = text.split()
         config = config_of(
             _with(Config.from_dict(document(folder)), own), Layout.parse(layout), BATCH
         )
         if config.world_size <= most:
             planned = planned_layout(config, device)
-            by_ranks.setdefault(config.world_size, []).append(Case(text, config, planned, []))
-    for world_size, cases in by_ranks.items():
+            start = starts.setdefault((config.world_size, config.zero_stage == 3), [])
+            start.append(Case(text, config, planned, []))
+    for (world_size, _), cases in starts.items():
         configs = [case.config.to_json() for case in cases]
         request = Path(folder) / "request.json"
         request.write_text(json.dumps({"configs": configs, "steps": steps, "folder": folder}))
@@ -188,7 +213,7 @@ def _measured(folder: str, device: Device, steps: int) -> list[Case]:
             found = json.loads((Path(folder) / f"rank{rank}.json").read_text())
             for case, row in zip(cases, found, strict=True):
                 case.ranks.append(row)
-    return [case for cases in by_ranks.values() for case in cases]
+    return [case for cases in starts.values() for case in cases]
 
 
 def _with(config: Config, overrides: Sequence[str]) -> Config:
@@ -250,16 +275,14 @@ def memory_table(cases: Sequence[Case]) -> list[str]:
     ]
     exact, off = 0, []
     for case in cases:
-        told = [predicted_bytes(case.config, rank) for rank in range(case.world_size)]
+        told = [predicted_states_of(case.config, rank) for rank in range(case.world_size)]
         held = [
             tuple(row[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer"))
             for row in case.ranks
         ]
-        same = sum(states == own for (states, _), own in zip(told, held, strict=True))
+        same = sum(states == own for states, own in zip(told, held, strict=True))
         exact += same == case.world_size
-        # torch allocates no libraries; the bucket is that of the run, which a CPU's planner leaves out.
-        memory, bucket = case.planned.memory, max(buckets for _, buckets in told)
-        there = memory.total - memory.libraries - memory.buckets + bucket
+        there = predicted_peak(case.config)
         here = max(row["peak_bytes"] for row in case.ranks)
         off.append(abs(there / here - 1))
         lines.append(
@@ -275,8 +298,15 @@ def memory_table(cases: Sequence[Case]) -> list[str]:
     ]
 
 
-def predicted_bytes(config: Config, rank: int) -> tuple[tuple[int, int, int], int]:
-    """A rank's weights, gradients and optimizer states; the bucket, of which a CPU's planner counts nothing."""
+def predicted_states_of(config: Config, rank: int) -> tuple[int, int, int]:
+    """A rank's weights, gradients and optimizer states."""
     spec, grid = read_spec(config.model), place_of(config, rank)
     states = predicted_states(config, parameter_sizes(config, spec, grid), grid)
-    return (states.weights, states.gradients, states.optimizer), states.buckets
+    return states.weights, states.gradients, states.optimizer
+
+
+def predicted_peak(config: Config) -> int:
+    """The most that torch allocates on the rank that has most, beside what stands before a step and is no state: a
+    bucket of ZeRO-3."""
+    largest = MemoryTable(config, read_spec(config.model), None, SizesByPlace()).largest
+    return largest.total - (largest.buckets if config.zero_stage == 3 else 0)

@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 
 class Cut(PipelineModule):
-    """Cut where it is asked for: PipelineModule's own ways count the embedding as work."""
+    """Cut at `first_layers`: PipelineModule's own ways count the embedding as work."""
 
     first_layers = 0
 

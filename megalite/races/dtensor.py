@@ -56,6 +56,7 @@ def main() -> None:
                 loss = F.cross_entropy(model(ids).logits.flatten(0, 1), wanted.flatten()) / parts
                 loss.backward()
             total += (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
+        # One norm over all gradients: of whole parameters and of sharded ones, each kind by itself first.
         norms = []
         for values in (whole, cut):
             gradients = [value.grad for value in values if value.grad is not None]

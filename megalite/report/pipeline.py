@@ -28,10 +28,11 @@ Rows = list[list[Span]]
 
 def simulated(pipeline: dict[str, Any]) -> Rows:
     """From about.json."""
-    return [
-        [Span(kind, f"{kind}{chunk}.{k}", start, end) for kind, chunk, k, start, end in actions]
-        for actions in pipeline.get("actions", [])
-    ]
+    rows: Rows = []
+    for actions in pipeline.get("actions", []):
+        spans = [Span(kind, f"{kind}{chunk}.{k}", *times) for kind, chunk, k, *times in actions]
+        rows.append(spans)
+    return rows
 
 
 def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int, Rows]:

@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="also tell of each run's trace for Perfetto: trace.json of the steps that the run has traced "
-        "(megalite.train.trace_steps); of a run without one the simulated step as trace_simulated.json",
+        help="also print where each run's trace for Perfetto is: trace.json of the steps that the run has traced "
+        "(megalite.train.trace_steps); for a run without one, write the simulated step as trace_simulated.json",
     )
     options = parser.parse_args(arguments)
     several = len(options.runs) > 1

@@ -263,7 +263,7 @@ class Attempt:
             addresses = subprocess.run(command, capture_output=True, text=True).stdout.split()
             if not addresses:
                 raise MegaliteError(
-                    f"{first.host}: hostname -I names no address: give one: --master_addr"
+                    f"{first.host}: hostname -I names no address: give --master_addr"
                 )
             return addresses[0]
         return first.address

@@ -20,7 +20,9 @@ class ProgramConfig:
             if name == "--deepspeed_config":
                 self.path = value if equals else next(iter(words[i + 1 :]), None)
         if self.path is None:
-            raise ConfigError("--deepspeed_config: missing: it says what fewer hosts must come to")
+            raise ConfigError(
+                "--deepspeed_config: missing: needed to keep the global batch on fewer hosts"
+            )
         self.overrides = [word for word in words if _OVERRIDE.fullmatch(word)]
 
     def fit(self, full: dict[str, int], hosts: dict[str, int]) -> tuple[dict[str, int], list[str]]:

@@ -1,13 +1,13 @@
-"""A process on each host that sees to the ranks of one start there, for as long as launcher/run.py lives.
+"""A process on each host that watches the ranks of one start there, for as long as launcher/run.py lives.
 
     python -m megalite.supervisor.host_guard FOLDER
 
 It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
-standard output it tells of each rank that comes (`up RANK PID`) and goes (`down RANK WORD`, the word that it left; `-`
-for none: killed), and where FOLDER is not this user's alone: `refused WHY`. On standard input come `signal N`, for the
-ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. Where nothing comes for a while whoever
-tells it is gone or out of reach: the ranks are stopped, and killed where they do not end. It ends with no process of
-the start left. Only Python's library: it is to start fast. Next: restarts.py.
+standard output it writes a line for each rank that starts (`up RANK PID`) and ends (`down RANK WORD`, the word that it
+left; `-` for none: killed), and `refused WHY` where FOLDER is not this user's alone. It reads from standard input
+`signal N`, for the ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. If nothing comes
+for a while, the launcher is gone or out of reach: the ranks are stopped, and killed if they do not end. It ends when
+no process of the start is left. Only Python's library: it is to start fast. Next: restarts.py.
 """
 
 import contextlib

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        description="Start a program on ranks with deepspeed, and see to its end."
+        description="Start a program on ranks with deepspeed, and watch it to its end."
     )
     parser.add_argument(
         "-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh"

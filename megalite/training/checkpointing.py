@@ -49,9 +49,11 @@ class Checkpoints(Watcher):
         """Adds what checkpoints have cost since the last step."""
         row |= self.saver.taken_figures()
 
-    def save(self, position: Position) -> str | None:
-        """Begins to save (collective), in place of an earlier checkpoint of that step. Returns None, or what is not
+    def save(self, position: Position, again: bool = False) -> str | None:
+        """Begins to save (collective), unless that step is saved; again: in its place. Returns None, or what is not
         finite and must not be saved; TrainingError where the run must stop for that."""
+        if self.saved_step == position.step and not again:
+            return None
         self.finish()
         replicated = self.config.zero_stage == 0
         boxes = owned_boxes(self.engine.shards(), self.engine.grid, replicated)

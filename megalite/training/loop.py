@@ -349,11 +349,10 @@ class Run:
     def _save(self, again: bool = False) -> None:
         """Begins a checkpoint of the position, unless its step is saved or it is not sound; again: in place of the one
         that is saved."""
-        if self.checkpoints.saved_step == self.position.step and not again:
-            return
-        unsound = self.checkpoints.save(self.position)
+        saved = not again and self.checkpoints.saved_step == self.position.step
+        unsound = self.checkpoints.save(self.position, again)
         self._heed(unsound)
-        if unsound is None:
+        if unsound is None and not saved:
             for watcher in self.watchers:
                 watcher.saved(self.position)
 

@@ -421,7 +421,7 @@ def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(
         "step_00000004",
         "step_00000007.damaged",
     ]
-    assert "step_00000007: damaged, and passed over: is now step_00000007.damaged" in saver.told[0]
+    assert "step_00000007: damaged and skipped: is now step_00000007.damaged" in saver.told[0]
     assert newest_good(tmp_path)[1] == []
 
 

@@ -1,6 +1,7 @@
 """The tools that collect labelled texts and translations, on small packages made here."""
 
 import io
+import itertools
 import json
 import os
 import runpy
@@ -69,12 +70,43 @@ def test_messages_of_a_catalogue(charset: str, order: str) -> None:
         list(tool["messages"](b"none" + content[4:]))
 
 
-def test_a_message_is_in_one_part_alone(tmp_path: Path) -> None:
-    messages = [(f"message {number}", f"Meldung {number}") for number in range(200)]
+SAME = [
+    ("cannot open %s", "Cannot open '%.40s'!"),
+    ("%d words", "{number} words"),
+    ("cannot open the file", "cannot close the file"),
+    ("open the file", "cannot open the file"),
+    ("to open the file again", "again to open the file"),
+    ("one two three four five six seven eight", "one three four five seven six eight"),
+]
+OTHER = [
+    ("cannot open %s", "cannot close %s"),
+    ("open the file", "close the file"),
+    ("cannot open the file", "cannot close a file"),
+    ("one two three four five six seven", "two three four five six one"),
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER],
+)
+def test_messages_that_are_nearly_the_same_are_a_family(
+    one: str, other: str, is_same: bool
+) -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools/collect_catalogues.py"))
+    first, second = tool["words"](one), tool["words"](other)
+    families = tool["Families"]([first, second])
+    assert (families.of(first) == families.of(second)) is is_same
+
+
+def test_a_family_of_messages_is_in_one_part_alone(tmp_path: Path) -> None:
+    """Each message has a twin, and a package those of the others."""
+    names = ["".join(letters) for letters in itertools.product("abcdef", repeat=3)]
+    messages = [(f"{name} {what}", f"Meldung {name}") for name in names for what in ("%s", "%d!")]
     for package in ("one", "two"):
         folder = tmp_path / "packages" / package / "usr/share/locale/de/LC_MESSAGES"
         folder.mkdir(parents=True)
-        both = [*messages[:150], ("same", package)] if package == "one" else messages[50:]
+        both = [*messages[:300], ("same", package)] if package == "one" else messages[100:]
         (folder / "a.mo").write_bytes(catalogue(both, "utf-8", "<"))
     run(
         "collect_catalogues", "--language", "de", "--output", str(tmp_path), "--packages", "one", "two"
@@ -83,10 +115,11 @@ def test_a_message_is_in_one_part_alone(tmp_path: Path) -> None:
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "valid", "text")
     }
-    train, valid = ({line["source"] for line in parts[name]} for name in ("train", "valid"))
-    assert not train & valid and len(train | valid) == 201
-    assert len(parts["train"]) + len(parts["valid"]) == 201 and 5 < len(valid) < 40
-    assert len(parts["text"]) == 2 * len(parts["train"])
+    train, valid = ([line["source"] for line in parts[name]] for name in ("train", "valid"))
+    assert sorted([*train, *valid]) == sorted([source for source, _ in messages] + ["same"])
+    held_out = {source.split()[0] for source in valid}
+    assert not held_out & {source.split()[0] for source in train} and 5 < len(held_out) < 40
+    assert len(parts["text"]) == 2 * len(train)
 
 
 DOWNLOAD = """#!/bin/sh

@@ -40,7 +40,7 @@ LEAST, MOST = 2, 256  # labels; a corpus has a byte for each
 
 
 def tensors_of(family: str) -> dict[str, HFTensor]:
-    """Where a classifier's own tensors stand in the family's files."""
+    """Where a classifier's own tensors are in the family's files."""
     return TENSORS.get(family, _DECODERS)
 
 

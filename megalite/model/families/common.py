@@ -189,12 +189,23 @@ def routed_layers(config: Any) -> list[int]:
 
 
 def head_size(config: Any) -> int:
-    """Features of a head: `head_dim`, which transformers reads wherever a config has it, or an equal part."""
+    """Features of a head where the attention reads `head_dim`: that, or without one an equal part."""
     given = getattr(config, "head_dim", None)
+    return _equal_part(config) if given is None else given
+
+
+def equal_head_size(config: Any) -> int:
+    """Features of a head where the attention, or a part of it, does not read `head_dim`: an equal part."""
+    size = _equal_part(config)
+    require(config, "head_dim", None, size)
+    return size
+
+
+def _equal_part(config: Any) -> int:
     hidden, heads = config.hidden_size, config.num_attention_heads
-    if given is None and hidden % heads:
+    if hidden % heads:
         raise ConfigError(f"{KEY}.num_attention_heads: {heads}: must divide hidden_size {hidden}")
-    return hidden // heads if given is None else given
+    return hidden // heads
 
 
 def padding(config: Any) -> int | None:

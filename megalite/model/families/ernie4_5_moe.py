@@ -31,6 +31,7 @@ TENSORS = (
     )
 )
 ROUTER_BIAS = f"{_FILE_MLP}.moe_statics.e_score_correction_bias"
+OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 UNUSED = re.compile("mtp")  # layers that predict further tokens, which transformers leaves out too
 
 

@@ -8,8 +8,8 @@ from megalite.model.families.common import (
     QUERY_KEY_VALUE,
     HFTensor,
     choose,
+    equal_head_size,
     fused,
-    head_size,
     require,
     tensors,
 )
@@ -47,7 +47,7 @@ def read(config: Any) -> TransformerSpec:
         num_layers=config.n_layer,
         num_heads=config.n_head,
         num_kv_heads=config.n_head,
-        head_size=head_size(config),
+        head_size=equal_head_size(config),
         intermediate_size=4 * config.n_embd if config.n_inner is None else config.n_inner,
         vocabulary_size=config.vocab_size,
         max_positions=config.n_positions,

@@ -7,8 +7,8 @@ from megalite.model.families.common import (
     ACTIVATIONS,
     QUERY_KEY_VALUE,
     choose,
+    equal_head_size,
     fused,
-    head_size,
     rotary,
     tensors,
 )
@@ -30,7 +30,7 @@ TENSORS = tensors(
 
 def read(config: Any) -> TransformerSpec:
     """A GPTNeoXConfig as our spec."""
-    size = head_size(config)
+    size = equal_head_size(config)
     return TransformerSpec(
         family="gpt_neox",
         hidden_size=config.hidden_size,

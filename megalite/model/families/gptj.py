@@ -4,7 +4,7 @@ neighbours, a bias on the head but none in attention."""
 from typing import Any
 
 from megalite.errors import ConfigError
-from megalite.model.families.common import ACTIVATIONS, KEY, choose, head_size, tensors
+from megalite.model.families.common import ACTIVATIONS, KEY, choose, equal_head_size, tensors
 from megalite.model.spec import Rotary, TransformerSpec
 
 TENSORS = tensors(
@@ -25,7 +25,7 @@ TENSORS = tensors(
 
 def read(config: Any) -> TransformerSpec:
     """A GPTJConfig as our spec."""
-    size, turning = head_size(config), config.rotary_dim
+    size, turning = equal_head_size(config), config.rotary_dim
     if not turning or turning % 2 or turning > size:
         raise ConfigError(
             f"{KEY}.rotary_dim: {turning}: must be even and at most the head's {size} features"

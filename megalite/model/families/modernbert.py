@@ -15,8 +15,8 @@ from megalite.model.families.common import (
     KEY,
     QUERY_KEY_VALUE,
     choose,
+    equal_head_size,
     fused,
-    head_size,
     padding,
     require,
     rotary,
@@ -56,7 +56,7 @@ OLD_KEYS = {
 def read(config: Any) -> TransformerSpec:
     """A ModernBertConfig as our spec."""
     require(config, "mlp_dropout", 0, 0.0)
-    size, kinds = head_size(config), config.rope_parameters
+    size, kinds = equal_head_size(config), config.rope_parameters
     by_kind = {
         kind: rotary(config, size, kinds[kind], f"rope_parameters.{kind}")
         for kind in set(config.layer_types)

@@ -20,6 +20,7 @@ TENSORS = (
         }
     )
 )
+OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 
 def read(config: Any) -> TransformerSpec:

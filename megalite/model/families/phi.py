@@ -3,7 +3,15 @@ on part of a head, biases everywhere, also on the head."""
 
 from typing import Any
 
-from megalite.model.families.common import ACTIVATIONS, choose, head_size, padding, rotary, tensors
+from megalite.model.families.common import (
+    ACTIVATIONS,
+    choose,
+    equal_head_size,
+    head_size,
+    padding,
+    rotary,
+    tensors,
+)
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -22,11 +30,13 @@ TENSORS = tensors(
         "head": "lm_head",
     }
 )
+OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
     """A PhiConfig as our spec."""
-    size = head_size(config)
+    # transformers' norms of queries and keys have an equal part of the hidden states.
+    size = equal_head_size(config) if config.qk_layernorm else head_size(config)
     return TransformerSpec(
         family="phi",
         hidden_size=config.hidden_size,

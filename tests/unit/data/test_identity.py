@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from megalite.data.identity import PLACE_TOKENS, PLACES, identity
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed import IndexedWriter, files_of
 
 
 def written(prefix: Path, documents: list[np.ndarray]) -> str:
-    with IndexedWriter(prefix, np.uint16, overwrite=True) as writer:
+    for path in files_of(prefix):
+        path.unlink(missing_ok=True)
+    with IndexedWriter(prefix, np.uint16) as writer:
         for document in documents:
             writer.add_document(document)
     return str(prefix)

@@ -194,7 +194,7 @@ def test_files_that_cannot_be_used_are_named(
         ("absent.jsonl", "no such file"),
         ("cut.jsonl.gz", "is damaged: Compressed file ended"),
         ("cut.jsonl.zst", "is damaged: Compressed file ended"),
-        ("cut.parquet", "is no .parquet file"),
+        ("cut.parquet", "is not a .parquet file"),
         ("n.parquet", 'has no column "text" .--text-key.; it has n'),
         ("a.csv", "must end in .jsonl, .txt or .parquet"),
         ("empty.jsonl", "nothing to write: no document in the inputs, 0 bad lines"),

@@ -18,5 +18,5 @@ def test_the_doctor_holds_links_against_those_that_are_known() -> None:
     assert known_share(h100, 8, 8, 64, size, across) == pytest.approx(1.0)
     shared = 4 * ring_seconds(LINK, 8, size, passes=2)  # 8 ranks on 2 cores
     assert known_share(MACHINE, 8, 1, 8, size, shared) == pytest.approx(1.0)
-    assert share_words(h100, 0.9) == "90 % of what H100 is known for"
-    assert share_words(h100, 0.2).startswith("20 % of what H100 is known for: slow: ")
+    assert share_words(h100, 0.9) == "90 % of the known rate of H100"
+    assert share_words(h100, 0.2).startswith("20 % of the known rate of H100: slow: ")

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -251,7 +252,8 @@ def others() -> list[Path]:
 
 def test_no_other_room_imports_inner_modules() -> None:
     for path in others():
-        assert set(deepspeed_imports(path)) <= DOCUMENTED, path
+        if "deepspeed" in path.read_text():  # to parse all of them takes seconds
+            assert set(deepspeed_imports(path)) <= DOCUMENTED, path
 
 
 def test_no_other_room_touches_inner_names() -> None:
@@ -269,7 +271,9 @@ def test_no_other_room_touches_inner_names() -> None:
         "step", "optimizer", "device", "overflow", "start", "numel", "all_gather", "loss_scale", "offload_optimizer",
         "__init__", "partition", "overlap_comm", "contiguous_gradients", "wait",
     }  # fmt: skip
+    wanted = inner - general
     for path in others():
-        for node in ast.walk(tree(path)):
+        words = set(re.findall(r"\w+", path.read_text()))
+        for node in ast.walk(tree(path)) if words & wanted else ():
             if isinstance(node, ast.Attribute):
-                assert node.attr not in inner - general, f"{path}:{node.lineno}: {node.attr}"
+                assert node.attr not in wanted, f"{path}:{node.lineno}: {node.attr}"

@@ -98,7 +98,7 @@ def test_a_text_that_the_caller_ends_is_set_aside_too() -> None:
     ("size", "penalty", "line"),
     [
         (1, 1.0, "--beams: 1: must be at least 2"),
-        (2, -0.1, "--length-penalty: -0.1: must be a number from 0"),
+        (2, -0.1, "--length-penalty: -0.1: must be a number of 0 or more"),
         (2, math.inf, "--length-penalty: inf: "),
         (2, math.nan, "--length-penalty: nan: "),
     ],

@@ -14,7 +14,9 @@ from megalite.config import check_model, load_config
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.model.rotary import frequencies
-from tests.families import FAMILY_CONFIGS
+from megalite.model.transformer import Stage
+from megalite.parallel.grid import Grid
+from tests.families import FAMILY_CONFIGS, batch, hf_model, load_hf
 
 # Fields of the config classes that change no function of a decoder that is trained.
 NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "is_decoder", "classifier_dropout"}
@@ -220,8 +222,37 @@ def test_key_value_heads_against_the_tensor_axis(kv_heads: int, tensor: int, ref
         check_model(config, spec)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3_moe"])
-def test_a_head_size_that_the_class_does_not_list_is_read(family: str) -> None:
-    """transformers' attention takes `head_dim` wherever a config has it."""
-    section = {**FAMILY_CONFIGS[family], "head_dim": 10}
-    assert read_spec(section).head_size == 10
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen2", {}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {}),
+        ("olmo2", {}),
+        ("ernie4_5_moe", {}),
+        ("phi", {"qk_layernorm": False, "rope_parameters": {"partial_rotary_factor": 0.6}}),
+    ],
+)
+def test_a_head_size_that_the_class_does_not_list_is_read(
+    family: str, change: dict[str, Any]
+) -> None:
+    """transformers' attention takes `head_dim` wherever a config of these has it."""
+    section = {**FAMILY_CONFIGS[family], "head_dim": 10, **change}
+    model, spec, (tokens, _) = hf_model(section), read_spec(section), batch()
+    assert spec.head_size == 10
+    with torch.no_grad():
+        logits = load_hf(Stage(spec, Grid()), model).eval()(tokens, None)
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", ["olmoe", "phi", "gpt2", "gptj", "gpt_neox", "bert", "roberta", "modernbert"]
+)
+def test_a_head_size_that_attention_does_not_read_is_refused(family: str, tmp_path: Path) -> None:
+    """Of transformers' attention a part at least has an equal part of the hidden states, whatever `head_dim` says."""
+    config = {**FAMILY_CONFIGS[family], "head_dim": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_spec(str(tmp_path)).head_size == 6
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 10}))
+    with pytest.raises(ConfigError, match="head_dim: 10: must be None or 6"):
+        read_spec(str(tmp_path))

@@ -70,7 +70,7 @@ def test_what_is_held(p: int, m: int) -> None:
     for schedule, v, program in programs(p, m):
         report = check(program)
         for rank in range(p):
-            kept, _ = most_bytes(program, rank, lambda chunk: 1, lambda chunk: 1)
+            kept = most_bytes(program, rank, lambda chunk: 1, lambda chunk: 1).bytes
             if schedule == "1f1b":
                 assert report.held[rank] == min(p - rank, m) and report.waiting[rank] == 0
             elif schedule == "interleaved" and m >= 2 * p:

@@ -23,15 +23,21 @@ from megalite.plan.devices import (
 )
 from megalite.plan.plan_program import plan_line
 from megalite.plan.search import Planner
-from megalite.plan.step_time import ring_seconds
+from megalite.plan.step_time import (
+    gather_seconds,
+    owners_seconds,
+    ring_seconds,
+    scatter_seconds,
+)
 from megalite.prove.calibrate import step_configs
 from tests.small_models import MODELS
 
-LINK = Link(2e9, 3e-5)
+LINK = Link(2e9, 3e-5, gather=1.5, scatter=2.0, reduce=1.2)
 MACHINE = Device(
     "mine", 4e10, 8e10, 16 * GIB, 1e10, LINK, LINK, LINK, 0.8, "a test",
     core_share=0.5, launch_seconds=5e-6, layer_seconds=4e-4, micro_seconds=3e-4, step_seconds=4e-3,
-    cores=2, busy_share=0.75, gather_seconds=2e-4, states_rate=4e9,
+    cores=2, wake_seconds=5e-5, busy_share=0.75, gather_seconds=2e-4,
+    gradient_rate=3e9, reduce_rate=5e9, states_rate=4e9,
 )  # fmt: skip
 
 
@@ -41,16 +47,24 @@ def product(m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
     return {"dtype": dtype, "m": m, "k": k, "n": n, "seconds": seconds}
 
 
-def collectives(link: Link) -> list[dict[str, Any]]:
-    rows = []
+def collectives(link: Link, wakes: float = 0.0) -> list[dict[str, Any]]:
+    """wakes: what a message takes more of two ranks."""
+    rows, awake = [], link
     for count in (2**12, 2**15, 2**18, 2**21):
+        link = replace(awake, seconds=awake.seconds + wakes)
         rows.append({
             "kind": "send", "ranks": 2, "bytes": count,
             "seconds": link.seconds + count / link.bytes_per_second,
         })  # fmt: skip
         for size in (2, 4, 8):
-            for kind, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
-                seconds = ring_seconds(link, size, count, passes)
+            link = replace(awake, seconds=awake.seconds + wakes * (size == 2))
+            taken = {
+                "all_reduce": ring_seconds(link, size, count, passes=2),
+                "all_gather": gather_seconds(link, size, count),
+                "reduce_scatter": scatter_seconds(link, size, count),
+                "reduce": owners_seconds(link, size, count),
+            }
+            for kind, seconds in taken.items():
                 rows.append({"kind": kind, "ranks": size, "bytes": count, "seconds": seconds})
     return rows
 
@@ -64,7 +78,7 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
         [{"moved_bytes": 3 * 2**20, "seconds": 3 * 2**20 / MACHINE.memory_rate}],
         [{"dtype": "fp32", "flops": 1e9, "seconds": 1e9 / 4e10}],
         [{"moved_bytes": 7 * 2**20, "seconds": 7 * 2**20 / MACHINE.memory_rate}],
-        collectives(LINK),
+        collectives(LINK, MACHINE.wake_seconds),
         [{"config": config, "seconds": predicted_seconds(alone, config)} for config in configs],
         MACHINE.busy_share,
     )
@@ -72,11 +86,16 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
     found = fitted(start, measured)
     assert found.node.bytes_per_second == pytest.approx(2e9, rel=0.01)
     assert found.node.seconds == pytest.approx(3e-5, rel=0.01)
+    assert found.wake_seconds == pytest.approx(5e-5, rel=0.01)
+    shares = found.node.gather, found.node.scatter, found.node.reduce
+    assert shares == pytest.approx((1.5, 2.0, 1.2), rel=0.01)
     assert found.core_share == pytest.approx(0.5, rel=0.05)
     assert found.product_share == pytest.approx(0.8, rel=0.1)
     assert found.layer_seconds == pytest.approx(4e-4, rel=0.1)
     assert found.gather_seconds == pytest.approx(2e-4, rel=0.05)
     assert found.states_rate == pytest.approx(4e9, rel=0.05)
+    assert found.gradient_rate == pytest.approx(3e9, rel=0.05)
+    assert found.reduce_rate == pytest.approx(5e9, rel=0.05)
     assert found.step_seconds == pytest.approx(4e-3, rel=0.05)
     for row in measured.steps:
         assert predicted_seconds(found, row["config"]) == pytest.approx(row["seconds"], rel=0.02)
@@ -84,7 +103,8 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
 
 def test_a_link_has_no_negative_seconds() -> None:
     rows = [{**row, "seconds": row["bytes"] / 1e9} for row in collectives(LINK)]
-    assert link_of(rows).seconds == 0.0
+    assert link_of(rows, 2)[0].seconds == 0.0
+    assert link_of(collectives(LINK), 8)[1] == 0.0, "no two ranks share a core"
 
 
 def planner(world_size: int, device: Device) -> Planner:
@@ -105,7 +125,9 @@ def planner(world_size: int, device: Device) -> Planner:
 def test_ranks_that_share_cores_take_their_work_over_the_cores() -> None:
     """What all ranks are busy with is conserved: 8 ranks on 2 cores take as long as all their work on both."""
     quick = Link(1e15, 0.0)
-    device = replace(MACHINE, node=quick, layer_seconds=0.0, step_seconds=0.0, micro_seconds=0.0)
+    nothing = dict.fromkeys(("layer", "step", "micro", "wake"), 0.0)
+    seconds = {f"{name}_seconds": value for name, value in nothing.items()}
+    device = replace(MACHINE, node=quick, **seconds)
     for pipe in (1, 4):
         one = Candidate(pipe=pipe, zero=1, micro=1)
         shared = planner(8, device).exact(one).time
@@ -121,7 +143,9 @@ def test_ranks_that_share_cores_take_their_work_over_the_cores() -> None:
 
 def test_cores_that_compute_at_once_are_slower() -> None:
     assert MACHINE.among(1) is MACHINE
+    assert MACHINE.among(2).node.seconds == pytest.approx(3e-5 + 5e-5)
     busy = MACHINE.among(8)
+    assert busy.node == MACHINE.node
     assert busy.single_flops == 0.75 * MACHINE.single_flops
     assert busy.layer_seconds == MACHINE.layer_seconds / 0.75
     assert DEVICES["H100"].among(8) == DEVICES["H100"] and DEVICES["H100"].ranks_a_core(64) == 1

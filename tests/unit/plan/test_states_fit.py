@@ -9,6 +9,7 @@ from megalite.errors import ConfigError
 from megalite.model.families import model_dict, read_spec
 from megalite.plan.devices import GIB
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace, check_states
+from megalite.plan.states import parameter_sizes, place_of, predicted_states
 from megalite.training import pretrain
 from tests.ranks import REPOSITORY
 
@@ -23,8 +24,11 @@ def resolved(name: str, ranks: int, *keys: str) -> Config:
 def test_the_states_of_the_rank_that_has_most_are_the_limit(name: str, ranks: int) -> None:
     config = resolved(name, ranks)
     spec = read_spec(config.model)
-    held = MemoryTable(config, spec, None, SizesByPlace()).ranks
-    most = max(rank.weights + rank.gradients + rank.optimizer for rank in held)
+    pipe, most = config.parallel.pipe, 0
+    for last in range(config.world_size // pipe - 1, config.world_size, config.world_size // pipe):
+        place = place_of(config, last)
+        states = predicted_states(config, parameter_sizes(config, spec, place), place)
+        most = max(most, states.weights + states.gradients + states.optimizer)
     check_states(config, spec, most)
     with pytest.raises(ConfigError) as refused:
         check_states(config, spec, most - 1)

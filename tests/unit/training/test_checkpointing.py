@@ -42,7 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     )  # fmt: skip
     made: Any = Checkpoints.__new__(Checkpoints)
     made.engine, made.saver, made.lines = engine, Saver(), []
-    made.health = SimpleNamespace(check_sound=lambda boxes, step: None)
+    made.health = SimpleNamespace(check_sound=lambda boxes, step: None, in_a_row=2, faulty_step=4)
     made.tell, made.saved_step, made.fingerprint, made.model = made.lines.append, 5, {}, {}
     made.config = SimpleNamespace(
         zero_stage=0, precision="fp32", optimizer=SimpleNamespace(type="AdamW"),
@@ -58,9 +58,12 @@ def test_a_step_is_saved_once(made: Any) -> None:
     ((step, replicated, state, is_best),) = made.saver.saved
     assert (step, replicated, is_best) == (6, True, False)
     assert state["step"] == 6 and state["loss_scale"] == {"cur_scale": 8}
+    assert (state["faults_in_a_row"], state["faulty_step"]) == (2, 4), "of the judge of steps"
     assert made.engine.update_waits_for == "an event", "which the next update waits for"
     made.save(Position(step=7, best=Best(loss=1.0, step=7)))
     assert made.saver.saved[-1][3], "the best so far"
+    made.save(Position(step=7), again=True)
+    assert [step for step, *_ in made.saver.saved] == [6, 7, 7]
 
 
 def test_what_is_not_sound_is_not_saved(made: Any) -> None:

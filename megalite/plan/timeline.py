@@ -1,0 +1,265 @@
+"""The most memory that a rank's device has in use in a step: its program walked action by action, with what each makes
+and frees.
+
+    F       what the chunk keeps (activations.py) stays; of the head a chunk of logits and its input come and go
+    B       the operations of backward.py; what is made again comes before those that need it
+    I, W    I leaves what W needs of each layer; W makes all gradients of its chunk before it gives them away
+    end     reduction and update (gradients.py)
+
+Next: rank_memory.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute
+from megalite.parallel.layers import share
+from megalite.parallel.loss import IN_CACHE
+from megalite.pipeline.program import Program
+from megalite.plan.activations import (
+    FP32,
+    ChunkPart,
+    Forward,
+    Table,
+    chunk_table,
+    groups,
+    head_table,
+    layer_table,
+    logits_bytes,
+    total,
+    waiting_table,
+)
+from megalite.plan.backward import Op, layer_ops
+from megalite.plan.gradients import Gradients, Moment, Reduction
+from megalite.plan.stacks import (
+    rows_of,
+    stack_chunk_table,
+    stack_head_table,
+    stack_layer_table,
+    stack_waiting_table,
+)
+
+OF_WEIGHT = "loss: gradient of its weight"
+HEAD = -1  # in place of a chunk's number: the head, whose gradients come with I
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """Of a chunk and a micro-batch of a rank.
+
+    recompute: as a Stage takes it; in_flight: bytes that are there during a forward alone (ZeRO-3's gathers); has_head:
+    whether the rank has the head, in this chunk or another.
+    """
+
+    spec: TransformerSpec
+    part: ChunkPart
+    recompute: Recompute
+    at: Forward
+    in_flight: int = 0
+    has_head: bool = False
+
+    @cached_property
+    def kept(self) -> int:
+        """Between F and its backward."""
+        told = chunk_table if self.spec.stacks is None else stack_chunk_table
+        return total(told(self.spec, self.part, self.recompute, self.at))
+
+    @cached_property
+    def rise(self) -> int:
+        """What F needs beside that: of the last layer the MLP's result and the sum with it, of the head a chunk of
+        logits and what they are made of."""
+        of_layers = 2 * self.at.hidden(self.spec) + self.in_flight
+        if not self.part.last:
+            return of_layers
+        rows = self.at if self.spec.stacks is None else rows_of(self.at, encoder=False)
+        entered = rows.width * rows.tokens * self.spec.hidden_size
+        of_head = logits_bytes(self.spec, rows) + entered
+        if rows.device == "cpu" and rows.dtype == torch.bfloat16 and rows.split.axis.size == 1:
+            of_head += FP32 * min(IN_CACHE, logits_bytes(self.spec, rows) // rows.width)
+        return max(of_head, of_layers - total(self._loss_table))
+
+    @cached_property
+    def waiting(self) -> int:
+        """Between I and W."""
+        told = waiting_table if self.spec.stacks is None else stack_waiting_table
+        return total(told(self.spec, self.part, self.at))
+
+    @cached_property
+    def backward(self) -> list[Op]:
+        """The operations of B, which free all that is kept."""
+        ops = [*self._first_ops(), *self._layer_ops()]
+        ops.append(self._last_op())
+        left = self.kept - sum(op.freed - op.made for op in ops)
+        return [*ops, Op(0, left)]
+
+    @cached_property
+    def inner(self) -> list[Op]:
+        """Those of I, which leave what waits; of the head without those of its weights, which follow it."""
+        spec, at = self.spec, self.at
+        ops = self._first_ops()[self.part.last :]
+        for layers, own in self._by_layer():
+            ops += own
+            if layers:
+                told = waiting_table if spec.stacks is None else stack_waiting_table
+                ops.append(Op(total(told(spec, ChunkPart(layers, False, False), at)), 0))
+        left = self.kept - self.waiting - sum(op.freed - op.made for op in ops)
+        if self.part.last:
+            left -= self._loss_table.get(OF_WEIGHT, 0)
+        return [*(op._replace(weights=()) for op in ops), Op(0, left)]
+
+    @property
+    def weights(self) -> Op:
+        """What W does."""
+        of_layers = tuple(count for op in self._layer_ops() for count in op.weights)
+        return Op(0, self.waiting, of_layers + self._last_op().weights)
+
+    @property
+    def head_op(self) -> Op:
+        """What gives the head's weights their gradient, which forward has made. That of weights that are the
+        embedding's too waits for the embedding's part."""
+        spec, axis, width = self.spec, self.at.split.axis, self.at.width
+        start, stop = share(spec.vocabulary_size, axis)
+        numbers = (len(spec.labels) or stop - start) * spec.hidden_size
+        held = self._loss_table.get(OF_WEIGHT, 0)
+        given = held == width * numbers  # it is that, in the weights' type
+        if self._waits_for_embedding:
+            return Op(0, 0) if given else Op(width * numbers, held)
+        return Op(-held, 0, (numbers,)) if given else Op(0, held, (numbers,))
+
+    @property
+    def _waits_for_embedding(self) -> bool:
+        return self.spec.tied and self.part.first and self.part.last
+
+    @property
+    def _loss_table(self) -> Table:
+        told = head_table if self.spec.stacks is None else stack_head_table
+        return told(self.spec, self.at)
+
+    def _first_ops(self) -> list[Op]:
+        """What comes before the layers: the head, or the gradient that another chunk has sent."""
+        spec, table = self.spec, self._loss_table
+        hidden = self.at.hidden(spec)
+        if not self.part.last:
+            return [Op(hidden, 0)]
+        ops = [self.head_op, Op(hidden, total(table) - table.get(OF_WEIGHT, 0))]
+        if spec.head_transform and spec.classifier is None:
+            ops += [Op(hidden, hidden), Op(hidden, hidden, (spec.hidden_size**2,))]
+        return ops
+
+    def _last_op(self) -> Op:
+        """The embedding's, or that by which the gradient of what came in leaves, as a message."""
+        spec, at = self.spec, self.at
+        if not self.part.first:
+            return Op(0, at.hidden(spec))
+        start, stop = share(spec.vocabulary_size, at.split.axis)
+        table = (stop - start) * spec.hidden_size
+        others = (spec.position_rows + spec.token_types) * spec.hidden_size
+        if self._waits_for_embedding:  # and is added
+            return Op(0, at.hidden(spec) + at.width * table, (table + others,))
+        if spec.tied and self.has_head:  # in another chunk, whose gradient is there
+            return Op(at.width * table, at.hidden(spec) + at.width * table, (others,))
+        return Op(0, at.hidden(spec), (table + others,))
+
+    def _layer_ops(self) -> list[Op]:
+        return [op for _, ops in self._by_layer() for op in ops]
+
+    def _by_layer(self) -> Iterable[tuple[range, list[Op]]]:
+        """The operations of each layer, the last layer first; a group of layers is made again before those of it."""
+        spec, at, layers = self.spec, self.at, self.part.layers
+        every = 0 if self.recompute == "selective" else int(self.recompute)
+        for group in reversed(groups(layers, every) or [layers]):
+            if every:
+                again = sum(total(self._table(layer)) for layer in group)
+                yield range(0), [Op(again, 0)]
+            for layer in reversed(group):
+                ops = self._ops_of(layer)
+                if self.recompute == "selective":
+                    again = total(self._table(layer)) - total(self._table(layer, selective=True))
+                    ops = [Op(again, 0), *ops]
+                yield range(layer, layer + 1), ops
+            if every:
+                yield range(0), [Op(0, at.hidden(spec))]
+
+    def _table(self, layer: int, selective: bool = False) -> Table:
+        if self.spec.stacks is None:
+            return layer_table(self.spec, layer, self.at, selective)
+        return stack_layer_table(self.spec, layer, self.at, selective)
+
+    def _ops_of(self, layer: int) -> list[Op]:
+        if self.spec.stacks is None:
+            return layer_ops(self.spec, layer, self.at)
+        # Of two stacks as one operation, with the most that a part of a layer makes.
+        kept, spec, at = total(self._table(layer)), self.spec, self.at
+        made = 3 * at.width * at.part(spec.intermediate_size)
+        weights = spec.layer_parameters(layer) // at.split.axis.size
+        return [Op(made, made + kept, (weights,))]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What an action has done: most: the moment with most, `kept` beside what there was; after: as much of afterwards,
+    with `kept` that was added."""
+
+    most: Moment
+    after: Moment
+
+
+def most_memory(
+    program: Program, rank: int, chunks: dict[int, ChunkMemory], rules: Reduction
+) -> Moment:
+    """The moment of a rank's step at which activations, gradients and buckets take most. On a CPU messages that were
+    sent stay until the step's end: gloo does not say before a wait that one is gone."""
+    one = next(iter(chunks.values()))
+    message = one.at.hidden(one.spec) if one.at.device == "cpu" else 0
+    gradients, known = Gradients.begin(rules), dict[object, Passage]()
+    now, begun = gradients.now, gradients.begun
+    # In plain numbers: a step has thousands of actions, and the search walks hundreds of ranks.
+    kept, most = 0, gradients.most.total
+    for action in program.actions[rank]:
+        kind, number, _ = action
+        given = HEAD if kind == "I" else number
+        key = kind, number, given in begun, now.gradients, now.buckets
+        passage = known.get(key)
+        if passage is None:
+            passage = known[key] = _passage(kind, number, chunks[number], gradients)
+        if kept + passage.most.total > most:
+            highest = passage.most
+            most = kept + highest.total
+            gradients.most = Moment(kept + highest.kept, highest.gradients, highest.buckets)
+        kept += passage.after.kept
+        if message and program.crosses(program.gives(action)):
+            kept += message
+        now = gradients.now = passage.after
+        if kind != "F":
+            begun.add(given)
+    gradients.now = Moment(kept, now.gradients, now.buckets)
+    gradients.end()
+    return gradients.most
+
+
+def _passage(kind: str, number: int, chunk: ChunkMemory, before: Gradients) -> Passage:
+    """Of an action from here on."""
+    now = before.now
+    own = Gradients(
+        before.rules,
+        Moment(0, now.gradients, now.buckets),
+        Moment(0, now.gradients, now.buckets),
+        set(before.begun),
+    )
+    match kind:
+        case "F":
+            own.now.kept = chunk.kept
+            own.look(chunk.rise)
+        case "B":
+            own.backward(number, chunk.backward)
+        case "W":
+            own.backward(number, [chunk.weights])
+        case _:
+            own.backward(number, chunk.inner, closes=False)
+            if chunk.part.last:
+                own.backward(HEAD, [chunk.head_op])
+    return Passage(own.most, own.now)

@@ -1,0 +1,92 @@
+"""The operations of a backward: all that forward keeps goes, each weight gets its gradient. What they take together is
+held against torch in tests/distributed/test_peaks.py."""
+
+import pytest
+import torch
+
+from megalite.model.families import read_spec
+from megalite.model.spec import TransformerSpec
+from megalite.model.transformer import Recompute, Stage
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Axis, Grid
+from megalite.plan.activations import ChunkPart, Forward
+from megalite.plan.backward import Op
+from megalite.plan.gradients import Gradients, Moment, Reduction
+from megalite.plan.timeline import ChunkMemory
+from tests.small_models import MODELS
+
+FAMILIES = ("llama", "gpt2", "bert", "modernbert", "mixtral", "qwen2_moe", "t5")
+
+
+def chunk_of(
+    spec: TransformerSpec,
+    recompute: Recompute,
+    dtype: torch.dtype,
+    tensor: int = 1,
+    first: bool = True,
+) -> ChunkMemory:
+    axis = Axis(tensor, tensor - 1, tuple(range(tensor)), None)
+    source = 0 if spec.stacks is None else 6
+    at = Forward(3, 16, dtype, Split(axis), source=source)
+    part = ChunkPart(range(spec.num_layers), first, last=True)
+    return ChunkMemory(spec, part, recompute, at, has_head=True)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("recompute", [0, 1, 2, "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backward_frees_what_forward_keeps(
+    family: str, recompute: Recompute, tensor: int
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        chunk = chunk_of(read_spec(MODELS[family]), recompute, dtype, tensor)
+        assert sum(op.freed - op.made for op in chunk.backward) == chunk.kept
+        assert all(op.made >= 0 or op == chunk.head_op for op in chunk.backward)
+        chunk = chunk_of(read_spec(MODELS[family]), recompute, dtype, tensor, first=False)
+        left = chunk.kept - sum(op.freed - op.made for op in chunk.inner)
+        assert left - chunk.waiting == -chunk.head_op.made + chunk.head_op.freed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_weight_gets_a_gradient(family: str) -> None:
+    """But for biases and what else is small."""
+    spec = read_spec(MODELS[family])
+    with torch.device("meta"):
+        numbers = sum(value.numel() for value in Stage(spec, Grid()).parameters())
+    chunk = chunk_of(spec, 0, torch.float32)
+    given = sum(count for op in chunk.backward for count in op.weights)
+    assert given == pytest.approx(numbers, rel=0.06)
+
+
+def rules(zero: int, width: int = 2, bucket: int = 100) -> Reduction:
+    sums = 4 * 300 if zero in (1, 2) else 0
+    return Reduction(zero, width, 600, (250, 50), sums, bucket, 1, 2, False)
+
+
+def walked(zero: int, backwards: int) -> list[Moment]:
+    """After each of so many backwards of a chunk with two weights of 300 numbers that keeps nothing else."""
+    gradients, found = Gradients.begin(rules(zero)), []
+    for _ in range(backwards):
+        gradients.backward(0, [Op(0, 0, (300,)), Op(0, 0, (300,))])
+        found.append(Moment(**vars(gradients.now)))
+    return found
+
+
+def test_gradients_come_with_the_first_backward() -> None:
+    for zero in (0, 1):
+        assert [moment.gradients for moment in walked(zero, 2)] == [2400, 2400]
+    assert [moment.gradients for moment in walked(2, 2)] == [1200, 1200], "those that it owns"
+    assert [moment.gradients for moment in walked(3, 2)] == [0, 0], "they stand in the states"
+    assert [moment.buckets for moment in walked(1, 1)] == [400], "until the reduction"
+    assert [moment.buckets for moment in walked(2, 1)] == [0]
+
+
+def test_the_end_of_a_step_lays_gradients_out_flat() -> None:
+    half, whole = (Gradients.begin(rules(1, width)) for width in (2, 4))
+    for gradients in (half, whole):
+        gradients.now.gradients, gradients.now.buckets = 2400, 400
+        gradients.end()
+        assert gradients.now == Moment(0, 1200, 0)
+    # The first bucket's gradients have moved into it when what the rank owns is made.
+    assert half.most == Moment(0, 2400 - 400 + 1200, 400)
+    assert whole.most.total >= 1200 + 4 * 250

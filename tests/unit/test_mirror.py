@@ -1,0 +1,109 @@
+"""Every module of megalite/ is tried by a unit test: one imports it, or is named here with the module that leads to it.
+
+An import says little, but a new module without a test shows. `THROUGH` has modules that are reached through others,
+`WITH_RANKS` those that do nothing without several processes: both name the test.
+"""
+
+import ast
+from pathlib import Path
+
+from megalite.model.families import FAMILIES
+from tests.families import FAMILY_CONFIGS
+from tests.ranks import REPOSITORY
+
+TESTS = REPOSITORY / "tests"
+RULES = "unit/config/test_config.py"  # each rule by the line that a user reads
+PLAN = "unit/plan/test_plan.py"  # by its bytes, seconds and lines
+RACES = "unit/races/test_races.py"  # whose long form starts every contender
+
+THROUGH = {
+    "__main__": "unit/commands/test_commands.py",
+    **dict.fromkeys(
+        (
+            "config.context_rules", "config.data_rules", "config.document",
+            "config.optimizer_rules", "config.parallel_keys", "config.pipe_rules", "config.rules", "config.stack_rules",
+        ),
+        RULES,
+    ),
+    **dict.fromkeys(("config.batches", "config.rate_rules", "config.schedules"), "unit/config/test_schedules.py"),
+    **dict.fromkeys(("config.expert_rules", "config.router_section"), "unit/config/test_expert_rules.py"),
+    "config.length_rules": "unit/config/test_length_rules.py",
+    "config.foreign": "unit/config/test_foreign_configs.py",
+    "config.masks": "unit/data/test_masking.py",
+    "data.masking": "unit/data/test_masking.py",
+    "data.pairs": "unit/data/test_preprocess.py",
+    "data.partial": "unit/data/test_preprocess.py",
+    "data.source_target": "unit/data/test_source_target.py",
+    # DeepSpeed's optimizers need a world: the dry run makes them over groups that go nowhere.
+    **dict.fromkeys(
+        ("engine.engine", "engine.over_fakes", "engine.zero", "engine.zero3"), "unit/prove/test_dry_run.py"
+    ),
+    **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
+    **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),
+    "plan.stacks": "unit/prove/test_dry_run.py",
+    "prove.expert_mutants": "unit/prove/test_mutants.py",
+    "report.page": "unit/report/test_report.py",
+    "training.epochs": "unit/training/test_epochs.py",
+    "training.events": "unit/training/test_metrics.py",
+}  # fmt: skip
+WITH_RANKS = {
+    "engine.nvme": "distributed/test_nvme.py",
+    "inference.harness": "distributed/test_harness.py",  # needs the extra `eval`
+    "prove.benchmark_rank": "distributed/test_benchmark.py",
+    **dict.fromkeys(
+        ("prove.calibrate_rank", "prove.machine", "prove.ranking_rank", "prove.turns"),
+        "distributed/test_calibration.py",
+    ),
+    "prove.verify_rank": "distributed/test_verify.py",
+    **dict.fromkeys(
+        (f"races.{name}" for name in ("deepspeed_pipe", "dtensor", "fsdp", "ours", "torch_pipe", "trainer")), RACES
+    ),
+    "training.watching": "distributed/test_watching.py",
+}  # fmt: skip
+
+
+def modules() -> set[str]:
+    """By their names within megalite; packages are not among them, nor are families, which one test goes through."""
+    package = REPOSITORY / "megalite"
+    paths = [path for path in package.rglob("*.py") if path.name != "__init__.py"]
+    names = {".".join(path.relative_to(package).with_suffix("").parts) for path in paths}
+    return {name for name in names if not name.startswith("model.families.")}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of megalite that a file imports or names in a text, such as `-m megalite.x.y`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {word for word in node.value.split() if word.startswith("megalite.")}
+    return {name.removeprefix("megalite.") for name in found if name.startswith("megalite.")}
+
+
+def tried() -> set[str]:
+    return set().union(*(imported(path) for path in (TESTS / "unit").rglob("*.py")))
+
+
+def test_every_module_has_a_test() -> None:
+    assert sorted(modules() - tried() - THROUGH.keys() - WITH_RANKS.keys()) == []
+
+
+def test_no_exception_is_left_over() -> None:
+    """A module that has its own test needs none, nor has one that is gone."""
+    named = THROUGH | WITH_RANKS
+    assert len(named) == len(THROUGH) + len(WITH_RANKS)
+    assert sorted(named.keys() - modules()) == [] and sorted(named.keys() & tried()) == []
+    assert [test for test in set(named.values()) if not (TESTS / test).is_file()] == []
+
+
+def test_every_family_has_a_config_that_tests_go_through() -> None:
+    assert set(FAMILIES) == {config["model_type"] for config in FAMILY_CONFIGS.values()}
+
+
+def test_folders_of_tests_are_the_rooms() -> None:
+    rooms = {path.parent.name for path in (REPOSITORY / "megalite").glob("*/__init__.py")}
+    assert rooms == {path.parent.name for path in (TESTS / "unit").glob("*/__init__.py")}
+    assert all(any((TESTS / "unit" / room).glob("test_*.py")) for room in rooms)
