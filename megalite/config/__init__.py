@@ -84,9 +84,6 @@ class Config:
     def deepspeed(self) -> dict[str, Any]:
         """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
-        if keys.get("optimizer", {}).get("type") == "SGD":
-            # Tested here: tests/distributed/test_recipes.py.
-            keys["zero_allow_untested_optimizer"] = True
         # Left out, it is on, and waits for the device twice a micro-batch.
         keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})

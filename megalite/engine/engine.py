@@ -130,9 +130,13 @@ class Engine(DeepSpeedEngine):
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
         """ZeRO-1 with bf16 goes the way of ZeRO-1 and 2 in all other types, not to BF16_Optimizer, which
-        all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones."""
-        chosen = super()._do_optimizer_sanity_check(basic_optimizer)
-        return "zero_optimization" if self.zero_optimization() else chosen
+        all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones. With ZeRO DeepSpeed's
+        own check is left out: it imports Muon, which has torch compile kernels, a second of each rank's start, to
+        compare with the optimizers that ZeRO was tried with. Those of a config are such, or tried here
+        (tests/distributed/test_recipes.py)."""
+        if self.zero_optimization():
+            return "zero_optimization"
+        return super()._do_optimizer_sanity_check(basic_optimizer)
 
     def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
         """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""

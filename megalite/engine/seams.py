@@ -76,7 +76,7 @@ _OF_THE_ENGINE = (
     _engine(
         "_do_optimizer_sanity_check",
         "self, basic_optimizer",
-        "overridden: bf16 with ZeRO-1 does not go to BF16_Optimizer",
+        "overridden: bf16 with ZeRO-1 does not go to BF16_Optimizer; Muon is not imported",
     ),
     _engine("_configure_distributed_model", "self, model", "overridden: experts have our groups"),
     _engine("has_moe_layers", "", "DeepSpeed's path for experts"),
@@ -261,16 +261,6 @@ _OF_ZERO_3 = (
         "self, current_submodule, forward",
         "zero3.py",
         "overridden: on the clock as waiting",
-    ),
-    Seam(_PARTITION, "NoGatherHandle", "", "streams.py", "weights that a rank has alone"),
-    Seam(_PARTITION, "NoGatherCoalescedHandle", "", "streams.py", "the same of several"),
-    Seam(_PARTITION, "NoGatherHandle.wait", "self", "streams.py", "replaced: no wait of the host"),
-    Seam(
-        _PARTITION,
-        "NoGatherCoalescedHandle.wait",
-        "self",
-        "streams.py",
-        "replaced: no wait of the host",
     ),
     Seam(_PARTITION, "Init", "", "initial.py", "makes parameters ZeRO-3's"),
     Seam(

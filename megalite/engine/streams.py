@@ -4,25 +4,32 @@ None of it happens on a CPU, which does all at once; tests/streams.py has DeepSp
 streams.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle, NoGatherHandle
+from deepspeed.accelerator import get_accelerator, set_accelerator
 
 
 @contextmanager
-def accelerator_with(**methods: Callable[..., Any]) -> Iterator[None]:
-    """DeepSpeed's accelerator with these methods in place of its own."""
-    own = vars(get_accelerator())
-    own.update(methods)
+def without_device_waits() -> Iterator[None]:
+    """Inside, DeepSpeed works with an accelerator whose `synchronize` returns at once."""
+    own = get_accelerator()
+    twin: Any = copy.copy(own)
+    twin.__class__ = _patient(type(own))
+    set_accelerator(twin)
     try:
         yield
     finally:
-        for name in methods:
-            del own[name]
+        set_accelerator(own)
+
+
+@functools.cache
+def _patient(kind: type) -> type:
+    """A subclass of a DeepSpeed accelerator in which the host waits for no device."""
+    return type(f"Patient{kind.__name__}", (kind,), {"synchronize": lambda self, *args: None})
 
 
 def wait_for(stream: Any) -> None:
@@ -36,21 +43,3 @@ def join_on_the_device(stream: Any) -> None:
     """From now on `stream.synchronize()` is `wait_for`. stream: one that DeepSpeed keeps; None on a CPU."""
     if stream is not None:
         stream.synchronize = functools.partial(wait_for, stream)
-
-
-def gather_without_waiting() -> None:
-    """Weights that a rank has alone, copied from main memory with offload_param, need no wait of the host: the
-    coordinator has the step's stream wait for the one that copies (runtime/zero/partitioned_param_coordinator.py,
-    fetch_sub_module)."""
-    for handle in (NoGatherHandle, NoGatherCoalescedHandle):
-        if not hasattr(handle.wait, "__wrapped__"):
-            handle.wait = _on_the_device(handle.wait)
-
-
-def _on_the_device(wait: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(wait)
-    def without_the_host(self: Any, **kwargs: Any) -> None:
-        with accelerator_with(resolves_data_dependency=lambda: True):
-            wait(self, **kwargs)
-
-    return without_the_host

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megalite.engine.norm import GlobalNorm
-from megalite.engine.streams import accelerator_with, wait_for
+from megalite.engine.streams import wait_for, without_device_waits
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Placement, Shard
@@ -201,7 +201,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         stream: Any = self.reduction_stream
         wait_for(stream)
         stream.wait_stream(accelerator.current_stream())
-        with accelerator_with(synchronize=lambda *args: None):
+        with without_device_waits():
             yield
 
     def independent_gradient_partition_epilogue(self) -> None:

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
-from megalite.engine.streams import accelerator_with, gather_without_waiting, join_on_the_device
+from megalite.engine.streams import join_on_the_device, without_device_waits
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.layers import Placement, Shard
@@ -43,7 +43,6 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         optimizer.global_norm = norm
         coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
         coordinator.__class__ = _TimedCoordinator
-        gather_without_waiting()
         if not optimizer.offload_optimizer:  # the host is to read gradients in main memory
             # DeepSpeed has it wait after each backward (independent_gradient_partition_epilogue).
             join_on_the_device(optimizer.reduce_and_partition_stream)
@@ -80,7 +79,7 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         if self.offload_optimizer:  # an update by the host
             super()._post_step(timer_names)
             return
-        with accelerator_with(synchronize=lambda *args: None):
+        with without_device_waits():
             super()._post_step(timer_names)
 
     def _get_norm_groups(self) -> list[Tensor]:

@@ -176,11 +176,6 @@ def test_experts_read_once_a_layer_and_micro_batch(
             assert sum(step.values()) <= MOST_READS + layers * micro_batches, step
 
 
-def test_weights_that_a_rank_has_alone_are_gathered_without_a_wait(tmp_path: Path) -> None:
-    ((steps, in_actions),) = run_ranks(1, counts, keys_of(tmp_path, {"layout": {"zero": 3}}))
-    assert not any(in_actions[1:]) and all(sum(step.values()) <= MOST_READS for step in steps[1:])
-
-
 DEEPSPEEDS = {
     "device": ({"zero": 2}, "megalite.engine.zero.ShardedOptimizer._streams_in_order"),
     "stream": ({"zero": 3}, "megalite.engine.zero3.join_on_the_device"),

@@ -5,8 +5,8 @@ import threading
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from megalite.inference import answers
 from megalite.inference.answers import Answers
 from megalite.inference.likelihood import Likelihood
 
@@ -34,7 +34,7 @@ def test_every_rank_takes_part_in_each_question_until_the_end(
         else:
             box[0] = told.get(timeout=10)
 
-    monkeypatch.setattr(answers.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     zero, one = Asked(0), Asked(1)
     other = threading.Thread(target=one.take_part, daemon=True)
     other.start()

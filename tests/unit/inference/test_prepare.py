@@ -73,7 +73,9 @@ def test_what_needs_a_decoder_says_so() -> None:
         with pytest.raises(ConfigError, match=line):
             check_decoder(specs[name], "x", "chat")
     classifier: Any = SimpleNamespace(stacks=None, classifier="two labels", causal=True)
-    with pytest.raises(ConfigError, match="^x: is a classifier of texts: chat needs a model"):
+    with pytest.raises(
+        ConfigError, match="^x: is a classifier of texts: chat needs a language model"
+    ):
         check_decoder(classifier, "x", "chat")
 
 
