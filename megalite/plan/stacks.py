@@ -196,8 +196,8 @@ def stack_waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> 
     has_decoders = any(spec.is_cross(layer) for layer in part.layers)
     if has_decoders:
         table["what the encoder gives"] = e * at.batch * at.source * size
-    if part.layers and not part.last:
-        # The last layer's is a part of what comes in for both stacks, which lies in memory as one.
+    if part.layers and not part.last and at.batch == 1:
+        # The last layer's is a part of what comes in for both stacks, of more than one sample a copy of that part.
         others = at.source if has_decoders else at.length - at.source
         table["the other stack's gradient"] = e * at.batch * others * size
     tables = 2 * spec.stacks.buckets * (at.part(spec.num_heads) // at.tokens) if spec.stacks else 0

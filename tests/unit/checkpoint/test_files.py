@@ -192,7 +192,7 @@ def test_a_tensor_that_is_not_whole_is_never_published(tmp_path: Path) -> None:
     index = Index.from_json(
         {"weight/a": {"shape": [4], "dtype": "float32", "boxes": [[[0], [3], "f", "k"]]}}
     )
-    with pytest.raises(CheckpointError, match="3 elements of 4"):
+    with pytest.raises(CheckpointError, match="3 of 4 elements"):
         transaction.publish(index, {})
     assert not (tmp_path / "c").exists()
 
@@ -206,8 +206,8 @@ NOT_WHOLE = [
     ([([0, 0], [2, 3]), ([1, 0], [1, 3])], "overlap"),
     ([([0, 0], [3, 2]), ([0, 1], [3, 1])], "overlap"),
     ([([0, 0], [1, 3]), ([0, 0], [1, 3]), ([2, 0], [1, 3])], "overlap"),
-    ([([0, 0], [3, 3]), ([0, 0], [1, 1])], "10 elements of 9"),
-    ([([0, 0], [2, 3])], "6 elements of 9"),
+    ([([0, 0], [3, 3]), ([0, 0], [1, 1])], "10 of 9 elements"),
+    ([([0, 0], [2, 3])], "6 of 9 elements"),
 ]
 
 
@@ -224,7 +224,7 @@ def test_each_element_must_be_stored_exactly_once() -> None:
         with pytest.raises(CheckpointError, match=f"weight/a: .*{said}"):
             index_of(boxes, [3, 3]).check_whole()
     index_of([([], [])], []).check_whole()
-    with pytest.raises(CheckpointError, match="2 elements of 1"):
+    with pytest.raises(CheckpointError, match="2 of 1 elements"):
         index_of([([], []), ([], [])], []).check_whole()
 
 
@@ -304,7 +304,7 @@ def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
         (
             INDEX,
             json.dumps({"weight/b": {**weight, "shape": [10**12]}}).encode(),
-            "3 elements of 1000000000000",
+            "3 of 1000000000000 elements",
         ),
         (
             INDEX,

@@ -146,12 +146,12 @@ def test_each_element_must_be_stored_exactly_once() -> None:
     PartIndex.from_json(index_of([(0, 2), (2, 4)])).check_whole()
     PartIndex.from_json(index_of([(3, 3), (0, 3), (6, 0)])).check_whole()
     for ranges, said in (
-        ([(0, 2), (3, 3)], "5 elements of 6"),
+        ([(0, 2), (3, 3)], "5 of 6 elements"),
         ([(0, 4), (2, 2)], "overlap"),
         ([(0, 3), (0, 3)], "overlap"),
         ([(0, 7), (7, -1)], "overlap|must be"),
         ([(1, 6)], "overlap"),
-        ([], "0 elements of 6"),
+        ([], "0 of 6 elements"),
     ):
         with pytest.raises(CheckpointError, match=f"weight/a: .*({said})"):
             PartIndex.from_json(index_of(ranges)).check_whole()

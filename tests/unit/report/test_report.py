@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
         return own(self, pattern)
 
     monkeypatch.setattr(Path, "rglob", gone)
-    assert [found.step for found in read_run(tmp_path).checkpoints] == [2]
+    assert [found.name for found in read_run(tmp_path).checkpoints] == ["step_00000002"]
 
 
 def test_what_is_no_run_folder_is_one_line(tmp_path: Path) -> None:
