@@ -29,7 +29,12 @@ LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
 SHARES = 0.2, 1.2  # between which product_share is looked for
 MOST_GATHER_SECONDS = 0.1
 HALVINGS, TURNS = 14, 4
-SHARES_OF_LINK = {"all_gather": "gather", "reduce_scatter": "scatter", "reduce": "reduce"}
+SHARES_OF_LINK = {
+    "all_gather": "gather",
+    "reduce_scatter": "scatter",
+    "reduce": "reduce",
+    "send": "send",
+}
 """Fields of Link, by collective; `reduce` is one call for each rank, which gets a part."""
 KINDS = ("all_reduce", *SHARES_OF_LINK)
 SHARES_OF_BYTES = 0.25, 8.0  # between which what a byte takes, beside an all-reduce's, is believed
@@ -70,8 +75,8 @@ def fitted(start: Device, measured: Measured) -> Device:
         product_share=1.0,
     )
     if measured.collectives:
-        node, wake = link_of(measured.collectives, start.cores)
-        device = replace(device, node=node, wake_seconds=wake)
+        node, alone = links_of(measured.collectives, start.cores)
+        device = replace(device, node=node, alone=alone)
     *small, gathering, reducing, summing, heavy, large = measured.steps
     device = with_engine_seconds(device, small)
     device = _met(device, "gather_seconds", (0.0, MOST_GATHER_SECONDS), gathering)
@@ -97,32 +102,37 @@ def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
     return rate, max(0.0, flops[sizes[0]] - sizes[0] / rate)
 
 
-def link_of(collectives: Sequence[Row], cores: int) -> tuple[Link, float]:
-    """Rates and seconds a message that meet all collectives best, each by its share of itself; and what a message takes
-    more where ranks share no core. cores: as of Device."""
-    bytes_, shared, alone = _collective_seconds(collectives, cores, KINDS)
+def links_of(collectives: Sequence[Row], cores: int) -> tuple[Link, Link | None]:
+    """The link of ranks that share cores, and that of ranks that do not, None where either was not measured; the first
+    is then of all. cores: as of Device."""
+    alone = [row for row in collectives if row["ranks"] <= cores]
+    shared = [row for row in collectives if row["ranks"] > cores]
+    if not alone or not shared or cores == 0:
+        return _link_of(collectives), None
+    return _link_of(shared), _link_of(alone)
+
+
+def _link_of(collectives: Sequence[Row]) -> Link:
+    """Rates and seconds a message that meet all collectives best, each by its share of itself."""
     found = {row["kind"] for row in collectives}
+    kinds = [kind for kind in KINDS if kind in found]
+    (plain, *others), seconds = _collective_seconds(collectives, kinds)
     shares = {
-        SHARES_OF_LINK[kind]: seconds / max(bytes_[0], 1e-15)
-        for kind, seconds in zip(KINDS[1:], bytes_[1:], strict=True)
-        if kind in found
+        SHARES_OF_LINK[kind]: byte / max(plain, 1e-15)
+        for kind, byte in zip(kinds[1:], others, strict=True)
     }
     least, most = SHARES_OF_BYTES
     if any(not least <= value <= most for value in shares.values()):
         # Too little was measured, or too unevenly, to tell the kinds apart.
-        bytes_, shared, alone = _collective_seconds(collectives, cores, KINDS[:1])
+        (plain,), seconds = _collective_seconds(collectives, kinds[:1])
         shares = {}
-    plain = max(bytes_[0], 1e-15)
-    if all(row["ranks"] <= cores for row in collectives):
-        return Link(1 / plain, alone, **shares), 0.0
-    wakes = max(0.0, alone - shared) if cores > 1 else 0.0
-    return Link(1 / plain, shared, **shares), wakes
+    return Link(1 / max(plain, 1e-15), seconds, **shares)
 
 
 def _collective_seconds(
-    collectives: Sequence[Row], cores: int, kinds: Sequence[str]
-) -> tuple[list[float], float, float]:
-    """Seconds a byte of each kind, the first one's of all others; a message where ranks share cores, and where not."""
+    collectives: Sequence[Row], kinds: Sequence[str]
+) -> tuple[list[float], float]:
+    """Seconds a byte of each kind, the first one's of all others; seconds of a message."""
     rows = []
     for row in collectives:
         size, whole, kind = row["ranks"], row["bytes"], row["kind"]
@@ -135,10 +145,9 @@ def _collective_seconds(
             messages = size if kind == "reduce" else ring
         own = kinds.index(kind) if kind in kinds else 0
         bytes_ = [sent if number == own else 0.0 for number in range(len(kinds))]
-        by_cores = (0.0, messages) if size <= cores else (messages, 0.0)
-        rows.append([part / row["seconds"] for part in (*bytes_, *by_cores)])
-    *bytes_, shared, alone = _not_negative(np.array(rows), np.ones(len(rows)))
-    return bytes_, shared, alone
+        rows.append([part / row["seconds"] for part in (*bytes_, messages)])
+    *bytes_, seconds = _not_negative(np.array(rows), np.ones(len(rows)))
+    return bytes_, seconds
 
 
 def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:

@@ -21,14 +21,15 @@ GIGA, GIB = 1e9, 2**30
 @dataclass(frozen=True)
 class Link:
     """bytes_per_second: what a rank sends, one way; seconds: that each message of a collective takes beside that.
-    gather, scatter, reduce: how many times as long a byte takes in an all-gather, a reduce-scatter, and in a reduction
-    of each part to the rank that owns it, as in an all-reduce."""
+    gather, scatter, reduce, send: how many times as long a byte takes in an all-gather, reduce-scatter, in a reduction
+    of each part to the rank that owns it, and in a message to one rank, as in an all-reduce."""
 
     bytes_per_second: float
     seconds: float
     gather: float = 1.0
     scatter: float = 1.0
     reduce: float = 1.0
+    send: float = 1.0
 
 
 ENGINE_RATES = "gradient_rate", "reduce_rate", "states_rate"
@@ -45,7 +46,7 @@ class Device:
     written to new memory, 0: their products hide it; reduce_rate, states_rate: bytes a second that the engine moves
     where it reduces gradients, beside sending them, and in an update, 0: as memory_rate;
     cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
-    wake_seconds: that a message takes more where no two ranks share a core, which then sleeps while its rank waits;
+    alone: the link within a node where no two ranks share a core, which sleeps while its rank waits, None: as node;
     busy_share: a core's rate while all cores compute, over that of one alone; source: where the figures are from."""
 
     name: str
@@ -69,7 +70,7 @@ class Device:
     reduce_rate: float = 0.0
     states_rate: float = 0.0
     cores: int = 0
-    wake_seconds: float = 0.0
+    alone: Link | None = None
     busy_share: float = 1.0
 
     def flops(self, itemsize: int) -> float:
@@ -93,8 +94,8 @@ class Device:
         if working <= 1:
             return self
         node = self.node
-        if ranks <= self.cores:
-            node = replace(node, seconds=node.seconds + self.wake_seconds)
+        if ranks <= self.cores and self.alone is not None:
+            node = self.alone
         share = 1 - (1 - self.busy_share) * (working - 1) / (self.cores - 1)
         rates = ("half_flops", "single_flops", "memory_rate", *ENGINE_RATES)
         seconds = ("launch", "layer", "gather", "micro", "step")
@@ -231,7 +232,11 @@ def read_device(path: Path, key: str = "--device") -> Device:
     with reading(str(path)):
         try:
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            links = {name: Link(**held[name]) for name in ("node", "network", "host")}
+            links = {
+                name: Link(**held[name])
+                for name in LINKS
+                if name != "alone" or held[name] is not None
+            }
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{key}: {path}: {rule}") from error
     for name in (MACHINE, MEASURED):
@@ -247,7 +252,8 @@ def read_device(path: Path, key: str = "--device") -> Device:
     return replace(Device(**{**held, **links}))
 
 
-_NOT_NUMBERS = ("name", "source", "node", "network", "host")
+LINKS = ("node", "network", "host", "alone")
+_NOT_NUMBERS = ("name", "source", *LINKS)
 
 
 def _is_figure(name: str, value: Any) -> bool:

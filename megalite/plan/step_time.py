@@ -425,7 +425,7 @@ def hop_seconds(work: Work, pipe: int, copies: int) -> float:
         return 0.0
     near = copies * work.tensor < work.device.node_ranks
     link = work.device.node if near else work.device.network
-    return link.seconds + work.hidden_bytes / link.bytes_per_second
+    return link.seconds + link.send * work.hidden_bytes / link.bytes_per_second
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,8 @@ and frees.
 
     F       what the chunk keeps (activations.py) stays; of the head a chunk of logits and its input come and go
     B       the operations of backward.py; what is made again comes before those that need it
-    I, W    I leaves what W needs of each layer; W makes all gradients of its chunk before it gives them away
+    I, W    I leaves what W needs of each layer; W makes all gradients of its chunk, and frees that,
+            before it gives them away
     end     reduction and update (gradients.py)
 
 Next: rank_memory.py.
@@ -111,11 +112,21 @@ class ChunkMemory:
             left -= self._loss_table.get(OF_WEIGHT, 0)
         return [*(op._replace(weights=()) for op in ops), Op(0, left)]
 
-    @property
-    def weights(self) -> Op:
-        """What W does."""
-        of_layers = tuple(count for op in self._layer_ops() for count in op.weights)
-        return Op(0, self.waiting, of_layers + self._last_op().weights)
+    @cached_property
+    def weights(self) -> list[Op]:
+        """Those of W: a layer's gradients are made and what waited for them goes, then all are given away."""
+        spec, at, ops, numbers = self.spec, self.at, list[Op](), list[int]()
+        told = waiting_table if spec.stacks is None else stack_waiting_table
+        for layers, own in self._by_layer():
+            made = [count for op in own for count in op.weights]
+            numbers += made
+            if layers:
+                waited = total(told(spec, ChunkPart(layers, False, False), at))
+                ops.append(Op(at.width * sum(made), waited))
+        last = self._last_op().weights
+        ops.append(Op(at.width * sum(last), self.waiting - sum(op.freed for op in ops)))
+        numbers += last
+        return [*ops, Op(-at.width * sum(numbers), 0, tuple(numbers))]
 
     @property
     def head_op(self) -> Op:
@@ -257,7 +268,7 @@ def _passage(kind: str, number: int, chunk: ChunkMemory, before: Gradients) -> P
         case "B":
             own.backward(number, chunk.backward)
         case "W":
-            own.backward(number, [chunk.weights])
+            own.backward(number, chunk.weights)
         case _:
             own.backward(number, chunk.inner, closes=False)
             if chunk.part.last:

@@ -61,7 +61,9 @@ def device_lines(device: Device, path: Path) -> str:
         device.gather_seconds,
     )
     layer, micro, step, gather = (f"{1e3 * seconds:.3g} ms" for seconds in engine)
-    link = device.node
+    links = {"link": device.node}
+    if device.alone is not None:
+        links = {"link, of ranks that share cores": device.node, "of others": device.alone}
     return "\n".join(
         [
             f"{path}: {device.name}",
@@ -69,17 +71,20 @@ def device_lines(device: Device, path: Path) -> str:
             + shared * (device.cores > 1),
             f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
             f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
-            f"    link: {link.bytes_per_second / 1e9:.4g} GB/s, {1e6 * link.seconds:.3g} µs a message"
-            + f" and {1e6 * device.wake_seconds:.3g} more on cores of their own"
-            * (device.cores > 1)
-            + "; a byte takes "
-            f"{link.gather:.2f} times as long to gather, {link.scatter:.2f} to scatter, {link.reduce:.2f} to reduce",
+            *(f"    {name}: {_told(link)}" for name, link in links.items()),
             f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}, ZeRO-3 a layer {gather}; "
             f"it writes gradients at {(device.gradient_rate or device.memory_rate) / 1e9:.4g} GB/s, moves "
             f"{(device.reduce_rate or device.memory_rate) / 1e9:.4g} GB/s when it reduces, "
             f"{(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s in an update",
         ]
     )
+
+
+def _told(link: Link) -> str:
+    times = {name: getattr(link, name) for name in ("gather", "scatter", "reduce", "send")}
+    longer = ", ".join(f"{value:.2f} to {name}" for name, value in times.items())
+    rate, message = link.bytes_per_second / 1e9, 1e6 * link.seconds
+    return f"{rate:.4g} GB/s, {message:.3g} µs a message; times as long for a byte: {longer}"
 
 
 def calibrated() -> tuple[Device, Measured, dict[str, Any]]:

@@ -231,7 +231,9 @@ def test_biases_that_a_family_s_files_cannot_hold_are_not_left_out(
     with CheckpointWriter(tmp_path / "moved", source.model, state) as writer:
         for name in source.names:
             writer.add(name, source.read(name))
-    with pytest.raises(CheckpointError, match="router_bias: a mixtral file cannot hold the biases of"):
+    with pytest.raises(
+        CheckpointError, match="router_bias: a mixtral file cannot hold the biases of"
+    ):
         export_hf(tmp_path / "moved", tmp_path / "out")
 
 

@@ -10,7 +10,7 @@ import pytest
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
-from megalite.plan.calibration import Measured, fitted, link_of, predicted_seconds
+from megalite.plan.calibration import Measured, fitted, links_of, predicted_seconds
 from megalite.plan.candidates import Candidate, Search
 from megalite.plan.devices import (
     DEVICES,
@@ -33,10 +33,11 @@ from megalite.prove.calibrate import step_configs
 from tests.small_models import MODELS
 
 LINK = Link(2e9, 3e-5, gather=1.5, scatter=2.0, reduce=1.2)
+ALONE = Link(1e9, 8e-5, gather=1.2, scatter=1.1, reduce=1.4, send=0.5)
 MACHINE = Device(
     "mine", 4e10, 8e10, 16 * GIB, 1e10, LINK, LINK, LINK, 0.8, "a test",
     core_share=0.5, launch_seconds=5e-6, layer_seconds=4e-4, micro_seconds=3e-4, step_seconds=4e-3,
-    cores=2, wake_seconds=5e-5, busy_share=0.75, gather_seconds=2e-4,
+    cores=2, alone=ALONE, busy_share=0.75, gather_seconds=2e-4,
     gradient_rate=3e9, reduce_rate=5e9, states_rate=4e9,
 )  # fmt: skip
 
@@ -47,17 +48,16 @@ def product(m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
     return {"dtype": dtype, "m": m, "k": k, "n": n, "seconds": seconds}
 
 
-def collectives(link: Link, wakes: float = 0.0) -> list[dict[str, Any]]:
-    """wakes: what a message takes more of two ranks."""
-    rows, awake = [], link
+def collectives(shared: Link, alone: Link) -> list[dict[str, Any]]:
+    """alone: the link of two ranks."""
+    rows = []
     for count in (2**12, 2**15, 2**18, 2**21):
-        link = replace(awake, seconds=awake.seconds + wakes)
         rows.append({
             "kind": "send", "ranks": 2, "bytes": count,
-            "seconds": link.seconds + count / link.bytes_per_second,
+            "seconds": alone.seconds + alone.send * count / alone.bytes_per_second,
         })  # fmt: skip
         for size in (2, 4, 8):
-            link = replace(awake, seconds=awake.seconds + wakes * (size == 2))
+            link = alone if size == 2 else shared
             taken = {
                 "all_reduce": ring_seconds(link, size, count, passes=2),
                 "all_gather": gather_seconds(link, size, count),
@@ -78,17 +78,15 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
         [{"moved_bytes": 3 * 2**20, "seconds": 3 * 2**20 / MACHINE.memory_rate}],
         [{"dtype": "fp32", "flops": 1e9, "seconds": 1e9 / 4e10}],
         [{"moved_bytes": 7 * 2**20, "seconds": 7 * 2**20 / MACHINE.memory_rate}],
-        collectives(LINK, MACHINE.wake_seconds),
+        collectives(LINK, ALONE),
         [{"config": config, "seconds": predicted_seconds(alone, config)} for config in configs],
         MACHINE.busy_share,
     )
     start = replace(MACHINE, half_flops=0.0, single_flops=0.0, core_share=0.1, busy_share=0.1)
     found = fitted(start, measured)
-    assert found.node.bytes_per_second == pytest.approx(2e9, rel=0.01)
-    assert found.node.seconds == pytest.approx(3e-5, rel=0.01)
-    assert found.wake_seconds == pytest.approx(5e-5, rel=0.01)
-    shares = found.node.gather, found.node.scatter, found.node.reduce
-    assert shares == pytest.approx((1.5, 2.0, 1.2), rel=0.01)
+    assert found.alone is not None
+    for link, real in ((found.node, LINK), (found.alone, ALONE)):
+        assert tuple(vars(link).values()) == pytest.approx(tuple(vars(real).values()), rel=0.01)
     assert found.core_share == pytest.approx(0.5, rel=0.05)
     assert found.product_share == pytest.approx(0.8, rel=0.1)
     assert found.layer_seconds == pytest.approx(4e-4, rel=0.1)
@@ -102,9 +100,10 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
 
 
 def test_a_link_has_no_negative_seconds() -> None:
-    rows = [{**row, "seconds": row["bytes"] / 1e9} for row in collectives(LINK)]
-    assert link_of(rows, 2)[0].seconds == 0.0
-    assert link_of(collectives(LINK), 8)[1] == 0.0, "no two ranks share a core"
+    rows = [{**row, "seconds": row["bytes"] / 1e9} for row in collectives(LINK, LINK)]
+    assert links_of(rows, 2)[0].seconds == 0.0
+    assert links_of(collectives(LINK, LINK), 8)[1] is None, "no two ranks share a core"
+    assert links_of(collectives(LINK, LINK), 1)[1] is None, "all do"
 
 
 def planner(world_size: int, device: Device) -> Planner:
@@ -125,9 +124,9 @@ def planner(world_size: int, device: Device) -> Planner:
 def test_ranks_that_share_cores_take_their_work_over_the_cores() -> None:
     """What all ranks are busy with is conserved: 8 ranks on 2 cores take as long as all their work on both."""
     quick = Link(1e15, 0.0)
-    nothing = dict.fromkeys(("layer", "step", "micro", "wake"), 0.0)
+    nothing = dict.fromkeys(("layer", "step", "micro"), 0.0)
     seconds = {f"{name}_seconds": value for name, value in nothing.items()}
-    device = replace(MACHINE, node=quick, **seconds)
+    device = replace(MACHINE, node=quick, alone=quick, **seconds)
     for pipe in (1, 4):
         one = Candidate(pipe=pipe, zero=1, micro=1)
         shared = planner(8, device).exact(one).time
