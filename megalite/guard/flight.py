@@ -73,7 +73,7 @@ def own_flight() -> Flight:
     """This process's; empty where torch has no NCCL, or its recorder is off or fails."""
     dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None:
-        with contextlib.suppress(Exception):  # a trace of another form: the rest is told without
+        with contextlib.suppress(Exception):  # a trace of another form: report the rest
             trace = dump(includeCollectives=True, includeStackTraces=False, onlyActive=False)
             return flight_of(pickle.loads(trace))
     return {}

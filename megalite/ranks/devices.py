@@ -1,4 +1,4 @@
-"""The GPUs that a rank sees, which of them is its own, and what torch is told by the environment before it starts.
+"""The GPUs that a rank sees, which of them is its own, and the environment variables that torch reads at its start.
 
 Whether a machine has GPUs at all is a question of config/rules.py, which needs no torch. Next: launch.py.
 """

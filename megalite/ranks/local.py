@@ -74,7 +74,7 @@ def check_room(ranks: int, name: str) -> None:
                 f"--layouts: {name}: {ranks} ranks: must be at most {MOST_RANKS} on one machine"
             )
         return
-    import torch  # here: a mistake in a config is told without it
+    import torch  # here: reporting a mistake in a config does not need it
 
     if ranks > torch.accelerator.device_count():
         raise ConfigError(

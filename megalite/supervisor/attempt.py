@@ -289,7 +289,9 @@ class Attempt:
             self.child_ended_at = self.child_ended_at or now
             if now - self.child_ended_at > SEEN_SECONDS and not self.orphaned:
                 self.orphaned = True
-                self.stopped_at = self.stopped_at or now  # a signal's time is not given anew
+                self.stopped_at = (
+                    self.stopped_at or now
+                )  # the grace period of an earlier signal goes on
                 self._tell(f"signal {signal.SIGTERM.value}")
         if self.failed_at is not None and now - self.failed_at > FAILURE_SECONDS:
             return True

@@ -1,4 +1,4 @@
-"""What is told of a classifier: accuracy and macro F1, each with an interval, from the table of its answers."""
+"""What is reported of a classifier: accuracy and macro F1, each with an interval, from the table of its answers."""
 
 import math
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from typing import Any
 
 from megalite.checkpoint.appended import Appended
 
-_numbers = itertools.count()  # of the files of one process, which may begin anew in the same second
+_numbers = itertools.count()  # of the files of one process, which may start again within a second
 
 
 class Events:

@@ -1,7 +1,7 @@
 """Predicted beside measured in the first steps: memory of the first one, then seconds of a few.
 
 A prediction of time needs the device: a GPU that plan/devices.py knows by its name, or a file that
-`megalite.train.calibration` names. Where there is neither, memory alone is told. Next: screen.py.
+`megalite.train.calibration` names. Without either, only memory is predicted. Next: screen.py.
 """
 
 from collections import Counter

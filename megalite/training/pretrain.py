@@ -252,7 +252,9 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
     """CheckpointError where a checkpoint is of another model, or a run's of another seed."""
     theirs, ours = read_spec(weights.model), prepared.spec
     if ours.classifier is not None and theirs.classifier is None:
-        theirs = read_spec(Classified(weights.model, ours.labels))  # its head is drawn anew
+        theirs = read_spec(
+            Classified(weights.model, ours.labels)
+        )  # its head gets new initial weights
     if theirs.labels != ours.labels:
         raise _Other(
             f"megalite.data.objective.classes: {json.dumps(ours.labels)}: must be "
