@@ -1,7 +1,7 @@
 """Starts one of its neighbours with `deepspeed`, and sees to its end; see --help."""
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.ranks.launch import run_program
+import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.ranks.program import run_program
 from megalite.supervisor.restarts import main
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ tensors. Ours hashes every byte on both ways. Rates are medians over rounds in w
 stall is a product of matrices on one thread, as a rank's is.
 """
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 
 # isort: split
 import gc
@@ -25,7 +25,8 @@ import torch
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, verify
 from megalite.checkpoint.save import Saver
-from megalite.ranks.launch import ArgumentParser, at_least, positive, run_program
+from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.program import run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
 STEP_SIZE, STEPS_ALONE = 1024, 20  # of the matrices of a step; steps that are timed without a save

@@ -6,7 +6,7 @@ moved by what else the machine does. They are medians of rounds, with the least 
 rate over its.
 """
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 
 # isort: split
 import importlib
@@ -32,7 +32,8 @@ from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.races.loader import write_random_corpus
-from megalite.ranks.launch import ArgumentParser, at_least, positive, run_program
+from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.program import run_program
 
 _WORDS = 4000  # of the made-up language
 

@@ -8,7 +8,7 @@ FOLDER: of `AutoModelForSequenceClassification`, such as tools/export_hf.py writ
 that an evaluation of ours has (docs/classification.md). Of schedulers `linear` to 0 and `constant`; one process.
 """
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 
 # isort: split
 import json
@@ -23,7 +23,8 @@ from torch import Tensor
 from megalite.config import Config, Data, load_config
 from megalite.data.indexed import IndexedCorpus, labels_prefix
 from megalite.errors import ConfigError
-from megalite.ranks.launch import ArgumentParser, at_least, run_program
+from megalite.ranks.arguments import ArgumentParser, at_least
+from megalite.ranks.program import run_program
 from megalite.training.classification import figures
 
 

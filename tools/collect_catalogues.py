@@ -26,10 +26,11 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, at_least, run_program
+from megalite.ranks.arguments import ArgumentParser, at_least
+from megalite.ranks.program import run_program
 
 PACKAGES = ["coreutils", "evolution-common", "gcc-12-locales", "gimp-data", "git", "gnome-control-center-data",
             "gnupg-l10n", "nautilus-data", "vim-runtime"]  # fmt: skip

@@ -11,10 +11,11 @@ every tenth gloss is for validation.
 import json
 from pathlib import Path
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 # Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 10: "communication", 13: "food", 15: "location", 18: "person",

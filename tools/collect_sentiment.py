@@ -18,10 +18,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 from megalite.training.classification import figures
 
 LABELS = ["negative", "positive"]

@@ -8,9 +8,10 @@ import json
 import sysconfig
 from pathlib import Path
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.errors import DataError
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 LEFT_OUT = {
     "site-packages",

@@ -5,12 +5,13 @@ import json
 import re
 from collections.abc import Iterator
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.config.document import Document
 from megalite.config.foreign import AUTO
 from megalite.config.schedules import SCHEDULES
 from megalite.config.section import Section, sections_of
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 HEADER = """# Config reference
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Put indexed corpora of one tokenizer one after another into a new one."""
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.corpus_check import write_checksums
 from megalite.data.indexed import IndexedCorpus, IndexedWriter
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 
 def main(argv: list[str]) -> int:

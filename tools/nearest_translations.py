@@ -8,7 +8,7 @@ Similar is by the cosine of counts of character trigrams, each weighted by the l
 JSON line with `copy` and `nearest`.
 """
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 
 # isort: split
 import json
@@ -17,7 +17,8 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from megalite.inference.translations import read_pairs, scores
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show run folders as one page, with curves, samples, memory and the pipeline: see --help."""
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.ranks.launch import run_program
+import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.ranks.program import run_program
 from megalite.report.program import main
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Print the unigram entropy of an indexed corpus, in nats a token: a loss to be far below of."""
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.entropy import unigram_entropy
 from megalite.errors import DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser, run_program
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import run_program
 
 
 def main(argv: list[str]) -> int:

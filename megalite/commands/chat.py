@@ -18,7 +18,7 @@ from megalite.data.chat_forms import NotChat, messages_of, tools_of
 from megalite.errors import ConfigError
 from megalite.inference.prepare import BEST_HELP, DTYPES
 from megalite.inputs import decoding, parse_json, read_standard_input, read_text
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 _PROMPT = "> "
 _FENCE = '"""'  # before and after a message of several lines

@@ -8,7 +8,7 @@ fish: megalite completion fish > ~/.config/fish/completions/megalite.fish
 import argparse
 
 from megalite.commands.table import COMMANDS
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 
 SHELLS = ("bash", "zsh", "fish")
 SUBCOMMANDS = {"config": "explain schema", "completion": " ".join(SHELLS)}

@@ -10,7 +10,7 @@ import json
 
 from megalite.config.explain import explain
 from megalite.config.schema import json_schema
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 
 
 def main(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 

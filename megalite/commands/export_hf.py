@@ -9,7 +9,8 @@ from megalite.hub.carried import tokenizer_files
 from megalite.hub.export_hf import DTYPES, export_hf
 from megalite.hub.sources import open_weights, prompts_both_ways
 from megalite.inference.prepare import BEST_HELP
-from megalite.ranks.launch import ArgumentParser, program_name
+from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.program import program_name
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ import argparse
 from megalite.errors import ConfigError
 from megalite.hub.import_hf import import_hf
 from megalite.hub.upcycle import Experts
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ from megalite.checkpoint.folder import SUMS
 from megalite.checkpoint.inspect import described
 from megalite.errors import CheckpointError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 
 
 def main(argv: list[str]) -> int:

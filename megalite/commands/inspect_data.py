@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from megalite.data.inspection import Show, inspect
-from megalite.ranks.launch import ArgumentParser, at_least, positive, share
+from megalite.ranks.arguments import ArgumentParser, at_least, positive, share
 
 SHOWN, SHOWN_MARKED = 200, 2000
 

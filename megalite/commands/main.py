@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.commands.table import COMMANDS, Command
 from megalite.errors import UserError
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 def run(command: Command, arguments: list[str]) -> None:
     """Imports a command's program and runs it under the command's name, as a script of launcher/ or tools/ would."""
-    from megalite.ranks.launch import run_program
+    from megalite.ranks.program import run_program
 
     sys.argv = [f"megalite {command.name}", *arguments]  # usage and error lines begin with its name
 

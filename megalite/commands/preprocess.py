@@ -9,7 +9,7 @@ import sys
 from megalite.data.pairs import TEMPLATE
 from megalite.data.preprocess import preprocess
 from megalite.errors import ConfigError
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

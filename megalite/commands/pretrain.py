@@ -27,7 +27,8 @@ from megalite.config.reading import apply_overrides, read_json
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.tokenizer import load_tokenizer, prompt_ids
 from megalite.errors import ConfigError, MegaliteError
-from megalite.ranks.launch import ArgumentParser, at_least, place, share
+from megalite.ranks.arguments import ArgumentParser, at_least, share
+from megalite.ranks.place import place
 from megalite.report.read import REPORT, value_at
 from megalite.training import pretrain
 

@@ -6,7 +6,7 @@ import argparse
 from megalite.data.tokenizer_training import MAX_SENTENCES, train_tokenizer
 from megalite.data.wordpiece import train_wordpiece
 from megalite.errors import ConfigError
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import megalite.ranks.interrupt  # noqa: F401  (first: Ctrl-C during the other imports)
-from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.ranks.launch import start_ranks, stop_ranks
+from megalite.ranks.program import run_program
 
 MIB = 2**20
 REDUCED = {"cpu": 16}  # MiB that are summed, by type of device

@@ -18,7 +18,7 @@ from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.doctor.gpus import line as gpu_line
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.supervisor.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
 from megalite.supervisor.hostfile import read_hostfile
 from megalite.supervisor.remote import check_bare, python_module, ssh, variables

@@ -37,7 +37,9 @@ from megalite.inference.prepare import (
 )
 from megalite.inference.texts import as_sources, check_ids
 from megalite.inputs import reading
-from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
+from megalite.ranks.arguments import at_least
+from megalite.ranks.launch import start_ranks, stop_ranks
+from megalite.ranks.place import place
 from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 

@@ -27,7 +27,9 @@ from megalite.inference.prepare import (
 )
 from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
-from megalite.ranks.launch import at_least, place, start_ranks, stop_ranks
+from megalite.ranks.arguments import at_least
+from megalite.ranks.launch import start_ranks, stop_ranks
+from megalite.ranks.place import place
 
 STANDARD_INPUT = "-"
 

@@ -25,7 +25,7 @@ from megalite.hub.sources import (
 )
 from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 
 DTYPES = ("float32", "bfloat16", "float16")
 BEST_HELP = "of a run folder the checkpoint with the lowest validation loss (megalite.train.keep_best), not the newest"

@@ -8,6 +8,7 @@ a token, the same on every machine: all ranks find the same cut. Next: plan.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from megalite.pipeline.lengths import KINDS, Lengths
 from megalite.pipeline.program import Kind, Program
 
 MOST_TIMES = 20_000_000  # of actions that a search computes: a fifth of a second
+TOGETHER = 1024  # cuts that are played at once: their numbers stay in the processor's cache
 PAIRED = 10  # first moves that a second one is tried on
 CLIMBS = 2  # of one start, each with the program of the cut that the one before has found
 SAME = 1e-9  # shares of a step that are rounding
@@ -123,29 +125,33 @@ def cut_by_cost(
     if len(home) == 1:
         return Cut(home, (range(layers),))
     sums, budget = _Sums(costs), _Budget(MOST_TIMES)
+    played = cache(Lengths)  # of a program: most schedules have one for all costs
     even = even_counts(layers, len(home))
     starts = [even, _climb(even, lambda many: sums.longest_rank(home, many), budget)]
-    found = [_climb_by_program(sums, start, program, budget) for start in starts]
+    found = [_climb_by_program(sums, start, program, played, budget) for start in starts]
     return Cut(home, layers_of(min(found)[1]))
 
 
 def _climb_by_program(
-    sums: "_Sums", start: list[int], program: Callable[[Cost], Program], budget: "_Budget"
+    sums: "_Sums",
+    start: list[int],
+    program: Callable[[Cost], Program],
+    played_by: Callable[[Program], Lengths],
+    budget: "_Budget",
 ) -> tuple[float, list[int]]:
     """(length of the step, layers of each chunk) of the best cut that is found from a start."""
     cost = sums.costs.of_chunks(start)
-    made = program(cost)
-    played = Lengths(made)
+    played = played_by(program(cost))
     best = played.of(cost), start
     for _ in range(CLIMBS):
         spent = len(played)
         counts = _climb(
             best[1], lambda many, played=played: played.of_many(sums.tables(many)), budget, spent
         )
+        if counts == best[1]:
+            break
         cost = sums.costs.of_chunks(counts)
-        remade = program(cost)
-        if remade != made:
-            made, played = remade, Lengths(remade)
+        played = played_by(program(cost))
         found = played.of(cost), counts
         if found[0] >= best[0]:
             break
@@ -168,7 +174,7 @@ class _Sums:
         """[kind, chunk, K] for layers [K, chunk]."""
         stops = np.cumsum(many, axis=1).T  # [chunk, K]
         starts = stops - many.T
-        tables = self.upto[:, stops] - self.upto[:, starts]
+        tables = self.upto.take(stops, axis=1) - self.upto.take(starts, axis=1)
         tables[0, -1] += self.costs.head
         return tables
 
@@ -177,7 +183,8 @@ class _Sums:
         tables = self.tables(many)
         chunks = tables[0] + tables[1]
         ranks = np.zeros((max(home) + 1, len(many)))
-        np.add.at(ranks, list(home), chunks)
+        for chunk, rank in enumerate(home):
+            ranks[rank] += chunks[chunk]
         return np.max(ranks, axis=0) + 1e-6 * (chunks**2).sum(axis=0) / chunks.sum(axis=0)
 
 
@@ -204,7 +211,8 @@ def _climb(
         budget.left -= spent * len(cuts)
         if not len(cuts):
             return []
-        found = heights(cuts)
+        parts = range(0, len(cuts), TOGETHER)
+        found = np.concatenate([heights(cuts[first : first + TOGETHER]) for first in parts])
         last = min(PAIRED, len(cuts)) - 1
         least = np.flatnonzero(found <= np.partition(found, last)[last])
         return sorted((float(found[i]), cuts[i].tolist()) for i in least)[:PAIRED]

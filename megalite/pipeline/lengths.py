@@ -5,14 +5,24 @@ in which actions become ready does not depend on their costs, so it is found onc
 hundreds of costs are one operation on a row of numbers. Next: cut.py.
 """
 
+from functools import cached_property
+from typing import NamedTuple
+
 import numpy as np
 
 from megalite.pipeline.check import Cost, ProgramError
 from megalite.pipeline.program import Program
 
 KINDS = ("F", "B", "I", "W")
-COLUMNS = 512, 2048  # costs that are played together, at least and at most
-TIMES = 4_000_000  # of actions that are held at once: 32 MB
+
+
+class _Rows(NamedTuple):
+    """many: how many there are; of_actions: kind and chunk of each action, the rows that it waits for and its own;
+    last: of each rank's last action."""
+
+    many: int
+    of_actions: list[tuple[int, int, int, int, int]]
+    last: list[int]
 
 
 class Lengths:
@@ -38,7 +48,10 @@ class Lengths:
 
     def _order(self, program: Program) -> None:
         """Moves each rank as far as it gets, in turn, until all are through."""
-        last, place, given = program.last_chunk, [0] * self.ranks, {}
+        last, place = program.last_chunk, [0] * self.ranks
+        # By chunk, of each micro-batch the place in the order of its forward, and of its backward to the input.
+        forwards: list[dict[int, int]] = [{} for _ in program.home]
+        backwards: list[dict[int, int]] = [{} for _ in program.home]
         newest, kinds = [-1] * self.ranks, {kind: number for number, kind in enumerate(KINDS)}
         moved = True
         while moved:
@@ -46,20 +59,20 @@ class Lengths:
             for rank, actions in enumerate(program.actions):
                 while place[rank] < len(actions):
                     kind, chunk, k = actions[place[rank]]
+                    given = forwards if kind == "F" else backwards
                     source, message = -1, False
-                    # The chunk that gives what the action needs; -1: none does.
-                    neighbour = {"F": chunk - 1, "W": -1}.get(kind, chunk + 1)
-                    if 0 <= neighbour <= last:
-                        source = given.get((kind == "F", neighbour, k), -1)
-                        if source < 0:
-                            break
-                        message = program.home[neighbour] != rank
+                    if kind != "W":  # the chunk that gives what the action needs; there may be none
+                        neighbour = chunk - 1 if kind == "F" else chunk + 1
+                        if 0 <= neighbour <= last:
+                            source = given[neighbour].get(k, -1)
+                            if source < 0:
+                                break
+                            message = program.home[neighbour] != rank
+                        given[chunk][k] = len(self._kinds)
                     self._before.append(newest[rank])
                     self._source.append(source)
                     self._message.append(message)
                     newest[rank] = len(self._kinds)
-                    if kind != "W":
-                        given[kind == "F", chunk, k] = newest[rank]
                     self._kinds.append(kinds[kind])
                     self._chunks.append(chunk)
                     place[rank] += 1
@@ -107,18 +120,31 @@ class Lengths:
 
     def of_many(self, tables: np.ndarray) -> np.ndarray:
         """Lengths [K] for costs [kind, chunk, K], without time for messages."""
-        least, most = COLUMNS
-        columns = min(most, max(least, TIMES // len(self)))
-        parts = range(0, tables.shape[2], columns)
-        return np.concatenate(
-            [self._of_some(tables[:, :, first : first + columns]) for first in parts]
-        )
+        times = [list(of_kind) for of_kind in np.ascontiguousarray(tables)]
+        ends = list(np.zeros((self._rows.many, tables.shape[2])))
+        for kind, chunk, before, source, own in self._rows.of_actions:
+            np.maximum(ends[before], ends[source], out=ends[own])
+            np.add(ends[own], times[kind][chunk], out=ends[own])
+        return np.max([ends[row] for row in self._rows.last], axis=0)
 
-    def _of_some(self, tables: np.ndarray) -> np.ndarray:
-        tables = np.ascontiguousarray(tables)
-        ends = np.zeros((len(self._kinds) + 1, tables.shape[2]))
-        rows = zip(self._kinds, self._chunks, self._before, self._source, strict=True)
-        for number, (kind, chunk, before, source) in enumerate(rows):
-            np.maximum(ends[before], ends[source], out=ends[number])
-            ends[number] += tables[kind, chunk]
-        return ends[self._last].max(axis=0)
+    @cached_property
+    def _rows(self) -> "_Rows":
+        """Where `of_many` keeps the ends of actions. A row whose number nobody waits for any more is used again, so
+        that the few that are left fit the processor's cache."""
+        needed = {}  # by action, the last that waits for it
+        for number, (before, source) in enumerate(zip(self._before, self._source, strict=True)):
+            needed[before] = needed[source] = number
+        needed |= dict.fromkeys(self._last, len(self))
+        rows, spare, many = {-1: 0}, [], 1  # row 0: nothing before
+        found = []
+        for number, (before, source) in enumerate(zip(self._before, self._source, strict=True)):
+            for past in {before, source} - {-1}:
+                if needed[past] == number:
+                    spare.append(rows[past])
+            if not spare:
+                spare.append(many)
+                many += 1
+            rows[number] = spare.pop()
+            places = rows[before], rows[source], rows[number]
+            found.append((self._kinds[number], self._chunks[number], *places))
+        return _Rows(many, found, [rows[number] for number in self._last])

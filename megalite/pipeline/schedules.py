@@ -12,6 +12,7 @@ p ranks, m micro-batches, v chunks a rank. A new schedule is one function and on
 
 import math
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from megalite.pipeline.check import Cost, ProgramError, equal_costs
@@ -130,88 +131,69 @@ class _Lister:
         self.own = [
             [chunk for chunk, rank in enumerate(home) if rank == r] for r in range(self.ranks)
         ]
+        # What a forward of a chunk takes of the room: itself, and one for each later chunk of its rank, else forwards
+        # of the first would fill it and nothing could continue.
+        self.taken = {
+            chunk: len(own) - number for own in self.own for number, chunk in enumerate(own)
+        }
         self.costs = {kind: [cost(kind, chunk) for chunk in range(len(home))] for kind in kinds}  # type: ignore[arg-type]
         # Of each kind and chunk, when the actions that are placed end, in the order of the micro-batches.
         self.ends: dict[str, list[list[float]]] = {kind: [[] for _ in home] for kind in kinds}
         self.free, self.held = [0.0] * self.ranks, [0] * self.ranks
         self.lists: list[list[Action]] = [[] for _ in range(self.ranks)]
-        self.order: dict[tuple[str, int], int] = {}
+        self.moments: list[tuple[float, int]] = []
 
     def program(self, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[Program, float]:
         """The program and its length. ranked(kind, chunk): of what is ready the least goes first."""
-        choices = [(kind, chunk) for kind in self.kinds for chunk in range(len(self.home))]
-        choices.sort(key=lambda choice: ranked(*choice))
-        self.order = {choice: number for number, choice in enumerate(choices)}
-        plans = [self._plan(rank) for rank in range(self.ranks)]
-        starts = [plan[0] for plan in plans]
-        # Only a rank itself and those of the neighbouring chunks can see a change.
-        near = [
-            {self.home[c] for c in (chunk - 1, chunk, chunk + 1) if 0 <= c <= self.last}
-            for chunk in range(len(self.home))
+        choices = [
+            sorted(
+                ((kind, chunk) for kind in self.kinds for chunk in own), key=lambda c: ranked(*c)
+            )
+            for own in self.own
         ]
-        for _ in range(len(self.kinds) * len(self.home) * self.m):
-            start = min(starts)
-            if start == math.inf:
-                raise ProgramError("no rank can continue: too little room")
-            rank = starts.index(start)
-            _, kind, chunk = plans[rank]
-            self._place(rank, kind, chunk, start)
-            for changed in near[chunk]:
-                plans[changed] = self._plan(changed)
-                starts[changed] = plans[changed][0]
+        # A rank looks for work when it is free, and when something ends that it may have waited for.
+        self.moments = [(0.0, rank) for rank in range(self.ranks)]
+        while self.moments:
+            now, rank = heappop(self.moments)
+            if self.free[rank] > now:
+                continue
+            for kind, chunk in choices[rank]:
+                if self._ready(rank, kind, chunk) <= now:
+                    self._place(rank, kind, chunk, now)
+                    break
+        if sum(map(len, self.lists)) < len(self.kinds) * len(self.home) * self.m:
+            raise ProgramError("no rank can continue: too little room")
         program = Program(self.home, self.m, tuple(tuple(actions) for actions in self.lists))
         return program, max(self.free)
 
-    def _plan(self, rank: int) -> tuple[float, str, int]:
-        """What the rank does next, and when, as far as is known: (start, kind, chunk); start is infinite where there is
-        nothing."""
-        found = self._ready(rank)
-        if not found:
-            return math.inf, "", 0
-        earliest, free = min(found)[0], self.free[rank]
-        start = free if free > earliest else earliest
-        first = found[0] if found[0][0] <= start else None
-        for choice in found[1:]:
-            if choice[0] <= start and (first is None or choice[1] < first[1]):
-                first = choice
-        assert first is not None, "one of them is the earliest"
-        return start, first[2], first[3]
-
-    def _ready(self, rank: int) -> list[tuple[float, int, str, int]]:
-        """Of each kind and chunk of a rank the next action, if all that it needs is placed and there is room: (when it
-        is ready, its place in the order of choices, kind, chunk)."""
-        order, halves = self.order, "I" in self.ends
-        forward, backward, weights = (self.ends.get(kind, []) for kind in "FIW")
-        own, found = self.own[rank], []
-        # Room is left for one of each later chunk: else forwards of the first fill it and nothing can continue.
-        room = self.room - self.held[rank] - len(own)
-        for number, chunk in enumerate(own):
-            done = len(forward[chunk])
-            if done < self.m and room + number >= 0:
-                before = forward[chunk - 1] if chunk > 0 else None
-                if before is None:
-                    found.append((0.0, order["F", chunk], "F", chunk))
-                elif len(before) > done:
-                    found.append((before[done], order["F", chunk], "F", chunk))
-            if not halves:
-                continue
-            k = len(backward[chunk])
-            if k < done:
-                after = backward[chunk + 1] if chunk < self.last else forward[chunk]
-                if len(after) > k:
-                    ready = max(forward[chunk][k], after[k])
-                    found.append((ready, order["I", chunk], "I", chunk))
-            k = len(weights[chunk])
-            if k < len(backward[chunk]):
-                found.append((backward[chunk][k], order["W", chunk], "W", chunk))
-        return found
+    def _ready(self, rank: int, kind: str, chunk: int) -> float:
+        """When the next action of a kind and chunk can start: infinite while what it needs is not placed, or without
+        room."""
+        k = len(self.ends[kind][chunk])
+        if kind == "W":
+            needed = self.ends["I"][chunk]
+        elif kind == "F":
+            if k == self.m or self.held[rank] + self.taken[chunk] > self.room:
+                return math.inf
+            if chunk == 0:
+                return 0.0
+            needed = self.ends["F"][chunk - 1]
+        elif chunk < self.last:
+            needed = self.ends["I"][chunk + 1]
+        else:
+            needed = self.ends["F"][chunk]
+        return needed[k] if len(needed) > k else math.inf
 
     def _place(self, rank: int, kind: str, chunk: int, start: float) -> None:
         times = self.ends[kind][chunk]
         self.lists[rank].append(Action(kind, chunk, len(times)))  # type: ignore[arg-type]
-        self.free[rank] = start + self.costs[kind][chunk]
-        times.append(self.free[rank])
+        end = self.free[rank] = start + self.costs[kind][chunk]
+        times.append(end)
         self.held[rank] += {"F": 1, "I": 0, "W": -1}[kind]
+        heappush(self.moments, (end, rank))
+        neighbour = chunk + {"F": 1, "I": -1, "W": 0}[kind]
+        if 0 <= neighbour <= self.last and self.home[neighbour] != rank:
+            heappush(self.moments, (end, self.home[neighbour]))
 
 
 class Schedule(NamedTuple):

@@ -8,8 +8,9 @@ Next: bounds.py.
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from megalite.config import Config
 from megalite.config.batches import BatchPlan
@@ -30,8 +31,7 @@ MOST_CHUNKS = 8  # chunks a rank that are tried: more send more messages than th
 MOST_MICRO = 64  # samples of a micro-batch that are tried
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A layout. attention: `megalite.parallel.context_attention`; recompute: `megalite.train.activation_checkpointing`;
     offload: the optimizer's device."""
 
@@ -230,19 +230,18 @@ class Choices:
             return
         field, *others = fields
         for value in self._by_field[field].values(self.search, chosen):
-            more = replace(chosen, **{field: value})
+            more = chosen._replace(**{field: value})
             if self._accept(field, more):
                 yield from self.of(others, more)
 
     def _accept(self, field: str, chosen: Candidate) -> bool:
         """Whether the rules accept what is chosen so far, `field` last."""
-        rule = getattr(self, f"_{field}", None)
-        if rule is None:
+        if field not in DEPENDS:
             return True
-        key = (field, *(getattr(chosen, name) for name in DEPENDS[field]))
+        key = field, _DEPENDS[field](chosen)
         if key not in self._asked:
             try:
-                rule(chosen)
+                getattr(self, f"_{field}")(chosen)
                 self._asked[key] = True
             except ConfigError:
                 self._asked[key] = False
@@ -307,6 +306,7 @@ DEPENDS = {
     "chunks": ("schedule", "chunks", "pipe", "tensor", "context", "micro"),
 }
 """What the rules after a choice depend on."""
+_DEPENDS = {field: attrgetter(*names) for field, names in DEPENDS.items()}
 
 
 def zero_keys(search: Search, candidate: Candidate) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from megalite.plan.candidates import Search, given_candidate
 from megalite.plan.devices import GIB, Device, device_of, known_device, read_device
 from megalite.plan.search import Found, Layout, Planner
 from megalite.plan.step_time import PARTS
-from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive
+from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.garbage import collect_garbage, hold_garbage
+from megalite.ranks.place import MOST_RANKS
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
@@ -66,7 +68,9 @@ def main(arguments: list[str]) -> int:
     memory = memory if options.memory_gib is None else options.memory_gib * GIB
     with reading(options.deepspeed_config):
         config = load_config(options.deepspeed_config, options.overrides)
+        hold_garbage()  # reading the model imports transformers
         planner, given = planner_of(config, options.world_size, device, memory)
+        collect_garbage()
         found = planner.find()
         if not found.layouts:
             raise none_fits(planner)

@@ -154,7 +154,7 @@ def _megascale() -> Run:
 def _full_recompute() -> Run:
     """The run of 2,240 devices as it was before."""
     run = _selective("GPT 530 B", (105, 20480, 128), 35, 8, 2240, 3, 0.421)
-    layout = replace(run.layout, recompute="full", sequence=False)
+    layout = run.layout._replace(recompute="full", sequence=False)
     return replace(run, layout=layout, source="arXiv 2205.05198, abstract")
 
 
@@ -192,7 +192,7 @@ def predicted(run: Run, device: Device | None = None) -> tuple[float, Layout]:
     sizes = [run.layout.micro] if run.layout.micro else [1, 2, 4, 8]
     layouts = []
     for micro in sizes:
-        one = replace(run.layout, micro=micro)
+        one = run.layout._replace(micro=micro)
         layouts.append(planner.layout(config_of(planner.search, one), one))
     fitting = [layout for layout in layouts if layout.memory.total <= planner.memory_bytes]
     best = min(fitting or layouts, key=lambda layout: layout.time.seconds)

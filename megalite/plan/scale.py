@@ -3,7 +3,6 @@
 python -m megalite.plan.scale     prints the table of docs/scale.md
 """
 
-from dataclasses import replace
 from itertools import product
 from math import gcd
 
@@ -69,10 +68,10 @@ def best(planner: Planner) -> Layout | None:
         ways = product(divisors(BATCH // data)[:3], ("none", "full"), experts)
         for micro, recompute, expert in ways:
             plain = Candidate(pipe, tensor, 1, micro, recompute=recompute, sequence=tensor > 1)
-            plain = replace(plain, context=context, expert=expert)
+            plain = plain._replace(context=context, expert=expert)
             found.append(plain)
             if pipe > 1 and search.spec.num_layers // pipe >= 4:
-                found.append(replace(plain, schedule="interleaved", chunks=4))
+                found.append(plain._replace(schedule="interleaved", chunks=4))
     fitting = [one for one in found if planner.least_bytes(one) <= planner.memory_bytes]
     fastest: Layout | None = None
     for one in sorted(fitting, key=planner.least_seconds):

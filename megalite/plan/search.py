@@ -200,7 +200,7 @@ class _BestFirst:
             self._wait(max(least, self.planner.least_seconds(one, evenly=True)), "states", one)
         ways = [one.recompute for one in self.choices.of(("recompute",), sized)]
         for way in ways[ways.index(sized.recompute) + 1 :][:1]:
-            more = replace(sized, recompute=way)
+            more = sized._replace(recompute=way)
             self._wait(max(least, self._of_model(more)), "size", more)
 
     def _orders(self, chosen: Candidate, least: float) -> None:
@@ -262,4 +262,4 @@ class _BestFirst:
 
 def _plain(one: Candidate) -> Candidate:
     """Without what only saves memory and costs time."""
-    return replace(one, recompute="none", offload="none")
+    return one._replace(recompute="none", offload="none")

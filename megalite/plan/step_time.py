@@ -52,6 +52,7 @@ def link_along(device: Device, size: int, spacing: int) -> Link:
     return link_of(device, size, max(1, device.node_ranks // spacing))
 
 
+@cache
 def link_of(device: Device, size: int, members: int) -> Link:
     """The link of a group of `size` ranks, of which as many as `members` are in one node. Where it crosses nodes, those
     share their adapters."""

@@ -23,7 +23,7 @@ from megalite.pipeline.plan import plan_of
 from megalite.plan.states import place_of, predicted_activations
 from megalite.prove.calibrate import calibrate_to, device_lines
 from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 from megalite.ranks.local import check_room, run_local_ranks
 from megalite.topology.axes import TOLD
 

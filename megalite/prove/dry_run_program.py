@@ -17,7 +17,9 @@ from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.plan.devices import GIB
 from megalite.plan.places import DryRun, dry_run
-from megalite.ranks.launch import MOST_RANKS, ArgumentParser, at_least, positive, quiet
+from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.launch import quiet
+from megalite.ranks.place import MOST_RANKS
 
 
 def main(arguments: list[str]) -> int:

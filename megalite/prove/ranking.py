@@ -34,7 +34,7 @@ from megalite.plan.states import (
 from megalite.prove.calibrate import calibrated, device_lines, random_corpus
 from megalite.prove.clocks import QUIET, cores, others_share
 from megalite.prove.layouts import Layout, config_of
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.ranks.local import run_local_ranks
 
 RANK_MODULE = "megalite.prove.ranking_rank"

@@ -35,7 +35,7 @@ from megalite.prove.layouts import (
 )
 from megalite.prove.mutants import chosen, mutants
 from megalite.prove.trace import Piece, Trace
-from megalite.ranks.launch import at_least
+from megalite.ranks.arguments import at_least
 from megalite.ranks.local import check_room, run_local_ranks
 
 TIMES = 4.0  # how much more than one process's own spread a layout may differ by

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import Config
-from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+from megalite.ranks.launch import start_ranks, stop_ranks
+from megalite.ranks.program import run_program
 
 
 def main(arguments: list[str]) -> int:

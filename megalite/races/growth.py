@@ -15,7 +15,7 @@ from megalite.prove.benchmark import measured
 from megalite.races.inputs import Shape, deepspeed_keys
 from megalite.races.loader import write_random_corpus
 from megalite.races.machine import machine_line
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 COUNTS: dict[str, tuple[int, ...]] = {
     "micro-batches": (1, 2, 4, 8, 16, 32),

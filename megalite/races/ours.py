@@ -3,7 +3,7 @@
 from typing import Any
 
 from megalite.races.turns import Turns, request
-from megalite.ranks.launch import run_program
+from megalite.ranks.program import run_program
 from megalite.training import pretrain as program
 
 

@@ -26,7 +26,7 @@ from megalite.races.inputs import (
 )
 from megalite.races.machine import machine_line
 from megalite.races.referee import Contender, Step, Team, race, spread
-from megalite.ranks.launch import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, at_least
 
 TOLERANCE = {False: 1e-4, True: 3e-3}  # of the losses, relative, by whether it is bf16
 Figure = Callable[[Step], float]

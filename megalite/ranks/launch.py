@@ -1,33 +1,26 @@
 """From a process that a launcher started to a rank: environment, a word from the validating rank, process group.
 
-`deepspeed`, `torchrun`, `srun` or nobody started this process; here it learns which. One rank a node validates
-what the user gave and prints what is wrong; all wait for its word, so that a mistake is one line and every rank
-ends with 2. Not signals (signals.py).
+One rank a node validates what the user gave and prints what is wrong; all wait for its word, so that a mistake is one
+line and every rank ends with 2. Not signals (signals.py).
 """
 
-import argparse
 import contextlib
 import io
 import logging
-import math
 import os
 import pickle
-import re
-import signal
 import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from megalite.config.limits import DEFAULT_TIMEOUT
 from megalite.config.rules import machine_has_gpu
-from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.inputs import FULL, TRACEBACK
+from megalite.errors import ConfigError, UserError
 from megalite.ranks.devices import (
     GPUNames,
     gpu_name,
@@ -37,235 +30,16 @@ from megalite.ranks.devices import (
     sum_in_fp32,
     visible_gpus,
 )
-from megalite.ranks.signals import (
-    AGAIN,
-    EXIT_BASE,
-    RESUME,
-    interrupted,
-    listen,
-    settle,
-    tell_interrupted,
-)
+from megalite.ranks.place import Place, from_environment, place
+from megalite.ranks.program import print_line
+from megalite.ranks.signals import listen, settle
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
 TOLD = timedelta(seconds=60)  # between two lines about what is waited for
 HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
-MOST_RANKS = 2**17
 DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
 _GOOD, _PREPARED = "0", "prepared"
-_SHOWN_CHARACTERS = 80  # of a value that an error repeats
-_LINE_CHARACTERS = 1000  # of an error
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with a mistake as ConfigError: one line and exit code 2, like every other mistake."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """As argparse's, with KEY=VALUE before, between and after options."""
-        to_the_end = (argparse.REMAINDER, argparse.PARSER)
-        if any(action.nargs in to_the_end for action in self._get_positional_actions()):
-            return super().parse_args(args, namespace or argparse.Namespace())
-        return self.parse_intermixed_args(args, namespace or argparse.Namespace())
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")
-
-
-def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """A type of arguments: integers from `least` to `most`."""
-
-    def read(text: str) -> int:
-        if not _is_number(text) or not least <= int(text) <= most:
-            rule = f"must be an integer of {least} or more" + (
-                "" if most == 2**63 - 1 else f", at most {most}"
-            )
-            raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: {rule}")
-        return int(text)
-
-    return read
-
-
-def positive(text: str) -> float:
-    """A type of arguments: finite numbers above 0."""
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: must be a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A type of arguments: shares of all, above 0 and below 1."""
-    value = _number(text)
-    if not 0 < value < 1:
-        rule = "must be a number above 0 and below 1"
-        raise argparse.ArgumentTypeError(f"{text[:_SHOWN_CHARACTERS]}: {rule}")
-    return value
-
-
-def _number(text: str) -> float:
-    """NaN for what is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _is_number(text: str) -> bool:
-    """Digits alone, and few enough for int() to take."""
-    return text.isascii() and text.isdecimal() and len(text) < 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a launcher put this process: rank of the world, rank and number of ranks on this node."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    started: ClassVar = False
-    """Whether this process has become a rank."""
-
-
-def place() -> Place:
-    """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
-    env = os.environ
-    if (
-        "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env
-    ):  # a batch script itself has SLURM_PROCID, but is no task
-        _rename(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_STEP_NUM_TASKS", LOCAL_RANK="SLURM_LOCALID")
-        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env))
-    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
-        names = {
-            "RANK": "RANK",
-            "WORLD_SIZE": "SIZE",
-            "LOCAL_RANK": "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
-        }
-        _rename(**{ours: f"OMPI_COMM_WORLD_{theirs}" for ours, theirs in names.items()})
-    size = _from_environment("WORLD_SIZE", 1, least=1, most=MOST_RANKS)
-    local_name = next(
-        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), "WORLD_SIZE"
-    )
-    local_size = _from_environment(local_name, 1, least=1)
-    rank, local_rank = _from_environment("RANK", 0), _from_environment("LOCAL_RANK", 0)
-    for name, value, limit_name, limit in (
-        ("RANK", rank, "WORLD_SIZE", size), ("LOCAL_RANK", local_rank, local_name, local_size),
-        (local_name, local_size - 1, "WORLD_SIZE", size),
-    ):  # fmt: skip
-        if value >= limit:  # the others would wait for a rank that cannot come
-            rule = "must be at most" if name == local_name else "must be below"
-            raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
-    return Place(rank, size, local_rank, local_size)
-
-
-def _rename(**names: str) -> None:
-    """Gives a launcher's variables the names that torch reads."""
-    for ours, theirs in names.items():
-        if theirs not in os.environ:
-            raise ConfigError(
-                f"environment: {theirs}: missing: the launcher sets it beside its other variables"
-            )
-        os.environ[ours] = os.environ[theirs]
-
-
-def _from_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
-    """A variable that launchers set."""
-    text = os.environ.get(name, str(default))
-    if not _is_number(text) or not least <= int(text) <= most:
-        rule = f"must be an integer from {least} to {most}"
-        raise ConfigError(f"environment: {name}: {text[:_SHOWN_CHARACTERS]!r}: {rule}")
-    return int(text)
-
-
-def _slurm_local_size(env: Mapping[str, str]) -> int:
-    """Tasks of this node: its place in a list such as `4(x2),3`."""
-    node = _from_environment("SLURM_NODEID", 0)
-    for count, _, times in re.findall(
-        r"(\d{1,9})(\(x(\d{1,9})\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")
-    ):
-        if node < int(times or 1):
-            return int(count)
-        node -= int(times or 1)
-    raise ConfigError(
-        "environment: SLURM_STEP_TASKS_PER_NODE: must name the tasks of node SLURM_NODEID, as in 4(x2),3"
-    )
-
-
-def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
-    """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
-    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
-    whether the same command then continues where it was."""
-    if signal.getsignal(signal.SIGINT) is interrupted:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # there may be something to clean up from now on
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8, and may be repeated
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        code = main(sys.argv[1:])
-    except MegaliteError as error:
-        code = error.exit_code
-        settle(code)
-        if not error.agreed or place().rank == 0:
-            print_line(error)
-        else:
-            time.sleep(
-                1
-            )  # a launcher that sees one exit kills the others, and rank 0 is to print first
-    except KeyboardInterrupt:
-        settle(EXIT_BASE + signal.SIGINT)
-        tell_interrupted(RESUME if resumes else AGAIN)
-        sys.stdout.flush()
-        os._exit(EXIT_BASE + signal.SIGINT)  # not after threads that are deep in a library
-    except OSError as error:
-        is_full = error.errno in FULL
-        code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
-        settle(code)
-        if code == 1 and not is_full:
-            raise
-        print_line(
-            MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
-                error.__traceback__
-            )
-        )
-    except Exception:
-        settle(1)
-        raise
-    else:
-        settle(code)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # a full disk costs the log's last lines, but not the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
-
-
-def program_name() -> str:
-    """What lines on standard error begin with: `pretrain.py`, or `megalite pretrain`."""
-    return os.path.basename(sys.argv[0])
-
-
-def print_line(error: Exception) -> None:
-    """An error as one line on standard error, or one for each mistake of a user's; with MEGALITE_TRACEBACK=1 after
-    where it was raised."""
-    if os.environ.get(TRACEBACK) == "1":
-        traceback.print_exception(error)
-    for text in error.lines if isinstance(error, UserError) else [str(error)]:
-        line = " ".join(text.split())
-        if (
-            len(line) > _LINE_CHARACTERS
-        ):  # a path or a value of thousands: what is said of it is at the end
-            line = f"{line[: _LINE_CHARACTERS // 2]} … {line[-_LINE_CHARACTERS // 2 :]}"
-        with contextlib.suppress(OSError):  # a terminal that is gone, a full disk: nobody hears it
-            print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
 
 
 def start_ranks(
@@ -458,7 +232,7 @@ def _set_environment(here: Place) -> None:
     if "MASTER_PORT" not in env and here.world_size > 1:
         env["MASTER_PORT"] = DEFAULT_PORT
     elif "MASTER_PORT" in env:
-        _from_environment("MASTER_PORT", 0, least=1, most=65535)
+        from_environment("MASTER_PORT", 0, least=1, most=65535)
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
-from megalite.ranks.launch import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser
 from megalite.report.page import page
 from megalite.report.read import REPORT, TRACE, read_run
 from megalite.report.trace import simulated_events

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.ranks.launch import ArgumentParser, at_least, positive, program_name
+from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.program import program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
     STOP_SECONDS,

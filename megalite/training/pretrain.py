@@ -34,16 +34,11 @@ from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.rank_memory import check_states
 from megalite.plan.states import told_lines
+from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
-from megalite.ranks.launch import (
-    MOST_RANKS,
-    ArgumentParser,
-    Place,
-    at_least,
-    place,
-    start_ranks,
-    stop_ranks,
-)
+from megalite.ranks.garbage import collect_garbage, hold_garbage
+from megalite.ranks.launch import start_ranks, stop_ranks
+from megalite.ranks.place import MOST_RANKS, Place, place
 from megalite.training.epochs import with_steps
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
@@ -321,6 +316,7 @@ def _ended(config: Config, position: Position) -> str | None:
 
 
 def _train(prepared: Prepared, rank: int) -> int:
+    hold_garbage()
     # Imported here: --check and mistakes need no DeepSpeed.
     from megalite.engine.build import build_engine
     from megalite.guard.watchdog import Watchdog
@@ -370,4 +366,5 @@ def _train(prepared: Prepared, rank: int) -> int:
             run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
         del start  # and with it the checkpoint's index
         phase("first step")
+        collect_garbage()
         return run.train()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megalite.ranks.launch import run_program, start_ranks, stop_ranks
+from megalite.ranks.launch import start_ranks, stop_ranks
 from megalite.ranks.local import run_local_ranks
+from megalite.ranks.program import run_program
 
 
 def on_ranks(

@@ -41,7 +41,7 @@ def test_every_program_imports_what_hears_ctrl_c_first() -> None:
             for name in names
             if name is not None and name.partition(".")[0] not in sys.stdlib_module_names
         ]
-        assert slow[0] == "megalite.ranks.interrupt", path
+        assert slow[0] == "megalite.ranks.startup", path
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -15,12 +15,10 @@ import pytest
 from hypothesis import strategies as st
 
 from megalite.doctor import examine as doctor
-from megalite.errors import ConfigError
 from megalite.hub.import_hf import import_hf
 from megalite.inference import evaluate_program, generate_program
 from megalite.prove import calibrate, ranking
 from megalite.races import growth
-from megalite.ranks import launch
 from megalite.supervisor import restarts as supervisor
 from megalite.training import pretrain as training
 from tests.byte_model import save_byte_model
@@ -218,9 +216,3 @@ def test_a_full_disk_is_one_line_and_no_mistake(tmp_path: Path) -> None:
         ended.returncode == 1
         and ended.stderr == b"collect_sources.py: a file: No space left on device\n"
     ), ended
-
-
-def test_a_line_of_an_error_has_an_end(capsys: Any) -> None:
-    launch.print_line(ConfigError(f"{'x' * 5000}: must not be\nso long"))
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.endswith("x: must not be so long\n") and len(said) < 1100

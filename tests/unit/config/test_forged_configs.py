@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megalite.config import Config
 from megalite.config.reading import read_json
 from megalite.model.families import FAMILIES, model_dict, read_spec
-from megalite.ranks.launch import place
+from megalite.ranks.place import place
 from megalite.supervisor.hostfile import read_hostfile
 from megalite.training.pretrain import main
 from tests.families import FAMILY_CONFIGS

@@ -13,7 +13,7 @@ from megalite.errors import ConfigError, DataError, UserError
 from megalite.inference import evaluate_program, generate_program
 from megalite.inference.translations import check_writable
 from megalite.parallel.grid import Grid
-from megalite.ranks.launch import place
+from megalite.ranks.place import place
 from tests.byte_model import save_byte_model
 
 

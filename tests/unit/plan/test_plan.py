@@ -149,7 +149,7 @@ def ten_best(layouts: list[Layout], memory_bytes: float) -> list[float]:
     fastest: dict[Candidate, float] = {}
     for layout in layouts:
         if layout.memory.total <= memory_bytes:
-            plain = replace(layout.candidate, recompute="none", offload="none")
+            plain = layout.candidate._replace(recompute="none", offload="none")
             seconds = layout.time.seconds
             fastest[plain] = min(seconds, fastest.get(plain, seconds))
     return sorted(fastest.values())[:10]
@@ -213,8 +213,8 @@ def test_candidates_are_what_the_rules_accept() -> None:
             pass
     assert accepted == resolved and len(accepted) > 300
     assert how_many(search) == 3 * len(accepted)
-    axes = {name for name in vars(Candidate()) if len({getattr(one, name) for one in accepted}) > 1}
-    assert axes == set(vars(Candidate())) - {"recompute"}
+    axes = {name for name in Candidate._fields if len({getattr(one, name) for one in accepted}) > 1}
+    assert axes == set(Candidate._fields) - {"recompute"}
 
 
 @pytest.mark.parametrize("one", [
@@ -337,9 +337,9 @@ def test_times_and_bytes_of_the_context_and_expert_axes() -> None:
     """By the formulas of docs/layouts.md: what a layer's forward and backward send."""
     search = small_planner("mixtral", 8, 32)
     plain = Candidate(pipe=1, micro=2)
-    gather = replace(plain, context=4)
-    heads = replace(gather, attention="heads")
-    routed = replace(plain, context=2, expert=2)
+    gather = plain._replace(context=4)
+    heads = gather._replace(attention="heads")
+    routed = plain._replace(context=2, expert=2)
     of = {one: search.exact(one) for one in (plain, gather, heads, routed)}
     b, s, d, layers, k, kv, n, h = 2, 16, 32, 4, 2, 2, 4, 8
     assert of[plain].sent["context"] == of[plain].time.parts["context"] == 0
@@ -356,7 +356,7 @@ def test_times_and_bytes_of_the_context_and_expert_axes() -> None:
     assert tokens == (b * s / 4, b * s)
     assert search.sharing(gather).ranks == search.sharing(plain).ranks == 8
     # Experts are divided by the axis, and shared out over what it leaves of data × context.
-    whole, split = search.exact(replace(routed, expert=1)), of[routed]
+    whole, split = search.exact(routed._replace(expert=1)), of[routed]
     experts = search.search.spec.expert_parameters
     assert whole.memory.weights - split.memory.weights == pytest.approx(2 * experts / 2, rel=0.01)
     rest = whole.memory.optimizer - split.memory.optimizer

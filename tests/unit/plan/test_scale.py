@@ -1,7 +1,5 @@
 """Predictions for thousands of ranks (megalite/plan/scale.py), and the table of docs/scale.md that is made of them."""
 
-from dataclasses import replace
-
 import pytest
 
 from megalite.plan import scale
@@ -17,8 +15,8 @@ def test_the_best_fits_and_none_of_its_neighbours_is_faster() -> None:
     assert one.pipe * one.tensor * one.context * found.config.data_size == 64
     assert BATCH % (found.config.data_size * one.micro) == 0
     for other in (
-        replace(one, tensor=2 * one.tensor, sequence=True),
-        replace(one, recompute="full"),
+        one._replace(tensor=2 * one.tensor, sequence=True),
+        one._replace(recompute="full"),
     ):
         if other != one:
             assert planner.exact(other).time.seconds >= found.time.seconds

@@ -1,0 +1,73 @@
+"""Arguments of programs: a mistake is one line and exit code 2, like every other mistake."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from megalite.errors import ConfigError
+
+SHOWN_CHARACTERS = 80  # of a value that an error repeats
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a mistake as ConfigError: one line and exit code 2, like every other mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's, with KEY=VALUE before, between and after options."""
+        to_the_end = (argparse.REMAINDER, argparse.PARSER)
+        if any(action.nargs in to_the_end for action in self._get_positional_actions()):
+            return super().parse_args(args, namespace or argparse.Namespace())
+        return self.parse_intermixed_args(args, namespace or argparse.Namespace())
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")
+
+
+def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type of arguments: integers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not is_number(text) or not least <= int(text) <= most:
+            rule = f"must be an integer of {least} or more" + (
+                "" if most == 2**63 - 1 else f", at most {most}"
+            )
+            raise argparse.ArgumentTypeError(f"{text[:SHOWN_CHARACTERS]}: {rule}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A type of arguments: finite numbers above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:SHOWN_CHARACTERS]}: must be a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A type of arguments: shares of all, above 0 and below 1."""
+    value = _number(text)
+    if not 0 < value < 1:
+        rule = "must be a number above 0 and below 1"
+        raise argparse.ArgumentTypeError(f"{text[:SHOWN_CHARACTERS]}: {rule}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def is_number(text: str) -> bool:
+    """Digits alone, and few enough for int() to take."""
+    return text.isascii() and text.isdecimal() and len(text) < 20

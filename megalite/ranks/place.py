@@ -1,0 +1,89 @@
+"""Where a launcher put this process: what `deepspeed`, `torchrun`, `srun` and Open MPI leave in the environment."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megalite.errors import ConfigError
+from megalite.ranks.arguments import SHOWN_CHARACTERS, is_number
+
+MOST_RANKS = 2**17
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process: rank of the world, rank and number of ranks on this node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    started: ClassVar = False
+    """Whether this process has become a rank."""
+
+
+def place() -> Place:
+    """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
+    env = os.environ
+    if (
+        "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env
+    ):  # a batch script itself has SLURM_PROCID, but is no task
+        _rename(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_STEP_NUM_TASKS", LOCAL_RANK="SLURM_LOCALID")
+        env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env))
+    if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
+        names = {
+            "RANK": "RANK",
+            "WORLD_SIZE": "SIZE",
+            "LOCAL_RANK": "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE": "LOCAL_SIZE",
+        }
+        _rename(**{ours: f"OMPI_COMM_WORLD_{theirs}" for ours, theirs in names.items()})
+    size = from_environment("WORLD_SIZE", 1, least=1, most=MOST_RANKS)
+    local_name = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), "WORLD_SIZE"
+    )
+    local_size = from_environment(local_name, 1, least=1)
+    rank, local_rank = from_environment("RANK", 0), from_environment("LOCAL_RANK", 0)
+    for name, value, limit_name, limit in (
+        ("RANK", rank, "WORLD_SIZE", size), ("LOCAL_RANK", local_rank, local_name, local_size),
+        (local_name, local_size - 1, "WORLD_SIZE", size),
+    ):  # fmt: skip
+        if value >= limit:  # the others would wait for a rank that cannot come
+            rule = "must be at most" if name == local_name else "must be below"
+            raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
+    return Place(rank, size, local_rank, local_size)
+
+
+def _rename(**names: str) -> None:
+    """Gives a launcher's variables the names that torch reads."""
+    for ours, theirs in names.items():
+        if theirs not in os.environ:
+            raise ConfigError(
+                f"environment: {theirs}: missing: the launcher sets it beside its other variables"
+            )
+        os.environ[ours] = os.environ[theirs]
+
+
+def from_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A variable that launchers set."""
+    text = os.environ.get(name, str(default))
+    if not is_number(text) or not least <= int(text) <= most:
+        rule = f"must be an integer from {least} to {most}"
+        raise ConfigError(f"environment: {name}: {text[:SHOWN_CHARACTERS]!r}: {rule}")
+    return int(text)
+
+
+def _slurm_local_size(env: Mapping[str, str]) -> int:
+    """Tasks of this node: its place in a list such as `4(x2),3`."""
+    node = from_environment("SLURM_NODEID", 0)
+    for count, _, times in re.findall(
+        r"(\d{1,9})(\(x(\d{1,9})\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    ):
+        if node < int(times or 1):
+            return int(count)
+        node -= int(times or 1)
+    raise ConfigError(
+        "environment: SLURM_STEP_TASKS_PER_NODE: must name the tasks of node SLURM_NODEID, as in 4(x2),3"
+    )
