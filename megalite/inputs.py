@@ -25,7 +25,7 @@ _CACHE = "snapshots"  # in Hugging Face's cache the files of models--NAME/snapsh
 def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[None]:
     """Makes an error that no rule foresaw an error of `kind` that names `what` is read; ours pass unchanged.
 
-    What it was raised from is shown with MEGALITE_TRACEBACK=1 (ranks/program.py), so that a bug of ours can be told from an
+    What it was raised from is shown with MEGALITE_TRACEBACK=1 (program.py), so that a bug of ours can be told from an
     odd file. A full disk is the machine's, and passes too.
     """
     try:

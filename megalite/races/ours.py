@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.races.turns import Turns, request
 from megalite.ranks.program import run_program
 from megalite.training import pretrain as program
