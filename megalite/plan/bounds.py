@@ -312,6 +312,7 @@ class Bounds:
         else:
             length = least_length(least, one.schedule, p, m, whole)
         length = max(length, shared * m * whole / p)
+        length /= self.device.pipe_share if p > 1 else 1.0
         return length + shared * sum(sharing.end(least.work, held, world).values())
 
     def least_bytes(self, one: Candidate) -> float:

@@ -5,6 +5,7 @@ collectives). Then what only real steps show, of the real engine on one rank, so
 engine's own seconds a layer, a micro-batch and a step from models with little to compute, and what ZeRO-3 adds to them;
 `states_rate` from one with many weights for its tokens, `gradient_rate` from the same with several micro-batches,
 `reduce_rate` from that with ZeRO-2, which reduces after each of them, `product_share` from one with many tokens.
+On a CPU with several cores, `pipe_share` from the processor time of a step of two ranks.
 prove/calibrate.py measures. Next: plan_program.py.
 """
 
@@ -26,7 +27,7 @@ from megalite.plan.rank_memory import SizesByPlace
 from megalite.plan.search import Planner
 
 LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
-SHARES = 0.2, 1.2  # between which product_share is looked for
+SHARES = 0.2, 1.2  # between which product_share and pipe_share are looked for
 MOST_GATHER_SECONDS = 0.1
 HALVINGS, TURNS = 14, 4
 SHARES_OF_LINK = {
@@ -46,7 +47,8 @@ Row = dict[str, Any]
 class Measured:
     """Rows with their units in the names. products: dtype, m, k, n, seconds; pointwise and optimizer: moved_bytes,
     seconds; attention: dtype, flops, seconds; collectives: kind, ranks, bytes, seconds; steps: config, seconds;
-    busy_share: see Device."""
+    busy_share: see Device; pipe: config and seconds that a rank computes, of a step of two ranks of a pipe axis, or
+    none."""
 
     products: list[Row]
     pointwise: list[Row]
@@ -55,6 +57,7 @@ class Measured:
     collectives: list[Row]
     steps: list[Row]
     busy_share: float
+    pipe: list[Row]
 
 
 def fitted(start: Device, measured: Measured) -> Device:
@@ -87,6 +90,8 @@ def fitted(start: Device, measured: Measured) -> Device:
         device = _met(device, "product_share", SHARES, large)
         for name, step in zip(ENGINE_RATES, (summing, reducing, heavy), strict=True):
             device = _met(device, name, rates, step)
+    for step in measured.pipe:
+        device = _met(device, "pipe_share", SHARES, step)
     return device
 
 
@@ -180,10 +185,11 @@ def _met(device: Device, name: str, between: tuple[float, float], step: Row) -> 
 
 
 def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
-    """Of a step of a resolved config of one rank."""
+    """That a rank computes in a step of a resolved config."""
     resolved, search, sizes = _searched(json.dumps(config))
     planner = Planner(search, device, device.memory_bytes, sizes)
-    return planner.layout(resolved, given_candidate(resolved)).time.seconds
+    time = planner.layout(resolved, given_candidate(resolved)).time
+    return time.seconds - time.parts["bubble"]
 
 
 @lru_cache(maxsize=16)
@@ -191,7 +197,11 @@ def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
     """What every prediction of a config begins with."""
     resolved = Config.from_dict(json.loads(config))
     batch = resolved.train_batch_size
-    return resolved, Search(resolved, read_spec(resolved.model), 1, batch), SizesByPlace()
+    return (
+        resolved,
+        Search(resolved, read_spec(resolved.model), resolved.world_size, batch),
+        SizesByPlace(),
+    )
 
 
 def _not_negative(matrix: np.ndarray, values: np.ndarray) -> list[float]:

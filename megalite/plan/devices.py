@@ -47,7 +47,9 @@ class Device:
     where it reduces gradients, beside sending them, and in an update, 0: as memory_rate;
     cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
     alone: the link within a node where no two ranks share a core, which sleeps while its rank waits, None: as node;
-    busy_share: a core's rate while all cores compute, over that of one alone; source: where the figures are from."""
+    busy_share: a core's rate while all cores compute, over that of one alone; pipe_share: a rank's rate on a pipe axis,
+    where it turns to another micro-batch after each action and may wait for it, over that of a rank that does not;
+    source: where the figures are from."""
 
     name: str
     half_flops: float
@@ -72,6 +74,7 @@ class Device:
     cores: int = 0
     alone: Link | None = None
     busy_share: float = 1.0
+    pipe_share: float = 1.0
 
     def flops(self, itemsize: int) -> float:
         """That large products reach, with numbers of so many bytes."""

@@ -207,7 +207,8 @@ class Programs:
         each = played.home.sum(axis=1).max()  # chunks, which a rank's weights are spread over alike
         own, own_routed = (numbers / each for numbers in self._numbers(played, one))
         times += fixed[:, None] + np.outer(shared - fixed, own @ played.home)
-        return times + np.outer(routed - fixed, own_routed @ played.home)
+        times += np.outer(routed - fixed, own_routed @ played.home)
+        return times / bounds.device.pipe_share
 
     def _rates(self, work: Work, sharing: Sharing, several: bool) -> tuple[np.ndarray, ...]:
         """[kind] that a micro-batch adds for no weights, and for one more of each sort: it is linear in them."""

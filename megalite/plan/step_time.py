@@ -448,6 +448,8 @@ def step_time(
         chunk_seconds(work, plan, chunk, sharing, weights, micro_batches > 1)
         for chunk in range(len(plan.cut.home))
     ]
+    if plan.pipe > 1:
+        chunks = [chunk / work.device.pipe_share for chunk in chunks]
     totals = [chunk.sum(axis=1) for chunk in chunks]
     played = played_micro_batches(plan, micro_batches)
     lengths = lengths_of(plan, played)

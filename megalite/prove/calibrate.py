@@ -1,8 +1,9 @@
 """`tools/benchmark_step.py --calibrate FILE`: measures this machine, and writes the device that tools/plan.py --device,
 `megalite.train.calibration` and the doctor take.
 
-Two starts, about a minute on two cores. First one rank alone times operations and steps of the real engine; then a rank
-for each GPU, at most 8, or without GPUs 8 ranks, however many cores there are, time collectives. Next: ranking.py.
+Three starts, about a minute on two cores. First one rank alone times operations and steps of the real engine; then a
+rank for each GPU, at most 8, or without GPUs 8 ranks, however many cores there are, time collectives; then, without
+GPUs, two ranks that have a core each take steps on a pipe axis. Next: ranking.py.
 """
 
 import json
@@ -10,8 +11,10 @@ import math
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,7 @@ def device_lines(device: Device, path: Path) -> str:
         device.gather_seconds,
     )
     layer, micro, step, gather = (f"{1e3 * seconds:.3g} ms" for seconds in engine)
+    pipe = f", {100 * device.pipe_share:.0f} % on a pipe axis" * (device.cores > 1)
     links = {"link": device.node}
     if device.alone is not None:
         links = {"link, of ranks that share cores": device.node, "of others": device.alone}
@@ -68,7 +72,8 @@ def device_lines(device: Device, path: Path) -> str:
         [
             f"{path}: {device.name}",
             f"    products: {device.single_flops / 1e9:,.4g} GFLOP/s in fp32, {device.half_flops / 1e9:,.4g} in bf16"
-            + shared * (device.cores > 1),
+            + shared * (device.cores > 1)
+            + pipe,
             f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
             f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
             *(f"    {name}: {_told(link)}" for name, link in links.items()),
@@ -93,13 +98,17 @@ def calibrated() -> tuple[Device, Measured, dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="calibrate_") as folder:
         random_corpus(Path(folder) / "train", vocabulary=512, tokens=200_000)
         configs = step_configs(folder)
-        alone = _measured(1, folder, together=False, configs=configs)
-        together = _measured(ranks, folder, together=True) if ranks > 1 else None
+        alone = _measured("alone", 1, folder, configs)[0]
+        together = _measured("together", ranks, folder)[0] if ranks > 1 else None
+        pipe = [] if machine_has_gpu() or cores() == 1 else [_pipe_step(folder)]
     collectives = [] if together is None else with_seconds(together)
     kinds = ("products", "pointwise", "attention", "optimizer", "steps")
     share = 1.0 if together is None else together["busy_share"]
     measured = Measured(
-        **{name: alone[name] for name in kinds}, collectives=collectives, busy_share=share
+        **{name: alone[name] for name in kinds},
+        collectives=collectives,
+        busy_share=share,
+        pipe=pipe,
     )
     machine = _machine(alone["gpu"], 0.0 if together is None else together["others_share"])
     return fitted(_start(alone), measured), measured, machine
@@ -168,15 +177,21 @@ def _processor() -> str:
 
 
 def _measured(
-    world_size: int, folder: str, together: bool, configs: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """What rank 0 has to say."""
+    what: str, world_size: int, folder: str, configs: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """What each rank has to say, of a function of machine.py."""
     request = Path(folder) / "request.json"
-    request.write_text(
-        json.dumps({"together": together, "configs": configs or [], "folder": folder})
-    )
+    request.write_text(json.dumps({"what": what, "configs": configs, "folder": folder}))
     run_local_ranks(world_size, RANK_MODULE, [str(request)])
-    return json.loads((Path(folder) / "rank0.json").read_text())
+    ranks = range(world_size)
+    return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in ranks]
+
+
+def _pipe_step(folder: str) -> dict[str, Any]:
+    """Its config, and the seconds that a rank computes, the mean of two."""
+    config = pipe_config(folder)
+    found = _measured("steps", config["megalite"]["parallel"]["pipe"], folder, [config])
+    return {"config": config, "seconds": mean(rank["steps"][0]["seconds"] for rank in found)}
 
 
 def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
@@ -202,6 +217,11 @@ def step_configs(folder: str) -> list[dict[str, Any]]:
     ]
 
 
+def pipe_config(folder: str) -> dict[str, Any]:
+    """Resolved, of two ranks of a pipe axis."""
+    return _config(folder, 6, 4, 256, 2, 128, pipe=2)
+
+
 def _config(
     folder: str,
     layers: int,
@@ -210,6 +230,7 @@ def _config(
     micro: int,
     length: int,
     zero: int = 1,
+    pipe: int = 1,
 ) -> dict[str, Any]:
     document: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
@@ -228,10 +249,11 @@ def _config(
                 "max_position_embeddings": length,
                 "tie_word_embeddings": False,
             },
+            "parallel": {"pipe": pipe},
             "data": {"sequence_length": length, "train": [f"{folder}/train"]},
             "train": {"steps": 100, "run_dir": f"{folder}/run"},
         },
     }
     if machine_has_gpu():
         document["bf16"] = {"enabled": True}
-    return Config.from_dict(document).resolve(1).to_json()
+    return Config.from_dict(document).resolve(pipe).to_json()

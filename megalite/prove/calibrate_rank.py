@@ -12,12 +12,9 @@ def main(arguments: list[str]) -> int:
     """Measures what the request asks for and writes it beside the request."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     here, _ = start_ranks(lambda thorough: None)
-    from megalite.prove.machine import (  # after start_ranks has set the environment
-        alone,
-        together,
-    )
+    from megalite.prove.machine import measured  # after start_ranks has set the environment
 
-    result = together() if request["together"] else alone(request["configs"])
+    result = measured(request["what"], request["configs"])
     (Path(request["folder"]) / f"rank{here.rank}.json").write_text(json.dumps(result))
     stop_ranks()
     return 0

@@ -20,6 +20,7 @@ from megalite.prove.trace import Session
 from megalite.ranks.accelerator import use_accelerator
 
 WARMUP_STEPS, STEPS = 2, 7
+BUSY_TURNS = 7
 MESSAGES = {2**12: 40, 2**15: 30, 2**18: 12, 2**21: 4, 2**23: 2}
 """Bytes of a collective's tensor, and how often it is repeated."""
 BETWEEN = (256, 256, 768)  # a product between collectives: rows, features in, features out
@@ -78,10 +79,21 @@ def alone(configs: list[dict[str, Any]]) -> dict[str, Any]:
         "pointwise": [_pointwise(count, device) for count in sizes.pointwise],
         "attention": [_attention(*shape, sizes.dtype, device) for shape in sizes.attention],
         "optimizer": [_optimizer(sizes.optimizer, device)],
-        "steps": [{"config": config, "seconds": _step(config)} for config in configs],
         "memory_bytes": _memory_bytes(device),
         "gpu": _gpu_name(device),
+        **steps(configs),
     }
+
+
+def measured(what: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """By the name of a function of this file (collective, but for `alone`)."""
+    return together() if what == "together" else {"alone": alone, "steps": steps}[what](configs)
+
+
+def steps(configs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps of the configs (collective)."""
+    own_device()
+    return {"steps": [{"config": config, "seconds": _step(config)} for config in configs]}
 
 
 def _product(m: int, k: int, n: int, dtype: str, device: torch.device) -> dict[str, Any]:
@@ -162,7 +174,8 @@ def together() -> dict[str, Any]:
 
 
 def _busy_share(device: torch.device) -> float:
-    """How fast a core is while all compute, over one that does alone (collective); 1 on GPUs, which share nothing."""
+    """How fast a core is while all compute, over one that does alone, the median of some turns (collective); 1 on GPUs,
+    which share nothing."""
     if device.type != "cpu" or min(cores(), dist.get_world_size()) == 1:
         return 1.0
 
@@ -171,14 +184,14 @@ def _busy_share(device: torch.device) -> float:
         rows = [*products, _pointwise(CPU.pointwise[-1], device)]
         return sum(row["seconds"] for row in rows)
 
-    rank, alone = dist.get_rank(), 0.0
-    if rank == 0:
-        alone = seconds()
-    dist.barrier()
-    busy = seconds() if rank < cores() else 0.0
-    everyone = _gathered({"alone": alone, "busy": busy})
-    measured = [entry["busy"] for entry in everyone[: cores()]]
-    return min(1.0, everyone[0]["alone"] / median(measured))
+    rank, shares = dist.get_rank(), []
+    for _ in range(BUSY_TURNS):
+        alone = seconds() if rank == 0 else 0.0
+        dist.barrier()
+        busy = seconds() if rank < cores() else 0.0
+        everyone = _gathered({"alone": alone, "busy": busy})
+        shares.append(everyone[0]["alone"] / median(row["busy"] for row in everyone[: cores()]))
+    return min(1.0, median(shares))
 
 
 def _collective(

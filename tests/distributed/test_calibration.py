@@ -30,7 +30,7 @@ def on_rank(rank: int, world_size: int, request: dict[str, Any]) -> Any:
         mock.patch.object(machine, "MESSAGES", {2**12: 2, 2**15: 2}),
         mock.patch.object(machine, "STEPS", 1),
     ):
-        return machine.together() if request["together"] else machine.alone(request["configs"])
+        return machine.measured(request["what"], request["configs"])
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
@@ -77,7 +77,7 @@ def test_a_machine_is_measured_and_predicted_with(
             for n in (2, 4)
         ),
     }
-    for kind in ("products", "pointwise", "attention", "optimizer", "collectives", "steps"):
+    for kind in ("products", "pointwise", "attention", "optimizer", "collectives", "steps", "pipe"):
         assert all(row["seconds"] > 0 for row in held[MEASURED][kind]), kind
     assert str(file) in capsys.readouterr().out
     with (

@@ -29,7 +29,7 @@ from megalite.plan.step_time import (
     ring_seconds,
     scatter_seconds,
 )
-from megalite.prove.calibrate import step_configs
+from megalite.prove.calibrate import pipe_config, step_configs
 from tests.small_models import MODELS
 
 LINK = Link(2e9, 3e-5, gather=1.5, scatter=2.0, reduce=1.2)
@@ -38,7 +38,7 @@ MACHINE = Device(
     "mine", 4e10, 8e10, 16 * GIB, 1e10, LINK, LINK, LINK, 0.8, "a test",
     core_share=0.5, launch_seconds=5e-6, layer_seconds=4e-4, micro_seconds=3e-4, step_seconds=4e-3,
     cores=2, alone=ALONE, busy_share=0.75, gather_seconds=2e-4,
-    gradient_rate=3e9, reduce_rate=5e9, states_rate=4e9,
+    pipe_share=0.9, gradient_rate=3e9, reduce_rate=5e9, states_rate=4e9,
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def collectives(shared: Link, alone: Link) -> list[dict[str, Any]]:
 
 def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) -> None:
     sizes = [(16, 32, 32), (64, 128, 128), (512, 512, 512), (512, 512, 1536), (1024, 512, 512)]
-    configs = step_configs(str(tmp_path))
+    configs, pipe = step_configs(str(tmp_path)), pipe_config(str(tmp_path))
     alone = replace(MACHINE, busy_share=1.0)
     measured = Measured(
         [product(*shape, dtype) for dtype in ("fp32", "bf16") for shape in sizes],
@@ -81,6 +81,7 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
         collectives(LINK, ALONE),
         [{"config": config, "seconds": predicted_seconds(alone, config)} for config in configs],
         MACHINE.busy_share,
+        [{"config": pipe, "seconds": predicted_seconds(MACHINE, pipe)}],
     )
     start = replace(MACHINE, half_flops=0.0, single_flops=0.0, core_share=0.1, busy_share=0.1)
     found = fitted(start, measured)
@@ -94,6 +95,7 @@ def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) 
     assert found.states_rate == pytest.approx(4e9, rel=0.05)
     assert found.gradient_rate == pytest.approx(3e9, rel=0.05)
     assert found.reduce_rate == pytest.approx(5e9, rel=0.05)
+    assert found.pipe_share == pytest.approx(0.9, rel=0.05)
     assert found.step_seconds == pytest.approx(4e-3, rel=0.05)
     for row in measured.steps:
         assert predicted_seconds(found, row["config"]) == pytest.approx(row["seconds"], rel=0.02)

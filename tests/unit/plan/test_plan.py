@@ -141,7 +141,9 @@ def small_search(name: str) -> Planner:
             return planner(4)
         case "experts":
             return small_planner("mixtral", bf16=None)
-    return replace(small_planner("gpt2", batch=4, bf16=None), device=replace(H100, cores=2))
+    return replace(
+        small_planner("gpt2", batch=4, bf16=None), device=replace(H100, cores=2, pipe_share=0.9)
+    )
 
 
 def ten_best(layouts: list[Layout], memory_bytes: float) -> list[float]:
