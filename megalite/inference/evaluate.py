@@ -4,7 +4,6 @@ Stages pass hidden states on as in training; sums are kept in fp64, so that the 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
 from megalite.pipeline.forwards import Forwards
-from megalite.training.batches import MicroBatch, Samples, micro_batches
+from megalite.training.batches import Samples, Unread
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def evaluate(
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
     micro: samples that a data rank passes through the stages together; by_heads: as of Rows; source: as of
-    micro_batches.
+    Unread.
     """
     stage.eval()
     weight = next(stage.parameters())
@@ -54,20 +53,11 @@ def evaluate(
     # Of losses, of tokens, and a classifier's counts.
     numbers_summed = 2 + len(stage.spec.labels) ** 2
     sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
-    ready: dict[int, MicroBatch] = {}
-
-    def numbers() -> Iterator[int]:
-        """A few samples at a time: a corpus is read as it is needed."""
-        firsts = range(0, count, micro * data.size)
-        for first in counted(firsts, len(firsts), "micro-batches evaluated", grid.rank == 0):
-            part = min(micro * data.size, count - first)
-            (ready[first],) = micro_batches(
-                samples, first, part, micro, data, weight.device, rows=rows, source=source
-            )
-            yield first
+    batches = Unread(samples, 0, count, micro, data, weight.device, rows=rows, source=source)
+    numbers = range(len(batches))
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:
-        tokens, labels, context = ready.pop(number)
+        tokens, labels, context = batches[number]
         output = stage(
             tokens if hidden is None else hidden, labels if axis.is_last else None, context
         )
@@ -77,7 +67,8 @@ def evaluate(
         return output
 
     shape = stage.hidden_shape(micro, sequence_length)
-    Forwards(axis, weight.dtype, weight.device).run(numbers(), forward, lambda number: shape)
+    told = counted(numbers, len(numbers), "micro-batches evaluated", grid.rank == 0)
+    Forwards(axis, weight.dtype, weight.device).run(told, forward, lambda number: shape)
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum

@@ -28,7 +28,7 @@ from megalite.parallel.traffic import Traffic
 from megalite.plan.states import peak_bytes
 from megalite.prove.split import split_by_kind
 from megalite.prove.trace import Session
-from megalite.training.batches import micro_batches
+from megalite.training.batches import Unread
 from megalite.training.step import tokens_that_count
 from megalite.training.tracing import split
 
@@ -106,9 +106,8 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         draw = (config.train.seed, step)
         source, samples = config.data.source_length, data.at_step(step, config.train.last_step)
         micro = config.micro_batch_size
-        batches = micro_batches(
-            samples, step * size, size, micro, ALONE, device, draw, source=source
-        )
+        unread = Unread(samples, step * size, size, micro, ALONE, device, draw, source=source)
+        batches = unread.read()
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:
             inputs = _inputs(tokens, context, spec)

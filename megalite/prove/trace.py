@@ -31,7 +31,7 @@ from megalite.engine.zero import MOMENTS
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, micro_batches, rows_of
+from megalite.training.batches import MicroBatch, Unread, rows_of
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
@@ -78,7 +78,7 @@ class Session:
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
         micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
         data, source = self.data.at_step(step, config.train.last_step), config.data.source_length
-        return micro_batches(data, start, size, micro, axis, device, draw, rows, source)
+        return Unread(data, start, size, micro, axis, device, draw, rows, source).read()
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """One optimizer step on these (train_step); the host waits for the norm alone."""

@@ -99,21 +99,9 @@ class Unread:
         batch = self._read(self.positions[number])
         return on_device(pinned(batch, self.device), self.device)
 
-
-def micro_batches(
-    samples: Samples,
-    start: int,
-    count: int,
-    micro: int,
-    data: Axis,
-    device: torch.device,
-    draw: tuple[int, int] | None = None,
-    rows: Rows | None = None,
-    source: int = 0,
-) -> list[MicroBatch]:
-    """Those of `Unread`, all read."""
-    unread = Unread(samples, start, count, micro, data, device, draw, rows, source)
-    return [unread[number] for number in range(len(unread))]
+    def read(self) -> list[MicroBatch]:
+        """All of them."""
+        return [self[number] for number in range(len(self))]
 
 
 def _micro_batch(

@@ -30,7 +30,7 @@ from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.report.read import STOPPED_BY_ERROR
 from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Samples, Unread, micro_batches, rows_of
+from megalite.training.batches import MicroBatch, Samples, Unread, rows_of
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.classification import figures
 from megalite.training.evaluation import loss_and_tokens
@@ -250,7 +250,8 @@ class Run:
         draw, cpu = (config.train.seed, position.step), torch.device("cpu")
         source = config.data.source_length
         micro, axis = config.micro_batch_size, self.grid.data
-        return micro_batches(samples, start, count, micro, axis, cpu, draw, self.rows, source)
+        unread = Unread(samples, start, count, micro, axis, cpu, draw, self.rows, source)
+        return unread.read()
 
     def _flags(self) -> list[float]:
         """What the other ranks must hear of this one."""

@@ -20,7 +20,7 @@ from megalite.parallel import loss
 from megalite.pipeline.actions import Pipeline
 from megalite.ranks.signals import EXIT_BASE, listen
 from megalite.training import batches as reading
-from megalite.training.batches import micro_batches
+from megalite.training.batches import Unread
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.loop import Run
 from megalite.training.step import tokens_that_count
@@ -58,7 +58,7 @@ def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
         with mock.patch.object(reading, "_micro_batch", seen):
             found = own(self, samples, start, count)
         micro, data, rows_held = self.config.micro_batch_size, self.grid.data, self.rows
-        made = micro_batches(samples, start, count, micro, data, self.device, rows=rows_held)
+        made = Unread(samples, start, count, micro, data, self.device, rows=rows_held).read()
         assert len(held) == len(made) > 2 * most["held"], "each is read once, and there are many"
         assert max(held) <= most["held"], held
         assert torch.equal(found, loss_and_tokens(self.pipeline, made))

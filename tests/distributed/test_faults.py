@@ -30,7 +30,7 @@ from megalite.guard.health import Health
 from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import micro_batches
+from megalite.training.batches import MicroBatch, Unread
 from megalite.training.loop import Run
 from megalite.training.metrics import FIRST_START
 from tests.ranks import RankFailure, run_ranks
@@ -165,17 +165,18 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
     forward = Stage.forward
 
-    def wrapped(samples: Any, *args: Any, **named: Any) -> Any:
-        made = micro_batches(samples, *args, **named)
-        for batch in made:
-            if batch.context.randomness is None:  # of an evaluation
-                continue
-            own = {
-                samples.position.place(number)
-                for number in batch.context.randomness.samples.tolist()
-            }
-            batch.context.shared["bad"] = bool(own & numbers)
-        return made
+    class Marked(Unread):
+        def __init__(self, samples: Any, *args: Any, **named: Any) -> None:
+            super().__init__(samples, *args, **named)
+            self.samples = samples
+
+        def __getitem__(self, number: int, /) -> MicroBatch:
+            batch = super().__getitem__(number)
+            if batch.context.randomness is not None:  # None: of an evaluation
+                drawn = batch.context.randomness.samples.tolist()
+                own = {self.samples.position.place(sample) for sample in drawn}
+                batch.context.shared["bad"] = bool(own & numbers)
+            return batch
 
     def spoil(
         self: Stage, x: Any, labels: Any = None, context: Any = None, chunk: Any = None
@@ -184,7 +185,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
         return output * math.nan if labels is not None and context.shared.get("bad") else output
 
     with (
-        mock.patch("megalite.training.loop.micro_batches", wrapped),
+        mock.patch("megalite.training.loop.Unread", Marked),
         mock.patch.object(Stage, "forward", spoil),
     ):
         yield
