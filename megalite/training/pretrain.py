@@ -352,6 +352,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         engine = build_engine(
             config, prepared.spec, grid, draws_weights=start.weights is None or start.partly
         )
+        collect_garbage()
         if start.weights is not None:
             phase(f"reading {start.weights.folder}")
         start.fill(engine)
@@ -366,5 +367,4 @@ def _train(prepared: Prepared, rank: int) -> int:
             run.saver.carried = carried_by_run(config.data.tokenizer, start.weights)
         del start  # and with it the checkpoint's index
         phase("first step")
-        collect_garbage()
         return run.train()

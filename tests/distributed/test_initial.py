@@ -18,6 +18,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, initial_slice, placed
+from megalite.ranks.garbage import hold_garbage
 from tests.ranks import run_ranks
 from tests.training_runs import document
 
@@ -97,6 +98,7 @@ def test_nothing_is_drawn_where_weights_come_from_elsewhere(tmp_path: Path, zero
 
 
 def peak_of_a_start(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[int, int, int]:
+    hold_garbage()  # as a run does
     """Bytes of the whole slices, of what the rank holds once the engine stands, and of the most that it held
     on the way, both above what it held before."""
     deepspeed.init_distributed("gloo")
