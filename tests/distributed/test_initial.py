@@ -98,9 +98,9 @@ def test_nothing_is_drawn_where_weights_come_from_elsewhere(tmp_path: Path, zero
 
 
 def peak_of_a_start(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[int, int, int]:
-    hold_garbage()  # as a run does
     """Bytes of the whole slices, of what the rank holds once the engine stands, and of the most that it held
     on the way, both above what it held before."""
+    hold_garbage()  # as a run does
     deepspeed.init_distributed("gloo")
     config = Config.from_dict(keys).resolve(world_size)
     spec, grid = read_spec(config.model), Grid.build(1, 1)
