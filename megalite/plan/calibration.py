@@ -27,7 +27,8 @@ from megalite.plan.rank_memory import SizesByPlace
 from megalite.plan.search import Planner
 
 LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
-SHARES = 0.2, 1.2  # between which product_share and pipe_share are looked for
+SHARES = 0.2, 1.2  # between which product_share is looked for
+PIPE_SHARES = 0.2, 1.0  # and pipe_share: a rank with more to turn to is not quicker
 MOST_GATHER_SECONDS = 0.1
 HALVINGS, TURNS = 14, 4
 SHARES_OF_LINK = {
@@ -91,7 +92,7 @@ def fitted(start: Device, measured: Measured) -> Device:
         for name, step in zip(ENGINE_RATES, (summing, reducing, heavy), strict=True):
             device = _met(device, name, rates, step)
     for step in measured.pipe:
-        device = _met(device, "pipe_share", SHARES, step)
+        device = _met(device, "pipe_share", PIPE_SHARES, step)
     return device
 
 
