@@ -210,7 +210,7 @@ def how_many(search: Search) -> int:
             sum(1 for _ in choices.of(fields, grid)) for fields in (("recompute",), STATES)
         )
         for sized in choices.of(("micro",), grid):
-            found += recomputes * states * sum(1 for _ in choices.of(ORDER, sized))
+            found += recomputes * states * len(choices.orders(sized))
     return found
 
 
@@ -222,6 +222,15 @@ class Choices:
         self.search = search
         self._by_field = {choice.field: choice for choice in CHOICES}
         self._asked: dict[tuple[Any, ...], bool] = {}
+        self._orders: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+
+    def orders(self, chosen: Candidate) -> list[tuple[str, int]]:
+        """Accepted values of ORDER, looked for once for all layouts that have them."""
+        key = chosen.pipe, chosen.tensor, chosen.context, chosen.micro
+        if key not in self._orders:
+            found = self.of(ORDER, chosen)
+            self._orders[key] = [(one.schedule, one.chunks) for one in found]
+        return self._orders[key]
 
     def of(self, fields: Sequence[str], chosen: Candidate = PLAIN) -> Iterator[Candidate]:
         """What is chosen so far with every accepted value of these fields, in turn."""

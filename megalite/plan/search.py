@@ -21,7 +21,7 @@ from typing import Any
 from megalite.config import Config, check_model
 from megalite.errors import ConfigError
 from megalite.plan.bounds import Bounds
-from megalite.plan.candidates import GRID, ORDER, STATES, Candidate, Choices, config_of, how_many
+from megalite.plan.candidates import GRID, STATES, Candidate, Choices, config_of, how_many
 from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
 from megalite.plan.sent import sent_bytes
@@ -206,7 +206,8 @@ class _BestFirst:
     def _orders(self, chosen: Candidate, least: float) -> None:
         room = self.planner.memory_bytes
         sizes: dict[str, float] = {}  # by schedule: the bound knows no chunks
-        for one in self.choices.of(ORDER, chosen):
+        for schedule, chunks in self.choices.orders(chosen):
+            one = chosen._replace(schedule=schedule, chunks=chunks)
             if one.schedule not in sizes:
                 sizes[one.schedule] = self.planner.least_bytes(one)
             if sizes[one.schedule] <= room:
