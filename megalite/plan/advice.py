@@ -106,7 +106,7 @@ def none_fits(planner: Planner) -> ConfigError:
     words = max(freed, key=lambda words: freed[words])
     return ConfigError(
         f"--world-size: {planner.search.world_size}: no layout fits: the smallest ({smallest.candidate}) takes "
-        f"{needed:.1f} GiB on rank {smallest.memory.rank}, {needed - room:.1f} GiB more than the {room:.1f} GiB of a "
+        f"{needed:.1f} GiB on rank {smallest.memory.rank}, {needed - room:.1f} GiB more than the {room:.1f} GiB of "
         f"{planner.device.name}: {words} would free the most, about {max(0.0, freed[words]):.1f} GiB"
     )
 

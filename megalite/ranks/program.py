@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -20,8 +21,9 @@ LINE_CHARACTERS = 1000  # of an error
 
 def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
     """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
-    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130. resumes:
-    whether the same command then continues where it was."""
+    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130; a reader of
+    its output that has gone, as of `| head`, is no line and 141. resumes: whether the same command then continues
+    where it was."""
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
@@ -48,14 +50,17 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     except OSError as error:
         is_full = error.errno in FULL
         code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            code = EXIT_BASE + signal.SIGPIPE
         settle(code)
         if code == 1 and not is_full:
             raise
-        print_line(
-            MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
-                error.__traceback__
+        if code in (1, UserError.exit_code):
+            print_line(
+                MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
+                    error.__traceback__
+                )
             )
-        )
     except Exception:
         settle(1)
         raise
@@ -67,6 +72,13 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
         except OSError:  # a full disk costs the log's last lines, but not the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads standard output any more: a pipe without a reader is in error."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in output.poll(0))
 
 
 def program_name() -> str:
