@@ -276,7 +276,7 @@ def _last_micro_batch(factor: float) -> Plant:
 
 def _halved_evaluation(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     whole = session.pipeline.evaluate
-    session.pipeline.evaluate = lambda batches: whole(batches) / 2  # type: ignore[method-assign]
+    session.pipeline.evaluate = lambda *given: whole(*given) / 2  # type: ignore[method-assign]
 
 
 def _others_samples(session: Session, event: str, stack: contextlib.ExitStack) -> None:
