@@ -219,10 +219,15 @@ def padding(config: Any) -> int | None:
 
 
 def rotary(
-    config: Any, size_of_head: int, parameters: Any = None, field: str = "rope_parameters"
+    config: Any,
+    size_of_head: int,
+    parameters: Any = None,
+    field: str = "rope_parameters",
+    partial: bool = False,
 ) -> Rotary:
     """`rope_parameters` in the form of transformers 5; refuses a kind of scaling or a key that is not honoured.
-    parameters, field: of a config that has several."""
+    parameters, field: of a config that has several; partial: whether the family's attention can turn a part of a head,
+    most of transformers' turn all of it whatever the config says."""
     given = dict(parameters or config.rope_parameters or {})
     kind: Any = given.get("rope_type", "default")
     where = f"{KEY}.{field}"
@@ -231,7 +236,11 @@ def rotary(
             f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}"
         )
     _check_rope_keys(kind, given, where)
-    size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
+    share = given.get("partial_rotary_factor", 1.0)
+    if not partial and share != 1:
+        rule = f"must be 1.0: a {config.model_type} model turns whole heads"
+        raise ConfigError(f"{where}.partial_rotary_factor: {written(share)}: {rule}")
+    size = int(size_of_head * share)
     if size < 2 or size % 2:
         raise ConfigError(
             f"{where}: {size} of the head's {size_of_head} features turn: must be even and at least 2"

@@ -100,6 +100,8 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
          "megalite.model.rope_parameters.rope_type: 'longrope': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "facter": 3.0}}, "facter: unknown key"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+         "rope_parameters.partial_rotary_factor: 0.5: must be 1.0: a llama model turns whole heads"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4: must divide num_attention_heads 6"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0: must be at least 1"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000: must be at most 10,000"),
