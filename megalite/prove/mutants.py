@@ -454,12 +454,10 @@ def _stale_copy(session: Session, event: str, stack: contextlib.ExitStack) -> No
 def _turned_as_others(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     """As where a stage numbers its layers from 0."""
     stage = session.engine.stage
-    spec = stage.spec
-    kinds = [spec.rotary_of(layer) for layer in range(spec.num_layers)]
+    kinds = [stage.spec.rotary_of(layer) for layer in range(stage.spec.num_layers)]
     for chunk in stage.chunks.values() if stage.grid.pipe.is_last else ():
         for block in chunk.blocks.values():
-            own = kinds[block.layer]
-            block.attention.rotary = next(kind for kind in kinds if kind != own)
+            block.attention.rotary = next(kind for kind in kinds if kind != kinds[block.layer])
 
 
 # The tensor axis: its sums.
