@@ -140,6 +140,8 @@ class TransformerSpec:
     """Whether the first layer has a norm before attention, as the others have."""
     local_rotary: Rotary | None = None
     """Of layers with a window, where it is not the others'."""
+    nope_layers: tuple[int, ...] = ()
+    """Those without rotary positions, where the others have them (NoPE, arXiv 2305.19466)."""
     head_transform: Activation | None = None
     """The activation of a dense layer before the head, which a norm follows; None: there is neither."""
     head_transform_bias: bool = True
@@ -230,7 +232,9 @@ class TransformerSpec:
         return self.windows[layer] if self.windows else None
 
     def rotary_of(self, layer: int) -> Rotary | None:
-        """Rotary positions of a layer."""
+        """Rotary positions of a layer; None where it has none."""
+        if layer in self.nope_layers:
+            return None
         return self.rotary if self.window(layer) is None else self.local_rotary or self.rotary
 
     @property

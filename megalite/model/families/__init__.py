@@ -4,6 +4,7 @@ CONTRIBUTING.md.
 A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
 needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
 files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
+`check` refuses values that make its config class fail, before the class sees them.
 An encoder-decoder's has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that
 others refuse; `COPIES`, tensors of its files that must equal the embedding; and `amend`, for what its config class
 forgets.
@@ -40,6 +41,7 @@ from megalite.model.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    smollm3,
     t5,
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
@@ -54,6 +56,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
     "olmo2": olmo2,
     "olmoe": olmoe,
     "ernie4_5_moe": ernie4_5_moe,
@@ -140,7 +143,11 @@ def _check_values(model_type: str, values: dict[str, Any], where: str) -> None:
     # A Qwen2MoeConfig writes 0 where no layer has a window; check_spec refuses it of those that have.
     if sizes.get("sliding_window") == 0:
         del sizes["sliding_window"]
-    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
+    prefix = f"{KEY}." if where == KEY else f"{where}: "
+    check_sizes(sizes, prefix)
+    check = getattr(FAMILIES[model_type], "check", None)
+    if check is not None:
+        check(values, prefix)
     refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
     for key in values.keys() & refused.keys():
         if values[key] not in refused[key]:
