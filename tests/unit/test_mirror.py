@@ -42,7 +42,13 @@ THROUGH = {
     **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
     **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),
     "plan.stacks": "unit/prove/test_dry_run.py",
-    "prove.expert_mutants": "unit/prove/test_mutants.py",
+    **dict.fromkeys(
+        (
+            "prove.context_mutants", "prove.expert_mutants", "prove.pipe_mutants", "prove.planting",
+            "prove.resume_mutants", "prove.step_mutants", "prove.tensor_mutants",
+        ),
+        "unit/prove/test_mutants.py",
+    ),
     "report.page": "unit/report/test_report.py",
     "training.epochs": "unit/training/test_epochs.py",
     "training.events": "unit/training/test_metrics.py",

@@ -31,7 +31,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "report": 925,
     "training": 2650,
     "inference": 1590,
-    "prove": 2750,
+    "prove": 2790,  # mutants: a file for each part of a run
     "supervisor": 835,
     "doctor": 435,
     "races": 1075,
