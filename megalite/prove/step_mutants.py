@@ -8,10 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import megalite.engine.norm as norm_over
 from megalite.config import Config
+from megalite.engine.norm import GlobalNorm
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
@@ -94,8 +96,18 @@ def _others_samples(session: Session, event: str, stack: contextlib.ExitStack) -
     session.batches = batches  # type: ignore[method-assign]
 
 
+class _OwnNorm(GlobalNorm):
+    """A norm of this rank's gradients only. The names in it are still agreed on when it is made."""
+
+    def __call__(self, pieces: Any, device: torch.device, replicated: bool) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
+            return super().__call__(pieces, device, replicated)
+
+
 def _own_norm(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    put(stack, norm_over, "dist", SimpleNamespace(is_initialized=lambda: False))
+    norm: Any = session.engine.global_norm
+    norm.__class__ = _OwnNorm
 
 
 def _old_randomness(session: Session, event: str, stack: contextlib.ExitStack) -> None:

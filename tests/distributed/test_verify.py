@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,11 @@ def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
     )
 
 
+def with_own_norm(names: Iterable[str], count: int) -> list[str]:
+    """As `chosen`, with the one that changes what ranks agree on for a resume."""
+    return [*chosen(names, count - 1), "each rank clips by a norm of its own"]
+
+
 def test_mutants_are_found(
     document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +230,10 @@ def test_mutants_are_found(
         "--mutants",
         "12",
     ]
-    with mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks):
+    with (
+        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
+        mock.patch("megalite.prove.verify.chosen", with_own_norm),
+    ):
         assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
     out = capsys.readouterr().out
     ((changing, found),) = re.findall(
