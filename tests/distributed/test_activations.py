@@ -20,17 +20,16 @@ from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IN_CACHE
 from megalite.plan.activations import (
-    ChunkPart,
     Forward,
     Table,
     angles_table,
-    chunk_table,
     embedding_table,
     head_table,
     layer_table,
     logits_bytes,
     total,
 )
+from megalite.plan.chunk_tables import ChunkPart, chunk_table
 from megalite.plan.stacks import stack_chunk_table
 from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, VOCABULARY

@@ -40,7 +40,14 @@ THROUGH = {
         "unit/prove/test_dry_run.py",
     ),
     **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
-    **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),
+    **dict.fromkeys(
+        (
+            "plan.advice", "plan.bounds", "plan.least_memory", "plan.least_time", "plan.sent", "plan.sharing",
+            "plan.work",
+        ),
+        PLAN,
+    ),
+    "plan.waiting_tables": "unit/plan/test_kept.py",
     "plan.stacks": "unit/prove/test_dry_run.py",
     **dict.fromkeys(
         (
