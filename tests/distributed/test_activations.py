@@ -14,8 +14,9 @@ from megalite.model.chunks import Cut
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import read_spec
+from megalite.model.head import Head
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Head, Recompute, Stage
+from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IN_CACHE

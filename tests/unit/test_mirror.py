@@ -39,7 +39,8 @@ THROUGH = {
         ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
         "unit/prove/test_dry_run.py",
     ),
-    **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
+    **dict.fromkeys(("model.block", "model.layers", "model.router"), "unit/model/test_experts.py"),
+    "model.head": "unit/model/test_families.py",
     **dict.fromkeys(
         (
             "plan.advice", "plan.bounds", "plan.least_memory", "plan.least_time", "plan.sent", "plan.sharing",
