@@ -1,6 +1,6 @@
 """Attention: which tokens look at which, and how queries, keys and values are made and mixed.
 
-Shapes as in layers.py. Next: transformer.py, which puts it into a block.
+Shapes as in layers.py. Next: block.py.
 """
 
 import math

@@ -3,7 +3,7 @@
 Each rank has the logits of its ids; the maximum, the sum of exponentials and the label's logit are three
 numbers a token that cross the axis. The product with the head's weight is part of it, in chunks of tokens.
 Where gradients are wanted they are made in the same pass: logits are made once, their gradients take their place, and
-no more of them than a chunk's is ever in memory. Next: model/transformer.py.
+no more of them than a chunk's is ever in memory. Next: model/head.py.
 """
 
 from collections.abc import Iterator

@@ -216,6 +216,11 @@ def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
     )
 
 
+def with_own_norm(names: Iterable[str], count: int) -> list[str]:
+    """As `chosen`, with the one that changes what ranks agree on for a resume."""
+    return [*chosen(names, count - 1), "each rank clips by a norm of its own"]
+
+
 def test_mutants_are_found(
     document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +232,10 @@ def test_mutants_are_found(
         "--mutants",
         "12",
     ]
-    with mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks):
+    with (
+        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
+        mock.patch("megalite.prove.verify.chosen", with_own_norm),
+    ):
         assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
     out = capsys.readouterr().out
     ((changing, found),) = re.findall(

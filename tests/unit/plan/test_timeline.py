@@ -11,8 +11,9 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis, Grid
-from megalite.plan.activations import ChunkPart, Forward
+from megalite.plan.activations import Forward
 from megalite.plan.backward import Op, layer_ops
+from megalite.plan.chunk_tables import ChunkPart
 from megalite.plan.gradients import Gradients, Moment, Reduction
 from megalite.plan.timeline import ChunkMemory
 from tests.small_models import MODELS

@@ -1,4 +1,4 @@
-"""Which faults are planted in a layout (megalite/prove/mutants.py, expert_mutants.py); that they are found:
+"""Which faults are planted in a layout (megalite/prove/mutants.py and `*_mutants.py`); that they are found:
 tests/distributed/test_verify.py."""
 
 from typing import Any
@@ -10,7 +10,8 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.prove.mutants import chosen, kind_of, mutants
+from megalite.prove.mutants import chosen, mutants
+from megalite.prove.parameter_mutants import kind_of
 from tests.families import FAMILY_CONFIGS
 from tests.small_models import MODELS
 
