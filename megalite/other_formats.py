@@ -25,9 +25,8 @@ def hub_name(path: str | Path) -> str:
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
         return ""
-    command = f"hf download {name} --local-dir FOLDER"
     rule = "does not exist; if it is a name on the Hugging Face Hub, download it first and give the folder"
-    return f"{rule}: {command}"
+    return f"{rule}: hf download {name} --local-dir FOLDER"
 
 
 def weights(path: str | Path) -> str:
@@ -47,9 +46,7 @@ def weights(path: str | Path) -> str:
     if (path / "checkpoint_metadata.json").exists() and (path / "model").is_dir():
         return f"is a nanotron checkpoint: {_convert()}"
     if (path / "adapter_config.json").exists():
-        return (
-            "is a PEFT adapter: merge it into its model first (merge_and_unload, save_pretrained)"
-        )
+        return "is a PEFT adapter: merge it into its model (merge_and_unload, save_pretrained)"
     inside = sorted(path.glob("checkpoint-*/config.json"), key=_number)
     if inside:
         return f"contains checkpoints of Hugging Face's Trainer: give one of them, such as {inside[-1].parent}"
@@ -100,9 +97,7 @@ def corpus(prefix: str | Path) -> str:
     """A hint for a corpus: one of its two files, a text that is not tokenized yet, another spelling of the prefix."""
     path = Path(prefix)
     if path.suffix in (".bin", ".idx") and path.exists():
-        return (
-            f"is one of the two files of a corpus: give the prefix of both, {path.with_suffix('')}"
-        )
+        return f"is one of a corpus's two files: give the prefix of both, {path.with_suffix('')}"
     if path.is_file() and path.suffix in _TEXTS:
         return f"is a text: tokenize it (megalite preprocess), or train on it directly: megalite pretrain {path}"
     if path.is_dir():

@@ -129,11 +129,11 @@ def test_other_ways_to_name_a_corpus_are_answered(tmp_path: Path) -> None:
         (tmp_path / "c", f"no such corpus; did you mean {prefix}?"),
         (
             f"{prefix}.bin",
-            f"is one of the two files of a corpus: give the prefix of both, {prefix}",
+            f"is one of a corpus's two files: give the prefix of both, {prefix}",
         ),
         (
             f"{prefix}.idx",
-            f"is one of the two files of a corpus: give the prefix of both, {prefix}",
+            f"is one of a corpus's two files: give the prefix of both, {prefix}",
         ),
         (tmp_path / "my.txt", "is a text: tokenize it (megalite preprocess), or train on it"),
         (

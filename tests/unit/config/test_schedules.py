@@ -122,7 +122,7 @@ def test_the_ramp_is_megatron_s(ramp: tuple[int, int, int]) -> None:
         (['megalite.train.parameter_groups=[{"match": "layers.9.*"}]'],
          "parameter_groups.0.match: 'layers.9.*': matches no tensor, such as final_norm.weight"),
         (['megalite.train.parameter_groups=[{"match": "layers.*"}, {"match": "layers.1.*"}]'],
-         "parameter_groups.1.match: 'layers.1.*': earlier entries take all that it matches"),
+         "parameter_groups.1.match: 'layers.1.*': earlier entries match every tensor that it matches"),
         (["optimizer.type=Muon"], '"Muon": must be one of AdamW, Adam, SGD: DeepSpeed\'s makes orthogonal'),
         (["optimizer.type=SGD"], "optimizer.params.betas: [0.9, 0.95]: is not a parameter of SGD; leave it out"),
         (["optimizer.type=lion"], '"lion": must be one of AdamW, Adam, SGD: DeepSpeed\'s moves a weight'),
