@@ -1,5 +1,5 @@
-"""GPT-NeoX (arXiv 2204.06745) and Pythia: attention and MLP in parallel, rotary positions on part of a head. Its
-files hold q, k and v fused, head by head."""
+"""GPT-NeoX (arXiv 2204.06745) and Pythia: attention and MLP in parallel, rotary embeddings on part of a head. Its
+files store q, k and v fused, head by head."""
 
 from typing import Any
 

@@ -96,13 +96,13 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
     [
         ("llama", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
         ("llama", {"hidden_sise": 3}, "hidden_sise: unknown key of a llama config; did you mean hidden_size?"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}: is not honoured"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}: is not supported"),
         ("llama", {"hidden_act": "tanh"}, "megalite.model.hidden_act: 'tanh': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
          "megalite.model.rope_parameters.rope_type: 'longrope': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "facter": 3.0}}, "facter: unknown key"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-         "rope_parameters.partial_rotary_factor: 0.5: must be 1.0: a llama model turns whole heads"),
+         "rope_parameters.partial_rotary_factor: 0.5: must be 1.0: a llama model rotates whole heads"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4: must divide num_attention_heads 6"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0: must be at least 1"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000: must be at most 10,000"),
@@ -151,8 +151,8 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("t5", {"feed_forward_proj": "gated-tanh"}, "megalite.model.feed_forward_proj: 'gated-tanh': must be one of"),
         ("t5", {"relative_attention_max_distance": 4}, "max_distance: 4: must be above half of"),
         ("t5", {"relative_attention_num_buckets": 3}, "num_buckets: 3: must be at least 4"),
-        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be a token below vocab_size 131"),
-        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not honoured"),
+        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be the token that targets begin with, below"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not supported"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any], line: str) -> None:
