@@ -173,13 +173,16 @@ class HFFolder:
             file_name = file_name.removeprefix(self._prefix)
             known.add(file_name)
             self._check_tensor(file_name, [1, self.spec.experts])
-        copies = [*getattr(FAMILIES[self.spec.family], "COPIES", ())]
-        for file_name in copies + [self._file_name(self._head)] * self.spec.tied:
+        family = FAMILIES[self.spec.family]
+        for file_name in family.copies:
             known |= self._copy(file_name)
+        if self.spec.tied:
+            known |= self._copy(self._file_name(self._head))
         if self.made_one:  # the other head
-            table = FAMILIES[self.spec.family].TENSORS.items()
-            known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
-        unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
+            for name, entry in family.tensors.items():
+                if name.startswith("head."):
+                    known.add(self._file_name(entry))
+        unused = family.unused
         for file_name in sorted(self._files.where.keys() - known):
             if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
                 raise CheckpointError(
@@ -210,7 +213,7 @@ class HFFolder:
 
     @property
     def _head(self) -> HFTensor:
-        return FAMILIES[self.spec.family].TENSORS[HEAD]
+        return FAMILIES[self.spec.family].tensors[HEAD]
 
     def _copy(self, name: str) -> set[str]:
         """What is in the files though it is the embedding, such as a head that the config ties, must equal it."""

@@ -28,10 +28,11 @@ def hf_tensor(spec: TransformerSpec, name: str) -> HFTensor:
     """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
-    layer, table = int(match.group(1)) if match else None, FAMILIES[spec.family].TENSORS
-    if layer is not None and spec.stacks is not None:  # files number the layers of each stack
-        table, layer = FAMILIES[spec.family].tensors_of_layer(spec, layer)
-    entry: HFTensor | None = table.get(pattern) or tensors_of(spec.family).get(name)
+    family = FAMILIES[spec.family]
+    layer, table = int(match.group(1)) if match else None, family.tensors
+    if layer is not None and family.tensors_of_layer is not None:
+        table, layer = family.tensors_of_layer(spec, layer)
+    entry = table.get(pattern) or tensors_of(spec.family).get(name)
     if entry is None:
         raise CheckpointError(f"{name}: a {spec.family} model has no such tensor")
     return replace(entry, name=entry.name.replace("{layer}", str(layer)))
@@ -60,7 +61,7 @@ def to_hf(
 def bias_names(spec: TransformerSpec) -> list[str]:
     """The files' tensors [1, E] of the biases that experts are chosen by, of each layer that has experts; none where
     the family's files do not hold them."""
-    pattern: str | None = getattr(FAMILIES[spec.family], "ROUTER_BIAS", None)
+    pattern = FAMILIES[spec.family].router_bias
     if pattern is None or spec.mixture is None:
         return []
     return [pattern.replace("{layer}", str(layer)) for layer in spec.mixture.layers]
