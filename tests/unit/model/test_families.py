@@ -136,7 +136,7 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("mistral", {"sliding_window": 0}, "megalite.model.sliding_window: 0: must be an integer of at least 1"),
         ("ernie4_5_moe", {"moe_norm_min": -1.0}, "moe_norm_min: -1.0: must be a finite number of at least 0"),
         ("ernie4_5_moe", {"moe_k": 0}, "moe_k: 0: must be an integer of at least 1"),
-        ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "moe_num_shared_experts: -1: must be an integer of at least 0"),
+        ("ernie4_5_moe", {"moe_num_shared_experts": -1}, "num_shared_experts: -1: must be an integer of at least 0"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias: True: must be False"),
         ("eurobert", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
         ("mamba", {}, "model_type: 'mamba': must be one of llama, mistral"),
