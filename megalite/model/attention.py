@@ -1,6 +1,6 @@
 """Attention: computes queries, keys and values and attends under the mask of the context.
 
-Shapes as in layers.py. Next: transformer.py, which puts it into a block.
+Shapes as in layers.py. Next: block.py.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The embedding of a model: token ids to hidden states. Shapes as in layers.py. Next: transformer.py."""
+"""The embedding of a model: token ids to hidden states. Shapes as in layers.py. Next: block.py."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

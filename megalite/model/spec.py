@@ -141,6 +141,8 @@ class TransformerSpec:
     """Whether the first layer has a norm before attention like the other layers."""
     local_rotary: Rotary | None = None
     """Rotary embeddings of layers with a window; None: the same as in the other layers."""
+    nope_layers: tuple[int, ...] = ()
+    """Layers without rotary embeddings in a model that has them (NoPE, arXiv 2305.19466)."""
     head_transform: Activation | None = None
     """The activation of a dense layer, followed by a norm, before the head; None: there is no such layer."""
     head_transform_bias: bool = True
@@ -231,7 +233,9 @@ class TransformerSpec:
         return self.windows[layer] if self.windows else None
 
     def rotary_of(self, layer: int) -> Rotary | None:
-        """The rotary embeddings of a layer."""
+        """The rotary embeddings of a layer; None if it has none."""
+        if layer in self.nope_layers:
+            return None
         return self.rotary if self.window(layer) is None else self.local_rotary or self.rotary
 
     @property

@@ -3,7 +3,7 @@
 Each rank computes the logits of its own ids. Three numbers per token cross the axis: the maximum, the sum of
 exponentials and the label's logit. The product with the head's weight is fused in, in chunks of tokens. If gradients
 are needed, they are computed in the same pass: each chunk's logits are computed once and overwritten by their
-gradients, so that only one chunk of logits is ever in memory. Next: model/transformer.py.
+gradients, so that only one chunk of logits is ever in memory. Next: model/head.py.
 """
 
 from collections.abc import Iterator

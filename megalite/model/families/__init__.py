@@ -3,10 +3,10 @@ CONTRIBUTING.md says how to add one.
 
 A family's module has `read`, which converts a transformers config to our spec, and `TENSORS`, which maps our names to
 those in the files. If needed, it also has `OLD_KEYS`, keys of a config that are not fields of its class; `UNUSED`, a
-pattern of tensor names in its files that the model does not use; and `ROUTER_BIAS`, the name in the files of the biases
-for choosing experts. An encoder-decoder's module also has `tensors_of_layer`, since its files number the layers of
-each stack; `ALLOWED`, fields that other families reject; `COPIES`, tensors in its files that must equal the embedding;
-and `amend`, which corrects the config object.
+pattern of tensor names in its files that the model does not use; `ROUTER_BIAS`, the name in the files of the biases
+for choosing experts; and `check`, which rejects values on which its config class fails. An encoder-decoder's also
+has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that other families reject;
+`COPIES`, tensors in its files that must equal the embedding; and `amend`, which corrects the config object.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from megalite.model.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    smollm3,
     t5,
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
@@ -54,6 +55,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
     "olmo2": olmo2,
     "olmoe": olmoe,
     "ernie4_5_moe": ernie4_5_moe,
@@ -140,7 +142,11 @@ def _check_values(model_type: str, values: dict[str, Any], where: str) -> None:
     # A Qwen2MoeConfig writes 0 if no layer has a window; check_spec rejects 0 if a layer has one.
     if sizes.get("sliding_window") == 0:
         del sizes["sliding_window"]
-    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
+    prefix = f"{KEY}." if where == KEY else f"{where}: "
+    check_sizes(sizes, prefix)
+    check = getattr(FAMILIES[model_type], "check", None)
+    if check is not None:
+        check(values, prefix)
     refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
     for key in values.keys() & refused.keys():
         if values[key] not in refused[key]:

@@ -18,6 +18,7 @@ CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
     "olmo2": "Olmo2",
     "gpt2": "GPT2",
     "gptj": "GPTJ",

@@ -44,6 +44,7 @@ _SIZES = _LAYERS | {
     "n_inner", "n_positions", "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
     "decoder_sparse_step", "shared_expert_intermediate_size", "moe_num_experts", "moe_k", "moe_layer_interval",
     "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance",
+    "no_rope_layer_interval",
 }  # fmt: skip
 _RATES = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 _ROTARY_NUMBERS = (
@@ -226,10 +227,18 @@ def padding(config: Any) -> int | None:
 
 
 def rotary(
-    config: Any, size_of_head: int, parameters: Any = None, field: str = "rope_parameters"
+    config: Any,
+    size_of_head: int,
+    parameters: Any = None,
+    field: str = "rope_parameters",
+    partial: bool = False,
 ) -> Rotary:
     """Reads `rope_parameters` in the form of transformers 5. Raises ConfigError for a type of scaling or a key that is
-    not supported. parameters, field: the value and its name, in a config that has several."""
+    not supported.
+
+    parameters, field: the value and its name, in a config that has several; partial: whether the family's attention can
+    rotate a part of each head. Most attention modules of transformers rotate whole heads whatever the config says.
+    """
     given = dict(parameters or config.rope_parameters or {})
     kind: Any = given.get("rope_type", "default")
     where = f"{KEY}.{field}"
@@ -238,7 +247,11 @@ def rotary(
             f"{where}.rope_type: {written(kind)}: must be one of {', '.join(_ROPE_KEYS)}"
         )
     _check_rope_keys(kind, given, where)
-    size = int(size_of_head * given.get("partial_rotary_factor", 1.0))
+    share = given.get("partial_rotary_factor", 1.0)
+    if not partial and share != 1:
+        rule = f"must be 1.0: a {config.model_type} model rotates whole heads"
+        raise ConfigError(f"{where}.partial_rotary_factor: {written(share)}: {rule}")
+    size = int(size_of_head * share)
     if size < 2 or size % 2:
         raise ConfigError(
             f"{where}: {size} of the head's {size_of_head} features are rotated: must be even and at least 2"
@@ -292,23 +305,23 @@ def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
 
 def windows(config: Any) -> tuple[int | None, ...]:
     """Each layer's window, from `layer_types` and `sliding_window`; empty if no layer has one."""
+    size = config.sliding_window if getattr(config, "use_sliding_window", True) else None
     for number, kind in enumerate(config.layer_types):
         if kind not in ("full_attention", "sliding_attention"):
             rule = (
                 "must be 'full_attention' or 'sliding_attention' (other values are not supported)"
             )
             raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
-        if kind == "sliding_attention" and not config.sliding_window:
-            raise ConfigError(
-                f"{KEY}.layer_types.{number}: {kind!r}: needs use_sliding_window true"
-            )
+        if kind == "sliding_attention" and not size:
+            rule = "needs use_sliding_window true and a sliding_window"
+            raise ConfigError(f"{KEY}.layer_types.{number}: {kind!r}: {rule}")
     if len(config.layer_types) != config.num_hidden_layers:
         rule = f"must have num_hidden_layers {config.num_hidden_layers} entries"
         raise ConfigError(f"{KEY}.layer_types: {len(config.layer_types)} entries: {rule}")
     sliding = ["sliding" in kind for kind in config.layer_types]
     if not any(sliding):
         return ()
-    return tuple(config.sliding_window if slides else None for slides in sliding)
+    return tuple(size if slides else None for slides in sliding)
 
 
 def check_sizes(values: dict[str, Any], where: str = f"{KEY}.") -> None:

@@ -49,7 +49,7 @@ def read(config: Any) -> TransformerSpec:
         max_positions=config.max_position_embeddings,
         norm="layer",
         norm_eps=config.layer_norm_eps,
-        rotary=rotary(config, size),
+        rotary=rotary(config, size, partial=True),
         activation=choose(config, "hidden_act", ACTIVATIONS),
         gated=False,
         attention_bias=True,
