@@ -32,7 +32,7 @@ def gradient_type(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def _ten_bits(wanted: bool) -> Iterator[None]:
+def _allow_tf32(wanted: bool) -> Iterator[None]:
     """Context manager in which GPUs may compute fp32 products in TF32, several times faster: it has fp32's range, and
     as many mantissa bits as fp16, which the factors come from."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -111,7 +111,7 @@ def _sum_of_losses(
             if room.wide is not None and any(wanted):
                 block.copy_(slopes)
         if any(wanted):
-            with _ten_bits(gradients.raised):
+            with _allow_tf32(gradients.raised):
                 gradients.add(logits, chunk, first)
     return total, gradients
 
