@@ -29,6 +29,8 @@ def of_the_pipe(config: Config) -> Iterable[tuple[str, Plant]]:
         yield "the tied gradients are summed twice", _tied_sums(2)
     if is_tied and config.zero_stage in (1, 2):
         yield "the head's tied copy is stale on resuming", _stale_copy
+    if len({spec.rotary_of(layer) for layer in range(spec.num_layers)}) > 1:
+        yield "the last stage's layers have the rotary positions of others", _turned_as_others
 
 
 class _Swapped:
@@ -120,3 +122,12 @@ def _stale_copy(session: Session, event: str, stack: contextlib.ExitStack) -> No
     head = session.engine.stage.head
     if event == "resumed" and head is not None:
         head.weight.data.mul_(1.01)
+
+
+def _turned_as_others(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    """As if a stage numbered its layers from 0."""
+    stage = session.engine.stage
+    kinds = [stage.spec.rotary_of(layer) for layer in range(stage.spec.num_layers)]
+    for chunk in stage.chunks.values() if stage.grid.pipe.is_last else ():
+        for block in chunk.blocks.values():
+            block.attention.rotary = next(kind for kind in kinds if kind != kinds[block.layer])

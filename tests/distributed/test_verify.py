@@ -1,5 +1,6 @@
 """tools/verify_layouts.py: sound layouts agree, and five planted faults are found, each by name."""
 
+import copy
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from megalite.prove.layouts import Layout, comparable, config_of, micro_sizes
 from megalite.prove.mutants import chosen, mutants
 from megalite.prove.trace import Trace, no_plant, record
 from megalite.prove.verify import Spread, Verdict, main
+from tests.families import FAMILY_CONFIGS
 from tests.programs import run_program
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
@@ -240,6 +242,26 @@ def test_mutants_are_found(
         r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out
     )
     assert int(changing) >= 9 and changing == found, out
+
+
+@pytest.mark.long
+def test_layers_of_a_stage_that_turn_as_others_are_found(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = copy.deepcopy(document)
+    made["megalite"]["model"] = FAMILY_CONFIGS["smollm3"]
+    arguments = ["--deepspeed_config", config_file(made, tmp_path), "--steps", "2"]
+    arguments += ["--layouts", "pipe=2,zero=1,micro=2", "--mutants", "1"]
+
+    def only(names: Iterable[str], count: int) -> list[str]:
+        return [name for name in names if "rotary" in name]
+
+    with (
+        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
+        mock.patch("megalite.prove.verify.chosen", only),
+    ):
+        assert main(arguments) == 0
+    assert "1 mutants: 1 change a number beyond rounding, 1 of these" in capsys.readouterr().out
 
 
 def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:

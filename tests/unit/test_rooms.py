@@ -20,7 +20,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "topology": 110,
     "ranks": 750,
     "parallel": 1290,
-    "model": 3410,
+    "model": 3445,
     "data": 3560,
     "checkpoint": 1410,
     "hub": 830,
@@ -31,7 +31,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "report": 925,
     "training": 2650,
     "inference": 1590,
-    "prove": 2790,  # mutants: a file for each part of a run
+    "prove": 2800,  # mutants: a file for each part of a run
     "supervisor": 835,
     "doctor": 435,
     "races": 1075,
