@@ -20,7 +20,8 @@ import numpy as np
 
 from megalite.data.corpus_check import checksum_file, checksum_lines
 from megalite.data.documents import Bad, Chunk, Place
-from megalite.data.indexed import files_of, names_file, refuse_existing, write_index
+from megalite.data.indexed import files_of, names_file
+from megalite.data.indexed_writer import refuse_existing, write_index
 from megalite.errors import DataError
 
 _JOURNAL_SECONDS = 5.0

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.data.corpus_check import write_checksums
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 
 _MISSING = 0.2  # share of the wanted tokens: if fewer are missing, no document is cut

@@ -14,7 +14,8 @@ from megalite.commands.preprocess import main
 from megalite.config import load_config
 from megalite.data.chat import ChatEncoder
 from megalite.data.chat_forms import NotChat, sample_of
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import TrainData, ValidData, check_data, marks_prefix
 from megalite.data.packing import best_fit
 from megalite.data.preprocess import preprocess

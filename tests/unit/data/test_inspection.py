@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megalite.data.corpus_check import write_checksums
-from megalite.data.indexed import IndexedCorpus, IndexedWriter, files_of
+from megalite.data.indexed import IndexedCorpus, files_of
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inspection import Show, histogram, inspect
 from tests.unit.data.corpora import write_corpus
 

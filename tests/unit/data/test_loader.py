@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megalite.config import load_config
-from megalite.data.indexed import IndexedWriter, files_of, write_index
+from megalite.data.indexed import files_of
+from megalite.data.indexed_writer import IndexedWriter, write_index
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.errors import ConfigError, DataError
 from tests.unit.data.corpora import data_section, write_corpus

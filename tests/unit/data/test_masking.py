@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megalite.config import Config, check_model, load_config
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData, tokenizer_ids
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec

@@ -10,7 +10,8 @@ import pytest
 from megalite.config import Config, check_model, load_config
 from megalite.config.objectives import Spans, span_lengths
 from megalite.config.section import parse
-from megalite.data.indexed import IndexedWriter, marks_prefix
+from megalite.data.indexed import marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
