@@ -25,6 +25,7 @@ from megalite.ranks.devices import (
     GPUNames,
     gpu_name,
     library_settings,
+    name_gpu,
     own_gpu,
     raise_open_files,
     sum_in_fp32,
@@ -86,7 +87,9 @@ def start_ranks(
 
     accelerator = use_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(own_gpu(here.local_rank, here.local_size, visible))
+        gpu = own_gpu(here.local_rank, here.local_size, visible)
+        accelerator.set_device(gpu)
+        name_gpu(gpu)
     backend = accelerator.communication_backend_name()
     # The CPU accelerator names its own backend; gloo has every collective that is used here.
     backend = (
