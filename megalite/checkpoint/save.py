@@ -80,6 +80,12 @@ def use_device(index: int | None) -> None:
         torch.accelerator.set_device_index(index)
 
 
+def taken_bytes(size: int, page_locked: bool) -> int:
+    """Main memory that a tensor of `size` bytes takes. Of page-locked memory torch hands out powers of two
+    (ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if page_locked else size
+
+
 class Copy:
     """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
     several times as long as filling it.
@@ -93,6 +99,7 @@ class Copy:
         """limit_bytes: of the copy; None: half of what is free on this node, shared among its ranks."""
         self.limit_bytes = limit_bytes
         self.memory: dict[torch.dtype, Tensor] = {}
+        self.page_locked = False
         self.made: Any = None
         self._streams: dict[torch.device, Any] = {}
 
@@ -102,7 +109,11 @@ class Copy:
         counts: Counter[torch.dtype] = Counter()
         for box in (box for some in boxes.values() for box in some):
             counts[box.values.dtype] += box.values.numel()
-        wanted = sum(dtype.itemsize * count for dtype, count in counts.items())
+        device = _device_of(boxes)
+        self.page_locked = device.type != "cpu"  # only there does a device write by itself
+        wanted = sum(
+            taken_bytes(dtype.itemsize * count, self.page_locked) for dtype, count in counts.items()
+        )
         free = (
             psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             + self.held_bytes
@@ -110,14 +121,13 @@ class Copy:
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
-        device = _device_of(boxes)
         for dtype, count in counts.items():
             if dtype not in self.memory or self.memory[dtype].numel() != count:
                 self.memory.pop(dtype, None)
                 try:
-                    # Page-locked: only there does a device write by itself.
-                    pinned = device.type != "cpu"
-                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
+                    self.memory[dtype] = torch.empty(
+                        count, dtype=dtype, pin_memory=self.page_locked
+                    )
                 except RuntimeError:  # torch's word for no memory
                     return None
         if device not in self._streams:
@@ -146,7 +156,7 @@ class Copy:
     @property
     def held_bytes(self) -> int:
         """What it takes of this process's memory."""
-        return sum(memory.nbytes for memory in self.memory.values())
+        return sum(taken_bytes(memory.nbytes, self.page_locked) for memory in self.memory.values())
 
 
 def _device_of(boxes: BoxDict) -> torch.device:
