@@ -135,7 +135,8 @@ def _port_taken(by: str) -> ConfigError:
 
 
 def stop_ranks() -> None:
-    """Leaves the world in order."""
+    """Leaves the world in order (collective). Not for a rank that has failed: NCCL waits for all ranks of each group to
+    leave, and the others do not know of it. That one ends its process (program.py)."""
     import torch.distributed as dist
 
     if dist.is_initialized():
