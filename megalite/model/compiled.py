@@ -21,6 +21,7 @@ from megalite.errors import ConfigError
 Function = TypeVar("Function", bound=Callable[..., Any])
 KEY = "megalite.train.compile"
 RECOMPILE_LIMIT = 64
+"""Forms of one function: training, evaluation, samples, and 0, 1 or more rows of an expert. torch's 8 are too few."""
 
 
 class _Compiler:
@@ -36,10 +37,6 @@ def compile_pieces(wanted: bool) -> None:
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
         # A few small kernels: without it each rank starts a pool of processes for them.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        from torch._dynamo import config  # a second to import
-
-        # Forms of one function: training, evaluation, samples, and 0, 1 or more rows of an expert; 8 are too few.
-        config.recompile_limit = RECOMPILE_LIMIT
 
 
 def compiles() -> bool:
@@ -52,11 +49,18 @@ def compiled(function: Function) -> Function:
     """What the compiler makes of a function of tensors. Sizes that change (tokens of an expert) are compiled for once
     more, and then for all. Inside a dispatch mode (parallel/traffic.py, prove/messages.py), where the compiler refuses
     to work, the function itself is called."""
+    from torch._dynamo import config  # a second to import
+
     made = torch.compile(function, fullgraph=True)
 
     @wraps(function)
     def called(*values: Any) -> Any:
-        return made(*values) if _get_current_dispatch_mode() is None else function(*values)
+        if _get_current_dispatch_mode() is not None:
+            return function(*values)
+        # The compiler's settings are a thread's own, and backward on a GPU runs in one of autograd's.
+        if config.recompile_limit != RECOMPILE_LIMIT:
+            config.recompile_limit = RECOMPILE_LIMIT
+        return made(*values)
 
     return called  # type: ignore[return-value]
 
