@@ -119,7 +119,9 @@ def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_
             writer.add_document(np.array(document))
     objective = {**OBJECTIVE, "masked": 0.999, "keep": 1.0, "swap": 0}
     data = training(tmp_path, samples="packed", reset_attention=True, objective=objective)
-    assert "1 of 4 documents are cut to megalite.data.sequence_length 32 tokens" in data.notes[0]
+    assert (
+        "1 of 4 documents are truncated to megalite.data.sequence_length 32 tokens" in data.notes[0]
+    )
     rows = sorted(data.batch(range(2)).tokens.tolist())
     assert rows == [[5, 6, 7, 8, 10, 11] + [0] * 26, [9] * 32]
     batch = data.batch(range(200))
