@@ -82,6 +82,20 @@ def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
             orders[member].pop(0)
 
 
+def test_a_group_without_messages_has_no_communicator() -> None:
+    """It would take memory and time of every rank: `model` spans pipe and tensor."""
+    everyone = frozenset(range(4))
+    members = {"tensor": everyone, "model": everyone}
+    messages = Messages(1, everyone, members)
+    grid = Grid(
+        tensor=Axis(4, 1, (0, 1, 2, 3), "tensor", name="tensor"),
+        model=Axis(8, 1, tuple(range(8)), "model", name="model"),
+    )
+    with patch.object(grid_module, "dist", messages):
+        grid.connect(torch.device("cpu"))
+    assert [group for group, _ in messages.order] == ["world", "tensor"]
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
 def test_no_message_of_a_step_is_the_first_on_its_communicator(schedule: str) -> None:
     pipe = 4
