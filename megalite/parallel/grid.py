@@ -84,10 +84,12 @@ class Grid:
         context: int = 1,
         expert: int = 1,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        key_heads: int | None = None,
     ) -> "Grid":
         """Makes every group, in the same order on all ranks (collective over the world); on GPUs connects them too.
 
-        The data axis is what is left of the world. timeout: of a collective.
+        The data axis is what is left of the world. timeout: of a collective; key_heads: of the model, of which several
+        ranks of the tensor axis may hold one; None: not known, so that there is a group for each number of them.
         """
         rank = dist.get_rank()
         sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
@@ -97,8 +99,10 @@ class Grid:
         axes["ends"] = makes.axis("ends", sizes.ends())
         back = makes.group(sizes.groups("pipe"), again=True)
         axes["pipe"] = replace(axes["pipe"], back=back)
-        divisors = [size for size in range(2, tensor) if tensor % size == 0]
-        runs = tuple(makes.axis("tensor", sizes.runs("tensor", size)) for size in divisors)
+        wanted = [size for size in range(2, tensor) if tensor % size == 0]
+        if key_heads is not None:
+            wanted = [size for size in wanted if size == tensor // key_heads]
+        runs = tuple(makes.axis("tensor", sizes.runs("tensor", size)) for size in wanted)
         axes["tensor"] = replace(axes["tensor"], runs=runs)
         grid = cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
         if device != "cpu":

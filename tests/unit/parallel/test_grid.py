@@ -35,6 +35,17 @@ def test_groups_have_it() -> None:
     assert run_ranks(2, timeouts) == [{4300.0}] * 2
 
 
+def runs(rank: int, world_size: int) -> list[list[int]]:
+    """Sizes of the tensor axis's runs, by the number of key heads."""
+    built = [Grid.build(1, world_size, key_heads=heads) for heads in (None, 8, 4, 2, 1)]
+    return [[axis.size for axis in grid.tensor.runs] for grid in built]
+
+
+def test_runs_of_the_tensor_axis_are_those_that_hold_one_key_head() -> None:
+    """Each is a communicator more on a GPU."""
+    assert run_ranks(4, runs) == [[[2], [], [], [2], []]] * 4  # one key head: the axis itself
+
+
 class Messages:
     """Stands in for torch.distributed on a rank: communicators in the order in which it comes to them."""
 
