@@ -258,6 +258,7 @@ def _try_mutants(config: Config, count: int, spread: Spread, sound: Trace, folde
                     without_effect.append(name)
                 elif not spread.judge(trace).first:
                     missed.append(name)
+        print(f"    {first + len(some)} of {len(names)} mutants tried", flush=True)
     changing = len(names) - len(without_effect)
     found = f"{changing - len(missed)} of these are found"
     print(f"    {len(names)} mutants: {changing} change a number beyond rounding, {found}")
