@@ -36,7 +36,7 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     except MegaliteError as error:
         code = error.exit_code
         settle(code)
-        if not error.agreed or place().rank == 0:
+        if _is_told_here(error):
             print_line(error)
         else:
             time.sleep(
@@ -69,9 +69,21 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a full disk costs the log's last lines, but not the exit code
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            # A full disk costs a run the last lines of its log; of other programs standard output is the result.
+            if stream is sys.stdout and error.errno in FULL and code == 0 and not resumes:
+                print_line(MegaliteError(f"standard output: {error.strerror}"))
+                code = 1
     sys.exit(code)
+
+
+def _is_told_here(error: MegaliteError) -> bool:
+    """Whether this process prints an error: of those that all ranks raise, rank 0 alone."""
+    try:
+        return not error.agreed or place().rank == 0
+    except UserError:  # of an environment that names no rank
+        return True
 
 
 def _is_output_closed() -> bool:
