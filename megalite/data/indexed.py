@@ -319,7 +319,7 @@ class IndexedWriter:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"tokens cannot be stored as {self.dtype}")
-        refuse_existing(prefix)
+        refuse_existing(self.prefix)
         self._sizes: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
@@ -387,8 +387,12 @@ class IndexedWriter:
             self.discard()
 
 
-def refuse_existing(prefix: str | Path) -> None:
-    """Raise DataError where `prefix.idx` or `prefix.bin` exists."""
+def refuse_existing(prefix: str) -> None:
+    """Raise DataError where `prefix.idx` or `prefix.bin` exists, or would have no name before its end."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise DataError(
+            f"{prefix}: is a folder: must be a prefix, such as {prefix.rstrip('/')}/train"
+        )
     for path in files_of(prefix):
         if path.exists():
             raise DataError(f"{path}: already exists; choose another output or remove it")
