@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from megalite.errors import ConfigError, MegaliteError, UserError
 TRACEBACK = "MEGALITE_TRACEBACK"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_CHARACTERS = 200  # of what a library says
+_MOST_STREAMED = 1 << 28  # bytes of a text that comes from a pipe or a device
 _CACHE = "snapshots"  # in Hugging Face's cache the files of models--NAME/snapshots/COMMIT are links to blobs/
 
 
@@ -49,9 +51,15 @@ def _reason(error: BaseException) -> str:
 
 
 def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
-    """A file of UTF-8. An error of `kind` where it cannot be read or is none."""
+    """A file of UTF-8. An error of `kind` where it cannot be read or is none, or is a device without an end."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read() if is_file else file.read(_MOST_STREAMED + 1)
+        if not is_file and len(content) > _MOST_STREAMED:
+            rule = f"is no file: must end within {_MOST_STREAMED >> 20} MiB"
+            raise kind(f"{path}: cannot be read: {rule}")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise kind(f"{path}: cannot be read: it is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte

@@ -177,6 +177,8 @@ def _digest(run: TextRun) -> str:
 def _fill(run: TextRun, folder: Path) -> None:
     """The tokenizer and both corpora."""
     tokenizer = folder / TOKENIZER
+    if run.tokenizer is not None:
+        load_tokenizer(run.tokenizer)  # what is wrong with it is told of this path
     if run.tokenizer is None:
         _train_tokenizer(run, tokenizer)
     elif Path(run.tokenizer).is_dir():

@@ -4,6 +4,8 @@ Not the model and not the engine: a rank learns here whom it talks to. How ranks
 are, is topology/axes.py's. Next: collectives.py.
 """
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -143,9 +145,8 @@ class Grid:
 
         def axis(name: str) -> Axis:
             size, place = sizes.along(name), sizes.place(rank, name)
-            divisors = [n for n in range(2, size) if size % n == 0]
-            runs = tuple(Axis(n, place % n, (), None, name=name) for n in divisors)
-            return Axis(size, place, tuple(range(size)), None, runs, name=name)
+            runs = tuple(Axis(n, place % n, (), None, name=name) for n in _divisors(size))
+            return Axis(size, place, _counted(size), None, runs, name=name)
 
         axes = {name: axis(name) for name in PLANES}
         return cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
@@ -218,3 +219,16 @@ class _Groups:
                 else:
                     self.made[key] = group
         return found
+
+
+@functools.cache
+def _divisors(size: int) -> list[int]:
+    """Those between 1 and `size`, ascending."""
+    small = [n for n in range(2, math.isqrt(size) + 1) if size % n == 0]
+    return sorted({*small, *(size // n for n in small)})
+
+
+@functools.cache
+def _counted(size: int) -> tuple[int, ...]:
+    """The numbers below `size`: one tuple for all the ranks of a large world."""
+    return tuple(range(size))

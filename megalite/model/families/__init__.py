@@ -12,6 +12,7 @@ forgets.
 import contextlib
 import difflib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,7 @@ transformers' knows."""
 Section = dict[str, Any] | str | Classified
 """The model section: inline keys, or a folder with a config.json; with labels, a classifier made of either."""
 _SHOWN_CHARACTERS = 300  # of what transformers says
+_VALIDATOR = re.compile(r"^Class validation error for validator '\w+': \w+: ")
 _log = logging.getLogger("megalite")
 _told: set[str] = set()  # files whose unknown keys have been listed
 
@@ -118,7 +120,8 @@ def load_hf_config(section: Section) -> Any:
         with _quiet_transformers():
             config = config_of(model_type, values)
     except Exception as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
+        said = _VALIDATOR.sub("", " ".join(str(error).split()))
+        raise ConfigError(f"{where}: {said[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
     unknown = [key for key in values if key not in known and key not in _REFUSED]
     if where != KEY and PREFIX_LM in unknown:

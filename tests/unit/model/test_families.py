@@ -101,6 +101,7 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
          "megalite.model.rope_parameters.rope_type: 'longrope': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "facter": 3.0}}, "facter: unknown key"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4: must divide num_attention_heads 6"),
+        ("llama", {"hidden_size": 35}, "megalite.model: The hidden size (35) is not a multiple"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0: must be at least 1"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000: must be at most 10,000"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads: 0: must be at least 1"),
