@@ -5,7 +5,6 @@ are, is topology/axes.py's. Next: collectives.py.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -145,7 +144,9 @@ class Grid:
 
         def axis(name: str) -> Axis:
             size, place = sizes.along(name), sizes.place(rank, name)
-            runs = tuple(Axis(n, place % n, (), None, name=name) for n in _divisors(size))
+            cut = range(2, size) if name == "tensor" else ()  # as in `build`
+            divisors = [n for n in cut if size % n == 0]
+            runs = tuple(Axis(n, place % n, (), None, name=name) for n in divisors)
             return Axis(size, place, _counted(size), None, runs, name=name)
 
         axes = {name: axis(name) for name in PLANES}
@@ -219,13 +220,6 @@ class _Groups:
                 else:
                     self.made[key] = group
         return found
-
-
-@functools.cache
-def _divisors(size: int) -> list[int]:
-    """Those between 1 and `size`, ascending."""
-    small = [n for n in range(2, math.isqrt(size) + 1) if size % n == 0]
-    return sorted({*small, *(size // n for n in small)})
 
 
 @functools.cache

@@ -115,14 +115,8 @@ def test_the_groups_connect() -> None:
 
 
 def test_places_of_a_large_world_share_what_they_count() -> None:
-    """Each rank of 131,072 counted all of them: the table of `--check` took hours."""
+    """Each rank counted all of them, once for each axis: of 131,072 ranks that did not fit into 12 GB."""
     first, last = (Grid.at(rank, 1, 2**17, 1) for rank in (0, 2**17 - 1))
     assert first.data.ranks is last.data.ranks and len(last.data.ranks) == 2**17
-    assert (last.data.rank, last.data.runs[0].rank, last.data.runs[-1].size) == (
-        2**17 - 1,
-        1,
-        2**16,
-    )
-    for size in range(1, 100):
-        divisors = [n for n in range(2, size) if size % n == 0]
-        assert [axis.size for axis in Grid.at(0, 1, size, 1).data.runs] == divisors
+    assert last.data.rank == 2**17 - 1
+    assert [axis.size for axis in Grid.at(0, 1, 1, 12).tensor.runs] == [2, 3, 4, 6]
