@@ -161,7 +161,7 @@ def _digest(run: TextRun) -> str:
         given = Path(run.tokenizer)
         found = [*tokenizer_files(given)] if given.is_dir() else [given]
         if not found:
-            raise DataError(f"--tokenizer: {given}: holds no tokenizer")
+            raise DataError(f"--tokenizer: {given}: contains no tokenizer")
         files += found
     for path in files:
         if not path.is_file():
@@ -178,7 +178,7 @@ def _fill(run: TextRun, folder: Path) -> None:
     """The tokenizer and both corpora."""
     tokenizer = folder / TOKENIZER
     if run.tokenizer is not None:
-        load_tokenizer(run.tokenizer)  # what is wrong with it is told of this path
+        load_tokenizer(run.tokenizer)  # so that an error names this path, not the copy
     if run.tokenizer is None:
         _train_tokenizer(run, tokenizer)
     elif Path(run.tokenizer).is_dir():

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _asked(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """The options, the texts and the overrides of a run from text. ConfigError for what is none."""
+    """The options, texts and overrides of a run from text. Raises ConfigError if they are not valid."""
     options = _parse(arguments)
     texts = [word for word in options.words if _is_path(word)]
     overrides = [word for word in options.words if not _is_path(word)]

@@ -1,4 +1,4 @@
-"""Texts that a tool has collected (tools/collect_*.py), written where a user may have texts of the same names."""
+"""Writes the texts that tools/collect_*.py collect, in folders where users may have their own."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,8 +7,8 @@ from megalite.errors import DataError
 
 
 def write_collected(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines, each with its end, as a whole; nothing where the file has that content. DataError where it has
-    another one, which may be the user's own; OSError."""
+    """Writes lines, each with its newline, atomically. Does nothing if the file already has that content. Raises
+    DataError if it has other content, which may be the user's, and OSError."""
     content = "".join(lines).encode()
     if path.exists() or path.is_symlink():
         if not path.is_file() or path.read_bytes() != content:

@@ -1,7 +1,4 @@
-"""`tools/merge_data.py`: corpora one after another in a new one, with what tells of their tokens, marks and labels.
-
-Sequences keep their lengths, so marks and labels stay token by token beside the tokens.
-"""
+"""Concatenates corpora, together with the marks and labels of their tokens: `tools/merge_data.py`."""
 
 import contextlib
 import os
@@ -12,12 +9,12 @@ from typing import Any
 from megalite.data.corpus_check import write_checksums
 from megalite.data.indexed import (
     IndexedCorpus,
-    IndexedWriter,
     files_of,
     labels_prefix,
     marks_prefix,
     names_file,
 )
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 from megalite.inputs import read_json_object, reading
 
@@ -25,15 +22,15 @@ KINDS: tuple[Callable[[str], str], ...] = (marks_prefix, labels_prefix)
 
 
 def merge(inputs: Sequence[str], output: str) -> None:
-    """Writes the corpus `output`. Raises DataError where it exists, or where inputs do not fit together: tokens of
-    another type, marks or labels beside some of them alone, labels of other names."""
+    """Writes the corpus `output`. Raises DataError if it exists, or if the inputs do not fit together: tokens of
+    different types, marks or labels beside only some of them, or different names of labels."""
     kinds = [kind for kind in KINDS if _is_beside_all(kind, inputs)]
     names = _names(inputs) if labels_prefix in kinds else None
-    # The tokens last: a corpus that is there has what belongs to it.
+    # The tokens are last: a corpus that exists has its marks and labels.
     parts = [([kind(prefix) for prefix in inputs], kind(output)) for kind in kinds]
     parts.append(([*inputs], output))
     with contextlib.ExitStack() as writers:
-        # An ExitStack leaves the last first.
+        # An ExitStack exits in reverse order.
         for sources, target in reversed(parts):
             with reading(sources[0], DataError):
                 first = IndexedCorpus(sources[0])
@@ -48,7 +45,7 @@ def merge(inputs: Sequence[str], output: str) -> None:
 
 
 def _is_beside_all(kind: Callable[[str], str], inputs: Sequence[str]) -> bool:
-    """Whether each input has a corpus of that kind beside it. DataError where some have."""
+    """Whether every input has a corpus of that kind beside it. Raises DataError if only some have."""
     having = [prefix for prefix in inputs if files_of(kind(prefix))[0].exists()]
     if having and len(having) < len(inputs):
         without = next(prefix for prefix in inputs if prefix not in having)
@@ -58,7 +55,7 @@ def _is_beside_all(kind: Callable[[str], str], inputs: Sequence[str]) -> bool:
 
 
 def _names(inputs: Sequence[str]) -> Path:
-    """The file with the names of the labels, which all inputs have alike."""
+    """The file with the names of the labels. Raises DataError if the inputs differ in them."""
     first, *others = [(names_file(prefix), _classes(prefix)) for prefix in inputs]
     for path, classes in others:
         if classes != first[1]:

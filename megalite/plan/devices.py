@@ -4,7 +4,7 @@ All figures are of one device (one rank). `product_share` is the one number that
 to published runs (published.py): the share of the peak that large matrix products reach in training. No run of H200,
 B200 and MI300X was at hand: theirs are H100's, and for MI300X a guess. It is the first thing to measure.
 A JSON file of the same figures, which `tools/benchmark_step.py --calibrate FILE` measures (calibration.py), takes the
-place of an entry. Next: step_time.py.
+place of an entry. Next: link_seconds.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Faults of experts that verify_layouts must find: mutants.py plants them in layouts of a model that has experts.
+"""Faults of a model with experts, whichever axes it has. Next: mutants.py, which lists them.
 
 They are, among others, a norm that leaves experts out (NVIDIA/Megatron-LM#5916), gradients of experts that are divided
 by the ranks that hold copies of them and not by all data ranks (pytorch/pytorch#160285), and a balance loss of a
@@ -21,13 +21,14 @@ from megalite.model.router import Router
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.prove.trace import Plant, Session, put
+from megalite.prove.planting import put
+from megalite.prove.trace import Plant, Session
 
 NEAR = 0.02  # between two probabilities that the fault takes for equal
 
 
 def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tuple[str, Plant]]:
-    """Of a layout's resolved config, by name; none where the model has no experts."""
+    """By name, for a layout's resolved config; none if the model has no experts."""
     if spec.mixture is None:
         return
     yield "experts: left out of the norm", _norm_without_experts

@@ -50,11 +50,11 @@ def main(arguments: list[str]) -> int:
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
-    """Writes the page of one or several run folders, in place of an earlier one. DataError where one is none, or where
-    the output is another file; OSError."""
+    """Writes the page of one or several run folders; replaces an earlier page. Raises DataError if a folder is not a
+    run's or `output` is another kind of file, and OSError."""
     content = page([read_run(path) for path in runs], output.parent)
     if output.exists() and not _is_page(output):
-        raise DataError(f"{output}: already exists and is no report; choose another file")
+        raise DataError(f"{output}: already exists and is not a report; choose another file")
     part = output.with_name(f".{output.name}.part")
     try:
         part.write_text(content, encoding="utf-8", errors="backslashreplace")
@@ -64,7 +64,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file begins as a page does, or is empty."""
+    """Whether a file starts like a page, or is empty."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

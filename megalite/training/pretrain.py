@@ -232,7 +232,7 @@ def _check_run_dir(prepared: Prepared) -> None:
 
 
 def _check_names(run_dir: Path) -> None:
-    """ConfigError where a run folder has something else under the name of what a run writes there."""
+    """Raises ConfigError if the run folder contains something else under a name that a run writes to."""
     where = f"megalite.train.run_dir: {run_dir}"
     if run_dir.is_symlink() and not run_dir.exists():
         raise ConfigError(f"{where}: is a link to {os.readlink(run_dir)}, which does not exist")

@@ -107,8 +107,8 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
 
 
 def _check_step(checkpoint: Checkpoint) -> None:
-    """CheckpointError where a checkpoint has another one's name, as a copy of it would: a run that resumed from it
-    would begin there at every start."""
+    """Raises CheckpointError if a checkpoint has the name of another step, as a copy may: as the newest, it would be
+    resumed from at every start, and the steps since then repeated."""
     step, named = checkpoint.state["step"], step_of(checkpoint.folder)
     if step != named:
         raise CheckpointError(

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
-from megalite.data.indexed import IndexedWriter, files_of
+from megalite.data.indexed import files_of
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import CheckpointError, ConfigError
 from megalite.training.fingerprint import IDS, fingerprint
 from megalite.training.lock import Holder
@@ -268,5 +269,5 @@ def test_a_run_folder_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> No
     override = f"megalite.train.run_dir={tmp_path}/link"
     with pytest.raises(ConfigError, match="link: is a link to none, which does not exist"):
         prepare(str(path), [override], 2)
-    with pytest.raises(ConfigError, match=r"run_dir: .*: must not hold the character 0"):
+    with pytest.raises(ConfigError, match=r"run_dir: .*: must not contain a null character"):
         prepare(str(path), ['megalite.train.run_dir="a\\u0000b"'], 2)

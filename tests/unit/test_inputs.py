@@ -44,7 +44,7 @@ def test_a_link_out_of_a_model_folder_is_not_followed(
     shutil.copytree(folder, model)
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../secret")
-    line = rf"model/{name}: is a link to \.\./secret: must not lead out of the folder"
+    line = rf"model/{name}: is a symbolic link to \.\./secret: must not point outside the folder"
     with pytest.raises(CheckpointError, match=line):
         HFFolder(model)
     with pytest.raises(CheckpointError, match=line):
@@ -61,7 +61,7 @@ def test_a_link_in_a_checkpoint_is_not_exported(folder: Path, tmp_path: Path) ->
     shutil.move(carried, tmp_path / "secret")
     carried.symlink_to(tmp_path / "secret")
     with pytest.raises(
-        CheckpointError, match=r"hugging_face/tokenizer\.json: is a link to .*secret"
+        CheckpointError, match=r"hugging_face/tokenizer\.json: is a symbolic link to .*secret"
     ):
         export_hf(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
     assert not (tmp_path / "exported").exists()
@@ -190,7 +190,7 @@ def test_a_device_without_an_end_is_refused(
     """It was read until the memory was full."""
     monkeypatch.setattr(inputs, "_MOST_STREAMED", 1 << 20)
     with pytest.raises(
-        DataError, match="/dev/zero: cannot be read: is no file: must end within 1 MiB"
+        DataError, match="/dev/zero: cannot be read: is not a file: must end within 1 MiB"
     ):
         inputs.read_text("/dev/zero", DataError)
     pipe = tmp_path / "pipe"

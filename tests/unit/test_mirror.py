@@ -31,18 +31,33 @@ THROUGH = {
     "config.foreign": "unit/config/test_foreign_configs.py",
     "config.masks": "unit/data/test_masking.py",
     "data.masking": "unit/data/test_masking.py",
-    "data.pairs": "unit/data/test_preprocess.py",
-    "data.partial": "unit/data/test_preprocess.py",
+    **dict.fromkeys(
+        ("data.pairs", "data.partial", "data.tasks", "data.workers"), "unit/data/test_preprocess.py"
+    ),
     "data.source_target": "unit/data/test_source_target.py",
     # DeepSpeed's optimizers need a world: the dry run makes them over groups that go nowhere.
     **dict.fromkeys(
         ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
         "unit/prove/test_dry_run.py",
     ),
-    **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
-    **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),
+    **dict.fromkeys(("model.block", "model.layers", "model.router"), "unit/model/test_experts.py"),
+    "model.head": "unit/model/test_families.py",
+    **dict.fromkeys(
+        (
+            "plan.advice", "plan.bounds", "plan.least_memory", "plan.least_time", "plan.sent", "plan.sharing",
+            "plan.work",
+        ),
+        PLAN,
+    ),
+    "plan.waiting_tables": "unit/plan/test_kept.py",
     "plan.stacks": "unit/prove/test_dry_run.py",
-    "prove.expert_mutants": "unit/prove/test_mutants.py",
+    **dict.fromkeys(
+        (
+            "prove.context_mutants", "prove.expert_mutants", "prove.pipe_mutants", "prove.planting",
+            "prove.resume_mutants", "prove.step_mutants", "prove.tensor_mutants",
+        ),
+        "unit/prove/test_mutants.py",
+    ),
     "report.page": "unit/report/test_report.py",
     "training.epochs": "unit/training/test_epochs.py",
     "training.events": "unit/training/test_metrics.py",

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases. Its files hold matrices as [in, out]
+"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases. Its files store matrices as [in, out]
 (transformers' Conv1D) and q, k, v fused."""
 
 from typing import Any
@@ -13,6 +13,7 @@ from megalite.model.families.common import (
     require,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 _CONV1D = ("layers.{layer}.attention.output", "layers.{layer}.mlp.up", "layers.{layer}.mlp.down")
@@ -66,3 +67,6 @@ def read(config: Any) -> TransformerSpec:
         attention_dropout=config.attn_pdrop,
         hidden_dropout=config.resid_pdrop,
     )
+
+
+FAMILY = Family(read, TENSORS)

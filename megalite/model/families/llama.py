@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries. Mistral and Qwen start from it."""
+"""Llama (arXiv 2302.13971): RMSNorm, rotary embeddings, SwiGLU, grouped-query attention. The base of other families."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from megalite.model.families.common import (
     rotary,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -48,7 +49,7 @@ def read(config: Any) -> TransformerSpec:
 def gated(
     config: Any, attention_bias: bool, output_bias: bool, mlp_bias: bool = False
 ) -> TransformerSpec:
-    """What Llama and its relatives share, from the fields that their configs share."""
+    """The spec that Llama and its relatives share, from the fields that their configs share."""
     size = head_size(config)
     return TransformerSpec(
         family=config.model_type,
@@ -73,3 +74,6 @@ def gated(
         padding_id=padding(config),
         attention_dropout=getattr(config, "attention_dropout", None) or 0.0,
     )
+
+
+FAMILY = Family(read, TENSORS)

@@ -1,6 +1,7 @@
-"""OLMo 2 (arXiv 2501.00656): Llama with norms of what attention and MLP give, and of all queries and all keys.
+"""OLMo 2 (arXiv 2501.00656): Llama with norms of the outputs of attention and MLP, and of all queries and all keys.
 
-In 16-bit types transformers rounds its norms once after the weight, we twice as for Llama; in fp32 they are equal.
+In 16-bit types transformers rounds OLMo 2's norms once, after the weight; ours round twice, as for Llama. In fp32 they
+are equal.
 """
 
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import tensors
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = (
@@ -20,7 +22,6 @@ TENSORS = (
         }
     )
 )
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -29,3 +30,6 @@ def read(config: Any) -> TransformerSpec:
         config, attention_bias=config.attention_bias, output_bias=config.attention_bias
     )
     return replace(spec, norm_place="after", qk_norm="projection")
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -1,10 +1,11 @@
-"""Qwen3 (arXiv 2505.09388): Llama with a norm of each query and key head, and a head size of its own."""
+"""Qwen3 (arXiv 2505.09388): Llama with a norm of each query and key head, and a configurable head size."""
 
 from dataclasses import replace
 from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import windows
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.TENSORS | llama.QUERY_AND_KEY_NORMS
@@ -16,3 +17,6 @@ def read(config: Any) -> TransformerSpec:
         config, attention_bias=config.attention_bias, output_bias=config.attention_bias
     )
     return replace(spec, qk_norm="head", windows=windows(config))
+
+
+FAMILY = Family(read, TENSORS)

@@ -1,4 +1,4 @@
-"""RoBERTa (arXiv 1907.11692): BERT whose positions begin after the padding token's id and count no padding."""
+"""RoBERTa (arXiv 1907.11692): BERT whose positions begin after the padding token's id and do not count padding."""
 
 import re
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 from megalite.errors import ConfigError
 from megalite.model.families import bert
 from megalite.model.families.common import KEY, HFTensor, tensors, written
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = (
@@ -16,7 +17,7 @@ TENSORS = (
     )
     | {"head.weight": HFTensor("lm_head.decoder.weight"), "head.bias": HFTensor("lm_head.bias")}
 )
-UNUSED = re.compile(
+_UNUSED = re.compile(
     r"^(roberta\.pooler\.|roberta\.embeddings\.position_ids$|lm_head\.decoder\.bias$)"
 )
 
@@ -31,7 +32,10 @@ def read(config: Any) -> TransformerSpec:
         rule = f"must be at least {pad + 2}: positions begin after pad_token_id {pad}"
         raise ConfigError(f"{KEY}.max_position_embeddings: {rows}: {rule}")
     spec = bert.encoder(config)
-    # Its head has GELU whatever hidden_act says.
+    # Its head always uses GELU, regardless of hidden_act.
     return replace(
         spec, max_positions=rows - pad - 1, position_offset=pad + 1, head_transform="gelu"
     )
+
+
+FAMILY = Family(read, TENSORS, unused=_UNUSED)

@@ -78,7 +78,7 @@ def test_of_a_tokenizers_folder_only_the_tokenizer_is_taken(alike: Path, tmp_pat
     (given / "model.safetensors").write_bytes(b"other")
     assert prepare_text(run) == (folder, True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="--tokenizer: .*/empty: holds no tokenizer"):
+    with pytest.raises(DataError, match="--tokenizer: .*/empty: contains no tokenizer"):
         prepare_text(TextRun("log", [str(alike)], tmp_path / "runs/log", str(tmp_path / "empty")))
 
 
@@ -158,7 +158,7 @@ def test_a_world_size_without_a_check_is_refused() -> None:
 def test_a_tokenizer_that_is_none_is_named_as_it_was_given(alike: Path, tmp_path: Path) -> None:
     (tmp_path / "words").write_text("x")
     run = TextRun("log", [str(alike)], tmp_path / "runs/log", tokenizer=str(tmp_path / "words"))
-    with pytest.raises(DataError, match=f"^{tmp_path}/words: is no sentencepiece model$"):
+    with pytest.raises(DataError, match=f"^{tmp_path}/words: is not a sentencepiece model$"):
         prepare_text(run)
 
 
@@ -166,7 +166,7 @@ def test_texts_without_text_are_named(tmp_path: Path) -> None:
     for name, text in (("a.txt", "\n\n"), ("b.txt", "")):
         (tmp_path / name).write_text(text)
     texts = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
-    with pytest.raises(DataError, match=r"^.*/a.txt and 1 more: holds no text$"):
+    with pytest.raises(DataError, match=r"^.*/a.txt and 1 more: contains no text$"):
         prepare_text(TextRun("a", texts, tmp_path / "runs/a"))
 
 

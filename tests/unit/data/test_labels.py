@@ -136,7 +136,7 @@ def test_a_classifier_is_not_trained_on_tokens() -> None:
     names = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
     made = document({"objective": {"masked": 0.1, "mask_token_id": 3}}, **names)
     config = Config.from_dict(made).resolve(1)
-    with pytest.raises(ConfigError, match='must be the labels of the model, a classifier: {"cl'):
+    with pytest.raises(ConfigError, match='must have the labels of the model, a classifier: {"cl'):
         check_model(config, read_spec(config.model))
 
 
@@ -144,7 +144,7 @@ def test_problems_that_are_no_choice_of_one_label_are_refused() -> None:
     names = {"architectures": ["BertForSequenceClassification"]}
     for change, rule in (
         ({"problem_type": "regression"}, "problem_type: 'regression': must be None or"),
-        ({"id2label": {"0": "a"}}, "id2label: {0: 'a'}: must be 2 to 256 labels, each once"),
+        ({"id2label": {"0": "a"}}, "id2label: {0: 'a'}: must have 2 to 256 labels, each once"),
     ):
         with pytest.raises(ConfigError, match=rule):
             read_spec(MODELS["bert"] | names | change)

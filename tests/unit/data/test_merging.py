@@ -9,11 +9,11 @@ import pytest
 from megalite.data.corpus_check import check_corpus
 from megalite.data.indexed import (
     IndexedCorpus,
-    IndexedWriter,
     labels_prefix,
     marks_prefix,
     names_file,
 )
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.merging import merge
 from megalite.errors import DataError
 

@@ -20,6 +20,7 @@ from megalite.plan.devices import GIB
 from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
+from tests.families import FAMILY_CONFIGS
 from tests.small_models import MODELS
 from tests.unit.test_ds_configs import FOLDER, ROWS, shipped
 
@@ -105,6 +106,32 @@ def test_messages_of_a_context_axis_match(attention: str) -> None:
     kinds = {call.kind for call in ranks[0].calls if ranks[0].groups[call.group] == (0, 1)}
     heads = {"alltoall_base"} if attention == "heads" else {"allgather_base", "reduce_scatter_base"}
     assert heads <= kinds
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_model_of_every_family_is_shrunk_whole(family: str) -> None:
+    """Also if a list has an entry per layer, and if the pipe axis has one rank more than the model has layers."""
+    document = load_config(FOLDER / "tiny_cpu.json").to_json()
+    model = document["megalite"]["model"] = FAMILY_CONFIGS[family]
+    if family == "smollm3":
+        model["no_rope_layers"] = [1, 0, 1]
+    document["megalite"]["parallel"] |= {"pipe": 4, "tensor": 1}
+    given = read_spec(model)
+    objective: dict[str, Any] = {}
+    if given.stacks is not None:
+        document["megalite"]["parallel"]["pipe"] = 2
+        objective = {"objective": {"source_length": 8}, "samples": "padded", "loss": "marked"}
+        objective["reset_attention"] = True
+    elif not given.causal:
+        objective = {"objective": {"masked": 0.3, "mask_token_id": 4, "special_token_ids": [0]}}
+    document["megalite"]["data"] |= {"sequence_length": 16, **objective}
+    config = shrunken(Config.from_dict(document).resolve(4))
+    spec = read_spec(config.model)
+    assert spec.num_layers == config.parallel.pipe
+    assert (spec.hidden_size, spec.num_heads, spec.head_size) == (32, 4, 8)
+    assert spec.vocabulary_size == 33
+    assert spec.intermediate_size == (4 * 32 if family == "gptj" else 16)  # n_inner is left out
+    assert (spec.mixture is None) == (given.mixture is None)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

@@ -359,11 +359,11 @@ def test_another_file_is_not_written_over(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (notes, pipe, run / "config.json"):
-        with pytest.raises(DataError, match=f"^{path}: already exists and is no report; choose"):
+        with pytest.raises(DataError, match=f"^{path}: already exists and is not a report; choose"):
             main([str(run), "--output", str(path)])
     assert notes.read_text().endswith("mine") and pipe.is_fifo()
     for _ in range(2):  # an earlier page is replaced
         assert main([str(run), "--output", str(tmp_path / "page.html")]) == 0
-    with pytest.raises(DataError, match="run: already exists and is no report"):
+    with pytest.raises(DataError, match="run: already exists and is not a report"):
         main([str(run), "--output", str(run)])
     assert list(tmp_path.glob(".*")) == []

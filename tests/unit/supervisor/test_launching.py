@@ -95,7 +95,7 @@ def test_mistakes_of_the_command_line_are_one_line(
             "pretran",
         ],
         "program: x/none.py: must be pretrain, .* that exists$": ["--num_gpus", "2", "x/none.py"],
-        "--master_port: 70000: must be an integer of 1 or more, at most 65535": [
+        "--master_port: 70000: must be an integer of at least 1 and at most 65535": [
             *["--num_gpus", "1", "--master_port", "70000"],
             *program,
         ],
