@@ -312,7 +312,7 @@ def test_no_layout_that_fits_says_by_how_much(tmp_path: Path) -> None:
 def test_a_world_without_any_layout_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(document()))
     arguments = ["--deepspeed_config", str(tmp_path / "config.json"), "--world-size", "11"]
-    message = "--world-size: 11: the config's rules accept no layout of so many ranks with a global batch of 32"
+    message = "--world-size: 11: the config's rules accept no layout for this many ranks with a global batch of 32"
     with pytest.raises(ConfigError, match=message):
         main(arguments)
 

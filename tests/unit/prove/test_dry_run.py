@@ -225,7 +225,7 @@ def test_collectives_in_an_order_that_hangs_are_named() -> None:
 def test_what_does_not_fit_is_one_line() -> None:
     config = load_config(FOLDER / "llama_7b_3d.json").resolve(64)
     with pytest.raises(
-        DryRunError, match=r"rank \d+: takes \d\.\d+ GiB, \d\.\d+ GiB more than --memory-gib 2; "
+        DryRunError, match=r"rank \d+: needs \d\.\d+ GiB, \d\.\d+ GiB more than --memory-gib 2; "
     ):
         dry_run(config, read_spec(config.model), 2 * GIB)
 
