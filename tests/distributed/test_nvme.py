@@ -239,7 +239,7 @@ def test_what_is_missing_is_named_in_a_line(tmp_path: Path) -> None:
     ):
         check_nvme(config_of(str(tmp_path)), read_spec(MODEL), 10_000_000)
     compiler, libaio = run_ranks(1, look_for_what_is_missing, tmp_path, init=False)[0]
-    rule = f'{OFFLOAD}.device: "nvme": needs DeepSpeed\'s op async_io, which does not build here: '
+    rule = f'{OFFLOAD}.device: "nvme": needs DeepSpeed\'s async_io op, which does not build here: '
     assert compiler == f"{rule}no C++ compiler (no-compiler)"
     assert libaio == "error: no libaio with its headers (Debian: libaio-dev)"
 
