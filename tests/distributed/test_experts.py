@@ -254,7 +254,7 @@ def test_the_load_of_experts_is_counted_over_all_ranks(runs: Runs) -> None:
     assert all(row == [BATCH * 12] * 3 + [0] * 5 for row in tokens.values())
     assert fields["expert_imbalance"] == 8 / 3
     dead = "; ".join(f"layer {layer}: 3, 4, 5, 6, 7" for layer in tokens)
-    assert lines == [f"step 2: experts without a token: {dead}"]
+    assert lines == [f"step 2: experts without tokens: {dead}"]
 
 
 def biases(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path) -> list[Any]:
