@@ -74,7 +74,7 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     assert out.count("plain PyTorch, 1 process") == 2
     splits = re.findall(r"share of the step, %: (.*)", out)
     assert len(splits) == 3 and all("products " in line and "loss " in line for line in splits)
-    waits = re.findall(r"waited for (\w+), ms a step by rank: (\S+) (\S+)", out)
+    waits = re.findall(r"waited for (\w+), ms per step by rank: (\S+) (\S+)", out)
     assert {axis for axis, *_ in waits} >= {"pipe", "tensor"}
     by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
     assert by_rank and all(len(line.split()) == 2 for line in by_rank)
