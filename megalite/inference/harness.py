@@ -16,16 +16,14 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
     normalize_gen_kwargs,
 )
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
-# Pyright: ignore[reportMissingImports].
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from megalite.data.chat import Marked
 from megalite.errors import ConfigError
 from megalite.inference.answers import Answers
 from megalite.inference.sampling import Sampling
 
-# Lm-eval's defaults, if neither model nor task has one.
+# The defaults of lm-eval, if neither model nor task has one.
 DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256
 
 

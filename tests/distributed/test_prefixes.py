@@ -146,7 +146,7 @@ def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     assert (
         export_hf.main(["--checkpoint", str(tmp_path / "run"), "--output", f"{tmp_path}/hf"]) == 0
     )
-    assert "prompts of this model are seen both ways" in capsys.readouterr().err
+    assert "this model attends to prompts bidirectionally" in capsys.readouterr().err
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["prefix_lm"] is True
     assert import_hf.main(["--model", f"{tmp_path}/hf", "--output", f"{tmp_path}/again"]) == 0
     for name, layout in (("run", "tensor"), ("hf", "pipe"), ("again", "pipe")):

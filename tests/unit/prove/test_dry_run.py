@@ -196,7 +196,9 @@ def test_a_message_of_another_shape_is_named() -> None:
             send = mailbox.send
             mailbox.send = lambda key, tensor, target: send(key, tensor[:, :-1], target)  # type: ignore[method-assign]
 
-    assert re.match(r"message 0 from rank 2 to 6: [\d,]+ \w+ sent, [\d,]+ \w+ received", named(plant))
+    assert re.match(
+        r"message 0 from rank 2 to 6: [\d,]+ \w+ sent, [\d,]+ \w+ received", named(plant)
+    )
 
 
 def test_a_stage_that_takes_another_shape_is_named() -> None:
