@@ -4,8 +4,8 @@
     model.generate("Once upon a time", max_new_tokens=40, temperature=0.8)
     model.loss("Once upon a time there was a fox.")
 
-For a model that needs several ranks use `launcher/generate.py` and `launcher/evaluate.py`; here the whole model is on
-one device.
+Here the whole model is on one device. For a model that needs several ranks, use `launcher/generate.py` and
+`launcher/evaluate.py`.
 """
 
 import contextlib
@@ -47,17 +47,17 @@ from megalite.pipeline.plan import inference_cut
 from megalite.training.pretrain import prepare
 
 Message = dict[str, Any]
-"""`{"role": "user" | "assistant" | "system" | "tool", "content": "…"}`, of the assistant also with `tool_calls`"""
+"""`{"role": "user" | "assistant" | "system" | "tool", "content": "…"}`; an assistant's may also have `tool_calls`"""
 OnText = Callable[[str], None]
-"""Called with each new piece of a text as it comes."""
+"""Called with each new piece of a text as it is generated."""
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str | None = None) -> "Model":
-    """The model of a run folder (its newest whole checkpoint), of a checkpoint, or of a Hugging Face folder.
-    `RUN/checkpoints/best` is the checkpoint with the lowest validation loss, of a run that keeps it.
+    """Loads the model of a run folder (its newest complete checkpoint), a checkpoint or a Hugging Face folder.
+    `RUN/checkpoints/best` is the checkpoint with the lowest validation loss, if the run keeps it.
 
-    dtype: "float32", "bfloat16" or "float16", of weights and activations; device: as torch names it; None: the first
-    GPU, or the CPU where there is none. Raises CheckpointError or ConfigError where the folder cannot be used.
+    dtype: "float32", "bfloat16" or "float16", for weights and activations. device: a torch device; None: the first
+    GPU, or the CPU if there is none. Raises CheckpointError or ConfigError if the folder cannot be used.
     """
     with reading(folder, CheckpointError):
         path = resolve_weights(folder)
@@ -75,7 +75,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str | None = None) 
 
 @dataclass
 class Model:
-    """A trained model on one device, for use from Python. folder: of its weights."""
+    """A trained model on one device, for use from Python. folder: the folder of its weights."""
 
     folder: Path
     weights: Weights
@@ -86,13 +86,11 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that goes with the weights. Raises CheckpointError where there is none."""
+        """The tokenizer that belongs to the weights. Raises CheckpointError if there is none."""
         if self._tokenizer is None:
             folder = tokenizer_of(self.weights)
             if folder is None:
-                raise CheckpointError(
-                    f"{self.folder}: has no tokenizer: the checkpoint carries none"
-                )
+                raise CheckpointError(f"{self.folder}: the checkpoint has no tokenizer")
             self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
 
@@ -109,8 +107,9 @@ class Model:
     ) -> str:
         """The text that continues a prompt, without the prompt.
 
-        temperature 0 takes the likeliest token; more: other fields of `Sampling`, such as `repetition_penalty` and
-        `min_p`; on_text: for showing the text while it grows. Equal arguments give equal texts. Raises ConfigError.
+        temperature: 0 is greedy decoding. more: other fields of `Sampling`, such as `repetition_penalty` and `min_p`.
+        on_text: called with each piece of the text as it is generated. The same arguments give the same text.
+        Raises ConfigError if an argument is invalid.
         """
         sampling = Sampling(temperature, top_k, top_p, seed, **more)
         return self._continued(
@@ -131,15 +130,16 @@ class Model:
     ) -> str:
         """The assistant's answer to a conversation, or to a user's first message given as a string.
 
-        The tokenizer's chat template renders the messages, and `tools` where it uses them; the other arguments are
-        those of `generate`. Raises ConfigError where the tokenizer has no chat template, or it refuses the messages.
+        The tokenizer's chat template renders the messages, and `tools` if it supports them; the other arguments are
+        those of `generate`. Raises ConfigError if the tokenizer has no chat template or the template rejects the
+        messages.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         answered = any(message.get("role") == "assistant" for message in messages)
         if answered and prompts_both_ways(self.weights.state):
-            rule = 'a model trained with megalite.data.objective "prefix" answers one message'
-            raise ConfigError(f"messages: hold an answer: {rule}: begin a new conversation")
+            rule = 'a model trained with megalite.data.objective "prefix" answers one message only'
+            raise ConfigError(f"messages: contain an answer: {rule}: begin a new conversation")
         sampling = Sampling(temperature, top_k, top_p, seed, **more)
         ids = self.chat_ids(messages, tools)
         return self._continued(ids, max_new_tokens, sampling, on_text)
@@ -147,11 +147,11 @@ class Model:
     def chat_ids(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """The tokens of a conversation up to where the assistant's answer begins. Raises ConfigError as `chat`."""
+        """Token ids of a conversation up to where the assistant's answer begins. Raises ConfigError as in `chat`."""
         tokenizer = self.tokenizer
         if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.inner.chat_template:
             raise ConfigError(
-                f"{self.folder}: its tokenizer has no chat template: chat needs one; generate does not"
+                f"{self.folder}: the tokenizer has no chat template: chat needs one; generate does not"
             )
         try:
             text = tokenizer.inner.apply_chat_template(
@@ -160,22 +160,22 @@ class Model:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except Exception as error:  # a template is a program: it can raise anything over a message
-            said = " ".join(str(error).split())[:200]
-            raise ConfigError(f"messages: refused by the chat template: {said}") from None
+        except Exception as error:  # a template is a program, which can raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"messages: rejected by the chat template: {reason}") from None
         return tokenizer.inner(text, add_special_tokens=False, split_special_tokens=False)[
             "input_ids"
         ]
 
     @property
     def has_source(self) -> bool:
-        """Whether a prompt is the source of an encoder-decoder, and a text its target."""
+        """Whether the model is an encoder-decoder: a prompt is its source, and a text its target."""
         return self.stage.spec.stacks is not None
 
     def loss(self, text: str | Sequence[int]) -> float:
-        """Mean loss over the tokens of a text (or of token ids), each given all before it, in nats a token.
+        """Mean cross-entropy of a text (or of token ids), each token predicted from all before it, in nats per token.
 
-        The first token has none before it and does not count. Raises ConfigError for a text of fewer than two tokens.
+        The first token is not predicted and does not count. Raises ConfigError for a text of fewer than two tokens.
         """
         ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
         check_decoder(self.stage.spec, str(self.folder), "this")
@@ -184,9 +184,9 @@ class Model:
         self._check(ids)
         most = self.stage.spec.max_positions
         if most is not None and len(ids) - 1 > most:
-            rule = f"must be at most the model's max_position_embeddings {most} and one more"
+            rule = f"must be at most the model's max_position_embeddings {most} + 1"
             raise ConfigError(f"text: has {len(ids)} tokens: {rule}")
-        # All are asked for, so that none is a prompt's, whatever the model does with prompts.
+        # Every token is scored, so that none of them belongs to a prompt, which some models see in both directions.
         (found,) = likelihoods(self.stage, Grid(), [(ids, [1] * len(ids))])
         return -found.log_probability / (len(ids) - 1)
 
@@ -218,12 +218,12 @@ class Model:
 def train(
     config: str | Path | dict[str, Any], overrides: Sequence[str] = (), ranks: int = 1
 ) -> Path:
-    """Trains as a config says, in processes of their own, and returns the run folder; prints what they print.
+    """Trains with a config in separate processes, prints their output, and returns the run folder.
 
-    config: a file, or its content as a dict; overrides: `KEY=VALUE` as on the command line; ranks: processes on this
-    machine, a GPU each where there are GPUs. A run folder that holds a checkpoint is resumed. Ctrl-C (or a notebook's
-    stop button) saves a checkpoint and raises KeyboardInterrupt. Raises UserError for a mistake in the config, before
-    anything starts, and MegaliteError where the run fails.
+    config: a file, or its content as a dict. overrides: `KEY=VALUE` as on the command line. ranks: number of processes
+    on this machine; each takes one GPU if there are GPUs. If the run folder already holds a checkpoint, training
+    resumes from it. Ctrl-C (or a notebook's stop button) saves a checkpoint and raises KeyboardInterrupt. Raises
+    UserError for a mistake in the config, before anything starts, and MegaliteError if the run fails.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(config, dict):
@@ -240,7 +240,7 @@ def train(
 
 
 def _run(command: list[str]) -> None:
-    """Runs a command to its end, its output printed here: in a notebook only this process's is seen."""
+    """Runs a command until it ends and prints its output from this process: a notebook shows no other process's."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -253,4 +253,6 @@ def _run(command: list[str]) -> None:
         print(process.communicate()[0], end="", flush=True)
         raise
     if code := process.wait():
-        raise MegaliteError(f"training ended with {code}: its last lines say why")
+        raise MegaliteError(
+            f"training ended with exit code {code}: see the last lines of its output"
+        )

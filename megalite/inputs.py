@@ -1,7 +1,7 @@
-"""What a user gives, read so that all that can be wrong with it is a line: JSON, links, and what no rule foresaw.
+"""Reads what users give, such as JSON files and folders, so that anything wrong with it becomes a one-line error.
 
-A reader states rules for what users get wrong, and goes through `reading` for what nobody thought of: a library that
-raises anything over a forged file. Next: config/reading.py, which reads the JSON of a run.
+A reader checks rules for the mistakes that users make. For the rest it runs inside `reading`, because a library may
+raise any exception when it reads a malformed file. Next: config/reading.py, which reads the JSON of a run.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from megalite.errors import ConfigError, MegaliteError, UserError
 
 TRACEBACK = "MEGALITE_TRACEBACK"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_SHOWN_CHARACTERS = 200  # of what a library says
-_CACHE = "snapshots"  # in Hugging Face's cache the files of models--NAME/snapshots/COMMIT are links to blobs/
+_SHOWN_CHARACTERS = 200  # of a library's message
+_CACHE = "snapshots"  # in Hugging Face's cache, the files in models--NAME/snapshots/COMMIT are links to blobs/
 
 
 @contextlib.contextmanager
 def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[None]:
-    """Makes an error that no rule foresaw an error of `kind` that names `what` is read; ours pass unchanged.
+    """Context manager that turns unexpected exceptions into an error of `kind` that names `what`, the thing being read.
 
-    What it was raised from is shown with MEGALITE_TRACEBACK=1 (program.py), so that a bug of ours can be told from an
-    odd file. A full disk is the machine's, and passes too.
+    A MegaliteError passes through unchanged, and so does a full disk, which is a fault of the machine.
+    MEGALITE_TRACEBACK=1 shows the original exception (program.py), to tell a bug of ours from a malformed file.
     """
     try:
         yield
@@ -37,19 +37,20 @@ def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[N
             raise
         raise kind(f"{what}: cannot be read: {error.strerror or error}") from error
     except BaseException as error:
-        # A panic of Rust's libraries (tokenizers, safetensors) is no Exception.
+        # A panic in a Rust library (tokenizers, safetensors) is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise kind(f"{what}: cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    said = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
-    return ": ".join(filter(None, [type(error).__name__, said])) + f" ({TRACEBACK}=1 shows where)"
+    message = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
+    parts = filter(None, [type(error).__name__, message])
+    return ": ".join(parts) + f" ({TRACEBACK}=1 shows the traceback)"
 
 
 def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
-    """A file of UTF-8. An error of `kind` where it cannot be read or is none."""
+    """The text of a UTF-8 file. Raises `kind` if the file cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -59,15 +60,15 @@ def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
 
 
 def lines_of(path: str | Path, kind: type[UserError] = ConfigError) -> list[tuple[int, str]]:
-    """(number from 1, line) of the lines of a UTF-8 file that are not blank. Only a newline ends a line, with or
-    without a carriage return before it: JSON may hold the other characters at which `str.splitlines` splits."""
+    """(line number from 1, line) of each line of a UTF-8 file that is not blank. Only LF or CR LF ends a line: JSON
+    may contain the other characters at which `str.splitlines` splits."""
     lines = enumerate(read_text(path, kind).split("\n"), 1)
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
 
 
 @contextlib.contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Makes text that is not UTF-8 a ConfigError that names `what` is read."""
+    """Context manager that turns a UnicodeDecodeError into a ConfigError that names `what`, the thing being read."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -75,7 +76,7 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def read_standard_input(option: str) -> str:
-    """All of standard input, which `option` asks for. ConfigError where it is not UTF-8."""
+    """All of standard input, requested by `option`. Raises ConfigError if it is not UTF-8."""
     with decoding(f"{option}: -"):
         return sys.stdin.read()
 
@@ -87,11 +88,11 @@ def parse_json(
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
     constant: Callable[[str], Any] | None = None,
 ) -> Any:
-    """`json.loads`, with everything that it can raise turned into one line after `where`. pairs, constant: its hooks;
-    a ValueError from them is reported the same way."""
+    """`json.loads` whose every exception becomes an error of `kind`, one line that begins with `where`.
+    pairs, constant: hooks for `json.loads`; a ValueError that they raise is reported in the same way."""
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-        # JSON can write half of a character that needs two: nothing can write that out again.
+        # JSON can escape half of a surrogate pair, which cannot be encoded as UTF-8 again.
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -102,31 +103,30 @@ def parse_json(
         raise kind(f"{where}: holds half of a surrogate pair") from None
     except RecursionError:
         raise kind(f"{where}: cannot be read: it is nested too deeply") from None
-    except (
-        ValueError
-    ) as error:  # of a hook, or Python's own of a number with more than 4,300 digits
+    except ValueError as error:
+        # Raised by a hook, or by Python for a number with more than 4,300 digits.
         raise kind(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from None
     return value
 
 
 def read_json_object(path: str | Path, kind: type[UserError] = ConfigError) -> dict[str, Any]:
-    """A file that holds one JSON object. An error of `kind` where it does not."""
+    """The JSON object in a file. Raises `kind` if the file contains anything else."""
     value = parse_json(read_text(path, kind), path, kind)
     if not isinstance(value, dict):
-        raise kind(f"{path}: must hold an object {{…}}")
+        raise kind(f"{path}: must be a JSON object {{…}}")
     return value
 
 
 def check_links(folder: str | Path, kind: type[UserError]) -> None:
-    """An error of `kind` where a link in a folder leads out of it: who made the folder would choose which of the
-    reader's files are read, and copied into what is made of it."""
+    """Raises `kind` if a symbolic link in a folder points outside it. Otherwise, whoever made the folder could choose
+    which of the user's other files are read and copied into the output."""
     top = Path(os.path.realpath(folder))
     inside = top.parent.parent if top.parent.name == _CACHE else top
-    for place, folders, files in os.walk(top):
+    for parent, folders, files in os.walk(top):
         for name in (*folders, *files):
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 link = Path(folder) / path.relative_to(top)
                 raise kind(
-                    f"{link}: is a link to {os.readlink(path)}: must not lead out of the folder"
+                    f"{link}: is a symbolic link to {os.readlink(path)}: must not point outside the folder"
                 )

@@ -1,7 +1,7 @@
-"""What a path holds that was made for another program, in words: for the one line about why it cannot be used.
+"""Recognises files that were made for other programs, for the error line that says why a path cannot be used.
 
-Each function looks at names alone, opens nothing, and returns "" where it recognises nothing. docs/coming_from.md has
-more about each.
+Each function looks at file names only, opens nothing, and returns "" if it recognises nothing. docs/coming_from.md has
+more about each format.
 """
 
 import re
@@ -21,35 +21,35 @@ _TEXTS = (".txt", ".md", ".jsonl", ".json", ".parquet", ".gz", ".zst", ".csv")
 
 
 def hub_name(path: str | Path) -> str:
-    """Of a name such as meta-llama/Llama-3.2-1B, where no such path exists."""
+    """A hint for a name such as meta-llama/Llama-3.2-1B, if no such path exists."""
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
         return ""
-    get = f"hf download {name} --local-dir FOLDER"
-    return f"does not exist; if it is a name on the Hugging Face Hub, fetch it first and give the folder: {get}"
+    rule = "does not exist; if it is a name on the Hugging Face Hub, download it first and give the folder"
+    return f"{rule}: hf download {name} --local-dir FOLDER"
 
 
 def weights(path: str | Path) -> str:
-    """Of weights: a checkpoint of another trainer, a single file, an adapter."""
+    """A hint for weights: a checkpoint of another trainer, a single file, an adapter."""
     path = Path(path)
     if not path.exists():
         return hub_name(path)
     if path.is_file():
-        return "is a file: give the folder that holds it, with its config.json"
+        return "is a file: give the folder that contains it and its config.json"
     for where in (path, *path.glob("global_step*")):
         if any(next(where.glob(pattern), None) for pattern in _DEEPSPEED):
-            return f"is a checkpoint of DeepSpeed's own format (Megatron-DeepSpeed, GPT-NeoX): {_convert()}"
+            return f"is a checkpoint in DeepSpeed's format (Megatron-DeepSpeed, GPT-NeoX): {_convert()}"
     if any(
         next(path.glob(pattern), None) for pattern in (*_MEGATRON, "mp_rank_*/model_optim_rng.pt")
     ):
-        return f"is a checkpoint of Megatron-LM: {_convert()}"
+        return f"is a Megatron-LM checkpoint: {_convert()}"
     if (path / "checkpoint_metadata.json").exists() and (path / "model").is_dir():
-        return f"is a checkpoint of nanotron: {_convert()}"
+        return f"is a nanotron checkpoint: {_convert()}"
     if (path / "adapter_config.json").exists():
-        return "is an adapter (peft): merge it into its model first (merge_and_unload, save_pretrained)"
+        return "is a PEFT adapter: merge it into its model (merge_and_unload, save_pretrained)"
     inside = sorted(path.glob("checkpoint-*/config.json"), key=_number)
     if inside:
-        return f"holds checkpoints of Hugging Face's Trainer: give one of them, such as {inside[-1].parent}"
+        return f"contains checkpoints of Hugging Face's Trainer: give one of them, such as {inside[-1].parent}"
     return ""
 
 
@@ -63,21 +63,21 @@ def _convert() -> str:
 
 
 def tokenizer(path: str | Path) -> str:
-    """Of a tokenizer: a file of one alone, or files without the settings that say what they are."""
+    """A hint for a tokenizer: a single file of one, or files without the settings that name their type."""
     path = Path(path)
     name = path.name.lower()
     if path.is_file():
         if name.endswith("tokenizer.json"):
             return (
-                "is one file of a tokenizer (GPT-NeoX's 20B_tokenizer.json is such a file): put it into a folder as "
+                "is one file of a tokenizer (such as GPT-NeoX's 20B_tokenizer.json): put it into a folder as "
                 f"tokenizer.json, with a tokenizer_config.json that names its eos_token ({_MORE})"
             )
         if name.endswith(("vocab.json", "merges.txt", "vocab.bpe")):
-            return f"is half of GPT-2's tokenizer: {_HALVES} ({_MORE})"
+            return f"is one of the two files of GPT-2's tokenizer: {_HALVES} ({_MORE})"
         if name.endswith("vocab.txt"):
             return (
-                "is a vocabulary of BERT's tokenizer: put it into a folder as vocab.txt, with a tokenizer_config.json "
-                f'that says {{"tokenizer_class": "BertTokenizer"}} ({_MORE})'
+                "is the vocabulary of a BERT tokenizer: put it into a folder as vocab.txt, with a "
+                f'tokenizer_config.json that contains {{"tokenizer_class": "BertTokenizer"}} ({_MORE})'
             )
         return ""
     if not path.exists():
@@ -87,19 +87,19 @@ def tokenizer(path: str | Path) -> str:
     if files and not any(file.is_file() for file in settings):
         kind = "BertTokenizer" if files == ["vocab.txt"] else "GPT2Tokenizer"
         return (
-            f"holds {' and '.join(files)} without a tokenizer_config.json, which says what they are: for {kind} write "
-            f'{{"tokenizer_class": "{kind}"}} into it'
+            f"contains {' and '.join(files)} but no tokenizer_config.json, which names the tokenizer's class: for "
+            f'{kind}, write {{"tokenizer_class": "{kind}"}} to that file'
         )
     return ""
 
 
 def corpus(prefix: str | Path) -> str:
-    """Of a corpus: one of its two files, a text that is not tokenized yet, another spelling of the prefix."""
+    """A hint for a corpus: one of its two files, a text that is not tokenized yet, another spelling of the prefix."""
     path = Path(prefix)
     if path.suffix in (".bin", ".idx") and path.exists():
         return f"is one of a corpus's two files: give the prefix of both, {path.with_suffix('')}"
     if path.is_file() and path.suffix in _TEXTS:
-        return f"is a text: tokenize it first (megalite preprocess), or train on it directly: megalite pretrain {path}"
+        return f"is a text: tokenize it (megalite preprocess), or train on it directly: megalite pretrain {path}"
     if path.is_dir():
         inside = sorted(path.glob("*.idx"))
         named = f", such as {inside[0].with_suffix('')}" if inside else ""

@@ -101,6 +101,17 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "max_window_layers": 2,
     },
+    "smollm3": {
+        **_SIZES,
+        "model_type": "smollm3",
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "no_rope_layer_interval": 2,
+        "pad_token_id": 7,
+    },
     "olmo2": {
         **_SIZES,
         "model_type": "olmo2",

@@ -1,10 +1,10 @@
-"""One JSON says what a run is: DeepSpeed's keys at the top, megalite's under `"megalite"`.
+"""One JSON file configures a run: DeepSpeed's keys at the top level, megalite's under `"megalite"`.
 
 `load_config` reads a file and `KEY=VALUE` overrides and checks each key; `Config.resolve` adds the world
-size, applies the rules between keys and writes every default that the result depends on; `check_model`
-compares the model's sizes with the rest. Nothing here imports torch or deepspeed or starts anything.
+size, applies the rules between keys and fills in every default that the result depends on; `check_model`
+checks the model's sizes against the config. Nothing here imports torch or deepspeed or starts anything.
 
-Read on in `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.py` (what ties them).
+Next: `sections.py` (our keys), `deepspeed_keys.py` (DeepSpeed's), `rules.py` (the rules between keys).
 """
 
 from collections.abc import Sequence
@@ -47,15 +47,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration. `resolve` fills in what the JSON leaves out, such as the batch sizes."""
+    """A whole configuration. `resolve` fills in values that the JSON leaves out, such as batch sizes."""
 
     document: Document
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """Lines about values that were made for another trainer (foreign.py)."""
+    """Lines about values that were written for another trainer (foreign.py)."""
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Config":
-        """Check a JSON object key by key. Raises ConfigError with a line for each that is wrong."""
+        """Checks a JSON object key by key. Raises ConfigError with a line for each wrong key."""
         value, notes = without_foreign(Document, value)
         document, wrong = read(Document, value)
         refuse(wrong | wrong_schedule(value), value)
@@ -73,18 +73,18 @@ class Config:
         return replace(resolved, notes=self.notes)
 
     def data_axis_size(self, world_size: int) -> int:
-        """Ranks of the data axis of `world_size` ranks. Raises ConfigError where the grid does not fit."""
+        """Size of the data axis in a world of `world_size` ranks. Raises ConfigError if the grid does not fit."""
         return data_axis_size(self.parallel, world_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The whole JSON, itself a valid input: `Config.from_dict(config.to_json()) == config`."""
+        """The whole JSON object, a valid input again: `Config.from_dict(config.to_json()) == config`."""
         return self.document.model_dump(exclude_none=True)
 
     @cached_property
     def deepspeed(self) -> dict[str, Any]:
-        """What `deepspeed.initialize` takes: no `megalite`, no scheduler of ours, totals of steps filled in."""
+        """The config for `deepspeed.initialize`: without `megalite` and our schedulers, with step totals filled in."""
         keys = self.document.model_dump(exclude_none=True, exclude={"megalite"})
-        # Left out, it is on, and waits for the device twice a micro-batch.
+        # On by default in DeepSpeed, this timer synchronizes with the device twice per micro-batch.
         keys.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
         scheduler = keys.get("scheduler", {})
         if scheduler.get("type") in OURS:
@@ -101,8 +101,8 @@ class Config:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The schedule that megalite runs itself; None where DeepSpeed's `scheduler` is in `deepspeed`; after
-        `resolve`."""
+        """The schedule that megalite runs itself; None if the scheduler is DeepSpeed's, which is in `deepspeed`. Call
+        `resolve` first."""
         scheduler, params = self.document.scheduler, check_schedule(self.document)
         if scheduler is None:
             return Schedule("constant", self.train.last_step)
@@ -123,7 +123,7 @@ class Config:
 
     @property
     def model(self) -> dict[str, Any] | str | Classified:
-        """An inline Hugging Face config, or the folder of one; with the labels where it is to be a classifier."""
+        """An inline Hugging Face config or the folder of one, along with the labels if the model is a classifier."""
         section = self.document.megalite.model
         return Classified(section, self.data.classes) if self.data.classes else section
 
@@ -144,50 +144,50 @@ class Config:
 
     @property
     def train_batch_size(self) -> int:
-        """Samples of an optimizer step, over all ranks, once a ramp is over; after `resolve`."""
+        """Samples per optimizer step over all ranks, after the batch ramp if there is one. Call `resolve` first."""
         return resolved(self.document.train_batch_size)
 
     @property
     def batch_plan(self) -> BatchPlan:
-        """Samples of each optimizer step; after `resolve`."""
+        """Samples of each optimizer step. Call `resolve` first."""
         return BatchPlan(self.train_batch_size, self.train.batch_ramp)
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples of a micro-batch on one data rank; after `resolve`."""
+        """Samples per micro-batch on one data rank. Call `resolve` first."""
         return resolved(self.document.train_micro_batch_size_per_gpu)
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of a step on one data rank; after `resolve`."""
+        """Micro-batches per step on one data rank. Call `resolve` first."""
         return resolved(self.document.gradient_accumulation_steps)
 
     @property
     def data_size(self) -> int:
-        """Ranks of the data axis; after `resolve`."""
+        """Size of the data axis. Call `resolve` first."""
         return self.train_batch_size // (self.micro_batch_size * self.accumulation_steps)
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run, pipe × data × context × tensor; after `resolve`."""
+        """Ranks of the run, pipe × data × context × tensor. Call `resolve` first."""
         parallel = self.parallel
         return self.data_size * parallel.pipe * parallel.context * parallel.tensor
 
     @property
     def precision(self) -> Literal["fp32", "bf16", "fp16"]:
-        """The type of weights and activations."""
+        """The dtype of weights and activations."""
         if self.document.fp16 is not None and self.document.fp16.enabled:
             return "fp16"
         return "bf16" if self.document.bf16 is not None and self.document.bf16.enabled else "fp32"
 
     @property
     def optimizer(self) -> Optimizer:
-        """The section `optimizer`; after `resolve`, whose rules ask for one."""
+        """The section `optimizer`. Call `resolve` first: its rules require this section."""
         return resolved(self.document.optimizer)
 
     @property
     def zero(self) -> ZeroOptimization:
-        """The section `zero_optimization`; left out: stage 0."""
+        """The section `zero_optimization`; stage 0 if it is left out."""
         return self.document.zero_optimization or ZeroOptimization.model_validate({})
 
     @property
@@ -197,24 +197,24 @@ class Config:
 
     @property
     def evaluates(self) -> bool:
-        """Whether a run makes evaluations: of validation data, or of prompts that are continued."""
-        shown = bool(self.data.valid or self.train.sample_prompts)
-        return shown and self.train.eval_interval > 0
+        """Whether a run evaluates: on validation data, or by continuing sample prompts."""
+        has_input = bool(self.data.valid or self.train.sample_prompts)
+        return has_input and self.train.eval_interval > 0
 
     @property
     def swap_folder(self) -> str | None:
-        """Where masters and moments lie in files between steps; None where they stay in memory."""
+        """Folder of the files that hold master weights and moments between steps; None if they stay in memory."""
         offload = self.zero.offload_optimizer
         return offload.nvme_path if offload is not None and offload.device == "nvme" else None
 
     @property
     def gradient_clipping(self) -> float:
-        """Highest global norm of the gradients; 0: no clipping."""
+        """Maximum global norm of the gradients; 0: no clipping."""
         return self.document.gradient_clipping
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a JSON file and set each `KEY=VALUE` in it; not resolved yet.
+    """Reads a JSON file and sets each `KEY=VALUE` in it; the result is not resolved yet.
 
     Raises ConfigError with one line that names the file or the key, its value and the rule.
     """
@@ -225,7 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_model(config: Config, dims: ModelDims) -> None:
-    """Compare the sizes of the model with the grid and the samples. Raises ConfigError with one line."""
+    """Checks the sizes of the model against the grid and the samples. Raises ConfigError with one line."""
     check_dims(config.document, dims)
 
 
@@ -233,6 +233,6 @@ Value = TypeVar("Value")
 
 
 def resolved(value: Value | None) -> Value:
-    """What `resolve` fills in where the JSON leaves it out."""
+    """A value that `resolve` fills in if the JSON leaves it out."""
     assert value is not None, "resolve(world_size) comes first"
     return value

@@ -11,14 +11,14 @@ PATH = "megalite.parallel"
 
 
 def check_context_keys(parallel: Parallel) -> None:
-    """What needs neither world nor model."""
+    """Rules that need neither the world size nor the model."""
     if parallel.context_attention == "heads" and parallel.context == 1:
         rule = f"needs {PATH}.context of 2 or more"
         raise broken(f"{PATH}.context_attention", parallel.context_attention, rule)
 
 
 def check_context_length(parallel: Parallel, length: int) -> None:
-    """A rank holds two runs of a sample's tokens (parallel/rows.py), which sequence parallelism divides again."""
+    """Each rank holds two runs of a sample's tokens (parallel/rows.py), which sequence parallelism divides again."""
     if parallel.context == 1:
         return
     unit = 2 * parallel.context
@@ -32,7 +32,7 @@ def check_context_length(parallel: Parallel, length: int) -> None:
 
 
 def check_context_heads(parallel: Parallel, dims: ModelDims) -> None:
-    """Exchanging heads for tokens needs heads for every rank."""
+    """If context ranks exchange tokens for heads, each needs a whole number of heads."""
     if parallel.context_attention != "heads":
         return
     context, tensor = parallel.context, parallel.tensor
@@ -45,5 +45,5 @@ def check_context_heads(parallel: Parallel, dims: ModelDims) -> None:
         raise broken(f"{PATH}.context", context, rule)
     keys = max(1, dims.num_kv_heads // tensor)
     if keys % context and context % keys:
-        rule = f"must divide the {keys} key/value heads of a rank or be a multiple of them {mode}"
+        rule = f"must divide the {keys} key/value heads of a rank or be a multiple of it {mode}"
         raise broken(f"{PATH}.context", context, rule)

@@ -1,8 +1,4 @@
-"""The whole JSON as one type, and the sizes of a model that rules need. Next: rules.py.
-
-Each function takes the validated document (or sizes) and raises ConfigError with one line that names the key, its
-value and the rule.
-"""
+"""The whole JSON as one type, and the sizes of a model that rules need. Next: rules.py."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""The rules of the expert axis: its size against the data axis and the model, and what ZeRO can do with it.
+"""The rules of the expert axis: its size against the data axis and the model, and the ZeRO settings that support it.
 
 Each raises ConfigError with one line. Called by rules.py.
 """
@@ -12,7 +12,7 @@ PATH = "megalite.parallel.expert"
 
 
 def check_zero_of_experts(document: Document) -> None:
-    """What DeepSpeed can shard beside an expert axis."""
+    """ZeRO settings that work with an expert axis."""
     expert, zero = document.megalite.parallel.expert, document.zero_optimization
     if expert == 1 or zero is None:
         return
@@ -25,17 +25,19 @@ def check_zero_of_experts(document: Document) -> None:
     offload = zero.offload_optimizer
     if offload is not None and offload.device != "none":
         path = "zero_optimization.offload_optimizer.device"
-        raise broken(path, offload.device, f"must be none with {PATH} {expert}: it was not tried")
+        raise broken(
+            path, offload.device, f"must be none with {PATH} {expert}: offloading is untested"
+        )
 
 
 def check_expert_axis(parallel: Parallel, data: int) -> None:
-    """The expert axis is a part of the data axis of `data` ranks."""
+    """The expert axis divides the data axis of `data` ranks."""
     if data % parallel.expert:
         raise broken(PATH, parallel.expert, f"must divide the data axis of {data} ranks")
 
 
 def check_experts(megalite: Megalite, dims: ModelDims) -> None:
-    """Experts against the model."""
+    """The expert axis and the router's settings must fit the model."""
     expert, router = megalite.parallel.expert, megalite.train.router
     if dims.experts == 0 and expert > 1:
         raise broken(

@@ -1,4 +1,4 @@
-"""What a config key means, in some lines: `megalite config explain KEY`. The words are those beside the fields."""
+"""Explains a config key in a few lines: `megalite config explain KEY`. The texts are the fields' descriptions."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from megalite.config.foreign import AUTO
 from megalite.config.schedules import SCHEDULES
 from megalite.config.section import Section, nearest, sections_of, unknown
 
-_INDEX = re.compile(r"\.\d+(?=\.|$)")  # of an entry of a list, as in megalite.data.train.0.weight
+_INDEX = re.compile(r"\.\d+(?=\.|$)")  # of a list entry, as in megalite.data.train.0.weight
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "greater than {}",
@@ -25,8 +25,8 @@ _BOUNDS = {
 
 
 class Key(NamedTuple):
-    """A key of the JSON. path: dotted; schema: pydantic's of its value; keys: those below it; of: the type of
-    `scheduler` that has it; definitions: what the schema refers to."""
+    """A key of the JSON. path: dotted; schema: pydantic's schema of its value; keys: those below it; of: the types of
+    `scheduler` that have it, or ""; definitions: schemas that `schema` refers to."""
 
     path: str
     meaning: str
@@ -40,8 +40,8 @@ class Key(NamedTuple):
 
 @functools.cache
 def all_keys() -> list[Key]:
-    """Every key that the JSON may have, in the order of docs/config.md; one that several types of `scheduler` have
-    alike comes once."""
+    """Every key that the JSON may have, in the order of docs/config.md; a key that is the same in several types of
+    `scheduler` appears once."""
     keys = list(_keys(Document, ""))
     of_schedulers: list[Key] = []
     for name, section in SCHEDULES.items():
@@ -74,7 +74,7 @@ def _keys(section: type[Section], prefix: str, of: str = "") -> Iterator[Key]:
 
 
 def refusals(section: type[Section] = Document, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key that DeepSpeed knows and megalite refuses, with the reason."""
+    """Every key that DeepSpeed accepts and megalite rejects, with the reason."""
     for key, why in section.refused.items():
         yield f"{prefix}{key}", why
     for name, field in section.model_fields.items():
@@ -83,9 +83,9 @@ def refusals(section: type[Section] = Document, prefix: str = "") -> Iterator[tu
 
 
 def explain(name: str) -> list[str]:
-    """The lines about a key: a dotted path, or the end of some (`stage`, `parallel.tensor`).
+    """The lines about a key. name: a dotted path, or the last parts of one (`stage`, `parallel.tensor`).
 
-    Raises ConfigError with the nearest keys for one that does not exist.
+    Raises ConfigError with the nearest keys if it does not exist.
     """
     name = _INDEX.sub("", name)
     keys, refused = all_keys(), dict(refusals())
@@ -111,8 +111,8 @@ def _lines(key: Key) -> Iterator[str]:
         yield f"  rule     {rule}"
     if key.path in AUTO:
         becomes = AUTO[key.path]
-        said = f"left out: {becomes[1]}" if isinstance(becomes, tuple) else json.dumps(becomes)
-        yield f'  "auto"   {said}'
+        meaning = f"left out: {becomes[1]}" if isinstance(becomes, tuple) else json.dumps(becomes)
+        yield f'  "auto"   {meaning}'
     if key.keys:
         yield f"  keys     {', '.join(key.keys)}"
 
@@ -126,7 +126,7 @@ def _default(key: Key) -> str:
 
 
 def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """A value's type in the words of a JSON file."""
+    """A value's type, in JSON's terms."""
     if "anyOf" in schema:
         return ", or ".join(_type(part, definitions) for part in schema["anyOf"])
     if "$ref" in schema:
@@ -141,7 +141,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _rules(schema: dict[str, Any]) -> Iterator[str]:
-    """The bounds that a value of some type must keep."""
+    """The bounds of a value."""
     for part in (*schema.get("anyOf", ()), *filter(None, [schema.get("items")])):
         yield from _rules(part)
     yield from (words.format(schema[name]) for name, words in _BOUNDS.items() if name in schema)

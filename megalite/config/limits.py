@@ -1,6 +1,6 @@
-"""`megalite.train.limits` and `megalite.train.faults`: what a run does about parts that hang and steps that go wrong.
+"""`megalite.train.limits` and `megalite.train.faults`: how a run handles operations that hang and steps that go wrong.
 
-Next: sections.py, of which they are a part.
+Next: sections.py, which includes them.
 """
 
 from datetime import timedelta
@@ -14,71 +14,73 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Limits(Section):
-    """How long each part of a run may take. A part that takes longer counts as stuck: each rank writes its stacks into
+    """Time limits for the parts of a run. A part that takes longer counts as hung: each rank writes its stack traces to
     the run folder's `faults/`, and all ranks end."""
 
     first_step_seconds: Seconds = Field(
-        1800.0, description="The start of the engine, and the first step, each."
+        1800.0, description="For the start of the engine, and again for the first step."
     )
-    step_seconds: Seconds = Field(600.0, description="One later step.")
+    step_seconds: Seconds = Field(600.0, description="For each later step.")
     checkpoint_seconds: Seconds = Field(
-        1800.0, description="The time that a step waits for a checkpoint."
+        1800.0, description="For the time that a step waits for a checkpoint."
     )
-    evaluation_seconds: Seconds = Field(1800.0, description="One evaluation.")
+    evaluation_seconds: Seconds = Field(1800.0, description="For each evaluation.")
 
     @property
     def collective_timeout(self) -> timedelta:
-        """After which torch itself ends a collective: later than all of them, since their report has more to tell."""
+        """torch's timeout for collectives: above all limits, since the report of a limit says more than torch's."""
         longest = max(self.model_dump().values())
         return timedelta(seconds=longest + 300)
 
 
-# Of programs without limits of their own.
+# For programs without limits in their config.
 DEFAULT_TIMEOUT = Limits.model_validate({}).collective_timeout
 
 
 class Faults(Section):
-    """What a run does about a step that went wrong, and what it looks for. Each is judged before the step's update, the
-    same on every rank. A skipped step counts in `step`, `consumed_samples` and the learning rate's schedule; its row
-    says `skipped`."""
+    """The faults that a run looks for, and what it does about them. Each step is judged before its update, the same on
+    every rank. A skipped step counts in `step`, `consumed_samples` and the learning-rate schedule; its row has
+    `skipped`."""
 
     not_finite: Literal["stop", "skip", "rewind"] = Field(
         "stop",
-        description="A loss or gradient that is not finite. `stop` ends the run with 1; `skip` leaves the update out; "
-        "`rewind` goes back to the newest good checkpoint and leaves that batch out for good. fp16's overflows, which "
-        "a smaller loss scale cures, are always skipped.",
+        description="For a loss or gradient that is not finite. `stop` ends the run with exit code 1; `skip` skips the "
+        "update; `rewind` reloads the newest good checkpoint and leaves out that batch from then on. fp16 overflows, "
+        "which a smaller loss scale avoids, are always skipped.",
     )
     spike_factor: float | None = Field(
         None,
         gt=1,
-        description="A loss above this many times the median of the last spike_window losses is a spike; there is none "
-        "if that median is 0.",
+        description="A loss above this factor times the median of the last spike_window losses is a spike, unless "
+        "that median is 0.",
     )
     spike_window: Positive = Field(
-        100, description="Losses in that median; there is no spike before there are as many."
+        100, description="Losses in that median; no spike is detected before there are as many."
     )
     spike: Literal["warn", "skip", "rewind"] = Field(
-        "warn", description="What is done about a spike: a line in the log, or as in not_finite."
+        "warn",
+        description="For a spike. `warn` logs a line; `skip` and `rewind` are as in not_finite.",
     )
     most_in_a_row: Positive = Field(
         10,
-        description="After so many skips or rewinds with no step past them, the next one stops the run.",
+        description="After this many consecutive skips or rewinds without progress, the next one stops the run.",
     )
     replica_check_interval: Counter = Field(
         100,
-        description="Steps between two comparisons of all copies of each weight, by a hash: over the data axis, over "
-        "the tensor axis, and of tied embeddings; 0: never. A rank that differs is named and the run ends with 1.",
+        description="Steps between two comparisons of all copies of each weight by their hashes: over the data axis, "
+        "over the tensor axis, and of tied embeddings; 0: never. If a rank differs, the run names it and ends with "
+        "exit code 1.",
     )
     pace_interval: Counter = Field(
         10,
-        description="Steps between two comparisons of the time that each rank computes; the metrics of such a step "
-        "also have `split_seconds`, the parts of its time; 0: never.",
+        description="Steps between two comparisons of all ranks' compute times; the metrics of such a step also have "
+        "`split_seconds`, the parts of its time; 0: never.",
     )
     slow_factor: float = Field(
         1.5,
         gt=1,
-        description="A rank is slow if it computes longer than this many times the median of all ranks.",
+        description="A rank is slow if its compute time is above this factor times the median of all ranks.",
     )
     slow_looks: Positive = Field(
-        3, description="Comparisons in a row after which a slow rank is named."
+        3, description="A rank is reported if it is slow in this many consecutive comparisons."
     )

@@ -1,4 +1,4 @@
-"""The masked objective of `megalite.data`: its keys (data/masking.py has what they do). Next: sections.py."""
+"""The keys of the masked objective of `megalite.data`; data/masking.py implements it. Next: sections.py."""
 
 from typing import Annotated, Any
 
@@ -15,25 +15,26 @@ def _masked(value: Any) -> Any:
     shares = value if isinstance(value, list) and len(value) == 2 else [value]
     if all(isinstance(share, float) and 0 < share < 1 for share in shares):
         return value
-    rule = "must be above 0 and below 1, or two such numbers, of the first and the last step"
+    rule = "must be above 0 and below 1, or two such numbers, for the first and the last step"
     raise PydanticCustomError("masked", rule)
 
 
 class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
-    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
+    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. The choice is
+    drawn anew in each epoch, the same on every layout and after a restart; special tokens are never masked."""
 
     masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
-        description="Share of the tokens that are predicted, such as 0.15; or the shares of the first and the last "
-        "step, such as `[0.3, 0.15]`, in a straight line between them. Evaluation uses the last step's.",
+        description="Share of the tokens to predict, such as 0.15; or the shares of the first and the last step, such "
+        "as `[0.3, 0.15]`, with linear interpolation between them. Evaluation uses the last step's.",
     )
     whole_word: bool = Field(
         False,
         description="Predict all tokens of a word or none; needs a tokenizer whose tokens show where words begin.",
     )
-    keep: Share = Field(0.1, description="Share of those that are left as they are.")
+    keep: Share = Field(0.1, description="Share of the predicted tokens that stay unchanged.")
     swap: Share = Field(
-        0.1, description="Share of those that are replaced by a random token; the rest is masked."
+        0.1,
+        description="Share of the predicted tokens that are replaced by a random token; the rest are masked.",
     )
     mask_token_id: Counter | None = Field(
         None,
@@ -41,7 +42,8 @@ class Masked(Section):
     )
     special_token_ids: list[Counter] | None = Field(
         None,
-        description="Tokens that are never predicted, beside the mask token; left out: the tokenizer's special tokens.",
+        description="Tokens that are never predicted, apart from the mask token; left out: the tokenizer's special "
+        "tokens.",
     )
 
     @property
@@ -51,6 +53,6 @@ class Masked(Section):
         return first, last
 
     def share(self, step: int, steps: int) -> float:
-        """Of step `step`, from 0 on, of a run of `steps`."""
+        """The share at step `step`, from 0, of a run of `steps`."""
         first, last = self.ends
         return first + (last - first) * min(1.0, step / max(1, steps - 1))

@@ -1,7 +1,7 @@
-"""What a model predicts beside the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
+"""Objectives other than the next token and masked tokens: `megalite.data.objective` as sections of the JSON.
 
-Of classifiers the labels of texts, of encoder-decoders the target that belongs to a source, from pairs or from the
-text itself. Masked language modelling is in masks.py.
+Classifiers predict labels of texts; encoder-decoders predict the target of a source, from pairs or by span corruption.
+Masked language modelling is in masks.py.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ Length = Annotated[int, Field(ge=2)]
 
 class Classes(Section):
     """Classification: the model predicts the label of each text. The texts are whole documents, `packed` or `padded`,
-    of a corpus that tools/preprocess_data.py --label-key has made."""
+    of a corpus that tools/preprocess_data.py --label-key made."""
 
     classes: list[Annotated[str, Field(min_length=1)]] = Field(
         min_length=2,
         max_length=256,
-        description="Names of the labels, in the order in which tools/preprocess_data.py --classes was given them.",
+        description="Names of the labels, in the order given to tools/preprocess_data.py --classes.",
     )
 
 
 @dataclass(frozen=True)
 class Classified:
-    """A model section of which a classifier of texts is made, with the names of its labels."""
+    """The model section of a text classifier, with the names of its labels."""
 
     section: dict[str, Any] | str
     classes: tuple[str, ...]
@@ -36,11 +36,11 @@ class Classified:
 
 class Pairs(Section):
     """Pairs of a source and its target, such as translations, for an encoder-decoder (t5). The corpus is one that
-    tools/preprocess_data.py --pairs has made, a pair a sample."""
+    tools/preprocess_data.py --pairs made; each sample is one pair."""
 
     source_length: Length = Field(
-        description="Tokens of a sample for the source and the token that ends it; the rest of "
-        "`megalite.data.sequence_length` is for the target. What is longer is cut."
+        description="Tokens of a sample for the source and its end token; the rest of "
+        "`megalite.data.sequence_length` is for the target. Longer sources and targets are truncated."
     )
     start_token_id: Counter = Field(
         0, description="The token that targets begin with, the model's decoder_start_token_id."
@@ -48,13 +48,14 @@ class Pairs(Section):
 
 
 class Spans(Section):
-    """Span corruption, for pretraining an encoder-decoder (t5): spans of the text are replaced by a sentinel each, and
-    the target holds them. They are drawn again in each epoch, the same on every layout and after a restart."""
+    """Span corruption, for pretraining an encoder-decoder (t5): each chosen span of the text is replaced by a sentinel,
+    and the target contains the spans. They are drawn anew in each epoch, the same on every layout and after a
+    restart."""
 
     span_corruption: float = Field(
-        gt=0, lt=1, description="Share of the tokens that are replaced and predicted, such as 0.15."
+        gt=0, lt=1, description="Share of the tokens to replace and predict, such as 0.15."
     )
-    mean_span: float = Field(3.0, ge=1, le=1e6, description="Mean tokens of a span.")
+    mean_span: float = Field(3.0, ge=1, le=1e6, description="Mean length of a span in tokens.")
     start_token_id: Counter = Field(
         0, description="The token that targets begin with, the model's decoder_start_token_id."
     )
@@ -71,8 +72,8 @@ class Spans(Section):
 
 
 class SpanLengths(NamedTuple):
-    """text: tokens of a corpus in a sample, of which `noise` are predicted in so many `spans`; source, target: tokens
-    that these make, with sentinels and the end."""
+    """Lengths in tokens. text: tokens of the corpus in a sample; noise: those that are predicted, in `spans` spans;
+    source, target: lengths of the two, with sentinels and the end token."""
 
     text: int
     noise: int
@@ -88,14 +89,14 @@ class SpanLengths(NamedTuple):
 
 
 def span_lengths(objective: Spans, length: int) -> SpanLengths | None:
-    """Of samples of `length` tokens, source and target together: the longest text that fits; None where none does.
+    """Lengths for the longest text whose source and target together fit into `length` tokens; None if none does.
 
-    As T5 has it, numbers of tokens and spans are the same in each sample (arXiv 1910.10683, section 3.1.4).
+    As in T5, every sample has the same number of tokens and spans (arXiv 1910.10683, section 3.1.4).
     """
     return _longest_text(objective.span_corruption, objective.mean_span, length)
 
 
-@cache  # called at each step, and it walks through lengths
+@cache  # called at each step, and tries many lengths
 def _longest_text(share: float, mean_span: float, length: int) -> SpanLengths | None:
     for text in range(length, 1, -1):
         noise = min(max(round(text * share), 1), text - 1)

@@ -1,4 +1,4 @@
-"""The rules of `optimizer`, `zero_optimization` and the precision: what works together, and what DeepSpeed cannot do.
+"""The rules of `optimizer`, `zero_optimization` and the precision: which settings work together in DeepSpeed.
 
 Each function takes the validated document (or sizes) and raises ConfigError with one line that names the key, its
 value and the rule.
@@ -24,10 +24,10 @@ def check_precision(document: Document) -> None:
     zero = document.zero_optimization
     if (bf16 or fp16) and (zero is None or zero.stage == 0):
         name = "bf16" if bf16 else "fp16"
-        rule = f"DeepSpeed does not start ZeRO-0 with {name} and fp32 accumulation; use stage 1, same result"
+        rule = f"DeepSpeed does not support ZeRO stage 0 with {name} and fp32 accumulation; use stage 1, same result"
         raise broken("zero_optimization.stage", 0, rule)
     if document.communication_data_type == "bf16" and not bf16:
-        raise broken("communication_data_type", "bf16", "needs bf16.enabled; leave it out")
+        raise broken("communication_data_type", "bf16", "needs bf16.enabled true, or leave it out")
 
 
 def check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
@@ -35,7 +35,7 @@ def check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
     if pipe > 1 and zero.stage == 3:
         rule = (
             f"must be at most 2 with megalite.parallel.pipe {pipe}: each micro-batch would gather the stage's weights "
-            "again, twice, and forwards and backwards in turn would undo DeepSpeed's order of fetches"
+            "twice, and alternating forward and backward passes would defeat DeepSpeed's prefetching"
         )
         raise broken("zero_optimization.stage", 3, rule)
     for name in ("offload_optimizer", "offload_param"):
@@ -54,7 +54,7 @@ def check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
 
 
 def _check_nvme(document: Document, optimizer: Optimizer) -> None:
-    """Optimizer states in files: the keys that go together."""
+    """Rules for optimizer states in files (device nvme)."""
     zero = document.zero_optimization
     offload = None if zero is None else zero.offload_optimizer
     path = "zero_optimization.offload_optimizer"
@@ -75,19 +75,18 @@ def _check_nvme(document: Document, optimizer: Optimizer) -> None:
         ways = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
         rule = f"must be at least {needed}: {needed // ways} tensors of a sub-group"
         pipelines = [name for name in ("pipeline_read", "pipeline_write") if getattr(offload, name)]
-        raise broken(
-            f"{path}.buffer_count", offload.buffer_count, " and again for ".join([rule, *pipelines])
-        )
+        rule = ", and as many for ".join([rule, *pipelines])
+        raise broken(f"{path}.buffer_count", offload.buffer_count, rule)
 
 
 def moments_kept(optimizer: Optimizer) -> int:
-    """Tensors that the optimizer keeps of each weight."""
+    """Number of state tensors that the optimizer keeps for each weight."""
     return 2 if optimizer.type != "SGD" else int(bool(optimizer.params.momentum))
 
 
 def buffers_needed(offload: OffloadOptimizer, optimizer: Optimizer) -> int:
-    """Of a step with device nvme: masters and moments of a sub-group, of the one that is read ahead and of the one that
-    is still written."""
+    """Number of buffers for a step with device nvme: for the master weights and moments of the current sub-group, of
+    the one being prefetched and of the one being written back."""
     sub_groups = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
     return sub_groups * (1 + moments_kept(optimizer))
 
@@ -117,5 +116,5 @@ def check_groups(document: Document) -> None:
     scheduler = document.scheduler
     for i, group in enumerate(document.megalite.train.parameter_groups):
         if group.lr_ratio != 1 and scheduler is not None and scheduler.type in DEEPSPEEDS:
-            rule = f"must be 1 with DeepSpeed's scheduler.type {scheduler.type}, which sets one rate for all"
+            rule = f"must be 1 with DeepSpeed's scheduler.type {scheduler.type}, which sets one rate for all groups"
             raise broken(f"megalite.train.parameter_groups.{i}.lr_ratio", group.lr_ratio, rule)

@@ -11,7 +11,7 @@ PATH = "megalite.parallel"
 
 
 def check_schedule_of_pipe(parallel: Parallel) -> None:
-    """What needs neither world nor model."""
+    """Rules that need neither the world size nor the model."""
     schedule, pipe, chunks = parallel.schedule, parallel.pipe, parallel.chunks
     if pipe == 1 and schedule != "1f1b":
         raise broken(f"{PATH}.schedule", schedule, f"needs {PATH}.pipe of 2 or more")
@@ -22,16 +22,18 @@ def check_schedule_of_pipe(parallel: Parallel) -> None:
     if parallel.cut != "cost":
         needed = pipe * parallel.chunks_a_rank
         if len(parallel.cut) != needed:
-            rule = f"must have {needed} numbers: {PATH}.pipe {pipe} × {parallel.chunks_a_rank} chunks a rank"
+            rule = f"must have {needed} numbers: {PATH}.pipe {pipe} × {parallel.chunks_a_rank} chunks per rank"
             raise broken(f"{PATH}.cut", parallel.cut, rule)
         if 0 in parallel.cut[:-1]:
             raise broken(
-                f"{PATH}.cut", parallel.cut, "must have 1 or more in every place but the last"
+                f"{PATH}.cut",
+                parallel.cut,
+                "must have at least 1 layer in every chunk but the last",
             )
 
 
 def check_micro_batches(parallel: Parallel, plan: BatchPlan, micro: int, data: int) -> None:
-    """Interleaving works on groups of as many micro-batches as there are ranks."""
+    """The interleaved schedule works on groups of as many micro-batches as the pipe axis has ranks."""
     if parallel.schedule != "interleaved":
         return
     unit = micro * data * parallel.pipe
@@ -49,15 +51,15 @@ def check_micro_batches(parallel: Parallel, plan: BatchPlan, micro: int, data: i
 
 
 def check_layers(parallel: Parallel, layers: int) -> None:
-    """Every chunk but the last one has a layer."""
+    """Every chunk but the last needs a layer."""
     a_rank = parallel.chunks_a_rank
     chunks = parallel.pipe * a_rank
     if chunks > layers + 1:
-        product = f"times {a_rank} chunks a rank, {chunks}, " if a_rank > 1 else ""
-        rule = f"{product}must be at most num_hidden_layers + 1 (the head), {layers + 1}"
+        product = f"times {a_rank} chunks per rank = {chunks}: " if a_rank > 1 else ""
+        rule = f"{product}must be at most num_hidden_layers + 1 (the head) = {layers + 1}"
         raise broken(f"{PATH}.pipe", parallel.pipe, rule)
     if parallel.cut != "cost" and sum(parallel.cut) != layers:
         total = sum(parallel.cut)
         raise broken(
-            f"{PATH}.cut", parallel.cut, f"has {total} layers: must have num_hidden_layers {layers}"
+            f"{PATH}.cut", parallel.cut, f"sums to {total}: must sum to num_hidden_layers {layers}"
         )

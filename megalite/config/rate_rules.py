@@ -1,4 +1,4 @@
-"""The rules of `scheduler`: the parameters of each type, and a warm-up that leaves room for what follows it.
+"""The rules of `scheduler`: the parameters of each type, and a warm-up that fits into the schedule.
 
 Each function takes the validated document (or sizes) and raises ConfigError with one line that names the key, its
 value and the rule.
@@ -14,7 +14,7 @@ from megalite.errors import ConfigError
 
 
 def wrong_schedule(value: Any) -> Wrong:
-    """What is wrong with `scheduler.params` of a whole JSON, of which other parts may be wrong too."""
+    """What is wrong with `scheduler.params` in a whole JSON, whose other parts may be wrong too."""
     scheduler = value.get("scheduler") if isinstance(value, dict) else None
     if not isinstance(scheduler, dict):
         return {}
@@ -26,7 +26,7 @@ def wrong_schedule(value: Any) -> Wrong:
 
 
 def check_schedule(document: Document) -> Section | None:
-    """The parameters of `scheduler` as the section of its type; None where there is no scheduler."""
+    """The parameters of `scheduler` as the section of its type; None if there is no scheduler."""
     scheduler = document.scheduler
     if scheduler is None:
         return None
@@ -44,7 +44,7 @@ def check_schedule(document: Document) -> Section | None:
     if hasattr(params, total_key):
         total = getattr(params, total_key) or document.megalite.train.steps
         warmup = getattr(params, warmup_key)
-        if warmup is not None and total is not None:  # None: it follows from epochs
+        if warmup is not None and total is not None:  # total is None while it depends on epochs
             _check_fall(params, f"scheduler.params.{warmup_key}", warmup, warmup, total, total_key)
     return params
 
@@ -65,28 +65,28 @@ def _check_own_schedule(params: Constant) -> None:
 
 
 def decay_steps(params: WSD, total: int) -> int:
-    """Steps of the decay, of `total` of the schedule."""
+    """Steps of the decay in a schedule of `total` steps."""
     return params.decay_steps or max(1, round((params.decay_share or 0.1) * total))
 
 
 def _check_fall(
     params: Section, key: str, value: int, warmup: int, total: int, total_key: str = "total_steps"
 ) -> None:
-    """`value` of `key` makes a warm-up of `warmup` steps: they must leave room for what follows."""
+    """Checks that a warm-up of `warmup` steps, which `value` of `key` gives, and the decay fit into `total` steps."""
     if isinstance(params, WSD) and (params.decay_steps or 0) > total:
         rule = f"must be at most {total_key} {total}"
         raise broken("scheduler.params.decay_steps", params.decay_steps, rule)
-    so_many = "" if value == warmup else f"makes {warmup} steps of warm-up: "
+    in_steps = "" if value == warmup else f"is a warm-up of {warmup} steps: "
     if isinstance(params, WSD) and warmup + decay_steps(params, total) > total:
         rule = f"and the decay's {decay_steps(params, total)} steps must be at most {total_key} {total} together"
-        raise broken(key, value, f"{so_many}{rule}")
+        raise broken(key, value, f"{in_steps}{rule}")
     if warmup > total:
-        rule = f"must be at most {total_key} {total} (megalite.train.steps where it is left out)"
-        raise broken(key, value, f"{so_many}{rule}")
+        rule = f"must be at most {total_key} {total} (megalite.train.steps if it is left out)"
+        raise broken(key, value, f"{in_steps}{rule}")
 
 
 def warmup_steps(document: Document, params: Constant, plan: BatchPlan) -> int:
-    """Steps of the warm-up, also where it is counted in tokens. ConfigError where it is too long for the schedule."""
+    """Steps of the warm-up, also if it is given in tokens. Raises ConfigError if it is too long for the schedule."""
     megalite = document.megalite
     if params.warmup_tokens is None:
         return params.warmup_steps

@@ -1,4 +1,4 @@
-"""A JSON file and `KEY=VALUE` overrides to one plain dict. What its keys mean is not known here."""
+"""Reads a JSON file and `KEY=VALUE` overrides into one plain dict. Knows nothing about the meaning of keys."""
 
 import json
 import math
@@ -12,26 +12,26 @@ from megalite.inputs import parse_json, read_text
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Reads a file that contains one JSON object.
 
-    Raises ConfigError for a file that cannot be read, is no JSON (with its line), holds a key twice or
-    a number that JSON does not have (NaN, Infinity).
+    Raises ConfigError if the file cannot be read, is not JSON (with the line), contains a key twice or
+    a number that JSON does not allow (NaN, Infinity).
     """
     if Path(path).suffix in (".yml", ".yaml"):
         rule = "is YAML: must be JSON; docs/coming_from.md has the keys of GPT-NeoX and nanotron side by side"
         raise ConfigError(f"{path}: {rule}")
     value = parse_json(read_text(path), path, pairs=_no_key_twice, constant=_no_constant)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold an object {{…}}")
-    value.pop("$schema", None)  # an editor's: where the file of `megalite config schema` is
+        raise ConfigError(f"{path}: must be a JSON object {{…}}")
+    value.pop("$schema", None)  # for editors: the path of the file from `megalite config schema`
     return value
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`document` with each `KEY=VALUE` set, in order. KEY is a dotted path (numbers index lists), VALUE is
-    JSON or a bare string. The argument is left as it is.
+    """A copy of `document` with each `KEY=VALUE` set, in order. KEY is a dotted path (numbers index lists),
+    VALUE is JSON or a bare string.
 
-    Raises ConfigError for an argument of another form or a path through something that holds no keys.
+    Raises ConfigError for an override of another form, or a path through a value that has no keys.
     """
     document = json.loads(json.dumps(document))
     for override in overrides:
@@ -61,7 +61,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _value(override: str, text: str) -> Any:
-    """JSON where it is JSON, else the string itself; what opens as JSON must be whole."""
+    """The value as JSON if it is JSON, else the string itself; a value that begins like JSON must be valid JSON."""
     try:
         json.loads(text)
     except json.JSONDecodeError:
@@ -70,12 +70,12 @@ def _value(override: str, text: str) -> Any:
                 raise ConfigError(f"{shown_text(override)}: the value is not UTF-8") from None
             return text
     except (ValueError, RecursionError):
-        pass  # told below
+        pass  # parse_json reports it below
     return parse_json(text, shown_text(override), pairs=_no_key_twice, constant=_no_constant)
 
 
 def _is_text(value: str) -> bool:
-    """Whether UTF-8 can write it: what a shell hands over as other bytes it cannot."""
+    """Whether UTF-8 can encode it: an argument with other bytes from the shell cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -84,20 +84,20 @@ def _is_text(value: str) -> bool:
 
 
 def check_numbers(value: Any, path: str = "") -> None:
-    """ConfigError for a number anywhere in `value` that is not finite or takes more than 64 bits: no key means one,
-    and much that is computed of keys would not take it."""
+    """Raises ConfigError for a number anywhere in `value` that is not finite or does not fit in 64 bits: no key needs
+    one, and computations with it could overflow."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             check_numbers(inner, join(path, key))
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: {value}: must be a finite number")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{path}: {shown_text(str(value))}: must be an integer of 64 bits")
+        raise ConfigError(f"{path}: {shown_text(str(value))}: must be a 64-bit integer")
 
 
 def _index(node: list[Any], key: str, path: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node)):
-        raise ConfigError(f"{path}: is no entry of a list of {len(node)}")
+        raise ConfigError(f"{path}: must be an index into a list of {len(node)} entries")
     return int(key)
 
 
@@ -109,7 +109,7 @@ def _step_into(node: Any, key: str, path: str) -> Any:
         if child is None:
             child = node[key] = {}
     if not isinstance(child, dict | list):
-        raise broken(path, child, "holds no keys")
+        raise broken(path, child, "is not an object or list, so it has no keys")
     return child
 
 

@@ -1,5 +1,5 @@
-"""The rules that tie several keys together: the grid, the batch, ZeRO against pipe, the model against
-the grid. Types and ranges of single keys are in `sections.py` and `deepspeed_keys.py`.
+"""The rules between several keys: the grid, the batch, ZeRO against pipe, the model against the grid.
+Types and ranges of single keys are in `sections.py` and `deepspeed_keys.py`.
 
 Each function takes the validated document (or sizes), returns plain values and raises ConfigError with
 one line that names the key, the values and the rule.
@@ -52,8 +52,8 @@ from megalite.config.sections import Megalite
 from megalite.config.stack_rules import check_layout_of_stacks, check_stacks
 from megalite.errors import ConfigError
 
-MOST_RISES = 100_000  # of a batch's ramp, through which batches.py walks
-FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), written down since the result depends on them
+MOST_RISES = 100_000  # increments of a batch ramp, since batches.py loops over them
+FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), made explicit because the result depends on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,
     "loss_scale_window": 1000,
@@ -67,7 +67,7 @@ BATCH_RULE = (
 
 
 def data_axis_size(parallel: Parallel, world_size: int) -> int:
-    """Ranks of the data axis: `world_size` / (pipe × context × tensor), which must come out even."""
+    """Size of the data axis: `world_size` / (pipe × context × tensor), which must divide evenly."""
     factors = {"pipe": parallel.pipe, "tensor": parallel.tensor}
     if parallel.context > 1:
         factors["context"] = parallel.context
@@ -81,9 +81,9 @@ def data_axis_size(parallel: Parallel, world_size: int) -> int:
 
 
 def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
-    """(train_batch_size, micro-batch, accumulation) for a data axis of `data` ranks.
+    """(train_batch_size, micro-batch size, gradient accumulation steps) for a data axis of `data` ranks.
 
-    Any one that is left out follows from the other two; with one alone accumulation is 1, as in DeepSpeed.
+    If one is left out, it follows from the other two; if only one is given, accumulation is 1, as in DeepSpeed.
     """
     batch = keys.train_batch_size
     micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
@@ -101,7 +101,7 @@ def batch_sizes(keys: DeepSpeedKeys, data: int) -> tuple[int, int, int]:
         "gradient_accumulation_steps": accumulation,
         "data axis": data,
     }
-    # The batch is given: the others must make it, or the one that is missing follows from it.
+    # The batch size is given: the product of the others must equal it, or the missing one follows from it.
     factor, names = 1, []
     for name, value in given.items():
         if value is not None:
@@ -142,7 +142,7 @@ def _check_faults(megalite: Megalite) -> None:
     faults = megalite.train.faults
     for name in ("not_finite", "spike"):
         if getattr(faults, name) == "rewind" and megalite.data.order == "megatron":
-            rule = 'must not be rewind with megalite.data.order "megatron", made for a given number of samples'
+            rule = 'must not be rewind with megalite.data.order "megatron", built for a fixed number of samples'
             raise broken(f"megalite.train.faults.{name}", "rewind", rule)
     if faults.spike != "warn" and faults.spike_factor is None:
         rule = "needs megalite.train.faults.spike_factor"
@@ -150,7 +150,7 @@ def _check_faults(megalite: Megalite) -> None:
 
 
 def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
-    """The ramp's batches against train_batch_size and what the ranks compute at a time."""
+    """The ramp's batch sizes against train_batch_size, micro-batch and data axis."""
     ramp, key = plan.ramp, "megalite.train.batch_ramp"
     if ramp is None:
         return
@@ -164,12 +164,12 @@ def _check_ramp(plan: BatchPlan, micro: int, data: int) -> None:
         rule = f"must divide train_batch_size {plan.full} - start {ramp.start} = {plan.full - ramp.start}"
         raise broken(f"{key}.increment", ramp.increment, rule)
     if plan.levels > MOST_RISES:
-        rule = f"makes {plan.levels:,} rises: must be at most {MOST_RISES:,}"
+        rule = f"gives {plan.levels:,} increments: must be at most {MOST_RISES:,}"
         raise broken(f"{key}.increment", ramp.increment, rule)
 
 
 def resolved_keys(document: Document, data: int) -> dict[str, Any]:
-    """The JSON of `document` with everything written that a run's result or start depends on."""
+    """The JSON of `document` with every value filled in that a run's result or start depends on."""
     batch, micro, accumulation = batch_sizes(document, data)
     plan = BatchPlan(batch, document.megalite.train.batch_ramp)
     _check_ramp(plan, micro, data)
@@ -203,22 +203,23 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
 def _resolve_zero(document: Document, zero: dict[str, Any]) -> None:
     """Defaults of `zero_optimization` that are not DeepSpeed's."""
     if zero["stage"] in (1, 2):
-        # DeepSpeed's default all-reduces every bucket and keeps a part; so each part goes to its owner alone, half
-        # of the bytes.
+        # DeepSpeed's default all-reduces every bucket and keeps a part. Without it, each part is reduced to its owner
+        # only, which sends half the bytes.
         zero.setdefault("use_multi_rank_bucket_allreduce", False)
     if zero["stage"] > 0:
-        # DeepSpeed's 5e8 is a buffer of 2 GB in fp32, whatever the model.
+        # DeepSpeed's default 5e8 allocates a buffer of 2 GB in fp32 even for a small model.
         zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)
     offload = document.zero_optimization and document.zero_optimization.offload_optimizer
     if offload and offload.device == "nvme" and document.optimizer is not None:
-        # Buffers are as large as the largest sub-group: with DeepSpeed's 1e9 they hold what the files are to hold.
+        # Buffers are as large as the largest sub-group. With DeepSpeed's default 1e9 they would hold in memory what
+        # should be in the files.
         zero.setdefault("sub_group_size", NVME_SUB_GROUP_ELEMENTS)
         needed = buffers_needed(offload, document.optimizer)
         zero["offload_optimizer"].setdefault("buffer_count", needed)
 
 
 def _resolve_types(result: dict[str, Any]) -> None:
-    """Defaults of the types that are computed in and sent."""
+    """Defaults of the dtypes for computation and communication."""
     result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     fp16 = result.get("fp16", {})
     if fp16.get("enabled"):
@@ -229,8 +230,8 @@ def _resolve_types(result: dict[str, Any]) -> None:
 
 
 def machine_has_gpu() -> bool:
-    """Whether DeepSpeed will find a GPU here: `DS_ACCELERATOR` where it is set, else the driver's device
-    files (torch would take seconds to say the same)."""
+    """Whether DeepSpeed will find a GPU on this machine: by `DS_ACCELERATOR` if it is set, else by the driver's
+    device files (importing torch to find out would take seconds)."""
     accelerator = os.environ.get("DS_ACCELERATOR")
     if accelerator:
         return accelerator != "cpu"
@@ -239,7 +240,7 @@ def machine_has_gpu() -> bool:
 
 
 def check_layout(parallel: Parallel, dims: ModelDims) -> None:
-    """The model's sizes against the grid. The vocabulary need not divide: its last slice may be smaller."""
+    """The model's sizes against the grid. The vocabulary need not be divisible: its last shard may be smaller."""
     tensor = parallel.tensor
     sizes = {
         "num_attention_heads": dims.num_heads,

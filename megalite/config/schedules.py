@@ -1,8 +1,8 @@
 """The types of `scheduler` and their parameters: megalite's five and DeepSpeed's five.
 
-The keys of DeepSpeed's are its constructors' arguments (`deepspeed/runtime/lr_schedules.py`), with
-its defaults where a field shows none. Only the parameters are here; the curves of megalite's types
-are in `megalite/training`.
+The keys of DeepSpeed's types are the arguments of its constructors (`deepspeed/runtime/lr_schedules.py`);
+a field without a default here takes DeepSpeed's. Only the parameters are here; the curves of megalite's
+types are in `megalite/model/parameter_groups.py`.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ class Constant(Section):
     """`constant`"""
 
     warmup_steps: int = Field(
-        0, ge=0, description="Steps of linear rise to `lr`; the first is above 0."
+        0, ge=0, description="Steps of linear warm-up to `lr`; the first step's rate is above 0."
     )
     warmup_tokens: Positive | None = key(
-        "In place of warmup_steps: tokens of linear rise, however many a step has."
+        "In place of warmup_steps: tokens of linear warm-up, whatever the tokens per step."
     )
 
 
 class Linear(Constant):
-    """`linear`: from `lr` to `lr × min_ratio` in a straight line."""
+    """`linear`: from `lr` down to `lr × min_ratio` linearly."""
 
     total_steps: Positive | None = key(
         "Step at which the lowest rate is reached; left out: megalite.train.steps."
@@ -35,7 +35,7 @@ class Linear(Constant):
 
 
 class Cosine(Linear):
-    """`cosine`: from `lr` to `lr × min_ratio` along half a cosine."""
+    """`cosine`: from `lr` down to `lr × min_ratio` along half a cosine."""
 
 
 class WSD(Linear):
@@ -54,7 +54,7 @@ class WSD(Linear):
 
 
 class InverseSqrt(Constant):
-    """`inverse_sqrt`: `lr × sqrt(T / (T + steps since the warm-up))`; with T the warm-up, that of arXiv 1706.03762."""
+    """`inverse_sqrt`: `lr × sqrt(T / (T + steps since the warm-up))`; as in arXiv 1706.03762 if T is the warm-up."""
 
     timescale_steps: Positive | None = key("T; left out: the warm-up in steps.")
     min_ratio: float = Field(0.0, ge=0, le=1, description="Lowest rate, as a share of `lr`.")
@@ -139,14 +139,14 @@ class Schedule:
 
     type: str
     total_steps: int
-    """Step at which the fall ends."""
+    """Step at which the decay ends."""
     warmup_steps: int = 0
-    """Steps of linear rise; where it is counted in tokens, as many as they make."""
+    """Steps of linear warm-up; if it is given in tokens, the steps that they take."""
     warmup_tokens: int | None = None
     min_ratio: float = 1.0
     """Lowest factor."""
     decay_steps: int = 0
-    """`wsd`: the last ones before total_steps."""
+    """`wsd`: the last steps before total_steps."""
     decay_shape: str = "linear"
     timescale_steps: int = 1
-    """`inverse_sqrt`."""
+    """`inverse_sqrt`: T."""

@@ -1,7 +1,7 @@
 """The config as a JSON schema, for editors that complete and check keys: `megalite config schema`.
 
-pydantic makes it from the sections. Added here is what a section cannot say: the short form of a corpus, `auto`,
-what DeepSpeed's other programs write that means nothing here, and the parameters of each type of `scheduler`.
+pydantic generates it from the sections. This file adds what sections cannot express: the short form of a corpus,
+`auto`, keys of other DeepSpeed trainers that have no effect here, and the parameters of each type of `scheduler`.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ _OFF_OBJECT = {"type": "object", "properties": {"enabled": {"const": False}}}
 
 
 def json_schema() -> dict[str, Any]:
-    """A schema that accepts what `load_config` reads without a world size: keys, types, ranges.
+    """A schema of what `load_config` checks without a world size: keys, types and ranges.
 
-    Rules between keys are not in it; `--check` tells those.
+    It does not include the rules between keys, which `--check` applies.
     """
     schema = Document.model_json_schema()
     definitions = schema["$defs"]
@@ -33,7 +33,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _add_schedules(definitions: dict[str, Any]) -> None:
-    """`scheduler.params` by `scheduler.type`."""
+    """Adds `scheduler.params` for each `scheduler.type`."""
     scheduler = definitions["Scheduler"]
     scheduler["properties"]["type"]["enum"] = list(SCHEDULES)
     scheduler["allOf"] = []
@@ -47,14 +47,14 @@ def _add_schedules(definitions: dict[str, Any]) -> None:
 def _add_foreign(
     schema: dict[str, Any], definitions: dict[str, Any], section: type[Section], path: str
 ) -> None:
-    """What foreign.py takes: `auto`, and keys that are refused only where they are on."""
+    """Adds what foreign.py accepts: `auto`, and keys that are rejected only if they are on."""
     _take_auto(schema, path)
     properties = schema["properties"]
     for key, why in section.refused.items():
         off = [_OFF, _OFF_OBJECT, *({"const": value} for value in section.neutral.get(key, ()))]
         if f"{path}.{key}".lstrip(".") in IDLE:
             off.append({"const": True})
-        properties[key] = {"anyOf": off, "description": f"Refused where it is on: {why}"}
+        properties[key] = {"anyOf": off, "description": f"Rejected if it is on: {why}"}
     for name, field in section.model_fields.items():
         for inner in sections_of(field.annotation):
             inner_path = f"{path}.{name}".lstrip(".")
@@ -62,7 +62,7 @@ def _add_foreign(
 
 
 def _take_auto(schema: dict[str, Any], path: str) -> None:
-    """Has the keys of a section take `auto` for which it means something."""
+    """Lets those keys of a section that support `auto` accept it."""
     for name, value in schema.get("properties", {}).items():
         if f"{path}.{name}".lstrip(".") in AUTO:
             described = {key: value.pop(key) for key in ("description", "default") if key in value}

@@ -1,8 +1,8 @@
-"""The base of every section of the JSON, and the one way in which a section is checked.
+"""The base class of every section of the JSON, and the validation of sections.
 
-A section is typed data: strict (the string "4" is no integer), frozen, closed (an unknown key is an
-error that names the nearest known one), each field with its meaning beside it. This file knows no key;
-`sections.py` has megalite's keys, `deepspeed_keys.py` DeepSpeed's.
+A section is typed data: strict (the string "4" is not an integer), frozen, closed (an unknown key is an
+error that names the nearest known one), with a description of each field. This file knows no keys;
+megalite's are in `sections.py`, DeepSpeed's in `deepspeed_keys.py`.
 """
 
 import difflib
@@ -19,13 +19,13 @@ from megalite.errors import ConfigError
 
 _SHOWN_CHARACTERS = 80  # of a value that an error repeats
 _MOST_LINES = 40  # of an error
-_LEAST_LIKENESS = 0.5  # one wrong letter of two ("lx" for "lr") is still recognised
+_LEAST_LIKENESS = 0.5  # so that one wrong letter of two ("lx" for "lr") is still recognised
 
 
 class Section(BaseModel):
-    """A closed, frozen part of the JSON. `refused` maps keys that DeepSpeed knows and megalite does not
-    take to the reason, which names the key to use instead where there is one; `neutral` some of them to the values
-    that change nothing, where false is not one (foreign.py)."""
+    """A closed, frozen part of the JSON. `refused` maps each key that DeepSpeed accepts and megalite rejects to the
+    reason, which names the key to use instead if there is one. `neutral` maps some of these to the values that change
+    nothing, if those are not false or null (foreign.py)."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
@@ -40,13 +40,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 AnySection = TypeVar("AnySection", bound=Section)
 Place = tuple[str | int, ...]
 Wrong = dict[Place, str]
-"""Lines about what is wrong by its place in a JSON value, as keys and indices from the top."""
+"""Error lines by the place of the wrong value in the JSON: keys and indices from the top."""
 
 
 def parse(section: type[AnySection], value: Any, path: str = "") -> AnySection:
-    """Read `value`, which lies at the dotted `path` of the JSON, as `section`.
+    """Reads `value`, which is at the dotted `path` of the JSON, as `section`.
 
-    Raises ConfigError with a line for each thing that is wrong.
+    Raises ConfigError with a line for each mistake.
     """
     found, wrong = read(section, value, path)
     refuse(wrong, value)
@@ -55,7 +55,7 @@ def parse(section: type[AnySection], value: Any, path: str = "") -> AnySection:
 
 
 def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySection | None, Wrong]:
-    """The section, or what is wrong."""
+    """The section, or None and what is wrong."""
     try:
         return section.model_validate(value), {}
     except ValidationError as error:
@@ -63,7 +63,7 @@ def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySect
         for detail in error.errors(include_url=False):
             place = _place(value, detail)
             line = _line(section, detail, place, path)
-            # Each form that a value may have has an error of its own: of a list, a word, a number.
+            # pydantic reports one error for each member of a union, such as a list, a word or a number.
             if place in wrong:
                 line = f"{wrong[place]}, or {line.rpartition(': ')[2]}"
             wrong[place] = line
@@ -71,15 +71,15 @@ def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySect
 
 
 def refuse(wrong: Wrong, value: Any) -> None:
-    """ConfigError with the lines in the order of the JSON value that they are about; nothing where there are none."""
+    """Raises ConfigError with the lines in the order of `value`, the JSON that they are about; nothing if none."""
     if wrong:
         lines = [wrong[place] for place in sorted(wrong, key=lambda place: _position(value, place))]
-        rest = [f"and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
+        rest = [f"and {len(lines) - _MOST_LINES} more lines"] if len(lines) > _MOST_LINES else []
         raise ConfigError(*lines[:_MOST_LINES], *rest)
 
 
 def all_of(*checks: Callable[[], Any]) -> None:
-    """Makes every check. ConfigError with the lines of all that raise one."""
+    """Runs every check. Raises ConfigError with the lines of all checks that fail."""
     lines: list[str] = []
     for check in checks:
         try:
@@ -91,7 +91,7 @@ def all_of(*checks: Callable[[], Any]) -> None:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a field's type holds, through lists and unions."""
+    """The sections in a field's type, also inside lists and unions."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
@@ -100,7 +100,7 @@ def sections_of(annotation: Any) -> list[type[Section]]:
 
 
 def _place(value: Any, detail: ErrorDetails) -> Place:
-    """Where an error is, without the names that pydantic has for the forms of a value."""
+    """The place of an error in the JSON, without pydantic's names for the members of a union."""
     place: Place = ()
     for step in detail["loc"]:
         if detail["type"] == "missing" and isinstance(value, dict) and step not in value:
@@ -114,7 +114,7 @@ def _place(value: Any, detail: ErrorDetails) -> Place:
 
 
 def _position(value: Any, place: Place) -> list[int]:
-    """Of a place among others, in the order in which the JSON has them; a missing key comes last."""
+    """Sort key of a place, for the order of the JSON; a missing key comes last."""
     position = []
     for step in place:
         if isinstance(value, dict):
@@ -139,12 +139,12 @@ def nearest(key: str, known: Iterable[str]) -> list[str]:
 
 
 def broken(path: str, value: Any, rule: str) -> ConfigError:
-    """The error of a value that breaks a rule: `path: value: rule`."""
+    """The error for a value that breaks a rule: `path: value: rule`."""
     return ConfigError(f"{path}: {shown(value)}: {rule}")
 
 
 def unknown(path: str, near: list[str]) -> ConfigError:
-    """The error of a key that nothing knows, with the full paths of the nearest that are known."""
+    """The error for an unknown key, with the full paths of the nearest known ones."""
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ConfigError(f"{path}: unknown key{hint}")
 
@@ -156,16 +156,16 @@ def join(path: str, *keys: str | int) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON on one line, cut where it is long."""
+    """A value as JSON on one line, truncated if it is long."""
     return shown_text(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def shown_text(text: str) -> str:
-    """What an error repeats, cut where it is long."""
+    """A text that an error repeats, truncated if it is long."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 
-_RULES = {  # pydantic's error types in the words of a JSON file
+_RULES = {  # pydantic's error types, in JSON's terms
     "bool_type": "must be true or false",
     "int_type": "must be an integer",
     "float_type": "must be a number",
@@ -203,7 +203,7 @@ def _line(section: type[Section], detail: ErrorDetails, place: Place, path: str)
 
 
 def _owner(section: type[Section], place: Place) -> type[Section]:
-    """The section that lies at a place."""
+    """The section at a place."""
     for step in place:
         if isinstance(step, str):
             section = sections_of(section.model_fields[step].annotation)[0]

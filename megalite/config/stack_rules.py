@@ -1,4 +1,4 @@
-"""The rules of encoder-decoders: their objectives, and the layouts that they have.
+"""The rules of encoder-decoders: their objectives, and the layouts that they support.
 
 Each raises ConfigError with one line. Called by rules.py and data_rules.py.
 """
@@ -14,14 +14,14 @@ PATH = "megalite.data.objective"
 
 
 def check_source_target(data: Data) -> None:
-    """What goes together with a source and a target."""
+    """The settings that an objective with source and target requires."""
     objective, length = data.objective, data.sequence_length
     if isinstance(objective, Pairs):
         with_pairs = f"with {PATH}.source_length"
         wanted = {"samples": "padded", "loss": "marked", "reset_attention": True}
         if objective.source_length >= length:
             rule = (
-                f"must be below megalite.data.sequence_length {length}, which also holds the target"
+                f"must be below megalite.data.sequence_length {length}, which includes the target"
             )
             raise broken(f"{PATH}.source_length", objective.source_length, rule)
     elif isinstance(objective, Spans):
@@ -47,12 +47,12 @@ def check_source_target(data: Data) -> None:
 
 
 def check_objective_of_stacks(data: Data, dims: ModelDims) -> bool:
-    """Whether the model and the objective are an encoder-decoder's; ConfigError where one of them is."""
+    """Whether both the model and the objective are for encoder-decoders. Raises ConfigError if only one of them is."""
     objective = data.objective
     if not isinstance(objective, Pairs | Spans):
         if dims.start_id is None:
             return False
-        rule = f'must be {{"source_length": 64}} or {{"span_corruption": 0.15}} or the like with a {dims.family} model'
+        rule = f'must be {{"source_length": 64}} or {{"span_corruption": 0.15}} or similar with a {dims.family} model'
         value = objective if isinstance(objective, str) else objective.model_dump(exclude_none=True)
         raise broken(PATH, value, rule)
     if dims.start_id is None:
@@ -65,10 +65,10 @@ def check_objective_of_stacks(data: Data, dims: ModelDims) -> bool:
 
 
 def check_layout_of_stacks(parallel: Parallel, dims: ModelDims) -> None:
-    """What divides the tokens of a sample knows nothing of two stacks."""
+    """Context and sequence parallelism divide the tokens of one stack only."""
     if dims.start_id is None:
         return
-    model = f"with a {dims.family} model: the rows of source and target are not divided"
+    model = f"with a {dims.family} model: the tokens of source and target cannot be divided"
     if parallel.context > 1:
         raise broken("megalite.parallel.context", parallel.context, f"must be 1 {model}")
     if parallel.sequence:
@@ -76,7 +76,7 @@ def check_layout_of_stacks(parallel: Parallel, dims: ModelDims) -> None:
 
 
 def check_stacks(megalite: Megalite, dims: ModelDims) -> None:
-    """What training has no form of for an encoder-decoder."""
+    """Training settings that encoder-decoders do not support."""
     if dims.start_id is not None and megalite.train.sample_prompts:
         rule = f"must be left out with a {dims.family} model: use launcher/generate.py"
         raise broken("megalite.train.sample_prompts", megalite.train.sample_prompts, rule)

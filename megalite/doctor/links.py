@@ -1,7 +1,7 @@
 """Compares a measured all-reduce with the known rate of its axis's link (plan/devices.py, or a calibration)."""
 
 from megalite.plan.devices import Device
-from megalite.plan.step_time import link_along, ring_seconds
+from megalite.plan.link_seconds import link_along, ring_seconds
 
 SLOW = 0.5  # share of the known rate below which an axis is a finding
 

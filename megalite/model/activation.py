@@ -11,7 +11,7 @@ from megalite.model.spec import Activation
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """The activation of each number."""
+    """Applies the activation elementwise."""
     match activation:
         case "silu":
             return F.silu(x)
@@ -21,8 +21,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """activate(gate) · up, of one shape. Where pieces are compiled, one kernel forward and one backward, which makes
-    activate(gate) again instead of keeping it."""
+    """activate(gate) · up, elementwise. If compiled, it is one kernel forward and one backward, which recomputes
+    activate(gate) instead of storing it."""
     if compiles():
         return _Gated.apply(gate, up, activation)  # type: ignore[return-value]
     return _product(gate, up, activation)
@@ -48,7 +48,7 @@ def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 def _slopes(
     slope: Tensor, gate: Tensor, up: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from the product's."""
+    """Gradients of gate and up from the gradient of the product."""
     of_activation, aten = slope * up, torch.ops.aten
     match activation:
         case "silu":

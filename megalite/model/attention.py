@@ -1,6 +1,6 @@
-"""Attention: which tokens look at which, and how queries, keys and values are made and mixed.
+"""Attention: computes queries, keys and values and attends under the mask of the context.
 
-Shapes as in layers.py. Next: transformer.py, which puts it into a block.
+Shapes as in layers.py. Next: block.py.
 """
 
 import math
@@ -41,12 +41,12 @@ def attend(
     drops: Tensor | None,
     rate: float,
 ) -> Tensor:
-    """softmax(query keyᵀ / √H) value, by the fastest kernel: flash attention for what is causal, in a window or within
-    documents where the device can, else with a mask; by hand where weights are dropped. With `context.rows` the queries
-    are those of a rank's tokens and the keys those of whole samples.
+    """softmax(query keyᵀ / √H) value with the fastest kernel: flash attention for causal attention, windows and
+    documents if the device supports it, else a kernel with a mask; with dropout, explicit matrix products. With
+    `context.rows` the queries are those of this rank's tokens and the keys those of whole samples.
 
-    query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops: where the weights [B, N / t, S, T] are dropped. Result
-    like query. window and causal: as of `Context.mask`.
+    query [B, N / t, S, H]; key, value [B, K / t, T, H]; drops [B, N / t, S, T] bool: attention weights to drop. The
+    result has the shape of query. window and causal: as in `Context.mask`.
     """
     s, t = query.shape[2], key.shape[2]
     if drops is None:
@@ -74,7 +74,8 @@ def attend(
 def _attend_without_mask(
     query: Tensor, key: Tensor, value: Tensor, context: Context, window: int | None, causal: bool
 ) -> Tensor | None:
-    """By a kernel that knows documents, prefixes, windows and runs of tokens; None where there is none for this."""
+    """Attention by a kernel that supports documents, prefixes, windows and runs of tokens; None if there is none for
+    this case."""
     b, _, s, h = query.shape
     device, rows, prefixes = query.device, context.rows, context.prefixes
     narrow = window is not None and window < key.shape[2]
@@ -97,9 +98,9 @@ def _attend_without_mask(
 
 
 class Attention(nn.Module):
-    """Self-attention, heads split over the tensor axis; grouped queries where K < N (arXiv 2305.13245).
+    """Self-attention with heads split over the tensor axis; grouped-query attention if K < N (arXiv 2305.13245).
 
-    With K < t each rank holds the one key/value head that its queries read, a copy of its neighbours'.
+    If K < t, each rank holds the one key/value head that its queries use, the same as its neighbours' copies.
     """
 
     def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:
@@ -138,7 +139,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         query, key, value = columns(x, (self.query, self.key, self.value), self.split)
         if self.rotary is not None and self.qk_norm == "none":
-            value = value.contiguous()  # not a view that keeps the memory of all three
+            value = value.contiguous()  # a view would keep the memory of all three alive
         value = self._heads(value).transpose(1, 2)
         if self.qk_norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = self._turn(query.transpose(1, 2), key.transpose(1, 2), context)
-        if context.cache is not None and self.causal:  # an encoder has seen all of the source
+        if context.cache is not None and self.causal:  # an encoder sees the whole source at once
             key, value = context.cache.extend(self.layer, key, value)
         return self._result(query, key, value, context)
 
@@ -161,8 +162,8 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, N H / t] -> [B, S, D]
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Tensor:
-        """Where the context axis divides the tokens, keys are gathered here, so that what `selective` recompute keeps
-        is a rank's own part of them."""
+        """Core attention. With a context axis, keys are gathered here, so that `selective` recompute stores only this
+        rank's part of them."""
         rows = context.rows
         if rows is None:
             return self._mix(query, key, value, context, self.heads)
@@ -194,7 +195,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_size))
 
     def _turn(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Rotary positions; the angles are the same for all layers that turn alike."""
+        """Applies rotary embeddings; layers with the same `Rotary` share the angles."""
         if self.rotary is None:
             return query, key
         interleaved, key_of_turns = self.rotary.interleaved, ("turns", self.rotary)
@@ -211,9 +212,10 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """Of a decoder's layer: its queries look at what the encoder has made of the source, wherever in it.
+    """Cross-attention of a decoder layer: its queries attend to all of the encoder's output.
 
-    x [B, S, D] of the target, source [B, T, D] -> [B, S, D]. In generation the source's keys and values are made once.
+    x [B, S, D] of the target, source [B, T, D] -> [B, S, D]. In generation the source's keys and values are computed
+    once.
     """
 
     def __init__(self, spec: TransformerSpec, layer: int, split: Split, recompute: bool) -> None:

@@ -1,6 +1,6 @@
-"""How the layers are cut into chunks, and which rank of the pipe axis holds each: what a Stage is built by.
+"""The cut of the layers into chunks, and the pipe rank that holds each chunk; a Stage is built from it.
 
-Which cut is best is not told here (pipeline/cut.py). Next: transformer.py.
+pipeline/cut.py chooses the best cut. Next: transformer.py.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Cut:
-    """home[c]: the rank that holds chunk c; layers[c]: its layers, in the order of the model. Chunk 0 has the
-    embedding, the last one the head, which may have no layer."""
+    """home[c]: the rank that holds chunk c; layers[c]: its layers, in model order. Chunk 0 has the embedding; the last
+    chunk has the head and may have no layers."""
 
     home: tuple[int, ...]
     layers: tuple[range, ...]
 
     @property
     def last_chunk(self) -> int:
-        """The one that has the head."""
+        """The chunk with the head."""
         return len(self.home) - 1
 
     def chunks_of(self, rank: int) -> list[int]:
@@ -27,11 +27,11 @@ class Cut:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The ranks that hold embedding and head: one or two."""
+        """The ranks that hold the embedding and the head: one or two."""
         return tuple(dict.fromkeys((self.home[0], self.home[-1])))
 
 
 def layers_of(counts: Sequence[int]) -> tuple[range, ...]:
-    """The layers of chunks that have so many."""
+    """The layers of each chunk, given the number of layers in each."""
     stops = list(accumulate(counts))
     return tuple(range(stop - count, stop) for count, stop in zip(counts, stops, strict=True))

@@ -1,8 +1,9 @@
-"""The head of a classifier: one hidden state of each text, the family's dense layer, a product with a row a label.
+"""The head of a classifier: one hidden state per text, the family's dense layer, and a linear layer with one row per
+label.
 
-A micro-batch may hold several texts in a sample; the label of each is at the position of its first token, and no other
-label counts. So the loss is a sum over texts, as it is one over tokens in a language model, and everything around it
-stays as it is. The head is small: every rank of the tensor axis makes all of it, from states that are equal on each.
+A sample may contain several texts. The label of each is at the position of its first token, and no other label counts,
+so the loss is a sum over texts, just as a language model's is a sum over tokens, and nothing else has to change. The
+head is small: every rank of the tensor axis computes all of it, from hidden states that are the same on each rank.
 B samples of S tokens, n texts, D hidden, N labels. Next: transformer.py.
 """
 
@@ -20,14 +21,14 @@ from megalite.parallel.collectives import Split, leave
 from megalite.parallel.layers import WholeLinear, name_parameters
 from megalite.parallel.loss import IGNORED
 
-LONGEST = 2**24  # tokens of a sample, as config/sections.py has it
+LONGEST = 2**24  # most tokens in a sample, as in config/sections.py
 
 
 class Classifier(nn.Module):
     """Hidden [B, S or S / t, D] -> logits [n, N], or with labels [B, S] the sum of the losses (fp32 scalar).
 
-    Outside of training the result with labels is [1 + N²] instead: that sum, and of each label (row) how many texts
-    were given each label (column).
+    In evaluation the result with labels is [1 + N²] instead: that sum, and the confusion matrix, whose rows are the
+    true labels and whose columns the predicted ones.
     """
 
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
@@ -41,7 +42,7 @@ class Classifier(nn.Module):
         labels = len(self.how.labels)
         self.output = WholeLinear(size, labels, self.how.bias, whole, spec.init_std)
         name_parameters(self, "classifier")
-        # Where a language model has the same, it has it under this name.
+        # Parts that a language model also has keep the names that they have there.
         if self.norm is not None:
             name_parameters(self.norm, "final_norm")
         if self.transform is not None:
@@ -59,11 +60,11 @@ class Classifier(nn.Module):
         if self.norm is not None:
             hidden = self.norm(hidden)
         length = self.split.length(hidden)
-        if labels is None:  # a text a row
+        if labels is None:  # one text per row
             texts = torch.arange(hidden.shape[0], device=hidden.device) * length
         elif context.counted is not None:
             texts = context.counted
-        else:  # their number would have to come from the device: all positions, most of which do not count
+        else:  # all positions, most of which do not count: to find the texts would synchronize with the device
             texts = torch.arange(labels.numel(), device=hidden.device)
         logits = self._logits(self._pooled(hidden, texts, length, context), texts, length, context)
         if labels is None:
@@ -71,8 +72,8 @@ class Classifier(nn.Module):
         return self._scores(logits.float(), labels.flatten()[texts])
 
     def _pooled(self, hidden: Tensor, texts: Tensor, length: int, context: Context) -> Tensor:
-        """The state [n, D] that each text is judged by, the same on every rank. texts [n] int64: where each begins in
-        the B·S tokens."""
+        """The pooled hidden state [n, D] of each text, the same on every rank. texts [n] int64: index of each text's
+        first token in the B·S tokens."""
         own = self.split.rows(length)
         if self.how.pooling == "mean":
             number, tokens = _texts_of_tokens(hidden.shape[0], length, context, hidden.device)
@@ -86,14 +87,14 @@ class Classifier(nn.Module):
             places = _last_places(hidden.shape[0], length, context, hidden.device)[texts]
         if not self.split.divides:
             return hidden.flatten(0, 1)[places]
-        # Of the ranks that share a sample's tokens the one that has a place gives it, the others zeros.
+        # Among the ranks that divide a sample's tokens, the one with the token contributes it, the others zeros.
         column = places % length - own.start
         elsewhere = (column < 0) | (column >= len(own))
         found = hidden[places // length, column.clamp(0, len(own) - 1)]
         return self._gathered(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def _gathered(self, parts: Tensor) -> Tensor:
-        """The sum of parts [n, D] of the ranks that share the sequence."""
+        """Sums parts [n, D] over the ranks that divide the sequence."""
         return leave(parts, self.split.users)
 
     def _logits(self, pooled: Tensor, texts: Tensor, length: int, context: Context) -> Tensor:
@@ -109,7 +110,7 @@ class Classifier(nn.Module):
         return self.output(drop(pooled, how.dropout, "output"))
 
     def _scores(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits [n, N] fp32, labels [n]."""
+        """The loss, in evaluation with the confusion matrix; logits [n, N] fp32, labels [n]."""
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         if self.training:
             return loss
@@ -122,7 +123,7 @@ class Classifier(nn.Module):
 def _drop(
     x: Tensor, randomness: Randomness | None, place: str, rate: float, texts: Tensor, length: int
 ) -> Tensor:
-    """Dropout of x [n, D] by the sample that each text is in and its place there."""
+    """Dropout of x [n, D], drawn by each text's sample and its position in it."""
     if randomness is None or rate == 0.0:
         return x
     keys = randomness.samples[texts // length] * LONGEST + texts % length
@@ -133,7 +134,7 @@ def _drop(
 def _texts_of_tokens(
     b: int, s: int, context: Context, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Of each token the number of its text, int64 [B, S], and of each number its tokens, [B·S]."""
+    """The number of each token's text, int64 [B, S], and the number of tokens in each text, [B·S]."""
     begins = context.places(s, device).expand(b, s) == 0
     number = begins.flatten().cumsum(0) - 1
     tokens = torch.zeros(b * s, dtype=torch.int64, device=device)
@@ -142,7 +143,7 @@ def _texts_of_tokens(
 
 
 def _last_places(b: int, s: int, context: Context, device: torch.device) -> Tensor:
-    """Of each of the B·S tokens where the last one of its text is, int64."""
+    """For each of the B·S tokens the index of the last token of its text, int64."""
     places = context.places(s, device).expand(b, s)
     rest = context.spans(s, device).expand(b, s) - 1 - places
     return torch.arange(b * s, device=device) + rest.flatten()

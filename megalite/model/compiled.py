@@ -1,10 +1,10 @@
-"""Pointwise work that torch.compile makes one kernel of, with `megalite.train.compile`: the gate of an MLP
-(activation.py) and rotary positions (rotary.py), forward and backward; and the draws of dropout (dropout.py).
+"""Pointwise operations that torch.compile fuses into one kernel with `megalite.train.compile`: the gate of an MLP
+(activation.py) and rotary embeddings (rotary.py), forward and backward, and dropout masks (dropout.py).
 
-What is compiled are functions of tensors, called inside autograd functions of ours or without autograd. No parameter,
-hook, message or generator with a state goes through the compiler, so ZeRO, the pipe axis, the tensor axis and
-recomputation are not affected. A whole block is not compiled: there are collectives in it, DeepSpeed's hooks with
-ZeRO-3, and weight gradients that wait with zero-bubble schedules (parallel/deferred.py).
+Only functions of tensors are compiled, which are called inside our autograd functions or without autograd. No
+parameter, hook, message or stateful generator goes through the compiler, so ZeRO, the pipe axis, the tensor axis and
+recomputation are not affected. A whole block is not compiled, because it contains collectives, DeepSpeed's hooks with
+ZeRO-3, and deferred weight gradients with zero-bubble schedules (parallel/deferred.py).
 """
 
 import os
@@ -24,34 +24,35 @@ RECOMPILE_LIMIT = 64
 
 
 class _Compiler:
-    """Of this process: it is one rank, of one run."""
+    """The setting of this process, which is one rank of one run."""
 
     wanted = False
 
 
 def compile_pieces(wanted: bool) -> None:
-    """Whether pieces are compiled in this process from now on; each is when it is first called."""
+    """Turns compilation on or off in this process. Each function is compiled when it is first called."""
     _Compiler.wanted = wanted
-    if wanted:  # a rank on a CPU starts with this (ranks/devices.py), which torch.compile heeds
+    if wanted:  # ranks/devices.py sets this variable on CPU ranks, which turns torch.compile off
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
-        # A few small kernels: without it each rank starts a pool of processes for them.
+        # Otherwise each rank starts a pool of processes, for a few small kernels.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        from torch._dynamo import config  # a second to import
+        from torch._dynamo import config  # takes a second to import
 
-        # Forms of one function: training, evaluation, samples, and 0, 1 or more rows of an expert; 8 are too few.
+        # Variants of one function: training, evaluation, samples, and 0, 1 or more rows of an expert. The default, 8,
+        # is too low.
         config.recompile_limit = RECOMPILE_LIMIT
 
 
 def compiles() -> bool:
-    """Whether pieces are compiled."""
+    """Whether compilation is on."""
     return _Compiler.wanted
 
 
 @cache
 def compiled(function: Function) -> Function:
-    """What the compiler makes of a function of tensors. Sizes that change (tokens of an expert) are compiled for once
-    more, and then for all. Inside a dispatch mode (parallel/traffic.py, prove/messages.py), where the compiler refuses
-    to work, the function itself is called."""
+    """The compiled form of a function of tensors. If a size changes (tokens of an expert), it is compiled once more for
+    all sizes. Inside a dispatch mode (parallel/traffic.py, prove/messages.py), which the compiler does not support, the
+    function itself is called."""
     made = torch.compile(function, fullgraph=True)
 
     @wraps(function)
@@ -62,8 +63,8 @@ def compiled(function: Function) -> Function:
 
 
 def check_compiler() -> None:
-    """ConfigError where there is no C++ compiler, which torch.compile calls: on a CPU for the kernels themselves, on
-    GPUs for what starts Triton's."""
+    """Raises ConfigError if there is no C++ compiler, which torch.compile needs: on a CPU for the kernels themselves,
+    on GPUs to launch Triton's."""
     program = os.environ.get("CXX") or "g++"
     if shutil.which(program) is None:
         raise ConfigError(f"{KEY}: true: needs the C++ compiler {program} on each node: not found")

@@ -1,5 +1,5 @@
-"""What a forward pass knows beside the hidden states: which positions its tokens have, what they may look at, and
-the numbers that its dropout is drawn from. Next: layers.py."""
+"""The inputs of a forward pass other than the hidden states: positions, attention masks and the randomness of dropout.
+Next: layers.py."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,9 @@ from megalite.parallel.rows import Rows
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the positions seen so far, by layer, for generation. A layer's room for `capacity`
-    positions is made once: growing by concatenation copies all of it for each token. sources: those of an encoder's
-    source, by the layer that looks at them."""
+    """Keys and values of the positions seen so far, by layer, for generation. Memory for `capacity` positions per layer
+    is allocated once: concatenation would copy everything for each token. sources: keys and values of an encoder's
+    output, by the decoder layer that attends to them."""
 
     capacity: int
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -25,11 +25,11 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Positions seen so far."""
+        """Number of positions seen so far."""
         return next(iter(self.lengths.values()), 0)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [B, K / t, S, H] and returns all of the layer's, [B, K / t, T, H], as views."""
+        """Appends [B, K / t, S, H] and returns all keys and values of the layer, [B, K / t, T, H], as views."""
         if layer not in self.entries:
             b, k, _, h = key.shape
             self.entries[layer] = (
@@ -43,7 +43,7 @@ class KeyValueCache:
         return keys[:, :, :stop], values[:, :, :stop]
 
     def reorder(self, rows: Tensor) -> None:
-        """Makes row i of each layer what row rows[i] was; rows [B] int64."""
+        """Replaces row i of each layer by the former row rows[i]; rows [B] int64."""
         for layer, (keys, values) in self.entries.items():
             stop = self.lengths[layer]
             keys[:, :, :stop], values[:, :, :stop] = keys[rows, :, :stop], values[rows, :, :stop]
@@ -53,25 +53,27 @@ class KeyValueCache:
 class Context:
     """B samples of S tokens; T positions seen so far (S without a cache).
 
-    positions [B, S] int64; None means 0 … S-1, from the start of each document where there are documents.
-    documents [B, S] int64: which document of its sample a token belongs to, in runs; a token looks at its own alone.
-    bounds: the documents as pieces, where they are known without waiting for a device.
-    counted [n] int64: which of the B·S labels count, where the host knows it; the head works on those alone.
-    prefixes [B, S] bool: tokens at the start of their document, or sample, that all of it may look at, and which look
-    at each other both ways; halves: the prefixes as pieces, with others between them, where those are known.
-    lengths [B] int64: tokens of each row, of rows that are filled up to the longest; None means all S.
-    visible [B, 1, S, T] bool: which positions a token may look at; None means those before it and itself, in an encoder
-    all.
-    cache: for generation. randomness: for dropout, which without it is off; every stage needs the same.
-    rows: which tokens of the samples these are, where the context axis divides them: S is then a rank's part of them, T
-    the whole samples, which `documents` and `bounds` are about. run_pieces: the documents of these tokens as pieces.
-    balance [B] fp32: what the router's losses of each sample are multiplied with in training, 0 for samples that fill a
-    micro-batch; None: they are left out.
-    source: of an encoder-decoder, how many of a sample's S tokens are the source, which come first; the rest is the
-    target. `counted` is then about the target's labels, and `documents` tells filling of the source, which is in
-    another document than the first token and which nothing looks at. source_visible [B, 1, 1, source] bool: the same
-    where there are no documents, for generation, where later passes have no source.
-    shared: what the layers of one forward pass share (angles, masks); the stage begins each with an empty one.
+    positions [B, S] int64: None means 0 … S-1, counted from the start of each document if there are documents.
+    documents [B, S] int64: the number of each token's document in its sample, in runs; a token attends only to its own
+    document. bounds: the documents as pieces, if they are known without synchronizing with a device.
+    counted [n] int64: indices of the labels that count, of all B·S, if the host knows them; the head computes only
+    those.
+    prefixes [B, S] bool: tokens at the start of their document, or sample, that all its tokens may attend to, and which
+    attend to each other in both directions; halves: the prefixes, and the tokens between them, as pieces, if known.
+    lengths [B] int64: tokens in each row of a padded batch; None means all S.
+    visible [B, 1, S, T] bool: positions that each token may attend to; None means itself and those before it, or all in
+    an encoder.
+    cache: for generation. randomness: for dropout, which is off without it; every stage needs the same.
+    rows: with a context axis, the tokens of the samples that this rank holds. S is then the rank's part of a sample and
+    T the whole sample, to which `documents` and `bounds` refer. run_pieces: the documents of this rank's tokens as
+    pieces.
+    balance [B] fp32: factor of the router's losses of each sample in training, 0 for samples that pad a micro-batch;
+    None: no such losses.
+    source: in an encoder-decoder, the number of source tokens among a sample's S tokens; they come first and the target
+    follows. `counted` then refers to the target's labels, and `documents` marks padding of the source: tokens in
+    another document than the first token's, which nothing attends to. source_visible [B, 1, 1, source] bool: the same
+    mask if there are no documents, for generation, where later passes have no source.
+    shared: values that the layers of one forward pass share (angles, masks); each pass starts with an empty dict.
     """
 
     positions: Tensor | None = None
@@ -107,22 +109,22 @@ class Context:
         return index - (index * begins).cummax(dim=1).values
 
     def _all(self, s: int) -> int:
-        """Tokens of a sample, of which these are s."""
+        """Number of tokens in a whole sample, of which this rank has `s`."""
         return s if self.rows is None else self.rows.length
 
     def _own(self, whole: Tensor) -> Tensor:
-        """These tokens' part of [B or 1, S of the samples]."""
+        """This rank's part of [B or 1, S of the whole samples]."""
         return whole if self.rows is None else self.rows.cut(whole, 1)
 
     def row_numbers(self, part: range, device: torch.device) -> range | Tensor:
-        """Where in their samples those of these tokens are that are numbered `part`."""
+        """Indices in the whole sample of this rank's tokens number `part`."""
         if self.rows is None:
             return part
         return self.rows.index(device)[part.start : part.stop]
 
     def counted_places(self, counts: Tensor) -> Tensor:
-        """The how manieth of its document's tokens that count each is, from 1 on; 0 for those that do not. counts and
-        result [B, S]."""
+        """The ordinal of each token, from 1, among the tokens of its document that count; 0 for tokens that do not.
+        counts and result [B, S]."""
         if self.rows is not None:
             counts = self.rows.gathered(counts.long())
         so_far = counts.cumsum(dim=1)
@@ -133,12 +135,12 @@ class Context:
         return self._own(so_far * counts)
 
     def known_span(self, s: int) -> int | None:
-        """The one value of `spans`, where the host knows it without asking a device."""
+        """The value of `spans` if it is a single one that the host knows without synchronizing; else None."""
         given = (self.positions, self.documents, self.lengths)
         return self._all(s) if all(values is None for values in given) else None
 
     def spans(self, s: int, device: torch.device) -> Tensor:
-        """Tokens of the sequence that each token is part of, its document's or its row's, int64 [B or 1, S or 1]."""
+        """Number of tokens in each token's sequence, which is its document or its row, int64 [B or 1, S or 1]."""
         if self.positions is not None:
             return self.positions.max(dim=1, keepdim=True).values + 1
         if self.documents is None:
@@ -154,8 +156,8 @@ class Context:
         return self._own(places + (next_end - index) + 1)
 
     def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
-        """What a token looks at, those of its piece of [B, S], in a decoder itself and those before it; None where that
-        is not so, or not known."""
+        """Pieces of [B, S] such that each token attends to its own piece, in a decoder only to itself and to earlier
+        tokens in it; None if the mask is not of this form, or not known on the host."""
         if self.visible is not None or self.cache is not None or self.documents is not None:
             return self.bounds
         key = ("rows", b, s)
@@ -164,7 +166,7 @@ class Context:
         return Bounds(self.shared[key][0], s)
 
     def pieces_of_runs(self, b: int, device: torch.device) -> tuple[RunPieces, ...] | None:
-        """The same where the context axis divides [B, S of the samples]."""
+        """`pieces` with a context axis, which divides [B, S of the whole samples]."""
         assert self.rows is not None
         if self.visible is not None or self.documents is not None:
             return self.run_pieces
@@ -176,9 +178,10 @@ class Context:
     def mask(
         self, window: int | None, s: int, t: int, device: torch.device, causal: bool
     ) -> Tensor | None:
-        """Which of T positions each of the last S, or of `rows`, may look at, bool [B or 1, 1, S, T]; None: all before
-        it and itself, where S = T, or without `causal` all, which needs no mask. window: positions that it sees, itself
-        included, to each side without `causal` and in prefixes. Made once for all layers with that window."""
+        """The positions, of T, that each of the last S positions, or each of `rows`, may attend to, bool
+        [B or 1, 1, S, T]. None if no mask is needed: for plain causal attention with S = T, or for all positions
+        without `causal`. window: number of visible positions including the token itself; without `causal`, and in
+        prefixes, to each side. Computed once for all layers with that window."""
         if window is not None and window >= t:
             window = None
         if (
@@ -195,7 +198,7 @@ class Context:
                 own = self.rows.index(device)
             distance = own.unsqueeze(-1) - torch.arange(t, device=device)
             ahead = distance < 0
-            # What may be seen by its direction, then what is near enough, then what is in the same document.
+            # First the direction, then the distance, then the document.
             if not causal:
                 mask = torch.ones_like(ahead)[None, None]
             elif self.prefixes is None:

@@ -1,8 +1,9 @@
-"""Dropout that no layout changes: whether a number is dropped is a function of (seed, step, sample, layer, place,
-index), by a counter-based generator, so that a rank can draw any part of a mask and gets the part of the whole.
+"""Dropout that is the same on every layout: whether a number is dropped is a function of (seed, step, sample, layer,
+place, index). The generator is counter-based, so each rank can draw just its part of the whole mask.
 
 The generator is splitmix64 (Steele, Lea and Flood 2014), one step for each dim of the index; the same on every device.
-A number takes a dozen operations on 8 bytes, of which `megalite.train.compile` makes one kernel, to the same bits.
+Each number takes a dozen operations on 8 bytes; `megalite.train.compile` fuses them into one kernel, with the same
+bits.
 """
 
 import hashlib
@@ -14,16 +15,19 @@ from torch import Tensor
 
 from megalite.model.compiled import compiled, compiles
 
-# As signed 64-bit numbers, whose products wrap as unsigned ones do.
+# As signed 64-bit integers, whose products wrap like those of unsigned ones.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-AT_A_TIME = {"cpu": 2**16}  # numbers that are drawn; a CPU's cache has 512 KiB for them
+AT_A_TIME = {
+    "cpu": 2**16
+}  # numbers that are drawn at a time: 512 KiB, which fit into a CPU's cache
 AT_A_TIME_ON_DEVICES = 2**22
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """What dropout is drawn from. step: of the optimizer; samples [B] int64: each sample's place in the run."""
+    """The key of dropout's random numbers. step: the optimizer step; samples [B] int64: number of each sample in the
+    run."""
 
     seed: int
     step: int
@@ -31,7 +35,7 @@ class Randomness:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """The right shift of an unsigned number."""
+    """Logical right shift, as of an unsigned integer."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
@@ -44,10 +48,9 @@ def _mixed(x: Tensor) -> Tensor:
 def dropped(
     randomness: Randomness, place: str, rate: float, indices: Sequence[range | Tensor]
 ) -> Tensor:
-    """Where dropout of `rate` acts: bool [B, …], one dim for each range or tensor [n] int64 of indices in the whole
-    tensor.
-
-    place: the full name of where it acts, the same on every layout.
+    """Mask of the numbers to drop, bool [B, …]. indices: for each further dim a range or an int64 tensor [n] of indices
+    in the whole tensor. rate: share of numbers to drop. place: full name of this use of dropout, the same on every
+    layout.
     """
     digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{place}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
@@ -59,7 +62,7 @@ def dropped(
     if compiles() and state.device.type != "cpu":
         return compiled(_below)(state, inner, inner.new_full((), limit))
     result = torch.empty(*state.shape, len(inner), dtype=torch.bool, device=state.device)
-    # A mask of attention has [B, N, S, T] numbers, of 8 bytes each on the way: some rows at a time.
+    # An attention mask has [B, N, S, T] numbers, each of 8 bytes while it is drawn: do some rows at a time.
     rows = max(1, AT_A_TIME.get(state.device.type, AT_A_TIME_ON_DEVICES) // max(1, len(inner)))
     for drawn, states in zip(
         result.flatten(0, -2).split(rows), state.flatten().split(rows), strict=True
@@ -69,12 +72,12 @@ def dropped(
 
 
 def _below(state: Tensor, inner: Tensor, limit: Tensor) -> Tensor:
-    """The generator's last step, which numbers [..., n] are below the limit, for the compiler."""
+    """The generator's last step, as a function to compile: which numbers [..., n] are below the limit."""
     return _mixed(state.unsqueeze(-1) + inner) < limit
 
 
 def _counter(index: range | Tensor, device: torch.device) -> Tensor:
-    """What the generator adds for each index, int64 [n]."""
+    """The increment that the generator adds for each index, int64 [n]."""
     if isinstance(index, range):
         index = torch.arange(index.start, index.stop, device=device)
     return (index + 1) * _GOLDEN
@@ -83,7 +86,7 @@ def _counter(index: range | Tensor, device: torch.device) -> Tensor:
 def drop(
     x: Tensor, randomness: Randomness | None, place: str, rate: float, rows: range | Tensor
 ) -> Tensor:
-    """Dropout of hidden states x [B, S, D]; rows: which row each of the S is of the whole sequence."""
+    """Dropout of hidden states x [B, S, D]. rows: index of each of the S tokens in the whole sequence."""
     if randomness is None or rate == 0.0:
         return x
     indices = [rows, range(x.shape[2])]

@@ -1,4 +1,4 @@
-"""The first part of a model: token ids to hidden states. Shapes as in layers.py. Next: transformer.py."""
+"""The embedding of a model: token ids to hidden states. Shapes as in layers.py. Next: block.py."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from megalite.parallel.layers import VocabularyEmbedding, parameter
 
 
 class Embedding(nn.Module):
-    """Token ids [B, S] -> hidden [B, S or S / t, D]: learned positions and a token type are added, and a norm follows,
-    where the model has them."""
+    """Token ids [B, S] -> hidden [B, S or S / t, D], with learned positions, a token type and a norm if the model has
+    them."""
 
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Embedding(nn.Module):
         return drop(hidden, context.randomness, "embedding", self.dropout, numbers)
 
     def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
-        """Rows of the table of positions for this rank's part of the tokens."""
+        """Rows of the position table for this rank's part of the tokens."""
         if not self.position_offset:
             return table[context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]]
         padding = self.position_offset - 1

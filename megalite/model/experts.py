@@ -1,11 +1,11 @@
 """A mixture of experts in place of the MLP: each token goes through the k gated MLPs that its router chooses (arXiv
-2401.04088, section 2.1). No expert has a capacity, and no token is dropped. Next: attention.py.
+2401.04088, section 2.1). Experts have no capacity limit, and no token is dropped. Next: attention.py.
 
 Rows are sorted by expert, in a stable order, and go through grouped products. With an expert axis each of its ranks
-holds E / e experts: rows travel to the ranks of their experts and back (parallel/exchange.py). The tensor axis divides
-each expert's features as it does an MLP's. A shared expert (shared_expert.py) is added where the model has one.
+holds E / e experts: rows are sent to the ranks of their experts and back (parallel/exchange.py). The tensor axis
+divides each expert's features as it does an MLP's. A shared expert (shared_expert.py) is added if the model has one.
 
-T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows at this rank's
+T tokens, E experts, k of them chosen, e ranks of the expert axis, F features of an expert; n rows for this rank's
 experts, T·k without an expert axis.
 """
 
@@ -28,8 +28,8 @@ from megalite.parallel.layers import expert_parameter
 
 
 class RoutedMLP(nn.Module):
-    """x [B, S or S / t, D] -> the same: the sum of the chosen experts' results, by the router's weights, and of
-    the shared expert's."""
+    """x [B, S or S / t, D] -> the same shape: the sum of the chosen experts' outputs, weighted by the router, plus the
+    shared expert's."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class RoutedMLP(nn.Module):
         x = self.split.enter(x)
         rows = x.flatten(0, 1)
         chosen, weights = self.router(rows, context)
-        mixed = self.experts(rows, chosen)  # [T, k, D]; sums over this rank's features alone
+        mixed = self.experts(rows, chosen)  # [T, k, D]; partial sums over this rank's features
         mixed = (mixed * weights.to(mixed.dtype).unsqueeze(-1)).sum(dim=1)
         if self.shared is not None:
             mixed = mixed + self.shared(rows)
@@ -57,7 +57,7 @@ class RoutedMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Rows [T, D] and their experts [T, k] -> [T, k, D]."""
+    """Rows [T, D] and their experts [T, k] -> outputs [T, k, D]."""
 
     def __init__(
         self, spec: TransformerSpec, mixture: Mixture, tensor_axis: Axis, axis: Axis
@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, chosen: Tensor) -> Tensor:
         k, ids = chosen.shape[1], chosen.flatten()
-        order = ids.argsort(stable=True)  # by expert, and then by token
+        order = ids.argsort(stable=True)  # by expert, then by token
         rows = _Spread.apply(rows, order, k)  # type: ignore[assignment]
         groups = Groups.of(ids[order], self.count)
         alone = self.axis.size == 1
@@ -85,17 +85,17 @@ class Experts(nn.Module):
         return self.down(hidden, groups)
 
     def _elsewhere(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """The same with experts on all ranks of the axis."""
+        """The outputs of experts that are spread over the ranks of the axis."""
         e, here = self.axis.size, self.count // self.axis.size
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
         arriving = exchange_evenly(counts, self.axis)  # by source, then by this rank's experts
-        # The one thing that the host waits for: the sizes of the messages, and of this rank's groups.
+        # The only synchronization with the host: sizes of the messages and of this rank's groups.
         sizes = torch.cat([counts.view(e, here).sum(1), arriving]).tolist()
-        given, told = sizes[:e], sizes[e:]
-        by_source = [told[first : first + here] for first in range(0, self.count, here)]
+        given, arrived = sizes[:e], sizes[e:]
+        by_source = [arrived[first : first + here] for first in range(0, self.count, here)]
         route = Route(self.axis, tuple(given), tuple(map(sum, by_source)))
         stops = [*accumulate(map(sum, zip(*by_source, strict=True)))]
-        # They arrive by source and expert, and are wanted by expert and source.
+        # Rows arrive sorted by source and expert; sort them by expert and source.
         own = torch.arange(here, device=rows.device).repeat(e)
         own = own.repeat_interleave(arriving, output_size=sum(route.taken))
         order = own.argsort(stable=True)
@@ -106,8 +106,8 @@ class Experts(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """Rows [n, in], sorted by expert, through this rank's part of weight [E, out, in] -> [n, out]. dim: that the tensor
-    axis splits."""
+    """Multiplies rows [n, in], sorted by expert, by this rank's part of weight [E, out, in] -> [n, out]. dim: the dim
+    that the tensor axis splits."""
 
     def __init__(
         self, shape: tuple[int, int, int], dim: int, tensor_axis: Axis, axis: Axis, std: float
@@ -120,14 +120,14 @@ class GroupedLinear(nn.Module):
 
 
 def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes another."""
+    """The inverse of a permutation."""
     result = torch.empty_like(order)
     result[order] = torch.arange(len(order), device=order.device)
     return result
 
 
 class _Permute(torch.autograd.Function):
-    """rows[order], whose backward is a permutation too, and no sum in an unknown order."""
+    """rows[order] for a permutation; its backward is a permutation too, unlike autograd's sum in no fixed order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Each of rows [T, D] k times, in the order of `order` [T·k]; the k gradients are summed in the order of choice."""
+    """Repeats each of rows [T, D] k times, permuted by `order` [T·k]; the k gradients are summed in order of choice."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a block is made of besides attention (norms, the MLP), and what comes before a head. Next: attention.py.
+"""The parts of a block other than attention (norms, the MLP), and the transform before a head. Next: attention.py.
 
 Shapes: B batch, S sequence, T positions seen so far (S without a cache), D hidden, N heads, K key/value heads,
 H head size, F intermediate; `/ t` marks a dim that the tensor axis splits.
@@ -28,9 +28,9 @@ from megalite.parallel.layers import (
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim, computed in fp32 as transformers does.
+    """RMSNorm or LayerNorm over the last dim, computed in fp32 as in transformers.
 
-    x [..., size]. users: the ranks that each apply the one weight to a part of the work; their parts of its
+    x [..., size]. users: the ranks that apply the same weight to different parts of the work; their parts of its
     gradient are summed.
     """
 
@@ -51,9 +51,9 @@ class Norm(nn.Module):
 
 
 class SplitNorm(nn.Module):
-    """RMSNorm over features that the tensor axis splits by heads: the mean square is that of all of them.
+    """RMSNorm over features that the tensor axis splits by heads: the mean square is over all features.
 
-    x [..., share of size]. Where ranks hold copies of a head (`holders`), each counts for its part.
+    x [..., share of size]. If several ranks hold copies of a head (`holders`), each counts for a part of it.
     """
 
     def __init__(self, spec: TransformerSpec, axis: Axis, size: int) -> None:
@@ -67,7 +67,7 @@ class SplitNorm(nn.Module):
             return rms_norm(x, later(self.weight), self.eps)
         wide = x.float()
         squares = wide.pow(2).sum(dim=-1, keepdim=True) / self.holders.size
-        # Each rank uses the sum for features of its own: gradients are summed as the squares are.
+        # Each rank uses the sum for its own features, so its gradients are summed like the squares.
         squares = enter(leave(squares, self.axis), self.axis)
         wide = wide * torch.rsqrt(squares / self.size + self.eps)
         return enter(later(self.weight), self.holders) * wide.to(x.dtype)
@@ -96,7 +96,7 @@ class MLP(nn.Module):
         return self.down(self._drop(gated(gate, up, self.activation), context))
 
     def _drop(self, features: Tensor, context: Context) -> Tensor:
-        """Dropout of this rank's features of all tokens."""
+        """Dropout of this rank's features, of all tokens."""
         if context.randomness is None or self.dropout == 0.0:
             return features
         rows = context.row_numbers(range(features.shape[1]), features.device)
@@ -105,7 +105,7 @@ class MLP(nn.Module):
 
 
 class Transform(nn.Module):
-    """Between the layers and the head of an encoder, [..., D] -> the same: dense layer, activation, norm."""
+    """Dense layer, activation and norm between the layers and the head of an encoder, [..., D] -> [..., D]."""
 
     def __init__(self, spec: TransformerSpec, split: Split) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Which parameters the optimizer treats alike, and the learning rate of a step.
+"""The optimizer's parameter groups, and the learning rate of each step.
 
-Next: engine.py, which gives both to DeepSpeed.
+Next: engine/build.py, which passes both to DeepSpeed.
 """
 
 import math
@@ -18,16 +18,16 @@ from megalite.model.transformer import EXPERTS, Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, placed
 
-LR_RATIO = "lr_ratio"  # of an optimizer's group: its learning rate, as a multiple of the run's
+LR_RATIO = "lr_ratio"  # key of an optimizer's group: its learning rate, as a multiple of the run's
 
 
 def entry_of(name: str, entries: Sequence[ParameterGroup]) -> int | None:
-    """Number of the first of `megalite.train.parameter_groups` that matches a full name."""
+    """Index of the first entry of `megalite.train.parameter_groups` that matches a full name; None if none does."""
     return next((i for i, entry in enumerate(entries) if fnmatchcase(name, entry.match)), None)
 
 
 def check_parameter_groups(config: Config, spec: TransformerSpec) -> None:
-    """ConfigError for an entry that no tensor of the model falls to."""
+    """Raises ConfigError for an entry that applies to no tensor of the model."""
     entries = config.train.parameter_groups
     if not entries:
         return
@@ -39,20 +39,22 @@ def check_parameter_groups(config: Config, spec: TransformerSpec) -> None:
             seen = any(fnmatchcase(name, entry.match) for name in names)
             rule = f"matches no tensor, such as {names[-1]}"
             if seen:
-                rule = "earlier entries take all that it matches"
+                rule = "earlier entries match every tensor that it matches"
             raise ConfigError(f"megalite.train.parameter_groups.{i}.match: {entry.match!r}: {rule}")
 
 
 def parameter_groups(
     stage: Any, weight_decay: float, entries: Sequence[ParameterGroup] = ()
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer, alike in learning rate and weight decay: by `entries`, else matrices decay, and norms
-    and biases (one dim) do not. A tied embedding's copy has a group of its own, so that its ZeRO shards are the same on
-    both stages that hold one; so have tables that all stages hold. So have tensors that the tensor axis cuts unevenly
-    (an odd vocabulary): ZeRO lays a group out flat, and kernels round the last numbers of a stretch in another way, so
-    that copies of what is whole would differ where what is next to them does. And what an expert axis divides, which
-    ZeRO shards over fewer ranks; DeepSpeed knows those groups by `moe` and `name`. Stages may differ in their groups:
-    each is an engine of its own.
+    """Parameter groups for the optimizer, each with one learning rate and one weight decay: those of `entries`, else
+    weight decay for matrices only, not for norms and biases (one dim). Stages may have different groups, since each
+    stage is a separate engine. Some tensors need a separate group:
+
+    - a tied embedding, so that its ZeRO shards are the same on both stages with a copy, and tables on all stages;
+    - tensors that the tensor axis cuts unevenly (an odd vocabulary). ZeRO flattens a group, and kernels round the last
+      elements of a vector differently, so copies of a whole tensor would differ next to neighbours of unequal size;
+    - tensors that the expert axis divides, which ZeRO shards over fewer ranks. DeepSpeed recognises these groups by
+      `moe` and `name`.
     """
 
     def choice(place: Placement) -> tuple[float, float]:
@@ -80,8 +82,8 @@ def parameter_groups(
 def learning_rate_factor(
     schedule: Schedule, step: int, consumed_tokens: int = 0, step_tokens: int = 0
 ) -> float:
-    """What `lr` is multiplied with for optimizer step `step` (0 is the first), which takes `step_tokens` after
-    `consumed_tokens`: a linear rise whose first value is above 0, then the schedule's own form."""
+    """The factor of `lr` for optimizer step `step` (0 is the first), which takes `step_tokens` after `consumed_tokens`:
+    a linear warm-up whose first value is above 0, then the schedule's curve."""
     if schedule.warmup_tokens is not None:
         if consumed_tokens < schedule.warmup_tokens:
             return min(1.0, (consumed_tokens + step_tokens) / schedule.warmup_tokens)
@@ -104,7 +106,7 @@ def learning_rate_factor(
 
 
 def _fall(shape: str, done: float) -> float:
-    """From 1 to 0 as `done` goes from 0 to 1."""
+    """The decay curve, from 1 to 0 as `done` goes from 0 to 1."""
     done = min(1.0, max(0.0, done))
     match shape:
         case "linear":

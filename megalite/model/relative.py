@@ -1,11 +1,12 @@
-"""Relative positions as T5 has them (arXiv 1910.10683, section 2.1): attention's scores get a number that depends on
-the distance of two tokens, by head. A stack's layers share one table, so that the numbers are made once for all layers
-of a chunk; what a token may not look at is minus infinity in the same tensor.
+"""T5's relative position bias (arXiv 1910.10683, section 2.1): a number per head and distance of two tokens, added to
+the attention scores. The layers of a stack share one table, so the bias is computed once for all layers of a chunk; it
+is minus infinity for keys that are masked.
 
-A pipeline's stages each hold both tables, the encoder's and the decoder's, as copies of one parameter, and the sum of
-the gradients goes to all of them. A stage without a layer that reads a table takes part with zeros (`taking_part`).
+Every stage of a pipeline holds both tables, the encoder's and the decoder's, as copies of one parameter, and their
+gradients are summed over the stages. A stage without a layer that reads a table contributes zeros (`taking_part`).
 
-Shapes: B batch, N heads, S queries, T keys, H head size; `/ t` marks what the tensor axis splits. Next: attention.py.
+Shapes: B batch, N heads, S queries, T keys, H head size; `/ t` marks a dim that the tensor axis splits. Next:
+attention.py.
 """
 
 import math
@@ -23,19 +24,19 @@ from megalite.parallel.grid import Axis
 from megalite.parallel.layers import parameter
 
 ENCODER, DECODER, CROSS = "encoder bias", "decoder bias", "cross bias"
-"""Where a context's `shared` has what is added to scores."""
+"""Keys of the biases in a context's `shared`."""
 
 
 def bias_key(causal: bool) -> str:
-    """Of self-attention in the decoder (causal) or the encoder."""
+    """The key for self-attention in the decoder (causal) or the encoder."""
     return DECODER if causal else ENCODER
 
 
 def buckets_of(distances: Tensor, causal: bool, buckets: int, most: int) -> Tensor:
-    """The row of the table for each distance (key's position minus query's), int64 like `distances`.
+    """The row of the table for each distance (key position minus query position), int64, shape of `distances`.
 
-    Half of the buckets are for one distance each, the others for ranges that grow logarithmically up to `most`; an
-    encoder has one half of the table for what comes before a token and one for what comes after it.
+    Half of the buckets are for one distance each, the others for ranges that grow logarithmically up to `most`; in an
+    encoder one half of the table is for earlier keys and the other for later keys.
     """
     if causal:
         base, distances = torch.zeros_like(distances), (-distances).clamp(min=0)
@@ -43,14 +44,14 @@ def buckets_of(distances: Tensor, causal: bool, buckets: int, most: int) -> Tens
         buckets //= 2
         base, distances = (distances > 0).long() * buckets, distances.abs()
     exact = buckets // 2
-    # In fp32 and in this order, as transformers has it: at the ranges' borders rounding decides.
+    # In fp32 and in the same order as transformers: at the borders of ranges the result depends on rounding.
     far = torch.log(distances.float() / exact) / math.log(most / exact) * (buckets - exact)
     far = (exact + far.clamp(min=0, max=buckets).long()).clamp(max=buckets - 1)
     return base + torch.where(distances < exact, distances, far)
 
 
 class RelativeBias(nn.Module):
-    """The table of a stack, [buckets, N] with the heads split, and what is added to the scores of its layers."""
+    """The table of a stack, [buckets, N] with the heads split; computes the bias of its layers' scores."""
 
     def __init__(self, spec: TransformerSpec, axis: Axis, causal: bool) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class RelativeBias(nn.Module):
         self.weight = parameter(shape, 1, axis, spec.std_of(spec.hidden_size))
 
     def forward(self, s: int, t: int, visible: Tensor | None, device: torch.device) -> Tensor:
-        """[1 or B, N / t, S, T] for the last S of T positions. visible [B, 1, 1, T] bool: keys that may be seen."""
+        """The bias [1 or B, N / t, S, T] for the last S of T positions. visible [B, 1, 1, T] bool: unmasked keys."""
         queries, keys = torch.arange(t - s, t, device=device), torch.arange(t, device=device)
         distances = keys - queries.unsqueeze(-1)
         rows = buckets_of(distances, self.causal, self.stacks.buckets, self.stacks.max_distance)
@@ -72,7 +73,7 @@ class RelativeBias(nn.Module):
 
 
 def source_visible(context: Context) -> Tensor | None:
-    """Which of the source's tokens may be looked at, bool [B, 1, 1, source]; None: all."""
+    """The source tokens that may be attended to, bool [B, 1, 1, source]; None: all."""
     if context.source_visible is not None or context.documents is None:
         return context.source_visible
     documents = context.documents[:, : context.source]
@@ -80,7 +81,7 @@ def source_visible(context: Context) -> Tensor | None:
 
 
 def cross_bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores of cross-attention, [B, 1, 1, source]."""
+    """The mask of cross-attention as a bias of its scores, [B, 1, 1, source]; None: no mask."""
     if visible is None:
         return None
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, -torch.inf)
@@ -94,9 +95,9 @@ def attend_biased(
     drops: Tensor | None,
     rate: float,
 ) -> Tensor:
-    """softmax(query keyᵀ + bias) value, without a scale. query [B, N / t, S, H]; key, value [B, N / t, T, H]; bias as
-    above; drops [B, N / t, S, T]: where the weights are dropped. Result like query."""
-    # A CPU's kernels make no gradient of the bias, and torch's way without them keeps every score twice.
+    """softmax(query keyᵀ + bias) value, without scaling. query [B, N / t, S, H]; key, value [B, N / t, T, H]; bias as
+    above; drops [B, N / t, S, T] bool: attention weights to drop. The result has the shape of query."""
+    # The CPU's kernels compute no gradient of the bias, and torch's fallback stores every score twice.
     if drops is None and not (
         query.device.type == "cpu" and bias is not None and bias.requires_grad
     ):
@@ -120,7 +121,7 @@ class _TakingPart(torch.autograd.Function):
 
 
 def taking_part(hidden: Tensor, tables: Sequence[RelativeBias]) -> Tensor:
-    """The hidden states; in backward the tables get gradients of zeros. ZeRO reduces what has a gradient, and stages
-    sum these: one without would leave the others waiting."""
+    """Returns the hidden states; in backward the tables get zero gradients. ZeRO reduces only parameters with a
+    gradient, and stages sum theirs: a stage without one would leave the others waiting."""
     weights = [later(table.weight) for table in tables]
     return _TakingPart.apply(hidden, *weights) if weights else hidden  # type: ignore[return-value]

@@ -1,11 +1,11 @@
-"""RMSNorm (arXiv 1910.07467) with one backward of its own. Next: layers.py.
+"""RMSNorm (arXiv 1910.07467) with a custom backward. Next: layers.py.
 
-y = w · x r with r = (mean x² + eps)^-1/2, of which autograd would make ten passes over x backward, each keeping what
-it reads. With u = g w and m the mean over the features of a token:
+y = w · x r with r = (mean x² + eps)^-1/2. Autograd's backward would make ten passes over x and store the inputs of
+each. With g the gradient of y, u = g w, and m the mean over the features of a token:
 
     dx = r (u - x r m(u x r)),    dw = Σ over tokens of g x r
 
-LayerNorm's backward, told that the mean of x is 0, gives dw and dx - r m(u): torch has that in one fused pass.
+LayerNorm's backward, given 0 as the mean of x, returns dw and dx - r m(u), which torch computes in one fused pass.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Computes in fp32 as transformers does; x [..., size], weight [size]."""
+    """Computes in fp32 as in transformers; x [..., size], weight [size]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +48,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., size] over the root of its mean square, times weight [size]; as x in type."""
+    """x [..., size] divided by its root mean square, times weight [size]; in the dtype of x."""
     if x.device.type != "cpu":  # GPUs have kernels for both directions
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]

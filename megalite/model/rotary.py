@@ -1,7 +1,7 @@
-"""Rotary positions (arXiv 2104.09864): pairs of a head's features turn by an angle that grows with the position.
+"""Rotary embeddings (arXiv 2104.09864): rotate pairs of a head's features by an angle proportional to the position.
 
-The scalings stretch the angles of a model beyond the length that it was trained at; each is computed in the order
-of operations of transformers' `modeling_rope_utils.py`, so that frequencies are equal to the bit.
+The scalings extend a model beyond the length that it was trained at; each is computed in the order of operations of
+transformers' `modeling_rope_utils.py`, so that frequencies are equal bit for bit.
 """
 
 import math
@@ -15,8 +15,8 @@ from megalite.model.spec import Rotary
 
 
 def frequencies(rotary: Rotary, length: int, device: torch.device | None = None) -> Tensor:
-    """Radians a position for each pair, fp32 [size / 2, rounded up]; `length` of the sequence counts for
-    `dynamic` alone."""
+    """Radians per position for each pair, fp32 [size / 2, rounded up]. length: of the sequence, only used by
+    `dynamic`."""
     theta, size = rotary.theta, rotary.size
     if rotary.scaling == "dynamic":  # NTK-aware: the base grows with the length
         grown = rotary.factor * max(length, rotary.max_positions) / rotary.max_positions - (
@@ -33,11 +33,11 @@ def frequencies(rotary: Rotary, length: int, device: torch.device | None = None)
 
 
 def _llama3(rotary: Rotary, plain: Tensor) -> Tensor:
-    """Llama 3.1: slow pairs are divided by the factor, fast ones kept, those between blended."""
+    """Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated."""
     low = rotary.low_frequency_factor
     high = rotary.high_frequency_factor
     length = rotary.original_positions
-    turn = 2 * math.pi / plain  # positions a full turn
+    turn = 2 * math.pi / plain  # positions per full turn
     slow = turn > length / low
     result = torch.where(slow, plain / rotary.factor, plain)
     share = (length / turn - low) / (high - low)
@@ -47,7 +47,7 @@ def _llama3(rotary: Rotary, plain: Tensor) -> Tensor:
 
 
 def _yarn(rotary: Rotary, wavelengths: Tensor) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the pairs from kept to divided frequencies."""
+    """YaRN (arXiv 2309.00071, section 3.2): a linear ramp over the pairs from unchanged to divided frequencies."""
 
     def pair_that_turns(times: float) -> float:
         turns = rotary.original_positions / (times * 2 * math.pi)
@@ -67,8 +67,8 @@ def _yarn(rotary: Rotary, wavelengths: Tensor) -> Tensor:
 def turns(
     rotary: Rotary, positions: Tensor, spans: Tensor | int | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: as `Context.spans`, or
-    `known_span`, for `dynamic` alone."""
+    """Cosines and sines [B, 1, S, size / 2] of positions [B, S] int64; angles in fp32. spans: `Context.spans` or
+    `Context.known_span`, only used by `dynamic`."""
     if isinstance(spans, Tensor):
         own = _frequencies_of(rotary, spans)
     else:
@@ -80,8 +80,8 @@ def turns(
 
 
 def _frequencies_of(rotary: Rotary, spans: Tensor) -> Tensor:
-    """Radians a position for each token and pair, fp32 [B or 1, S or 1, size / 2]."""
-    # By a token's own sequence: the longest of a micro-batch would make the result depend on what shares it.
+    """Radians per position for each token and pair, fp32 [B or 1, S or 1, size / 2]."""
+    # By each token's own sequence: with the longest of the micro-batch, results would depend on the other samples.
     lengths, which = spans.clamp(min=rotary.max_positions).unique(return_inverse=True)
     return torch.stack([frequencies(rotary, length, spans.device) for length in lengths.tolist()])[
         which
@@ -89,14 +89,14 @@ def _frequencies_of(rotary: Rotary, spans: Tensor) -> Tensor:
 
 
 def spread(cosine: Tensor, interleaved: bool) -> Tensor:
-    """Each pair's cosine at both of its features: [..., size / 2] -> [..., size]."""
+    """Repeats each pair's cosine for both of its features: [..., size / 2] -> [..., size]."""
     return (
         cosine.repeat_interleave(2, dim=-1) if interleaved else torch.cat([cosine, cosine], dim=-1)
     )
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient turns back by the same angles: nothing of x is kept."""
+    """Backward rotates the gradient by the negative angles, so x is not saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
@@ -111,7 +111,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned_by_one(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
-    """As `rotate`; sign -1: by the negative angles."""
+    """`rotate` without autograd; sign -1: by the negative angles."""
     if not compiles():
         return _turned(x, cosine, sine, interleaved, sign)
     result = compiled(_expression)(
@@ -121,7 +121,7 @@ def _turned_by_one(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, s
 
 
 def _expression(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
-    """The same for the compiler: without writing into parts of a tensor, and with S before N."""
+    """`_turned` as a function to compile: without writes to slices, and with S before N."""
     size, half, sine = cosine.shape[-1], sine.shape[-1], sign * sine
     if interleaved:
         first, second, own = x[..., :size:2], x[..., 1:size:2], cosine[..., ::2]
@@ -134,7 +134,7 @@ def _expression(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: int) -> Tensor:
-    """As `_turned_by_one`, in three kernels."""
+    """`_turned_by_one` in three kernels, not compiled."""
     size, half = cosine.shape[-1], sine.shape[-1]
     result = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
         1, 2
@@ -151,10 +151,10 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool, sign: in
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
-    """Turns the first features of each head of x [B, N, S, H]; cosine [B or 1, 1, S, size] from `spread`, sine
+    """Rotates the first features of each head of x [B, N, S, H]; cosine [B or 1, 1, S, size] from `spread`, sine
     [B or 1, 1, S, size / 2] from `turns`.
 
-    The result lies in memory as [B, S, N, H]: attention's own lies like its queries, and the output projection then
-    reads it without a copy, which backward would keep.
+    The result's memory layout is [B, S, N, H]. Attention's output has the layout of its queries, so the output
+    projection reads it without a copy, which backward would store.
     """
     return _Rotate.apply(x, cosine, sine, interleaved)  # type: ignore[return-value]

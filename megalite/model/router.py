@@ -1,17 +1,18 @@
-"""Which experts a token goes to, and what trains the router to use them all alike. Next: experts.py.
+"""The router, which chooses the experts of each token, and the losses that balance their load. Next: experts.py.
 
-The router's product, softmax and choice are made in fp32 on every rank of the tensor axis; of equal probabilities the
-lower expert comes first. So ranks that hold the same token choose the same experts, on every layout.
+The router's product, softmax and choice are computed in fp32 on every rank of the tensor axis; of equal probabilities
+the lower expert comes first. So ranks that hold the same token choose the same experts, on every layout.
 
-Balance does not depend on the layout: `sample` (arXiv 2412.19437, equations 17 to 20) adds for each layer and sample
+Load balancing does not depend on the layout: `sample` (arXiv 2412.19437, equations 17 to 20) adds for each layer and
+sample
 
     coefficient · Σ_i f_i P_i,     f_i = E / (k S) · tokens that chose expert i,     P_i = mean probability of expert i
 
-averaged over the samples of the global batch in which a label counts; it is 1 · coefficient where all experts are used
-alike. transformers multiplies the means over a micro-batch of all layers instead, which changes with the micro-batch,
-the accumulation and the data axis. `bias` adds no loss: engine/router_bias.py moves it. z_loss is added in the same way
-as `sample`: the mean square of the softmax's denominator's logarithm over a sample's tokens (arXiv 2202.08906, equation
-5).
+averaged over the samples of the global batch that have a label that counts; it equals the coefficient if all experts
+are used equally. transformers instead multiplies means over a micro-batch and all layers, which depends on the
+micro-batch, the accumulation and the data axis. `bias` adds no loss; engine/router_bias.py updates the bias. z_loss is
+added like `sample`: the mean over a sample's tokens of the squared log of the softmax denominator (arXiv 2202.08906,
+equation 5).
 
 T tokens of B samples, E experts, k of them chosen.
 """
@@ -33,9 +34,9 @@ from megalite.parallel.layers import parameter
 class Router(nn.Module):
     """Rows [T, D] -> chosen experts [T, k] int64, best first, and their weights [T, k] fp32.
 
-    context_axis: whose ranks hold parts of a sample's tokens. bias [E] fp32: what is added to the probabilities where
-    experts are chosen. tally [E] int64: tokens that went to each expert in the
-    backwards since it was last set to zero, fillings of the batch left out.
+    context_axis: divides the tokens of a sample. bias [E] fp32: added to the probabilities for the choice of experts
+    only. tally [E] int64: number of tokens that went to each expert, counted in backward passes since it was last
+    zeroed, without samples that pad the batch.
     """
 
     tally: Tensor
@@ -53,7 +54,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(mixture.count), persistent=False)
 
     def forward(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        # A rank of the tensor axis has its part of the gradient: that of its features of the experts.
+        # Each rank of the tensor axis computes a part of the gradient, from its features of the experts.
         weight = enter(later(self.weight), self.axis)
         logits = F.linear(rows.float(), weight.float())
         probabilities = logits.softmax(dim=-1)
@@ -69,28 +70,29 @@ class Router(nn.Module):
         return chosen, weights
 
     def choose(self, scores: Tensor) -> Tensor:
-        """[T, E] -> the k best experts [T, k], best first; of equal ones the lower number."""
+        """Scores [T, E] -> the k best experts [T, k], best first; of equal ones the lower number first."""
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
         return ranked[:, : self.mixture.chosen].contiguous()
 
     def _trained(
         self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, each: Tensor
     ) -> Tensor:
-        """The weights, whose backward adds the losses of the router, of each sample `each` [B] times, and counts."""
+        """The weights; their backward adds the router's losses, weighted by `each` [B] per sample, and the tally."""
         b = len(each)
         every = torch.arange(self.mixture.count, device=chosen.device)
-        # A scatter_add would have no order on GPUs, nor a form for deterministic runs.
+        # scatter_add has no fixed order on GPUs and no deterministic variant.
         counts = (chosen.view(b, -1, 1) == every).sum(dim=1).float()
         losses = self._losses(
             logits.unflatten(0, (b, -1)), probabilities.unflatten(0, (b, -1)), counts
         )
-        # Every rank of the tensor axis has the same, and their gradients are summed.
+        # Every rank of the tensor axis has the same losses, and the gradients are summed over the ranks.
         loss = None if losses is None else (losses * each).sum() / self.axis.size
         real = counts * (each > 0).unsqueeze(-1)
         return _Attach.apply(weights, loss, self.tally, real.sum(0).long())  # type: ignore[return-value]
 
     def _losses(self, logits: Tensor, probabilities: Tensor, counts: Tensor) -> Tensor | None:
-        """Of each sample [B]; None where there is none. logits, probabilities [B, S, E]; counts [B, E]."""
+        """The router's loss of each sample [B]; None if there is none. logits, probabilities [B, S, E]; counts
+        [B, E]."""
         mixture, losses = self.mixture, None
         length = logits.shape[1] * self.context_axis.size
         if mixture.balance == "sample" and mixture.balance_coefficient > 0:
@@ -106,8 +108,8 @@ class Router(nn.Module):
 
 
 class _Attach(torch.autograd.Function):
-    """The weights themselves. Backward gives `loss`, which is part of no output, the gradient 1, and adds to the tally:
-    there it happens once, while layers that are recomputed make their forward twice."""
+    """Returns the weights. Backward gives `loss`, which is not part of any output, the gradient 1, and adds to the
+    tally: not in forward, which runs twice in layers that are recomputed."""
 
     @staticmethod
     def forward(

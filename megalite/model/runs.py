@@ -1,8 +1,8 @@
 """Causal attention of the two runs of tokens that a rank of the context axis holds, without a mask.
 
-A run looks at all tokens before it and, from the lower right corner, at its own. GPUs have kernels for that. The CPU's
-kernel knows causal squares from the upper left corner alone, so a run is done there in two calls, the keys before it
-and its own, and merged by the logarithms of their sums of exponentials (online softmax, arXiv 1805.02867).
+A run attends to all tokens before it and causally to itself (a lower-right causal mask). GPUs have kernels for that.
+The CPU's kernel supports only the upper-left causal mask, so there a run takes two calls, for the keys before it and
+for its own, whose results are merged by their log-sum-exps (online softmax, arXiv 1805.02867).
 
 Shapes: B batch, N heads, K key/value heads, S sequence, H head size; c ranks of the context axis.
 """
@@ -22,15 +22,15 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def attend_runs(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """Causal softmax(query keyᵀ / √H) value. query [B, N, S / c, H] of this rank's tokens; key, value [B, K, S, H] of
-    all; result like query, in memory as [B, S / c, N, H]."""
-    if query.device.type in ("cpu", "meta"):  # meta: of a dry run
+    all tokens; the result has the shape of query and the memory layout [B, S / c, N, H]."""
+    if query.device.type in ("cpu", "meta"):  # meta: in a dry run
         return _CausalRuns.apply(query, key, value, rows)  # type: ignore[return-value]
     return by_run(query, key, value, rows)
 
 
 def by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
-    """As `attend_runs`: one call of scaled_dot_product_attention for each run."""
-    # Brings torch._dynamo, FSDP and DTensor with it: a second of each rank's start.
+    """`attend_runs` with one call of scaled_dot_product_attention for each run."""
+    # Imported here because it imports torch._dynamo, FSDP and DTensor, which would add a second to each rank's start.
     from torch.nn.attention.bias import causal_lower_right
 
     grouped, mixed = query.shape[1] != key.shape[1], []
@@ -45,14 +45,14 @@ def by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
 
 
 def _blocks(run: range) -> Iterator[tuple[slice, bool]]:
-    """The keys that a run looks at, and whether causally: all before it, then its own."""
+    """The keys that a run attends to, and whether causally: all before it, then its own."""
     if run.start > 0:
         yield slice(0, run.start), False
     yield slice(run.start, run.stop), True
 
 
 class _CausalRuns(torch.autograd.Function):
-    """Keeps what one call of the kernel keeps: its inputs, the result and a logarithm for each query."""
+    """Saves what one call of the kernel saves: its inputs, the result and a log-sum-exp for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
@@ -76,7 +76,7 @@ class _CausalRuns(torch.autograd.Function):
             here = slice(number * len(run), (number + 1) * len(run))
             own = [x[:, :, here] for x in (slope, query, mixed, logs)]
             for seen, causal in _blocks(run):
-                # With the result and the logarithms of all keys, the kernel gives this block's part of the gradients.
+                # Given the result and log-sum-exps over all keys, the kernel returns this block's part of the gradient.
                 part = _backward(
                     own[0], own[1], key[:, :, seen], value[:, :, seen], own[2], own[3], 0.0, causal
                 )
@@ -87,7 +87,7 @@ class _CausalRuns(torch.autograd.Function):
 
 
 def _of_run(query: Tensor, key: Tensor, value: Tensor, run: range) -> tuple[Tensor, Tensor]:
-    """The result for one run [B, N, p, H], and the logarithms of its sums of exponentials [B, N, p]."""
+    """The result for one run [B, N, p, H], and its log-sum-exps [B, N, p]."""
     (mixed, logs), *others = (
         _forward(query, key[:, :, seen], value[:, :, seen], 0.0, causal)
         for seen, causal in _blocks(run)

@@ -1,8 +1,8 @@
-"""The shared expert: a gated MLP that every token of a layer goes through beside those that its router chooses (arXiv
-2401.06066, section 3.2), in Qwen2 (arXiv 2407.10671, section 2.2.2) weighted by a sigmoid of the token. Next:
+"""The shared expert: a gated MLP that every token goes through in addition to its chosen experts (arXiv 2401.06066,
+section 3.2); in Qwen2 (arXiv 2407.10671, section 2.2.2) its output is weighted by a sigmoid of the token. Next:
 router.py.
 
-The tensor axis divides its features as it does an MLP's; no expert axis divides it. T tokens.
+The tensor axis divides its features as it does an MLP's; the expert axis does not divide it. T tokens.
 """
 
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from megalite.parallel.layers import ColumnLinear, RowLinear, parameter
 
 
 class SharedExpert(nn.Module):
-    """Rows [T, D], which the caller has `enter`ed -> [T, D]: sums over this rank's features, which the caller adds to
-    those of the other experts before it sums both over the tensor axis."""
+    """Rows [T, D], after the caller's `enter` -> [T, D]: partial sums over this rank's features. The caller adds them
+    to those of the other experts and then sums over the tensor axis."""
 
     def __init__(self, spec: TransformerSpec, mixture: Mixture, split: Split) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class SharedExpert(nn.Module):
 
 
 class Weigher(nn.Module):
-    """Rows [T, D] -> the weight [T, 1] of the shared expert in each, whole on every rank of the tensor axis."""
+    """Rows [T, D] -> the weight [T, 1] of the shared expert for each; the parameter is whole on every tensor rank."""
 
     def __init__(self, hidden_size: int, axis: Axis, std: float) -> None:
         super().__init__()
@@ -43,5 +43,5 @@ class Weigher(nn.Module):
         self.weight = parameter((1, hidden_size), None, axis, std)
 
     def forward(self, rows: Tensor) -> Tensor:
-        # A rank of the tensor axis has its part of the gradient: that of its features of the expert.
+        # Each rank of the tensor axis computes a part of the gradient, from its features of the expert.
         return F.linear(rows, enter(later(self.weight), self.axis)).sigmoid()

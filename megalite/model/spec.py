@@ -1,6 +1,7 @@
-"""What our one block can be: the whole architecture of a decoder or an encoder as plain numbers and choices.
+"""The whole architecture of a model as plain numbers and choices: everything that our block can be.
 
-A family (families/) reads a Hugging Face config into one of these; the layers read only this. Next: layers.py.
+A family (families/) converts a Hugging Face config into a TransformerSpec; the layers read only the spec. Next:
+layers.py.
 """
 
 import math
@@ -12,92 +13,92 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions: which features of a head turn, and how fast. What the numbers do: rotary.py."""
+    """Rotary embeddings: the features of a head that are rotated, and how fast. rotary.py has the formulas."""
 
     theta: float
     size: int
-    """Features of a head that turn, the first ones; the rest are left as they are."""
+    """Number of leading features of a head that are rotated; the rest are unchanged."""
     interleaved: bool = False
-    """Whether neighbours make a pair (GPT-J), or the two halves of the turning features do (the others)."""
+    """Whether pairs are neighbouring features (GPT-J), or one from each half of the rotated features (others)."""
     scaling: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
     factor: float = 1.0
     max_positions: int = 0
-    """`dynamic`: the length from which on the base grows."""
+    """`dynamic`: the length above which the base grows."""
     original_positions: int = 0
-    """`llama3`, `yarn`: the length that the model was first trained at."""
+    """`llama3`, `yarn`: the length that the model was originally trained at."""
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
-    """What sines and cosines are multiplied with."""
+    """Factor of sines and cosines."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts, each a gated MLP: every token goes to the `chosen` of them that its router likes best.
-    balance, balance_coefficient, z_loss: how the router is trained beside the loss (router.py)."""
+    """A mixture of experts, each a gated MLP: every token goes to the `chosen` experts with the highest router scores.
+    balance, balance_coefficient, z_loss: auxiliary training of the router (router.py)."""
 
     count: int
     chosen: int
     intermediate_size: int
     normalised: bool
-    """Whether the weights of the chosen are divided by their sum."""
+    """Whether the weights of the chosen experts are divided by their sum."""
     layers: tuple[int, ...]
-    """Those that have experts in place of the MLP."""
+    """The layers that have experts in place of the MLP."""
     balance_coefficient: float
     balance: Literal["sample", "bias", "none"] = "sample"
     z_loss: float = 0.0
     shared_size: int = 0
-    """Features of the shared expert, which every token goes through beside the chosen; 0: there is none."""
+    """Features of the shared expert, which every token goes through in addition to the chosen ones; 0: none."""
     shared_is_weighed: bool = True
-    """Whether a sigmoid of the token weighs what the shared expert makes."""
+    """Whether the shared expert's output is multiplied by a sigmoid of the token."""
     least_sum: float = 0.0
-    """`normalised`: what the sum of the weights of the chosen is taken for where it is less."""
+    """`normalised`: lower bound of the sum that the weights are divided by."""
 
     @property
     def weighs_shared(self) -> bool:
-        """Whether there is a shared expert that is weighed."""
+        """Whether there is a shared expert whose output is weighted."""
         return self.shared_size > 0 and self.shared_is_weighed
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """An encoder and a decoder in one list of layers: the first `encoder_layers` see all of the source, the others the
-    target before a token, and by cross-attention what the encoder has made of the source (T5, arXiv 1910.10683).
+    """An encoder and a decoder in one list of layers: the first `encoder_layers` attend to the whole source, the others
+    causally to the target and, by cross-attention, to the encoder's output (T5, arXiv 1910.10683).
 
-    Attention's scores get a number that depends on the distance of two tokens, by head: a table with a row for each of
-    `buckets` distances, which the layers of a stack share (relative.py).
+    A relative position bias is added to the attention scores: a table with a row for each of `buckets` distances and a
+    column for each head, which the layers of a stack share (relative.py).
     """
 
     encoder_layers: int
     buckets: int
     max_distance: int
-    """From which on all distances are in one bucket."""
+    """Larger distances share one bucket."""
     start_id: int
     """The token that every target begins with."""
 
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What takes the place of the head in a classifier of texts. What the numbers do: classifier.py."""
+    """The head of a text classifier, in place of the language model's; see classifier.py."""
 
     labels: tuple[str, ...]
     pooling: Literal["first", "last", "mean"]
-    """The hidden state that a text is judged by: its first token's, its last token's, or the mean of all."""
+    """The hidden state that is classified: the first token's, the last token's, or the mean of all."""
     dense: bool = False
-    """Whether a dense layer and tanh come before the product with the labels."""
+    """Whether a dense layer and tanh come before the output layer."""
     bias: bool = True
     dropout: float = 0.0
-    """Of what the product with the labels reads."""
+    """Dropout of the output layer's input."""
     dense_dropout: float = 0.0
-    """Of what the dense layer reads."""
+    """Dropout of the dense layer's input."""
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """A transformer of one stack, or of two (`stacks`). Sizes are of the whole model, not of a rank's share."""
+    """A transformer with one stack, or two (`stacks`). Sizes are those of the whole model, not of one rank."""
 
     family: str
     hidden_size: int
@@ -108,11 +109,11 @@ class TransformerSpec:
     intermediate_size: int
     vocabulary_size: int
     max_positions: int | None
-    """Positions that the model can have: a limit only where they are learned or the config states one."""
+    """Most positions of a sequence; None if positions are not learned and the config states no limit."""
     norm: Literal["rms", "layer"]
     norm_eps: float
     rotary: Rotary | None
-    """None: positions are learned and added to the embedding."""
+    """None: learned positions are added to the embedding."""
     activation: Activation
     gated: bool
     attention_bias: bool
@@ -122,61 +123,63 @@ class TransformerSpec:
     init_std: float
     depth_scaled_init: bool = False
     embedding_init_std: float | None = None
-    """None: as init_std."""
+    """None: the same as init_std."""
     norm_place: Literal["before", "after", "sum"] = "before"
-    """Whether a norm reads what goes into attention and MLP, what comes out of them, or the sum of both."""
+    """Whether norms apply to the inputs of attention and MLP, to their outputs, or to the residual sums."""
     causal: bool = True
-    """Whether a token sees only those before it and itself (a decoder), or those after it too (an encoder)."""
+    """Whether a token attends only to itself and earlier tokens (a decoder), or to all tokens (an encoder)."""
     position_offset: int = 0
-    """Of learned positions: rows before the first one's. Above 0 as RoBERTa has it: padding tokens are not counted and
-    take the row before, which is not trained."""
+    """Rows of the learned position table before that of position 0. Above 0 as in RoBERTa: padding tokens are not
+    counted, and use the row before, which is not trained."""
     token_types: int = 0
-    """Rows of the embedding of token types, of which every token has the first; 0: there is none."""
+    """Rows of the token type embedding; every token has type 0; 0: there is no such embedding."""
     embedding_norm: bool = False
     final_norm: bool = True
     norm_bias: bool = True
-    """Of LayerNorm; RMSNorm has none."""
+    """Whether LayerNorm has a bias; RMSNorm has none."""
     first_norm: bool = True
-    """Whether the first layer has a norm before attention, as the others have."""
+    """Whether the first layer has a norm before attention like the other layers."""
     local_rotary: Rotary | None = None
-    """Of layers with a window, where it is not the others'."""
+    """Rotary embeddings of layers with a window; None: the same as in the other layers."""
+    nope_layers: tuple[int, ...] = ()
+    """Layers without rotary embeddings in a model that has them (NoPE, arXiv 2305.19466)."""
     head_transform: Activation | None = None
-    """The activation of a dense layer before the head, which a norm follows; None: there is neither."""
+    """The activation of a dense layer, followed by a norm, before the head; None: there is no such layer."""
     head_transform_bias: bool = True
     parallel: bool = False
     """Whether attention and MLP read the same hidden states and are added together."""
     shared_norm: bool = False
     """With `parallel`: one norm for both."""
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """A norm of queries and of keys: each head by itself, or all heads together."""
+    """Norm of queries and keys: over each head, or over all heads together."""
     head_bias: bool = False
     windows: tuple[int | None, ...] = ()
-    """For each layer how many positions a token sees, itself included, in an encoder to each side; None or an empty
-    tuple: all."""
+    """The attention window of each layer, in positions including the token itself, in an encoder to each side; None or
+    an empty tuple: no window."""
     classifier: ClassifierSpec | None = None
-    """Of a model that predicts the label of a text; None: it predicts tokens."""
+    """The head of a text classifier; None: the model predicts tokens."""
     padding_id: int | None = None
-    """A token whose look-up trains no embedding."""
+    """A token whose embedding gets no gradient."""
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
-    """Of what attention and MLP add to the hidden states."""
+    """Dropout of what attention and MLP add to the hidden states."""
     drops_mlp: bool = True
-    """False: of what attention adds alone."""
+    """False: hidden_dropout applies to attention only."""
     mlp_dropout: float = 0.0
-    """Of the features between an MLP's matrices."""
+    """Dropout of the features between an MLP's matrices."""
     final_dropout: float = 0.0
-    """Of what the norm after a stack gives."""
+    """Dropout of the output of the norm after a stack."""
     mixture: Mixture | None = None
     """None: no layer has experts."""
     stacks: Stacks | None = None
     """None: all layers are one stack."""
     scaled_scores: bool = True
-    """Whether attention's scores are divided by the root of the head's size."""
+    """Whether attention scores are divided by the square root of the head size."""
     fan_in_init: bool = False
-    """Whether a matrix starts from init_std divided by the root of its inputs."""
+    """Whether a matrix's initial std is init_std divided by the square root of its input features."""
     head_scale: float = 1.0
-    """What the head multiplies hidden states with."""
+    """Factor of the hidden states before the head."""
 
     @property
     def dropout(self) -> float:
@@ -189,53 +192,55 @@ class TransformerSpec:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What a classifier names; empty for a language model."""
+        """The labels of a classifier; empty for a language model."""
         return () if self.classifier is None else self.classifier.labels
 
     @property
     def encoder_layers(self) -> int:
-        """Layers of the encoder before a decoder's; 0 where there is one stack."""
+        """Number of encoder layers, which come before the decoder's; 0 if there is one stack."""
         return 0 if self.stacks is None else self.stacks.encoder_layers
 
     def is_cross(self, layer: int) -> bool:
-        """Whether a layer looks at what an encoder has made of the source."""
+        """Whether a layer has cross-attention to the encoder's output."""
         return self.stacks is not None and layer >= self.encoder_layers
 
     def is_causal(self, layer: int) -> bool:
-        """Whether a token of the layer sees only those before it and itself."""
+        """Whether a token of the layer attends only to itself and earlier tokens."""
         return self.causal and layer >= self.encoder_layers
 
     def share_of(self, layer: int, source: float) -> float:
-        """Share of a sample's tokens that a layer works on; source: share that is an encoder's source."""
+        """Share of a sample's tokens that a layer processes. source: share that is the encoder's source."""
         if self.stacks is None:
             return 1.0
         return source if layer < self.encoder_layers else 1 - source
 
     @property
     def start_id(self) -> int | None:
-        """The token that a target begins with; None where there is one stack."""
+        """The token that a target begins with; None if there is one stack."""
         return None if self.stacks is None else self.stacks.start_id
 
     def std_of(self, inputs: int) -> float:
-        """Standard deviation that a matrix with so many inputs starts from."""
+        """Initial standard deviation of a matrix with `inputs` input features."""
         return self.init_std / math.sqrt(inputs) if self.fan_in_init else self.init_std
 
     def scaled_by_depth(self, std: float) -> float:
-        """Of a matrix that writes to the residual stream: with `depth_scaled_init` std / sqrt(2·layers), GPT-2 (Radford
-        et al. 2019, section 2.3)."""
+        """The initial std of a matrix that writes to the residual stream: with `depth_scaled_init`
+        std / sqrt(2·layers), as in GPT-2 (Radford et al. 2019, section 2.3)."""
         return std / math.sqrt(2 * self.num_layers) if self.depth_scaled_init else std
 
     def window(self, layer: int) -> int | None:
-        """Positions that a token of the layer sees, None for all."""
+        """The attention window of a layer in positions; None: no window."""
         return self.windows[layer] if self.windows else None
 
     def rotary_of(self, layer: int) -> Rotary | None:
-        """Rotary positions of a layer."""
+        """The rotary embeddings of a layer; None if it has none."""
+        if layer in self.nope_layers:
+            return None
         return self.rotary if self.window(layer) is None else self.local_rotary or self.rotary
 
     @property
     def position_rows(self) -> int:
-        """Rows of the embedding of learned positions, 0 where there is none."""
+        """Rows of the learned position table; 0 if there is none."""
         return (self.max_positions or 0) + self.position_offset if self.rotary is None else 0
 
     @property
@@ -258,25 +263,25 @@ class TransformerSpec:
 
     @property
     def experts(self) -> int:
-        """Experts of a layer that has any; 0 where none has."""
+        """Number of experts in a layer that has experts; 0 if none has."""
         return 0 if self.mixture is None else self.mixture.count
 
     @property
     def expert_size(self) -> int:
-        """Features between an expert's matrices; 0 where there are none."""
+        """Features between an expert's matrices; 0 if there are no experts."""
         return 0 if self.mixture is None else self.mixture.intermediate_size
 
     @property
     def shared_size(self) -> int:
-        """Features of the shared expert of a layer that has one; 0 where none has."""
+        """Features of a layer's shared expert; 0 if there is none."""
         return 0 if self.mixture is None else self.mixture.shared_size
 
     def mixture_of(self, layer: int) -> Mixture | None:
-        """The experts of a layer; None where it has an MLP."""
+        """The experts of a layer; None if it has an MLP."""
         return self.mixture if self.mixture is not None and layer in self.mixture.layers else None
 
     def layer_parameters(self, layer: int, used: bool = False) -> int:
-        """Parameters of a layer, which has all norms. used: those that a token meets, of a few experts."""
+        """Parameters of a layer that has all norms. used: only those that one token uses, those of its few experts."""
         d, f = self.hidden_size, self.intermediate_size
         mlp = d * f * (3 if self.gated else 2) + self.mlp_bias * (f * (2 if self.gated else 1) + d)
         mixture = self.mixture_of(layer)
@@ -308,8 +313,8 @@ class TransformerSpec:
 
     @property
     def head_weights(self) -> int:
-        """Weights of the products that are made for the positions that count: with the output embedding, or in a
-        classifier."""
+        """Weights of the head, which is computed only for positions that count: the output embedding, or a
+        classifier's matrices."""
         d = self.hidden_size
         if self.classifier is None:
             return self.vocabulary_size * d
@@ -317,12 +322,12 @@ class TransformerSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, tied ones once."""
+        """Parameters of the whole model; tied ones count once."""
         return self._parameters(used=False)
 
     @property
     def used_parameters(self) -> int:
-        """Parameters of the whole model that a token meets."""
+        """Parameters of the whole model that one token uses."""
         return self._parameters(used=True)
 
     def _parameters(self, used: bool) -> int:
@@ -355,10 +360,10 @@ class TransformerSpec:
     def flops_per_token(
         self, sequence_length: int, counted: float = 1.0, source_length: int = 0
     ) -> float:
-        """Forward and backward, matrix products only: 6 a weight that multiplies, and attention's two products over
-        the positions that a token sees on average, times 3 (arXiv 2104.04473, appendix, which counts all S; causal
-        attention needs S / 2 of them, and a window of w needs w - w² / 2S). counted: share
-        of the tokens that the head's product is made for. source_length: tokens of an encoder-decoder's source."""
+        """FLOPs per token of forward and backward, matrix products only: 6 per weight, and 3 times attention's two
+        products over the positions that a token attends to on average (arXiv 2104.04473, appendix, which counts all S;
+        causal attention needs S / 2 of them, and a window of w needs w - w² / 2S). counted: share of the tokens that
+        the head is computed for. source_length: tokens of an encoder-decoder's source."""
         if self.stacks is not None:
             return self._flops_of_stacks(sequence_length, counted, source_length)
         lookups = (0 if self.tied else self.vocabulary_size) + self.position_rows + self.token_types
@@ -367,7 +372,7 @@ class TransformerSpec:
         return 6.0 * (self.used_parameters - left_out) + 12 * self.num_heads * self.head_size * seen
 
     def _flops_of_stacks(self, length: int, counted: float, source_length: int) -> float:
-        """The same where a layer works on the source or on the target alone."""
+        """`flops_per_token` of an encoder-decoder, each of whose layers processes only the source or the target."""
         total = 6.0 * (counted * self.head_weights + self.norm_parameters)
         for layer in range(self.num_layers):
             weights, seen = self.layer_work(layer, length, source_length)
@@ -375,8 +380,8 @@ class TransformerSpec:
         return total
 
     def layer_work(self, layer: int, length: float, source_length: float) -> tuple[float, float]:
-        """Of an encoder-decoder's layer, for a token of a sample on average: weights that multiply it, and positions
-        that attention works on for it."""
+        """(weights, positions) that a layer of an encoder-decoder uses per token of a sample, on average: weights that
+        multiply the token, and positions that attention computes for it."""
         source = source_length / length
         share, target = self.share_of(layer, source), length - source_length
         if not self.is_cross(layer):
@@ -386,7 +391,7 @@ class TransformerSpec:
         return weights, share * (target / 2 + source_length)
 
     def _seen(self, layer: int, length: int) -> float:
-        """Positions that a token of the layer sees on average."""
+        """Positions that a token of the layer attends to on average."""
         if not self.causal:
             return length
         window = min(self.window(layer) or length, length)

@@ -5,7 +5,8 @@
 One hidden tensor [B, S, D] goes from each to the next, within a chunk and across chunks; with sequence parallelism
 a rank of the tensor axis has [B, S / t, D] of it. Of an encoder-decoder the tensor has the rows of the source and then
 those of the target; an encoder's layer works on the first, a decoder's on the second with a look at the first. Pipe 1
-is the case of one stage with one chunk; there is no second way to build or run the model.
+is the case of one stage with one chunk; there is no second way to build or run the model. A layer is in block.py, the
+ends are in embedding.py, head.py and classifier.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,18 +14,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from megalite.model.attention import Attention, CrossAttention
+from megalite.model.block import Block
 from megalite.model.chunks import Cut
 from megalite.model.classifier import Classifier
 from megalite.model.context import Context
-from megalite.model.dropout import drop
 from megalite.model.embedding import Embedding
 from megalite.model.experts import RoutedMLP
-from megalite.model.layers import MLP, Norm, Transform
+from megalite.model.head import Head
 from megalite.model.relative import (
     CROSS,
     DECODER,
@@ -38,147 +37,12 @@ from megalite.model.relative import (
 from megalite.model.router import Router
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split
-from megalite.parallel.deferred import WeightGradients, give, later
+from megalite.parallel.deferred import WeightGradients, give
 from megalite.parallel.grid import Axis, Grid
-from megalite.parallel.layers import (
-    initialise,
-    name_parameters,
-    parameter,
-    placed,
-)
-from megalite.parallel.loss import head_loss
+from megalite.parallel.layers import initialise, name_parameters, placed
 
 TIED_NAME = "embedding.tokens.weight"
 EXPERTS = "experts"  # DeepSpeed's name for what an expert axis splits
-
-
-class Block(nn.Module):
-    """Attention and MLP, each added to the hidden states, with norms where the family has them.
-    [B, S or S / t, D] -> the same."""
-
-    def __init__(
-        self,
-        spec: TransformerSpec,
-        layer: int,
-        split: Split,
-        recompute_attention: bool,
-        grid: Grid,
-    ) -> None:
-        super().__init__()
-        self.spec, self.layer, self.split = spec, layer, split
-        size, users = spec.hidden_size, split.users
-        self.attention_norm = (
-            Norm(spec, split.axis, size, users) if layer or spec.first_norm else nn.Identity()
-        )
-        self.attention = Attention(spec, layer, split, recompute_attention)
-        self.cross_norm, self.cross_attention = None, None
-        if spec.is_cross(layer):
-            self.cross_norm = Norm(spec, split.axis, size, users)
-            self.cross_attention = CrossAttention(spec, layer, split, recompute_attention)
-        self.mlp_norm = None if spec.shared_norm else Norm(spec, split.axis, size, users)
-        mixture = spec.mixture_of(layer)
-        if mixture is None:
-            self.mlp = MLP(spec, layer, split)
-        else:
-            self.mlp = RoutedMLP(spec, mixture, split, grid.expert, grid.context)
-        self.stack_norm = None
-        if layer + 1 == spec.encoder_layers:
-            self.stack_norm = Norm(spec, split.axis, size, users)
-
-    def forward(self, hidden: Tensor, context: Context, source: Tensor | None = None) -> Tensor:
-        """source: what the encoder has made of the source, for a layer with cross-attention."""
-        mlp_norm = self.mlp_norm or self.attention_norm
-        if self.spec.norm_place == "after":  # OLMo 2
-            hidden = hidden + self._drop(
-                self.attention_norm(self.attention(hidden, context)), context, "attention"
-            )
-            return hidden + self._drop(mlp_norm(self.mlp(hidden, context)), context, "mlp")
-        if self.spec.norm_place == "sum":  # BERT
-            hidden = self.attention_norm(
-                hidden + self._drop(self.attention(hidden, context), context, "attention")
-            )
-            return mlp_norm(hidden + self._drop(self.mlp(hidden, context), context, "mlp"))
-        normed = self.attention_norm(hidden)
-        mixed = self._drop(self.attention(normed, context), context, "attention")
-        if self.spec.parallel:  # GPT-J, GPT-NeoX, Phi
-            normed = normed if self.spec.shared_norm else mlp_norm(hidden)
-            return hidden + mixed + self._drop(self.mlp(normed, context), context, "mlp")
-        hidden = hidden + mixed
-        if self.cross_attention is not None and self.cross_norm is not None:
-            looked = self.cross_attention(self.cross_norm(hidden), context, source)
-            hidden = hidden + self._drop(looked, context, "cross_attention")
-        hidden = hidden + self._drop(self.mlp(mlp_norm(hidden), context), context, "mlp")
-        if self.stack_norm is None:
-            return hidden
-        return drop_final(self.stack_norm(hidden), self.spec, context, "encoder")
-
-    def _drop(self, added: Tensor, context: Context, part: str) -> Tensor:
-        if part == "mlp" and not self.spec.drops_mlp:
-            return added
-        if context.randomness is None or self.spec.hidden_dropout == 0:
-            return added
-        rows = context.row_numbers(self.split.rows(self.split.length(added)), added.device)
-        place = f"layers.{self.layer}.{part}.output"
-        return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
-
-
-def drop_final(hidden: Tensor, spec: TransformerSpec, context: Context, stack: str) -> Tensor:
-    """Dropout of what the norm after a stack gives."""
-    rows = range(hidden.shape[1])
-    return drop(hidden, context.randomness, f"final.{stack}", spec.final_dropout, rows)
-
-
-class Head(nn.Module):
-    """Final norm, transform and the product with the output embedding: hidden [B, S or S / t, D] -> logits
-    [B, S, V / t], or with labels [B, S] the sum of the losses.
-
-    `weight` is the embedding's own parameter where both are on one rank and tied; on another rank a copy
-    under the same name, which the engine keeps equal by summing both gradients.
-    """
-
-    def __init__(
-        self, spec: TransformerSpec, split: Split, tied_to: nn.Parameter | None, z_loss: float
-    ) -> None:
-        super().__init__()
-        self.spec, self.split, self.z_loss = spec, split, z_loss
-        self.norm = (
-            Norm(spec, split.axis, spec.hidden_size, split.users) if spec.final_norm else None
-        )
-        self.transform = Transform(spec, split) if spec.head_transform else None
-        if tied_to is None:
-            std = spec.std_of(spec.hidden_size)
-            if spec.tied:
-                std = spec.embedding_init_std or spec.init_std
-            tied_to = parameter((spec.vocabulary_size, spec.hidden_size), 0, split.axis, std)
-        self.weight = tied_to
-        self.bias = (
-            parameter((spec.vocabulary_size,), 0, split.axis, None) if spec.head_bias else None
-        )
-
-    def forward(
-        self, hidden: Tensor, labels: Tensor | None = None, context: Context | None = None
-    ) -> Tensor:
-        for part in (self.norm, self.transform):
-            hidden = hidden if part is None else part(hidden)
-        if context is not None:
-            hidden = drop_final(hidden, self.spec, context, "decoder")
-        if self.spec.head_scale != 1.0:
-            hidden = hidden * self.spec.head_scale
-        hidden = self.split.enter(hidden)
-        if labels is None:
-            return F.linear(hidden, self.weight, self.bias)
-        weight, bias = later(self.weight), None if self.bias is None else later(self.bias)
-        return head_loss(
-            hidden,
-            weight,
-            bias,
-            labels,
-            self.spec.vocabulary_size,
-            self.split.axis,
-            self.z_loss,
-            None if context is None else context.counted,
-        )
-
 
 Recompute = bool | int | Literal["selective"]
 """What is computed again in backward instead of being kept: nothing (False, 0), groups of so many layers, of which
@@ -345,23 +209,26 @@ class Stage(nn.Module):
             last = number == self.cut.last_chunk
             layers = self.cut.layers[number]
             tied_to = None if self.embedding is None else self.embedding.tokens.weight
-            others: Any = next(iter(self.chunks.values()), None)
-            tables = None if others is None else others.tables
+            tables = self._chunks[0].tables if self._chunks else None
             self.chunks[str(number)] = Chunk(
                 spec, layers, first, last, self.split, recompute, z_loss, tied_to, grid, tables
             )
 
     @property
+    def _chunks(self) -> list[Chunk]:
+        return list(self.chunks.values())  # type: ignore[arg-type]
+
+    @property
     def embedding(self) -> Embedding | None:
-        """None where the first chunk is on another rank."""
+        """None if the first chunk is on another rank."""
         return next(
-            (chunk.embedding for chunk in self.chunks.values() if chunk.embedding is not None), None
-        )  # type: ignore[union-attr]
+            (chunk.embedding for chunk in self._chunks if chunk.embedding is not None), None
+        )
 
     @property
     def head(self) -> Head | Classifier | None:
-        """None where the last chunk is on another rank."""
-        return next((chunk.head for chunk in self.chunks.values() if chunk.head is not None), None)  # type: ignore[union-attr]
+        """None if the last chunk is on another rank."""
+        return next((chunk.head for chunk in self._chunks if chunk.head is not None), None)
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -390,9 +257,9 @@ class Stage(nn.Module):
     def ties(self) -> list[tuple[nn.Parameter, Axis]]:
         """What several stages hold copies of, whose gradients are summed over an axis: of a tied embedding the ends, of
         tables of relative positions all stages."""
-        chunk: Any = next(iter(self.chunks.values()))
-        tables = chunk.tables.parameters() if self.grid.pipe.size > 1 else ()
-        found = [(table, self.grid.pipe) for table in tables]
+        found = []
+        if self.grid.pipe.size > 1:
+            found = [(table, self.grid.pipe) for table in self._chunks[0].tables.parameters()]
         if self.tied_parameter is not None:
             found.append((self.tied_parameter, self.grid.ends))
         return found
@@ -413,8 +280,7 @@ class Stage(nn.Module):
     @property
     def routers(self) -> dict[int, Router]:
         """The routers of this rank's layers that have experts."""
-        chunks: Any = self.chunks.values()
-        blocks = [block for chunk in chunks for block in chunk.blocks.values()]
+        blocks: Any = [block for chunk in self._chunks for block in chunk.blocks.values()]
         return {
             block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
         }

@@ -1,7 +1,7 @@
-"""Attention within pieces of a micro-batch, each by itself and in a window, without a mask: torch's flash kernel.
+"""Attention within pieces of a micro-batch, optionally in a window, without a mask: torch's varlen flash kernel.
 
-The kernels of scaled_dot_product_attention that take a mask read one of S² numbers and are slower by far; this one is
-told where each piece of the flattened micro-batch begins. It is NVIDIA's alone; elsewhere attention.py makes a mask.
+The kernels of scaled_dot_product_attention that take a mask read S² numbers and are far slower; this kernel takes the
+start of each piece of the flattened micro-batch. It runs only on NVIDIA GPUs; elsewhere attention.py uses a mask.
 """
 
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST_HEAD = 256  # features that the kernel takes, a multiple of 8
+LARGEST_HEAD = 256  # most features per head that the kernel supports; they must be a multiple of 8
 LEAST_CAPABILITY = (8, 0)
-TILE = 128  # queries that the kernel takes at once
+TILE = 128  # queries that the kernel processes at once
 
 
 class Bounds(NamedTuple):
-    """Pieces that B · S tokens are cut into: where each begins, and the end, int32 [pieces + 1] on the device; and the
-    longest piece's tokens, which the host must know."""
+    """The pieces that B · S tokens are cut into. starts: index of each piece's first token, and the end, int32
+    [pieces + 1] on the device; longest: tokens of the longest piece, which the host must know."""
 
     starts: Tensor
     longest: int
 
 
 def rows_as_pieces(b: int, s: int, device: torch.device) -> Bounds:
-    """Each row of [B, S] is a piece."""
+    """Bounds with each row of [B, S] as a piece."""
     return Bounds(torch.arange(0, b * s + 1, s, dtype=torch.int32, device=device), s)
 
 
 def documents_as_pieces(documents: np.ndarray) -> Bounds:
-    """Each run of one number in a row of `documents` [B, S] is a piece; in main memory, where its numbers are known
-    without waiting for a device."""
+    """Bounds with each run of equal numbers in a row of `documents` [B, S] as a piece. They are in main memory, so that
+    they are known without synchronizing with a device."""
     begins = np.ones(documents.shape, bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = np.append(np.flatnonzero(begins), documents.size)
@@ -40,10 +40,10 @@ def documents_as_pieces(documents: np.ndarray) -> Bounds:
 
 
 class RunPieces(NamedTuple):
-    """Pieces of one run of tokens (parallel/rows.py) in B samples, and of the keys that they look at.
+    """Pieces of one run of tokens (parallel/rows.py) in B samples, and of the keys that they attend to.
 
-    keys: which of B · S keys those are, in order, int64 [n]; queries, of_keys: as many pieces of the run's B · p tokens
-    and of those keys. The last key of a piece is that of its last query.
+    keys: indices of those keys among B · S, in order, int64 [n]; queries, of_keys: corresponding pieces of the run's
+    B · p tokens and of those keys. The last key of a piece belongs to its last query.
     """
 
     keys: Tensor
@@ -52,8 +52,8 @@ class RunPieces(NamedTuple):
 
 
 def runs_as_pieces(documents: np.ndarray, runs: Sequence[range]) -> tuple[RunPieces, ...]:
-    """Each run's parts of documents, and the keys from the start of each document on; in main memory. documents [B, S]
-    as in `documents_as_pieces`."""
+    """For each run its parts of documents, and the keys from the start of each document; in main memory. documents
+    [B, S]: as in `documents_as_pieces`."""
     return tuple(_run_as_pieces(documents, run) for run in runs)
 
 
@@ -61,7 +61,7 @@ def _run_as_pieces(documents: np.ndarray, run: range) -> RunPieces:
     b, s = documents.shape
     queries = documents_as_pieces(documents[:, run.start : run.stop])
     starts = queries.starts.numpy()
-    # Where the document begins that the run's first token is of.
+    # The first token of the document that the run's first token belongs to.
     index = np.arange(run.start + 1)
     begins = np.ones((b, run.start + 1), bool)
     begins[:, 1:] = documents[:, 1 : run.start + 1] != documents[:, : run.start]
@@ -70,14 +70,14 @@ def _run_as_pieces(documents: np.ndarray, run: range) -> RunPieces:
     lengths[starts[:-1] % len(run) == 0] += (run.start - first).astype(lengths.dtype)
     of_keys = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     keys = [np.arange(row * s + first[row], row * s + run.stop) for row in range(b)]
-    looked_at = Bounds(torch.from_numpy(of_keys), int(lengths.max()))
-    return RunPieces(torch.from_numpy(np.concatenate(keys)), queries, looked_at)
+    key_bounds = Bounds(torch.from_numpy(of_keys), int(lengths.max()))
+    return RunPieces(torch.from_numpy(np.concatenate(keys)), queries, key_bounds)
 
 
 def rows_of_runs(
     b: int, s: int, runs: Sequence[range], device: torch.device
 ) -> tuple[RunPieces, ...]:
-    """The same where each sample of [B, S] is one document."""
+    """`runs_as_pieces` with each sample of [B, S] as one document."""
     rows, result = torch.arange(b, device=device).unsqueeze(-1) * s, []
     for run in runs:
         keys = (rows + torch.arange(run.stop, device=device)).flatten()
@@ -87,7 +87,7 @@ def rows_of_runs(
 
 
 def kernel_takes(device_type: str, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether there is a kernel for such heads on a new enough device of this type."""
+    """Whether the kernel supports such heads on a new enough device of this type."""
     if (
         device_type != "cuda"
         or torch.version.hip is not None
@@ -99,7 +99,7 @@ def kernel_takes(device_type: str, dtype: torch.dtype, head_size: int) -> bool:
 
 @cache
 def new_enough(device: torch.device) -> bool:
-    """Whether the device has the kernel's instructions."""
+    """Whether the device has the instructions that the kernel needs."""
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
@@ -111,10 +111,10 @@ def attend_pieces(
     window: int | None,
     causal: bool = True,
 ) -> Tensor:
-    """Attention in each piece; window: of how many positions a token sees, itself included, to each side without
+    """Attention within each piece. window: number of visible positions including the token itself; to each side without
     `causal`.
 
-    query [B, N, S, H]; key, value [B, K, S, H]; result like query, in memory as [B, S, N, H].
+    query [B, N, S, H]; key, value [B, K, S, H]; the result has the shape of query and the memory layout [B, S, N, H].
     """
     b, n, s, h = query.shape
     query, key, value = (_flat(x) for x in (query, key, value))
@@ -123,8 +123,8 @@ def attend_pieces(
 
 
 def prefixes_as_pieces(documents: np.ndarray, prefixes: np.ndarray) -> Bounds:
-    """Each document's prefix is a piece. The rest, whose results are not used, is cut into pieces of a kernel's tile,
-    so that little is computed for it. In main memory. documents, prefixes [B, S]."""
+    """Bounds with each document's prefix as a piece. The rest, whose results are not used, is cut into pieces of the
+    kernel's tile size, so that little is computed for it. In main memory. documents, prefixes [B, S]."""
     tiles = np.arange(documents.shape[1]) // TILE + 1
     return documents_as_pieces(documents * (tiles[-1] + 1) + np.where(prefixes, 0, tiles))
 
@@ -138,22 +138,23 @@ def attend_prefixes(
     prefixes: Tensor,
     window: int | None,
 ) -> Tensor:
-    """Attention in each piece, causal but in its prefix, whose tokens see each other both ways.
+    """Attention within each piece, causal except in its prefix, whose tokens attend to each other in both directions.
 
-    Two calls: causally in `bounds`, of which the prefixes are not taken, and both ways in `halves`
-    (`prefixes_as_pieces`), of which they alone are. So no row has to be copied out and back. prefixes bool [B, S];
-    others as in `attend_pieces`.
+    Two calls: a causal one in `bounds`, and a bidirectional one in `halves` (`prefixes_as_pieces`), whose results are
+    used for the prefixes only. So no row has to be copied out and back. prefixes bool [B, S]; others as in
+    `attend_pieces`.
     """
     causal = attend_pieces(query, key, value, bounds, window)
-    both_ways = attend_pieces(query, key, value, halves, window, causal=False)
-    return torch.where(prefixes[:, None, :, None], both_ways, causal)
+    bidirectional = attend_pieces(query, key, value, halves, window, causal=False)
+    return torch.where(prefixes[:, None, :, None], bidirectional, causal)
 
 
 def attend_runs_in_pieces(
     query: Tensor, key: Tensor, value: Tensor, runs: Sequence[RunPieces], window: int | None
 ) -> Tensor:
-    """The same, causal, for the two runs of tokens that a rank of the context axis holds. query [B, N, S / c, H]; key,
-    value [B, K, S, H]; result like query, in memory as [B, S / c, N, H]."""
+    """Causal attention within pieces for the two runs of tokens that a rank of the context axis holds. query
+    [B, N, S / c, H]; key, value [B, K, S, H]; the result has the shape of query and the memory layout
+    [B, S / c, N, H]."""
     b, n, _, h = query.shape
     key, value, mixed = _flat(key), _flat(value), []
     for own, pieces in zip(query.chunk(2, dim=2), runs, strict=True):
@@ -178,13 +179,12 @@ def _kernel(
     window: int | None,
     causal: bool = True,
 ) -> Tensor:
-    """query [n, N, H] in pieces, key and value [m, K, H] in as many. A piece's last query looks at its last key too, as
-    in flash attention since version 2.1."""
-    from torch.nn.attention.varlen import (
-        varlen_attn,  # takes seconds, which runs on a CPU do without
-    )
+    """Calls the kernel with query [n, N, H] and key, value [m, K, H] in equally many pieces. With `causal` the mask is
+    aligned to the lower right: a piece's last query attends to its last key, as in flash attention from version 2.1."""
+    # The import takes seconds, which runs on a CPU do not need.
+    from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if window is None else window - 1  # the kernel counts those before the token
+    left = -1 if window is None else window - 1  # the kernel does not count the token itself
     mixed = varlen_attn(
         query,
         key,

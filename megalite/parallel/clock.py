@@ -1,8 +1,8 @@
-"""How long this rank computes, not counting what it waits for others: the figure that tells a slow rank from those
-that wait for it.
+"""This rank's compute time without its waits for other ranks, which distinguishes a slow rank from those that wait for
+it.
 
-On a CPU by the clock on the wall; on other devices by events on the current stream, without waiting: they are
-read after a later step has synchronised anyway. Not a profiler: `on` is set for a step now and then.
+On a CPU by wall-clock time; on other devices by events on the current stream, without synchronizing: they are read
+after a later step has synchronized anyway. Not a profiler: `on` is set only for some steps.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from megalite.config.rules import machine_has_gpu
 
 
 class Clock:
-    """`computing` goes around work of this rank's own, `waiting` around collectives and messages within it."""
+    """`computing` wraps this rank's own work, `waiting` the collectives and messages inside it."""
 
     def __init__(self) -> None:
         self.on = False
@@ -26,7 +26,7 @@ class Clock:
 
     @functools.cached_property
     def by_events(self) -> bool:
-        # Not torch.accelerator's word: ranks on a CPU may have GPUs beside them.
+        # Not torch.accelerator.is_available: ranks may compute on the CPU of a machine with GPUs.
         return machine_has_gpu()
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
@@ -36,7 +36,7 @@ class Clock:
         return self._span(-1) if self._depth else _NOTHING
 
     def take(self) -> float:
-        """Seconds since the last call; on a device, call it after that has been waited for."""
+        """Compute seconds since the last call. On a GPU, synchronize first."""
         spans, self._spans = self._spans, []
         if self.by_events:
             return sum(sign * start.elapsed_time(end) for sign, start, end in spans) / 1000
@@ -50,7 +50,7 @@ class Clock:
             yield
         finally:
             self._depth -= 1
-        if sign > 0 or self._depth == 1:  # a wait within a wait is counted once
+        if sign > 0 or self._depth == 1:  # nested waits are counted once
             self._spans.append((sign, start, self._now()))
 
     def _now(self) -> Any:
@@ -64,4 +64,4 @@ class Clock:
 _NOTHING = contextlib.nullcontext()
 
 RANK_CLOCK = Clock()
-"""This process's: a process is one rank, and what it computes and waits for is one figure."""
+"""The clock of this process, which is one rank."""

@@ -1,9 +1,9 @@
-"""Collectives that autograd can pass through. Next: layers.py, which puts them around matrix products.
+"""Differentiable collectives. Next: layers.py, which puts them around matrix products.
 
-Megatron-LM (arXiv 1909.08053, section 3) names them f and g: `enter` copies in forward and sums gradients in
-backward, `leave` sums in forward and copies gradients in backward. Between them every rank of the tensor axis
+Megatron-LM (arXiv 1909.08053, section 3) names them f and g: `enter` copies in forward and all-reduces gradients in
+backward, `leave` all-reduces in forward and copies gradients in backward. Between them every rank of the tensor axis
 works on its own slice. With sequence parallelism (arXiv 2205.05198, section 4.2.2) the ranks divide the sequence
-outside of them: `enter` gathers it and `leave` scatters the sums; the same bytes are sent.
+outside of them: `enter` all-gathers it and `leave` reduce-scatters the sums; as many bytes are sent.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def sum_over(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def max_over(tensor: Tensor, axis: Axis) -> Tensor:
-    """Maximum in place over the axis; without autograd."""
+    """Takes the maximum of `tensor` over the axis, in place; without autograd."""
     if axis.size > 1:
         with RANK_CLOCK.waiting():
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=axis.group)
@@ -34,7 +34,7 @@ def max_over(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_over(tensor: Tensor, axis: Axis) -> Tensor:
-    """Every rank's tensor, of one shape, stacked in the order of the axis: [size, …]; without autograd."""
+    """The tensors of all ranks, of equal shape, stacked in the order of the axis: [size, …]; without autograd."""
     if axis.size == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(axis.size)]
@@ -67,17 +67,17 @@ class _Leave(torch.autograd.Function):
 
 
 def enter(hidden: Tensor, axis: Axis) -> Tensor:
-    """f: the same tensor on every rank of the axis goes into split work; its gradients are summed."""
+    """f: passes a tensor that is the same on every rank of the axis into split work; its gradients are summed."""
     return _Enter.apply(hidden, axis) if axis.size > 1 else hidden  # type: ignore[return-value]
 
 
 def leave(partial: Tensor, axis: Axis) -> Tensor:
-    """g: partial sums on the ranks of the axis become the whole on each of them, in place."""
+    """g: all-reduces the partial sums of the ranks of the axis, in place."""
     return _Leave.apply(partial, axis) if axis.size > 1 else partial  # type: ignore[return-value]
 
 
 def gather_sequence(part: Tensor, axis: Axis) -> Tensor:
-    """[B, S / t, …] of every rank, as [B, S, …]; without autograd."""
+    """All-gathers the ranks' [B, S / t, …] to [B, S, …]; without autograd."""
     parts = part.new_empty((axis.size * part.shape[0], *part.shape[1:]))
     with RANK_CLOCK.waiting():
         dist.all_gather_into_tensor(parts, part.contiguous(), group=axis.group)
@@ -85,8 +85,8 @@ def gather_sequence(part: Tensor, axis: Axis) -> Tensor:
 
 
 def begin_scatter(whole: Tensor, axis: Axis) -> tuple[Tensor, Any]:
-    """Begins the sum of [B, S, …] over the ranks, of which this rank keeps [B, S / t, …]; that, and what to wait for
-    before it is read; without autograd."""
+    """Begins a reduce-scatter of [B, S, …] over the ranks. Returns this rank's part [B, S / t, …], and the work handle
+    to wait for before reading it; without autograd."""
     parts = whole.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous().flatten(0, 1)
     part = whole.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
     return part, dist.reduce_scatter_tensor(part, parts, group=axis.group, async_op=True)
@@ -123,9 +123,12 @@ class _ScatterSequence(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Split:
-    """How hidden states are held between the matrix products that the tensor axis splits: whole on every rank, or
-    (`sequence`) a part of the sequence on each. overlaps: whether weights are at hand outside of their modules, so that
-    columns.py may make several linears' gradients at a time; ZeRO-3 gathers them for the module alone."""
+    """How hidden states are stored between the matrix products that the tensor axis splits: whole on every rank, or
+    (`sequence`) a part of the sequence on each.
+
+    overlaps: whether weights are available outside their modules, so that columns.py may compute the gradients of
+    several linears together; ZeRO-3 gathers weights only for the calls of their own modules.
+    """
 
     axis: Axis
     sequence: bool = False
@@ -137,12 +140,12 @@ class Split:
 
     @property
     def users(self) -> Axis:
-        """The ranks that each apply a whole weight (a norm's) to a part of the tokens between products. The weight
-        is `enter`ed over them, which sums the parts of its gradient."""
+        """The ranks that apply the same whole weight, such as a norm's, each to its part of the tokens. The weight goes
+        through `enter` over them, which sums the parts of its gradient."""
         return self.axis if self.divides else ALONE
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """[B, S or S / t, D] between the products -> [B, S, D] for split work."""
+        """[B, S or S / t, D] between products -> [B, S, D] for split work."""
         if self.divides:
             return _GatherSequence.apply(hidden, self.axis)  # type: ignore[return-value]
         return enter(hidden, self.axis)
@@ -154,11 +157,11 @@ class Split:
         return leave(partial, self.axis)
 
     def length(self, hidden: Tensor) -> int:
-        """S of hidden states between the products, [B, S or S / t, D]."""
+        """S of hidden states [B, S or S / t, D] between products."""
         return hidden.shape[1] * (self.axis.size if self.divides else 1)
 
     def rows(self, length: int) -> range:
-        """Which of `length` tokens this rank holds between the products."""
+        """The tokens, of `length`, that this rank holds between products."""
         if not self.divides:
             return range(length)
         part = length // self.axis.size

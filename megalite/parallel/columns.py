@@ -1,8 +1,9 @@
-"""Column linears that read one input, such as query, key and value: while the gradient of that input is summed over the
-tensor axis, backward makes the gradients of the weights, which no other rank waits for.
+"""Column linears with a common input, such as query, key and value. In backward, the all-reduce of the input's gradient
+over the tensor axis overlaps with the computation of the weights' gradients, which no other rank needs.
 
-Left to autograd, the sum would begin after the last weight's gradient. Megatron-LM overlaps the two for one linear
-(`LinearWithGradAccumulationAndAsyncCommunication`). How many products there are is joint.py's. Used by model/.
+With plain autograd, the all-reduce would begin after the last weight's gradient. Megatron-LM overlaps the two for a
+single linear (`LinearWithGradAccumulationAndAsyncCommunication`). joint.py chooses the number of products. Used by
+model/.
 """
 
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class _Columns(torch.autograd.Function):
 
 
 def _begin_sum(given: Tensor, split: Split) -> tuple[Tensor, Any]:
-    """Begins the sum of a gradient of `split.enter`'s result; what `enter`'s input gets once that has come, and what to
-    wait for, None: nothing."""
+    """Begins to sum the gradient of `split.enter`'s result over the ranks. Returns the gradient of `enter`'s input, and
+    the work handle to wait for before reading it; None: it is ready."""
     if split.axis.size == 1:
         return given, None
     if split.divides:
@@ -57,8 +58,9 @@ def _begin_sum(given: Tensor, split: Split) -> tuple[Tensor, Any]:
 
 
 def columns(x: Tensor, linears: Sequence[ColumnLinear], split: Split) -> list[Tensor]:
-    """Each linear of `split.enter(x)`. x [B, S or S / t, in]; results [B, S, out / t], which may be views of one."""
-    # What wraps a linear, or hooks into its call, is called.
+    """Applies each linear to `split.enter(x)`. x [B, S or S / t, in]; results [B, S, out / t], which may be views of
+    one tensor."""
+    # A subclass of ColumnLinear, or a wrapper, must be called for its own effects.
     if not split.overlaps or any(type(linear) is not ColumnLinear for linear in linears):
         entered = split.enter(x)
         return [linear(entered) for linear in linears]

@@ -1,13 +1,13 @@
-"""Weight gradients that wait: the split of a backward into a part for the input and a part for the weights.
+"""Deferred weight gradients: splits the backward pass into a part for the input and a part for the weights.
 
-Zero-bubble schedules (pipeline/schedules.py) run a backward to the input at once, since another rank waits for it, and
-make the gradients of the weights later. While `collecting(waiting)` is entered, in forward and in the backward to the
-input, no parameter has an edge in autograd's graph: layers keep what their weight gradients are made of in a
-WeightGradients. `give` then hands each parameter its gradient through one autograd backward, so that hooks on the
-parameters see what they always see: DeepSpeed's, which sum, shard and reduce.
+Zero-bubble schedules (pipeline/schedules.py) compute the input's gradient (B) at once, since another rank waits for it,
+and the weights' gradients (W) later. Inside `collecting(waiting)`, which is active in forward and in B, no parameter
+has an edge in autograd's graph: layers store the operands of their weight gradients in a WeightGradients. `give` then
+passes each parameter its gradient through one autograd backward, so that hooks on parameters run as usual, such as
+DeepSpeed's, which accumulate, shard and reduce gradients.
 
-torch.distributed.pipelining writes `weight.grad` by hand, past all hooks (pytorch/pytorch#144530), so no ZeRO works
-with it. Next: layers.py.
+torch.distributed.pipelining assigns `weight.grad` directly and bypasses hooks (pytorch/pytorch#144530), so ZeRO does
+not work with it. Next: layers.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,20 @@ Finish = Callable[[Tensor], Tensor]
 
 
 class WeightGradients:
-    """What the weight gradients of one chunk and micro-batch are made of, between I and W."""
+    """The operands of the weight gradients of one chunk and micro-batch, between the two parts of the backward."""
 
     def __init__(self) -> None:
         self._makers: list[tuple[nn.Parameter, Make]] = []
 
     def add(self, weight: nn.Parameter, make: Make) -> None:
-        """Notes how a gradient is made. Called in the order of the backward."""
+        """Records a function that computes a weight's gradient. Called in the order of the backward pass."""
         self._makers.append((weight, make))
 
     def take(self) -> tuple[list[nn.Parameter], list[Tensor]]:
-        """Makes the gradients, in that order, and forgets what they were made of. Those of one parameter are summed."""
+        """Computes the gradients in that order and frees their operands. Gradients of the same parameter are summed."""
         makers, self._makers = self._makers[::-1], []
         sums: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        while makers:  # what each was made of goes before the next is
+        while makers:  # the operands of each are freed before the next is computed
             weight, make = makers.pop()
             gradient = make()
             del make
@@ -48,20 +48,20 @@ class WeightGradients:
         return [weight for weight, _ in sums.values()], [gradient for _, gradient in sums.values()]
 
     def split_off(self, weights: Sequence[Tensor]) -> "WeightGradients":
-        """Moves what is noted of some weights into another."""
+        """Moves the records of some weights into a new WeightGradients."""
         wanted, other = {id(weight) for weight in weights}, WeightGradients()
         other._makers = [entry for entry in self._makers if id(entry[0]) in wanted]
         self._makers = [entry for entry in self._makers if id(entry[0]) not in wanted]
         return other
 
 
-# Not a context variable: on some devices autograd runs backward on threads of its own.
+# Not a context variable: on some devices autograd runs backward on its own threads.
 _now: WeightGradients | None = None
 
 
 @contextmanager
 def collecting(waiting: WeightGradients | None) -> Iterator[None]:
-    """Inside, layers put their weight gradients off into `waiting`; None: as always."""
+    """Context manager in which layers defer their weight gradients to `waiting`; None: they do not defer."""
     global _now
     before, _now = _now, waiting
     try:
@@ -71,25 +71,25 @@ def collecting(waiting: WeightGradients | None) -> Iterator[None]:
 
 
 def waiting_now() -> WeightGradients | None:
-    """What weight gradients are put off into now; None: they are not."""
+    """The current WeightGradients that gradients are deferred to; None: they are not deferred."""
     return _now if torch.is_grad_enabled() else None
 
 
-# The functions below take parameters in a tuple, which autograd does not look into: an edge to a parameter fires its
-# hooks even where the gradient is None, and ZeRO-2's then fails (runtime/zero/stage_1_and_2.py:1457). The anchor makes
-# their results need a gradient.
+# The functions below take parameters in a tuple, because autograd does not look inside one. An edge to a parameter
+# would run its hooks even if the gradient is None, and ZeRO-2's hook then fails (runtime/zero/stage_1_and_2.py:1457).
+# The anchor makes their results require a gradient.
 _anchors: dict[torch.device, Tensor] = {}
 
 
 def anchor(device: torch.device) -> Tensor:
-    """A scalar that needs a gradient, and so do results that are made with it."""
+    """A scalar that requires a gradient, so that results computed from it do too."""
     if device not in _anchors:
         _anchors[device] = torch.zeros((), device=device, requires_grad=True)
     return _anchors[device]
 
 
 class _Later(torch.autograd.Function):
-    """The weight itself, cut off: what comes back for it is its gradient, which waits."""
+    """Returns the weight detached from autograd's graph; the gradient that arrives for it is deferred."""
 
     @staticmethod
     def forward(
@@ -106,8 +106,8 @@ class _Later(torch.autograd.Function):
 
 
 class _Products:
-    """Gradients of the weights and biases of several linears of one input. All are made when the first one is asked
-    for, since they may be one product."""
+    """Gradients of the weights and biases of several linears with a common input. All are computed when the first is
+    requested, since they may be one matrix product."""
 
     def __init__(self, joint: Joint, slopes: list[Tensor], rows: Tensor, biased: bool) -> None:
         self.joint, self.slopes, self.rows, self.biased = joint, slopes, rows, biased
@@ -144,7 +144,8 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # A saved input comes back with its grad_fn. Kept in `waiting` that would hold the graph, which holds `waiting`.
+        # A saved input is returned with its grad_fn. Stored in `waiting`, it would keep the graph alive, which in turn
+        # refers to `waiting`: a reference cycle.
         x, joint = ctx.saved_tensors[0].detach(), Joint(ctx.weights)
         slopes = joint.slopes(grads)
         biased = any(bias is not None for bias in ctx.biases)
@@ -184,7 +185,8 @@ class _Embedding(torch.autograd.Function):
 
 
 def later(weight: nn.Parameter) -> Tensor:
-    """The weight, for work whose gradient is cheap: it is made in the backward to the input, and waits."""
+    """The weight, for operations whose weight gradient is cheap: it is computed along with the input's gradient, but
+    reaches the parameter later."""
     waiting = waiting_now()
     return weight if waiting is None else _Later.apply(anchor(weight.device), (weight,), waiting)  # type: ignore[return-value]
 
@@ -196,8 +198,8 @@ def _as_it_is(gradient: Tensor) -> Tensor:
 def linear(
     x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Finish = _as_it_is
 ) -> Tensor:
-    """x weightᵀ + bias, while gradients are collected; x [..., in], weight [out, in]. finish: what the gradients of
-    weight and bias still go through (a sum over ranks)."""
+    """x weightᵀ + bias with deferred gradients of weight and bias; x [..., in], weight [out, in]. finish: applied to
+    these gradients at the end, such as a sum over ranks."""
     return linears(x, (weight,), (bias,), (finish,))[0]
 
 
@@ -207,12 +209,12 @@ def linears(
     biases: Sequence[nn.Parameter | None],
     finishes: Sequence[Finish],
 ) -> list[Tensor]:
-    """The same for several linears of one input."""
+    """`linear` for several weights with a common input."""
     return list(_Linears.apply(x, anchor(x.device), weights, biases, finishes, _now))  # type: ignore[arg-type]
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Tensor:
-    """Rows of weight [V, D] for ids [...], as torch's `embedding`."""
+    """Rows of weight [V, D] for ids [...], as in torch's `embedding`; the weight's gradient may be deferred."""
     waiting = waiting_now()
     if waiting is None:
         return F.embedding(ids, weight, padding_row)
@@ -220,7 +222,7 @@ def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Ten
 
 
 def is_collecting() -> bool:
-    """Whether weight gradients are put off now."""
+    """Whether weight gradients are currently deferred."""
     return waiting_now() is not None
 
 
@@ -237,6 +239,6 @@ class _Give(torch.autograd.Function):
 
 
 def give(waiting: WeightGradients) -> Tensor:
-    """A scalar whose backward gives each parameter its gradient, whatever the scalar's own is (0, fp32)."""
+    """A scalar (0, fp32) whose backward gives each parameter its gradient, whatever the scalar's own gradient is."""
     weights, gradients = waiting.take()
     return _Give.apply(gradients, *weights)  # type: ignore[return-value]

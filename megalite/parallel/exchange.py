@@ -1,4 +1,4 @@
-"""All-to-all over an axis that autograd can pass through: each rank gives every other one some of its rows.
+"""Differentiable all-to-all over an axis: each rank sends some of its rows to every other rank.
 
 Next: model/experts.py, which sends tokens to the ranks of their experts.
 """
@@ -16,7 +16,7 @@ from megalite.parallel.grid import Axis
 
 @dataclass(frozen=True)
 class Route:
-    """given: rows that go to each rank of the axis, in its order; taken: rows that come from each."""
+    """given: number of rows to send to each rank of the axis, in order; taken: number of rows to receive from each."""
 
     axis: Axis
     given: tuple[int, ...]
@@ -24,18 +24,18 @@ class Route:
 
     @property
     def back(self) -> "Route":
-        """The way back."""
+        """The reverse route."""
         return Route(self.axis, self.taken, self.given)
 
 
 def exchange(rows: Tensor, route: Route) -> Tensor:
-    """rows [sum(given), …], in the order of the ranks that they go to -> [sum(taken), …], in the order of the ranks
-    that they come from. Backward sends gradients the way back."""
+    """rows [sum(given), …], ordered by destination rank -> [sum(taken), …], ordered by source rank. Backward sends the
+    gradients along the reverse route."""
     return _Exchange.apply(rows, route)  # type: ignore[return-value]
 
 
 def exchange_evenly(values: Tensor, axis: Axis) -> Tensor:
-    """The same for a contiguous tensor whose equal parts go to each rank; without autograd."""
+    """All-to-all of a contiguous tensor in equal parts; without autograd."""
     result = torch.empty_like(values)
     with RANK_CLOCK.waiting():
         dist.all_to_all_single(result, values, group=axis.group)

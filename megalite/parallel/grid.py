@@ -1,7 +1,6 @@
-"""The grid of ranks: where this rank is on each named axis, and the process groups along them.
+"""The grid of ranks: this rank's position on each named axis, and the process groups along the axes.
 
-Not the model and not the engine: a rank learns here whom it talks to. How ranks are numbered, and which groups there
-are, is topology/axes.py's. Next: collectives.py.
+topology/axes.py defines how ranks are numbered and which groups exist. Next: collectives.py.
 """
 
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from megalite.topology.axes import PLANES, Sizes
 
 @dataclass(frozen=True)
 class Axis:
-    """One group of the grid that holds this rank.
+    """One group of the grid that contains this rank.
 
-    size: number of ranks in it; rank: this rank's place in it; ranks: their global ranks, in order;
-    group: the process group, None where nothing is distributed (size 1); back: of the pipe axis, a second group of the
-    same ranks, for messages to a lower place (`towards`); runs: shorter axes that cut this one in runs of neighbours
-    of equal length, each the one that holds this rank; name: as in topology/axes.py.
+    size: number of ranks in it; rank: this rank's index in it; ranks: their global ranks, in order; group: the process
+    group, None if nothing is distributed (size 1); back: on the pipe axis, a second group of the same ranks for
+    messages to a lower index (`towards`); runs: for each length that the axis can be cut into, the run of neighbouring
+    ranks that contains this rank, as an axis; name: as in topology/axes.py.
     """
 
     size: int
@@ -35,15 +34,15 @@ class Axis:
     name: str = ""
 
     def run(self, size: int) -> "Axis":
-        """The run of `size` neighbours, a divisor of the axis's size, that holds this rank."""
+        """The run of `size` neighbouring ranks that contains this rank; `size` divides the axis's size."""
         if size == 1:
             return Axis(1, 0, (self.ranks[self.rank],), None, name=self.name)
         return next(axis for axis in (self, *self.runs) if axis.size == size)
 
     def towards(self, source: int, target: int) -> Any:
-        """The group for a message between two places on the axis. NCCL runs the messages of one communicator in order,
-        and a send may wait for its receive: if both directions shared a communicator, two neighbours that send to each
-        other first would wait for each other for ever."""
+        """The group for a message from index `source` to `target` on the axis. NCCL processes the messages of a
+        communicator in order, and a send may block until its receive: if both directions shared a communicator, two
+        neighbours that both send first would deadlock."""
         return self.group if source < target else self.back
 
     @property
@@ -60,8 +59,8 @@ ALONE = Axis(1, 0, (0,), None)
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's groups, by the names of topology/axes.py; `ends`: the first and last stage of this pipeline, which
-    share a tied embedding, and this rank alone on middle stages."""
+    """This rank's groups, named as in topology/axes.py. `ends`: the first and last stage of this pipeline, which share
+    a tied embedding; on middle stages this rank alone."""
 
     pipe: Axis = ALONE
     data: Axis = ALONE
@@ -85,9 +84,9 @@ class Grid:
         expert: int = 1,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> "Grid":
-        """Makes every group, in the same order on all ranks (collective over the world); on GPUs connects them too.
+        """Creates every group in the same order on all ranks (collective over the world), and on GPUs connects them.
 
-        The data axis is what is left of the world. timeout: of a collective.
+        The data axis takes the rest of the world. timeout: for each collective.
         """
         rank = dist.get_rank()
         sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
@@ -106,7 +105,7 @@ class Grid:
         return grid
 
     def axes(self) -> Iterator[Axis]:
-        """Every axis of several ranks, runs too, in one order on all ranks; those of equal groups once."""
+        """Every axis of more than one rank, including runs, in the same order on all ranks; each group once."""
         seen = set()
         for axis in (*(getattr(self, name) for name in PLANES), self.ends, *self.tensor.runs):
             if axis.size > 1 and axis.group not in seen:
@@ -114,44 +113,44 @@ class Grid:
                 yield axis
 
     def connect(self, device: torch.device) -> None:
-        """One message on everything that NCCL makes a communicator for, in one order on all ranks (collective).
+        """Creates every NCCL communicator by a message on each, in the same order on all ranks (collective).
 
-        NCCL makes a group's communicator at its first collective, and one for each pair of ranks at their first
-        message; both ends must come there. In the middle of a step they would come in an order of their own, and two
-        ranks that wait in different communicators wait for ever.
+        NCCL creates a group's communicator at its first collective, and one for each pair of ranks at their first
+        message, and blocks until all members take part. In the middle of a step, ranks would reach them in different
+        orders, and two ranks that block on different communicators would deadlock.
         """
-        word = torch.zeros(1, device=device)
-        dist.all_reduce(word)
+        message = torch.zeros(1, device=device)
+        dist.all_reduce(message)
         for axis in self.axes():
-            dist.all_reduce(word, group=axis.group)
+            dist.all_reduce(message, group=axis.group)
         pipe = self.pipe
         for here in range(pipe.size if pipe.size > 1 else 0):
-            # Neighbours, and the ends, which interleaved schedules join.
+            # Neighbours, and the last rank with the first, which interleaved schedules connect.
             there = (here + 1) % pipe.size
             for source, target in ((here, there), (there, here)):
                 if pipe.rank == source:
-                    dist.send(word, pipe.ranks[target], group=pipe.towards(source, target))
+                    dist.send(message, pipe.ranks[target], group=pipe.towards(source, target))
                 elif pipe.rank == target:
-                    dist.recv(word, pipe.ranks[source], group=pipe.towards(source, target))
+                    dist.recv(message, pipe.ranks[source], group=pipe.towards(source, target))
 
     @classmethod
     def at(
         cls, rank: int, pipe: int, data: int, tensor: int, context: int = 1, expert: int = 1
     ) -> "Grid":
-        """Where a rank is, to reckon with: without groups, and without an initialised world."""
+        """The grid of a given rank without process groups or an initialised world, for planning and prediction."""
         sizes = Sizes(pipe, data, context, tensor, expert)
 
         def axis(name: str) -> Axis:
-            size, place = sizes.along(name), sizes.place(rank, name)
+            size, index = sizes.along(name), sizes.place(rank, name)
             divisors = [n for n in range(2, size) if size % n == 0]
-            runs = tuple(Axis(n, place % n, (), None, name=name) for n in divisors)
-            return Axis(size, place, tuple(range(size)), None, runs, name=name)
+            runs = tuple(Axis(n, index % n, (), None, name=name) for n in divisors)
+            return Axis(size, index, tuple(range(size)), None, runs, name=name)
 
         axes = {name: axis(name) for name in PLANES}
         return cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
 
-    # What DeepSpeed asks of an "mpu". Its "model parallel" group is our plane pipe × tensor, its data-parallel group
-    # all that hold copies of a weight.
+    # The methods that DeepSpeed expects of an "mpu". Its "model parallel" group is our plane pipe × tensor; its
+    # data-parallel group is all ranks with copies of a weight.
     def get_model_parallel_rank(self) -> int:
         return self.model.rank
 
@@ -165,8 +164,9 @@ class Grid:
         return self.replica.rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks that share out a batch's samples: DeepSpeed holds train_batch_size against it (runtime/config.py:602).
-        Averages and shards go by the size of the group, which the context axis is part of."""
+        """Number of ranks that divide a batch's samples: DeepSpeed checks train_batch_size with it
+        (runtime/config.py:602). For averages and shards it uses the size of the group, which includes the context
+        axis."""
         return self.data.size
 
     def get_data_parallel_group(self) -> Any:
@@ -183,8 +183,8 @@ class Grid:
 
 
 def backend_of_axes(config: str) -> tuple[str, str]:
-    """(type of device, backend) of the groups along axes, of the world's such as cpu:gloo,cuda:nccl. Objects go over
-    the world alone, so groups along axes need no gloo, which has descriptors and threads of its own for each."""
+    """(device type, backend) for the groups along axes. config: the world's, such as cpu:gloo,cuda:nccl. Objects are
+    sent only over the world, so groups along axes need no gloo, which would open descriptors and threads for each."""
     backends = dict(part.split(":") for part in config.split(","))
     if len(set(backends.values())) == 1:  # one for all devices, such as gloo on a CPU
         return "cpu", backends["cpu"]
@@ -192,22 +192,24 @@ def backend_of_axes(config: str) -> tuple[str, str]:
 
 
 class _Groups:
-    """Makes process groups; equal groups of two names (`data` and `replica` without a context axis) are one."""
+    """Creates process groups. Groups of the same ranks under two names (`data` and `replica` without a context axis)
+    are created once."""
 
     def __init__(self, rank: int, backend: str, timeout: timedelta) -> None:
         self.rank, self.backend, self.timeout = rank, backend, timeout
         self.made: dict[tuple[int, ...], Any] = {}
 
     def axis(self, name: str, lines: list[list[int]]) -> Axis:
-        """The axis of this rank, of a group for each line. A rank that is on none (a middle stage has no `ends`) gets
-        an axis of its own."""
+        """Creates a group for each line of ranks and returns this rank's axis. A rank on none of the lines (a middle
+        stage is not in `ends`) gets an axis of itself alone."""
         self.group(lines)
         mine = next((line for line in lines if self.rank in line), [self.rank])
         group = self.made.get(tuple(mine))
         return Axis(len(mine), mine.index(self.rank), tuple(mine), group, name=name)
 
     def group(self, lines: list[list[int]], again: bool = False) -> Any:
-        """This rank's group of these. again: new ones, though there are groups of the same ranks."""
+        """Creates a group for each line. again: creates new groups even if some of the same ranks exist, and returns
+        this rank's."""
         found = None
         for line in lines:
             key = tuple(line)

@@ -1,8 +1,8 @@
-"""Products of rows that are sorted by group with each group's own matrix: what experts compute. Next: model/experts.py.
+"""Grouped matrix products: rows sorted by group, each multiplied by its group's matrix, as experts need.
 
-torch's `grouped_mm` makes all of them in one kernel and leaves the groups' sizes on the device. It takes matrices
-whose rows are multiples of 16 bytes, on some GPUs in bf16, and not none; others go through a loop, its twin, for which
-the host must know the sizes.
+torch's `grouped_mm` computes all groups in one kernel and leaves the groups' sizes on the device. It needs matrices
+whose rows are multiples of 16 bytes, at least one row, and on GPUs bf16. Otherwise an equivalent loop is used, for
+which the host must know the sizes. Next: model/experts.py.
 
 n rows, G groups.
 """
@@ -23,21 +23,21 @@ MAJOR_CAPABILITIES = (9, 10)
 
 @dataclass
 class Groups:
-    """ends [G] int32: the row after each group's last one, so that `ends[-1]` is n; a group may be empty. known: the
-    same where the host knows it."""
+    """ends [G] int32: the index after each group's last row, so that `ends[-1]` is n; a group may be empty. known: the
+    same on the host, once it is known there."""
 
     ends: Tensor
     known: list[int] | None = None
 
     @classmethod
     def of(cls, sorted_groups: Tensor, count: int) -> "Groups":
-        """Of rows whose groups, ascending, are `sorted_groups` [n]."""
+        """The groups of rows with group numbers `sorted_groups` [n], in ascending order, below `count`."""
         every = torch.arange(count, device=sorted_groups.device)
         return cls(torch.searchsorted(sorted_groups, every, right=True).int())
 
     def parts(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each group. Waits for `ends` where the host does not know it: once for all products of a layer,
-        forward and backward."""
+        """The rows of each group. Synchronizes with the device if the host does not know `ends`: once for all products
+        of a layer, forward and backward."""
         if self.known is None:
             self.known = self.ends.tolist()
         starts = [0, *self.known[:-1]]
@@ -45,7 +45,7 @@ class Groups:
 
 
 def grouped_linear(rows: Tensor, weight: nn.Parameter, groups: Groups) -> Tensor:
-    """rows [n, in] through weight [G, out, in], each by its group's matrix -> [n, out]."""
+    """Multiplies each row of rows [n, in] by its group's matrix of weight [G, out, in] -> [n, out]."""
     waiting = waiting_now()
     if waiting is None:
         return _Grouped.apply(rows, weight, groups.ends, groups)  # type: ignore[return-value]
@@ -67,7 +67,7 @@ class _Grouped(torch.autograd.Function):
 
 
 class _GroupedLater(torch.autograd.Function):
-    """The same where the weight's gradient waits (deferred.py says why the weight comes in a tuple)."""
+    """`_Grouped` with a deferred weight gradient (deferred.py says why the weight is in a tuple)."""
 
     @staticmethod
     def forward(
@@ -92,21 +92,21 @@ class _GroupedLater(torch.autograd.Function):
 
 
 def times_transposed(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """[n, in] by [G, out, in] -> [n, out]"""
+    """[n, in] × [G, out, in], transposed -> [n, out]"""
     if _fuses(rows, weight):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=groups.ends)
     return _loop(rows, weight.transpose(-2, -1), groups)
 
 
 def times(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """[n, out] by [G, out, in] -> [n, in]"""
+    """[n, out] × [G, out, in] -> [n, in]"""
     if _fuses(rows, weight):
         return F.grouped_mm(rows, weight, offs=groups.ends)
     return _loop(rows, weight, groups)
 
 
 def weight_gradient(slope: Tensor, rows: Tensor, groups: Groups) -> Tensor:
-    """Slopes [n, out] and rows [n, in] -> [G, out, in]; of a group without rows zeros."""
+    """Output gradients [n, out] and rows [n, in] -> [G, out, in]; zeros for a group without rows."""
     if _fuses(slope, rows):
         return F.grouped_mm(slope.t(), rows, offs=groups.ends)
     pairs = zip(groups.parts(slope), groups.parts(rows), strict=True)
@@ -114,21 +114,23 @@ def weight_gradient(slope: Tensor, rows: Tensor, groups: Groups) -> Tensor:
 
 
 def _fuses(rows: Tensor, others: Tensor) -> bool:
-    """Whether `grouped_mm` takes a product of these."""
+    """Whether `grouped_mm` supports this product."""
     sizes = (rows.shape[-1], *(others.shape[-2:] if others.dim() == 3 else others.shape[-1:]))
     aligned = all(size * rows.itemsize % ALIGNMENT_BYTES == 0 for size in sizes)
-    known = rows.device.type == "cpu" or (rows.dtype == torch.bfloat16 and _one_kernel(rows.device))
-    return aligned and known and len(rows) > 0
+    on_cpu = rows.device.type == "cpu"
+    supported = on_cpu or (rows.dtype == torch.bfloat16 and _one_kernel(rows.device))
+    return aligned and supported and len(rows) > 0
 
 
 @cache
 def _one_kernel(device: torch.device) -> bool:
-    """Whether torch has one kernel for all groups there: on Hopper and Blackwell. On other GPUs its `grouped_mm` is a
-    loop that reads the sizes in each product (pytorch/pytorch#186620); ours reads them once a layer."""
+    """Whether torch has a single kernel for all groups on the device: on Hopper and Blackwell. On other GPUs its
+    `grouped_mm` is a loop that reads the sizes in each product (pytorch/pytorch#186620); ours reads them once per
+    layer."""
     return torch.cuda.get_device_capability(device)[0] in MAJOR_CAPABILITIES
 
 
 def _loop(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """[n, a] by [G, a, b] -> [n, b]"""
+    """[n, a] × [G, a, b] -> [n, b]"""
     pairs = zip(groups.parts(rows), weight, strict=True)
     return torch.cat([part @ matrix for part, matrix in pairs])

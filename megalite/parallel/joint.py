@@ -1,10 +1,9 @@
-"""Products of one input with several weights, such as query, key and value: one product where that is cheaper.
+"""Products of one input with several weights, such as query, key and value, as a single product if that is cheaper.
 
-DeepSpeed's ZeRO 1 and 2 keep the weights of a parameter group in one buffer, in the model's order, so those of one
-layer's linears lie side by side: to a kernel they are one matrix, and nothing is copied. Their gradients to the outputs
-are not side by side, and have to be copied for one product with it. The sum that makes the input's gradient is part of
-the products in either case. ZeRO-3 gathers each weight for itself, and ZeRO-0 leaves them where they were made.
-Next: deferred.py.
+DeepSpeed's ZeRO 1 and 2 store the weights of a parameter group in one buffer, in the model's order, so the weights of a
+layer's linears are adjacent in memory: a kernel can use them as one matrix without a copy. The gradients of the outputs
+are not adjacent and must be copied for a single product. In both cases the products also sum up the input's gradient.
+ZeRO-3 gathers each weight separately, and ZeRO-0 leaves them where they were allocated. Next: deferred.py.
 
 T tokens.
 """
@@ -17,7 +16,7 @@ from torch import Tensor
 
 
 def side_by_side(values: Sequence[Tensor]) -> Tensor | None:
-    """Tensors that follow one another in memory as one, a view, in their first dim; None where they do not."""
+    """A view of tensors that are adjacent in memory, concatenated along dim 0; None if they are not adjacent."""
     first = values[0]
     storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
     if not storage:  # on the meta device
@@ -32,17 +31,17 @@ def side_by_side(values: Sequence[Tensor]) -> Tensor | None:
 
 
 def pays(out: int, size: int, count: int) -> bool:
-    """Whether one product costs less than `count` whose outputs have `out` features together, of inputs of `size`.
+    """Whether one product costs less than `count` products. out: their total output features; size: input features.
 
-    To put the gradients of the outputs side by side reads and writes T · out numbers, and each product but the first
-    reads and writes the T · size numbers of the input's gradient again. Half of what that saves goes for outputs that
-    are read where they lie, with gaps.
+    Concatenating the output gradients reads and writes T · out numbers, while each product after the first reads and
+    writes the T · size numbers of the input's gradient again. Half of that saving is reserved for later operations,
+    which read the outputs as strided views.
     """
     return count > 1 and 2 * out <= (count - 1) * size
 
 
 class Joint:
-    """weights [out, in] of one type; with matrices, what the products are made with: one, or the weights themselves."""
+    """Weights [out, in] of one dtype, and the matrices that the products use: a single one, or the weights."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.sizes = [len(weight) for weight in weights]
@@ -52,7 +51,7 @@ class Joint:
         self.matrices = list(weights) if whole is None else [whole]
 
     def outputs(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """x weightᵀ + bias of each; x [..., in]. Of one product they are views of its result."""
+        """x weightᵀ + bias for each weight; x [..., in]. With a single product they are views of its result."""
         if not self.is_one:
             return [F.linear(x, *both) for both in zip(self.matrices, biases, strict=True)]
         given = [bias for bias in biases if bias is not None]
@@ -64,13 +63,13 @@ class Joint:
         return list(F.linear(x, self.matrices[0], whole).split(self.sizes, dim=-1))
 
     def slopes(self, slopes: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the outputs [..., out] as the functions below take them, [T, out] for each matrix."""
+        """The output gradients [..., out] in the form that the functions below take, [T, out] for each matrix."""
         if self.is_one:
             slopes = [torch.cat(list(slopes), dim=-1)]
         return [slope.flatten(0, -2) for slope in slopes]
 
     def of_input(self, slopes: Sequence[Tensor]) -> Tensor:
-        """Gradient of the input [T, in]. The last product first: the order in which autograd would add them up."""
+        """Gradient of the input [T, in]. The last product comes first, the order in which autograd would sum them."""
         (slope, matrix), *others = reversed([*zip(slopes, self.matrices, strict=True)])
         result = slope @ matrix
         for slope, matrix in others:

@@ -1,10 +1,10 @@
-"""Parameters that know their place, and the layers made of them: column, row and vocabulary, which
-the tensor axis splits, and one that is whole.
+"""Parameters that record how they are split, and the layers built from them: column, row and vocabulary layers, which
+the tensor axis splits, and a linear layer that is whole on every rank.
 
-A parameter says once how it is split: its full name, full shape, and for each axis that cuts it the dim and its range
-there. Initial values, the gradient norm, checkpoints, other layouts and Hugging Face files all read that
-one fact, a `Placement`, at `parameter.placement`. A layer's modules are made with local names; `name_parameters`
-gives the full ones. Next: loss.py.
+`parameter.placement`, a `Placement`, is the single record of how a parameter is split: its full name, its full shape,
+and for each axis that cuts it the dim and range. Initial values, the gradient norm, checkpoints, other layouts and
+Hugging Face files all read it. A layer's modules are created with local names; `name_parameters` sets the full names.
+Next: loss.py.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from megalite.parallel.grid import Axis
 
 
 class AxisCut(NamedTuple):
-    """One axis's cut of a tensor: this rank has [start, stop) of `dim`, one of `parts` ranges."""
+    """One axis's cut of a tensor: this rank holds [start, stop) of `dim`, one of `parts` ranges."""
 
     axis: str
     dim: int
@@ -34,14 +34,14 @@ class AxisCut(NamedTuple):
 
 @dataclass
 class Placement:
-    """Which slice of the full tensor a parameter of this rank is.
+    """The slice of the full tensor that a parameter on this rank is.
 
-    full_shape: of the unsplit tensor; cuts: by the axes that split it, each another dim, none where it is whole;
-    std: of the normal that it starts from, None for ones (`fill` 1) and zeros (`fill` 0); counted: whether this
-    rank's copy is the one that counts in sums over the model plane (the gradient norm) and that checkpoints take;
-    name: full, the same on every layout; replicas: the group of the grid (topology/axes.py) whose ranks hold copies
-    of the slice, over which ZeRO shards it; drawn_apart: whether each index of the first dim (an expert) is drawn by
-    itself, so that a rank need not draw those of others.
+    full_shape: shape of the unsplit tensor; cuts: one for each axis that splits it, on different dims, empty if it is
+    whole; std: standard deviation of its initial values, None if they are all `fill` (1 or 0); counted: whether this
+    rank's copy is the one that counts in sums over the model plane (the gradient norm) and that checkpoints store;
+    name: full name, the same on every layout; replicas: the group (topology/axes.py) whose ranks hold copies of the
+    slice, over which ZeRO shards it; drawn_apart: whether each index of the first dim (an expert) is drawn separately,
+    so that a rank need not draw the others.
     """
 
     full_shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class Placement:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """First index of the slice in each dim of the full tensor."""
+        """Start of the slice in each dim of the full tensor."""
         starts = {cut.dim: cut.start for cut in self.cuts}
         return tuple(starts.get(dim, 0) for dim in range(len(self.full_shape)))
 
@@ -85,10 +85,10 @@ class Placement:
 
 @dataclass
 class Shard:
-    """What a rank holds of one parameter's master and moments: a flat range of its slice.
+    """A rank's shard of one parameter's master weights and moments: a flat range of its slice.
 
-    placement: where the slice is in the full tensor; start: the range's first element in the slice; master [n]
-    fp32 and state: views of live memory, so that writing to them sets them.
+    placement: the position of the slice in the full tensor; start: first element of the range in the slice; master [n]
+    fp32 and state: views of the optimizer's memory, so that writing to them changes the optimizer's values.
     """
 
     placement: Placement
@@ -98,10 +98,10 @@ class Shard:
 
 
 def share(length: int, axis: Axis, unit: int = 1) -> tuple[int, int]:
-    """The half-open range of `length` that this rank of the axis holds, cut at multiples of `unit` only (a head).
+    """The half-open range of `length` that this rank of the axis holds, cut only at multiples of `unit` (a head).
 
-    Ranges differ by at most one unit, so that nothing needs padding (an odd vocabulary, say). Where there are
-    fewer units than ranks, each rank holds one, and neighbours (`holders`) hold the same.
+    Ranges differ by at most one unit, so that nothing needs padding (an odd vocabulary, for example). If there are
+    fewer units than ranks, each rank holds one unit, and neighbouring ranks (`holders`) hold the same one.
     """
     units = length // unit
     start, stop = axis.rank * units // axis.size, (axis.rank + 1) * units // axis.size
@@ -109,7 +109,7 @@ def share(length: int, axis: Axis, unit: int = 1) -> tuple[int, int]:
 
 
 def holders(length: int, axis: Axis, unit: int) -> Axis:
-    """The run of the axis whose ranks hold the same `share`: this rank alone where there are units enough."""
+    """The run of the axis whose ranks hold the same `share`: this rank alone if there are enough units."""
     return axis.run(max(1, axis.size // (length // unit)))
 
 
@@ -121,7 +121,7 @@ def parameter(
     fill: float = 0.0,
     unit: int = 1,
 ) -> nn.Parameter:
-    """An empty parameter with this rank's slice of `shape`; `initialise` gives it values."""
+    """An uninitialised parameter for this rank's slice of `shape`; `initialise` gives it values."""
     cuts, copies = (), axis
     if dim is not None:
         cuts = (AxisCut("tensor", dim, *share(shape[dim], axis, unit), axis.size),)
@@ -138,8 +138,8 @@ def _empty(placement: Placement) -> nn.Parameter:
 def expert_parameter(
     shape: tuple[int, int, int], dim: int, tensor: Axis, expert: Axis, std: float
 ) -> nn.Parameter:
-    """An empty parameter of all experts, `shape` [E, out, in]: the expert axis splits the first dim, the tensor axis
-    `dim`."""
+    """An uninitialised parameter for the weights of all experts, `shape` [E, out, in]: the expert axis splits the first
+    dim, the tensor axis `dim`."""
     cuts = (
         AxisCut("expert", 0, *share(shape[0], expert), expert.size),
         AxisCut("tensor", dim, *share(shape[dim], tensor), tensor.size),
@@ -150,19 +150,19 @@ def expert_parameter(
 
 
 def placed(module: nn.Module) -> Iterator[tuple[nn.Parameter, Placement]]:
-    """Each parameter of the module once, with its place, in the module's order."""
+    """Each parameter of the module once, with its placement, in the module's order."""
     for value in module.parameters():
         yield value, value.placement  # type: ignore[misc]
 
 
 def name_parameters(module: nn.Module, prefix: str) -> None:
-    """Gives every parameter of a layer its full name: prefix + its name in the layer."""
+    """Sets the full name of every parameter of a layer: prefix + its name in the layer."""
     for name, value in module.named_parameters():
         value.placement.name = f"{prefix}.{name}"  # type: ignore[union-attr]
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fills in initial values as a function of (seed, full name), so that every layout starts from one model; of
+    """Fills in initial values as a function of (seed, full name), so that every layout starts from the same model; for
     experts as a function of (seed, full name, expert)."""
     for value, placement in placed(module):
         with torch.no_grad():
@@ -175,8 +175,8 @@ def initialise(module: nn.Module, seed: int) -> None:
 def initial_slice(placement: Placement, seed: int) -> Tensor:
     """Initial values of a rank's slice of a parameter whose `std` is not None, in fp32 on the CPU.
 
-    The full tensor is drawn and the slice cut from it, so the result does not depend on how it is split: one tensor, or
-    one expert's matrix, is the most that is held in memory beside the slice.
+    The full tensor is drawn and the slice is cut from it, so the result does not depend on the split. Peak memory is
+    the slice plus one full tensor, or one expert's full matrix.
     """
     assert placement.std is not None
     if not placement.drawn_apart:
@@ -190,7 +190,7 @@ def initial_slice(placement: Placement, seed: int) -> Tensor:
 
 
 def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
-    """Normal numbers as a function of the key, fp32 on the CPU."""
+    """Normally distributed numbers as a function of the key, fp32 on the CPU."""
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     full = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -198,11 +198,11 @@ def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """y = x Wᵀ + b with W's rows (the output's features) split: each rank makes its features.
+    """y = x Wᵀ + b with W's rows (the output features) split: each rank computes its own features.
 
-    x [..., in_size], the same on every rank and `enter`ed by the caller, once for all that read it;
-    y [..., out_size / t]. `unit` features stay together (a head); where there are fewer units than ranks, ranks
-    hold copies, each takes part of the gradient, and the parts are summed over the holders.
+    x [..., in_size] is the same on every rank; the caller passes it through `enter` once for all layers that read it.
+    y [..., out_size / t]. `unit` features stay together (a head). If there are fewer units than ranks, ranks hold
+    copies; each computes a part of the gradient, and the parts are summed over the holders.
     """
 
     def __init__(
@@ -220,15 +220,15 @@ class ColumnLinear(nn.Module):
         return F.linear(x, enter(self.weight, self.holders), bias)
 
     def sum_over_holders(self, gradient: Tensor) -> Tensor:
-        """Of weight or bias, in place."""
+        """Sums the gradient of weight or bias over the holders, in place."""
         return sum_over(gradient.contiguous(), self.holders)
 
 
 class RowLinear(nn.Module):
-    """y = x Wᵀ + b with W's columns (the input's features) split: partial products are summed over the axis.
+    """y = x Wᵀ + b with W's columns (the input features) split: partial products are summed over the axis.
 
-    x [B, S, in_size / t], a rank's own features; y [B, S or S / t, out_size]. The bias is whole and added once,
-    after the sum. is_summed: False leaves the sum to the caller; there is no bias then, and x and y may have any
+    x [B, S, in_size / t], the rank's own features; y [B, S or S / t, out_size]. The bias is whole and added once,
+    after the sum. is_summed: False leaves the sum to the caller; then there must be no bias, and x and y may have any
     leading dims.
     """
 
@@ -254,7 +254,7 @@ class RowLinear(nn.Module):
 
 
 class WholeLinear(nn.Module):
-    """y = x Wᵀ + b between the split products, with W whole on every rank. x [B, S or S / t, in_size]."""
+    """y = x Wᵀ + b between split products, with W whole on every rank. x [B, S or S / t, in_size]."""
 
     def __init__(self, in_size: int, out_size: int, bias: bool, split: Split, std: float) -> None:
         super().__init__()
@@ -273,10 +273,11 @@ class WholeLinear(nn.Module):
 
 
 class VocabularyEmbedding(nn.Module):
-    """Rows of a [V, D] table split over the axis: a rank looks up the ids it holds, the rest is summed in.
+    """An embedding table [V, D] whose rows are split over the axis: each rank looks up the ids that it holds, and the
+    results are summed over the axis.
 
-    ids [B, S] int64 in [0, V); result [B, S or S / t, D]. V need not divide. The look-up of `padding_id` gives no
-    gradient, as in torch's Embedding.
+    ids [B, S] int64 in [0, V); result [B, S or S / t, D]. V need not be divisible. `padding_id` gets no gradient, as in
+    torch's Embedding.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Cross entropy over a vocabulary that the tensor axis splits: no rank ever holds a whole row of logits.
+"""Cross-entropy over a vocabulary that the tensor axis splits: no rank ever holds a whole row of logits.
 
-Each rank has the logits of its ids; the maximum, the sum of exponentials and the label's logit are three
-numbers a token that cross the axis. The product with the head's weight is part of it, in chunks of tokens.
-Where gradients are wanted they are made in the same pass: logits are made once, their gradients take their place, and
-no more of them than a chunk's is ever in memory. Next: model/transformer.py.
+Each rank computes the logits of its own ids. Three numbers per token cross the axis: the maximum, the sum of
+exponentials and the label's logit. The product with the head's weight is fused in, in chunks of tokens. If gradients
+are needed, they are computed in the same pass: each chunk's logits are computed once and overwritten by their
+gradients, so that only one chunk of logits is ever in memory. Next: model/head.py.
 """
 
 from collections.abc import Iterator
@@ -17,23 +17,24 @@ from megalite.parallel.collectives import max_over, sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import share
 
-IGNORED = -100  # torch's and transformers' label for "does not count"
-LEAST_ROWS = 256  # of a chunk on a CPU
-LEAST_ROWS_OF_DEVICES = 2048  # GPUs need larger products
-IN_CACHE = 2**18  # logits that a CPU works on at a time: 1 MiB in fp32
-AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices do: 256 MiB in fp32
-PRODUCT_ROWS = 2048  # of the weight's gradient that a CPU makes at a time, where it must be added in another type
+IGNORED = -100  # the ignore_index of torch and transformers
+LEAST_ROWS = 256  # per chunk on a CPU
+LEAST_ROWS_OF_DEVICES = 2048  # per chunk on GPUs, which need larger products
+IN_CACHE = 2**18  # logits that a CPU processes at a time: 1 MiB in fp32
+AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices process at a time: 256 MiB in fp32
+PRODUCT_ROWS = 2048  # rows of the weight's gradient that a CPU computes at a time, if the sum has another dtype
 
 
 def gradient_type(dtype: torch.dtype) -> torch.dtype:
-    """What gradients are made in. fp16 has no room for small probabilities, which the loss scale has not raised yet."""
+    """The dtype of gradients in this file. For fp16 it is fp32, because small probabilities would underflow in fp16
+    before the loss scale multiplies them."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 @contextmanager
 def _ten_bits(wanted: bool) -> Iterator[None]:
-    """Inside, GPUs may take fp32 products in TF32, several times faster: it has fp32's range, and as many bits of the
-    fraction as fp16, which the factors come from."""
+    """Context manager in which GPUs may compute fp32 products in TF32, several times faster: it has fp32's range, and
+    as many mantissa bits as fp16, which the factors come from."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = wanted or before
     try:
@@ -43,8 +44,8 @@ def _ten_bits(wanted: bool) -> Iterator[None]:
 
 
 class _Gradients:
-    """Of the sum of losses with respect to hidden states, weight and bias, summed over the chunks; None where not
-    wanted. Products are in `dtype`, their sums over chunks in fp32."""
+    """Gradients of the sum of losses with respect to hidden states, weight and bias, summed over the chunks; None if
+    not needed. Products are in `dtype`, their sums over chunks in fp32."""
 
     def __init__(
         self, wanted: tuple[bool, bool, bool], hidden: Tensor, weight: Tensor, chunks: int
@@ -59,17 +60,18 @@ class _Gradients:
         self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wanted[2] else None
 
     def add(self, slopes: Tensor, chunk: Tensor, first: int) -> None:
-        """slopes [n, V / t], of the logits of `chunk` [n, D], whose first row is `first` of the hidden states."""
+        """Adds a chunk's contribution. slopes [n, V / t]: gradients of the logits of `chunk` [n, D], which begins at
+        row `first` of the hidden states."""
         if self.hidden is not None and self.factor is not None:
             torch.mm(slopes, self.factor, out=self.hidden[first : first + len(chunk)])
         if self.weight is None:
             return
-        chunk, turned = chunk.to(self.dtype), slopes.t()
+        chunk, transposed = chunk.to(self.dtype), slopes.t()
         if self.weight.dtype == self.dtype:
-            self.weight.addmm_(turned, chunk, beta=0 if first == 0 else 1)
+            self.weight.addmm_(transposed, chunk, beta=0 if first == 0 else 1)
             return
-        rows = PRODUCT_ROWS if chunk.device.type == "cpu" else turned.shape[0]
-        for total, part in zip(self.weight.split(rows), turned.split(rows), strict=True):
+        rows = PRODUCT_ROWS if chunk.device.type == "cpu" else transposed.shape[0]
+        for total, part in zip(self.weight.split(rows), transposed.split(rows), strict=True):
             product = part @ chunk
             total.copy_(product) if first == 0 else total.add_(product)
 
@@ -84,7 +86,7 @@ def _sum_of_losses(
     z_loss: float,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, _Gradients]:
-    """For hidden [n, D] and labels [n]."""
+    """The sum of losses of hidden [n, D] and labels [n], and its gradients."""
     tokens, size = hidden.shape
     start, _ = share(vocabulary_size, axis)
     columns = -(-vocabulary_size // axis.size)
@@ -105,7 +107,7 @@ def _sum_of_losses(
             total += losses.sum()
             if gradients.bias is not None:
                 gradients.bias += slopes.sum(dim=0)
-            # In fp32 the slopes have already taken the place of the logits.
+            # In fp32 the gradients have already overwritten the logits.
             if room.wide is not None and any(wanted):
                 block.copy_(slopes)
         if any(wanted):
@@ -115,10 +117,10 @@ def _sum_of_losses(
 
 
 class _Room:
-    """Memory for the logits of one chunk at a time, of at most `rows` rows; columns: of the largest rank.
+    """Memory for the logits of one chunk at a time, of at most `rows` rows; columns: of the rank with the most.
 
-    product: in the weight's type; raised: in the type of gradients, where that is another; wide: of `step` rows in
-    fp32, where gradients are not in fp32.
+    product: logits in the weight's dtype; raised: in the dtype of gradients, if that differs; wide: `step` rows in
+    fp32, if gradients are not in fp32.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class _Room:
             self.wide = weight.new_empty(self.step, columns, dtype=torch.float32)
 
     def logits(self, chunk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """chunk weightᵀ + bias, in the type of gradients."""
+        """chunk weightᵀ + bias, in the dtype of gradients."""
         logits = self.product[: len(chunk)]
         if bias is None:
             torch.mm(chunk, weight.t(), out=logits)
@@ -143,21 +145,21 @@ class _Room:
         return logits if self.raised is None else self.raised[: len(chunk)].copy_(logits)
 
     def in_fp32(self, block: Tensor) -> Tensor:
-        """The block itself, or a copy."""
+        """The block itself if it is fp32, else a copy in fp32."""
         return block if self.wide is None else self.wide[: len(block)].copy_(block)
 
 
 def block_rows(rows: int, columns: int, ranks: int, device: str) -> int:
-    """Rows of a chunk of logits that are worked on at a time, in fp32. A CPU makes several passes over what fits its
-    cache. With a split vocabulary each block costs messages, so on a CPU a chunk is one block there. columns: as of
-    `chunk_rows`, so that all ranks cut the same blocks; ranks: of the axis."""
+    """Rows of a chunk's logits to process at a time in fp32. A CPU makes several passes over the logits, so a block
+    should fit into its cache. With a split vocabulary each block costs messages, so a CPU then takes a whole chunk.
+    columns: as in `chunk_rows`, so that all ranks cut the same blocks; ranks: size of the axis."""
     if device != "cpu":
         return max(1, min(rows, AT_A_TIME_ON_DEVICES // columns))
     return max(1, min(rows, IN_CACHE // columns) if ranks == 1 else rows)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum of losses, whose gradients are made in forward."""
+    """The sum of losses; its gradients are computed in forward."""
 
     @staticmethod
     def forward(
@@ -188,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second backward raises, since autograd sees that what it saved has changed.
+        # In place, so that a second backward raises: autograd detects that a saved tensor has changed.
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(
             None if value is None else value.mul_(grads[0]).to(dtype) for value, dtype in made
@@ -196,8 +198,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _rows_that_count(labels: Tensor) -> Tensor | None:
-    """Indices of the labels that count; None: all are taken. On other devices than a CPU their number is not known
-    without waiting, so that all are where the caller does not know it either."""
+    """Indices of the labels that count; None: all rows are computed. On a GPU, finding their number would need a
+    synchronization, so all rows are computed unless the caller passes the indices."""
     if labels.device.type != "cpu":
         return None
     counted = (labels != IGNORED).nonzero().squeeze(-1)
@@ -207,7 +209,7 @@ def _rows_that_count(labels: Tensor) -> Tensor | None:
 def _losses_and_slopes(
     logits: Tensor, labels: Tensor, start: int, axis: Axis, z_loss: float, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses [n] of tokens and d loss / d logits [n, V / t], which takes the place of the logits (fp32)."""
+    """Losses [n] of tokens and d loss / d logits [n, V / t], which overwrites the logits (fp32)."""
     peak = max_over(logits.amax(dim=-1), axis)
     counts = labels != IGNORED
     here = (labels >= start) & (labels < start + logits.shape[-1])
@@ -239,12 +241,13 @@ def token_losses(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axi
 
 
 def chunk_rows(tokens: int, size: int, columns: int, width: int, device: str) -> int:
-    """Tokens of a chunk of `tokens` hidden states of `size` numbers of `width` bytes on a type of device.
+    """Number of tokens per chunk. tokens: all hidden states; size: their features; width: bytes of a number; device:
+    its type.
 
-    A chunk's logits take no more bytes than the weight's gradient in fp32, [V / t, D], to which each chunk adds, and
-    no more than the hidden states, whichever is more; but products of few rows are slow. Chunks are of nearly one size.
-    columns: of the axis's largest share of the vocabulary, so that all ranks cut the same chunks, whose sums they
-    exchange.
+    A chunk's logits take no more bytes than the fp32 gradient of the weight [V / t, D], to which each chunk adds, or
+    than the hidden states, whichever is larger; but at least LEAST_ROWS rows, since products of few rows are slow.
+    Chunks are of nearly equal size. columns: the largest share of the vocabulary on the axis, so that all ranks cut the
+    same chunks, whose sums they exchange.
     """
     least = LEAST_ROWS if device == "cpu" else LEAST_ROWS_OF_DEVICES
     rows = max(least, size * 4 // width, tokens * size // columns)
@@ -263,10 +266,11 @@ def head_loss(
 ) -> Tensor:
     """Sum (not mean) of the losses of the tokens that count, in nats, fp32, the same on every rank of the axis.
 
-    hidden [..., D], `enter`ed; weight [V / t, D]; logits are hidden weightᵀ + bias; labels [...] int64 in [0, V)
-    or -100. z_loss: weight of the squared log of the sum of exponentials, part of the loss where gradients are wanted,
-    and not in evaluation. counted [n] int64: which labels count, of all flattened, where the caller knows it: nothing
-    is computed of others. Gradients of weight and bias are fp32 sums over the chunks; there is one backward.
+    hidden [..., D], after `enter`; weight [V / t, D]; logits are hidden weightᵀ + bias; labels [...] int64 in [0, V)
+    or -100. z_loss: weight of the squared log of the sum of exponentials, which is part of the loss only if gradients
+    are needed, not in evaluation. counted [n] int64: indices of the labels that count, in flattened order, if the
+    caller knows them; nothing is computed for the others. Gradients of weight and bias are fp32 sums over the chunks.
+    Backward can be called once.
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     enabled = torch.is_grad_enabled()

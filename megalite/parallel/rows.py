@@ -1,14 +1,15 @@
 """Long sequences: the ranks of the context axis divide the tokens of each sample.
 
 A sample of S tokens is cut into 2c runs of S / 2c tokens. Rank r of c holds the runs r and 2c-1-r (zig-zag). Under a
-causal mask an early run has few keys and a late one many; each such pair has as many as any other. For c = 2:
+causal mask, queries of an early run attend to few keys and those of a late run to many; each pair has the same total.
+For c = 2:
 
     tokens   [ run 0 | run 1 | run 2 | run 3 ]
     held by    rank 0  rank 1  rank 1  rank 0
 
-All of the model but attention works on each token by itself. Attention needs the keys and values of the whole sample.
-Either they are gathered (`gather_rows`; Llama 3, arXiv 2407.21783, section 3.3.2), or heads are exchanged for tokens
-(`to_heads` and `to_rows`; DeepSpeed-Ulysses, arXiv 2309.14509). Next: model/attention.py.
+Except for attention, the model processes each token separately. Attention needs the keys and values of the whole
+sample: either they are all-gathered (`gather_rows`; Llama 3, arXiv 2407.21783, section 3.3.2), or an all-to-all
+exchanges tokens for heads (`to_heads` and `to_rows`; DeepSpeed-Ulysses, arXiv 2309.14509). Next: model/attention.py.
 
 Shapes: B batch, S sequence, N heads, H head size; p tokens of a run.
 """
@@ -28,9 +29,9 @@ from megalite.parallel.grid import Axis
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens of a sample a rank of the context axis holds.
+    """The tokens of a sample that a rank of the context axis holds.
 
-    length: S, a multiple of 2c; by_heads: whether attention exchanges heads for tokens instead of gathering keys.
+    length: S, a multiple of 2c; by_heads: whether attention exchanges tokens for heads instead of gathering keys.
     """
 
     axis: Axis
@@ -39,12 +40,12 @@ class Rows:
 
     @classmethod
     def along(cls, axis: Axis, length: int, by_heads: bool = False) -> "Rows | None":
-        """None where one rank has all tokens."""
+        """The rows of this rank; None if one rank has all tokens."""
         return cls(axis, length, by_heads) if axis.size > 1 else None
 
     @property
     def count(self) -> int:
-        """Tokens that this rank holds."""
+        """Number of tokens that this rank holds."""
         return self.length // self.axis.size
 
     @property
@@ -53,39 +54,39 @@ class Rows:
         return runs_of(self.length, self.axis.size, self.axis.rank)
 
     def index(self, device: torch.device) -> Tensor:
-        """The same as a tensor, int64 [S / c]."""
+        """Indices of this rank's tokens, int64 [S / c]."""
         first, last = self.runs
         return torch.cat(
             [torch.arange(run.start, run.stop, device=device) for run in (first, last)]
         )
 
     def cut(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's tokens of a tensor of all tokens, a copy."""
+        """This rank's tokens of a tensor of all tokens, as a copy."""
         return torch.cat([whole.narrow(dim, run.start, len(run)) for run in self.runs], dim)
 
     def gathered(self, part: Tensor) -> Tensor:
-        """Every rank's part [B, S / c] of numbers of tokens, as [B, S]; without autograd."""
+        """All-gathers per-token numbers [B, S / c] of every rank to [B, S]; without autograd."""
         return _joined(gather_over(part, self.axis).unsqueeze(-1)).squeeze(-1)
 
 
 def runs_of(length: int, size: int, rank: int) -> tuple[range, range]:
-    """The two runs of tokens that a rank of an axis of `size` ranks holds of a sample of `length` tokens."""
+    """The two runs of a sample of `length` tokens that one rank of an axis of `size` ranks holds."""
     part = length // (2 * size)
     first, last = rank * part, (2 * size - 1 - rank) * part
     return range(first, first + part), range(last, last + part)
 
 
 def _joined(parts: Tensor) -> Tensor:
-    """What the ranks hold, [c, …, S / c, H] -> the whole samples in the order of their tokens, […, S, H]."""
+    """The ranks' parts [c, …, S / c, H] -> whole samples in token order, […, S, H]."""
     runs = parts.unflatten(-2, (2, -1))  # [c, …, 2, p, H]
     first, last = runs.unbind(-3)
-    # The first runs of the ranks in order, then the second ones from the last rank to the first.
+    # The first runs in the order of the ranks, then the second runs from the last rank to the first.
     whole = torch.cat([first, last.flip(0)])  # [2c, …, p, H]
     return whole.movedim(0, -3).flatten(-3, -2)
 
 
 def _parted(whole: Tensor, size: int) -> Tensor:
-    """The inverse: […, S, H] -> [c, …, S / c, H], contiguous."""
+    """Inverse of `_joined`: […, S, H] -> [c, …, S / c, H], contiguous."""
     runs = whole.unflatten(-2, (2 * size, -1))  # […, 2c, p, H]
     first, last = runs.chunk(2, dim=-3)
     parts = torch.stack([first, last.flip(-3)], dim=-3)  # […, c, 2, p, H]
@@ -93,7 +94,7 @@ def _parted(whole: Tensor, size: int) -> Tensor:
 
 
 def _gather(own: Tensor, rows: Rows) -> Tensor:
-    """[…, S / c, H] of every rank -> […, S, H]; without autograd."""
+    """All-gathers […, S / c, H] of every rank to […, S, H]; without autograd."""
     parts = own.new_empty((rows.axis.size, *own.shape))
     with RANK_CLOCK.waiting():
         dist.all_gather_into_tensor(parts.flatten(0, 1), own.contiguous(), group=rows.axis.group)
@@ -101,7 +102,7 @@ def _gather(own: Tensor, rows: Rows) -> Tensor:
 
 
 def _scatter(whole: Tensor, rows: Rows) -> Tensor:
-    """Sums […, S, H] over the ranks and keeps this rank's tokens […, S / c, H]; without autograd."""
+    """Reduce-scatters […, S, H] to this rank's tokens […, S / c, H]; without autograd."""
     parts = _parted(whole, rows.axis.size)
     own = parts.new_empty(parts.shape[1:])
     with RANK_CLOCK.waiting():
@@ -110,7 +111,7 @@ def _scatter(whole: Tensor, rows: Rows) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Each rank's queries use all keys, so the gradients of a key are summed where it was made."""
+    """Queries of every rank use all keys, so the gradients of a key are summed on the rank that computed it."""
 
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, rows: Rows) -> tuple[Tensor, ...]:
@@ -124,7 +125,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(key: Tensor, value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, N, S / c, H] of this rank's tokens -> of all tokens, [B, N, S, H], in one message."""
+    """All-gathers keys and values [B, N, S / c, H] of this rank's tokens to [B, N, S, H], in one collective."""
     return _GatherRows.apply(key, value, rows)  # type: ignore[return-value]
 
 
@@ -135,7 +136,7 @@ def _heads_for_tokens(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _tokens_for_heads(x: Tensor, rows: Rows) -> Tensor:
-    """The inverse."""
+    """Inverse of `_heads_for_tokens`."""
     # [c, B, N / c, S / c, H]
     taken = exchange_evenly(_parted(x, rows.axis.size), rows.axis)
     return taken.movedim(0, 1).flatten(1, 2)
@@ -166,11 +167,11 @@ class _ToRows(torch.autograd.Function):
 def to_heads(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's tokens [B, N, S / c, H] and [B, K, S / c, H] -> of all tokens, a part of the heads: the r-th of c
-    equal parts of the query heads, and the key heads that those use; in one message.
+    """Exchanges all heads of this rank's tokens, [B, N, S / c, H] and [B, K, S / c, H], for a part of the heads of all
+    tokens, in one all-to-all: the r-th of c equal parts of the query heads, and the key heads that they use.
 
-    Where there are fewer key heads than ranks, neighbours get copies of one. c divides N, and divides K or is a
-    multiple of it.
+    If there are fewer key heads than ranks, neighbouring ranks get copies of a head. c must divide N, and must divide K
+    or be a multiple of it.
     """
     size = rows.axis.size
     copies = max(1, size // key.shape[1])

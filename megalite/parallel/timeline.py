@@ -1,7 +1,7 @@
-"""What this rank does when, as named spans: for a step now and then that is traced, or whose time is split up.
+"""This rank's activity as named spans, for steps that are traced or whose time is split up.
 
-Off, a span costs a test of a flag. On, a CPU's are taken by the clock on the wall, other devices' by events on the
-current stream, for which nothing waits before `take`. parallel/clock.py measures one sum, and is cheaper.
+When off, a span costs one test of a flag. When on, spans on a CPU use wall-clock time; on other devices they use events
+on the current stream, without synchronizing before `take`. parallel/clock.py measures only one sum and is cheaper.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import torch
 
 @dataclass
 class Span:
-    """kind: `action`, `receive`, `send`, `sent` (a wait until a message is gone), `collective`, `data` or `update`;
-    what: the action, message or name; inside: kind of the span that holds it, empty where none does; start and end:
-    seconds by this rank's `time.perf_counter`, once they are taken."""
+    """kind: `action`, `receive`, `send`, `sent` (a wait until a message has been sent), `collective`, `data` or
+    `update`; what: the action, message or name; inside: kind of the enclosing span, empty if there is none; start and
+    end: seconds of this rank's `time.perf_counter`, valid after `take`."""
 
     kind: str
     what: Any
@@ -27,7 +27,7 @@ class Span:
 
 
 class Timeline:
-    """Of one rank; a process is a rank, so there is one (RANK_TIMELINE)."""
+    """The timeline of one rank; since a process is one rank, there is only one (RANK_TIMELINE)."""
 
     def __init__(self) -> None:
         self.on = False
@@ -36,7 +36,7 @@ class Timeline:
         self._base: tuple[float, Any] = (0.0, None)
 
     def begin(self, device: torch.device) -> None:
-        """Turns it on. The host waits once for a device that is no CPU, so that both clocks have a common zero."""
+        """Turns the timeline on. Synchronizes once with a GPU, so that both clocks have a common zero."""
         self._spans, self._open, self.on = [], [], True
         if device.type == "cpu":
             self._base = 0.0, None
@@ -47,12 +47,12 @@ class Timeline:
         self._base = time.perf_counter(), event
 
     def span(self, kind: str, what: Any) -> contextlib.AbstractContextManager[None]:
-        """Goes around something; what must not change afterwards."""
+        """Context manager that records a span. `what` must not change afterwards."""
         return self._span(kind, what) if self.on else _NOTHING
 
     def take(self, wait: bool) -> list[Span]:
-        """Turns it off and returns its spans in the order of their ends. wait: for the device; else spans that it has
-        not come to yet are left out."""
+        """Turns the timeline off and returns its spans in the order of their ends. wait: whether to synchronize with
+        the device; otherwise spans that the device has not finished are left out."""
         spans, self._spans, self.on = self._spans, [], False
         zero, base = self._base
         if base is None:
@@ -87,4 +87,4 @@ class Timeline:
 _NOTHING = contextlib.nullcontext()
 
 RANK_TIMELINE = Timeline()
-"""This process's."""
+"""The timeline of this process."""

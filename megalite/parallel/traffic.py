@@ -1,6 +1,7 @@
-"""Bytes that this rank sends, counted by the axis of the grid that they cross: what a layout costs, measured.
+"""Counts the bytes that this rank sends, by the axis of the grid: the measured communication cost of a layout.
 
-Every collective of torch.distributed, DeepSpeed's too, passes torch's dispatcher; a mode there sees them all.
+Every collective of torch.distributed, including DeepSpeed's, goes through torch's dispatcher, where a dispatch mode
+sees all of them.
 """
 
 from collections import Counter
@@ -15,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from megalite.parallel.grid import Grid
 
-# Shares of a tensor that a rank of n sends on average, by ring algorithms (Thakur et al. 2005, sections 4.1 to 4.5):
-# (which argument holds the whole tensor, share).
+# The share of a tensor that each of n ranks sends on average with ring algorithms (Thakur et al. 2005, sections 4.1 to
+# 4.5): (index of the argument with the whole tensor, share).
 _SHARES: dict[str, tuple[int, Callable[[int], float]]] = {
     "allreduce_": (0, lambda n: 2 * (n - 1) / n),
     "reduce_": (0, lambda n: (n - 1) / n),
@@ -27,15 +28,15 @@ _SHARES: dict[str, tuple[int, Callable[[int], float]]] = {
     "reduce_scatter_": (1, lambda n: (n - 1) / n),
     "_reduce_scatter_base_": (1, lambda n: (n - 1) / n),
     "reduce_scatter_tensor_coalesced_": (1, lambda n: (n - 1) / n),
-    "alltoall_base_": (1, lambda n: (n - 1) / n),  # where all parts are as large
+    "alltoall_base_": (1, lambda n: (n - 1) / n),  # if all parts are equal
     "send": (0, lambda n: 1.0),
 }
 
 
 class Traffic(TorchDispatchMode):
-    """`with Traffic(grid) as traffic: …`, then `traffic.bytes["data"]`. Keys: the names of the grid's
-    axes, ends among them (both copies of a tied embedding), and other (the whole world). Ring algorithms are assumed
-    for collectives."""
+    """Use `with Traffic(grid) as traffic: …`, then `traffic.bytes["data"]`. Keys: the names of the grid's axes,
+    including `ends` (for a tied embedding), and `other` (such as the whole world). Collectives are assumed to use ring
+    algorithms."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()

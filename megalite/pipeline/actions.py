@@ -191,8 +191,7 @@ class _TrainingStep:
         tokens, labels, context = _parts(self.batches[k])
         source = tokens if source is None else source.detach().requires_grad_()
         waiting = WeightGradients() if (chunk, k) in self.halved else None
-        # A split backward bypasses the engine in forward: the engine's hooks on the output would start its backward in
-        # I.
+        # A split backward bypasses the engine: its hooks on the output would start DeepSpeed's backward in I.
         call = self.engine if waiting is None else self.engine.module
         with collecting(waiting), RANK_CLOCK.computing():
             output = call(source, labels if chunk == self.last else None, context, chunk)

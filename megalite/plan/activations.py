@@ -1,9 +1,9 @@
 """What a forward pass keeps for backward, in bytes, operation by operation: a prediction that needs no model.
 
 arXiv 2205.05198 (section 4.1) counts s·b·h·(34 + 5·a·s/h) bytes a layer in 16 bits. Ours differ, since SDPA keeps no
-scores, and dropout that is off has no masks. With e bytes a number, r = b·s·h numbers between
-the split products (/ t with sequence parallelism), g = b·s·h numbers that a split product reads, q, k and f numbers of
-the rank's queries, keys and intermediate features, a layer keeps, each storage counted once:
+scores, and dropout that is off has no masks. With e bytes a number, r = b·s·h numbers between the split products
+(/ t with sequence parallelism), g = b·s·h numbers that a split product reads, q, k and f numbers of the rank's queries,
+keys and intermediate features, a layer keeps, each storage counted once:
 
     norm, LayerNorm                   its input e·r; mean and deviation
     norm, RMSNorm                     its input e·r; a root mean square a token
@@ -34,9 +34,8 @@ the rank's queries, keys and intermediate features, a layer keeps, each storage 
     dense layer before the head       its input e·r and its activation's; the norm after it as above
     head of a classifier              of each text a few rows of h numbers, which are left out
 
-Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core;
-recompute of every n layers keeps e·r of n layers and makes their table again, one group at a time, in backward.
-tests/distributed/test_activations.py holds each table against what autograd saves.
+Where a norm reads a sum, the layer's own input is that of query, key and value. `selective` leaves out the core.
+tests/distributed/test_activations.py holds each table against what autograd saves. Next: chunk_tables.py.
 """
 
 from collections.abc import Iterable
@@ -45,7 +44,6 @@ from dataclasses import dataclass
 import torch
 
 from megalite.model.spec import Mixture, TransformerSpec
-from megalite.model.transformer import Recompute
 from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
@@ -149,7 +147,8 @@ def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool 
         if spec.activation != "relu" or spec.gated:
             table["input of down projection"] = features
     if spec.hidden_dropout > 0:
-        table["dropout of what is added"] = (1 + spec.drops_mlp) * at.rows * spec.hidden_size
+        times = 2 if spec.drops_mlp else 1
+        table["dropout of what is added"] = times * at.rows * spec.hidden_size
     return table
 
 
@@ -208,46 +207,56 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
     """Between the input of query, key, value and the output projection's product."""
     h, e = spec.head_size, at.width
     queries = at.part(spec.num_heads * h, h)
-    keys = values = at.part(spec.num_kv_heads * h, h)
+    keys = at.part(spec.num_kv_heads * h, h)
     table: Table = {}
     if spec.qk_norm != "none":
         by_head = spec.qk_norm == "head"
         kind = spec.norm if by_head or at.split.axis.size == 1 else "split"
         for name, numbers in (("query norm", queries), ("key norm", keys)):
             table |= norm_table(kind, name, numbers, numbers // h if by_head else at.tokens, at)
-    heads, key_heads = queries // (at.tokens * h), keys // (at.tokens * h)
+    core: Table = {}
+    if not selective:  # which keeps a rank's own keys, not those of the whole samples
+        core, keys = _core(spec, layer, at)
+    table |= {"queries": e * queries, "keys": e * keys, "values": e * keys}
+    return table | core | {"input of output projection": e * queries}
+
+
+def _core(spec: TransformerSpec, layer: int, at: Forward) -> tuple[Table, int]:
+    """What the core of attention keeps beside its inputs, and how many numbers of keys it reads, which are as many of
+    values."""
+    h, e = spec.head_size, at.width
+    queries = at.part(spec.num_heads * h, h)
+    own_heads = queries // (at.tokens * h)
+    heads, key_heads = own_heads, at.part(spec.num_kv_heads * h, h) // (at.tokens * h)
+    # Each of s tokens looks at t. The context axis works by heads, or each rank on its own run of tokens.
+    s, t = at.length, at.whole
     by_heads = at.by_heads and at.context > 1
-    s, t = at.whole if by_heads else at.length, at.whole
+    by_run = at.context > 1 and not by_heads
     if by_heads:
+        s = at.whole
         heads, key_heads = heads // at.context, max(1, key_heads // at.context)
     window = spec.window(layer)
     masked = at.documents or (window is not None and window < t)
+    masks = at.batch if at.documents else 1
     if spec.attention_dropout > 0:
-        key_heads = heads  # keys and values are repeated for their queries
         core = {"attention: weights": (FP32 + e + 1) * at.batch * heads * s * t}
         if masked or spec.causal:
-            core["attention: mask"] = s * t * (at.batch if at.documents else 1)
-    else:
-        core = {"attention: logarithms": FP32 * at.tokens * (queries // (at.tokens * h))}
-        by_run = at.context > 1 and not by_heads
-        in_pieces = masked and kernel_takes(at.device, at.dtype, h) and (spec.causal or not by_run)
-        if masked and not in_pieces:
-            core["attention: mask"] = e * s * t * (at.batch if at.documents else 1)
-        if in_pieces and at.prefixes:  # three results: causal, both ways, and what is taken of them
-            core["attention: results in halves"] = 2 * e * queries
-            core["attention: logarithms"] *= 2
-        if in_pieces and by_run:
-            t += at.length // 2  # keys before both runs are copied twice
-        if by_heads or (
-            by_run and spec.causal and at.device != "cpu" and not (masked and not in_pieces)
-        ):
-            core["attention: result in parts"] = (
-                e * queries
-            )  # put together for the output projection
-    if not selective:  # which keeps a rank's own keys, not those of the whole samples
-        keys = values = at.batch * t * key_heads * h
-    table |= {"queries": e * queries, "keys": e * keys, "values": e * values}
-    return table | ({} if selective else core) | {"input of output projection": e * queries}
+            core["attention: mask"] = s * t * masks
+        return core, at.batch * t * heads * h  # keys are repeated for their queries
+    core = {"attention: logarithms": FP32 * at.tokens * own_heads}
+    in_pieces = masked and kernel_takes(at.device, at.dtype, h) and (spec.causal or not by_run)
+    with_mask = masked and not in_pieces
+    if with_mask:
+        core["attention: mask"] = e * s * t * masks
+    if in_pieces and at.prefixes:  # three results: causal, both ways, and what is taken of them
+        core["attention: results in halves"] = 2 * e * queries
+        core["attention: logarithms"] *= 2
+    if in_pieces and by_run:
+        t += at.length // 2  # keys before both runs are copied twice
+    in_runs = by_run and spec.causal and at.device != "cpu" and not with_mask
+    if by_heads or in_runs:  # put together for the output projection
+        core["attention: result in parts"] = e * queries
+    return core, at.batch * t * key_heads * h
 
 
 def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
@@ -257,9 +266,8 @@ def embedding_table(spec: TransformerSpec, at: Forward) -> Table:
     if split:
         table["ids of other ranks"] = at.tokens
     if spec.position_rows:
-        table["positions"] = INT64 * (
-            at.tokens if at.documents or spec.position_offset else at.length
-        )
+        own = at.documents or spec.position_offset  # positions of each sample
+        table["positions"] = INT64 * (at.tokens if own else at.length)
     if spec.embedding_norm:
         table |= norm_table(spec.norm, "embedding norm", at.rows * spec.hidden_size, at.rows, at)
     if spec.embedding_dropout > 0:
@@ -314,129 +322,10 @@ def _loss_rows(spec: TransformerSpec, at: Forward) -> int:
 
 def angles_table(spec: TransformerSpec, layers: Iterable[int], at: Forward) -> Table:
     """What these layers of a chunk share."""
-    pairs = sum(
-        (rotary.size + 1) // 2
-        for rotary in {spec.rotary_of(layer) for layer in layers}
-        if rotary is not None
-    )
-    return {
-        "cosines twice, sines": 3 * at.width * pairs * (at.tokens if at.documents else at.length)
-    }
-
-
-@dataclass(frozen=True)
-class ChunkPart:
-    """What of a model a chunk is. layers: its own; first: it has the embedding; last: the head."""
-
-    layers: range
-    first: bool
-    last: bool
-
-
-def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward) -> Table:
-    """What a chunk keeps of one micro-batch between its forward and its backward, by layer or part."""
-    selective = recompute == "selective"
-    every = 0 if selective else int(recompute)
-    hidden, table = at.hidden(spec), {}
-    if part.first:
-        table["embedding"] = total(embedding_table(spec, at))
-    elif not (every and part.layers) and not _keeps_its_input(spec, part, at):
-        table["from the chunk before"] = hidden
-    for group in groups(part.layers, every):
-        table[f"input of layers {group[0]} to {group[-1]}"] = hidden
-    if not every:
-        table |= {
-            f"layer {layer}": total(layer_table(spec, layer, at, selective))
-            for layer in part.layers
-        }
-    if part.layers:
-        table["angles"] = total(angles_table(spec, part.layers, at))
-    if part.last:
-        table["final norm, head, loss"] = total(head_table(spec, at)) + FP32
-    return table
-
-
-def groups(layers: range, every: int) -> list[range]:
-    """The groups that a recompute of every so many layers makes; none where it is 0."""
-    return [layers[i : i + every] for i in range(0, len(layers), every)] if every else []
-
-
-def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward) -> int:
-    """Most bytes that the backward of a chunk makes again at a time."""
-    whole = {layer: total(layer_table(spec, layer, at)) for layer in layers}
-    if recompute == "selective":
-        return max((whole[i] - total(layer_table(spec, i, at, True)) for i in layers), default=0)
-    return max(
-        (sum(whole[layer] for layer in group) for group in groups(layers, int(recompute))),
-        default=0,
-    )
-
-
-def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
-    """What a chunk keeps of one micro-batch between I and W: for each product with a weight its input and the gradient
-    of its result, and the gradients of small weights, which are made already. The head's was given to it in I."""
-    table: Table = {
-        f"layer {layer}": total(_waiting_layer(spec, layer, at)) for layer in part.layers
-    }
-    if part.first:
-        gathered = at.width * at.tokens * spec.hidden_size
-        table["embedding"] = INT64 * at.tokens + gathered
-        table["positions, types"] = (
-            at.width * (spec.position_rows + spec.token_types) * spec.hidden_size
-        )
-        if spec.embedding_norm:
-            table["embedding norm"] = at.width * spec.norm_parameters
-    if part.last:
-        if spec.final_norm:
-            table["final norm"] = at.width * spec.norm_parameters
-        if spec.head_transform and spec.classifier is None:
-            table["dense: input, gradient"] = 2 * at.hidden(spec)
-            table["norm of the dense layer"] = at.width * spec.norm_parameters
-    return table
-
-
-def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
-    """Of one layer: as in `layer_table`, g, q, k and f numbers."""
-    h, e = spec.head_size, at.width
-    g = e * at.tokens * spec.hidden_size
-    q, k = e * at.part(spec.num_heads * h, h), e * at.part(spec.num_kv_heads * h, h)
-    table = {
-        "query, key, value: input, gradients": g + q + 2 * k,
-        "output projection: input, gradient": q + g,
-        "norms": e
-        * spec.norm_parameters
-        * (2 - spec.shared_norm - (layer == 0 and not spec.first_norm)),
-        "biases of output, down": e
-        * spec.hidden_size
-        * (spec.attention_output_bias + spec.mlp_bias),
-    }
-    mixture = spec.mixture_of(layer)
-    if mixture is not None:
-        f, rows = e * mixture.chosen * at.part(mixture.intermediate_size), mixture.chosen * g
-        if mixture.shared_size:
-            features = e * at.part(mixture.shared_size)
-            table["shared: input, gradients of gate, up"] = g + 2 * features
-            table["shared: input, gradient of down projection"] = features + g
-            table["shared: gradient of its weight"] = (
-                e * spec.hidden_size * mixture.shared_is_weighed
-            )
-        return table | {
-            "router: gradient": e * mixture.count * spec.hidden_size,
-            "experts: ends": INT32 * (mixture.count // at.experts),
-            "gate, up: input, gradients": rows + 2 * f,
-            "down projection: input, gradient": f + rows,
-        }
-    f = e * at.part(spec.intermediate_size)
-    table["gate, up: gradients"] = f * (2 if spec.gated else 1)
-    table["down projection: input, gradient"] = f + g
-    if not spec.shared_norm or at.split.divides:
-        table["gate, up: input"] = g
-    return table
-
-
-def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
-    """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
-    return not (part.layers and spec.norm_place in ("after", "sum") and at.split.divides)
+    kinds = {spec.rotary_of(layer) for layer in layers}
+    pairs = sum((rotary.size + 1) // 2 for rotary in kinds if rotary is not None)
+    positions = at.tokens if at.documents else at.length
+    return {"cosines twice, sines": 3 * at.width * pairs * positions}
 
 
 def total(table: Table) -> int:

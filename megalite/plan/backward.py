@@ -58,7 +58,7 @@ def layer_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
         of_mlp += table.get("dropout of what is added", 0) // 2
     mixture = spec.mixture_of(layer)
     mlp = _mlp_ops(spec, table, at) if mixture is None else _experts_ops(spec, layer, at)
-    attention = _attention_ops(spec, table, at)
+    attention = _attention_ops(spec, layer, table, at)
     rest = total(table) - of_mlp
     return _closed(mlp, of_mlp, spec, at) + _closed(attention, rest, spec, at)
 
@@ -146,7 +146,7 @@ def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
     ]
 
 
-def _attention_ops(spec: TransformerSpec, table: Table, at: Forward) -> list[Op]:
+def _attention_ops(spec: TransformerSpec, layer: int, table: Table, at: Forward) -> list[Op]:
     """The operations of attention, up to the gradient of its input."""
     h, e = spec.head_size, at.width
     queries, keys = at.part(spec.num_heads * h, h), at.part(spec.num_kv_heads * h, h)
@@ -163,7 +163,7 @@ def _attention_ops(spec: TransformerSpec, table: Table, at: Forward) -> list[Op]
     own_keys = e * keys
     if own_keys != k:  # gathered or repeated
         ops.append(Op(2 * own_keys, 2 * k))
-    if spec.rotary is not None:
+    if spec.rotary_of(layer) is not None:
         ops += [Op(own_keys, own_keys), Op(q, q)]
     if spec.qk_norm != "none":
         ops += [Op(own_keys, own_keys), Op(q, q)]

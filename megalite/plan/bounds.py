@@ -1,221 +1,25 @@
-"""Less than which a layout cannot take, of time and of memory: what the search leaves layouts out by.
-
-Both are bounds for every cut of the layers into chunks, so that neither a cut need be searched nor a program be played.
-p ranks of the pipe axis, m micro-batches, v chunks a rank; f, b: forward and backward of a rank, T = f + b (I and W
-together where backwards are halved), so that ΣT does not depend on the cut. A path through a program is a bound of its
-length, whatever the costs:
-
-    any rank r        it starts after the forwards before it and has m T_r to do: Σ_{s<r} f_s + m T_r, and where its
-                      last action is a B, those of the ranks before it follow: Σ_{s<r} T_s + m T_r
-    1F1B, any rank r  the first micro-batch to the last rank and back, all of the rank's work but what it did in
-                      between, the last micro-batch to the last rank and back: ΣT + (m - 1 - w) T_r + Σ_{s>r} T_s,
-                      where w = p - 1 - r micro-batches are ahead of their backwards
-    1F1B, any rank r  one of the two ways alone: ΣT + (m - 1) T_r - w f_r
-
-Of 1F1B with m > p the second, for all ranks together, is least where all T_r are equal: (m + p - 1) ΣT / p, the
-formula of an even cut. For the others the first is taken for all ranks together. Layers are whole, and the head is on
-one rank. tests/unit/plan/test_plan.py holds both bounds against every layout of small worlds.
-Next: search.py.
+"""What each layout takes at the least, of time (least_time.py) and of memory (least_memory.py): what the search leaves
+layouts out by, without a cut of the layers or a program. tests/unit/plan/test_plan.py holds both bounds against every
+layout of small worlds. Next: search.py.
 """
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 
 from megalite.config.optimizer_rules import REDUCE_BUCKET_ELEMENTS, moments_kept
-from megalite.pipeline.lengths import KINDS
 from megalite.pipeline.steps import AHEAD
-from megalite.plan.activations import (
-    ChunkPart,
-    head_table,
-    layer_table,
-    logits_bytes,
-    made_again,
-    total,
-    waiting_table,
-)
+from megalite.plan.activations import FP32
 from megalite.plan.candidates import Candidate, Search
 from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
+from megalite.plan.least_memory import LeastKept, Rates, least_held
+from megalite.plan.least_time import LeastWork, least_length
+from megalite.plan.sharing import Held, Sharing
 from megalite.plan.states import DTYPES
-from megalite.plan.step_time import PLAYED, Held, Sharing, Work
+from megalite.plan.work import BACKWARD, FORWARD, Work
 
-FP32 = 4
-FORWARD, BACKWARD, INPUT, WEIGHT = range(len(KINDS))
-
-
-@dataclass(frozen=True, eq=False)
-class LeastWork:
-    """Seconds of a Work that bounds are made of. model: [kind] of the whole model; forward, backward: least of a layer;
-    layers: of all; head: forward and backward."""
-
-    work: Work
-
-    @cached_property
-    def model(self) -> np.ndarray:
-        return self.work.model.sum(axis=1)
-
-    @cached_property
-    def whole(self) -> float:
-        """Forward and backward of the whole model."""
-        return float(self.model[[FORWARD, BACKWARD]].sum())
-
-    @cached_property
-    def upto(self) -> np.ndarray:
-        """[layer + 1, kind]: of the layers before each."""
-        return self.work.layers.sum(axis=2)
-
-    @cached_property
-    def embedding(self) -> np.ndarray:
-        """[kind]"""
-        return self.work.embedding.sum(axis=1)
-
-    @cached_property
-    def end(self) -> np.ndarray:
-        """[kind] of the head."""
-        return self.work.head.sum(axis=1)
-
-    @cached_property
-    def _by_layer(self) -> np.ndarray:
-        """[layer, kind]"""
-        return np.diff(self.upto, axis=0)
-
-    @cached_property
-    def forward(self) -> float:
-        return float(self._by_layer[:, FORWARD].min())
-
-    @cached_property
-    def backward(self) -> float:
-        return float(self._by_layer[:, BACKWARD].min())
-
-    @cached_property
-    def layers(self) -> float:
-        return float(self.upto[-1][[FORWARD, BACKWARD]].sum())
-
-    @cached_property
-    def head(self) -> tuple[float, float]:
-        """(forward, backward)"""
-        return float(self.end[FORWARD]), float(self.end[BACKWARD])
-
-    @cache  # noqa: B019  (a LeastWork lives as long as the search)
-    def longest(self, p: int) -> float:
-        """Of a micro-batch on the longest of p ranks: layers are whole, and the head is on one rank."""
-        own, rest = _whole_layers(self.work.spec.num_layers, p)
-        layer = self.forward + self.backward
-        uneven = float(np.maximum(rest * layer, own * layer + sum(self.head)).min())
-        return max(uneven, self.whole / p)
-
-    @cached_property
-    def ratio(self) -> float:
-        """The least share of forward in a layer's time."""
-        times = self._by_layer
-        return float((times[:, FORWARD] / (times[:, FORWARD] + times[:, BACKWARD])).min())
-
-
-def least_length(least: LeastWork, schedule: str, p: int, m: int, whole: float) -> float:
-    """Of the program of m micro-batches. whole: ΣT. Those that are not played take their longest rank's time."""
-    played = min(m, PLAYED * p)
-    layers, layer = least.work.spec.num_layers, least.forward + least.backward
-    own, rest = _whole_layers(layers, p)
-    of_rest, of_last = m * rest * layer, m * (own * layer + sum(least.head))
-    if schedule == "1f1b":
-        less = layer + min(p - 1, played - 1) * least.forward
-        of_rest = np.maximum(of_rest, whole + m * rest * layer - rest * less)
-        of_last = of_last + whole - own * layer - sum(least.head)
-        together = (m + p - 1) * whole / p
-        if played <= p:
-            together = _few(whole, p, played) + (m - played) * whole / p
-    elif schedule == "zb-h1":
-        of_last = of_last + least.model[FORWARD] - own * least.forward - least.head[0]
-        together = _waiting(least, p, played, whole) + (m - played) * whole / p
-    else:  # the chunks that a rank starts with have a layer or more each
-        first = layer if schedule == "interleaved" else least.forward
-        together = m * whole / p + first * (p - 1) / 2
-        of_last = of_last + (p - 1) * layer * (schedule == "interleaved")
-        # So many ranks have `rest` layers where none has more; the last of them waits for those before it.
-        many = np.maximum(1, layers - own - (p - 1) * (rest - 1))
-        of_rest = of_rest + np.minimum(m * layer, (many - 1) * first)
-    return max(together, float(np.maximum(of_rest, of_last).min()))
-
-
-def _whole_layers(layers: int, p: int) -> tuple[np.ndarray, np.ndarray]:
-    """Layers that the last rank has (zb-v: the one with both ends), and for each such number those that one of the
-    other ranks has at the least."""
-    own = np.arange(layers // p + 2)
-    return own, np.ceil((layers - own) / (p - 1))
-
-
-def _few(whole: float, p: int, m: int) -> float:
-    """Of 1F1B with m <= p. The second path takes the last m - 1 ranks, ΣT over them <= L - ΣT, the first one the
-    others: T_r <= (L - Σ_{s<r} T_s) / m in turn, ΣT over them <= L (1 - (1 - 1/m)^(p + 1 - m))."""
-    return 2 * whole / (2 - (1 - 1 / m) ** (p + 1 - m))
-
-
-def _waiting(least: LeastWork, p: int, m: int, whole: float) -> float:
-    """Of a program whose ranks wait for the forwards before them. y_r: time of the layers of a rank, x_r of all else,
-    f_r >= φ y_r. The sum over r of q^(p - 1 - r) times L >= φ Σ_{s<r} y_s + m y_r + m x_r, with q = 1 - φ/m, has the
-    factor m for each y_r."""
-    share = least.ratio
-    q, head = 1 - share / m, sum(least.head)
-    others = whole - least.layers - head  # the embedding, and what copies of weights add
-    return share / (1 - q**p) * (least.layers + head + q ** (p - 1) * others)
-
-
-@dataclass(frozen=True)
-class LeastKept:
-    """Bytes that forwards keep for their backwards: of a layer and a micro-batch, and of that between I and W; what is
-    made again before anything is freed; of the head; of a chunk of its logits; of a message of the pipe axis."""
-
-    layer: float
-    waiting: float
-    again: float
-    head: float
-    logits: float
-    hidden: float
-
-    @classmethod
-    def of(cls, work: Work, recompute: str) -> "LeastKept":
-        """recompute: as of Candidate."""
-        spec, at, layers = work.spec, work.at, range(work.spec.num_layers)
-        kinds = {(spec.window(i), spec.mixture_of(i) is not None, i == 0): i for i in layers}
-        selective = recompute == "selective"
-        every = {"none": 0, "selective": 0, "full": 1}.get(recompute)
-        every = int(recompute) if every is None else every
-        again = 0
-        if every:
-            layer = at.hidden(spec) / every
-            again = min(made_again(spec, layers[i : i + 1], every, at) for i in kinds.values())
-        else:
-            layer = min(total(layer_table(spec, i, at, selective)) for i in kinds.values())
-        parts = [ChunkPart(layers[i : i + 1], False, False) for i in kinds.values()]
-        waiting = min(total(waiting_table(spec, part, at)) for part in parts)
-        head = total(head_table(spec, at))
-        return cls(layer, waiting, again, head, logits_bytes(spec, at), at.hidden(spec))
-
-    @property
-    def of_head(self) -> float:
-        """Of the rank with the head: the logits are gone before its backward begins, and what it keeps itself before
-        that of the layers."""
-        return max(self.head + self.logits, self.again)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Bytes of a number of weights, `routed` of one of experts that an expert axis divides. stands: of weights,
-    optimizer, and gradients where they are there all the time; gradient: that comes with the first backward."""
-
-    stands: float
-    gradient: float
-    stands_routed: float
-    gradient_routed: float
-
-    def of(self, held: Held, gradients: bool) -> float:
-        """Of so many numbers, with gradients or without."""
-        shared = self.stands + gradients * self.gradient
-        return (
-            shared * held.shared
-            + (self.stands_routed + gradients * self.gradient_routed) * held.routed
-        )
+NOTHING = LeastKept(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(eq=False)
@@ -245,23 +49,23 @@ class Bounds:
         recompute = "full" if one.recompute.isdigit() else one.recompute
         key = one.tensor, one.context, one.attention, one.expert, one.micro, one.sequence, recompute
         if key not in self._works:
-            data = self.search.config.data
+            config = self.search.config
             self._works[key] = Work(
-                self.search.spec,
-                self.device.among(self.search.world_size),
-                one.tensor,
-                one.micro,
-                data.sequence_length,
-                self.dtype_bytes,
-                one.sequence,
-                recompute,
-                data.counted_share,
-                one.expert,
-                one.context,
-                one.attention == "heads",
-                data.reset_attention,
-                self.search.config.precision == "fp16",
-                self.search.config.train.compile,
+                spec=self.search.spec,
+                device=self.device.among(self.search.world_size),
+                tensor=one.tensor,
+                micro=one.micro,
+                length=config.data.sequence_length,
+                dtype_bytes=self.dtype_bytes,
+                sequence=one.sequence,
+                recompute=recompute,
+                counted=config.data.counted_share,
+                expert=one.expert,
+                context=one.context,
+                by_heads=one.attention == "heads",
+                documents=config.data.reset_attention,
+                fp16=config.precision == "fp16",
+                compiled=config.train.compile,
             )
         return self._works[key]
 
@@ -281,9 +85,16 @@ class Bounds:
 
     def sharing(self, one: Candidate) -> Sharing:
         """What the copies of a candidate's weights add."""
-        data, offload = self.search.data(one), one.offload != "none"
-        own = one.context, one.expert, self._bucket_numbers
-        return Sharing(data, one.tensor, one.zero, offload, self.moments, *own)
+        return Sharing(
+            data=self.search.data(one),
+            tensor=one.tensor,
+            zero=one.zero,
+            offload=one.offload != "none",
+            moments=self.moments,
+            context=one.context,
+            expert=one.expert,
+            bucket=self._bucket_numbers,
+        )
 
     def micro_batches(self, one: Candidate) -> int:
         """Of a step."""
@@ -307,12 +118,15 @@ class Bounds:
         whole = least.whole + p * float(added[[FORWARD, BACKWARD]].sum())
         world = self.search.world_size
         shared = self.device.ranks_a_core(world)
-        if p == 1 or evenly:
-            length = m * max(whole / p, least.longest(p) if p > 1 else 0.0)
+        if p == 1:
+            length = m * whole
+        elif evenly:
+            length = m * max(whole / p, least.longest(p))
         else:
             length = least_length(least, one.schedule, p, m, whole)
         length = max(length, shared * m * whole / p)
-        length /= self.device.pipe_share if p > 1 else 1.0
+        if p > 1:
+            length /= self.device.pipe_share
         return length + shared * sum(sharing.end(least.work, held, world).values())
 
     def least_bytes(self, one: Candidate) -> float:
@@ -321,35 +135,34 @@ class Bounds:
         gradients = self._has_gradients(one)
         bucket = self.bucket_bytes(one)
         kept = self._least_level(one, gradients, self.kept_of(one))
-        kept += bucket if one.zero == 1 and gradients else 0
-        return self.fixed_bytes(one) + max(kept, self._least_level(one, True, None) + bucket)
+        if one.zero == 1 and gradients:
+            kept += bucket
+        at_the_end = self._least_level(one, True, NOTHING) + bucket
+        return self.fixed_bytes(one) + max(kept, at_the_end)
 
     def _has_gradients(self, one: Candidate) -> bool:
         """Whether all gradients are there when the forwards of a step's last micro-batches keep most, at the least."""
         m = self.micro_batches(one)
         return m > one.pipe and (one.pipe == 1 or one.schedule == "1f1b")
 
-    def _least_level(self, one: Candidate, gradients: bool, kept: LeastKept | None) -> float:
-        """States and what is kept, None: nothing. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers
-        each, that is as much as each holds where all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
+    def _least_level(self, one: Candidate, gradients: bool, kept: LeastKept) -> float:
+        """States and what is kept. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers each, that is as
+        much as each holds where all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
         spec, p = self.search.spec, one.pipe
-        of_layer, of_head, again, hidden = 0.0, 0.0, 0.0, 0.0
-        if kept is not None:
-            of_layer, of_head, again, hidden = kept.layer, kept.of_head, kept.again, kept.hidden
         if p == 1:
             states = self.rates(one).of(self.weights(one), gradients)
-            return states + of_layer * spec.num_layers + of_head
+            return states + kept.layer * spec.num_layers + kept.of_head
         first, each, last = self.state_bytes(one, gradients)
-        counts = np.array(_held(one, self.micro_batches(one)))
-        by_layer, beside = each + of_layer * counts, np.full(p, float(again))
+        counts = np.array(least_held(one, self.micro_batches(one)))
+        by_layer = each + kept.layer * counts
+        beside = np.full(p, float(kept.again))
         if one.schedule == "zb-v":  # both ends are on the first rank
-            beside[0] = of_head + first + last
+            beside[0] = kept.of_head + first + last
         else:  # whose chunk may be the head alone
             beside[0] += first
-            beside[-1] = 0.0 if kept is None else kept.head + kept.logits
-            beside[-1] += last
+            beside[-1] = kept.head + kept.logits + last
         level = (spec.num_layers + (beside / by_layer).sum()) / (1 / by_layer).sum()
-        return (AHEAD + 1) * hidden + float(level)
+        return (AHEAD + 1) * kept.hidden + float(level)
 
     def layer_numbers(self, one: Candidate) -> Held:
         """Numbers of the weights of the smallest layer on a rank."""
@@ -382,14 +195,20 @@ class Bounds:
     def rates(self, one: Candidate) -> Rates:
         """Of a candidate's states."""
         away = one.offload == "nvme" or (one.offload != "none" and not self.device.cores)
-        optimizer = 0 if away else FP32 * (self.moments + (one.zero > 0))
+        tensors = self.moments + 1 if one.zero else self.moments  # ZeRO keeps masters
+        optimizer = 0 if away else FP32 * tensors
         width, ranks = self.dtype_bytes, self.search.data(one) * one.context
 
         def of(copies: float) -> tuple[float, float]:
-            weight = width / copies if one.zero == 3 else width
-            gradient = FP32 if one.zero < 2 else FP32 / copies
-            stands = weight + (optimizer / copies if one.zero else optimizer)
-            return (stands + gradient, 0.0) if one.zero == 3 else (stands, gradient)
+            match one.zero:
+                case 0:
+                    return width + optimizer, FP32
+                case 1:
+                    return width + optimizer / copies, FP32
+                case 2:
+                    return width + optimizer / copies, FP32 / copies
+            # ZeRO-3's gradients are there all the time.
+            return width / copies + optimizer / copies + FP32 / copies, 0.0
 
         return Rates(*of(ranks), *of(ranks / one.expert))
 
@@ -413,14 +232,3 @@ class Bounds:
         zero = self.search.config.document.zero_optimization
         given = None if zero is None else zero.reduce_bucket_size
         return max(1, REDUCE_BUCKET_ELEMENTS if given is None else given)
-
-
-def _held(one: Candidate, micro_batches: int) -> list[int]:
-    """Micro-batches whose layers each rank of the pipe axis keeps at once, at the least."""
-    p = one.pipe
-    match one.schedule:
-        case "interleaved":  # before its first backward, of the chunk of which it has fewest
-            return [min(p, 2 * (p - 1 - rank) + 1) for rank in range(p)]
-        case "zb-v":
-            return [1] * p
-    return [min(micro_batches, p - rank) for rank in range(p)]

@@ -1,8 +1,8 @@
 """Every layout that the config's rules accept for a number of ranks: the planner's search space.
 
 `CHOICES` has an entry for each thing that a layout chooses: its key in the JSON and the values that are tried. A
-new axis or option is one more entry, plus its effect on memory and time in rank_memory.py, step_time.py and bounds.py.
-Next: bounds.py.
+new axis or option is one more entry, plus its effect on memory and time in rank_memory.py, work.py, sharing.py and
+bounds.py. Next: least_time.py.
 """
 
 import copy

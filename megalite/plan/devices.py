@@ -6,7 +6,7 @@ available for H200, B200 and MI300X: H200 and B200 have H100's value, MI300X's i
 measure.
 
 A JSON file with the same figures, which `tools/benchmark_step.py --calibrate FILE` measures (calibration.py), replaces
-an entry. Next: step_time.py.
+an entry. Next: link_seconds.py.
 """
 
 import json

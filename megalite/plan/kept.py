@@ -1,5 +1,5 @@
 """The most that the forwards of a rank keep for its backwards: the program determines how many micro-batches of each
-chunk are held at once, plan/activations.py the bytes of each."""
+chunk are held at once, chunk_tables.py the bytes of each."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,15 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
 from megalite.pipeline.check import most_bytes
 from megalite.pipeline.plan import PipelinePlan
-from megalite.plan.activations import (
-    ChunkPart,
-    Forward,
-    Table,
-    chunk_table,
-    logits_bytes,
-    made_again,
-    total,
-    waiting_table,
-)
+from megalite.plan.activations import Forward, Table, logits_bytes, total
+from megalite.plan.chunk_tables import ChunkPart, chunk_table, made_again
 from megalite.plan.stacks import (
     rows_of,
     stack_chunk_table,
     stack_made_again,
     stack_waiting_table,
 )
+from megalite.plan.waiting_tables import waiting_table
 
 
 @dataclass(frozen=True)

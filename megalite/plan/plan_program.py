@@ -20,7 +20,7 @@ from megalite.plan.advice import changes, given_line, none_fits, why
 from megalite.plan.candidates import Search, given_candidate
 from megalite.plan.devices import GIB, Device, device_of, known_device, read_device
 from megalite.plan.search import Found, Layout, Planner
-from megalite.plan.step_time import PARTS
+from megalite.plan.work import PARTS
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.garbage import collect_garbage, hold_garbage
 from megalite.ranks.place import MOST_RANKS

@@ -17,17 +17,11 @@ from megalite.pipeline.cut import ModelCosts
 from megalite.pipeline.lengths import KINDS, Lengths
 from megalite.pipeline.plan import PipelinePlan, make_plan
 from megalite.pipeline.steps import AHEAD
-from megalite.plan.bounds import Bounds, LeastKept
+from megalite.plan.bounds import Bounds
 from megalite.plan.candidates import Candidate
-from megalite.plan.step_time import (
-    PLAYED,
-    Held,
-    Sharing,
-    Work,
-    hop_seconds,
-    lengths_of,
-    played_micro_batches,
-)
+from megalite.plan.sharing import Held, Sharing
+from megalite.plan.step_time import PLAYED, hop_seconds, lengths_of, played_micro_batches
+from megalite.plan.work import Work
 
 NEAR = 0.99
 
@@ -231,7 +225,7 @@ class Programs:
 
     def _kept(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
         """Bytes of a micro-batch in each chunk between F and its backward, and between I and W."""
-        kept: LeastKept = self.bounds.kept_of(one)
+        kept = self.bounds.kept_of(one)
         whole = kept.layer * played.layers
         whole[-1] += kept.head
         return whole, kept.waiting * played.layers

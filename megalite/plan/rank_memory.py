@@ -19,6 +19,7 @@ from megalite.plan.activations import Forward
 from megalite.plan.devices import FRAGMENTS, GIB, OVERHEAD_BYTES, Device
 from megalite.plan.gradients import FP32, Moment, Reduction
 from megalite.plan.kept import parts_of
+from megalite.plan.sharing import Held
 from megalite.plan.states import (
     Sizes,
     States,
@@ -36,7 +37,7 @@ from megalite.plan.states import (
     recompute_of,
     routed_spec,
 )
-from megalite.plan.step_time import Held, played_micro_batches
+from megalite.plan.step_time import played_micro_batches
 from megalite.plan.timeline import ChunkMemory, most_memory
 
 REUSE_DISTANCE = 10**9  # DeepSpeed's defaults (runtime/zero/config.py)

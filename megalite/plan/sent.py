@@ -1,9 +1,9 @@
 """Bytes that a rank sends in a step, by axis: the formulas of docs/layouts.md. Next: search.py."""
 
+from megalite.plan.activations import FP32
 from megalite.plan.rank_memory import MemoryTable
-from megalite.plan.step_time import Sharing, Work
-
-FP32 = 4
+from megalite.plan.sharing import Sharing
+from megalite.plan.work import Work
 
 
 def sent_bytes(work: Work, table: MemoryTable, sharing: Sharing) -> dict[str, float]:

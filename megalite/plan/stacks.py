@@ -22,16 +22,15 @@ from megalite.model.transformer import Recompute
 from megalite.plan.activations import (
     FP32,
     INT64,
-    ChunkPart,
     Forward,
     Table,
     embedding_table,
     gate_bytes,
-    groups,
     head_table,
     norm_table,
     total,
 )
+from megalite.plan.chunk_tables import ChunkPart, groups
 
 
 def rows_of(at: Forward, encoder: bool) -> Forward:
@@ -139,7 +138,7 @@ def _biases(spec: TransformerSpec, part: ChunkPart, at: Forward) -> tuple[Table,
 def stack_chunk_table(
     spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward
 ) -> Table:
-    """As activations.chunk_table."""
+    """As chunk_table."""
     selective = recompute == "selective"
     every = 0 if selective else int(recompute)
     encoders = [layer for layer in part.layers if _is_encoder(spec, layer)]
@@ -177,7 +176,7 @@ def _given(spec: TransformerSpec, group: range, at: Forward, encoders: list[int]
 def stack_made_again(
     spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward
 ) -> int:
-    """As activations.made_again."""
+    """As made_again."""
     whole = {layer: total(stack_layer_table(spec, layer, at)) for layer in layers}
     if recompute == "selective":
         kept = {layer: total(stack_layer_table(spec, layer, at, True)) for layer in layers}
@@ -187,7 +186,7 @@ def stack_made_again(
 
 
 def stack_waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
-    """As activations.waiting_table."""
+    """As waiting_table."""
     table: Table = {}
     for layer in part.layers:
         table[f"layer {layer}"] = total(_waiting_layer(spec, layer, at))

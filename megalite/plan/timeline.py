@@ -23,18 +23,15 @@ from megalite.parallel.loss import IN_CACHE
 from megalite.pipeline.program import Program
 from megalite.plan.activations import (
     FP32,
-    ChunkPart,
     Forward,
     Table,
-    chunk_table,
-    groups,
     head_table,
     layer_table,
     logits_bytes,
     total,
-    waiting_table,
 )
 from megalite.plan.backward import Op, layer_ops
+from megalite.plan.chunk_tables import ChunkPart, chunk_table, groups
 from megalite.plan.gradients import Gradients, Moment, Reduction
 from megalite.plan.stacks import (
     rows_of,
@@ -43,6 +40,7 @@ from megalite.plan.stacks import (
     stack_layer_table,
     stack_waiting_table,
 )
+from megalite.plan.waiting_tables import waiting_table
 
 OF_WEIGHT = "loss: gradient of its weight"
 HEAD = -1  # stands for the head, whose gradients come with I, instead of a chunk's number

@@ -1,4 +1,4 @@
-"""Faults of experts that verify_layouts must find; mutants.py plants them in layouts of a model with experts.
+"""Faults of a model with experts, on any axes. Next: mutants.py, which lists them.
 
 Among them are a norm that omits experts (NVIDIA/Megatron-LM#5916), gradients of experts that are divided by the number
 of their copies instead of by all data ranks (pytorch/pytorch#160285), and a balance loss per micro-batch.
@@ -20,7 +20,8 @@ from megalite.model.router import Router
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.prove.trace import Plant, Session, put
+from megalite.prove.planting import put
+from megalite.prove.trace import Plant, Session
 
 NEAR = 0.02  # probabilities this close count as equal
 

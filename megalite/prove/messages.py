@@ -185,7 +185,8 @@ def shrunken(config: Config) -> Config:
     for key, value in sizes.items():
         if model.get(key) is not None:
             model[key] = value
-    for key in ("layer_types", "pad_token_id", "mlp_only_layers", "decoder_start_token_id"):
+    by_layer = ("layer_types", "mlp_only_layers", "no_rope_layers")
+    for key in (*by_layer, "pad_token_id", "decoder_start_token_id"):
         model.pop(key, None)
     if spec.padding_id is not None:  # the family's default exceeds the small vocabulary
         model["pad_token_id"] = 0

@@ -123,13 +123,6 @@ Plant = Callable[[Session, str, contextlib.ExitStack], None]
 session are undone by the stack."""
 
 
-def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute until the stack is closed."""
-    before = owner.__dict__[name]
-    setattr(owner, name, value)
-    stack.callback(setattr, owner, name, before)
-
-
 def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     """Changes nothing."""
 

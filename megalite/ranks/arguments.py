@@ -1,4 +1,4 @@
-"""Arguments of programs: a mistake is one line and exit code 2, like every other mistake."""
+"""Command-line arguments of programs: a mistake is one line and exit code 2, like every other mistake."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ SHOWN_CHARACTERS = 80  # of a value that an error repeats
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with a mistake as ConfigError: one line and exit code 2, like every other mistake."""
+    """argparse.ArgumentParser that raises ConfigError for a mistake, and takes no abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -19,24 +19,23 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse's, with KEY=VALUE before, between and after options."""
+        """As in argparse, but KEY=VALUE may come before, between and after options."""
         to_the_end = (argparse.REMAINDER, argparse.PARSER)
         if any(action.nargs in to_the_end for action in self._get_positional_actions()):
             return super().parse_args(args, namespace or argparse.Namespace())
         return self.parse_intermixed_args(args, namespace or argparse.Namespace())
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (--help tells the arguments)")
+        raise ConfigError(f"{message.removeprefix('argument ')} (--help lists the arguments)")
 
 
 def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """A type of arguments: integers from `least` to `most`."""
+    """An argparse type: integers from `least` to `most`."""
 
     def read(text: str) -> int:
         if not is_number(text) or not least <= int(text) <= most:
-            rule = f"must be an integer of {least} or more" + (
-                "" if most == 2**63 - 1 else f", at most {most}"
-            )
+            limit = "" if most == 2**63 - 1 else f" and at most {most}"
+            rule = f"must be an integer of at least {least}{limit}"
             raise argparse.ArgumentTypeError(f"{text[:SHOWN_CHARACTERS]}: {rule}")
         return int(text)
 
@@ -44,7 +43,7 @@ def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """A type of arguments: finite numbers above 0."""
+    """An argparse type: finite numbers above 0."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text[:SHOWN_CHARACTERS]}: must be a number above 0")
@@ -52,7 +51,7 @@ def positive(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A type of arguments: shares of all, above 0 and below 1."""
+    """An argparse type: fractions above 0 and below 1."""
     value = _number(text)
     if not 0 < value < 1:
         rule = "must be a number above 0 and below 1"
@@ -61,7 +60,7 @@ def share(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN for what is no number."""
+    """The number, or NaN if the text is not one."""
     try:
         return float(text)
     except ValueError:
@@ -69,5 +68,5 @@ def _number(text: str) -> float:
 
 
 def is_number(text: str) -> bool:
-    """Digits alone, and few enough for int() to take."""
+    """Whether the text is ASCII digits only, and few enough for int()."""
     return text.isascii() and text.isdecimal() and len(text) < 20

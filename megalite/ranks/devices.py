@@ -1,6 +1,6 @@
-"""The GPUs that a rank sees, which of them is its own, and the environment variables that torch reads at its start.
+"""The GPUs that a rank sees, the one that it uses, and the environment variables that torch reads when it starts.
 
-Whether a machine has GPUs at all is a question of config/rules.py, which needs no torch. Next: launch.py.
+Whether a machine has GPUs at all is decided in config/rules.py, which needs no torch. Next: launch.py.
 """
 
 import os
@@ -12,11 +12,11 @@ from typing import Any
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 
-HEARING = timedelta(minutes=5)  # that the ranks of a node take to name their GPUs
+HEARING = timedelta(minutes=5)  # to wait until all ranks of a node have reported their GPUs
 
 
 def visible_gpus() -> int:
-    """GPUs that torch sees from this process; 0 where ranks compute on the CPU."""
+    """Number of GPUs that torch sees in this process; 0 if ranks compute on the CPU."""
     if not machine_has_gpu():
         return 0
     import torch
@@ -25,7 +25,7 @@ def visible_gpus() -> int:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Of the first GPU that torch sees; None where ranks compute on the CPU."""
+    """Memory of the first GPU that torch sees; None if ranks compute on the CPU."""
     if not visible_gpus():
         return None
     import torch
@@ -35,8 +35,8 @@ def gpu_memory_bytes() -> int | None:
 
 
 def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
-    """Ordinal of a rank's GPU. A launcher shows all GPUs of a node to each of its ranks, or its own alone, as Slurm
-    does for --gpus-per-task=1. Raises ConfigError where there are too few."""
+    """Ordinal of a rank's GPU. A launcher makes all GPUs of the node visible to each rank, or only the rank's own, as
+    Slurm does with --gpus-per-task=1. Raises ConfigError if there are too few."""
     if visible == 1:
         return 0
     if visible < local_size:
@@ -45,16 +45,17 @@ def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
 
 
 def too_few(local_size: int, gpus: int) -> ConfigError:
-    """What is wrong with so many ranks on a node with so many GPUs."""
-    rule = f"must be at most the {gpus} GPU{'s' * (gpus != 1)} that torch sees there: a rank takes one of its own"
+    """The error for `local_size` ranks on a node with only `gpus` GPUs."""
+    plural = "" if gpus == 1 else "s"
+    rule = f"must be at most the {gpus} GPU{plural} that torch sees there: each rank needs its own"
     return ConfigError(
-        f"ranks on a node: {local_size}: {rule} (DS_ACCELERATOR=cpu computes without)"
+        f"ranks on a node: {local_size}: {rule} (DS_ACCELERATOR=cpu trains without GPUs)"
     )
 
 
 class GPUNames:
-    """On a node where each of several ranks sees one GPU: whether they are different ones. Each rank tells its GPU's
-    name; one of them may then check. store: the ranks' common one; node: its name."""
+    """Checks, on a node where each of several ranks sees one GPU, that these are different GPUs. Each rank reports the
+    name of its GPU; then one of them may check. store: shared by all ranks; node: the node's name."""
 
     def __init__(self, store: Any, node: str) -> None:
         self.store, self.node = store, node
@@ -66,14 +67,14 @@ class GPUNames:
             self.store.set(f"gpus all told/{self.node}", "")
 
     def check(self, local_size: int) -> None:
-        """Raises ConfigError where two ranks of the node share a GPU; waits until all have told theirs."""
+        """Waits until all ranks of the node have reported their GPUs. Raises ConfigError if two of them share one."""
         self.store.wait([f"gpus all told/{self.node}"], HEARING)
         if self.store.check([f"gpus shared/{self.node}"]):
             raise too_few(local_size, 1)
 
 
 def gpu_name(ordinal: int) -> str:
-    """Tells a GPU from every other one of the machine, whatever number a process knows it by."""
+    """A name that is unique to a GPU of the machine, whichever ordinal it has in a process."""
     import torch
 
     module: Any = torch.get_device_module()
@@ -83,37 +84,35 @@ def gpu_name(ordinal: int) -> str:
 def library_settings(
     environment: Mapping[str, str], on_gpu: bool, interface: str | None
 ) -> dict[str, str]:
-    """Variables that torch and NCCL read when they start, where the user has not set them. interface: the network's
-    that leads to the first node."""
+    """Environment variables that torch and NCCL read when they start, except those that the user has set. interface:
+    the network interface that leads to the first node."""
     wanted = {
-        # A gloo group connects two ranks when they first talk; without it, each to each at once: at 1,024 ranks that
-        # is 1,027 descriptors a group.
+        # A gloo group then connects two ranks when they first communicate. Otherwise it connects all pairs at once: at
+        # 1,024 ranks that takes 1,027 file descriptors per group.
         "TORCH_GLOO_LAZY_INIT": "1",
     }
     if interface is not None:
-        # gloo resolves the host's name, and where that fails takes 127.0.0.1 and dies while other nodes hang.
+        # Otherwise gloo resolves the host name. If that fails it binds to 127.0.0.1 and dies, and the other nodes hang.
         wanted["GLOO_SOCKET_IFNAME"] = interface
     if on_gpu:
-        wanted |= (
-            {}
-            if "PYTORCH_CUDA_ALLOC_CONF" in environment
-            else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-        )
-        wanted["TORCH_FR_BUFFER_SIZE"] = (
-            "2000"  # entries of the flight recorder, which the watchdog reads
-        )
-        # A collective that begins beside products gets processors as they come free, before the products' next blocks.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in environment:
+            wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        # Entries of the flight recorder, which the watchdog reads.
+        wanted["TORCH_FR_BUFFER_SIZE"] = "2000"
+        # A collective that runs beside matrix products then gets SMs as they become free, before the next blocks of the
+        # products.
         wanted["TORCH_NCCL_HIGH_PRIORITY"] = "1"
-        # NCCL's bootstrap, and its data where there is no InfiniBand. Of a lone node it takes what it likes.
-        wanted |= {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, "lo") else {}
+        # For NCCL's bootstrap, and for its data if there is no InfiniBand. On a single node NCCL chooses by itself.
+        if interface not in (None, "lo"):
+            wanted["NCCL_SOCKET_IFNAME"] = f"={interface}"
     else:
-        # Nothing is compiled on a CPU; DeepSpeed compiles Muon for every optimizer, which takes a second of a start.
+        # DeepSpeed compiles Muon whatever the optimizer is, which would add a second to each start.
         wanted["TORCHDYNAMO_DISABLE"] = "1"
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def sum_in_fp32() -> None:
-    """Products of 16-bit matrices are summed in fp32 to the end, also where a kernel splits the sum among its parts."""
+    """Makes matrix products of 16-bit types accumulate in fp32 throughout, also in split-K kernels."""
     import torch
 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -121,21 +120,20 @@ def sum_in_fp32() -> None:
 
 
 def be_deterministic() -> None:
-    """From now on the same numbers from the same inputs, to the bit; to be called before the first product and the
+    """Makes the same inputs give the same results bit for bit. Must be called before the first matrix product and the
     first collective on a GPU."""
     import torch
     import torch.utils.deterministic
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault(
-        "NCCL_ALGO", "Ring"
-    )  # no sums within switches, and no choice by measured speed
+    # No sums in switches, and no algorithm chosen by measured speed.
+    os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
-    # What torch.empty gives is written here before it is read.
+    # Memory from torch.empty is always written before it is read here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def raise_open_files() -> None:
-    """Lets this process open as many files as the system allows: sockets to other ranks count as such."""
+    """Raises this process's limit of open files to the hard limit: each socket to another rank counts as one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

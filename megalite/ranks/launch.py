@@ -1,7 +1,7 @@
-"""From a process that a launcher started to a rank: environment, a word from the validating rank, process group.
+"""Turns a process that a launcher started into a rank: environment, verdict of the validating rank, process group.
 
-One rank a node validates what the user gave and prints what is wrong; all wait for its word, so that a mistake is one
-line and every rank ends with 2. Not signals (signals.py).
+One rank per node validates the user's input and prints what is wrong; all ranks wait for its verdict, so that a mistake
+is one line and every rank exits with 2. Signals are in signals.py.
 """
 
 import contextlib
@@ -36,9 +36,11 @@ from megalite.ranks.signals import listen, settle
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
-TOLD = timedelta(seconds=60)  # between two lines about what is waited for
-HEARING = timedelta(seconds=10)  # that a word which ends all ranks may take to reach them
-DEFAULT_PORT = "29500"  # torch's and DeepSpeed's, for launchers that name none: MPI's
+TOLD = timedelta(seconds=60)  # between two lines about missing ranks
+HEARING = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
+DEFAULT_PORT = (
+    "29500"  # torch's and DeepSpeed's default, for launchers that set no port, such as MPI's
+)
 _GOOD, _PREPARED = "0", "prepared"
 
 
@@ -109,30 +111,32 @@ def start_ranks(
 def _after_gpus(
     store: Any, here: Place, visible: int, prepare: Callable[[bool], T]
 ) -> Callable[[bool], T]:
-    """`prepare` with a look before it at whether this node has a GPU for each of its ranks, of which each sees
-    `visible`; 0: they compute on the CPU."""
+    """`prepare`, preceded by a check that this node has a GPU for each of its ranks. visible: number of GPUs that each
+    rank sees; 0: ranks compute on the CPU."""
     if visible == 0 or visible >= here.local_size:
         return prepare
     names = GPUNames(store, socket.gethostname())
     if visible == 1:
         names.tell(gpu_name(0), here.local_size)
 
-    def look_and_prepare(thorough: bool) -> T:
+    def check_and_prepare(thorough: bool) -> T:
         if thorough:
             own_gpu(here.local_rank, here.local_size, visible)
             names.check(here.local_size)
         return prepare(thorough)
 
-    return look_and_prepare
+    return check_and_prepare
 
 
 def _port_taken(by: str) -> ConfigError:
     port = os.environ["MASTER_PORT"]
-    return ConfigError(f"MASTER_PORT: {port}: another {by} has it: must be free: --master_port N")
+    return ConfigError(
+        f"MASTER_PORT: {port}: in use by another {by}: must be free: --master_port N"
+    )
 
 
 def stop_ranks() -> None:
-    """Leaves the world in order."""
+    """Destroys the process group, if there is one."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -145,7 +149,8 @@ def _agree(
     prepare: Callable[[bool], T],
     differs: Callable[[T, T], str | None] | None,
 ) -> T:
-    """The validating ranks' word to all, an exit code: returns what `prepare` made, or ends the process."""
+    """Passes the validating ranks' verdict, an exit code, to all ranks. Returns what `prepare` made, or ends the
+    process."""
     import torch.distributed as dist
 
     prepared = None
@@ -168,20 +173,20 @@ def _agree(
         _wait_for_verdict(store, here)
         verdict = store.get("verdict").decode()
     except dist.DistError:
-        print_line(RuntimeError(f"rank {here.rank}: rank 0 has gone during the start"))
+        print_line(RuntimeError(f"rank {here.rank}: lost rank 0 during the start"))
         verdict = "1"
     if verdict != _GOOD:
         settle(int(verdict))
         with contextlib.suppress(dist.DistError):
-            # Together: the word may live in rank 0, and a launcher that sees one exit ends those that have not heard.
+            # Exit together: rank 0 may host the store, and a launcher that sees one exit kills ranks that have not read
+            # the verdict yet.
             if store.add("heard", 1) == here.world_size:
                 store.set("all heard", "")
             store.wait(["all heard"], HEARING)
             if here.rank == 0:
-                time.sleep(
-                    0.2
-                )  # the others still hear it, and torch prints stacks where it is gone
-        # Not through the interpreter's end: a launcher that sees one exit kills the others within a second.
+                # The others still read the store, and torch prints stack traces if it is gone.
+                time.sleep(0.2)
+        # Not by sys.exit, whose cleanup takes longer: a launcher that sees one exit kills the others within a second.
         sys.stderr.flush()
         os._exit(int(verdict))
     if here.local_rank == 0:
@@ -192,13 +197,13 @@ def _agree(
 def _compare_nodes(
     store: Any, here: Place, prepared: T, differs: Callable[[T, T], str | None]
 ) -> None:
-    """Rank 0 hands on what it prepared; ConfigError on a node that prepared something else."""
+    """Rank 0 publishes what it prepared. Raises ConfigError on a node that prepared something else."""
     import torch.distributed as dist
 
     if here.rank == 0:
         store.set(_PREPARED, pickle.dumps(prepared))
         return
-    with contextlib.suppress(dist.DistError):  # rank 0 has gone: the word of all says so
+    with contextlib.suppress(dist.DistError):  # rank 0 is lost: waiting for the verdict reports it
         store.wait([_PREPARED], WAIT)
         first = store.get(_PREPARED)
         if first and (found := differs(pickle.loads(first), prepared)) is not None:
@@ -206,17 +211,17 @@ def _compare_nodes(
 
 
 def _wait_for_verdict(store: Any, here: Place) -> None:
-    """Until all ranks have come and what they were given is checked. Rank 0 says now and then what is missing."""
+    """Waits until all ranks have started and the input is validated. Rank 0 prints at times how many are missing."""
     import torch.distributed as dist
 
     deadline = time.monotonic() + WAIT.total_seconds()
     while (left := deadline - time.monotonic()) > 0:
         try:
             return store.wait(["verdict"], min(TOLD, timedelta(seconds=left)))
-        except dist.DistStoreError:  # of the time; a store that is gone raises DistNetworkError
+        except dist.DistStoreError:  # a timeout; a lost store raises DistNetworkError
             came, ready = store.add("came", 0), store.add("checked", 0)
             if here.rank == 0:
-                line = f"{came} of {here.world_size} ranks have come, {ready} are ready"
+                line = f"{came} of {here.world_size} ranks have started, {ready} are ready"
                 print_line(RuntimeError(f"waiting for other ranks: {line}"))
     store.wait(["verdict"], timedelta(seconds=1))
 
@@ -224,9 +229,7 @@ def _wait_for_verdict(store: Any, here: Place) -> None:
 def _set_environment(here: Place) -> None:
     env = os.environ
     if "MASTER_ADDR" not in env and here.local_size < here.world_size:
-        rule = (
-            f"must name the first node: {here.world_size} ranks are on several (docs/clusters.md)"
-        )
+        rule = f"must name the first node: the {here.world_size} ranks are on several nodes (docs/clusters.md)"
         raise ConfigError(f"MASTER_ADDR: missing: {rule}")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env and here.world_size > 1:
@@ -242,7 +245,7 @@ def _set_environment(here: Place) -> None:
         RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank)
     )
     if not machine_has_gpu():
-        env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same and warn
+        env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose the same, with a warning
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env.setdefault("HF_HUB_OFFLINE", "1")
     interface = env.get("GLOO_SOCKET_IFNAME") or interface_towards(env["MASTER_ADDR"])
@@ -250,7 +253,7 @@ def _set_environment(here: Place) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the network interface that packets to `address` leave by; None where it cannot be told."""
+    """Name of the network interface that routes to `address`; None if it cannot be found."""
     import psutil
 
     try:
@@ -267,7 +270,7 @@ def interface_towards(address: str) -> str | None:
 
 
 def _quieten(rank: int) -> None:
-    """Keeps noise out of the progress: warnings on rank 0, errors on the others."""
+    """Limits libraries' log output to warnings on rank 0 and errors on the other ranks."""
     level = logging.WARNING if rank == 0 else logging.ERROR
     warnings.filterwarnings("ignore")
     for name in ("megalite", "DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
@@ -277,8 +280,8 @@ def _quieten(rank: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back what a library prints, and shows it where the library fails: standard output belongs to programs
-    that print JSON."""
+    """Context manager that captures a library's output, and prints it to standard error only if the library fails:
+    programs print JSON on standard output."""
     held = io.StringIO()
     try:
         with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):

@@ -22,11 +22,11 @@ SHOWN_CHARACTERS = 2000  # of a failed rank's output
 
 
 class RanksFailed(MegaliteError):
-    """A rank ended with another code than 0; the text has the end of its output."""
+    """A rank exited with a code other than 0; the text has the end of its output."""
 
 
 def run_local_ranks(world_size: int, module: str, arguments: Sequence[str]) -> None:
-    """Runs `world_size` ranks to their end. Raises RanksFailed at the first that fails, and ends the others."""
+    """Runs `world_size` ranks until all have ended. If one fails, ends the others and raises RanksFailed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,19 +62,20 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], outputs: Sequence[Path]) -
         codes = [process.poll() for process in ranks]
         for rank, code in enumerate(codes):
             if code:
-                said = outputs[rank].read_text(errors="replace").strip()[-SHOWN_CHARACTERS:]
-                raise RanksFailed(f"rank {rank} of {len(ranks)} ended with {code}: {said}")
+                output = outputs[rank].read_text(errors="replace").strip()[-SHOWN_CHARACTERS:]
+                raise RanksFailed(f"rank {rank} of {len(ranks)} exited with {code}: {output}")
 
 
 def check_room(ranks: int, name: str) -> None:
-    """ConfigError where this machine has GPUs, but fewer than ranks: each rank takes one; without, for thousands."""
+    """Raises ConfigError if this machine has GPUs but fewer than `ranks`, since each rank needs one, or if it has no
+    GPU and `ranks` is above MOST_RANKS."""
     if not machine_has_gpu():
         if ranks > MOST_RANKS:
             raise ConfigError(
                 f"--layouts: {name}: {ranks} ranks: must be at most {MOST_RANKS} on one machine"
             )
         return
-    import torch  # here: reporting a mistake in a config does not need it
+    import torch  # imported here because reporting a mistake in a config does not need it
 
     if ranks > torch.accelerator.device_count():
         raise ConfigError(

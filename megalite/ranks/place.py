@@ -1,4 +1,4 @@
-"""Where a launcher put this process: what `deepspeed`, `torchrun`, `srun` and Open MPI leave in the environment."""
+"""Reads the rank and world size that `deepspeed`, `torchrun`, `srun` or Open MPI set in the environment."""
 
 import os
 import re
@@ -14,7 +14,7 @@ MOST_RANKS = 2**17
 
 @dataclass(frozen=True)
 class Place:
-    """Where a launcher put this process: rank of the world, rank and number of ranks on this node."""
+    """This process's rank and the world size, and its rank and the number of ranks on this node."""
 
     rank: int
     world_size: int
@@ -25,11 +25,11 @@ class Place:
 
 
 def place() -> Place:
-    """Read from the environment that `deepspeed`, `torchrun`, `srun` and Open MPI leave; alone where there is none."""
+    """This process's place, from the environment that a launcher set; a world of one rank if there was no launcher.
+    Raises ConfigError if the variables contradict each other."""
     env = os.environ
-    if (
-        "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env
-    ):  # a batch script itself has SLURM_PROCID, but is no task
+    # Not by SLURM_PROCID: a batch script has it too, but is not a task of a step.
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
         _rename(RANK="SLURM_PROCID", WORLD_SIZE="SLURM_STEP_NUM_TASKS", LOCAL_RANK="SLURM_LOCALID")
         env["LOCAL_WORLD_SIZE"] = str(_slurm_local_size(env))
     if "RANK" not in env and "OMPI_COMM_WORLD_RANK" in env:
@@ -50,24 +50,24 @@ def place() -> Place:
         ("RANK", rank, "WORLD_SIZE", size), ("LOCAL_RANK", local_rank, local_name, local_size),
         (local_name, local_size - 1, "WORLD_SIZE", size),
     ):  # fmt: skip
-        if value >= limit:  # the others would wait for a rank that cannot come
+        if value >= limit:  # the others would wait for a rank that cannot exist
             rule = "must be at most" if name == local_name else "must be below"
             raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
     return Place(rank, size, local_rank, local_size)
 
 
 def _rename(**names: str) -> None:
-    """Gives a launcher's variables the names that torch reads."""
+    """Copies a launcher's variables to the names that torch reads."""
     for ours, theirs in names.items():
         if theirs not in os.environ:
             raise ConfigError(
-                f"environment: {theirs}: missing: the launcher sets it beside its other variables"
+                f"environment: {theirs}: missing: must be set along with the launcher's other variables"
             )
         os.environ[ours] = os.environ[theirs]
 
 
 def from_environment(name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
-    """A variable that launchers set."""
+    """The value of an integer variable that launchers set. Raises ConfigError if it is not within the limits."""
     text = os.environ.get(name, str(default))
     if not is_number(text) or not least <= int(text) <= most:
         rule = f"must be an integer from {least} to {most}"
@@ -76,7 +76,7 @@ def from_environment(name: str, default: int, least: int = 0, most: int = 2**31 
 
 
 def _slurm_local_size(env: Mapping[str, str]) -> int:
-    """Tasks of this node: its place in a list such as `4(x2),3`."""
+    """Number of tasks on this node: its entry in a list such as `4(x2),3`."""
     node = from_environment("SLURM_NODEID", 0)
     for count, _, times in re.findall(
         r"(\d{1,9})(\(x(\d{1,9})\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")
@@ -85,5 +85,5 @@ def _slurm_local_size(env: Mapping[str, str]) -> int:
             return int(count)
         node -= int(times or 1)
     raise ConfigError(
-        "environment: SLURM_STEP_TASKS_PER_NODE: must name the tasks of node SLURM_NODEID, as in 4(x2),3"
+        "environment: SLURM_STEP_TASKS_PER_NODE: must list the tasks of node SLURM_NODEID, as in 4(x2),3"
     )

@@ -1,4 +1,4 @@
-"""How every program ends: which errors are one line, and with which exit code."""
+"""How every program ends: which errors are printed as one line, and the exit code of each."""
 
 import contextlib
 import io
@@ -16,19 +16,20 @@ from megalite.ranks.garbage import collect_garbage
 from megalite.ranks.place import Place, place
 from megalite.ranks.signals import AGAIN, EXIT_BASE, RESUME, interrupted, settle, tell_interrupted
 
-LINE_CHARACTERS = 1000  # of an error
+LINE_CHARACTERS = 1000  # most of an error line
 
 
 def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None:
-    """Runs a program's main and ends the process with its code: a user's mistake is one line and 2, and so is a file
-    or folder that cannot be made or opened before ranks work (a full disk: 1); Ctrl-C is one line and 130; a reader of
-    its output that has gone, as of `| head`, is no line and 141. resumes: whether the same command then continues
-    where it was."""
+    """Runs a program's main and exits with its code.
+
+    A user's mistake is one line and exit code 2, and so is a file or folder that cannot be created or opened before
+    ranks start (a full disk: 1). Ctrl-C is one line and 130. A closed output pipe, as with `| head`, is no line and
+    141. resumes: whether the same command, run again, resumes where it was interrupted.
+    """
     if signal.getsignal(signal.SIGINT) is interrupted:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # there may be something to clean up from now on
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8, and may be repeated
+        # From now on there may be something to clean up.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a message may repeat a path that is not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     collect_garbage()
     try:
@@ -39,14 +40,13 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
         if not error.agreed or place().rank == 0:
             print_line(error)
         else:
-            time.sleep(
-                1
-            )  # a launcher that sees one exit kills the others, and rank 0 is to print first
+            # A launcher that sees one exit kills the others, and rank 0 must print first.
+            time.sleep(1)
     except KeyboardInterrupt:
         settle(EXIT_BASE + signal.SIGINT)
         tell_interrupted(RESUME if resumes else AGAIN)
         sys.stdout.flush()
-        os._exit(EXIT_BASE + signal.SIGINT)  # not after threads that are deep in a library
+        os._exit(EXIT_BASE + signal.SIGINT)  # without waiting for threads that are inside a library
     except OSError as error:
         is_full = error.errno in FULL
         code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
@@ -69,33 +69,32 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a full disk costs the log's last lines, but not the exit code
+        except OSError:  # a full disk may lose the log's last lines, but not the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
 def _is_output_closed() -> bool:
-    """Whether nobody reads standard output any more: a pipe without a reader is in error."""
+    """Whether standard output is a pipe whose reader has closed it."""
     output = select.poll()
     output.register(sys.stdout.fileno(), select.POLLOUT)
     return any(events & select.POLLERR for _, events in output.poll(0))
 
 
 def program_name() -> str:
-    """What lines on standard error begin with: `pretrain.py`, or `megalite pretrain`."""
+    """The prefix of lines on standard error: `pretrain.py`, or `megalite pretrain`."""
     return os.path.basename(sys.argv[0])
 
 
 def print_line(error: Exception) -> None:
-    """An error as one line on standard error, or one for each mistake of a user's; with MEGALITE_TRACEBACK=1 after
-    where it was raised."""
+    """Prints an error to standard error as one line, or as one line for each mistake of a UserError; with
+    MEGALITE_TRACEBACK=1 the traceback comes first."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     for text in error.lines if isinstance(error, UserError) else [str(error)]:
         line = " ".join(text.split())
-        if (
-            len(line) > LINE_CHARACTERS
-        ):  # a path or a value of thousands: what is said of it is at the end
+        if len(line) > LINE_CHARACTERS:
+            # Cut a long path or value in the middle: the rule that it breaks is at the end.
             line = f"{line[: LINE_CHARACTERS // 2]} … {line[-LINE_CHARACTERS // 2 :]}"
-        with contextlib.suppress(OSError):  # a terminal that is gone, a full disk: nobody hears it
+        with contextlib.suppress(OSError):  # the terminal is gone or the disk is full
             print(f"{program_name()}: {line}", file=sys.stderr, flush=True)

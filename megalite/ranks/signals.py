@@ -1,8 +1,8 @@
-"""Signals, and the death of whoever started this rank, as two flags that the training loop reads at a step's end.
+"""Signals, and the death of the process that started this rank, as flags that the training loop reads after each step.
 
-Stock `deepspeed` leaves ranks running when its top process or its launcher dies: a rank watches both, and treats
-the loss of either as SIGTERM. A thread listens, since the main one may be held up in a collective, where Python's
-own handlers do not run. launcher/run.py, where that started the ranks, learns how each ended by a word in a folder.
+Stock `deepspeed` leaves ranks running when its top process or its launcher dies, so a rank watches both and treats the
+loss of either as SIGTERM. A thread listens, since the main thread may be blocked in a collective, where Python's signal
+handlers do not run. If launcher/run.py started the ranks, each writes its exit code to a file in a folder for it.
 """
 
 import contextlib
@@ -20,23 +20,25 @@ from pathlib import Path
 from typing import NoReturn
 
 POLL_SECONDS = 0.5
-EXIT_BASE = 128  # a process that a signal ended exits with this and the signal's number
-LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' last words
+EXIT_BASE = 128  # a process ended by a signal exits with this plus the signal's number
+LAUNCH = "MEGALITE_LAUNCH"  # names launcher/run.py's folder on this node, for the ranks' exit codes
 AGAIN = "run the same command again"
 RESUME = f"{AGAIN} to resume"
-_RANKS = (
-    "RANK",
-    "SLURM_PROCID",
-    "OMPI_COMM_WORLD_RANK",
-)  # by which a launcher numbers its processes
-KILLED = "killed_"  # with a rank's number, a file there: that rank left no word
+# Variables in which launchers pass the rank.
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+KILLED = (
+    "killed_"  # with a rank's number, a file in that folder: the rank ended without its exit code
+)
 LOST = "lost"
 
 
 class Signals:
-    """stop: the signal to end for (0: none); save: whether a checkpoint was asked for; peer_lost: launcher/run.py tells
-    that a rank or host has failed. Until `defer` a signal to stop ends the process at once: there is nothing to save.
-    After the first one further ones are ignored."""
+    """The signals that this process has received.
+
+    stop: the signal to end for (0: none). save: whether a checkpoint was requested. peer_lost: launcher/run.py reported
+    that a rank or host has failed. Before `defer`, a signal to stop ends the process at once, since there is nothing to
+    save. After the first signal to stop, further ones are ignored.
+    """
 
     launcher_lost = False
 
@@ -54,7 +56,7 @@ class Signals:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def defer(self) -> None:
-        """From now on a signal to stop only sets `stop`."""
+        """From now on, a signal to stop only sets `stop`."""
         self.deferred = True
 
     def _watch(self) -> None:
@@ -83,7 +85,7 @@ class Signals:
 
 @functools.cache
 def listen() -> Signals:
-    """This process's listener, started at the first call, which is in the main thread."""
+    """This process's listener. The first call starts it and must be in the main thread."""
     return Signals()
 
 
@@ -91,19 +93,19 @@ _last_acts: list[Callable[[], None]] = []
 
 
 def at_the_end(act: Callable[[], None]) -> None:
-    """Has `act` called when this process is about to end by itself or by a signal: `os._exit` skips atexit."""
+    """Registers `act` to be called before this process ends, by itself or by a signal: `os._exit` skips atexit."""
     _last_acts.append(act)
 
 
 def interrupted(number: int, frame: object) -> NoReturn:
-    """A handler of SIGINT for a process that has nothing to clean up yet."""
+    """Handler of SIGINT for a process that has nothing to clean up yet."""
     tell_interrupted()
     leave_word(EXIT_BASE + number)
     os._exit(EXIT_BASE + number)
 
 
 def tell_interrupted(what_next: str = AGAIN) -> None:
-    """One line on standard error, of one rank; of none where launcher/run.py has started them, which says it itself."""
+    """Prints one line on standard error, on rank 0 only. If launcher/run.py started the ranks, it prints it instead."""
     if (
         LAUNCH not in os.environ
         and next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
@@ -117,8 +119,7 @@ def tell_interrupted(what_next: str = AGAIN) -> None:
 
 
 def leave_word(code: int) -> None:
-    """Does the last acts, and tells launcher/run.py, where that started this rank, the code that it is about to end
-    with."""
+    """Calls what `at_the_end` registered and, if launcher/run.py started this rank, leaves it the exit code."""
     for act in _last_acts:
         act()
     if folder := os.environ.get(LAUNCH):
@@ -135,7 +136,7 @@ def leave_word(code: int) -> None:
 
 
 def killed_ranks() -> set[int]:
-    """Those of which launcher/run.py has heard that they ended without a word; none where it did not start this one."""
+    """Ranks that ended without leaving an exit code, as reported by launcher/run.py; none if it did not start them."""
     names: list[str] = []
     if folder := os.environ.get(LAUNCH):
         with contextlib.suppress(OSError):
@@ -146,8 +147,8 @@ def killed_ranks() -> set[int]:
 
 
 def private_folder(path: str) -> int:
-    """A descriptor of a folder in which nobody but this user can write, or have written. OSError where it is none: it
-    lies in /tmp, where another user could have put a folder or a link of that name."""
+    """A file descriptor of a folder that only this user can write to. Raises OSError for any other folder or a link:
+    the path is in /tmp, where another user could have created it."""
     inside = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     status = os.fstat(inside)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
@@ -159,16 +160,16 @@ def private_folder(path: str) -> int:
 
 
 def settle(code: int) -> None:
-    """This process is about to end with `code`, whatever comes: a launcher that sees one rank end sends the others
-    SIGTERM, which would give them another one."""
+    """Fixes this process's exit code before it ends: a launcher that sees one rank end sends SIGTERM to the others,
+    which would change their codes."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     leave_word(code)
 
 
 def _mute_broken_outputs() -> None:
-    """A remote shell that died took the other ends of the outputs with it: a line of progress would end the rank
-    before it has saved."""
+    """Redirects outputs whose pipe is broken to /dev/null. When a remote shell dies, its pipes close, and printing
+    progress would end the rank before it has saved."""
     poll = select.poll()
     for output in (1, 2):
         poll.register(output, 0)
@@ -177,8 +178,8 @@ def _mute_broken_outputs() -> None:
 
 
 def ancestors() -> tuple[int, ...]:
-    """The parent, and where that is DeepSpeed's launcher its parent too, which is `deepspeed` or a remote shell.
-    When one dies the kernel gives its children another parent, and this changes."""
+    """The parent's pid; if the parent is DeepSpeed's launcher, also its parent's, `deepspeed` or a remote shell. The
+    result changes when one of them dies, because the kernel then gives its children another parent."""
     parent = os.getppid()
     return (
         (parent, parent_of(parent))
@@ -188,7 +189,7 @@ def ancestors() -> tuple[int, ...]:
 
 
 def command_of(pid: int) -> bytes:
-    """A process's command line; empty where it is gone."""
+    """A process's command line; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -196,9 +197,9 @@ def command_of(pid: int) -> bytes:
 
 
 def parent_of(pid: int) -> int:
-    """A process's parent; 0 where it is gone."""
+    """The pid of a process's parent; 0 if the process is gone."""
     try:
-        # The name in the second field may hold blanks and brackets.
+        # The name in the second field may contain spaces and parentheses.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
         return 0

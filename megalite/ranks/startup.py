@@ -1,7 +1,7 @@
-"""What every program imports first, for the time in which it imports the rest: program.py's `run_program` ends it.
+"""Every program imports this module first. It covers the time of the other imports, until program.py's `run_program`.
 
-Ctrl-C is one line and exit code 130, not a traceback; later, signals.py sees to that on ranks. And no garbage is
-collected.
+Until then, Ctrl-C prints one line and exits with 130, without a traceback, and garbage collection is off. Later,
+signals.py handles Ctrl-C on ranks.
 """
 
 import signal
@@ -10,7 +10,6 @@ from megalite.ranks.garbage import hold_garbage
 from megalite.ranks.signals import interrupted
 
 hold_garbage()
-if (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # not where the shell has it ignored
+# The shell may have set SIGINT to be ignored: leave that as it is.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)

@@ -1,7 +1,7 @@
-"""The grid as names: the sizes of its axes, and which ranks a group along some of them holds. Needs no torch.
+"""The grid of ranks: the sizes of its named axes, and the groups of ranks along them. Needs no torch.
 
-Ranks are numbered with `pipe` outermost and `tensor` innermost, so that the axes that talk most stay within a host. A
-world of 8 with pipe 2 × data 2 × tensor 2:
+Ranks are numbered with `pipe` outermost and `tensor` innermost, so that the axis that communicates most stays within a
+host. A world of 8 with pipe 2 × data 2 × tensor 2:
 
     pipe 0:  data 0: ranks 0 1     data 1: ranks 2 3
     pipe 1:  data 0: ranks 4 5     data 1: ranks 6 7
@@ -9,7 +9,7 @@ world of 8 with pipe 2 × data 2 × tensor 2:
 Rank 5 is at pipe 1, data 0, tensor 1; its tensor group is (4, 5), its data group (5, 7), its pipe group (1, 5).
 
 The `context` axis, between data and tensor, divides the tokens of each sample (parallel/rows.py).
-The `expert` axis adds no ranks: it is a part of `data`, runs of neighbours there, and `expert_data` is the rest of it.
+The `expert` axis adds no ranks: it divides `data` into runs of neighbouring ranks, and `expert_data` counts the runs.
 Next: parallel/grid.py, which makes the process groups.
 """
 
@@ -31,11 +31,12 @@ PLANES: dict[str, tuple[str, ...]] = {
     "expert_replica": ("expert_data", "context"),
     "model": ("pipe", "tensor"),
 }
-"""By the name of a group, the axes that vary in it. `replica` holds the copies of a weight, over which ZeRO shards and
-gradients are averaged; `expert_replica` those of an expert's weight. `model` is one whole copy of the model."""
+"""The axes that vary within a group, by the group's name. A `replica` group holds the copies of a weight: ZeRO shards
+over it and gradients are averaged over it; `expert_replica` is the same for an expert's weight. `model` is one whole
+copy of the model."""
 
 TOLD = ("pipe", "data", "context", "expert", "tensor")
-"""The names that users meet."""
+"""The axes that users see, in messages and figures."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Sizes:
     def of_world(
         cls, world_size: int, pipe: int, tensor: int, context: int, expert: int
     ) -> "Sizes":
-        """The data axis is what is left of the world; the config's rules have refused sizes that do not divide it."""
+        """The sizes of a world whose other axes are given; the data axis takes the rest. The config's rules have
+        already rejected sizes that do not divide the world."""
         data = world_size // (pipe * context * tensor)
         sizes = cls(pipe, data, context, tensor, expert)
         assert sizes.world_size == world_size, (sizes, world_size)
@@ -63,7 +65,7 @@ class Sizes:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Those that ranks are numbered by, outermost first; context only where it has several ranks."""
+        """The sizes of the axes that number the ranks, outermost first; context only if its size is above 1."""
         context = {"context": self.context} if self.context > 1 else {}
         return {"pipe": self.pipe, "data": self.data, **context, "tensor": self.tensor}
 
@@ -72,7 +74,7 @@ class Sizes:
         return prod(self.along(name) for name in AXES)
 
     def along(self, name: str) -> int:
-        """Ranks of a group: of one of AXES or PLANES."""
+        """Number of ranks along one of AXES, or in a group of one of PLANES."""
         if name == "expert_data":
             return self.data // self.expert
         if name in PLANES and PLANES[name] != (name,):
@@ -80,7 +82,7 @@ class Sizes:
         return getattr(self, name)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The rank's place along each of AXES."""
+        """The rank's index along each of AXES."""
         result = {}
         for name in reversed(AXES):
             rank, result[name] = divmod(rank, self.along(name))
@@ -94,24 +96,24 @@ class Sizes:
         return rank
 
     def place(self, rank: int, name: str) -> int:
-        """The rank's place in its group of that name."""
-        coordinates, place = self.coordinates(rank), 0
+        """The rank's index in its group of that name."""
+        coordinates, index = self.coordinates(rank), 0
         for axis in PLANES[name]:
-            place = place * self.along(axis) + coordinates[axis]
-        return place
+            index = index * self.along(axis) + coordinates[axis]
+        return index
 
     def told(self, rank: int) -> str:
-        """A rank's place, for messages: `pipe 1, data 0, tensor 1`; context and expert where there are several."""
+        """A rank's coordinates for messages: `pipe 1, data 0, tensor 1`; context and expert only if above size 1."""
         always = ("pipe", "data", "tensor")
         names = [name for name in TOLD if name in always or self.along(name) > 1]
         return ", ".join(f"{name} {self.place(rank, name)}" for name in names)
 
     def groups(self, name: str) -> list[list[int]]:
-        """All groups of ranks of that name, each in order."""
+        """All groups of that name, as lists of ranks in order."""
         return self.lines(PLANES[name])
 
     def lines(self, names: Sequence[str]) -> list[list[int]]:
-        """All groups of ranks in which only these of AXES vary, each in order."""
+        """All groups in which only the named axes (of AXES) vary, as lists of ranks in order."""
         fixed = [name for name in AXES if name not in names]
         result = []
         for outer in product(*(range(self.along(name)) for name in fixed)):
@@ -123,11 +125,11 @@ class Sizes:
         return result
 
     def ends(self) -> list[list[int]]:
-        """The first and the last stage of each pipeline, which share a tied embedding."""
+        """The ranks of the first and last stage of each pipeline, which share a tied embedding."""
         return [sorted({line[0], line[-1]}) for line in self.groups("pipe")]
 
     def runs(self, name: str, size: int) -> list[list[int]]:
-        """The groups of that name cut into runs of `size` neighbours, a divisor of their size."""
+        """The groups of that name, cut into runs of `size` neighbouring ranks; `size` divides the groups' size."""
         return [
             line[first : first + size]
             for line in self.groups(name)

@@ -14,23 +14,23 @@ from megalite.model.chunks import Cut
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.families import read_spec
+from megalite.model.head import Head
 from megalite.model.spec import TransformerSpec
-from megalite.model.transformer import Head, Recompute, Stage
+from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IN_CACHE
 from megalite.plan.activations import (
-    ChunkPart,
     Forward,
     Table,
     angles_table,
-    chunk_table,
     embedding_table,
     head_table,
     layer_table,
     logits_bytes,
     total,
 )
+from megalite.plan.chunk_tables import ChunkPart, chunk_table
 from megalite.plan.stacks import stack_chunk_table
 from tests.allocations import peak_bytes
 from tests.families import FAMILY_CONFIGS, VOCABULARY

@@ -106,5 +106,5 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
 
 
 def test_a_wrong_argument_is_one_line(config_file: str) -> None:
-    with pytest.raises(ConfigError, match="--steps: 0: must be an integer of 1"):
+    with pytest.raises(ConfigError, match="--steps: 0: must be an integer of at least 1"):
         main(["--deepspeed_config", config_file, "--layouts", "pipe=2", "--steps", "0"])

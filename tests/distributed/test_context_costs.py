@@ -14,7 +14,8 @@ from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid
 from megalite.parallel.rows import Rows
 from megalite.parallel.traffic import Traffic
-from megalite.plan.activations import ChunkPart, Forward, chunk_table, total
+from megalite.plan.activations import Forward, total
+from megalite.plan.chunk_tables import ChunkPart, chunk_table
 from tests.distributed.test_activations import DROPPING, WITHIN, saved
 from tests.families import FAMILY_CONFIGS, VOCABULARY
 from tests.ranks import run_ranks

@@ -253,7 +253,7 @@ def test_what_is_missing_is_named_in_a_line(tmp_path: Path) -> None:
         ({"device": "cpu"}, f'{OFFLOAD}.nvme_path: "x": needs {OFFLOAD}.device "nvme"'),
         (
             {"buffer_count": 5, "pipeline_read": True},
-            f"{OFFLOAD}.buffer_count: 5: must be at least 6: 3 tensors of a sub-group and again for pipeline_read",
+            f"{OFFLOAD}.buffer_count: 5: must be at least 6: 3 tensors of a sub-group, and as many for pipeline_read",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     causal = [text.tokens for text in Generator(model.stage, Grid()).generate(ids, 12)]
     both = [text.tokens for text in Generator(model.stage, Grid(), prefixed=True).generate(ids, 12)]
     assert causal != both
-    with pytest.raises(ConfigError, match='hold an answer: a model trained with .* "prefix"'):
+    with pytest.raises(ConfigError, match='contain an answer: a model trained with .* "prefix"'):
         model.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 
     assert (

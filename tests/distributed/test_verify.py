@@ -1,10 +1,11 @@
 """tools/verify_layouts.py: sound layouts agree, and five planted faults are found, each by name."""
 
+import copy
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megalite.prove.layouts import Layout, comparable, config_of, micro_sizes
 from megalite.prove.mutants import chosen, mutants
 from megalite.prove.trace import Trace, no_plant, record
 from megalite.prove.verify import Spread, Verdict, main
+from tests.families import FAMILY_CONFIGS
 from tests.programs import run_program
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY
@@ -214,6 +216,11 @@ def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
     )
 
 
+def with_own_norm(names: Iterable[str], count: int) -> list[str]:
+    """As `chosen`, with the one that changes what ranks agree on for a resume."""
+    return [*chosen(names, count - 1), "each rank clips by a norm of its own"]
+
+
 def test_mutants_are_found(
     document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,13 +232,36 @@ def test_mutants_are_found(
         "--mutants",
         "12",
     ]
-    with mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks):
+    with (
+        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
+        mock.patch("megalite.prove.verify.chosen", with_own_norm),
+    ):
         assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
     out = capsys.readouterr().out
     ((changing, found),) = re.findall(
         r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out
     )
     assert int(changing) >= 9 and changing == found, out
+
+
+@pytest.mark.long
+def test_layers_of_a_stage_that_turn_as_others_are_found(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = copy.deepcopy(document)
+    made["megalite"]["model"] = FAMILY_CONFIGS["smollm3"]
+    arguments = ["--deepspeed_config", config_file(made, tmp_path), "--steps", "2"]
+    arguments += ["--layouts", "pipe=2,zero=1,micro=2", "--mutants", "1"]
+
+    def only(names: Iterable[str], count: int) -> list[str]:
+        return [name for name in names if "rotary" in name]
+
+    with (
+        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
+        mock.patch("megalite.prove.verify.chosen", only),
+    ):
+        assert main(arguments) == 0
+    assert "1 mutants: 1 change a number beyond rounding, 1 of these" in capsys.readouterr().out
 
 
 def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def test_a_link_out_of_a_model_folder_is_not_followed(
     shutil.copytree(folder, model)
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../secret")
-    line = rf"model/{name}: is a link to \.\./secret: must not lead out of the folder"
+    line = rf"model/{name}: is a symbolic link to \.\./secret: must not point outside the folder"
     with pytest.raises(CheckpointError, match=line):
         HFFolder(model)
     with pytest.raises(CheckpointError, match=line):
@@ -59,7 +59,7 @@ def test_a_link_in_a_checkpoint_is_not_exported(folder: Path, tmp_path: Path) ->
     shutil.move(carried, tmp_path / "secret")
     carried.symlink_to(tmp_path / "secret")
     with pytest.raises(
-        CheckpointError, match=r"hugging_face/tokenizer\.json: is a link to .*secret"
+        CheckpointError, match=r"hugging_face/tokenizer\.json: is a symbolic link to .*secret"
     ):
         export_hf(tmp_path / "checkpoint", tmp_path / "exported", verify=False)
     assert not (tmp_path / "exported").exists()

@@ -39,10 +39,24 @@ THROUGH = {
         ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
         "unit/prove/test_dry_run.py",
     ),
-    **dict.fromkeys(("model.layers", "model.router"), "unit/model/test_experts.py"),
-    **dict.fromkeys(("plan.advice", "plan.bounds", "plan.sent"), PLAN),
+    **dict.fromkeys(("model.block", "model.layers", "model.router"), "unit/model/test_experts.py"),
+    "model.head": "unit/model/test_families.py",
+    **dict.fromkeys(
+        (
+            "plan.advice", "plan.bounds", "plan.least_memory", "plan.least_time", "plan.sent", "plan.sharing",
+            "plan.work",
+        ),
+        PLAN,
+    ),
+    "plan.waiting_tables": "unit/plan/test_kept.py",
     "plan.stacks": "unit/prove/test_dry_run.py",
-    "prove.expert_mutants": "unit/prove/test_mutants.py",
+    **dict.fromkeys(
+        (
+            "prove.context_mutants", "prove.expert_mutants", "prove.pipe_mutants", "prove.planting",
+            "prove.resume_mutants", "prove.step_mutants", "prove.tensor_mutants",
+        ),
+        "unit/prove/test_mutants.py",
+    ),
     "report.page": "unit/report/test_report.py",
     "training.epochs": "unit/training/test_epochs.py",
     "training.events": "unit/training/test_metrics.py",

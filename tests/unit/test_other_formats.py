@@ -16,7 +16,7 @@ from megalite.hub.import_hf import import_hf
 from megalite.hub.sources import resolve_weights
 from megalite.model.families import read_spec
 
-HUB = "does not exist; if it is a name on the Hugging Face Hub, fetch it first"
+HUB = "does not exist; if it is a name on the Hugging Face Hub, download it first"
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -29,13 +29,13 @@ def make(folder: Path, *names: str) -> Path:
 
 
 WEIGHTS = {
-    "Megatron-DeepSpeed": (["latest", "global_step10/mp_rank_00_model_states.pt"], "DeepSpeed's own format"),
-    "GPT-NeoX": (["layer_00-model_00-model_states.pt"], "DeepSpeed's own format"),
-    "ZeRO": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed's own format"),
-    "Megatron-LM": (["iter_0000100/mp_rank_00/model_optim_rng.pt"], "is a checkpoint of Megatron-LM"),
-    "Megatron-LM, distributed": (["latest_checkpointed_iteration.txt"], "is a checkpoint of Megatron-LM"),
-    "nanotron": (["checkpoint_metadata.json", "model/x"], "is a checkpoint of nanotron"),
-    "peft": (["adapter_config.json", "adapter_model.safetensors"], "is an adapter (peft)"),
+    "Megatron-DeepSpeed": (["latest", "global_step10/mp_rank_00_model_states.pt"], "DeepSpeed's format"),
+    "GPT-NeoX": (["layer_00-model_00-model_states.pt"], "DeepSpeed's format"),
+    "ZeRO": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed's format"),
+    "Megatron-LM": (["iter_0000100/mp_rank_00/model_optim_rng.pt"], "is a Megatron-LM checkpoint"),
+    "Megatron-LM, distributed": (["latest_checkpointed_iteration.txt"], "is a Megatron-LM checkpoint"),
+    "nanotron": (["checkpoint_metadata.json", "model/x"], "is a nanotron checkpoint"),
+    "peft": (["adapter_config.json", "adapter_model.safetensors"], "is a PEFT adapter"),
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_checkpoints_of_other_trainers_are_named(kind: str, tmp_path: Path) -> N
         with pytest.raises(CheckpointError) as error:
             use()
         assert str(error.value).startswith(
-            f"{folder}: {line}".replace("DeepSpeed's", "is a checkpoint of DeepSpeed's")
+            f"{folder}: {line}".replace("DeepSpeed's", "is a checkpoint in DeepSpeed's")
         )
     assert not (tmp_path / "y").exists()
 
@@ -60,7 +60,7 @@ def test_a_trainers_output_folder_names_its_newest_checkpoint(tmp_path: Path) ->
     folder = make(tmp_path / "out", "checkpoint-90/config.json", "checkpoint-500/config.json")
     with pytest.raises(CheckpointError, match=r"such as .*checkpoint-500$"):
         resolve_weights(folder)
-    with pytest.raises(CheckpointError, match="is a file: give the folder that holds it"):
+    with pytest.raises(CheckpointError, match="is a file: give the folder that contains it"):
         resolve_weights(folder / "checkpoint-90/config.json")
 
 
@@ -97,11 +97,11 @@ def test_vocabulary_and_merges_work_once_the_settings_say_what_they_are(tmp_path
     vocabulary, merges = byte_pairs()
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-    with pytest.raises(DataError, match="is half of GPT-2's tokenizer"):
+    with pytest.raises(DataError, match="is one of the two files of GPT-2's tokenizer"):
         load_tokenizer(tmp_path / "merges.txt")
     with pytest.raises(DataError) as error:
         load_tokenizer(tmp_path)
-    assert "holds vocab.json and merges.txt without a tokenizer_config.json" in str(error.value)
+    assert "contains vocab.json and merges.txt but no tokenizer_config.json" in str(error.value)
     said = '{"tokenizer_class": "GPT2Tokenizer"}'
     assert said in str(error.value)
     (tmp_path / "tokenizer_config.json").write_text(said)
@@ -111,10 +111,10 @@ def test_vocabulary_and_merges_work_once_the_settings_say_what_they_are(tmp_path
 
 def test_a_vocabulary_of_bert_is_named(tmp_path: Path) -> None:
     (tmp_path / "bert-vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\na\n")
-    with pytest.raises(DataError, match="is a vocabulary of BERT's tokenizer"):
+    with pytest.raises(DataError, match="is the vocabulary of a BERT tokenizer"):
         load_tokenizer(tmp_path / "bert-vocab.txt")
     (tmp_path / "bert-vocab.txt").rename(tmp_path / "vocab.txt")
-    with pytest.raises(DataError, match="for BertTokenizer write"):
+    with pytest.raises(DataError, match="for BertTokenizer, write"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert load_tokenizer(tmp_path).encode("a") == [5]
@@ -127,9 +127,15 @@ def test_other_ways_to_name_a_corpus_are_answered(tmp_path: Path) -> None:
     prefix = tmp_path / "c_text_document"
     for given, line in (
         (tmp_path / "c", f"no such corpus; did you mean {prefix}?"),
-        (f"{prefix}.bin", f"is one of a corpus's two files: give the prefix of both, {prefix}"),
-        (f"{prefix}.idx", f"is one of a corpus's two files: give the prefix of both, {prefix}"),
-        (tmp_path / "my.txt", "is a text: tokenize it first (megalite preprocess), or train on it"),
+        (
+            f"{prefix}.bin",
+            f"is one of a corpus's two files: give the prefix of both, {prefix}",
+        ),
+        (
+            f"{prefix}.idx",
+            f"is one of a corpus's two files: give the prefix of both, {prefix}",
+        ),
+        (tmp_path / "my.txt", "is a text: tokenize it (megalite preprocess), or train on it"),
         (
             tmp_path,
             f"is a folder: give the prefix of a corpus's .bin and .idx files, such as {prefix}",

@@ -1,12 +1,12 @@
-"""Hugging Face configs into our spec, and the names of their files' tensors: one module a family. How to add one:
-CONTRIBUTING.md.
+"""Converts Hugging Face configs to our spec, and maps the names of tensors in their files: one module per family.
+CONTRIBUTING.md says how to add one.
 
-A family's module has `read`, from a transformers config to our spec; `TENSORS`, our names to the files'; and where it
-needs them `OLD_KEYS`, keys of a config that are no fields of its class, `UNUSED`, a pattern of names of tensors in its
-files that the model does not use, and `ROUTER_BIAS`, the name there of the biases that experts are chosen by.
-An encoder-decoder's has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that
-others refuse; `COPIES`, tensors of its files that must equal the embedding; and `amend`, for what its config class
-forgets.
+A family's module has `read`, which converts a transformers config to our spec, and `TENSORS`, which maps our names to
+those in the files. If needed, it also has `OLD_KEYS`, keys of a config that are not fields of its class; `UNUSED`, a
+pattern of tensor names in its files that the model does not use; `ROUTER_BIAS`, the name in the files of the biases
+for choosing experts; and `check`, which rejects values on which its config class fails. An encoder-decoder's also
+has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that other families reject;
+`COPIES`, tensors in its files that must equal the embedding; and `amend`, which corrects the config object.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from megalite.model.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    smollm3,
     t5,
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
@@ -54,6 +55,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
     "olmo2": olmo2,
     "olmoe": olmoe,
     "ernie4_5_moe": ernie4_5_moe,
@@ -67,7 +69,7 @@ FAMILIES: dict[str, ModuleType] = {
     "eurobert": eurobert,
     "t5": t5,
 }
-# Older names and places of fields that transformers still reads.
+# Old names and locations of fields that transformers still reads.
 _OLD_KEYS = {
     "rope_theta",
     "rope_scaling",
@@ -76,7 +78,7 @@ _OLD_KEYS = {
     "rotary_emb_base",
     "torch_dtype",
 }
-# Fields that any config may have and that change the function, with the values by which they do not.
+# Fields of any config that change the function, with the values for which they do not.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -85,20 +87,20 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
 }
 PREFIX_LM = "prefix_lm"
-"""A key of ours in the config.json of an exported model whose prompts are seen both ways, which no class of
-transformers' knows."""
+"""Our key in the config.json of an exported model whose prompts have bidirectional attention, which no class of
+transformers supports."""
 Section = dict[str, Any] | str | Classified
-"""The model section: inline keys, or a folder with a config.json; with labels, a classifier made of either."""
-_SHOWN_CHARACTERS = 300  # of what transformers says
+"""The model section: inline keys, or a folder with a config.json; or either with labels, for a classifier."""
+_SHOWN_CHARACTERS = 300  # of an error message of transformers
 _log = logging.getLogger("megalite")
-_told: set[str] = set()  # files whose unknown keys have been listed
+_listed: set[str] = set()  # files whose unknown keys have been listed in the log
 
 
 def load_hf_config(section: Section) -> Any:
     """The transformers config that the model section describes.
 
-    Unknown inline keys, unknown families and values that transformers refuses are ConfigErrors of one line; a
-    folder's unknown keys are listed once in the log.
+    Raises ConfigError with one line for unknown inline keys, unknown families and values that transformers rejects;
+    a folder's unknown keys are listed once in the log.
     """
     if isinstance(section, Classified):
         config = load_hf_config(section.section)
@@ -127,30 +129,34 @@ def load_hf_config(section: Section) -> Any:
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{KEY}.{unknown[0]}: unknown key of a {model_type} config{hint}")
-    if unknown and where not in _told:
-        _told.add(where)
+    if unknown and where not in _listed:
+        _listed.add(where)
         names = ", ".join(sorted(unknown))
         _log.warning("%s: keys that a %s model does not use: %s", where, model_type, names)
     return config
 
 
 def _check_values(model_type: str, values: dict[str, Any], where: str) -> None:
-    """Refuses sizes that are none, and fields that would change the function, before transformers sees them."""
+    """Rejects invalid sizes, and fields that would change the function, before transformers reads them."""
     sizes = dict(values)
-    # A Qwen2MoeConfig writes 0 where no layer has a window; check_spec refuses it of those that have.
+    # A Qwen2MoeConfig writes 0 if no layer has a window; check_spec rejects 0 if a layer has one.
     if sizes.get("sliding_window") == 0:
         del sizes["sliding_window"]
-    check_sizes(sizes, f"{KEY}." if where == KEY else f"{where}: ")
+    prefix = f"{KEY}." if where == KEY else f"{where}: "
+    check_sizes(sizes, prefix)
+    check = getattr(FAMILIES[model_type], "check", None)
+    if check is not None:
+        check(values, prefix)
     refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
     for key in values.keys() & refused.keys():
         if values[key] not in refused[key]:
             raise ConfigError(
-                f"{where}: {key}: {written(values[key])}: is not honoured: leave it out"
+                f"{where}: {key}: {written(values[key])}: is not supported: leave it out"
             )
 
 
 def config_of(model_type: str, values: dict[str, Any]) -> Any:
-    """The transformers config of a family's values."""
+    """The transformers config of a family with these values."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type, **values)
@@ -162,7 +168,7 @@ def config_of(model_type: str, values: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its warnings are of what `read` refuses in a line, or of generation."""
+    """Silences transformers' warnings: they are about fields that `read` rejects with an error, or about generation."""
     from transformers.utils import logging as noise
 
     level = noise.get_verbosity()
@@ -174,17 +180,18 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _place(section: Section) -> str:
-    """Where a model section is, for its errors."""
+    """The location of a model section, for errors."""
     if isinstance(section, Classified):
         return _place(section.section)
     return str(Path(section) / "config.json") if isinstance(section, str) else KEY
 
 
 def read_spec(section: Section) -> TransformerSpec:
-    """The model section as our spec; ConfigError names a field that changes the function and is not honoured."""
+    """The model section as our spec. Raises ConfigError that names a field that changes the function and is not
+    supported."""
     config = load_hf_config(section)
     try:
-        # By transformers: a value of another type than a field's shows where it is used.
+        # transformers does not check all types: a value of the wrong type raises only when it is used.
         with reading(_place(section)):
             spec = FAMILIES[config.model_type].read(config)
             spec = classified(config, spec) if is_classifier(config) else spec
@@ -192,15 +199,15 @@ def read_spec(section: Section) -> TransformerSpec:
     except ConfigError as error:
         if _place(section) == KEY:
             raise
-        # In a folder the mistake is not under a key of the run's config.
+        # The mistake is in the folder's config.json, not under a key of the run's config.
         line = str(error).removeprefix(KEY).lstrip(".: ")
         raise ConfigError(f"{_place(section)}: {line}") from None
     return spec
 
 
 def model_dict(section: Section) -> dict[str, Any]:
-    """The model section as a plain Hugging Face config that needs no other file, for a checkpoint: keys that the
-    family does not have are left out."""
+    """The model section as a self-contained Hugging Face config, for a checkpoint; without keys that the family does
+    not have."""
     config = load_hf_config(section)
     known = _known_keys(config) - {"transformers_version"} | {"model_type"}
     with reading(_place(section)):
@@ -208,7 +215,7 @@ def model_dict(section: Section) -> dict[str, Any]:
 
 
 def _known_keys(config: Any) -> set[str]:
-    """The keys that transformers gives a meaning in a config of this one's family."""
+    """The keys that have a meaning for transformers in a config of this family."""
     known = set(type(config)().to_dict()) | set(config.attribute_map)
     known |= getattr(FAMILIES[config.model_type], "OLD_KEYS", set())
     return known | (_OLD_KEYS if hasattr(config, "rope_parameters") else {"torch_dtype"})

@@ -1,8 +1,8 @@
-"""BERT (arXiv 1810.04805), for masked language modelling: an encoder with a norm of each sum, learned positions, a norm
-of the embedding, and a dense layer before the head. RoBERTa starts from it.
+"""BERT (arXiv 1810.04805), for masked language modelling: an encoder with norms after residual sums, learned positions,
+a norm of the embedding, and a dense layer before the head. RoBERTa is based on it.
 
-The pooler and the next-sentence head of some files are no part of the model, and transformers' class for masked
-language modelling leaves them out too. With untied embeddings that class has a bias which it never adds: refused.
+The pooler and the next-sentence head in some files are not part of the model; transformers' class for masked language
+modelling leaves them out too. Untied embeddings are rejected, because that class then has a bias that it never adds.
 """
 
 import re
@@ -21,7 +21,7 @@ from megalite.model.spec import TransformerSpec
 
 
 def encoder_tensors(base: str) -> dict[str, HFTensor]:
-    """Embedding and layers, under the name that a family's files have for the model without its head."""
+    """The table of embedding and layers. base: the files' name for the model without its head."""
     layer = f"{base}.encoder.layer.{{layer}}"
     return tensors(
         {
@@ -58,7 +58,7 @@ TENSORS = (
 UNUSED = re.compile(
     r"^(bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$)"
 )
-"""Tensors of its files that the model does not have; some of them hold the head's bias twice."""
+"""Tensors in the files that the model does not have, such as a second copy of the head's bias."""
 
 
 def read(config: Any) -> TransformerSpec:
@@ -67,7 +67,7 @@ def read(config: Any) -> TransformerSpec:
 
 
 def encoder(config: Any) -> TransformerSpec:
-    """What BERT and RoBERTa share."""
+    """The spec that BERT and RoBERTa share."""
     require(config, "is_decoder", False)
     require(config, "tie_word_embeddings", True)
     return TransformerSpec(

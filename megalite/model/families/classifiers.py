@@ -1,7 +1,7 @@
-"""Classifiers of texts: what transformers' XForSequenceClassification puts in the place of a family's head.
+"""Text classifiers: the head of transformers' XForSequenceClassification in place of a family's language model head.
 
-A Hugging Face config is of one where its `architectures` names such a class. Decoders judge a text by its last token,
-BERT, RoBERTa and (where the config says so) ModernBERT by the first, which is [CLS].
+A Hugging Face config is a classifier's if its `architectures` names such a class. Decoders classify a text by its last
+token; BERT, RoBERTa and (if the config says so) ModernBERT by the first, which is [CLS].
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
     "olmo2": "Olmo2",
     "gpt2": "GPT2",
     "gptj": "GPTJ",
@@ -27,7 +28,7 @@ CLASSES = {
     "roberta": "Roberta",
     "modernbert": "ModernBert",
 }
-"""Of each family the first part of its class's name."""
+"""The first part of the class name, for each family."""
 _DECODERS = {"classifier.output.weight": HFTensor("score.weight")}
 TENSORS: dict[str, dict[str, HFTensor]] = {
     "bert": tensors({"classifier.dense": "bert.pooler.dense", "classifier.output": "classifier"}),
@@ -36,16 +37,16 @@ TENSORS: dict[str, dict[str, HFTensor]] = {
     ),
     "modernbert": tensors({"classifier.output": "classifier"}),
 }
-LEAST, MOST = 2, 256  # labels; a corpus has a byte for each
+LEAST, MOST = 2, 256  # labels; a corpus stores a label in one byte
 
 
 def tensors_of(family: str) -> dict[str, HFTensor]:
-    """Where a classifier's own tensors are in the family's files."""
+    """The table of a classifier's own tensors in the family's files."""
     return TENSORS.get(family, _DECODERS)
 
 
 def make_classifier(config: Any, section: Classified) -> None:
-    """Makes a transformers config one of a classifier."""
+    """Turns a transformers config into a classifier's, in place."""
     _check_family(config)
     config.architectures = [CLASSES[config.model_type] + ENDING]
     config.id2label = dict(enumerate(section.classes))
@@ -61,7 +62,7 @@ def _check_family(config: Any) -> None:
 
 
 def is_classifier(config: Any) -> bool:
-    """Whether a transformers config is one of a classifier."""
+    """Whether a transformers config is a classifier's."""
     names = config.architectures
     return isinstance(names, list) and any(
         isinstance(name, str) and name.endswith(ENDING) for name in names
@@ -69,12 +70,12 @@ def is_classifier(config: Any) -> bool:
 
 
 def classified(config: Any, spec: TransformerSpec) -> TransformerSpec:
-    """The spec of the classifier that a config is of, from that of its family's language model."""
+    """The spec of a classifier's config, from the spec of its family's language model."""
     _check_family(config)
     require(config, "problem_type", None, "single_label_classification")
     names = [config.id2label[number] for number in sorted(config.id2label)]
     if not LEAST <= len(names) <= MOST or len(set(names)) < len(names):
-        rule = f"must be {LEAST} to {MOST} labels, each once"
+        rule = f"must have {LEAST} to {MOST} labels, each once"
         raise ConfigError(f"{KEY}.id2label: {written(config.id2label)}: {rule}")
     return replace(
         spec,

@@ -1,6 +1,6 @@
-"""ERNIE 4.5 with experts (Baidu, ERNIE 4.5 Technical Report, 2025): Llama with rotary positions of neighbouring pairs,
-and many small experts beside a shared one in all layers but the first. Its files hold the biases that experts are
-chosen by (router.py)."""
+"""ERNIE 4.5 with experts (Baidu, ERNIE 4.5 Technical Report, 2025): Llama with interleaved rotary embeddings, and many
+small experts and a shared one in all layers but the first. Its files contain the biases for choosing experts
+(router.py)."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ TENSORS = (
     )
 )
 ROUTER_BIAS = f"{_FILE_MLP}.moe_statics.e_score_correction_bias"
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 UNUSED = re.compile("mtp")  # layers that predict further tokens, which transformers leaves out too
 
 
@@ -52,7 +52,7 @@ def _experts(config: Any) -> Mixture | None:
     experts = mixture(config, config.moe_intermediate_size, normalised=True, layers=routed)
     shared = config.moe_num_shared_experts
     if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
-        rule = "must be at least 0, an integer"
+        rule = "must be an integer of at least 0"
         raise ConfigError(f"{KEY}.moe_num_shared_experts: {written(shared)}: {rule}")
     if experts is None:
         return None

@@ -1,4 +1,4 @@
-"""EuroBERT (arXiv 2503.05500): Llama as an encoder, trained by masks; the head has a bias where the MLP has them."""
+"""EuroBERT (arXiv 2503.05500): Llama as a masked-language-model encoder; the head has a bias if the MLP does."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases. Its files hold matrices as [in, out]
+"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases. Its files store matrices as [in, out]
 (transformers' Conv1D) and q, k, v fused."""
 
 from typing import Any

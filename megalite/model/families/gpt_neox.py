@@ -1,5 +1,5 @@
-"""GPT-NeoX (arXiv 2204.06745) and Pythia: attention and MLP in parallel, rotary positions on part of a head. Its
-files hold q, k and v fused, head by head."""
+"""GPT-NeoX (arXiv 2204.06745) and Pythia: attention and MLP in parallel, rotary embeddings on part of a head. Its
+files store q, k and v fused, head by head."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def read(config: Any) -> TransformerSpec:
         max_positions=config.max_position_embeddings,
         norm="layer",
         norm_eps=config.layer_norm_eps,
-        rotary=rotary(config, size),
+        rotary=rotary(config, size, partial=True),
         activation=choose(config, "hidden_act", ACTIVATIONS),
         gated=False,
         attention_bias=config.attention_bias,

@@ -1,5 +1,5 @@
-"""GPT-J (Wang and Komatsuzaki 2021): attention and MLP in parallel behind one norm, rotary positions whose pairs are
-neighbours, a bias on the head but none in attention."""
+"""GPT-J (Wang and Komatsuzaki 2021): attention and MLP in parallel after one norm, interleaved rotary embeddings, a
+bias on the head but none in attention."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries. Mistral and Qwen start from it."""
+"""Llama (arXiv 2302.13971): RMSNorm, rotary embeddings, SwiGLU, grouped-query attention. The base of other families."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def read(config: Any) -> TransformerSpec:
 def gated(
     config: Any, attention_bias: bool, output_bias: bool, mlp_bias: bool = False
 ) -> TransformerSpec:
-    """What Llama and its relatives share, from the fields that their configs share."""
+    """The spec that Llama and its relatives share, from the fields that their configs share."""
     size = head_size(config)
     return TransformerSpec(
         family=config.model_type,

@@ -12,7 +12,7 @@ TENSORS = llama.TENSORS
 
 def read(config: Any) -> TransformerSpec:
     """A MistralConfig as our spec."""
-    # transformers' Mistral does not read it: such a file is a Ministral.
+    # transformers' Mistral does not read layer_types: a config that has it is a Ministral's.
     require(config, "layer_types", None)
     spec = llama.gated(config, attention_bias=False, output_bias=False)
     if config.sliding_window is None:

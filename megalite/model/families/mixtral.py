@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): Mistral with experts in place of every MLP, whose chosen weights sum to one."""
+"""Mixtral (arXiv 2401.04088): Mistral with experts in place of every MLP; a token's expert weights sum to one."""
 
 from dataclasses import replace
 from typing import Any

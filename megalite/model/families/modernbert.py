@@ -1,9 +1,9 @@
-"""ModernBERT (arXiv 2412.13663): an encoder with norms before attention and MLP, none before the first attention (the
-embedding has one), gated GELU, rotary positions, and layers that see a window to both sides between those that see all,
-each kind with rotary positions of its own.
+"""ModernBERT (arXiv 2412.13663): an encoder with norms before attention and MLP, but none before the first attention
+(the embedding has one), gated GELU, rotary embeddings, and layers with a window to both sides between layers with full
+attention; each kind has its own rotary settings.
 
-transformers draws initial weights from a normal that is cut at `initializer_cutoff_factor` times its deviation; ours
-are not cut, and as widely spread as those.
+transformers draws initial weights from a normal truncated at `initializer_cutoff_factor` standard deviations; ours are
+not truncated, but have the same standard deviation as those.
 """
 
 import math
@@ -104,7 +104,7 @@ def read(config: Any) -> TransformerSpec:
 
 
 def _spread(cutoff: Any) -> float:
-    """Standard deviation of a standard normal that is cut at ± cutoff; transformers takes 3 for none."""
+    """Standard deviation of a standard normal truncated at ± cutoff; None: 3, as in transformers."""
     cutoff = 3.0 if cutoff is None else cutoff
     if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < math.inf:
         raise ConfigError(

@@ -1,6 +1,7 @@
-"""OLMo 2 (arXiv 2501.00656): Llama with norms of what attention and MLP give, and of all queries and all keys.
+"""OLMo 2 (arXiv 2501.00656): Llama with norms of the outputs of attention and MLP, and of all queries and all keys.
 
-In 16-bit types transformers rounds its norms once after the weight, we twice as for Llama; in fp32 they are equal.
+In 16-bit types transformers rounds OLMo 2's norms once, after the weight; ours round twice, as for Llama. In fp32 they
+are equal.
 """
 
 from dataclasses import replace
@@ -20,7 +21,7 @@ TENSORS = (
         }
     )
 )
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:

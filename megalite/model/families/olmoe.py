@@ -8,13 +8,13 @@ from megalite.model.families.common import equal_head_size, expert_tensors, mixt
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.WITHOUT_MLP | llama.QUERY_AND_KEY_NORMS | expert_tensors()
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
     """An OlmoeConfig as our spec."""
     require(config, "clip_qkv", None)
-    equal_head_size(config)  # transformers' norms of queries and keys have no other
+    equal_head_size(config)  # transformers' norms of queries and keys support no other size
     bias = config.attention_bias
     spec = llama.gated(config, attention_bias=bias, output_bias=bias)
     experts = mixture(config, config.intermediate_size, config.norm_topk_prob)

@@ -1,5 +1,5 @@
-"""Phi-1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP in parallel behind one norm, rotary positions
-on part of a head, biases everywhere, also on the head."""
+"""Phi-1, 1.5 and 2 (arXiv 2306.11644, 2309.05463): attention and MLP in parallel after one norm, rotary embeddings on
+part of a head, biases everywhere, including the head."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ TENSORS = tensors(
         "head": "lm_head",
     }
 )
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
     """A PhiConfig as our spec."""
-    # transformers' norms of queries and keys have an equal part of the hidden states.
+    # transformers' norms of queries and keys have hidden_size / num_attention_heads features.
     size = equal_head_size(config) if config.qk_layernorm else head_size(config)
     return TransformerSpec(
         family="phi",
@@ -49,7 +49,7 @@ def read(config: Any) -> TransformerSpec:
         max_positions=config.max_position_embeddings,
         norm="layer",
         norm_eps=config.layer_norm_eps,
-        rotary=rotary(config, size),
+        rotary=rotary(config, size, partial=True),
         activation=choose(config, "hidden_act", ACTIVATIONS),
         gated=False,
         attention_bias=True,

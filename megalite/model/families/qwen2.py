@@ -8,7 +8,7 @@ from megalite.model.families.common import windows
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.TENSORS
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:

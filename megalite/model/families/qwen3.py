@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv 2505.09388): Llama with a norm of each query and key head, and a head size of its own."""
+"""Qwen3 (arXiv 2505.09388): Llama with a norm of each query and key head, and a configurable head size."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Qwen3 with experts (arXiv 2505.09388): many small ones in place of the MLP of most or all layers."""
+"""Qwen3 with experts (arXiv 2505.09388): many small experts in place of the MLP of most or all layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from megalite.model.families.common import expert_tensors, mixture, routed_layer
 from megalite.model.spec import TransformerSpec
 
 TENSORS = qwen3.TENSORS | expert_tensors()
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
+OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:

@@ -1,4 +1,4 @@
-"""RoBERTa (arXiv 1907.11692): BERT whose positions begin after the padding token's id and count no padding."""
+"""RoBERTa (arXiv 1907.11692): BERT whose positions begin after the padding token's id and do not count padding."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ def read(config: Any) -> TransformerSpec:
         rule = f"must be at least {pad + 2}: positions begin after pad_token_id {pad}"
         raise ConfigError(f"{KEY}.max_position_embeddings: {rows}: {rule}")
     spec = bert.encoder(config)
-    # Its head has GELU whatever hidden_act says.
+    # Its head always uses GELU, regardless of hidden_act.
     return replace(
         spec, max_positions=rows - pad - 1, position_offset=pad + 1, head_transform="gelu"
     )

@@ -1,11 +1,11 @@
-"""T5 (arXiv 1910.10683): an encoder-decoder with RMSNorm before each part, relative positions in a table that a stack's
-layers share, no scale in attention, and no biases. Version 1.1 has gated GELU and a head of its own; in the original
-the embedding is the head too, and hidden states are multiplied with d_model ** -0.5 before it.
+"""T5 (arXiv 1910.10683): an encoder-decoder with RMSNorm before each part, a relative position bias that a stack's
+layers share, unscaled attention, and no biases. Version 1.1 has gated GELU and an untied head; in the original the
+head is tied to the embedding, and hidden states are multiplied by d_model ** -0.5 before it.
 
-transformers 5 makes every T5 config say `tie_word_embeddings` true, and remembers what it was given in
-`scale_decoder_outputs`; files of version 1.1 hold the head, which it then leaves untied. Here the config says what the
-model is. Initial weights are as wide as transformers', but for the head of version 1.1, which is drawn as the original
-code (t5x) draws it, d_model ** -0.5 wide.
+transformers 5 sets `tie_word_embeddings` to true in every T5 config and keeps the original value in
+`scale_decoder_outputs`; files of version 1.1 contain the head, which it then leaves untied. Here `amend` restores the
+original value. Initial weights have the same standard deviations as in transformers, except for the head of version
+1.1, which has d_model ** -0.5 as in the original code (t5x).
 """
 
 import re
@@ -28,7 +28,7 @@ LEAST_BUCKETS = 4
 
 
 def _layers(stack: str, mlp: int) -> dict[str, str]:
-    """Modules that both stacks have; mlp: the number of the MLP in a block."""
+    """The modules of a layer. mlp: the number of the MLP in a block."""
     block = f"{stack}.block.{{layer}}.layer"
     ours, theirs = "layers.{layer}.attention", f"{block}.0.SelfAttention"
     parts = {"query": "q", "key": "k", "value": "v", "output": "o"}
@@ -63,9 +63,9 @@ TENSORS: dict[str, HFTensor] = tensors(
 )
 _ENCODER, _DECODER = tensors(_layers("encoder", 1)), tensors(_layers("decoder", 2))
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""Tensors of older files that must be equal to the embedding."""
+"""Tensors in older files that must be equal to the embedding."""
 UNUSED = re.compile(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.")
-"""A table of older files that no model reads."""
+"""A table in older files that no model reads."""
 
 
 def tensors_of_layer(spec: TransformerSpec, layer: int) -> tuple[dict[str, HFTensor], int]:
@@ -79,7 +79,7 @@ def tensors_of_layer(spec: TransformerSpec, layer: int) -> tuple[dict[str, HFTen
 
 
 def amend(config: Any) -> None:
-    """Makes a transformers config say whether the head is the embedding."""
+    """Makes `tie_word_embeddings` say again whether the head is tied to the embedding."""
     config.tie_word_embeddings = config.scale_decoder_outputs
 
 
@@ -138,6 +138,6 @@ def _stacks(config: Any) -> Stacks:
     name = "pad_token_id" if start is None else "decoder_start_token_id"
     start = config.pad_token_id if start is None else start
     if not isinstance(start, int) or not 0 <= start < config.vocab_size:
-        rule = f"must be a token below vocab_size {config.vocab_size}, which targets begin with"
+        rule = f"must be the token that targets begin with, below vocab_size {config.vocab_size}"
         raise ConfigError(f"{KEY}.{name}: {written(start)}: {rule}")
     return Stacks(config.num_layers, buckets, most, start)

@@ -290,7 +290,7 @@ def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
         (tensors, other, r"weight/b: F32 \[2\]: must be F32 \[3\], as the index says"),
         (STATE, pickle.dumps(Carrier(str(mark))), "state.json: cannot be read"),
         (STATE, deep, "state.json: cannot be read"),
-        (STATE, b"[]", "state.json: must hold an object"),
+        (STATE, b"[]", "state.json: must be a JSON object"),
         (STATE, json.dumps({**state, "step": "3"}).encode(), "step: '3': must be a number"),
         (STATE, json.dumps({**state, "model": None}).encode(), "model: must be"),
         (STATE, json.dumps({**state, "format": 9}).encode(), "format: 9: must be 1"),

@@ -52,11 +52,11 @@ def test_resolved_config_is_its_own_input() -> None:
         ("megalite.parallel.chunks=1", "megalite.parallel.chunks: 1: must be at least 2"),
         (
             "megalite.parallel.cut=[4]",
-            "cut: [4]: must have 2 numbers: megalite.parallel.pipe 2 × 1 chunks a rank",
+            "cut: [4]: must have 2 numbers: megalite.parallel.pipe 2 × 1 chunks per rank",
         ),
         (
             "megalite.parallel.cut=[0,4]",
-            "cut: [0, 4]: must have 1 or more in every place but the last",
+            "cut: [0, 4]: must have at least 1 layer in every chunk but the last",
         ),
         ("train_batch_size=9", "= 16"),
         ("fp16.auto_cast=true", "fp16.auto_cast: a stage's inputs are token ids"),
@@ -79,7 +79,7 @@ def test_resolved_config_is_its_own_input() -> None:
         ),
         (
             "megalite.train.steps=9223372036854775808",
-            "9223372036854775808: must be an integer of 64 bits",
+            "9223372036854775808: must be a 64-bit integer",
         ),
         ("megalite.train.z_loss=1e999", "megalite.train.z_loss: inf: must be a finite number"),
         (f"megalite.train.steps={'9' * 5000}", "4300 digits"),
@@ -109,12 +109,12 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
             ["schedule=interleaved", "pipe=8", "tensor=1"],
             "train_batch_size: 8: must be a multiple of train_micro",
         ),
-        (["pipe=8", "tensor=1"], "pipe: 8: must be at most num_hidden_layers + 1 (the head), 5"),
+        (["pipe=8", "tensor=1"], "pipe: 8: must be at most num_hidden_layers + 1 (the head) = 5"),
         (
             ["schedule=interleaved", "chunks=3"],
-            "pipe: 2: times 3 chunks a rank, 6, must be at most num_hidden_layers",
+            "pipe: 2: times 3 chunks per rank = 6: must be at most num_hidden_layers",
         ),
-        (["cut=[2,3]"], "cut: [2, 3]: has 5 layers: must have num_hidden_layers 4"),
+        (["cut=[2,3]"], "cut: [2, 3]: sums to 5: must sum to num_hidden_layers 4"),
     ],
 )
 def test_the_pipe_axis_fits_schedule_batch_and_layers(overrides: list[str], line: str) -> None:
@@ -160,7 +160,7 @@ def test_16_bits_need_a_stage_and_one_type() -> None:
         (["fp16.enabled=true", "bf16.enabled=true"], "must not be on together with bf16.enabled"),
         (
             ["fp16.enabled=true", "zero_optimization.stage=0", "megalite.parallel.pipe=1"],
-            "ZeRO-0 with fp16",
+            "ZeRO stage 0 with fp16",
         ),
         (
             [
@@ -168,7 +168,7 @@ def test_16_bits_need_a_stage_and_one_type() -> None:
                 "gradient_accumulation_steps=null",
                 'megalite.train.batch_ramp={"start": 4, "increment": 4, "samples": 9000000}',
             ],
-            "makes 999,999 rises: must",
+            "gives 999,999 increments: must",
         ),
         (
             ["megalite.train.faults.not_finite=rewind", "megalite.data.order=megatron"],

@@ -27,7 +27,7 @@ from megalite.errors import ConfigError
                 "megalite.train.steps=null",
                 'megalite.data.train=["a", "b"]',
             ],
-            "megalite.train.epochs: 3.0: needs one corpus in megalite.data.train: 2 that are taken by their weights",
+            "megalite.train.epochs: 3.0: needs one corpus in megalite.data.train: a blend of 2 by weights has no epoch",
         ),
         (
             [

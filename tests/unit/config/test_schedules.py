@@ -108,7 +108,7 @@ def test_the_ramp_is_megatron_s(ramp: tuple[int, int, int]) -> None:
     ("keys", "line"),
     [
         (['scheduler.params={"warmup_steps": 3, "warmup_tokens": 9}'], "warmup_tokens: 9: cannot be given together"),
-        (['scheduler.params={"warmup_tokens": 9999999}'], "warmup_tokens: 9999999: makes 4883 steps of warm-up: must"),
+        (['scheduler.params={"warmup_tokens": 9999999}'], "warmup_tokens: 9999999: is a warm-up of 4883 steps: must"),
         (["scheduler.type=wsd", 'scheduler.params={"warmup_steps": 37}'], "the decay's 4 steps must be at most total_"),
         (["scheduler.type=wsd", 'scheduler.params={"decay_steps": 90}'], "decay_steps: 90: must be at most total_"),
         (["scheduler.type=wsd", 'scheduler.params={"decay_steps": 9, "decay_share": 0.5}'], "cannot be given together"),
@@ -122,7 +122,7 @@ def test_the_ramp_is_megatron_s(ramp: tuple[int, int, int]) -> None:
         (['megalite.train.parameter_groups=[{"match": "layers.9.*"}]'],
          "parameter_groups.0.match: 'layers.9.*': matches no tensor, such as final_norm.weight"),
         (['megalite.train.parameter_groups=[{"match": "layers.*"}, {"match": "layers.1.*"}]'],
-         "parameter_groups.1.match: 'layers.1.*': earlier entries take all that it matches"),
+         "parameter_groups.1.match: 'layers.1.*': earlier entries match every tensor that it matches"),
         (["optimizer.type=Muon"], '"Muon": must be one of AdamW, Adam, SGD: DeepSpeed\'s makes orthogonal'),
         (["optimizer.type=SGD"], "optimizer.params.betas: [0.9, 0.95]: is not a parameter of SGD; leave it out"),
         (["optimizer.type=lion"], '"lion": must be one of AdamW, Adam, SGD: DeepSpeed\'s moves a weight'),

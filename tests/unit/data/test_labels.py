@@ -136,7 +136,7 @@ def test_a_classifier_is_not_trained_on_tokens() -> None:
     names = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
     made = document({"objective": {"masked": 0.1, "mask_token_id": 3}}, **names)
     config = Config.from_dict(made).resolve(1)
-    with pytest.raises(ConfigError, match='must be the labels of the model, a classifier: {"cl'):
+    with pytest.raises(ConfigError, match='must have the labels of the model, a classifier: {"cl'):
         check_model(config, read_spec(config.model))
 
 

@@ -246,7 +246,7 @@ BASE += ['megalite.data.objective={"masked":0.15,"mask_token_id":4}']
         ),
         (
             ['megalite.data.objective={"masked":[0.3,1.0]}'],
-            "masked: [0.3, 1.0]: must be above 0 and below 1, or two such numbers, of the first and",
+            "masked: [0.3, 1.0]: must be above 0 and below 1, or two such numbers, for the first and",
         ),
         (
             ['megalite.data.objective={"masked":[0.3]}'],
@@ -295,7 +295,7 @@ def test_the_objective_must_suit_the_model() -> None:
     ):
         check_model(masked, llama)
     with pytest.raises(
-        ConfigError, match='objective: "causal": must be {"masked": 0.15} or the like with a bert'
+        ConfigError, match='objective: "causal": must be {"masked": 0.15} or similar with a bert'
     ):
         check_model(causal, bert)
 

@@ -150,7 +150,7 @@ _OF_PAIRS = {"objective": {"source_length": 40, "start_token_id": START}, "sampl
     ("section", "change", "line"),
     [
         ("data", {"objective": "causal"}, 'objective: "causal": must be {"source_length": 64} or'),
-        ("data", {"objective": {"masked": 0.1, "mask_token_id": 1}}, "or the like with a t5 model"),
+        ("data", {"objective": {"masked": 0.1, "mask_token_id": 1}}, "or similar with a t5 model"),
         ("data", {"objective": {**SPANS, "start_token_id": 0}},
          "start_token_id: 0: must be the model's decoder_start_token_id 9"),
         ("data", {"objective": {"span_corruption": 0.1, "end_token_id": 1}},

@@ -6,7 +6,7 @@ from megalite.doctor.links import known_share, share_words
 from megalite.plan.devices import (
     DEVICES,
 )
-from megalite.plan.step_time import ring_seconds
+from megalite.plan.link_seconds import ring_seconds
 from tests.unit.plan.test_calibration import LINK, MACHINE
 
 

@@ -48,6 +48,7 @@ OTHERS: dict[str, Any] = {
     "hidden_activation": "relu",
     "classifier_activation": "relu",
     "mlp_only_layers": [0],
+    "no_rope_layers": [0, 1, 1],
     "moe_layer_start_index": 1,
     "router_jitter_noise": 0.1,
     "clip_qkv": 3.0,
@@ -95,11 +96,13 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
     [
         ("llama", {"pretraining_tp": 2}, "megalite.model.pretraining_tp: 2: must be 1"),
         ("llama", {"hidden_sise": 3}, "hidden_sise: unknown key of a llama config; did you mean hidden_size?"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}: is not honoured"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4}: is not supported"),
         ("llama", {"hidden_act": "tanh"}, "megalite.model.hidden_act: 'tanh': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}},
          "megalite.model.rope_parameters.rope_type: 'longrope': must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "facter": 3.0}}, "facter: unknown key"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+         "rope_parameters.partial_rotary_factor: 0.5: must be 1.0: a llama model rotates whole heads"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4: must divide num_attention_heads 6"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0: must be at least 1"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000: must be at most 10,000"),
@@ -115,6 +118,11 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("llama", {"pad_token_id": 500}, "pad_token_id: 500: must be below vocab_size 131"),
         ("qwen3", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, "needs use_sliding_window"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types.0: 'chunked_attention': must be"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "megalite.model.no_rope_layers: [1, 0]: must be a list of 1 (rotary"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers: [1, 0, 2]: must be a list of 1 (rotary"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval: 0: must be at least 1"),
+        ("smollm3", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+         "layer_types.0: 'sliding_attention': needs use_sliding_window true"),
         ("gptj", {"rotary_dim": 3}, "megalite.model.rotary_dim: 3: must be even"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: must be False"),
         ("bert", {"is_decoder": True}, "megalite.model.is_decoder: True: must be False"),
@@ -143,8 +151,8 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("t5", {"feed_forward_proj": "gated-tanh"}, "megalite.model.feed_forward_proj: 'gated-tanh': must be one of"),
         ("t5", {"relative_attention_max_distance": 4}, "max_distance: 4: must be above half of"),
         ("t5", {"relative_attention_num_buckets": 3}, "num_buckets: 3: must be at least 4"),
-        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be a token below vocab_size 131"),
-        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not honoured"),
+        ("t5", {"pad_token_id": None}, "pad_token_id: None: must be the token that targets begin with, below"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder: False: is not supported"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_model_is_one_line(family: str, change: dict[str, Any], line: str) -> None:
@@ -231,6 +239,7 @@ def test_key_value_heads_against_the_tensor_axis(kv_heads: int, tensor: int, ref
         ("olmo2", {}),
         ("ernie4_5_moe", {}),
         ("phi", {"qk_layernorm": False, "rope_parameters": {"partial_rotary_factor": 0.6}}),
+        ("smollm3", {}),
     ],
 )
 def test_a_head_size_that_the_class_does_not_list_is_read(
@@ -240,6 +249,21 @@ def test_a_head_size_that_the_class_does_not_list_is_read(
     section = {**FAMILY_CONFIGS[family], "head_dim": 10, **change}
     model, spec, (tokens, _) = hf_model(section), read_spec(section), batch()
     assert spec.head_size == 10
+    with torch.no_grad():
+        logits = load_hf(Stage(spec, Grid()), model).eval()(tokens, None)
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_without_rotary_positions_are_those_of_the_list() -> None:
+    """Whatever their windows; a list may be longer than the model."""
+    section = {
+        **FAMILY_CONFIGS["smollm3"],
+        "no_rope_layers": [0, 1, 0, 1],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    }
+    model, spec, (tokens, _) = hf_model(section), read_spec(section), batch()
+    assert [spec.rotary_of(layer) is None for layer in range(3)] == [True, False, True]
+    assert spec.windows == (None, 4, 4)
     with torch.no_grad():
         logits = load_hf(Stage(spec, Grid()), model).eval()(tokens, None)
         torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)

@@ -21,14 +21,14 @@ from megalite.plan.devices import (
     read_device,
     write_device,
 )
-from megalite.plan.plan_program import plan_line
-from megalite.plan.search import Planner
-from megalite.plan.step_time import (
+from megalite.plan.link_seconds import (
     gather_seconds,
     owners_seconds,
     ring_seconds,
     scatter_seconds,
 )
+from megalite.plan.plan_program import plan_line
+from megalite.plan.search import Planner
 from megalite.prove.calibrate import pipe_config, step_configs
 from tests.small_models import MODELS
 

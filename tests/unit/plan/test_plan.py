@@ -29,13 +29,12 @@ from megalite.plan.candidates import (
     given_candidate,
     how_many,
 )
-from megalite.plan.devices import DEVICES, GIB, Link, read_device, write_device
+from megalite.plan.devices import DEVICES, GIB, read_device, write_device
 from megalite.plan.plan_program import LETTERS, main
 from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace
 from megalite.plan.search import Layout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
-from megalite.plan.step_time import link_along, ring_seconds
 from megalite.training.mfu import DATA_SHEET_TFLOPS
 from megalite.training.pretrain import main as pretrain
 from tests.small_models import MODELS
@@ -371,14 +370,6 @@ def test_a_measured_device_is_read_back(tmp_path: Path) -> None:
     measured = replace(H100, name="mine", cores=2)
     write_device(measured, tmp_path / "device.json")
     assert read_device(tmp_path / "device.json") == measured
-
-
-def test_links() -> None:
-    """Four ranks of a node on one data line share four adapters; on a line within a node there is none."""
-    assert link_along(H100, 64, 2).bytes_per_second == 4 * H100.network.bytes_per_second
-    assert link_along(H100, 4, 2) == H100.node
-    assert link_along(H100, 64, 16) == H100.network
-    assert ring_seconds(Link(1e9, 0.0), 4, 1e9) == pytest.approx(0.75)
 
 
 def test_data_sheets_agree_with_those_of_mfu() -> None:

@@ -1,6 +1,8 @@
 """The operations of a backward: all that forward keeps goes, each weight gets its gradient. What they take together is
 held against torch in tests/distributed/test_peaks.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis, Grid
-from megalite.plan.activations import ChunkPart, Forward
-from megalite.plan.backward import Op
+from megalite.plan.activations import Forward
+from megalite.plan.backward import Op, layer_ops
+from megalite.plan.chunk_tables import ChunkPart
 from megalite.plan.gradients import Gradients, Moment, Reduction
 from megalite.plan.timeline import ChunkMemory
 from tests.small_models import MODELS
@@ -45,6 +48,16 @@ def test_a_backward_frees_what_forward_keeps(
         chunk = chunk_of(read_spec(MODELS[family]), recompute, dtype, tensor, first=False)
         left = chunk.kept - sum(op.freed - op.made for op in chunk.inner)
         assert left - chunk.waiting == -chunk.head_op.made + chunk.head_op.freed
+
+
+def test_layers_without_rotary_positions_make_no_gradients_of_them() -> None:
+    spec = replace(read_spec(MODELS["llama"]), nope_layers=(1,))
+    at = Forward(3, 16, torch.float32, Split(Axis(1, 0, (0,), None)))
+    turned, plain = layer_ops(spec, 0, at), layer_ops(spec, 1, at)
+    of_key_and_query = [Op(4 * 3 * 16 * size, 4 * 3 * 16 * size) for size in (16, 32)]
+    for op in of_key_and_query:
+        turned.remove(op)
+    assert turned == plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)

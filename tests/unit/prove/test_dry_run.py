@@ -20,6 +20,7 @@ from megalite.plan.devices import GIB
 from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
+from tests.families import FAMILY_CONFIGS
 from tests.small_models import MODELS
 from tests.unit.test_ds_configs import FOLDER, ROWS, shipped
 
@@ -105,6 +106,17 @@ def test_messages_of_a_context_axis_match(attention: str) -> None:
     kinds = {call.kind for call in ranks[0].calls if ranks[0].groups[call.group] == (0, 1)}
     heads = {"alltoall_base"} if attention == "heads" else {"allgather_base", "reduce_scatter_base"}
     assert heads <= kinds
+
+
+def test_a_list_with_an_entry_a_layer_is_left_out_of_a_shrunken_model() -> None:
+    """The pipe axis may have a rank more than there are layers, for the head."""
+    document = load_config(FOLDER / "tiny_cpu.json").to_json()
+    document["megalite"]["model"] = FAMILY_CONFIGS["smollm3"] | {"no_rope_layers": [1, 0, 1]}
+    document["megalite"]["parallel"] |= {"pipe": 4, "tensor": 1}
+    document["megalite"]["data"]["sequence_length"] = 16
+    config = shrunken(Config.from_dict(document).resolve(4))
+    assert read_spec(config.model).num_layers == 4
+    assert match(calls_of_all(config))["messages"] > 0
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Which faults are planted in a layout (megalite/prove/mutants.py, expert_mutants.py); that they are found:
+"""Which faults are planted in a layout (megalite/prove/mutants.py and `*_mutants.py`); that they are found:
 tests/distributed/test_verify.py."""
 
 from typing import Any
@@ -10,7 +10,9 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.prove.mutants import chosen, kind_of, mutants
+from megalite.prove.mutants import chosen, mutants
+from megalite.prove.parameter_mutants import kind_of
+from tests.families import FAMILY_CONFIGS
 from tests.small_models import MODELS
 
 
@@ -21,7 +23,7 @@ def config(model: str, world_size: int, **parallel: int) -> Config:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1}},
         "zero_optimization": {"stage": 1},
         "megalite": {
-            "model": MODELS[model],
+            "model": (MODELS | FAMILY_CONFIGS)[model],
             "parallel": parallel,
             "data": {"sequence_length": 12, "train": ["data/train"]},
             "train": {"steps": 1, "run_dir": "runs/x"},
@@ -48,6 +50,8 @@ def test_every_kind_of_parameter_has_faults_and_every_name_is_one() -> None:
         ("llama", {"tensor": 2}, 2, "gradient of the last tensor rank is doubled", "data rank"),
         ("llama", {"context": 2}, 2, "gradient of the last context rank is lost", "data rank is"),
         ("llama", {}, 2, "norm", "experts:"),
+        ("smollm3", {"pipe": 2}, 2, "have the rotary positions of others", "tensor rank"),
+        ("llama", {"pipe": 2}, 2, "norm", "rotary positions"),
         ("mixtral", {"expert": 2}, 2, "experts: gradients are divided by the copies", "shared exp"),
         ("mixtral", {}, 2, "experts: left out of the norm", "divided by the copies"),
         ("qwen2_moe", {"tensor": 2}, 2, "experts: the shared expert's weight has a rank", "copies of an"),

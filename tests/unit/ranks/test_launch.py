@@ -18,7 +18,7 @@ def test_missing_ranks_are_told_of(
     monkeypatch.setattr(launch, "WAIT", timedelta(seconds=0.9))
     with pytest.raises(dist.DistStoreError):
         launch._wait_for_verdict(store, Place(0, 2, 0, 2))
-    line = "waiting for other ranks: 1 of 2 ranks have come, 0 are ready"
+    line = "waiting for other ranks: 1 of 2 ranks have started, 0 are ready"
     said = capsys.readouterr().err.splitlines()
     assert len(said) >= 3 and all(told.endswith(f": {line}") for told in said)
     store.set("verdict", "0")

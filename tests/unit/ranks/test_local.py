@@ -46,7 +46,7 @@ def test_each_rank_learns_its_place(folder: Path) -> None:
 def test_the_first_that_fails_ends_the_others_and_is_told(folder: Path) -> None:
     start = time.monotonic()
     with pytest.raises(
-        RanksFailed, match=r"^rank 1 of 3 ended with 1: x+ the last words$"
+        RanksFailed, match=r"^rank 1 of 3 exited with 1: x+ the last words$"
     ) as raised:
         run_local_ranks(3, "a_rank", [str(folder), "1"])
     assert time.monotonic() - start < 30, "the others would sleep for a minute"

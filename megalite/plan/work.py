@@ -1,0 +1,282 @@
+"""Seconds of a micro-batch in each layer, the embedding and the head, predicted from sizes, a device and its links.
+
+    product [M, K] × [K, N]    the longer of 2·M·K·N / FLOP/s and its bytes / memory rate, and a kernel's launch
+    core of attention          its products at `core_share` of that rate, causal ones half
+    what is bound by memory    the bytes that the layer keeps (activations.py): written and read once in forward, and
+                               three times in backward, with their gradients
+    tensor axis                all-reduces of hidden states, or the gathers and scatters in their place
+    context axis               keys and values of whole samples gathered, or heads exchanged for tokens, in each layer
+    expert axis                rows on their way to their experts and back, spread evenly
+
+B: samples of a micro-batch, S: tokens of a sample, D: hidden, V: vocabulary, t, c, e: ranks of the tensor, context and
+expert axes. What the copies of weights add is in sharing.py, which is next.
+"""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+
+from megalite.model.spec import TransformerSpec
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Axis
+from megalite.parallel.layers import share
+from megalite.pipeline.lengths import KINDS
+from megalite.plan.activations import (
+    FP32,
+    Forward,
+    embedding_table,
+    head_table,
+    layer_table,
+    total,
+)
+from megalite.plan.devices import Device, Link
+from megalite.plan.link_seconds import (
+    gather_seconds,
+    link_along,
+    ring_seconds,
+    scatter_seconds,
+)
+
+PARTS = (
+    "products", "attention", "memory", "again", "tensor", "engine", "data", "expert", "context",
+)  # fmt: skip
+"""What seconds are spent on. again: forward made again in backward; tensor, data, expert, context: collectives of the
+axes; engine: sums of gradients and what DeepSpeed does around them."""
+PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT, CONTEXT = range(len(PARTS))
+FORWARD, BACKWARD, INPUT, WEIGHT = range(len(KINDS))  # of which BACKWARD is INPUT and WEIGHT in one
+
+
+def no_seconds() -> np.ndarray:
+    """[kind, part] of 0, to be filled in."""
+    return np.zeros((len(KINDS), len(PARTS)))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a rank of the tensor and context axes does for a micro-batch. length: of a whole sample; at: sizes and type;
+    recompute: as a Stage takes it; by_heads: whether the context axis exchanges heads for tokens; documents: whether
+    samples' documents are kept apart; compiled: `megalite.train.compile`."""
+
+    spec: TransformerSpec
+    device: Device
+    tensor: int
+    micro: int
+    length: int
+    dtype_bytes: int
+    sequence: bool
+    recompute: str
+    counted: float = 1.0
+    expert: int = 1
+    context: int = 1
+    by_heads: bool = False
+    documents: bool = False
+    fp16: bool = False
+    compiled: bool = False
+
+    @cached_property
+    def at(self) -> Forward:
+        """The micro-batch, as activations.py takes it."""
+        half = torch.float16 if self.fp16 else torch.bfloat16
+        axis = Axis(self.tensor, self.tensor - 1, tuple(range(self.tensor)), None)
+        return Forward(
+            batch=self.micro,
+            length=self.length // self.context,
+            dtype=half if self.dtype_bytes == 2 else torch.float32,
+            split=Split(axis, self.sequence),
+            documents=self.documents,
+            device="cpu" if self.device.cores else "cuda",
+            context=self.context,
+            by_heads=self.by_heads,
+            experts=self.expert,
+            compiled=self.compiled,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """That the rank has."""
+        return self.micro * self.length // self.context
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of hidden states between the split products: what crosses the pipe axis."""
+        return self.at.hidden(self.spec)
+
+    def product(self, k: int, n: int, times: int = 1, matrices: int = 1) -> float:
+        """Seconds of [tokens, k] × [k, n]. times: rows that a token makes; matrices: that they are spread over."""
+        m, device = self.tokens * times, self.device
+        moved = self.dtype_bytes * (m * k + matrices * k * n + m * n)
+        seconds = max(2.0 * m * k * n / device.flops(self.dtype_bytes), moved / device.memory_rate)
+        return seconds + device.launch_seconds
+
+    def part(self, features: int, unit: int = 1) -> int:
+        """This rank's part of features that the tensor axis splits."""
+        start, stop = share(features, self.at.split.axis, unit)
+        return stop - start
+
+    @cached_property
+    def _link(self) -> Link:
+        return link_along(self.device, self.tensor, 1)
+
+    def exchange(self) -> float:
+        """Seconds of an all-reduce of hidden states, or of the gather and scatter in its place."""
+        whole = self.dtype_bytes * self.tokens * self.spec.hidden_size
+        if not self.sequence:
+            return ring_seconds(self._link, self.tensor, whole, passes=2)
+        gathered = gather_seconds(self._link, self.tensor, whole)
+        return gathered + scatter_seconds(self._link, self.tensor, whole)
+
+    @cached_property
+    def _queries(self) -> int:
+        """Features of this rank's queries."""
+        return self.part(self.spec.num_heads * self.spec.head_size, self.spec.head_size)
+
+    @cached_property
+    def _keys(self) -> int:
+        """Features of this rank's keys."""
+        return self.part(self.spec.num_kv_heads * self.spec.head_size, self.spec.head_size)
+
+    @cached_property
+    def _mixed(self) -> list[float]:
+        """Bytes that each message of a layer's forward on the context axis gathers or exchanges; those of backward are
+        as large (docs/layouts.md, "Long samples")."""
+        e = self.dtype_bytes
+        if not self.by_heads:
+            return [e * 2.0 * self.micro * self.length * self._keys]
+        keys = max(self._keys, self.context * self.spec.head_size)  # a head for each rank
+        there = e * self.tokens * (self._queries + 2.0 * keys)
+        back = e * self.tokens * float(self._queries)
+        return [there, back]
+
+    @cached_property
+    def mixing(self) -> float:
+        """Seconds of those messages."""
+        link = link_along(self.device, self.context, self.tensor)
+        seconds = ring_seconds if self.by_heads else gather_seconds
+        return sum(seconds(link, self.context, whole) for whole in self._mixed)
+
+    @property
+    def mixed_bytes(self) -> float:
+        """Bytes that a rank sends in them."""
+        return sum(self._mixed) * (self.context - 1) / self.context
+
+    @cache  # noqa: B019  (a Work lives as long as the search)
+    def layer(self, window: int | None, routed: bool = False) -> np.ndarray:
+        """[kind F, B, I, W; part] of a layer that sees so many positions; routed: has experts."""
+        spec, device = self.spec, self.device
+        layer = next(
+            i
+            for i in range(spec.num_layers)
+            if spec.window(i) == window and (spec.mixture_of(i) is not None) == routed
+        )
+        products = self._projections() + self._fed(layer)
+        core = self._core(window)
+        kept = total(layer_table(spec, layer, self.at))
+        core_bytes = kept - total(layer_table(spec, layer, self.at, selective=True))
+        result = no_seconds()
+        forward, to_input, to_weight = result[FORWARD], result[INPUT], result[WEIGHT]
+        forward[PRODUCTS] = to_input[PRODUCTS] = to_weight[PRODUCTS] = products
+        forward[ATTENTION] = core
+        to_input[ATTENTION] = 2.0 * core
+        forward[MEMORY] = 2 * kept / device.memory_rate
+        to_input[MEMORY] = 3 * kept / device.memory_rate
+        forward[TENSOR] = to_input[TENSOR] = 2 * self.exchange()
+        forward[CONTEXT] = to_input[CONTEXT] = self.mixing
+        forward[EXPERT] = to_input[EXPERT] = self._to_experts(layer)
+        forward[ENGINE] = to_input[ENGINE] = to_weight[ENGINE] = device.layer_seconds
+        if self.recompute == "full":
+            to_input[AGAIN] = forward.sum()
+        elif self.recompute == "selective":
+            to_input[AGAIN] = core + 2 * core_bytes / device.memory_rate + self.mixing
+        result[BACKWARD] = to_input + to_weight
+        return result
+
+    def _projections(self) -> float:
+        """Seconds of the products of attention's four projections in forward."""
+        d, q, k = self.spec.hidden_size, self._queries, self._keys
+        return sum(self.product(a, b) for a, b in ((d, q), (d, k), (d, k), (q, d)))
+
+    def _fed(self, layer: int) -> float:
+        """Seconds of the products of the MLP or the experts in forward."""
+        spec, d = self.spec, self.spec.hidden_size
+        mixture = spec.mixture_of(layer)
+        if mixture is None:
+            f = self.part(spec.intermediate_size)
+            return self.product(f, d) + self.product(d, f) * (2 if spec.gated else 1)
+        f, own = self.part(mixture.intermediate_size), mixture.count // self.expert
+        products = self.product(f, d, mixture.chosen, own)
+        products += 2 * self.product(d, f, mixture.chosen, own)
+        if mixture.shared_size:
+            shared = self.part(mixture.shared_size)
+            products += self.product(shared, d) + 2 * self.product(d, shared)
+        if mixture.weighs_shared:
+            products += self.product(d, 1)
+        return products + self.product(d, mixture.count)
+
+    def _core(self, window: int | None) -> float:
+        """Seconds of attention's two products in forward: of a rank's tokens with all heads, or with by_heads of all
+        tokens with its heads, which is as much."""
+        spec, s = self.spec, self.length
+        flops = self.device.flops(self.dtype_bytes)
+        if spec.attention_dropout > 0:  # by hand, with all scores
+            return 4.0 * self.tokens * s * self._queries / flops
+        seen = min(window or s, s)
+        average = seen - seen**2 / (2 * s) if spec.causal else seen
+        rate = flops * self.device.core_share
+        return 4.0 * self.tokens * average * self._queries / rate + self.device.launch_seconds
+
+    def _to_experts(self, layer: int) -> float:
+        """Seconds in which rows go to their experts and come back."""
+        mixture = self.spec.mixture_of(layer)
+        if mixture is None:
+            return 0.0
+        link = link_along(self.device, self.expert, self.context * self.tensor)
+        rows = self.tokens * mixture.chosen
+        whole = self.dtype_bytes * rows * self.spec.hidden_size
+        return 2 * ring_seconds(link, self.expert, whole)
+
+    @cached_property
+    def embedding(self) -> np.ndarray:
+        """[kind, part] of looking up and of its gradient."""
+        result, rate = no_seconds(), self.device.memory_rate
+        hidden = self.dtype_bytes * self.tokens * self.spec.hidden_size
+        table = self.dtype_bytes * self.part(self.spec.vocabulary_size) * self.spec.hidden_size
+        kept = 2 * hidden + total(embedding_table(self.spec, self.at))
+        result[FORWARD, MEMORY] = kept / rate
+        result[FORWARD, TENSOR] = self.exchange()
+        result[WEIGHT, MEMORY] = (table + 2 * hidden) / rate
+        result[BACKWARD] = result[INPUT] + result[WEIGHT]
+        return result
+
+    @cached_property
+    def head(self) -> np.ndarray:
+        """[kind, part] of norm, product and loss, whose gradients are made in forward."""
+        spec, result, rate = self.spec, no_seconds(), self.device.memory_rate
+        columns = len(spec.labels) or self.part(spec.vocabulary_size)
+        logits = self.tokens * columns * (self.dtype_bytes + FP32) * 3
+        kept = total(head_table(spec, self.at))
+        result[FORWARD, PRODUCTS] = 3 * self.counted * self.product(spec.hidden_size, columns)
+        result[FORWARD, MEMORY] = (self.counted * logits + 2 * kept) / rate
+        result[FORWARD, TENSOR] = self.exchange()
+        result[INPUT, MEMORY] = 3 * self.hidden_bytes / rate
+        if spec.head_transform and spec.classifier is None:
+            for kind in (FORWARD, INPUT, WEIGHT):
+                result[kind, PRODUCTS] += self.product(spec.hidden_size, spec.hidden_size)
+        result[BACKWARD] = result[INPUT] + result[WEIGHT]
+        return result
+
+    @cached_property
+    def layers(self) -> np.ndarray:
+        """[layer + 1, kind, part]: sums of the layers before each."""
+        spec = self.spec
+        own = [
+            self.layer(spec.window(layer), spec.mixture_of(layer) is not None)
+            for layer in range(spec.num_layers)
+        ]
+        return np.concatenate([np.zeros((1, *own[0].shape)), np.cumsum(own, axis=0)])
+
+    @cached_property
+    def model(self) -> np.ndarray:
+        """[kind, part] of the whole model."""
+        return self.layers[-1] + self.embedding + self.head

@@ -1,0 +1,85 @@
+"""Faults of the tensor axis: sums over its ranks that are missing or made twice. Next: mutants.py, which lists them."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+import megalite.parallel.collectives as collectives
+import megalite.parallel.columns as columns_over
+import megalite.parallel.loss as loss_over
+from megalite.config import Config
+from megalite.parallel.collectives import Split
+from megalite.parallel.grid import Axis
+from megalite.prove.planting import put
+from megalite.prove.trace import Plant, Session
+
+
+def of_the_tensor_axis(config: Config) -> Iterable[tuple[str, Plant]]:
+    """By name, for a resolved config with several tensor ranks."""
+    if config.parallel.sequence:
+        names = (("_GatherSequence", "backward"), ("_ScatterSequence", "forward"))
+    else:
+        names = (("_Enter", "backward"), ("_Leave", "forward"))
+    for owner, method in names:
+        yield f"collectives.{owner}.{method}: the sum is missing", _sums_of(owner, method, 0)
+        yield f"collectives.{owner}.{method}: the sum is made twice", _sums_of(owner, method, 2)
+    if config.zero_stage != 3 and config.parallel.schedule in ("1f1b", "interleaved"):
+        yield "columns._begin_sum: the sum is missing", _sums_of_columns(0)
+        yield "columns._begin_sum: the sum is made twice", _sums_of_columns(2)
+    yield "the loss does not sum over the vocabulary's parts", _loss_alone
+
+
+_sum, _scatter = collectives.sum_over, collectives._scatter
+_begin_sum = columns_over._begin_sum
+
+
+def _sums_of(owner: str, method: str, times: int) -> Plant:
+    """Of one of the collectives that autograd passes through. times 0: each rank keeps its own part; 2: twice the
+    sum."""
+
+    def summed(tensor: Tensor, axis: Axis) -> Tensor:
+        return _sum(tensor, axis).mul_(2) if times else tensor
+
+    def scattered(whole: Tensor, axis: Axis) -> Tensor:
+        if times:
+            return _scatter(whole, axis) * 2
+        return whole.unflatten(1, (axis.size, -1))[:, axis.rank].contiguous()
+
+    def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+        if event != "built":
+            return
+        target = getattr(collectives, owner)
+        whole = target.__dict__[method].__func__
+
+        def changed(ctx: Any, *arguments: Any) -> Any:
+            with contextlib.ExitStack() as inner:
+                put(inner, collectives, "sum_over", summed)
+                put(inner, collectives, "_scatter", scattered)
+                return whole(ctx, *arguments)
+
+        put(stack, target, method, staticmethod(changed))
+
+    return plant
+
+
+def _sums_of_columns(times: int) -> Plant:
+    """Of linears that share an input, whose sum begins before the gradients of their weights are made."""
+
+    def begun(given: Tensor, split: Split) -> tuple[Tensor, Any]:
+        if times:
+            return _begin_sum(given * times, split)
+        rows = split.rows(given.shape[1])
+        return given[:, rows.start : rows.stop].contiguous(), None
+
+    def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+        if event == "built":
+            put(stack, columns_over, "_begin_sum", begun)
+
+    return plant
+
+
+def _loss_alone(session: Session, event: str, stack: contextlib.ExitStack) -> None:
+    if event == "built":
+        put(stack, loss_over, "sum_over", lambda tensor, axis: tensor)
