@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put indexed corpora of one tokenizer one after another into a new one."""
+"""Concatenate indexed corpora of the same tokenizer into a new one."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.corpus_check import write_checksums
