@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megalite.config import Classified
-from megalite.data.indexed import IndexedWriter, labels_prefix, names_file
+from megalite.data.indexed import labels_prefix, names_file
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
 from megalite.model.families.classifiers import CLASSES

@@ -9,7 +9,8 @@ import deepspeed
 import numpy as np
 
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter, marks_prefix
+from megalite.data.indexed import marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.prove.trace import Trace, record
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, VOCABULARY

@@ -25,7 +25,8 @@ import numpy as np
 
 from megalite.config.section import parse
 from megalite.config.sections import Data
-from megalite.data.indexed import token_dtype, write_index
+from megalite.data.indexed import token_dtype
+from megalite.data.indexed_writer import write_index
 from megalite.data.loader import TrainData
 from megalite.data.megatron import SampleIndex, document_index, shuffle_index
 from megalite.data.preprocess import preprocess

@@ -3,7 +3,8 @@
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.corpus_check import write_checksums
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser

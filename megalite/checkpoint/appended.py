@@ -1,6 +1,6 @@
-"""A file that rows are appended to while its disk may be full or out of reach: the run continues, and the rows wait.
+"""A file that rows are appended to. If its disk is full or unreachable, the run continues and the rows wait in memory.
 
-Files that are written as a whole are checkpoint/folder.py's.
+checkpoint/folder.py writes files that are replaced as a whole.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from megalite.checkpoint.folder import write_all
 
-WAITING_BYTES = 8 << 20  # of rows, some 20,000 of metrics.jsonl; beyond that the oldest are lost
+WAITING_BYTES = 8 << 20  # some 20,000 rows of metrics.jsonl; beyond that the oldest are lost
 
 
 class Appended:
-    """One writer's. tell: takes a line for the log where writing begins to fail, and where it works again."""
+    """Appends rows for a single writer. tell: called with a log line when writing begins to fail, and when it works
+    again."""
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         self.path, self.tell = path, tell
@@ -23,10 +24,10 @@ class Appended:
         self.waiting_bytes = self.lost = 0
         self.failing = False
         self.descriptor: int | None = None
-        self.end: int | None = None  # of the last whole row
+        self.end: int | None = None  # length of the file up to the last whole row
 
     def append(self, row: bytes) -> None:
-        """Adds a row, and those that wait before it; never raises OSError."""
+        """Appends a row, after those that are waiting; never raises OSError."""
         self.waiting.append(row)
         self.waiting_bytes += len(row)
         try:
@@ -42,11 +43,11 @@ class Appended:
                 self.lost += 1
             return
         if self.failing:
-            self.tell(f"{self.path}: is written again; {self._lost_rows()}")
+            self.tell(f"{self.path}: can be written again; {self._lost_rows()}")
             self.failing, self.lost = False, 0
 
     def close(self) -> None:
-        """Writes what waits, as far as that is possible."""
+        """Writes the rows that are waiting, as far as possible."""
         if self.waiting:
             with contextlib.suppress(OSError):
                 self._write()
@@ -61,7 +62,9 @@ class Appended:
             self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             if self.end is None:
                 self.end = os.fstat(self.descriptor).st_size
-            os.ftruncate(self.descriptor, self.end)  # part of a row may have found room
+            os.ftruncate(
+                self.descriptor, self.end
+            )  # remove part of a row that may have been written
         assert self.end is not None
         try:
             while self.waiting:
@@ -85,4 +88,4 @@ class Appended:
         return count
 
     def _lost_rows(self) -> str:
-        return "1 row is lost" if self.lost == 1 else f"{self.lost or 'no'} rows are lost"
+        return "1 row was lost" if self.lost == 1 else f"{self.lost or 'no'} rows were lost"

@@ -1,7 +1,7 @@
-"""A ZeRO shard is a flat range of a tensor; a file holds boxes. From one to the other.
+"""Converts flat ranges of a tensor, such as ZeRO shards, to boxes, the form in which checkpoints are read.
 
-Row-major, a flat range of a 2-D tensor is at most three boxes: the rest of a row, whole rows, the start of a row.
-Next: parts.py, which lists what ranks hold.
+In row-major order a flat range of a 2-D tensor is at most three boxes: the rest of a row, whole rows, the start of a
+row. Next: parts.py, which lists the ranges of all ranks.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """Part of a full tensor that lies in memory: a slice of it, or a flat range of a slice.
+    """Part of a full tensor, in memory: a slice of it, or a flat range of a slice.
 
-    offsets: the slice's first index in each dim. shape: of the slice, of which `values` [n] are the elements from
-    `start` on; None: `values` are the slice, in its own shape.
+    offsets: the slice's start in each dim. shape: if not None, `values` [n] are the elements from `start` on of a slice
+    of this shape; if None, `values` are the whole slice, in its shape.
     """
 
     full_shape: tuple[int, ...]
@@ -45,7 +45,7 @@ def boxes_of_range(
     for size in shape[1:]:
         row *= size
     stop = start + count
-    # A row that is not whole: its part within this range, one dim down.
+    # A partial row: recurse into its part of the range, one dim down.
     if start % row or count < row:
         index = start // row
         first_stop = min(stop, (index + 1) * row)
@@ -69,7 +69,8 @@ def boxes_of_shard(
     start: int,
     values: Tensor,
 ) -> list[Box]:
-    """A flat range of a rank's slice as boxes of the full tensor: views of `values`, the range's elements [n]."""
+    """A flat range of a rank's slice as boxes of the full tensor. values [n]: the range's elements, of which the boxes
+    are views."""
     result = []
     for offsets, sizes, flat in boxes_of_range(slice_shape, start, values.numel()):
         count = 1

@@ -1,9 +1,9 @@
-"""Finding, checking and reading checkpoints, as any program may: one process, no ranks.
+"""Finds, checks and reads checkpoints in a single process, without ranks.
 
     checkpoint = Checkpoint.open(find_checkpoint("runs/x"))
     checkpoint.state["step"], checkpoint.read("layers.0.attention.query.weight")
 
-Next: save.py and weights.py, what ranks do together.
+Next: save.py and weights.py, in which all ranks save and load together.
 """
 
 import math
@@ -42,13 +42,15 @@ from megalite.errors import CheckpointError
 
 WEIGHT = "weight"
 ROUTER_BIAS = "router_bias"
-"""In the state: for each layer with experts, in order, a list of numbers."""
-_STATE_KINDS: dict[str, tuple[type, ...]] = {  # of what a state may hold beside its numbers
+"""Key of the state: for each layer with experts, in order, a list of numbers."""
+_STATE_KINDS: dict[str, tuple[type, ...]] = {  # types of the state's optional keys
     "layout": (dict, type(None)), "tokenizer": (str, type(None)), "data": (dict,), "optimizer": (str, type(None)),
     "sequence_length": (int,), ROUTER_BIAS: (list,), "best": (dict,),
     "owes_evaluation": (bool,), "faults_in_a_row": (int,), "faulty_step": (int,),
 }  # fmt: skip
-FILE_BYTES = 1 << 28  # of a file that one process writes, and holds in memory until then
+FILE_BYTES = (
+    1 << 28
+)  # most bytes of a file that CheckpointWriter writes, which it holds in memory until then
 
 
 def step_name(step: int) -> str:
@@ -63,8 +65,8 @@ def step_of(path: Path) -> int | None:
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run folder by step, oldest first. Unpublished folders are not among them; one that was
-    hidden to make room for another of its step is, where a kill came before that took its place."""
+    """The checkpoints of a run folder by step, oldest first. Unpublished folders are not included; a folder that was
+    renamed to be replaced is, if a kill came before its replacement was in place."""
     folder = run_dir / "checkpoints"
     found = {}
     for path in (*sorted(folder.glob(".step_*.replaced")), *folder.glob("step_*")):
@@ -75,9 +77,9 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user's path means: itself, the one that `RUN/checkpoints/best` names, or the newest good
-    one of a run folder or of its `checkpoints` folder. Files are checked whole. CheckpointError where there is none,
-    naming each damaged one."""
+    """The checkpoint that a user's path refers to: the path itself, the one that `RUN/checkpoints/best` names, or the
+    newest good one of a run folder or of its `checkpoints` folder. All its files are checked. Raises CheckpointError if
+    there is none, naming each damaged one."""
     path = Path(path)
     if path.parent.name == "checkpoints" and path.name == BEST and path.is_file():
         path = path.parent / (named_best(path.parent.parent) or path.name)
@@ -90,12 +92,12 @@ def find_checkpoint(path: str | Path) -> Path:
         return good
     if damaged:
         raise CheckpointError("; ".join(map(str, damaged)))
-    rule = "holds no checkpoint: must be a run folder or its checkpoints/step_…"
+    rule = "contains no checkpoint: must be a run folder or its checkpoints/step_…"
     raise CheckpointError(f"{path}: {other_formats.weights(path) or rule}")
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest checkpoint of a run that is whole, and what is wrong with each newer one."""
+    """The newest undamaged checkpoint of a run, and the errors of all newer ones."""
     damaged: list[CheckpointError] = []
     for path in reversed(checkpoints_of(run_dir)):
         try:
@@ -107,8 +109,8 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Checks every file's SHA-256, before anything in it is parsed; ranks may share the files out as `part` of
-    `parts`, and with them the cores. CheckpointError names the first that is damaged."""
+    """Checks every file's SHA-256, before anything in it is parsed. Ranks may divide the files, and the cores, as
+    `part` of `parts`. Raises CheckpointError that names the first damaged file."""
     sums = read_sums(folder)
     check_carried(folder, sums)
     ours = sorted(sums.items())[part::parts]
@@ -118,7 +120,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state, after its SHA-256 has been checked, without its index. CheckpointError."""
+    """A checkpoint's state, without its index, after its SHA-256 has been checked. Raises CheckpointError."""
     return read_checked_json(folder, STATE, read_sums(folder)[STATE])
 
 
@@ -137,7 +139,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Reads state and index, each after its SHA-256 has been checked (`verify` does the tensors' files)."""
+        """Reads state and index, each after its SHA-256 has been checked (`verify` checks the tensors' files)."""
         folder = Path(path)
         sums = read_sums(folder)
         state = read_checked_json(folder, STATE, sums[STATE])
@@ -148,15 +150,15 @@ class Checkpoint:
             index.check_whole()
             for key in ("step", "consumed_samples", "consumed_tokens", "seed"):
                 if not isinstance(state[key], int) or state[key] < 0:
-                    raise ValueError(f"{key}: {state[key]!r}: must be a number of 0 or more")
+                    raise ValueError(f"{key}: {state[key]!r}: must be an integer of at least 0")
             for key, kinds in _STATE_KINDS.items():
                 if not isinstance(state.get(key, kinds[0]()), kinds):
                     raise ValueError(f"{key}: {state[key]!r}: must be {kinds[0].__name__}")
             if not isinstance(model, dict):
                 raise ValueError("model: must be a Hugging Face config")
-        except Exception as error:  # of the wrong shape it can raise anything
+        except Exception as error:  # malformed JSON values can raise anything
             raise CheckpointError(
-                f"{folder}: is no checkpoint of format {state['format']}: {str(error)[:200]}"
+                f"{folder}: is not a checkpoint of format {state['format']}: {str(error)[:200]}"
             ) from error
         _check_sizes(folder, index)
         return cls(folder, state, model, index)
@@ -169,16 +171,16 @@ class Checkpoint:
 
     @property
     def has_moments(self) -> bool:
-        """Whether the optimizer's state is in it."""
+        """Whether the checkpoint includes the optimizer's state."""
         return bool(self.moments)
 
     @property
     def moments(self) -> set[str]:
-        """What the optimizer keeps of each parameter, such as exp_avg."""
+        """Names of the optimizer's state tensors, such as exp_avg."""
         return {name.partition("/")[0] for name in self.index.entries} - {WEIGHT}
 
     def shape(self, name: str, kind: str = WEIGHT) -> tuple[int, ...]:
-        """Full shape of a parameter. CheckpointError where it is not in the checkpoint."""
+        """Full shape of a parameter. Raises CheckpointError if it is not in the checkpoint."""
         return self._entry(name, kind).shape
 
     def read(
@@ -197,7 +199,7 @@ class Checkpoint:
         return result
 
     def read_into(self, target: Tensor, name: str, offsets: Sequence[int], kind: str) -> None:
-        """Fills `target` with the box at `offsets` of its shape."""
+        """Fills `target` with the box at `offsets` that has the shape of `target`."""
         entry, offsets = self._entry(name, kind), tuple(offsets)
         rows = range(offsets[0], offsets[0] + len(target)) if offsets else None
         chunks = self.index.chunks(f"{kind}/{name}", rows)
@@ -214,7 +216,8 @@ class Checkpoint:
 def _overlaps(
     chunks: Iterable[Chunk], offsets: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[Chunk, tuple[slice, ...], tuple[slice, ...]]]:
-    """Stored boxes that overlap a wanted one: (box, where in the wanted one, where in the stored one)."""
+    """Stored boxes that overlap a requested one: (box, the overlap in the requested one, the overlap in the stored
+    one)."""
     for chunk in chunks:
         starts = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
         wanted_ends = [a + n for a, n in zip(offsets, shape, strict=True)]
@@ -228,16 +231,16 @@ def _overlaps(
 def _slices(
     starts: Iterable[int], stops: Iterable[int], offsets: Iterable[int]
 ) -> tuple[slice, ...]:
-    """A range of the full tensor within a box that begins at `offsets`."""
+    """A range of the full tensor as slices of a box that begins at `offsets`."""
     ends = zip(starts, stops, offsets, strict=True)
     return tuple(slice(start - first, stop - first) for start, stop, first in ends)
 
 
 class CheckpointWriter:
-    """Writes a checkpoint of weights from one process, tensor by tensor; the folder appears whole at the end of
+    """Writes a checkpoint of weights from one process, tensor by tensor; the folder appears complete at the end of
     the `with` block, or not at all. At most FILE_BYTES and one tensor are held in memory.
 
-    Raises CheckpointError where the folder already exists.
+    Raises CheckpointError if the folder already exists.
     """
 
     def __init__(self, folder: str | Path, model: dict[str, Any], state: dict[str, Any]) -> None:
@@ -255,7 +258,7 @@ class CheckpointWriter:
         return self
 
     def add(self, name: str, tensor: Tensor, kind: str = WEIGHT) -> None:
-        """Takes a full tensor."""
+        """Adds a full tensor."""
         full_name, shape = f"{kind}/{name}", tuple(tensor.shape)
         held = sum(pending.nbytes for pending in self.pending.values())
         if self.pending and held + tensor.nbytes > FILE_BYTES:
@@ -265,7 +268,7 @@ class CheckpointWriter:
         self.pending[full_name] = tensor
 
     def carry(self, path: Path) -> None:
-        """Takes a small file that goes with the weights, into `hugging_face/`."""
+        """Adds a small file that accompanies the weights, to `hugging_face/`."""
         self.carried[path.name] = path.read_bytes()
 
     @property
@@ -292,13 +295,13 @@ class CheckpointWriter:
 
 
 def _check_sizes(folder: Path, index: Index) -> None:
-    """CheckpointError where a file is too small for the boxes that the index puts into it: they would be made room for
-    before that shows."""
+    """Raises CheckpointError if a file is too small for its boxes in the index: memory for them would otherwise be
+    allocated before the read fails."""
     for name, count in index.bytes_by_file().items():
         path = folder / name
         if path.is_file() and (size := path.stat().st_size) < count:
             raise CheckpointError(
-                f"{path}: cannot be read: {size} bytes: its boxes in {INDEX} take {count}"
+                f"{path}: cannot be read: has {size} bytes, but its boxes in {INDEX} need {count}"
             )
 
 
@@ -308,24 +311,24 @@ def size_bytes(index: Index) -> int:
 
 
 def newest_named(run_dir: Path) -> str | None:
-    """What `checkpoints/latest` names; None where it is absent."""
+    """The name in `checkpoints/latest`; None if there is no such file."""
     path = run_dir / "checkpoints" / LATEST
     return path.read_text(errors="replace").strip() if path.exists() else None
 
 
 def named_best(run_dir: Path) -> str | None:
-    """What `checkpoints/best` names; None where it is absent or names no checkpoint."""
+    """The name in `checkpoints/best`; None if there is no such file or it names no checkpoint."""
     path = run_dir / "checkpoints" / BEST
     name = path.read_text(errors="replace").strip() if path.is_file() else ""
     return name if STEP_NAME.match(name) else None
 
 
 def best_checkpoint(path: str | Path) -> Path:
-    """The file that names the best checkpoint of a run folder, or of its `checkpoints` folder. CheckpointError where
-    the run keeps none."""
+    """The file that names the best checkpoint of a run folder, or of its `checkpoints` folder. Raises CheckpointError
+    if the run does not keep one."""
     path = Path(path)
     run_dir = path.parent if path.name == "checkpoints" else path
     if named_best(run_dir) is None:
         rule = "must be a run with megalite.train.keep_best that has evaluated"
-        raise CheckpointError(f"--best: {path}: holds no checkpoints/{BEST}: {rule}")
+        raise CheckpointError(f"--best: {path}: has no checkpoints/{BEST}: {rule}")
     return run_dir / "checkpoints" / BEST

@@ -1,15 +1,16 @@
-"""What a checkpoint is on disk: a folder that is whole or not there.
+"""The layout of a checkpoint on disk: a folder that is either complete or does not exist.
 
-    run/checkpoints/latest                      the name of the newest
-    run/checkpoints/best                        of the one with the lowest validation loss, where a run keeps it
+    run/checkpoints/latest                      the name of the newest checkpoint
+    run/checkpoints/best                        the name of the one with the lowest validation loss, if a run keeps it
     run/checkpoints/step_00000100/state.json    step, consumed samples and tokens, seed, the model's config, the layout
-                                  index.json    every tensor's full shape and where its boxes lie
-                                  tensors_00000.safetensors …   boxes, one file a rank
-                                  hugging_face/…  tokenizer and generation settings that go with the weights
+                                  index.json    every tensor's full shape and the locations of its boxes
+                                  tensors_00000.safetensors …   boxes, one file per rank
+                                  hugging_face/…  tokenizer and generation settings that accompany the weights
                                   SHA256SUMS    of all files, and of its own lines
 
-A folder is written beside under a hidden name, flushed to disk, and made visible by one rename; `latest` follows.
-`sha256sum -c SHA256SUMS` checks it too. Next: files.py, which finds, opens and reads checkpoints.
+A folder is written next to its destination under a hidden name, flushed to disk, and made visible by a single rename;
+then `latest` is updated. `sha256sum -c SHA256SUMS` checks it too. Next: files.py, which finds, opens and reads
+checkpoints.
 """
 
 import functools
@@ -32,27 +33,27 @@ import torch
 from megalite.errors import CheckpointError
 from megalite.inputs import read_json_object
 
-FORMAT = 1  # index.json lists boxes (checkpoints of one process)
-FORMAT_OF_PARTS = 2  # index.json has a part a rank (parts.py)
+FORMAT = 1  # index.json lists boxes (checkpoints written by one process)
+FORMAT_OF_PARTS = 2  # index.json has one part per rank (parts.py)
 STATE, INDEX, SUMS = "state.json", "index.json", "SHA256SUMS"
 LATEST, BEST = "latest", "best"
 CARRIED = "hugging_face"
 STEP_NAME = re.compile(r"^step_(\d{8,})$")
-# Hidden while another of its step takes its place; it counts where a kill came before that.
+# Name of a checkpoint while another of the same step replaces it; it still counts if a kill comes before that.
 REPLACED_NAME = re.compile(r"^\.step_(\d{8,})\.replaced$")
-# What a killed save or removal leaves.
+# Left by a save or removal that was killed.
 LEFT_OVER_NAME = re.compile(r"^\.step_\d{8,}\.([0-9a-f]+\.partial|removed)$")
 _OWN_SUM = "# of the lines above: "
-# No path: an index cannot point out of its folder.
+# Not a path, so that an index cannot refer to files outside its folder.
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _LISTED_NAME = re.compile(rf"^({CARRIED}/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-MOST_DIMS = 8  # of a tensor
+MOST_DIMS = 8  # most dims of a tensor
 
 
 @dataclass
 class Chunk:
-    """A stored box: first index and shape in the full tensor, the file and the key there. run: (n, first) where the
-    key holds n numbers, of which those from `first` on are the box; None: it holds the box alone, in its shape."""
+    """A stored box: its start and shape in the full tensor, its file and the key in it. run: (n, first) if the key
+    stores n numbers, of which those from `first` on are the box; None if it stores the box alone, in its shape."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -82,15 +83,15 @@ class Index:
     format: ClassVar[int] = FORMAT
 
     def add(self, name: str, entry: Entry, chunk: Chunk) -> None:
-        """Puts a box into the tensor of that name, made as `entry` where it is new."""
+        """Adds a box to the tensor of that name, which is created from `entry` if it is new."""
         self.entries.setdefault(name, entry).chunks.append(chunk)
 
     def chunks(self, name: str, rows: range | None = None) -> Iterator[Chunk]:
-        """The boxes of a tensor; rows: those that have elements in these rows of its first dim, and maybe others."""
+        """The boxes of a tensor. rows: return at least those with elements in these rows of its first dim."""
         yield from self.entries[name].chunks
 
     def bytes_by_file(self) -> dict[str, int]:
-        """What the boxes in each file take."""
+        """Total bytes of the boxes in each file."""
         result: dict[str, int] = defaultdict(int)
         for entry in self.entries.values():
             for chunk in entry.chunks:
@@ -98,11 +99,11 @@ class Index:
         return result
 
     def boxes_by_file(self) -> dict[str, int]:
-        """How many boxes each file holds."""
+        """Number of boxes in each file."""
         return Counter(chunk.file for entry in self.entries.values() for chunk in entry.chunks)
 
     def check_whole(self) -> None:
-        """CheckpointError unless every element of every tensor is stored exactly once."""
+        """Raises CheckpointError unless every element of every tensor is stored exactly once."""
         for name, entry in self.entries.items():
             boxes = [(chunk.offsets, chunk.shape) for chunk in entry.chunks]
             check_tiled(name, entry.shape, boxes, sum(math.prod(shape) for _, shape in boxes))
@@ -133,9 +134,9 @@ class Index:
 
 
 def check_file_name(name: str) -> None:
-    """ValueError where it is a path: an index cannot point out of its folder."""
+    """Raises ValueError if it is a path, so that an index cannot refer to files outside its folder."""
     if not _PLAIN_NAME.match(name):
-        raise ValueError(f"{name}: a file outside the folder")
+        raise ValueError(f"{name}: must be the name of a file in the folder")
 
 
 def check_tiled(
@@ -144,14 +145,14 @@ def check_tiled(
     boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
     held: int,
 ) -> None:
-    """CheckpointError unless boxes (first index, shape) fill a tensor without overlapping. held: how many elements are
-    stored of them."""
+    """Raises CheckpointError unless boxes (start, shape) fill a tensor without overlapping. held: number of elements
+    stored for them."""
     corners = defaultdict[tuple[int, ...], int](int)
     for offsets, shape in boxes:
         for start, count, size in zip(offsets, shape, full_shape, strict=True):
             if start >= 0 and count >= 0 and start + count <= size:
                 continue
-            raise CheckpointError(f"{name}: box {shape} at {offsets}: must lie in {full_shape}")
+            raise CheckpointError(f"{name}: box {shape} at {offsets}: must be within {full_shape}")
         _add_corners(corners, offsets, shape, 1)
     if held != math.prod(full_shape):
         raise CheckpointError(
@@ -165,8 +166,8 @@ def check_tiled(
 def _add_corners(
     counts: dict[tuple[int, ...], int], offsets: tuple[int, ...], shape: tuple[int, ...], times: int
 ) -> None:
-    """Counts a box's corners `times` over, with the sign that inclusion and exclusion give each. The sum of boxes'
-    indicator functions is that of another box if and only if their counts are equal: n boxes take n steps."""
+    """Adds `times` to the count of each corner of a box, with its sign by inclusion and exclusion. A sum of indicator
+    functions of boxes equals that of another box if and only if their counts are equal, so n boxes take n steps."""
     ends = [(start, start + count) for start, count in zip(offsets, shape, strict=True)]
     for corner, sign in zip(itertools.product(*ends), _signs(len(shape)), strict=True):
         counts[corner] += sign * times
@@ -178,7 +179,7 @@ def _signs(dims: int) -> tuple[int, ...]:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """As an index writes it. KeyError for any other."""
+    """The dtype of a name in an index. Raises KeyError for any other name."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -189,7 +190,8 @@ def file_digest(path: Path) -> str:
 
 
 def write_flushed(path: Path, content: bytes) -> str:
-    """Writes a small file to the disk itself; its SHA-256. Its name is durable once its folder is flushed."""
+    """Writes a small file, flushes it to disk and returns its SHA-256. Its name is durable once its folder is
+    flushed."""
     with path.open("wb", buffering=0) as file:
         write_all(file.fileno(), memoryview(content))
         os.fsync(file.fileno())
@@ -197,13 +199,13 @@ def write_flushed(path: Path, content: bytes) -> str:
 
 
 def write_all(descriptor: int, content: memoryview) -> None:
-    """All of it: one call may take less, on a full disk or for a signal."""
+    """Writes all of `content`: a single call may write less, on a full disk or at a signal."""
     while content:
         content = content[os.write(descriptor, content) :]
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a small file as a whole: beside it, flushed, then renamed over it."""
+    """Replaces a small file atomically: writes a temporary file next to it, flushes that, and renames it."""
     beside = path.with_name(f".{path.name}.partial")
     write_flushed(beside, text.encode())
     os.replace(beside, path)
@@ -211,7 +213,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes names that were made or changed in a folder durable."""
+    """Makes names that were created or changed in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -221,11 +223,11 @@ def flush_folder(folder: Path) -> None:
 
 @dataclass
 class Transaction:
-    """One checkpoint on its way to disk: `begin`, files into `partial`, `publish`; `abandon` leaves no trace.
+    """Writes one checkpoint: `begin`, write files to `partial`, `publish`; or `abandon`, which leaves no trace.
 
-    state: what state.json will hold; carried: small files that go with the weights, by name. Called by one rank; the
-    others only write into its `partial`, on a file system that all of them share. Each start uses a folder with a new
-    name, so ranks of an earlier start that still write cannot reach it.
+    state: content of state.json; carried: small files that accompany the weights, by name. Called by one rank; the
+    others only write to its `partial`, on a file system that all of them share. Each start uses a folder with a new
+    name, so ranks of an earlier start that are still writing cannot interfere.
     """
 
     folder: Path
@@ -237,16 +239,16 @@ class Transaction:
         self.partial = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(4)}.partial")
 
     def begin(self) -> None:
-        """Makes the empty unpublished folder."""
+        """Creates the empty unpublished folder."""
         existing = next(path for path in self.partial.parents if path.exists())
         self.partial.mkdir(parents=True)
-        for made in self.partial.parents:
-            if made == existing:
+        for created in self.partial.parents:
+            if created == existing:
                 break
-            flush_folder(made.parent)
+            flush_folder(created.parent)
 
     def publish(self, index: Index, digests: dict[str, str]) -> None:
-        """Completes the folder and makes it visible by one rename. digests: of the files that lie in it, by name."""
+        """Completes the folder and makes it visible by a single rename. digests: of the files in it, by name."""
         index.check_whole()
         if self.carried:
             (self.partial / CARRIED).mkdir()
@@ -261,12 +263,12 @@ class Transaction:
         own = hashlib.sha256(lines.encode()).hexdigest()
         write_flushed(self.partial / SUMS, f"{lines}{_OWN_SUM}{own}\n".encode())
         flush_folder(self.partial)
-        # One that was found damaged, or that a run which goes back writes again.
+        # A checkpoint of this step may exist: a damaged one, or one from before the run rewound.
         if self.folder.exists():
             replaced = self.folder.with_name(f".{self.folder.name}.replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.folder, replaced)
-            # A kill here leaves the old one, which `checkpoints_of` finds under this name.
+            # A kill here leaves the old checkpoint, which `checkpoints_of` finds under this name.
             os.rename(self.partial, self.folder)
             flush_folder(self.folder.parent)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -275,32 +277,34 @@ class Transaction:
             flush_folder(self.folder.parent)
 
     def abandon(self) -> None:
-        """Removes what was written."""
+        """Removes everything that was written."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """The file names of a checkpoint and their SHA-256. CheckpointError where SHA256SUMS is absent or damaged."""
+    """The files of a checkpoint and their SHA-256. Raises CheckpointError if SHA256SUMS is missing or damaged."""
     path = folder / SUMS
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
-        raise CheckpointError(f"{path}: damaged: is not text") from None
+        raise CheckpointError(f"{path}: damaged: is not UTF-8") from None
     lines, mark, own = text.rpartition(_OWN_SUM)
     if not mark or own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
-        raise CheckpointError(f"{path}: damaged: its lines do not have the SHA-256 that it states")
+        raise CheckpointError(
+            f"{path}: damaged: its last line is not the SHA-256 of the lines above"
+        )
     rows = [line.partition("  ") for line in lines.splitlines()]
     sums = {name: digest for digest, _, name in rows}
     for name in (STATE, INDEX, *sums):
         if not _LISTED_NAME.match(name) or name not in sums:
-            raise CheckpointError(f"{path}: {name}: must be the plain name of a file that it lists")
+            raise CheckpointError(f"{path}: {name}: must be listed, by a plain file name")
     return sums
 
 
 def check_file(folder: Path, name: str, digest: str) -> None:
-    """CheckpointError, naming the file, where it is absent or has another SHA-256."""
+    """Raises CheckpointError that names the file if it is missing or has another SHA-256."""
     path = folder / name
     try:
         found = file_digest(path)
@@ -311,7 +315,7 @@ def check_file(folder: Path, name: str, digest: str) -> None:
 
 
 def check_carried(folder: Path, sums: dict[str, str]) -> None:
-    """CheckpointError where a file was put beside those that go with the weights: it would be read."""
+    """Raises CheckpointError if `hugging_face/` contains a file that is not in SHA256SUMS: it would be read too."""
     for path in sorted((folder / CARRIED).iterdir()) if (folder / CARRIED).is_dir() else []:
         if f"{CARRIED}/{path.name}" not in sums:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for a person: `tools/inspect_checkpoint.py`."""
+"""Describes a checkpoint in lines for people: `tools/inspect_checkpoint.py`."""
 
 from collections.abc import Iterator
 
@@ -16,13 +16,14 @@ SHOWN_SIZES = ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_s
 
 
 def described(checkpoint: Checkpoint, tensors: bool) -> Iterator[str]:
-    """Lines: the run's position, the layout that wrote it, the model, sizes; each weight where asked."""
+    """Lines about the run's position, the layout that wrote it, the model and sizes; with `tensors`, about each
+    weight."""
     state, entries = checkpoint.state, checkpoint.index.entries
     yield f"checkpoint {checkpoint.folder}"
     for key in SHOWN_STATE:
         if key in state:
             yield f"  {key}: {state[key]}"
-    for key, value in (state.get("layout") or {}).items():  # null: imported, written by no layout
+    for key, value in (state.get("layout") or {}).items():  # null: imported, so no layout wrote it
         yield f"  written by {key}: {value}"
     model = checkpoint.model
     sizes = [f"{key} {model[key]}" for key in SHOWN_SIZES if key in model]

@@ -1,13 +1,13 @@
-"""The index of a checkpoint that ranks have written: a part a rank, in numbers that do not grow with boxes.
+"""The index of a checkpoint that several ranks wrote: one part per rank, whose size does not grow with boxes.
 
-A rank holds flat ranges of slices (ZeRO cuts a slice anywhere), and stores each as one run of numbers. Which slices it
-has is a table, and most ranks of a large run share one; a rank's own part is a start and a count for each row of it:
+A rank holds flat ranges of slices (ZeRO cuts a slice anywhere), and stores each as one run of numbers. Its slices are
+listed in a table, which most ranks of a large run share; a rank's own part is a start and a count for each row of it:
 
     {"tables": [[[["weight", "exp_avg"], "layers.0.mlp.up.weight", "float32", full shape, offsets, shape], …], …],
      "parts": [["tensors_00000.safetensors", number of its table, [starts], [counts]], …]}
 
 Llama 70B with ZeRO-3 on 1,024 ranks has 2.2 million runs of numbers, which would be 4.4 million boxes; its index takes
-some 13 MB (docs/checkpoints.md). Next: storage.py, which makes it.
+some 13 MB (docs/checkpoints.md). Next: storage.py, which writes it.
 """
 
 import json
@@ -33,11 +33,11 @@ from megalite.checkpoint.folder import (
 from megalite.errors import CheckpointError
 
 BoxDict = dict[str, list[Box]]
-"""What a rank stores: `kind/name` (such as `exp_avg/final_norm.weight`) -> its parts of that tensor."""
+"""The data that a rank stores: `kind/name` (such as `exp_avg/final_norm.weight`) -> its parts of that tensor."""
 
 
 class Slice(NamedTuple):
-    """A row of a table: part of a tensor, of which ranks hold ranges of the same numbers of each kind."""
+    """A row of a table: a slice of a tensor, of which ranks hold the same ranges for each of the kinds."""
 
     kinds: tuple[str, ...]
     name: str
@@ -48,7 +48,7 @@ class Slice(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Numbers of a row of the slice."""
+        """Elements per row of the slice."""
         return math.prod(self.shape[1:])
 
 
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass
 class Part:
-    """What one file holds: of each slice of its table the elements [start, start + count)."""
+    """The content of one file: elements [start, start + count) of each slice of its table."""
 
     file: str
     table: Table
@@ -71,7 +71,7 @@ class Part:
 
 
 def key_of(kind: str, piece: Slice, start: int) -> str:
-    """Of a run of numbers, in its file."""
+    """The key of a run of numbers in its file."""
     return f"{kind}/{piece.name}@{','.join(map(str, piece.offsets))}+{start}"
 
 
@@ -85,8 +85,8 @@ def rows_of(boxes: BoxDict) -> tuple[list[Slice], list[int], list[int], list[lis
             merged.setdefault((*place, box.start, box.values.numel()), {})[kind] = box
     slices, starts, counts, of_rows = [], [], [], []
     for (name, dtype, full, offsets, shape, start, count), of_kinds in merged.items():
-        word = str(dtype).removeprefix("torch.")
-        slices.append(Slice(tuple(of_kinds), name, word, full, offsets, shape))
+        dtype_name = str(dtype).removeprefix("torch.")
+        slices.append(Slice(tuple(of_kinds), name, dtype_name, full, offsets, shape))
         starts.append(start)
         counts.append(count)
         of_rows.append(list(of_kinds.values()))
@@ -94,7 +94,8 @@ def rows_of(boxes: BoxDict) -> tuple[list[Slice], list[int], list[int], list[lis
 
 
 class Packed(NamedTuple):
-    """A rank's part on its way to the rank that writes the index: some 10 KB where ZeRO-3 has 723 tensors."""
+    """A rank's part in compressed form, to send to the rank that writes the index: some 10 KB for ZeRO-3 with 723
+    tensors."""
 
     table: bytes
     numbers: bytes
@@ -106,7 +107,7 @@ class Packed(NamedTuple):
 
 
 class PartIndex(Index):
-    """Index of parts; see `Index`. Its entries have no lists of boxes."""
+    """An index of parts; see `Index`. The box lists of its entries are empty: `chunks` computes them."""
 
     format = FORMAT_OF_PARTS
 
@@ -131,7 +132,7 @@ class PartIndex(Index):
 
     @classmethod
     def unpacked(cls, packed: Iterable[tuple[str, Packed]]) -> "PartIndex":
-        """Of the parts of all ranks, with the names of their files."""
+        """Builds the index from (file name, part) of all ranks."""
         tables: dict[bytes, Table] = {}
         for file, part in packed:
             if part.table not in tables:
@@ -193,11 +194,11 @@ class PartIndex(Index):
         return result
 
     def check_whole(self) -> None:
-        """As `Index.check_whole`: ranges fill each slice without a gap, and slices the tensor."""
+        """See `Index.check_whole`: ranges must fill each slice without gaps, and slices the tensor."""
         for name, rows in self._rows.items():
             of_rows = {table.slices[row].kinds for table, row in rows}
             kinds = sorted({kind for kinds in of_rows for kind in kinds})
-            # Where every row has all kinds, these are stored in the same ranges: one check is enough.
+            # If every row has all kinds, all are stored in the same ranges, so checking one of them is enough.
             for kind in kinds[:1] if len(of_rows) == 1 else kinds:
                 of_kind = [(table, row) for table, row in rows if kind in table.slices[row].kinds]
                 self._check_tensor(f"{kind}/{name}", of_kind)
@@ -227,7 +228,7 @@ class PartIndex(Index):
 
 
 def _slice(row: list[Any]) -> Slice:
-    """A row of a table as it comes from JSON. ValueError where it is none."""
+    """A row of a table from its JSON. Raises ValueError if it is malformed."""
     kinds, name, dtype, *places = row
     full, offsets, shape = (tuple(numbers) for numbers in places)
     if not len(full) == len(offsets) == len(shape) <= MOST_DIMS:
@@ -235,12 +236,12 @@ def _slice(row: list[Any]) -> Slice:
     if any(type(number) is not int for number in (*full, *offsets, *shape)):
         raise ValueError(f"{name}: a box must be given by integers")
     if type(name) is not str or any(type(kind) is not str for kind in kinds):
-        raise ValueError(f"{name}: must be a name")
+        raise ValueError(f"{name}: name and kinds must be strings")
     return Slice(tuple(kinds), name, dtype, full, offsets, shape)
 
 
 def _reaches(piece: Slice, start: int, count: int, rows: range) -> bool:
-    """Whether a range has elements in rows of the full tensor (its first dim)."""
+    """Whether a range has elements in these rows of the full tensor (its first dim)."""
     if not piece.shape or not count:
         return bool(count)
     first = piece.offsets[0] + start // piece.width

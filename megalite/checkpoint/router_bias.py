@@ -1,5 +1,5 @@
-"""The biases by which routers choose experts, in a checkpoint's state, and given to a stage. What moves them:
-engine/router_bias.py."""
+"""The biases for choosing experts: reads them from a checkpoint's state and sets them in a stage. engine/router_bias.py
+updates them in training."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from megalite.model.transformer import Stage
 
 
 def bias_of(state: dict[str, Any], mixture: Mixture) -> Tensor | None:
-    """The biases of a checkpoint's state, fp32 [layers, E]; None where it has none. CheckpointError where they are not
-    those of such a model."""
+    """The biases in a checkpoint's state, fp32 [layers, E]; None if there are none. Raises CheckpointError if they do
+    not fit the model."""
     if ROUTER_BIAS not in state:
         return None
     shape = len(mixture.layers), mixture.count
@@ -24,13 +24,13 @@ def bias_of(state: dict[str, Any], mixture: Mixture) -> Tensor | None:
         values = torch.empty(0)
     if tuple(values.shape) != shape or not values.isfinite().all():
         rule = f"must be {shape[0]} lists of {shape[1]} finite numbers"
-        raise CheckpointError(f"{ROUTER_BIAS} of the checkpoint's state: {rule}")
+        raise CheckpointError(f"{ROUTER_BIAS} in the checkpoint's state: {rule}")
     return values
 
 
 def set_router_bias(stage: Stage, state: dict[str, Any], device: torch.device) -> None:
-    """Gives a stage the biases of a checkpoint's state, where there are any. After a change of the stage's type: they
-    stay fp32."""
+    """Sets the biases of a stage from a checkpoint's state, if there are any. Call it after changing the stage's dtype,
+    because they must stay fp32."""
     mixture = stage.spec.mixture
     values = None if mixture is None else bias_of(state, mixture)
     if mixture is not None and values is not None:

@@ -1,9 +1,9 @@
-"""Saving, all ranks together and in the background: a copy in memory, then files, while training continues. On a GPU
-the copy itself is made while the next step's forwards and backwards run, and its update alone waits for it.
+"""Saves checkpoints on all ranks in the background: copies the state in memory, then writes files while training
+continues. On a GPU the copy itself overlaps with the next step's forward and backward; only its update waits for it.
 
-Where a rank has no room for its copy, the steps wait instead for files written from the live tensors. Each element has
-one owner: the rank whose copy counts (layers.py), and of ZeRO-0's equal copies on the data axis each rank its share.
-Errors on any rank reach every rank; the older checkpoints then remain. Next: weights.py.
+If a rank has no memory for its copy, training waits instead while files are written from the live tensors. Each element
+has one owner: the rank whose copy counts (parallel/layers.py); of ZeRO-0's equal copies, each rank owns a share.
+An error on any rank is raised on every rank, and the older checkpoints remain. Next: weights.py.
 """
 
 import os
@@ -41,7 +41,7 @@ from megalite.parallel.layers import Shard
 
 
 def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDict:
-    """What this rank writes, as views. replicated: all ranks that hold copies of a slice hold the same
+    """The boxes that this rank writes, as views. replicated: whether all ranks with copies of a slice hold the same
     shards (ZeRO-0)."""
     result: BoxDict = {}
     for shard in shards:
@@ -59,50 +59,62 @@ def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDic
 
 
 def _part(count: int, axis: Axis) -> tuple[int, int]:
-    """The half-open range that this rank of the axis writes of `count` elements; empty on some ranks where there are
-    more ranks than elements (layers.share would give those an element that another rank writes too)."""
+    """The half-open range of `count` elements that this rank of the axis writes. It is empty on some ranks if there are
+    more ranks than elements (layers.share would give them an element that another rank writes too)."""
     return axis.rank * count // axis.size, (axis.rank + 1) * count // axis.size
 
 
 def stream_beside(device: torch.device) -> Any:
-    """A stream of a device for what its steps need not wait for; None for a CPU, which does all at once."""
+    """A separate stream of a device, for work that its steps need not wait for; None for a CPU."""
     return None if device.type == "cpu" else torch.Stream(device)
 
 
 def own_device() -> int | None:
-    """Index of this process's device; None where it has none."""
+    """Index of this process's device; None if it has none."""
     return torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
 
 def use_device(index: int | None) -> None:
-    """To be called in a new thread: it begins with device 0, where every rank would then take memory."""
+    """Sets the current device. Call it in each new thread: threads start with device 0, where every rank would then
+    allocate memory."""
     if index is not None:
         torch.accelerator.set_device_index(index)
 
 
-class Copy:
-    """Memory of this process that boxes are copied into, kept from one save to the next: allocating it again takes
-    several times as long as filling it.
+def taken_bytes(size: int, pinned: bool) -> int:
+    """Host memory that a tensor of `size` bytes takes. torch allocates pinned memory in powers of two
+    (ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if pinned else size
 
-    From a GPU the copies are made in a stream of their own, behind the work that the device has; the host does not
-    wait. `made` is an event after the last of them, None on a CPU. Until it has come, the boxes must not change
+
+class Copy:
+    """Host memory that boxes are copied to. It is reused by later saves, because allocating it takes several times as
+    long as filling it.
+
+    From a GPU the copies run in a separate stream, after the work that is already queued; the host does not wait.
+    `made` is an event after the last copy, None on a CPU. Until it has completed, the boxes must not change
     (Engine.update_waits_for), and the memory must not be read.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:
-        """limit_bytes: of the copy; None: half of what is free on this node, shared among its ranks."""
+        """limit_bytes: most memory for the copy; None: half of the node's free memory, divided among its ranks."""
         self.limit_bytes = limit_bytes
         self.memory: dict[torch.dtype, Tensor] = {}
+        self.pinned = False
         self.made: Any = None
         self._streams: dict[torch.device, Any] = {}
 
     def take(self, boxes: BoxDict) -> BoxDict | None:
-        """The same values in memory of their own; None where that is more than the limit, or than there is."""
+        """Copies the boxes; returns None if the copy would exceed the limit or the available memory."""
         self.made = None
         counts: Counter[torch.dtype] = Counter()
         for box in (box for some in boxes.values() for box in some):
             counts[box.values.dtype] += box.values.numel()
-        wanted = sum(dtype.itemsize * count for dtype, count in counts.items())
+        device = _device_of(boxes)
+        self.pinned = device.type != "cpu"  # only there does a device write by itself
+        wanted = sum(
+            taken_bytes(dtype.itemsize * count, self.pinned) for dtype, count in counts.items()
+        )
         free = (
             psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             + self.held_bytes
@@ -110,20 +122,18 @@ class Copy:
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
-        device = _device_of(boxes)
         for dtype, count in counts.items():
             if dtype not in self.memory or self.memory[dtype].numel() != count:
                 self.memory.pop(dtype, None)
                 try:
-                    # Page-locked: only there does a device write by itself.
-                    pinned = device.type != "cpu"
-                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
-                except RuntimeError:  # torch's word for no memory
+                    # Pinned memory, since other copies from a device are not asynchronous.
+                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=self.pinned)
+                except RuntimeError:  # out of memory
                     return None
         if device not in self._streams:
             self._streams[device] = stream_beside(device)
         stream = self._streams[device]
-        if stream is not None:  # the update of this step comes first
+        if stream is not None:  # wait for the update of this step
             stream.wait_stream(torch.accelerator.current_stream())
         with nullcontext() if stream is None else stream:
             result = self._filled(boxes)
@@ -145,18 +155,19 @@ class Copy:
 
     @property
     def held_bytes(self) -> int:
-        """What it takes of this process's memory."""
-        return sum(memory.nbytes for memory in self.memory.values())
+        """Bytes of this process's memory that the copy takes."""
+        return sum(taken_bytes(memory.nbytes, self.pinned) for memory in self.memory.values())
 
 
 def _device_of(boxes: BoxDict) -> torch.device:
-    """The device that copies come from: of boxes on the CPU and on a device, as with offload, the device."""
+    """The device that boxes are copied from: the GPU if some boxes are on it and others on the CPU, as with offload."""
     found = {box.values.device for some in boxes.values() for box in some}
     return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
 
 
 class Saver:
-    """Saves a run's checkpoints: one at a time, in a thread. Every rank makes one and calls it at the same steps."""
+    """Saves a run's checkpoints, one at a time, in a thread. Collective: every rank must create a Saver and call it at
+    the same steps."""
 
     def __init__(
         self,
@@ -165,13 +176,14 @@ class Saver:
         copy_limit_bytes: int | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        """keep: newest checkpoints to keep, 0 all; copy_limit_bytes: as Copy's; timeout: of a collective."""
+        """keep: number of newest checkpoints to keep, 0: all; copy_limit_bytes: as in Copy; timeout: for each
+        collective."""
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
-        self.good_step: int | None = None  # of the newest checkpoint that is known to be whole
+        self.good_step: int | None = None  # of the newest checkpoint that is known to be undamaged
         self.damaged, self.strange = set[str](), set[str]()
         self.carried: dict[str, bytes] = {}
-        """On rank 0, small files that go into every checkpoint, by name."""
-        # Collectives of the thread must not mix with those of the steps; gloo's need no device.
+        """On rank 0: small files that are added to every checkpoint, by name."""
+        # The thread's collectives must not interleave with those of training; with gloo they need no device.
         self.group: Any = (
             dist.new_group(timeout=timeout, backend="gloo") if dist.is_initialized() else None
         )
@@ -182,20 +194,20 @@ class Saver:
         self.running: Future[float] | None = None
         self.copy = Copy(copy_limit_bytes)
         self.figures: dict[str, float] = {}
-        """Since the last look (`taken_figures`): checkpoint_seconds, that steps have waited; of saves that ended,
-        checkpoint_write_seconds, and checkpoint_copy_bytes, this rank's memory for the copy (0: the steps waited)."""
+        """Figures since the last `taken_figures`: checkpoint_seconds, the time that steps waited; for finished saves,
+        checkpoint_write_seconds and checkpoint_copy_bytes, this rank's memory for the copy (0: the steps waited)."""
         self.told: list[str] = []
-        """On rank 0, for the log: checkpoints that were removed early or renamed, or could not be."""
+        """On rank 0: log lines about checkpoints that were removed early or renamed, or could not be."""
 
     def starts_from(self, step: int, damaged: Collection[str]) -> None:
-        """The run starts from the checkpoint of that step, where there is one, and has found those of these names
+        """Records that the run starts from the checkpoint of that step. damaged: names of the checkpoints that it found
         damaged."""
         self.good_step, self.damaged = step, {*damaged}
 
     def save(self, step: int, boxes: BoxDict, state: dict[str, Any], is_best: bool = False) -> None:
-        """Starts saving. What is given may change as soon as this returns, on a GPU as soon as `copy.made` has come.
-        is_best: `best` is to name it. An earlier save still in progress is waited for, and its error raised. Where a
-        rank has no room for its copy, this one is waited for by all."""
+        """Starts a save. The boxes may change as soon as this returns; on a GPU, as soon as `copy.made` has completed.
+        First waits for an earlier save that is still in progress, and raises its error. If a rank has no memory for its
+        copy, all ranks also wait for this save. is_best: whether to update `best`."""
         self.wait()
         start = time.monotonic()
         copy = self.copy.take(boxes)
@@ -214,7 +226,7 @@ class Saver:
         self._count("checkpoint_seconds", time.monotonic() - start)
 
     def wait(self) -> None:
-        """Waits for the save in progress. Raises SaveFailed (on every rank) where it failed."""
+        """Waits for the save in progress. Raises SaveFailed (on every rank) if it failed."""
         if self.running is not None:
             start = time.monotonic()
             running, self.running = self.running, None
@@ -247,7 +259,7 @@ class Saver:
     def _write(
         self, step: int, boxes: BoxDict, state: dict[str, Any], is_best: bool, made: Any
     ) -> float:
-        """Seconds that it took. made: as Copy's."""
+        """Writes the checkpoint and returns the seconds that it took. made: the event of Copy."""
         start = time.monotonic()
         transaction = Transaction(self.folder / step_name(step), state, self.carried)
         try:
@@ -270,8 +282,8 @@ class Saver:
         self._make_room(needed + sum(map(len, self.carried.values())))
 
     def _make_room(self, needed: int) -> None:
-        """Where a checkpoint of so many bytes does not fit, the oldest go before it is written and not after, as many
-        as it takes; the newest that is known to be whole and the best stay in any case."""
+        """If a checkpoint of `needed` bytes does not fit on the disk, removes as many of the oldest as necessary before
+        it is written instead of after; always keeps the best and the newest that is known to be undamaged."""
         existing = {step_of(path) or 0: path for path in checkpoints_of(self.folder.parent)}
         if not self.keep or self.good_step is None or self.good_step not in existing:
             return
@@ -283,12 +295,10 @@ class Saver:
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         for path in doomed if missing <= 0 else ():
             _remove(path)
-            self.told.append(
-                f"{path}: removed before the next checkpoint is written, which had no room"
-            )
+            self.told.append(f"{path}: removed to make room before writing the next checkpoint")
 
     def _remove_left_overs(self) -> None:
-        """What a kill left of earlier saves and removals."""
+        """Removes the remains of earlier saves and removals that were killed."""
         for path in self.folder.glob(".step_*"):
             step = step_of(path)
             needed = step is not None and not (self.folder / step_name(step)).exists()
@@ -296,8 +306,8 @@ class Saver:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _has_appeared(self, step: int, is_best: bool) -> None:
-        """`latest`, and `best` where it is, name it and others go. It is there whatever happens here, and so the ranks
-        need not agree."""
+        """Updates `latest`, and `best` if `is_best`, and removes old checkpoints. The new checkpoint exists whether or
+        not this succeeds, so the ranks need not agree on it."""
         self.good_step = step
         try:
             write_durably(self.folder / LATEST, step_name(step) + "\n")
@@ -307,27 +317,27 @@ class Saver:
             self._remove_old(step)
         except OSError as error:
             self.told.append(
-                f"checkpoint of step {step} is saved; {LATEST}, {BEST} or others could not be changed: {error}"
+                f"checkpoint of step {step} is saved, but {LATEST}, {BEST} or older ones could not be updated: {error}"
             )
 
     def _set_aside_later(self, step: int) -> None:
-        """Checkpoints of later steps that were found damaged when the run started from an older one: no start must come
-        back to them. Any others are not this run's to touch."""
+        """Renames checkpoints of later steps that were found damaged when the run started from an older one, so that no
+        start uses them. Leaves any others as they are."""
         for path in checkpoints_of(self.folder.parent):
             if (step_of(path) or 0) > step and path.name in self.damaged:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                self.told.append(f"{path}: damaged and skipped: is now {aside.name}")
+                self.told.append(f"{path}: damaged and skipped: renamed to {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
                 self.told.append(
-                    f"{path}: of a later step than {step}: not written by this start, and left as it is"
+                    f"{path}: of a later step than {step} and not written by this start: left unchanged"
                 )
 
     def _remove_old(self, step: int) -> None:
-        """Keeps the newest `keep` checkpoints up to that step, and the best; the one just written is whole, so a good
-        one always stays."""
+        """Removes all checkpoints up to that step except the newest `keep` and the best. The one just written is
+        undamaged, so a good one always remains."""
         own = [path for path in checkpoints_of(self.folder.parent) if (step_of(path) or 0) <= step]
         best = named_best(self.folder.parent)
         for path in own[: -self.keep] if self.keep else []:
@@ -336,7 +346,7 @@ class Saver:
 
 
 def _remove(path: Path) -> None:
-    """Hides a checkpoint first, so that a half removed one is never taken for whole."""
+    """Removes a checkpoint. Renames it first, so that a partly removed one is never mistaken for a checkpoint."""
     doomed = path.with_name(f".{step_name(step_of(path) or 0)}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -344,7 +354,7 @@ def _remove(path: Path) -> None:
 
 
 def failure_line(error: BaseException) -> str:
-    """One line for the log: each rank that failed and why."""
+    """A log line with each rank that failed, and why."""
     if isinstance(error, SaveFailed):
         return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
     return f"{type(error).__name__}: {error}"

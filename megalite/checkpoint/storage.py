@@ -1,8 +1,8 @@
-"""How ranks write a checkpoint together: each one a safetensors file and its part of the index, the first the rest.
+"""All ranks write a checkpoint together: each its safetensors file and its part of the index, rank 0 the rest.
 
-Rank 0 gathers two things: how many bytes each rank will write, before, so that room can be made; and each rank's part
-of the index, some kilobytes, after. An error on any rank is raised on every rank. Next: save.py, which does it in the
-background.
+Rank 0 gathers two things: beforehand the number of bytes that each rank will write, so that room can be made; and
+afterwards each rank's part of the index, some kilobytes. An error on any rank is raised on every rank. Next: save.py,
+which does this in the background.
 """
 
 import traceback
@@ -19,11 +19,11 @@ from megalite.errors import CheckpointError
 
 T = TypeVar("T")
 RUN_BYTES, OTHER_BYTES = 256, 1 << 16
-"""Of a checkpoint beside its tensors: for each box, and in all."""
+"""Estimated bytes of a checkpoint besides its tensors: for each box, and in total."""
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written. failures: by rank, the error and its stack."""
+    """A checkpoint could not be written. failures: the error and its stack trace, by rank."""
 
     def __init__(self, failures: dict[int, tuple[Exception, Any]]) -> None:
         super().__init__("a checkpoint could not be written", failures)
@@ -38,12 +38,12 @@ def write_together(
     after: Callable[[], None],
     ready: Callable[[], None],
 ) -> None:
-    """Writes every rank's boxes into a checkpoint's folder and makes it visible (collective over `group`; None: this
+    """Writes every rank's boxes to a checkpoint's folder and makes it visible (collective over `group`; None: this
     process alone). Boxes of different ranks must not overlap: each element has one owner.
 
-    before, after: called on rank 0, around it all; before is given the bytes that will be written. ready: called on
-    every rank, returns when the boxes have their values. Raises SaveFailed on every rank, with the failure of each rank
-    that had one.
+    before: called on rank 0 at the start, with the total bytes to write; after: called on rank 0 at the end. ready:
+    called on every rank, returns when the boxes have their values. If any rank fails, raises SaveFailed on every rank,
+    with the failures of all ranks.
     """
     ranks = _Ranks(group)
     needed = OTHER_BYTES + sum(
@@ -53,7 +53,7 @@ def write_together(
     def begin(needed_by_ranks: list[int]) -> str:
         before(sum(needed_by_ranks))
         transaction.begin()
-        return transaction.partial.name  # the other ranks' transactions would call theirs otherwise
+        return transaction.partial.name  # random, so it must be the same for all ranks
 
     def wait() -> int:
         ready()
@@ -72,14 +72,15 @@ def write_together(
 def _write(
     boxes: BoxDict, transaction: Transaction, folder: str, rank: int
 ) -> tuple[str, str | None, Packed]:
-    """This rank's file: its name, its SHA-256, and its part of the index. No file where there is nothing to write."""
+    """Writes this rank's file. Returns its name, its SHA-256 (None: no file, since the rank has no data), and the
+    rank's part of the index."""
     path = transaction.folder.parent / folder / f"tensors_{rank:05d}.safetensors"
     slices, starts, counts, of_rows = rows_of(boxes)
     if not slices:
         return path.name, None, Packed.of([], [], [])
     if not path.parent.is_dir():
         raise CheckpointError(
-            f"{path.parent}: rank 0 made it: must lie on a file system that all ranks share"
+            f"{path.parent}: not found, though rank 0 created it: must be on a file system that all ranks share"
         )
     tensors: dict[str, Tensor] = {}
     for piece, start, some in zip(slices, starts, of_rows, strict=True):
@@ -97,7 +98,8 @@ class _Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def in_turn(self, each: Callable[[], Any], first: Callable[[list[Any]], T]) -> T:
-        """Every rank does `each`, then rank 0 `first` with what the ranks returned; its result, on every rank."""
+        """Every rank calls `each`, then rank 0 calls `first` with the ranks' results. Returns its result on every
+        rank."""
         own = _attempt(each)
         gathered: list[Any] = [own] * self.size
         if self.group is not None:
@@ -105,10 +107,12 @@ class _Ranks:
             dist.gather_object(own, gathered or None, 0, self.group)
         answer: list[Any] = [None, {}]
         if self.rank == 0:
-            failures = {rank: told for rank, (_, told) in enumerate(gathered) if told is not None}
+            failures = {
+                rank: error for rank, (_, error) in enumerate(gathered) if error is not None
+            }
             if not failures:
-                answer[0], told = _attempt(lambda: first([result for result, _ in gathered]))
-                failures = {} if told is None else {0: told}
+                answer[0], error = _attempt(lambda: first([result for result, _ in gathered]))
+                failures = {} if error is None else {0: error}
             answer[1] = failures
         if self.group is not None:
             dist.broadcast_object_list(answer, 0, self.group)
@@ -118,7 +122,7 @@ class _Ranks:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Any]:
-    """What it returns, and what it raised: (error, its stack), as SaveFailed has it."""
+    """The result of `work`, and its failure: (error, stack trace) as in SaveFailed, or None."""
     try:
         return work(), None
     except Exception as error:

@@ -1,7 +1,7 @@
-"""A safetensors file: written in one pass and to the disk itself, read part by part and compared with the index.
+"""A safetensors file: written in one pass and flushed to disk; read in parts, which are compared with the index.
 
-safetensors' own writer first makes a copy of all that it is given, and the hash would need a second pass. Next:
-storage.py, which says what is written.
+safetensors' own writer first copies all tensors, and the hash would need a second pass. Next: storage.py, which
+decides what is written.
 """
 
 import hashlib
@@ -21,18 +21,20 @@ from megalite.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK_BYTES = 4 << 20
-_FLUSH_BYTES = 64 << 20  # after so many the disk is set to work, so that little is left for the end
+_FLUSH_BYTES = (
+    64 << 20
+)  # flush in the background after this many, so that little remains for the final fsync
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes the file, flushes it to the disk, and returns its SHA-256: of the memory that it was written from, so that
-    what goes wrong on the way to the disk is found. A tensor of another device is copied when its turn comes."""
+    """Writes the file, flushes it to disk, and returns the SHA-256 of the data in memory, so that corruption on the way
+    to the disk is detected. A tensor on a GPU is copied to the CPU when its turn comes."""
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as helpers:
         descriptor, unflushed = file.fileno(), 0
         flushing: Future[None] | None = None
         for block in _joined(_pieces(tensors)):
-            # Beside the write: neither holds Python's lock.
+            # Concurrent with the write: both release the GIL.
             hashing = helpers.submit(digest.update, block)
             try:
                 write_all(descriptor, block)
@@ -71,7 +73,7 @@ def header_of(
 
 
 def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    """The file's bytes: header, then tensors in order."""
+    """The bytes of the file: header, then tensors in order."""
     shapes = ((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
     yield memoryview(header_of(shapes))
     for tensor in tensors.values():
@@ -79,7 +81,7 @@ def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
 
 
 def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same bytes in blocks of a size that is worth a call; large pieces are not copied."""
+    """The same bytes in blocks of up to _BLOCK_BYTES: small pieces are merged; large ones are cut, not copied."""
     small = bytearray()
     for piece in pieces:
         if small and len(small) + len(piece) > _BLOCK_BYTES:
@@ -94,14 +96,14 @@ def _joined(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
 
 
 class TensorFiles:
-    """The boxes that an index says lie in a folder's files; each file's header is read once."""
+    """Reads the boxes that an index lists in a folder's files; each file's header is read once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
 
     def close(self) -> None:
-        """Closes the files; a later read opens them again. Until then a file that is removed keeps its disk space."""
+        """Closes the files; a later read opens them again. A removed file occupies disk space until it is closed."""
         for file, *_ in self._files.values():
             file.close()
         self._files.clear()
@@ -109,8 +111,8 @@ class TensorFiles:
     def read_into(
         self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]
     ) -> None:
-        """Part of a box, into existing memory. CheckpointError where the file cannot be read or holds another box
-        than the index says."""
+        """Reads part of a box into existing memory. Raises CheckpointError if the file cannot be read or does not match
+        the index."""
         path = self.folder / chunk.file
         try:
             if chunk.file not in self._files:
@@ -120,7 +122,7 @@ class TensorFiles:
             start += chunk.run[1] * entry.dtype.itemsize if chunk.run is not None else 0
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
-            # Read into the target itself, or by blocks through memory of the box's form.
+            # Read directly into the target if its layout allows, else in blocks through a buffer of the box's shape.
             alike = target.dtype == entry.dtype and target.shape[1:] == chunk.shape[1:]
             direct = target.device.type == "cpu" and target.is_contiguous() and alike
             step = count if direct else max(1, _BLOCK_BYTES // max(1, row_bytes))
@@ -137,25 +139,25 @@ class TensorFiles:
 
 
 def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
-    """A safetensors file, where its tensors begin, and its header."""
+    """Opens a safetensors file; returns it, the offset of its tensors, and its header."""
     file = path.open("rb")
     length = int.from_bytes(file.read(8), "little")
     if 8 + length > path.stat().st_size:
-        raise ValueError("has no header of a safetensors file")
+        raise ValueError("is not a safetensors file: its header is longer than the file")
     return file, 8 + length, json.loads(file.read(length))
 
 
 def _place(stored: dict[str, Any], chunk: Chunk, entry: Entry, size: int) -> int:
-    """The first byte of a box among the file's tensors, which take `size` bytes."""
+    """The offset of a box in the file's tensor data of `size` bytes."""
     dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
     wanted = chunk.shape if chunk.run is None else chunk.run[:1]
     if (dtype, tuple(shape)) != (_NAMES[entry.dtype], wanted):
         raise ValueError(
-            f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(wanted)}, as the "
-            "index says"
+            f"{chunk.key}: {dtype} {shape}: must be {_NAMES[entry.dtype]} {list(wanted)} as in the index"
         )
     if not 0 <= start <= stop <= size or stop - start != math.prod(wanted) * entry.dtype.itemsize:
-        raise ValueError(f"{chunk.key}: bytes {start} to {stop} of {size}")
+        rule = f"must match its shape and be within the {size} bytes of data"
+        raise ValueError(f"{chunk.key}: data_offsets {start}, {stop}: {rule}")
     return start
 
 
@@ -165,5 +167,5 @@ def _read(descriptor: int, start: int, target: Tensor) -> None:
     while content:
         count = os.preadv(descriptor, [content], start)
         if count == 0:
-            raise ValueError("ends early")
+            raise ValueError("the file is truncated")
         content, start = content[count:], start + count

@@ -1,5 +1,5 @@
-"""Loading, all ranks together: every rank reads the ranges that it holds, from a checkpoint of any layout or from
-a Hugging Face folder.
+"""Loads weights on all ranks together: every rank reads the ranges that it holds, from a checkpoint of any layout or
+from a Hugging Face folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +17,16 @@ from megalite.parallel.layers import Shard, placed
 
 T = TypeVar("T")
 ReadBox = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
-"""A source of weights: (our full name, first index, shape) -> that box."""
+"""A source of weights: (our full name, offsets, shape) -> that box."""
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` makes, on every rank (collective). Where it raises UserError on any rank, every rank raises the first
-    of these: a rank that failed alone would leave the others waiting for it."""
-    made: list[T] = []
+    """Calls `work` on every rank and returns its result (collective). If it raises UserError on any rank, every rank
+    raises the first of these errors: a rank that failed alone would leave the others waiting for it."""
+    results: list[T] = []
     own: UserError | None = None
     try:
-        made.append(work())
+        results.append(work())
     except UserError as error:
         own = error
     errors = [own]
@@ -37,12 +37,12 @@ def together(work: Callable[[], T]) -> T:
         if error is not None:
             error.agreed = True
             raise error
-    return made[0]
+    return results[0]
 
 
 def open_together(path: Path) -> Checkpoint:
-    """Opens a checkpoint on every rank; its files are checked once, shared out among the ranks (collective).
-    Every rank raises CheckpointError where any of them found damage."""
+    """Opens a checkpoint on every rank; its files are checked once, divided among the ranks (collective). Every rank
+    raises CheckpointError if any of them finds damage."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def opened() -> Checkpoint:
@@ -53,7 +53,8 @@ def open_together(path: Path) -> Checkpoint:
 
 
 def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) -> None:
-    """Fills masters, and moments where asked, with the checkpoint's values (collective over the world)."""
+    """Fills master weights, and with `moments` also moments, with the checkpoint's values (collective over the
+    world)."""
 
     def fill() -> None:
         for shard in shards:
@@ -81,7 +82,7 @@ def _fill(checkpoint: Checkpoint, shard: Shard, kind: str, values: Tensor) -> No
 
 
 class Named(Protocol):
-    """A source of weights that says which it has."""
+    """A source of weights that lists their names."""
 
     folder: Path
 
@@ -90,13 +91,13 @@ class Named(Protocol):
 
 
 def check_names(source: Named, names: Sequence[str]) -> None:
-    """CheckpointError where the model does not have all tensors of a source: it is of another model."""
+    """Raises CheckpointError if a source has a tensor that the model does not have: it belongs to another model."""
     for name in sorted(set(source.names) - set(names)):
-        raise CheckpointError(f"{source.folder}: {name}: a tensor that the model does not have")
+        raise CheckpointError(f"{source.folder}: {name}: the model has no such tensor")
 
 
 def load_module(read: ReadBox, module: nn.Module) -> None:
-    """Fills a module's slices from any source, tensor by tensor; no engine, no moments (collective)."""
+    """Fills a module's parameters from any source, tensor by tensor, without an engine or moments (collective)."""
 
     def fill() -> None:
         for value, place in placed(module):
@@ -107,7 +108,7 @@ def load_module(read: ReadBox, module: nn.Module) -> None:
 
 
 def load_shards_from(read: ReadBox, shards: Sequence[Shard]) -> None:
-    """Fills masters from any source, box by box (collective)."""
+    """Fills master weights from any source, box by box (collective)."""
 
     def fill() -> None:
         for shard in shards:

@@ -1,9 +1,9 @@
-"""Samples to batches: tokens, labels, what does not count in the loss, and the check of each id.
+"""Turns samples into batches: tokens, labels with -100 where no loss counts, and a check of each id.
 
-B samples, S sequence length in tokens. A label is the token that follows, or with masks (masking.py) the token itself;
-of texts to classify the number of a text's label, at its first token. -100 does not count: after the end of a document
-where documents are kept apart, where `prefix.mask` marks no answer, in filling, where nothing is masked, and after the
-first token of a text to classify.
+B samples, S sequence length in tokens. A label is the next token, or with masks (masking.py) the token itself; for
+classification it is the number of a text's label, at the text's first token. Labels are -100 at the end of a document
+if documents are kept apart, where `prefix.mask` marks no answer, in padding, at tokens that are not masked, and after
+the first token of a text to classify.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from megalite.data.source_target import Rows, SourceTarget
 
 
 class Batch(NamedTuple):
-    """`tokens`, `labels` int64 [B, S]; `documents` int32 [B, S], the number within its sample of each token's
-    document, or None where documents run together. Filling at a sample's end is a document of its own. `prefixes` bool
-    [B, S], with the objective "prefix": whether a token is one of its document's prompt."""
+    """`tokens`, `labels` int64 [B, S]; `documents` int32 [B, S], the number of each token's document within its sample,
+    or None if documents run together. Padding at the end of a sample is a separate document. `prefixes` bool [B, S],
+    with the objective "prefix": whether a token belongs to its document's prompt."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Samples of a corpus, and the corpus of marks (1: counts) or of labels beside it where there is one."""
+    """Samples of a corpus, and its corpus of marks (1: counts) or labels, if there is one."""
 
     samples: Samples
     marks: IndexedCorpus | None
@@ -44,20 +44,20 @@ class BatchReader:
     length: int
     vocabulary_size: int
     apart: bool
-    """Documents are kept apart."""
+    """Whether documents are kept apart."""
     whole: bool
-    """Each piece of a sample is a document (packing.py), not a part of one run of tokens."""
+    """Whether each piece of a sample is a whole document (packing.py), not a part of one run of tokens."""
     eod_id: int | None
-    """What is predicted from this token does not count."""
+    """Predictions from this token do not count."""
     masking: Masking | None = None
     ahead: int = 1
-    """How far after a position its label is."""
+    """Distance from a position to its label."""
     classifies: bool = False
-    """Labels are those of texts, which the corpus beside the tokens holds."""
+    """Whether labels are those of texts, from the corpus of labels."""
     source_target: SourceTarget | None = None
-    """How a sample's source and target are made."""
+    """Builds a sample's source and target."""
     prefixed: bool = False
-    """What is before a document's first marked token is a prompt."""
+    """Whether the tokens before a document's first marked token are a prompt."""
 
     def read(
         self,
@@ -66,15 +66,15 @@ class BatchReader:
         places: np.ndarray,
         numbers: np.ndarray,
     ) -> Batch:
-        """The samples at `places` [B] of the orders of the streams `corpora` [B]; numbers [B]: theirs in the run, which
-        masks are drawn from. Raises DataError for a token id that the vocabulary does not have, and for a corpus that
-        has changed since it was opened."""
+        """Reads the samples at positions `places` [B] in the orders of the streams `corpora` [B]. numbers [B]: numbers
+        of the samples in the run, from which masks are drawn. Raises DataError for a token id outside the vocabulary,
+        and for a corpus that has changed since it was opened."""
         shape = (len(corpora), self.length)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
         documents = np.zeros(shape, np.int32) if self.apart else None
         prefixes = np.zeros(shape, bool) if self.prefixed else None
         fill = self._fill_whole if self.whole else self._fill_window
-        # By corpus: the samples of one are looked up together.
+        # Group by corpus, so that the samples of each are looked up together.
         for number in np.unique(corpora).tolist():
             stream, rows = streams[number], np.flatnonzero(corpora == number)
             for corpus in (stream.samples.corpus, stream.marks):
@@ -109,7 +109,7 @@ class BatchReader:
         labels: np.ndarray,
         documents: np.ndarray | None,
     ) -> None:
-        """Rows [S] of one sample: its tokens in a run, and the one after them where that is predicted."""
+        """Fills rows [S] of one sample with a run of tokens, and the token after it if that is predicted."""
         ahead = self.ahead
         window = np.empty(self.length + ahead, np.int64)
         read_tokens(stream.samples.corpus, pieces, window)
@@ -133,8 +133,8 @@ class BatchReader:
         labels: np.ndarray,
         documents: np.ndarray | None,
     ) -> None:
-        """Rows [S] of one sample: each document's tokens but the last, after which nothing is predicted, then
-        filling."""
+        """Fills rows [S] of one sample with each document's tokens except the last, after which nothing is predicted,
+        and then padding."""
         filled, ahead = 0, self.ahead
         for number, piece in enumerate(pieces):
             start, stop = piece
@@ -161,7 +161,7 @@ class BatchReader:
         number: int,
         rows: Rows,
     ) -> None:
-        """Rows of one sample of an encoder-decoder; number: the sample's in the run."""
+        """Fills the rows of one sample of an encoder-decoder. number: the sample's number in the run."""
         ids = np.empty(sum(stop - start for start, stop in pieces), np.int64)
         marks = None if stream.marks is None else np.empty_like(ids)
         read_tokens(stream.samples.corpus, pieces, ids)
@@ -171,8 +171,8 @@ class BatchReader:
         made.fill(ids, marks, number, rows)
 
     def _fill_prefixes(self, stream: Stream, pieces: list[Piece], prefixes: np.ndarray) -> None:
-        """Row [S] of one sample: in each document the tokens before its first marked one."""
-        assert stream.marks is not None, "config/rules.py asks for them"
+        """Marks, in the row [S] of one sample, each document's tokens before its first marked one."""
+        assert stream.marks is not None, "config/rules.py requires them"
         filled = 0
         for start, stop in pieces:
             marks = stream.marks.read(start, stop - self.ahead)
@@ -180,11 +180,11 @@ class BatchReader:
             filled += len(marks)
 
     def _check(self, stream: Stream, pieces: list[Piece], ids: np.ndarray) -> None:
-        unsigned = ids.view(np.uint64)  # a negative id is a huge one there
+        unsigned = ids.view(np.uint64)  # negative ids become huge
         if unsigned.max() < self.vocabulary_size:
             return
-        left = int(np.argmax(unsigned >= self.vocabulary_size))
+        index = int(np.argmax(unsigned >= self.vocabulary_size))
         for start, stop in pieces:
-            if left < stop - start:
-                raise unknown_id(stream.samples.corpus, start + left, self.vocabulary_size)
-            left -= stop - start
+            if index < stop - start:
+                raise unknown_id(stream.samples.corpus, start + index, self.vocabulary_size)
+            index -= stop - start

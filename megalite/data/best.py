@@ -1,6 +1,6 @@
-"""What a run remembers of its evaluations: the lowest validation loss, and how long there was no lower one.
+"""A run's record of its evaluations: the lowest validation loss, and the number of evaluations since then.
 
-It is a part of the position (position.py), so that a resumed run decides as one that was never stopped.
+It is part of the position (position.py), so that a resumed run decides as if it had never been stopped.
 """
 
 import math
@@ -11,8 +11,9 @@ from megalite.config.sections import EarlyStop
 
 @dataclass(frozen=True)
 class Best:
-    """loss, step: of the evaluation with the lowest loss, None before the first; bar: a later loss must
-    be below it by `min_delta`; smaller gains leave it where it is, so that they add up; waited: evaluations since."""
+    """loss, step: those of the evaluation with the lowest loss, None before the first; bar: the loss that a later one
+    must be below by `min_delta` (smaller gains do not move it, so that they add up); waited: evaluations since the bar
+    last moved."""
 
     loss: float | None = None
     step: int | None = None
@@ -20,7 +21,7 @@ class Best:
     waited: int = 0
 
     def after(self, loss: float, step: int, min_delta: float = 0.0) -> "Best":
-        """With the evaluation after that step. A loss that is not finite is no gain."""
+        """The record including the evaluation after `step`. A loss that is not finite is not a gain."""
         best = self
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             best = replace(self, loss=loss, step=step)
@@ -29,12 +30,12 @@ class Best:
         return replace(best, waited=self.waited + 1)
 
     def is_stopped(self, early_stop: EarlyStop | None) -> bool:
-        """Whether a run ends here."""
+        """Whether the run stops early here."""
         return early_stop is not None and self.waited >= early_stop.patience
 
     @property
     def stop_line(self) -> str:
-        """Why it does."""
+        """The line that says why the run stops early."""
         evaluations = "1 evaluation" if self.waited == 1 else f"{self.waited} evaluations"
         if self.loss is None:
             return f"stopped early: no finite validation loss in {evaluations}"

@@ -1,16 +1,16 @@
-"""Which corpus each position of a run takes its sample from, such that shares hold at every prefix.
+"""Chooses the corpus for each position of a run, such that the shares hold at every prefix of the run.
 
 Let corpus i have the share w_i. Among the first n positions it must have more than n·w_i - 1 and fewer than
-n·w_i + 1 samples. So its j-th sample must lie among positions (j-1)/w_i rounded down and j/w_i rounded up:
-a window of time, and serving at each position the open window that closes first ("earliest deadline
-first") meets all of them (Baruah et al., Proportionate progress, 1996). Megatron's rule, the corpus that
-is furthest behind, misses the bound with many corpora, and both rules walk through all positions.
+n·w_i + 1 samples. So its j-th sample must be at a position from floor((j-1)/w_i) to ceil(j/w_i): a time window.
+Choosing at each position the open window that closes first ("earliest deadline first") meets all windows
+(Baruah et al., Proportionate progress, 1996). Megatron's rule, which chooses the corpus that is furthest behind,
+violates the bound with many corpora. Both rules have to step through all positions.
 
-To start anywhere in constant time, the walk is cut into blocks. At a block's start a sample whose window
-is open there may have been given or not; `_counts_at` decides that from the position alone:
-given are the most urgent ones, as far as there is room for them among the positions before. By Hall's
-theorem on intervals every block can then be walked from its own start to the start of the next one,
-within all windows. Shares are exact fractions of integers.
+To start anywhere in constant time, the positions are cut into blocks. At the start of a block, a sample whose window
+is open there may or may not have been taken already; `_counts_at` decides that from the position alone: the most
+urgent ones have been taken, as far as there is room for them among the positions before. By Hall's theorem on
+intervals, every block can then be filled from its own start to the start of the next one, within all windows.
+Shares are exact fractions of integers.
 """
 
 import heapq
@@ -21,15 +21,17 @@ from fractions import Fraction
 import numpy as np
 
 _LEAST_BLOCK = 4096
-_FINEST = 1 << 40  # shares are multiples of 1 / 2^40 at the finest: under 0.01 sample in 10^10
+_FINEST = (
+    1 << 40
+)  # shares are rounded to 1 / 2^40 at the finest: an error under 0.01 sample in 10^10
 
 
 class Blend:
-    """Positions of a run -> (corpus, how many samples it has given before)."""
+    """Maps positions of a run to (corpus, number of samples that it has given before)."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """`weights` of the corpora, above 0; taken as the decimals that they are written as. A block is twice
-        as long as the least share is small, so config/rules.py has a limit for that."""
+        """weights: of the corpora, above 0; interpreted as the decimals that they are written as. The length of a block
+        is about 2 / the smallest share, so config/data_rules.py limits that share."""
         exact = [Fraction(repr(float(weight))) for weight in weights]
         # w_i = parts[i] / total.
         self._parts, self._total = _integers([weight / sum(exact) for weight in exact])
@@ -38,11 +40,11 @@ class Blend:
 
     @property
     def shares(self) -> list[float]:
-        """The asked share of each corpus; they sum to 1."""
+        """The configured share of each corpus; they sum to 1."""
         return [part / self._total for part in self._parts]
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(corpus, position in that corpus's own order), int64 [B] each, of positions int64 [B]."""
+        """(corpus, position in that corpus's own order), int64 [B] each, for positions int64 [B]."""
         if len(self._parts) == 1:
             return np.zeros_like(positions), positions
         corpora, places = np.empty_like(positions), np.empty_like(positions)
@@ -55,7 +57,7 @@ class Blend:
         return corpora, places
 
     def counts(self, position: int) -> list[int]:
-        """Samples that each corpus has given among the first `position` positions."""
+        """Number of samples from each corpus among the first `position` positions."""
         if len(self._parts) == 1:
             return [position]
         block, inside = divmod(position, self._block)
@@ -64,7 +66,7 @@ class Blend:
         return [count + more for count, more in zip(before, since, strict=True)]
 
     def _walked(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """A block's corpora and places. The last two blocks are kept: a batch may span a seam."""
+        """The corpora and places of a block. The last two blocks are cached, since a batch may span two."""
         if block not in self._blocks:
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
@@ -72,7 +74,7 @@ class Blend:
         return self._blocks[block]
 
     def _walk(self, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Serve positions [start, start + block), earliest deadline first."""
+        """Fills positions [start, start + block), earliest deadline first."""
         parts, total = self._parts, self._total
         given, goal = self._counts_at(start), self._counts_at(start + self._block)
         closed = [
@@ -80,8 +82,8 @@ class Blend:
             for i, (count, part) in enumerate(zip(given, parts, strict=True))
         ]
         closed = [entry for entry in closed if given[entry[1]] < goal[entry[1]]]
-        heapq.heapify(closed)  # (position at which the next window opens, corpus)
-        opened: list[tuple[int, int]] = []  # (position by which it closes, corpus)
+        heapq.heapify(closed)  # (position at which the corpus's next window opens, corpus)
+        opened: list[tuple[int, int]] = []  # (position at which the window closes, corpus)
         corpora, places = np.empty(self._block, np.int64), np.empty(self._block, np.int64)
         for inside in range(self._block):
             while closed and closed[0][0] <= start + inside:
@@ -95,11 +97,11 @@ class Blend:
         return corpora, places
 
     def _counts_at(self, base: int) -> list[int]:
-        """Samples of each corpus among the first `base` positions, `base` a multiple of the block.
+        """Number of samples from each corpus among the first `base` positions, a multiple of the block.
 
-        n·w_i rounded down, and one more for those whose open window closes soonest, as room allows: the
-        samples whose windows lie within the last u positions, and those given early that opened within
-        them, are at most u.
+        It is floor(base·w_i), plus one for the corpora whose open window closes soonest, as room allows: for every u,
+        the samples whose windows lie within the last u positions, and those taken early whose windows opened within
+        them, must be at most u.
         """
         parts, total = self._parts, self._total
         counts = [base * part // total for part in parts]
@@ -109,13 +111,17 @@ class Blend:
             return counts
         opens = {i: counts[i] * total // parts[i] for i in fractional}
         closes = {i: -(-(counts[i] + 1) * total // parts[i]) for i in fractional}
-        back = np.arange(1, base - min(opens.values()) + 1)  # u: positions before base
+        back = np.arange(1, base - min(opens.values()) + 1)  # u: number of positions before base
         room = back.copy()
         for part, rest in zip(parts, left, strict=True):
-            room -= np.maximum(0, (back * part - rest) // total)  # windows wholly within the last u
+            room -= np.maximum(
+                0, (back * part - rest) // total
+            )  # windows entirely within the last u
         surplus = base - sum(counts)
         for i in sorted(fractional, key=lambda i: (closes[i], i)):
-            first = base - opens[i] - 1  # the shortest stretch that holds this window's opening
+            first = (
+                base - opens[i] - 1
+            )  # index of the smallest u that includes this window's opening
             if surplus and room[first:].min() >= 1:
                 room[first:] -= 1
                 counts[i] += 1
@@ -125,7 +131,7 @@ class Blend:
 
 
 def _integers(shares: list[Fraction]) -> tuple[list[int], int]:
-    """Shares as integers over their sum, rounded only where that would pass the finest."""
+    """Shares as integers over their sum; rounded only if the denominator would exceed _FINEST."""
     total = math.lcm(*(share.denominator for share in shares))
     if total > _FINEST:
         parts = [round(share * _FINEST) for share in shares]

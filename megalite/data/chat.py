@@ -1,9 +1,9 @@
-"""Conversations, and prompts with completions, to tokens, and marks of those that the loss counts.
+"""Tokenizes conversations, and prompts with completions, and marks the tokens that count in the loss.
 
-`chat_forms.py` reads the lines. Messages go through the tokenizer's chat template. What the loss counts is what the
-model would have to write: an assistant's message with the end that the template gives it, or a completion with the
-end-of-document token. A template with `{% generation %}` says that itself; for others it is what is between the text
-of the conversation so far with the template's opening for an answer, and the text with the answer.
+`chat_forms.py` reads the lines. The tokenizer's chat template renders messages. The loss counts what the model has to
+generate: an assistant's message with the template's end of turn, or a completion with the end-of-document token. A
+template with `{% generation %}` marks these tokens itself. With other templates they are the difference between the
+text of the conversation up to the template's generation prompt, and the text with the answer.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from megalite.data.chat_forms import Completion, Conversation, NotChat, sample_o
 from megalite.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megalite.errors import DataError
 
-Marked = tuple[list[int], list[int]]  # token ids, and of each 1 where the loss counts it
+Marked = tuple[list[int], list[int]]  # token ids, and for each 1 if the loss counts it, else 0
 Span = tuple[int, int]
-_SHOWN_CHARACTERS = 200  # of what a template says
+_SHOWN_CHARACTERS = 200  # of a template's error message
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOOLS = re.compile(r"\btools\b")
 
 
 class ChatEncoder:
-    """Lines to documents of marked tokens; it can be sent to another process."""
+    """Converts lines to documents of marked tokens; can be pickled for another process."""
 
     def __init__(self, tokenizer: Tokenizer, folder: str) -> None:
-        """Raises DataError for a tokenizer that is not Hugging Face's, or that is not a fast one: the places
-        of tokens in the text are needed."""
+        """Raises DataError for a tokenizer that is not a fast Hugging Face tokenizer: the positions of tokens in the
+        text are needed."""
         if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.inner.is_fast:
             raise DataError(f"{folder}: must be a fast Hugging Face tokenizer for --chat")
         self._inner, self._eod_id = tokenizer.inner, tokenizer.eod_id
@@ -41,12 +41,12 @@ class ChatEncoder:
         ).hexdigest()
 
     def encode(self, line: dict[str, Any]) -> list[Marked]:
-        """The documents of a line, as of `documents`. Raises NotChat."""
+        """The documents of a line; see `documents`. Raises NotChat."""
         return self.documents(sample_of(line))
 
     def documents(self, sample: Conversation | Completion) -> list[Marked]:
-        """The documents of a sample: one, or one an answer where the template writes earlier answers otherwise
-        than last ones. Raises NotChat."""
+        """The documents of a sample: one, or one per answer if the template renders earlier answers differently from
+        the last one. Raises NotChat."""
         if isinstance(sample, Completion):
             return [self._completion(sample.prompt, sample.completion)]
         answers = [
@@ -56,9 +56,9 @@ class ChatEncoder:
         ]
         if not answers:
             key = sample.places[-1].partition(".")[0]
-            raise NotChat(f"{key}: must hold a message of the assistant")
+            raise NotChat(f"{key}: must contain an assistant message")
         if not self._inner.chat_template:
-            raise NotChat("needs a chat template, which the tokenizer does not have")
+            raise NotChat("needs a chat template, but the tokenizer has none")
         try:
             template = self._inner.get_chat_template(None, sample.tools)
             _check_tools(sample, template)
@@ -67,8 +67,8 @@ class ChatEncoder:
             return self._by_difference(sample, answers)
         except NotChat:
             raise
-        except Exception as error:  # a template is a program: it can raise anything over a message
-            raise NotChat(f"is refused by the chat template: {_said(error)}") from None
+        except Exception as error:  # a template is a program, which can raise anything
+            raise NotChat(f"is rejected by the chat template: {_reason(error)}") from None
 
     def _completion(self, prompt: str, completion: str) -> Marked:
         try:
@@ -76,7 +76,7 @@ class ChatEncoder:
                 prompt + completion, [(len(prompt), len(prompt) + len(completion))]
             )
         except Exception as error:
-            raise NotChat(f"cannot be tokenized: {_said(error)}") from None
+            raise NotChat(f"cannot be tokenized: {_reason(error)}") from None
         end = [] if self._eod_id is None else [self._eod_id]
         return ids + end, marks + [1] * len(end)
 
@@ -91,7 +91,9 @@ class ChatEncoder:
         )
         marks = [int(mark) for mark in found["assistant_masks"]]
         if not any(marks):
-            raise NotChat("the chat template's {% generation %} holds no token of these messages")
+            raise NotChat(
+                "the chat template's {% generation %} contains no tokens of these messages"
+            )
         return list(found["input_ids"]), marks
 
     def _by_difference(self, sample: Conversation, answers: list[int]) -> list[Marked]:
@@ -99,22 +101,22 @@ class ChatEncoder:
         for i in answers:
             if i == 0:
                 raise NotChat(
-                    f"{sample.places[0]}: must not be of the assistant: no message comes before it"
+                    f"{sample.places[0]}: must not be an assistant message: no message comes before it"
                 )
             opened = self._text(sample, i, opened=True)
             answered = self._text(sample, i + 1)
             if not answered.startswith(opened):
-                rule = "the chat template does not continue its own opening of an answer"
+                rule = "the chat template's text with the answer does not begin with its generation prompt"
                 raise NotChat(f"{sample.places[i]}: {rule}")
             texts.append(answered)
-            # A line's end after the turn is the template's.
+            # A newline after the turn belongs to the template.
             spans.append((len(opened), len(answered.rstrip())))
         if all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts)):
             return [self._marked(texts[-1], spans)]
         return [self._marked(text, [span]) for text, span in zip(texts, spans, strict=True)]
 
     def _text(self, sample: Conversation, count: int, opened: bool = False) -> str:
-        """The first `count` messages as the template writes them; opened: with its opening for an answer."""
+        """The first `count` messages as rendered by the template; opened: with its generation prompt."""
         return self._inner.apply_chat_template(
             sample.messages[:count],
             tools=sample.tools,
@@ -123,8 +125,8 @@ class ChatEncoder:
         )
 
     def _marked(self, text: str, spans: list[Span]) -> Marked:
-        """A text's tokens, marked where they hold text of a span. One that begins before it counts too: it holds
-        the answer's beginning (a prompt that ends in a space makes such tokens)."""
+        """A text's tokens, marked if they contain text of a span. This includes a token that begins before the span but
+        contains its start (a prompt that ends in a space gives such tokens)."""
         found = self._inner(
             text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False
         )
@@ -135,15 +137,15 @@ class ChatEncoder:
         return list(found["input_ids"]), marks
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__
 
 
 def _check_tools(sample: Conversation, template: str) -> None:
-    """NotChat for what a template leaves out without a word."""
+    """Raises NotChat for fields that a template would silently ignore."""
     if sample.tools is not None and not _TOOLS.search(template):
         raise NotChat("tools: must be left out: the chat template does not use them")
     for message, place in zip(sample.messages, sample.places, strict=True):
         if "tool_calls" in message and "tool_calls" not in template:
-            rule = "must be left out: the chat template does not write them"
+            rule = "must be left out: the chat template does not render them"
             raise NotChat(f"{place}.tool_calls: {rule}")

@@ -1,13 +1,13 @@
-"""The forms that a line with a conversation may have, told apart by its fields, and what each is for a chat template.
+"""The forms of a line with a conversation, distinguished by their fields, and their conversion for a chat template.
 
     messages                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     prompt and completion   {"prompt": "…", "completion": "…"}        or both as lists of messages
     ShareGPT                {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]}
     Alpaca                  {"instruction": "…", "input": "…", "output": "…"}
 
-An assistant message may hold `tool_calls`, messages of the role `tool` hold their results, and the line's `tools`
-describes the tools to the template. Lines of ShareGPT and Alpaca may have a `system` message.
-A field that is null counts as absent. Next: chat.py, which renders conversations and marks the answers.
+An assistant message may have `tool_calls`, messages of the role `tool` contain their results, and the line's `tools`
+describes the tools to the template. ShareGPT and Alpaca lines may have a `system` message.
+A field that is null counts as missing. Next: chat.py, which renders conversations and marks the answers.
 """
 
 import json
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 MESSAGES, WITH_TOOLS, COMPLETION = "messages", "messages with tools", "prompt and completion"
 SHARE_GPT, ALPACA = "ShareGPT", "Alpaca"
 
-_ROLES = {  # of ShareGPT's `from`
+_ROLES = {  # by ShareGPT's `from`
     "system": "system",
     "human": "user",
     "user": "user",
@@ -34,12 +34,12 @@ _FORMS = '"messages", "conversations", "prompt" and "completion", or "instructio
 
 
 class NotChat(ValueError):
-    """A line that is no conversation, with the field and the rule that it breaks."""
+    """A line that is not a conversation; the message names the field and the rule that it breaks."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and the one that is to follow it."""
+    """A prompt and the completion that follows it."""
 
     prompt: str
     completion: str
@@ -48,8 +48,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for a chat template. places: of each message, the field of the line that holds it; first: answers of
-    earlier messages do not count; tools: for the template, None where there are none."""
+    """Messages for a chat template. places: for each message the field of the line that contains it; first: index of
+    the first message that may count in the loss; tools: for the template, None if there are none."""
 
     form: str
     messages: list[Message]
@@ -59,7 +59,7 @@ class Conversation:
 
 
 def sample_of(line: dict[str, Any]) -> Conversation | Completion:
-    """What a line holds. Raises NotChat."""
+    """Converts a line of any form. Raises NotChat."""
     line = {key: value for key, value in line.items() if value is not None}
     if "messages" in line:
         return _of_messages(line)
@@ -69,26 +69,27 @@ def sample_of(line: dict[str, Any]) -> Conversation | Completion:
         return _of_completion(line)
     if "instruction" in line and "output" in line:
         return _of_alpaca(line)
-    raise NotChat(f"must hold {_FORMS}: holds {shown(list(line))}")
+    raise NotChat(f"must have {_FORMS}: has {shown(list(line))}")
 
 
 def messages_of(value: Any, place: str) -> list[Message]:
-    """Messages with `role` and `content`, as templates take them: without fields that are null, the arguments of
-    tool calls as objects. place: of the list, for the error. Raises NotChat."""
+    """Messages with `role` and `content` in the form for templates: without fields that are null, and with the
+    arguments of tool calls as objects. place: name of the list, for errors. Raises NotChat."""
     if not isinstance(value, list) or not value:
         raise _broken(place, value, "must be a list of messages")
     return [_message(message, f"{place}.{i}") for i, message in enumerate(value)]
 
 
 def tools_of(line: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """A line's `tools`: a list of objects, or the JSON text of one, which columns of one type need. Raises NotChat."""
+    """A line's `tools`: a list of objects, or its JSON as a string, for tables with one type per column. Raises
+    NotChat."""
     value = line.get("tools")
     if isinstance(value, str):
         value = _parsed(value, "tools")
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _broken("tools", value, "must be a list of objects, or the JSON text of one")
+        raise _broken("tools", value, "must be a list of objects, or the JSON of one as a string")
     return value
 
 
@@ -123,14 +124,15 @@ def _of_share_gpt(line: dict[str, Any]) -> Conversation:
 def _of_alpaca(line: dict[str, Any]) -> Conversation:
     for key in ("instruction", "input", "output"):
         if not isinstance(line.get(key, ""), str):
-            raise _broken(key, line[key], "must be text")
+            raise _broken(key, line[key], "must be a string")
     if line.get("history"):
-        raise _broken("history", line["history"], 'must be empty: "messages" holds several turns')
-    asked = "\n".join(part for part in (line["instruction"], line.get("input")) if part)
+        rule = 'must be empty: use "messages" for several turns'
+        raise _broken("history", line["history"], rule)
+    question = "\n".join(part for part in (line["instruction"], line.get("input")) if part)
     system = _system(line)
     messages = [
         *system,
-        {"role": "user", "content": asked},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": line["output"]},
     ]
     places = ["system"] * len(system) + ["instruction", "output"]
@@ -138,22 +140,22 @@ def _of_alpaca(line: dict[str, Any]) -> Conversation:
 
 
 def _system(line: dict[str, Any]) -> list[Message]:
-    """The system message that lies beside a conversation; an empty one is none."""
+    """The system message in its own field of a line, as a list; empty if there is none."""
     text = line.get("system", "")
     if not isinstance(text, str):
-        raise _broken("system", text, "must be text")
+        raise _broken("system", text, "must be a string")
     return [{"role": "system", "content": text}] if text else []
 
 
 def _turn(turn: Any, place: str) -> Message:
-    """A message of ShareGPT's form."""
+    """A message in ShareGPT's form."""
     if not isinstance(turn, dict):
         raise _broken(place, turn, "must be an object")
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise _broken(f"{place}.from", speaker, f"must be one of {', '.join(_ROLES)}")
     if not isinstance(value, str):
-        raise _broken(f"{place}.value", value, "must be text")
+        raise _broken(f"{place}.value", value, "must be a string")
     if speaker != "function_call":
         return {"role": _ROLES[speaker], "content": value}
     calls = _parsed(value, f"{place}.value")
@@ -166,7 +168,7 @@ def _turn(turn: Any, place: str) -> Message:
 
 
 def _name_results(messages: list[Message]) -> None:
-    """Gives the results of calls the names of the functions, in order: some templates ask for them."""
+    """Adds the functions' names to the results of their calls, in order: some templates need them."""
     names: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
@@ -180,20 +182,20 @@ def _message(value: Any, place: str) -> Message:
         raise _broken(place, value, "must be an object")
     message = {key: part for key, part in value.items() if part is not None}
     if not isinstance(message.get("role"), str):
-        raise _broken(f"{place}.role", message.get("role"), "must be text")
+        raise _broken(f"{place}.role", message.get("role"), "must be a string")
     calls = message.pop("tool_calls", None)
-    if calls:  # an empty list is what a table has for a message without any
+    if calls:  # in tables, a message without calls may have an empty list
         if message["role"] != "assistant":
-            raise _broken(f"{place}.tool_calls", calls, "must be of the assistant")
+            raise _broken(f"{place}.tool_calls", calls, "must be in an assistant message")
         message["tool_calls"] = _tool_calls(calls, f"{place}.tool_calls")
-        message.setdefault("content", "")  # templates would write None
+        message.setdefault("content", "")  # templates would render None
     if not isinstance(message.get("content"), str):
-        raise _broken(f"{place}.content", message.get("content"), "must be text")
+        raise _broken(f"{place}.content", message.get("content"), "must be a string")
     return message
 
 
 def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
-    """As transformers' templates take them: {"type": "function", "function": {"name": …, "arguments": {…}}}."""
+    """Calls in the form for templates: {"type": "function", "function": {"name": …, "arguments": {…}}}."""
     if not isinstance(calls, list):
         raise _broken(place, calls, "must be a list of calls")
     result = []
@@ -206,7 +208,7 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"{at}.arguments")
         if not isinstance(arguments, dict):
-            rule = "must be an object, or the JSON text of one"
+            rule = "must be an object, or the JSON of one as a string"
             raise _broken(f"{at}.arguments", arguments, rule)
         around = {} if function is call else call
         whole = {"name": function["name"], "arguments": arguments}

@@ -1,10 +1,10 @@
-"""The check of whole corpora: index, every token id, and checksums where there are any.
+"""The check of whole corpora: the index, every token id, and checksums if there are any.
 
-It reads each file once and remembers what it found, by path, sizes and times, in the user's cache folder
-(`$XDG_CACHE_HOME/megalite` or `~/.cache/megalite`): the range of ids, so that another vocabulary needs no
-second reading. Where the folder cannot be written the check is simply made again.
+It reads each file once and stores the result, by path, sizes and times, in the user's cache folder
+(`$XDG_CACHE_HOME/megalite` or `~/.cache/megalite`): the range of ids, so that the check for another vocabulary
+need not read the corpus again. If the folder cannot be written, the check is repeated each time.
 
-`prefix.sha256` is optional and in the form of `sha256sum`, which can check it too.
+`prefix.sha256` is optional; it has the format of `sha256sum`, which can check it too.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ import numpy as np
 from megalite.data.indexed import IndexedCorpus, files_of
 from megalite.errors import DataError
 
-_CHUNK = 1 << 22  # tokens, or bytes, read at a time
+_CHUNK = 1 << 22  # tokens read at a time
 
 
 def check_corpus(prefix: str, vocabulary_size: int) -> None:
-    """The whole check of one corpus. Raises DataError with file and place."""
+    """Checks one corpus completely. Raises DataError with the file and the position in it."""
     corpus = IndexedCorpus(prefix)
     key, stamp = str(corpus.tokens_path.resolve()), _stamp(corpus)
     found = _remembered().get(key, {})
@@ -35,7 +35,7 @@ def check_corpus(prefix: str, vocabulary_size: int) -> None:
 
 
 def read_through(corpus: IndexedCorpus) -> tuple[int, int]:
-    """Hold index and checksums, then return the lowest and the highest token id. Raises DataError."""
+    """Checks the index and the checksums and returns the lowest and the highest token id. Raises DataError."""
     corpus.check_index()
     sums = _read_checksums(corpus)
     if corpus.index_path.name in sums:
@@ -52,12 +52,12 @@ def read_through(corpus: IndexedCorpus) -> tuple[int, int]:
 
 
 def checksum_lines(files: dict[Path, Path]) -> str:
-    """What `prefix.sha256` holds: of each file its name and the checksum of what lies at the path beside it."""
+    """The content of `prefix.sha256`. files: for each file that it names, the path of the file to read."""
     return "".join(f"{_sha256(path)}  {name.name}\n" for name, path in files.items())
 
 
 def write_checksums(prefix: str | Path) -> None:
-    """Write `prefix.sha256` for an existing corpus."""
+    """Writes `prefix.sha256` for an existing corpus."""
     partial = Path(f"{prefix}.sha256.partial")
     partial.write_text(checksum_lines({path: path for path in files_of(prefix)}))
     os.replace(partial, checksum_file(prefix))
@@ -69,7 +69,7 @@ def checksum_file(prefix: str | Path) -> Path:
 
 
 def unknown_id(corpus: IndexedCorpus, place: int, vocabulary_size: int) -> DataError:
-    """The error of a token id outside the vocabulary."""
+    """The error for a token id outside the vocabulary."""
     return DataError(
         f"{corpus.tokens_path}: byte {place * corpus.dtype.itemsize}: token {place} (document "
         f"{corpus.document_at(place)}) is {corpus.tokens[place]}: must be from 0 to {vocabulary_size - 1}, the "
@@ -78,7 +78,7 @@ def unknown_id(corpus: IndexedCorpus, place: int, vocabulary_size: int) -> DataE
 
 
 def unknown_id_of(corpus: IndexedCorpus, vocabulary_size: int) -> DataError:
-    """The same for the first such id of a corpus that has one."""
+    """The error for the first token id outside the vocabulary, in a corpus that has one."""
     for start in range(0, corpus.num_tokens, _CHUNK):
         part = corpus.tokens[start : start + _CHUNK]
         outside = np.flatnonzero((part < 0) | (part >= vocabulary_size))
@@ -88,7 +88,7 @@ def unknown_id_of(corpus: IndexedCorpus, vocabulary_size: int) -> DataError:
 
 
 def _read_checksums(corpus: IndexedCorpus) -> dict[str, str]:
-    """File name -> checksum; empty where there is no such file."""
+    """Checksums by file name; empty if there is no checksum file."""
     path = checksum_file(corpus.prefix)
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
@@ -99,7 +99,7 @@ def _read_checksums(corpus: IndexedCorpus) -> dict[str, str]:
     wanted = {file.name for file in files_of(corpus.prefix)}
     if any(len(row) != 2 for row in rows) or {row[1].lstrip("*") for row in rows} != wanted:
         raise DataError(
-            f"{path}: must have a line `checksum  name` for each of {', '.join(sorted(wanted))}"
+            f"{path}: must have one line `checksum  name` for each of {', '.join(sorted(wanted))}"
         )
     return {row[1].lstrip("*"): row[0] for row in rows}
 
@@ -107,8 +107,8 @@ def _read_checksums(corpus: IndexedCorpus) -> dict[str, str]:
 def _compare(path: Path, found: str, sums: dict[str, str]) -> None:
     if sums[path.name] != found:
         raise DataError(
-            f"{path}: its SHA-256 is {found[:12]}…, must be {sums[path.name][:12]}… of {path.stem}.sha256: damaged, or "
-            "rewritten without it"
+            f"{path}: SHA-256 is {found[:12]}…, must be {sums[path.name][:12]}… as in {path.stem}.sha256: damaged, or "
+            "rewritten without updating that file"
         )
 
 
@@ -131,7 +131,7 @@ def _cache_file() -> Path:
 def _remembered() -> dict[str, Any]:
     try:
         value = json.loads(_cache_file().read_text())
-    except (OSError, RuntimeError, ValueError):  # absent, no home folder, torn
+    except (OSError, RuntimeError, ValueError):  # missing file, no home folder, incomplete file
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -1,10 +1,10 @@
-"""Text files to documents, streamed: .jsonl, .txt, .parquet, the first two also .gz or .zst, or standard input.
+"""Streams documents from text files: .jsonl, .txt, .parquet, the first two also as .gz or .zst, or standard input.
 
-Two halves, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
-whole lines without looking into them (`read_chunks`); any process makes documents of a chunk (`parse`).
-A chunk knows the place where the next one begins, which is all that is needed to resume after a kill.
-Memory: a chunk, or the largest document where that is larger; a .txt file that is one document is cut, and a line or
-paragraph that does not end within a limit is refused.
+There are two steps, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
+whole lines without parsing them (`read_chunks`); any process parses a chunk into documents (`parse`). A chunk records
+where the next one begins, which is all that is needed to resume after a kill.
+Memory: one chunk, or the largest document if that is larger. A .txt file that is a single document is read in pieces;
+a line or paragraph that does not end within a limit is an error.
 """
 
 import gzip
@@ -26,9 +26,9 @@ Kind = Literal["jsonl", "txt", "paragraphs", "parquet"]
 STANDARD_INPUT = "-"
 CHUNK_BYTES = 1 << 19
 _BLOCK_BYTES = 1 << 16  # read from a compressed file at a time
-_SLICE_BYTES = 1 << 8  # unpacked at a time: zstd makes up to 32 KB of a byte
-_ROWS = 256  # of a .parquet file in a chunk
-_WHOLE_BYTES = 1 << 22  # a .txt file up to this size is one piece
+_SLICE_BYTES = 1 << 8  # decompressed at a time: zstd can expand a byte to 32 KB
+_ROWS = 256  # rows of a .parquet file per chunk
+_WHOLE_BYTES = 1 << 22  # a .txt file up to this size is a single piece
 _LARGEST_PARAGRAPH = 1 << 26
 _LARGEST_LINE = 1 << 28
 _SUFFIXES: dict[str, Kind] = {
@@ -44,8 +44,8 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Place(NamedTuple):
-    """Where a chunk begins: in which input, at which byte of its text (row of a .parquet file), and the number
-    of the line, row or document that comes next, from 1 on."""
+    """Where a chunk begins. input: index of the input; offset: byte in its text, or row of a .parquet file; number: of
+    the next line, row or document, from 1."""
 
     input: int = 0
     offset: int = 0
@@ -54,18 +54,18 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole documents as they were read, or a piece of one that does not end here (`open_end`)."""
+    """Some whole documents, not parsed yet, or a piece of a document that continues in the next chunk (`open_end`)."""
 
     kind: Kind
     start: Place
     end: Place
-    data: Any  # bytes; of a .parquet file a list of strings or None
-    read_bytes: int  # of the input's file so far, for the progress
+    data: Any  # bytes; for a .parquet file a list of strings or None
+    read_bytes: int  # bytes of the input's file read so far, for the progress
     open_end: bool = False
 
 
 class Bad(NamedTuple):
-    """A line, row or document that cannot be used: its number in its file, and why."""
+    """A line, row or document that cannot be used: its number in the file, and the reason."""
 
     number: int
     reason: str
@@ -74,14 +74,14 @@ class Bad(NamedTuple):
 def kind_of(
     path: str, given: Literal["jsonl", "txt", "parquet"] | None = None, paragraphs: bool = False
 ) -> Kind:
-    """What an input holds: as `given`, else by its name; standard input has lines of JSON. `paragraphs`: blank
-    lines part the documents of a .txt. Raises DataError for a name that does not say."""
+    """The format of an input: `given`, else by its name; standard input is JSON lines. paragraphs: whether blank lines
+    separate the documents of a .txt file. Raises DataError if the name does not tell the format."""
     unpacked = path.removesuffix(".gz").removesuffix(".zst")
     by_name = _SUFFIXES.get(Path(unpacked).suffix.lower())
     kind = given or ("jsonl" if path == STANDARD_INPUT else by_name)
     if kind is None:
         raise DataError(
-            f"{path}: must end in .jsonl, .txt or .parquet (.gz or .zst after it), or --format must say what it is"
+            f"{path}: must end in .jsonl, .txt or .parquet (optionally with .gz or .zst), or --format must be given"
         )
     return "paragraphs" if kind == "txt" and paragraphs else kind
 
@@ -89,8 +89,8 @@ def kind_of(
 def read_chunks(
     inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: Place
 ) -> Iterator[Chunk]:
-    """The chunks of all inputs from a place on. Raises DataError for a file that cannot be read or ends in the
-    middle of its compressed data."""
+    """The chunks of all inputs from `start` on. Raises DataError for a file that cannot be read or whose compressed
+    data is truncated."""
     for number, (path, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if number < start.input:
             continue
@@ -110,13 +110,13 @@ def read_chunks(
 
 
 def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
-    """The documents of a chunk in order, and what is none; blank lines are neither."""
+    """The documents of a chunk in order, with a Bad for each that cannot be used; blank lines are skipped."""
     data, number = chunk.data, chunk.start.number
     mark = _BOM if chunk.start.offset == 0 else b""
     if chunk.kind == "jsonl":
         yield from (text_of(found, text_key, row) for row, found in parse_objects(chunk))
     elif chunk.kind == "parquet":
-        missing = f"{json.dumps(text_key)} holds no text"
+        missing = f"{json.dumps(text_key)} is not a string"
         for row, text in enumerate(data, number):
             yield Bad(row, missing) if text is None else text
     elif chunk.kind == "paragraphs":
@@ -129,7 +129,7 @@ def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
 def read_texts(
     inputs: Sequence[str], text_key: str = "text", on_bad: Callable[[str], None] = lambda line: None
 ) -> Iterator[str]:
-    """The documents of some inputs one after another; what is none goes to `on_bad` as one line."""
+    """The documents of some inputs one after another; each that cannot be used is passed to `on_bad` as one line."""
     for chunk in read_chunks(inputs, [kind_of(path) for path in inputs], text_key, Place()):
         for found in parse(chunk, text_key):
             if isinstance(found, Bad):
@@ -139,7 +139,7 @@ def read_texts(
 
 
 def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
-    """The objects of a chunk of lines of JSON with the numbers of their lines."""
+    """The objects of a chunk of JSON lines, with their line numbers."""
     data = chunk.data
     if chunk.start.offset == 0 and data.startswith(_BOM):
         data = data[len(_BOM) :]
@@ -151,7 +151,7 @@ def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
 def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
     try:
         value = json.loads(line.decode("utf-8"))
-        # JSON can write half of a character that needs two: no tokenizer takes it.
+        # JSON can escape half of a surrogate pair, which no tokenizer accepts.
         if b"\\u" in line:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -160,17 +160,17 @@ def _json_object(line: bytes, number: int) -> dict[str, Any] | Bad:
         return Bad(number, "holds half of a surrogate pair")
     except (ValueError, RecursionError) as error:
         return Bad(number, f"is not JSON: {getattr(error, 'msg', 'nested too deeply')}")
-    return value if isinstance(value, dict) else Bad(number, "is no JSON object")
+    return value if isinstance(value, dict) else Bad(number, "is not a JSON object")
 
 
 def text_of(found: dict[str, Any] | Bad, text_key: str, number: int) -> str | Bad:
-    """The text of a line's object; number: of the line."""
+    """The text of a line's object. number: of the line."""
     if isinstance(found, Bad):
         return found
     if text_key not in found:
         return Bad(number, f"has no key {json.dumps(text_key)}")
     text = found[text_key]
-    return text if isinstance(text, str) else Bad(number, f"{json.dumps(text_key)} holds no text")
+    return text if isinstance(text, str) else Bad(number, f"{json.dumps(text_key)} is not a string")
 
 
 def _decoded(data: bytes, number: int) -> str | Bad:
@@ -181,7 +181,7 @@ def _decoded(data: bytes, number: int) -> str | Bad:
 
 
 class _Stream:
-    """The text of a file as blocks of bytes, unpacked, and how much of the file they took."""
+    """The text of a file as decompressed blocks of bytes, and the number of bytes read from the file."""
 
     def __init__(self, path: str, offset: int) -> None:
         self._raw = sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115
@@ -193,7 +193,7 @@ class _Stream:
         return 0 if self.path == STANDARD_INPUT else self._raw.tell()
 
     def blocks(self) -> Iterator[bytes]:
-        """What is behind the offset, in blocks."""
+        """The text from the offset on, in blocks."""
         skip = self._offset
         if skip and not self.path.endswith((".gz", ".zst")):
             self._raw.seek(skip)
@@ -224,7 +224,7 @@ class _Stream:
                 yield block
 
     def _unpacked_zst(self) -> Iterator[bytes]:
-        """Frame by frame: the library's own reader takes a file that ends inside a frame for a whole one."""
+        """Decompresses frame by frame: the library's own reader does not detect a file that ends inside a frame."""
         zstandard = _library("zstandard", self.path)
         frame = None
         while read := self._raw.read(_BLOCK_BYTES):
@@ -247,12 +247,12 @@ class _Stream:
 
 
 def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
-    """Chunks that end at a line's end, or for `paragraphs` at blank lines."""
+    """Chunks that end at the end of a line, or for `paragraphs` at blank lines."""
     parts: list[bytes] = []
     for block in stream.blocks():
         if kind == "jsonl":
             cut = block.rfind(b"\n") + 1
-        else:  # a gap may lie across two blocks
+        else:  # a gap may span two blocks
             block = b"".join([*parts, block])
             parts, cut = [], _last_gap(block)
             if cut == 0 and len(block) > _LARGEST_PARAGRAPH:
@@ -276,7 +276,7 @@ def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
 
 
 def _last_gap(block: bytes) -> int:
-    """Where the last blank lines of a block end that something follows; 0: nowhere."""
+    """The end of the last blank lines of a block that are followed by text; 0 if there are none."""
     ends = [found.end() for found in _GAP.finditer(block)]
     while ends and not block[ends[-1] :].strip():
         ends.pop()
@@ -292,7 +292,7 @@ def _chunk(kind: Kind, place: Place, data: bytes, read_bytes: int) -> Chunk:
 
 
 def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
-    """A file as one document: one piece, or pieces that end at a line's end where it is larger."""
+    """A file as one document: a single piece, or for a larger file several pieces cut at a newline or space."""
     rest = b""
     for block in stream.blocks():
         rest += block
@@ -309,7 +309,7 @@ def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
 
 
 def _character_start(data: bytes) -> int:
-    """Where the last character of UTF-8 begins."""
+    """The index at which the last UTF-8 character begins."""
     place = len(data) - 1
     while place > len(data) - 4 and data[place] & 0xC0 == 0x80:
         place -= 1
@@ -348,7 +348,7 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
 
 
 def _values(column: Any) -> list[str | None]:
-    """The strings of a column; None for those that are no UTF-8."""
+    """The strings of a column; None for those that are not UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -372,7 +372,7 @@ def _library(name: str, path: str) -> Any:
 
 
 def total_bytes(inputs: Iterable[str]) -> int | None:
-    """The size of all inputs on the disk; None with standard input. Raises DataError for one that is absent."""
+    """The size of all inputs on disk; None if one is standard input. Raises DataError if one does not exist."""
     total = 0
     for path in inputs:
         if path == STANDARD_INPUT:

@@ -1,4 +1,4 @@
-"""How well a corpus can be foretold from counts alone: a yardstick for a loss."""
+"""The unigram entropy of a corpus: the loss of a model that knows only token frequencies, as a baseline."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ _BLOCK = 1 << 22  # tokens counted at a time
 
 
 def unigram_entropy(prefix: str) -> float:
-    """Entropy of a corpus's token frequencies, in nats a token: the loss of a model that knows how often each token
-    occurs and nothing of its neighbours. Raises DataError for a corpus that cannot be opened."""
+    """Entropy of a corpus's token frequencies, in nats per token: the loss of a model that predicts each token by its
+    frequency alone. Raises DataError for a corpus that cannot be opened."""
     tokens = IndexedCorpus(prefix).tokens
     counts = np.zeros(0, np.int64)
     for start in range(0, len(tokens), _BLOCK):

@@ -1,6 +1,6 @@
-"""What tells a corpus from another, whatever their paths: sizes, and sums of the index and of parts of the tokens.
+"""The identity of a corpus, independent of its path: sizes, and hashes of the index and of samples of the tokens.
 
-Not a check of damage (corpus_check.py): a run asks at each start, so the tokens are only looked at in places.
+It does not detect damage (corpus_check.py does): a run computes it at each start, so only some tokens are read.
 """
 
 import functools
@@ -9,18 +9,18 @@ from typing import Any
 
 from megalite.data.indexed import IndexedCorpus, files_of
 
-# Evenly over the tokens, so that equal lengths of documents do not pass for equal text.
+# Spread evenly over the tokens, so that corpora whose documents have equal lengths are still told apart by their text.
 PLACES = 64
 PLACE_TOKENS = 1024
 
 
 def identity(prefix: str) -> dict[str, Any]:
-    """Of the corpus of a prefix, as JSON."""
+    """The identity of a corpus, as a JSON object."""
     stats = [path.stat() for path in files_of(prefix)]
     return _identity(prefix, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
 
 
-@functools.lru_cache(maxsize=4096)  # called before a run and in it
+@functools.lru_cache(maxsize=4096)  # called before and during a run
 def _identity(prefix: str, files: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     corpus = IndexedCorpus(prefix)
     tokens = hashlib.sha256()

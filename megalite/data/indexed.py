@@ -6,19 +6,18 @@
 
 All little-endian; the index holds exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat run of
 tokens with marks in it, and that is how it is read here: `read(a, b)`, or `tokens[a:b]` of a memory map. What is
-damaged is refused (DataError with the file and the place), never read as if it were data. What samples are made
-of these tokens is `samples.py`.
+damaged is refused (DataError with the file and the place), never read as if it were data. Next: indexed_writer.py,
+then samples.py, which makes samples of these tokens.
 """
 
 import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ _FLOATS = (
     "is for floating point, and 6 and 7 are swapped between Megatron-LM and gpt-neox: no tokens"
 )
 _SMALL_VOCABULARY = 65_500  # below it tokens are u16, as in Megatron
-_CHUNK = 1 << 20  # entries that are checked or written at a time
+AT_A_TIME = 1 << 20  # entries that are checked or written at a time
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -270,172 +269,47 @@ class IndexedCorpus:
         With as many documents as sequences, each document must be one sequence: otherwise one would be
         empty, another double, and a flipped bit is likelier than that.
         """
+        self._check_sequences()
+        self._check_documents()
+
+    def _check_sequences(self) -> None:
+        """No size is negative, and each sequence begins where the sizes before it end."""
         width, base = self.dtype.itemsize, HEADER_BYTES
         expected = 0
-        for start in range(0, self.num_sequences, _CHUNK):
-            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
-            pointers = self.pointers[start : start + _CHUNK]
+        for start in range(0, self.num_sequences, AT_A_TIME):
+            sizes = self.sizes[start : start + AT_A_TIME].astype(np.int64)
+            pointers = self.pointers[start : start + AT_A_TIME]
             if (bad := np.flatnonzero(sizes < 0)).size:
                 entry = start + int(bad[0])
                 self._refuse(
                     self.index_path,
                     f"byte {base + 4 * entry}: sequence {entry} has {sizes[bad[0]]} tokens, must be 0 or more",
                 )
-            # Sequences lie one after another: each begins where the sizes before it end.
             ends = expected + np.cumsum(sizes) * width
             begins = ends - sizes * width
             if (bad := np.flatnonzero(pointers != begins)).size:
                 entry = start + int(bad[0])
+                place = base + 4 * self.num_sequences + 8 * entry
                 self._refuse(
                     self.index_path,
-                    f"byte {base + 4 * self.num_sequences + 8 * entry}: sequence {entry} begins at byte "
-                    f"{pointers[bad[0]]}, must be {begins[bad[0]]} by the sizes before it",
+                    f"byte {place}: sequence {entry} begins at byte {pointers[bad[0]]}, must be {begins[bad[0]]} by "
+                    "the sizes before it",
                 )
             expected = int(ends[-1])
-        base += 12 * self.num_sequences
+
+    def _check_documents(self) -> None:
+        """Each document entry is at least the one before it."""
+        base = HEADER_BYTES + 12 * self.num_sequences
         single = self.num_documents == self.num_sequences
-        for start in range(0, self.num_documents, _CHUNK):
-            entries = self.document_index[start : start + _CHUNK + 1].astype(np.int64)
-            wrong = np.diff(entries) != 1 if single else np.diff(entries) < 0
+        rule = "one more than" if single else "at least"
+        for start in range(0, self.num_documents, AT_A_TIME):
+            entries = self.document_index[start : start + AT_A_TIME + 1].astype(np.int64)
+            steps = np.diff(entries)
+            wrong = steps != 1 if single else steps < 0
             if (bad := np.flatnonzero(wrong)).size:
-                entry, rule = start + int(bad[0]) + 1, "one more than" if single else "at least"
+                entry = start + int(bad[0]) + 1
                 self._refuse(
                     self.index_path,
                     f"byte {base + 8 * entry}: document entry {entry} is {entries[bad[0] + 1]}, must be {rule} "
                     f"the {entries[bad[0]]} before it",
                 )
-
-
-class IndexedWriter:
-    """Writes a corpus document by document. The files get their names when it is whole: in a `with` block
-    that ends well, or by `finish`; an error in the block leaves nothing behind.
-
-        with IndexedWriter("corpus", np.uint16) as writer:
-            writer.add_document([5, 6, 7])
-    """
-
-    def __init__(self, prefix: str | Path, dtype: Any) -> None:
-        """Raises DataError where a file of the prefix exists."""
-        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
-        if self.dtype not in CODES:
-            raise ValueError(f"tokens cannot be stored as {self.dtype}")
-        refuse_existing(prefix)
-        self._sizes: list[np.ndarray] = []
-        self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
-        self._sequences = 0
-        self._partial = [Path(f"{path}.partial") for path in files_of(prefix)]
-        self._file: BinaryIO = create(self._partial[1])
-
-    def add_document(
-        self, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
-    ) -> None:
-        """Append one document; `sizes` divides it into sequences. Raises DataError for an id that does not
-        fit the type."""
-        array = np.asarray(tokens)
-        limits = np.iinfo(self.dtype)
-        if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
-            raise DataError(
-                f"{self.prefix}: token id {array.max() if array.max() > limits.max else array.min()}: "
-                f"does not fit {self.dtype}"
-            )
-        lengths = np.asarray([array.size] if sizes is None else sizes, np.int32)
-        if int(lengths.sum()) != array.size:
-            raise ValueError(f"sizes of {int(lengths.sum())} tokens for a document of {array.size}")
-        self._file.write(array.astype(self.dtype.newbyteorder("<")).tobytes())
-        self._add(lengths, np.array([len(lengths)], np.int64))
-
-    def add_corpus(self, prefix: str | Path) -> None:
-        """Append all documents of another corpus of the same type."""
-        other = IndexedCorpus(prefix)
-        other.check_index()
-        if other.dtype != self.dtype:
-            raise DataError(
-                f"{other.index_path}: tokens are {other.dtype}, must be {self.dtype} to be merged"
-            )
-        for start in range(0, other.num_tokens, _CHUNK):
-            self._file.write(other.tokens[start : start + _CHUNK].tobytes())
-        self._add(np.array(other.sizes), np.array(other.document_index[1:]))
-
-    def _add(self, sizes: np.ndarray, document_ends: np.ndarray) -> None:
-        self._sizes.append(sizes)
-        self._documents.append(document_ends + self._sequences)
-        self._sequences += len(sizes)
-
-    def finish(self) -> None:
-        """Write the index and give both files their names."""
-        sync_close(self._file)
-        sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
-        write_index(self._partial[0], self.dtype, sizes, np.concatenate(self._documents))
-        for partial, path in zip(
-            reversed(self._partial), reversed(files_of(self.prefix)), strict=True
-        ):
-            os.replace(partial, path)  # the index last: a pair is whole when it has one
-
-    def discard(self) -> None:
-        """Remove what has been written."""
-        self._file.close()
-        for partial in self._partial:
-            partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> "IndexedWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *failure: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.discard()
-
-
-def refuse_existing(prefix: str | Path) -> None:
-    """Raise DataError where `prefix.idx` or `prefix.bin` exists."""
-    for path in files_of(prefix):
-        if path.exists():
-            raise DataError(f"{path}: already exists; choose another output or remove it")
-
-
-def create(path: Path) -> BinaryIO:
-    """Open a file for writing, with its folder. Raises DataError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "wb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def sync_close(file: BinaryIO) -> None:
-    """Close a file when what it holds is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def write_index(
-    path: Path, dtype: np.dtype[Any], sizes: np.ndarray, documents: np.ndarray | None
-) -> None:
-    """Write `prefix.idx`, a part at a time: the arrays may be memory maps.
-
-    `sizes` i32 [N] tokens of each sequence; `documents` i64 [D], or None: each sequence is a document.
-    """
-    entries = len(sizes) + 1 if documents is None else len(documents)
-    with create(path) as file:
-        file.write(
-            MAGIC + struct.pack("<QBQQ", 1, CODES[dtype.newbyteorder("=")], len(sizes), entries)
-        )
-        for part in _parts(sizes):
-            file.write(part.astype("<i4").tobytes())
-        begin = 0
-        for part in _parts(sizes):
-            ends = begin + np.cumsum(part, dtype=np.int64) * dtype.itemsize
-            file.write((ends - part.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
-            begin = int(ends[-1])
-        for start in range(0, entries, _CHUNK):
-            stop = min(start + _CHUNK, entries)
-            part = np.arange(start, stop) if documents is None else documents[start:stop]
-            file.write(part.astype("<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    return (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))

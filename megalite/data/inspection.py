@@ -1,5 +1,5 @@
-"""What is in a corpus, as lines for a person: header, counts, lengths, documents, what is trained on (marked_text.py),
-and what a blend would take."""
+"""Describes a corpus in lines for people: header, counts, lengths, documents, the tokens that are trained on
+(marked_text.py), and the samples that a blend would take."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 
-_CHUNK = 1 << 20  # documents looked at together
+_CHUNK = 1 << 20  # documents, or tokens, processed at a time
 _BAR = 40  # characters of the longest bar
 
 
 @dataclass(frozen=True)
 class Show:
-    """What is wanted beside header, counts and lengths."""
+    """What to show in addition to header, counts and lengths."""
 
     tokenizer: str | None = None
     vocabulary_size: int | None = None
@@ -30,21 +30,21 @@ class Show:
     documents: int = 2
     first: int = 0
     width: int = 200
-    """Characters of a document."""
+    """Most characters shown of a document."""
     mask: bool = False
-    """Documents with what `PREFIX.mask` marks, in place of counts and lengths."""
+    """Show documents with the tokens that `PREFIX.mask` marks, in place of counts and lengths."""
     masked: float | None = None
-    """Or with the tokens that masked language modelling predicts, this share of them."""
+    """Show documents with this share of their tokens drawn for masked language modelling."""
     columns: int = 80
     colour: bool = False
     weights: Sequence[float] | None = None
-    """Of a blend, one a prefix."""
+    """Weights of a blend, one per prefix."""
     samples: int = 10_000
     sequence_length: int = 1024
 
 
 def inspect(prefixes: Sequence[str], show: Show) -> Iterator[str]:
-    """The lines about some corpora. Raises DataError for a damaged one, ConfigError for weights that do not fit."""
+    """The lines about some corpora. Raises DataError for a damaged corpus, ConfigError for invalid weights."""
     if show.weights is not None:
         _check_weights(show.weights, len(prefixes))
     tokenizer = load_tokenizer(show.tokenizer) if show.tokenizer else None
@@ -72,13 +72,13 @@ def inspect(prefixes: Sequence[str], show: Show) -> Iterator[str]:
 def _check_weights(weights: Sequence[float], prefixes: int) -> None:
     given = " ".join(f"{weight:g}" for weight in weights)
     if len(weights) != prefixes or not min(weights) > 0:
-        raise ConfigError(f"--weights: {given}: must be {prefixes} numbers above 0, one a PREFIX")
+        raise ConfigError(f"--weights: {given}: must be {prefixes} numbers above 0, one per PREFIX")
     if min(weights) < LEAST_SHARE * sum(weights):
         raise ConfigError(f"--weights: {given}: each must be at least {LEAST_SHARE:g} of their sum")
 
 
 def describe(corpus: IndexedCorpus) -> Iterator[str]:
-    """Header and counts; the index is checked on the way. Raises DataError where it is damaged."""
+    """Header and counts; also checks the index. Raises DataError if it is damaged."""
     corpus.check_index()
     kind = corpus.dtype.newbyteorder("=")
     yield f"{corpus.prefix}: indexed corpus, version 1, tokens {kind} (code {CODES[kind]})"
@@ -88,14 +88,14 @@ def describe(corpus: IndexedCorpus) -> Iterator[str]:
 
 
 def histogram(corpus: IndexedCorpus) -> Iterator[str]:
-    """How long documents are, in tokens: from each power of two to below the next."""
+    """Histogram of the documents' lengths in tokens, with a bar for each power of two."""
     counts, least, most = np.zeros(65, np.int64), corpus.num_tokens, 0
     for start in range(0, corpus.num_documents, _CHUNK):
         lengths = corpus.document_lengths(start, min(start + _CHUNK, corpus.num_documents))
         least, most = min(least, int(lengths.min())), max(most, int(lengths.max()))
         counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=65)
     mean = corpus.num_tokens / corpus.num_documents
-    yield f"  tokens a document: {least:,} to {most:,}, {mean:,.1f} on average"
+    yield f"  tokens per document: {least:,} to {most:,}, {mean:,.1f} on average"
     used = np.flatnonzero(counts)
     for power in range(int(used[0]), int(used[-1]) + 1):
         low, high = (0, 0) if power == 0 else (1 << (power - 1), (1 << power) - 1)
@@ -106,7 +106,7 @@ def histogram(corpus: IndexedCorpus) -> Iterator[str]:
 def documents(
     corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, width: int
 ) -> Iterator[str]:
-    """Some documents, as text where there is a tokenizer, cut to `width` characters (tokens without one)."""
+    """Some documents, as text truncated to `width` characters if there is a tokenizer, else as token ids."""
     for number in numbers:
         ids = corpus.document(number)
         yield f"  document {number}, {len(ids):,} tokens:"
@@ -121,8 +121,8 @@ def documents(
 def marked_documents(
     corpus: IndexedCorpus, numbers: Sequence[int], tokenizer: Tokenizer | None, show: Show
 ) -> Iterator[str]:
-    """Some documents with what is trained on, and how much of the corpus that is. Raises ConfigError where nothing
-    says what that is, DataError for marks that do not fit."""
+    """Some documents with the tokens that are trained on, and their share of the corpus. Raises ConfigError if there
+    are no marks, DataError for marks that do not fit the corpus."""
     yield f"{corpus.prefix}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens"
     marks = None if show.masked is not None else _marks_of(corpus)
     if marks is not None:
@@ -138,7 +138,9 @@ def marked_documents(
             assert marks is not None
             of_document = marks.document(number)
         yield f"  document {number}: {_share(int(of_document.sum()), len(ids))}"
-        first = ids[: 4 * show.width + 1].tolist()  # a character takes at most 4 tokens, its bytes
+        first = ids[
+            : 4 * show.width + 1
+        ].tolist()  # a character takes at most 4 tokens, one per byte
         runs = runs_of(first, of_document[: len(first)], tokenizer)
         yield from shown(runs, show.width, show.columns, show.colour) if first else ()
 
@@ -148,10 +150,10 @@ def _share(count: int, tokens: int) -> str:
 
 
 def _marks_of(corpus: IndexedCorpus) -> IndexedCorpus:
-    """What is trained on of a corpus that preprocess has made with marks."""
+    """The marks of a corpus, which preprocess wrote."""
     prefix = marks_prefix(corpus.prefix)
     if not files_of(prefix)[0].exists():
-        rule = "must be beside the corpus, as preprocess --chat and --pairs write it"
+        rule = "must exist along with the corpus; preprocess --chat and --pairs write it"
         raise ConfigError(f"--mask: {files_of(prefix)[0]}: missing: {rule}")
     marks = IndexedCorpus(prefix)
     check_marks(marks, corpus)
@@ -159,7 +161,7 @@ def _marks_of(corpus: IndexedCorpus) -> IndexedCorpus:
 
 
 def verified(corpus: IndexedCorpus, vocabulary_size: int | None) -> Iterator[str]:
-    """The whole check. Raises DataError with file and place."""
+    """Checks a corpus completely. Raises DataError with the file and the position in it."""
     lowest, highest = read_through(corpus)
     if lowest < 0 or (vocabulary_size is not None and highest >= vocabulary_size):
         raise unknown_id_of(corpus, vocabulary_size or highest + 1)
@@ -171,11 +173,11 @@ def verified(corpus: IndexedCorpus, vocabulary_size: int | None) -> Iterator[str
 def blend_table(
     corpora: Sequence[IndexedCorpus], weights: Sequence[float], samples: int, sequence_length: int
 ) -> Iterator[str]:
-    """What a run of `samples` samples takes from each corpus."""
+    """The samples that a run of `samples` samples takes from each corpus."""
     blend = Blend(weights)
     yield f"blend of {len(corpora)} corpora, {samples:,} samples of {sequence_length:,} tokens:"
-    yield f"  {'asked':>9} {'realised':>9} {'samples':>13} {'epochs':>9}  corpus"
+    yield f"  {'requested':>9} {'actual':>9} {'samples':>13} {'epochs':>9}  corpus"
     for corpus, share, given in zip(corpora, blend.shares, blend.counts(samples), strict=True):
         windows = max(1, (corpus.num_tokens - 1) // sequence_length)
-        realised = given / samples if samples else 0.0
-        yield f"  {share:>9.4%} {realised:>9.4%} {given:>13,} {given / windows:>9.2f}  {corpus.prefix}"
+        actual = given / samples if samples else 0.0
+        yield f"  {share:>9.4%} {actual:>9.4%} {given:>13,} {given / windows:>9.2f}  {corpus.prefix}"

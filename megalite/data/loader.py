@@ -1,8 +1,8 @@
-"""What the training loop asks: a pure function from positions in the run to batches.
+"""The data loader: a pure function from positions in the run to batches.
 
-There is no state, no worker and no queue: a batch is a few slices of memory maps, which costs microseconds a
-sample and lets any rank ask for any positions. `TrainData` never ends, `ValidData` holds each
-corpus's samples once, in order. `batch.py` has the form of a batch, `corpus_check.py` reads whole corpora.
+There is no state, no worker and no queue: a batch is a few slices of memory maps, which takes microseconds per sample
+and lets any rank read any positions. `TrainData` never ends; `ValidData` contains each corpus's samples once, in order.
+`batch.py` builds batches, `corpus_check.py` checks whole corpora.
 """
 
 import copy
@@ -38,13 +38,13 @@ from megalite.inputs import read_json_object, reading
 __all__ = ["UNCOUNTED", "Batch", "Share", "TrainData", "ValidData", "check_data", "marks_prefix"]
 
 
-_TRAINING, _EVALUATION = range(2)  # what masks are drawn for
-_EDGES = 200  # windows of a corpus at most, that are looked at for words that they cut
-_PAIRS = 200  # pairs of a corpus at most, that are looked at for what is cut of them
+_TRAINING, _EVALUATION = range(2)  # the purpose that masks are drawn for
+_EDGES = 200  # most windows of a corpus that are checked for words that they cut
+_PAIRS = 200  # most pairs of a corpus that are checked for truncation
 
 
 class Share(NamedTuple):
-    """What a corpus of a blend has given: its prefix, the share in the config, and samples so far."""
+    """The samples taken from one corpus of a blend: its prefix, its share in the config, and samples so far."""
 
     path: str
     asked: float
@@ -58,16 +58,16 @@ class _Opened(NamedTuple):
 
 
 class TrainData:
-    """Position in the run -> sample: the blend's corpus, then that corpus's own order. `data` is of a resolved
-    config."""
+    """Training samples by position in the run: the blend chooses the corpus, then that corpus's own order applies.
+    data: of a resolved config."""
 
     def __init__(self, data: Data, seed: int, vocabulary_size: int, check: bool = True) -> None:
-        """Open the corpora and, with `check`, read their indices through: one process of a node may do that
-        for the others. Raises DataError or ConfigError with one line."""
+        """Opens the corpora and, with `check`, checks their whole indices: one process per node can do that for the
+        others. Raises DataError or ConfigError with one line."""
         opened = [_open(source, data, check) for source in data.train]
         self.paths = [source.path for source in data.train]
         self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING), last=False)
-        self.notes: list[str] = []  # lines for the log: documents that had to be cut
+        self.notes: list[str] = []  # lines for the log about truncated documents and cut words
         weights = [source.weight for source in data.train]
         if data.order == "megatron":
             assert data.megatron_samples is not None, "Config.resolve fills it in"
@@ -86,19 +86,19 @@ class TrainData:
             self.notes += self._cut_words([samples for samples, _ in in_order])
 
     def _cut_words(self, in_order: Sequence[Windows | WholeDocuments]) -> list[str]:
-        """A line for the log about each corpus whose windows begin within words that are masked whole."""
+        """A log line about each corpus whose windows begin within words, with whole-word masking."""
         words = None if self._reader.masking is None else self._reader.masking.words
         lines = []
         for path, samples in zip(self.paths, in_order, strict=True):
             if words is None or not isinstance(samples, Windows) or samples.num_samples == 1:
                 continue
             share = words.cut(*samples.edges(_EDGES)).mean()
-            told = "of the windows begin within a word, whose two parts are masked separately"
-            lines.append(f"data: {path}: about {share:.0%} {told}")
+            note = "of the windows begin within a word, whose two parts are masked separately"
+            lines.append(f"data: {path}: about {share:.0%} {note}")
         return lines
 
     def at_step(self, step: int, steps: int) -> "TrainData":
-        """The same samples as a step of a run of `steps` has them, counted from 0: masks may follow a schedule."""
+        """The same samples as at step `step`, from 0, of a run of `steps`: the share of masks may follow a schedule."""
         masking = self._reader.masking
         if masking is None:
             return self
@@ -107,25 +107,25 @@ class TrainData:
         return changed
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
-        """The samples at these positions of the run, from 0 on; the same for the same positions, always.
+        """The samples at these positions of the run, from 0; the same positions always give the same samples.
 
-        Raises DataError for a token id that the vocabulary does not have.
+        Raises DataError for a token id outside the vocabulary.
         """
         numbers = np.asarray(positions, np.int64)
         return self._reader.read(self._streams, *self._blend.locate(numbers), numbers)
 
     def shares(self, consumed_samples: int) -> list[Share]:
-        """What each corpus has given after so many samples of the run."""
+        """The samples taken from each corpus in the first `consumed_samples` samples of the run."""
         counts = self._blend.counts(consumed_samples)
         return [Share(*row) for row in zip(self.paths, self._blend.shares, counts, strict=True)]
 
     def share_lines(self, consumed_samples: int) -> list[str]:
-        """A line for the log about each corpus of a blend: what it has given."""
+        """A log line about each corpus of a blend, with the samples taken from it."""
         if len(self.paths) == 1 or consumed_samples == 0:
             return []
         return [
             f"data: {share.path}: {share.samples:,} of {consumed_samples:,} samples, "
-            f"{share.samples / consumed_samples:.4%}; asked {share.asked:.4%}"
+            f"{share.samples / consumed_samples:.4%}; requested {share.asked:.4%}"
             for share in self.shares(consumed_samples)
         ]
 
@@ -133,11 +133,11 @@ class TrainData:
 class ValidData:
     """The samples of the validation corpora in order, one corpus after another, each once.
 
-    `corpora`: of each its prefix and the range of positions that its samples have.
+    corpora: for each its prefix and the range of positions of its samples.
     """
 
     def __init__(self, data: Data, vocabulary_size: int, check: bool = True) -> None:
-        """Open the corpora as TrainData does. Raises DataError or ConfigError with one line."""
+        """Opens the corpora as TrainData does. Raises DataError or ConfigError with one line."""
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
         self._streams = [Stream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
@@ -150,25 +150,26 @@ class ValidData:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all corpora."""
+        """Number of samples of all corpora."""
         return int(self._ends[-1])
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
-        """The samples at these positions in [0, num_samples). Raises DataError as TrainData.batch does."""
+        """The samples at these positions in [0, num_samples). Raises DataError as in TrainData.batch."""
         places = np.asarray(positions, np.int64)
         corpora = np.searchsorted(self._ends, places, "right") - 1
         return self._reader.read(self._streams, corpora, places - self._ends[corpora], places)
 
 
 def epoch_samples(data: Data, check: bool) -> int:
-    """Samples of one epoch of the only corpus of `data`. check: read its index through. Raises DataError."""
+    """Number of samples in one epoch of the only corpus of `data`. check: whether to check its whole index. Raises
+    DataError."""
     (source,) = data.train
     return _in_order(_open(source, data, check), data, [])[0].num_samples
 
 
 def check_data(data: Data, vocabulary_size: int) -> None:
-    """Read every corpus of a config whole, once: structure, checksums, every token id; what was found is
-    remembered (`corpus_check.py`). Raises DataError or ConfigError with one line."""
+    """Checks every corpus of a config completely: structure, checksums, every token id; the result is cached
+    (`corpus_check.py`). Raises DataError or ConfigError with one line."""
     TrainData(data, 0, vocabulary_size)
     if data.valid:
         ValidData(data, vocabulary_size)
@@ -181,9 +182,9 @@ def check_data(data: Data, vocabulary_size: int) -> None:
 
 
 def tokenizer_ids(data: Data, vocabulary_size: int) -> dict[str, Any]:
-    """The token ids that samples depend on and that a tokenizer decides, by their names; empty where there are none.
+    """The token ids that samples depend on, from the tokenizer or the config, by name; empty if there are none.
 
-    An id that the config gives itself is among them. Raises ConfigError or DataError where one is missing.
+    Raises ConfigError or DataError if one is missing.
     """
     ids: dict[str, Any] = {}
     if (masking := masking_of(data, vocabulary_size, seed=0, last=False)) is not None:
@@ -197,7 +198,7 @@ def tokenizer_ids(data: Data, vocabulary_size: int) -> dict[str, Any]:
 
 
 def epochs_of(data: Data, seed: int, vocabulary_size: int, samples: int) -> list[tuple[str, float]]:
-    """(prefix, how often a run of so many samples goes through it) of each training corpus."""
+    """(prefix, number of epochs) of each training corpus in a run of `samples` samples."""
     given = TrainData(data, seed, vocabulary_size, check=False).shares(samples)
     opened = [_open(source, data, False) for source in data.train]
     sizes = [_in_order(of, data, [])[0].num_samples for of in opened]
@@ -213,7 +214,7 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
     corpus = IndexedCorpus(source.path)
     beside = files_of(marks_prefix(source.path))[0]
     if data.loss is None and beside.exists():
-        rule = 'say "marked" to count what it marks, or "all"'
+        rule = 'set "marked" to count only the tokens that it marks, or "all"'
         raise ConfigError(f"megalite.data.loss: missing: {beside} exists: {rule}")
     marks = IndexedCorpus(marks_prefix(source.path)) if data.loss == "marked" else None
     if data.classes:
@@ -228,19 +229,19 @@ def _opened(source: Source, data: Data, check: bool) -> _Opened:
 
 
 def check_marks(marks: IndexedCorpus, corpus: IndexedCorpus) -> None:
-    """DataError unless `marks` has a byte for each token of `corpus`."""
+    """Raises DataError unless `marks` has one byte for each token of `corpus`."""
     if (marks.num_tokens, marks.dtype) != (corpus.num_tokens, np.dtype(np.uint8)):
         raise DataError(
-            f"{marks.tokens_path}: holds {marks.num_tokens} tokens of {marks.dtype}: must mark each of the "
-            f"{corpus.num_tokens} of {corpus.tokens_path} with a byte"
+            f"{marks.tokens_path}: has {marks.num_tokens} entries of {marks.dtype}: must have a byte for each of the "
+            f"{corpus.num_tokens} tokens of {corpus.tokens_path}"
         )
 
 
 def _check_names(prefix: str, classes: tuple[str, ...]) -> None:
-    """DataError where a corpus's labels have other names, or it has none."""
+    """Raises DataError if a corpus has no labels, ConfigError if their names differ."""
     path = names_file(prefix)
     if not path.is_file():
-        rule = "needs texts with labels, as tools/preprocess_data.py --label-key makes them"
+        rule = "needs texts with labels, which tools/preprocess_data.py --label-key writes"
         raise DataError(f"{path}: missing: megalite.data.objective.classes {rule}")
     names = read_json_object(path, DataError).get("classes")
     if names != list(classes):
@@ -252,7 +253,7 @@ def _check_names(prefix: str, classes: tuple[str, ...]) -> None:
 def _in_order(
     of: _Opened, data: Data, notes: list[str]
 ) -> tuple[Windows | WholeDocuments, IndexedCorpus | None]:
-    """The samples of a corpus in its own order; `notes` gets a line where some are cut."""
+    """The samples of a corpus in its own order. Appends a line to `notes` if some are truncated."""
     if data.samples == "windows":
         length = data.sequence_length if data.spans is None else data.spans.text
         return Windows(of.corpus, length, of.source.split, data.ahead), of.marks
@@ -270,28 +271,28 @@ def _in_order(
         notes += _pairs_cut(of, documents, data.source_length, data.sequence_length)
     elif whole.cut:
         notes.append(
-            f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are cut to "
+            f"data: {of.source.path}: {whole.cut:,} of {len(documents):,} documents are truncated to "
             f"megalite.data.sequence_length {data.sequence_length}{' + 1' if data.ahead else ''} tokens"
         )
     return whole, of.marks
 
 
 def _pairs_cut(of: _Opened, documents: range, source_length: int, length: int) -> list[str]:
-    """A line where pairs lose the end of their source or target."""
+    """A line if the sources or targets of some pairs are truncated."""
     assert of.marks is not None
-    looked = documents[:: -(-len(documents) // _PAIRS)]
+    checked = documents[:: -(-len(documents) // _PAIRS)]
     sources = targets = 0
-    for document in looked:
+    for document in checked:
         start, stop = of.corpus.document_start(document), of.corpus.document_start(document + 1)
         target = int(np.count_nonzero(of.marks.read(start, stop)))
-        sources += stop - start - target > source_length - 1  # its end token needs a place
+        sources += stop - start - target > source_length - 1  # one place is for the end token
         targets += target > length - source_length
     if not sources and not targets:
         return []
-    where = f"megalite.data.objective.source_length {source_length} of {length}"
+    limit = f"megalite.data.objective.source_length {source_length} of {length}"
     return [
-        f"data: {of.source.path}: of {len(looked)} pairs {sources} lose the end of their source and {targets} that of "
-        f"their target to {where}"
+        f"data: {of.source.path}: of {len(checked)} pairs, {sources} sources and {targets} targets are truncated by "
+        f"{limit}"
     ]
 
 
@@ -301,7 +302,7 @@ def _megatron_samples(of: _Opened, data: Data, samples: int, seed: int) -> Megat
 
 
 def _reader(data: Data, vocabulary_size: int, seed: int, last: bool) -> BatchReader:
-    """seed: of masks, where there are some; last: as of masking_of."""
+    """The reader of a config's batches. seed: for masks or spans; last: as in masking_of."""
     eod_id = _end_of_document(data) if data.eod_mask_loss else None
     whole = data.samples != "windows"
     masking = masking_of(data, vocabulary_size, seed, last)
@@ -320,7 +321,7 @@ def _reader(data: Data, vocabulary_size: int, seed: int, last: bool) -> BatchRea
 
 
 def _end_of_document(data: Data) -> int:
-    assert data.tokenizer is not None, "config/rules.py asks for it"
+    assert data.tokenizer is not None, "config/rules.py requires it"
     eod_id = load_tokenizer(data.tokenizer).eod_id
     if eod_id is None:
         raise DataError(

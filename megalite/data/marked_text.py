@@ -1,4 +1,4 @@
-"""A document for a person, with what is trained on made visible: in colour, or in [[ ]] where there is none."""
+"""Shows a document with the tokens that are trained on highlighted: in colour, or in [[ ]] without colour."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ Run = tuple[str, bool]
 OPEN, CLOSE, CUT = "[[", "]]", "…"
 _INDENT = 4
 _STYLE = "black on green"
-_UNFINISHED = "\ufffd"  # a decoder's sign for some bytes of a character
+_UNFINISHED = "\ufffd"  # a decoder's replacement for an incomplete character
 
 
 def runs_of(ids: Sequence[int], marks: np.ndarray, tokenizer: Tokenizer | None) -> Iterator[Run]:
-    """A document cut where `marks` ([tokens], 1: trained on) change; as ids where there is no tokenizer."""
+    """A document cut where `marks` ([tokens], 1: trained on) change; as token ids if there is no tokenizer."""
     edges = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(ids)]
     written = ""
     for start, stop in pairwise(edges):
@@ -32,19 +32,19 @@ def runs_of(ids: Sequence[int], marks: np.ndarray, tokenizer: Tokenizer | None) 
                 yield " ", False
             yield " ".join(map(str, ids[start:stop])), marked
             continue
-        # Some decoders leave out a space at the beginning, so each piece is decoded with all that is before it.
+        # Some decoders drop a leading space, so each piece is decoded together with everything before it.
         text = tokenizer.decode(ids[:stop], skip_special_tokens=False)
         if stop < len(ids):
-            text = text.rstrip(_UNFINISHED)  # the whole character goes with its last byte
+            text = text.rstrip(_UNFINISHED)  # a character belongs to the piece with its last byte
         yield text[len(written) :], marked
         written = text
 
 
 def drawn(ids: np.ndarray, number: int, share: float, tokenizer: Tokenizer | None) -> np.ndarray:
-    """Marks ([tokens], uint8) of the share of tokens that masked language modelling predicts, in one draw.
-    number: of the document, for the draw. Raises ConfigError where there is no mask token."""
+    """Marks ([tokens], uint8) of the tokens that masked language modelling predicts, in one draw of `share`.
+    number: of the document, for the draw. Raises ConfigError if there is no mask token."""
     if tokenizer is None or tokenizer.mask_id is None:
-        raise ConfigError(f"--masked: {share:g}: needs --tokenizer, of one with a mask token")
+        raise ConfigError(f"--masked: {share:g}: needs --tokenizer with a mask token")
     objective = Masked.model_validate({"masked": share})
     special, size = sorted(tokenizer.special_ids), tokenizer.vocabulary_size
     masking = Masking(objective, tokenizer.mask_id, special, size, seed=0)
@@ -55,7 +55,7 @@ def drawn(ids: np.ndarray, number: int, share: float, tokenizer: Tokenizer | Non
 
 
 def shown(runs: Iterator[Run], characters: int, columns: int, colour: bool) -> list[str]:
-    """The lines of a document, `characters` of it at most, each at most `columns` wide."""
+    """The lines of a document, at most `characters` of it, each at most `columns` wide."""
     text, left = Text(), characters
     for piece, marked in runs:
         part, left = piece[:left], left - len(piece)
@@ -78,7 +78,7 @@ def shown(runs: Iterator[Run], characters: int, columns: int, colour: bool) -> l
 
 
 def _visible(text: str) -> str:
-    """Without characters that would do something to a terminal."""
+    """The text with control characters escaped, since they would affect a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,10 +1,10 @@
-"""Masked language modelling (arXiv 1810.04805, section 3.1): which tokens of a sample are predicted, and what replaces
-them.
+"""Masked language modelling (arXiv 1810.04805, section 3.1): chooses the tokens of a sample to predict, and their
+replacements.
 
-All of it is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
-are new in each epoch, and equal on every layout, for every micro-batch size and after a restart; evaluation numbers its
-samples from 0 under a seed of its own. Of a whole word (words.py) the position is that of its first token. A share that
-changes over a run is compared with the same draws. Next: batch.py.
+The choice is a pure function of the run's seed, the sample's number in the run and the position in the sample. So masks
+are new in each epoch, and the same on every layout, for every micro-batch size and after a restart; evaluation numbers
+its samples from 0 and has its own seed. For a whole word (words.py) the position is that of its first token. A share
+that changes over a run is compared with the same draws. Next: batch.py.
 """
 
 import copy
@@ -20,11 +20,11 @@ from megalite.errors import ConfigError
 
 UNCOUNTED = -100  # the label of a position that does not count in the loss
 KEY = "megalite.data.objective"
-_CHOSEN, _KIND, _OTHER = range(3)  # what is drawn of each position
+_CHOSEN, _KIND, _OTHER = range(3)  # the purposes of draws for each position
 
 
 class Masking:
-    """An objective with its tokens. share: of the tokens that are predicted."""
+    """A masked objective with its token ids. share: share of the tokens that are predicted."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class Masking:
         seed: int,
         words: Words | None = None,
     ) -> None:
-        """`special_ids` are never predicted, nor do they replace another; `ids`: a random token is below this; seed: of
-        the masks; words: None where tokens are masked one by one."""
+        """special_ids: never predicted, and never used as a random replacement; ids: random tokens are below this;
+        seed: of the masks; words: for whole-word masking, None to mask tokens one by one."""
         self._objective, self._mask_id, self._seed = objective, mask_id, seed
         self.share, self.words = objective.ends[0], words
         self._special = np.array(sorted({mask_id, *special_ids}), np.int64)
@@ -46,10 +46,10 @@ class Masking:
             "special tokens": sorted({*special_ids}),
             "number of ids": ids,
         }
-        """All that a tokenizer decides of the masks, beside words: by its name, for a run's fingerprint."""
+        """The ids that masks depend on, by name, for a run's fingerprint; words are not included."""
 
     def at_step(self, step: int, steps: int) -> "Masking":
-        """The same with the share of a step of a run of so many."""
+        """The same masking with the share of step `step` in a run of `steps`."""
         changed = copy.copy(self)
         changed.share = self._objective.share(step, steps)
         return changed
@@ -61,8 +61,9 @@ class Masking:
         numbers: np.ndarray,
         documents: np.ndarray | None = None,
     ) -> None:
-        """Masks a batch in place. tokens and labels int64 [B, S], the labels the tokens themselves, or -100 where there
-        is none to ask for; numbers int64 [B]: of the samples in the run; documents [B, S]: as of a batch."""
+        """Masks a batch in place. tokens, labels int64 [B, S]: the labels are the tokens themselves, or -100 where
+        nothing may be predicted; numbers int64 [B]: numbers of the samples in the run; documents [B, S]: as in a
+        batch."""
         objective, shape = self._objective, tokens.shape
         draws = self._draw(_CHOSEN, numbers, shape)
         if self.words is not None:
@@ -78,19 +79,19 @@ class Masking:
         tokens[chosen & ~swapped & ~kept] = self._mask_id
 
     def _draw(self, what: int, numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """64 random bits of each position, uint64 [B, S]."""
+        """64 random bits for each position, uint64 [B, S]."""
         rows = hashed(numbers.astype(np.uint64), mixed(self._seed, what))
         return hashed(rows[:, None] + np.arange(1, shape[1] + 1).astype(np.uint64) * STEP, what)
 
 
 def _below(draws: np.ndarray, share: float) -> np.ndarray:
-    """Where a number in [0, 1) is below a share. Of 53 bits, which a double holds exactly."""
+    """Whether the draws, as numbers in [0, 1), are below a share. Uses 53 bits, which a double represents exactly."""
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
 
 
 def masking_of(data: Data, vocabulary_size: int, seed: int, last: bool) -> Masking | None:
-    """Of a config, with the share of the run's last step or its first; None where nothing is masked. Raises ConfigError
-    where a token that it needs is missing."""
+    """The masking of a config, with the share of the run's last step, or of its first; None for other objectives.
+    Raises ConfigError if a token that it needs is missing."""
     objective = data.objective
     if not isinstance(objective, Masked):
         return None
@@ -109,13 +110,15 @@ def masking_of(data: Data, vocabulary_size: int, seed: int, last: bool) -> Maski
             rule = f"must be below the model's vocab_size {vocabulary_size}"
             raise ConfigError(f"{KEY}.{name}: {max(values)}: {rule}")
     if len({mask_id, *(special or [])}) >= ids:
-        raise ConfigError(f"{KEY}.special_token_ids: must leave some of the {ids} ids")
+        raise ConfigError(
+            f"{KEY}.special_token_ids: must leave some of the {ids} ids as ordinary tokens"
+        )
     words = None
     if objective.whole_word and tokenizer is not None:
         words = words_of(tokenizer, vocabulary_size, [mask_id, *(special or [])])
         if words is None:
             rule = (
-                f"the tokens of {data.tokenizer} do not show where words begin, as WordPiece's do"
+                f"the tokens of {data.tokenizer} do not show where words begin, unlike WordPiece's"
             )
             raise ConfigError(f"{KEY}.whole_word: true: {rule}")
     masking = Masking(objective, mask_id, special or [], ids, seed, words)

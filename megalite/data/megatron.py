@@ -1,11 +1,11 @@
-"""Megatron-LM's order of samples, exactly, for runs that are moved over from it.
+"""Exactly Megatron-LM's order of samples, for runs that are moved over from it.
 
-As megatron-core's GPTDataset builds it (`gpt_dataset.py`, `helpers.cpp`, 0.16.1), with NumPy's old generator
-`RandomState(seed)`: the document index (all sequences, once an epoch, shuffled over all epochs), the sample
-index (where in it each sample begins) and the shuffle index (the order of samples). A last epoch of which
-less than 80 % is needed is shuffled by itself. All of it depends on the number of samples that the run was started
-for; tables and start grow with the corpus (`samples.py` has the order without tables). Megatron's compiled
-helper is not needed: what it builds is looked up here when it is needed.
+It is built as in megatron-core's GPTDataset (`gpt_dataset.py`, `helpers.cpp`, 0.16.1), with NumPy's legacy generator
+`RandomState(seed)`: the document index (all sequences once per epoch, shuffled over all epochs), the sample index
+(where in it each sample begins) and the shuffle index (the order of samples). If less than 80 % of the last epoch is
+needed, it is shuffled separately. All indices depend on the number of samples that the run was started for; tables
+and start-up time grow with the corpus (`samples.py` has an order without tables). Megatron's compiled helper is not
+needed: the entries of its table are computed here on demand.
 """
 
 import math
@@ -18,26 +18,29 @@ from megalite.data.indexed import IndexedCorpus
 from megalite.data.samples import Piece
 from megalite.errors import DataError
 
-_LEAST_LAST_EPOCH = 0.80  # of a last epoch's samples; with fewer it is shuffled by itself
-_SURPLUS = 0.005  # mid_level_dataset_surplus: samples made ready of each corpus of a blend beyond its share
-_STRIDE = 64  # documents between two sums that are kept
-_CHUNK = _STRIDE << 10  # documents added up together
+_LEAST_LAST_EPOCH = 0.80  # share of the last epoch's samples below which it is shuffled separately
+_SURPLUS = (
+    0.005  # mid_level_dataset_surplus: extra samples built for each corpus of a blend, as a share
+)
+_STRIDE = 64  # documents between two stored sums
+_CHUNK = _STRIDE << 10  # documents summed at a time
 
 
 class MegatronSamples:
-    """Samples of one corpus in Megatron's order; `num_samples` is at least what was asked."""
+    """Samples of one corpus in Megatron's order; `num_samples` is at least the requested number."""
 
     def __init__(
         self, corpus: IndexedCorpus, sequences: range, sequence_length: int, samples: int, seed: int
     ) -> None:
-        """`sequences` of the corpus, for `samples` samples. Raises DataError where they hold no token."""
+        """sequences: of the corpus, to use; samples: number of samples needed. Raises DataError if the sequences have
+        no tokens."""
         self.corpus = corpus
-        # Aligned, unlike the file's.
+        # A copy, because the memory map of the file is not aligned.
         sizes = np.array(corpus.sizes[sequences.start : sequences.stop])
         epoch_tokens = int(sizes.sum(dtype=np.int64))
         if epoch_tokens == 0:
             raise DataError(
-                f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} hold no token"
+                f"{corpus.index_path}: sequences {sequences.start} to {sequences.stop} have no tokens"
             )
         epochs = -(-(samples * sequence_length + 1) // epoch_tokens)
         # Samples of all epochs but the last.
@@ -77,7 +80,7 @@ class MegatronSamples:
 def document_index(
     sequences: int, epochs: int, apart: bool, random: np.random.RandomState
 ) -> np.ndarray:
-    """The sequences of all epochs in their order, int32; `apart`: the last epoch is shuffled by itself."""
+    """The sequences of all epochs in their order, int32. apart: whether the last epoch is shuffled separately."""
     parts = [epochs - 1, 1] if apart else [epochs]
     shuffled = [np.tile(np.arange(sequences, dtype=np.int32), part) for part in parts]
     for part in shuffled:
@@ -86,11 +89,11 @@ def document_index(
 
 
 class SampleIndex:
-    """Where each sample begins. Sample k begins at token k·S of the documents laid end to end, so a table of
-    samples, as Megatron's helper makes it, can be had from sums of sizes: kept here for every 64th document."""
+    """Where each sample begins. Sample k begins at token k·S of the concatenated documents, so the entries of the table
+    that Megatron's helper builds follow from cumulative sizes, which are stored here for every 64th document."""
 
     def __init__(self, sizes: np.ndarray, documents: np.ndarray, sequence_length: int) -> None:
-        """`sizes` i32 of the sequences, `documents` i32 their order over the epochs."""
+        """sizes int32: of the sequences; documents int32: their order over the epochs."""
         self._sizes, self._documents, self._length = sizes, documents, sequence_length
         whole = len(documents) - len(documents) % _STRIDE
         sums = [
@@ -103,7 +106,7 @@ class SampleIndex:
         self._ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sums]))
 
     def begins(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place in `documents`, token in that document), int64 [B] each, of samples [B]."""
+        """(index in `documents`, token in that document), int64 [B] each, for samples [B]."""
         tokens = samples.astype(np.int64) * self._length
         blocks = np.searchsorted(self._ends, tokens, "right") - 1
         places = blocks[:, None] * _STRIDE + np.arange(_STRIDE)  # [B, 64]
@@ -115,7 +118,7 @@ class SampleIndex:
 
 
 def shuffle_index(first: int, total: int, random: np.random.RandomState) -> np.ndarray:
-    """The order of `total` samples, the first `first` and the rest each shuffled among themselves."""
+    """The order of `total` samples; the first `first` and the rest are shuffled separately."""
     dtype: Any = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
     result = np.arange(total, dtype=dtype)
     random.shuffle(result[:first])
@@ -125,11 +128,11 @@ def shuffle_index(first: int, total: int, random: np.random.RandomState) -> np.n
 
 
 class MegatronBlend:
-    """Megatron's blend: each position goes to the corpus that is furthest behind, in 64-bit floats, the first
-    of equals. A walk through all positions, made once."""
+    """Megatron's blend: each position goes to the corpus that is furthest behind, in float64, the first one if several
+    are equal. Steps through all positions once."""
 
     def __init__(self, weights: Sequence[float], samples: int) -> None:
-        """For a run of `samples` samples, as Megatron was started with."""
+        """samples: number of samples that the Megatron run was started for."""
         all_weights = np.array(weights, np.float64)
         self.shares: list[float] = (all_weights / np.sum(all_weights)).tolist()
         self.num_samples, self.samples_of = samples, [samples]
@@ -154,11 +157,11 @@ class MegatronBlend:
         return corpora, places
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See blend.Blend.locate. Raises DataError for a position beyond the run that the order was made for."""
+        """See blend.Blend.locate. Raises DataError for a position beyond the run that the order was built for."""
         if positions.size and int(positions.max()) >= self.num_samples:
             raise DataError(
-                f"megalite.data.megatron_samples: the order is made for {self.num_samples} samples and the run "
-                f"needs sample {int(positions.max())}: a longer run has another order in Megatron"
+                f"megalite.data.megatron_samples: the order is built for {self.num_samples} samples but the run "
+                f"needs sample {int(positions.max())}: in Megatron a longer run has another order"
             )
         return self._corpora[positions].astype(np.int64), self._places[positions]
 

@@ -1,9 +1,9 @@
-"""Samples of whole documents, for fine-tuning: several in a sample, as many as fit, or one and then filling.
+"""Samples of whole documents, for fine-tuning: as many documents per sample as fit, or one document and padding.
 
-A document of n tokens takes n - 1 positions, since nothing is predicted after its last token; one longer than
-S + 1 tokens is cut, and one of a single token left out. Where tokens are masked instead it takes n positions, and one
-longer than S is cut. Which documents share a sample is found once, the longest first, each into the fullest sample
-that it still fits ("best fit decreasing"); where documents are kept apart in attention it changes no result.
+A document of n tokens takes n - 1 positions, since nothing is predicted after its last token; one longer than S + 1
+tokens is truncated, and one of a single token is left out. With masked tokens it takes n positions, and one longer than
+S is truncated. Documents are assigned to samples once, the longest first, each to the fullest sample with enough room
+("best fit decreasing"); if documents are kept apart in attention, the assignment does not affect their results.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from megalite.errors import DataError
 
 
 class WholeDocuments:
-    """The samples of a corpus, of whole documents each; `cut` of them are longer than a sample."""
+    """The samples of a corpus, each of whole documents. cut: number of documents that are longer than a sample."""
 
     def __init__(
         self,
@@ -25,31 +25,33 @@ class WholeDocuments:
         ahead: int,
         cuts: bool,
     ) -> None:
-        """`documents` of the corpus, `together` or one a sample; ahead: tokens after the last position; cuts: whether
-        what is longer is cut here. Raises DataError where none is long enough."""
+        """documents: of the corpus, to use; together: several per sample, else one; ahead: tokens after the last
+        position; cuts: whether longer documents are truncated here. Raises DataError if no document is long enough."""
         self.corpus, self.longest, self.cuts = corpus, sequence_length + ahead, cuts
         lengths = corpus.document_lengths(documents.start, documents.stop)
         usable = np.flatnonzero(lengths > ahead)
         if not usable.size:
             least = "two tokens" if ahead else "a token"
             raise DataError(
-                f"{corpus.index_path}: no document of {least} among those that are used"
+                f"{corpus.index_path}: no document of at least {least} in the part that is used"
             )
         self.cut = int((lengths > self.longest).sum())
         needed = np.minimum(lengths[usable] - ahead, sequence_length)
         usable += documents.start
         if together:
             sample_of = best_fit(needed, sequence_length)
-            # Within a sample in the order of the corpus.
+            # Within a sample, documents keep the order of the corpus.
             order = np.argsort(sample_of, kind="stable")
             self._documents, counts = usable[order], np.bincount(sample_of)
         else:
             self._documents, counts = usable, np.ones(len(usable), np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])  # of each sample in _documents
+        self._starts = np.concatenate(
+            [[0], np.cumsum(counts)]
+        )  # index in _documents of each sample's first
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
+        """Number of samples in one epoch."""
         return len(self._starts) - 1
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
@@ -67,16 +69,16 @@ class WholeDocuments:
 
 
 def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """The sample that each of `sizes` (1 to `room`) goes into, int64, numbered in the order they are opened."""
+    """The sample that each of `sizes` (1 to `room`) is put into, int64; samples are numbered as they are opened."""
     result = np.empty(len(sizes), np.int64)
-    open_with: list[list[int]] = [[] for _ in range(room + 1)]  # samples by the room that is left
-    left = 0  # bit r: there is a sample with room r
+    open_with: list[list[int]] = [[] for _ in range(room + 1)]  # samples by their remaining room
+    left = 0  # bit r is set if there is a sample with room r
     opened = 0
     for place in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[place])
         fitting = left >> size
         if fitting:
-            old = size + (fitting & -fitting).bit_length() - 1  # the least room that is enough
+            old = size + (fitting & -fitting).bit_length() - 1  # the smallest sufficient room
             sample = open_with[old].pop()
             if not open_with[old]:
                 left &= ~(1 << old)

@@ -1,9 +1,9 @@
-"""Lines of a text and its translation to tokens, of which the loss counts the translation's.
+"""Tokenizes pairs of a text and its translation; only the translation's tokens count in the loss.
 
     {"source": "File not found", "target": "Datei nicht gefunden"}
 
-The source is put into a template, and the translation follows it with the end-of-document token. Both are tokenized by
-themselves, so that what a model sees before a translation is the same in training and when it translates.
+The source is inserted into a template, which is followed by the translation and the end-of-document token. The two
+parts are tokenized separately, so that the prompt before a translation is the same in training and generation.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from megalite.data.documents import Bad, text_of
 from megalite.data.tokenizer import Encoder, Tokenizer
 from megalite.errors import ConfigError, DataError
 
-Marked = tuple[list[int], list[int]]  # token ids, and of each 1 where the loss counts it
+Marked = tuple[list[int], list[int]]  # token ids, and for each 1 if the loss counts it, else 0
 SOURCE = "{source}"
 TEMPLATE = f"{SOURCE} =>"
 
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """Pairs to documents of marked tokens; it can be sent to another process."""
+    """Converts pairs to documents of marked tokens; can be pickled for another process."""
 
     encoder: Encoder
     eod_id: int
@@ -28,21 +28,22 @@ class PairEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, folder: str, template: str) -> "PairEncoder":
-        """Raises DataError for a tokenizer without an end of document, ConfigError for a template without a source."""
+        """Raises DataError for a tokenizer without an end-of-document token, ConfigError for a template without
+        `{source}`."""
         if tokenizer.eod_id is None:
             raise DataError(f"{folder}: has no end-of-sequence token, which ends a translation")
         if SOURCE not in template:
-            raise ConfigError(f"--template: {template!r}: must hold {SOURCE}")
+            raise ConfigError(f"--template: {template!r}: must contain {SOURCE}")
         return cls(tokenizer.encoder(), tokenizer.eod_id, template)
 
     def prompts(self, sources: list[str]) -> list[list[int]]:
-        """The text before the translation of each source."""
+        """The token ids before the translation of each source."""
         return self.encoder.encode_batch(
             [self.template.replace(SOURCE, source) for source in sources]
         )
 
     def encode(self, pairs: list[tuple[str, str]]) -> list[Marked]:
-        """A document of each pair."""
+        """One document for each pair."""
         prompts = self.prompts([source for source, _ in pairs])
         targets = self.encoder.encode_batch([target for _, target in pairs])
         found = []
@@ -53,7 +54,7 @@ class PairEncoder:
 
 
 def pair_of(found: dict[str, Any] | Bad, number: int) -> tuple[str, str] | Bad:
-    """Source and target of a line's object; number: of the line."""
+    """Source and target of a line's object. number: of the line."""
     source = text_of(found, "source", number)
     target = source if isinstance(source, Bad) else text_of(found, "target", number)
     if isinstance(source, str) and isinstance(target, str):

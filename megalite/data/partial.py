@@ -1,8 +1,8 @@
-"""A corpus that is being written: `PREFIX.partial/`, until it is whole and gets its name.
+"""A corpus that is being written: `PREFIX.partial/`, until it is complete and renamed.
 
-The folder holds tokens and sizes so far and a journal, which says up to which place the input has been taken
-in and how long the files were then. After a kill the files are cut back to the journal's word and the same
-command resumes, so the result has the same bytes as one that was never stopped.
+The folder contains the tokens and sizes so far, and a journal, which records how far the input has been read and how
+long the files were then. After a kill, the same command truncates the files to the lengths in the journal and resumes,
+so the output is byte-identical to that of an uninterrupted run.
 """
 
 import contextlib
@@ -20,18 +20,19 @@ import numpy as np
 
 from megalite.data.corpus_check import checksum_file, checksum_lines
 from megalite.data.documents import Bad, Chunk, Place
-from megalite.data.indexed import files_of, names_file, refuse_existing, write_index
+from megalite.data.indexed import files_of, names_file
+from megalite.data.indexed_writer import refuse_existing, write_index
 from megalite.errors import DataError
 
 _JOURNAL_SECONDS = 5.0
 _NAMES = "classes.json"
-_NAMED = 10  # bad lines that are named; the rest are counted
+_NAMED = 10  # bad lines that are named; the rest are only counted
 _LONGEST_DOCUMENT = 2**31 - 1  # tokens: sizes are i32
 
 
 @dataclass
 class Counts:
-    """What has been taken in so far."""
+    """Counts of the input processed so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -40,13 +41,13 @@ class Counts:
     named: list[str] = field(default_factory=list)
     """The first bad lines: file, line and reason."""
     forms: dict[str, int] = field(default_factory=dict)
-    """Lines by their form, where they may have several (chat_forms.py)."""
+    """Number of lines by form, if there are several forms (chat_forms.py)."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one chunk: of each document its size, one after another; the last one may continue in the next.
-    `marks`: a byte a token, or nothing where the corpus has none."""
+    """The tokens of one chunk. sizes: of its documents in order, the last of which may continue in the next chunk;
+    marks: one byte per token, or empty if the corpus has no marks."""
 
     sizes: np.ndarray
     tokens: bytes
@@ -54,11 +55,11 @@ class Encoded:
     empty: int
     bad: list[Bad]
     forms: Mapping[str, int] = field(default_factory=dict)
-    """Lines by their form, as of Counts."""
+    """Number of lines by form, as in Counts."""
 
 
 class Partial:
-    """`PREFIX.partial/`: tokens and sizes so far, and the journal of how far that is."""
+    """`PREFIX.partial/`: tokens and sizes so far, and the journal."""
 
     def __init__(
         self,
@@ -68,14 +69,14 @@ class Partial:
         marks: str | None,
         classes: Sequence[str],
     ) -> None:
-        """Open or make it. marks: prefix of a corpus of marks beside the tokens, None: there is none; classes: names
-        of what it marks, written beside it. Raises DataError where the output exists, another process works on it, or
-        it was left by other arguments."""
+        """Opens or creates the folder. marks: prefix of a corpus of marks for the tokens, None if there is none;
+        classes: names of the labels, written along with it. Raises DataError if the output exists, another process is
+        writing it, or it was written with other arguments."""
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
         self.place, self.counts, self.written = Place(), Counts(), False
-        self._open_tokens = 0  # of the last document, where it continues
+        self._open_tokens = 0  # tokens so far of a document that continues in the next chunk
         self._saved = time.monotonic()
         state = self._read_journal()
         self._prefixes = {"tokens": str(output)} | ({} if marks is None else {"marks": marks})
@@ -88,13 +89,13 @@ class Partial:
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the end)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{self.folder}: another process is writing it") from None
+            raise DataError(f"{self.folder}: another process is writing to it") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from None
         if state and state["fingerprint"] != fingerprint:
             if not overwrite:
                 raise DataError(
-                    f"{self.folder}: left by other inputs, options or tokenizer: remove it, or say --overwrite"
+                    f"{self.folder}: was written with other inputs, options or tokenizer: remove it or use --overwrite"
                 )
             state = {}
         if state:
@@ -110,14 +111,14 @@ class Partial:
             return {}
 
     def _open(self, name: str, state: dict[str, Any]) -> BinaryIO:
-        """A file of the folder, cut to what the journal vouches for, to be written on."""
+        """A file of the folder, truncated to its length in the journal and opened for appending."""
         path = self.folder / name
         path.touch()
         os.truncate(path, state.get(name, 0))
         return open(path, "ab")
 
     def add(self, chunk: Chunk, encoded: Encoded, path: str, strict: bool) -> None:
-        """Take in the next chunk. Raises DataError for a bad line under `strict`."""
+        """Appends the next chunk. Raises DataError for a bad line if `strict`."""
         for bad in encoded.bad:
             line = f"{path}:{bad.number}: {bad.reason}"
             if strict:
@@ -131,7 +132,7 @@ class Partial:
         if encoded.marks:
             self._files["marks.bin"].write(encoded.marks)
         self.counts.tokens += sum(sizes)
-        # A document may go over several chunks: its size is written when its end has come.
+        # A document may span several chunks: its size is written at its end.
         if self._open_tokens and sizes:
             sizes[0] += self._open_tokens
         elif self._open_tokens and not chunk.open_end:
@@ -142,7 +143,7 @@ class Partial:
             self._open_tokens = sizes.pop()
         if max([self._open_tokens, *sizes]) > _LONGEST_DOCUMENT:
             raise DataError(
-                f"{path}:{chunk.start.number}: a document of more than {_LONGEST_DOCUMENT} tokens"
+                f"{path}:{chunk.start.number}: document too long: must have at most {_LONGEST_DOCUMENT} tokens"
             )
         self._files["sizes.i32"].write(np.array(sizes, "<i4").tobytes())
         self.counts.documents += len(sizes)
@@ -154,7 +155,7 @@ class Partial:
             self.save()
 
     def save(self) -> None:
-        """Bring all to the disk and then say so in the journal."""
+        """Flushes all files to disk and then records their lengths in the journal."""
         state = {
             "fingerprint": self.fingerprint,
             "place": self.place,
@@ -171,7 +172,7 @@ class Partial:
         self._saved = time.monotonic()
 
     def finish(self, dtype: np.dtype[Any]) -> None:
-        """Write the index and the checksums. Raises DataError where there was no document."""
+        """Writes the index and the checksums. Raises DataError if there was no document."""
         self.save()
         if self.counts.documents == 0:
             self.discard()
@@ -192,8 +193,8 @@ class Partial:
         self.save()
 
     def give_names(self) -> None:
-        """Move the files to their names, an index last and the tokens' the very last: a pair that has one is
-        whole. Cut off in between, the same command does the rest."""
+        """Moves the files to their final names. Each index comes after its tokens, and the corpus's own index last, so
+        that a corpus with an index is complete. If this is interrupted, the same command finishes it."""
         if (self.folder / _NAMES).exists():
             os.replace(self.folder / _NAMES, names_file(self.output))
         for name, prefix in reversed(self._prefixes.items()):
@@ -210,7 +211,7 @@ class Partial:
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
-        """Remove what there is: with these inputs and options it cannot be resumed."""
+        """Removes the folder: with these inputs and options it cannot be resumed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Partial":
@@ -218,7 +219,7 @@ class Partial:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not self.written and self.folder.exists():
-            with contextlib.suppress(OSError):  # the disk may be what failed
+            with contextlib.suppress(OSError):  # the disk may have failed
                 self.save()
         for file in (*self._files.values(), self._lock):
             file.close()

@@ -1,22 +1,22 @@
 """A seeded shuffle that is computed, not stored: element i of a permutation of any size in constant time.
 
-A Feistel network turns the bits of i around under a key: each round replaces one half of them by itself
-xor a hash of the other half, which can be undone, so different i stay different. Its domain is the next
-power of two above the size; what falls outside goes through it again ("cycle walking") until it falls
-inside, fewer than two times on average. All of it is integer arithmetic of NumPy arrays, so the order is
-the same on every machine and with every NumPy release.
+A Feistel network permutes the bits of i under a key: each round replaces one half of them by itself xor a hash of the
+other half, which is invertible, so different i stay different. Its domain is the next power of two above the size; a
+result outside the size goes through the network again ("cycle walking") until it is inside, fewer than two times on
+average. It uses only integer arithmetic of NumPy arrays, so the order is the same on every machine and with every NumPy
+release.
 """
 
 import numpy as np
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
-"""SplitMix64's: multiples of it are far apart, so that a hash of them is well mixed."""
+"""SplitMix64's increment: its multiples are far apart, so that their hashes are well mixed."""
 _ROUNDS = 12
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def mixed(value: int, *more: int) -> int:
-    """One 64-bit hash of some integers (SplitMix64's finaliser over each)."""
+    """A 64-bit hash of some integers (SplitMix64's finaliser applied to each)."""
     result = 0
     for part in (value, *more):
         result = ((result ^ part) + int(STEP)) & _MASK
@@ -27,7 +27,7 @@ def mixed(value: int, *more: int) -> int:
 
 
 def permuted(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where the permutation of [0, size) under `key` sends each of `indices`, int64 [n]."""
+    """The images of `indices`, int64 [n], under the permutation of [0, size) with `key`."""
     bits = max(2, (size - 1).bit_length())
     result = indices.astype(np.uint64)
     pending = np.arange(len(result))

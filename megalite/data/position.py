@@ -1,6 +1,6 @@
-"""The position of a run, as a value: what state.json holds beside weights and moments, and a run resumes from.
+"""The position of a run, as a value: a checkpoint's state.json contains it, and a run resumes from it.
 
-Next: loop.py, which moves it.
+Next: loop.py, which advances it.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ from megalite.data.best import Best
 
 @dataclass(frozen=True)
 class Position:
-    """Optimizer steps done, samples and tokens seen; of the steps, those whose update was skipped.
+    """Optimizer steps done, samples and tokens consumed, and the number of steps whose update was skipped.
 
-    left_out: half-open ranges of the corpus order that no step takes, in order and apart: batches that a run went back
-    from. recent_losses: what a spike is measured by. loss_scale: of fp16's dynamic scaler. best: of the evaluations.
-    owes_evaluation: the evaluation after this step is still to be made: a signal came first. faults_in_a_row: skips and
-    rewinds with no step past them, the last of them at faulty_step (guard/health.py).
+    left_out: half-open ranges of the corpus order that no step takes, sorted and disjoint: batches that the run left
+    out when it rewound. recent_losses: the losses that a spike is compared with. loss_scale: state of fp16's dynamic
+    loss scaler. best: record of the evaluations. owes_evaluation: whether the evaluation after this step is still to be
+    done, because a signal came first. faults_in_a_row: consecutive skips and rewinds without progress, the last of them
+    at faulty_step (guard/health.py).
     """
 
     step: int = 0
@@ -34,7 +35,8 @@ class Position:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Position":
-        """From a checkpoint's state, which holds more; what an older one lacks is as in a run without faults."""
+        """The position in a checkpoint's state, which contains more; values that an older checkpoint lacks get their
+        defaults."""
         values = {field.name: state[field.name] for field in fields(cls) if field.name in state}
         values["left_out"] = tuple((start, stop) for start, stop in values.get("left_out", ()))
         values["recent_losses"] = tuple(values.get("recent_losses", ()))
@@ -43,11 +45,11 @@ class Position:
 
     @property
     def updates(self) -> int:
-        """Updates that happened: what Adam counts."""
+        """Number of updates that were not skipped, as counted by Adam."""
         return self.step - self.skipped_steps
 
     def after(self, samples: int, tokens: int, skipped: bool = False) -> "Position":
-        """One step later."""
+        """The position one step later."""
         return replace(
             self,
             step=self.step + 1,
@@ -58,14 +60,14 @@ class Position:
         )
 
     def place(self, sample: int) -> int:
-        """The place in the corpus order of the run's sample of that number: those left out are passed over."""
+        """The position in the corpus order of the run's sample number `sample`: samples left out are passed over."""
         for start, stop in self.left_out:
             if sample >= start:
                 sample += stop - start
         return sample
 
     def leaving_out(self, samples: range) -> "Position":
-        """The same with these samples of the run, counted as now, left out from here on."""
+        """The same position, with these samples of the run (by their current numbers) left out from now on."""
         start, stop = self.place(samples.start), self.place(samples.stop - 1) + 1
         kept = [(a, b) for a, b in self.left_out if b < start or a > stop]
         for a, b in set(self.left_out) - set(kept):
@@ -74,11 +76,11 @@ class Position:
 
 
 class Kept:
-    """Samples by their number in the run, where `position` says which are left out."""
+    """Samples by their number in the run, without those that `position` leaves out."""
 
     def __init__(self, samples: Any, position: Position) -> None:
         self.samples, self.position = samples, position
 
     def batch(self, positions: Sequence[int]) -> Any:
-        """As of the samples themselves."""
+        """The batch of the underlying samples at these positions of the run."""
         return self.samples.batch([self.position.place(position) for position in positions])

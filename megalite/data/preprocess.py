@@ -1,215 +1,30 @@
-"""Text files to a corpus, by several processes, and on from where it was after a kill.
+"""Text files to a corpus, by several processes; after a kill it resumes where it was.
 
-One process reads chunks and writes tokens, in the order of the input; workers tokenize. At most a few chunks
-a worker are under way, which bounds the memory. `documents.py` reads, `partial.py` keeps what is written
-until it is whole, `indexed.py` has the form.
+One process reads chunks and writes tokens, in the order of the input; workers (`workers.py`) tokenize. `documents.py`
+reads, `tasks.py` makes tokens of what was read, `partial.py` keeps what is written until it is whole, `indexed.py` has
+the form.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
-import signal
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from itertools import chain
-from multiprocessing import connection, get_context, parent_process
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from megalite.data.chat import ChatEncoder
-from megalite.data.chat_forms import NotChat, sample_of
-from megalite.data.documents import (
-    STANDARD_INPUT,
-    Bad,
-    Chunk,
-    Kind,
-    kind_of,
-    parse,
-    parse_objects,
-    read_chunks,
-    text_of,
-    total_bytes,
-)
+from megalite.data.documents import STANDARD_INPUT, Kind, kind_of, read_chunks, total_bytes
 from megalite.data.indexed import labels_prefix, marks_prefix, token_dtype
-from megalite.data.pairs import PairEncoder, pair_of
-from megalite.data.partial import Counts, Encoded, Partial
+from megalite.data.pairs import PairEncoder
+from megalite.data.partial import Counts, Partial
 from megalite.data.progress import Progress
-from megalite.data.tokenizer import Encoder, FastEncoder, Tokenizer, load_tokenizer
-from megalite.errors import ConfigError, DataError, MegaliteError
-from megalite.inputs import reading
+from megalite.data.tasks import ChatTask, LabelTask, PairTask, Task, TextTask
+from megalite.data.tokenizer import FastEncoder, Tokenizer, load_tokenizer
+from megalite.data.workers import tokenized
+from megalite.errors import ConfigError, DataError
 
-_CHUNKS_UNDER_WAY = 3  # a worker
 MOST_CLASSES = 256  # a byte a token
-
-
-class Task(ABC):
-    """What a worker does with a chunk; it can be sent to another process."""
-
-    dtype: np.dtype[Any]
-    """Of the tokens."""
-
-    @abstractmethod
-    def encode(self, chunk: Chunk) -> Encoded:
-        """Tokenize a chunk. A document without tokens is left out and counted."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Fingerprint of everything that the tokens of a text depend on."""
-
-
-@dataclass(frozen=True)
-class TextTask(Task):
-    """Documents of text."""
-
-    encoder: Encoder
-    dtype: np.dtype[Any]
-    text_key: str
-    begin: list[int]  # [CLS], or nothing
-    end: list[int]  # the end-of-document token or [SEP], or nothing
-
-    def encode(self, chunk: Chunk) -> Encoded:
-        """See Task."""
-        texts: list[str] = []
-        bad: list[Bad] = []
-        for found in parse(chunk, self.text_key):
-            if isinstance(found, Bad):
-                bad.append(found)
-            else:
-                texts.append(found)
-        ids = [found for found in self.encoder.encode_batch(texts) if found]
-        # Else a piece of a document that has begun.
-        if chunk.kind != "txt" or chunk.start.offset == 0:
-            ids = [self.begin + found for found in ids]
-        if not chunk.open_end:
-            for found in ids:
-                found += self.end
-        return Encoded(*_joined(ids, self.dtype), b"", len(texts) - len(ids), bad)
-
-    def fingerprint(self) -> str:
-        """See Task."""
-        what = (self.text_key, self.begin, self.end, self.dtype.str)
-        return hashlib.sha256(pickle.dumps(what) + pickle.dumps(self.encoder)).hexdigest()
-
-
-@dataclass(frozen=True)
-class ChatTask(Task):
-    """Conversations, and prompts with completions."""
-
-    encoder: ChatEncoder
-    dtype: np.dtype[Any]
-
-    def encode(self, chunk: Chunk) -> Encoded:
-        """See Task."""
-        ids: list[list[int]] = []
-        marks: list[list[int]] = []
-        bad: list[Bad] = []
-        forms = Counter[str]()
-        for number, found in parse_objects(chunk):
-            if isinstance(found, Bad):
-                bad.append(found)
-                continue
-            try:
-                sample = sample_of(found)
-                documents = self.encoder.documents(sample)
-            except NotChat as error:
-                bad.append(Bad(number, str(error)))
-                continue
-            forms[sample.form] += 1
-            for document, of_document in documents:
-                ids.append(document)
-                marks.append(of_document)
-        _, flat = _joined(marks, np.dtype(np.uint8))
-        return Encoded(*_joined(ids, self.dtype), flat, 0, bad, forms)
-
-    def fingerprint(self) -> str:
-        """See Task."""
-        return self.encoder.fingerprint()
-
-
-@dataclass(frozen=True)
-class PairTask(Task):
-    """Texts with their translations."""
-
-    encoder: PairEncoder
-    dtype: np.dtype[Any]
-
-    def encode(self, chunk: Chunk) -> Encoded:
-        """See Task."""
-        pairs: list[tuple[str, str]] = []
-        bad: list[Bad] = []
-        for row, line in parse_objects(chunk):
-            pair = pair_of(line, row)
-            bad.append(pair) if isinstance(pair, Bad) else pairs.append(pair)
-        found = self.encoder.encode(pairs)
-        _, flat = _joined([marks for _, marks in found], np.dtype(np.uint8))
-        return Encoded(*_joined([ids for ids, _ in found], self.dtype), flat, 0, bad)
-
-    def fingerprint(self) -> str:
-        """See Task."""
-        return hashlib.sha256(pickle.dumps(self.encoder)).hexdigest()
-
-
-@dataclass(frozen=True)
-class LabelTask(Task):
-    """Texts with a label each."""
-
-    encoder: Encoder
-    dtype: np.dtype[Any]
-    text_key: str
-    label_key: str
-    classes: list[str]
-    begin: list[int]  # [CLS], or nothing
-    end: list[int]  # the end-of-document token or [SEP], or nothing
-
-    def encode(self, chunk: Chunk) -> Encoded:
-        """See Task."""
-        texts: list[str] = []
-        numbers: list[int] = []
-        bad: list[Bad] = []
-        for row, found in parse_objects(chunk):
-            text = text_of(found, self.text_key, row)
-            number = text if isinstance(text, Bad) else self._number(found, row)
-            if isinstance(number, Bad):
-                bad.append(number)
-            elif isinstance(text, str):
-                texts.append(text)
-                numbers.append(number)
-        found_ids = zip(self.encoder.encode_batch(texts), numbers, strict=True)
-        kept = [(self.begin + ids + self.end, number) for ids, number in found_ids if ids]
-        marks = [[number] * len(ids) for ids, number in kept]
-        _, flat = _joined(marks, np.dtype(np.uint8))
-        joined = _joined([ids for ids, _ in kept], self.dtype)
-        return Encoded(*joined, flat, len(texts) - len(kept), bad)
-
-    def _number(self, found: Any, row: int) -> int | Bad:
-        """The number of a line's label."""
-        label = found.get(self.label_key)
-        if isinstance(label, bool) or not isinstance(label, str | int):
-            return Bad(row, f"{json.dumps(self.label_key)} holds no label")
-        if str(label) not in self.classes:
-            return Bad(row, f"{json.dumps(self.label_key)}: {label!r}: is none of --classes")
-        return self.classes.index(str(label))
-
-    def fingerprint(self) -> str:
-        """See Task."""
-        what = self.text_key, self.label_key, self.classes, self.begin, self.end, self.dtype.str
-        return hashlib.sha256(pickle.dumps(what) + pickle.dumps(self.encoder)).hexdigest()
-
-
-def _joined(documents: list[list[int]], dtype: np.dtype[Any]) -> tuple[np.ndarray, bytes]:
-    """Their sizes, and all of them one after another."""
-    sizes = np.fromiter(map(len, documents), np.int64, len(documents))
-    return sizes, np.fromiter(chain.from_iterable(documents), dtype, int(sizes.sum())).tobytes()
 
 
 def preprocess(
@@ -243,31 +58,27 @@ def preprocess(
     kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
     size = total_bytes(inputs)
     loaded = load_tokenizer(tokenizer)
-    dtype = token_dtype(loaded.vocabulary_size)
     forms = {"--chat": chat, "--label-key": label_key is not None, "--pairs": template is not None}
-    form = _one_form(inputs, kinds, [name for name, asked in forms.items() if asked])
+    form = _one_form(inputs, kinds, [option for option, asked in forms.items() if asked])
     _check_labels(label_key, classes)
     _check_ends(append_eod, cls_sep, chat, template)
+    folder, dtype = str(tokenizer), token_dtype(loaded.vocabulary_size)
     task: Task
-    beside = None if form is None else marks_prefix(output)
     if template is not None:
-        task = PairTask(PairEncoder.of(loaded, str(tokenizer), template), dtype)
+        task = PairTask(PairEncoder.of(loaded, folder, template), dtype)
     elif chat:
-        task = ChatTask(ChatEncoder(loaded, str(tokenizer)), dtype)
+        task = ChatTask(ChatEncoder(loaded, folder), dtype)
     else:
-        encoder, begin, end = _of_texts(loaded, tokenizer, append_eod, cls_sep)
-        task = TextTask(encoder, dtype, text_key, begin, end)
-        if label_key is not None:
-            task = LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
-            beside = labels_prefix(output)
+        task = _text_task(loaded, folder, text_key, label_key, classes, append_eod, cls_sep)
     fingerprint = _fingerprint(inputs, kinds, task)
+    beside = _beside(output, form)
     with (
         Partial(output, fingerprint, overwrite, beside, classes) as partial,
         Progress(inputs, size) as progress,
     ):
         if not partial.written:
             chunks = read_chunks(inputs, kinds, text_key, partial.place)
-            for chunk, encoded in _encoded(chunks, task, workers):
+            for chunk, encoded in tokenized(chunks, task, workers):
                 partial.add(chunk, encoded, inputs[chunk.start.input], strict)
                 done = partial.counts
                 progress.show(chunk.start.input, chunk.read_bytes, done.documents, done.tokens)
@@ -286,6 +97,13 @@ def _one_form(inputs: Sequence[str], kinds: Sequence[Kind], asked: Sequence[str]
     return asked[0] if asked else None
 
 
+def _beside(output: str | Path, form: str | None) -> str | None:
+    """The prefix of the corpus that goes with the output: its labels or marks; None: there is none."""
+    if form is None:
+        return None
+    return labels_prefix(output) if form == "--label-key" else marks_prefix(output)
+
+
 def _check_ends(append_eod: bool, cls_sep: bool, chat: bool, template: str | None) -> None:
     """Each form of a document has its own end."""
     if template is not None and (append_eod or cls_sep):
@@ -301,16 +119,25 @@ def _check_ends(append_eod: bool, cls_sep: bool, chat: bool, template: str | Non
         raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
 
 
-def _of_texts(
-    loaded: Tokenizer, tokenizer: str | Path, append_eod: bool, cls_sep: bool
-) -> tuple[Encoder, list[int], list[int]]:
-    """(encoder, ids before a document, ids after it) of plain texts."""
-    begin, end = _cls_and_sep(loaded, tokenizer) if cls_sep else ([], [])
-    end = _end_of_document(loaded, tokenizer) if append_eod else end
+def _text_task(
+    loaded: Tokenizer,
+    folder: str,
+    text_key: str,
+    label_key: str | None,
+    classes: Sequence[str],
+    append_eod: bool,
+    cls_sep: bool,
+) -> Task:
+    """Plain texts, with a label each if there is a `label_key`."""
+    dtype = token_dtype(loaded.vocabulary_size)
+    begin, end = _cls_and_sep(loaded, folder) if cls_sep else ([], [])
+    end = _end_of_document(loaded, folder) if append_eod else end
     encoder = loaded.encoder()
     if cls_sep and isinstance(encoder, FastEncoder):
         encoder = encoder.splitting()  # "[SEP]" in a text ends no document
-    return encoder, begin, end
+    if label_key is None:
+        return TextTask(encoder, dtype, text_key, begin, end)
+    return LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
 
 
 def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:
@@ -323,13 +150,13 @@ def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:
         raise ConfigError(f"--classes: {' '.join(classes)}: {rule}")
 
 
-def _end_of_document(loaded: Tokenizer, folder: str | Path) -> list[int]:
+def _end_of_document(loaded: Tokenizer, folder: str) -> list[int]:
     if loaded.eod_id is None:
         raise DataError(f"{folder}: has no end-of-sequence token, which --append-eod needs")
     return [loaded.eod_id]
 
 
-def _cls_and_sep(loaded: Tokenizer, folder: str | Path) -> tuple[list[int], list[int]]:
+def _cls_and_sep(loaded: Tokenizer, folder: str) -> tuple[list[int], list[int]]:
     if loaded.cls_id is None or loaded.sep_id is None:
         raise DataError(f"{folder}: has no [CLS] and [SEP] tokens, which --cls-sep needs")
     return [loaded.cls_id], [loaded.sep_id]
@@ -346,71 +173,3 @@ def _size_and_time(path: str) -> tuple[int, int]:
         return 0, time.time_ns()  # another stream each time: never resumed
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
-
-
-def _encoded(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
-    """Each chunk with its tokens, in order; in this process where there is one worker."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    if workers == 1:
-        yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
-        return
-    under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(task,)
-    )
-    try:
-        for chunk in chunks:
-            with _interrupts_later():
-                under_way.append((chunk, pool.submit(_work, chunk)))
-            while len(under_way) >= _CHUNKS_UNDER_WAY * workers or (
-                under_way and under_way[0][1].done()
-            ):
-                first, future = under_way.popleft()
-                yield first, future.result()
-        for first, future in under_way:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise MegaliteError(
-            "a worker was killed (out of memory?): run the same command again to resume"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches a process that is started in it: a worker would end
-    with a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_task: Task  # of a worker process
-
-
-def _start_worker(task: Task) -> None:
-    global _task
-    _task = task
-    parent = parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _work(chunk: Chunk) -> Encoded:
-    return _encode(_task, chunk)
-
-
-def _encode(task: Task, chunk: Chunk) -> Encoded:
-    where = (
-        f"--input: number {chunk.start.input + 1}, from line or document {chunk.start.number} on"
-    )
-    with reading(where, DataError):  # tokenizers may raise anything over a text
-        return task.encode(chunk)

@@ -1,4 +1,4 @@
-"""How far a long reading is: a bar where there is a terminal, a line now and then where there is none."""
+"""Progress of long operations: a bar in a terminal, otherwise a line from time to time."""
 
 import os
 import sys
@@ -17,8 +17,8 @@ Item = TypeVar("Item")
 
 
 class Counted:
-    """How many of `total` things are done: a bar on standard error in a terminal, elsewhere a line every ten seconds.
-    what: names them; visible: false on ranks that say nothing."""
+    """Progress through `total` items: a bar on standard error in a terminal, otherwise a line every ten seconds.
+    what: name of the items; visible: False on ranks that print nothing."""
 
     def __init__(self, what: str, total: int, visible: bool) -> None:
         self.what, self.total, self.visible = what, total, visible
@@ -35,7 +35,7 @@ class Counted:
             self._task = self._bar.add_task(what, total=total)
 
     def add(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts `count` more items as done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
@@ -54,7 +54,7 @@ class Counted:
 
 
 def counted(items: Iterable[Item], total: int, what: str, visible: bool = True) -> Iterator[Item]:
-    """The items, counted as they are taken."""
+    """Yields the items and shows the progress."""
     with Counted(what, total, visible) as progress:
         for item in items:
             yield item
@@ -62,10 +62,10 @@ def counted(items: Iterable[Item], total: int, what: str, visible: bool = True) 
 
 
 class Progress:
-    """Of some input files, by bytes read. On standard error; quiet in the first seconds without a terminal."""
+    """Progress through input files by bytes read, on standard error; without a terminal a line every ten seconds."""
 
     def __init__(self, inputs: Sequence[str], total_bytes: int | None) -> None:
-        """`total_bytes` of all inputs on the disk; None where that is not known (standard input)."""
+        """total_bytes: of all inputs on disk; None if that is not known (standard input)."""
         sizes = [0 if path == STANDARD_INPUT else os.path.getsize(path) for path in inputs]
         self._before = [sum(sizes[:i]) for i in range(len(sizes))]
         self._total, self._first = total_bytes, -1
@@ -85,10 +85,10 @@ class Progress:
             self._task = self._bar.add_task("", total=total_bytes, rate="")
 
     def show(self, number: int, read_bytes: int, documents: int, tokens: int) -> None:
-        """`read_bytes` of input `number` have been taken in, and so many documents and tokens in all."""
+        """Shows the progress. read_bytes: bytes read of input `number`; documents, tokens: totals so far."""
         now, done = time.monotonic(), self._before[number] + read_bytes
         if self._first < 0:
-            self._first = done  # what an earlier run had read is not this one's rate
+            self._first = done  # bytes read by an earlier run do not count in this run's rate
         seconds = max(1e-9, now - self._start)
         if self._bar is not None:
             rate = f"{documents:,} documents, {tokens:,} tokens, {(done - self._first) / seconds / 1e6:.1f} MB/s"

@@ -1,10 +1,10 @@
-"""Samples of one corpus: S tokens, and the one after them where it is predicted (`ahead` 1; masked language modelling
-has 0), taken at multiples of S from the tokens laid end to end.
+"""Samples of one corpus: S tokens, and the next one if it is predicted (`ahead` 1; in masked language modelling 0),
+cut at multiples of S from the concatenated tokens.
 
-S sequence length in tokens, B samples of a batch. Two orders: the windows of the file itself, in order or
-in a new permutation each epoch, computed at the requested position, so that a start costs the same at any size
-(here); and Megatron-LM's, whose tables are built first (`megatron.py`).
-Which corpus a position of the run goes to is `blend.py`.
+S sequence length in tokens, B samples of a batch. There are two orders: here, the windows of the file in order, or in a
+new permutation each epoch that is computed for the requested position, so that starting takes the same time for any
+size; and in `megatron.py` Megatron-LM's order, whose tables are built first.
+`blend.py` chooses the corpus for each position of the run.
 """
 
 from collections.abc import Sequence
@@ -20,36 +20,36 @@ Piece = tuple[int, int]  # tokens [start, stop) of a corpus
 
 
 BLOCK, KEPT_BLOCKS = 1024, 4
-"""Positions that are shuffled at once, and how many such blocks are kept."""
+"""Positions that are shuffled at a time, and the number of such blocks that are cached."""
 
 
 class Samples(Protocol):
-    """What a corpus offers to the loader: the pieces that each sample is made of, S + ahead tokens in all."""
+    """The loader's interface to a corpus: the pieces that make up each sample, S + ahead tokens in all."""
 
     @property
     def corpus(self) -> IndexedCorpus: ...
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
-        """The pieces of the samples at these positions of the corpus's own order, in the order read."""
+        """The pieces of the samples at these positions of the corpus's own order, in reading order."""
         ...
 
 
 class Finite(Samples, Protocol):
-    """Samples of which there is a number, at positions below it."""
+    """A finite number of samples, at positions below `num_samples`."""
 
     @property
     def num_samples(self) -> int: ...
 
 
 def part_of(count: int, split: Sequence[float] | None) -> range:
-    """Which of `count` sequences are in a part given by shares, rounded as Megatron rounds its --split."""
+    """The sequences, of `count`, in a part given as [from, to] shares, rounded as in Megatron's --split."""
     first, stop = (round(share * float(count)) for share in split or (0.0, 1.0))
     return range(first, stop)
 
 
 class Windows:
-    """The windows of a corpus in its own order: window i holds tokens [i·S, i·S + S + ahead) of the corpus, or of the
-    part of it that is used; a partial last one is dropped."""
+    """The windows of a corpus in its own order: window i has tokens [i·S, i·S + S + ahead) of the corpus, or of the
+    part of it that is used; a partial last window is dropped."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Windows:
         split: Sequence[float] | None = None,
         ahead: int = 1,
     ) -> None:
-        """Raises DataError where the corpus does not fill one window."""
+        """Raises DataError if the corpus is shorter than one window."""
         self.corpus, self.length, self.ahead = corpus, sequence_length, ahead
         sequences = part_of(corpus.num_sequences, split)
         self._first = corpus.sequence_start(sequences.start)
@@ -66,8 +66,8 @@ class Windows:
         self.num_samples = (tokens - ahead) // sequence_length
         if self.num_samples < 1:
             raise DataError(
-                f"{corpus.tokens_path}: holds {tokens} tokens{'' if split is None else f' in the split {split}'}: a "
-                f"sample needs {sequence_length}{' + 1' if ahead else ''}, by megalite.data.sequence_length"
+                f"{corpus.tokens_path}: has {tokens} tokens{'' if split is None else f' in the split {split}'}: must "
+                f"have at least megalite.data.sequence_length {sequence_length}{' + 1' if ahead else ''}"
             )
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
@@ -76,7 +76,7 @@ class Windows:
         return [[(start, start + self.length + self.ahead)] for start in starts]
 
     def edges(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens before and after the starts of `most` windows at most, spread over all but the first."""
+        """The tokens before and after the starts of at most `most` windows, spread evenly over all but the first."""
         count = min(most, self.num_samples - 1)
         windows = np.linspace(1, self.num_samples - 1, count).astype(np.int64)
         starts = (self._first + windows * self.length).tolist()
@@ -86,16 +86,16 @@ class Windows:
 
 
 class Shuffled:
-    """Samples that come in an order of their own, without end: each epoch takes every one once, in a new order."""
+    """An endless shuffled order of samples: each epoch takes every sample once, in a new order."""
 
     def __init__(self, samples: Finite, seed: int, stream: int) -> None:
-        """`stream` tells corpora of one run apart: two of one size get different orders."""
+        """stream: number of the corpus in the run, so that two corpora of the same size get different orders."""
         self.corpus, self._samples = samples.corpus, samples
         self._seed, self._stream = seed, stream
         self._blocks: dict[int, np.ndarray] = {}
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
-        """See Samples; any position from 0 on, at the same cost."""
+        """See Samples; every position from 0 takes the same time."""
         blocks = positions // BLOCK
         chosen = np.empty_like(positions)
         for block in set(blocks.tolist()):
@@ -104,8 +104,8 @@ class Shuffled:
         return self._samples.pieces(chosen)
 
     def _block(self, block: int) -> np.ndarray:
-        """The samples at positions [block · BLOCK, (block + 1) · BLOCK). A shuffle of a few positions costs as much as
-        one of a thousand, and a run reads neighbours, so the newest blocks are kept."""
+        """The samples at positions [block · BLOCK, (block + 1) · BLOCK). Shuffling a few positions takes as long as
+        shuffling a thousand, and a run reads neighbouring positions, so the newest blocks are cached."""
         if block not in self._blocks:
             if len(self._blocks) == KEPT_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]
@@ -123,7 +123,7 @@ class Shuffled:
 
 
 def read_tokens(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) -> None:
-    """Copy the pieces of a sample one after another into `row` int64 [S + 1]."""
+    """Copies the pieces of a sample one after another into `row` int64 [S + ahead]."""
     filled = 0
     for start, stop in sample:
         row[filled : filled + stop - start] = corpus.read(start, stop)
@@ -131,7 +131,7 @@ def read_tokens(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) -> 
 
 
 def read_documents(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) -> None:
-    """Number the documents of a sample from 0 in `row` int32 [S + 1]. A new piece is a new document."""
+    """Numbers the documents of a sample from 0 in `row` int32 [S + ahead]. Each piece begins a new document."""
     row[:] = 0
     filled = 0
     for start, stop in sample:

@@ -1,11 +1,11 @@
-"""Samples of an encoder-decoder: a source, which the encoder sees whole, and the target that is predicted.
+"""Samples of an encoder-decoder: a source, which the encoder reads, and the target, which is predicted.
 
-A sample's S tokens are `source_length` of the source, which an end token closes, and the target's, behind the token
-that starts it: `labels` has the target's next token at each place. From pairs (pairs.py) each document is one, its
-marks telling source from target; filling of the source is another document than 0. With span corruption (arXiv
-1910.10683, section 3.1.4) a run of the text makes both: spans of it are replaced by sentinels, and the target has each
-sentinel with what it stands for. Where the spans are is a pure function of the run's seed, the sample's number in the
-run and the position, as masks are (masking.py). Next: batch.py.
+The first `source_length` of a sample's S tokens are for the source and its end token, the rest for the target after its
+start token; `labels` has the target's next token at each position. With pairs (pairs.py) each document is one pair,
+whose marks distinguish source and target; padding of the source has a document number other than 0. With span
+corruption (arXiv 1910.10683, section 3.1.4) both come from one run of text: spans of it are replaced by sentinels, and
+the target contains each sentinel followed by its span. The spans are a pure function of the run's seed, the sample's
+number in the run and the position, like masks (masking.py). Next: batch.py.
 """
 
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from megalite.errors import ConfigError
 
 KEY = "megalite.data.objective"
 SENTINEL = "<extra_id_{number}>"
-_KEPT, _NOISE = range(2)  # what is drawn of each position
+_KEPT, _NOISE = range(2)  # the purposes of draws
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A sample's rows [S] to fill: tokens are 0, labels -100 and documents 0 before."""
+    """A sample's rows [S] to fill; initially tokens are 0, labels -100 and documents 0."""
 
     tokens: np.ndarray
     labels: np.ndarray
     documents: np.ndarray | None
 
     def fill(self, source: np.ndarray, target: np.ndarray, source_length: int, start: int) -> None:
-        """source: with its end, at most source_length; target: with its end, cut to the room there is."""
+        """source: with its end token, at most source_length; target: with its end token, truncated to fit."""
         self.tokens[: len(source)] = source
         if self.documents is not None:
             self.documents[len(source) : source_length] = 1
@@ -45,30 +45,31 @@ class Rows:
 
 
 class SourceTarget(Protocol):
-    """How source and target are made of the tokens that a sample has in a corpus."""
+    """Builds source and target from the tokens of a sample."""
 
     def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
-        """ids int64 [n]; marks [n]: 1 where the loss counts a token; number: of the sample in the run."""
+        """Fills the rows of a sample. ids int64 [n]; marks [n]: 1 if the loss counts the token; number: of the sample
+        in the run."""
         ...
 
 
 @dataclass(frozen=True)
 class OfPairs:
-    """Of documents that are pairs, whose last token ends the target, and so the source."""
+    """For documents that are pairs; their last token is the end token, of the target and also of the source."""
 
     source_length: int
     start: int
 
     def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
         """See SourceTarget."""
-        assert marks is not None, "the config's rules ask for marks"
+        assert marks is not None, "the config's rules require marks"
         source = ids[marks == 0][: self.source_length - 1]
         rows.fill(np.append(source, ids[-1]), ids[marks != 0], self.source_length, self.start)
 
 
 @dataclass(frozen=True)
 class OfSpans:
-    """Of runs of text. sentinels int64 [spans or more]; seed: of the spans."""
+    """For span corruption of runs of text. sentinels int64 [spans or more]; seed: of the spans."""
 
     lengths: SpanLengths
     start: int
@@ -77,7 +78,7 @@ class OfSpans:
     seed: int
 
     def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
-        """See SourceTarget. A text begins with what is kept and ends with a span."""
+        """See SourceTarget. A text begins with tokens that are kept and ends with a span."""
         lengths, source, target, place = self.lengths, [], [], 0
         kept = self._parts(_KEPT, number, lengths.text - lengths.noise)
         noise = self._parts(_NOISE, number, lengths.noise)
@@ -90,7 +91,7 @@ class OfSpans:
         rows.fill(*made, lengths.source, self.start)
 
     def _parts(self, what: int, number: int, count: int) -> list[int]:
-        """So many tokens in `spans` parts of one or more, each division as likely as another."""
+        """Divides `count` tokens into `spans` parts of at least one; all divisions are equally likely."""
         key = int(hashed(np.array([number], np.uint64), mixed(self.seed, what))[0])
         draws = hashed(np.arange(1, count).astype(np.uint64) * STEP, key)
         ends = np.sort(np.argsort(draws, kind="stable")[: self.lengths.spans - 1]) + 1
@@ -98,15 +99,15 @@ class OfSpans:
 
 
 def source_target_of(data: Data, vocabulary_size: int, seed: int) -> SourceTarget | None:
-    """Of a config; None where the objective has no source. Raises ConfigError where a token that it needs is missing
-    or beyond the vocabulary. seed: of spans."""
+    """The builder for a config; None if the objective has no source. seed: of spans. Raises ConfigError if a token that
+    it needs is missing or outside the vocabulary."""
     objective = data.objective
     if isinstance(objective, Pairs):
         _check_ids({"start_token_id": [objective.start_token_id]}, vocabulary_size)
         return OfPairs(objective.source_length, objective.start_token_id)
     if not isinstance(objective, Spans):
         return None
-    assert data.spans is not None, "the config's rules ask for them"
+    assert data.spans is not None, "the config's rules require them"
     end, sentinels, needed = objective.end_token_id, objective.sentinel_token_ids, data.spans.spans
     if data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
@@ -116,11 +117,11 @@ def source_target_of(data: Data, vocabulary_size: int, seed: int) -> SourceTarge
             found = tokenizer.ids_of(names)
             sentinels = [number for number in found if number is not None]
     if end is None:
-        rule = f"has no end of document: give {KEY}.end_token_id or another tokenizer"
+        rule = f"has no end-of-document token: give {KEY}.end_token_id or another tokenizer"
         raise ConfigError(f"megalite.data.tokenizer: {data.tokenizer}: {rule}")
-    assert sentinels is not None, "the config's rules ask for them or a tokenizer"
+    assert sentinels is not None, "the config's rules require them or a tokenizer"
     if len(set(sentinels)) < needed:
-        rule = f"must be {needed}, one a span, from <extra_id_0> on"
+        rule = f"must be {needed}, one per span, such as <extra_id_0>, <extra_id_1>, …"
         raise ConfigError(f"{KEY}.sentinel_token_ids: {len(set(sentinels))} tokens: {rule}")
     ids = {"start_token_id": [objective.start_token_id], "end_token_id": [end]}
     _check_ids(ids | {"sentinel_token_ids": sentinels}, vocabulary_size)

@@ -1,8 +1,8 @@
-"""Split a share of a corpus's tokens off for validation, whatever its documents are: many small ones, or a single book.
+"""Splits a share of a corpus's tokens off for validation, whether it has many small documents or a single book.
 
-Whole documents are taken, in an order that looks random and is the same every time, as long as they fit. What is
-then still missing, if it is much, is cut off the end of the longest document that is left: a book is trained on but
-for its last pages. No token is in both parts. The parts keep the order of the documents.
+Whole documents are taken in a fixed pseudo-random order, as long as they fit. If much is still missing then, it is cut
+off the end of the longest remaining document, such as the last pages of a book. No token is in both parts. The parts
+keep the order of the documents.
 """
 
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.data.corpus_check import write_checksums
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 
-_MISSING = 0.2  # of the wanted tokens: if fewer are missing, no document is cut
+_MISSING = 0.2  # share of the wanted tokens: if fewer are missing, no document is cut
 _SEED = 0
 
 
 class Cut(NamedTuple):
-    """valid: numbers of the documents that go to validation whole; cut: the document whose last `tokens` tokens go
-    there (0 tokens: none)."""
+    """valid: numbers of the documents that go to validation as a whole; cut: the document whose last `tokens` tokens
+    also go there (0: none)."""
 
     valid: frozenset[int]
     cut: int
@@ -28,7 +29,7 @@ class Cut(NamedTuple):
 
 
 def choose(lengths: np.ndarray, wanted: int) -> Cut:
-    """Which documents, by their lengths in tokens, make about `wanted` tokens."""
+    """Chooses documents with about `wanted` tokens together. lengths: of all documents, in tokens."""
     taken: set[int] = set()
     missing = wanted
     for number in np.random.default_rng(_SEED).permutation(len(lengths)).tolist():
@@ -37,21 +38,21 @@ def choose(lengths: np.ndarray, wanted: int) -> Cut:
             missing -= int(lengths[number])
     left = [0 if number in taken else int(length) for number, length in enumerate(lengths)]
     longest = int(np.argmax(left)) if left else 0
-    # A document that is all that is left must not go to validation whole.
+    # The last remaining document must not go to validation as a whole.
     is_cut = missing > _MISSING * wanted and left[longest] > missing
     return Cut(frozenset(taken), longest, missing if is_cut else 0)
 
 
 def split_corpus(source: str | Path, train: str | Path, valid: str | Path, wanted: int) -> None:
-    """Write the corpora `train` and `valid` from `source`, about `wanted` tokens in the second. Raises DataError where
-    one of them would be empty, or already exists."""
+    """Writes the corpora `train` and `valid` from `source`, with about `wanted` tokens in `valid`. Raises DataError if
+    one of them would be empty or already exists."""
     corpus = IndexedCorpus(source)
     lengths = corpus.document_lengths(0, corpus.num_documents)
     cut = choose(lengths, wanted)
     if wanted < 1 or not (cut.valid or cut.tokens) or len(cut.valid) == len(lengths):
         raise DataError(
-            f"{source}: {corpus.num_tokens} tokens in {len(lengths)} documents: too few to split "
-            f"{wanted} off for validation"
+            f"{source}: {corpus.num_tokens} tokens in {len(lengths)} documents: too few to split off {wanted} tokens "
+            "for validation"
         )
     with (
         IndexedWriter(train, corpus.dtype) as training,

@@ -1,7 +1,7 @@
-"""One small face over the tokenizers that exist: a Hugging Face folder or a sentencepiece model.
+"""A small common interface to tokenizers: a Hugging Face folder or a sentencepiece model.
 
-Ids of a text are those of the text alone: no token is put before or after it. `tokenizer_training.py` makes
-new ones.
+The ids of a text are those of the text alone: no special token is added before or after it. `tokenizer_training.py`
+trains new tokenizers.
 """
 
 import copy
@@ -23,7 +23,7 @@ from megalite.errors import DataError
 from megalite.inputs import check_links, read_json_object, reading
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-BYTES, SPACE = "Ġ", "▁"  # how byte-level vocabularies and sentencepiece's write a space
+BYTES, SPACE = "Ġ", "▁"  # a space in byte-level vocabularies, and in those of sentencepiece
 _HIGHEST_ID = 10**7
 _LONG_NUMBER = re.compile(rb"\d{8}")
 EQUAL_FILE = "sentencepiece_equal.json"
@@ -34,28 +34,28 @@ class Tokenizer(ABC):
     """Text to token ids and back."""
 
     vocabulary_size: int
-    """Ids are below this."""
+    """All ids are below this."""
     bos_id: int | None
-    """The token that begins a text, where there is one."""
+    """The token that begins a text, if there is one."""
     eod_id: int | None
-    """The token that ends a document (Hugging Face's eos), where there is one."""
+    """The token that ends a document (Hugging Face's eos), if there is one."""
     mask_id: int | None
-    """The token that replaces a masked one, where there is one."""
+    """The token that replaces a masked one, if there is one."""
     cls_id: int | None
     sep_id: int | None
-    """The tokens that begin and end a text for an encoder, where there are some."""
+    """The tokens that begin and end a text for an encoder, if there are any."""
     special_ids: frozenset[int]
-    """Tokens that no text gives."""
+    """Special tokens, which ordinary text never contains."""
 
     @property
     @abstractmethod
     def word_mark(self) -> str | None:
-        """How tokens show where words begin: BYTES or SPACE, the space before one; another text, such as "##", is
-        before tokens that continue one. None: they do not show it."""
+        """How tokens show where words begin. BYTES or SPACE: the space before a word; another string, such as "##": the
+        prefix of tokens that continue a word. None: they do not show it."""
 
     @abstractmethod
     def pieces(self) -> list[str]:
-        """The token of each id as the vocabulary writes it; "" for an id that has none."""
+        """The string of each id in the vocabulary; "" for an id without one."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -63,15 +63,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
-        """The id of each token as the vocabulary writes it; None where it does not have one."""
+        """The id of each token, given as its string in the vocabulary; None if it is not in the vocabulary."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids; those that the vocabulary does not have give nothing."""
+        """The text of some ids; ids outside the vocabulary are skipped."""
 
     @abstractmethod
     def encoder(self) -> "Encoder":
-        """What only encodes: small, quick to load, and can be sent to another process."""
+        """An object that only encodes: small, quick to load and picklable."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
 
 
 class Encoder(ABC):
-    """The half of a tokenizer that worker processes need; it can be pickled."""
+    """The part of a tokenizer that worker processes need; picklable."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -91,7 +91,7 @@ class FastEncoder(Encoder):
 
     def __init__(self, inner: Any, split_special_tokens: bool) -> None:
         self._inner, self._split = inner, split_special_tokens
-        inner.encode_special_tokens = split_special_tokens  # its pickle forgets this
+        inner.encode_special_tokens = split_special_tokens  # pickling does not preserve this
         inner.no_truncation()
         inner.no_padding()
 
@@ -102,7 +102,7 @@ class FastEncoder(Encoder):
         ]
 
     def splitting(self) -> "FastEncoder":
-        """One that takes a special token's name in a text for text."""
+        """An encoder that treats a special token's name in a text as ordinary text."""
         return FastEncoder(self._inner, split_special_tokens=True)
 
     def __reduce__(self) -> Any:
@@ -110,7 +110,7 @@ class FastEncoder(Encoder):
 
 
 class SlowEncoder(Encoder):
-    """A Hugging Face tokenizer that is written in Python."""
+    """A slow Hugging Face tokenizer, written in Python."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -132,10 +132,10 @@ class SentencePieceEncoder(Encoder):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """What `transformers.AutoTokenizer` loads."""
+    """A tokenizer loaded by `transformers.AutoTokenizer`."""
 
     def __init__(self, inner: Any, equal_model: Path | None = None) -> None:
-        """`equal_model`: a sentencepiece model that gives the same ids, and sooner."""
+        """equal_model: a sentencepiece model that gives the same ids, but faster."""
         self.inner = inner
         self._equal = None if equal_model is None else SentencePieceTokenizer(equal_model).encoder()
         self.vocabulary_size = max(inner.get_vocab().values()) + 1
@@ -148,7 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
-        # What is odd in its files may show at any text.
+        # A malformed file may raise an exception only for some texts.
         with reading(self.inner.name_or_path, DataError):
             return self._encoder.encode_batch(texts)
 
@@ -170,7 +170,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def word_mark(self) -> str | None:
-        """See Tokenizer; of a tokenizer that is written in Python None."""
+        """See Tokenizer; None for a slow tokenizer."""
         fast = getattr(self.inner, "backend_tokenizer", None)
         if fast is None:
             return None
@@ -194,7 +194,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids, with its spaces as they are."""
+        """The text of some ids, without clean-up of spaces."""
         known = [int(i) for i in ids if 0 <= i < self.vocabulary_size]
         return self.inner.decode(
             known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -202,13 +202,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model by itself."""
+    """A sentencepiece model without a Hugging Face tokenizer."""
 
     def __init__(self, model_file: Path) -> None:
         try:
             self._inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError):
-            raise DataError(f"{model_file}: is no sentencepiece model") from None
+            raise DataError(f"{model_file}: is not a sentencepiece model") from None
         self.vocabulary_size = len(self._inner)
         self.bos_id, self.eod_id = (
             i if i >= 0 else None for i in (self._inner.bos_id(), self._inner.eos_id())
@@ -243,14 +243,14 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._inner.id_to_piece(number) for number in range(self.vocabulary_size)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids; control tokens have none, whatever is asked."""
+        """The text of some ids; control tokens are always skipped."""
         return self._inner.decode([int(i) for i in ids if 0 <= i < self.vocabulary_size])
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """A folder that transformers can load, or one with `tokenizer.model` alone, or such a file itself.
+    """Loads a folder that transformers supports, a folder with only a `tokenizer.model`, or such a file.
 
-    No code of the folder is run and nothing is fetched. Raises DataError where it cannot be loaded.
+    No code from the folder is run and nothing is downloaded. Raises DataError if it cannot be loaded.
     """
     with reading(folder, DataError):
         return _loaded(Path(folder))
@@ -262,7 +262,7 @@ def _loaded(path: Path) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder: must hold a tokenizer")
+        raise DataError(f"{path}: no such folder: must be the folder of a tokenizer")
     check_links(path, DataError)
     model_file = path / SENTENCEPIECE_FILE
     if model_file.is_file() and not any(
@@ -272,14 +272,14 @@ def _loaded(path: Path) -> Tokenizer:
     tokenizer = HuggingFaceTokenizer(
         _from_transformers(path), model_file if _is_equal(path) else None
     )
-    # What is odd in its settings shows at its first use.
+    # Use it once here, because malformed settings raise an exception at the first use.
     tokenizer.decode(tokenizer.inner("a")["input_ids"])
     return tokenizer
 
 
 def record_equal(folder: Path) -> None:
-    """Write down that a folder's sentencepiece model has been found to give the ids of its other files, as they
-    are now: text is then encoded by it, 1.5 (bpe) to 5 (unigram) times as fast."""
+    """Records that a folder's sentencepiece model gives the same ids as its other files in their current state. Text is
+    then encoded by that model, 1.5 (bpe) to 5 (unigram) times as fast."""
     (folder / EQUAL_FILE).write_text(json.dumps(_hashes(folder), indent=1) + "\n")
 
 
@@ -295,7 +295,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _check_ids(file: Path) -> None:
-    """DataError for an id that no vocabulary has: the tokenizers library makes a table up to the highest."""
+    """Raises DataError for an implausibly high id: the tokenizers library allocates a table up to the highest id."""
     if not file.is_file() or not _LONG_NUMBER.search(file.read_bytes()):
         return
     model = read_json_object(file, DataError).get("model")
@@ -308,12 +308,12 @@ def _check_ids(file: Path) -> None:
 
 
 def _from_transformers(path: Path) -> Any:
-    from transformers import AutoTokenizer  # seconds to import
+    from transformers import AutoTokenizer  # takes seconds to import
 
     known = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((path / name).is_file() for name in known):
         raise DataError(
-            f"{path}: holds no tokenizer: none of {', '.join(known)}, {SENTENCEPIECE_FILE}"
+            f"{path}: contains no tokenizer: must have one of {', '.join(known)}, {SENTENCEPIECE_FILE}"
         )
     config = path / "tokenizer_config.json"
     _check_ids(path / "tokenizer.json")
@@ -323,15 +323,17 @@ def _from_transformers(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # which the tokenizers library raises for a file that it cannot read
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises Exception itself for a file that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be loaded as a tokenizer: {reason[:200]}") from None
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """The path of a folder to make, which gets the name `output` when the block ends. Raises DataError where `output`
-    exists and is not an empty folder."""
+    """Context manager that gives the path of a folder to create, which is renamed to `output` when the block ends.
+    Raises DataError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output}: already exists; choose a new folder or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +347,8 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer puts before a
-    text, where it puts one."""
+    """The ids of a prompt as transformers gives them to a model: with the token that the tokenizer adds before a text,
+    if it adds one."""
     ids = tokenizer.encode(prompt)
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.bos_id is not None:
         first = tokenizer.inner(prompt)["input_ids"][:1]
@@ -362,8 +364,8 @@ def continuation(
     stop: Collection[int] = (),
     is_source: bool = False,
 ) -> str:
-    """The text that tokens add to a prompt's: decoded together, since a token's text depends on its neighbours.
-    is_source: of an encoder-decoder's prompt, whose tokens are a text of their own."""
+    """The text that `tokens` add to the prompt's text. They are decoded together, since a token's text depends on its
+    neighbours. is_source: whether the prompt is an encoder-decoder's source, so that `tokens` are a separate text."""
     prompt = () if is_source else prompt
     kept = [token for token in tokens if token not in stop]
     start, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *kept])

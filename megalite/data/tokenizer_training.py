@@ -1,8 +1,8 @@
-"""Train a sentencepiece model and give it the form that transformers loads, with the same ids.
+"""Trains a sentencepiece model and converts it to a folder that transformers loads, with the same ids.
 
-transformers' own conversion of such a model loses leading spaces in places, so the `tokenizers` object is
-built here from the model's pieces, and compared with the model on the training text before the folder gets
-its name. Text is taken as it is: no normalisation, every space kept, unknown characters as bytes.
+transformers' own conversion loses some leading spaces, so the `tokenizers` object is built here from the model's
+pieces, and compared with the model on the training text before the folder is renamed. Text is not normalised: every
+space is kept, and unknown characters are encoded as bytes.
 """
 
 import functools
@@ -33,11 +33,11 @@ from megalite.data.tokenizer import (
 from megalite.errors import DataError
 
 MAX_SENTENCES = 1_000_000
-_LONGEST_LINE = 16_384  # bytes; sentencepiece passes over longer sentences
+_LONGEST_LINE = 16_384  # bytes; sentencepiece skips longer sentences
 _CHECKED_CHARACTERS = 1 << 24
-_TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's words
+_TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's message
 _SCORE_STEP = 1 / 16
-# The score of pieces that text must not match: no path over plain characters is as bad.
+# The score of pieces that text must not match: any path over ordinary pieces has a better score.
 _NEVER = -1000.0
 _AWKWARD = [
     "",
@@ -58,10 +58,10 @@ _AWKWARD = [
 
 
 class VocabularyTooLarge(DataError):
-    """A text has fewer different pieces than were asked for. most: as many as it has."""
+    """A text gives fewer different pieces than requested. most: the largest possible vocabulary size."""
 
-    def __init__(self, asked: int, most: int) -> None:
-        super().__init__(f"--vocab-size: {asked}: must be at most {most} for this text")
+    def __init__(self, requested: int, most: int) -> None:
+        super().__init__(f"--vocab-size: {requested}: must be at most {most} for this text")
         self.most = most
 
 
@@ -73,12 +73,11 @@ def train_tokenizer(
     text_key: str = "text",
     max_sentences: int = MAX_SENTENCES,
 ) -> None:
-    """Train on the documents of `inputs` and write the folder `output`: tokenizer.json, its config, and the
+    """Trains on the documents of `inputs` and writes the folder `output`: tokenizer.json, its config, and the
     sentencepiece model itself.
 
-    `max_sentences` lines at most are kept in memory, sampled evenly from all. Raises DataError for an
-    output that exists or an input that cannot be read; VocabularyTooLarge for a text that cannot fill the
-    vocabulary.
+    At most `max_sentences` lines are kept in memory, sampled evenly from all. Raises DataError if the output exists or
+    an input cannot be read; VocabularyTooLarge if the text cannot fill the vocabulary.
     """
     bad: list[str] = []
     with new_folder(Path(output)) as folder:
@@ -96,7 +95,7 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
     model, lines = io.BytesIO(), _lines(texts)
     first = next(lines, None)
     if first is None:
-        raise DataError("--input: holds no text")
+        raise DataError("--input: contains no text")
     train = functools.partial(
         sentencepiece.SentencePieceTrainer.train,
         sentence_iterator=itertools.chain([first], lines),
@@ -132,7 +131,7 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
 
 
 def _beside(call: Callable[[], Any]) -> None:
-    """Makes a call that does not come back to Python for minutes, in a thread: the main one hears Ctrl-C meanwhile."""
+    """Makes a call that does not return to Python for minutes, in a thread, so that the main thread handles Ctrl-C."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -146,11 +145,11 @@ def _beside(call: Callable[[], Any]) -> None:
 
 
 def _with_exact_scores(model: bytes) -> bytes:
-    """A unigram model with its scores in sixteenths.
+    """A unigram model with its scores rounded to sixteenths.
 
-    sentencepiece adds scores up in 32 bits, `tokenizers` in 64: paths of equal score, such as those through a
-    row of dashes, would be told apart by rounding. Sixteenths add up without any, to the sum of some
-    130,000 tokens; the segmentation hardly changes (0.004 % more tokens on 1 MB of Python sources).
+    sentencepiece sums scores in 32 bits, `tokenizers` in 64, so rounding would decide between paths of equal score,
+    such as those through a row of dashes. Sixteenths are summed without rounding, up to about 130,000 tokens; the
+    segmentation hardly changes (0.004 % more tokens on 1 MB of Python sources).
     """
     proto = _proto(model)
     if not _is_bpe(proto):
@@ -160,7 +159,7 @@ def _with_exact_scores(model: bytes) -> bytes:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, long ones in parts. NUL is sentencepiece's own and carries no text."""
+    """Lines without newlines, long ones in parts. NUL is replaced, because sentencepiece reserves it."""
     step = _LONGEST_LINE // 4  # characters of at most four bytes
     for text in texts:
         for line in text.split("\n"):
@@ -169,8 +168,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def export_sentencepiece(model_file: Path, folder: Path) -> None:
-    """Write a sentencepiece model as a folder that `AutoTokenizer` loads."""
-    from transformers import PreTrainedTokenizerFast  # seconds to import
+    """Writes a sentencepiece model as a folder that `AutoTokenizer` loads."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     special = {
@@ -181,7 +180,7 @@ def export_sentencepiece(model_file: Path, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_fast(model),
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # "</s>" in a text is text, as for sentencepiece: it cannot end a document
+        split_special_tokens=True,  # "</s>" in a text is ordinary text, as in sentencepiece, and ends no document
         **{name: model.id_to_piece(i) for name, i in special.items() if i >= 0},
     )
     tokenizer.save_pretrained(folder)
@@ -198,7 +197,7 @@ def _fast(model: Any) -> Any:
     scores = [model.get_score(i) for i in range(len(model))]
     if _is_bpe(_proto(model.serialized_model_proto())):
         ids = {piece: i for i, piece in enumerate(pieces)}
-        merges = []  # by the score of what they make, then in the order of the parts' ids
+        merges = []  # sorted by the score of the merged piece, then by the ids of its parts
         for piece, score, use in zip(pieces, scores, plain, strict=True):
             for cut in range(1, len(piece)) if use else ():
                 left, right = piece[:cut], piece[cut:]
@@ -231,8 +230,8 @@ def _fast(model: Any) -> Any:
 
 
 def _proto(model: bytes) -> Any:
-    """A model's own description, with its pieces and how it was trained."""
-    # Knows its names at run time only.
+    """A model's protocol buffer, with its pieces and its training settings."""
+    # The module creates its names at run time, so type checkers do not know them.
     pb2: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     return pb2.ModelProto.FromString(model)
 
@@ -242,8 +241,8 @@ def _is_bpe(proto: Any) -> bool:
 
 
 def _compare(model_file: Path, folder: Path, texts: Iterable[str]) -> None:
-    """Compares the exported folder with the model. Raises AssertionError with the first text that differs:
-    that is no user's mistake."""
+    """Compares the exported folder with the model. Raises AssertionError with the first text that differs, since that
+    is not a user's mistake."""
     from transformers import AutoTokenizer
 
     exported = HuggingFaceTokenizer(
@@ -254,9 +253,7 @@ def _compare(model_file: Path, folder: Path, texts: Iterable[str]) -> None:
     for text in texts:
         expected, found = reference.encode(text), exported.encode(text)
         if expected != found:
-            raise AssertionError(
-                f"{folder}: other ids than {model_file} for the text {text[:200]!r}"
-            )
+            raise AssertionError(f"{folder}: differs from {model_file} for the text {text[:200]!r}")
         characters += len(text)
         if characters > _CHECKED_CHARACTERS:
             return

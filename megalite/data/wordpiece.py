@@ -1,4 +1,4 @@
-"""Train a WordPiece tokenizer for encoders, as BERT has (arXiv 1810.04805), with [PAD], [UNK], [CLS], [SEP], [MASK]."""
+"""Trains a WordPiece tokenizer for encoders as in BERT (arXiv 1810.04805), with [PAD], [UNK], [CLS], [SEP], [MASK]."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,10 +29,10 @@ def train_wordpiece(
     text_key: str = "text",
     lowercase: bool = False,
 ) -> None:
-    """Train on the documents of `inputs` and write the folder `output`, which transformers and megalite load; special
-    tokens have the first ids. Raises DataError for an output that exists, an input that cannot be read, or a vocabulary
-    that the text cannot fill."""
-    from transformers import PreTrainedTokenizerFast  # seconds to import
+    """Trains on the documents of `inputs` and writes the folder `output`, which transformers and megalite load; special
+    tokens have the first ids. Raises DataError if the output exists, an input cannot be read, or the text does not give
+    a vocabulary of that size."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     with new_folder(Path(output)) as folder:
         tokenizer = _trained(read_texts(inputs, text_key), vocab_size, lowercase)
@@ -49,8 +49,8 @@ def _trained(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Tokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
-        what = "the text makes" if size < vocab_size else "its characters alone make"
-        raise DataError(f"--vocab-size {vocab_size}: {what} {size} tokens")
+        limit = "at most" if size < vocab_size else "at least"
+        raise DataError(f"--vocab-size: {vocab_size}: must be {limit} {size} for this text")
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends

@@ -1,9 +1,9 @@
-"""Which tokens begin a word, for masking whole words: a table, made once of a tokenizer.
+"""A table of the tokens that begin a word, for whole-word masking, computed once per tokenizer.
 
-WordPiece says it of each token: "##" is before those that continue a word. Other tokenizers write a space as a part
-of the word after it ("Ġ" where tokens are of bytes, "▁" in sentencepiece). A token without a space may then continue
-a word or follow a bracket: it continues one where it begins with a letter or digit and the token before it ends with
-one. In scripts without spaces such words are long. A special token is no part of a word. Next: masking.py.
+In WordPiece, tokens that continue a word have the prefix "##". Other tokenizers encode a space as part of the word
+after it ("Ġ" in byte-level tokenizers, "▁" in sentencepiece). There a token without a space may continue a word or
+follow a bracket, for example: it continues a word if it begins with a letter or digit and the token before it ends with
+one. In scripts without spaces such words are long. A special token is never part of a word. Next: masking.py.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ import numpy as np
 
 from megalite.data.tokenizer import BYTES, SPACE, Tokenizer
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of sentencepiece for a byte
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # sentencepiece's token for a byte
 
 
 class Words(NamedTuple):
-    """bool [ids] each. begins: a token begins a word wherever it is; ends: what follows it begins one."""
+    """Tables, bool [ids]. begins: whether a token always begins a word; ends: whether the one after it always does."""
 
     begins: np.ndarray
     ends: np.ndarray
 
     def starts(self, tokens: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
-        """Of each position that of its word's first token, int64 [B, S]. A sample's first token begins a word, and so
-        does a document's. tokens [B, S]; documents [B, S]: as of a batch."""
+        """For each position, the position of its word's first token, int64 [B, S]. The first token of a sample or
+        document begins a word. tokens [B, S]; documents [B, S]: as in a batch."""
         begins = self.begins[tokens]
         begins[:, 0] = True
         begins[:, 1:] |= self.ends[tokens[:, :-1]]
@@ -36,15 +36,15 @@ class Words(NamedTuple):
         return np.maximum.accumulate(np.where(begins, index, 0), axis=1)
 
     def cut(self, before: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Where a sample whose first token is `first` begins within a word; before: the token before it. Of ids that
-        were not checked."""
+        """Whether each sample begins within a word. before, first: the token before each sample, and its first token;
+        their ids need not have been checked."""
         before, first = (tokens.clip(0, len(self.ends) - 1) for tokens in (before, first))
         return ~self.begins[first] & ~self.ends[before]
 
 
 def words_of(tokenizer: Tokenizer, ids: int, special_ids: list[int]) -> Words | None:
-    """For ids below `ids`; one that the tokenizer does not have is a word by itself. None where tokens do not show
-    what begins a word."""
+    """The tables for ids below `ids`; an id outside the tokenizer's vocabulary is a word by itself. None if tokens do
+    not show where words begin."""
     mark = tokenizer.word_mark
     if mark is None:
         return None
@@ -64,19 +64,19 @@ def words_of(tokenizer: Tokenizer, ids: int, special_ids: list[int]) -> Words | 
 
 
 def _in_word(piece: str, place: int, of_bytes: bool) -> bool:
-    """Whether the first (0) or last (-1) character of a token is one of a word."""
+    """Whether the first (place 0) or last (-1) character of a token is part of a word."""
     if byte := _BYTE.fullmatch(piece):
         value = int(byte[1], 16)
     elif of_bytes:
         value = _ALPHABET.get(piece[place], ord(piece[place]))
-    else:  # a letter, a mark over one, or a digit
+    else:  # a letter, a combining mark, or a digit
         return unicodedata.category(piece[place])[0] in "LMN"
-    return value >= 0x80 or chr(value).isalnum()  # above ASCII a byte is a part of a character
+    return value >= 0x80 or chr(value).isalnum()  # a byte above ASCII is part of a character
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary is (GPT-2's `bytes_to_unicode`): those that can be shown
-    are themselves, the others are 256, 257, …"""
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`): printable bytes
+    are themselves, the others are characters 256, 257, …"""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     found = {chr(byte): byte for byte in shown}
@@ -87,7 +87,7 @@ _ALPHABET = _byte_alphabet()
 
 
 def words_hash(tokenizer: Tokenizer) -> str:
-    """Of a tokenizer's table, for a run's fingerprint: what words are decides what is masked."""
+    """Hash of a tokenizer's tables, for a run's fingerprint: masks depend on them."""
     words = words_of(tokenizer, tokenizer.vocabulary_size, [])
     content = b"" if words is None else words.begins.tobytes() + words.ends.tobytes()
     return hashlib.sha256(content).hexdigest()

@@ -1,10 +1,11 @@
 """Watchdog: a time limit for each part of a run, and a report of what each rank was doing when it hung or failed.
 
 Each rank has a watchdog thread. If a part takes longer than its limit, or a rank fails (a peer's death shows as an
-error of gloo or NCCL), every live rank writes a file into the run's `faults/START/`: a line with where it is and which
-ranks it waits for, a line from NCCL's flight recorder (flight.py), then the stacks of its threads. The lowest of these
-ranks writes `summary.txt` and prints its first line; all exit with 1. Collectives do not work any more then, so one
-rank of each node polls that folder, which all nodes share, and tells its neighbours by a signal. Signals: signals.py.
+error of gloo, or as a process of the node that is gone), every live rank writes a file into the run's `faults/START/`:
+a line with where it is and which ranks it waits for, a line from NCCL's flight recorder (flight.py), then the stacks of
+its threads. The lowest of these ranks writes `summary.txt` and prints its first line; all exit with 1. Collectives do
+not work any more then, so one rank of each node polls that folder, which all nodes share, and tells its neighbours by a
+signal. Signals: signals.py.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 1.0  # between two polls of the folder by a node
-SETTLE_SECONDS = 3.0  # in which other ranks can write their files before this one exits and a launcher kills them
+# In which other ranks can write their files before this one exits and a launcher kills them.
+SETTLE_SECONDS = 3.0
 REPORT_SECONDS = 20.0  # for the whole report; then the rank exits without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
@@ -65,6 +67,7 @@ class Watchdog:
         self.folder = run_dir / "faults" / f"{everyone[0][2]}-{everyone[0][1]}"
         # `listen` must first be called in the main thread.
         self.lock, self.signals = threading.Lock(), listen()
+        self.node, self.alone_since = {*self._neighbours()}, -1.0
         self._begin("start", limits.first_step_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -118,16 +121,27 @@ class Watchdog:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")
             if self.signals.peer_lost:
                 self._end(_BUSY, _main_frames(), "when another rank was lost or had failed")
-            if now - looked > LOOK_SECONDS and self._looks_for_its_node():
+            if now - looked > LOOK_SECONDS:
                 looked, found = now, False
                 with contextlib.suppress(OSError):  # the file system is unavailable
-                    found = self.folder.exists()
+                    found = self._looks_for_its_node() and self.folder.exists()
                 if found:
                     self._end(_BUSY, _main_frames(), "when another rank had failed")
+                if self._is_left_alone():
+                    self._end(_BUSY, _main_frames(), "when a rank of this node was gone")
 
     def _looks_for_its_node(self) -> bool:
         """Whether this is the lowest live rank of its node: thousands of polling ranks would overload a file system."""
         return not any(rank < self.rank for rank, _ in self._neighbours())
+
+    def _is_left_alone(self) -> bool:
+        """Whether two polls within one part have found a neighbour gone. gloo then raises an error; under NCCL a device
+        waits forever, and stock `deepspeed` stops the other ranks one by one, with half a minute for each. Two polls,
+        because ranks also exit one after another at a run's end, within a moment."""
+        before, since = self.alone_since, self.since
+        lost = self.part and self.node != {*self._neighbours()}
+        self.alone_since = since if lost else -1.0
+        return self.alone_since == before == since
 
     def _neighbours(self) -> Iterator[tuple[int, int]]:
         """Live ranks of this node other than this one, and their processes."""

@@ -1,6 +1,6 @@
-"""The small files that travel with the weights, as a Hugging Face folder has them: generation settings and tokenizer.
+"""The small files of a Hugging Face folder that accompany the weights: generation settings and tokenizer.
 
-In a checkpoint of ours they lie in `hugging_face/`, listed in its SHA256SUMS; nothing of training reads them.
+In our checkpoints they are in `hugging_face/` and listed in SHA256SUMS; training does not read them.
 """
 
 import shutil
@@ -32,27 +32,28 @@ _CARRIED = (*_TOKENIZER, GENERATION)
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:
-    """The tokenizer's files that a folder holds."""
+    """The tokenizer's files in a folder."""
     return (folder / name for name in _TOKENIZER if (folder / name).is_file())
 
 
 def carried_files(folder: Path) -> Iterator[Path]:
-    """All of these that a folder holds. CheckpointError where a link in it leads out."""
+    """All of the small files in a folder. Raises CheckpointError if a symbolic link in it points outside."""
     check_links(folder, CheckpointError)
     return (folder / name for name in _CARRIED if (folder / name).is_file())
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copies those small files that `source` has and the folder `target` has not. CheckpointError where a link leads
-    out of `source`."""
+    """Copies the small files that `source` has and the folder `target` does not have. Raises CheckpointError if a
+    symbolic link points outside `source`."""
     for path in carried_files(source):
         if not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
 
 
 def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, bytes]:
-    """The files, by name, that a run's checkpoints carry: its config's tokenizer, or else the one that goes with the
-    weights that it starts from, and generation settings of those. Read once: the folders may go before the run ends."""
+    """The small files in a run's checkpoints, by name: its config's tokenizer, or else that of the weights that it
+    starts from, and the generation settings of those weights. They are read once, since the folders may be removed
+    before the run ends."""
     files: dict[str, Path] = {}
     if weights is not None:
         for place in (weights.folder / CARRIED, weights.folder):
@@ -71,7 +72,8 @@ def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, 
 
 
 def tokenizer_of(weights: Weights) -> Path | None:
-    """The tokenizer that goes with weights: in their own folder, carried with them, or the run's."""
+    """The folder of the tokenizer that belongs to weights: their own, that of the small files, or the run's; None if
+    there is none."""
     for place in (weights.folder, weights.folder / CARRIED):
         if next(tokenizer_files(place), None) is not None:
             return place
@@ -80,7 +82,7 @@ def tokenizer_of(weights: Weights) -> Path | None:
 
 
 def stop_ids_of(weights: Weights) -> set[int]:
-    """The tokens that end a text by generation_config.json, or else by the model's config."""
+    """The tokens that end a text, from generation_config.json or else from the model's config."""
     values: Any = weights.model.get("eos_token_id")
     for place in (weights.folder, weights.folder / CARRIED):
         if (place / GENERATION).is_file():

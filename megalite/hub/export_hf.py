@@ -1,7 +1,7 @@
-"""A checkpoint of ours into a Hugging Face folder, tensor by tensor. The other way: import_hf.py.
+"""Exports our checkpoint to a Hugging Face folder, tensor by tensor. The reverse: import_hf.py.
 
 Memory: three copies of the largest tensor of the files (its parts, the whole, its bytes), whatever the model's size;
-`verify` needs more and says so (same_logits.py).
+`verify` needs more (same_logits.py).
 """
 
 from collections.abc import Iterator
@@ -39,14 +39,14 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class _Weights:
-    """A checkpoint's weights as the family's files have them."""
+    """A checkpoint's weights in the form of the family's files."""
 
     checkpoint: Checkpoint
     spec: TransformerSpec
     dtype: torch.dtype
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor of the files, in the order in which `tensors` gives them."""
+        """Shape of each tensor of the files, in the order of `tensors`."""
         result = {}
         for name in self.checkpoint.names:
             entry, shape = hf_tensor(self.spec, name), self.checkpoint.shape(name)
@@ -62,8 +62,8 @@ class _Weights:
         for name, tensor in counted(made, len(self.shapes()), "tensors written"):
             if self.dtype == torch.float16 and not torch.isfinite(tensor.half()).all():
                 raise CheckpointError(
-                    f"--dtype: float16: {name}: its largest value {tensor.abs().max().item():.3g} "
-                    "is beyond that type: use bfloat16"
+                    f"--dtype: float16: {name}: largest value {tensor.abs().max().item():.3g} "
+                    "overflows float16: use bfloat16"
                 )
             yield name, tensor.to(self.dtype)
 
@@ -74,22 +74,22 @@ def export_hf(
     dtype: str = "float32",
     verify: bool | None = None,
 ) -> Comparison | None:
-    """Writes safetensors files with an index where there is more than one, config.json, generation_config.json and
-    the tokenizer's files. The folder appears when all is written and verified, or not at all.
+    """Writes safetensors files with an index if there are several, config.json, generation_config.json and the
+    tokenizer's files. The folder appears once everything is written and verified, or not at all.
 
-    verify: as of `import_hf`, which says what is returned and raised.
+    verify, result and errors: as in `import_hf`.
     """
     with appearing(output, CheckpointError) as partial:
         source = Checkpoint.open(find_checkpoint(checkpoint))
         weights = _Weights(source, read_spec(source.model), DTYPES[dtype])
         if ROUTER_BIAS in source.state and not bias_names(weights.spec):
             family = weights.spec.family
-            rule = f'a {family} file cannot hold the biases of megalite.train.router.balance "bias"'
+            rule = f'the files of {family} models cannot store the biases of megalite.train.router.balance "bias"'
             raise CheckpointError(f"{source.folder}: {ROUTER_BIAS}: {rule}")
         with reading(source.folder, CheckpointError):
             biases = dict(biases_to_hf(weights.spec, source.state))
         partial.mkdir()
-        # In fp32 and first: a reader asks for numbers at multiples of their size.
+        # fp32 tensors come first, because readers need tensors aligned to the size of their numbers.
         wide = {name: (tuple(value.shape), value.dtype) for name, value in biases.items()}
         others = {name: (shape, weights.dtype) for name, shape in weights.shapes().items()}
         shards: list[Shard] = plan_shards(wide | others, SHARD_BYTES)
@@ -101,7 +101,7 @@ def export_hf(
 
 
 def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dtype: str) -> None:
-    """The config with the model's class and dtype, a decoder's generation settings, the tokenizer's files."""
+    """Writes the config with the model's class and dtype, a decoder's generation settings, the tokenizer's files."""
     from transformers import GenerationConfig
 
     values: dict[str, Any] = {**source.model, "dtype": dtype}

@@ -1,11 +1,11 @@
-"""A Hugging Face folder read under our names, lazily: a tensor, or one box of it, straight from its file.
+"""Reads a Hugging Face folder under our names, lazily: a tensor, or one box of it, directly from its file.
 
-Opening reads `config.json` and the files' headers, and compares them with the model: a tensor that is missing, has
-another shape or is not known is refused. Reading a box reads its bytes alone. What is fused or transposed in the
-files comes from the family's table (names.py).
+Opening a folder reads `config.json` and the files' headers, and compares them with the model: a tensor that is missing,
+has another shape or is unknown is an error. Reading a box reads only its bytes. The family's table (names.py) says
+which tensors are fused or transposed in the files.
 
-R rows of our tensor; where P of ours are fused by groups (heads, or one group), our row j of group g is row
-(g·P + part)·R/groups + j of the file's.
+R rows of our tensor. If the file fuses P of our tensors in groups (heads, or one group), our row j of group g is row
+(g·P + part)·R/groups + j of the file's tensor.
 """
 
 import re
@@ -29,14 +29,14 @@ from megalite.model.transformer import TIED_NAME, Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 
-# Buffers that older releases of transformers saved: computed, not learned.
+# Buffers that older releases of transformers saved; they are computed, not trained.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-# Names that older releases of TensorFlow's BERT gave to a norm's weight and bias; transformers reads them too.
+# Names of a norm's weight and bias in TensorFlow's original BERT; transformers reads them too.
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 _LARGEST = torch.finfo(torch.float32).max
 _FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "head.weight"
-# How such a model's run read its corpora.
+# The data section of a run that trained with the objective "prefix".
 _PROMPTS = {
     "samples": "padded",
     "loss": "marked",
@@ -54,17 +54,17 @@ def full_shapes(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
 
 
 class HFFolder:
-    """An open folder, with the face of a Checkpoint: model, names, shape, read, state. CheckpointError or ConfigError
-    where it cannot be used whole.
+    """An open folder, with the interface of a Checkpoint: model, names, shape, read, state. Raises CheckpointError or
+    ConfigError if the folder is incomplete or invalid.
 
-    model: the config as a plain dict; spec: it as ours. classes: labels of a classifier that is to be made of a folder
-    of another model (`made_one`); what such a classifier has and the folder has not is left out of `names`.
+    model: the config as a plain dict; spec: the config as our spec. classes: labels, to turn another model into a
+    classifier (`made_one`); tensors of the classifier that the folder does not have are left out of `names`.
     """
 
     def __init__(self, path: str | Path, classes: tuple[str, ...] = ()) -> None:
         self.folder = Path(path)
         if not (self.folder / "config.json").is_file():
-            rule = "must hold config.json and safetensors (or pytorch_model.bin) files"
+            rule = "must contain config.json and safetensors (or pytorch_model.bin) files"
             raise CheckpointError(f"{self.folder}: {other_formats.weights(path) or rule}")
         check_links(self.folder, CheckpointError)
         with reading(self.folder, CheckpointError):
@@ -94,8 +94,8 @@ class HFFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's state would hold of these files: the biases of routers, and of a model whose prompts are
-        seen both ways how its run read its corpora."""
+        """The part of a checkpoint's state that these files contain: the biases of routers, and for a model whose
+        prompts have bidirectional attention the data section of its run."""
         data: dict[str, Any] = {"data": _PROMPTS} if self.prefixed else {}
         with reading(self.folder, CheckpointError):
             return data | state_of(self.spec, self._read_bias)
@@ -130,7 +130,7 @@ class HFFolder:
     def _read_stacked(
         self, entry: HFTensor, offsets: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
-        """A box of what has a tensor for each expert."""
+        """A box of a parameter for which the files have a tensor for each expert."""
         ranges = tuple(slice(o, o + n) for o, n in zip(offsets[1:], shape[1:], strict=True))
         pieces = []
         for number in range(offsets[0], offsets[0] + shape[0]):
@@ -140,27 +140,28 @@ class HFFolder:
         return torch.stack(pieces)
 
     def _check_finite(self, file_name: str, part: Tensor) -> None:
-        """CheckpointError where a number of a tensor is no finite fp32, the type of our masters."""
-        # NaN where any is, and then neither comparison holds.
+        """Raises CheckpointError if a number of a tensor is not finite in fp32, the dtype of our master weights."""
+        # aminmax returns NaN if any number is NaN, and then neither comparison is true.
         low, high = (end.item() for end in part.aminmax())
         if not (low >= -_LARGEST and high <= _LARGEST):
             rule = "every weight must be finite in fp32"
             raise CheckpointError(
-                f"{self._files.where[file_name]}: {file_name}: holds {low:g} to {high:g}: {rule}"
+                f"{self._files.where[file_name]}: {file_name}: has values from {low:g} to {high:g}: {rule}"
             )
 
     def _file_name(self, entry: HFTensor) -> str:
         return entry.name.removeprefix(self._prefix)
 
     def _missing_prefix(self) -> str:
-        """GPT-2's own files leave "transformer." out: they were saved from the model without its head."""
+        """The prefix that the files' names lack: files saved from a model without its head, such as GPT-2's, leave out
+        "transformer."."""
         first = hf_tensor(self.spec, TIED_NAME).name
         prefix, where = first.partition(".")[0] + ".", self._files.where
         is_missing = first not in where and first.removeprefix(prefix) in where
         return prefix if is_missing else ""
 
     def _check(self) -> None:
-        """The files hold every tensor of the model with its shape, and no other."""
+        """Checks that the files contain every tensor of the model with its shape, and no other tensors."""
         known = set()
         for name, full in self.shapes.items():
             entry = hf_tensor(self.spec, name)
@@ -173,29 +174,32 @@ class HFFolder:
             file_name = file_name.removeprefix(self._prefix)
             known.add(file_name)
             self._check_tensor(file_name, [1, self.spec.experts])
-        copies = [*getattr(FAMILIES[self.spec.family], "COPIES", ())]
-        for file_name in copies + [self._file_name(self._head)] * self.spec.tied:
+        family = FAMILIES[self.spec.family]
+        for file_name in family.copies:
             known |= self._copy(file_name)
-        if self.made_one:  # the other head
-            table = FAMILIES[self.spec.family].TENSORS.items()
-            known |= {self._file_name(entry) for name, entry in table if name.startswith("head.")}
-        unused: re.Pattern[str] | None = getattr(FAMILIES[self.spec.family], "UNUSED", None)
+        if self.spec.tied:
+            known |= self._copy(self._file_name(self._head))
+        if self.made_one:  # the language model's head, which is not used
+            for name, entry in family.tensors.items():
+                if name.startswith("head."):
+                    known.add(self._file_name(entry))
+        unused = family.unused
         for file_name in sorted(self._files.where.keys() - known):
             if not _BUFFERS.search(file_name) and not (unused and unused.search(file_name)):
                 raise CheckpointError(
-                    f"{self.folder}: {file_name}: a tensor that a {self.spec.family} model of this "
-                    "config does not have"
+                    f"{self.folder}: {file_name}: unexpected tensor: a {self.spec.family} model with this "
+                    "config does not have it"
                 )
 
     def _check_tensor(self, file_name: str, wanted: list[int]) -> None:
         if file_name not in self._files.where:
             raise CheckpointError(
-                f"{self.folder}: {file_name}: missing tensor: no file of the folder holds it"
+                f"{self.folder}: {file_name}: missing tensor: must be in a file of the folder"
             )
         found, dtype = self._files.shape(file_name)
         if found != wanted:
             raise CheckpointError(
-                f"{self.folder}: {file_name}: shape {found}: must be {wanted} by config.json"
+                f"{self.folder}: {file_name}: shape {found}: must be {wanted} according to config.json"
             )
         if dtype not in _FLOATS:
             raise CheckpointError(
@@ -203,17 +207,18 @@ class HFFolder:
             )
 
     def _leave_out_new(self) -> None:
-        """Forgets what a classifier has beyond the model that it is made of, where the files do not have it."""
+        """Leaves out the tensors of a new classifier's head that the files do not have."""
         for name in [name for name in self.shapes if name.startswith(_OF_HEADS)]:
             if self._file_name(hf_tensor(self.spec, name)) not in self._files.where:
                 del self.shapes[name]
 
     @property
     def _head(self) -> HFTensor:
-        return FAMILIES[self.spec.family].TENSORS[HEAD]
+        return FAMILIES[self.spec.family].tensors[HEAD]
 
     def _copy(self, name: str) -> set[str]:
-        """What is in the files though it is the embedding, such as a head that the config ties, must equal it."""
+        """Checks that a copy of the embedding in the files, such as a tied head, equals it. Returns the name as a set,
+        empty if there is no copy."""
         if name not in self._files.where:
             return set()
         if not torch.equal(self._files.read(name, ()), self.read(TIED_NAME)):
@@ -227,7 +232,7 @@ class HFFolder:
 def _file_rows(
     rows: int, groups: int, entry: HFTensor, start: int, stop: int
 ) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of the file's rows that hold our rows [start, stop)."""
+    """Half-open ranges of the file's rows that contain our rows [start, stop)."""
     height = rows // groups
     for group in range(start // height, -(-stop // height)):
         first, last = max(start, group * height), min(stop, (group + 1) * height)
@@ -236,7 +241,7 @@ def _file_rows(
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """Whether an entry of one of torch's files is a named tensor with all its numbers in the file."""
+    """Whether an entry of a torch file is a named dense tensor with all its numbers in the file."""
     is_tensor = isinstance(value, Tensor) and value.layout == torch.strided
     if not isinstance(name, str) or not is_tensor:
         return False
@@ -244,18 +249,17 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 class _Files:
-    """Tensors of a folder by name, in safetensors or, where there are none, torch's own files (never unpickled
-    beyond tensors)."""
+    """The tensors of a folder by name, in safetensors files or else in torch files (loaded with weights_only)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[str, Path] = {}
-        self._written: dict[str, str] = {}  # old names as the file has them
+        self._written: dict[str, str] = {}  # the names in the file, which may be old ones
         self._open: dict[Path, Any] = {}
         paths = self._paths()
         if not paths:
             raise CheckpointError(
-                f"{folder}: must hold config.json and safetensors (or pytorch_model.bin) files"
+                f"{folder}: must contain config.json and safetensors (or pytorch_model.bin) files"
             )
         for path in paths:
             for name in self._handle(path).keys():  # noqa: SIM118
@@ -285,7 +289,7 @@ class _Files:
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            self._open.clear()  # one file at a time is mapped: a mapped page counts as this process's memory
+            self._open.clear()  # map one file at a time: mapped pages count as this process's memory
             try:
                 if path.suffix == ".bin":
                     self._open[path] = torch.load(
@@ -297,9 +301,11 @@ class _Files:
                 raise CheckpointError(
                     f"{path}: cannot be read: {' '.join(str(error).split())[:200]}"
                 ) from error
-            except Exception as error:  # pickle's errors, and torch's refusal of what is no tensor
+            except (
+                Exception
+            ) as error:  # errors of pickle, and torch's rejection of anything but tensors
                 raise CheckpointError(
-                    f"{path}: is no file of tensors alone: {type(error).__name__}"
+                    f"{path}: must contain only tensors: {type(error).__name__}"
                 ) from error
             held = self._open[path]
             odd = []
@@ -310,11 +316,11 @@ class _Files:
                 odd = [type(held).__name__]
             if odd:
                 del self._open[path]
-                raise CheckpointError(f"{path}: is no file of tensors alone: {odd[0]!r}")
+                raise CheckpointError(f"{path}: must contain only tensors: {odd[0]!r}")
         return self._open[path]
 
     def shape(self, name: str) -> tuple[list[int], str]:
-        """Shape and dtype (as safetensors writes it)."""
+        """Shape, and dtype by its name in safetensors."""
         handle, name = self._handle(self.where[name]), self._written[name]
         if isinstance(handle, dict):
             tensor = handle[name]
@@ -329,7 +335,7 @@ class _Files:
         return list(part.get_shape()), part.get_dtype()
 
     def read(self, name: str, ranges: tuple[slice, ...]) -> Tensor:
-        """The box of these ranges; all of it where there are none."""
+        """The box of a tensor with these ranges; the whole tensor if there are none."""
         path, name = self.where[name], self._written[name]
         try:
             handle = self._handle(path)

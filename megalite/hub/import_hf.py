@@ -1,7 +1,7 @@
-"""A Hugging Face folder into a checkpoint of ours, tensor by tensor. Back: export_hf.py.
+"""Imports a Hugging Face folder as our checkpoint, tensor by tensor. The reverse: export_hf.py.
 
 Memory: a file of the checkpoint (checkpoint/files.py, FILE_BYTES) and two copies of the largest tensor, whatever the
-model's size, beside what is mapped of one source file; `verify` needs more and says so (same_logits.py).
+model's size, plus mapped pages of one source file; `verify` needs more (same_logits.py).
 """
 
 from pathlib import Path
@@ -22,11 +22,11 @@ def import_hf(
     verify: bool | None = None,
     experts: Experts | None = None,
 ) -> Comparison | None:
-    """Writes a checkpoint of step 0 in fp32. The folder appears when all is written and verified, or not at all.
+    """Writes a checkpoint of step 0 in fp32. The folder appears once everything is written and verified, or not at all.
 
-    verify: compare the logits with transformers'; None: where memory is enough. experts: that are made of a dense
-    model's MLPs (upcycle.py). Returns what was compared, None where nothing was. Raises CheckpointError, ConfigError,
-    ConversionError.
+    verify: whether to compare the logits with transformers'; None: if there is enough memory. experts: to create from a
+    dense model's MLPs (upcycle.py). Returns the comparison, None if there was none. Raises CheckpointError,
+    ConfigError, ConversionError.
     """
     dense = HFFolder(model)
     source = dense if experts is None else Upcycled(dense, experts)

@@ -1,8 +1,8 @@
-"""Between our tensors and those of a Hugging Face file, both ways, from a family's one table.
+"""Maps our tensors to those of Hugging Face files and back, by the table of each family.
 
-Ours are never fused and always [out, in], and experts are stacked, [E, out, in]; a file may fuse several along the
-output features, also head by head, may have them transposed, and has a tensor for each expert. Reading files:
-import_hf.py; writing them: export_hf.py (tools/).
+Our tensors are never fused and always [out, in], and experts are stacked, [E, out, in]. A file may fuse several of
+ours along the output features, possibly head by head, may transpose them, and has a separate tensor for each expert.
+hf_folder.py reads files; export_hf.py writes them.
 """
 
 import re
@@ -25,13 +25,14 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
 def hf_tensor(spec: TransformerSpec, name: str) -> HFTensor:
-    """Where our full name is in the family's files. CheckpointError for a name that it does not have."""
+    """The location of a tensor, by our full name, in the family's files. Raises CheckpointError for an unknown name."""
     match = _LAYER.match(name)
     pattern = _LAYER.sub("layers.{layer}.", name)
-    layer, table = int(match.group(1)) if match else None, FAMILIES[spec.family].TENSORS
-    if layer is not None and spec.stacks is not None:  # files number the layers of each stack
-        table, layer = FAMILIES[spec.family].tensors_of_layer(spec, layer)
-    entry: HFTensor | None = table.get(pattern) or tensors_of(spec.family).get(name)
+    family = FAMILIES[spec.family]
+    layer, table = int(match.group(1)) if match else None, family.tensors
+    if layer is not None and family.tensors_of_layer is not None:
+        table, layer = family.tensors_of_layer(spec, layer)
+    entry = table.get(pattern) or tensors_of(spec.family).get(name)
     if entry is None:
         raise CheckpointError(f"{name}: a {spec.family} model has no such tensor")
     return replace(entry, name=entry.name.replace("{layer}", str(layer)))
@@ -40,7 +41,7 @@ def hf_tensor(spec: TransformerSpec, name: str) -> HFTensor:
 def to_hf(
     spec: TransformerSpec, names: Iterable[str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors, one at a time, contiguous; `read` gives our full tensor by its name."""
+    """The file's tensors, one at a time, contiguous. read: returns our full tensor by its name."""
     files: dict[str, dict[int, str]] = {}
     for name in names:
         entry = hf_tensor(spec, name)
@@ -58,23 +59,23 @@ def to_hf(
 
 
 def bias_names(spec: TransformerSpec) -> list[str]:
-    """The files' tensors [1, E] of the biases that experts are chosen by, of each layer that has experts; none where
-    the family's files do not hold them."""
-    pattern: str | None = getattr(FAMILIES[spec.family], "ROUTER_BIAS", None)
+    """Names in the files of the biases [1, E] for choosing experts, one per layer with experts; none if the family's
+    files do not store them."""
+    pattern = FAMILIES[spec.family].router_bias
     if pattern is None or spec.mixture is None:
         return []
     return [pattern.replace("{layer}", str(layer)) for layer in spec.mixture.layers]
 
 
 def state_of(spec: TransformerSpec, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """What a checkpoint's state holds of these biases: nothing where all are 0. `read` gives a file's
-    tensor by its name there."""
+    """The biases as part of a checkpoint's state; empty if all are 0. read: returns a file's tensor by its name
+    there."""
     rows = [read(name).float().flatten() for name in bias_names(spec)]
     return {ROUTER_BIAS: [row.tolist() for row in rows]} if any(row.any() for row in rows) else {}
 
 
 def biases_to_hf(spec: TransformerSpec, state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Back: the files' tensors, fp32 whatever the type of the others."""
+    """The inverse of `state_of`: the files' bias tensors, always fp32."""
     names, mixture = bias_names(spec), spec.mixture
     values = None if mixture is None else bias_of(state, mixture)
     if values is None:
@@ -84,8 +85,8 @@ def biases_to_hf(spec: TransformerSpec, state: dict[str, Any]) -> Iterator[tuple
 
 
 def hf_auto_class(spec: TransformerSpec) -> Any:
-    """transformers' class that makes a model of this kind from a config or a folder."""
-    from transformers import (  # seconds to import
+    """The auto class of transformers for a model of this kind."""
+    from transformers import (  # takes seconds to import
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
         AutoModelForSeq2SeqLM,
@@ -100,12 +101,12 @@ def hf_auto_class(spec: TransformerSpec) -> Any:
 
 
 def groups_of(entry: HFTensor, spec: TransformerSpec) -> int:
-    """Runs of rows that parts are fused by: the heads of a family that fuses head by head, else one."""
+    """Number of groups of rows in a fused tensor: the heads if the family fuses head by head, else 1."""
     return spec.num_heads if entry.by_head else 1
 
 
 def file_names(entry: HFTensor, spec: TransformerSpec) -> list[str]:
-    """The file's tensors that a tensor of ours is read from: one, or one for each expert."""
+    """Names of the file's tensors for one of our tensors: one, or one for each expert."""
     if not entry.stacked:
         return [entry.name]
     assert spec.mixture is not None

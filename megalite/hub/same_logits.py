@@ -1,7 +1,7 @@
-"""The proof of a conversion: transformers' model and ours give the same logits for the same tokens.
+"""Verifies a conversion: transformers' model and ours must give the same logits for the same tokens.
 
-The two models are in memory one after the other, in fp32: 4 bytes a parameter and the logits of TOKENS positions.
-Without a wish either way it is done where that is at most FITS of the memory that is available.
+The two models are in memory one after the other, in fp32: 4 bytes per parameter and the logits of TOKENS positions. By
+default, the comparison is done if that is at most FITS of the available memory.
 """
 
 import math
@@ -27,17 +27,17 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 
 BOUND = 1e-4
-"""Largest difference of two logits, as a part of the largest logit (or of 1 where that is less): rounding of fp32
-over tens of layers stays well below it, a wrong or misplaced tensor far above."""
+"""Bound of the difference of two logits, relative to the largest logit (or to 1 if that is smaller). fp32 rounding over
+tens of layers stays well below it; a wrong or misplaced tensor is far above it."""
 TOKENS = (2, 24)
 SOURCE = 15
-"""Tokens of an encoder-decoder's source among those."""
+"""Number of those tokens that are the source of an encoder-decoder."""
 FITS = 0.5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: largest of two logits; largest: logit; bound: of the difference."""
+    """difference: largest difference of two logits; largest: the largest logit; bound: of the difference."""
 
     difference: float
     largest: float
@@ -55,8 +55,8 @@ def compare(
 ) -> Comparison | None:
     """Compares a folder of either kind, read by us, with a Hugging Face folder, read by transformers.
 
-    wanted None: where memory is enough; None is returned where it is not. dtype: that the Hugging Face folder was
-    rounded to. Raises ConversionError beyond the bound.
+    wanted: whether to compare; None: if there is enough memory. Returns None if nothing was compared. dtype: the dtype
+    that the Hugging Face folder was rounded to. Raises ConversionError if the difference exceeds the bound.
     """
     source = open_weights(ours)
     spec = source.spec if isinstance(source, HFFolder) else read_spec(source.model)
@@ -66,7 +66,7 @@ def compare(
     length = min(TOKENS[1], spec.max_positions or TOKENS[1])
     tokens = torch.randint(0, spec.vocabulary_size, (TOKENS[0], length), generator=generator)
     if spec.classifier is not None:
-        # Decoders take the last token that is not padding, which a text never ends by.
+        # Decoders classify the last token that is not padding, so no text may end with the padding token.
         tokens[:, -1] = (source.model.get("pad_token_id") or 0) - 1
         tokens[:, -1] %= spec.vocabulary_size
     with reading(theirs, CheckpointError):
@@ -83,7 +83,7 @@ def compare(
 
 
 def fits(spec: TransformerSpec) -> bool:
-    """Whether the memory that is available takes the comparison."""
+    """Whether the available memory is enough for the comparison."""
     numbers = sum(math.prod(shape) for shape in full_shapes(spec).values())
     logits = 3 * TOKENS[0] * TOKENS[1] * spec.vocabulary_size
     return 4 * (numbers + logits) <= FITS * psutil.virtual_memory().available
@@ -91,9 +91,9 @@ def fits(spec: TransformerSpec) -> bool:
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
-    """Logits [B, S, V], of a classifier [B, N], of transformers' model, its stored weights computed with in fp32. What
-    computes them is chosen here: a config.json may name code to fetch and run for attention and experts."""
-    from transformers.utils import logging  # seconds to import
+    """Logits [B, S, V], or [B, N] for a classifier, of transformers' model in fp32. The implementations are set here,
+    because a config.json may name code to download and run for attention and experts."""
+    from transformers.utils import logging  # takes seconds to import
 
     logging.disable_progress_bar()
     model: Any = hf_auto_class(spec).from_pretrained(
@@ -110,7 +110,7 @@ def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
         return model(source, decoder_input_ids=target).logits
     if spec.classifier is None:
         return model(tokens).logits
-    # A row at a time: without a padding token a decoder's classifier takes no more.
+    # One row at a time: without a padding token a decoder's classifier does not support more.
     return torch.cat([model(row).logits for row in tokens.split(1)])
 
 
@@ -118,7 +118,7 @@ def hf_logits(folder: Path, tokens: Tensor, spec: TransformerSpec) -> Tensor:
 def our_logits(
     source: Weights, spec: TransformerSpec, tokens: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
-    """Logits [B, S, V], of a classifier [B, N], of our model in fp32, its weights rounded to `dtype` first."""
+    """Logits [B, S, V], or [B, N] for a classifier, of our model in fp32, with its weights first rounded to `dtype`."""
     stage = Stage(spec, Grid()).eval()
     load_module(source.read, stage)
     set_router_bias(stage, source.state, torch.device("cpu"))

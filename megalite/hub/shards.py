@@ -1,4 +1,4 @@
-"""safetensors files written one tensor at a time, so that a file may be larger than memory."""
+"""Writes safetensors files one tensor at a time, so that a file may be larger than memory."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from megalite.checkpoint.tensors_file import header_of
 
 INDEX = "model.safetensors.index.json"
 Form = tuple[tuple[int, ...], torch.dtype]
-"""Shape and type of a tensor."""
+"""Shape and dtype of a tensor."""
 
 
 def bytes_of(form: Form) -> int:
@@ -35,13 +35,13 @@ class Shard:
         return sum(map(bytes_of, self.tensors.values()))
 
     def header(self) -> bytes:
-        """The file's first bytes, its length included."""
+        """The file's header, including its length."""
         tensors = ((name, dtype, shape) for name, (shape, dtype) in self.tensors.items())
         return header_of(tensors, {"format": "pt"})
 
 
 def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[Shard]:
-    """Tensors in order into files of at most `most_bytes` each, or of one tensor that is larger."""
+    """Assigns tensors in order to files of at most `most_bytes`; a larger tensor gets its own file."""
     shards = [Shard()]
     for name, form in tensors.items():
         if shards[-1].tensors and shards[-1].data_bytes + bytes_of(form) > most_bytes:
@@ -55,13 +55,13 @@ def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[Shard]:
 
 
 def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes the planned files; `tensors` come in the planned order."""
-    coming = iter(tensors)
+    """Writes the planned files. tensors: in the planned order."""
+    remaining = iter(tensors)
     for shard in shards:
         with (folder / shard.file).open("wb") as file:
             file.write(shard.header())
             for wanted, form in shard.tensors.items():
-                name, tensor = next(coming)
+                name, tensor = next(remaining)
                 assert (name, (tuple(tensor.shape), tensor.dtype)) == (wanted, form), (name, wanted)
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             file.flush()
@@ -69,7 +69,7 @@ def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str,
 
 
 def write_index(folder: Path, shards: list[Shard]) -> None:
-    """Says which file holds what, where there is more than one."""
+    """Writes the index of the files' tensors, if there is more than one file."""
     if len(shards) > 1:
         where = {name: shard.file for shard in shards for name in shard.tensors}
         index = {

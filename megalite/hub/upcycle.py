@@ -1,6 +1,6 @@
-"""A dense model as one with experts (sparse upcycling, arXiv 2212.05055): every expert begins as a copy of the layer's
-MLP, and the router at random. The weights of the chosen experts sum to one, so that the model computes what the dense
-one does until it is trained.
+"""Sparse upcycling (arXiv 2212.05055): converts a dense model to one with experts. Every expert starts as a copy of the
+layer's MLP, and the router is initialised randomly. The weights of the chosen experts sum to one, so the model computes
+the same function as the dense one until it is trained.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from megalite.model.families import read_spec
 from megalite.parallel.layers import drawn
 
 FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
-"""Of dense models, and what becomes of them."""
+"""Families of dense models, and the families with experts that they are converted to."""
 EXPERTS, ROUTER = ".mlp.experts.", ".mlp.router."
 
 
 @dataclass(frozen=True)
 class Experts:
-    """count: in each layer; chosen: that a token goes to; seed: of the routers."""
+    """count: experts per layer; chosen: experts per token; seed: of the routers."""
 
     count: int
     chosen: int
@@ -28,7 +28,7 @@ class Experts:
 
 
 class Upcycled:
-    """A Hugging Face folder with experts in place of MLPs; has the folder's model, names and read. ConfigError where
+    """A Hugging Face folder with experts in place of MLPs, with the same model, names and read. Raises ConfigError if
     its family has no counterpart with experts."""
 
     def __init__(self, dense: HFFolder, experts: Experts) -> None:
@@ -58,7 +58,7 @@ def _with_experts(model: dict[str, Any], experts: Experts) -> dict[str, Any]:
     if dense not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ConfigError(
-            f"--experts: a {dense} model has no counterpart with experts: only {known}"
+            f"--experts: a {dense} model has no counterpart with experts: must be one of {known}"
         )
     family = FAMILIES[dense]
     made = {**model, "model_type": family, "num_experts_per_tok": experts.chosen}
@@ -70,7 +70,9 @@ def _with_experts(model: dict[str, Any], experts: Experts) -> dict[str, Any]:
         made.pop("pretraining_tp", None)
         return made | {"num_local_experts": experts.count}
     if made.pop("use_sliding_window", False):
-        raise ConfigError("--experts: use_sliding_window: True: its windows differ by layer")
+        raise ConfigError(
+            "--experts: use_sliding_window: True: must be false: windows differ by layer"
+        )
     for key in ("sliding_window", "max_window_layers"):
         made.pop(key, None)
     made |= {"moe_intermediate_size": made["intermediate_size"], "norm_topk_prob": True}

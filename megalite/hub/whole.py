@@ -1,4 +1,4 @@
-"""A folder that is whole or not there: written under a hidden name beside its place, then renamed."""
+"""Writes a folder atomically: under a hidden name next to its destination, then renamed."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def appearing(target: str | Path, error: type[Exception]) -> Iterator[Path]:
-    """Gives the path to make and fill; it takes the target's name at the end of the `with` block, and leaves no
-    trace where that ends by an exception. `error` is raised where the target already exists."""
+    """Context manager that gives the path of a folder to create and fill. At the end of the block it is renamed to
+    `target`; after an exception it is removed. Raises `error` if the target already exists."""
     target = Path(target)
     if target.exists() or target.is_symlink():
         raise error(f"{target}: already exists; choose a new folder")
@@ -22,7 +22,7 @@ def appearing(target: str | Path, error: type[Exception]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(target, host)
     except OSError as failure:
-        raise error(f"{target}: cannot be made: {failure.strerror}") from failure
+        raise error(f"{target}: cannot be created: {failure.strerror}") from failure
     try:
         yield partial
         os.rename(partial, target)
@@ -31,12 +31,12 @@ def appearing(target: str | Path, error: type[Exception]) -> Iterator[Path]:
 
 
 def _remove_dead(target: Path, host: str) -> None:
-    """Removes what killed processes of this host left of the same target. Of other hosts, which may share the disk, it
-    is not known who is alive."""
+    """Removes the remains of killed processes of this host for the same target. For other hosts, which may share the
+    disk, it is not known which processes are alive."""
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(host)}\.(\d+)\.unfinished")
     for path in target.parent.iterdir():
         found = form.fullmatch(path.name)
-        # This process has not begun yet: what has its number is of an earlier one.
+        # This process has not written anything yet: a folder with its number is from an earlier process.
         if found is not None and (int(found[1]) == os.getpid() or not _is_alive(int(found[1]))):
             shutil.rmtree(path, ignore_errors=True)
 

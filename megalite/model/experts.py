@@ -73,10 +73,10 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, chosen: Tensor) -> Tensor:
         k, ids = chosen.shape[1], chosen.flatten()
         order = ids.argsort(stable=True)  # by expert, then by token
-        rows = _Spread.apply(rows, order, k)  # type: ignore[assignment]
+        rows = _Repeat.apply(rows, order, k)  # type: ignore[assignment]
         groups = Groups.of(ids[order], self.count)
         alone = self.axis.size == 1
-        made = self._products(rows, groups) if alone else self._elsewhere(rows, groups.ends)
+        made = self._products(rows, groups) if alone else self._on_all_ranks(rows, groups.ends)
         return _Permute.apply(made, inverse(order)).unflatten(0, (-1, k))  # type: ignore[union-attr]
 
     def _products(self, rows: Tensor, groups: Groups) -> Tensor:
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         hidden = gated(self.gate(rows, groups), self.up(rows, groups), self.activation)
         return self.down(hidden, groups)
 
-    def _elsewhere(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def _on_all_ranks(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The outputs of experts that are spread over the ranks of the axis."""
         e, here = self.axis.size, self.count // self.axis.size
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
@@ -140,7 +140,7 @@ class _Permute(torch.autograd.Function):
         return grads[0][inverse(order)], None
 
 
-class _Spread(torch.autograd.Function):
+class _Repeat(torch.autograd.Function):
     """Repeats each of rows [T, D] k times, permuted by `order` [T·k]; the k gradients are summed in order of choice."""
 
     @staticmethod

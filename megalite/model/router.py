@@ -66,7 +66,7 @@ class Router(nn.Module):
                 total = total.clamp(min=self.mixture.least_sum)
             weights = weights / total
         if context.balance is not None and torch.is_grad_enabled():
-            weights = self._trained(weights, logits, probabilities, chosen, context.balance)
+            weights = self._with_losses(weights, logits, probabilities, chosen, context.balance)
         return chosen, weights
 
     def choose(self, scores: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Router(nn.Module):
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
         return ranked[:, : self.mixture.chosen].contiguous()
 
-    def _trained(
+    def _with_losses(
         self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, each: Tensor
     ) -> Tensor:
         """The weights; their backward adds the router's losses, weighted by `each` [B] per sample, and the tally."""

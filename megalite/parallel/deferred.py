@@ -191,12 +191,12 @@ def later(weight: nn.Parameter) -> Tensor:
     return weight if waiting is None else _Later.apply(anchor(weight.device), (weight,), waiting)  # type: ignore[return-value]
 
 
-def _as_it_is(gradient: Tensor) -> Tensor:
+def _identity(gradient: Tensor) -> Tensor:
     return gradient
 
 
 def linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Finish = _as_it_is
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, finish: Finish = _identity
 ) -> Tensor:
     """x weightᵀ + bias with deferred gradients of weight and bias; x [..., in], weight [out, in]. finish: applied to
     these gradients at the end, such as a sum over ranks."""

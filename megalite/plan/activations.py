@@ -47,7 +47,7 @@ from megalite.model.spec import Mixture, TransformerSpec
 from megalite.model.varlen import kernel_takes
 from megalite.parallel.collectives import Split
 from megalite.parallel.layers import share
-from megalite.parallel.loss import block_rows, chunk_rows, gradient_type
+from megalite.parallel.loss import block_rows, chunk_rows, gradient_type, row_length
 
 FP32, INT32, INT64 = 4, 4, 8
 Table = dict[str, int]
@@ -303,13 +303,14 @@ def logits_bytes(spec: TransformerSpec, at: Forward) -> int:
     if spec.classifier is not None:
         return 0
     start, stop = share(spec.vocabulary_size, at.split.axis)
-    rows, ranks = _loss_rows(spec, at), at.split.axis.size
-    held = at.width * rows
+    rows, ranks, columns = _loss_rows(spec, at), at.split.axis.size, stop - start
+    held = at.width * rows * row_length(columns, at.width, at.device)
     if at.dtype == torch.float16:  # whose gradients are made in fp32
-        held += FP32 * rows
+        held += FP32 * rows * row_length(columns, FP32, at.device)
     elif at.width < FP32 and (ranks > 1 or at.device != "cpu"):
-        held += FP32 * block_rows(rows, -(-spec.vocabulary_size // ranks), ranks, at.device)
-    return held * (stop - start)
+        largest = -(-spec.vocabulary_size // ranks)
+        held += FP32 * block_rows(rows, largest, ranks, at.device) * columns
+    return held
 
 
 def _loss_rows(spec: TransformerSpec, at: Forward) -> int:

@@ -22,7 +22,7 @@ import torch
 
 from megalite.config import Config
 from megalite.config.rules import machine_has_gpu
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import ConfigError
 from megalite.plan.calibration import Measured, fitted
 from megalite.plan.devices import (

@@ -185,6 +185,10 @@ def shrunken(config: Config) -> Config:
     for key, value in sizes.items():
         if model.get(key) is not None:
             model[key] = value
+    rotary = model.get("rope_parameters") or {}
+    # A part of a smaller head may be an odd number of features.
+    if rotary.get("partial_rotary_factor", 1) != 1:
+        model["rope_parameters"] = {**rotary, "partial_rotary_factor": 0.5}
     by_layer = ("layer_types", "mlp_only_layers", "no_rope_layers")
     for key in (*by_layer, "pad_token_id", "decoder_start_token_id"):
         model.pop(key, None)

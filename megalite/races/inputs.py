@@ -14,7 +14,7 @@ import numpy as np
 
 from megalite.config.section import parse
 from megalite.config.sections import Data
-from megalite.data.indexed import write_index
+from megalite.data.indexed_writer import write_index
 from megalite.data.loader import TrainData
 
 LEARNING_RATE, WEIGHT_DECAY, CLIPPING, SEED = 1e-4, 0.1, 1.0, 1234

@@ -13,7 +13,7 @@ import numpy as np
 
 from megalite.config.section import parse
 from megalite.config.sections import Data
-from megalite.data.indexed import write_index
+from megalite.data.indexed_writer import write_index
 from megalite.data.loader import TrainData
 from megalite.races.referee import spread
 

@@ -25,6 +25,7 @@ from megalite.ranks.devices import (
     GPUNames,
     gpu_name,
     library_settings,
+    name_gpu,
     own_gpu,
     raise_open_files,
     sum_in_fp32,
@@ -88,7 +89,9 @@ def start_ranks(
 
     accelerator = use_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(own_gpu(here.local_rank, here.local_size, visible))
+        gpu = own_gpu(here.local_rank, here.local_size, visible)
+        accelerator.set_device(gpu)
+        name_gpu(gpu)
     backend = accelerator.communication_backend_name()
     # The CPU accelerator names its own backend; gloo has every collective that is used here.
     backend = (
@@ -136,7 +139,8 @@ def _port_taken(by: str) -> ConfigError:
 
 
 def stop_ranks() -> None:
-    """Destroys the process group, if there is one."""
+    """Destroys the process groups, if there are any (collective). A rank that has failed must not call it: NCCL waits
+    for all ranks of each group. That rank ends its process instead (program.py)."""
     import torch.distributed as dist
 
     if dist.is_initialized():

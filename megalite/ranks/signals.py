@@ -48,11 +48,11 @@ class Signals:
         self.peer_lost = False
         self.deferred = False
         self.watched = ancestors()
-        self.ears, self.mouth = socket.socketpair()
-        self.mouth.setblocking(False)
+        self.receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def defer(self) -> None:
@@ -61,8 +61,8 @@ class Signals:
 
     def _watch(self) -> None:
         while True:
-            ready, _, _ = select.select([self.ears], [], [], POLL_SECONDS)
-            for number in self.ears.recv(64) if ready else b"":
+            ready, _, _ = select.select([self.receiver], [], [], POLL_SECONDS)
+            for number in self.receiver.recv(64) if ready else b"":
                 if number == signal.SIGUSR1:
                     self.save = True
                 elif number == signal.SIGUSR2:

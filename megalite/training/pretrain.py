@@ -81,11 +81,10 @@ def main(arguments: list[str]) -> int:
     here, prepared = start_ranks(
         prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout, _differs
     )
-    try:
-        _remove_swap_folders(prepared.config, here)
-        return _train(prepared, here.rank)
-    finally:
-        stop_ranks()
+    _remove_swap_folders(prepared.config, here)
+    code = _train(prepared, here.rank)
+    stop_ranks()
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

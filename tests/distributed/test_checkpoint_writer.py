@@ -422,7 +422,7 @@ def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(
         "step_00000004",
         "step_00000007.damaged",
     ]
-    assert "step_00000007: damaged and skipped: is now step_00000007.damaged" in saver.told[0]
+    assert "step_00000007: damaged and skipped: renamed to step_00000007.damaged" in saver.told[0]
     assert newest_good(tmp_path)[1] == []
 
 
@@ -441,5 +441,5 @@ def test_a_later_checkpoint_that_was_not_found_damaged_is_left_alone(tmp_path: P
     assert newest_good(tmp_path) == (tmp_path / "checkpoints" / "step_00000007", [])
     (line,) = saver.told
     assert line.endswith(
-        "step_00000007: of a later step than 4: not written by this start, and left as it is"
+        "step_00000007: of a later step than 4 and not written by this start: left unchanged"
     )

@@ -232,7 +232,7 @@ def test_biases_that_a_family_s_files_cannot_hold_are_not_left_out(
         for name in source.names:
             writer.add(name, source.read(name))
     with pytest.raises(
-        CheckpointError, match="router_bias: a mixtral file cannot hold the biases of"
+        CheckpointError, match="router_bias: the files of mixtral models cannot store the biases of"
     ):
         export_hf(tmp_path / "moved", tmp_path / "out")
 

@@ -18,7 +18,7 @@ from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from megalite.config import Config
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import ValidData
 from megalite.inference.evaluate_program import evaluate_main
 from megalite.prove.layouts import Layout, config_of, micro_sizes

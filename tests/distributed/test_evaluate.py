@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalite.checkpoint.files import CheckpointWriter
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import marks_prefix
 from megalite.hub.hf_folder import HFFolder
 from megalite.inference.evaluate_program import evaluate_main

@@ -107,7 +107,7 @@ def test_a_run_without_them_goes_to_its_last_step(tmp_path: Path) -> None:
     assert run_ranks(1, train, [(made, planted)]) == [[0]]
     assert names(tmp_path / "run") == ["step_00000008"] and named_best(tmp_path / "run") is None
     with pytest.raises(
-        CheckpointError, match=r"--best: .*run: holds no checkpoints/best: must be a run with"
+        CheckpointError, match=r"--best: .*run: has no checkpoints/best: must be a run with"
     ):
         best_checkpoint(tmp_path / "run")
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
-from megalite.data.indexed import IndexedWriter, files_of
+from megalite.data.indexed import files_of
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import CheckpointError
 from megalite.training.fingerprint import IDS, fingerprint
 from megalite.training.lock import Holder

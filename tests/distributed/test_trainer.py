@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megalite.commands import export_hf
-from megalite.data.indexed import IndexedCorpus, IndexedWriter, labels_prefix, names_file
+from megalite.data.indexed import IndexedCorpus, labels_prefix, names_file
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.packing import best_fit
 from tests.ranks import REPOSITORY, run_ranks
 from tests.small_models import MODELS

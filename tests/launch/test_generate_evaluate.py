@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.indexed import token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.hub.import_hf import import_hf
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY

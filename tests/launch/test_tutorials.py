@@ -15,7 +15,8 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megalite.data.indexed import IndexedWriter, token_dtype
+from megalite.data.indexed import token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from tests.launch.starts import BIN, rows
 from tests.pages import Block, blocks, outputs_of
 from tests.ranks import REPOSITORY

@@ -16,7 +16,8 @@ from megalite.checkpoint.inspect import described
 from megalite.data.chat import ChatEncoder
 from megalite.data.chat_forms import NotChat
 from megalite.data.documents import Bad, Chunk, Place, parse_objects
-from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
+from megalite.data.indexed import files_of, marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inspection import Show, inspect
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer

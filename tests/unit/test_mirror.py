@@ -31,8 +31,9 @@ THROUGH = {
     "config.foreign": "unit/config/test_foreign_configs.py",
     "config.masks": "unit/data/test_masking.py",
     "data.masking": "unit/data/test_masking.py",
-    "data.pairs": "unit/data/test_preprocess.py",
-    "data.partial": "unit/data/test_preprocess.py",
+    **dict.fromkeys(
+        ("data.pairs", "data.partial", "data.tasks", "data.workers"), "unit/data/test_preprocess.py"
+    ),
     "data.source_target": "unit/data/test_source_target.py",
     # DeepSpeed's optimizers need a world: the dry run makes them over groups that go nowhere.
     **dict.fromkeys(

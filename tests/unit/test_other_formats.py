@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megalite import other_formats
 from megalite.config import load_config
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError, UserError
 from megalite.hub.export_hf import export_hf

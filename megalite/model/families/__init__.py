@@ -1,12 +1,7 @@
 """Converts Hugging Face configs to our spec, and maps the names of tensors in their files: one module per family.
 CONTRIBUTING.md says how to add one.
 
-A family's module has `read`, which converts a transformers config to our spec, and `TENSORS`, which maps our names to
-those in the files. If needed, it also has `OLD_KEYS`, keys of a config that are not fields of its class; `UNUSED`, a
-pattern of tensor names in its files that the model does not use; `ROUTER_BIAS`, the name in the files of the biases
-for choosing experts; and `check`, which rejects values on which its config class fails. An encoder-decoder's also
-has `tensors_of_layer`, since its files number the layers of each stack; `ALLOWED`, fields that other families reject;
-`COPIES`, tensors in its files that must equal the embedding; and `amend`, which corrects the config object.
+Each family's module ends with its `FAMILY`; family.py says what belongs to one.
 """
 
 import contextlib
@@ -14,7 +9,6 @@ import difflib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megalite import other_formats
@@ -45,29 +39,30 @@ from megalite.model.families import (
 )
 from megalite.model.families.classifiers import classified, is_classifier, make_classifier
 from megalite.model.families.common import KEY, check_sizes, check_spec, written
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
-FAMILIES: dict[str, ModuleType] = {
-    "llama": llama,
-    "mistral": mistral,
-    "mixtral": mixtral,
-    "qwen2": qwen2,
-    "qwen2_moe": qwen2_moe,
-    "qwen3": qwen3,
-    "qwen3_moe": qwen3_moe,
-    "smollm3": smollm3,
-    "olmo2": olmo2,
-    "olmoe": olmoe,
-    "ernie4_5_moe": ernie4_5_moe,
-    "gpt2": gpt2,
-    "gptj": gptj,
-    "gpt_neox": gpt_neox,
-    "phi": phi,
-    "bert": bert,
-    "roberta": roberta,
-    "modernbert": modernbert,
-    "eurobert": eurobert,
-    "t5": t5,
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "ernie4_5_moe": ernie4_5_moe.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gptj": gptj.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "phi": phi.FAMILY,
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "eurobert": eurobert.FAMILY,
+    "t5": t5.FAMILY,
 }
 # Old names and locations of fields that transformers still reads.
 _OLD_KEYS = {
@@ -144,10 +139,10 @@ def _check_values(model_type: str, values: dict[str, Any], where: str) -> None:
         del sizes["sliding_window"]
     prefix = f"{KEY}." if where == KEY else f"{where}: "
     check_sizes(sizes, prefix)
-    check = getattr(FAMILIES[model_type], "check", None)
-    if check is not None:
-        check(values, prefix)
-    refused = _REFUSED | getattr(FAMILIES[model_type], "ALLOWED", {})
+    family = FAMILIES[model_type]
+    if family.check is not None:
+        family.check(values, prefix)
+    refused = {**_REFUSED, **family.allowed}
     for key in values.keys() & refused.keys():
         if values[key] not in refused[key]:
             raise ConfigError(
@@ -160,8 +155,7 @@ def config_of(model_type: str, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type, **values)
-    amend = getattr(FAMILIES[model_type], "amend", None)
-    if amend is not None:
+    if (amend := FAMILIES[model_type].amend) is not None:
         amend(config)
     return config
 
@@ -217,5 +211,5 @@ def model_dict(section: Section) -> dict[str, Any]:
 def _known_keys(config: Any) -> set[str]:
     """The keys that have a meaning for transformers in a config of this family."""
     known = set(type(config)().to_dict()) | set(config.attribute_map)
-    known |= getattr(FAMILIES[config.model_type], "OLD_KEYS", set())
+    known |= FAMILIES[config.model_type].old_keys
     return known | (_OLD_KEYS if hasattr(config, "rope_parameters") else {"torch_dtype"})

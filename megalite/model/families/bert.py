@@ -17,6 +17,7 @@ from megalite.model.families.common import (
     require,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 
@@ -55,7 +56,7 @@ TENSORS = (
         "head.bias": HFTensor("cls.predictions.bias"),
     }
 )
-UNUSED = re.compile(
+_UNUSED = re.compile(
     r"^(bert\.pooler\.|cls\.seq_relationship\.|bert\.embeddings\.position_ids$|cls\.predictions\.decoder\.bias$)"
 )
 """Tensors in the files that the model does not have, such as a second copy of the head's bias."""
@@ -102,3 +103,6 @@ def encoder(config: Any) -> TransformerSpec:
         attention_dropout=config.attention_probs_dropout_prob,
         hidden_dropout=config.hidden_dropout_prob,
     )
+
+
+FAMILY = Family(read, TENSORS, unused=_UNUSED)

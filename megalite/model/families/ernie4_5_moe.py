@@ -17,6 +17,7 @@ from megalite.model.families.common import (
     tensors,
     written,
 )
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import Mixture, TransformerSpec
 
 _MLP, _FILE_MLP = "layers.{layer}.mlp", "model.layers.{layer}.mlp"
@@ -30,9 +31,8 @@ TENSORS = (
         }
     )
 )
-ROUTER_BIAS = f"{_FILE_MLP}.moe_statics.e_score_correction_bias"
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
-UNUSED = re.compile("mtp")  # layers that predict further tokens, which transformers leaves out too
+_ROUTER_BIAS = f"{_FILE_MLP}.moe_statics.e_score_correction_bias"
+_UNUSED = re.compile("mtp")  # layers that predict further tokens, which transformers leaves out too
 
 
 def read(config: Any) -> TransformerSpec:
@@ -62,3 +62,6 @@ def _experts(config: Any) -> Mixture | None:
         shared_size=shared * config.moe_intermediate_size,
         shared_is_weighed=False,
     )
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM, router_bias=_ROUTER_BIAS, unused=_UNUSED)

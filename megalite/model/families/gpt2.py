@@ -13,6 +13,7 @@ from megalite.model.families.common import (
     require,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 _CONV1D = ("layers.{layer}.attention.output", "layers.{layer}.mlp.up", "layers.{layer}.mlp.down")
@@ -66,3 +67,6 @@ def read(config: Any) -> TransformerSpec:
         attention_dropout=config.attn_pdrop,
         hidden_dropout=config.resid_pdrop,
     )
+
+
+FAMILY = Family(read, TENSORS)

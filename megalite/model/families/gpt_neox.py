@@ -12,6 +12,7 @@ from megalite.model.families.common import (
     rotary,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -56,3 +57,6 @@ def read(config: Any) -> TransformerSpec:
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
     )
+
+
+FAMILY = Family(read, TENSORS)

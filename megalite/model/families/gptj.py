@@ -5,6 +5,7 @@ from typing import Any
 
 from megalite.errors import ConfigError
 from megalite.model.families.common import ACTIVATIONS, KEY, choose, equal_head_size, tensors
+from megalite.model.families.family import Family
 from megalite.model.spec import Rotary, TransformerSpec
 
 TENSORS = tensors(
@@ -57,3 +58,6 @@ def read(config: Any) -> TransformerSpec:
         attention_dropout=config.attn_pdrop,
         hidden_dropout=config.resid_pdrop,
     )
+
+
+FAMILY = Family(read, TENSORS)

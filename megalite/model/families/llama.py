@@ -11,6 +11,7 @@ from megalite.model.families.common import (
     rotary,
     tensors,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -73,3 +74,6 @@ def gated(
         padding_id=padding(config),
         attention_dropout=getattr(config, "attention_dropout", None) or 0.0,
     )
+
+
+FAMILY = Family(read, TENSORS)

@@ -5,9 +5,8 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import require
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
-
-TENSORS = llama.TENSORS
 
 
 def read(config: Any) -> TransformerSpec:
@@ -18,3 +17,6 @@ def read(config: Any) -> TransformerSpec:
     if config.sliding_window is None:
         return spec
     return replace(spec, windows=(config.sliding_window,) * spec.num_layers)
+
+
+FAMILY = Family(read, llama.TENSORS)

@@ -5,6 +5,7 @@ from typing import Any
 
 from megalite.model.families import llama, mistral
 from megalite.model.families.common import expert_tensors, mixture, require
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.WITHOUT_MLP | expert_tensors("block_sparse_moe", gate="w1", up="w3", down="w2")
@@ -15,3 +16,6 @@ def read(config: Any) -> TransformerSpec:
     require(config, "router_jitter_noise", 0.0, 0)
     experts = mixture(config, config.intermediate_size, normalised=True)
     return replace(mistral.read(config), mixture=experts)
+
+
+FAMILY = Family(read, TENSORS)

@@ -24,6 +24,7 @@ from megalite.model.families.common import (
     windows,
     written,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 _LAYER = "model.layers.{layer}"
@@ -45,12 +46,14 @@ TENSORS = (
     | fused(QUERY_KEY_VALUE, f"{_LAYER}.attn.Wqkv")
     | fused(("layers.{layer}.mlp.gate", "layers.{layer}.mlp.up"), f"{_LAYER}.mlp.Wi")
 )
-OLD_KEYS = {
-    "global_attn_every_n_layers",
-    "global_rope_theta",
-    "local_rope_theta",
-    "reference_compile",
-}
+_OLD_KEYS = frozenset(
+    (
+        "global_attn_every_n_layers",
+        "global_rope_theta",
+        "local_rope_theta",
+        "reference_compile",
+    )
+)
 
 
 def read(config: Any) -> TransformerSpec:
@@ -112,3 +115,6 @@ def _spread(cutoff: Any) -> float:
         )
     density = math.exp(-(cutoff**2) / 2) / math.sqrt(2 * math.pi)
     return math.sqrt(1 - 2 * cutoff * density / math.erf(cutoff / math.sqrt(2)))
+
+
+FAMILY = Family(read, TENSORS, old_keys=_OLD_KEYS)

@@ -9,6 +9,7 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import tensors
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = (
@@ -21,7 +22,6 @@ TENSORS = (
         }
     )
 )
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -30,3 +30,6 @@ def read(config: Any) -> TransformerSpec:
         config, attention_bias=config.attention_bias, output_bias=config.attention_bias
     )
     return replace(spec, norm_place="after", qk_norm="projection")
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -5,10 +5,10 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import equal_head_size, expert_tensors, mixture, require
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.WITHOUT_MLP | llama.QUERY_AND_KEY_NORMS | expert_tensors()
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -19,3 +19,6 @@ def read(config: Any) -> TransformerSpec:
     spec = llama.gated(config, attention_bias=bias, output_bias=bias)
     experts = mixture(config, config.intermediate_size, config.norm_topk_prob)
     return replace(spec, qk_norm="projection", mixture=experts)
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -12,6 +12,7 @@ from megalite.model.families.common import (
     rotary,
     tensors,
 )
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = tensors(
@@ -30,7 +31,6 @@ TENSORS = tensors(
         "head": "lm_head",
     }
 )
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -66,3 +66,6 @@ def read(config: Any) -> TransformerSpec:
         attention_dropout=config.attention_dropout or 0.0,
         hidden_dropout=config.resid_pdrop,
     )
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -5,10 +5,8 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import windows
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
-
-TENSORS = llama.TENSORS
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -16,3 +14,6 @@ def read(config: Any) -> TransformerSpec:
     return replace(
         llama.gated(config, attention_bias=True, output_bias=False), windows=windows(config)
     )
+
+
+FAMILY = Family(read, llama.TENSORS, old_keys=HEAD_DIM)

@@ -12,6 +12,7 @@ from megalite.model.families.common import (
     tensors,
     windows,
 )
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 _MLP, _FILE_MLP = "layers.{layer}.mlp", "model.layers.{layer}.mlp"
@@ -27,7 +28,6 @@ TENSORS = (
         }
     )
 )
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -39,3 +39,6 @@ def read(config: Any) -> TransformerSpec:
         experts = replace(experts, shared_size=config.shared_expert_intermediate_size)
     spec = llama.gated(config, attention_bias=config.qkv_bias, output_bias=False)
     return replace(spec, windows=windows(config), mixture=experts)
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -5,6 +5,7 @@ from typing import Any
 
 from megalite.model.families import llama
 from megalite.model.families.common import windows
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = llama.TENSORS | llama.QUERY_AND_KEY_NORMS
@@ -16,3 +17,6 @@ def read(config: Any) -> TransformerSpec:
         config, attention_bias=config.attention_bias, output_bias=config.attention_bias
     )
     return replace(spec, qk_norm="head", windows=windows(config))
+
+
+FAMILY = Family(read, TENSORS)

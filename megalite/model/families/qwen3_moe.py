@@ -5,10 +5,10 @@ from typing import Any
 
 from megalite.model.families import llama, qwen3
 from megalite.model.families.common import expert_tensors, mixture, routed_layers
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = qwen3.TENSORS | expert_tensors()
-OLD_KEYS = {"head_dim"}  # not a field of the config's class, but read by the attention
 
 
 def read(config: Any) -> TransformerSpec:
@@ -20,3 +20,6 @@ def read(config: Any) -> TransformerSpec:
         config, config.moe_intermediate_size, config.norm_topk_prob, routed_layers(config)
     )
     return replace(spec, qk_norm="head", windows=windows, mixture=experts)
+
+
+FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

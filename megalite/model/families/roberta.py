@@ -7,6 +7,7 @@ from typing import Any
 from megalite.errors import ConfigError
 from megalite.model.families import bert
 from megalite.model.families.common import KEY, HFTensor, tensors, written
+from megalite.model.families.family import Family
 from megalite.model.spec import TransformerSpec
 
 TENSORS = (
@@ -16,7 +17,7 @@ TENSORS = (
     )
     | {"head.weight": HFTensor("lm_head.decoder.weight"), "head.bias": HFTensor("lm_head.bias")}
 )
-UNUSED = re.compile(
+_UNUSED = re.compile(
     r"^(roberta\.pooler\.|roberta\.embeddings\.position_ids$|lm_head\.decoder\.bias$)"
 )
 
@@ -35,3 +36,6 @@ def read(config: Any) -> TransformerSpec:
     return replace(
         spec, max_positions=rows - pad - 1, position_offset=pad + 1, head_transform="gelu"
     )
+
+
+FAMILY = Family(read, TENSORS, unused=_UNUSED)

@@ -7,10 +7,9 @@ from typing import Any
 from megalite.errors import ConfigError
 from megalite.model.families import llama
 from megalite.model.families.common import windows, written
+from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
-TENSORS = llama.TENSORS
-OLD_KEYS = {"head_dim"}  # no field of the config's class, and read by the attention
 _LAYERS = 36  # of a config that does not say how many
 
 
@@ -31,3 +30,6 @@ def read(config: Any) -> TransformerSpec:
     spec = llama.gated(config, attention_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias)
     nope = (layer for layer in range(spec.num_layers) if not config.no_rope_layers[layer])
     return replace(spec, windows=windows(config), nope_layers=tuple(nope))
+
+
+FAMILY = Family(read, llama.TENSORS, old_keys=HEAD_DIM, check=check)

@@ -20,10 +20,9 @@ from megalite.model.families.common import (
     tensors,
     written,
 )
+from megalite.model.families.family import Family
 from megalite.model.spec import Stacks, TransformerSpec
 
-ALLOWED = {"is_encoder_decoder": (True,)}
-OLD_KEYS = {"decoder_start_token_id"}
 LEAST_BUCKETS = 4
 
 
@@ -62,9 +61,9 @@ TENSORS: dict[str, HFTensor] = tensors(
     }
 )
 _ENCODER, _DECODER = tensors(_layers("encoder", 1)), tensors(_layers("decoder", 2))
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 """Tensors in older files that must be equal to the embedding."""
-UNUSED = re.compile(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.")
+_UNUSED = re.compile(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.")
 """A table in older files that no model reads."""
 
 
@@ -141,3 +140,15 @@ def _stacks(config: Any) -> Stacks:
         rule = f"must be the token that targets begin with, below vocab_size {config.vocab_size}"
         raise ConfigError(f"{KEY}.{name}: {written(start)}: {rule}")
     return Stacks(config.num_layers, buckets, most, start)
+
+
+FAMILY = Family(
+    read,
+    TENSORS,
+    old_keys=frozenset({"decoder_start_token_id"}),
+    allowed={"is_encoder_decoder": (True,)},
+    amend=amend,
+    unused=_UNUSED,
+    copies=_COPIES,
+    tensors_of_layer=tensors_of_layer,
+)

@@ -25,7 +25,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, disk: Disk, room: int)
     ]
     disk.room = None
     file.append(b"row 00006\n")
-    assert told[1:] == [f"{path}: is written again; no rows are lost"]
+    assert told[1:] == [f"{path}: can be written again; no rows were lost"]
     file.append(b"row 00007\n")
     file.close()
     assert (
@@ -46,10 +46,10 @@ def test_rows_that_are_lost_are_told(
         file.append(f"row {number:05d}\n".encode())
     disk.room = None
     file.append(b"row 00006\n")
-    assert told[1:] == [f"{path}: is written again; 2 rows are lost"]
+    assert told[1:] == [f"{path}: can be written again; 2 rows were lost"]
     assert path.read_text() == "".join(f"row {number:05d}\n" for number in range(3, 7))
     disk.room = 0
     file.append(b"row 00007\n")
     file.close()
-    assert told[2:] == [told[0], f"{path}: 1 row is lost"]
+    assert told[2:] == [told[0], f"{path}: 1 row was lost"]
     assert path.read_text().endswith("row 00006\n")

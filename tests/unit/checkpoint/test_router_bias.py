@@ -37,7 +37,7 @@ ZEROS = [0.0] * 8
 )
 def test_what_are_no_biases_of_the_model_is_refused(values: Any) -> None:
     assert SPEC.mixture is not None
-    rule = f"{ROUTER_BIAS} of the checkpoint's state: must be 3 lists of 8 finite numbers"
+    rule = f"{ROUTER_BIAS} in the checkpoint's state: must be 3 lists of 8 finite numbers"
     with pytest.raises(CheckpointError, match=rule):
         bias_of({ROUTER_BIAS: values}, SPEC.mixture)
 

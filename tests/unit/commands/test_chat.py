@@ -42,7 +42,7 @@ def test_chat_answers_a_conversation_in_a_file(
     assert capsys.readouterr().out == reference(chatty, "user: a\nb\nassistant: ", 5) + "\n"
     for text, line in (
         ("[]", r"messages: \[\]: must be a list of messages"),
-        ('[{"role": "user"}]', "messages.0.content: missing: must be text"),
+        ('[{"role": "user"}]', "messages.0.content: missing: must be a string"),
         ("[1]", "messages.0: 1: must be an object"),
         (
             '{"messages": [{"role": "user", "content": "a"}], "tools": 3}',

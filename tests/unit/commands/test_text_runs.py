@@ -78,7 +78,7 @@ def test_of_a_tokenizers_folder_only_the_tokenizer_is_taken(alike: Path, tmp_pat
     (given / "model.safetensors").write_bytes(b"other")
     assert prepare_text(run) == (folder, True)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="--tokenizer: .*/empty: holds no tokenizer"):
+    with pytest.raises(DataError, match="--tokenizer: .*/empty: contains no tokenizer"):
         prepare_text(TextRun("log", [str(alike)], tmp_path / "runs/log", str(tmp_path / "empty")))
 
 

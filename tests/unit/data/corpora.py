@@ -8,7 +8,7 @@ import numpy as np
 
 from megalite.config import Data
 from megalite.config.section import parse
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 
 
 def write_corpus(

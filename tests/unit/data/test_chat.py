@@ -14,7 +14,8 @@ from megalite.commands.preprocess import main
 from megalite.config import load_config
 from megalite.data.chat import ChatEncoder
 from megalite.data.chat_forms import NotChat, sample_of
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import TrainData, ValidData, check_data, marks_prefix
 from megalite.data.packing import best_fit
 from megalite.data.preprocess import preprocess
@@ -216,22 +217,22 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
     [
         (
             {"text": "a", "messages": None},
-            'must hold "messages", "conversations", "prompt" and "completion", or "instruction" and "output": holds '
+            'must have "messages", "conversations", "prompt" and "completion", or "instruction" and "output": has '
             '["text"]',
         ),
         ({"messages": []}, "messages: []: must be a list of messages"),
         ({"messages": [3]}, "messages.0: 3: must be an object"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content: missing: must be text"),
-        ({"messages": [{"content": "a"}]}, "messages.0.role: missing: must be text"),
-        ({"messages": TALK[:2]}, "messages: must hold a message of the assistant"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: missing: must be a string"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role: missing: must be a string"),
+        ({"messages": TALK[:2]}, "messages: must contain an assistant message"),
         (
             {"messages": TALK[2:]},
-            "messages.0: must not be of the assistant: no message comes before it",
+            "messages.0: must not be an assistant message: no message comes before it",
         ),
         ({"prompt": "a", "completion": 3}, 'prompt: "a": must be a list of messages'),
         (
             {"prompt": TALK[:2], "completion": TALK[:2]},
-            "completion: must hold a message of the assistant",
+            "completion: must contain an assistant message",
         ),
         ({"conversations": "a"}, 'conversations: "a": must be a list of messages'),
         ({"conversations": ["a"]}, 'conversations.0: "a": must be an object'),
@@ -242,7 +243,7 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ),
         (
             {"conversations": [{"from": "human"}]},
-            "conversations.0.value: missing: must be text",
+            "conversations.0.value: missing: must be a string",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "find"}]},
@@ -250,12 +251,12 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}], "system": 3},
-            "system: 3: must be text",
+            "system: 3: must be a string",
         ),
-        ({"instruction": "a", "output": 3}, "output: 3: must be text"),
+        ({"instruction": "a", "output": 3}, "output: 3: must be a string"),
         (
             {"instruction": "a", "output": "b", "history": [["c", "d"]]},
-            'history: [["c", "d"]]: must be empty: "messages" holds several turns',
+            'history: [["c", "d"]]: must be empty: use "messages" for several turns',
         ),
         (
             {"messages": TALK, "tools": "find"},
@@ -263,7 +264,7 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ),
         (
             {"messages": TALK, "tools": [3]},
-            "tools: [3]: must be a list of objects, or the JSON text of one",
+            "tools: [3]: must be a list of objects, or the JSON of one as a string",
         ),
         (
             {"messages": TALK, "tools": TOOLS},
@@ -271,12 +272,13 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ),
         (
             {"messages": SEARCH},
-            "messages.1.tool_calls: must be left out: the chat template does not write them",
+            "messages.1.tool_calls: must be left out: the chat template does not render them",
         ),
         (
             {"messages": [message("user", "a", tool_calls=[CALL])]},
             "messages.0.tool_calls: "
-            '[{"type": "function", "function": {"name": "find", "arguments": {"def": 2}}}]: must be of the assistant',
+            '[{"type": "function", "function": {"name": "find", "arguments": {"def": 2}}}]: '
+            "must be in an assistant message",
         ),
         (
             {"messages": [message("assistant", "", tool_calls={"name": "a"})]},
@@ -289,7 +291,7 @@ def test_a_template_for_tools_is_taken_for_lines_with_tools(
         ),
         (
             {"messages": [message("assistant", "", tool_calls=[{"name": "a", "arguments": "3"}])]},
-            "messages.0.tool_calls.0.arguments: 3: must be an object, or the JSON text of one",
+            "messages.0.tool_calls.0.arguments: 3: must be an object, or the JSON of one as a string",
         ),
     ],
 )
@@ -308,7 +310,7 @@ def test_a_line_of_another_form_is_refused(
 
 def test_generation_that_holds_no_answer_is_refused(tokenizer: HuggingFaceTokenizer) -> None:
     tokenizer.inner.chat_template = PLAIN + "{% generation %}{% endgeneration %}"
-    with pytest.raises(NotChat, match="holds no token of these messages"):
+    with pytest.raises(NotChat, match="contains no tokens of these messages"):
         ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
 
 
@@ -332,8 +334,8 @@ def test_the_report_tells_forms_and_bad_lines(
     )
     assert told.err.splitlines() == [
         f"bad line: {lines}:1: messages: 1: must be a list of messages",
-        f'bad line: {lines}:10: must hold "messages", "conversations", "prompt" and "completion", or "instruction" and '
-        '"output": holds ["instruction"]',
+        f'bad line: {lines}:10: must have "messages", "conversations", "prompt" and "completion", or "instruction" and '
+        '"output": has ["instruction"]',
     ]
     lines.write_text("".join(json.dumps(line) + "\n" for line in bad))
     with pytest.raises(DataError) as raised:  # of which each is a line on standard error
@@ -425,7 +427,9 @@ def test_packed_documents_are_those_of_padded_ones(chats: Path) -> None:
         )
         assert valid.num_samples == 60 if samples == "padded" else valid.num_samples < 55
         longer = sum(len(corpus.document(i)) > length + 1 for i in range(60))
-        cut = f"{longer} of 60 documents are cut to megalite.data.sequence_length 64 + 1 tokens"
+        cut = (
+            f"{longer} of 60 documents are truncated to megalite.data.sequence_length 64 + 1 tokens"
+        )
         assert longer > 0 and train.notes == [f"data: {chats}: {cut}"]
 
 
@@ -438,7 +442,7 @@ def test_windows_can_be_marked_too(chats: Path) -> None:
 
 def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx exists: say "marked"'
+        ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx exists: set "marked"'
     ):
         TrainData(data_section([chats], 32), 1, 500)
     TrainData(data_section([chats], 32, loss="all"), 1, 500)
@@ -449,7 +453,7 @@ def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> 
     with IndexedWriter(tmp_path / "a.mask", np.uint8) as writer:
         writer.add_document([1] * 99)
     with pytest.raises(
-        DataError, match="a.mask.bin: holds 99 tokens of uint8: must mark each of the 100"
+        DataError, match="a.mask.bin: has 99 entries of uint8: must have a byte for each of the 100"
     ):
         TrainData(data_section([tmp_path / "a"], 32, loss="marked"), 1, 500)
 

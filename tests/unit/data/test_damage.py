@@ -15,7 +15,8 @@ import pytest
 
 from megalite.data import corpus_check as verify
 from megalite.data.corpus_check import check_corpus, write_checksums
-from megalite.data.indexed import IndexedWriter, files_of, marks_prefix
+from megalite.data.indexed import files_of, marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 from tests.unit.data.corpora import write_corpus
 

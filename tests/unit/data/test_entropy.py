@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megalite.data import entropy
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from megalite.data.identity import PLACE_TOKENS, PLACES, identity
-from megalite.data.indexed import IndexedWriter, files_of
+from megalite.data.indexed import files_of
+from megalite.data.indexed_writer import IndexedWriter
 
 
 def written(prefix: Path, documents: list[np.ndarray]) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import DTYPES, IndexedCorpus, IndexedWriter, files_of, token_dtype
+from megalite.data.indexed import DTYPES, IndexedCorpus, files_of, token_dtype
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 from tests.unit.data.corpora import write_corpus
 

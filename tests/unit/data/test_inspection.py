@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megalite.data.corpus_check import write_checksums
-from megalite.data.indexed import IndexedCorpus, IndexedWriter, files_of
+from megalite.data.indexed import IndexedCorpus, files_of
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inspection import Show, histogram, inspect
 from tests.unit.data.corpora import write_corpus
 
@@ -22,7 +23,7 @@ def test_lengths_are_counted_by_powers_of_two(tmp_path: Path) -> None:
         2, 5
     ).tolist() == [2, 3, 4]
     lines = list(histogram(corpus))
-    assert lines[0] == "  tokens a document: 0 to 1,000, 128.1 on average"
+    assert lines[0] == "  tokens per document: 0 to 1,000, 128.1 on average"
     counts = [line.split()[:4] for line in lines[1:]]
     expected = [
         ("0", "0", "1"),
@@ -66,7 +67,7 @@ def test_damage_is_one_line_and_exit_two(tmp_path: Path) -> None:
     assert run("--verify", "--vocab-size", "900")[0] == 2
     tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     code, line = run("--verify")
-    assert code == 2 and "a.bin: its SHA-256 is" in line and line.count("\n") == 1
+    assert code == 2 and "a.bin: SHA-256 is" in line and line.count("\n") == 1
     tokens.write_bytes(whole[:-2])
     code, line = run()
     assert code == 2 and "a.bin: holds" in line and line.count("\n") == 1

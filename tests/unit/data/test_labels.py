@@ -144,7 +144,7 @@ def test_problems_that_are_no_choice_of_one_label_are_refused() -> None:
     names = {"architectures": ["BertForSequenceClassification"]}
     for change, rule in (
         ({"problem_type": "regression"}, "problem_type: 'regression': must be None or"),
-        ({"id2label": {"0": "a"}}, "id2label: {0: 'a'}: must be 2 to 256 labels, each once"),
+        ({"id2label": {"0": "a"}}, "id2label: {0: 'a'}: must have 2 to 256 labels, each once"),
     ):
         with pytest.raises(ConfigError, match=rule):
             read_spec(MODELS["bert"] | names | change)

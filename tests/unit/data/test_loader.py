@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megalite.config import load_config
-from megalite.data.indexed import IndexedWriter, files_of, write_index
+from megalite.data.indexed import files_of
+from megalite.data.indexed_writer import IndexedWriter, write_index
 from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.errors import ConfigError, DataError
 from tests.unit.data.corpora import data_section, write_corpus
@@ -37,7 +38,7 @@ def test_a_batch_is_a_function_of_its_positions(tmp_path: Path, order: dict) -> 
         assert share.asked == pytest.approx(asked) and abs(share.samples - 4200 * asked) <= 1
     lines = again.share_lines(4200)
     assert (
-        lines[1] == f"data: {tmp_path}/c1: 2,400 of 4,200 samples, 57.1429%; asked 57.1429%"
+        lines[1] == f"data: {tmp_path}/c1: 2,400 of 4,200 samples, 57.1429%; requested 57.1429%"
         and len(lines) == 3
     )
 
@@ -114,7 +115,7 @@ def test_a_corpus_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document(range(16))
     with pytest.raises(
-        DataError, match="holds 16 tokens: a sample needs 16 . 1, by megalite.data.sequence_length"
+        DataError, match="has 16 tokens: must have at least megalite.data.sequence_length 16 . 1"
     ):
         TrainData(data_section([tmp_path / "a"], 16), 1, 1000)
     assert (

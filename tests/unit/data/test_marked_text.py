@@ -110,13 +110,15 @@ def test_a_long_document_is_cut(talks: Path) -> None:
 def test_mistakes_are_named(talks: Path, tokenizers: dict[str, Path]) -> None:
     for suffix in (".idx", ".bin"):
         Path(f"{talks}.mask{suffix}").rename(talks.parent / f"gone{suffix}")
-    with pytest.raises(ConfigError, match=r"--mask: .*talks.mask.idx: missing: must be beside"):
+    with pytest.raises(
+        ConfigError, match=r"--mask: .*talks.mask.idx: missing: must exist along with"
+    ):
         lines_of(talks, mask=True)
-    with pytest.raises(ConfigError, match=r"--masked: 0.3: needs --tokenizer, of one with a mask"):
+    with pytest.raises(ConfigError, match=r"--masked: 0.3: needs --tokenizer with a mask"):
         lines_of(talks, masked=0.3, tokenizer=str(tokenizers["bpe"]))
     for suffix in (".idx", ".bin"):
         Path(f"{talks}.mask{suffix}").write_bytes(Path(f"{talks}{suffix}").read_bytes())
-    with pytest.raises(DataError, match="must mark each of the"):
+    with pytest.raises(DataError, match="must have a byte for each of the"):
         lines_of(talks, mask=True)
 
 
@@ -127,7 +129,7 @@ def test_the_program_takes_brackets_where_there_is_no_terminal(
     words = [str(talks), "--tokenizer", str(talks.parent / "tokenizer")]
     assert inspect_data.main([*words, "--mask"]) == 0
     text = capsys.readouterr().out
-    assert "[[return</s>]]" in text.replace("[[ ", "[[") and "tokens a document" not in text
+    assert "[[return</s>]]" in text.replace("[[ ", "[[") and "tokens per document" not in text
     assert text.splitlines() == lines_of(talks, mask=True)
     assert inspect_data.main([*words, "--masked", "0.3", "--verify"]) == 0
     assert "verified: " in capsys.readouterr().out

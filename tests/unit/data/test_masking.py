@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from megalite.config import Config, check_model, load_config
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData, tokenizer_ids
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
@@ -118,7 +119,9 @@ def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_
             writer.add_document(np.array(document))
     objective = {**OBJECTIVE, "masked": 0.999, "keep": 1.0, "swap": 0}
     data = training(tmp_path, samples="packed", reset_attention=True, objective=objective)
-    assert "1 of 4 documents are cut to megalite.data.sequence_length 32 tokens" in data.notes[0]
+    assert (
+        "1 of 4 documents are truncated to megalite.data.sequence_length 32 tokens" in data.notes[0]
+    )
     rows = sorted(data.batch(range(2)).tokens.tolist())
     assert rows == [[5, 6, 7, 8, 10, 11] + [0] * 26, [9] * 32]
     batch = data.batch(range(200))

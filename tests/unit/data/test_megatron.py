@@ -88,7 +88,7 @@ def test_a_run_beyond_what_the_order_is_made_for_is_refused(tmp_path: Path) -> N
         data_section([tmp_path / "a"], 8, order="megatron", megatron_samples=100), 1, 1000
     )
     assert data.batch(range(100)).tokens.shape == (100, 8)
-    with pytest.raises(DataError, match="made for 100 samples and the run needs sample 100"):
+    with pytest.raises(DataError, match="built for 100 samples but the run needs sample 100"):
         data.batch([100])
 
 

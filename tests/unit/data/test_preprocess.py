@@ -149,9 +149,9 @@ def test_tokens_are_the_tokenizers(
 BAD = [
     ('{"text": "good"}', ""),
     ('{"text": "cut', "3: is not JSON: Unterminated string"),
-    ("[1]", "4: is no JSON object"),
+    ("[1]", "4: is not a JSON object"),
     ('{"txt": "a"}', '5: has no key "text"'),
-    ('{"text": 7}', '6: "text" holds no text'),
+    ('{"text": 7}', '6: "text" is not a string'),
     (r'{"text": "\ud800"}', "7: holds half of a surrogate pair"),
     ("[" * 100_000, "8: is not JSON: nested too deeply"),
     ('{"text": ""}', ""),
@@ -179,7 +179,7 @@ def test_bad_lines_are_counted_and_named_or_stop(
     table = pyarrow.table({"text": ["a", None, "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     counts = preprocess([str(tmp_path / "a.parquet")], tokenizers["bpe"], tmp_path / "rows")
-    assert counts.named == [f'{tmp_path}/a.parquet:2: "text" holds no text']
+    assert counts.named == [f'{tmp_path}/a.parquet:2: "text" is not a string']
 
 
 def test_files_that_cannot_be_used_are_named(
@@ -356,7 +356,9 @@ def test_a_partial_result_of_other_arguments_is_refused(
         patch.setattr("megalite.data.preprocess.Partial.finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
-    with pytest.raises(DataError, match="out.partial: left by other inputs, options or tokenizer"):
+    with pytest.raises(
+        DataError, match="out.partial: was written with other inputs, options or tokenizer"
+    ):
         preprocess([str(forms["jsonl"])], tokenizers["unigram"], tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(

@@ -10,7 +10,8 @@ import pytest
 from megalite.config import Config, check_model, load_config
 from megalite.config.objectives import Spans, span_lengths
 from megalite.config.section import parse
-from megalite.data.indexed import IndexedWriter, marks_prefix
+from megalite.data.indexed import marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
@@ -61,7 +62,7 @@ def test_a_pair_is_a_source_and_a_target_that_begins_with_its_start(tmp_path: Pa
     (note,) = data.notes
     longest = max(len(source) for source, _ in PAIRS), max(len(target) for _, target in PAIRS)
     lost = [sum(len(s) > 5 for s, _ in PAIRS), sum(len(t) + 1 > 5 for _, t in PAIRS)]
-    assert f"of 3 pairs {lost[0]} lose the end of their source and {lost[1]} that" in note
+    assert f"of 3 pairs, {lost[0]} sources and {lost[1]} targets are truncated" in note
     assert sum(lost) > 0 and not pairs(tmp_path / "roomy", longest[0] + 1, sum(longest) + 2).notes
 
 
@@ -180,7 +181,10 @@ def test_what_does_not_fit_is_one_line(section: str, change: dict[str, Any], lin
     ("change", "line"),
     [
         ({"end_token_id": 1000}, "end_token_id: 1000: must be below the model's vocab_size 1000"),
-        ({"sentinel_token_ids": [5, 5, 6]}, "sentinel_token_ids: 2 tokens: must be 4, one a span"),
+        (
+            {"sentinel_token_ids": [5, 5, 6]},
+            "sentinel_token_ids: 2 tokens: must be 4, one per span",
+        ),
     ],
 )
 def test_a_token_that_is_missing_is_one_line(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megalite.data.corpus_check import check_corpus
-from megalite.data.indexed import IndexedCorpus, IndexedWriter
+from megalite.data.indexed import IndexedCorpus
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.split import choose, split_corpus
 from megalite.errors import DataError
 

@@ -125,8 +125,8 @@ def test_mistakes_are_one_line(
     for name, line in (
         ("absent", "no such folder"),
         ("torn", "cannot be loaded as a tokenizer"),
-        ("bad", "is no sentencepiece model"),
-        ("empty", "holds no tokenizer"),
+        ("bad", "is not a sentencepiece model"),
+        ("empty", "contains no tokenizer"),
     ):
         with pytest.raises(DataError, match=line) as raised:
             load_tokenizer(tmp_path / name)

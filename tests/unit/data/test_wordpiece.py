@@ -76,7 +76,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     with pytest.raises(DataError, match="already exists; choose a new folder"):
         train_wordpiece([str(text_file)], SIZE, folder)
-    with pytest.raises(DataError, match="--vocab-size 90000: the text makes"):
+    with pytest.raises(DataError, match="--vocab-size: 90000: must be at most"):
         train_wordpiece([str(text_file)], 90_000, tmp_path / "new")
     with pytest.raises(DataError, match="has no .CLS. and .SEP. tokens, which --cls-sep needs"):
         preprocess([str(text_file)], tokenizers["bpe"], tmp_path / "corpus", cls_sep=True)

@@ -117,11 +117,11 @@ class Evil:
         ),
         (
             lambda t: t.update({"transformer.ln_f.weight": torch.ones(35)}),
-            "shape [35]: must be [36] by config.json",
+            "shape [35]: must be [36] according to config.json",
         ),
         (
             lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(36)}),
-            "h.3.ln_1.bias: a tensor that a gpt2",
+            "h.3.ln_1.bias: unexpected tensor: a gpt2",
         ),
         (
             lambda t: t.update({"lm_head.weight": torch.ones(131, 36)}),
@@ -158,7 +158,8 @@ def test_a_weight_that_is_not_finite_is_named(
 
     folder = altered(gpt2_folder, tmp_path / "x", change)
     with pytest.raises(
-        CheckpointError, match=f"model.safetensors: {name}: holds .*: every weight must be finite"
+        CheckpointError,
+        match=f"model.safetensors: {name}: has values from .*: every weight must be finite",
     ):
         import_hf(folder, tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
@@ -197,10 +198,10 @@ def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, ca
         file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
 
-    assert "pytorch_model.bin: is no file of tensors alone" in broken("pickle", pickled)
+    assert "pytorch_model.bin: must contain only tensors" in broken("pickle", pickled)
     assert "code ran" not in capsys.readouterr().out
     assert "model.safetensors: cannot be read" in broken("cut", cut)
-    assert "must hold config.json and safetensors" in broken(
+    assert "must contain config.json and safetensors" in broken(
         "none", lambda f: (f / "model.safetensors").unlink()
     )
     index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}

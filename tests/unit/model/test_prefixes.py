@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, load_config
-from megalite.data.indexed import IndexedWriter, marks_prefix
+from megalite.data.indexed import marks_prefix
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, ValidData
 from megalite.errors import ConfigError
 from megalite.inference.generate import Generator

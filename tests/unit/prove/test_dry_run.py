@@ -108,15 +108,30 @@ def test_messages_of_a_context_axis_match(attention: str) -> None:
     assert heads <= kinds
 
 
-def test_a_list_with_an_entry_a_layer_is_left_out_of_a_shrunken_model() -> None:
-    """The pipe axis may have a rank more than there are layers, for the head."""
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_model_of_every_family_is_shrunk_whole(family: str) -> None:
+    """Also if a list has an entry per layer, and if the pipe axis has one rank more than the model has layers."""
     document = load_config(FOLDER / "tiny_cpu.json").to_json()
-    document["megalite"]["model"] = FAMILY_CONFIGS["smollm3"] | {"no_rope_layers": [1, 0, 1]}
+    model = document["megalite"]["model"] = FAMILY_CONFIGS[family]
+    if family == "smollm3":
+        model["no_rope_layers"] = [1, 0, 1]
     document["megalite"]["parallel"] |= {"pipe": 4, "tensor": 1}
-    document["megalite"]["data"]["sequence_length"] = 16
+    given = read_spec(model)
+    objective: dict[str, Any] = {}
+    if given.stacks is not None:
+        document["megalite"]["parallel"]["pipe"] = 2
+        objective = {"objective": {"source_length": 8}, "samples": "padded", "loss": "marked"}
+        objective["reset_attention"] = True
+    elif not given.causal:
+        objective = {"objective": {"masked": 0.3, "mask_token_id": 4, "special_token_ids": [0]}}
+    document["megalite"]["data"] |= {"sequence_length": 16, **objective}
     config = shrunken(Config.from_dict(document).resolve(4))
-    assert read_spec(config.model).num_layers == 4
-    assert match(calls_of_all(config))["messages"] > 0
+    spec = read_spec(config.model)
+    assert spec.num_layers == config.parallel.pipe
+    assert (spec.hidden_size, spec.num_heads, spec.head_size) == (32, 4, 8)
+    assert spec.vocabulary_size == 33
+    assert spec.intermediate_size == (4 * 32 if family == "gptj" else 16)  # n_inner is left out
+    assert (spec.mixture is None) == (given.mixture is None)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

@@ -12,7 +12,7 @@ from megalite.checkpoint.files import CheckpointWriter
 from megalite.config import load_config
 from megalite.config.sections import EarlyStop
 from megalite.data.best import Best
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import TrainData
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec

@@ -1,0 +1,90 @@
+"""The processes that tokenize. At most a few chunks a worker are under way, which bounds the memory.
+
+Next: preprocess.py.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+
+from megalite.data.documents import Chunk
+from megalite.data.partial import Encoded
+from megalite.data.tasks import Task
+from megalite.errors import DataError, MegaliteError
+from megalite.inputs import reading
+
+_CHUNKS_UNDER_WAY = 3  # a worker
+
+
+def tokenized(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
+    """Each chunk with its tokens, in order. One worker is this process. Raises MegaliteError if a worker is killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    if workers == 1:
+        yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
+        return
+    under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(task,)
+    )
+    try:
+        for chunk in chunks:
+            with _interrupts_later():
+                under_way.append((chunk, pool.submit(_work, chunk)))
+            while under_way:
+                first, future = under_way[0]
+                if len(under_way) < _CHUNKS_UNDER_WAY * workers and not future.done():
+                    break
+                under_way.popleft()
+                yield first, future.result()
+        for first, future in under_way:
+            yield first, future.result()
+    except BrokenProcessPool:
+        raise MegaliteError(
+            "a worker was killed (out of memory?): run the same command again to resume"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches a process that is started in it: a worker would end
+    with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_task: Task  # of a worker process
+
+
+def _start_worker(task: Task) -> None:
+    global _task
+    _task = task
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work(chunk: Chunk) -> Encoded:
+    return _encode(_task, chunk)
+
+
+def _encode(task: Task, chunk: Chunk) -> Encoded:
+    start = chunk.start
+    where = f"--input: number {start.input + 1}, from line or document {start.number} on"
+    with reading(where, DataError):  # tokenizers may raise anything over a text
+        return task.encode(chunk)
