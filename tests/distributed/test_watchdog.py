@@ -174,5 +174,5 @@ def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
         run_ranks(2, step_without_a_neighbour, tmp_path, timeout_seconds=30)
     assert time.monotonic() - begin < 15
     head, own, _ = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
-    assert head.startswith("rank 1 on ") and " gave no word" in head
+    assert head.startswith("rank 1 on ") and " did not report" in head
     assert "step 7" in own and own.endswith("when a rank of this node was gone")
