@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A classifier from nothing but this clone and a Debian mirror: WordNet's glosses, the topic of each as the completion;
-# a small model trained on the topics alone on tensor 2, and its accuracy on glosses that it has not seen.
+# Trains a classifier from only this clone and a Debian mirror: WordNet's glosses, each with its topic as the
+# completion; a small model whose loss counts only the topics, on tensor 2, and its accuracy on unseen glosses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: environment, corpus, tokenizer, training on pipe 2 × tensor 2 × data 2
-# (8 ranks, on the CPU or on 8 GPUs; a smaller grid on fewer), a validation loss and a sample. What an earlier start has
-# made is used again.
+# From a fresh clone to a trained model: environment, corpus, tokenizer, training on pipe 2 × tensor 2 × data 2 (8
+# ranks, on the CPU or on 8 GPUs; a smaller grid on fewer), a validation loss and a sample. Files of an earlier start
+# are reused.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -40,7 +40,7 @@ deepspeed --num_gpus "$ranks" --master_port "$(free_port)" launcher/pretrain.py 
 
 entropy=$(python tools/unigram_entropy.py $data/valid)
 loss=$(grep valid_loss $run/metrics.jsonl | tail -n 1 | sed 's/.*"valid_loss": \([0-9.]*\).*/\1/')
-echo "== validation loss $loss nats a token; knowing only how often each token occurs, it would be $entropy"
+echo "== validation loss $loss nats per token; knowing only how often each token occurs, it would be $entropy"
 echo "== a sample, from tensor $tensor"
 deepspeed --num_gpus "$tensor" --master_port "$(free_port)" launcher/generate.py --checkpoint $run --prompt "    def __init__(self, " --max-new-tokens 80 \
     --temperature 0.7 "megalite.parallel.tensor=$tensor" | grep '^{'

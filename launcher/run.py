@@ -1,4 +1,4 @@
-"""Starts one of its neighbours with `deepspeed`, and sees to its end; see --help."""
+"""Starts one of the programs beside it with `deepspeed`, and supervises it; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.ranks.program import run_program

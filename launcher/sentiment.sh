@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A classifier of sentiment from nothing but this clone and PyPI: sentences that people rated, a small encoder trained
-# on their words alone (masked), then on the ratings, and its accuracy on sentences that it has not seen beside that of
-# the lexicon which the sentences were collected for.
+# Trains a sentiment classifier from only this clone and PyPI: sentences that people rated; a small encoder, pretrained
+# on the sentences with masked language modelling, then trained on the ratings; and its accuracy on unseen sentences,
+# compared with that of the lexicon for which the sentences were collected.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

@@ -6,9 +6,9 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
-# sbatch launcher/slurm.sh --deepspeed_config FILE [KEY=VALUE …], from the repository: srun starts a rank a task.
-# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the job queued again resumes from it.
-# With --array=1-9%1 it is nine jobs, one after another: each resumes where the one before ended, in whatever way.
+# sbatch launcher/slurm.sh --deepspeed_config FILE [KEY=VALUE …], from the repository: srun starts one rank per task.
+# Slurm's SIGTERM two minutes before the limit saves a checkpoint; the requeued job resumes from it. With --array=1-9%1
+# nine jobs run one after another: each resumes where the previous one ended, however it ended.
 set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))

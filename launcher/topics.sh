@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A classifier of topics from nothing but this clone and a Debian mirror: WordNet's glosses in eight topics, a small
-# decoder trained to name the topic by its last token, and its accuracy on glosses that it has not seen.
-# launcher/classify.sh has such a decoder write the topic instead.
+# Trains a topic classifier from only this clone and a Debian mirror: WordNet's glosses in eight topics, a small decoder
+# with a classification head on the last token, and its accuracy on unseen glosses. In launcher/classify.sh the decoder
+# generates the topic instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Translation from nothing but this clone and a Debian mirror: German messages of programs, a small decoder trained to
-# write them after the English ones, and chrF and BLEU on messages of families that it has not seen, beside those of
-# copying the source and of the nearest training message's translation. It takes about 30 minutes of processor time, 15 on
+# Trains a translator from only this clone and a Debian mirror: program messages in German; a small decoder, trained to
+# generate them after the English ones; and chrF and BLEU on messages of unseen families, compared with copying the
+# source and with the translation of the most similar training message. It takes about 30 minutes of CPU time, 15 on
 # each of two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,3 +1,3 @@
-"""What torch allocates."""
+"""Memory that torch allocates."""
 
 from megalite.prove.allocations import peak_bytes as peak_bytes

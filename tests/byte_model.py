@@ -1,4 +1,4 @@
-"""A small Hugging Face folder of a random model with a tokenizer of single bytes, for tests that read text."""
+"""A small Hugging Face folder with a random model and a byte tokenizer, for tests that read text."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TEMPLATE = (
 
 
 def save_byte_model(folder: Path, positions: int = 64) -> Path:
-    """Llama of odd sizes with so many positions; returns the folder."""
+    """Saves a Llama with odd sizes and `positions` positions; returns the folder."""
     hf_model({**FAMILY_CONFIGS["llama"], "max_position_embeddings": positions}).save_pretrained(
         folder
     )
@@ -33,7 +33,7 @@ def save_byte_model(folder: Path, positions: int = 64) -> Path:
 
 
 def save_chatty_model(folder: Path) -> Path:
-    """The same model with a chat template."""
+    """Saves the same model with a chat template."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(save_byte_model(folder))
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -41,8 +41,8 @@ def save_chatty_model(folder: Path) -> Path:
 
 
 def reference(folder: Path, text: str, new: int) -> str:
-    """What transformers generates, greedily."""
-    logging.disable_progress_bar()  # on standard error, which tests compare
+    """The text that transformers generates greedily."""
+    logging.disable_progress_bar()  # it writes to standard error, which tests compare
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids = tokenizer(
         text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=False

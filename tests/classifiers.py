@@ -1,4 +1,4 @@
-"""Classifiers of every family, and what transformers makes of the same texts one by one."""
+"""Classifiers of every family, and transformers' results for the same texts one by one."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     if config["model_type"] in CLASSES
 }
 LENGTHS = ((6, 4), (12,), (1, 3, 5))
-"""Tokens of the texts of each sample, of twelve; the rest is filling."""
+"""Lengths of the texts in each sample of twelve tokens; the rest is padding."""
 SEQUENCE = 12
 
 
 def texts() -> list[tuple[Tensor, int]]:
-    """Each text and its label; none ends by a padding token of one of the models."""
+    """Each text and its label; none ends with a padding token of any of the models."""
     generator = torch.Generator().manual_seed(3)
     lengths = [length for sample in LENGTHS for length in sample]
     found = []
@@ -47,7 +47,7 @@ def texts() -> list[tuple[Tensor, int]]:
 
 
 def batch() -> tuple[Tensor, Tensor, Context]:
-    """The texts packed, three samples of them: tokens and labels [3, 12]."""
+    """The texts packed into three samples: tokens and labels [3, 12]."""
     tokens = torch.zeros(len(LENGTHS), SEQUENCE, dtype=torch.int64)
     labels, documents = torch.full_like(tokens, -100), torch.zeros_like(tokens)
     waiting = iter(texts())
@@ -65,7 +65,7 @@ def batch() -> tuple[Tensor, Tensor, Context]:
 
 
 def hf_scores(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]:
-    """Logits [n, N] of the texts, the sum of their losses, and its gradients under our names, from transformers."""
+    """transformers' logits [n, N] of the texts, the sum of their losses, and its gradients under our names."""
     model, spec = hf_model(config), read_spec(config)
     logits = torch.cat([model(ids.unsqueeze(0)).logits for ids, _ in texts()])
     labels = torch.tensor([label for _, label in texts()])
@@ -78,7 +78,8 @@ def hf_scores(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]
 
 
 def labelled_corpus(prefix: Path, texts: int, mean: int) -> list[tuple[list[int], int]]:
-    """Texts of 1 to 2·mean - 1 random tokens, of thirty that texts of the label have. The texts with their labels."""
+    """Writes texts of 1 to 2·mean - 1 random tokens, from thirty tokens per label. Returns the texts with their
+    labels."""
     random, found = np.random.default_rng(0), []
     for _ in range(texts):
         label = int(random.integers(len(LABELS)))

@@ -1,6 +1,6 @@
-"""Settings that every test runs under: the CPU, one thread a process, no network.
+"""Settings of all tests: the CPU, one thread per process, no network.
 
-They are set before any test module imports torch, and programs that tests start inherit them.
+They are set before any test module imports torch, and programs started by tests inherit them.
 """
 
 import gc
@@ -19,7 +19,7 @@ import pytest  # noqa: E402  (after the settings)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="run the long forms too: hours, not minutes"
+        "--long", action="store_true", help="also run the long forms: hours, not minutes"
     )
 
 
@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def spread_launches(items: list[pytest.Item]) -> None:
-    """Orders files of tests/launch, which wait more than they compute, evenly among those of tests/distributed, so that
-    the other worker uses the cores meanwhile. The short files of tests/unit stay at the end."""
+    """Spreads the files of tests/launch, which wait more than they compute, evenly among those of tests/distributed, so
+    that the other worker uses the cores meanwhile. The short files of tests/unit stay at the end."""
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
@@ -50,6 +50,6 @@ def spread_launches(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported by now stays: the garbage collector need not go through it in each test again."""
+    """Freezes everything imported so far, so that the garbage collector does not scan it again in each test."""
     gc.collect()
     gc.freeze()

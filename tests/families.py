@@ -19,7 +19,7 @@ from megalite.parallel.layers import Placement, placed
 from tests.hf_tensors import from_hf
 
 VOCABULARY, SEQUENCE, BATCH = 131, 13, 3
-SOURCE = 8  # tokens of an encoder-decoder's source among those of the sequence
+SOURCE = 8  # source tokens of an encoder-decoder within the sequence
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 36,
@@ -135,7 +135,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "use_sliding_window": True,
         "sliding_window": 4,
-        "moe_intermediate_size": 24,  # what grouped_mm takes, also half of it
+        "moe_intermediate_size": 24,  # a size that grouped_mm supports, also when halved
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
@@ -223,7 +223,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         **_NO_BERT_DROPOUT,
         "model_type": "roberta",
         "pad_token_id": 7,
-        "max_position_embeddings": 24,  # of which the first is that of the padding id
+        "max_position_embeddings": 24,  # positions start after the padding id
         "hidden_act": "gelu_new",
         "type_vocab_size": 1,
     },
@@ -275,7 +275,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Fewer key/value heads than ranks of the tensor axis, with every kind of weight that is then held in copies.
+# Fewer key/value heads than tensor ranks, with every kind of weight that is then replicated.
 _EIGHT: dict[str, Any] = {"num_attention_heads": 8, "hidden_size": 48}
 FEW_KV_HEADS: list[dict[str, Any]] = [
     {**FAMILY_CONFIGS["llama"], **_EIGHT, "num_key_value_heads": 1},
@@ -287,7 +287,7 @@ FEW_KV_HEADS: list[dict[str, Any]] = [
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Tokens and labels [BATCH, SEQUENCE], some labels left out."""
+    """Tokens and labels [BATCH, SEQUENCE], some labels ignored."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
     ids[:, 4] = 7  # the padding id of one of the models
@@ -297,16 +297,15 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def hf_model(config: dict[str, Any]) -> Any:
-    """transformers' model in fp32 with random weights, norms and biases too, the same at every call."""
+    """transformers' model in fp32 with random weights, including norms and biases, the same at every call."""
     hf_config, spec = AutoConfig.for_model(**config), read_spec(config)
     hf_config._attn_implementation = hf_config._experts_implementation = "eager"
     model = hf_auto_class(spec).from_config(hf_config).eval()
-    if spec.stacks is not None and not spec.tied:  # as it is where a file of that kind is read
+    if spec.stacks is not None and not spec.tied:  # as when such a file is loaded
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     torch.manual_seed(5)
-    spread = (
-        0.2 if spec.scaled_scores else 0.1
-    )  # scores without a scale make large gradients, and large rounding
+    # Unscaled scores cause large gradients, and large rounding.
+    spread = 0.2 if spec.scaled_scores else 0.1
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.normal_(1.0 if "norm" in name.lower() or "ln_" in name else 0.0, spread)
@@ -324,7 +323,8 @@ _RENAMED = {
 
 
 def file_reader(values: dict[str, Tensor]) -> Callable[[str], Tensor]:
-    """Reads tensors by their names in files, where transformers renames one when it loads them, and stacks experts'."""
+    """Reads tensors by their names in files, which transformers may rename or, for experts, stack when it loads
+    them."""
 
     def read(name: str) -> Tensor:
         match = _EXPERT.match(name)
@@ -342,7 +342,7 @@ def file_reader(values: dict[str, Tensor]) -> Callable[[str], Tensor]:
 
 
 def load_hf(stage: Stage, model: Any) -> Stage:
-    """Fills a stage with its part of transformers' weights."""
+    """Fills a stage with its slices of transformers' weights."""
     spec, read = stage.spec, file_reader(model.state_dict())
     with torch.no_grad():
         for value, place in placed(stage):
@@ -352,7 +352,7 @@ def load_hf(stage: Stage, model: Any) -> Stage:
 
 
 def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tensor]]:
-    """Logits, the sum of the losses, and the gradients of that sum under our names, from transformers."""
+    """transformers' logits, sum of losses, and gradients of that sum under our names."""
     model, (tokens, labels) = hf_model(config), batch()
     if read_spec(config).stacks is None:
         logits = model(tokens).logits
@@ -371,7 +371,7 @@ def hf_gradients(config: dict[str, Any]) -> tuple[Tensor, float, dict[str, Tenso
 
 
 COPIED = {"embedding.tokens.weight", "encoder_bias.weight", "decoder_bias.weight"}
-"""What several stages hold copies of, each with its own part of the gradient."""
+"""Parameters with copies on several stages, each with its own part of the gradient."""
 Result = tuple[Tensor | None, float, dict[str, tuple[Placement, Tensor]]]
 
 
@@ -405,7 +405,7 @@ def forward_backward(
 
 
 def full_gradients(results: list[Result]) -> dict[str, Tensor]:
-    """Full gradients from all ranks' slices; those of copies on several stages are added up."""
+    """Full gradients from all ranks' slices; those of copies on several stages are summed."""
     sums: dict[str, Tensor] = {}
     for _, _, held in results:
         for name, (place, value) in held.items():

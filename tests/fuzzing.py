@@ -1,7 +1,7 @@
-"""What the tests that forge inputs share: odd values, changes of a good document, and the one property of a reader.
+"""Helpers for tests with forged inputs: odd values, changes of a good document, and the property of a reader.
 
-The property: whatever is read is taken, or refused by a `UserError` of one line; nothing else is raised, and it takes
-no longer than `MOST_SECONDS` of this process's own time.
+The property: any input is either accepted, or refused with a `UserError` of one line; nothing else is raised, and it
+takes at most `MOST_SECONDS` of this process's CPU time.
 """
 
 import copy
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megalite.errors import UserError
 
-MOST_SECONDS = 20.0  # of processor time: only what would hang takes as long
+MOST_SECONDS = 20.0  # of CPU time: only a hang takes this long
 DEEP: Any = 0
 for _ in range(300):
     DEEP = [DEEP]
@@ -39,13 +39,13 @@ EXAMPLES = [
     pytest.param(40, id="short"),
     pytest.param(2000, id="long", marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
 ]
-"""How many inputs a property is tried on, for `pytest.mark.parametrize("examples", EXAMPLES)`."""
+"""Number of inputs for a property, for `pytest.mark.parametrize("examples", EXAMPLES)`."""
 
 
 def holds(
     read: Callable[[Any], Any], inputs: Any, examples: int, *passing: type[BaseException]
 ) -> None:
-    """The property of a reader over drawn inputs: the same ones each time in the short form, others in the long one."""
+    """Checks the property of a reader on drawn inputs: always the same in the short form, new ones in the long form."""
 
     @settings(
         max_examples=examples,
@@ -62,7 +62,7 @@ def holds(
 
 
 def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value, itself too."""
+    """The paths of all parts of a JSON value, including itself."""
     found = [path]
     if isinstance(document, dict | list):
         for key, inner in document.items() if isinstance(document, dict) else enumerate(document):
@@ -72,7 +72,7 @@ def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 @st.composite
 def changed(draw: Any, document: Any, most: int = 3) -> Any:
-    """A good JSON value with some of its parts replaced, taken away or put in."""
+    """A good JSON value with some of its parts replaced, removed or added."""
     result = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, most))):
         path = draw(st.sampled_from(paths_of(result)))
@@ -97,7 +97,7 @@ def changed(draw: Any, document: Any, most: int = 3) -> Any:
 
 @st.composite
 def damaged(draw: Any, content: bytes) -> bytes:
-    """Good bytes with some changed, cut off, or put in."""
+    """Good bytes with some changed, cut off or inserted."""
     result = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, max(0, len(result) - 1)))
@@ -120,7 +120,7 @@ def damaged(draw: Any, content: bytes) -> bytes:
 
 
 def refused_or_taken(read: Callable[[], Any], *passing: type[BaseException]) -> UserError | None:
-    """Reads; the error by which it was refused. `passing`: what may be raised beside that."""
+    """Reads; returns the error if the input was refused. passing: other errors that may be raised."""
     start = time.process_time()
     error = None
     try:

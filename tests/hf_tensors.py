@@ -1,4 +1,4 @@
-"""A tensor of ours from those of a Hugging Face model in memory, by the family's table: the inverse of `to_hf`."""
+"""One of our tensors from those of a Hugging Face model in memory, by the family's table: the inverse of `to_hf`."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from megalite.model.spec import TransformerSpec
 
 
 def from_hf(spec: TransformerSpec, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """Our full tensor of that name; `read` gives a file's tensor by its name there."""
+    """Our full tensor `name`. read: returns a file's tensor by its name there."""
     entry = hf_tensor(spec, name)
     if entry.stacked:
         return torch.stack([read(file_name) for file_name in file_names(entry, spec)])

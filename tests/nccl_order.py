@@ -1,7 +1,7 @@
-"""NCCL's order of point-to-point messages, played without NCCL: would these calls of torch.distributed all complete?
+"""Simulates NCCL's order of point-to-point messages without NCCL: would these calls of torch.distributed all complete?
 
-gloo never blocks a send, so a test on gloo cannot show a hang that NCCL would have. `Recorder` takes the place of
-torch.distributed while one rank's real code runs and writes down its calls; `stuck` plays the calls of all ranks by
+gloo never blocks a send, so a test on gloo cannot show a hang that NCCL would have. `Recorder` replaces
+torch.distributed while one rank's real code runs, and records its calls; `stuck` simulates the calls of all ranks by
 these rules (torch's ProcessGroupNCCL.cpp, `pointToPoint`; NCCL's documentation of ncclSend; NVIDIA/nccl#783):
 
 - The calls of a rank on one communicator run one after another, on one stream. Without `device_id` in
@@ -35,8 +35,8 @@ class Message:
 
 @dataclass(eq=False)
 class Call:
-    """What a host queues: messages (several when batched), a wait of the computing stream for an earlier call, or a
-    wait of the host for everything before it."""
+    """A call that a host queues: messages (several when batched), a wait of the computing stream for an earlier call,
+    or a wait of the host for everything before it."""
 
     kind: Literal["messages", "wait", "synchronize"]
     messages: list[Message] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Call:
         return all(message.done for message in self.messages)
 
     def communicator(self, lazy: bool) -> tuple[Any, ...]:
-        """What it runs on."""
+        """The communicator on which it runs."""
         first = self.messages[0]
         if lazy and not self.batched:
             return (first.group, *sorted((first.rank, first.peer)))
@@ -60,7 +60,7 @@ class _Work:
         self.call, self.calls = call, calls
 
     def is_completed(self) -> bool:
-        return False  # tensors are then kept for longer; no message depends on it
+        return False  # tensors are kept for longer; no message depends on this
 
     def wait(self) -> None:
         self.calls.append(Call("wait", waits_for=self.call))
@@ -68,7 +68,7 @@ class _Work:
 
 @dataclass
 class Recorder:
-    """Stands in for the module torch.distributed on one rank. What is received is zeros."""
+    """Replaces the module torch.distributed on one rank. Received data is zeros."""
 
     rank: int
     calls: list[Call] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Recorder:
         self.irecv(tensor, src, group).wait()
 
     def exchange(self, send: tuple[int, Any], receive: tuple[int, Any], group: Any = None) -> None:
-        """batch_isend_irecv of one send and one receive, waited for."""
+        """batch_isend_irecv of one send and one receive, and the wait for them."""
         ends = [(send[0], True), (receive[0], False)]
         self._note(
             [Message(self.rank, peer, sends, str(group)) for peer, sends in ends], batched=True
@@ -102,10 +102,10 @@ class Recorder:
 
 
 def stuck(ranks: Sequence[Sequence[Call]], lazy: bool, buffered: int = 0) -> list[str]:
-    """What each rank is blocked in for ever; empty if all calls complete."""
+    """What each rank is blocked in forever; empty if all calls complete."""
     for message in _messages(ranks):
         message.started = message.done = False
-    hosts = [0] * len(ranks)  # how many of its calls a rank's host has queued
+    hosts = [0] * len(ranks)  # number of calls that a rank's host has queued
     directions = _directions(ranks)
     moved = True
     while moved:
@@ -126,7 +126,7 @@ def _messages(ranks: Sequence[Sequence[Call]]) -> Iterator[Message]:
 
 
 def _directions(ranks: Sequence[Sequence[Call]]) -> list[tuple[list[Message], list[Message]]]:
-    """Sends and receives of each direction of each pair on a group: the n-th send meets the n-th receive."""
+    """Sends and receives of each direction of each pair on a group: the n-th send matches the n-th receive."""
     found: dict[Any, tuple[list[Message], list[Message]]] = defaultdict(lambda: ([], []))
     for message in _messages(ranks):
         way = (message.rank, message.peer) if message.sends else (message.peer, message.rank)
@@ -137,7 +137,7 @@ def _directions(ranks: Sequence[Sequence[Call]]) -> list[tuple[list[Message], li
 
 
 def _queue(ranks: Sequence[Sequence[Call]], hosts: list[int], lazy: bool) -> bool:
-    """Moves each host as far as it gets."""
+    """Moves each host as far as possible. Returns whether any moved."""
     moved = False
     for rank, calls in enumerate(ranks):
         while hosts[rank] < len(calls) and _host_passes(ranks, hosts, rank, lazy):
@@ -159,7 +159,7 @@ def _host_passes(ranks: Sequence[Sequence[Call]], hosts: list[int], rank: int, l
 
 
 def _start(calls: Sequence[Call], lazy: bool) -> bool:
-    """Starts the first unfinished call of each communicator, up to a wait that is not over."""
+    """Starts the first unfinished call of each communicator, up to the first wait that is not over."""
     moved, busy = False, set()
     for call in calls:
         if call.waits_for is not None and not call.waits_for.done:

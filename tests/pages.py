@@ -14,20 +14,20 @@ _HEADING = re.compile(r"^#{1,6} +(.*)$", re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """A fenced block: what stands after its first fence, and its text."""
+    """A fenced block: the language after its first fence, and its text."""
 
     language: str
     text: str
 
 
 def pages() -> list[Path]:
-    """The Markdown files that a reader finds, and the notebooks."""
+    """The Markdown files for readers, and the notebooks."""
     places = ("*.md", "ds_configs/*.md", "docs/**/*.md", "docs/**/*.ipynb")
     return sorted(path for place in places for path in REPOSITORY.glob(place))
 
 
 def text_of(page: Path) -> str:
-    """A page's Markdown; of a notebook that of its cells of text."""
+    """A page's Markdown; for a notebook that of its Markdown cells."""
     text = page.read_text()
     if page.suffix != ".ipynb":
         return text
@@ -36,7 +36,7 @@ def text_of(page: Path) -> str:
 
 
 def outputs_of(cell: dict[str, Any]) -> str:
-    """What a notebook's cell has printed, as stored, its value on the last line."""
+    """The stored output of a notebook's cell, with its value on the last line."""
     texts = [out.get("text") or out["data"]["text/plain"] for out in cell.get("outputs", [])]
     return "\n".join("".join(text).rstrip() for text in texts)
 
@@ -47,7 +47,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def prose(text: str) -> str:
-    """A page without its code, indented, fenced or in a line."""
+    """A page without its code: indented, fenced or inline."""
     text = re.sub(r"^    .*$", "", _FENCE.sub("", text), flags=re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "", text)
 

@@ -1,8 +1,8 @@
-"""What a test's rank has imported before it begins.
+"""Imports for the ranks of tests.
 
-The forkserver of tests/ranks.py imports this file once; every rank is a fork of it and finds torch,
-DeepSpeed, transformers' models and megalite already in memory. Nothing here
-may start a thread: a fork copies only the thread that forks.
+The forkserver of tests/ranks.py imports this file once; every rank is a fork of it, with torch, DeepSpeed,
+transformers' models and megalite already in memory. Nothing here may start a thread: a fork copies only the thread that
+forks.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ from megalite.training import mfu
 
 
 def import_megalite() -> None:
-    """Import each module of megalite; one that fails is left for the test that imports it to report."""
+    """Imports each module of megalite. Failures are ignored, since the test that imports the module will report
+    them."""
     for module in pkgutil.walk_packages(megalite.__path__, "megalite.", onerror=lambda name: None):
         with contextlib.suppress(Exception):
             importlib.import_module(module.name)
@@ -35,8 +36,8 @@ def import_megalite() -> None:
 
 use_accelerator()
 import_megalite()
-# What a machine can do at most is measured at each start, for longer than many a test's run takes.
+# The machine's peak is measured at each start, which takes longer than many tests' runs.
 mfu.ROWS["cpu"], mfu.MEASURED_SECONDS = 256, 0.01
-# A rank's garbage collector need not go through what is here, nor have its pages copied.
+# So that a rank's garbage collector neither scans these objects nor copies their pages.
 gc.collect()
 gc.freeze()

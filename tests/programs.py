@@ -1,8 +1,8 @@
-"""Runs a program of this repository in a process of its own, but without its seconds of imports: `run_program`.
+"""Runs a program of this repository in a separate process, but without its seconds of imports: `run_program`.
 
-The process is a fork of the server of tests/ranks.py, which has imported everything, and does what `python FILE WORDS`
-does: the file runs as `__main__`, with its own streams, folder, environment and exit code. Tests of a start itself
-(imports, launchers, interrupts) start Python.
+The process is a fork of the server of tests/ranks.py, which has imported everything, and does the same as
+`python FILE WORDS`: the file runs as `__main__`, with its own streams, folder, environment and exit code. Tests of the
+start itself (imports, launchers, interrupts) start Python instead.
 """
 
 import atexit
@@ -28,8 +28,8 @@ def run_program(
     timeout_seconds: float = 200,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """What `python PROGRAM WORDS` gives in `folder`, with more variables in its environment; `program` is a path in the
-    repository, or "megalite" for `python -m megalite`. Raises subprocess.TimeoutExpired."""
+    """The result of `python PROGRAM WORDS` in `folder`, with `variables` added to its environment. program: a path in
+    the repository, or "megalite" for `python -m megalite`. Raises subprocess.TimeoutExpired."""
     start_server()
     with tempfile.TemporaryDirectory(prefix="program_") as streams:
         files = [Path(streams, name) for name in STREAMS]
@@ -50,9 +50,9 @@ def run_program(
 def _program_main(
     program: str, words: list[str], folder: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
-    """The program's whole life; multiprocessing ends it with the code of its SystemExit, or a traceback and 1."""
+    """The main function of the process; multiprocessing exits with the code of its SystemExit, or a traceback and 1."""
     die_with_parent()
-    os.setsid()  # so that what it starts can be killed together with it
+    os.setsid()  # so that its child processes can be killed together with it
     for number, file in enumerate(files):
         stream = os.open(file, os.O_RDWR | os.O_CREAT)
         os.dup2(stream, number)

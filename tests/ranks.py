@@ -1,12 +1,12 @@
-"""Runs a function on several ranks: `run_ranks(8, function)`, for tests of everything that is distributed.
+"""Runs a function on several ranks: `run_ranks(8, function)`, for tests of everything distributed.
 
-Each rank is a process forked from a server that has imported torch, DeepSpeed and megalite once
-(tests/preload.py), so that a world of eight starts in about a second. An exception on one rank fails the
-call with the tracebacks, and the other ranks are killed; a call that takes too long fails with the stack of
-every rank. No rank outlives the call, nor the process that made it.
+Each rank is a process forked from a server that has imported torch, DeepSpeed and megalite once (tests/preload.py), so
+that a world of eight starts in about a second. An exception on one rank fails the call with the tracebacks, and the
+other ranks are killed; a call that takes too long fails with the stack of every rank. No rank outlives the call, nor
+the process that made it.
 
-This file is not the launcher: tests of `deepspeed` itself are in tests/launch. programs.py runs whole programs on the
-same server.
+This file does not use the launcher: tests of `deepspeed` itself are in tests/launch. programs.py runs whole programs
+with the same server.
 """
 
 import ctypes
@@ -45,12 +45,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or did not end in time; the text holds what each rank had to say."""
+    """A rank raised, died or did not finish in time; the text has the report of each rank."""
 
 
 @dataclass
 class Rank:
-    """One rank as its parent sees it. `outcome` is None until the rank has reported."""
+    """One rank, as seen by its parent. outcome: None until the rank has reported."""
 
     number: int
     process: BaseProcess
@@ -83,7 +83,7 @@ def run_ranks(
     """
     __tracebackhide__ = True
     start_server()
-    # The store's server lives here, on a port that the kernel chose as it was bound: no two worlds race for one.
+    # The store's server is in this process, on a port chosen by the kernel, so that two worlds never use the same one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
     ranks: list[Rank] = []
@@ -105,7 +105,7 @@ def run_ranks(
 
 @functools.cache
 def start_server() -> None:
-    """Start the forkserver and wait until it has imported everything, so that no test's timeout counts that."""
+    """Start the forkserver and wait until it has imported everything, so that no test's timeout includes that."""
     environment = {
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -161,7 +161,8 @@ def _start_rank(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// joins the store that stands, rank 0 makes none
+        # Env:// joins the existing store, rank 0 creates none.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     arguments = (
         theirs,
@@ -189,7 +190,7 @@ def _rank_main(
     timeout_seconds: float,
     init: bool,
 ) -> None:
-    """A rank's whole life: report ("result", pickled value) or ("error", traceback)."""
+    """The main function of a rank: reports ("result", pickled value) or ("error", traceback)."""
     die_with_parent()
     os.setsid()  # so that the parent can kill what this rank starts together with it
     output = os.open(output_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -216,7 +217,7 @@ def _rank_main(
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: an atexit hook or a thread of a library must not keep a rank that has reported.
+    # Not sys.exit: a library's atexit hook or thread must not keep a rank alive that has reported.
     os._exit(0)
 
 
@@ -226,7 +227,7 @@ def die_with_parent() -> None:
     # The server ends when the last copy of this pipe is closed, and every rank is handed one.
     os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():  # it went before the line above
+    if parent is None or not parent.is_alive():  # it exited before prctl
         os._exit(1)
 
 
@@ -234,9 +235,8 @@ def _collect(ranks: Sequence[Rank], timeout_seconds: float) -> None:
     """Wait for each rank's report; raise RankFailure at the first bad one."""
     __tracebackhide__ = True
     deadline = time.monotonic() + timeout_seconds
-    failed: list[
-        Rank
-    ] = []  # in the order of their reports: the first is likely the cause of the others
+    # In the order of their reports: the first is likely the cause of the others.
+    failed: list[Rank] = []
     while waiting := {rank.connection: rank for rank in ranks if rank.outcome is None}:
         ready = multiprocessing.connection.wait(
             list(waiting), max(0.0, deadline - time.monotonic())
@@ -272,7 +272,7 @@ def _receive(rank: Rank) -> None:
 def _dump_stacks(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         rank.outcome = ("timeout", "did not end")
-        # A rank that has not come as far as its handler would end by the signal; its empty file says so.
+        # Without its handler a rank would be killed by the signal; the handler is installed if the file exists.
         if rank.process.pid is not None and rank.stack_file.exists():
             os.kill(rank.process.pid, STACK_SIGNAL)
     time.sleep(GRACE_SECONDS)
@@ -301,7 +301,7 @@ def _print_output(rank: Rank) -> None:
 
 
 def _kill(rank: Rank) -> None:
-    """Kill a rank and all that it started, and wait for its end."""
+    """Kill a rank and all its child processes, and wait for its end."""
     if rank.process.pid is not None and rank.process.is_alive():
         # Its group exists only once it has called setsid.
         for kill in (os.killpg, os.kill):

@@ -1,4 +1,4 @@
-"""Disks that a test can fill: a tmpfs of its own, where the test may mount one, and writes that find no room."""
+"""Small disks that a test can fill: a tmpfs, if the test may mount one, and writes that fail with a full disk."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Mounts one of that size (mount's option) in `folder`; skips the test where it may not."""
+    """Mounts a tmpfs of `size` (mount's option) at `folder`; skips the test if that is not permitted."""
     if os.geteuid() != 0:
         pytest.skip("mounts need root")
     folder.mkdir()
@@ -27,7 +27,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(filler: Path) -> None:
-    """Takes all the room that is left on the filler's disk."""
+    """Fills the disk of the file `filler`."""
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 16, 1):
             with contextlib.suppress(OSError):
@@ -39,7 +39,7 @@ _write = os.write
 
 
 class Disk:
-    """Where `room` more bytes can be written; None: as many as one likes."""
+    """A disk to which only `room` more bytes can be written; None: no limit."""
 
     def __init__(self) -> None:
         self.room: int | None = None

@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "mixtral",
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
-        "intermediate_size": 26,  # halves that grouped_mm does not take
+        "intermediate_size": 26,  # grouped_mm does not support half of it
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -144,7 +144,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A run to compare: pipe × tensor × what is left for data, ZeRO stage, dtype, micro-batch size."""
+    """A run to compare: sizes of the axes, ZeRO stage, micro-batch size, dtype."""
 
     pipe: int = 1
     tensor: int = 1
@@ -162,7 +162,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Task:
-    """What every layout trains: a model, tied or not, batches by seed, with some labels left out."""
+    """The training that every layout runs: a model, tied or not, on random batches with some labels ignored."""
 
     model: str
     tied: bool
@@ -228,7 +228,7 @@ def build(layout: Layout, task: Task) -> tuple[Engine, Pipeline, Grid]:
 def train_steps(
     engine: Engine, pipeline: Pipeline, grid: Grid, layout: Layout, task: Task, steps: range
 ) -> tuple[list[float], list[float]]:
-    """Trains some of the task's steps; their losses and norms."""
+    """Trains some of the task's steps; returns their losses and norms."""
     losses, norms = [], []
     count = task.batch // (layout.micro * grid.data.size)
     for step in steps:

@@ -1,4 +1,4 @@
-"""DeepSpeed takes a CPU for a device with streams: what it does on GPUs alone, such as waiting for them, it does."""
+"""Makes DeepSpeed treat a CPU as a device with streams, so that it also does what it otherwise does only on GPUs."""
 
 import contextlib
 from collections import Counter
@@ -11,8 +11,8 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as CPUAccelera
 
 
 class Streams:
-    """All streams of a process. host_waits: how often the host has waited, by for what; log: ("used", stream) after
-    work was asked of another stream than the step's, ("waits", stream, for which)."""
+    """All streams of a process. host_waits: how often the host has waited, by kind. log: ("used", stream) after work
+    was queued on another stream than the step's, and ("waits", stream, for which stream)."""
 
     def __init__(self) -> None:
         self.host_waits: Counter[str] = Counter()
@@ -58,7 +58,7 @@ class Stream:
 
 
 class Event:
-    """Has always come, so that nobody waits for it."""
+    """An event that is always complete, so that nobody waits for it."""
 
     def __init__(self, streams: Streams) -> None:
         self.streams, self.stream = streams, streams.current
@@ -75,7 +75,7 @@ class Event:
 
 @contextlib.contextmanager
 def like_a_gpu() -> Iterator[Streams]:
-    """Inside, engines are made and run as on a GPU, as far as DeepSpeed is concerned."""
+    """Inside, DeepSpeed builds and runs engines as on a GPU."""
     streams = Streams()
 
     def synchronize(self: Any, device_index: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Runs recorded step by step on forked ranks (prove/trace.py): for tests of what layouts have in common."""
+"""Records runs step by step on forked ranks (prove/trace.py), for tests that compare layouts."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from tests.unit.data.corpora import write_corpus
 LENGTH = 12
 Fault = Callable[[int], contextlib.AbstractContextManager[None]]
 Request = tuple[dict[str, Any], Fault, Path]
-"""A resolved config, what is wrong on a rank, and the folder for the trace."""
+"""A resolved config, the fault on a rank, and the folder for the trace."""
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def nothing(rank: int) -> Iterator[None]:
 
 
 def marked_corpus(prefix: Path) -> str:
-    """Documents of random tokens, seven in ten of which count in the loss."""
+    """Writes documents of random tokens, of which 70 % count in the loss."""
     random = np.random.default_rng(1)
     documents = write_corpus(prefix, documents=60, vocabulary=VOCABULARY)
     with IndexedWriter(Path(marks_prefix(prefix)), np.uint8) as writer:
@@ -38,7 +38,7 @@ def marked_corpus(prefix: Path) -> str:
 
 
 def document(corpus: str, family: str, tied: bool, batch: int) -> dict[str, Any]:
-    """A small model's JSON; clipping acts in each of its steps."""
+    """A small model's JSON; its gradients are clipped in each step."""
     return {
         "train_batch_size": batch,
         "gradient_clipping": 0.5,
@@ -53,7 +53,7 @@ def document(corpus: str, family: str, tied: bool, batch: int) -> dict[str, Any]
 
 
 def traces(world_size: int, steps: int, requests: list[Request]) -> list[Trace]:
-    """Trains each, one after another on the same freshly forked ranks."""
+    """Trains each request, one after another, on the same newly forked ranks."""
     for _, _, folder in requests:
         folder.mkdir(parents=True)
     run_ranks(world_size, _record, steps, requests, timeout_seconds=240)

@@ -1,4 +1,4 @@
-"""Whole runs of training on forked ranks, with a fault planted on one: for tests of what a run does about it."""
+"""Whole training runs on forked ranks, with a fault planted on one, for tests of how a run handles it."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ Plant = Callable[[int], contextlib.AbstractContextManager[None]]
 
 
 def document(folder: Path, run: str, layout: dict[str, int], **keys: Any) -> dict[str, Any]:
-    """A config of a small tied model; keys: `train` for megalite.train, others for the top level."""
+    """A config of a small tied model. keys: `train` for megalite.train, others for the top level."""
     if not (folder / "corpus.idx").exists():
         write_corpus(folder / "corpus", 60, vocabulary=VOCABULARY)
     (folder / run).mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def nothing(rank: int) -> Iterator[None]:
 
 
 def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) -> list[int | str]:
-    """Each run with its fault, one after another: its exit code or what it was stopped by."""
+    """Trains each run with its fault, one after another; returns its exit code or the error that stopped it."""
     deepspeed.init_distributed("gloo")
     results: list[int | str] = []
     for keys, plant in runs:
@@ -74,8 +74,8 @@ def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) 
 def spoilt(
     rank: int, on: int, at: set[int], factor: float, phase: str = "backward", micro_batch: int = 1
 ) -> Iterator[None]:
-    """On rank `on`, at the calls of train_step in `at` (from 1): what the stage gives out, or the gradient of that, of
-    one micro-batch times `factor`."""
+    """On rank `on`, in the calls of train_step in `at` (from 1), multiplies the stage's output for one micro-batch, or
+    its gradient, by `factor`."""
     whole, forward = Pipeline.train_step, Stage.forward
     calls = 0
     pipelines: list[Any] = [None]

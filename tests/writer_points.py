@@ -1,4 +1,4 @@
-"""The file-system operations of a checkpoint's writer, one by one: for tests that kill it or refuse it at each."""
+"""The file-system operations of a checkpoint's writer, one by one, for tests that kill it or raise an error at each."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # of Python's own audit
+_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")  # Python's audit events
 _CALLS = ("write", "fsync", "fdatasync")
 
 
 def watch_writer(act: Callable[[int, str, Any], None]) -> None:
-    """From here on calls act(number from 0, operation, its first argument) before each operation of this process's
-    checkpoint thread. It may raise in its place, or kill. For a process that ends with its test: hooks stay."""
+    """From now on calls act(number from 0, operation, its first argument) before each operation of this process's
+    checkpoint thread. `act` may raise instead, or kill. For a process that ends with its test, since hooks stay."""
     count, inside = 0, threading.local()
 
     def before(operation: str, argument: Any) -> None:
@@ -31,7 +31,7 @@ def watch_writer(act: Callable[[int, str, Any], None]) -> None:
             inside.here = False
 
     def audited(event: str, arguments: Any) -> None:
-        # A first save also opens what libraries import late.
+        # A first save also opens files that libraries import late.
         if event in _EVENTS and (event != "open" or "checkpoints" in str(arguments[0])):
             before(event, arguments[0])
 
@@ -50,7 +50,7 @@ def watch_writer(act: Callable[[int, str, Any], None]) -> None:
 
 
 def kill_at(point: int, pids: list[int]) -> Callable[[int, str, Any], None]:
-    """kill -9 of these processes before that operation."""
+    """An `act` that kills these processes with SIGKILL before operation `point`."""
 
     def act(number: int, operation: str, argument: Any) -> None:
         if number == point:

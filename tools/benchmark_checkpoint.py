@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Save and load rates of a checkpoint beside torch.save, torch.load and the disk itself, in one run; and the stall: how
-much later a training step ends for a save beside it.
+"""Compare the save and load rates of a checkpoint with torch.save, torch.load and the disk itself, and measure the
+stall: by how much a background save delays training steps.
 
-All write the same fp32 tensors and end with fsync; all read with nothing of the file in the page cache, into existing
-tensors. Ours hashes every byte on both ways. Rates are medians over rounds in which each takes its turn. A step of the
-stall is a product of matrices on one thread, as a rank's is.
+All write the same fp32 tensors and end with fsync; all read into existing tensors, with nothing in the page cache. Ours
+hashes every byte in both directions. Rates are medians over rounds in which each takes its turn. For the stall, a step
+is a matrix product on one thread, as on a rank.
 """
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
@@ -30,7 +30,7 @@ from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.program import run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
-STEP_SIZE, STEPS_ALONE = 1024, 20  # of the matrices of a step; steps that are timed without a save
+STEP_SIZE, STEPS_ALONE = 1024, 20  # size of a step's matrices; steps timed without a save
 STATE = {"step": 1, "consumed_samples": 0, "consumed_tokens": 0, "seed": 0, "model": {}}
 Tensors = dict[str, torch.Tensor]
 
@@ -72,7 +72,7 @@ def our_load(run: Path, tensors: Tensors) -> None:
 
 
 def uncached(folder: Path) -> None:
-    """Has the kernel forget what it keeps of a folder's files."""
+    """Drops a folder's files from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -88,7 +88,7 @@ def timed(call: Callable[..., Any], *arguments: Any) -> float:
 
 
 def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float]]:
-    """Seconds by what was done, one for each round."""
+    """Seconds of each operation, one value per round."""
     saver = Saver(folder / "run", keep=1)
     boxes = {f"weight/{n}": [Box(tuple(t.shape), (0, 0), t)] for n, t in tensors.items()}
     seconds: dict[str, list[float]] = {}
@@ -117,8 +117,8 @@ def measure(folder: Path, tensors: Tensors, rounds: int) -> dict[str, list[float
 
 
 def stalls(folder: Path, tensors: Tensors, rounds: int) -> list[tuple[float, float, int]]:
-    """For each round (seconds that steps waited for the copy, seconds that steps took longer while the file was
-    written, steps meanwhile)."""
+    """For each round: (seconds that steps waited for the copy, seconds by which steps were slower while the file was
+    written, number of steps meanwhile)."""
     saver = Saver(folder / "stall", keep=1)
     boxes = {f"weight/{n}": [Box(tuple(t.shape), (0, 0), t)] for n, t in tensors.items()}
     matrix = torch.randn(STEP_SIZE, STEP_SIZE)
@@ -131,7 +131,7 @@ def stalls(folder: Path, tensors: Tensors, rounds: int) -> list[tuple[float, flo
             during.append(timed(torch.mm, matrix, matrix))
         saver.wait()
         results.append((copied, sum(during) - alone * len(during), len(during)))
-    return results[1:]  # the first copy takes its memory
+    return results[1:]  # the first copy allocates its memory
 
 
 def made_up_tensors(gib: float) -> Tensors:
@@ -177,8 +177,8 @@ def main(argv: list[str]) -> int:
             beside = f"  {rate / rates[f'{way}: disk']:.2f} of disk  {rate / rates[f'{way}: {plain}']:.2f} of {plain}"
         print(f"{name:28} {rate:6.2f} GB/s ({spread}){beside}")
     copied, slower, steps = (statistics.median(values) for values in zip(*stalled, strict=True))
-    told = f"{copied:.2f} for the copy, {slower:.2f} of {steps:.0f} steps beside the writing"
-    print(f"{'stall of a save':28} {copied + slower:6.2f} s: {told}")
+    parts = f"{copied:.2f} for the copy, {slower:.2f} in {steps:.0f} steps during the write"
+    print(f"{'stall of a save':28} {copied + slower:6.2f} s: {parts}")
     return 0
 
 

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Measure the data side on this machine: tokenizing against Megatron's way, batches, and Megatron's order.
+"""Measure data processing on this machine: tokenization compared with Megatron's, batches, and Megatron's order.
 
-Rates of tokenizing are per second of processor time, of all processes together: "per core", and hardly
-moved by what else the machine does. They are medians of rounds, with the least and the most; after a way's name is our
-rate over its.
+Tokenization rates are per second of CPU time of all processes: per core, and hardly affected by other programs. They
+are medians over rounds, with minimum and maximum; after each name is our rate divided by its rate.
 """
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
@@ -36,11 +35,11 @@ from megalite.races.loader import write_random_corpus
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.program import run_program
 
-_WORDS = 4000  # of the made-up language
+_WORDS = 4000  # of the synthetic language
 
 
 def made_up_text(path: Path, megabytes: float) -> None:
-    """Lines of JSON with documents of 50 to 4,000 characters of made-up words."""
+    """Writes JSON lines with documents of 50 to 4,000 characters of random words."""
     chance = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(chance.choices(letters, k=chance.randint(1, 9))) for _ in range(_WORDS)]
@@ -55,7 +54,7 @@ def made_up_text(path: Path, megabytes: float) -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process and those of its children that have ended."""
+    """CPU seconds of this process and of its children that have exited."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -75,8 +74,10 @@ def _megatron_line(line: str) -> tuple[list[int], list[int], int]:
 
 
 def megatron_way(text: Path, folder: str, prefix: Path, workers: int, bare: bool) -> None:
-    """As its tools/preprocess_data.py: lines through a Pool in chunks of 32, lists of ids back, one writer.
-    `bare`: with our call of the tokenizer instead of transformers' (`tokenizer(text)`), which Megatron makes."""
+    """Tokenizes like Megatron's tools/preprocess_data.py: lines through a Pool in chunks of 32, lists of ids back, one
+    writer.
+
+    bare: with our call of the tokenizer instead of transformers' (`tokenizer(text)`), which Megatron uses."""
     vocabulary = load_tokenizer(folder).vocabulary_size
     dtype, sizes = token_dtype(vocabulary), []
     with get_context("spawn").Pool(workers, _start_megatron_worker, (folder, bare)) as pool:
@@ -90,11 +91,13 @@ def megatron_way(text: Path, folder: str, prefix: Path, workers: int, bare: bool
 
 
 def tokenizing(text: Path, folder: str, scratch: Path, workers: int, rounds: int) -> Iterator[str]:
-    """All ways on the same file, in turns, with their start-up measured on a file of one line and taken off."""
+    """Runs all implementations on the same file in turns; their start-up is measured on a file of one line and
+    subtracted."""
     small = scratch / "one.jsonl"
     small.write_text('{"text": "one"}\n')
     megabytes = text.stat().st_size / 1e6
-    load_tokenizer(folder).encode("one")  # what is loaded once in this process is no way's start-up
+    # One-time loading in this process is not part of any start-up.
+    load_tokenizer(folder).encode("one")
     ways: dict[str, Callable[[Path, Path], Any]] = {
         "megalite": lambda source, to: preprocess([str(source)], folder, to, workers=workers),
         "Megatron's way, transformers' call": lambda source, to: megatron_way(
@@ -125,7 +128,7 @@ def tokenizing(text: Path, folder: str, scratch: Path, workers: int, rounds: int
 
 
 def batches(scratch: Path, tokens: int, length: int, rounds: int) -> Iterator[str]:
-    """Start and samples a second, at growing sizes, from the beginning and far inside a run."""
+    """Start-up time and samples per second for corpora of growing sizes, at the beginning and far inside a run."""
     for size in (tokens // 100, tokens // 10, tokens):
         prefix = scratch / f"corpus{size}"
         write_random_corpus(prefix, size, 1000)
@@ -151,7 +154,7 @@ def batches(scratch: Path, tokens: int, length: int, rounds: int) -> Iterator[st
 
 
 def megatrons_order(tokens: int, length: int) -> Iterator[str]:
-    """The three indices for one epoch; the sample index against megatron-core's helper where that is installed."""
+    """Times the three indices for one epoch; the sample index also with megatron-core's helper, if it is installed."""
     try:
         make = importlib.import_module("megatron.core.datasets.helpers").build_sample_idx
     except ImportError:
@@ -173,7 +176,7 @@ def megatrons_order(tokens: int, length: int) -> Iterator[str]:
 
 
 def fastest(call: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds of the quickest of ten calls."""
+    """Seconds of the fastest of ten calls."""
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
@@ -185,28 +188,34 @@ def fastest(call: Callable[..., Any], *arguments: Any) -> float:
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="to measure with; without it tokenizing is left out"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="tokenizer to measure with; without it tokenization is skipped",
     )
+    parser.add_argument("--input", metavar="FILE", help=".jsonl to tokenize (default: random text)")
     parser.add_argument(
-        "--input", metavar="FILE", help=".jsonl to tokenize (default: made-up text)"
-    )
-    parser.add_argument(
-        "--megabytes", type=positive, default=20, help="of made-up text (default: 20)"
+        "--megabytes", type=positive, default=20, help="size of the random text (default: 20)"
     )
     parser.add_argument(
         "--workers", type=at_least(1), default=1, help="processes that tokenize (default: 1)"
     )
     parser.add_argument(
-        "--rounds", type=at_least(1), default=3, help="of tokenizing, and of batches (default: 3)"
+        "--rounds",
+        type=at_least(1),
+        default=3,
+        help="rounds of tokenization and of batches (default: 3)",
     )
     parser.add_argument(
         "--tokens",
         type=at_least(1),
         default=100_000_000,
-        help="of the largest corpus (default: 10^8)",
+        help="size of the largest corpus (default: 10^8)",
     )
     parser.add_argument(
-        "--sequence-length", type=at_least(1), default=2048, help="of samples (default: 2,048)"
+        "--sequence-length",
+        type=at_least(1),
+        default=2048,
+        help="tokens per sample (default: 2,048)",
     )
     args = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

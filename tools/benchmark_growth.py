@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what each further micro-batch, layer and rank costs: see --help and docs/speed.md."""
+"""Measure the cost of each additional micro-batch, layer and rank: see --help and docs/speed.md."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.races.growth import main

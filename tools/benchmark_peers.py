@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure training beside the programs that a user would take instead: see --help and docs/speed.md."""
+"""Compare the speed of training with the programs that a user would use instead: see --help and docs/speed.md."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.races.races import main

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure layouts of a small model beside what the planner predicts for them: see --help."""
+"""Measure layouts of a small model and compare with the planner's predictions: see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.prove.ranking import main

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a training step on several layouts beside a plain PyTorch loop: see --help."""
+"""Measure a training step on several layouts and compare with a plain PyTorch loop: see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.prove.benchmark import main

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train a classifier with transformers' Trainer as a config of ours says, to hold a run's accuracy against: from given
-weights, on the same texts, about as many of them a step, with the same learning rates.
+"""Train a classifier with transformers' Trainer and the settings of our config, to compare accuracies: from given
+weights, on the same texts, about equally many per step, with the same learning rates.
 
     python tools/classify_with_transformers.py --deepspeed_config ds_configs/topics.json --model FOLDER [KEY=VALUE …]
 
-FOLDER: of `AutoModelForSequenceClassification`, such as tools/export_hf.py writes. Prints a JSON line with the figures
-that an evaluation of ours has (docs/classification.md). Of schedulers `linear` to 0 and `constant`; one process.
+FOLDER: a model for `AutoModelForSequenceClassification`, such as tools/export_hf.py writes. Prints a JSON line with the
+figures of our evaluation (docs/classification.md). Supports the schedulers `linear` to 0 and `constant`; one process.
 """
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
@@ -30,7 +30,7 @@ from megalite.training.classification import figures
 
 @dataclass
 class Texts(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
-    """The texts of the corpora of a config, cut as packing.py cuts them, each with the number of its label."""
+    """The texts of a config's corpora, truncated as in packing.py, each with the number of its label."""
 
     prefixes: list[str]
     longest: int
@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--deepspeed_config", required=True, metavar="FILE")
     parser.add_argument("--model", required=True, metavar="FOLDER")
-    parser.add_argument("--seed", type=at_least(0), help="of the order; default: the config's")
+    parser.add_argument(
+        "--seed", type=at_least(0), help="seed of the order (default: the config's)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args(argv)
     config = load_config(args.deepspeed_config, args.overrides).resolve(1)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def trained(config: Config, folder: str, seed: int | None = None) -> dict[str, Any]:
-    """Loss of the first step, and the figures after the last."""
+    """Trains; returns the loss of the first step, and the figures after the last."""
     from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer
 
     data = config.data
@@ -93,7 +95,7 @@ def trained(config: Config, folder: str, seed: int | None = None) -> dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(config, train, scratch, seed)
         trainer = Trainer(model, arguments, collate, train, valid)
-        trainer.remove_callback(PrinterCallback)  # standard output is for the result
+        trainer.remove_callback(PrinterCallback)  # keeps standard output for the result
         trainer.train()
         logits, labels, _ = trainer.predict(valid)  # type: ignore[arg-type]
     first = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
@@ -107,7 +109,7 @@ def _texts(data: Data, part: str) -> Texts:
 
 
 def _arguments(config: Config, train: Texts, scratch: str, seed: int | None) -> Any:
-    """The config in the words of transformers. Texts a step: as many as fill the samples of one."""
+    """The config as transformers' arguments. Texts per step: as many as fill the samples of one step."""
     from transformers import TrainingArguments
 
     schedule = config.schedule

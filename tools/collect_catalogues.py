@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Make a set of translated messages from the message catalogues of Debian's packages (free licences, each its own).
+"""Make a translation data set from the message catalogues of Debian packages (each under its own free licence).
 
     python tools/collect_catalogues.py --language de --output data/catalogues
 
 downloads the packages with `apt-get download` (48 MB) into FOLDER/packages, unless they are there, and installs
-nothing. Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of source (English) and target, and FOLDER/text.jsonl,
-the training messages of both languages as lines of text, for a tokenizer. Of ten families of messages one is for
-validation. Those messages are in no order, so that the first lines are a sample.
+nothing. It writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of source (English) and target, and
+FOLDER/text.jsonl, the training messages of both languages as lines of text, for a tokenizer. One in ten families of
+messages is for validation. Those messages are shuffled, so that the first lines are a sample.
 
-Catalogues are full of messages that are nearly the same, and a message is not unseen if its twin was in training. So
-messages that are nearly the same are of one family, and a family is in one part alone. Without case, digits,
-placeholders and punctuation, two sources are of one family if their words are the same, in the same order, once up to
-one word of a source of four or more, or up to two of eight or more, is left out of either; and so are two that a chain
-of such pairs joins.
+Catalogues are full of near duplicates, and a message is not unseen if a near duplicate was in training. So near
+duplicates form families, and a family is either in training or in validation. Ignoring case, digits, placeholders and
+punctuation, two sources are near duplicates if their words are the same, in the same order, after leaving out of each
+up to one word if it has four or more, or up to two if it has eight or more. A chain of near duplicates is one family.
 """
 
 import hashlib
@@ -35,8 +34,8 @@ from megalite.ranks.program import run_program
 
 PACKAGES = ["coreutils", "evolution-common", "gcc-12-locales", "gimp-data", "git", "gnome-control-center-data",
             "gnupg-l10n", "nautilus-data", "vim-runtime"]  # fmt: skip
-EVERY = 10  # of these one family is for validation
-LEAST_WORDS = ((4, 1), (8, 2))  # of a source, and how many of them may be left out
+EVERY = 10  # one in this many families is for validation
+LEAST_WORDS = ((4, 1), (8, 2))  # (words of a source, how many of them may be left out)
 WORD = re.compile(r"[^\W\d_]+")
 PLACEHOLDER = re.compile(r"%[^a-zA-Z%\s]*(?:hh|ll|[hljztLqw])?[a-zA-Z]|\{\w*\}")
 CONTEXT, PLURAL = b"\x04", b"\x00"
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME")
     parser.add_argument(
-        "--longest", type=at_least(1), default=200, metavar="N", help="characters of a message"
+        "--longest", type=at_least(1), default=200, metavar="N", help="most characters of a message"
     )
     args = parser.parse_args(argv)
     if not LANGUAGE.fullmatch(args.language):
@@ -89,7 +88,7 @@ def _write(path: Path, lines: list[dict[str, str]]) -> None:
 
 
 def _unpack(package: str, folder: Path) -> None:
-    """Downloads a package and unpacks it into a folder of its name, which is there only once it is whole."""
+    """Downloads a package and unpacks it into a folder with its name, which appears only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{package}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -103,13 +102,13 @@ def _unpack(package: str, folder: Path) -> None:
         raise ConfigError(f"--packages: {package}: needs apt-get, of Debian or Ubuntu") from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ConfigError(f"--packages: {package}: cannot be had: {said}") from None
+        raise ConfigError(f"--packages: {package}: cannot be downloaded: {said}") from None
     partial.rename(folder / package)
 
 
 def split(pairs: Collection[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Those for training in their order, and those for validation in no order. Which part a family is in depends on
-    the words of its messages alone."""
+    """The pairs for training, in order, and those for validation, shuffled. The part of a family depends only on the
+    words of its messages."""
     families = Families(words(source) for source, _ in pairs)
     least: dict[Words, int] = defaultdict(lambda: 2**64)
     for source, _ in pairs:
@@ -124,10 +123,10 @@ def split(pairs: Collection[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 class Families:
-    """Which messages are nearly the same, and which are joined by a chain of those (union-find)."""
+    """Families of near duplicates: connected components of messages (union-find)."""
 
     def __init__(self, messages: Iterable[Words]) -> None:
-        self._above: dict[Words, Words] = {}  # a root is above itself
+        self._above: dict[Words, Words] = {}  # a root is its own parent
         for message in set(messages):
             self._above.setdefault(message, message)
             for least, left_out in LEAST_WORDS:
@@ -136,7 +135,7 @@ class Families:
                         self._join(message, rest)
 
     def of(self, message: Words) -> Words:
-        """The one message that all of a family have as theirs."""
+        """The representative of a message's family."""
         above = self._above
         while above[message] != message:
             above[message] = above[above[message]]
@@ -149,18 +148,18 @@ class Families:
 
 
 def words(source: str) -> Words:
-    """Of a message, without case, digits, placeholders and punctuation."""
+    """The words of a message, without case, digits, placeholders and punctuation."""
     return tuple(WORD.findall(PLACEHOLDER.sub(" ", source).lower()))
 
 
 def digest(text: str) -> int:
-    """A number that tells nothing of the text."""
+    """A hash of the text as a number."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def messages(content: bytes) -> Iterator[tuple[str, str]]:
     """Source and target of each translated message of a catalogue (GNU gettext's manual, "The Format of GNU MO Files");
-    of a plural its singular. Contexts and marks of menu keys ("_Open") are left out. Raises ValueError for what is no
+    for plurals the singular. Contexts and marks of menu keys ("_Open") are removed. Raises ValueError if it is not a
     catalogue."""
     order = {0x950412DE: "<", 0xDE120495: ">"}.get(struct.unpack("<I", content[:4])[0])
     if order is None:

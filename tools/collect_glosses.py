@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a classification set of real labelled text: glosses of WordNet's nouns, the topic of each to be told.
+"""Make a classification data set of real text: glosses of WordNet's nouns, labelled with their topics.
 
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
     python tools/collect_glosses.py --wordnet wordnet/usr/share/wordnet --output data/glosses
@@ -21,12 +21,12 @@ from megalite.ranks.program import run_program
 # Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 10: "communication", 13: "food", 15: "location", 18: "person",
           20: "plant"}  # fmt: skip
-MOST = 2500  # glosses of a topic
+MOST = 2500  # glosses per topic
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--wordnet", required=True, metavar="FOLDER", help="that holds data.noun")
+    parser.add_argument("--wordnet", required=True, metavar="FOLDER", help="folder with data.noun")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument(
         "--labels", action="store_true", help="write lines of text and label, for a classifier"
@@ -40,9 +40,8 @@ def main(argv: list[str]) -> int:
             if not line.startswith(" ") and (number := int(line.split()[1])) in TOPICS:
                 glosses[number].append(line.partition("| ")[2].partition(";")[0].strip())
     for number, found in glosses.items():
-        glosses[number] = found[:: max(1, len(found) // MOST)][
-            :MOST
-        ]  # WordNet puts neighbours together
+        # Evenly spaced, since WordNet puts similar words together.
+        glosses[number] = found[:: max(1, len(found) // MOST)][:MOST]
     folder = Path(args.output)
     for name, wanted in (("train", range(1, 10)), ("valid", range(1))):
         rows = [

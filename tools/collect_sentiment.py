@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make a set of sentences that people rated for sentiment, from the source package of vaderSentiment (MIT).
+"""Make a sentiment data set of sentences rated by people, from the source package of vaderSentiment (MIT).
 
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 && tar xzf vaderSentiment-3.3.2.tar.gz
     python tools/collect_sentiment.py --source vaderSentiment-3.3.2 --output data/sentiment
 
 Writes FOLDER/train.jsonl and FOLDER/valid.jsonl, lines of text and label: "negative" for a mean rating below 0,
-"positive" above it. Sentences of film and product reviews, of editorials and of tweets; of each ten texts one is for
-validation, with all of its sentences. Prints what the package's own lexicon says about the sentences for validation.
+"positive" above it. The sentences are from film and product reviews, editorials and tweets. One in ten texts is for
+validation, with all its sentences. Prints the accuracy of the package's own lexicon on the validation sentences.
 """
 
 import html
@@ -29,12 +29,14 @@ from megalite.training.classification import figures
 LABELS = ["negative", "positive"]
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 FILES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
-EVERY = 10  # of these one is for validation
+EVERY = 10  # one in this many texts is for validation
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--source", required=True, metavar="FOLDER", help="of the source package")
+    parser.add_argument(
+        "--source", required=True, metavar="FOLDER", help="the unpacked source package"
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     args = parser.parse_args(argv)
     source, folder = Path(args.source), Path(args.output)
@@ -68,8 +70,8 @@ def _sentences(archive: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def _verdict(source: Path, lines: list[dict[str, str]]) -> dict[str, Any]:
-    """Figures of the lexicon with its rules: the sign of its `compound`; where that is 0 it says nothing, and counts as
-    "positive", the commoner label."""
+    """Figures of the lexicon with its rules: the sign of its `compound`. If that is 0, it gives no answer, which counts
+    as "positive", the commoner label."""
     path = source / "vaderSentiment/vaderSentiment.py"
     spec = importlib.util.spec_from_file_location("vaderSentiment", path)
     assert spec is not None and spec.loader is not None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a corpus that every machine has: the sources of this Python's standard library, a file a document.
+"""Make a corpus that every machine has: the sources of this Python's standard library, one document per file.
 
 Writes FOLDER/train.jsonl and FOLDER/valid.jsonl; every twentieth file is for validation.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look at the hosts of a run before it starts; see --help."""
+"""Check the hosts of a run before it starts; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.doctor.examine import main

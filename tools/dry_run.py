@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Try a run of many ranks on one process, without a GPU: see --help."""
+"""Try a run of many ranks in one process, without a GPU; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.prove.dry_run_program import main

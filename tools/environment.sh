@@ -1,6 +1,6 @@
 # Makes or reuses .venv with megalite installed in it; sourced by tools/test.sh and the examples in launcher/
 #   prepare_environment EXTRAS     ("" or "[test]"); afterwards `python` is the environment's
-# A stamp of pyproject.toml and the extras lets a second start install nothing.
+# A stamp of pyproject.toml and the extras avoids installing again in a second start.
 
 prepare_environment() {
     local extras=$1 stamp wanted
@@ -8,7 +8,7 @@ prepare_environment() {
     wanted=$(cat pyproject.toml - <<<"$extras" | sha256sum)
     if [ ! -x .venv/bin/python ]; then python3 -m venv .venv || return 1; fi
     if ! grep -qsxF "$wanted" "$stamp"; then
-        # torch first: DeepSpeed's build looks for it, and any other torch is gigabytes.
+        # torch first: DeepSpeed's build needs it, and other builds of torch are gigabytes.
         .venv/bin/python -m pip install -q "torch==2.13.0" || return 1
         .venv/bin/python -m pip install -q -e ".$extras" || return 1
         echo "$wanted" >>"$stamp"
@@ -17,10 +17,10 @@ prepare_environment() {
     export PATH
 }
 
-# A port for the ranks of a start to meet at.
+# A free port for the rendezvous of ranks.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
-# Ranks, pipe and tensor of the quickstart on a machine with so many GPUs (0: on the CPU); the data axis is the rest.
+# Ranks, pipe and tensor of the quickstart on a machine with $1 GPUs (0: on the CPU); the data axis is the rest.
 quickstart_grid() {
     if (($1 == 0 || $1 >= 8)); then
         echo 8 2 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what a checkpoint holds, and check it; see --help."""
+"""Show and check the contents of a checkpoint; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.commands.inspect_checkpoint import main

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what is in indexed corpora, and check them; see --help."""
+"""Show and check indexed corpora; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.commands.inspect_data import main

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put indexed corpora of one tokenizer one after another into a new one, with their marks and labels."""
+"""Concatenate indexed corpora of the same tokenizer into a new one, with their marks and labels."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.indexed import IndexedCorpus

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What translating costs nothing to beat: chrF and BLEU of copying each source, and of the translation that the most
-similar source of the training pairs has.
+"""Baselines for translation: chrF and BLEU of copying each source, and of the translation of the most similar source in
+the training pairs.
 
     python tools/nearest_translations.py --train data/catalogues/train.jsonl --test data/catalogues/valid.jsonl
 
-Similar is by the cosine of counts of character trigrams, each weighted by the logarithm of how rare it is. Prints a
-JSON line with `copy` and `nearest`.
+Similarity is the cosine of character trigram counts, weighted by inverse document frequency. Prints a JSON line with
+`copy` and `nearest`.
 """
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 
 class Nearest:
-    """Texts by their trigrams."""
+    """Finds the most similar text by trigrams."""
 
     def __init__(self, texts: list[str]) -> None:
         places: dict[str, list[int]] = defaultdict(list)
@@ -58,7 +58,7 @@ class Nearest:
         self.lengths = np.sqrt(np.maximum(squares, 1e-12))
 
     def find(self, text: str) -> int:
-        """Number of the most similar text; of equally similar ones the first."""
+        """Number of the most similar text; the first of ties."""
         products = np.zeros(len(self.lengths))
         for trigram, count in trigrams(text).items():
             if trigram in self.places:
@@ -68,7 +68,7 @@ class Nearest:
 
 
 def trigrams(text: str) -> Counter[str]:
-    """Of characters, with the text's beginning and end."""
+    """Character trigrams with counts, including the text's beginning and end."""
     framed = f"\x02{text.lower()}\x03"
     return Counter(framed[place : place + 3] for place in range(max(1, len(framed) - 2)))
 

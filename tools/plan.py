@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find the layout for a model and a number of ranks, before any is asked for: see --help."""
+"""Find the best layout for a model and a number of ranks, before any rank starts; see --help."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.plan.plan_program import main

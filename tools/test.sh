@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# bash tools/test.sh [pytest arguments]: linter, types and all tests, in an environment made for it.
-# EVAL=1 installs the extra `eval` too (0.5 GB more), and with it runs the tests of lm-evaluation-harness.
-# AIO=1 installs libaio-dev where it is missing (as root, with apt), and with it builds DeepSpeed's async_io, which takes
-# minutes once, and runs the tests of docs/nvme.md.
+# bash tools/test.sh [pytest arguments]: linter, types and all tests, in .venv. EVAL=1 also installs the extra `eval`
+# (0.5 GB more), and runs the tests of lm-evaluation-harness. AIO=1 installs libaio-dev if it is missing (as root, with
+# apt), so that DeepSpeed's async_io is built, which takes minutes the first time, and the tests of docs/nvme.md run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -15,6 +14,6 @@ ruff check .
 ruff format --check .
 pyright & # takes one core
 types=$!
-python -m compileall -q megalite tests # hundreds of processes import them, some where no bytecode may be written
+python -m compileall -q megalite tests # hundreds of processes import them, some without permission to write bytecode
 wait "$types"
 exec python -m pytest "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the unigram entropy of an indexed corpus, in nats a token: a loss to be far below of."""
+"""Print the unigram entropy of an indexed corpus, in nats per token: a trained model's loss should be far below it."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.entropy import unigram_entropy

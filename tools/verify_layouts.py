@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Show on your own config that layouts train the same: see --help. Exit 0: they agree; 1: one differs; 2: a mistake."""
+"""Check on your own config that layouts train the same; see --help. Exit code 0: all agree; 1: one differs; 2: a
+mistake."""
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.prove.verify import main

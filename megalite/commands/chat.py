@@ -1,8 +1,8 @@
 """Talk to a model: a run folder, a checkpoint or a Hugging Face folder whose tokenizer has a chat template.
 
-A line is a message, and so is all between two lines of \"\"\" alone; the answer is printed as it grows. Where standard
-input is no terminal its lines are messages too, and only the answers are printed, one after another. /reset forgets
-the conversation, /quit ends it.
+Each line is a message; a message of several lines goes between two lines with only \"\"\". Answers are printed as they
+are generated. If standard input is not a terminal, its lines are messages too, and only the answers are printed.
+/reset forgets the conversation, /quit ends it.
 """
 
 import argparse
@@ -28,13 +28,13 @@ Message = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Talks until the input ends; the exit code."""
+    """Talks until the input ends; returns the exit code."""
     options = _parse(arguments)
     _check_samples(options)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     asked, tools = _asked(options)
     if system and asked and asked[0].get("role") == "system":
-        raise ConfigError(f"--system: {options.messages} begins with a system message already")
+        raise ConfigError(f"--system: {options.messages} already begins with a system message")
     from megalite.api import load
 
     model = load(best_checkpoint(options.model) if options.best else options.model, options.dtype)
@@ -65,7 +65,7 @@ def _converse(model: Any, system: list[Message], options: argparse.Namespace) ->
                 if not sys.stdin.isatty():
                     raise
                 way_out = ": /reset starts a new one" if isinstance(error, _Full) else ""
-                print(f"{error}{way_out or '; the message is left out'}", file=sys.stderr)
+                print(f"{error}{way_out or '; the message is ignored'}", file=sys.stderr)
                 history.pop()
                 continue
             print(flush=True)
@@ -78,7 +78,7 @@ def _answer(
     tools: list[dict[str, Any]] | None,
     options: argparse.Namespace,
 ) -> None:
-    """Prints the answer to a conversation, or several, a JSON object a line."""
+    """Prints the answer to a conversation, or several as one JSON object per line."""
     sampling = _sampling(options, model, messages, tools)
     if options.samples == 1:
         model.chat(messages, on_text=_show, tools=tools, **sampling)
@@ -102,7 +102,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     once.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="answer one message, which may hold newlines; - reads it from standard input",
+        help="answer one message, which may contain newlines; - reads it from standard input",
     )
     once.add_argument(
         "--messages",
@@ -131,7 +131,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 class _Full(ConfigError):
-    """A conversation leaves the model no room for an answer."""
+    """The conversation leaves no room for an answer."""
 
 
 def _sampling(
@@ -140,8 +140,8 @@ def _sampling(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `Model.chat` that were given, with no more new tokens than the model has room for after the
-    messages. Raises _Full where it has none."""
+    """The given arguments of `Model.chat`, with at most as many new tokens as fit after the messages. Raises _Full if
+    none fit."""
     names = [
         "max_new_tokens",
         "temperature",
@@ -156,26 +156,26 @@ def _sampling(
     if most is not None:
         used = len(model.chat_ids(messages, tools))
         if used >= most:
-            raise _Full(f"the conversation has {used} tokens and the model takes {most}")
+            raise _Full(f"the conversation has {used} tokens and the model takes at most {most}")
         given["max_new_tokens"] = min(options.max_new_tokens, most - used)
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _check_samples(options: argparse.Namespace) -> None:
-    """ConfigError for several samples where there can be one only."""
+    """Raises ConfigError for several samples if only one is possible."""
     if options.samples == 1:
         return
     if options.prompt is None and options.messages is None:
         rule = "needs --prompt or --messages: a conversation continues from one answer"
     elif options.temperature == 0.0:
-        rule = "needs --temperature above 0: 0 makes them all alike"
+        rule = "needs --temperature above 0: with 0 all samples are equal"
     else:
         return
     raise ConfigError(f"--samples: {options.samples}: {rule}")
 
 
 def _asked(options: argparse.Namespace) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """The messages that are answered once, and the tools for the template; none where there is a conversation."""
+    """The messages to be answered once, and the tools for the template; empty for an interactive conversation."""
     if options.messages is not None:
         return _read_messages(options.messages)
     if options.prompt is None:
@@ -187,7 +187,7 @@ def _asked(options: argparse.Namespace) -> tuple[list[Message], list[dict[str, A
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input, with line editing where there is a terminal."""
+    """The lines of standard input, with line editing in a terminal."""
     if not sys.stdin.isatty():
         with decoding("standard input"):
             yield from (line.rstrip("\n") for line in sys.stdin)
@@ -200,7 +200,7 @@ def _lines() -> Iterator[str]:
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:
-    """The user's messages: each line, or all between two fences."""
+    """The user's messages: each line, or the lines between two fences."""
     for line in lines:
         if line.strip() != _FENCE:
             yield line.strip()
@@ -213,7 +213,7 @@ def _show(piece: str) -> None:
 
 
 def _read_messages(path: str) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """A conversation from a file, and its tools. Raises ConfigError where it holds none."""
+    """A conversation from a file, and its tools. Raises ConfigError if it has none."""
     text = read_standard_input("--messages") if path == STANDARD_INPUT else read_text(path)
     value = parse_json(text, f"--messages: {path}")
     line = value if isinstance(value, dict) else {"messages": value}

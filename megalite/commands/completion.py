@@ -1,4 +1,4 @@
-"""Print the completion script of a shell: of commands, their subcommands, and files.
+"""Print a shell's completion script for commands, their subcommands, and files.
 
 bash: add `eval "$(megalite completion bash)"` to ~/.bashrc.
 zsh:  add `eval "$(megalite completion zsh)"` to ~/.zshrc, after compinit.
@@ -49,28 +49,28 @@ _FISH_WORDS = "complete -c megalite -n '__fish_seen_subcommand_from {name}' -f -
 
 
 def bash() -> str:
-    """The script for bash, which completes files where it has no words."""
+    """The script for bash, which completes file names after the commands."""
     names = " ".join(command.name for command in COMMANDS)
     cases = [_BASH_CASE.format(name=name, words=words) for name, words in SUBCOMMANDS.items()]
     return _BASH.format(names=names, cases="\n".join(cases))
 
 
 def zsh() -> str:
-    """The script for zsh, with a phrase beside each command."""
+    """The script for zsh, with a description of each command."""
     rows = [f'            "{command.name}:{command.phrase}"' for command in COMMANDS]
     cases = [f"        {name}) compadd {words}; return ;;" for name, words in SUBCOMMANDS.items()]
     return _ZSH.format(rows="\n".join(rows), cases="\n".join(cases))
 
 
 def fish() -> str:
-    """The script for fish, with a phrase beside each command."""
+    """The script for fish, with a description of each command."""
     rows = [_FISH_COMMAND.format(name=c.name, phrase=f'"{c.phrase}"') for c in COMMANDS]
     rows += [_FISH_WORDS.format(name=name, words=words) for name, words in SUBCOMMANDS.items()]
     return "".join(rows)
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the script; the exit code."""
+    """Prints the script; returns the exit code."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
 """List the example configs that come with the package, or copy one to start from.
 
-megalite configs                        their names, with the ranks that each is for and what it shows
+megalite configs                        their names, with the number of ranks and a description
 megalite configs tiny_cpu               print one
 megalite configs tiny_cpu my.json       copy one
 """
@@ -18,11 +18,11 @@ FOLDER = Path(__file__).parents[1] / "ds_configs"
 
 
 def main(arguments: list[str]) -> int:
-    """Lists, prints or copies; the exit code."""
+    """Lists, prints or copies; returns the exit code."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="an example, .json or not")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="an example, with or without .json")
     parser.add_argument("output", nargs="?", metavar="FILE", help="a new file to copy it to")
     options = parser.parse_args(arguments)
     if options.name is None:
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def example(name: str) -> Path:
-    """The file of an example. Raises ConfigError with the nearest name for one that does not exist."""
+    """The file of an example. Raises ConfigError with the nearest name if it does not exist."""
     stem = Path(name).name.removesuffix(".json")
     path = FOLDER / f"{stem}.json"
     if path.is_file():
@@ -52,7 +52,7 @@ def example(name: str) -> Path:
 
 
 def rows() -> dict[str, str]:
-    """Of each example by name: for how many ranks it is, and what it shows (from the table in the folder's README)."""
+    """Number of ranks and description of each example, by name (from the table in the folder's README)."""
     table = (FOLDER / "README.md").read_text(encoding="utf-8")
     found = re.findall(r"^\| `(\w+)\.json` \| (\d+) \| (.*) \|$", table, re.MULTILINE)
     return {name: f"{ranks:>3} ranks: {shows}" for name, ranks, shows in found}

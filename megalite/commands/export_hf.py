@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hugging Face folder; its logits are compared with transformers'."""
+"""Convert a checkpoint to a Hugging Face folder, and compare its logits with transformers'."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=DTYPES, default="float32", help="default: float32, the stored masters"
     )
     parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
+        "--verify", action=argparse.BooleanOptionalAction, help="default: if there is enough memory"
     )
     args = parser.parse_args(argv)
     source = best_checkpoint(args.checkpoint) if args.best else args.checkpoint
@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
     print(f"{args.output}: {compared or 'written; not verified'}")
     if prompts_both_ways(open_weights(Path(args.output)).state):
         print(
-            f"{program_name()}: {args.output}: prompts of this model are seen both ways; transformers' generate reads "
-            "them causally: its texts differ",
+            f"{program_name()}: {args.output}: this model attends to prompts bidirectionally (prefix LM), "
+            "transformers' generate causally: its texts differ",
             file=sys.stderr,
         )
     if next(tokenizer_files(Path(args.output)), None) is None:

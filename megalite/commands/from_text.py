@@ -1,4 +1,4 @@
-"""From text files to a config that one process can train: what `megalite pretrain my.txt` does before training.
+"""From text files to a config that one process can train: the first part of `megalite pretrain my.txt`.
 
     runs/data/NAME-HASH/       named after the text's content, so that a second start finds it and a changed text
         tokenizer/             does not; HASH is of the files, the tokenizer and the options below
@@ -31,11 +31,11 @@ from megalite.inputs import check_links, reading
 
 VALID_SHARE = 0.05
 TOKENIZER, TRAIN, VALID, CONFIG = "tokenizer", "train", "valid", "config.json"
-_VERSION = 1  # of the files made here: with another version everything is made again
+_VERSION = 1  # of the files made here: another version makes everything again
 _BLOCK = 1 << 20
-_MADE = re.compile(r"-[0-9a-f]{12}$")  # ends the name of a folder that is made here
-_BYTE_PIECES = 256 + 3  # of a tokenizer: a piece for each byte, and <unk>, <s>, </s>
-# Of a trained tokenizer by the text's bytes: about one piece for every thousand bytes, in powers of two.
+_MADE = re.compile(r"-[0-9a-f]{12}$")  # end of the name of a folder that is made here
+_BYTE_PIECES = 256 + 3  # a tokenizer's pieces for each byte, and <unk>, <s>, </s>
+# (bytes of text, pieces of its tokenizer): about one piece per thousand bytes, in powers of two.
 _VOCABULARIES = (
     (0, 512),
     (10**6, 1024),
@@ -44,12 +44,12 @@ _VOCABULARIES = (
     (5 * 10**7, 8192),
     (5 * 10**8, 32_000),
 )
-_EPOCHS = 4  # a model this small gains little from seeing its text more often
+_EPOCHS = 4  # a model this small gains little from more
 _LEAST_STEPS = 50
 
 
 class Size(NamedTuple):
-    """A model for texts of at least `tokens` tokens, with what suits it."""
+    """A model for texts of at least `tokens` tokens, with its training settings."""
 
     tokens: int
     hidden: int
@@ -77,8 +77,8 @@ ON_GPU = (
 
 @dataclass(frozen=True)
 class TextRun:
-    """What to train on and where. inputs: text files; tokenizer: a folder, None: one is trained; vocab_size: of that
-    one, None: by the size of the text; valid_share: of the tokens."""
+    """What to train on and where. inputs: text files. tokenizer: a folder; None: train one. vocab_size: of the trained
+    one; None: by the size of the text. valid_share: share of the tokens for validation."""
 
     name: str
     inputs: list[str]
@@ -89,8 +89,8 @@ class TextRun:
 
 
 def find_inputs(paths: list[str], run_dir: Path) -> list[str]:
-    """The text files that paths mean; of a folder all in it whose names end as a text's, without hidden ones and
-    without what training in `run_dir` writes. Raises DataError."""
+    """The text files of some paths; of a folder all files with a text file's ending, without hidden ones and without
+    what training in `run_dir` writes. Raises DataError."""
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -100,11 +100,11 @@ def find_inputs(paths: list[str], run_dir: Path) -> list[str]:
                 if _is_text(file) and not _is_hidden(file, path) and not _is_output(file, run_dir)
             ]
             if not inside:
-                rule = "must hold .txt, .md, .jsonl or .parquet files (.gz or .zst after it)"
+                rule = "must contain .txt, .md, .jsonl or .parquet files (also with .gz or .zst)"
                 raise DataError(f"{path}: {rule}")
             found += inside
         elif not path.exists():
-            raise DataError(f"{path}: no such file: must be a text file or a folder of some")
+            raise DataError(f"{path}: no such file: must be a text file or a folder of text files")
         else:
             kind_of(str(path))
             found.append(str(path))
@@ -116,7 +116,7 @@ def _is_text(path: Path) -> bool:
         kind_of(path.name)
     except DataError:
         return False
-    return path.is_file() and path.suffix != ".json"  # a folder's own settings, most likely
+    return path.is_file() and path.suffix != ".json"  # .json files are most likely settings
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
@@ -124,7 +124,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _is_output(file: Path, run_dir: Path) -> bool:
-    """Whether a start of this run or of its neighbours made it: training again would have other inputs."""
+    """Whether a start of this run or of its neighbours made the file: it would change the inputs of a second start."""
     path, run, data = file.resolve(), run_dir.resolve(), data_folder(run_dir).resolve()
     if path.is_relative_to(run):
         return True
@@ -132,18 +132,18 @@ def _is_output(file: Path, run_dir: Path) -> bool:
 
 
 def data_folder(run_dir: Path) -> Path:
-    """Where the tokenizers and corpora of a run are made, each text's in a folder of its own."""
+    """The folder of the tokenizers and corpora of a run, with one subfolder per text."""
     return run_dir.parent / "data"
 
 
 def prepare_text(run: TextRun) -> tuple[Path, bool]:
-    """The folder with tokenizer, corpora and config, and whether it was there already. Raises DataError."""
+    """The folder with tokenizer, corpora and config, and whether it already existed. Raises DataError."""
     with reading(run.inputs[0], DataError):
         digest = _digest(run)
         folder = data_folder(run.run_dir) / f"{run.name}-{digest[:12]}"
         if (folder / CONFIG).exists():
             return folder, True
-        shutil.rmtree(folder, ignore_errors=True)  # its config is missing, so it is not whole
+        shutil.rmtree(folder, ignore_errors=True)  # its config is missing, so it is incomplete
         with appearing(folder, DataError) as partial:
             partial.mkdir()
             _fill(run, partial)
@@ -153,7 +153,7 @@ def prepare_text(run: TextRun) -> tuple[Path, bool]:
 
 
 def _digest(run: TextRun) -> str:
-    """Of everything that the corpora depend on."""
+    """A hash of everything on which the corpora depend."""
     options = (_VERSION, str(run.run_dir), run.vocab_size, run.valid_share, machine_has_gpu())
     whole = hashlib.sha256(repr(options).encode())
     files = [Path(name) for name in run.inputs]
@@ -175,7 +175,7 @@ def _digest(run: TextRun) -> str:
 
 
 def _fill(run: TextRun, folder: Path) -> None:
-    """The tokenizer and both corpora."""
+    """Makes the tokenizer and both corpora."""
     tokenizer = folder / TOKENIZER
     if run.tokenizer is not None:
         load_tokenizer(run.tokenizer)  # so that an error names this path, not the copy
@@ -200,7 +200,8 @@ def _fill(run: TextRun, folder: Path) -> None:
 
 
 def _train_tokenizer(run: TextRun, folder: Path) -> None:
-    """Of the given size; else of one by the size of the text, or fewer pieces where its lines are much alike."""
+    """Trains a tokenizer of the given size, otherwise of a size for the text, or smaller if its lines are too
+    repetitive."""
     size = run.vocab_size or vocabulary_for(run.inputs)
     try:
         train_tokenizer(run.inputs, size, "bpe", folder)
@@ -211,7 +212,7 @@ def _train_tokenizer(run: TextRun, folder: Path) -> None:
 
 
 def vocabulary_for(inputs: list[str]) -> int:
-    """Pieces of a tokenizer for these texts: by their size, with room for all their characters."""
+    """Vocabulary size for these texts: by their size, with room for all their characters."""
     size, characters = 0, set[str]()
     for text in read_texts(inputs):
         size += len(text.encode())
@@ -222,18 +223,18 @@ def vocabulary_for(inputs: list[str]) -> int:
 
 
 def size_for(tokens: int, gpu: bool) -> Size:
-    """The model for a text of so many tokens."""
+    """The model for a text of `tokens` tokens."""
     return next(size for size in reversed(ON_GPU if gpu else ON_CPU) if tokens >= size.tokens)
 
 
 def choose_config(run: TextRun, partial: Path, folder: Path) -> dict[str, Any]:
-    """The config for corpora in `partial`, which will be `folder`. Raises DataError where the text is too short."""
+    """The config for corpora in `partial`, which will be `folder`. Raises DataError if the text is too short."""
     tokens = {name: IndexedCorpus(partial / name).num_tokens for name in (TRAIN, VALID)}
     size = size_for(tokens[TRAIN], machine_has_gpu())
     for name, count in tokens.items():
         if count <= size.sequence:
             raise DataError(
-                f"{run.inputs[0]}: gives {count} tokens for {name}: must be more than a sample's {size.sequence}"
+                f"{run.inputs[0]}: has {count} tokens for {name}: must have more than a sample's {size.sequence}"
             )
     batch = size.micro_batch * size.accumulation
     steps = _EPOCHS * tokens[TRAIN] // (batch * size.sequence)

@@ -1,4 +1,4 @@
-"""Turn a Hugging Face folder into a checkpoint that any layout loads; its logits are compared with transformers'."""
+"""Convert a Hugging Face folder to a checkpoint that any layout loads, and compare its logits with transformers'."""
 
 import argparse
 
@@ -16,13 +16,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--output", required=True, metavar="CHECKPOINT", help="a new folder")
     parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, help="default: where memory is enough"
+        "--verify", action=argparse.BooleanOptionalAction, help="default: if there is enough memory"
     )
     parser.add_argument(
         "--experts",
         type=at_least(1),
         metavar="N",
-        help="make a model with N experts in each layer of a dense one (llama, mistral, qwen3)",
+        help="turn a dense model (llama, mistral, qwen3) into one with N experts per layer",
     )
     parser.add_argument(
         "--experts-per-token", type=at_least(1), metavar="K", help="with --experts; default: 2"

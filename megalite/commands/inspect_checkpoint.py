@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds and which layout wrote it; with --verify also whether every byte of it is whole."""
+"""Show the contents of a checkpoint and the layout that wrote it; with --verify also check that no byte is damaged."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     """The program; returns its exit code."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest"
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder for its newest one"
     )
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
     parser.add_argument("--tensors", action="store_true", help="list every weight")
@@ -29,5 +29,5 @@ def main(argv: list[str]) -> int:
         print(line)
     if options.verify:
         verify(folder)
-        print("  whole: every file has its SHA-256")
+        print("  whole: every file matches its SHA-256")
     return 0

@@ -1,4 +1,4 @@
-"""Show what is in indexed corpora, check them, and say what a blend of them takes from each."""
+"""Show and check indexed corpora, and show what a blend takes from each."""
 
 import argparse
 import os

@@ -31,7 +31,7 @@ def run(command: Command, arguments: list[str]) -> None:
     """Imports a command's program and runs it under the command's name, as a script of launcher/ or tools/ would."""
     from megalite.ranks.program import run_program
 
-    sys.argv = [f"megalite {command.name}", *arguments]  # usage and error lines begin with its name
+    sys.argv = [f"megalite {command.name}", *arguments]  # the start of usage and error lines
 
     def program(words: list[str]) -> int:
         return getattr(importlib.import_module(command.module), command.function)(words)
@@ -40,7 +40,7 @@ def run(command: Command, arguments: list[str]) -> None:
 
 
 def usage() -> str:
-    """The list of commands, a phrase each."""
+    """The list of commands, with a description of each."""
     width = max(len(command.name) for command in COMMANDS)
     rows = [f"  {command.name:{width}}  {command.phrase}" for command in COMMANDS]
     lines = [
@@ -57,7 +57,7 @@ def usage() -> str:
 
 
 def unknown_command(name: str) -> str:
-    """The line about a command that does not exist, with the nearest one that does."""
+    """The line about an unknown command, with the nearest known one."""
     near = difflib.get_close_matches(name.lower(), [command.name for command in COMMANDS], 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{name[:80]!r}: unknown command{hint} (megalite --help lists them)"

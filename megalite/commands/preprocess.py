@@ -15,18 +15,20 @@ from megalite.ranks.arguments import ArgumentParser, at_least
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    files = ".jsonl or .txt, .gz or .zst after it; .parquet; - for standard input"
+    files = ".jsonl or .txt, also with .gz or .zst; .parquet; - for standard input"
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
     parser.add_argument(
         "--text-key", default="text", help="key or column that holds the text (default: text)"
     )
     parser.add_argument(
-        "--format", choices=("jsonl", "txt", "parquet"), help="of inputs whose names do not say it"
+        "--format",
+        choices=("jsonl", "txt", "parquet"),
+        help="format of inputs whose names do not tell",
     )
     parser.add_argument(
         "--blank-lines",
         action="store_true",
-        help="blank lines part the documents of a .txt; otherwise it is one",
+        help="blank lines separate the documents of a .txt; otherwise it is one document",
     )
     parser.add_argument(
         "--chat",
@@ -47,22 +49,26 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--label-key",
         metavar="KEY",
-        help="of each text's label, for classification (with --classes)",
+        help="key of each text's label, for classification (with --classes)",
     )
     parser.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="the labels, in an order to keep"
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="the labels; their order must not change later",
     )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
         "--workers", type=at_least(1), default=1, metavar="N", help="processes that tokenize"
     )
     parser.add_argument(
-        "--append-eod", action="store_true", help="end each document by the end-of-sequence token"
+        "--append-eod", action="store_true", help="end each document with the end-of-sequence token"
     )
     parser.add_argument(
-        "--cls-sep", action="store_true", help="for encoders: begin by [CLS], end by [SEP]"
+        "--cls-sep", action="store_true", help="for encoders: start with [CLS], end with [SEP]"
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad line instead of counting it"

@@ -1,11 +1,11 @@
 """Train a model.
 
 megalite pretrain --deepspeed_config FILE [KEY=VALUE …]
-    a run as a JSON config says, on the ranks that a launcher starts, or on one process without
+    train as in a JSON config, on the ranks that a launcher starts, or in one process without a launcher
 
 megalite pretrain my.txt [KEY=VALUE …]
-    straight from text: trains a tokenizer, tokenizes, splits 5 % off for validation, chooses a small model, trains it
-    in one process and shows samples. Prints the config that it chose, to be edited and run again.
+    train directly from text: train a tokenizer, tokenize, set 5 % aside for validation, choose a small model, train it
+    in one process and show samples. Prints the chosen config, to be edited and run again.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _SAMPLE_TOKENS = 80
 
 
 def main(arguments: list[str]) -> int:
-    """Trains from a config or from text; the exit code."""
+    """Trains from a config or from text; returns the exit code."""
     if any(word.partition("=")[0] == "--deepspeed_config" for word in arguments):
         return pretrain.main(arguments)
     try:
@@ -77,33 +77,31 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "words",
         nargs="*",
         metavar="TEXT|KEY=VALUE",
-        help="text files or folders of some; a dotted path into the JSON and its value",
+        help="text files or folders of text files; a dotted path into the JSON and its value",
     )
-    parser.add_argument(
-        "--deepspeed_config", metavar="FILE", help="the JSON that says what a run is"
-    )
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="the run's JSON config")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="validate config and data, print the JSON, start nothing",
+        help="validate config and data, print the resolved JSON and exit",
     )
     parser.add_argument(
-        "--world-size", type=at_least(1), metavar="N", help="with --check: for so many ranks"
+        "--world-size", type=at_least(1), metavar="N", help="with --check: number of ranks"
     )
     text = parser.add_argument_group("from text")
-    text.add_argument("--tokenizer", metavar="FOLDER", help="in place of one trained on the text")
+    text.add_argument("--tokenizer", metavar="FOLDER", help="use this one instead of training one")
     text.add_argument(
         "--vocab-size",
         type=at_least(1),
         metavar="N",
-        help="of the tokenizer (default: by the text)",
+        help="of the tokenizer (default: by the size of the text)",
     )
     text.add_argument(
         "--valid-share",
         type=share,
         default=VALID_SHARE,
         metavar="X",
-        help=f"of the tokens, for validation (default: {VALID_SHARE})",
+        help=f"share of the tokens for validation (default: {VALID_SHARE})",
     )
     text.add_argument("--run-dir", metavar="FOLDER", help="default: runs/NAME of the text")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -141,7 +139,7 @@ def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[st
 
 
 def _with_shorter_warmup(path: Path, overrides: list[str]) -> list[str]:
-    """The overrides, and one more where they leave fewer steps than the chosen config warms up for. ConfigError where
+    """The overrides, and one more if they leave fewer steps than the chosen config's warm-up. Raises ConfigError if
     they do not fit a config."""
     document = apply_overrides(read_json(path), overrides)
     steps = value_at(document, "megalite", "train", "steps")
@@ -153,14 +151,14 @@ def _with_shorter_warmup(path: Path, overrides: list[str]) -> list[str]:
 
 
 def _corpora(folder: Path) -> str:
-    """Tokens of both corpora, and the tokenizer's pieces, in words."""
+    """Tokens of both corpora and the tokenizer's pieces, as text."""
     counts = [IndexedCorpus(folder / name).num_tokens for name in (TRAIN, VALID)]
     pieces = load_tokenizer(folder / "tokenizer").vocabulary_size
     return f"{counts[0]:,} tokens to train on, {counts[1]:,} for validation, {pieces:,} pieces"
 
 
 def _show_samples(run_dir: Path, folder: Path) -> None:
-    """Prints continuations of beginnings from the validation text, and keeps them in the run folder."""
+    """Prints continuations of prompts from the validation text, and saves them in the run folder."""
     from megalite.api import load
 
     model = load(run_dir)
@@ -176,7 +174,7 @@ def _show_samples(run_dir: Path, folder: Path) -> None:
         count = _SAMPLE_TOKENS if most is None else min(_SAMPLE_TOKENS, most - used)
         try:
             text = model.generate(prompt, max_new_tokens=count, temperature=0.8, top_k=50)
-        except MegaliteError as error:  # the training is done, and is not undone by this
+        except MegaliteError as error:  # training is done; this must not fail it
             _tell(f"no sample: {error}")
             continue
         lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Every command of `megalite`, a row each. To add one, add a row: help, completion and typos follow from it.
+"""Every command of `megalite`, one row each. To add one, add a row: help, completion and suggestions use it.
 
 A program is `main(arguments) -> exit code`, and its module is imported only when the command runs.
 """
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """name: as typed; phrase: for the list of commands; module, function: the program's main; resumes: whether the same
-    command continues an interrupted run."""
+    """name: as typed. phrase: for the list of commands. module, function: the program's main. resumes: whether the same
+    command resumes an interrupted run."""
 
     name: str
     phrase: str
@@ -55,7 +55,7 @@ COMMANDS = (
     ),
     Command(
         "dry-run",
-        "try a run of many ranks on one process, without a GPU",
+        "try a run of many ranks in one process, without a GPU",
         "megalite.prove.dry_run_program",
     ),
     Command(

@@ -1,4 +1,4 @@
-"""Train a tokenizer on text files: a folder that transformers and megalite read alike, and sentencepiece too but for
+"""Train a tokenizer on text files. transformers and megalite both read the folder, and sentencepiece too, except for
 wordpiece, which is for encoders and has [CLS], [SEP], [MASK] and [PAD]."""
 
 import argparse
@@ -27,19 +27,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         type=at_least(1),
         required=True,
         metavar="N",
-        help="tokens, special ones too",
+        help="number of tokens, including special ones",
     )
     parser.add_argument("--model-type", choices=("bpe", "unigram", "wordpiece"), default="bpe")
     parser.add_argument(
         "--lowercase",
         action="store_true",
-        help="of wordpiece: fold case and accents, as uncased BERT",
+        help="for wordpiece: fold case and accents, as in uncased BERT",
     )
     parser.add_argument(
         "--max-sentences",
         type=at_least(1),
         metavar="N",
-        help=f"of bpe and unigram: lines trained on, sampled evenly ({MAX_SENTENCES:,})",
+        help=f"for bpe and unigram: lines to train on, sampled evenly ({MAX_SENTENCES:,})",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""The rank's side of the doctor: an all-reduce on each axis of the grid, and messages both ways on the pipe axis, with
-their rates. For GPUs that plan/devices.py lists and for calibrated machines it also prints an all-reduce's share of the
-known rate, and exits with 1 if an axis is slow.
+"""The doctor's program on each rank: an all-reduce on each axis of the grid, and messages in both directions on the
+pipe axis, with their rates. For GPUs that plan/devices.py lists and for calibrated machines it also prints an
+all-reduce's share of the known rate, and exits with 1 if an axis is slow.
 
 python axes.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
 """
@@ -16,20 +16,21 @@ from megalite.ranks.launch import start_ranks, stop_ranks
 from megalite.ranks.program import run_program
 
 MIB = 2**20
-REDUCED = {"cpu": 16}  # MiB that are summed, by type of device
+REDUCED = {"cpu": 16}  # MiB per all-reduce, by type of device
 REDUCED_ON_DEVICES = 256
 SENT = {"cpu": 4}  # MiB between neighbours on the pipe axis
-SENT_ON_DEVICES = 128  # more than NCCL buffers: only a receive that is there lets them pass
+SENT_ON_DEVICES = 128  # more than NCCL buffers: they only pass once a receive is posted
 REPEATS = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a line for each axis; 1 where one is far slower than it is known for (collective)."""
+    """Prints a line for each axis; returns 1 if one is far slower than its known rate (collective)."""
     here, _ = start_ranks(lambda thorough: None)
     from megalite.parallel.grid import Grid
     from megalite.ranks.accelerator import use_accelerator
 
-    words = [word for word in arguments if not word.startswith("--local_rank")]  # a launcher's
+    # Added by a launcher.
+    words = [word for word in arguments if not word.startswith("--local_rank")]
     pipe, tensor, context, expert = map(int, words[:4])
     grid = Grid.build(pipe, tensor, context, expert)
     kind = use_accelerator().device_name()
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def known_device(calibration: list[str], kind: str, local_size: int) -> Any:
-    """The device's figures: those of the calibration's file, else of the GPU by its name; None for others."""
+    """The device's figures: from the calibration file, else by the GPU's name; None if unknown."""
     import torch
 
     from megalite.plan.devices import device_called, read_device
@@ -59,7 +60,7 @@ def known_device(calibration: list[str], kind: str, local_size: int) -> Any:
 
 
 def all_reduces(grid: Any, kind: str, known: Any) -> Iterator[tuple[str, bool]]:
-    """For each axis of several ranks a line, and whether it is slow (collective)."""
+    """For each axis of several ranks: a line, and whether it is slow (collective)."""
     import torch
     import torch.distributed as dist
 
@@ -84,7 +85,7 @@ def all_reduces(grid: Any, kind: str, known: Any) -> Iterator[tuple[str, bool]]:
 
 
 def neighbours(grid: Any, kind: str) -> Iterator[tuple[str, bool]]:
-    """A line about messages on the pipe axis, where it has several ranks (collective)."""
+    """A line about messages on the pipe axis, if it has several ranks (collective)."""
     import torch
 
     if grid.pipe.size == 1:
@@ -92,12 +93,12 @@ def neighbours(grid: Any, kind: str) -> Iterator[tuple[str, bool]]:
     sent = SENT.get(kind, SENT_ON_DEVICES)
     given = torch.ones(sent * MIB // 4, device=kind)
     seconds = seconds_of(lambda: exchange(grid.pipe, given), kind)
-    what = f"{sent} MiB between neighbours, both ways at once,"
+    what = f"{sent} MiB between neighbours, both directions at once,"
     yield f"pipe axis, {grid.pipe.size} ranks: {what} {rate(seconds, given.nbytes)}", False
 
 
 def seconds_of(work: Callable[[], Any], kind: str) -> float:
-    """Of the slowest rank, after one to begin with (collective)."""
+    """Seconds of the slowest rank, after a warm-up (collective)."""
     import torch
     import torch.distributed as dist
 
@@ -114,15 +115,14 @@ def seconds_of(work: Callable[[], Any], kind: str) -> float:
 
 
 def rate(seconds: float, sent_bytes: float) -> str:
-    """For people. sent_bytes: by a rank, each way."""
-    return f"in {1e3 * seconds:.0f} ms, {sent_bytes / seconds / 1e9:.2f} GB/s each way a rank"
+    """The rate as text. sent_bytes: per rank and direction."""
+    return f"in {1e3 * seconds:.0f} ms, {sent_bytes / seconds / 1e9:.2f} GB/s each way per rank"
 
 
 def exchange(axis: Any, given: Any) -> list[Any]:
-    """What the neighbours on the pipe axis send, lower first, to whom this rank sends `given`: all messages are on
-    their way at once, each direction on its own group (Axis.towards).
-
-    One direction is sent after the other: with NCCL the first message of two ranks on a group waits for both.
+    """Sends `given` to both neighbours on the pipe axis and returns what they send, the lower one's first. All messages
+    are in flight at once, each direction on its own group (Axis.towards). The directions are posted one after the
+    other: with NCCL the first message of two ranks on a group waits for both.
     """
     import torch
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""`tools/doctor.py`: looks at the hosts of a run before it starts.
+"""`tools/doctor.py`: checks the hosts of a run before it starts.
 
 python tools/doctor.py --hostfile FILE [--deepspeed_config FILE [KEY=VALUE …]]
 """
@@ -29,8 +29,9 @@ PORT = 29500  # DeepSpeed's
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a line for each finding; 0: none, 1: some. Raises UserError for the user's own mistakes."""
-    parser = ArgumentParser(description="Look at the hosts of a run before it starts.")
+    """Prints a line for each finding; returns 0 if there are none, otherwise 1. Raises UserError for the user's
+    mistakes."""
+    parser = ArgumentParser(description="Check the hosts of a run before it starts.")
     parser.add_argument("-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N")
     parser.add_argument(
         "--num_gpus",
@@ -41,17 +42,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--deepspeed_config",
         metavar="FILE",
-        help="the JSON of the run: its files and grid are tried",
+        help="the run's JSON config: its files and grid are checked",
     )
     parser.add_argument(
         "--master_port",
         type=at_least(1, MOST_PORT),
         default=PORT,
         metavar="P",
-        help=f"the run's ({PORT})",
+        help=f"the run's port ({PORT})",
     )
     parser.add_argument(
-        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="of sshd on the hosts"
+        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="sshd's port on the hosts"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
@@ -70,9 +71,13 @@ def main(arguments: list[str]) -> int:
     for line in _lines(options, slots, config):
         print(line, flush=True)
         count += 1
-    found = f"{count} findings" if count else "all well"
-    print(f"{len(slots)} hosts, {sum(slots.values())} ranks: {found}")
+    hosts, ranks = _counted(len(slots), "host"), _counted(sum(slots.values()), "rank")
+    print(f"{hosts}, {ranks}: {_counted(count, 'finding') if count else 'all well'}")
     return 1 if count else 0
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _config(path: str | None, overrides: list[str], world_size: int) -> Config | None:
@@ -86,7 +91,7 @@ def _config(path: str | None, overrides: list[str], world_size: int) -> Config |
 
 
 def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Iterator[str]:
-    """Findings, one after another."""
+    """The findings."""
     folders = [] if config is None else [config.train.run_dir]
     paths = _paths(options.deepspeed_config, config)
     wanted = {"paths": paths, "folders": folders, "port": options.master_port}
@@ -108,14 +113,14 @@ def _lines(options: Any, slots: dict[str, int], config: Config | None) -> Iterat
     line = crossing_hosts(hosts, parallel.tensor)
     if line is not None:
         yield line
-    # Ranks would not meet without a host, or without the first one's port.
+    # Ranks cannot connect without a host, or without the first one's port.
     if not failed and next(iter(answered.values()))["port_free"]:
         yield from _try_axes(options, slots, config, parallel)
 
 
 def _checkpoint_bytes(config: Config | None) -> int:
-    """Of all checkpoints that a run keeps at a time: weights and two moments in fp32. One more than `keep_checkpoints`
-    exists while another is written."""
+    """Bytes of all checkpoints that a run keeps at a time: weights and two moments in fp32. There is one more than
+    `keep_checkpoints` while another is being written."""
     if config is None:
         return 0
     kept = (config.train.keep_checkpoints or 1) + 1
@@ -125,7 +130,7 @@ def _checkpoint_bytes(config: Config | None) -> int:
 def _try_axes(
     options: Any, slots: dict[str, int], config: Config | None, parallel: Parallel
 ) -> Iterator[str]:
-    """A finding where a collective of each axis fails."""
+    """Runs axes.py on all ranks; a finding if it fails."""
     axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
     words = [axes.__file__, *map(str, axes_sizes)]
     if config is not None and config.train.calibration is not None:
@@ -147,7 +152,7 @@ def _try_axes(
 
 
 def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any] | str:
-    """What a host says of itself, with `clock_error`; or why it says nothing."""
+    """A host's probe, with `clock_error`; or the reason why there is none."""
     words = python_module("megalite.doctor.probe", json.dumps(wanted))
     command = words if host == THIS else ssh(host, words, port)
     before = time.time()
@@ -156,15 +161,15 @@ def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any
             command, capture_output=True, text=True, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return f"nothing within {PROBE_SECONDS} s"
+        return f"no output within {PROBE_SECONDS} s"
     after = time.time()
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     try:
         seen = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return "what it said was not the probe's"
-    # Its clock lies between, as far as this one can tell.
+        return "its output is not the probe's"
+    # Its clock was read between `before` and `after`.
     early = seen["time"] - after
     late = seen["time"] - before
     error = max(early, 0.0) or min(late, 0.0)
@@ -173,7 +178,7 @@ def _probe(host: str, wanted: dict[str, Any], port: int | None) -> dict[str, Any
 
 
 def _paths(config_path: str | None, config: Config | None) -> list[str]:
-    """Files that every host must see alike."""
+    """Files that must be the same on every host."""
     if config is None or config_path is None:
         return []
     paths = [config_path]

@@ -1,4 +1,5 @@
-"""What is wrong between hosts, a line each that says what to do. Plain functions of what the probes say (probe.py)."""
+"""Problems and differences between hosts, one line each that says what to do. Pure functions of the probes
+(probe.py)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,18 +7,19 @@ from typing import Any
 from megalite.doctor.gpus import gpu_findings
 
 CLOCK_SECONDS = 2.0
-RANK_BYTES = 2**30  # of memory: torch, DeepSpeed and buffers take some 0.5 GiB before any model
+# Memory per rank: torch, DeepSpeed and buffers take about 0.5 GiB without a model.
+RANK_BYTES = 2**30
 GIB = 2**30
 
 
 def findings(
     probes: dict[str, dict[str, Any]], slots: dict[str, int], port: int, checkpoint_bytes: int
 ) -> Iterator[str]:
-    """probes: by host, the first host's first, each with `clock_error`, seconds that its clock is ahead of this one's
-    at least; checkpoint_bytes: that the checkpoints of the run will take, 0 where that is not known."""
+    """The findings. probes: by host, the first host's first, each with `clock_error`, the least seconds by which its
+    clock is ahead of this one's. checkpoint_bytes: of the run's checkpoints; 0 if not known."""
     first, reference = next(iter(probes.items()))
     if not reference["port_free"]:
-        yield f"{first}: port {port} is taken: give another one: --master_port N"
+        yield f"{first}: port {port} is in use: choose another one with --master_port N"
     for host, seen in probes.items():
         for name, version in seen["versions"].items():
             if version == "none":
@@ -41,11 +43,11 @@ def _file_findings(
         if facts is None:
             yield f"{host}: {path}: cannot be read: put it on a file system that every host mounts, or copy it"
         elif wanted is not None and facts != wanted:
-            names = ("size", "time of change", "content")
+            names = ("size", "modification time", "content")
             what = ", ".join(
                 name for name, a, b in zip(names, facts, wanted, strict=True) if a != b
             )
-            yield f"{host}: {path}: another {what} than on {first}: copy it again, with rsync -a"
+            yield f"{host}: {path}: other {what} than on {first}: copy it again, with rsync -a"
 
 
 def _room_findings(
@@ -55,10 +57,11 @@ def _room_findings(
         free = f"{seen['memory'] / GIB:.1f} GiB"
         yield f"{host}: {free} of memory are free for {slots} ranks: less than 1 GiB each: free some, or lower slots"
     if seen["gpus"] and slots > seen["gpus"]:
-        yield f"{host}: slots={slots}: it has {seen['gpus']} GPUs: a rank takes one"
+        count = "1 GPU" if seen["gpus"] == 1 else f"{seen['gpus']} GPUs"
+        yield f"{host}: slots={slots}: it has {count}: each rank needs one"
     for folder, free in seen["disks"].items():
         if free < checkpoint_bytes:
             yield (
-                f"{host}: {folder}: {free / GIB:.1f} GiB are free, or it cannot be written: checkpoints take "
-                f"{checkpoint_bytes / GIB:.1f} GiB: make room, or lower megalite.train.keep_checkpoints"
+                f"{host}: {folder}: {free / GIB:.1f} GiB are free, or it is not writable: checkpoints need "
+                f"{checkpoint_bytes / GIB:.1f} GiB: free space, or lower megalite.train.keep_checkpoints"
             )

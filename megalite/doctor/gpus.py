@@ -1,5 +1,4 @@
-"""What nvidia-smi says of a host's GPUs, and what is wrong with it. Plain text and values: a host without a GPU has
-none of it. Used by probe.py and findings.py."""
+"""Facts about a host's GPUs from nvidia-smi, and findings about them. Used by probe.py and findings.py."""
 
 import shutil
 import subprocess
@@ -13,19 +12,17 @@ FIELDS = {
     "used": "memory.used",
     "errors": "ecc.errors.uncorrected.volatile.total",
 }
-"""Ours, and nvidia-smi's; memory in MiB."""
-SECONDS = 30.0  # a driver that is broken may not answer at all
-LEAST_USED = (
-    1024  # MiB on a GPU, from which on another process is likely: a driver keeps some hundreds
-)
+"""Our names and nvidia-smi's; memory in MiB."""
+SECONDS = 30.0  # a broken driver may never answer
+LEAST_USED = 1024  # MiB used on a GPU that suggest another process; a driver uses some hundreds
 GPU = dict[str, str]
 
 
 def facts() -> list[GPU] | str:
-    """Of this host's GPUs by `FIELDS`, in their order; or why nvidia-smi tells nothing."""
+    """Facts about this host's GPUs by `FIELDS`, in order; or why nvidia-smi gives none."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return "nvidia-smi is not there"
+        return "nvidia-smi not found"
     query = [program, f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=SECONDS)
@@ -45,7 +42,7 @@ def line(gpus: list[GPU]) -> str:
 
 
 def gpu_findings(host: str, seen: Any, first: str, reference: Any) -> Iterator[str]:
-    """seen, reference: as `facts`, of a host and of the first one."""
+    """Findings about a host's GPUs. seen, reference: `facts` of the host and of the first one."""
     if isinstance(seen, str):
         yield f"{host}: {seen}: check the driver of its GPUs"
         return
@@ -53,6 +50,6 @@ def gpu_findings(host: str, seen: Any, first: str, reference: Any) -> Iterator[s
         yield f"{host}: {line(seen)}; on {first} {line(reference)}: a step is as fast as the slowest GPU"
     for number, gpu in enumerate(seen):
         if gpu["errors"].isdecimal() and int(gpu["errors"]):
-            yield f"{host}: GPU {number}: {gpu['errors']} uncorrected memory errors: reset it, or take it out"
+            yield f"{host}: GPU {number}: {gpu['errors']} uncorrected memory errors: reset or replace it"
         if gpu["used"].isdecimal() and int(gpu["used"]) >= LEAST_USED:
             yield f"{host}: GPU {number}: {gpu['used']} MiB are in use: end the process that holds them"

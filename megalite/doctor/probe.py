@@ -1,8 +1,8 @@
-"""What one host is and sees, as a JSON object on standard output.
+"""Facts about one host, as a JSON object on standard output.
 
     python -m megalite.doctor.probe '{"paths": [FILE, …], "folders": [FOLDER, …], "port": 29500}'
 
-Imports neither torch nor deepspeed, so that a host where they are broken answers too. Next: findings.py.
+Imports neither torch nor deepspeed, so that a host on which they are broken answers too. Next: findings.py.
 """
 
 import glob
@@ -22,12 +22,12 @@ import megalite
 from megalite.doctor.gpus import facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
-# Of a file's beginning; with its size and time that tells one file from another.
+# Hashed at the start of a file; with size and time this identifies a file.
 HASHED_BYTES = 2**20
 
 
 def probe(wanted: dict[str, Any]) -> dict[str, Any]:
-    """See the module; memory and disks in bytes, time in seconds."""
+    """The facts; memory and disks in bytes, time in seconds."""
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     return {
         "name": socket.gethostname(),
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def _sources() -> str:
-    """A hash of megalite's own files: it may be installed, or a checkout."""
+    """A hash of megalite's source files, which may be installed or a checkout."""
     root, total = Path(megalite.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         total.update(str(path.relative_to(root)).encode() + path.read_bytes())
@@ -60,7 +60,7 @@ def _sources() -> str:
 
 
 def _file(path: Path) -> list[Any] | None:
-    """[bytes, time of the last change, hash of the beginning]; None where it cannot be read."""
+    """[bytes, modification time, hash of the start]; None if it cannot be read."""
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
@@ -75,7 +75,7 @@ def _file(path: Path) -> list[Any] | None:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store has it
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
             probe.bind(("", port))
         except OSError:
@@ -89,7 +89,7 @@ def _available_memory() -> int:
 
 
 def _free_disk(folder: Path) -> int:
-    """Of the file system on which the folder is, or will be."""
+    """Free bytes of the folder's file system; 0 if it is not writable."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free if os.access(existing, os.W_OK) else 0

@@ -1,6 +1,6 @@
-"""From a resolved config to a DeepSpeed engine around this rank's stage: the one place that starts DeepSpeed.
+"""Builds a DeepSpeed engine around this rank's stage from a resolved config: the only place that starts DeepSpeed.
 
-What the engine really runs with is read back and compared with what was asked. Next: loop.py.
+The settings that the engine really uses are read back and compared with the config. Next: loop.py.
 """
 
 import copy
@@ -62,10 +62,10 @@ def _empty_stage(config: Config, spec: TransformerSpec, grid: Grid) -> Stage:
 def build_engine(
     config: Config, spec: TransformerSpec, grid: Grid, draws_weights: bool = True
 ) -> Engine:
-    """An engine with freshly initialised weights (collective over the world). draws_weights: False where they will come
+    """An engine with freshly initialised weights (collective over the world). draws_weights: False if they will come
     from a checkpoint: the matrices are then 0.
 
-    Raises ConfigError where DeepSpeed runs with another value than the config says.
+    Raises ConfigError if DeepSpeed runs with another value than the config's.
     """
     with torch.device("meta"):
         stage = _empty_stage(config, spec, grid).mark()
@@ -113,7 +113,7 @@ def build_pipeline(engine: Engine, config: Config, spec: TransformerSpec) -> Pip
 
 
 def compare_with_asked(engine: Any, config: Config) -> None:
-    """Holds what the engine says that it uses against the config. ConfigError names the first difference."""
+    """Compares the engine's settings with the config. Raises ConfigError for the first difference."""
     accumulation = torch.float32
     model_dtype, gradient_dtype = engine.get_data_types()
     lr = engine.basic_optimizer.param_groups[0]["lr"]
@@ -142,32 +142,32 @@ def compare_with_asked(engine: Any, config: Config) -> None:
 
 
 class LearningRate:
-    """The learning rate of each step: megalite's own schedule as a function of the position, or DeepSpeed's object.
-    A parameter group's is a multiple of it."""
+    """The learning rate of each step: megalite's schedule as a function of the position, or DeepSpeed's scheduler. The
+    rate of a parameter group is a multiple of it."""
 
     def __init__(self, engine: Engine, config: Config) -> None:
         self.engine, self.schedule = engine, config.schedule
         self.plan, self.length = config.batch_plan, config.data.sequence_length
         self.highest = config.optimizer.params.lr
         basic: Any = engine.basic_optimizer
-        moved = ("lr", "betas")  # by DeepSpeed's schedulers
+        moved = ("lr", "betas")  # DeepSpeed's schedulers change these
         self.first = [
             {name: group[name] for name in moved if name in group} for group in basic.param_groups
         ]
 
     def start_at(self, step: int) -> None:
-        """Puts DeepSpeed's scheduler, where there is one, to where `step` steps leave it."""
+        """Sets DeepSpeed's scheduler, if there is one, to its state after `step` steps."""
         scheduler: Any = self.engine.lr_scheduler
         if self.schedule is None and scheduler.last_batch_iteration != step - 1:
             if step > 0:
                 scheduler.step(step - 1)
-            else:  # gone back to the start
+            else:  # rewound to the start
                 scheduler.last_batch_iteration = -1
                 for group, first in zip(scheduler.optimizer.param_groups, self.first, strict=True):
                     group.update(first)
 
     def set(self, position: Position) -> float:
-        """Sets the rate of the optimizer step that begins at a position and returns it."""
+        """Sets and returns the learning rate of the optimizer step that starts at a position."""
         groups = self.engine.optimizer.param_groups  # type: ignore[union-attr]
         if self.schedule is None:
             return groups[0]["lr"]

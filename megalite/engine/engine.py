@@ -1,6 +1,6 @@
-"""DeepSpeed's engine around one stage of the model, with our optimizers (zero.py, zero3.py); ZeRO-0 is its plain fp32
-path with the same norm and tied sums. `Engine.shards` tells what a rank holds of masters and moments, the same way for
-every stage of ZeRO. Next: pipeline/, which drives the engine.
+"""DeepSpeed's engine around one stage of the model, with our optimizers (zero.py, zero3.py). ZeRO-0 is its plain fp32
+path with the same norm and tied sums. `Engine.shards` gives a rank's masters and moments in the same form for every
+ZeRO stage. Next: pipeline/, which drives the engine.
 """
 
 import math
@@ -26,7 +26,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Shard, placed
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Fields of DeepSpeed's DynamicLossScaler that change with the steps."""
+"""Fields of DeepSpeed's DynamicLossScaler that change during training."""
 
 
 class Engine(DeepSpeedEngine):
@@ -34,9 +34,10 @@ class Engine(DeepSpeedEngine):
 
     _highest_gradients: int | None = None
     router_bias: RouterBias | None = None
-    """Of a model with experts."""
+    """Set if the model has experts."""
     update_waits_for: Any = None
-    """Event after a checkpoint's copies. The next update, which changes what is copied, waits for it on the device."""
+    """Event recorded after a checkpoint's copies. The next update, which overwrites their source, waits for it on the
+    device."""
 
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
@@ -50,12 +51,12 @@ class Engine(DeepSpeedEngine):
                 self.make_moments(0)
 
     def _broadcast_model(self) -> None:
-        """Called by DeepSpeed's constructor: the ranks of a data axis have the same weights already."""
+        """Called by DeepSpeed's constructor. Does nothing: the ranks of a data axis already have the same weights."""
 
     def _configure_distributed_model(self, model: Any) -> None:
-        """DeepSpeed shards and reduces experts over groups of its own, which it makes with its own layers. Ours are put
-        where it reads them: with parameters marked (Stage.mark) and a parameter group for them that is all of
-        its path for experts."""
+        """DeepSpeed shards and reduces experts over groups that it creates with its own MoE layers. Ours are put where
+        it reads them. Together with marked parameters (Stage.mark) and a parameter group for them, that is all that its
+        path for experts needs."""
         expert, replica = self.grid.expert, self.grid.expert_replica
         if any(place.has_own_replicas for _, place in placed(model)):
             groups._EXPERT_PARALLEL_GROUP[EXPERTS] = expert.group
@@ -71,30 +72,30 @@ class Engine(DeepSpeedEngine):
         return self.module
 
     def begin_step(self) -> None:
-        """Before the first forward of a step. The caller says which backward is the last one
-        (`set_gradient_accumulation_boundary`) and calls `step` once."""
+        """Call before the first forward of a step. The caller marks the last backward with
+        `set_gradient_accumulation_boundary` and calls `step` once."""
         if self.hands_over_by_chunk:
-            # DeepSpeed counts backwards over all parameters, so the first one of a chunk is not taken for its first,
-            # and adds to what the last step has left here (runtime/zero/stage_1_and_2.py:1855).
+            # DeepSpeed counts backwards over all parameters, so it does not recognise a chunk's first backward, and
+            # would add to the sums that the last step left here (runtime/zero/stage_1_and_2.py:1855).
             for held in self.optimizer.accumulated_grads_in_cpu.values():  # type: ignore[union-attr]
                 held.zero_()
-            # Where a step has one micro-batch, its first backward is a chunk's last one too, and would be copied over
-            # what another gives of the same parameter, a tied one (:2166). So none is the first.
+            # With one micro-batch, a chunk's first backward is also its last, and would overwrite another chunk's
+            # gradient of the same tied parameter (:2166). So no backward counts as the first.
             self.optimizer.micro_step_id = 0  # type: ignore[union-attr]
 
     @property
     def hands_over_by_chunk(self) -> bool:
-        """With offload ZeRO-2 copies the sums of those parameters to where the optimizer reads them whose backward is
-        the last one of a step (runtime/zero/stage_1_and_2.py:2171), so each chunk's last backward must count as
-        that."""
+        """Whether each chunk's last backward must count as the step's last. With offload, ZeRO-2 copies gradient sums
+        to where the optimizer reads them only in a backward at an accumulation boundary
+        (runtime/zero/stage_1_and_2.py:2171)."""
         return self.zero_optimization_stage() == 2 and bool(
             getattr(self.optimizer, "cpu_offload", False)
         )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        """DeepSpeed's scheduler advances after a skipped step too: the learning rate is a function of the step."""
+        """Also advances DeepSpeed's scheduler after a skipped step: the learning rate is a function of the step."""
         if self.update_waits_for is not None:
-            self.update_waits_for.wait()  # the step's stream does, not the host
+            self.update_waits_for.wait()  # the step's stream waits, not the host
             self.update_waits_for = None
         super()._take_model_step(lr_kwargs)
         if getattr(self.optimizer, "overflow", False) and self.lr_scheduler is not None:
@@ -102,47 +103,47 @@ class Engine(DeepSpeedEngine):
 
     @property
     def _dynamic_scaler(self) -> Any:
-        """DeepSpeed's dynamic loss scaler; None where the scale is fixed or there is none."""
+        """DeepSpeed's dynamic loss scaler; None if the scale is fixed or there is none."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
         return scaler if isinstance(scaler, DynamicLossScaler) else None
 
     @property
     def can_lower_loss_scale(self) -> bool:
-        """Whether a smaller loss scale may answer an overflow."""
+        """Whether the loss scale can still be lowered after an overflow."""
         scaler = self._dynamic_scaler
         return scaler is not None and scaler.cur_scale > scaler.min_scale
 
     def loss_scale_state(self) -> dict[str, Any] | None:
-        """State of the dynamic loss scale, from which it resumes exactly; None where there is none."""
+        """State of the dynamic loss scale, from which it resumes exactly; None if there is none."""
         scaler = self._dynamic_scaler
         return None if scaler is None else {name: getattr(scaler, name) for name in SCALER_STATE}
 
     def restore_loss_scale(self, state: dict[str, Any] | None) -> None:
-        """Does nothing where the run or the state has none: a run may resume in another precision."""
+        """Does nothing if the run or the state has no dynamic loss scale: a run may resume in another precision."""
         if self._dynamic_scaler is not None and state is not None:
             for name in SCALER_STATE:
                 setattr(self._dynamic_scaler, name, state[name])
 
     @property
     def current_loss_scale(self) -> float:
-        """What the loss is multiplied with in backward."""
+        """The factor by which the loss is multiplied in backward."""
         return float(getattr(self.optimizer, "loss_scale", 1.0))
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-        """ZeRO-1 with bf16 goes the way of ZeRO-1 and 2 in all other types, not to BF16_Optimizer, which
-        all-reduces where a reduce-scatter does and holds zeroed gradients beside the real ones. With ZeRO DeepSpeed's
-        own check is left out: it imports Muon, which has torch compile kernels, a second of each rank's start, to
-        compare with the optimizers that ZeRO was tried with. Those of a config are such, or tried here
+        """Sends bf16 with ZeRO-1 to the same optimizer as other dtypes, not to BF16_Optimizer, which all-reduces where
+        a reduce-scatter is enough and keeps zeroed gradients besides the real ones. With ZeRO, DeepSpeed's own check is
+        skipped: it imports Muon, which compiles kernels (one second of each rank's start), to compare with the
+        optimizers that were tested with ZeRO. Those that a config allows are among them, or tested here
         (tests/distributed/test_recipes.py)."""
         if self.zero_optimization():
             return "zero_optimization"
         return super()._do_optimizer_sanity_check(basic_optimizer)
 
     def _reduce_non_expert_gradients(self, grads: Any, elements_per_buffer: int) -> None:
-        """ZeRO-0's all-reduce. A single rank has nothing to add, and DeepSpeed would copy all gradients twice."""
+        """ZeRO-0's all-reduce. Skipped on a single rank, where DeepSpeed would copy all gradients twice."""
         if self.grid.replica.size == 1:
             return
-        # Unevenly cut tensors apart, as in zero.py's buckets.
+        # Unevenly cut tensors are reduced separately, as in zero.py's buckets.
         uneven = {
             value.grad.data_ptr()
             for value, place in placed(self.stage)
@@ -154,8 +155,8 @@ class Engine(DeepSpeedEngine):
                 super()._reduce_non_expert_gradients(some, elements_per_buffer)
 
     def clip_fp32_gradients(self) -> None:
-        """ZeRO-0: tied sums, our norm, clipping by it as torch's clip_grad_norm_ does. Where the update is refused the
-        gradients go, and optimizers leave alone what has none."""
+        """ZeRO-0: sums tied gradients, computes our norm and clips by it as torch's clip_grad_norm_ does. If the update
+        is refused, the gradients are set to None, so that the optimizer changes nothing."""
         stage = self.stage
         for value, axis in stage.ties:
             if value.grad is not None:
@@ -165,7 +166,7 @@ class Engine(DeepSpeedEngine):
         ]
         norm = self.global_norm(gradients, torch.device(self.device or "cpu"), replicated=True)
         self._global_grad_norm = norm.float()
-        if not math.isfinite(norm.item()):  # in main memory
+        if not math.isfinite(norm.item()):  # in main memory: no wait
             for value, _ in placed(stage):
                 value.grad = None
         elif (limit := super().gradient_clipping()) > 0:
@@ -174,7 +175,7 @@ class Engine(DeepSpeedEngine):
                 gradient.mul_(factor.to(gradient.dtype))
 
     def shards(self) -> list[Shard]:
-        """What this rank holds of masters and moments. With ZeRO-0 every rank of the data axis holds all of it."""
+        """This rank's shards of masters and moments. With ZeRO-0 every rank of the data axis holds all of them."""
         if self.zero_optimization():
             return list(self.optimizer.shards())  # type: ignore[union-attr]
         held = self._adam.state
@@ -193,8 +194,8 @@ class Engine(DeepSpeedEngine):
         ]
 
     def make_moments(self, steps: int) -> None:
-        """Gives the optimizer its state as after `steps` steps, all zero, so that `shards` can be filled from a
-        checkpoint before the first step (the optimizers make it lazily)."""
+        """Creates the optimizer's state as after `steps` steps, with zero moments, so that `shards` can be filled from
+        a checkpoint before the first step (optimizers create it lazily)."""
         optimizer = self._adam
         torchs, fused = (
             type(optimizer).__module__.startswith("torch."),
@@ -229,20 +230,20 @@ class Engine(DeepSpeedEngine):
         return [value for group in self._adam.param_groups for value in group["params"]]
 
     def masters_changed(self) -> None:
-        """To be called after `shards` were written to: the model's weights follow (collective)."""
+        """Call after writing to `shards`: updates the model's weights (collective)."""
         if self.zero_optimization():
             self.optimizer.masters_changed()  # type: ignore[union-attr]
 
     def gradient_clipping(self) -> float:
-        """ZeRO-0: DeepSpeed calls `clip_fp32_gradients` only where this is above 0, and the norm, the tied sum and
-        the check for NaN are wanted always."""
+        """ZeRO-0: infinite if clipping is off. DeepSpeed calls `clip_fp32_gradients` only if this is above 0, and the
+        norm, the tied sum and the check for NaN are always needed."""
         asked = super().gradient_clipping()
         return asked if asked > 0 or self.zero_optimization() else float("inf")
 
     @contextmanager
     def weighed(self) -> Iterator[dict[str, int]]:
-        """Around one optimizer step: on leaving, the dict has `state_bytes` after it, with the most gradients that
-        stood after the backward of one of its micro-batches."""
+        """Context manager around one optimizer step. On exit the dict holds `state_bytes`, with gradients at their peak
+        over the backwards of the step."""
         self._highest_gradients = 0
         result: dict[str, int] = {}
         try:
@@ -254,7 +255,7 @@ class Engine(DeepSpeedEngine):
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
     ) -> Tensor:
-        """As DeepSpeed's; looks at what the gradients take afterwards, where a step is `weighed`."""
+        """As DeepSpeed's; inside `weighed` it also records the bytes of the gradients."""
         result = super().backward(loss, retain_graph, scale_wrt_gas)
         if self._highest_gradients is not None:
             self._highest_gradients = max(
@@ -263,8 +264,8 @@ class Engine(DeepSpeedEngine):
         return result
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's weights, optimizer state (masters and moments) and gradients as they lie in memory
-        now, each storage once. Gradients exist between the first backward and the update."""
+        """Bytes of this rank's weights, optimizer state (masters and moments) and gradients that are in memory now;
+        each storage counts once. Gradients exist between the first backward and the update."""
         seen: set[int] = set()
         values = [value for value, _ in placed(self.stage)]
         weights = [t for value in values for t in (value.data, getattr(value, "ds_tensor", None))]
@@ -284,14 +285,14 @@ class Engine(DeepSpeedEngine):
         return {
             "weights_bytes": _new_bytes(weights, seen),
             "optimizer_bytes": _new_bytes([*masters, *moments, *buffers], seen),
-            # What else the ZeRO optimizer holds on to is gradients, whole or in parts.
+            # All other tensors of the ZeRO optimizer are gradients, whole or in parts.
             "gradients_bytes": _new_bytes([*gradients, *held], seen),
         }
 
 
 def _own_sum(value: Any) -> Tensor | None:
-    """The fp32 sum of a 16-bit gradient with ZeRO-1. After the reduction it is a view of DeepSpeed's bucket, no more
-    than scratch, which is kept until the next forward."""
+    """The fp32 sum of a 16-bit gradient with ZeRO-1; None after the reduction, when it is a view of DeepSpeed's bucket,
+    which is only scratch space until the next forward."""
     held = getattr(value, "grad_accum", None)
     return held if held is not None and held.untyped_storage().nbytes() == held.nbytes else None
 
@@ -306,8 +307,8 @@ def _tensors_of(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def _new_bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
-    """Bytes of the storages that are not in `seen` yet, which they then are. Scalars and flags are left out, and meta
-    tensors, which have a size and no memory."""
+    """Bytes of the storages that are not in `seen`, to which they are added. Scalars, flags and meta tensors, which
+    have no memory, do not count."""
     total = 0
     for tensor in tensors:
         if (

@@ -1,8 +1,8 @@
-"""Collectives on the timeline, DeepSpeed's too, for a step that is measured.
+"""Records collectives, DeepSpeed's included, on the timeline of a step that is traced.
 
-There is no hook for them: torch's profiler sees their kernels but not whom they wait for. So for that step the
-functions of torch.distributed are wrapped, and the two that DeepSpeed has taken hold of at its start
-(deepspeed/comm/torch.py:210). What is asynchronous shows as long as it takes to start.
+There is no hook for them: torch's profiler sees their kernels but not which ranks they wait for. So for that step the
+functions of torch.distributed are wrapped, and also the two references that DeepSpeed takes at its start
+(deepspeed/comm/torch.py:210). Asynchronous collectives are not recorded.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ WORLD = "world"
 
 @contextlib.contextmanager
 def hearing(grid: Grid) -> Iterator[None]:
-    """While it is entered, each collective over an axis of the grid or the world is a span of RANK_TIMELINE, whose
-    `what` is the function's name and the axis's."""
+    """Inside, each synchronous collective over an axis of the grid or the world is a span of RANK_TIMELINE, whose
+    `what` is the names of the function and of the axis."""
     names = {axis.group.group_name: axis.name for axis in grid.axes()}
     with contextlib.ExitStack() as patches:
         wrapped = [(dist, name) for name in COLLECTIVES]
@@ -55,7 +55,7 @@ def _heard(function: Callable[..., Any], names: dict[str, str]) -> Callable[...,
         group = given.get("group")
         world = group is None or group is dist.group.WORLD
         axis = WORLD if world else names.get(group.group_name)  # type: ignore[union-attr]
-        if axis is None or given.get("async_op"):  # such as the group that saves in the background
+        if axis is None or given.get("async_op"):  # e.g. the group of background saves
             return function(*args, **kwargs)
         with RANK_TIMELINE.span("collective", (function.__name__, axis)):
             return function(*args, **kwargs)

@@ -1,11 +1,11 @@
-"""Initial weights of a rank's stage, straight into what the rank will hold of them.
+"""Initial weights of a rank's stage, written directly into the storage that the rank will use.
 
-A stage is built without memory (on torch's meta device). Parameter by parameter it then gets its place: whole where
-ZeRO leaves weights whole, a shard with ZeRO-3, so at no time is more than one parameter whole beside the shards.
+A stage is built without memory (on torch's meta device). Its parameters are then allocated one by one: whole with ZeRO
+0 to 2, as a shard with ZeRO-3, so at most one parameter is whole besides the shards.
 
 Values are parallel/layers.py's `initial_slice`, the same on every layout. The ranks of an axis that need the same
-slice divide the work: of as many parameters as there are ranks each draws one, and sends it to the others. A run that
-gets its weights from a checkpoint draws nothing. Next: build.py.
+slices share the work: of every n parameters on n ranks, each rank draws one and sends it to the others. A run that gets
+its weights from a checkpoint draws nothing. Next: build.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ def make_whole(
     stage: nn.Module, grid: Grid, dtype: torch.dtype, device: torch.device, seed: int | None
 ) -> None:
     """Gives a stage on the meta device its weights, whole, for ZeRO 0 to 2 (collective over the data axis).
-    seed: None where they come from elsewhere; they are then 0 or 1."""
+    seed: None if they come from elsewhere; they are then 0 or 1."""
 
     def receive(value: nn.Parameter, values: Tensor | None, axis: Axis, source: int) -> None:
         if values is not None:
@@ -50,9 +50,9 @@ def make_shards(
     seed: int | None,
 ) -> None:
     """Gives a stage on the meta device its weights as ZeRO-3's shards (collective over the data axis).
-    keys: DeepSpeed's config; seed: as of `make_whole`."""
-    # Of an empty module: DeepSpeed's settings for parameters, without any. It also makes F.linear one that does not
-    # keep a gathered weight for backward, as it does where an engine is made of a module with whole weights.
+    keys: DeepSpeed's config. seed: as in `make_whole`."""
+    # On an empty module: this sets up DeepSpeed's conversion without any parameters. It also replaces F.linear by one
+    # that does not keep a gathered weight for backward, as for an engine made of a module with whole weights.
     init = Init(
         module=nn.Module(),
         data_parallel_group=grid.get_data_parallel_group(),
@@ -63,7 +63,7 @@ def make_shards(
 
     def receive(value: Any, values: Tensor | None, axis: Axis, source: int) -> None:
         shard = value.ds_tensor
-        # NCCL sends what lies on its device; with offload_param the shards are in main memory.
+        # NCCL sends only device memory; with offload_param the shards are in main memory.
         received = torch.empty_like(shard, device=device)
         parts = None
         if values is not None:
@@ -83,14 +83,14 @@ def make_shards(
             whole.fill_(place.fill)
         _materialise(value, whole)
         init._convert_to_deepspeed_param(value)
-        value.partition()  # type: ignore[attr-defined]  # DeepSpeed has put it there
+        value.partition()  # type: ignore[attr-defined]  # added by DeepSpeed
         if place.std is not None:
-            value.ds_tensor.zero_()  # type: ignore[attr-defined]  # its padding stays so
+            value.ds_tensor.zero_()  # type: ignore[attr-defined]  # padding stays 0
     _fill(stage, grid, seed, receive)
 
 
 def zero_buffers(stage: nn.Module, device: torch.device) -> None:
-    """Gives buffers memory: a router's tally and bias, which start from 0."""
+    """Allocates buffers: a router's tally and bias, which start at 0."""
     for module in stage.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros_like(buffer, device=device))
@@ -102,8 +102,8 @@ def _fill(
     seed: int | None,
     receive: Callable[[nn.Parameter, Tensor | None, Axis, int], None],
 ) -> None:
-    """Draws what is random. receive: takes a parameter, what this rank has drawn of it if it is the one that draws it,
-    the axis of the ranks that hold the same slice, and the place there of the one that draws."""
+    """Draws the random parameters. receive: takes a parameter, its values if this rank has drawn them, the axis of the
+    ranks that hold the same slice, and the index on that axis of the rank that has drawn it."""
     if seed is None:
         return
     values = [(value, place) for value, place in placed(stage) if place.std is not None]
@@ -124,7 +124,7 @@ def _turns(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _materialise(value: nn.Parameter, content: Tensor) -> None:
-    """Gives a parameter memory, in place: the stage and the optimizer's groups keep their reference to it."""
+    """Allocates a parameter in place, so that the stage and the optimizer's groups keep their reference to it."""
     other = nn.Parameter(content)
     vars(other).update(vars(value))
     torch.utils.swap_tensors(value, other)

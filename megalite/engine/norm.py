@@ -1,10 +1,10 @@
-"""The global gradient norm, the same number on every rank and on every pipe split; and the word on a step's update.
+"""The global gradient norm, equal on every rank and for every pipe split, and the verdict on a step's update.
 
 DeepSpeed's own is wrong for fp32 ZeRO-0 with pipe (runtime/utils.py:393 counts stage 0's untied parameters) and
 sums in an order that depends on the layout. Here each tensor's squares are summed in fp64, summed over the ranks that
-hold pieces of it, and then added in the order of names. The step's loss and what else the ranks must hear of each other
-go with them in one message, which is the one thing of a step that the host waits for: every rank knows all of it before
-the update, and all leave that out or none. Next: zero.py, which asks.
+hold pieces of it, and then added in the order of names. One message carries them together with the step's loss and
+other values that ranks exchange. It is the only thing in a step that the host waits for. Every rank knows its content
+before the update, so either all ranks update or none. Next: zero.py, which calls it.
 """
 
 import ctypes
@@ -20,12 +20,10 @@ from megalite.parallel.layers import Placement
 from megalite.topology.axes import Sizes
 
 Judge = Callable[[float, float], bool]
-"""(loss, norm) -> whether the update may happen; must say the same on every rank. The norm still has the loss scale."""
+"""(loss, norm) -> whether to update; must be the same on every rank. The norm still includes the loss scale."""
 
 
-BLOCK = (
-    2**16
-)  # numbers that are squared at a time on a CPU: 512 KiB in fp64, which stay in its cache
+BLOCK = 2**16  # elements squared at a time on a CPU: 512 KiB in fp64, which stay in its cache
 
 
 def squares(values: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def squares(values: Tensor) -> Tensor:
 
 
 def squares_of(values: Sequence[Tensor]) -> Tensor:
-    """The same of several tensors of one device, [n]: on a GPU in a few kernels for all of them."""
+    """The same for several tensors on one device, [n]: on a GPU in a few kernels for all of them."""
     if values[0].device.type == "cpu":
         return torch.stack([squares(value) for value in values])
     return fused_squares_of(values)
@@ -56,11 +54,11 @@ ONE = Sizes()
 
 
 class GlobalNorm:
-    """L2 norm of the gradients of the whole model. Made once: a collective agrees on the list of names.
+    """L2 norm of the gradients of the whole model. Construct it once: a collective agrees on the list of names.
 
-    loss: this rank's part of the step's loss, None: 0; judge: asked at each call; riders: asked for this rank's numbers
-    that go with the message, as many on every rank. After a call `heard` has their sums over all ranks, and
-    `overflowed` tells whether it was the gradient alone that was not finite, `accepted` whether the update happens.
+    loss: this rank's part of the step's loss; None: 0. judge: asked at each call. riders: returns this rank's values
+    that travel with the message, equally many on every rank. After a call `heard` has their sums over all ranks,
+    `overflowed` tells whether only the gradient was not finite, and `accepted` whether the update happens.
     """
 
     def __init__(self, placements: Iterable[Placement], sizes: Sizes = ONE) -> None:
@@ -87,10 +85,10 @@ class GlobalNorm:
     def __call__(
         self, pieces: Iterable[tuple[Placement, Tensor]], device: torch.device, replicated: bool
     ) -> Tensor:
-        """The norm as an fp64 scalar in main memory, so that what is asked of it later waits for no device; NaN or
-        infinite where a gradient is, and NaN where the judge refuses the update (collective over the world).
+        """The norm as an fp64 scalar in main memory, so that reading it never waits for a device. It is NaN or infinite
+        if a gradient is, and NaN if the judge refuses the update (collective over the world).
 
-        pieces: this rank's gradients with their parameters' places, each any part of the slice. replicated:
+        pieces: this rank's gradients with their parameters' placements, each any part of the slice. replicated:
         whether all ranks that hold copies of a slice pass the same pieces (ZeRO-0) or each its own (ZeRO).
         """
         rows, riders = len(self.row), torch.tensor(self.riders(), dtype=torch.float64)
@@ -117,18 +115,17 @@ class GlobalNorm:
             if self._times.device != device:
                 self._times = self._times.to(device)
             total = (self._all * self._times).sum() / self.most_copies
-        told = torch.cat([total.sqrt().unsqueeze(0), sums[rows:]])
-        norm, loss, *self.heard = told.tolist()
-        found = ctypes.c_float(
-            norm
-        ).value  # DeepSpeed continues with fp32, where it may be infinite
+        message = torch.cat([total.sqrt().unsqueeze(0), sums[rows:]])
+        norm, loss, *self.heard = message.tolist()
+        # DeepSpeed continues in fp32, where the norm may be infinite.
+        found = ctypes.c_float(norm).value
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)
         accepted = self.judge is None or self.judge(loss, found)
         self.accepted = accepted and math.isfinite(found)
         return torch.tensor(norm if accepted else math.nan, dtype=torch.float64)
 
     def _on(self, device: torch.device, rows: tuple[int, ...]) -> Tensor:
-        """Rows as indices on a device, which are the same in every step."""
+        """Rows as indices on a device; cached, since they are the same in every step."""
         if rows not in self._indices:
             index = torch.tensor(rows)
             index = index if device.type == "cpu" else index.pin_memory()
@@ -136,6 +133,6 @@ class GlobalNorm:
         return self._indices[rows]
 
     def not_finite(self, own: bool = False) -> list[str]:
-        """Names of the tensors whose gradient was not finite at the last call; own: by this rank's pieces alone."""
+        """Names of the tensors whose gradient was not finite at the last call. own: only in this rank's pieces."""
         bad = (~(self._own if own else self._all).isfinite()).tolist()
         return [name for name, row in self.row.items() if bad[row]]

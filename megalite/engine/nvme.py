@@ -1,8 +1,8 @@
-"""Optimizer states in files, `zero_optimization.offload_optimizer.device` nvme: what a node needs for it, looked at
-before ranks start, and the folders of a run. How they are read and written is DeepSpeed's and engine/zero3.py's.
+"""Optimizer states in files (`zero_optimization.offload_optimizer.device` nvme): checks of a node before ranks start,
+and the folders of a run. DeepSpeed and engine/zero3.py read and write the files.
 
-DeepSpeed compiles an op for it, async_io, on first use. Where that finds no room or no page-locked memory it ends the
-process, or says nothing and the states are wrong; so a process of its own tries it first (`python -m` this module).
+DeepSpeed compiles an op for it, async_io, on first use. If that finds no disk space or no page-locked memory, it kills
+the process, or continues silently with wrong states. So a separate process tries it first (`python -m` this module).
 """
 
 import hashlib
@@ -24,18 +24,15 @@ from megalite.plan.states import FILE_UNIT_BYTES, SwapSizes, parameter_sizes, sw
 
 DEVICE = "zero_optimization.offload_optimizer.device"
 PATH = "zero_optimization.offload_optimizer.nvme_path"
-PATIENCE_SECONDS = 20.0  # then a line says that it is being built
+PATIENCE_SECONDS = 20.0  # after this, a line says that the op is being built
 TRIED_BYTES = 2**20
-BUILD, LOCK, USE = (
-    "build the op",
-    "lock the buffers",
-    "use the disk",
-)  # steps of `main`, said before each
+# The steps of `main`, which prints each before it starts.
+BUILD, LOCK, USE = "build the op", "lock the buffers", "use the disk"
 
 
 def check_nvme(config: Config, spec: TransformerSpec, local_ranks: int) -> None:
-    """ConfigError where this node cannot hold the states of so many ranks of a resolved config in files. Builds
-    DeepSpeed's op where it was not built yet; does nothing where no states lie in files."""
+    """Raises ConfigError if this node cannot hold the states of `local_ranks` ranks in files. Builds DeepSpeed's op if
+    needed. Does nothing if the config keeps no states in files."""
     if config.swap_folder is None:
         return
     folder = Path(config.swap_folder)
@@ -47,33 +44,33 @@ def check_nvme(config: Config, spec: TransformerSpec, local_ranks: int) -> None:
         shutil.disk_usage(folder).free + sum(map(_bytes_of, _folders(config))),
     )
     if needed > free:
-        rule = f"must have {needed:,} bytes free for the optimizer states of {local_ranks} ranks, and has {free:,}"
+        rule = f"must have {needed:,} bytes free for the optimizer states of {local_ranks} ranks, but has {free:,}"
         raise broken(PATH, config.swap_folder, rule)
     _try(config, sizes)
 
 
 def largest_sizes(config: Config, spec: TransformerSpec) -> SwapSizes:
-    """Of the rank that needs most; the data axis does not matter, and pipe is 1 with ZeRO-3."""
+    """Sizes of the rank that needs the most; the data axis does not matter, and pipe is 1 with ZeRO-3."""
     tensor, d = config.parallel.tensor, config.data_size * config.parallel.context
     ranks = [parameter_sizes(config, spec, Grid.at(rank, 1, d, tensor)) for rank in range(tensor)]
     return max((swap_sizes(config, sizes, d) for sizes in ranks), key=lambda sizes: sizes.files)
 
 
 def make_swap_folder(config: Config) -> Path | None:
-    """A new folder of this rank's, known as the run's; None where no states lie in files."""
+    """A new folder for this rank, whose name identifies the run; None if the config keeps no states in files."""
     if config.swap_folder is None:
         return None
     return Path(tempfile.mkdtemp(prefix=_prefix(config), dir=config.swap_folder))
 
 
 def remove_swap_folders(config: Config) -> None:
-    """What a killed start of this run has left on this node."""
+    """Removes the folders that killed starts of this run left on this node."""
     for folder in _folders(config):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix(config: Config) -> str:
-    """Of a run's folders: runs may share a disk."""
+    """Prefix of the names of a run's folders: runs may share a disk."""
     return f"megalite_states_{hashlib.sha256(str(Path(config.train.run_dir).resolve()).encode()).hexdigest()[:12]}_"
 
 
@@ -90,7 +87,7 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _try(config: Config, sizes: SwapSizes) -> None:
-    """Runs `main` in a process of its own. ConfigError says what it stumbled over."""
+    """Runs `main` in a separate process. Raises ConfigError with the reason if it fails."""
     aio = config.deepspeed.get("aio", {})
     request = {"folder": config.swap_folder, "buffers": sizes.buffers, "aio": aio}
     process = subprocess.Popen(
@@ -100,7 +97,11 @@ def _try(config: Config, sizes: SwapSizes) -> None:
     try:
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        print("DeepSpeed's op async_io is being built: minutes, once", file=sys.stderr, flush=True)
+        print(
+            "building DeepSpeed's async_io op: takes minutes, only once",
+            file=sys.stderr,
+            flush=True,
+        )
         output, _ = process.communicate()
     if process.returncode != 0:
         raise _stumbled(
@@ -109,33 +110,33 @@ def _try(config: Config, sizes: SwapSizes) -> None:
 
 
 def _stumbled(config: Config, sizes: SwapSizes, lines: list[str]) -> ConfigError:
-    """lines: what the process has said, its last step and then why."""
+    """lines: the output of the process: its last step, then the reason."""
     steps = {
-        BUILD: (DEVICE, "nvme", "needs DeepSpeed's op async_io, which does not build here"),
+        BUILD: (DEVICE, "nvme", "needs DeepSpeed's async_io op, which does not build here"),
         LOCK: (
             "zero_optimization.sub_group_size", config.zero.sub_group_size,
-            f"makes {len(sizes.buffers)} buffers of {max(sizes.buffers):,} bytes a rank: must be within what may be "
-            "locked (ulimit -l)",
+            f"makes {len(sizes.buffers)} buffers of {max(sizes.buffers):,} bytes per rank: must be within the limit of "
+            "locked memory (ulimit -l)",
         ),
         USE: (
             PATH, config.swap_folder,
-            f"must lie on a disk that takes direct I/O by {FILE_UNIT_BYTES} bytes, as the section aio says",
+            f"must be on a disk that supports direct I/O in units of {FILE_UNIT_BYTES} bytes with the section aio",
         ),
     }  # fmt: skip
     last = max((i for i, line in enumerate(lines) if line in steps), default=-1)
-    said = lines[last + 1 :]  # an assertion of the op's says least, and last
-    why = [line for line in said if "Assertion" not in line] or said or ["it ended without a word"]
+    said = lines[last + 1 :]  # an assertion of the op comes last and says least
+    why = [line for line in said if "Assertion" not in line] or said or ["no output"]
     path, value, rule = steps[lines[last]] if last >= 0 else (DEVICE, "nvme", "could not be tried")
     return broken(path, value, f"{rule}: {why[-1].removeprefix('error: ')}")
 
 
 def load_op() -> Any:
-    """DeepSpeed's op, built where it was not yet. A rank calls this before DeepSpeed would load it: `launch.quiet`
-    takes away the standard error that its look for libaio needs. RuntimeError says what is missing."""
+    """DeepSpeed's op, built if needed. A rank calls this before DeepSpeed would load it, because `launch.quiet`
+    redirects the standard error that the search for libaio needs. Raises RuntimeError, which names what is missing."""
     import deepspeed.ops.op_builder as builders
     from deepspeed.git_version_info import installed_ops
 
-    builder: Any = builders.AsyncIOBuilder()  # type: ignore[attr-defined]  # put there by a loop
+    builder: Any = builders.AsyncIOBuilder()  # type: ignore[attr-defined]  # set in a loop
     if not installed_ops.get(builder.name):
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
@@ -146,7 +147,7 @@ def load_op() -> Any:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Builds the op, locks a rank's buffers, and reads and writes a file both by the op and mapped into memory."""
+    """Builds the op, locks a rank's buffers, and reads and writes a file both with the op and as a memory map."""
     import torch
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 
@@ -169,21 +170,21 @@ def main(request: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile(dir=request["folder"], prefix="megalite_try_") as file:
         os.posix_fallocate(file.fileno(), 0, 4 * count)
         mapped = torch.from_file(file.name, shared=True, size=count, dtype=torch.float32)
-        for _ in range(2):  # the second time what was written first must be gone from memory
+        for _ in range(2):  # twice: the second read must not return cached data of the first
             mapped.normal_()
             if (
                 handle.async_pread(buffer, file.name, 0)
                 or handle.wait() != 1
                 or not torch.equal(buffer, mapped)
             ):
-                sys.exit("error: what was written is not what is read")
+                sys.exit("error: async_io read other data than was written to the memory map")
             buffer.normal_()
             if (
                 handle.async_pwrite(buffer, file.name, 0)
                 or handle.wait() != 1
                 or not torch.equal(buffer, mapped)
             ):
-                sys.exit("error: what is read is not what was written")
+                sys.exit("error: the memory map has other data than async_io wrote")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DeepSpeed over process groups that go nowhere, for a dry run of all ranks in one process (prove/messages.py)."""
+"""DeepSpeed over fake process groups, for a dry run of all ranks in one process (prove/messages.py)."""
 
 import importlib
 import os
@@ -24,8 +24,8 @@ EXPERT_GROUPS = tuple(
 
 @contextmanager
 def deepspeed_over_fakes() -> Iterator[None]:
-    """DeepSpeed's own state of the world reset, and its comparison of integers with rank 0, which sends nothing
-    here, left out."""
+    """Inside, DeepSpeed's global state is reset, and its comparison of integers with rank 0, which would not answer, is
+    disabled."""
 
     def same(ints: Any) -> None:
         del ints
@@ -33,13 +33,13 @@ def deepspeed_over_fakes() -> Iterator[None]:
     name, environment = "assert_ints_same_as_other_ranks", {"LOCAL_RANK": "0"}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
-        # Collectives within a host by shared memory, which has no fake. (The name `torch` of deepspeed.comm is torch.)
+        # Its shared-memory collectives have no fake. (deepspeed.comm.torch as an attribute is torch itself.)
         torch_backend = importlib.import_module("deepspeed.comm.torch")
         stack.enter_context(patch.object(torch_backend, "build_shm_op", lambda: None))
         for module in (utils, partition_parameters, partitioned_param_coordinator, stage3):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, same))
-        for name in EXPERT_GROUPS:  # which an engine of a model with experts fills
+        for name in EXPERT_GROUPS:  # filled by an engine of a model with experts
             stack.enter_context(patch.dict(getattr(groups, name)))
         comm.cdb = None
         deepspeed.init_distributed("gloo", verbose=False)

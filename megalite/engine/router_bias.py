@@ -1,10 +1,10 @@
-"""How evenly experts are used: counts over all ranks, and the bias that `megalite.train.router.balance` "bias" moves by
-them (arXiv 2408.15664, algorithm 1).
+"""Token counts of experts over all ranks, and the bias with which `megalite.train.router.balance` "bias" balances them
+(arXiv 2408.15664, algorithm 1).
 
-A router adds the bias to its probabilities where it chooses experts, and nowhere else. After each update an expert's
-goes up by bias_rate if it got fewer tokens of the global batch than the layer's mean, and down if it got more. The
-counts are whole numbers and every rank hears those of all layers, so the biases are the same on every layout; they are
-part of a checkpoint's state.json.
+A router adds the bias to its probabilities only to choose experts. After each update an expert's bias increases by
+bias_rate if it got fewer tokens of the global batch than the layer's mean, and decreases if it got more. Counts are
+integers and every rank has those of all layers, so the biases are the same on every layout. They are part of a
+checkpoint's state.json.
 """
 
 from typing import Any
@@ -28,11 +28,11 @@ def expert_counts(stage: Stage, grid: Grid, device: torch.device) -> Tensor:
     for layer, router in stage.routers.items():
         counts[mixture.layers.index(layer)] = router.tally
     dist.all_reduce(counts)
-    return counts // grid.tensor.size  # its ranks have counted the same
+    return counts // grid.tensor.size  # all tensor ranks count the same tokens
 
 
 class RouterBias:
-    """The biases of a run whose model has experts. rate: of a step; 0: they stay as they are."""
+    """The biases of a run whose model has experts. rate: change per step; 0: the biases are constant."""
 
     def __init__(self, stage: Stage, grid: Grid, device: torch.device, rate: float) -> None:
         mixture = stage.spec.mixture
@@ -42,23 +42,23 @@ class RouterBias:
         self.values = torch.zeros(len(mixture.layers), mixture.count, device=device)
 
     def move(self) -> None:
-        """After an update (collective where there is a rate)."""
+        """Updates the biases after a step (collective if the rate is not 0)."""
         if self.rate == 0:
             return
         counts = expert_counts(self.stage, self.grid, self.device)
         total = counts.sum(dim=1, keepdim=True)
-        # The sign of mean - count, in whole numbers.
+        # The sign of mean - count, in integers.
         self.values += self.rate * (total - counts * counts.shape[1]).sign()
         self._give()
 
     @property
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         values: list[list[float]] = self.values.tolist()
         return {ROUTER_BIAS: values} if any(any(row) for row in values) else {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """From a checkpoint's state; zero where it has none."""
+        """Restores the biases from a checkpoint's state; zero if it has none."""
         values = bias_of(state, self.mixture)
         if values is None:
             self.values.zero_()

@@ -1,9 +1,9 @@
-"""Every inner name of DeepSpeed that megalite touches: where it is defined, the form that is relied on, and why.
+"""Every internal name of DeepSpeed that megalite uses: where it is defined, the signature that is relied on, and why.
 
-DeepSpeed promises none of these. `tests/unit/engine/test_seams.py` looks each up in the installed source, and finds
-names that are used in engine/ and ranks/accelerator.py and missing here, so a release that moves one gives a red line
-that names it. What DeepSpeed documents (`init_distributed`, `get_accelerator`, an engine's `step`) is here only where
-megalite overrides it. No other room imports DeepSpeed's inner modules.
+None of these is a public API. `tests/unit/engine/test_seams.py` looks each up in the installed source, and finds names
+that engine/ and ranks/accelerator.py use and that are missing here, so a release that changes one fails a test that
+names it. Documented names (`init_distributed`, `get_accelerator`, an engine's `step`) are here only if megalite
+overrides them. No other room imports DeepSpeed's internal modules.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 class Seam:
     """One name.
 
-    file: in the package `deepspeed`; name: of a class, a function, `Class.method`, or `Class.attribute` that the class
+    file: in the package `deepspeed`. name: a class, a function, `Class.method`, or `Class.attribute` that the class
     sets on itself; `*.attribute` is set in that file on any object (a parameter). form: names of the parameters, in
-    order; `…` ends it where more may follow; empty for classes and attributes. used: files of megalite that touch it.
+    order; `…` at the end if more may follow; empty for classes and attributes. used: files of megalite that use it.
     """
 
     file: str
@@ -64,21 +64,21 @@ _OF_THE_ENGINE = (
         "build.py",
         "mpu: batch sizes are over its data axis",
     ),
-    _engine("_config", "", "what DeepSpeed has made of the config", "build.py"),
+    _engine("_config", "", "the config as DeepSpeed parsed it", "build.py"),
     _engine("get_data_types", "self", "read back: compute and accumulation types", "build.py"),
     _engine("train_batch_size", "self", "read back", "build.py"),
     _engine("train_micro_batch_size_per_gpu", "self", "read back", "build.py"),
     _engine("gradient_accumulation_steps", "self", "read back", "build.py"),
     _engine("zero_optimization", "self", "whether the optimizer is ZeRO's"),
     _engine("zero_optimization_stage", "self", "read back; which optimizer to adopt"),
-    _engine("fp16_enabled", "self", "whether overflow may be a matter of the loss scale"),
-    _engine("_take_model_step", "self, lr_kwargs", "overridden: the rate is one of the step"),
+    _engine("fp16_enabled", "self", "whether the loss scale can cause an overflow"),
+    _engine("_take_model_step", "self, lr_kwargs", "overridden: the rate follows the step"),
     _engine(
         "_do_optimizer_sanity_check",
         "self, basic_optimizer",
         "overridden: bf16 with ZeRO-1 does not go to BF16_Optimizer; Muon is not imported",
     ),
-    _engine("_configure_distributed_model", "self, model", "overridden: experts have our groups"),
+    _engine("_configure_distributed_model", "self, model", "overridden: experts use our groups"),
     _engine("has_moe_layers", "", "DeepSpeed's path for experts"),
     *(
         Seam("utils/groups.py", f"*.{name}", "", "engine.py", "groups of experts, by name")
@@ -97,7 +97,9 @@ _OF_THE_ENGINE = (
     ),
     _engine("clip_fp32_gradients", "self", "overridden: ZeRO-0 clips by the global norm"),
     _engine("gradient_clipping", "self", "overridden: ZeRO-0 asks for the norm always"),
-    _engine("backward", "self, loss, retain_graph, scale_wrt_gas", "overridden: weighs gradients"),
+    _engine(
+        "backward", "self, loss, retain_graph, scale_wrt_gas", "overridden: measures gradients"
+    ),
     _engine("step", "self, lr_kwargs", "the update; called once a step", "pipeline/actions.py"),
     _engine(
         "set_gradient_accumulation_boundary",
@@ -106,11 +108,11 @@ _OF_THE_ENGINE = (
         "pipeline/actions.py",
     ),
     _engine("optimizer", "", "DeepSpeed's, which becomes ours by `adopt`"),
-    _engine("basic_optimizer", "", "the optimizer that ZeRO's wraps"),
+    _engine("basic_optimizer", "", "the optimizer that ZeRO wraps"),
     _engine("lr_scheduler", "", "DeepSpeed's schedule of the rate", "engine.py build.py"),
     _engine("module", "", "the stage"),
     _engine("device", "", "of this rank"),
-    _engine("_global_grad_norm", "", "set by ZeRO-0's clipping, told by get_global_grad_norm"),
+    _engine("_global_grad_norm", "", "set by ZeRO-0's clipping, returned by get_global_grad_norm"),
     Seam(
         "runtime/lr_schedules.py",
         "*.last_batch_iteration",
@@ -132,16 +134,16 @@ _OF_THE_ENGINE = (
             "cur_scale": "saved: the scale itself",
             "cur_iter": "saved: steps so far",
             "last_overflow_iter": "saved: when the scale fell",
-            "cur_hysteresis": "saved: overflows that are still forgiven",
-            "min_scale": "whether an overflow can be answered by a smaller scale",
-            "raise_error_at_min_scale": "off: megalite judges what happens there",
+            "cur_hysteresis": "saved: overflows that are still tolerated",
+            "min_scale": "whether the scale can be lowered after an overflow",
+            "raise_error_at_min_scale": "off: megalite decides what happens there",
         }.items()
     ),
 )
 
 _OF_ZERO_1_AND_2 = (
     Seam(_ZERO, _S12, "", "zero.py engine.py", "base class of ShardedOptimizer"),
-    _zero("check_overflow", "self, partition_gradients", "overridden: the norm tells"),
+    _zero("check_overflow", "self, partition_gradients", "overridden: the norm decides"),
     _zero("_update_scale", "self, has_overflow", "overridden: the scale moves after the step"),
     _zero("step", "self, closure", "overridden: loss scale, one verdict"),
     _zero("scaled_global_norm", "self, norm_type", "overridden: the global norm"),
@@ -150,10 +152,14 @@ _OF_ZERO_1_AND_2 = (
     _zero(
         "_fill_param_grad_accum_attribute", "self, param", "overridden: one kernel, no fp32 copy"
     ),
-    _zero("gradient_accumulation_dtype", "", "of those sums"),
-    _zero("reduce_gradients", "self, pipeline_parallel", "overridden: nothing is left out"),
+    _zero("gradient_accumulation_dtype", "", "dtype of those sums"),
+    _zero("reduce_gradients", "self, pipeline_parallel", "overridden: no parameter is skipped"),
     _zero("independent_gradient_partition_epilogue", "self", "overridden: the host does not wait"),
-    _zero("reduce_ready_partitions_and_remove_grads", "self, param, i", "puts one into a bucket"),
+    _zero(
+        "reduce_ready_partitions_and_remove_grads",
+        "self, param, i",
+        "puts a gradient into a bucket",
+    ),
     _zero(
         "reduce_independent_p_g_buckets_and_remove_grads",
         "self, param, i",
@@ -165,7 +171,7 @@ _OF_ZERO_1_AND_2 = (
     _zero("_clear_previous_reduced_grads", "self", "frees gradients that others own"),
     _zero("get_gradient_for_reduction", "self, param", "a gradient, or its fp32 sum"),
     _zero("get_param_id", "self, param", "key of `params_already_reduced`"),
-    _zero("params_already_reduced", "", "which are reduced in this step"),
+    _zero("params_already_reduced", "", "parameters reduced in this step"),
     _zero("ipg_buckets", "", "gradients that wait for their reduction"),
     _zero("overlap_comm", "", "whether reductions have a stream of their own"),
     _zero("reduction_stream", "", "that stream"),
@@ -181,10 +187,10 @@ _OF_ZERO_1_AND_2 = (
     ),
     _zero("bit16_groups", "", "parameters by the optimizer's groups"),
     _zero("single_partition_of_fp32_groups", "", "flat fp32 masters of this rank"),
-    _zero("params_in_partition", "", "parameters that reach into this rank's part"),
+    _zero("params_in_partition", "", "parameters that overlap this rank's part"),
     _zero("averaged_gradients", "", "this rank's gradients by group, after the reduction"),
-    _zero("cpu_offload", "", "gradients and masters lie in main memory"),
-    _zero("accumulated_grads_in_cpu", "", "what offload sums micro-batches in"),
+    _zero("cpu_offload", "", "gradients and masters are in main memory"),
+    _zero("accumulated_grads_in_cpu", "", "gradient sums with offload"),
     _zero("micro_step_id", "", "set, so that no backward counts as a step's first"),
     _zero("clip_grad", "", "the limit of the norm"),
     _zero("loss_scale", "", "current loss scale"),
@@ -209,7 +215,7 @@ _OF_ZERO_1_AND_2 = (
 
 _OF_ZERO_3 = (
     Seam(_ZERO3, _S3, "", "zero3.py engine.py", "base class of FullyShardedOptimizer"),
-    _zero3("check_overflow", "self, partition_gradients", "overridden: the norm tells"),
+    _zero3("check_overflow", "self, partition_gradients", "overridden: the norm decides"),
     _zero3("_update_scale", "self, has_overflow", "overridden: the scale moves after the step"),
     _zero3("step", "self, closure", "overridden: loss scale, one verdict"),
     _zero3("_get_norm_groups", "self", "overridden: the global norm"),
@@ -230,13 +236,13 @@ _OF_ZERO_3 = (
     _zero3("fp16_partitioned_groups_flat", "", "weights' shards by sub-group"),
     _zero3("fp16_partitioned_groups_flat_numel", "", "their sizes"),
     _zero3("fp32_partitioned_groups_flat", "", "masters by sub-group"),
-    _zero3("grad_partitions_flat_buffer", "", "what gradients are summed in"),
+    _zero3("grad_partitions_flat_buffer", "", "the buffer of gradient sums"),
     _zero3("grad_position", "", "a parameter's sub-group, first element and length there"),
     _zero3("persistent_parameters", "", "small parameters that stay whole"),
     _zero3("swap_optimizer", "", "masters and moments in files"),
     _zero3("offload_optimizer", "", "masters and moments in main memory or files"),
     _zero3("optimizer_swapper", "", "reads and writes those files"),
-    _zero3("reduce_and_partition_stream", "", "of reductions; where the host would wait for it"),
+    _zero3("reduce_and_partition_stream", "", "of reductions; the host would wait for it"),
     _zero3("loss_scaler", "", "the scaler"),
     _zero3("overflow", "", "whether the update was left out"),
     _zero3("optimizer", "", "the one that is wrapped, with the moments"),
@@ -260,7 +266,7 @@ _OF_ZERO_3 = (
         "PartitionedParameterCoordinator.fetch_sub_module",
         "self, current_submodule, forward",
         "zero3.py",
-        "overridden: on the clock as waiting",
+        "overridden: counts as waiting time",
     ),
     Seam(_PARTITION, "Init", "", "initial.py", "makes parameters ZeRO-3's"),
     Seam(
@@ -279,7 +285,7 @@ _OF_ZERO_3 = (
     ),
     Seam(_PARTITION, "*.partition", "", "initial.py", "method of a parameter: keeps its shard"),
     Seam(_PARTITION, "*.ds_tensor", "", "engine.py initial.py", "a parameter's shard"),
-    Seam(_PARTITION, "*.ds_numel", "", "zero3.py", "a parameter's numbers, without padding"),
+    Seam(_PARTITION, "*.ds_numel", "", "zero3.py", "a parameter's elements, without padding"),
     Seam(_ZERO3, "*.ds_id", "", "zero3.py", "names a sub-group's files"),
     Seam(_PARTITION, "*.all_gather", "", "zero3.py", "gathers parameters that stay whole"),
     Seam(
@@ -301,7 +307,7 @@ _OF_ZERO_3 = (
         "SwapBufferManager.all_buffers",
         "",
         "zero3.py",
-        "what files are read into",
+        "the buffers that files are read into",
     ),
     Seam(_SWAPPED, "OptimizerStateSwapInfo.tensors", "", "zero3.py", "master and moments"),
     Seam(
@@ -337,14 +343,14 @@ _OF_THE_MACHINE = (
         "ranks/accelerator.py",
         "overridden: no shared-memory op",
     ),
-    Seam("comm/comm.py", "*.cdb", "", "hearing.py", "the backend that DeepSpeed sends by"),
+    Seam("comm/comm.py", "*.cdb", "", "hearing.py", "DeepSpeed's communication backend"),
     Seam("comm/torch.py", "build_shm_op", "", "over_fakes.py", "left out in a dry run"),
     Seam(
         "runtime/zero/utils.py",
         "assert_ints_same_as_other_ranks",
         "ints",
         "over_fakes.py",
-        "left out in a dry run: nobody answers",
+        "left out in a dry run: no other rank answers",
     ),
     Seam(
         "comm/torch.py",
@@ -360,7 +366,7 @@ _OF_THE_MACHINE = (
         "hearing.py",
         "wrapped in a step that is measured",
     ),
-    Seam("git_version_info.py", "*.installed_ops", "", "nvme.py", "which ops came built"),
+    Seam("git_version_info.py", "*.installed_ops", "", "nvme.py", "which ops are prebuilt"),
     Seam(
         "ops/op_builder/async_io.py",
         "AsyncIOBuilder",

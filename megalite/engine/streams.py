@@ -1,7 +1,7 @@
-"""Where DeepSpeed has the host wait for a GPU in the middle of a step, the streams wait for each other instead.
+"""Makes streams wait for each other where DeepSpeed would make the host wait for a GPU in the middle of a step.
 
-None of it happens on a CPU, which does all at once; tests/streams.py has DeepSpeed take a CPU for a device with
-streams.
+None of it applies to a CPU, which runs everything synchronously; tests/streams.py makes DeepSpeed treat a CPU as a
+device with streams.
 """
 
 import copy
@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator, set_accelerator
 
 @contextmanager
 def without_device_waits() -> Iterator[None]:
-    """Inside, DeepSpeed works with an accelerator whose `synchronize` returns at once."""
+    """Inside, DeepSpeed uses an accelerator whose `synchronize` returns at once."""
     own = get_accelerator()
     twin: Any = copy.copy(own)
     twin.__class__ = _patient(type(own))
@@ -28,18 +28,18 @@ def without_device_waits() -> Iterator[None]:
 
 @functools.cache
 def _patient(kind: type) -> type:
-    """A subclass of a DeepSpeed accelerator in which the host waits for no device."""
+    """A subclass of a DeepSpeed accelerator in which the host never waits for a device."""
     return type(f"Patient{kind.__name__}", (kind,), {"synchronize": lambda self, *args: None})
 
 
 def wait_for(stream: Any) -> None:
-    """The current stream waits for all that was asked of another; the host for nothing."""
+    """Makes the current stream wait for all work queued on `stream`; the host does not wait."""
     accelerator: Any = get_accelerator()
     if not accelerator.resolves_data_dependency():
         accelerator.current_stream().wait_stream(stream)
 
 
 def join_on_the_device(stream: Any) -> None:
-    """From now on `stream.synchronize()` is `wait_for`. stream: one that DeepSpeed keeps; None on a CPU."""
+    """Replaces `stream.synchronize()` by `wait_for`. stream: one that DeepSpeed keeps; None on a CPU."""
     if stream is not None:
         stream.synchronize = functools.partial(wait_for, stream)

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-1 and 2, extended where the model plane (pipe × tensor) needs it; what all stages have in common.
+"""DeepSpeed's ZeRO-1 and 2, extended for the model plane (pipe × tensor); and what all ZeRO stages have in common.
 
-The norm is ours (norm.py); all copies of what several stages hold, such as a tied embedding, get the sum of their
-gradients. Whether a step's update happens is the norm's word, on every rank or on none. Next: zero3.py.
+The norm is ours (norm.py). Copies of a parameter on several stages, such as a tied embedding, get the sum of their
+gradients. The norm decides whether a step's update happens, on every rank or on none. Next: zero3.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,49 +19,49 @@ from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Placement, Shard
 
-INVALID_NORM = -1.0  # DeepSpeed's sign for a norm that is not finite (runtime/utils.py)
-MOMENTS = (
-    "momentum_buffer",
-    "exp_avg",
-    "exp_avg_sq",
-)  # of all optimizers, by torch's and DeepSpeed's names
+INVALID_NORM = -1.0  # DeepSpeed's value for a norm that is not finite (runtime/utils.py)
+# The moments of all optimizers, by torch's and DeepSpeed's names.
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of what an optimizer keeps of each weight."""
+    """Names of the moments that an optimizer keeps for each weight."""
     if isinstance(optimizer, torch.optim.SGD):
         return MOMENTS[:1] if optimizer.defaults["momentum"] else ()
     return MOMENTS[1:]
 
 
 class OneVerdict:
-    """Of both optimizers: the global norm, which is the same on every rank, says alone whether a step is skipped."""
+    """Base of both optimizers: only the global norm, which is the same on every rank, decides whether a step is
+    skipped."""
 
     global_norm: GlobalNorm
     loss_scaler: Any
     overflow: bool
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
-        """Called by DeepSpeed's step before the norm: two more messages that would say no more than it does."""
+        """Called by DeepSpeed's step before the norm. Does nothing: it would send two messages that tell no more than
+        the norm does."""
 
     def _update_scale(self, has_overflow: bool = False) -> None:
-        """Called by DeepSpeed's step before it divides the gradients by the loss scale: where the scale grew just then
-        they would come out too small (tests/distributed/test_fp16.py). So it moves after the step."""
+        """Called by DeepSpeed's step before it divides the gradients by the loss scale. Does nothing: if the scale grew
+        at that moment, the gradients would become too small (tests/distributed/test_fp16.py). It changes after the
+        step."""
 
     def step(self, closure: Any = None) -> None:
-        """DeepSpeed's, then the loss scale's. A step that was refused for another reason than overflow leaves it."""
+        """DeepSpeed's step, then the update of the loss scale, which stays if the step was refused for another reason
+        than overflow."""
         super().step(closure)  # type: ignore[misc]
         overflowed = self.global_norm.overflowed
         if self.loss_scaler.dynamic and self.overflow == overflowed:
-            self.loss_scaler.raise_error_at_min_scale = (
-                False  # the judge has decided what happens there
-            )
+            # The judge has decided what happens at the smallest scale.
+            self.loss_scaler.raise_error_at_min_scale = False
             self.loss_scaler.update_scale(overflowed)
 
 
 class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
-    """ZeRO-1 and ZeRO-2. An optimizer that DeepSpeed has made becomes one by `adopt`: its constructor takes 40
-    arguments that only the engine knows, and nothing of what it made is changed."""
+    """ZeRO-1 and ZeRO-2. `adopt` turns an optimizer that DeepSpeed has made into one by changing its class: the
+    constructor takes 40 arguments that only the engine knows. Its state is not changed."""
 
     tied_groups: list[tuple[int, Axis]]
 
@@ -72,13 +72,13 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         norm: GlobalNorm,
         ties: Sequence[tuple[nn.Parameter, Axis]],
     ) -> None:
-        """Turns DeepSpeed's optimizer into ours, in place. ties: as of Stage."""
+        """Turns DeepSpeed's optimizer into ours, in place. ties: as in Stage."""
         optimizer.__class__ = cls
         assert isinstance(optimizer, ShardedOptimizer)
         optimizer.global_norm = norm
         groups = enumerate(optimizer.bit16_groups)
         number_of = {id(value): number for number, group in groups for value in group}
-        # In the order of `ties`, which is the same on all stages; that of groups is not.
+        # In the order of `ties`, which is the same on all stages; the order of groups is not.
         tied = {number_of[id(value)]: axis for value, axis in ties}
         optimizer.tied_groups = list(tied.items())
 
@@ -97,7 +97,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                     yield value, partition, here.start, here.numel, there.start
 
     def gradient_pieces(self) -> Iterator[tuple[Placement, Tensor]]:
-        """This rank's part of the averaged gradients; padding left out."""
+        """This rank's part of the averaged gradients, without padding."""
         if self.cpu_offload:
             for value, partition, start, count, _ in self.fragments():
                 yield value.placement, partition.grad.narrow(0, start, count)
@@ -110,25 +110,25 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                 yield value.placement, gradient
 
     def sum_tied_gradients(self) -> None:
-        """Adds up the gradients of copies. They have parameter groups of their own, so that their shards over the data
+        """Sums the gradients of tied copies. They have separate parameter groups, so that their shards over the data
         axis are the same on all stages."""
         for number, axis in self.tied_groups:
             if self.cpu_offload:
                 held = self.single_partition_of_fp32_groups[number].grad
-                device = self.bit16_groups[number][0].device  # that messages between ranks are for
+                device = self.bit16_groups[number][0].device  # which collectives need
                 held.copy_(sum_over(held.to(device), axis))
                 continue
             for gradient in self.averaged_gradients[number]:
                 sum_over(gradient, axis)
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """Called by DeepSpeed's step; the scale is that of the loss."""
+        """Called by DeepSpeed's step. The norm includes the loss scale."""
         self.sum_tied_gradients()
         norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), replicated=False)
         return torch.where(norm.isfinite(), norm, INVALID_NORM).float()
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-        """DeepSpeed's, but that it asks once more, for each group, whether the norm is valid; step has."""
+        """As DeepSpeed's, without its check for each group whether the norm is valid, which `step` has already made."""
         if self.clip_grad == 0.0 and self.loss_scale == 1.0:
             return
         factor: Any = self.loss_scale
@@ -141,7 +141,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
 
     def _fill_param_grad_accum_attribute(self, param: Any) -> None:
         """Called by DeepSpeed's hooks: adds a 16-bit gradient to its fp32 sum, in one kernel that reads both. DeepSpeed
-        first writes an fp32 copy of the gradient and then reads that, 18 bytes a number in place of 10."""
+        first writes an fp32 copy of the gradient and then reads it: 18 bytes per element instead of 10."""
         gradient, param.grad = param.grad, None
         if gradient is None:
             return
@@ -151,10 +151,10 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
             param.grad_accum.add_(gradient.view_as(param.grad_accum))
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
-        """Called by DeepSpeed's hooks: puts a gradient into a bucket. Those of tensors that the tensor axis cuts
-        unevenly (an odd vocabulary) get buckets of their own: a sum over three or more ranks adds in an order that
-        depends on a number's place in the message, so behind slices of different sizes the tensor axis's copies of
-        a whole weight would get different sums."""
+        """Called by DeepSpeed's hooks: puts a gradient into a bucket. Tensors that the tensor axis cuts unevenly (an
+        odd vocabulary) get separate buckets: a sum over three or more ranks adds in an order that depends on an
+        element's position in the message, so after slices of different sizes the tensor ranks' copies of a whole weight
+        would get different sums."""
         dtype = self.get_param_comm_dtype(param)
         bucket = self.ipg_buckets[dtype]
         if bucket.params:
@@ -188,7 +188,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
             super().allreduce_and_copy(*args, **kwargs)
 
     def _allreduce_noncontiguous_bucket_preserving_fp32(self, *args: Any, **kwargs: Any) -> None:
-        """The same where gradients are not copied into one buffer."""
+        """The same for gradients that are not copied into one buffer."""
         with self._streams_in_order():
             super()._allreduce_noncontiguous_bucket_preserving_fp32(*args, **kwargs)
 
@@ -205,8 +205,8 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
             yield
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Called by DeepSpeed after a backward that reduces. With overlap_comm it would have the host wait for all that
-        the device has to do; here the stream of the step waits for that of the reductions."""
+        """Called by DeepSpeed after a backward that reduces. With overlap_comm the host would wait for all work on the
+        device; here the step's stream waits for the reductions' stream."""
         if not self.overlap_comm:
             super().independent_gradient_partition_epilogue()
             return

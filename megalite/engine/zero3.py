@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, extended in the same way: weights are shards too, and the optimizer's states may lie in files.
+"""DeepSpeed's ZeRO-3, extended in the same way: weights are sharded too, and the optimizer's states may be in files.
 Next: engine.py.
 """
 
@@ -19,7 +19,7 @@ from megalite.parallel.layers import Placement, Shard
 
 
 class _TimedCoordinator(PartitionedParameterCoordinator):
-    """ZeRO-3's gathering of weights, on the clock as waiting for others."""
+    """ZeRO-3's gathering of weights, which counts as waiting time."""
 
     def fetch_sub_module(self, *args: Any, **kwargs: Any) -> None:
         with RANK_CLOCK.waiting():
@@ -29,8 +29,8 @@ class _TimedCoordinator(PartitionedParameterCoordinator):
 class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3, adopted in the same way. Its gradient shards may end with padding, which is zero.
 
-    With offload_optimizer.device nvme masters and moments of a sub-group lie in files between steps, one flat run of
-    fp32 numbers each, and what is held in memory of them means nothing. `shards` maps the files into memory.
+    With offload_optimizer.device nvme, masters and moments of a sub-group are in files between steps, each a flat
+    sequence of fp32 numbers, and their tensors in memory are meaningless. `shards` maps the files into memory.
     """
 
     optimizer_swapper: Any
@@ -43,14 +43,14 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         optimizer.global_norm = norm
         coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
         coordinator.__class__ = _TimedCoordinator
-        if not optimizer.offload_optimizer:  # the host is to read gradients in main memory
-            # DeepSpeed has it wait after each backward (independent_gradient_partition_epilogue).
+        if not optimizer.offload_optimizer:  # with offload the host reads the gradients
+            # DeepSpeed makes the host wait after each backward (independent_gradient_partition_epilogue).
             join_on_the_device(optimizer.reduce_and_partition_stream)
         for partition in optimizer.fp32_partitioned_groups_flat:
-            partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does without
+            partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does not need
 
     def flat_gradient(self, group: int) -> Tensor:
-        """A sub-group's part of the buffer that gradients are summed in."""
+        """A sub-group's part of the buffer in which gradients are summed."""
         sizes = self.fp16_partitioned_groups_flat_numel
         return self.grad_partitions_flat_buffer.narrow(0, sum(sizes[:group]), sizes[group])
 
@@ -63,27 +63,28 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
                 yield value.placement, flat.narrow(0, start, count)
 
     def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
-        """Called by DeepSpeed's reduction, with offloading, to copy a gradient from the buffer, which is in main memory
-        already, to main memory or to a file."""
+        """Called by DeepSpeed's reduction, with offload, to copy a gradient from the buffer to main memory or to a
+        file. Does nothing: the buffer is already in main memory."""
 
     def _prepare_sub_group(self, sub_group_id: int, timer_names: set[str]) -> None:
-        """Called by DeepSpeed's step: reads a sub-group's files where it has any."""
+        """Called by DeepSpeed's step: reads a sub-group's files, if it has any."""
         super()._prepare_sub_group(sub_group_id, timer_names)
         if self.offload_optimizer:
             partition = self.fp32_partitioned_groups_flat[sub_group_id]
             partition.grad = self.flat_gradient(sub_group_id).to(partition.device)
 
     def _post_step(self, timer_names: set[str]) -> None:
-        """Called by DeepSpeed's step after the update, where it gathers the weights that stay whole, and would have the
-        host wait until the device has them."""
-        if self.offload_optimizer:  # an update by the host
+        """Called by DeepSpeed's step after the update: gathers the weights that stay whole, without making the host
+        wait until the device has them."""
+        if self.offload_optimizer:  # the host did the update
             super()._post_step(timer_names)
             return
         with without_device_waits():
             super()._post_step(timer_names)
 
     def _get_norm_groups(self) -> list[Tensor]:
-        """Called by DeepSpeed's step, which takes the root of the sum of squares: of one, ours."""
+        """Called by DeepSpeed's step, which computes the root of the sum of the squares: here of a single value, our
+        norm."""
         norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), replicated=False)
         return [torch.where(norm.isfinite(), norm, INVALID_NORM).float()]
 
@@ -98,7 +99,7 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
                 yield Shard(value.placement, first, master.narrow(0, start, count), moments)
 
     def flat_tensors(self, group: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Master and moments of a sub-group: in memory, or in files that are mapped, so that writing writes there."""
+        """Master and moments of a sub-group: in memory, or as writable memory maps of its files."""
         partition = self.fp32_partitioned_groups_flat[group]
         state = self.optimizer.state.get(partition, {})
         held = {name: state[name] for name in MOMENTS if name in state}
@@ -113,14 +114,14 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         return self.optimizer_swapper.swap_params_info[partition.ds_id]
 
     def zero_moments(self, group: int) -> dict[str, Tensor]:
-        """New moments of a sub-group. Files are made before the first step, which would hold all moments in memory; and
-        with their room on the disk, since DeepSpeed does not notice where there is none."""
+        """New moments of a sub-group. Files are created before the first step, which would hold all moments in memory,
+        and their disk space is allocated, since DeepSpeed does not notice a full disk."""
         partition, names = self.fp32_partitioned_groups_flat[group], moments_of(self.optimizer)
         if not self._swappable_optimizer_subgroup(group):
             return {name: torch.zeros_like(partition, requires_grad=False) for name in names}
         moments = {name: torch.empty(0) for name in names}
         for name, moment in moments.items():
-            moment.ds_id = f"{name}-{partition.ds_id}"  # type: ignore[attr-defined]  # DeepSpeed names the file by it
+            moment.ds_id = f"{name}-{partition.ds_id}"  # type: ignore[attr-defined]  # names the file
         files = self.files(partition)
         del files.tensors[1:]
         files.add_state_tensors(moments.values())
@@ -131,11 +132,11 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 
     @property
     def swap_buffers(self) -> list[Tensor]:
-        """What sub-groups in files are read into."""
+        """The buffers that files are read into; empty without files."""
         return self.optimizer_swapper.swap_buffer_manager.all_buffers if self.swap_optimizer else []
 
     def masters_changed(self) -> None:
-        """Copies the masters to the shards that the model's weights are gathered from, as DeepSpeed's step does."""
+        """Copies the masters to the shards from which the model's weights are gathered, as DeepSpeed's step does."""
         self._partition_all_parameters()
         for group, weights in enumerate(self.fp16_partitioned_groups_flat):
             weights.data.copy_(self.flat_tensors(group)[0])
@@ -145,9 +146,9 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 
 
 def _mapped(path: str, count: int) -> Tensor:
-    """fp32 numbers of a file as a tensor [count] over its pages, which the system reads, writes back and drops.
-    DeepSpeed goes past them (O_DIRECT); on a disk of this machine both agree (engine/nvme.py tries it)."""
+    """The fp32 numbers of a file as a memory-mapped tensor [count]. DeepSpeed bypasses the page cache (O_DIRECT); both
+    agree on a local disk (engine/nvme.py tests it)."""
     assert os.path.getsize(path) >= 4 * count, (
-        f"{path}: shorter than what was written, and would be lengthened here"
+        f"{path}: shorter than what was written; mapping would extend it"
     )
     return torch.from_file(path, shared=True, size=count, dtype=torch.float32)

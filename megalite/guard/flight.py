@@ -1,9 +1,10 @@
-"""Whom a rank waits for under NCCL, by torch's flight recorder: there the host waits in no call of torch.distributed.
+"""Which ranks a rank waits for under NCCL, from torch's flight recorder: with NCCL the host does not block in a call of
+torch.distributed.
 
-The recorder is a ring of the last collectives and messages of a process, each with its number in its group and its
-state. A rank waits in the lowest number of a group that is not complete, for those of the group that have not come to
-that number; guilty are those that others wait for, and that wait for nobody themselves. What a rank tells is a value
-(`Flight`), small enough for a report, and the judgement a pure function of all ranks' values. Next: watchdog.py.
+The recorder is a ring buffer of the last collectives and messages of a process, each with its number in its group and
+its state. A rank waits in the lowest incomplete number of a group, for the members that have not reached that number.
+Guilty are ranks that others wait for and that wait for nobody. Each rank's state is a value (`Flight`), small enough
+for a report, and the judgement is a pure function of all ranks' values. Next: watchdog.py.
 """
 
 import contextlib
@@ -16,15 +17,14 @@ from typing import Any
 
 from torch._C import _distributed_c10d
 
-_MESSAGE = re.compile(
-    r"\w+:(send|recv) (\d+)(->|<-)(\d+)"
-)  # as in nccl:send 0->1, by ranks of the group
+# As in nccl:send 0->1, by ranks of the group.
+_MESSAGE = re.compile(r"\w+:(send|recv) (\d+)(->|<-)(\d+)")
 
 
 @dataclass(frozen=True)
 class Stay:
-    """A rank in one group: members by global rank; last: the highest number of a collective that it has come to;
-    waits_in: the lowest that is not complete, None: none, and its name; messages: those not complete, as pairs of
+    """The state of a rank in one group. members: global ranks. last: the highest number of a collective that it has
+    reached. waits_in, name: the lowest incomplete one, None if there is none. messages: incomplete ones, as pairs of
     ("send" or "recv", global rank)."""
 
     members: tuple[int, ...]
@@ -35,11 +35,11 @@ class Stay:
 
 
 Flight = dict[str, Stay]
-"""By the name of a group."""
+"""A rank's state in each group, by the group's name."""
 
 
 def flight_of(trace: Mapping[str, Any]) -> Flight:
-    """What a trace in the recorder's format (version 2) says of its rank."""
+    """The state of a rank from its trace in the recorder's format (version 2)."""
     configured = {
         name: json.loads(group["ranks"]) for name, group in trace.get("pg_config", {}).items()
     }
@@ -70,17 +70,17 @@ def _stay(members: list[int], entries: Iterable[Mapping[str, Any]]) -> Stay:
 
 
 def own_flight() -> Flight:
-    """This process's; empty where torch has no NCCL, or its recorder is off or fails."""
+    """The state of this process; empty if torch has no NCCL, or if its recorder is off or fails."""
     dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None:
-        with contextlib.suppress(Exception):  # a trace of another form: report the rest
+        with contextlib.suppress(Exception):  # unknown format: report the rest
             trace = dump(includeCollectives=True, includeStackTraces=False, onlyActive=False)
             return flight_of(pickle.loads(trace))
     return {}
 
 
 def waited_for(flights: Mapping[int, Flight]) -> dict[int, set[int]]:
-    """For each rank, the ranks that it waits for. One without a flight has come to nothing."""
+    """For each rank, the ranks that it waits for. A rank without a flight has reached nothing."""
     return {rank: _waited_for(rank, flights) for rank in flights}
 
 
@@ -102,20 +102,20 @@ def _waited_for(rank: int, flights: Mapping[int, Flight]) -> set[int]:
 
 
 def guilty(flights: Mapping[int, Flight]) -> set[int]:
-    """Ranks that others wait for and that wait for nobody; where all of them wait for one another, those that are
-    waited for. Empty where nobody waits, or all have come to what is not complete: then it is the network's."""
+    """Ranks that others wait for and that wait for nobody; if all of them wait for one another, all that are waited
+    for. Empty if nobody waits, or if all have reached the incomplete collective: then the network is at fault."""
     waits = waited_for(flights)
     named = {peer for peers in waits.values() for peer in peers}
     return {rank for rank in named if not waits.get(rank)} or named
 
 
 def to_text(flight: Flight) -> str:
-    """One line."""
+    """A flight as one line of JSON."""
     return json.dumps({name: asdict(stay) for name, stay in flight.items()})
 
 
 def from_text(line: str) -> Flight:
-    """Of `to_text`."""
+    """The inverse of `to_text`."""
     return {
         name: Stay(
             **value
@@ -126,7 +126,7 @@ def from_text(line: str) -> Flight:
 
 
 def in_words(flight: Flight) -> str:
-    """What the rank waits in; empty where in nothing."""
+    """The collectives and messages that the rank waits in; empty if there are none."""
     said = [f"{stay.name} {stay.waits_in} of ranks {', '.join(map(str, stay.members))}" for stay in flight.values()
             if stay.waits_in is not None]  # fmt: skip
     said += [f"{kind} {'to' if kind == 'send' else 'from'} rank {peer}"

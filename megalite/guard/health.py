@@ -1,7 +1,7 @@
-"""Judges every step before its update, on every rank the same, and says by name where it went wrong.
+"""Judges every step before its update, identically on every rank, and reports where numbers stopped being finite.
 
-The judge sits in the global norm (engine/norm.py), whose one message carries the loss too. A stop, a skipped update
-or going back follow from its word, in loop.py. Not ranks that differ (guard/replicas.py) or are slow (pace.py).
+The judge is called by the global norm (engine/norm.py), whose one message also carries the loss. loop.py acts on the
+verdict: it stops, skips the update or rewinds. Not ranks that differ (guard/replicas.py) or are slow (pace.py).
 """
 
 import json
@@ -23,13 +23,13 @@ from megalite.errors import TrainingError
 from megalite.pipeline.actions import Pipeline
 
 FAULTS = "faults.jsonl"
-NAMES = 3  # of tensors that a line repeats
+NAMES = 3  # tensors named in a message
 _LATER = 1 << 30  # after every micro-batch
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a step. text: without the step's number."""
+    """A fault of a step. text: its description, without the step's number."""
 
     kind: Literal["overflow", "not_finite", "spike"]
     text: str
@@ -37,12 +37,12 @@ class Fault:
 
 
 def not_finite(boxes: BoxDict) -> list[str]:
-    """Names of the boxes with a number that is not finite. The host waits for a device once, not once a box."""
+    """Names of the boxes with values that are not finite. The host waits once per device, not once per box."""
     peaks: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, some in boxes.items():
         for box in some:
             if box.values.numel():
-                # NaN where there is one. Unlike isfinite() it writes no tensor of that size.
+                # NaN if there is one. Unlike isfinite(), this writes no tensor of that size.
                 peak = torch.linalg.vector_norm(box.values, float("inf"), dtype=torch.float32)
                 peaks.setdefault(box.values.device, []).append((name, peak))
     found: dict[str, bool] = {}
@@ -54,8 +54,8 @@ def not_finite(boxes: BoxDict) -> list[str]:
 
 
 class Health:
-    """Of one run on this rank; every rank has one. `fault`, `loss` and `norm` are of the step judged last; the norm is
-    without the loss scale, and `scale` is that of the step."""
+    """Judges the steps of one run; every rank has one. `fault`, `loss` and `norm` are of the last judged step. The norm
+    is without the loss scale, and `scale` is the step's."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Health:
         file: Appended,
         start: Position,
     ) -> None:
-        """file: takes a line for each fault, of rank 0's; start: where the run starts from."""
+        """file: rank 0 appends a line for each fault. start: the position at which the run starts."""
         self.faults, self.engine, self.pipeline, self.hosts, self.file = (
             faults,
             engine,
@@ -78,7 +78,7 @@ class Health:
         self.fault: Fault | None = None
         self.loss = self.norm = math.nan
         self.scale = 1.0
-        # Not the position's own: a run that goes back must not forget why.
+        # Not the position's: a run that rewinds must remember why.
         self.in_a_row, self.faulty_step = start.faults_in_a_row, start.faulty_step
         engine.global_norm.judge = self._judge
         if engine.stage.embedding is not None:
@@ -86,16 +86,16 @@ class Health:
 
     @property
     def rewinds(self) -> bool:
-        """Whether a run may go back, and so needs a checkpoint to go back to."""
+        """Whether a run may rewind, and so needs a checkpoint to rewind to."""
         return "rewind" in (self.faults.not_finite, self.faults.spike)
 
     def begin(self, position: Position) -> None:
-        """Before a step from there."""
+        """Call before a step from `position`."""
         self.position, self.fault, self.scale = position, None, self.engine.current_loss_scale
 
     def take_loss(self, part: Tensor) -> None:
-        """This rank's part of the step's mean loss, once all gradients are there."""
-        first = self.engine.grid.tensor.is_first  # its ranks have the same
+        """Takes this rank's part of the step's mean loss. Call when all gradients are complete."""
+        first = self.engine.grid.tensor.is_first  # all tensor ranks have the same
         self.engine.global_norm.loss = part if first else None
 
     def _judge(self, loss: float, norm: float) -> bool:
@@ -112,14 +112,14 @@ class Health:
                 return Fault("overflow", f"overflow with loss scale {self.scale:g}", "skip")
             return Fault("not_finite", f"gradient norm is {norm}", faults.not_finite)
         if faults.spike_factor is not None and len(recent) == faults.spike_window:
-            usual = median(recent)  # 0 where no token of most batches counts: nothing to measure by
+            usual = median(recent)  # 0 if no token counts in most batches: nothing to compare with
             if loss > faults.spike_factor * usual > 0:
                 text = f"loss {loss:.4f} is {loss / usual:.2f} times the median {usual:.4f} of {len(recent)} steps"
                 return Fault("spike", text, faults.spike)
         return None
 
     def after(self, samples: int, tokens: int) -> Position:
-        """Where the judged step leads."""
+        """The position after the judged step."""
         skipped = self.fault is not None and self.fault.action != "warn"
         position = self.position.after(samples, tokens, skipped)
         if not skipped and self.faults.spike_factor is not None:
@@ -140,28 +140,27 @@ class Health:
         return row
 
     def answer(self, step: int) -> str | None:
-        """After the judged step: a line about its fault for the log, None where there is none; raises TrainingError
-        where the run must stop (collective where something was not finite)."""
+        """After the judged step: a line about its fault for the log, or None without one. Raises TrainingError if the
+        run must stop (collective if something was not finite)."""
         if self.fault is None or self.fault.kind == "overflow":
             return None
         text = self.fault.text + (f"; {self._origin()}" if self.fault.kind == "not_finite" else "")
         return self._answer(step, replace(self.fault, text=text))
 
     def check_sound(self, boxes: BoxDict, step: int) -> str | None:
-        """As `answer`, about what is to be saved after a step: None where all of it is finite (collective)."""
+        """As `answer`, for the values to be saved after a step: None if all are finite (collective)."""
         grid, names = self.engine.grid, not_finite(boxes)
-        # Where all is well one number travels, in main memory; a name only from the lowest rank that has one.
+        # If all is well, only one number is sent, in main memory; a name comes only from the lowest rank with a fault.
         first = torch.tensor(grid.rank if names else grid.world_size)
         dist.all_reduce(first, dist.ReduceOp.MIN)
         rank = int(first)
         if rank == grid.world_size:
             return None
-        told = [names[0] if rank == grid.rank else ""]
-        dist.broadcast_object_list(told, src=rank)
-        name = told[0]
-        action = (
-            "rewind" if self.faults.not_finite == "rewind" else "stop"
-        )  # what is skipped would not mend it
+        message = [names[0] if rank == grid.rank else ""]
+        dist.broadcast_object_list(message, src=rank)
+        name = message[0]
+        # Skipping an update would not repair the weights.
+        action = "rewind" if self.faults.not_finite == "rewind" else "stop"
         text = f"{name} is not finite on {self._rank(rank)}: must not be saved"
         self.fault = Fault("not_finite", text, action)
         return self._answer(step, self.fault)
@@ -177,10 +176,11 @@ class Health:
             self.file.append(f"{json.dumps({'step': step, **asdict(fault)})}\n".encode())
         if fault.action == "stop":
             raise TrainingError(f"{line}: nothing of this step is saved")
-        return f"{line}: {({'skip': 'skipped', 'rewind': 'going back', 'warn': 'continues'})[fault.action]}"
+        return f"{line}: {({'skip': 'skipped', 'rewind': 'rewinding', 'warn': 'continuing'})[fault.action]}"
 
     def _watch_first_gradient(self, module: Any, inputs: Any, output: Tensor) -> None:
-        """What backward leaves at the embedding goes to nobody; it tells of all that came before it."""
+        """Watches the gradient of the embedding's output. It is the last that backward computes, so it shows whether
+        any earlier one was not finite."""
         if output.requires_grad:
             output.register_hook(self._note_first_gradient)
 
@@ -190,12 +190,12 @@ class Health:
             self.pipeline.note_peak(action, gradient)
 
     def _origin(self) -> str:
-        """Where numbers first were not finite (collective)."""
+        """Where values first were not finite (collective)."""
         everyone = self._gather(self._first_found())
         found = [(where, rank) for rank, where in enumerate(everyone) if where is not None]
         names = self.engine.global_norm.not_finite()
-        told = f"{', '.join(names[:NAMES])}{' …' * (len(names) > NAMES)}"
-        gradients = [f"gradients of {len(names)} tensors ({told})"] if names else []
+        listed = f"{', '.join(names[:NAMES])}{' …' * (len(names) > NAMES)}"
+        gradients = [f"gradients of {len(names)} tensors ({listed})"] if names else []
         if found:
             (_, text), _ = first = min(found)
             ranks = [self._rank(rank) for where, rank in found if where == first[0]]
@@ -203,7 +203,7 @@ class Health:
         return "; ".join(gradients)
 
     def _first_found(self) -> tuple[tuple[int, int, int], str] | None:
-        """The first place on this rank, by (phase, micro-batch, order of the chunks in it), and its name."""
+        """The first place on this rank, as a sort key (phase, micro-batch, order of the chunk) and a name."""
         found, last = [], self.pipeline.plan.cut.last_chunk
         for (kind, chunk, k), peak in self.pipeline.peaks:
             if not torch.isfinite(peak).item():
@@ -217,7 +217,7 @@ class Health:
                 )
         names = self.engine.global_norm.not_finite(own=True)
         if not found and names:
-            found.append(((2, _LATER, 0), f"the gradient of {names[0]} as it is held"))
+            found.append(((2, _LATER, 0), f"the accumulated gradient of {names[0]}"))
         return min(found, default=None)
 
     def _rank(self, rank: int) -> str:

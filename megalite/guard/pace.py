@@ -1,8 +1,8 @@
-"""Names a rank that computes more slowly than the others, with its figures: those that wait for it look as slow.
+"""Straggler detection: names a rank that computes more slowly than the others, which wait for it and look just as slow.
 
-Every `pace_interval` steps each rank's own seconds in forward are measured (parallel/clock.py) and gathered. Stages
-differ in work, so seconds are divided by the multiply-adds of a rank's stage before they are held against the median
-of all ranks.
+Every `pace_interval` steps each rank's own seconds in forward, without waiting, are measured (parallel/clock.py) and
+gathered. Stages differ in work, so seconds are divided by the multiply-adds of a rank's stage before they are compared
+with the median of all ranks.
 """
 
 import os
@@ -20,7 +20,7 @@ from megalite.parallel.clock import RANK_CLOCK
 
 
 class Pace:
-    """Of one run on this rank; every rank has one and calls it at the same steps."""
+    """Straggler detection for one run. Every rank has one and must call it at the same steps."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Pace:
         hosts: Sequence[str],
         source: float = 0.0,
     ) -> None:
-        """counted: about which share of the tokens the head's product is made for; source: share that is an
-        encoder-decoder's source."""
+        """counted: approximate share of the tokens for which the head's product is computed. source: share of the
+        tokens that are an encoder-decoder's source."""
         self.faults, self.engine, self.hosts = faults, engine, hosts
         self.device = torch.device(engine.device or "cpu")
         stage = engine.stage
@@ -53,26 +53,27 @@ class Pace:
 
     @property
     def shares_cores(self) -> bool:
-        """Whether this host's ranks compute on fewer cores than they have threads. Which of them is slow is then the
-        scheduler's choice, and no rank is named."""
+        """Whether this host's ranks have more threads than cores. The scheduler then decides which of them is slow, so
+        no rank is named."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         threads = ranks * torch.get_num_threads()
         return self.device.type == "cpu" and threads > len(os.sched_getaffinity(0))
 
     def begin(self, step: int) -> None:
-        """Before a step: starts the clock where the step is one to be measured."""
+        """Call before a step: starts the clock if the step is to be measured."""
         interval = self.faults.pace_interval
         RANK_CLOCK.on = interval > 0 and step % interval == 0
 
     def end(self, step: int) -> tuple[dict[str, Any], list[str]]:
-        """After it: fields of the step's row, and lines for the log (collective at the steps that are measured)."""
+        """Call after a step. Returns fields of its row and lines for the log (collective at the steps that are
+        measured)."""
         if not RANK_CLOCK.on:
             return {}, []
         RANK_CLOCK.on = False
         own = [RANK_CLOCK.take(), self.work, float(self.shares_cores)]
-        told = torch.tensor(own, dtype=torch.float64, device=self.device)
-        everyone = [torch.empty_like(told) for _ in range(self.engine.grid.world_size)]
-        dist.all_gather(everyone, told)
+        row = torch.tensor(own, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(row) for _ in range(self.engine.grid.world_size)]
+        dist.all_gather(everyone, row)
         seconds, work, shared = torch.stack(everyone).t().tolist()
         figures, lines = self.judge(step, seconds, work)
         return figures, [] if any(shared) else lines
@@ -80,7 +81,7 @@ class Pace:
     def judge(
         self, step: int, seconds: list[float], work: list[float]
     ) -> tuple[dict[str, Any], list[str]]:
-        """What `end` returns, of every rank's seconds in forward and its stage's work."""
+        """The result of `end`, from every rank's seconds in forward and its stage's work."""
         usual = median_low([s / w for s, w in zip(seconds, work, strict=True)])
         ratios = [s / (w * usual) for s, w in zip(seconds, work, strict=True)]
         worst = max(range(len(ratios)), key=ratios.__getitem__)
@@ -91,7 +92,7 @@ class Pace:
                 continue
             seen = self.slow.setdefault(rank, [])
             if len(seen) == self.faults.slow_looks:
-                continue  # it was told
+                continue  # already reported
             seen.append(f"step {step}: {seconds[rank]:.3g} s, {ratio:.2f} times the median")
             if len(seen) == self.faults.slow_looks:
                 figures = "; ".join(seen)

@@ -1,9 +1,9 @@
-"""Finds a rank that has silently gone its own way: copies of a weight that should be equal to the bit are compared.
+"""Finds a rank that has silently diverged: compares copies of a weight that should be bitwise equal.
 
-Copies are on the axes data and context (ZeRO 0 to 2; under ZeRO-3 those that stay whole), on the tensor axis (norms,
-copies of key/value heads) and at both ends of the pipe (tied embeddings): all that have one name and range. A
-copy is hashed by the exclusive or of its elements, in one pass over the weights, so any changed bit shows; elements
-that changed places among themselves would not.
+Copies exist along the data and context axes (ZeRO 0 to 2; under ZeRO-3 of weights that stay whole), along the tensor
+axis (norms, copies of key/value heads) and at both ends of the pipe (tied embeddings): everything with the same name
+and range. A copy is hashed by the exclusive or of its elements, in one pass over the weights. This detects any changed
+bit, but not elements that were swapped.
 """
 
 from collections import Counter
@@ -23,26 +23,26 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor whose copies differ. ranks: those that hold another value than most, or, where there is no
-    majority, all that hold it (`divided`)."""
+    """A tensor whose copies differ. ranks: those that hold another value than most; if there is no majority
+    (`divided`), all that hold the tensor."""
 
     name: str
     ranks: tuple[int, ...]
     divided: bool
 
     def line(self, hosts: Sequence[str]) -> str:
-        """For the log. hosts: by rank."""
+        """A line for the log. hosts: by rank."""
         ranks = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in self.ranks)
         how = (
             "hold different values, and no majority says which is right"
             if self.divided
             else "holds another value"
         )
-        return f"{self.name}: {ranks} {how}: copies of a weight must be equal to the bit"
+        return f"{self.name}: {ranks} {how}: copies of a weight must be bitwise equal"
 
 
 class Replicas:
-    """The copies of one model. Made together (collective over the world)."""
+    """The copies of one model. The constructor is collective over the world."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -54,7 +54,7 @@ class Replicas:
         }
 
     def difference(self, device: torch.device) -> Difference | None:
-        """Of the first tensor, by name, whose copies differ now; the same on every rank (collective)."""
+        """The first tensor, by name, whose copies differ now; the same on every rank (collective)."""
         own = self._hashes(device)
         # The highest and the lowest hash of each row, in one message.
         both = torch.stack([own, torch.where(own == _ABSENT, own, -own)])
@@ -73,11 +73,13 @@ class Replicas:
         )
 
     def _hashes(self, device: torch.device) -> Tensor:
-        """int64 by row, in [-2⁶², 2⁶²) so that it can be negated; where this rank holds no whole copy, _ABSENT."""
+        """Hashes, int64 by row, in [-2⁶², 2⁶²) so that they can be negated; _ABSENT if this rank holds no whole
+        copy."""
         result = torch.full((len(self.rows),), _ABSENT, device=device)
         for value, place in placed(self.module):
             if value.numel() == prod(place.shape):
-                # The lowest bit falls away: of a number widened to fp64, which is what is hashed, it is always 0.
+                # Dropping the lowest bit is safe: elements are hashed as fp64, in which a widened number's lowest bit
+                # is 0.
                 result[self.rows[_key(place)]] = (
                     torch.hash_tensor(value.detach()).view(torch.int64) >> 1
                 )

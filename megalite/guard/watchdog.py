@@ -1,11 +1,11 @@
-"""A run that hangs says why: a limit of time for each part of a run, and what each rank was doing.
+"""Watchdog: a time limit for each part of a run, and a report of what each rank was doing when it hung or failed.
 
-A thread on each rank. Where a part takes longer than its limit, or a rank fails (a peer's death shows as an error of
-gloo, or as a process of the node that has gone), every live rank writes a file into the run's `faults/START/`: a line
-of where it is and whom it waits for, a line of what NCCL's flight recorder says (flight.py), then the stacks of its
-threads. The lowest of them writes `summary.txt` and prints its first line; all end with 1. Collectives no longer work
-then: one rank of each node looks at that folder, which all nodes share, and tells its neighbours by a signal. Not
-signals themselves (signals.py).
+Each rank has a watchdog thread. If a part takes longer than its limit, or a rank fails (a peer's death shows as an
+error of gloo, or as a process of the node that is gone), every live rank writes a file into the run's `faults/START/`:
+a line with where it is and which ranks it waits for, a line from NCCL's flight recorder (flight.py), then the stacks of
+its threads. The lowest of these ranks writes `summary.txt` and prints its first line; all exit with 1. Collectives do
+not work any more then, so one rank of each node polls that folder, which all nodes share, and tells its neighbours by a
+signal. Signals: signals.py.
 """
 
 import contextlib
@@ -33,25 +33,26 @@ from megalite.ranks.program import print_line
 from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
-LOOK_SECONDS = 1.0  # between two looks of a node at the folder
-SETTLE_SECONDS = 3.0  # that a rank that ends gives the others to write their files: a launcher kills them afterwards
-REPORT_SECONDS = 20.0  # for all of a report, after which a rank ends without one
+LOOK_SECONDS = 1.0  # between two polls of the folder by a node
+# In which other ranks can write their files before this one exits and a launcher kills them.
+SETTLE_SECONDS = 3.0
+REPORT_SECONDS = 20.0  # for the whole report; then the rank exits without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
 _KILLED, _FAILED, _SILENT, _BUSY, _WAITS = (
     "was killed",
     "failed",
-    "gave no word",
+    "did not report",
     "was busy",
     "waited for others",
 )
-_CAUSES = (_KILLED, _FAILED, _SILENT, _BUSY)  # the likeliest first
-_LATE = "had not come to what others waited in"
+_CAUSES = (_KILLED, _FAILED, _SILENT, _BUSY)  # the most likely first
+_LATE = "had not reached the call that others waited in"
 
 
 class Watchdog:
-    """One a rank, made together (collective). For the report, instruction tells what the pipeline does, and waits_for
-    whose message it waits for."""
+    """The watchdog of a rank; its constructor is collective. For the report, `instruction` returns what the pipeline is
+    doing, and `waits_for` the rank whose message it is waiting for."""
 
     def __init__(self, run_dir: Path, limits: Limits) -> None:
         self.rank, self.limits = dist.get_rank(), limits
@@ -62,22 +63,20 @@ class Watchdog:
             everyone, (socket.gethostname(), os.getpid(), time.strftime("%Y%m%d-%H%M%S"))
         )
         self.hosts, self.pids = [host for host, _, _ in everyone], [pid for _, pid, _ in everyone]
-        # Rank 0's time names this start, so that files of an earlier one are not taken for this one's.
+        # Named by rank 0's time, so that files of an earlier start are not mistaken for this one's.
         self.folder = run_dir / "faults" / f"{everyone[0][2]}-{everyone[0][1]}"
-        self.lock, self.signals = (
-            threading.Lock(),
-            listen(),
-        )  # here: the first call is in the main thread
+        # `listen` must first be called in the main thread.
+        self.lock, self.signals = threading.Lock(), listen()
         self.node, self.alone_since = {*self._neighbours()}, -1.0
         self._begin("start", limits.first_step_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextlib.contextmanager
     def watching(self, part: str, limit_seconds: float) -> Iterator[None]:
-        """Bounds the time of what is inside; part: its name in the report."""
+        """Limits the time of the block. part: its name in the report."""
         self._begin(part, limit_seconds)
         yield
-        self._rest()  # not after an error: its report names the part
+        self._rest()  # not after an error, whose report names the part
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -85,7 +84,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
-        """Reports what this rank's main thread failed by, unless it is an error that megalite raised on purpose."""
+        """Reports the exception of this rank's main thread, unless megalite raised it on purpose."""
         if isinstance(error, Exception) and not isinstance(error, MegaliteError):
             self._failed(error)
         self._rest()
@@ -124,7 +123,7 @@ class Watchdog:
                 self._end(_BUSY, _main_frames(), "when another rank was lost or had failed")
             if now - looked > LOOK_SECONDS:
                 looked, found = now, False
-                with contextlib.suppress(OSError):  # a file system that is away now
+                with contextlib.suppress(OSError):  # the file system is unavailable
                     found = self._looks_for_its_node() and self.folder.exists()
                 if found:
                     self._end(_BUSY, _main_frames(), "when another rank had failed")
@@ -132,13 +131,13 @@ class Watchdog:
                     self._end(_BUSY, _main_frames(), "when a rank of this node was gone")
 
     def _looks_for_its_node(self) -> bool:
-        """Whether no rank of this node below this one is alive: thousands that look would keep a file system busy."""
+        """Whether this is the lowest live rank of its node: thousands of polling ranks would overload a file system."""
         return not any(rank < self.rank for rank, _ in self._neighbours())
 
     def _is_left_alone(self) -> bool:
-        """Whether two looks in one part have found a neighbour gone. gloo raises an error then; under NCCL a device
-        waits for ever, and stock `deepspeed` ends the other ranks one by one, with half a minute for each. At a run's
-        end ranks end one after another too, within a moment."""
+        """Whether two polls within one part have found a neighbour gone. gloo then raises an error; under NCCL a device
+        waits forever, and stock `deepspeed` stops the other ranks one by one, with half a minute for each. Two polls,
+        because ranks also exit one after another at a run's end, within a moment."""
         before, since = self.alone_since, self.since
         lost = self.part and self.node != {*self._neighbours()}
         self.alone_since = since if lost else -1.0
@@ -163,9 +162,10 @@ class Watchdog:
         )
 
     def _end(self, kind: str, frames: Iterable[FrameType], cause: str, text: str = "") -> NoReturn:
-        """Writes this rank's file, waits a little for the others', sums up where this is the lowest, and ends."""
-        self.lock.acquire()  # for good: the main thread and the watching one may both come here
-        # A call to a file system that is away may never return.
+        """Writes this rank's file, waits briefly for the others', writes the summary if this is the lowest, and
+        exits."""
+        self.lock.acquire()  # never released: both the main thread and the watchdog's may get here
+        # A call to an unavailable file system may never return.
         late = threading.Timer(
             REPORT_SECONDS, self._leave, [cause, f"not written within {REPORT_SECONDS:g} s"]
         )
@@ -173,24 +173,23 @@ class Watchdog:
         late.start()
         try:
             self._report(kind, frames, cause, text)
-        except Exception as error:  # whatever it is, a rank that is to end must not stay
+        except Exception as error:  # whatever it is, the rank must exit
             self._leave(cause, f"{type(error).__name__}: {error}")
         self._leave()
 
     def _leave(self, cause: str = "", no_report: str = "") -> NoReturn:
-        """Ends this process. no_report: why there is none."""
+        """Exits this process. no_report: why there is no report."""
         if no_report:
             where = f"rank {self.rank} on {self.hosts[self.rank]}: {self.part}"
             print_line(RuntimeError(f"{where}: {cause}; no report: {no_report}"))
-        # A neighbour that was stopped could not hear the launcher's SIGTERM: it continues, and ends by itself.
+        # A stopped neighbour cannot receive the launcher's SIGTERM: it is continued, and then exits by itself.
         self._signal_neighbours(signal.SIGCONT)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         leave_word(FAULT_CODE)
-        os._exit(
-            FAULT_CODE
-        )  # the interpreter's end would wait for threads that wait for dead peers
+        # A regular exit would wait for threads that wait for dead peers.
+        os._exit(FAULT_CODE)
 
     def _report(self, kind: str, frames: Iterable[FrameType], cause: str, text: str) -> None:
         flight = own_flight()
@@ -201,9 +200,8 @@ class Watchdog:
         if call:
             kind = _WAITS if kind == _BUSY else kind
             cause = f"in {call}, waits for {_ranks(peers)}; {cause}"
-        if kind == _BUSY and (
-            words := in_words(flight)
-        ):  # its host waits for the device, in any call
+        # The host waits for the device, whatever call it is in.
+        if kind == _BUSY and (words := in_words(flight)):
             kind, cause = _WAITS, f"in {words}; {cause}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(
@@ -216,7 +214,7 @@ class Watchdog:
         self._until(lambda: (self.folder / SUMMARY).exists())
 
     def _write(self, line: str, flight: Flight, text: str) -> None:
-        """Whole or not there: others read it."""
+        """Writes atomically: other ranks read the file."""
         path = self.folder / f"rank_{self.rank:05d}.txt"
         beside = path.with_name(f".{path.name}")
         with beside.open("w", errors="backslashreplace") as file:
@@ -226,7 +224,7 @@ class Watchdog:
         beside.rename(path)
 
     def _settle(self) -> dict[int, tuple[str, Flight]]:
-        """First lines of the files by rank, once there is one of each that may write one or the time is over."""
+        """The first lines of the files by rank, once all ranks that can write one have done so or time is up."""
         self._until(lambda: len(self._files().keys() | killed_ranks()) == len(self.hosts))
         heads = {
             rank: path.read_text().split("\n", 2) for rank, path in sorted(self._files().items())
@@ -242,8 +240,8 @@ class Watchdog:
             time.sleep(0.1)
 
     def _sum_up(self, written: dict[int, tuple[str, Flight]]) -> None:
-        killed = dict.fromkeys(killed_ranks(), f"{_KILLED} |  | ended without a word")
-        nothing = f"{_SILENT} |  | no word of it: gone, stopped or out of reach"
+        killed = dict.fromkeys(killed_ranks(), f"{_KILLED} |  | ended without a report")
+        nothing = f"{_SILENT} |  | no report: gone, stopped or unreachable"
         said = killed | {rank: line for rank, (line, _) in written.items()}
         parts = [said.get(rank, nothing).split(" | ", 2) for rank in range(len(self.hosts))]
         kinds = [kind for kind, _, _ in parts]
@@ -265,10 +263,10 @@ class Watchdog:
             for rank, (_, _, where) in enumerate(parts)
         ]
         path = self.folder / SUMMARY
-        # One that was stopped and continues comes late: the first summary is kept.
+        # A rank that was stopped and then continued comes late: the first summary is kept.
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             file.write("\n".join([head, *lines, ""]))
-            print_line(RuntimeError(f"{head}: {path} and the stacks beside it tell more"))
+            print_line(RuntimeError(f"{head}: see {path} and the stacks beside it"))
 
     def _signal_neighbours(self, number: int) -> None:
         for _, pid in self._neighbours():
@@ -277,7 +275,7 @@ class Watchdog:
 
 
 def _main_frames() -> Iterator[FrameType]:
-    """Of the main thread, innermost first."""
+    """Frames of the main thread, innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         yield frame
@@ -285,7 +283,7 @@ def _main_frames() -> Iterator[FrameType]:
 
 
 def _collective(frames: Iterable[FrameType], own: int) -> tuple[str, list[int]]:
-    """The innermost call of torch.distributed, and the ranks that it waits for; empty where there is none."""
+    """The innermost call of torch.distributed, and the ranks that it waits for; empty if there is none."""
     for frame in frames:
         name, values = frame.f_code.co_name, frame.f_locals
         of_torch = frame.f_code.co_filename.endswith("distributed_c10d.py") and not name.startswith(

@@ -1,4 +1,4 @@
-"""Rank 0 asks, all ranks answer: for a program that runs on rank 0 alone and needs the model now and then (harness.py).
+"""Rank 0 asks, all ranks answer: for a program that runs only on rank 0 and needs the model now and then (harness.py).
 
 answers = Answers(stage, grid, …)
 if rank == 0:
@@ -24,8 +24,8 @@ _END = "end"
 
 
 class Answers:
-    """What rank 0 can ask of all ranks. batch_size: rows that go through the stages together; prefixed: as of
-    Generator."""
+    """The requests that rank 0 can make to all ranks. batch_size: rows that go through the stages together. prefixed:
+    as in Generator."""
 
     def __init__(
         self,
@@ -40,16 +40,16 @@ class Answers:
         self.stop_ids, self.batch_size, self.prefixed = stop_ids, batch_size, prefixed
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """On rank 0: `likelihoods` or `texts` on every rank."""
+        """On rank 0: calls `likelihoods` or `texts` on every rank."""
         told_by_rank_0((name, arguments))
         return getattr(self, name)(*arguments)
 
     def end(self) -> None:
-        """On rank 0: lets the others go."""
+        """On rank 0: ends `take_part` on the others."""
         told_by_rank_0((_END, ()))
 
     def take_part(self) -> None:
-        """On the others: answers all that rank 0 asks until it ends."""
+        """On other ranks: answers rank 0's requests until it calls `end`."""
         while (question := told_by_rank_0(None))[0] != _END:
             name, arguments = question
             getattr(self, name)(*arguments)

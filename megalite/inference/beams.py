@@ -1,9 +1,9 @@
-"""Beam search: of each prompt the `size` likeliest texts are kept, and each step extends all of them.
+"""Beam search: keeps the `size` likeliest texts of each prompt, and extends all of them in each step.
 
-As transformers has it (`generate` with `num_beams`): a step looks at the 2 · size likeliest continuations; those of the
-first `size` that end a text are set aside, scored by the mean logarithm of their tokens' probabilities, and the
-likeliest others continue. A prompt is finished when `size` texts are set aside and no beam can be better than the worst
-of them, or at the greatest length. P prompts, K beams, V / t logits of a rank. Next: generate.py.
+As in transformers (`generate` with `num_beams`): a step considers the 2 · size likeliest continuations. Those among the
+first `size` that end a text are set aside, scored by the mean log probability of their tokens, and the likeliest others
+continue. A prompt is finished when `size` texts are set aside and no beam can be better than the worst of them, or at
+the maximum length. P prompts, K beams, V / t logits of a rank. Next: generate.py.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,32 +22,34 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Beams:
-    """size: texts that are kept of a prompt; length_penalty: a text's score is its sum of logarithms, divided by the
-    number of its tokens to this power. Raises ConfigError for a value out of range."""
+    """size: texts kept per prompt. length_penalty: a text's score is its log probability, divided by the number of its
+    tokens to this power. Raises ConfigError for a value out of range."""
 
     size: int
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.size < 2:
-            raise ConfigError(f"--beams: {self.size}: must be at least 2; left out: greedy")
+            raise ConfigError(
+                f"--beams: {self.size}: must be at least 2; leave it out for greedy decoding"
+            )
         if not 0.0 <= self.length_penalty < float("inf"):
             rule = "must be a number of 0 or more"
             raise ConfigError(f"--length-penalty: {self.length_penalty}: {rule}")
 
 
 class Hypotheses:
-    """The texts of one prompt: those that continue and those that are set aside."""
+    """The texts of one prompt: live ones and those that are set aside."""
 
     def __init__(self, beams: Beams, max_new_tokens: int) -> None:
         self.beams, self.max_new_tokens = beams, max_new_tokens
         self.live: list[list[int]] = [[] for _ in range(beams.size)]
-        # All rows hold the prompt at first: only one of them counts.
+        # At first all rows hold only the prompt, so only one of them counts.
         self.scores = [0.0] + [_NEVER] * (beams.size - 1)
         self.parents = list(range(beams.size))
-        """Of each live text the beam that it continues."""
+        """The beam that each live text continues."""
         self.ended: list[tuple[float, list[int], str]] = []
-        """Score, tokens and why it ended, best first."""
+        """(score, tokens, reason of the end), best first."""
 
     def add(
         self,
@@ -55,7 +57,7 @@ class Hypotheses:
         stop_ids: Collection[int],
         ends: Callable[[list[int]], bool],
     ) -> None:
-        """A step. found: [sum of logarithms, beam, token] of the likeliest continuations, likeliest first."""
+        """Adds a step. found: [log probability, beam, token] of the likeliest continuations, likeliest first."""
         size, length = self.beams.size, len(self.live[0]) + 1
         live: list[tuple[float, int, list[int]]] = []
         for rank, (score, beam, token) in enumerate(found):
@@ -70,7 +72,7 @@ class Hypotheses:
                     )
             elif len(live) < size:
                 live.append((score, int(beam), tokens))
-        # The sort is stable: of equal scores the older one stays.
+        # The sort is stable: among equal scores the older text stays.
         self.ended = sorted(self.ended, key=lambda entry: -entry[0])[:size]
         live += [(_NEVER, 0, [0] * length)] * (size - len(live))
         self.scores = [score for score, _, _ in live]
@@ -90,7 +92,7 @@ class Hypotheses:
 
     @property
     def best(self) -> tuple[list[int], str]:
-        """Tokens of the best text that has ended, and why it did."""
+        """Tokens of the best text that has ended, and the reason."""
         _, tokens, why = self.ended[0]
         return tokens, why
 
@@ -98,8 +100,8 @@ class Hypotheses:
 def candidates(
     logits: Tensor, scores: Tensor, vocabulary_size: int, axis: Axis, size: int
 ) -> Tensor:
-    """The 2K likeliest continuations of each prompt, fp64 [P, 2K, 3]: sum of logarithms, beam, token; the same on every
-    rank of the axis (collective over it). logits [P·K, V / t]; scores [P·K]: sums so far."""
+    """The 2K likeliest continuations of each prompt, fp64 [P, 2K, 3]: log probability, beam, token; the same on every
+    rank of the axis (collective over it). logits [P·K, V / t]. scores [P·K]: log probabilities so far."""
     logits = logits.float()
     peak = max_over(logits.amax(dim=-1), axis)
     total = sum_over((logits - peak.unsqueeze(-1)).exp().sum(dim=-1), axis)
@@ -108,7 +110,7 @@ def candidates(
     sums = (scores.unsqueeze(-1) + logarithms).unflatten(0, (-1, size))  # [P, K, C]
     width = sums.shape[-1]
     flat = sums.flatten(1)
-    missing = max(0, 2 * size - flat.shape[1])  # a vocabulary of few tokens
+    missing = max(0, 2 * size - flat.shape[1])  # a tiny vocabulary
     flat = torch.nn.functional.pad(flat, (0, missing), value=_NEVER)
     tokens = torch.nn.functional.pad(ids.unflatten(0, (-1, size)).flatten(1), (0, missing))
     best, places = flat.sort(dim=-1, descending=True, stable=True)

@@ -1,6 +1,6 @@
 """The loss of a model on samples, on any layout: every sample once, weighted by its tokens.
 
-Stages pass hidden states on as in training; sums are kept in fp64, so that the order hardly matters.
+Hidden states pass through the stages as in training. Sums are fp64, so that their order hardly matters.
 """
 
 import math
@@ -21,8 +21,8 @@ from megalite.training.batches import Samples, Unread
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean over tokens, of a classifier over texts, in nats; tokens: those that counted; counts [N²]:
-    of a classifier, of each label how many texts were given each."""
+    """loss: mean over tokens (for a classifier over texts), in nats. tokens: those that counted. counts [N²]: a
+    classifier's flattened confusion matrix; rows are labels of texts, columns are answers."""
 
     loss: float
     tokens: int
@@ -42,15 +42,14 @@ def evaluate(
 ) -> Score:
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
-    micro: samples that a data rank passes through the stages together; by_heads: as of Rows; source: as of
-    Unread.
+    micro: samples that a data rank passes through the stages together. by_heads: as in Rows. source: as in Unread.
     """
     stage.eval()
     weight = next(stage.parameters())
     axis, data = grid.pipe, grid.data
     rows = Rows.along(grid.context, sequence_length, by_heads)
     micro = min(micro, -(-count // data.size))
-    # Of losses, of tokens, and a classifier's counts.
+    # Sum of losses, number of tokens, and a classifier's counts.
     numbers_summed = 2 + len(stage.spec.labels) ** 2
     sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
     batches = Unread(samples, 0, count, micro, data, weight.device, rows=rows, source=source)
@@ -67,8 +66,8 @@ def evaluate(
         return output
 
     shape = stage.hidden_shape(micro, sequence_length)
-    told = counted(numbers, len(numbers), "micro-batches evaluated", grid.rank == 0)
-    Forwards(axis, weight.dtype, weight.device).run(told, forward, lambda number: shape)
+    reported = counted(numbers, len(numbers), "micro-batches evaluated", grid.rank == 0)
+    Forwards(axis, weight.dtype, weight.device).run(reported, forward, lambda number: shape)
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums /= grid.tensor.size  # every rank of the tensor axis has the same sum

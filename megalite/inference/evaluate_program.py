@@ -1,6 +1,6 @@
-"""`launcher/evaluate.py`: from the command line to JSON lines on standard output. What is measured is one of
+"""`launcher/evaluate.py`: from the command line to JSON lines on standard output. It measures one of
 
---data PREFIX       the loss on an indexed corpus; of a classifier of texts its accuracy too
+--data PREFIX       the loss on an indexed corpus; for a text classifier also its accuracy
 --labelled FILE     the accuracy of a classification
 --translations FILE  chrF and BLEU of the translations of pairs
 --tasks NAMES       tasks of lm-evaluation-harness
@@ -44,8 +44,8 @@ from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 
 FOLLOWED = ("samples", "loss", "objective", "reset_attention", "eod_mask_loss")
-"""Keys of `megalite.data` in which a corpus is read as the model's own run read its corpora."""
-MASKED = 0.15  # of the tokens, where an encoder's weights do not say how they were trained
+"""Keys of `megalite.data` whose default is the value of the model's training run."""
+MASKED = 0.15  # share of masked tokens, if an encoder's weights do not say how they were trained
 _GIVEN = ("sequence_length", "tokenizer", *FOLLOWED)
 
 OWNERS = {
@@ -59,16 +59,16 @@ OWNERS = {
     "limit": "tasks",
     "apply_chat_template": "tasks",
 }
-"""Options that only one kind of measuring has a use for; left out they are None or False."""
-MOST_NEW_TOKENS = 128  # of a translation, where the option does not say
+"""Options that are only for one kind of measurement; None or False if they are not given."""
+MOST_NEW_TOKENS = 128  # default, per translation
 
 Work = Callable[[Any, Any], list[dict[str, Any]]]
-"""What is done with this rank's stage and the grid; gives what rank 0 prints."""
+"""Takes this rank's stage and the grid; returns the objects that rank 0 prints."""
 
 
 def evaluate_main(arguments: list[str]) -> int:
-    """Scores a model; JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`, and of a
-    classifier of texts what training/classification.py tells."""
+    """Scores a model and prints JSON lines: for a corpus `loss` (mean over tokens, in nats), `perplexity`, `tokens`,
+    and for a text classifier the figures of training/classification.py."""
     options = _parser().parse_args(arguments)
     kinds = (
         (options.data, _corpus),
@@ -97,26 +97,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_kinds(parser.add_mutually_exclusive_group(required=True))
     _add_owned(parser)
     parser.add_argument(
-        "--sequence-length", type=at_least(1), help="of a row; default: the run's, else the model's"
+        "--sequence-length",
+        type=at_least(1),
+        help="tokens per row (default: the run's, else the model's)",
     )
     parser.add_argument(
-        "--micro-batch-size", type=at_least(1), default=8, help="rows in the stages at a time"
+        "--micro-batch-size",
+        type=at_least(1),
+        default=8,
+        help="rows that go through the stages together (8)",
     )
     return parser
 
 
 def _add_kinds(what: Any) -> None:
-    """What is measured, into a group of which one is given."""
+    """Adds the kinds of measurement to a mutually exclusive group."""
     what.add_argument(
         "--data", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx: loss and perplexity"
     )
     what.add_argument(
-        "--labelled", metavar="FILE", help="lines with prompt and completion, the label: accuracy"
+        "--labelled", metavar="FILE", help="lines with prompt and completion (the label): accuracy"
     )
     what.add_argument(
         "--tasks",
         metavar="NAMES",
-        help="tasks of lm-evaluation-harness, commas between: its metrics",
+        help="comma-separated tasks of lm-evaluation-harness: its metrics",
     )
     what.add_argument(
         "--translations", metavar="FILE", help="lines with source and target: chrF and BLEU"
@@ -124,23 +129,25 @@ def _add_kinds(what: Any) -> None:
 
 
 def _add_owned(parser: argparse.ArgumentParser) -> None:
-    """OWNERS."""
+    """Adds the options of OWNERS."""
     parser.add_argument(
         "--template",
         metavar="TEXT",
         help=f"the text before a translation, as in training (default: {TEMPLATE!r})",
     )
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1), help=f"of a translation ({MOST_NEW_TOKENS})"
+        "--max-new-tokens", type=at_least(1), help=f"per translation ({MOST_NEW_TOKENS})"
     )
-    parser.add_argument("--beams", type=at_least(2), metavar="N", help="of --translations")
-    parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
+    parser.add_argument(
+        "--beams", type=at_least(2), metavar="N", help="beam search for --translations"
+    )
+    parser.add_argument("--length-penalty", type=float, help="for --beams (1.0)")
     parser.add_argument(
         "--write",
         metavar="FILE",
-        help="for the translations, lines with source, target, translation",
+        help="write the translations: lines with source, target, translation",
     )
-    parser.add_argument("--include-path", metavar="FOLDER", help="of more tasks' YAML files")
+    parser.add_argument("--include-path", metavar="FOLDER", help="YAML files of further tasks")
     parser.add_argument(
         "--num-fewshot",
         type=at_least(0),
@@ -154,12 +161,12 @@ def _add_owned(parser: argparse.ArgumentParser) -> None:
         help="only the first N questions of each of --tasks",
     )
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="to the questions of --tasks"
+        "--apply-chat-template", action="store_true", help="for the questions of --tasks"
     )
 
 
 def _check_owners(options: argparse.Namespace) -> None:
-    """ConfigError for an option that does nothing for what is measured."""
+    """Raises ConfigError for an option that is not for this kind of measurement."""
     for name, owner in OWNERS.items():
         value = getattr(options, name)
         if value is not None and value is not False and getattr(options, owner) is None:
@@ -205,16 +212,16 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
 
 
 def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
-    """How the corpus is read: by the command line, else as the checkpoint's run read its own."""
+    """How the corpus is read: from the command line, else as in the checkpoint's training run."""
     given, trained = prepared.sections.get("data", {}), prepared.state.get("data", {})
     for key in given.keys() - set(_GIVEN):
         names = [f"megalite.data.{name}" for name in _GIVEN]
         raise unknown(f"megalite.data.{key}", nearest(f"megalite.data.{key}", names))
     keys = {key: trained[key] for key in FOLLOWED if key in trained}
     if not files_of(marks_prefix(options.data))[0].exists():
-        keys["loss"] = "all"  # of a corpus that marks nothing, whatever the run's own did
+        keys["loss"] = "all"  # the corpus has no marks, whatever the run's had
         if prepared.prefixed:
-            keys["objective"] = "causal"  # nor has it prompts
+            keys["objective"] = "causal"  # nor prompts
     if labels := prepared.spec.labels:
         keys.setdefault("objective", {"classes": list(labels)})
         keys.setdefault("samples", "padded")
@@ -243,7 +250,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
     length = prepared.spec.max_positions
     if length is None:
         raise ConfigError(
-            "--sequence-length: missing: neither the checkpoint nor the model's config says one"
+            "--sequence-length: missing: neither the checkpoint nor the model's config has one"
         )
     return length
 
@@ -303,7 +310,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
         found = generate_all(generator, prompts, most, Sampling(), stop_ids, ends, beams=beams)
         if grid.rank != 0:
             return []
-        # What ends a text is no part of it.
+        # The token that ends a text is not part of it.
         kept = [[token for token in tokens if token not in stop_ids] for tokens in found]
         texts = [tokenizer.decode(tokens).strip() for tokens in kept]
         if options.write is not None:

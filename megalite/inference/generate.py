@@ -1,13 +1,13 @@
 """Generation on any layout of the pipe and tensor axes: prompts of different lengths in batches, with a cache.
 
-Prompts of a batch are aligned at their ends (padding on the left), so that the newest token is the last column of
-every row. As many batches are under way as there are stages: while one is on the last stage, another is on the
-first. Hidden states go from stage to stage; the tokens that the last stage chooses go back to all others, which
-therefore all know every text. B prompts of a batch, S tokens a row, D hidden.
+Prompts of a batch are padded on the left, so that the newest token is the last column of every row. There are as many
+batches in flight as stages: while one is on the last stage, another is on the first. Hidden states go from stage to
+stage; the tokens that the last stage chooses are sent to all others, so every stage knows every text. B prompts per
+batch, S tokens per row, D hidden.
 
-Of an encoder-decoder the prompts are sources: they go through the encoder in the first pass, with the token that starts
-a target, and the text is a target of its own. Later passes have no source; layers with cross-attention have kept its
-keys and values.
+For an encoder-decoder the prompts are sources: they go through the encoder in the first pass, together with the token
+that starts a target, and the text is the target. Later passes have no source; layers with cross-attention have cached
+its keys and values.
 """
 
 import itertools
@@ -32,13 +32,12 @@ from megalite.pipeline.forwards import Forwards
 OnToken = Callable[[int, int], None]
 """Called with a prompt's number and its next token, as soon as a rank knows it."""
 Ends = Callable[[list[int]], bool]
-"""Whether a text with these new tokens is to end, the same on every rank."""
+"""Whether a text with these new tokens ends; the same on every rank."""
 
 
 @dataclass
 class Text:
-    """A prompt and its continuation. number: of the prompt; finished: "" while it grows, then "stop" (its last
-    token is a stop token) or "length"."""
+    """A prompt and its continuation. number: of the prompt. finished: "" while it grows, then "stop" or "length"."""
 
     number: int
     prompt: list[int]
@@ -49,7 +48,7 @@ class Text:
 def check_lengths(
     spec: TransformerSpec, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """ConfigError where a prompt is empty, or prompt and new tokens go beyond the model's positions."""
+    """Raises ConfigError if a prompt is empty, or if prompt and new tokens exceed the model's positions."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens: {max_new_tokens}: must be at least 1")
     for number, prompt in enumerate(prompts):
@@ -64,11 +63,11 @@ def check_lengths(
 
 
 class Generator:
-    """Texts from a stage of this rank's. All ranks of the model plane call `generate` together, with equal
+    """Generates texts with this rank's stage. All ranks of the model plane must call `generate` together, with equal
     arguments.
 
-    batch_size: prompts that go through the stages together; times the size of the pipe axis are under way. prefixed:
-    the tokens of a prompt see each other both ways.
+    batch_size: prompts that go through the stages together; one batch per stage is in flight. prefixed: attention
+    within a prompt is bidirectional.
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class Generator:
         ends: Ends = lambda tokens: False,
         beams: Beams | None = None,
     ) -> list[Text]:
-        """A text for each prompt, on every rank. Texts end with the first of `stop_ids`, when `ends` says so, or after
-        so many tokens.
+        """A text for each prompt, on every rank. A text ends with the first of `stop_ids`, when `ends` returns True, or
+        after `max_new_tokens`.
 
-        numbers: of the prompts, for the seed, where they are part of a longer list. beams: of a beam search, which
-        takes the place of `sampling`, and where `on_token` is not called. Raises ConfigError.
+        numbers: of the prompts, for the seed, if they are part of a longer list. beams: use beam search instead of
+        `sampling`; `on_token` is then not called. Raises ConfigError.
         """
         check_lengths(self.stage.spec, prompts, max_new_tokens)
         numbers = numbers if numbers is not None else range(len(prompts))
@@ -118,8 +117,8 @@ def generate_all(
     on_token: OnToken | None = None,
     beams: Beams | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every prompt, on every rank: the data axis shares the prompts out (collective over the
-    world). Arguments as of `Generator.generate`."""
+    """The new tokens of every prompt, on every rank: the prompts are divided over the data axis (collective over the
+    world). Arguments as in `Generator.generate`."""
     data = generator.grid.data
     own = range(data.rank, len(prompts), data.size)
     found = generator.generate(
@@ -139,19 +138,19 @@ def generate_all(
 
 
 def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
-    """Whether the text of the tokens so far holds one of some texts."""
+    """A function that tells whether the text of the tokens so far contains one of `stops`."""
     return lambda tokens: bool(stops) and any(stop in tokenizer.decode(tokens) for stop in stops)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """What comes before the first of some texts."""
+    """The text before the first of `stops`."""
     return text[
         : min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
     ]
 
 
 class _Batches:
-    """The batches of one generation on their way through the stages, as many at a time as there are stages."""
+    """The batches of one generation as they pass through the stages, as many at a time as there are stages."""
 
     def __init__(
         self,
@@ -168,11 +167,11 @@ class _Batches:
         self.generator, self.max_new_tokens, self.sampling = generator, max_new_tokens, sampling
         self.forwards = forwards
         self.passing: dict[int, _Batch] = {}
-        """By the number of its pass, the batch that is in it or waits for its tokens."""
+        """By the number of a pass: the batch that is in it or waits for its tokens."""
 
     def run(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> None:
-        """Until every text is finished."""
-        # Each pass is chosen when the one before it is done: its batch may depend on tokens.
+        """Generates until every text is finished."""
+        # Each pass is chosen when the previous one is done: its batch may depend on tokens.
         self.forwards.run(
             self._passes(stop_ids, ends, on_token), self._forward, self._shape, ahead=0
         )
@@ -206,7 +205,7 @@ class _Batches:
         return _BeamBatch(texts, self.generator, self.max_new_tokens, self.beams)
 
     def _forward(self, number: int, hidden: Tensor | None) -> Tensor:
-        """One pass; the last stage chooses the next tokens and tells the others."""
+        """Runs one pass; the last stage chooses the next tokens and sends them to the others."""
         batch, axis = self.passing[number], self.generator.grid.pipe
         output = batch.advance(hidden)
         if axis.is_last:
@@ -219,7 +218,7 @@ class _Batches:
         return *self.passing[number].column.shape, self.generator.stage.spec.hidden_size
 
     def _chosen(self, batch: "_Batch", number: int) -> Tensor:
-        """What the last stage chose in a pass."""
+        """The tokens that the last stage chose in a pass."""
         axis = self.generator.grid.pipe
         if axis.is_last:
             return batch.chosen
@@ -230,8 +229,8 @@ class _Batches:
 
 
 class _Batch:
-    """Prompts on their way: `advance` sends one more column of tokens through this rank's stage, `take` learns
-    what the last stage chose."""
+    """A batch of prompts: `advance` sends the next column of tokens through this rank's stage, `take` adds the tokens
+    that the last stage chose."""
 
     def __init__(self, texts: list[Text], generator: Generator, max_new_tokens: int) -> None:
         self.texts, self.stage, self.prefixed = texts, generator.stage, generator.prefixed
@@ -258,7 +257,7 @@ class _Batch:
         return all(text.finished for text in self.texts)
 
     def advance(self, hidden: Tensor | None) -> Tensor:
-        """One forward pass of the column, or of what the stage before made of it."""
+        """One forward pass of the column, or of the previous stage's hidden states."""
         output = self.stage(self.column if hidden is None else hidden, context=self._context())
         self.seen += self.column.shape[1]
         return output
@@ -275,7 +274,7 @@ class _Batch:
     def take(
         self, chosen: Tensor, stop_ids: Collection[int], ends: Ends
     ) -> Iterator[tuple[Text, int]]:
-        """Adds the tokens that the last stage chose to the texts that are not finished, and gives them."""
+        """Adds the tokens that the last stage chose to the unfinished texts, and yields them."""
         self.column = chosen.unsqueeze(-1)
         for text, token in zip(self.texts, chosen.tolist(), strict=True):
             if text.finished:
@@ -288,7 +287,7 @@ class _Batch:
             yield text, token
 
     def _context(self) -> Context:
-        """Positions count from a row's first real token; padding is seen by none but itself."""
+        """Positions count from a row's first real token; only padding attends to padding."""
         if self.start_id is not None:
             columns = torch.arange(self.source, device=self.device)
             visible = (columns >= self.padding.unsqueeze(-1))[:, None, None]
@@ -308,8 +307,9 @@ class _Batch:
 
 
 class _BeamBatch(_Batch):
-    """Prompts with the beams of each in neighbouring rows. What the last stage chooses are the likeliest next tokens of
-    each prompt, [prompts, 2 · beams, 3]: sum of logarithms, beam, token; from those every rank keeps the same books."""
+    """A batch of prompts with the beams of each in neighbouring rows. The last stage chooses the likeliest next tokens
+    of each prompt, [prompts, 2 · beams, 3]: log probability, beam, token. From those every rank keeps the same
+    hypotheses."""
 
     def __init__(
         self, texts: list[Text], generator: Generator, max_new_tokens: int, beams: Beams
@@ -332,7 +332,7 @@ class _BeamBatch(_Batch):
     def take(
         self, chosen: Tensor, stop_ids: Collection[int], ends: Ends
     ) -> Iterator[tuple[Text, int]]:
-        """Continues with the best beams of each prompt; a text that is finished gets its tokens."""
+        """Continues with the best beams of each prompt; a finished text gets its tokens."""
         rows, column = [], []
         for number, (text, book, found) in enumerate(
             zip(self.prompts, self.books, chosen.tolist(), strict=True)

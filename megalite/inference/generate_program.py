@@ -35,8 +35,8 @@ STANDARD_INPUT = "-"
 
 
 def generate_main(arguments: list[str]) -> int:
-    """Continues prompts; one JSON object a line with `prompt` and `text`, in the prompts' order. With several samples
-    a prompt's come one after another, each with its number as `sample`."""
+    """Continues prompts and prints one JSON object per line with `prompt` and `text`, in the prompts' order. With
+    several samples, those of a prompt follow one another, each with its number as `sample`."""
     options = _parser().parse_args(arguments)
 
     def prepare(thorough: bool) -> _Asked:
@@ -44,7 +44,7 @@ def generate_main(arguments: list[str]) -> int:
             return _asked(options)
 
     here, asked = start_ranks(prepare)
-    # Standard input is rank 0's alone.
+    # Only rank 0 has standard input.
     prompts, ids = told_by_rank_0((asked.prompts, asked.ids))
     texts = _generate(asked, ids, options)
     if here.rank == 0:
@@ -58,7 +58,7 @@ def generate_main(arguments: list[str]) -> int:
 
 
 class _Asked(NamedTuple):
-    """What the command line asks for, checked. prompts, ids: on rank 0; sampling: a Sampling; beams: Beams or None."""
+    """The validated command line. prompts, ids: on rank 0. sampling: a Sampling. beams: Beams or None."""
 
     prepared: Prepared
     tokenizer: Tokenizer
@@ -83,7 +83,7 @@ def _asked(options: argparse.Namespace) -> _Asked:
         options.min_p,
     )
     if options.samples > 1 and sampling.temperature == 0.0:
-        rule = "needs --temperature above 0: 0 makes them all alike"
+        rule = "needs --temperature above 0: with 0 all samples are equal"
         raise ConfigError(f"--samples: {options.samples}: {rule}")
     beams = beams_asked(options)
     if beams is not None:
@@ -105,12 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument(
         "--prompt",
         type=any_text,
-        help="one prompt, which may hold newlines; - reads it from standard input",
+        help="one prompt, which may contain newlines; - reads it from standard input",
     )
     given.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a prompt a line; of a .jsonl file the `prompt` of each line, which may hold newlines",
+        help="one prompt per line; for a .jsonl file the `prompt` of each line, which may contain newlines",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
     _add_sampling(parser)
@@ -121,21 +121,26 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts that go through the stages together",
     )
     parser.add_argument(
-        "--stop-id", type=at_least(0), action="append", default=[], metavar="ID", help="ends a text"
+        "--stop-id",
+        type=at_least(0),
+        action="append",
+        default=[],
+        metavar="ID",
+        help="token that ends a text",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends a text before it"
+        "--stop", action="append", default=[], metavar="TEXT", help="text before which a text ends"
     )
     parser.add_argument(
-        "--stream", action="store_true", help="show tokens on standard error as they come"
+        "--stream", action="store_true", help="print tokens to standard error as they are generated"
     )
     return parser
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen."""
+    """Adds the options for choosing tokens."""
     parser.add_argument(
-        "--samples", type=at_least(1), default=1, metavar="N", help="texts for each prompt"
+        "--samples", type=at_least(1), default=1, metavar="N", help="texts per prompt"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0: always the likeliest token"
@@ -155,17 +160,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="above 1: tokens that the text holds become less likely",
+        help="above 1: makes tokens that the text already contains less likely",
     )
     parser.add_argument("--seed", type=at_least(0), default=1234)
-    parser.add_argument(
-        "--beams", type=at_least(2), metavar="N", help="of a beam search; left out: none"
-    )
-    parser.add_argument("--length-penalty", type=float, help="of --beams (1.0)")
+    parser.add_argument("--beams", type=at_least(2), metavar="N", help="beam search with N beams")
+    parser.add_argument("--length-penalty", type=float, help="for --beams (1.0)")
 
 
 def _check_beams(options: argparse.Namespace) -> None:
-    """ConfigError for what a beam search has no use for."""
+    """Raises ConfigError for options that do not apply to beam search."""
     for option, is_given in (
         ("--temperature", options.temperature > 0),
         ("--repetition-penalty", options.repetition_penalty != 1.0),
@@ -179,7 +182,7 @@ def _generate(asked: _Asked, prompts: list[list[int]], options: argparse.Namespa
     """The texts of all prompts, on every rank: the first sample of each, then the second of each, …"""
     from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 
-    # Chance differs by a text's number; sample 0 is as without others.
+    # Random choices depend on a text's number; sample 0 is the same as without --samples.
     ids = prompts * options.samples
     prepared, tokenizer, beams = asked.prepared, asked.tokenizer, asked.beams
     stage, grid = load_stage(prepared, options.dtype)
@@ -198,7 +201,7 @@ def _generate(asked: _Asked, prompts: list[list[int]], options: argparse.Namespa
     generator = Generator(stage, grid, options.batch_size, prepared.prefixed)
     ends = ends_at(tokenizer, options.stop)
     own = len(range(grid.data.rank, len(ids), grid.data.size))
-    # A beam search does not know its tokens before its end, so nothing would move.
+    # Beam search only knows its tokens at the end, so progress would not move.
     visible = grid.rank == 0 and not shown and beams is None
     with Counted("new tokens at most", own * options.max_new_tokens, visible) as progress:
         on_token = growing.add if shown else lambda number, token: progress.add()
@@ -221,7 +224,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         raise ConfigError("--prompt: missing: give it or --prompts FILE")
     lines = lines_of(options.prompts)
     if not lines:
-        raise ConfigError(f"--prompts: {options.prompts}: must hold a prompt a line")
+        raise ConfigError(f"--prompts: {options.prompts}: must hold one prompt per line")
     if not options.prompts.endswith(".jsonl"):
         return [line for _, line in lines]
     return [_prompt_of(line, f"{options.prompts}:{number}") for number, line in lines]

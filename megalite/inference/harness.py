@@ -1,7 +1,7 @@
 """lm-evaluation-harness (the extra `eval`) on a running layout: it runs on rank 0, and all ranks answer (answers.py).
 
-Tokens, windows and truncation are those of its own `hf` model, so that a checkpoint here and its export there give the
-same figures. `import megalite.inference.harness` needs lm-eval.
+Tokens, windows and truncation are those of its `hf` model, so that a checkpoint and its export give the same figures.
+`import megalite.inference.harness` needs lm-eval.
 """
 
 from collections import defaultdict
@@ -23,18 +23,19 @@ from megalite.errors import ConfigError
 from megalite.inference.answers import Answers
 from megalite.inference.sampling import Sampling
 
-DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256  # lm-eval's, where neither model nor task says one
+# The defaults of lm-eval, if neither model nor task has one.
+DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256
 
 
 class Tasks(NamedTuple):
-    """Tasks that were found, and who loads them."""
+    """Names of tasks, and the manager that loads them."""
 
     names: list[Any]
     manager: Any
 
 
 def load_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
-    """Finds tasks among lm-eval's own and a folder's, and reads their data once. Raises ConfigError."""
+    """Finds tasks in lm-eval and in a folder, and reads their data once. Raises ConfigError."""
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
@@ -75,7 +76,7 @@ def run(
 
 
 class Harness(TemplateLM):
-    """What lm-eval asks of a model. max_length: positions of a row."""
+    """The model interface of lm-eval. max_length: positions per row."""
 
     def __init__(self, answers: Answers, tokenizer: Any, max_length: int | None) -> None:
         super().__init__()
@@ -90,13 +91,13 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it."""
+        """The token that precedes a text without context."""
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
+        """The tokenizer's name, for lm-eval's cache of requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(
@@ -113,7 +114,7 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids as the tokenizer gives them, with no second token that begins a text."""
+        """The tokenizer's ids, without a second beginning-of-text token."""
         if add_special_tokens is None and has_bos_prefix(
             string, self.tokenizer.decode(self.prefix_token_id)
         ):
@@ -132,12 +133,12 @@ class Harness(TemplateLM):
         return found
 
     def _row(self, context: list[int], continuation: list[int]) -> Marked:
-        """Cut on the left to what the model takes, and the token after it."""
+        """A row of tokens and marks, cut on the left to the model's positions plus one token."""
         marks = [0] * len(context) + [1] * len(continuation)
         return (context + continuation)[-self.max_length - 1 :], marks[-self.max_length - 1 :]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows that do not overlap but for one token."""
+        """Log probabilities of whole texts, in windows that overlap by only one token."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -158,7 +159,7 @@ class Harness(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop sequence; requests of equal settings go together."""
+        """Texts up to a stop sequence; requests with equal settings are batched."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)

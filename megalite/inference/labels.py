@@ -1,6 +1,7 @@
-"""Classification: of the labels that occur in a file, the one that the model finds likeliest to follow each prompt.
+"""Classification with a language model: chooses, of the labels that occur in a file, the likeliest after each prompt.
 
-A line is one of fine-tuning (data/chat.py), with the label as its completion, or as a conversation's last answer.
+A line has a form of fine-tuning data (data/chat.py), with the label as its completion, or as a conversation's last
+answer.
 """
 
 from collections import Counter
@@ -15,13 +16,13 @@ from megalite.errors import DataError
 from megalite.inference.likelihood import Likelihood
 from megalite.inputs import lines_of, parse_json
 
-LARGEST = 1000  # labels; each line is scored with every one
+LARGEST = 1000  # most labels; each line is scored with every one
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Lines to classify. names: the labels, in order; truth: of each line the number of its label; rows: each line
-    with each label, labels innermost, marked where the label is."""
+    """Lines to classify. names: the labels, in order. truth: the number of each line's label. rows: each line with each
+    label, labels innermost; the label's tokens are marked."""
 
     names: list[str]
     truth: list[int]
@@ -29,7 +30,7 @@ class Labelled:
 
 
 def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> Labelled:
-    """The lines of a file, cut on the left to `most_tokens`. Raises DataError that names the file and the line."""
+    """The lines of a file, cut on the left to `most_tokens`. Raises DataError, which names the file and the line."""
     lines = [(number, *_halves(path, number, text)) for number, text in lines_of(path, DataError)]
     completions = {_name(completion): completion for _, _, completion in lines}
     names = sorted(completions)
@@ -46,7 +47,7 @@ def read_labelled(path: str | Path, encoder: ChatEncoder, most_tokens: int) -> L
                 raise DataError(f"{path}:{number}: {error}") from None
             if not any(marks[-most_tokens:][1:]):
                 raise DataError(
-                    f"{path}:{number}: no token of the label {name!r} has one before it"
+                    f"{path}:{number}: no token of the label {name!r} has a token before it"
                 )
             rows.append((ids[-most_tokens:], marks[-most_tokens:]))
     truth = [names.index(_name(completion)) for _, _, completion in lines]
@@ -83,7 +84,7 @@ def _halves(path: str | Path, number: int, text: str) -> tuple[Any, Any]:
 
 
 def _name(completion: Any) -> str:
-    """A label in words: the completion's text without the space around it, a message's content."""
+    """A label as text: the stripped completion, or a message's content."""
     if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
         completion = completion[-1].get("content")
     return str(completion).strip()

@@ -1,5 +1,5 @@
-"""How likely a model finds given tokens, on any layout: what choosing among answers (labels.py) and lm-eval
-(harness.py) ask. B rows of a batch, S positions, V / t logits of a rank.
+"""Likelihoods of given tokens, on any layout, for choosing among answers (labels.py) and for lm-eval (harness.py). B
+rows per batch, S positions, V / t logits of a rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,8 @@ from megalite.pipeline.forwards import Forwards
 
 
 class Likelihood(NamedTuple):
-    """log_probability: of a row's marked tokens together, in nats; greedy: each was the likeliest in its place."""
+    """log_probability: of all marked tokens of a row, in nats. greedy: whether each was the likeliest at its
+    position."""
 
     log_probability: float
     greedy: bool
@@ -33,17 +34,18 @@ def likelihoods(
     batch_size: int = 8,
     prefixed: bool = False,
 ) -> list[Likelihood]:
-    """Of each row's marked tokens, each given all before it; the same on every rank (collective over the world).
+    """Likelihoods of each row's marked tokens, each given all before it; the same on every rank (collective over the
+    world).
 
-    A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the
-    stages together; logits of all their positions are held in memory. prefixed: the tokens before a row's first marked
-    one see each other both ways.
+    A row's first token has none before it and never counts. batch_size: rows that a data rank passes through the stages
+    together; logits of all their positions are held in memory. prefixed: attention within the tokens before a row's
+    first marked one is bidirectional.
     """
     stage.eval()
     axis, weight = grid.pipe, next(stage.parameters())
     by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
     batches = [by_length[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    # Losses, places not greedy.
+    # Sum of losses, number of tokens that are not the likeliest.
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=weight.device)
     own = batches[grid.data.rank :: grid.data.size]
     ready: dict[int, tuple[Tensor, Tensor, Context]] = {}
@@ -73,7 +75,7 @@ def likelihoods(
 def _batch(
     rows: Sequence[Marked], prefixed: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Context]:
-    """Tokens and labels [B, S] of some rows, and their context."""
+    """Tokens and labels [B, S] of the rows, and their context."""
     tokens, labels = _padded(rows)
     context = Context(lengths=torch.tensor([len(ids) - 1 for ids, _ in rows], device=device))
     if prefixed:
@@ -84,12 +86,12 @@ def _batch(
 
 
 def _prompt(marks: Sequence[int]) -> int:
-    """Tokens before the first marked one."""
+    """The number of tokens before the first marked one."""
     return next((place for place, mark in enumerate(marks) if mark), len(marks))
 
 
 def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels int64 [B, S], filled on the right, where nothing that counts looks at it."""
+    """Tokens and labels int64 [B, S], padded on the right, to which no token that counts attends."""
     length = max(1, max(len(ids) for ids, _ in rows) - 1)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORED)
@@ -103,8 +105,8 @@ def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
 
 
 def _sums(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
-    """Of each row the sum of losses and the number of counted tokens that are not the likeliest, fp64 [B, 2];
-    logits [B, S, V / t], labels [B, S]."""
+    """For each row the sum of losses and the number of counted tokens that are not the likeliest, fp64 [B, 2]. logits:
+    [B, S, V / t]. labels: [B, S]."""
     places = labels != IGNORED
     rows, wanted, chosen = places.nonzero()[:, 0], labels[places], logits[places].float()
     missed = choose(chosen, vocabulary_size, axis, Sampling(), ()) != wanted

@@ -28,16 +28,16 @@ from megalite.model.spec import TransformerSpec
 from megalite.ranks.arguments import ArgumentParser
 
 DTYPES = ("float32", "bfloat16", "float16")
-BEST_HELP = "of a run folder the checkpoint with the lowest validation loss (megalite.train.keep_best), not the newest"
-AXES = {"pipe", "tensor"}  # keys of megalite.parallel that a forward pass has
-CONTEXT = {"context", "context_attention"}  # and those of passes over samples of one length
+BEST_HELP = "take a run folder's checkpoint with the lowest validation loss (megalite.train.keep_best), not the newest"
+AXES = {"pipe", "tensor"}  # keys of megalite.parallel that apply to a forward pass
+CONTEXT = {"context", "context_attention"}  # and those for samples of equal length
 
 
 @dataclass
 class Prepared:
-    """What the ranks need. folder: of the weights; model: the Hugging Face config as a dict; state: of the checkpoint,
-    or what a Hugging Face folder has of it; sections: the overrides of other sections than `parallel`, not checked
-    yet."""
+    """What the ranks need. folder: of the weights. model: the Hugging Face config as a dict. state: of the checkpoint,
+    or the part of it that a Hugging Face folder has. sections: overrides of sections other than `parallel`, not
+    validated yet."""
 
     folder: Path
     model: dict[str, Any]
@@ -48,21 +48,23 @@ class Prepared:
 
     @property
     def prefixed(self) -> bool:
-        """Whether the tokens of a prompt see each other both ways, as they did in training."""
+        """Whether attention within a prompt is bidirectional, as in training."""
         return prompts_both_ways(self.state)
 
 
 def model_parser(about: str) -> argparse.ArgumentParser:
-    """The arguments that both programs take."""
+    """A parser with the arguments of both programs."""
     parser = ArgumentParser(description=about)
     parser.add_argument(
         "--checkpoint", required=True, help="a run folder, a checkpoint or a Hugging Face folder"
     )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of weights and activations"
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="where the checkpoint does not say")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="needed if the checkpoint does not name one"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="megalite.parallel.tensor=N, ….pipe=N"
@@ -76,8 +78,8 @@ def prepare_model(
     sections: tuple[str, ...] = (),
     whole_samples: bool = False,
 ) -> Prepared:
-    """Checks the arguments against weights and world, without a rank. sections: of `megalite` that overrides may
-    name beside `parallel`; whole_samples: whether the context axis may divide what is passed through the model."""
+    """Validates the arguments against weights and world, without starting ranks. sections: of `megalite` that overrides
+    may name besides `parallel`. whole_samples: whether the context axis may be used."""
     path = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
     folder = resolve_weights(path)
     weights = open_weights(folder)
@@ -103,8 +105,8 @@ def prepare_model(
 
 
 def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = False) -> None:
-    """ConfigError where an encoder or a classifier is to do what needs a decoder's language model. where, use: the
-    model, and what it is to do, in words; sources: whether an encoder-decoder, whose prompts are sources, can do it
+    """Raises ConfigError if the model is an encoder or a classifier and `use` needs a causal language model. where,
+    use: the model and the use, as text. sources: whether an encoder-decoder, whose prompts are sources, is allowed
     too."""
     if spec.stacks is not None and not sources:
         model = f"a {spec.family} model is an encoder-decoder"
@@ -141,16 +143,16 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
 
 
 def told_by_rank_0(value: Any) -> Any:
-    """What rank 0 has, on every rank (collective)."""
+    """Rank 0's value, on every rank (collective)."""
     import torch.distributed as dist
 
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    message = [value]
+    dist.broadcast_object_list(message)
+    return message[0]
 
 
 def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
-    """The tokenizer that is named on the command line, or goes with the weights; its ids are the model's."""
+    """The tokenizer named on the command line, or the one of the weights. Raises ConfigError if there is neither."""
     folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
     if folder is None:
         raise ConfigError(
@@ -160,7 +162,7 @@ def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
 
 
 def beams_asked(options: argparse.Namespace) -> Any:
-    """The `Beams` of --beams and --length-penalty; None where there is no --beams."""
+    """The `Beams` of --beams and --length-penalty; None without --beams."""
     from megalite.inference.beams import Beams
 
     if options.beams is None:
@@ -172,6 +174,6 @@ def beams_asked(options: argparse.Namespace) -> Any:
 
 
 def stop_ids_for(weights: Weights, tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a text: the tokenizer's end of document, and what generation_config.json says."""
+    """Tokens that end a text: the tokenizer's end of document, and those of generation_config.json."""
     ends = stop_ids_of(weights)
     return frozenset(ends if tokenizer.eod_id is None else ends | {tokenizer.eod_id})

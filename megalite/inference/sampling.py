@@ -1,10 +1,10 @@
 """The choice of the next token from logits that the tensor axis splits; the same token on every layout.
 
-B rows, V vocabulary, t size of the tensor axis. A greedy choice crosses the axis as two numbers a row, top-k as k
-candidates a rank; only sampling from the whole vocabulary, or a repetition penalty, gathers it. Chance is a function of
-(seed, prompt, place in the text), so it depends neither on the layout nor on which prompts share a batch. The penalty
-and min-p are transformers' own logits processors, on what was gathered: the same numbers on every rank.
-Next: generate.py.
+B rows, V vocabulary, t size of the tensor axis. A greedy choice sends two numbers per row over the axis, top-k sends k
+candidates per rank; only sampling from the whole vocabulary, or a repetition penalty, gathers all logits. Random
+numbers are a function of (seed, prompt, position in the text), so they depend neither on the layout nor on which
+prompts share a batch. The penalty and min-p are transformers' logits processors on gathered logits, so the result is
+the same on every rank. Next: generate.py.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from megalite.parallel.likeliest_token import likeliest_token
 class Sampling:
     """How a token is chosen. Raises ConfigError for a value out of range.
 
-    temperature: logits are divided by it; 0 takes the likeliest. top_k: of the k likeliest; None: of all. top_p: of
-    the fewest likeliest that together have this probability (arXiv 1904.09751). seed: of the choices.
-    repetition_penalty: logits of tokens that the prompt or the text holds are divided by it where they are positive
-    and multiplied by it elsewhere (arXiv 1909.05858); 1 does nothing. min_p: only tokens at least this likely, as a
-    share of the likeliest's probability (arXiv 2407.01082); 0 allows all. They apply in transformers' order:
+    temperature: logits are divided by it; 0 takes the likeliest. top_k: sample from the k likeliest; None: from all.
+    top_p: sample from the smallest set of likeliest tokens with this total probability (arXiv 1904.09751).
+    repetition_penalty: logits of tokens that the prompt or the text contains are divided by it if they are positive,
+    otherwise multiplied (arXiv 1909.05858); 1 does nothing. min_p: only tokens with at least this share of the
+    likeliest's probability (arXiv 2407.01082); 0 allows all. They apply in transformers' order:
     repetition penalty, temperature, top-k, top-p, min-p.
     """
 
@@ -73,7 +73,7 @@ def choose(
 ) -> Tensor:
     """The next token of each row, int64 [B], the same on every rank of the axis (collective over it).
 
-    logits [B, V / t]; places: of each row its prompt's number and the place of the new token in its text; held: with a
+    logits: [B, V / t]. places: for each row its prompt's number and the position of the new token. held: with a
     repetition penalty, the tokens of each row's prompt and text so far.
     """
     start, _ = share(vocabulary_size, axis)
@@ -98,7 +98,7 @@ def _penalised(
     """This rank's logits [B, V / t] after the penalty on each row's tokens (collective over the axis)."""
     start, stop = share(vocabulary_size, axis)
     longest = max(map(len, held))
-    # A row is filled with its own last token: a token that occurs twice is penalised once.
+    # Rows are padded with their own last token, since a token that occurs twice is penalised only once.
     rows = [[*row, *([row[-1]] * (longest - len(row)))] for row in held]
     whole = _whole(logits, vocabulary_size, axis)
     ids = torch.tensor(rows, dtype=torch.int64, device=logits.device)  # [B, longest]
@@ -107,7 +107,7 @@ def _penalised(
 
 
 def _whole(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
-    """Every rank's share [B, V / t] side by side: [B, V], in the order of the vocabulary."""
+    """The shares [B, V / t] of all ranks concatenated: [B, V], in the order of the vocabulary."""
     largest_share = -(-vocabulary_size // axis.size)
     padded = torch.nn.functional.pad(logits, (0, largest_share - logits.shape[-1]))
     parts = gather_over(padded, axis)
@@ -119,11 +119,11 @@ def _whole(logits: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
 def _candidates(
     scores: Tensor, start: int, vocabulary_size: int, axis: Axis, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of all ranks, likeliest first, of equal ones the lower id: scores and ids [B, k]."""
+    """The likeliest tokens of all ranks, likeliest first, ties by the lower id: scores and ids [B, k]."""
     largest_share = -(-vocabulary_size // axis.size)
     width = min(top_k or largest_share, largest_share)
     ordered, columns = scores.sort(dim=-1, descending=True, stable=True)
-    # Shares differ by one where the vocabulary does not divide.
+    # Shares differ by one if the vocabulary does not divide evenly.
     missing = max(0, width - ordered.shape[-1])
     ordered = torch.nn.functional.pad(ordered[:, :width], (0, missing), value=-torch.inf)
     ids = torch.nn.functional.pad(columns[:, :width] + start, (0, missing))
@@ -137,14 +137,14 @@ def _candidates(
 def likeliest(
     scores: Tensor, vocabulary_size: int, axis: Axis, count: int
 ) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest tokens of scores [B, V / t] of all ranks, or all where there are fewer, likeliest first, of
-    equal ones the lower id: scores and ids [B, count], the same on every rank (collective over the axis)."""
+    """The `count` likeliest tokens of all ranks, or all if there are fewer, likeliest first, ties by the lower id:
+    scores and ids [B, count], the same on every rank (collective over the axis). scores: [B, V / t]."""
     start, _ = share(vocabulary_size, axis)
     return _candidates(scores, start, vocabulary_size, axis, min(count, vocabulary_size))
 
 
 def _draw(scores: Tensor, top_p: float, min_p: float, chances: Tensor) -> Tensor:
-    """The candidate of each row, by number, that its chance in [0, 1) falls on. scores [B, k], likeliest first."""
+    """The index of the candidate that each row's random number in [0, 1) selects. scores: [B, k], likeliest first."""
     probabilities = scores.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     refused = before >= top_p  # the likeliest always stays
@@ -158,6 +158,6 @@ def _draw(scores: Tensor, top_p: float, min_p: float, chances: Tensor) -> Tensor
 
 
 def uniform(seed: int, prompt: int, place: int) -> float:
-    """A number in [0, 1) for a place in the text that continues a prompt."""
+    """A random number in [0, 1) for a position in the text that continues a prompt."""
     digest = hashlib.sha256(f"{seed}/{prompt}/{place}".encode()).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

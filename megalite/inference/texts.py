@@ -1,6 +1,6 @@
-"""Prompts to tokens, and texts that are shown while they grow, for every program that generates.
+"""Prompts to tokens, and streaming of texts, for every program that generates.
 
-Next: generate.py, which makes the tokens.
+Next: generate.py, which generates the tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +13,8 @@ from megalite.model.spec import TransformerSpec
 def as_sources(
     spec: TransformerSpec, tokenizer: Tokenizer, prompts: Sequence[list[int]]
 ) -> list[list[int]]:
-    """The prompts as the model's inputs: of an encoder-decoder sources, which the end of document closes. ConfigError
-    for a tokenizer without one."""
+    """The prompts as the model's inputs: for an encoder-decoder they are sources, which end with the end-of-document
+    token. Raises ConfigError for a tokenizer without one."""
     if spec.stacks is None:
         return list(prompts)
     if tokenizer.eod_id is None:
@@ -24,18 +24,18 @@ def as_sources(
 
 
 def check_ids(spec: TransformerSpec, rows: Iterable[Sequence[int]]) -> None:
-    """ConfigError where a tokenizer gives ids that the model does not have."""
+    """Raises ConfigError if a tokenizer produces ids that the model does not have."""
     highest = max((max(row, default=0) for row in rows), default=0)
     if highest >= spec.vocabulary_size:
         raise ConfigError(
-            f"--tokenizer: gives id {highest}: must be below the model's vocab_size {spec.vocabulary_size}"
+            f"--tokenizer: produces id {highest}: must be below the model's vocab_size {spec.vocabulary_size}"
         )
 
 
 class Growing:
-    """A text that is shown while it grows.
+    """Streams a text.
 
-    text_of: the text of the tokens so far; show: takes each new piece of it, once its characters are whole.
+    text_of: returns the text of the tokens so far. show: takes each new piece, once its characters are complete.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Growing:
         self.written = ""
 
     def add(self, number: int, token: int) -> None:
-        """The next token; called as `on_token` is. number: of the text, of which there is one."""
+        """Adds the next token; called as `on_token`. number: ignored, there is only one text."""
         self.tokens.append(token)
         text = self.text_of(self.tokens)
-        if not text.endswith("\ufffd"):  # else a character is not whole yet
+        if not text.endswith("\ufffd"):  # otherwise a character is incomplete
             self._write(text)
 
     def end(self, whole: str) -> None:
-        """Shows what is left of the whole text."""
+        """Shows the rest of the whole text."""
         if whole != self.written:
             self._write(whole)
 

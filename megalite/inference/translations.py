@@ -14,7 +14,7 @@ Pair = tuple[str, str]
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Source and target of each line. Raises DataError that names the file and the line."""
+    """Source and target of each line. Raises DataError, which names the file and the line."""
     found = []
     for number, line in lines_of(path, DataError):
         value = parse_json(line, f"{path}:{number}", DataError)
@@ -25,7 +25,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
             raise DataError(f"{path}:{number}: {pair.reason}")
         found.append(pair)
     if not found:
-        raise DataError(f"{path}: must hold a pair a line")
+        raise DataError(f"{path}: must hold one pair per line")
     return found
 
 
@@ -43,18 +43,18 @@ def scores(translations: Sequence[str], targets: Sequence[str]) -> dict[str, Any
 
 
 def check_writable(path: str | Path) -> None:
-    """DataError where `write_translations` could not write, or would write over something."""
+    """Raises DataError if `write_translations` could not write, or would overwrite a file."""
     path = Path(path)
     if path.exists():
         raise DataError(f"--write: {path}: already exists; choose a new file")
     if not path.parent.is_dir():
-        raise DataError(f"--write: {path}: {path.parent} must be a folder that exists")
+        raise DataError(f"--write: {path}: {path.parent} must be an existing folder")
 
 
 def write_translations(
     path: str | Path, pairs: Sequence[Pair], translations: Sequence[str]
 ) -> None:
-    """A JSON line of each: source, target, translation. Raises DataError where the file cannot be written."""
+    """Writes one JSON line each: source, target, translation. Raises DataError if the file cannot be written."""
     rows = [
         json.dumps({"source": source, "target": target, "translation": text}, ensure_ascii=False)
         for (source, target), text in zip(pairs, translations, strict=True)

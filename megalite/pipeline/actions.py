@@ -1,9 +1,9 @@
-"""A training step and an evaluation over DeepSpeed's engine: what the actions F, B, I and W are.
+"""A training step and an evaluation over DeepSpeed's engine: how the actions F, B, I and W are run.
 
-One engine a rank holds all its chunks, with its own ZeRO shards over its data axis. A B here is an engine's backward,
-and so is a W, which gives the parameters what an I before it has left (parallel/deferred.py): DeepSpeed's hooks sum,
-shard and reduce as they always do, so ZeRO 0, 1 and 2 work through the pipeline. With pipe 1 it is plain gradient
-accumulation.
+Each rank has one engine, which holds all its chunks and their ZeRO shards over its data axis. A B is a backward of the
+engine, and so is a W, which computes the weight gradients that an earlier I deferred (parallel/deferred.py).
+DeepSpeed's hooks sum, shard and reduce as usual, so ZeRO 0, 1 and 2 work through the pipeline. With pipe 1 this is
+plain gradient accumulation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]
 
 
 class _Continue(torch.autograd.Function):
-    """A scalar whose backward gives `gradient` to `output`, whatever its own gradient is: the gradient that came
-    from the next chunk already carries DeepSpeed's loss scale."""
+    """A scalar whose backward passes `gradient` to `output` and ignores its own gradient: the gradient from the next
+    chunk already includes DeepSpeed's loss scale."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class _Continue(torch.autograd.Function):
 class Pipeline:
     """Runs the micro-batches of a step, or of an evaluation, through the chunks.
 
-    engine: this rank's; shape [B, S, D] of what crosses chunks for a micro-batch; dtype of activations.
+    engine: this rank's. shape: [B, S, D] of a micro-batch's activations between chunks. dtype: of activations.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class Pipeline:
             Mailbox(axis, engine.device), plan.cut.last_chunk, dtype, several
         )
         self.after = ""
-        """What follows the actions of a step, while it is done, in words."""
+        """The current phase after a step's actions, in words; empty during the actions."""
         self.loss = torch.zeros(())
-        """Sum of the losses of this step's micro-batches so far (fp32 scalar), 0 but on the last chunk's rank."""
+        """Sum of the losses of this step's micro-batches so far (fp32 scalar); 0 except on the last chunk's rank."""
         self.peaks: list[tuple[Action, Tensor]] = []
-        """Of this step, what tells where numbers stopped being finite: the largest absolute value of what left each
-        action. Scalars on the device, for which the host does not wait."""
+        """The largest absolute value of each action's output in this step, which shows where numbers stopped being
+        finite. Scalars on the device; the host does not wait for them."""
 
     @property
     def instruction(self) -> str:
-        """What this rank does now, in words: for a report when a run hangs."""
+        """What this rank is doing now, in words, for the report of a hang."""
         return self.interpreter.instruction or self.after
 
     @property
     def waits_for(self) -> int | None:
-        """The global rank whose message this rank waits for now."""
+        """The global rank whose message this rank is waiting for."""
         return self.interpreter.mailbox.waits_for
 
     def train_step(
@@ -82,12 +82,12 @@ class Pipeline:
         scale: float | Tensor,
         before_update: Callable[[], None] | None = None,
     ) -> Tensor:
-        """All forwards, backwards and the optimizer's step.
+        """Runs all forwards, all backwards and the optimizer's step.
 
-        batches: the micro-batches of this data rank. scale: what a micro-batch's sum of losses is multiplied by before
-        backward, a tensor where the host need not know it; DeepSpeed averages over the data axis afterwards.
-        before_update: called when all gradients are there.
-        Returns the sum of the losses (fp32 scalar), 0 but on the last chunk's rank.
+        batches: the micro-batches of this data rank. scale: the factor of a micro-batch's sum of losses before
+        backward, a tensor if the host need not know it; DeepSpeed averages over the data axis afterwards.
+        before_update: called when all gradients are complete.
+        Returns the sum of the losses (fp32 scalar), 0 except on the last chunk's rank.
         """
         self.loss, self.peaks = torch.zeros((), device=self.engine.device), []
         step = _TrainingStep(self, batches, scale)
@@ -105,11 +105,11 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, count: int, read: Callable[[int], Batch]) -> Tensor:
-        """Sum of the losses of `count` micro-batches (fp32 scalar), 0 but on the last chunk's rank; of a classifier
-        with its counts (model/classifier.py).
+        """Sum of the losses of `count` micro-batches (fp32 scalar), 0 except on the last chunk's rank. For a classifier
+        its counts are included (model/classifier.py).
 
-        read: gives a micro-batch by its number; called once for each, in their order, when this rank comes to it. It is
-        let go after this rank's last chunk.
+        read: returns a micro-batch by its number; called once for each, in order, when this rank reaches it. The
+        micro-batch is released after this rank's last chunk.
         """
         total = torch.zeros(self.engine.stage.score_shape, device=self.engine.device)
         last, held = self.plan.cut.last_chunk, dict[int, Batch]()
@@ -137,8 +137,8 @@ class Pipeline:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, shape: tuple[int, ...], context: Any) -> Tensor | None:
-        """[B, S or S / c, V / t] of ids [B, S or S / c] on the rank with the last chunk, None on others; without
-        dropout. shape: of what crosses chunks; context: as of `Batch`."""
+        """Logits [B, S or S / c, V / t] for ids [B, S or S / c], without dropout, on the rank with the last chunk; None
+        on others. shape: of activations between chunks. context: as in `Batch`."""
         found: list[Tensor] = []
 
         def forward(action: Action, source: Tensor | None) -> Tensor | None:
@@ -156,12 +156,12 @@ class Pipeline:
         return found[0] if found else None
 
     def note_peak(self, action: Action, tensor: Tensor) -> None:
-        """Adds to `peaks`."""
+        """Appends the largest absolute value of `tensor` to `peaks`."""
         self.peaks.append((action, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
 
 
 class _TrainingStep:
-    """The actions of one step on this rank, and what its forwards have left for its backwards."""
+    """The actions of one step on this rank, and what its forwards keep for its backwards."""
 
     def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: float | Tensor) -> None:
         self.pipeline = pipeline
@@ -191,7 +191,7 @@ class _TrainingStep:
         tokens, labels, context = _parts(self.batches[k])
         source = tokens if source is None else source.detach().requires_grad_()
         waiting = WeightGradients() if (chunk, k) in self.halved else None
-        # Not through the engine where backward is halved: its hooks on the output begin DeepSpeed's backward, in I.
+        # A split backward bypasses the engine: its hooks on the output would start DeepSpeed's backward in I.
         call = self.engine if waiting is None else self.engine.module
         with collecting(waiting), RANK_CLOCK.computing():
             output = call(source, labels if chunk == self.last else None, context, chunk)
@@ -220,7 +220,7 @@ class _TrainingStep:
                 loss_scale = torch.full_like(loss, self.engine.current_loss_scale)
                 torch.autograd.backward(loss, loss_scale)
             if chunk == self.last:
-                # The head's gradient is as large as its weight, and made already: it does not wait for W.
+                # The head's gradient is as large as its weight and already computed, so it is not kept until W.
                 self._give(action, waiting.split_off(self.engine.stage.head_parameters))
         if chunk == 0:
             return None
@@ -230,7 +230,7 @@ class _TrainingStep:
         return given
 
     def _give(self, action: Action, waiting: WeightGradients) -> None:
-        """A backward that gives the parameters what waits for them."""
+        """Runs a backward that gives the parameters their deferred gradients."""
         self.engine.set_gradient_accumulation_boundary(action in self.boundaries)
         self.engine.backward(self.engine(waiting), scale_wrt_gas=False)
 
@@ -241,8 +241,8 @@ def _parts(batch: Batch) -> tuple[Tensor, Tensor, Any]:
 
 
 def _boundaries(actions: Sequence[Action], last_chunk: int, by_chunk: bool) -> set[Action]:
-    """The backwards after which DeepSpeed closes its sums: the step's last. by_chunk: also the last of each chunk, and
-    of the head (Engine.hands_over_by_chunk)."""
+    """The backwards that are gradient accumulation boundaries: the step's last. by_chunk: also the last of each chunk
+    and of the head (Engine.hands_over_by_chunk)."""
     closing = [action for action in actions if action.kind in "BW"]
     if not by_chunk:
         return set(closing[-1:])

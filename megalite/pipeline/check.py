@@ -1,6 +1,6 @@
-"""Is a program right, and what does it cost? Played on a simulated clock before a run, in milliseconds.
+"""Checks a program before a run and computes its cost on a simulated clock, which takes milliseconds.
 
-`check` raises ProgramError, which names rank and action, for an action that is missing, doubled, on a wrong rank or in
+`check` raises ProgramError, naming rank and action, for an action that is missing, duplicated, on the wrong rank or in
 an order that cannot run, and for weight gradients that a chunk would not sum in the order of the micro-batches (the
 rounding of a sum depends on its order; a schedule must not change it). Its Report has the step's length, the bubble
 and what each rank holds. Messages: steps.py.
@@ -15,10 +15,10 @@ from megalite.errors import MegaliteError
 from megalite.pipeline.program import Action, Kind, Program, Value
 
 Cost = Callable[[Kind, int], float]
-"""Time of an action of a kind on a chunk, in any unit."""
+"""Time of an action, by its kind and chunk, in any unit."""
 
 _CHANGES = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
-"""By an action's kind, the change of how many micro-batches are kept between F and B or I, and between I and W."""
+"""By an action's kind: the change in the number of micro-batches held between F and B or I, and between I and W."""
 
 
 class ProgramError(MegaliteError):
@@ -26,7 +26,7 @@ class ProgramError(MegaliteError):
 
 
 def equal_costs(kind: Kind, chunk: int) -> float:
-    """F, I and W take the same, B is I and W."""
+    """F, I and W take the same time; B takes twice that."""
     return 2.0 if kind == "B" else 1.0
 
 
@@ -34,8 +34,8 @@ def equal_costs(kind: Kind, chunk: int) -> float:
 class Report:
     """A step on the simulated clock.
 
-    length: of the step; busy[rank]: time in actions; ends[action]: when each ends; held[rank]: most micro-batches of a
-    chunk that are kept between F and B or I, all chunks of the rank together; waiting[rank]: most weight gradients
+    length: of the step. busy[rank]: time spent in actions. ends[action]: when it ends. held[rank]: the most
+    micro-batches held at once between F and B or I, summed over the rank's chunks. waiting[rank]: the most held
     between I and W.
     """
 
@@ -47,12 +47,12 @@ class Report:
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which the ranks are idle, on average."""
-        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.length))  # of one rank -1e-16
+        """The share of the step in which ranks are idle, averaged over the ranks."""
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.length))  # one rank: rounding
 
 
 def check(program: Program, cost: Cost = equal_costs, hop: float = 0.0) -> Report:
-    """Checks a program and plays it. hop: time of a message. Raises ProgramError."""
+    """Checks a program and simulates it. hop: time of a message. Raises ProgramError."""
     for rank in range(program.ranks):
         _check_complete(program, rank)
         _check_sums(program, rank)
@@ -60,7 +60,7 @@ def check(program: Program, cost: Cost = equal_costs, hop: float = 0.0) -> Repor
 
 
 def _check_complete(program: Program, rank: int) -> None:
-    """Every action of the rank's chunks once, and no other."""
+    """Raises unless the rank has each action of its chunks exactly once, and no other."""
     actions, own = program.actions[rank], program.chunks_of(rank)
     doubled = [action for action, count in Counter(actions).items() if count > 1]
     if doubled:
@@ -72,7 +72,7 @@ def _check_complete(program: Program, rank: int) -> None:
                 f"rank {rank}: {action}: chunk {action.chunk} is on rank {program.home[action.chunk]}"
             )
         kinds.setdefault((action.chunk, action.micro_batch), set()).add(action.kind)
-    # Of each chunk and micro-batch a forward, and with backwards either one whole or its two halves.
+    # Each chunk and micro-batch has a forward and, if there are backwards, either B or both of its halves.
     forward_only = not any(action.kind in "BI" for _, action in program.all_actions())
     allowed = [{"F"}] if forward_only else [{"F", "B"}, {"F", "I", "W"}]
     for chunk in own:
@@ -89,7 +89,7 @@ def _check_complete(program: Program, rank: int) -> None:
 
 
 def _check_sums(program: Program, rank: int) -> None:
-    """Weight gradients are summed in the order of the micro-batches."""
+    """Raises unless each chunk sums its weight gradients in the order of the micro-batches."""
     for chunk in program.chunks_of(rank):
         order = [
             a.micro_batch for a in program.actions[rank] if a.chunk == chunk and a.kind in "BW"
@@ -101,7 +101,7 @@ def _check_sums(program: Program, rank: int) -> None:
 
 
 def _play(program: Program, cost: Cost, hop: float) -> Report:
-    """Every rank does its actions in order, each as soon as what it needs is there."""
+    """Every rank runs its actions in order, each as soon as its inputs are available."""
     player = _Player(program, cost, hop)
     while player.advance():
         pass
@@ -135,7 +135,7 @@ class _Player:
         self.arrives: dict[Value, float] = {}
 
     def advance(self) -> bool:
-        """Moves each rank as far as it gets; whether one moved."""
+        """Moves each rank as far as possible. Returns whether any moved."""
         moved = False
         for rank, actions in enumerate(self.program.actions):
             while self.done[rank] < len(actions):
@@ -147,7 +147,7 @@ class _Player:
         return moved
 
     def _ready(self, action: Action) -> float | None:
-        """When what an action needs is there; None: not yet."""
+        """When the inputs of an action are available; None if that is not known yet."""
         times: list[float | None] = [0.0]
         value = self.program.needs(action)
         if value is not None:
@@ -176,9 +176,9 @@ class _Player:
 
 
 class MostKept(NamedTuple):
-    """When a rank keeps most for its backwards. counts: by chunk, micro-batches that are held between F and its
-    backward, and that wait between I and W; through: chunks that a backward was through before; action: the one that
-    it comes with."""
+    """The moment at which a rank keeps the most bytes for its backwards. counts: by chunk, the micro-batches held
+    between F and B or I, and between I and W. through: chunks that already had a backward. action: the one that
+    causes it."""
 
     bytes: int
     counts: dict[int, tuple[int, int]]
@@ -189,8 +189,9 @@ class MostKept(NamedTuple):
 def most_bytes(
     program: Program, rank: int, whole: Callable[[int], int], between: Callable[[int], int]
 ) -> MostKept:
-    """whole(chunk): bytes of a micro-batch between F and B or I; between(chunk): between I and W. Of moments with as
-    much it is the one before which most chunks had a backward."""
+    """Finds the moment at which `rank` keeps the most bytes; of equal ones, the one after backwards of most chunks.
+
+    whole(chunk): bytes of a micro-batch between F and B or I. between(chunk): between I and W."""
     now = {chunk: [0, 0] for chunk in program.chunks_of(rank)}
     wholes = {chunk: whole(chunk) for chunk in now}
     betweens = {chunk: between(chunk) for chunk in now}

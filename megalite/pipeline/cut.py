@@ -1,9 +1,9 @@
-"""Which layers are a chunk: the cut with the least simulated step.
+"""Assigns layers to chunks: the cut with the shortest simulated step.
 
-The longest chunk alone does not decide: a head that costs as much as several layers is at the end of the pipeline,
+The longest chunk alone does not decide. A head that costs as much as several layers is at the end of the pipeline,
 where other work waits for it in one schedule and not in another, and interleaving with an even cut can be slower than
-1F1B. So cuts are compared by playing the schedule's own program with the costs of their chunks. Costs are multiply-adds
-a token, the same on every machine: all ranks find the same cut. Next: plan.py.
+1F1B. So cuts are compared by simulating the schedule's own program with the costs of their chunks. Costs are
+multiply-adds per token, the same on every machine, so all ranks find the same cut. Next: plan.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ from megalite.pipeline.check import Cost
 from megalite.pipeline.lengths import KINDS, Lengths
 from megalite.pipeline.program import Kind, Program
 
-MOST_TIMES = 20_000_000  # of actions that a search computes: a fifth of a second
-TOGETHER = 1024  # cuts that are played at once: their numbers stay in the processor's cache
-PAIRED = 10  # first moves that a second one is tried on
-CLIMBS = 2  # of one start, each with the program of the cut that the one before has found
-SAME = 1e-9  # shares of a step that are rounding
+MOST_TIMES = 20_000_000  # action times that a search may compute: a fifth of a second
+TOGETHER = 1024  # cuts simulated at once: their times stay in the CPU's cache
+PAIRED = 10  # first moves after which a second one is tried
+CLIMBS = 2  # from one start, each with the program of the cut that the previous climb found
+SAME = 1e-9  # relative differences of step lengths below this are rounding
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Multiply-adds a token of one layer's forward. weights: products with weights, each of which backward does again
-    for its input and for its weight; core: attention's products, which backward does twice, both for its inputs."""
+    """Multiply-adds per token of one layer's forward. weights: products with weights, which backward repeats for the
+    input and for the weight. core: attention's products, which backward repeats twice, both times for the inputs."""
 
     weights: float
     core: float
@@ -36,7 +36,7 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """head: of the head's forward; recomputes: backward does a forward again."""
+    """head: multiply-adds per token of the head's forward. recomputes: whether backward recomputes the forward."""
 
     layers: tuple[LayerCosts, ...]
     head: float
@@ -51,10 +51,10 @@ class ModelCosts:
         counted: float = 1.0,
         source: int = 0,
     ) -> "ModelCosts":
-        """Of training on samples of `length` tokens, of which the share `counted` counts in the loss. The head's loss
-        makes both gradients in forward (parallel/loss.py), so that its backward costs nothing; the embedding's look-up
-        never does. A dense layer before the head is counted with it, as if it had no backward. source: tokens of an
-        encoder-decoder's source."""
+        """Costs of training on samples of `length` tokens, of which the share `counted` counts in the loss. The loss
+        computes both gradients of the head in forward (parallel/loss.py), so the head's backward costs nothing; the
+        embedding look-up costs nothing either. A dense layer before the head is counted with the head, as if it had
+        no backward. source: source tokens of an encoder-decoder."""
         head = 3.0 * counted * spec.head_weights
         head += 3.0 * spec.hidden_size**2 if spec.head_transform else 0.0
         heads, layers = spec.num_heads * spec.head_size, range(spec.num_layers)
@@ -73,7 +73,7 @@ class ModelCosts:
         )
 
     def of_chunks(self, counts: Sequence[int]) -> Cost:
-        """The cost of each action where the chunks have so many layers."""
+        """The cost of each action. counts: layers of each chunk."""
         forwards, inputs, weights = [], [], []
         for layers in layers_of(counts):
             own = [self.layers[layer] for layer in layers]
@@ -100,7 +100,7 @@ class ModelCosts:
 
 
 def _span(spec: TransformerSpec, layer: int, length: int) -> int:
-    """Positions that attention works on for a token, taken twice in an encoder: a decoder's kernel leaves out half."""
+    """Positions that a token attends to, doubled for an encoder because a causal kernel skips half of them."""
     window = spec.window(layer)
     if spec.causal:
         return min(length, window or length)
@@ -108,24 +108,25 @@ def _span(spec: TransformerSpec, layer: int, length: int) -> int:
 
 
 def even_counts(layers: int, chunks: int) -> list[int]:
-    """Layers of each chunk where they all have as many, or one more."""
+    """Layers of each chunk, which differ by at most one."""
     return [(chunk + 1) * layers // chunks - chunk * layers // chunks for chunk in range(chunks)]
 
 
 def cut_by_cost(
     costs: ModelCosts, home: tuple[int, ...], program: Callable[[Cost], Program]
 ) -> Cut:
-    """The cut with the least simulated step that the search finds. program: the schedule's, for costs of chunks.
+    """The cut with the shortest simulated step that the search finds. program: the schedule's, from the chunks' costs.
 
-    Every chunk has a layer, but the last may be the head alone. Hill climbing from two cuts, the even one and the one
-    with the shortest longest rank: a layer goes from a chunk to another while the step gets shorter. All cuts of a
-    climb are played by the program of its start; where that depends on costs, the next climb has the one of its end.
+    Every chunk has a layer, except that the last may be the head alone. Hill climbing from two cuts, the even one and
+    the one whose slowest rank has the least work: a layer moves to another chunk while that makes the step shorter.
+    One climb simulates all its cuts with the program of its start; if the program depends on costs, the next climb
+    uses that of the cut just found.
     """
     layers = len(costs.layers)
     if len(home) == 1:
         return Cut(home, (range(layers),))
     sums, budget = _Sums(costs), _Budget(MOST_TIMES)
-    played = cache(Lengths)  # of a program: most schedules have one for all costs
+    played = cache(Lengths)  # by program: most schedules have the same one for all costs
     even = even_counts(layers, len(home))
     starts = [even, _climb(even, lambda many: sums.longest_rank(home, many), budget)]
     found = [_climb_by_program(sums, start, program, played, budget) for start in starts]
@@ -139,7 +140,7 @@ def _climb_by_program(
     played_by: Callable[[Program], Lengths],
     budget: "_Budget",
 ) -> tuple[float, list[int]]:
-    """(length of the step, layers of each chunk) of the best cut that is found from a start."""
+    """(length of the step, layers of each chunk) of the best cut found from `start`."""
     cost = sums.costs.of_chunks(start)
     played = played_by(program(cost))
     best = played.of(cost), start
@@ -160,7 +161,7 @@ def _climb_by_program(
 
 
 class _Sums:
-    """Costs of chunks for many cuts at once, from sums over the layers up to each."""
+    """Costs of the chunks of many cuts at once, from cumulative sums over the layers."""
 
     def __init__(self, costs: ModelCosts) -> None:
         self.costs = costs
@@ -179,7 +180,7 @@ class _Sums:
         return tables
 
     def longest_rank(self, home: tuple[int, ...], many: np.ndarray) -> np.ndarray:
-        """Cost of a micro-batch on the rank that has most; of equal ones that with the lighter chunks."""
+        """Cost [K] of a micro-batch on the slowest rank, plus a small term that prefers lighter chunks among equals."""
         tables = self.tables(many)
         chunks = tables[0] + tables[1]
         ranks = np.zeros((max(home) + 1, len(many)))
@@ -189,7 +190,7 @@ class _Sums:
 
 
 class _Budget:
-    """Times of actions that a search may still compute: a count and no clock, so that all ranks find the same."""
+    """Action times that a search may still compute: a count, not a clock, so that all ranks find the same cut."""
 
     def __init__(self, left: int) -> None:
         self.left = left
@@ -201,12 +202,12 @@ def _climb(
     budget: _Budget,
     spent: int = 1,
 ) -> list[int]:
-    """Takes the best move of one layer while there is one that makes it lower, else the best of two moves whose first
-    is among the least bad. heights: of cuts [K, chunk]; spent: what the height of one takes of the budget."""
+    """Moves one layer at a time while that lowers the height; if no move does, tries pairs of moves that start with one
+    of the `PAIRED` best. heights: of cuts [K, chunk]. spent: what one height costs from the budget."""
     best, lowest = start, float(heights(np.array([start]))[0])
 
     def ranked(cuts: np.ndarray) -> list[tuple[float, list[int]]]:
-        """The least high, of equal ones the first in lexical order."""
+        """The lowest `PAIRED` cuts with their heights, equal ones in lexical order."""
         cuts = cuts[: max(1, budget.left // spent)]
         budget.left -= spent * len(cuts)
         if not len(cuts):
@@ -228,7 +229,7 @@ def _climb(
 
 
 def _moves(counts: Sequence[int]) -> np.ndarray:
-    """Every way [K, chunk] in which one layer goes from a chunk to another."""
+    """Every cut [K, chunk] that results from moving one layer to another chunk."""
     chunks = range(len(counts))
     sources = [chunk for chunk in chunks if counts[chunk] > (0 if chunk == chunks[-1] else 1)]
     ways = [(source, target) for source in sources for target in chunks if target != source]

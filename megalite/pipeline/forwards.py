@@ -13,7 +13,7 @@ from megalite.pipeline.steps import AHEAD, forward_stream
 
 
 class Forwards:
-    """Of one rank. mailbox: also for messages of the caller's own."""
+    """Forward passes of one rank. mailbox: may also be used for the caller's messages."""
 
     def __init__(self, axis: Axis, dtype: torch.dtype, device: torch.device) -> None:
         self.axis, self.mailbox = axis, Mailbox(axis, device)
@@ -26,11 +26,11 @@ class Forwards:
         shape: Callable[[int], tuple[int, ...]],
         ahead: int = AHEAD,
     ) -> None:
-        """Runs passes in the order of their numbers, which every rank must get alike; a number is taken `ahead` passes
-        before its own. Returns when all that was sent is gone.
+        """Runs the passes in the order of `numbers`, which must be the same on every rank; a number is read `ahead`
+        passes before it is run. Returns when everything sent is complete.
 
-        forward(number, hidden): the pass on this rank's chunk; hidden: what came from the rank before, None on the
-        first; the result goes to the next rank, and nowhere from the last. shape(number): of what is received.
+        forward(number, hidden): the pass on this rank's chunk. hidden: the previous rank's result, None on the first
+        rank. The result is sent to the next rank, if there is one. shape(number): of what is received.
         """
 
         def perform(action: Action, hidden: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Runs the steps of a rank (steps.py): posts receives, does actions, sends what they give.
+"""Runs the steps of a rank (steps.py): posts receives, runs actions, sends their results.
 
-What an action is, is the caller's: a function from the action and the value that it needs to the value that it gives.
-Training, evaluation, likelihoods and generation differ in that function and in their steps alone. Next: actions.py.
+The caller defines the actions: a function from an action and its input value to its output value. Training,
+evaluation, likelihoods and generation differ only in that function and in their steps. Next: actions.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,17 +16,18 @@ from megalite.pipeline.program import Action, Value, gives, needs
 from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
 
 Perform = Callable[[Action, Tensor | None], Tensor | None]
-"""Does an action: takes the value that it needs, returns the one that it gives, each None where there is none."""
+"""Runs an action: takes its input value and returns its output value, each None if there is none."""
 Shape = Callable[[Value], tuple[int, ...]]
-"""Shape of a value that is received."""
+"""Shape of a received value."""
 
 WORDS = {"F": "forward", "B": "backward", "I": "backward to the input", "W": "weight gradients"}
 
 
 class Interpreter:
-    """Of one rank. last_chunk: of the model; dtype: of values; tells_chunk: `instruction` names it; action: what the
-    rank does now or did last; whole and busy: clocks of a run and of the actions in it, off unless a measurement turns
-    them on."""
+    """The interpreter of one rank.
+
+    last_chunk: of the model. dtype: of values. tells_chunk: whether `instruction` names the chunk. action: the current
+    one. whole, busy: clocks of a run and of the actions in it, off unless a measurement turns them on."""
 
     def __init__(
         self, mailbox: Mailbox, last_chunk: int, dtype: torch.dtype, tells_chunk: bool = False
@@ -39,7 +40,7 @@ class Interpreter:
         self.whole, self.busy = Clock(), Clock()
 
     def run(self, steps: Iterable[Step], perform: Perform, shape: Shape) -> None:
-        """Runs steps to their end, and until all that was sent is gone."""
+        """Runs all steps and waits until everything sent is complete."""
         with self.whole.computing():
             self._run(steps, perform, shape)
         self.action = None
@@ -86,7 +87,7 @@ class Interpreter:
 
     @property
     def instruction(self) -> str:
-        """What the rank does now, in words, for the report of a hang."""
+        """What the rank is doing now, in words, for the report of a hang."""
         if self.action is None:
             return ""
         kind, chunk, k = self.action

@@ -1,8 +1,8 @@
-"""How long a step of one program is, for many costs at once: what cuts are searched by, and the planner's clock.
+"""The length of a program's step for many costs at once: for the search of a cut and for the planner's clock.
 
-check.py plays a program action by action and says what is wrong with it. For the length alone, the order
-in which actions become ready does not depend on their costs, so it is found once; then the times of an action under
-hundreds of costs are one operation on a row of numbers. Next: cut.py.
+check.py simulates a program action by action and reports its faults. For the length alone, an order in which actions
+become ready does not depend on their costs, so it is found once; then the times of an action under hundreds of costs
+are one vector operation. Next: cut.py.
 """
 
 from functools import cached_property
@@ -17,8 +17,8 @@ KINDS = ("F", "B", "I", "W")
 
 
 class _Rows(NamedTuple):
-    """many: how many there are; of_actions: kind and chunk of each action, the rows that it waits for and its own;
-    last: of each rank's last action."""
+    """many: the number of rows. of_actions: for each action its kind, its chunk, the two rows that it waits for and its
+    own row. last: the row of each rank's last action."""
 
     many: int
     of_actions: list[tuple[int, int, int, int, int]]
@@ -26,10 +26,10 @@ class _Rows(NamedTuple):
 
 
 class Lengths:
-    """Of one program. Raises ProgramError where it cannot run.
+    """Step lengths of one program. Raises ProgramError if it cannot run.
 
-    order: the actions of all ranks so that each comes after what it waits for; of each its kind, its chunk, and the
-    places in `order` of what it waits for: the rank's action before, and the one that gives its value.
+    The lists hold the actions of all ranks in an order in which each comes after those that it waits for: its kind,
+    its chunk, and the positions of the rank's previous action and of the action that produces its input.
     """
 
     def __init__(self, program: Program) -> None:
@@ -47,9 +47,9 @@ class Lengths:
         return len(self._kinds)
 
     def _order(self, program: Program) -> None:
-        """Moves each rank as far as it gets, in turn, until all are through."""
+        """Moves each rank in turn as far as possible, until all are done."""
         last, place = program.last_chunk, [0] * self.ranks
-        # By chunk, of each micro-batch the place in the order of its forward, and of its backward to the input.
+        # By chunk: the position of each micro-batch's forward, and of its backward to the input.
         forwards: list[dict[int, int]] = [{} for _ in program.home]
         backwards: list[dict[int, int]] = [{} for _ in program.home]
         newest, kinds = [-1] * self.ranks, {kind: number for number, kind in enumerate(KINDS)}
@@ -61,7 +61,7 @@ class Lengths:
                     kind, chunk, k = actions[place[rank]]
                     given = forwards if kind == "F" else backwards
                     source, message = -1, False
-                    if kind != "W":  # the chunk that gives what the action needs; there may be none
+                    if kind != "W":  # the chunk that produces the action's input, if any
                         neighbour = chunk - 1 if kind == "F" else chunk + 1
                         if 0 <= neighbour <= last:
                             source = given[neighbour].get(k, -1)
@@ -82,7 +82,7 @@ class Lengths:
         self._last = newest
 
     def _counts(self) -> np.ndarray:
-        """[kind, chunk]: how many actions of each there are."""
+        """Number of actions [kind, chunk]."""
         counts = np.zeros((len(KINDS), self.chunks))
         np.add.at(counts, (self._kinds, self._chunks), 1)
         return counts
@@ -94,7 +94,7 @@ class Lengths:
         return max(ends[number] for number in self._last)
 
     def _ends(self, table: list[list[float]], hop: float) -> list[float]:
-        """When each action ends, for costs [kind][chunk]; one more 0 at the end, for "nothing before"."""
+        """When each action ends, for costs [kind][chunk]; the extra 0 at the end, index -1, means "nothing before"."""
         ends = [0.0] * (len(self._kinds) + 1)
         rows = zip(
             self._kinds, self._chunks, self._before, self._source, self._message, strict=True
@@ -105,8 +105,8 @@ class Lengths:
         return ends
 
     def path(self, table: np.ndarray, hop: float = 0.0) -> tuple[np.ndarray, int]:
-        """The longest chain of actions that wait for each other, for costs [kind, chunk]: how many of each there are
-        [kind, chunk], and how many messages between ranks. Whatever other costs are, a step takes no less than it."""
+        """The critical path for costs [kind, chunk]: its number of actions [kind, chunk] and of messages between ranks.
+        Under any other costs a step takes at least as long as this chain of actions."""
         ends = self._ends(table.tolist(), hop)
         counts, hops = np.zeros((len(KINDS), self.chunks)), 0
         number = max(self._last, key=lambda number: ends[number])
@@ -119,10 +119,10 @@ class Lengths:
         return counts, hops
 
     def of_many(self, tables: np.ndarray) -> np.ndarray:
-        """Lengths [K] for costs [kind, chunk, K], without time for messages."""
+        """Lengths [K] for costs [kind, chunk, K]; messages take no time."""
         times = [list(of_kind) for of_kind in np.ascontiguousarray(tables)]
         ends = list(np.zeros((self._rows.many, tables.shape[2])))
-        maximum, add = np.maximum, np.add  # looked up once for a thousand actions
+        maximum, add = np.maximum, np.add  # looked up once, not for each action
         for kind, chunk, before, source, own in self._rows.of_actions:
             end = ends[own]
             maximum(ends[before], ends[source], out=end)
@@ -131,9 +131,9 @@ class Lengths:
 
     @cached_property
     def _rows(self) -> "_Rows":
-        """Where `of_many` keeps the ends of actions. A row whose number nobody waits for any more is used again, so
-        that the few that are left fit the processor's cache."""
-        needed = {}  # by action, the last that waits for it
+        """The rows in which `of_many` keeps the end times of actions. A row is reused once no action waits for it any
+        more, so that the rows fit the CPU's cache."""
+        needed = {}  # by action: the last one that waits for it
         for number, (before, source) in enumerate(zip(self._before, self._source, strict=True)):
             needed[before] = needed[source] = number
         needed |= dict.fromkeys(self._last, len(self))

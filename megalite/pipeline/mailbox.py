@@ -1,8 +1,8 @@
-"""Messages of one rank with others on the pipe axis: receives are posted early, sends are kept until they are gone.
+"""Messages between one rank and others on the pipe axis: receives are posted early, sends are kept until they complete.
 
-Each direction has a group of its own (Axis.towards), and the order is the caller's (steps.py), so that no rule of
-NCCL's about messages on one stream can hang them. Nothing here blocks the host on a device: a wait is the device
-stream's. Next: interpreter.py.
+Each direction has its own process group (Axis.towards), and the caller decides the order (steps.py), so that NCCL's
+rules about messages on one stream cannot cause a hang. Nothing here blocks the host on a device: the device's stream
+waits. Next: interpreter.py.
 """
 
 from collections.abc import Hashable
@@ -17,7 +17,8 @@ from megalite.parallel.grid import Axis
 
 
 class Mailbox:
-    """Values by their keys. waits_for: the global rank whose message the host waits for now, for a report of a hang."""
+    """Sends and receives values by key. waits_for: the global rank whose message the host is waiting for, for the
+    report of a hang."""
 
     def __init__(self, axis: Axis, device: torch.device) -> None:
         self.axis, self.device = axis, device
@@ -26,33 +27,33 @@ class Mailbox:
         self._sent: dict[Hashable, tuple[Any, Tensor, int]] = {}
 
     def post(self, key: Hashable, source: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Posts the receive of a value from a place on the axis."""
+        """Posts the receive of a value from an index on the axis."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         rank = self.axis.ranks[source]
         work = dist.irecv(tensor, rank, group=self.axis.towards(source, self.axis.rank))
         self._posted[key] = work, tensor, rank
 
     def take(self, key: Hashable) -> Tensor:
-        """A value whose receive was posted; computing waits for it."""
+        """Returns a value whose receive was posted; computation waits for it."""
         work, tensor, rank = self._posted.pop(key)
         self._wait(work, rank)
         return tensor
 
     def send(self, key: Hashable, tensor: Tensor, target: int) -> None:
-        """Sends a value to a place on the axis, without waiting."""
+        """Sends a value to an index on the axis, without waiting."""
         self._forget_gone()
         tensor, rank = tensor.contiguous(), self.axis.ranks[target]
         work = dist.isend(tensor, rank, group=self.axis.towards(self.axis.rank, target))
         self._sent[key] = work, tensor, rank
 
     def wait(self, key: Hashable) -> None:
-        """Waits until a value that was sent is gone."""
+        """Waits until the send of a value is complete."""
         if key in self._sent:
             work, _, rank = self._sent.pop(key)
             self._wait(work, rank)
 
     def finish(self) -> None:
-        """Waits until everything that was sent is gone."""
+        """Waits until all sends are complete."""
         for key in list(self._sent):
             self.wait(key)
         assert not self._posted, f"received and never used: {list(self._posted)}"

@@ -1,6 +1,6 @@
-"""The pipeline of a run: its schedule, how its layers are cut, and its program for a number of micro-batches.
+"""The pipeline of a run: its schedule, its cut of the layers, and its program for a number of micro-batches.
 
-All of it follows from config and model, so every rank has the same without a message. Next: mailbox.py.
+Everything follows from config and model, so all ranks agree without communication. Next: mailbox.py.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from megalite.pipeline.program import Program
 from megalite.pipeline.schedules import forward_only, home_of, make_program, straight
 from megalite.pipeline.steps import Step, check_steps, steps_of
 
-SEARCH_ROUNDS = 2  # micro-batches a rank, in the programs that cuts are compared by
+SEARCH_ROUNDS = 2  # micro-batches per pipe rank in the programs by which cuts are compared
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """schedule: its name; pipe: ranks of the axis; chunks: a rank's, for `interleaved`; costs: of the model."""
+    """schedule: its name. pipe: size of the axis. chunks: per rank, for `interleaved`. costs: of the model."""
 
     schedule: str
     pipe: int
@@ -30,23 +30,23 @@ class PipelinePlan:
 
     @property
     def cost(self) -> Cost:
-        """Of each action, in multiply-adds a token."""
+        """The cost of each action, in multiply-adds per token."""
         return self.costs.of_chunks([len(layers) for layers in self.cut.layers])
 
     def program(self, micro_batches: int) -> Program:
-        """Of a training step."""
+        """The program of a training step."""
         return _training(self, micro_batches)
 
     def report(self, micro_batches: int) -> Report:
-        """What a training step costs by the simulated clock."""
+        """The costs of a training step on the simulated clock."""
         return check(self.program(micro_batches), self.cost)
 
     def steps(self, micro_batches: int, rank: int) -> list[Step]:
-        """What a rank does in a training step; checked."""
+        """A rank's steps in training, checked."""
         return _training_steps(self, micro_batches)[rank]
 
     def evaluation_steps(self, micro_batches: int, rank: int) -> list[Step]:
-        """What a rank does in an evaluation; checked."""
+        """A rank's steps in an evaluation, checked."""
         return _evaluation_steps(self.cut.home, micro_batches)[rank]
 
 
@@ -83,7 +83,7 @@ def plan_of(config: Config, spec: TransformerSpec) -> PipelinePlan:
 def make_plan(
     schedule: str, pipe: int, chunks: int, counts: tuple[int, ...] | None, costs: ModelCosts
 ) -> PipelinePlan:
-    """counts: layers of each chunk; None: the cut that costs least."""
+    """counts: layers of each chunk; None for the cut with the shortest simulated step."""
     home = home_of(schedule, pipe, chunks)
     if counts is not None:
         cut = Cut(home, layers_of(counts))
@@ -96,10 +96,10 @@ def make_plan(
 
 
 def inference_cut(spec: TransformerSpec, pipe: int) -> Cut:
-    """A chunk a rank, for forwards alone: the longest is as short as can be."""
-    length, source = (1, 0) if spec.stacks is None else (2, 1)  # as much source as target
+    """One chunk per rank, for forwards only: the longest chunk is as short as possible."""
+    length, source = (1, 0) if spec.stacks is None else (2, 1)  # as many source as target tokens
     costs = ModelCosts.of(spec, length, recomputes=False, source=source)
-    # Without the gradients that training makes with the loss.
+    # In training the loss also computes the head's two gradients, each as costly as its forward.
     costs = replace(costs, head=costs.head / 3)
     home = straight(pipe)
     return cut_by_cost(costs, home, lambda cost: forward_only(home, SEARCH_ROUNDS * pipe))

@@ -1,15 +1,15 @@
-"""A pipeline schedule as data: for each rank of the pipe axis the list of its actions.
+"""A pipeline schedule as data: a list of actions for each rank of the pipe axis.
 
-The layers are cut into chunks, 0 … C-1 along the model; with one chunk a rank a chunk is a stage. An action is work on
-one chunk and one micro-batch:
+The layers are cut into chunks, 0 … C-1 along the model; with one chunk per rank, a chunk is a stage. An action is work
+on one chunk and one micro-batch:
 
     F   forward
     B   backward: gradients of the input and of the weights
-    I   backward to the input alone            } the two halves of B, for schedules that let weight gradients wait
+    I   backward to the input only             } the two halves of B, for schedules that defer weight gradients
     W   gradients of the weights, after I      }   (zero bubble, arXiv 2401.10241)
 
-What goes from an action to another is a Value: the activation that enters a chunk, or the gradient of what leaves it.
-Where both chunks are on one rank it stays there, else it is a message. Next: schedules.py, which makes programs.
+A Value goes from one action to another: the activation that enters a chunk, or the gradient of a chunk's output. If
+both chunks are on one rank it stays there, otherwise it is a message. Next: schedules.py, which makes programs.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ class Action(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What crosses from a chunk to the next: the `activation` that enters `chunk`, or the `gradient` of what leaves
-    it."""
+    """What passes between neighbouring chunks: the `activation` that enters `chunk`, or the `gradient` of its
+    output."""
 
     kind: Literal["activation", "gradient"]
     chunk: int
@@ -44,7 +44,7 @@ class Value(NamedTuple):
 
 
 def needs(action: Action, last_chunk: int) -> Value | None:
-    """The value that an action takes in from another chunk; last_chunk: the one with the head."""
+    """The value that an action takes from another chunk, if any. last_chunk: the one with the head."""
     kind, chunk, k = action
     if kind == "F" and chunk > 0:
         return Value("activation", chunk, k)
@@ -54,7 +54,7 @@ def needs(action: Action, last_chunk: int) -> Value | None:
 
 
 def gives(action: Action, last_chunk: int) -> Value | None:
-    """The value that an action makes for another chunk."""
+    """The value that an action produces for another chunk, if any."""
     kind, chunk, k = action
     if kind == "F" and chunk < last_chunk:
         return Value("activation", chunk + 1, k)
@@ -67,8 +67,8 @@ def gives(action: Action, last_chunk: int) -> Value | None:
 class Program:
     """What each rank of a pipe axis does in one step.
 
-    home[c]: the rank that holds chunk c; micro_batches: of a step; actions[rank]: in order. A program without B and I
-    is forward only.
+    home[c]: the rank that holds chunk c. micro_batches: per step. actions[rank]: in order. A program without B and I
+    is forward-only.
     """
 
     home: tuple[int, ...]
@@ -90,15 +90,15 @@ class Program:
         return [chunk for chunk, home in enumerate(self.home) if home == rank]
 
     def needs(self, action: Action) -> Value | None:
-        """The value that an action takes in from another chunk."""
+        """The value that an action takes from another chunk, if any."""
         return needs(action, self.last_chunk)
 
     def gives(self, action: Action) -> Value | None:
-        """The value that an action makes for another chunk."""
+        """The value that an action produces for another chunk, if any."""
         return gives(action, self.last_chunk)
 
     def way(self, value: Value) -> tuple[int, int]:
-        """The ranks that a value goes from and to, which may be one."""
+        """The ranks that a value goes from and to; they may be the same."""
         source = value.chunk - 1 if value.kind == "activation" else value.chunk + 1
         return self.home[source], self.home[value.chunk]
 
@@ -113,7 +113,7 @@ class Program:
 
     @cached_property
     def splits_backward(self) -> frozenset[tuple[int, int]]:
-        """Chunk and micro-batch of each backward that is done in halves, I and W."""
+        """Chunk and micro-batch of each backward that is split into I and W."""
         return frozenset(
             (action.chunk, action.micro_batch)
             for _, action in self.all_actions()

@@ -7,7 +7,7 @@
 | zb-h1       | 1             | zero bubble with 1F1B's memory, arXiv 2401.10241, section 4                   |
 | zb-v        | 2, in a V     | zero bubble over two chunks a rank, arXiv 2401.10241, section 6; 2405.15362   |
 
-p ranks, m micro-batches, v chunks a rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
+p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
 """
 
 import math
@@ -20,22 +20,23 @@ from megalite.pipeline.program import Action, Kind, Program
 
 
 def straight(p: int) -> tuple[int, ...]:
-    """A chunk a rank."""
+    """The rank of each chunk, with one chunk per rank."""
     return tuple(range(p))
 
 
 def round_robin(p: int, v: int) -> tuple[int, ...]:
-    """v chunks a rank, each p apart."""
+    """v chunks per rank, p apart."""
     return tuple(chunk % p for chunk in range(p * v))
 
 
 def v_shaped(p: int) -> tuple[int, ...]:
-    """Two chunks a rank: down the ranks and up again, so that rank 0 has both ends of the model."""
+    """Two chunks per rank: down the ranks and up again, so that rank 0 has both ends of the model."""
     return (*range(p), *reversed(range(p)))
 
 
 def one_f_one_b(p: int, m: int) -> Program:
-    """Rank i runs p - i - 1 forwards ahead, then a forward and a backward in turn, then the backwards that are left."""
+    """Rank i runs p - i - 1 warm-up forwards, then alternates forwards and backwards, then runs the remaining
+    backwards."""
     actions = []
     for rank in range(p):
         ahead, own = min(p - rank - 1, m), []
@@ -49,11 +50,11 @@ def one_f_one_b(p: int, m: int) -> Program:
 
 
 def interleaved(p: int, m: int, v: int) -> Program:
-    """1F1B over p · v chunks: a rank works on p micro-batches of one chunk, then on the same of its next. p divides
+    """1F1B over p · v chunks: a rank runs p micro-batches on one chunk, then the same on its next chunk. p must divide
     m."""
     if m % p:
         raise ProgramError(
-            f"interleaved: {m} micro-batches: must be a multiple of the pipe axis {p}"
+            f"interleaved: {m} micro-batches: must be a multiple of the pipe axis, {p}"
         )
     total, actions = m * v, []
     for rank in range(p):
@@ -68,7 +69,8 @@ def interleaved(p: int, m: int, v: int) -> Program:
 
 
 def _nth(p: int, v: int, rank: int, n: int, kind: Kind) -> Action:
-    """The n-th forward or backward of a rank: groups of p micro-batches, chunk by chunk; backwards from the last."""
+    """The n-th forward or backward of a rank: in groups of p micro-batches, chunk by chunk; backwards from the last
+    chunk."""
     group, within = divmod(n, p * v)
     turn = within // p
     local = turn if kind == "F" else v - 1 - turn
@@ -76,8 +78,8 @@ def _nth(p: int, v: int, rank: int, n: int, kind: Kind) -> Action:
 
 
 def zb_h1(p: int, m: int) -> Program:
-    """1F1B with backwards in halves, whose rank i lets the weight gradients of i micro-batches wait: they fill the
-    bubble at its end, with the activations of 1F1B's first rank on each."""
+    """1F1B with split backwards: rank i defers the weight gradients of i micro-batches, which fill the bubble at its
+    end. Each rank then keeps as many activations as the first rank under 1F1B."""
     actions = []
     for rank in range(p):
         forward = min(p - rank - 1, m)
@@ -95,20 +97,20 @@ def zb_h1(p: int, m: int) -> Program:
 
 
 def zb_v(p: int, m: int, cost: Cost = equal_costs) -> Program:
-    """Two chunks a rank in a V, by list scheduling. A rank keeps at most 2p micro-batches of its half-size chunks, as
-    much as 1F1B's first rank.
+    """Two chunks per rank in a V, by list scheduling. A rank keeps at most 2p micro-batches of its half-size chunks, as
+    much as the first rank under 1F1B.
 
-    A free rank takes what is ready in this order: a backward to the input, a forward of its second chunk, a weight
-    gradient, a forward of its first chunk. With weight gradients before new forwards, and equal times of F, I and W,
-    the step takes 6m + p - 1 of them, which is the least: the last rank gets its first input after p - 1, and has 6m
-    to do. With uneven times the other order may be shorter, so both are tried.
+    An idle rank takes the first of these that is ready: a backward to the input, a forward of its second chunk, a
+    weight gradient, a forward of its first chunk. With weight gradients before new forwards and equal times of F, I
+    and W, the step takes 6m + p - 1 such times, the minimum: the last rank gets its first input after p - 1 and has
+    6m actions. With uneven times the other order may be shorter, so both are tried.
     """
     home = v_shaped(p)
 
     def made(*ranking: str) -> tuple[Program, float]:
         def ranked(kind: str, chunk: int) -> tuple[int, int]:
             name = kind if kind != "F" else "F2" if chunk >= p else "F1"
-            return ranking.index(name), -chunk  # of equal ones the later chunk
+            return ranking.index(name), -chunk  # ties: the later chunk first
 
         return _Lister(home, m, cost, "FIW", room=2 * p).program(ranked)
 
@@ -117,13 +119,13 @@ def zb_v(p: int, m: int, cost: Cost = equal_costs) -> Program:
 
 
 def forward_only(home: tuple[int, ...], m: int) -> Program:
-    """Forwards alone, for evaluation: of what is ready a rank takes its later chunk first."""
+    """Forwards only, for evaluation: a rank takes the latest of its chunks that are ready."""
     lister = _Lister(home, m, equal_costs, "F", room=len(home) * m)
     return lister.program(lambda kind, chunk: (0, -chunk))[0]
 
 
 class _Lister:
-    """List scheduling on a simulated clock. room: most micro-batches that a rank may keep between F and W."""
+    """List scheduling on a simulated clock. room: the most micro-batches that a rank may keep between F and W."""
 
     def __init__(self, home: tuple[int, ...], m: int, cost: Cost, kinds: str, room: int) -> None:
         self.home, self.m, self.kinds, self.room = home, m, kinds, room
@@ -131,27 +133,27 @@ class _Lister:
         self.own = [
             [chunk for chunk, rank in enumerate(home) if rank == r] for r in range(self.ranks)
         ]
-        # What a forward of a chunk takes of the room: itself, and one for each later chunk of its rank, else forwards
-        # of the first would fill it and nothing could continue.
+        # Room that a forward of a chunk needs: its own, and one for each later chunk of its rank. Otherwise forwards of
+        # the first chunk would fill the room and nothing could continue.
         self.taken = {
             chunk: len(own) - number for own in self.own for number, chunk in enumerate(own)
         }
         self.costs = {kind: [cost(kind, chunk) for chunk in range(len(home))] for kind in kinds}  # type: ignore[arg-type]
-        # Of each kind and chunk, when the actions that are placed end, in the order of the micro-batches.
+        # By kind and chunk: the end times of the actions placed so far, in the order of the micro-batches.
         self.ends: dict[str, list[list[float]]] = {kind: [[] for _ in home] for kind in kinds}
         self.free, self.held = [0.0] * self.ranks, [0] * self.ranks
         self.lists: list[list[Action]] = [[] for _ in range(self.ranks)]
         self.moments: list[tuple[float, int]] = []
 
     def program(self, ranked: Callable[[str, int], tuple[int, int]]) -> tuple[Program, float]:
-        """The program and its length. ranked(kind, chunk): of what is ready the least goes first."""
+        """The program and its length. ranked(kind, chunk): sort key; of the ready actions the smallest runs first."""
         choices = [
             sorted(
                 ((kind, chunk) for kind in self.kinds for chunk in own), key=lambda c: ranked(*c)
             )
             for own in self.own
         ]
-        # A rank looks for work when it is free, and when something ends that it may have waited for.
+        # A rank looks for work when it becomes idle, and when an action ends that it may have been waiting for.
         self.moments = [(0.0, rank) for rank in range(self.ranks)]
         while self.moments:
             now, rank = heappop(self.moments)
@@ -167,7 +169,7 @@ class _Lister:
         return program, max(self.free)
 
     def _ready(self, rank: int, kind: str, chunk: int) -> float:
-        """When the next action of a kind and chunk can start: infinite while what it needs is not placed, or without
+        """When the next action of a kind and chunk can start: infinite if its input is not placed yet or there is no
         room."""
         k = len(self.ends[kind][chunk])
         if kind == "W":
@@ -197,7 +199,7 @@ class _Lister:
 
 
 class Schedule(NamedTuple):
-    """Functions of p and v to the rank of each chunk, and of p, m, v and the costs of actions to the program."""
+    """home(p, v): the rank of each chunk. program(p, m, v, cost): the program."""
 
     home: Callable[[int, int], tuple[int, ...]]
     program: Callable[[int, int, int, Cost], Program]
@@ -212,10 +214,10 @@ SCHEDULES = {
 
 
 def home_of(schedule: str, p: int, v: int) -> tuple[int, ...]:
-    """The rank that holds each chunk under a schedule. v: chunks a rank, for `interleaved`."""
+    """The rank that holds each chunk under a schedule. v: chunks per rank, for `interleaved`."""
     return SCHEDULES[schedule].home(p, v)
 
 
 def make_program(schedule: str, p: int, m: int, v: int, cost: Cost = equal_costs) -> Program:
-    """The program of a schedule by its name."""
+    """The program of a schedule, by name."""
     return SCHEDULES[schedule].program(p, m, v, cost)

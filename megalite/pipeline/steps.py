@@ -1,12 +1,12 @@
-"""What a rank's host does in order: receive, act, send; with one global order of all messages of a step.
+"""The steps of a rank's host, in order: receive, act, send. All messages of a step have one global order.
 
 NCCL runs the messages of one stream in order, and a send may wait until its receive runs (NVIDIA/nccl#783), so two
-ranks that queue their messages in different orders can wait for each other for ever. Here all messages of a program are
-ordered by the simulated time at which they are sent, and each rank queues its own part of that one order. Then the
-first message that is not complete is next on both of its ranks, whatever shares a stream, so something always moves.
-Receives are posted as early as the order and `AHEAD` allow, so that a message travels while its rank computes.
+ranks that queue their messages in different orders can deadlock. Here all messages of a program are ordered by the
+simulated time at which they are sent, and each rank queues its part of that order. Then the first incomplete message is
+next on both of its ranks, whatever shares a stream, so something always moves. Receives are posted as early as the
+order and `AHEAD` allow, so that a message travels while its rank computes.
 
-`check_steps` plays the steps of all ranks with one stream each and sends that wait for their receives. Next: cut.py.
+`check_steps` simulates all ranks with one stream each and sends that wait for their receives. Next: cut.py.
 """
 
 from collections import defaultdict, deque
@@ -16,8 +16,8 @@ from typing import NamedTuple
 from megalite.pipeline.check import Cost, ProgramError, check, equal_costs
 from megalite.pipeline.program import Action, Program, Value
 
-AHEAD = 1  # actions before the one that needs it, a receive is posted
-IN_FLIGHT = 2  # sends that one rank of a forward-only program may have under way: its back-pressure
+AHEAD = 1  # a receive is posted this many actions before the one that needs it
+IN_FLIGHT = 2  # incomplete sends that a rank of a forward-only program may have: back-pressure
 
 
 class Receive(NamedTuple):
@@ -28,7 +28,7 @@ class Receive(NamedTuple):
 
 
 class Act(NamedTuple):
-    """Do an action, once the value that it needs is there."""
+    """Run an action as soon as its input is available."""
 
     action: Action
 
@@ -41,7 +41,7 @@ class Send(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait until a value that was sent is gone."""
+    """Wait until the send of a value is complete."""
 
     value: Value
 
@@ -50,15 +50,15 @@ Step = Receive | Act | Send | Wait
 
 
 def steps_of(program: Program, cost: Cost = equal_costs) -> list[list[Step]]:
-    """Each rank's steps. A forward-only program waits for sends, so that a fast rank does not run away from a slow one
-    and hold what it has made for it."""
+    """Each rank's steps. A forward-only program waits for sends, so that a fast rank does not run ahead of a slow one
+    and accumulate unsent activations."""
     ends = check(program, cost).ends
     sent = [
         (ends[action], value)
         for _, action in program.all_actions()
         if (value := program.gives(action)) is not None and program.crosses(value)
     ]
-    # Of those sent at one time activations come first: their receives are then posted before a backward.
+    # Among messages of the same time, activations come first: their receives are then posted before a backward.
     place = {value: number for number, (_, value) in enumerate(sorted(sent))}
     forward_only = all(action.kind == "F" for _, action in program.all_actions())
     steps = [_Merger(program, rank, place).steps() for rank in range(program.ranks)]
@@ -66,7 +66,7 @@ def steps_of(program: Program, cost: Cost = equal_costs) -> list[list[Step]]:
 
 
 class _Merger:
-    """Puts the messages of one rank between its actions. place: of each message in the global order."""
+    """Puts the messages of one rank between its actions. place: index of each message in the global order."""
 
     def __init__(self, program: Program, rank: int, place: dict[Value, int]) -> None:
         self.program, self.rank, self.place = program, rank, place
@@ -94,8 +94,8 @@ class _Merger:
         return self.result
 
     def _post(self, number: int) -> None:
-        """Before the action of that number: the receive that it needs with all that come before it in the order, then
-        those that the next actions need, as far as the order allows."""
+        """Posts, before action `number`, the receive that it needs and all earlier ones in the global order, then those
+        that the next `AHEAD` actions need, as far as the order allows."""
         needed = self.program.needs(self.actions[number])
         if needed is not None and needed in self.to_receive:
             self._post_before(self.place[needed] + 1)
@@ -116,9 +116,9 @@ class _Merger:
 
 
 def forward_stream(p: int, rank: int, numbers: Iterable[int], ahead: int = AHEAD) -> Iterator[Step]:
-    """A rank's steps for forward passes that follow one another through p chunks, one a rank, where they are not known
-    beforehand: each number is taken `ahead` passes before it is done. The same steps as of
-    `forward_only` (schedules.py); every rank must get the same numbers."""
+    """A rank's steps for successive forward passes through p chunks, one per rank, when the passes are not known
+    beforehand: each number is read `ahead` passes before it is run. The steps are those of `forward_only`
+    (schedules.py); every rank must get the same numbers."""
     ready: deque[int] = deque()
     under_way: deque[Value] = deque()
 
@@ -141,7 +141,7 @@ def forward_stream(p: int, rank: int, numbers: Iterable[int], ahead: int = AHEAD
 
 
 def _with_waits(steps: list[Step], most: int) -> list[Step]:
-    """A wait for the oldest send before each one that would exceed `most` under way."""
+    """Adds a wait for the oldest send before each send that would exceed `most` incomplete ones."""
     under_way: list[Value] = []
     result: list[Step] = []
     for step in steps:
@@ -154,8 +154,8 @@ def _with_waits(steps: list[Step], most: int) -> list[Step]:
 
 
 def check_steps(ranks: Sequence[Sequence[Step]]) -> None:
-    """Raises ProgramError where a message has no other end, or where the ranks would hang under NCCL's strictest rules:
-    one stream a rank for all its messages, and sends that complete only with their receive."""
+    """Raises ProgramError if a message has no other end, or if the ranks would hang under NCCL's strictest rules: one
+    stream per rank for all its messages, and sends that complete only with their receive."""
     _check_ends(ranks)
     player = _Streams(ranks)
     while player.advance():
@@ -186,10 +186,9 @@ class _Streams:
         self.host = [0] * len(ranks)
         self.queues: list[list[Receive | Send]] = [[] for _ in ranks]
         self.complete: set[Value] = set()
-        self.made: set[Value] = set()
 
     def advance(self) -> bool:
-        """Moves hosts and messages as far as they get; whether anything moved."""
+        """Moves hosts and messages as far as possible. Returns whether anything moved."""
         moved = False
         for rank, steps in enumerate(self.ranks):
             while self.host[rank] < len(steps) and self._passes(rank, steps[self.host[rank]]):
@@ -201,8 +200,8 @@ class _Streams:
         return moved
 
     def _passes(self, rank: int, step: Step) -> bool:
-        """Whether the host gets past a step. An action waits for the receives posted before it that it needs: here for
-        all of them that are older than the newest it needs, since they share a stream."""
+        """Whether the host gets past a step. An action waits for the receives that it needs, and so for all older ones,
+        since they share a stream."""
         match step:
             case Wait(value):
                 return value in self.complete
@@ -218,7 +217,7 @@ class _Streams:
         )
 
     def _completes(self, rank: int, message: Receive | Send) -> bool:
-        """Completes a message whose two ends are next on their streams."""
+        """Completes a message if both of its ends are next on their streams."""
         other = message.target if isinstance(message, Send) else message.source
         queue = self.queues[other]
         if (
@@ -234,7 +233,7 @@ class _Streams:
 
     @property
     def stuck(self) -> list[str]:
-        """What each rank is blocked at."""
+        """Where each rank is blocked."""
         result = []
         for rank, (steps, queue) in enumerate(zip(self.ranks, self.queues, strict=True)):
             left = steps[self.host[rank] :]

@@ -1,4 +1,4 @@
-"""Why the first layout is first, what would change the answer, and what to do where none fits.
+"""Explains the planner's answer: why the first layout is best, what would change that, and what to do if none fits.
 
 Next: plan_program.py.
 """
@@ -16,21 +16,21 @@ from megalite.plan.search import Found, Layout, Planner
 WORDS = {
     "products": "products",
     "attention": "attention",
-    "memory": "work bound by memory",
-    "again": "forward made again",
+    "memory": "memory-bound work",
+    "again": "recomputed forwards",
     "tensor": "messages of the tensor axis",
-    "engine": "sums of gradients",
+    "engine": "summing gradients",
     "data": "messages of the data axis",
-    "expert": "tokens on their way to experts",
+    "expert": "messages of the expert axis",
     "context": "messages of the context axis",
     "update": "the update",
     "bubble": "the bubble",
 }
-NEAR = 0.005  # shares of a step that are not told
+NEAR = 0.005  # shares of a step below this are not shown
 
 
 def why(layouts: list[Layout]) -> str:
-    """Of the first one against the next that is cut otherwise."""
+    """Compares the first layout with the next one that has other axis sizes or another ZeRO stage."""
     first = layouts[0]
     others = [layout for layout in layouts[1:] if axes_of(layout) != axes_of(first)]
     spent = sorted(first.time.parts.items(), key=lambda part: -part[1])
@@ -50,7 +50,7 @@ def why(layouts: list[Layout]) -> str:
         for name, difference in sorted(losses.items(), key=lambda part: -abs(part[1]))
         if abs(difference) > NEAR * first.time.seconds
     ]
-    reason = ", ".join(told[:3]) or "a little of everything"
+    reason = ", ".join(told[:3]) or "small differences everywhere"
     return (
         f"{line}\nnext with other axes: {other.candidate}: {slower:+.3g} s "
         f"({100 * slower / first.time.seconds:.1f} %): {reason}"
@@ -64,15 +64,15 @@ def axes_of(layout: Layout) -> tuple[int, ...]:
 
 
 def changes(planner: Planner, found: Found) -> Iterator[str]:
-    """What would make another of the layouts the first."""
+    """Changes of memory or network that would make another layout the best."""
     first = found.layouts[0]
     if found.too_large:
         best = found.too_large[0]
         missing = (best.memory.total - planner.memory_bytes) / GIB
         gain = 100 * (1 - best.time.seconds / first.time.seconds)
-        yield f"with {missing:.1f} GiB more a rank: {best.candidate} ({gain:.1f} % faster)"
+        yield f"with {missing:.1f} GiB more per rank: {best.candidate} ({gain:.1f} % faster)"
     device, network = planner.device, planner.device.network
-    for words, factor in (("half", 0.5), ("twice", 2.0)):
+    for words, factor in (("half", 0.5), ("twice", 2.0)):  # the rate of the network
         link = replace(network, bytes_per_second=factor * network.bytes_per_second)
         other = Planner(
             planner.search, replace(device, network=link), planner.memory_bytes, planner.sizes
@@ -80,24 +80,26 @@ def changes(planner: Planner, found: Found) -> Iterator[str]:
         again = [other.again(layout) for layout in found.layouts]
         best = min(again, key=lambda layout: layout.time.seconds)
         if axes_of(best) != axes_of(first):
-            yield f"with a network of {words} the rate: {best.candidate}"
+            yield f"with {words} the network bandwidth: {best.candidate}"
 
 
 def given_line(given: Layout, first: Layout, memory_bytes: float) -> str:
-    """The layout of the config beside the first one."""
+    """Compares the config's own layout with the first one."""
     slower = 100 * (given.time.seconds / first.time.seconds - 1)
     size = given.memory.total / GIB
     fits = (
-        "" if given.memory.total <= memory_bytes else f", {size - memory_bytes / GIB:.1f} too many"
+        ""
+        if given.memory.total <= memory_bytes
+        else f", {size - memory_bytes / GIB:.1f} GiB too much"
     )
     return (
-        f"the config's own: {given.candidate}: {given.time.seconds:.4g} s a step ({slower:+.1f} %), "
+        f"the config's own: {given.candidate}: {given.time.seconds:.4g} s per step ({slower:+.1f} %), "
         f"{size:.1f} GiB{fits}"
     )
 
 
 def none_fits(planner: Planner) -> ConfigError:
-    """By how much the smallest layout is too large, and what frees the most."""
+    """The error if no layout fits: by how much the smallest is too large, and what would free the most memory."""
     smallest = planner.smallest()
     needed, room = smallest.memory.total / GIB, planner.memory_bytes / GIB
     freed = {
@@ -112,7 +114,7 @@ def none_fits(planner: Planner) -> ConfigError:
 
 
 def _levers(planner: Planner) -> Iterator[tuple[str, Search]]:
-    """What is not a layout's to choose."""
+    """Changes that save memory and are not part of a layout."""
     search = planner.search
     yield "twice the ranks", replace(search, world_size=2 * search.world_size)
     length = search.config.data.sequence_length
@@ -127,8 +129,8 @@ def _levers(planner: Planner) -> Iterator[tuple[str, Search]]:
 
 
 def _least_bytes(planner: Planner, search: Search) -> float:
-    """What the smallest layout of another search takes."""
+    """Bytes per rank of the smallest layout of another search."""
     try:
         return Planner(search, planner.device, planner.memory_bytes).smallest().memory.total
-    except ConfigError:  # which has no layout at all
+    except ConfigError:  # it has no layout at all
         return float("inf")

@@ -1,22 +1,23 @@
-"""What a backward makes and frees, operation by operation: results that wait for the next operation, gradients of
-weights, and what forward has kept.
+"""Memory that a backward allocates and frees, operation by operation: intermediate results, gradients of weights, and
+activations kept by forward.
 
-autograd runs the operations of a chunk in the reverse of the forward's order, and frees what forward kept for one when
-it is done. With the numbers r, g, q, k and f of activations.py, of e bytes each, a layer's operations are:
+autograd runs the operations of a chunk in the reverse of the forward's order, and frees the activations kept for an
+operation when it is done. With the counts r, g, q, k and f of activations.py, of e bytes each, a layer's operations
+are:
 
-    down projection             makes f; its input f goes
-    gate's product              makes 2·f, gradients of both factors; the factors and the product's gradient go, 3·f
-    activation                  makes f; its input and its result's gradient go, 2·f
-    gate and up projections     make g each, the second added to the first; gradients of their results go, 2·f
-    norm                        makes r; g goes; and the sum with what came past it: makes r, 2·r go
-    output projection           makes q
-    core of attention           makes q + 2·k; its result's gradient, queries, keys, values and result go
-    rotary positions            make q, and k, in place of as much
-    query, key, value           as gate and up, of q, k and k; norm and sum as above
+    down projection             allocates f; frees its input, f
+    gate's product              allocates 2·f, gradients of both factors; frees both and the product's gradient, 3·f
+    activation                  allocates f; frees its input and its result's gradient, 2·f
+    gate and up projections     allocate g each, the second added to the first; free their results' gradients, 2·f
+    norm                        allocates r, frees g; then the sum with the residual's gradient: allocates r, frees 2·r
+    output projection           allocates q
+    core of attention           allocates q + 2·k; frees its result and its gradient, queries, keys and values
+    rotary positions            allocate q, then k; free as much
+    query, key, value           as gate and up, with q, k and k; norm and sum as above
 
-Where the tensor axis splits them, one operation makes all gradients of the projections that read one input. Experts
-take an MLP's place, with the rows that their tokens make.
-tests/distributed/test_peaks.py holds it against what torch allocates. Next: timeline.py.
+Where the tensor axis splits them, one operation computes all gradients of the projections that read one input. Experts
+replace an MLP and work on the rows routed to them. tests/distributed/test_peaks.py compares this with what torch
+allocates. Next: timeline.py.
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,8 @@ from megalite.plan.activations import (
 
 
 class Op(NamedTuple):
-    """An operation of a backward. made: bytes that it writes beside what is there, without gradients of weights; freed:
-    bytes that go when it is done, of what forward kept and of what was made; weights: numbers of each weight whose
-    gradient it makes."""
+    """An operation of a backward. made: bytes that it allocates, without gradients of weights. freed: bytes that are
+    freed when it is done. weights: sizes, in elements, of the weights whose gradients it computes."""
 
     made: int
     freed: int
@@ -45,8 +45,8 @@ class Op(NamedTuple):
 
 
 def layer_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
-    """Of one layer's backward, which frees all that the layer has kept. Before it there is the gradient of its result,
-    after it that of its input."""
+    """The operations of one layer's backward, which free everything that the layer has kept. The gradient of its result
+    exists before them, that of its input after them."""
     mixture, of_mlp = spec.mixture_of(layer), mlp_table(spec, layer, at)
     mlp = _mlp_ops(spec, of_mlp, at) if mixture is None else _experts_ops(spec, layer, at)
     attention, of_attention = _attention_ops(spec, layer, at), attention_table(spec, layer, at)
@@ -55,8 +55,8 @@ def layer_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
 
 
 def _closed(ops: list[Op], kept: int, spec: TransformerSpec, at: Forward) -> list[Op]:
-    """With the norm, which frees what is left, and the sum of the gradients that come past it and through it."""
-    left = kept - sum(op.freed - op.made for op in ops)  # what was made for the norm is in it
+    """Adds the norm, which frees what is left, and the sum of the gradients of the residual and of the norm's input."""
+    left = kept - sum(op.freed - op.made for op in ops)  # includes what was made for the norm
     hidden = at.hidden(spec)
     wide = 3 * FP32 * at.rows * spec.hidden_size if at.width < FP32 and at.device == "cpu" else 0
     return [
@@ -67,7 +67,7 @@ def _closed(ops: list[Op], kept: int, spec: TransformerSpec, at: Forward) -> lis
 
 
 def _columns(spec: TransformerSpec, sizes: Sequence[int], at: Forward) -> list[Op]:
-    """Of linears that read one input [tokens, D] and give so many numbers: the gradient of the input is left."""
+    """Operations of linears that read one input [tokens, D]; the input's gradient remains. sizes: of their results."""
     gathered = at.width * at.tokens * spec.hidden_size
     weights = [size // at.tokens * spec.hidden_size for size in sizes]
     slopes = at.width * sum(sizes)
@@ -85,14 +85,14 @@ def _columns(spec: TransformerSpec, sizes: Sequence[int], at: Forward) -> list[O
 
 
 def _row(spec: TransformerSpec, size: int, freed: int, at: Forward) -> Op:
-    """Of a linear that reads so many numbers and gives hidden states."""
+    """The operation of a linear whose result is hidden states. size: of its input."""
     gathered = at.width * at.tokens * spec.hidden_size if at.split.divides else 0
     weight = size // at.tokens * spec.hidden_size
     return Op(at.width * size + gathered, freed + gathered, (weight,))
 
 
 def _mlp_ops(spec: TransformerSpec, table: Table, at: Forward) -> list[Op]:
-    """Of an MLP, to the gradient of its input."""
+    """The operations of an MLP, up to the gradient of its input."""
     numbers = at.part(spec.intermediate_size)
     features = at.width * numbers
     ops = [_row(spec, numbers, table.get("input of down projection", 0), at)]
@@ -106,7 +106,7 @@ def _mlp_ops(spec: TransformerSpec, table: Table, at: Forward) -> list[Op]:
 
 
 def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
-    """Of a router and experts that get as many rows as their tokens choose."""
+    """The operations of a router and its experts, which get `chosen` rows per token."""
     mixture = spec.mixture_of(layer)
     assert mixture is not None
     rows = at.width * at.tokens * mixture.chosen * spec.hidden_size
@@ -115,7 +115,7 @@ def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
     weight = own * spec.hidden_size * at.part(mixture.intermediate_size) // at.tokens
     gathered = at.width * at.tokens * spec.hidden_size
     shared: list[Op] = []
-    if mixture.shared_size:  # whose input's gradient is added to that of the others
+    if mixture.shared_size:  # its input's gradient is added to that of the others
         numbers = at.part(mixture.shared_size)
         own_features = at.width * numbers
         shared = [
@@ -127,8 +127,8 @@ def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
         ]
     return [
         *shared,
-        Op(rows, 0),  # what the weights of the choice multiply
-        Op(rows, rows),  # back in the order of the experts
+        Op(rows, 0),  # the rows that the router's weights multiply
+        Op(rows, rows),  # back to the experts' order
         Op(features, features + rows, (weight,)),
         Op(2 * features, 3 * features),
         Op(features, 2 * features),
@@ -138,13 +138,13 @@ def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
 
 
 def _attention_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
-    """Of attention, to the gradient of its input."""
+    """The operations of attention, up to the gradient of its input."""
     h, e = spec.head_size, at.width
     queries, keys = at.part(spec.num_heads * h, h), at.part(spec.num_kv_heads * h, h)
     core, read_keys = core_table(spec, layer, at)
     q, k = e * queries, e * read_keys
     made = q + 2 * k
-    # Kernels of devices sum the gradients of queries in fp32; by hand, gradients of weights and of scores are made.
+    # Fused kernels on devices sum the queries' gradients in fp32; without them, gradients of weights and scores exist.
     extra = FP32 * queries if at.device != "cpu" else 0
     extra += 2 * core.get("attention: weights", 0)
     ops = [_row(spec, queries, 0, at), Op(made + extra, extra + q + made + total(core) + q)]

@@ -1,7 +1,7 @@
-"""How evenly the ranks of the context axis share attention, in pairs of a token and one that it looks at.
+"""How evenly the ranks of the context axis share attention, counted in pairs of query and key.
 
-With a causal mask alone the zig-zag cut (parallel/rows.py) is exactly even. Windows nearly are. Packed documents depend
-on where they are, so those of the first samples of a run are counted.
+With only a causal mask the zig-zag cut (parallel/rows.py) is exactly even, with windows nearly so. With packed
+documents it depends on their positions, so those of the run's first samples are counted.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from megalite.data.loader import TrainData
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.rows import runs_of
 
-SAMPLES = 64  # at most, whose documents are counted
+SAMPLES = 64  # at most this many samples are counted
 
 
 def looked_at(documents: np.ndarray, window: int | None, causal: bool) -> np.ndarray:
-    """Tokens that each token looks at, int64 like documents [B, S], which number the documents of each sample."""
+    """Number of tokens that each token attends to, int64 [B, S]. documents: the document number of each token [B,
+    S]."""
     s = documents.shape[1]
     index = np.arange(s)
     begins = np.ones(documents.shape, bool)
@@ -34,7 +35,7 @@ def looked_at(documents: np.ndarray, window: int | None, causal: bool) -> np.nda
 
 
 def shares(spec: TransformerSpec, documents: np.ndarray, size: int) -> list[float]:
-    """What each of `size` ranks of a context axis has of all pairs, in units of an even share."""
+    """The pairs of each of `size` ranks of a context axis, as a multiple of an even share."""
     pairs = np.zeros(documents.shape[1], np.int64)
     windows = [spec.window(layer) for layer in range(spec.num_layers)]
     for window in dict.fromkeys(windows):
@@ -48,7 +49,7 @@ def shares(spec: TransformerSpec, documents: np.ndarray, size: int) -> list[floa
 
 
 def context_lines(config: Config, spec: TransformerSpec) -> list[str]:
-    """What `--check` and the start of a run say of a context axis that gathers keys; none where there is none."""
+    """Lines for `--check` and the start of a run about a context axis that gathers keys; empty without one."""
     parallel, data = config.parallel, config.data
     if parallel.context == 1 or parallel.context_attention == "heads":
         return []
@@ -59,9 +60,9 @@ def context_lines(config: Config, spec: TransformerSpec) -> list[str]:
         found = samples.batch(range(count)).documents
         assert found is not None
         documents, of = found, f" in the first {count} samples"
-    return [_told(shares(spec, documents, parallel.context), of)]
+    return [_share_line(shares(spec, documents, parallel.context), of)]
 
 
-def _told(by_rank: Sequence[float], of: str) -> str:
+def _share_line(by_rank: Sequence[float], of: str) -> str:
     least, most = 100 * min(by_rank), 100 * max(by_rank)
-    return f"context: attention of a rank is {least:.1f} to {most:.1f} % of an even share{of}"
+    return f"context: each rank has {least:.1f} to {most:.1f} % of an even share of attention{of}"

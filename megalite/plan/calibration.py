@@ -1,12 +1,12 @@
-"""From what was measured on a machine to the device that predictions take (devices.py): plain functions of numbers.
+"""Turns measurements of a machine into the Device that predictions use (devices.py): pure functions.
 
-Directly: rates of products, of memory and of attention's core, the time of a kernel, links (least squares over all
-collectives). Then what only real steps show, of the real engine on one rank, so that their prediction is met: the
-engine's own seconds a layer, a micro-batch and a step from models with little to compute, and what ZeRO-3 adds to them;
-`states_rate` from one with many weights for its tokens, `gradient_rate` from the same with several micro-batches,
-`reduce_rate` from that with ZeRO-2, which reduces after each of them, `product_share` from one with many tokens.
-On a CPU with several cores, `pipe_share` from the processor time of a step of two ranks.
-prove/calibrate.py measures. Next: plan_program.py.
+Direct figures: rates of matrix products, memory and attention's core, the time of a kernel, and links (least squares
+over all collectives). Other figures are fitted to measured steps of the real engine on one rank: the engine's overhead
+per layer, micro-batch and step from models with little to compute, and what ZeRO-3 adds to it; `states_rate` from a
+model with many weights for its tokens, `gradient_rate` from the same with several micro-batches, `reduce_rate` from
+that with ZeRO-2, which reduces after each of them, and `product_share` from one with many tokens. On a CPU with several
+cores, `pipe_share` is fitted to the CPU time of a step of two ranks. prove/calibrate.py measures. Next:
+plan_program.py.
 """
 
 import json
@@ -26,9 +26,9 @@ from megalite.plan.devices import ENGINE_RATES, Device, Link
 from megalite.plan.rank_memory import SizesByPlace
 from megalite.plan.search import Planner
 
-LARGE_PRODUCTS = 3  # the largest of a type, whose median rate is the peak
-SHARES = 0.2, 1.2  # between which product_share is looked for
-PIPE_SHARES = 0.2, 1.0  # and pipe_share: a rank with more to turn to is not quicker
+LARGE_PRODUCTS = 3  # the peak is the median rate of this many largest products of a dtype
+SHARES = 0.2, 1.2  # range in which product_share is searched
+PIPE_SHARES = 0.2, 1.0  # the same for pipe_share, which cannot exceed 1
 MOST_GATHER_SECONDS = 0.1
 HALVINGS, TURNS = 14, 4
 SHARES_OF_LINK = {
@@ -37,19 +37,19 @@ SHARES_OF_LINK = {
     "reduce": "reduce",
     "send": "send",
 }
-"""Fields of Link, by collective; `reduce` is one call for each rank, which gets a part."""
+"""Fields of Link, by collective. `reduce` is one call per rank, each of which gets a part."""
 KINDS = ("all_reduce", *SHARES_OF_LINK)
-SHARES_OF_BYTES = 0.25, 8.0  # between which what a byte takes, beside an all-reduce's, is believed
+SHARES_OF_BYTES = 0.25, 8.0  # plausible time of a byte relative to an all-reduce's
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows with their units in the names. products: dtype, m, k, n, seconds; pointwise and optimizer: moved_bytes,
-    seconds; attention: dtype, flops, seconds; collectives: kind, ranks, bytes, seconds; steps: config, seconds;
-    busy_share: see Device; pipe: config and seconds that a rank computes, of a step of two ranks of a pipe axis, or
-    none."""
+    """Rows with their units in the names. products: dtype, m, k, n, seconds. pointwise, optimizer: moved_bytes,
+    seconds. attention: dtype, flops, seconds. collectives: kind, ranks, bytes, seconds. steps: config, seconds.
+    busy_share: see Device. pipe: config, and the seconds that a rank computes in a step with two pipe ranks; may be
+    empty."""
 
     products: list[Row]
     pointwise: list[Row]
@@ -62,7 +62,7 @@ class Measured:
 
 
 def fitted(start: Device, measured: Measured) -> Device:
-    """`start` with all that was measured in place of its figures. Its peaks stay where it has some (a data sheet's)."""
+    """`start` with its figures replaced by measured ones. Peak rates that it has (from a data sheet) are kept."""
     single, launch = product_rates(measured.products, "fp32")
     half, _ = product_rates(measured.products, "bf16")
     moved = [row["moved_bytes"] / row["seconds"] for row in measured.pointwise + measured.optimizer]
@@ -84,7 +84,7 @@ def fitted(start: Device, measured: Measured) -> Device:
     *small, gathering, reducing, summing, heavy, large = measured.steps
     device = with_engine_seconds(device, small)
     device = _met(device, "gather_seconds", (0.0, MOST_GATHER_SECONDS), gathering)
-    # Each of these steps has something of all four figures: a few turns settle them.
+    # Each of these steps depends on all four figures: a few rounds of fitting converge.
     rates = device.memory_rate / 100, device.memory_rate
     device = replace(device, **dict.fromkeys(ENGINE_RATES, rates[1]))
     for _ in range(TURNS):
@@ -97,7 +97,7 @@ def fitted(start: Device, measured: Measured) -> Device:
 
 
 def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
-    """FLOP/s of the largest products of a type; seconds that the smallest take beside that."""
+    """FLOP/s of the largest products of a dtype, and the overhead in seconds of the smallest."""
     flops = {
         2.0 * row["m"] * row["k"] * row["n"]: row["seconds"]
         for row in products
@@ -109,8 +109,8 @@ def product_rates(products: Sequence[Row], dtype: str) -> tuple[float, float]:
 
 
 def links_of(collectives: Sequence[Row], cores: int) -> tuple[Link, Link | None]:
-    """The link of ranks that share cores, and that of ranks that do not, None where either was not measured; the first
-    is then of all. cores: as of Device."""
+    """The link of ranks that share cores, and that of ranks that do not. If only one kind was measured, the first is
+    fitted to all and the second is None. cores: as in Device."""
     alone = [row for row in collectives if row["ranks"] <= cores]
     shared = [row for row in collectives if row["ranks"] > cores]
     if not alone or not shared or cores == 0:
@@ -119,7 +119,7 @@ def links_of(collectives: Sequence[Row], cores: int) -> tuple[Link, Link | None]
 
 
 def _link_of(collectives: Sequence[Row]) -> Link:
-    """Rates and seconds a message that meet all collectives best, each by its share of itself."""
+    """Bandwidth and latency that fit all collectives best, by relative error."""
     found = {row["kind"] for row in collectives}
     kinds = [kind for kind in KINDS if kind in found]
     (plain, *others), seconds = _collective_seconds(collectives, kinds)
@@ -129,7 +129,7 @@ def _link_of(collectives: Sequence[Row]) -> Link:
     }
     least, most = SHARES_OF_BYTES
     if any(not least <= value <= most for value in shares.values()):
-        # Too little was measured, or too unevenly, to tell the kinds apart.
+        # The measurements are too few or too noisy to tell the kinds apart.
         (plain,), seconds = _collective_seconds(collectives, kinds[:1])
         shares = {}
     return Link(1 / max(plain, 1e-15), seconds, **shares)
@@ -138,7 +138,7 @@ def _link_of(collectives: Sequence[Row]) -> Link:
 def _collective_seconds(
     collectives: Sequence[Row], kinds: Sequence[str]
 ) -> tuple[list[float], float]:
-    """Seconds a byte of each kind, the first one's of all others; seconds of a message."""
+    """Seconds per byte of each kind (collectives of other kinds count as the first), and seconds per message."""
     rows = []
     for row in collectives:
         size, whole, kind = row["ranks"], row["bytes"], row["kind"]
@@ -157,11 +157,11 @@ def _collective_seconds(
 
 
 def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:
-    """layer_seconds, micro_seconds and step_seconds: what steps take beside their prediction without them."""
+    """Fits layer_seconds, micro_seconds and step_seconds to what steps take beyond their prediction without them."""
     names = ("layer_seconds", "micro_seconds", "step_seconds")
     device = replace(device, **dict.fromkeys(names, 0.0))
     base = np.array([predicted_seconds(device, row["config"]) for row in steps])
-    # The prediction is linear in each: what one second of it adds.
+    # The prediction is linear in each: a column is what one second of it adds.
     columns = [
         np.array(
             [predicted_seconds(replace(device, **{name: 1.0}), row["config"]) for row in steps]
@@ -175,9 +175,9 @@ def with_engine_seconds(device: Device, steps: Sequence[Row]) -> Device:
 
 
 def _met(device: Device, name: str, between: tuple[float, float], step: Row) -> Device:
-    """With the value of a figure for which a step's prediction is what it took."""
+    """`device` with the figure `name` set, by bisection, so that a step's prediction equals its measured time."""
     low, high = between
-    rises = name.endswith("_seconds")  # and so does the prediction with it; with a rate it falls
+    rises = name.endswith("_seconds")  # the prediction rises with seconds and falls with a rate
     for _ in range(HALVINGS):
         value = (low + high) / 2
         longer = predicted_seconds(replace(device, **{name: value}), step["config"])
@@ -186,7 +186,7 @@ def _met(device: Device, name: str, between: tuple[float, float], step: Row) -> 
 
 
 def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
-    """That a rank computes in a step of a resolved config."""
+    """Predicted seconds that a rank computes in a step of a resolved config, without the bubble."""
     resolved, search, sizes = _searched(json.dumps(config))
     planner = Planner(search, device, device.memory_bytes, sizes)
     time = planner.layout(resolved, given_candidate(resolved)).time
@@ -195,7 +195,7 @@ def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
 
 @lru_cache(maxsize=16)
 def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
-    """What every prediction of a config begins with."""
+    """What all predictions of a config share."""
     resolved = Config.from_dict(json.loads(config))
     batch = resolved.train_batch_size
     return (
@@ -206,7 +206,7 @@ def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
 
 
 def _not_negative(matrix: np.ndarray, values: np.ndarray) -> list[float]:
-    """Least squares without negative results: the most negative one is left out until there is none."""
+    """Least squares without negative results: drops the most negative column until none is negative."""
     kept = list(range(matrix.shape[1]))
     result = np.zeros(matrix.shape[1])
     while kept:

@@ -1,7 +1,7 @@
-"""Every layout that the config's rules accept for so many ranks: what the planner searches.
+"""Every layout that the config's rules accept for a number of ranks: the planner's search space.
 
 `CHOICES` has an entry for each thing that a layout chooses: its key in the JSON and the values that are tried. A
-new axis or lever is one more entry, and what it does to memory and time in rank_memory.py, work.py, sharing.py and
+new axis or option is one more entry, plus its effect on memory and time in rank_memory.py, work.py, sharing.py and
 bounds.py. Next: least_time.py.
 """
 
@@ -27,8 +27,8 @@ from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.schedules import SCHEDULES
 
-MOST_CHUNKS = 8  # chunks a rank that are tried: more send more messages than they save
-MOST_MICRO = 64  # samples of a micro-batch that are tried
+MOST_CHUNKS = 8  # chunks per rank that are tried: more cost more in messages than they save
+MOST_MICRO = 64  # largest micro-batch that is tried, in samples
 
 
 class Candidate(NamedTuple):
@@ -50,7 +50,7 @@ class Candidate(NamedTuple):
 
     @property
     def keys(self) -> dict[str, Any]:
-        """Dotted keys of the JSON with their values; those of a default are there too."""
+        """Dotted keys of the JSON with their values, defaults included."""
         return {choice.key: choice.written(self) for choice in CHOICES}
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ PLAIN = Candidate()
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched: a config that is not resolved yet, its model, and the ranks."""
+    """The input of a search: a config that is not resolved yet, its model, and the number of ranks."""
 
     config: Config
     spec: TransformerSpec
@@ -83,7 +83,7 @@ class Search:
 
     @property
     def unit(self) -> int:
-        """What every global batch is a multiple of, during a ramp too."""
+        """A divisor of every global batch, also during a batch ramp."""
         ramp = self.config.train.batch_ramp
         return self.batch if ramp is None else math.gcd(self.batch, ramp.start, ramp.increment)
 
@@ -94,8 +94,8 @@ class Search:
 
 @dataclass(frozen=True)
 class Choice:
-    """field: of Candidate; key: of the JSON; values: that are tried beside what is chosen before; written: the value in
-    the JSON."""
+    """field: of Candidate. key: of the JSON. values: those tried, given the choices so far. write: the value in the
+    JSON, if it is not the field's."""
 
     field: str
     key: str
@@ -107,7 +107,7 @@ class Choice:
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """All divisors, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
@@ -198,12 +198,12 @@ ORDER = ("schedule", "chunks")
 
 
 def candidates(search: Search) -> Iterator[Candidate]:
-    """All of them; a choice that a rule refuses is left at once, with all that would follow."""
+    """All accepted layouts. A choice that a rule refuses is dropped at once, with all layouts that contain it."""
     return Choices(search).of([choice.field for choice in CHOICES])
 
 
 def how_many(search: Search) -> int:
-    """How many there are, by the numbers of choices that do not depend on each other."""
+    """The number of accepted layouts, as products of the numbers of independent choices."""
     choices, found = Choices(search), 0
     for grid in choices.of(GRID):
         recomputes, states = (
@@ -215,8 +215,8 @@ def how_many(search: Search) -> int:
 
 
 class Choices:
-    """The config's own rules (config/), each asked as soon as what it needs is chosen, and once for what it depends
-    on."""
+    """Applies the config's own rules (config/): each as soon as what it depends on is chosen, and once per such
+    choice."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -225,7 +225,7 @@ class Choices:
         self._orders: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
 
     def orders(self, chosen: Candidate) -> list[tuple[str, int]]:
-        """Accepted values of ORDER, looked for once for all layouts that have them."""
+        """Accepted values of ORDER, computed once for all layouts with the same axes and micro-batch."""
         key = chosen.pipe, chosen.tensor, chosen.context, chosen.micro
         if key not in self._orders:
             found = self.of(ORDER, chosen)
@@ -233,7 +233,7 @@ class Choices:
         return self._orders[key]
 
     def of(self, fields: Sequence[str], chosen: Candidate = PLAIN) -> Iterator[Candidate]:
-        """What is chosen so far with every accepted value of these fields, in turn."""
+        """`chosen` with every accepted combination of values of `fields`."""
         if not fields:
             yield chosen
             return
@@ -244,7 +244,7 @@ class Choices:
                 yield from self.of(others, more)
 
     def _accept(self, field: str, chosen: Candidate) -> bool:
-        """Whether the rules accept what is chosen so far, `field` last."""
+        """Whether the rules accept the choices so far, of which `field` is the last."""
         if field not in DEPENDS:
             return True
         key = field, _DEPENDS[field](chosen)
@@ -314,12 +314,12 @@ DEPENDS = {
     "offload": ("zero", "offload", "pipe", "expert"),
     "chunks": ("schedule", "chunks", "pipe", "tensor", "context", "micro"),
 }
-"""What the rules after a choice depend on."""
+"""The fields that the rules of a choice depend on."""
 _DEPENDS = {field: attrgetter(*names) for field, names in DEPENDS.items()}
 
 
 def zero_keys(search: Search, candidate: Candidate) -> dict[str, Any]:
-    """The section `zero_optimization` of a layout: the config's own, with another stage and device."""
+    """The `zero_optimization` section of a layout: the config's own with the layout's stage and offload device."""
     given = search.config.document.zero_optimization
     keys = {} if given is None else given.model_dump(exclude_none=True)
     offload = keys.pop("offload_optimizer", {})
@@ -333,7 +333,7 @@ def zero_keys(search: Search, candidate: Candidate) -> dict[str, Any]:
 
 
 def config_of(search: Search, candidate: Candidate) -> Config:
-    """The resolved config of a layout. Raises ConfigError where a rule refuses it."""
+    """The resolved config of a layout. Raises ConfigError if a rule refuses it."""
     document: dict[str, Any] = copy.deepcopy(search.config.to_json())
     document.setdefault("megalite", {}).setdefault("parallel", {}).pop("cut", None)
     document.pop("gradient_accumulation_steps", None)

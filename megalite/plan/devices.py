@@ -1,10 +1,12 @@
-"""Devices and the links between them: what a step's time is predicted with. From data sheets, or measured.
+"""Devices and the links between them, from which a step's time is predicted: from data sheets, or measured.
 
-All figures are of one device (one rank). `product_share` is the one number that is fitted, one for each kind of device,
-to published runs (published.py): the share of the peak that large matrix products reach in training. No run of H200,
-B200 and MI300X was at hand: theirs are H100's, and for MI300X a guess. It is the first thing to measure.
-A JSON file of the same figures, which `tools/benchmark_step.py --calibrate FILE` measures (calibration.py), takes the
-place of an entry. Next: link_seconds.py.
+All figures are per device (one rank). `product_share`, the share of the peak that large matrix products reach in
+training, is the only fitted number, one for each kind of device, from published runs (published.py). No run was
+available for H200, B200 and MI300X: H200 and B200 have H100's value, MI300X's is a guess. It is the first thing to
+measure.
+
+A JSON file with the same figures, which `tools/benchmark_step.py --calibrate FILE` measures (calibration.py), replaces
+an entry. Next: link_seconds.py.
 """
 
 import json
@@ -20,9 +22,9 @@ GIGA, GIB = 1e9, 2**30
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_second: what a rank sends, one way; seconds: that each message of a collective takes beside that.
-    gather, scatter, reduce, send: how many times as long a byte takes in an all-gather, reduce-scatter, in a reduction
-    of each part to the rank that owns it, and in a message to one rank, as in an all-reduce."""
+    """bytes_per_second: that a rank sends, one way. seconds: latency of each message of a collective. gather, scatter,
+    reduce, send: the time of a byte relative to an all-reduce's, in an all-gather, in a reduce-scatter, in a reduction
+    of each part to the rank that owns it, and in a message to one rank."""
 
     bytes_per_second: float
     seconds: float
@@ -37,19 +39,23 @@ ENGINE_RATES = "gradient_rate", "reduce_rate", "states_rate"
 
 @dataclass(frozen=True)
 class Device:
-    """name; half_flops and single_flops: FLOP/s of dense products in 16 bits and in fp32; memory_bytes: that a
-    process can use; memory_rate: bytes a second of its memory; node and network: links within a node and between nodes;
-    host: link to main memory; node_ranks: devices of a node; launch_seconds: of one kernel, where it is not hidden by
-    the one before; layer_seconds: of a layer's forward beside what its sizes take, and as much again for I and for W;
-    gather_seconds: that ZeRO-3's hooks add to a layer's forward, and to its backward; micro_seconds and step_seconds:
-    of the engine, for each backward and each step; gradient_rate: bytes a second at which gradients of weights are
-    written to new memory, 0: their products hide it; reduce_rate, states_rate: bytes a second that the engine moves
-    where it reduces gradients, beside sending them, and in an update, 0: as memory_rate;
-    cores: that all ranks of a node share, a rank computing on one at a time, 0 where each rank has a device of its own;
-    alone: the link within a node where no two ranks share a core, which sleeps while its rank waits, None: as node;
-    busy_share: a core's rate while all cores compute, over that of one alone; pipe_share: a rank's rate on a pipe axis,
-    where it turns to another micro-batch after each action and may wait for it, over that of a rank that does not;
-    source: where the figures are from."""
+    """A device, as seen by one rank.
+
+    half_flops, single_flops: FLOP/s of dense products in 16 bits and in fp32.
+    memory_bytes: that a process can use. memory_rate: bytes per second of its memory.
+    node, network: links within a node and between nodes. host: link to main memory. node_ranks: devices per node.
+    launch_seconds: of one kernel that does not overlap with the previous one.
+    layer_seconds: overhead of a layer's forward, and again of its I and of its W.
+    gather_seconds: that ZeRO-3's hooks add to a layer's forward, and to its backward.
+    micro_seconds, step_seconds: overhead of the engine for each backward and each step.
+    gradient_rate: bytes per second at which weight gradients are written to new memory; 0: hidden by the products.
+    reduce_rate, states_rate: bytes per second that the engine moves when it reduces gradients, besides sending them,
+        and in an update; 0: as memory_rate.
+    cores: shared by all ranks of a node, each of which computes on one at a time; 0: each rank has its own device.
+    alone: the link within a node if no two ranks share a core, so that a core sleeps while its rank waits; None: node.
+    busy_share: the rate of a core while all cores compute, relative to that of one alone.
+    pipe_share: the rate of a rank on a pipe axis, which switches micro-batches after each action and may wait for
+        them, relative to that of a rank without one."""
 
     name: str
     half_flops: float
@@ -77,21 +83,21 @@ class Device:
     pipe_share: float = 1.0
 
     def flops(self, itemsize: int) -> float:
-        """That large products reach, with numbers of so many bytes."""
+        """FLOP/s that large products reach, for elements of `itemsize` bytes."""
         return self.product_share * (self.half_flops if itemsize == 2 else self.single_flops)
 
     def ranks_a_core(self, ranks: int) -> float:
-        """Of a world of so many, at least 1: work is conserved, so what a rank does takes so many times as long once
-        all of them have work."""
+        """Ranks per core in a world of `ranks`, at least 1: once all of them have work, each takes this many times as
+        long."""
         return max(1.0, min(ranks, self.node_ranks) / self.cores) if self.cores else 1.0
 
     def rank_memory_bytes(self, ranks: int) -> float:
-        """Of a world of so many: ranks that share cores share their node's memory too."""
+        """Memory of a rank in a world of `ranks`: ranks that share cores also share their node's memory."""
         return self.memory_bytes / (min(ranks, self.node_ranks) if self.cores else 1)
 
     def among(self, ranks: int) -> "Device":
-        """As one of so many ranks finds it: cores that compute at once share caches, memory and execution units, and
-        those that nobody else wants sleep."""
+        """The device as seen by one of `ranks` ranks: cores that compute at once share caches, memory and execution
+        units, and cores of their own sleep while their rank waits."""
         ranks = min(ranks, self.node_ranks)
         working = min(ranks, self.cores)
         if working <= 1:
@@ -107,10 +113,10 @@ class Device:
         return replace(self, node=node, **slower)
 
 
-LINK_SHARE = 0.8  # of a link's rate that NCCL's rings reach with large messages
-MEMORY_SHARE = 0.8  # of a memory's rate that kernels reach which do nothing else
+LINK_SHARE = 0.8  # share of a link's rate that NCCL's rings reach with large messages
+MEMORY_SHARE = 0.8  # share of the memory's rate that memory-bound kernels reach
 OVERHEAD_BYTES = 2.5 * GIB  # CUDA's or HIP's context, NCCL's buffers, workspaces of products
-FRAGMENTS = 0.03  # of a device's memory that its allocator cannot use
+FRAGMENTS = 0.03  # share of a device's memory that its allocator cannot use
 
 
 def _accelerator(
@@ -122,7 +128,7 @@ def _accelerator(
     product_share: float,
     source: str,
 ) -> Device:
-    """tflops: in 16 bits without sparsity, in fp32; links_gb_s: one way to the node, the network, the host."""
+    """tflops: dense, in 16 bits and in fp32. links_gb_s: one way, to the node, the network and the host."""
     node, network, host = (GIGA * LINK_SHARE * rate for rate in links_gb_s)
     return Device(
         name,
@@ -196,19 +202,19 @@ DEVICES = {
 
 
 def known_device(name: str) -> Device:
-    """By its name. ConfigError lists those that are known."""
+    """A device by its name. Raises ConfigError, which lists the known names."""
     found = {known.lower(): device for known, device in DEVICES.items()}.get(name.lower())
     if found is None:
         names = ", ".join(DEVICES)
         raise ConfigError(
-            f"--device: {name}: must be one of {names}, or a file of tools/benchmark_step.py --calibrate"
+            f"--device: {name}: must be one of {names}, or a file written by tools/benchmark_step.py --calibrate"
         )
     return found
 
 
 def device_called(name: str) -> Device | None:
-    """By a GPU's own name, such as `NVIDIA H100 80GB HBM3`; None where it is not in the table: H100 PCIe and NVL have
-    other figures."""
+    """A device by the GPU's own name, such as `NVIDIA H100 80GB HBM3`; None if it is not in the table. H100 PCIe and
+    NVL have other figures."""
     words = name.upper().replace("-", " ").replace("_", " ").split()
     if "PCIE" in words or "NVL" in words:
         return None
@@ -216,22 +222,22 @@ def device_called(name: str) -> Device | None:
 
 
 def device_of(name: str) -> Device:
-    """An entry of the table, or what a file of a calibration holds."""
+    """An entry of the table, or the device in a calibration file."""
     return read_device(Path(name)) if Path(name).is_file() else known_device(name)
 
 
 MACHINE, MEASURED = "machine", "measured"
-"""What a calibration's file holds beside the device: where it was measured, and each figure that it follows from."""
+"""Further keys of a calibration file: where it was measured, and all measurements."""
 
 
 def write_device(device: Device, path: Path, **beside: Any) -> None:
-    """As JSON, which `read_device` reads. beside: MACHINE and MEASURED."""
+    """Writes a device as JSON for `read_device`. beside: MACHINE and MEASURED."""
     path.write_text(json.dumps(asdict(device) | beside, indent=2) + "\n", encoding="utf-8")
 
 
 def read_device(path: Path, key: str = "--device") -> Device:
-    """ConfigError where the file is not one of `write_device`'s. key: that named it."""
-    rule = "must be a file of tools/benchmark_step.py --calibrate (docs/planning.md)"
+    """Reads a file written by `write_device`. Raises ConfigError if it is not one. key: the option that named it."""
+    rule = "must be a file written by tools/benchmark_step.py --calibrate (docs/planning.md)"
     with reading(str(path)):
         try:
             held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -260,6 +266,6 @@ _NOT_NUMBERS = ("name", "source", *LINKS)
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    """Seconds, cores and rates of the engine may be 0; something is divided by the others."""
+    """Whether a value is valid. Seconds, cores and the engine's rates may be 0; the others are divisors."""
     may_be_zero = name.endswith("seconds") or name in ("cores", *ENGINE_RATES)
     return isinstance(value, int | float) and (value > 0 or (may_be_zero and value == 0))

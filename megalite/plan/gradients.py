@@ -1,18 +1,17 @@
-"""What gradients of weights take in a step, by ZeRO's stage: how they come with each backward, and what reducing them
-and the update need beside them. As DeepSpeed 0.19.8 does it (runtime/zero/stage_1_and_2.py, stage3.py), n numbers a
-rank, p of them in a rank's partition, of e bytes each:
+"""Memory of weight gradients in a step, by ZeRO stage: during backwards, reduction and update. As in DeepSpeed 0.19.8
+(runtime/zero/stage_1_and_2.py, stage3.py), with n weights per rank, p of them in its partition, of e bytes each:
 
-    ZeRO-0, 1      the first backward of a chunk leaves its gradients, 4·n with sums in fp32; a later one makes each
-                   again, e bytes a number, and adds it
+    ZeRO-0, 1      the first backward of a chunk leaves its gradients, 4·n with sums in fp32; a later one computes each
+                   again, e bytes per element, and adds it
     ZeRO-0         at the end a flat copy of the gradients is all-reduced
-    ZeRO-1         the bucket comes with the first gradient of a step. At the end gradients move into it, one after
-                   another; each time that it is full a flat copy of a rank's part is sent, and what the rank owns is
-                   copied to where the update reads it
-    ZeRO-2         the same in each backward: no gradient stays but those that the rank owns, in fp32 of a micro-batch
-                   and of the sum of those before, in 16 bits of the sum alone. The bucket goes with the backward
-    ZeRO-3         the same; bucket and sums stand from the start, a reduce-scatter has a copy of what it sends
+    ZeRO-1         the bucket is allocated with the first gradient of a step. At the end gradients move into it one by
+                   one; when it is full, a flat copy of a rank's part is sent, and the part that the rank owns is copied
+                   to where the update reads it
+    ZeRO-2         the same in each backward: only the gradients that the rank owns stay, in fp32 those of the
+                   micro-batch and of the sum so far, in 16 bits only the sum. The backward's end frees the bucket
+    ZeRO-3         the same, but bucket and sums always exist, and a reduce-scatter copies what it sends
 
-The optimizer's step lays the owned gradients of a parameter group out flat, once more where they do not lie so.
+The optimizer's step copies the owned gradients of a parameter group into a flat buffer if they are not contiguous.
 Next: timeline.py.
 """
 
@@ -22,16 +21,15 @@ from dataclasses import dataclass, field
 from megalite.plan.backward import Op
 
 FP32 = 4
-ALL_REDUCED = 5 * 10**8  # numbers that DeepSpeed all-reduces at a time with ZeRO-0
+ALL_REDUCED = 5 * 10**8  # elements that DeepSpeed all-reduces at a time with ZeRO-0
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What of a resolved config the gradients of a rank depend on. zero: the stage; width: bytes of a number;
-    numbers: of all its weights; parts: of its partition in each of the optimizer's groups; sums: bytes of the gradients
-    that the rank owns between the backwards of a step and after its last, with ZeRO-1 and 2; bucket: numbers of a
-    bucket; buffers: that there are of it; copies: ranks that hold a weight; clones: whether sending copies what it
-    sends (gloo)."""
+    """What the gradients of a rank depend on. zero: the stage. width: bytes per element. numbers: elements of all its
+    weights. parts: elements of its partition in each of the optimizer's groups. sums: bytes of the gradients that the
+    rank owns between the backwards of a step and after the last, with ZeRO-1 and 2. bucket: elements of a bucket.
+    buffers: number of buckets. copies: ranks that hold a weight. clones: whether sending copies the data (gloo)."""
 
     zero: int
     width: int
@@ -49,23 +47,24 @@ class Reduction:
 
     @property
     def bucket_bytes(self) -> int:
-        """Of all its buffers."""
+        """Bytes of all buckets."""
         width = FP32 if self.zero in (1, 3) else self.width
         return width * self.bucket * self.buffers
 
     def sent(self, numbers: int) -> int:
-        """Bytes beside a bucket with so many numbers while they are sent."""
+        """Bytes needed besides the bucket while `numbers` elements of it are sent."""
         if self.zero == 3:
             return FP32 * numbers * (1 + self.is_half + self.clones)
         if self.copies == 1 and not self.is_half:
-            return 0  # what goes to one rank alone is sent as it lies
+            return 0  # a single receiver is sent the bucket itself
         part = min(numbers, sum(self.parts))
         return part * (self.width + FP32 * self.is_half)
 
 
 @dataclass
 class Moment:
-    """Bytes at a time. kept: of activations, and what a backward makes; gradients; buckets: with what is sent."""
+    """Bytes at one moment. kept: activations and intermediate results of a backward. buckets: including what is
+    sent."""
 
     kept: int = 0
     gradients: int = 0
@@ -78,7 +77,7 @@ class Moment:
 
 @dataclass
 class Gradients:
-    """Of a rank, while a step is walked through. now: what there is; most: the moment at which there was most."""
+    """A rank's gradients while a step is simulated. now: the current bytes. most: the moment with the most."""
 
     rules: Reduction
     now: Moment = field(default_factory=Moment)
@@ -86,24 +85,25 @@ class Gradients:
     begun: set[int] = field(default_factory=set)
     """Chunks that have gradients."""
     filled: int = 0
-    """Numbers in the bucket."""
+    """Elements in the bucket."""
     has_copy: bool = False
-    """Whether this backward has a copy of what the rank owns."""
+    """Whether this backward has already copied the gradients that the rank owns."""
 
     @classmethod
     def begin(cls, rules: Reduction) -> "Gradients":
-        """Before a step's first action."""
-        stands = rules.bucket_bytes if rules.zero == 3 else 0
-        return cls(rules, Moment(buckets=stands), Moment(buckets=stands))
+        """The state before a step's first action."""
+        permanent = rules.bucket_bytes if rules.zero == 3 else 0
+        return cls(rules, Moment(buckets=permanent), Moment(buckets=permanent))
 
     def look(self, more: int = 0, sent: int = 0) -> None:
-        """Notes the moment if there was never as much. more: bytes of `kept` that are there for a moment."""
+        """Records the moment if it is a new maximum. more: temporary bytes of `kept`. sent: temporary bytes of
+        `buckets`."""
         if self.now.total + more + sent > self.most.total:
             now = self.now
             self.most = Moment(now.kept + more, now.gradients, now.buckets + sent)
 
     def backward(self, chunk: int, ops: Sequence[Op], closes: bool = True) -> None:
-        """Of a micro-batch through a chunk. closes: whether gradients of all of it are there afterwards."""
+        """The backward of a micro-batch through a chunk. closes: whether it completes the chunk's gradients."""
         for op in ops:
             made = op.made + self.rules.width * sum(op.weights)
             self.look(made)
@@ -116,7 +116,7 @@ class Gradients:
             self._end_of_backward()
 
     def _take(self, chunk: int, numbers: int) -> None:
-        """A gradient that was made, and is counted in `kept` so far."""
+        """Accounts for a new gradient, which is counted in `kept` so far."""
         rules, now = self.rules, self.now
         if rules.zero in (1, 2) and now.buckets == 0:
             now.buckets = rules.bucket_bytes
@@ -135,7 +135,7 @@ class Gradients:
         self.filled += numbers
 
     def _reduce(self) -> None:
-        """Sends what is in the bucket."""
+        """Sends the bucket."""
         rules = self.rules
         self.look(sent=rules.sent(self.filled))
         self.filled = 0
@@ -161,10 +161,10 @@ class Gradients:
         if rules.zero == 1:
             self._reduce_all()
         if rules.zero == 3 or (rules.zero > 0 and not rules.is_half):
-            self.look(FP32 * max(rules.parts))  # flat, of one of the optimizer's groups at a time
+            self.look(FP32 * max(rules.parts))  # flat, one of the optimizer's groups at a time
 
     def _reduce_all(self) -> None:
-        """With ZeRO-1: gradients move into the bucket, and what the rank owns out of it."""
+        """ZeRO-1's reduction: gradients move into the bucket, and those that the rank owns are copied out of it."""
         rules, now = self.rules, self.now
         first = min(rules.bucket, rules.numbers)
         now.gradients -= FP32 * first

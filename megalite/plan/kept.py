@@ -1,5 +1,5 @@
-"""What the forwards of a rank keep for its backwards at most: the program says how many micro-batches of each chunk are
-held at once, chunk_tables.py what one takes."""
+"""The most that the forwards of a rank keep for its backwards: the program determines how many micro-batches of each
+chunk are held at once, chunk_tables.py the bytes of each."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ from megalite.plan.waiting_tables import waiting_table
 
 @dataclass(frozen=True)
 class KeptChunk:
-    """table: bytes of one micro-batch between F and its backward; waiting: between I and W; held and waits: how many
-    of each there are when the rank keeps most."""
+    """table: bytes of one micro-batch between F and its backward. waiting: between I and W. held, waits: how many of
+    each there are when the rank keeps the most."""
 
     table: Table
     waiting: Table
@@ -31,8 +31,8 @@ class KeptChunk:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes on one rank. chunks: by number; again: what a backward makes again at a time; logits: of a chunk of the
-    loss, which are gone before its backward begins."""
+    """Bytes on one rank. chunks: by number. again: what a backward recomputes at a time. logits: of a chunk of the
+    loss, freed before its backward begins."""
 
     chunks: dict[int, KeptChunk]
     again: int
@@ -40,7 +40,7 @@ class Kept:
 
     @property
     def bytes(self) -> int:
-        """Of all together."""
+        """The sum."""
         chunks = self.chunks.values()
         held = sum(
             total(chunk.table) * chunk.held + total(chunk.waiting) * chunk.waits for chunk in chunks
@@ -67,13 +67,13 @@ def kept_by(
 ) -> Kept:
     """What a rank of the pipe axis keeps in a step."""
     parts, program = parts_of(plan, rank), plan.program(micro_batches)
-    told, waits, makes = chunk_table, waiting_table, made_again
+    table_of, waiting_of, again_of = chunk_table, waiting_table, made_again
     if spec.stacks is not None:
-        told, waits, makes = stack_chunk_table, stack_waiting_table, stack_made_again
-    tables = {chunk: told(spec, part, recompute, at) for chunk, part in parts.items()}
-    waiting = {chunk: waits(spec, part, at) for chunk, part in parts.items()}
+        table_of, waiting_of, again_of = stack_chunk_table, stack_waiting_table, stack_made_again
+    tables = {chunk: table_of(spec, part, recompute, at) for chunk, part in parts.items()}
+    waiting = {chunk: waiting_of(spec, part, at) for chunk, part in parts.items()}
     most = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))
-    again = max(makes(spec, part.layers, recompute, at) for part in parts.values())
+    again = max(again_of(spec, part.layers, recompute, at) for part in parts.values())
     head_rows = at if spec.stacks is None else rows_of(at, encoder=False)
     logits = logits_bytes(spec, head_rows) if any(part.last for part in parts.values()) else 0
     chunks = {

@@ -1,11 +1,11 @@
-"""What `--check` and the start of a run say of the pipeline."""
+"""What `--check` and the start of a run print about the pipeline."""
 
 from megalite.pipeline.check import most_bytes
 from megalite.pipeline.plan import PipelinePlan
 
 
 def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:
-    """A line of the schedule and its bubble, then one for each rank of the pipe axis; none where it has one rank."""
+    """A line with the schedule and its bubble, then one for each pipe rank; empty if there is only one."""
     if plan.pipe == 1:
         return []
     report, program = plan.report(micro_batches), plan.program(micro_batches)
@@ -34,7 +34,7 @@ def _counted(count: int, one: str, more: str) -> str:
 
 
 def _words(plan: PipelinePlan, chunk: int) -> str:
-    """The layers of a chunk, and the head where it has it."""
+    """The layers of a chunk, and the head if it has it."""
     layers = plan.cut.layers[chunk]
     words = []
     if layers:

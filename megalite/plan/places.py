@@ -1,9 +1,9 @@
-"""A dry run's first two levels: every kind of place of the world on one process, without memory for weights.
+"""A dry run's first two levels: every kind of rank of the world in one process, without memory for weights.
 
-Places: the stage of each rank of the pipe axis on torch's meta device, which has shapes and no numbers, forward and
-backward, over process groups that go nowhere; what it sends is counted as in a real run (parallel/traffic.py).
-Schedule: the program of the real number of micro-batches, and the order of its messages under NCCL's rules (pipeline/).
-The third level, messages of every rank, needs the engine: prove/messages.py.
+Ranks: the stage of each pipe rank on torch's meta device, which has shapes and no data, forward and backward, over fake
+process groups; what it sends is counted as in a real run (parallel/traffic.py). Schedule: the program of the real
+number of micro-batches, and the order of its messages under NCCL's rules (pipeline/). The third level, messages of
+every rank, needs the engine: prove/messages.py.
 """
 
 import sys
@@ -31,13 +31,13 @@ from megalite.plan.states import DTYPES, recompute_of
 
 
 class DryRunError(MegaliteError):
-    """What a run of this config would end by."""
+    """The error that a run of this config would end with."""
 
 
 @dataclass(frozen=True)
 class PlaceReport:
-    """Of a rank of the pipe axis. rank: its first global one; ranks: how many are like it; sent: bytes by axis that it
-    sends in the forwards and backwards of a micro-batch, collectives of the axes and messages."""
+    """A rank of the pipe axis. rank: the first global rank there. ranks: how many are like it. sent: bytes that it
+    sends in the forward and backward of a micro-batch, by axis."""
 
     rank: int
     ranks: int
@@ -48,7 +48,7 @@ class PlaceReport:
 
 @dataclass
 class DryRun:
-    """What a dry run has found."""
+    """The result of a dry run."""
 
     world_size: int
     experts: bool = False
@@ -60,7 +60,7 @@ class DryRun:
     matched: dict[str, int] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """For programs."""
+        """The object that `--json` prints."""
         return {
             "world_size": self.world_size,
             "places": [
@@ -84,10 +84,10 @@ class DryRun:
 
 @contextmanager
 def fake_world(world_size: int, rank: int) -> Iterator[None]:
-    """This process as a rank of a world whose collectives return at once and change nothing."""
+    """Makes this process a rank of a fake world, whose collectives return at once and change nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-    hook = sys.excepthook  # torch's, which names the rank, is put on top of the one before
+    hook = sys.excepthook  # init_process_group installs its own, which names the rank
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -97,7 +97,7 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
-    """Levels 1 and 2 of a resolved config; of a model with experts memory and schedule alone. Raises DryRunError for
+    """Levels 1 and 2 for a resolved config; for a model with experts only memory and schedule. Raises DryRunError for
     the first thing that does not fit or match."""
     table = MemoryTable(config, spec, None, SizesByPlace())
     plan, places = table.plan, config.world_size // config.parallel.pipe
@@ -105,9 +105,8 @@ def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -
     for pipe_rank, memory in enumerate(table.ranks):
         rank = pipe_rank * places
         sent: dict[str, int] = {}
-        if (
-            spec.mixture is None
-        ):  # how many tokens an expert gets is a number, which meta tensors have not
+        # The number of tokens of an expert is data, which meta tensors do not have.
+        if spec.mixture is None:
             with fake_world(config.world_size, rank):
                 sent = place_on_meta(config, spec, plan, rank)
         layers = [list(plan.cut.layers[chunk]) for chunk in plan.cut.chunks_of(pipe_rank)]
@@ -119,19 +118,20 @@ def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -
 
 
 def check_room(result: DryRun, memory_bytes: float | None) -> None:
-    """DryRunError where the rank that has most has more than there is."""
+    """Raises DryRunError if the rank with the most memory has more than `memory_bytes`."""
     largest = max(result.places, key=lambda place: place.memory.total)
     if memory_bytes is not None and largest.memory.total > memory_bytes:
         needed, room = largest.memory.total / GIB, memory_bytes / GIB
         most = max(largest.memory.parts, key=lambda name: largest.memory.parts[name])
         raise DryRunError(
-            f"rank {largest.rank}: takes {needed:.2f} GiB, {needed - room:.2f} GiB more than --memory-gib {room:g}; "
-            f"{most} take {largest.memory.parts[most] / GIB:.2f}; tools/plan.py finds a layout that fits"
+            f"rank {largest.rank}: needs {needed:.2f} GiB, {needed - room:.2f} GiB more than --memory-gib {room:g}; "
+            f"{most}: {largest.memory.parts[most] / GIB:.2f} GiB; tools/plan.py finds a layout that fits"
         )
 
 
 def check_schedule(result: DryRun, plan: PipelinePlan, micro_batches: int) -> None:
-    """Complete, in order, and free of deadlock: raises ProgramError, else notes what it costs."""
+    """Raises ProgramError unless the schedule is complete, ordered and free of deadlock. Records its costs in
+    `result`."""
     report = plan.report(micro_batches)
     plan.steps(micro_batches, 0)  # checks the messages of all ranks
     program = plan.program(micro_batches)
@@ -148,8 +148,8 @@ def check_schedule(result: DryRun, plan: PipelinePlan, micro_batches: int) -> No
 def place_on_meta(
     config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int
 ) -> dict[str, int]:
-    """Forward and backward of a rank's chunks with shapes alone; bytes that they send by axis. Raises DryRunError where
-    a shape is not what the next chunk takes."""
+    """Runs forward and backward of a rank's chunks on shapes only; returns the bytes that they send, by axis. Raises
+    DryRunError if a shape is not what the next chunk takes."""
     axes, length = config.parallel, config.data.sequence_length
     grid = Grid.build(plan.pipe, axes.tensor, axes.context, axes.expert)
     dtype = DTYPES[config.precision]
@@ -171,7 +171,7 @@ def place_on_meta(
             output = stage(source, ids if last else None, context, chunk)
             _check_chunk(stage, chunk, output, source, None if last else shape, rank)
     sent = dict(traffic.bytes)
-    # Every message of a chunk: its result to the next, its gradient to the one before.
+    # The messages of a chunk: its output to the next chunk, its input's gradient to the previous one.
     home, own = plan.cut.home, plan.cut.chunks_of(grid.pipe.rank)
     crossing = sum(
         home[chunk + step] != home[chunk]
@@ -192,15 +192,15 @@ def _check_chunk(
     shape: tuple[int, ...] | None,
     rank: int,
 ) -> None:
-    """Backward of a chunk, and the shapes of what leaves it on both sides. shape: that the next chunk takes; None: it
-    is the last, whose losses are its own."""
+    """Runs a chunk's backward and checks the shapes of its output and gradients. shape: what the next chunk takes; None
+    for the last chunk."""
     if shape is not None and tuple(output.shape) != shape:
         raise DryRunError(
-            f"rank {rank}: chunk {chunk} gives {tuple(output.shape)}, chunk {chunk + 1} takes {shape}"
+            f"rank {rank}: chunk {chunk} returns shape {tuple(output.shape)}, chunk {chunk + 1} takes {shape}"
         )
     output.backward(torch.zeros_like(output))
     if source.is_floating_point() and (source.grad is None or source.grad.shape != source.shape):
-        raise DryRunError(f"rank {rank}: chunk {chunk} gives no gradient of what it takes")
+        raise DryRunError(f"rank {rank}: chunk {chunk}: its input gets no gradient of its shape")
     for name, value in stage.chunks[str(chunk)].named_parameters():
         if value.grad is None or value.grad.shape != value.shape:
             raise DryRunError(f"rank {rank}: chunk {chunk}: {name} gets no gradient of its shape")

@@ -1,4 +1,4 @@
-"""`tools/plan.py`: which layout to take for so many ranks, what it takes of memory and time, and why.
+"""`tools/plan.py`: which layout to use on a number of ranks, its memory and time, and why.
 
 python tools/plan.py --deepspeed_config FILE --world-size N [--device NAME] [--memory-gib G] [--json] [KEY=VALUE …]
 
@@ -29,20 +29,24 @@ DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar
 LETTERS = {**dict(zip(PARTS, "PAMRTEDXC", strict=True)), "update": "U", "bubble": "."}
 LEGEND = (
-    "P products, A attention, M bound by memory, R forward made again, T messages of the tensor axis, E sums of "
-    "gradients, D messages of the data axis, X tokens on their way to experts, C messages of the context axis, "
+    "P products, A attention, M memory-bound work, R recomputed forwards, T messages of the tensor axis, E summing "
+    "gradients, D messages of the data axis, X messages of the expert axis, C messages of the context axis, "
     "U update, . bubble"
 )
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the best layouts; returns 0. Raises UserError with one line, also where none fits."""
-    parser = ArgumentParser(description="Find the layout for so many ranks.")
+    """Prints the best layouts; returns 0. Raises UserError with one line, also if none fits."""
+    parser = ArgumentParser(description="Find the best layout for a number of ranks.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )
     parser.add_argument(
-        "--world-size", type=at_least(1, MOST_RANKS), required=True, metavar="N", help="ranks"
+        "--world-size",
+        type=at_least(1, MOST_RANKS),
+        required=True,
+        metavar="N",
+        help="number of ranks",
     )
     parser.add_argument(
         "--device",
@@ -51,12 +55,12 @@ def main(arguments: list[str]) -> int:
         help=f"one of docs/planning.md, or a file of benchmark_step.py --calibrate (default: {DEFAULT_DEVICE})",
     )
     parser.add_argument(
-        "--memory-gib", type=positive, metavar="G", help="of a device; default: all of its memory"
+        "--memory-gib", type=positive, metavar="G", help="memory of a device (default: all of it)"
     )
     parser.add_argument(
-        "--gpus-per-node", type=at_least(1), metavar="N", help="devices of a node (default: 8)"
+        "--gpus-per-node", type=at_least(1), metavar="N", help="devices per node (default: 8)"
     )
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
     )
@@ -84,7 +88,8 @@ def main(arguments: list[str]) -> int:
 def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
 ) -> tuple[Planner, Layout | None]:
-    """The planner of a config that is not resolved, and its own layout where the rules accept it for these ranks."""
+    """The planner of a config that is not resolved, and the config's own layout if the rules accept it for these
+    ranks."""
     spec = read_spec(config.model)
     if spec.stacks is not None:
         rule = "the planner does not know the times of an encoder-decoder"
@@ -94,7 +99,7 @@ def planner_of(
         resolved = config.resolve(world_size)
     except ConfigError:
         if batch is None:
-            raise  # what the global batch is follows from the config's own layout
+            raise  # the global batch follows from the config's own layout
     if batch is None:
         assert resolved is not None
         batch = resolved.train_batch_size
@@ -105,7 +110,7 @@ def planner_of(
 
 
 def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, object]:
-    """See docs/planning.md."""
+    """The object that `--json` prints (docs/planning.md)."""
     return {
         "device": planner.device.name,
         "world_size": planner.search.world_size,
@@ -118,15 +123,15 @@ def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, o
 
 
 def lines(planner: Planner, found: Found, given: Layout | None) -> list[str]:
-    """For people."""
+    """The lines printed without `--json`."""
     search, device = planner.search, planner.device
     size = search.spec.num_parameters
     result = [
-        f"{size / 1e9:.3g} B parameters, {search.batch:,} samples of {search.config.data.sequence_length:,} tokens a "
+        f"{size / 1e9:.3g} B parameters, {search.batch:,} samples of {search.config.data.sequence_length:,} tokens per "
         f"step, {search.world_size:,} ranks of {device.name} with {planner.memory_bytes / GIB:.1f} GiB "
-        f"({device.node_ranks} a node)",
-        f"{found.accepted:,} layouts are accepted by the config's rules; {found.weighed:,} of them were played and "
-        "weighed, the others are slower or do not fit",
+        f"({device.node_ranks} per node)",
+        f"the config's rules accept {found.accepted:,} layouts; {found.weighed:,} of them were simulated in full, "
+        "the others are slower or do not fit",
         "",
         *table(planner, found.layouts),
         "",
@@ -148,7 +153,7 @@ def _override(key: str, value: object) -> str:
 
 
 def table(planner: Planner, layouts: list[Layout]) -> list[str]:
-    """A line a layout."""
+    """One line per layout."""
     names = [str(layout.candidate) for layout in layouts]
     width = max(map(len, names))
     columns = ("data", "steps", "s/step", "bubble", "TFLOP/s", "of peak", "GiB", "GB sent")
@@ -167,7 +172,7 @@ def table(planner: Planner, layouts: list[Layout]) -> list[str]:
 
 
 def model_flops(planner: Planner, layout: Layout) -> float:
-    """FLOP/s of a rank that the model needs, whatever is computed again (training/mfu.py)."""
+    """FLOP/s per rank that the model needs, without recomputation (training/mfu.py)."""
     search, data = planner.search, planner.search.config.data
     tokens = search.batch * data.sequence_length
     needed = search.spec.flops_per_token(data.sequence_length, data.counted_share)
@@ -175,7 +180,7 @@ def model_flops(planner: Planner, layout: Layout) -> float:
 
 
 def picture(layouts: list[Layout]) -> list[str]:
-    """A bar a layout, as long as its step, divided by what it spends."""
+    """One bar per layout, as long as its step, divided by what the time is spent on."""
     longest = max(layout.time.seconds for layout in layouts)
     result = []
     for number, layout in enumerate(layouts, 1):
@@ -188,7 +193,7 @@ def picture(layouts: list[Layout]) -> list[str]:
 
 
 def plan_line(config: Config) -> str:
-    """What `--check` says of the layout of a resolved config, on its calibrated device or the default one."""
+    """What `--check` prints about the layout of a resolved config, on its calibrated device or the default one."""
     path = config.train.calibration
     device = (
         known_device(DEFAULT_DEVICE)
@@ -199,15 +204,15 @@ def plan_line(config: Config) -> str:
     assert given is not None
     flops = model_flops(planner, given)
     return (
-        f"plan: on {device.name} {given.time.seconds:.4g} s a step predicted, {flops / 1e12:.3g} TFLOP/s a rank, "
+        f"plan: on {device.name} {given.time.seconds:.4g} s per step predicted, {flops / 1e12:.3g} TFLOP/s per rank, "
         f"bubble {100 * given.time.bubble:.1f} %, {given.memory.total / GIB:.2f} GiB on rank {given.memory.rank}; "
         f"tools/plan.py compares layouts"
     )
 
 
 def epochs_line(config: Config, spec: TransformerSpec) -> str:
-    """How often a run goes through its corpora."""
-    assert config.train.steps is not None, "a run that begins has made them of its epochs"
+    """How many epochs of each corpus a run reads."""
+    assert config.train.steps is not None, "a run knows its steps when it starts"
     samples = config.batch_plan.consumed(config.train.steps)
     epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
     told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
@@ -215,7 +220,7 @@ def epochs_line(config: Config, spec: TransformerSpec) -> str:
 
 
 def size_line(config: Config, spec: TransformerSpec) -> str:
-    """Parameters, tokens and FLOPs of a run; parameters alone where its steps follow from epochs."""
+    """Parameters, tokens and FLOPs of a run; only parameters if its steps follow from epochs."""
     data, steps = config.data, config.train.steps
     if steps is None:
         return f"{spec.num_parameters:,} parameters; {config.train.epochs:g} epochs"
@@ -224,5 +229,5 @@ def size_line(config: Config, spec: TransformerSpec) -> str:
     flops = tokens * spec.flops_per_token(length, counted, data.source_length)
     return (
         f"{spec.num_parameters:,} parameters; {tokens:,} tokens in {steps:,} steps, "
-        f"{tokens / spec.num_parameters:.3g} a parameter; {flops:.3g} FLOPs"
+        f"{tokens / spec.num_parameters:.3g} per parameter; {flops:.3g} FLOPs"
     )

@@ -1,9 +1,9 @@
-"""Closer bounds than those of bounds.py, once a program was played: what its cut is, which actions were its longest
-chain, and when each rank kept most.
+"""Tighter bounds than those of bounds.py, from programs that were already simulated: their cut, their critical path,
+and the moment at which each rank kept the most.
 
-With other costs of the same actions a step takes no less than that chain, and a rank keeps no less than it does at that
-moment. So what was played for one layout bounds hundreds that differ in micro-batch, tensor or context axis and ZeRO by
-a few sums, each nearly as much as playing would find. Next: search.py.
+With other costs of the same actions a step takes at least as long as that chain of actions, and a rank keeps at least
+as much as at that moment. So one simulation bounds hundreds of layouts with another micro-batch, tensor or context
+axis or ZeRO stage by a few sums, and nearly as tightly as simulating them would. Next: search.py.
 """
 
 from dataclasses import dataclass, field
@@ -27,9 +27,9 @@ NEAR = 0.99
 
 
 class Moments(NamedTuple):
-    """One of each rank. held and waits [rank, chunk]: micro-batches that it keeps between F and its backward, and
-    between I and W; begun: whether a backward of the chunk came before, so that it has gradients; with_head [rank]:
-    whether it comes with the head's forward."""
+    """One moment of each rank. held, waits [rank, chunk]: micro-batches kept between F and its backward, and between I
+    and W. begun [rank, chunk]: whether the chunk had a backward, so that it has gradients. with_head [rank]: whether
+    the moment is in the head's forward."""
 
     held: np.ndarray
     waits: np.ndarray
@@ -39,8 +39,8 @@ class Moments(NamedTuple):
 
 @dataclass(eq=False)
 class Played:
-    """Of the program of so many micro-batches of a plan. counts [n, kind, chunk] and hops [n]: of the chains that were
-    found; moments [n]: those at which ranks kept most."""
+    """What is known of a plan's program for `micro_batches`. counts [n, kind, chunk], hops [n]: actions and messages of
+    the critical paths found. moments [n]: those at which ranks kept the most."""
 
     plan: PipelinePlan
     micro_batches: int
@@ -54,18 +54,18 @@ class Played:
 
     @cached_property
     def layers(self) -> np.ndarray:
-        """Of each chunk."""
+        """Layers of each chunk."""
         return np.array([len(layers) for layers in self.plan.cut.layers])
 
     @cached_property
     def home(self) -> np.ndarray:
-        """[rank, chunk]: whether it is there."""
+        """[rank, chunk]: whether the rank holds the chunk."""
         ranks = np.arange(self.plan.pipe)
         return np.array(self.plan.cut.home) == ranks[:, None]
 
 
 class Programs:
-    """Of a search: what was played so far."""
+    """The programs simulated so far in a search."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -74,7 +74,7 @@ class Programs:
         self._linear: dict[tuple[Work, Sharing, bool], tuple[np.ndarray, ...]] = {}
 
     def of(self, one: Candidate) -> Played:
-        """The program of a layout, played for one with that program once at the least."""
+        """The program of a layout, simulated at least once, for this layout or another with the same program."""
         recomputes = one.recompute not in ("none", "selective")
         if recomputes not in self._costs:
             search = self.bounds.search
@@ -95,18 +95,19 @@ class Programs:
         return one.schedule, one.pipe, one.chunks, recomputes, m
 
     def closest_seconds(self, one: Candidate) -> float:
-        """The closest bound that needs no further program to be played."""
+        """The tightest bound that needs no further simulation."""
         least = self.bounds.least_seconds(one)
         return max(least, self.least_seconds(one)) if self._key(one) in self._played else least
 
     def learn(self, one: Candidate, seconds: float, size: float) -> None:
-        """Plays a layout's program if what was played for others is far from what it really takes."""
+        """Simulates a layout's program if the bounds from others are far below `seconds` and `size`, its real
+        values."""
         near = self.least_seconds(one) >= NEAR * seconds and self.least_bytes(one) >= NEAR * size
         if not near:
             self.play(self.of(one), one)
 
     def play(self, played: Played, one: Candidate) -> None:
-        """Notes the chain and the moments of a layout."""
+        """Records the critical path and the moments of a layout."""
         counts, hops = played.lengths.path(self._times(played, one), self._hop(one))
         played.counts.append(counts)
         played.hops.append(hops)
@@ -127,7 +128,7 @@ class Programs:
         played.moments.append(Moments(held, waits, begun, with_head))
 
     def least_seconds(self, one: Candidate) -> float:
-        """Of a step with the program of a layout."""
+        """A lower bound of the seconds of a layout's step."""
         bounds, played = self.bounds, self.of(one)
         times, hop = self._times(played, one), self._hop(one)
         chains = [
@@ -148,7 +149,7 @@ class Programs:
         return length + shared_cores * sum(end.values())
 
     def least_bytes(self, one: Candidate) -> float:
-        """Of the largest rank: at those moments, and at the end of the last backward."""
+        """A lower bound of the bytes of the largest rank: at the known moments, and at the end of the last backward."""
         bounds, played = self.bounds, self.of(one)
         whole, between = self._kept(played, one)
         kept, bucket = bounds.kept_of(one), bounds.bucket_bytes(one)
@@ -159,7 +160,7 @@ class Programs:
         most = (stands + gradients).sum(axis=1) + bucket
         has_layers = played.home @ played.layers > 0
         for held, waits, begun, with_head in played.moments:
-            # Before what is held goes with a backward, that makes its first layers again; but a W may come first.
+            # A backward recomputes its first layers before it frees what is held; but a W may come first.
             again = kept.again * (has_layers & ~waits.any(axis=1))
             again = np.maximum(0.0, again - kept.head * played.home[:, -1])
             own = stands.sum(axis=1) + held @ whole + waits @ between
@@ -173,7 +174,7 @@ class Programs:
         return bounds.fixed_bytes(one) + float((most + messages).max())
 
     def _state_bytes(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
-        """[rank, chunk] of what stands, and of gradients that come with the first backward."""
+        """[rank, chunk]: bytes that always exist, and gradients that exist from the first backward on."""
         result = []
         for gradients in (False, True):
             first, each, last = self.bounds.state_bytes(one, gradients)
@@ -189,7 +190,7 @@ class Programs:
         return hop_seconds(bounds.work_of(one), one.pipe, bounds.sharing(one).ranks)
 
     def _times(self, played: Played, one: Candidate) -> np.ndarray:
-        """[kind, chunk], at the least: of the weights only what the layers, the embedding and the head have."""
+        """[kind, chunk]: lower bounds of the times; of the weights only those of layers, embedding and head count."""
         bounds, m = self.bounds, self.bounds.micro_batches(one)
         least, sharing = bounds.least_of(one), bounds.sharing(one)
         stops = np.cumsum(played.layers)
@@ -198,14 +199,15 @@ class Programs:
         times[:, 0] += least.embedding
         times[:, -1] += least.end
         fixed, shared, routed = self._rates(least.work, sharing, m > 1)
-        each = played.home.sum(axis=1).max()  # chunks, which a rank's weights are spread over alike
+        # Chunks per rank: a rank's weights are spread evenly over them.
+        each = played.home.sum(axis=1).max()
         own, own_routed = (numbers / each for numbers in self._numbers(played, one))
         times += fixed[:, None] + np.outer(shared - fixed, own @ played.home)
         times += np.outer(routed - fixed, own_routed @ played.home)
         return times / bounds.device.pipe_share
 
     def _rates(self, work: Work, sharing: Sharing, several: bool) -> tuple[np.ndarray, ...]:
-        """[kind] that a micro-batch adds for no weights, and for one more of each sort: it is linear in them."""
+        """[kind]: time of a micro-batch without weights, and with one weight of each sort: it is linear in them."""
         key = work, sharing, several
         if key not in self._linear:
             sorts = Held(0.0), Held(1.0), Held(0.0, 1.0)
@@ -215,14 +217,14 @@ class Programs:
         return self._linear[key]
 
     def _numbers(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
-        """[rank] of the weights, of those that an expert axis divides apart, at the least."""
+        """[rank]: lower bounds of the number of weights, with those that an expert axis divides separate."""
         layer, (first, last) = self.bounds.layer_numbers(one), self.bounds.table_numbers(one)
         layers = played.home @ played.layers
         ends = played.home[:, 0] * first + played.home[:, -1] * last
         return layer.shared * layers + ends, layer.routed * layers
 
     def _kept(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of each chunk between F and its backward, and between I and W."""
+        """Bytes of a micro-batch in each chunk between F and its backward, and between I and W."""
         kept = self.bounds.kept_of(one)
         whole = kept.layer * played.layers
         whole[-1] += kept.head

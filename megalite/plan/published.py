@@ -1,10 +1,10 @@
-"""Published runs, predicted: what the constants of devices.py are fitted to, and how far the planner is off.
+"""Predictions of published runs: the constants of devices.py are fitted to them, and they show the planner's error.
 
 python -m megalite.plan.published     prints the table of docs/planning.md
 
-Each row has what its paper states. Megatron-LM's runs had dropout of 0.1 and no fused attention, which our block does
-in the same way by hand; a micro-batch that is not stated is the fastest of 1, 2, 4 and 8. FLOPs are counted as each
-paper does: `again` counts what full recompute makes again too. Next: devices.py.
+Each row has what its paper states. Megatron-LM's runs had dropout of 0.1 and no fused attention, as our block does with
+dropout; a micro-batch that is not stated is the fastest of 1, 2, 4 and 8. FLOPs are counted as in each paper: with
+`again`, full recomputation counts too. Next: devices.py.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,8 @@ from megalite.plan.search import Layout, Planner
 
 @dataclass(frozen=True)
 class Run:
-    """name and source; model: its Hugging Face config; tflops: published, of a device; again: whether what is made
-    again counts in it; micro 0: not stated; hidden: what the run does beside computing by its paper, and ours does
-    not."""
+    """model: a Hugging Face config. layout: micro 0 means not stated. tflops: published, per device. again: whether
+    recomputation counts in it. hidden: parts of a step that the run overlaps with computation, and ours does not."""
 
     name: str
     source: str
@@ -37,7 +36,7 @@ class Run:
 
 
 def gpt(layers: int, hidden: int, heads: int, vocabulary: int, dropout: float, length: int) -> Any:
-    """A GPT of GPT-3's form."""
+    """A GPT like GPT-3."""
     return {
         "model_type": "gpt2",
         "n_layer": layers,
@@ -152,7 +151,7 @@ def _megascale() -> Run:
 
 
 def _full_recompute() -> Run:
-    """The run of 2,240 devices as it was before."""
+    """The run on 2,240 devices without the paper's methods: full recomputation, no sequence parallelism."""
     run = _selective("GPT 530 B", (105, 20480, 128), 35, 8, 2240, 3, 0.421)
     layout = run.layout._replace(recompute="full", sequence=False)
     return replace(run, layout=layout, source="arXiv 2205.05198, abstract")
@@ -174,7 +173,7 @@ RUNS = [
 
 
 def predicted(run: Run, device: Device | None = None) -> tuple[float, Layout]:
-    """(TFLOP/s of a device, as the paper counts them; the layout with the fastest of the micro-batches that fit)."""
+    """(TFLOP/s per device, as the paper counts them; the layout with the fastest micro-batch that fits)."""
     document = {
         "train_batch_size": run.batch,
         "bf16": {"enabled": True},
@@ -201,7 +200,7 @@ def predicted(run: Run, device: Device | None = None) -> tuple[float, Layout]:
 
 
 def flops(run: Run) -> float:
-    """Of a step, as Megatron-LM's papers count them for GPT; of other models 6 a weight and attention's."""
+    """FLOPs of a step: for GPT as in Megatron-LM's papers, for other models 6 per weight and token, plus attention."""
     spec, s = read_spec(run.model), run.length
     if spec.family != "gpt2":
         return run.batch * s * spec.flops_per_token(s)
@@ -212,7 +211,7 @@ def flops(run: Run) -> float:
 
 
 def table() -> list[str]:
-    """In Markdown."""
+    """The table in Markdown."""
     lines = [
         "| run | source | GPUs | layout | published TFLOP/s | predicted | off by |",
         "|---|---|---|---|---|---|---|",

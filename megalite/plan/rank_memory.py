@@ -1,6 +1,6 @@
-"""All memory of a rank at the moment of a step at which there is most, and which rank has most. Model states and what
-forwards keep are exact (states.py, activations.py), when they come together is timeline.py's, and what a device's
-libraries take is an assumption (devices.py).
+"""Peak memory of each rank in a step, and the rank with the most. Model states and activations are exact (states.py,
+activations.py), timeline.py finds when they coincide, and the memory of a device's libraries is an assumption
+(devices.py).
 
 Next: candidates.py.
 """
@@ -46,9 +46,9 @@ PREFETCHED = 5 * 10**7
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on a rank's device at the moment of a step at which there are most. gradients, buckets, activations: then
-    (timeline.py), buckets with what is sent of them, activations with what a backward makes; messages: of the pipe
-    axis, under way; gathered: of ZeRO-3's weights while they are used; libraries: an assumption."""
+    """Bytes on a rank's device at the peak of a step. gradients, buckets, activations: at that moment (timeline.py);
+    buckets include what is sent, activations the intermediate results of a backward. messages: in flight on the pipe
+    axis. gathered: ZeRO-3's weights while they are used. libraries: an assumption."""
 
     rank: int
     weights: int
@@ -62,24 +62,24 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Of all."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
-        """By what they are for."""
+        """Bytes by purpose."""
         return {name: value for name, value in vars(self).items() if name != "rank"}
 
 
 class SizesByPlace:
-    """Numbers of the parameters of a rank's stage by what its chunks are, since most ranks of a pipe axis hold the
-    same: a stage on the meta device takes milliseconds a layer."""
+    """Parameter sizes of a rank's stage, cached by the kind of its chunks: a stage on the meta device takes
+    milliseconds per layer, and most ranks of a pipe axis hold the same."""
 
     def __init__(self) -> None:
         self._known: dict[object, Sizes] = {}
 
     def of(self, config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int) -> Sizes:
-        """Of a rank of the pipe axis that has the largest share of the tensor axis."""
+        """Sizes of a rank of the pipe axis, at the index of the tensor axis that has the most."""
         cut, tensor, expert = plan.cut, config.parallel.tensor, config.parallel.expert
         key = tensor, expert, _alike(config, spec, cut, rank)
         if key not in self._known:
@@ -102,7 +102,8 @@ def _alike(config: Config, spec: TransformerSpec, cut: Cut, rank: int) -> object
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """Of a resolved config: the memory of each rank of the pipe axis, with the largest share of the others."""
+    """The memory of each rank of the pipe axis for a resolved config, at the index of the other axes that has the
+    most."""
 
     config: Config
     spec: TransformerSpec
@@ -122,26 +123,26 @@ class MemoryTable:
 
     @cached_property
     def weights(self) -> list[Held]:
-        """Numbers of each rank of the pipe axis."""
+        """Number of weights of each rank of the pipe axis."""
         ranks = range(self.plan.pipe)
         held = [self.sizes.of(self.config, self.spec, self.plan, rank) for rank in ranks]
         return [_held(sizes, self.config.parallel.expert) for sizes in held]
 
     @cached_property
     def ranks(self) -> list[RankMemory]:
-        """By place on the pipe axis."""
+        """The ranks of the pipe axis, in order."""
         return [self._rank(rank) for rank in range(self.plan.pipe)]
 
     @property
     def largest(self) -> RankMemory:
-        """The rank that has most."""
+        """The rank with the most memory."""
         return max(self.ranks, key=lambda held: held.total)
 
     def _rank(self, pipe_rank: int) -> RankMemory:
         config, spec, plan = self.config, self.spec, self.plan
         sizes = self.sizes.of(config, spec, plan, pipe_rank)
         copies, tensor = config.data_size * config.parallel.context, config.parallel.tensor
-        # With fp32 and ZeRO the copies hold different gradients: of the parameters that reach into their part.
+        # With fp32 and ZeRO the replicas hold different gradients: those of the parameters that overlap their part.
         by_place = config.precision == "fp32" and config.zero_stage in (1, 2)
         places = range(copies) if by_place else [0]
         grids = [
@@ -163,14 +164,14 @@ class MemoryTable:
             0 if self._on_host else states.optimizer,
             moment.buckets,
             moment.kept,
-            # Receives posted early and sends that are not gone, from each neighbour.
+            # Receives posted early and incomplete sends, for each neighbour.
             neighbours * (AHEAD + 1) * self.at.hidden(spec),
             gathered,
             self._libraries(),
         )
 
     def _standing_gradients(self, sizes: Sizes, states: States, grid: Grid) -> int:
-        """Bytes of gradients that are there all the time."""
+        """Bytes of gradients that always exist."""
         config = self.config
         if config.zero_stage == 3:
             return states.gradients
@@ -181,11 +182,11 @@ class MemoryTable:
 
     @property
     def _on_host(self) -> bool:
-        """Whether the optimizer is stepped in another memory than the device's."""
+        """Whether the optimizer steps in main memory and the device has its own."""
         return self.device is not None and not self.device.cores and offloads(self.config)
 
     def _reduction(self, sizes: Sizes, grid: Grid) -> Reduction:
-        """Of a rank at this place."""
+        """The rules for the gradients of a rank at this place."""
         config, numbers = self.config, all_numbers(sizes)
         bucket = bucket_numbers(config) if config.zero_stage else 0
         on_cpu = self.device is not None and self.device.cores > 0
@@ -195,7 +196,7 @@ class MemoryTable:
             numbers,
             tuple(partition_sizes(sizes, grid)),
             owned_gradients(config, sizes, grid) if config.zero_stage in (1, 2) else 0,
-            # On a CPU what is not written takes no memory.
+            # On a CPU, pages that are never written take no memory.
             min(bucket, numbers) if on_cpu else bucket,
             1 + bool(config.zero.overlap_comm),
             grid.replica.size,
@@ -203,7 +204,7 @@ class MemoryTable:
         )
 
     def _most(self, pipe_rank: int, rules: Reduction, in_flight: int) -> Moment:
-        """The moment of a rank of the pipe axis at which most comes together."""
+        """The peak of a rank of the pipe axis."""
         config, plan = self.config, self.plan
         spec = routed_spec(config, self.spec)
         parts, recompute = parts_of(plan, pipe_rank), recompute_of(config)
@@ -222,7 +223,7 @@ class MemoryTable:
 
 
 def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> None:
-    """ConfigError where weights, gradients and optimizer state of a rank alone are more than its device has."""
+    """Raises ConfigError if weights, gradients and optimizer state of a rank alone exceed its device's memory."""
     weights = config.zero.offload_param
     if weights is not None and weights.device != "none":
         return
@@ -235,27 +236,25 @@ def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> No
             needed += states.gradients + states.optimizer
             what += ", gradients and optimizer state"
         if needed > memory_bytes:
-            rule = (
-                f"a GPU here has {memory_bytes / GIB:.1f} (megalite plan finds a layout that fits)"
-            )
+            rule = f"a GPU here has {memory_bytes / GIB:.1f} GiB (megalite plan finds a layout that fits)"
             raise ConfigError(
                 f"world size: {config.world_size}: rank {place.rank} needs {needed / GIB:.1f} GiB for {what}: {rule}"
             )
 
 
 def _held(sizes: Sizes, expert: int) -> Held:
-    """Numbers of a rank, those apart that an expert axis divides."""
+    """Number of weights of a rank, with those that an expert axis divides separate."""
     routed = [group for group in sizes if expert > 1 and group.replicas == "expert_replica"]
     count = all_numbers(routed)
     return Held(float(all_numbers(sizes) - count), float(count))
 
 
 def _whole_at_once(config: Config, numbers: list[int], spec: TransformerSpec) -> int:
-    """Numbers of ZeRO-3's weights that are whole at a time beside those that always are.
+    """Elements of ZeRO-3's weights that are gathered at a time, besides those that always are.
 
-    At the least a layer, or the embedding where it has more, and another that is gathered meanwhile. But DeepSpeed does
-    not drop what is used again soon (runtime/zero/partitioned_param_coordinator.py, __params_to_release): a weight that
-    n numbers follow in forward is used again 2n numbers later, in backward.
+    At least a layer, or the embedding if it is larger, and another one that is prefetched. But DeepSpeed does not
+    release a weight that is used again soon (runtime/zero/partitioned_param_coordinator.py, __params_to_release): if n
+    elements follow a weight in forward, it is used again 2n elements later, in backward.
     """
     layer = max(max(numbers), sum(numbers) // max(1, spec.num_layers))
     distance = config.zero.stage3_max_reuse_distance
@@ -265,7 +264,7 @@ def _whole_at_once(config: Config, numbers: list[int], spec: TransformerSpec) ->
 
 
 def _in_flight(config: Config, numbers: list[int]) -> int:
-    """Numbers of ZeRO-3's weights that are gathered ahead, which are there twice until the last of them is used."""
+    """Elements of ZeRO-3's weights that are prefetched; they exist twice until the last of them is used."""
     ahead = config.zero.stage3_prefetch_bucket_size
     dropped = sum(count for count in numbers if count > persistence_threshold(config))
     return min(PREFETCHED if ahead is None else ahead, dropped)

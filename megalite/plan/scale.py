@@ -1,4 +1,4 @@
-"""Predictions far beyond any machine at hand.
+"""Predictions for clusters far larger than any available machine.
 
 python -m megalite.plan.scale     prints the table of docs/scale.md
 """
@@ -27,7 +27,7 @@ VOCABULARY, KEY_VALUE_HEADS = 128_256, 8
 
 
 def planner_of(name: str, ranks: int) -> Planner:
-    """On H100s."""
+    """The planner of a model on H100s."""
     hidden, intermediate, layers, heads = MODELS[name]
     model = {
         "model_type": "llama",
@@ -57,7 +57,7 @@ def planner_of(name: str, ranks: int) -> Planner:
 
 
 def best(planner: Planner) -> Layout | None:
-    """The fastest that fits of those with ZeRO-1, pipe up to 16, tensor up to 8 and context up to 4, 1F1B or
+    """The fastest layout that fits, of those with ZeRO-1, pipe up to 16, tensor up to 8, context up to 4, and 1F1B or
     interleaved."""
     search, found = planner.search, []
     for pipe, tensor, context in product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4)):
@@ -88,7 +88,7 @@ def best(planner: Planner) -> Layout | None:
 
 
 def table() -> list[str]:
-    """In Markdown."""
+    """The table in Markdown."""
     lines = [
         "| model | GPUs | layout | data | s a step | TFLOP/s a GPU | of peak | bubble | GiB |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,14 +1,15 @@
-"""The search: branch and bound. Layouts are tried in the order of what they take at the least (bounds.py), whole
-families of them first, and the search ends where the next one cannot be faster than the last of the best.
+"""The search: branch and bound. Layouts are tried in the order of their lower bounds (bounds.py), whole families first;
+the search ends when the next one cannot be faster than the last of the best.
 
-    grid        axes and sequence parallelism, by their layers with the largest micro-batch
-    size        a micro-batch; then the same with recompute, which only costs time
+    grid        axes and sequence parallelism, bounded by their layers with the largest micro-batch
+    size        a micro-batch; then the same with recomputation, which only costs time
     states      ZeRO's stage and offload
-    order       schedule and chunks: one layout; then the same with what was played for others (played.py)
-    layout      its program is played with its real cut, and its memory weighed
+    order       schedule and chunks: one layout, bounded by what was simulated for others (played.py)
+    layout      its program is simulated with its real cut, and its memory computed
 
-Recompute and offload only save memory: of layouts that differ in nothing else, the fastest that fits is reported. A
-layout that cannot fit is dropped as soon as that is known. tests/unit/plan/test_plan.py compares with trying all.
+Recomputation and offload only save memory: of layouts that differ only in them, the fastest that fits is reported. A
+layout that cannot fit is dropped as soon as that is known. tests/unit/plan/test_plan.py compares this with an
+exhaustive search.
 
 Next: advice.py.
 """
@@ -28,12 +29,12 @@ from megalite.plan.sent import sent_bytes
 from megalite.plan.step_time import StepTime, step_time
 
 BEST = 10
-NEAR = 200  # layouts that nearly fit, which are looked at for one that is faster
+NEAR = 200  # layouts that nearly fit, among which faster ones are looked for
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A candidate with what is predicted for it."""
+    """A candidate with its predictions."""
 
     candidate: Candidate
     config: Config
@@ -44,7 +45,7 @@ class Layout:
     """Bytes that a rank sends in a step, by axis."""
 
     def json(self) -> dict[str, Any]:
-        """For programs. Bytes of the largest rank, seconds."""
+        """The layout as `--json` prints it: bytes of the largest rank, and seconds."""
         return {
             "keys": self.candidate.keys,
             "data": self.config.data_size,
@@ -60,8 +61,8 @@ class Layout:
 
 @dataclass
 class Found:
-    """layouts: the best that fit, fastest first; too_large: some that are faster and do not fit, the smallest first;
-    accepted: layouts that the rules accept; weighed: of those, that were played and weighed."""
+    """layouts: the best that fit, fastest first. too_large: some that are faster and do not fit, smallest first.
+    accepted: number of layouts that the rules accept. weighed: how many of those were simulated in full."""
 
     layouts: list[Layout]
     too_large: list[Layout]
@@ -71,33 +72,33 @@ class Found:
 
 @dataclass(eq=False)
 class Planner(Bounds):
-    """memory_bytes: of a device, that a rank may use."""
+    """Predicts and searches layouts. memory_bytes: of a device, that a rank may use."""
 
     memory_bytes: float
     sizes: SizesByPlace = field(default_factory=SizesByPlace)
 
     def exact(self, one: Candidate) -> Layout:
-        """Plays and weighs a candidate. Raises ConfigError where a rule refuses it after all."""
+        """Simulates a candidate in full. Raises ConfigError if a rule refuses it after all."""
         config = config_of(self.search, one)
         check_model(config, self.search.spec)
         return self.layout(config, one)
 
     def accepted(self, one: Candidate) -> Layout | None:
-        """The same; None where a rule refuses it that the choices do not know."""
+        """The same; None if a rule refuses it that `Choices` does not apply."""
         try:
             return self.exact(one)
         except ConfigError:
             return None
 
     def layout(self, config: Config, one: Candidate) -> Layout:
-        """Of a resolved config, whose candidate is `one`."""
+        """The layout of a resolved config, whose candidate is `one`."""
         table = MemoryTable(config, self.search.spec, self.device, self.sizes)
         sent = sent_bytes(self.work_of(one), table, self.sharing(one))
         m = config.accumulation_steps
         return Layout(one, config, table.largest, self._time(table, one), m, sent)
 
     def again(self, layout: Layout) -> Layout:
-        """A layout of a planner whose device has other rates: its memory is the same."""
+        """Another planner's layout on this planner's device: its time is predicted anew, its memory is the same."""
         table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
         return replace(layout, time=self._time(table, layout.candidate))
 
@@ -113,7 +114,7 @@ class Planner(Bounds):
         return Found(best, search.faster(best), how_many(self.search), search.weighed)
 
     def by_size(self) -> list[Candidate]:
-        """Layouts that take little memory, with the smallest micro-batch and 1F1B, those of the least bounds first."""
+        """Layouts that take little memory: the smallest micro-batch and 1F1B, in the order of their lower bounds."""
         choices, found = Choices(self.search), []
         for grid in choices.of(GRID):
             for sized in islice(choices.of(("micro",), grid), 1):
@@ -121,13 +122,13 @@ class Planner(Bounds):
         return sorted(found, key=self.least_bytes)
 
     def smallest(self) -> Layout:
-        """Of the layouts that take least memory. Raises ConfigError where the rules accept none."""
+        """The layout that takes the least memory. Raises ConfigError if the rules accept none."""
         tried = [self.accepted(one) for one in self.by_size()[:BEST]]
         layouts = [layout for layout in tried if layout is not None]
         if not layouts:
             raise ConfigError(
-                f"--world-size: {self.search.world_size}: the config's rules accept no layout of so many ranks with a "
-                f"global batch of {self.search.batch}"
+                f"--world-size: {self.search.world_size}: the config's rules accept no layout for this many ranks "
+                f"with a global batch of {self.search.batch}"
             )
         return min(layouts, key=lambda layout: layout.memory.total)
 
@@ -137,7 +138,7 @@ def _seconds(layout: Layout) -> float:
 
 
 class _BestFirst:
-    """A search. waiting: a heap of (least seconds, number, level, what is chosen so far)."""
+    """One search. waiting: a heap of (lower bound of seconds, number, level, choices so far)."""
 
     def __init__(self, planner: Planner, count: int) -> None:
         self.planner, self.count, self.choices = planner, count, Choices(planner.search)
@@ -145,13 +146,13 @@ class _BestFirst:
         self.waiting: list[tuple[float, int, str, Candidate]] = []
         self.number = 0
         self.best: dict[Candidate, Layout] = {}
-        """By what is chosen beside recompute and offload, the fastest that fits."""
+        """The fastest that fits, by the choices other than recompute and offload."""
         self.too_large: list[tuple[float, float, Candidate]] = []
         """(least bytes, least seconds, layout)"""
         self.weighed = 0
 
     def run(self) -> None:
-        """Until no layout that is left can be among the best."""
+        """Searches until no remaining layout can be among the best."""
         for grid in self.choices.of(GRID):
             sizes = list(self.choices.of(("micro",), grid))
             if sizes:
@@ -174,19 +175,19 @@ class _BestFirst:
         heapq.heappush(self.waiting, (least, self.number, level, one))
 
     def _limit(self) -> float:
-        """Seconds of the last of the best."""
+        """Seconds of the last of the best layouts."""
         if len(self.best) < self.count:
             return float("inf")
         return sorted(map(_seconds, self.best.values()))[self.count - 1]
 
     def _of_layers(self, one: Candidate) -> float:
-        """Seconds of the layers alone, without a bubble: a sample takes the least in the largest micro-batch."""
+        """A lower bound from the layers alone, without a bubble: a sample is fastest in the largest micro-batch."""
         least, spec = self.planner.least_of(one), self.planner.search.spec
         whole = -(-spec.num_layers // one.pipe) * (least.forward + least.backward)
         return self.planner.micro_batches(one) * max(whole, least.layers / one.pipe)
 
     def _of_model(self, one: Candidate) -> float:
-        """Seconds of all of the model, without a bubble."""
+        """A lower bound from the whole model, without a bubble."""
         least = self.planner.least_of(one)
         longest = least.longest(one.pipe) if one.pipe > 1 else least.whole
         return self.planner.micro_batches(one) * longest
@@ -205,7 +206,7 @@ class _BestFirst:
 
     def _orders(self, chosen: Candidate, least: float) -> None:
         room = self.planner.memory_bytes
-        sizes: dict[str, float] = {}  # by schedule: the bound knows no chunks
+        sizes: dict[str, float] = {}  # by schedule: the bound does not depend on chunks
         for schedule, chunks in self.choices.orders(chosen):
             one = chosen._replace(schedule=schedule, chunks=chunks)
             if one.schedule not in sizes:
@@ -216,7 +217,7 @@ class _BestFirst:
                 self.too_large.append((sizes[one.schedule], least, one))
 
     def _look(self, one: Candidate, least: float) -> None:
-        """Closer, by what was played for others."""
+        """Tightens the bound with what was simulated for others."""
         if self._is_beaten(one, least):
             return
         if one.pipe > 1:
@@ -228,7 +229,7 @@ class _BestFirst:
         self._wait(least, "layout", one)
 
     def _is_beaten(self, one: Candidate, least: float) -> bool:
-        """Whether a layout that differs in recompute and offload alone fits and is as fast."""
+        """Whether a layout that differs only in recompute and offload fits and is as fast."""
         known = self.best.get(_plain(one))
         return known is not None and known.time.seconds <= least
 
@@ -262,5 +263,5 @@ class _BestFirst:
 
 
 def _plain(one: Candidate) -> Candidate:
-    """Without what only saves memory and costs time."""
+    """A candidate without recompute and offload."""
     return one._replace(recompute="none", offload="none")

@@ -7,7 +7,7 @@ from megalite.plan.work import Work
 
 
 def sent_bytes(work: Work, table: MemoryTable, sharing: Sharing) -> dict[str, float]:
-    """Of the rank of the pipe axis that sends most along each axis. data: of gradients and weights, over data and
+    """Bytes sent along each axis by the pipe rank that sends the most. data: gradients and weights, over data ×
     context."""
     ranks = range(table.plan.pipe)
     layers = [_in_layers(work, table, rank) for rank in ranks]
@@ -19,14 +19,14 @@ def sent_bytes(work: Work, table: MemoryTable, sharing: Sharing) -> dict[str, fl
 
 
 def _in_layers(work: Work, table: MemoryTable, rank: int) -> dict[str, float]:
-    """Within the forwards and backwards of a rank of the pipe axis."""
+    """Bytes sent within the forwards and backwards of a pipe rank, by axis."""
     plan, m, t = table.plan, table.config.accumulation_steps, work.tensor
     own = plan.cut.chunks_of(rank)
     layers = [layer for chunk in own for layer in plan.cut.layers[chunk]]
     routed = [work.spec.mixture_of(layer) for layer in layers]
     chosen = sum(mixture.chosen for mixture in routed if mixture is not None)
     recompute = table.config.train.activation_checkpointing
-    ways = 2 if recompute in ("none", "selective") else 3  # forward, and once more, and backward
+    ways = 2 if recompute in ("none", "selective") else 3  # forward, recomputed forward, backward
     hidden = work.dtype_bytes * work.tokens * work.spec.hidden_size
     ends = (0 in own) + (plan.cut.last_chunk in own)
     row = hidden * (work.expert - 1) / work.expert
@@ -38,7 +38,7 @@ def _in_layers(work: Work, table: MemoryTable, rank: int) -> dict[str, float]:
 
 
 def _of_weights(work: Work, table: MemoryTable, sharing: Sharing, rank: int) -> float:
-    """Gradients, and weights that ZeRO gathers."""
+    """Bytes of gradients, and of weights that ZeRO gathers."""
     m, e, held = table.config.accumulation_steps, work.dtype_bytes, table.weights[rank]
     gradients = FP32 * {0: 2, 1: 1}.get(sharing.zero, m)
     whole = {0: 0.0, 3: e * (2 * m + 1.0)}.get(sharing.zero, float(e))
@@ -48,7 +48,7 @@ def _of_weights(work: Work, table: MemoryTable, sharing: Sharing, rank: int) -> 
 
 
 def _to_neighbours(work: Work, table: MemoryTable, rank: int) -> float:
-    """Of each chunk a message to every neighbour that is on another rank."""
+    """Bytes sent to neighbouring chunks that are on another rank."""
     home, m = table.plan.cut.home, table.config.accumulation_steps
     near = [(chunk, chunk + step) for chunk in range(len(home)) for step in (-1, 1)]
     messages = sum(

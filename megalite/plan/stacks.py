@@ -1,19 +1,18 @@
-"""What a forward pass of an encoder-decoder keeps for backward: activations.py's tables where the rows of a chunk are
-those of two stacks. With s tokens of the source and u of the target, and r, g, q, k, f for either as there, a layer
-keeps what a decoder's does for its own rows, and beside that:
+"""What the forward of an encoder-decoder keeps for backward: activations.py's tables for chunks with the rows of two
+stacks. With s source and u target tokens, and r, g, q, k, f of either stack as defined there, a layer keeps what a
+decoder's layer keeps for its rows, plus:
 
-    what comes in                     e·(s + u)·b·h, once for a chunk: rows of both stacks, which its first layers read
-    table of distances                8·s·s or 8·u·u of indices, and a mask; on devices, and where layers are made
-                                      again, the numbers added to scores too, e·s·s·a / t or e·u·u·a / t (times b with
-                                      filling)
+    input                             e·(s + u)·b·h, once per chunk: rows of both stacks, which its first layers read
+    table of distances                8·s·s or 8·u·u of indices, and a mask; on devices, and with recomputation, also
+                                      the biases of the scores, e·s·s·a / t or e·u·u·a / t (times b with padding)
     core of self-attention            on a CPU, and with dropout, the weights: 4·b·s·s·a / t, in 16 bits 6; 1 (and in
-                                      fp32 4) more with dropout; else as there
+                                      fp32 4) more with dropout; otherwise as there
     cross-attention                   its norm; the norm's result; e·(q + 2·k), k of the source; the core; e·q
-    what the encoder gives            e·s·b·h, once for a chunk: of it all keys and values of cross-attention are made
-    dropout                           the features of the MLP f bytes, cross-attention's result and what the norm after
-                                      a stack gives r bytes each
+    encoder's output                  e·s·b·h, once per chunk: the input of all keys and values of cross-attention
+    dropout                           the features of the MLP f bytes, cross-attention's result and the output of the
+                                      norm after a stack r bytes each
 
-tests/distributed/test_activations.py holds it against what autograd saves.
+tests/distributed/test_activations.py compares this with what autograd saves.
 """
 
 from dataclasses import replace
@@ -35,7 +34,7 @@ from megalite.plan.chunk_tables import ChunkPart, groups
 
 
 def rows_of(at: Forward, encoder: bool) -> Forward:
-    """The pass of one stack's rows."""
+    """The forward of one stack's rows."""
     length = at.source if encoder else at.length - at.source
     return replace(at, length=length, source=0)
 
@@ -47,12 +46,12 @@ def _is_encoder(spec: TransformerSpec, layer: int) -> bool:
 def _attention(
     spec: TransformerSpec, queries: Forward, keys: Forward, biased: bool, selective: bool
 ) -> Table:
-    """From queries, keys and values to the output projection's input. biased: it is self-attention, whose numbers for
-    distances want gradients."""
+    """What attention keeps, from queries, keys and values to the output projection's input. biased: self-attention,
+    whose relative position biases need gradients."""
     h, e = spec.head_size, queries.width
     q, k = queries.part(spec.num_heads * h, h), keys.part(spec.num_heads * h, h)
     heads, dropped = q // (queries.tokens * h), spec.attention_dropout > 0
-    core = FP32 * queries.tokens * heads  # logarithms
+    core = FP32 * queries.tokens * heads  # log-sum-exp
     if dropped or (biased and queries.device == "cpu"):
         each = FP32 + (e if dropped or e < FP32 else 0) + dropped
         core = each * queries.tokens * heads * keys.length
@@ -63,7 +62,7 @@ def _attention(
 def stack_layer_table(
     spec: TransformerSpec, layer: int, at: Forward, selective: bool = False, first: bool = False
 ) -> Table:
-    """What one layer keeps. first: it reads what comes into the chunk, which is counted there."""
+    """What one layer keeps. first: its input is the chunk's, which is counted there."""
     own = rows_of(at, _is_encoder(spec, layer))
     numbers, gathered = own.rows * spec.hidden_size, own.width * own.tokens * spec.hidden_size
     table = norm_table("rms", "attention norm", numbers, own.rows, own)
@@ -88,7 +87,7 @@ def stack_layer_table(
 
 
 def _fed(spec: TransformerSpec, own: Forward) -> Table:
-    """Within the MLP."""
+    """What the MLP keeps."""
     numbers = own.part(spec.intermediate_size)
     features = own.width * numbers
     table: Table = {"activation": gate_bytes(features, own) if spec.gated else features}
@@ -108,7 +107,7 @@ def _stack_norm(spec: TransformerSpec, own: Forward) -> Table:
 
 
 def stack_head_table(spec: TransformerSpec, at: Forward, first: bool = False) -> Table:
-    """What norm and head keep of the target's rows; first: as of `stack_layer_table`."""
+    """What norm and head keep of the target's rows. first: as for `stack_layer_table`."""
     own = rows_of(at, False)
     table = head_table(spec, own)
     if first:
@@ -119,7 +118,7 @@ def stack_head_table(spec: TransformerSpec, at: Forward, first: bool = False) ->
 
 
 def _biases(spec: TransformerSpec, part: ChunkPart, at: Forward) -> tuple[Table, Table]:
-    """What is kept of what the layers of a chunk add to scores, as autograd sees it; and the numbers themselves."""
+    """What autograd keeps of the biases that a chunk's layers add to scores, and the biases themselves."""
     s, u = at.source, at.length - at.source
     share = at.part(spec.num_heads) // at.tokens
     kept: Table = {}
@@ -148,7 +147,7 @@ def stack_chunk_table(
     table["rows of both stacks"] = at.hidden(spec)
     if decoders:
         size = at.width * at.batch * at.source * spec.hidden_size
-        # Rows of one sample follow each other in memory already.
+        # The rows of a single sample are already contiguous.
         table["what the encoder gives"] = size if encoders or at.batch > 1 else 0
     firsts = {*encoders[:1], *decoders[:1]}
     kept, numbers = _biases(spec, part, at)
@@ -167,7 +166,7 @@ def stack_chunk_table(
 
 
 def _given(spec: TransformerSpec, group: range, at: Forward, encoders: list[int]) -> int:
-    """Bytes of what a group of layers that are made again gives to the next; what the encoder gives is counted."""
+    """Bytes that a group of recomputed layers passes to the next, without the encoder's output, which is counted."""
     size = at.width * at.batch * spec.hidden_size
     source = group[0] in encoders and group[-1] + 1 < spec.encoder_layers
     target = group[-1] >= spec.encoder_layers
@@ -196,7 +195,7 @@ def stack_waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> 
     if has_decoders:
         table["what the encoder gives"] = e * at.batch * at.source * size
     if part.layers and not part.last and at.batch == 1:
-        # The last layer's is a part of what comes in for both stacks, of more than one sample a copy of that part.
+        # The last layer's gradient is a view of that of both stacks; with more than one sample it is a copy.
         others = at.source if has_decoders else at.length - at.source
         table["the other stack's gradient"] = e * at.batch * others * size
     tables = 2 * spec.stacks.buckets * (at.part(spec.num_heads) // at.tokens) if spec.stacks else 0

@@ -1,26 +1,26 @@
-"""Model states in bytes, predicted from the config alone: weights, gradients, optimizer state, and DeepSpeed's buffers.
+"""Bytes of model states, predicted from the config alone: weights, gradients, optimizer state, and DeepSpeed's buffers.
 
-Per parameter of a rank's (pipe, tensor) shard, with d ranks that hold copies of it, data × context (in fp32 DeepSpeed's
-ZeRO holds masters beside the weights, which are the same numbers):
+Per parameter of a rank's (pipe, tensor) shard, with d replicas over data × context (in fp32 DeepSpeed's ZeRO keeps
+master weights besides the equal weights):
 
                                 ZeRO-0   ZeRO-1     ZeRO-2     ZeRO-3
     16 bits, sums in fp32                6 + 12/d   2 + 16/d   18/d
     fp32                        16       8 + 12/d   4 + 16/d   20/d
 
-and exactly, byte for byte, with what DeepSpeed rounds up:
+and exactly, byte for byte, with DeepSpeed's rounding:
 
-- ZeRO-1 and 2 lay a parameter group out flat and pad it to a multiple of 2·d numbers; a rank owns 1/d of that. In
-  fp32 a rank's gradients are those of the parameters that reach into its part, whole, and zeros for the padding.
-- ZeRO-3 gives each parameter's shard ⌈n/d⌉ numbers, and keeps parameters below
-  `stage3_param_persistence_threshold` whole beside their shards, where there are several.
+- ZeRO-1 and 2 flatten a parameter group and pad it to a multiple of 2·d elements; a rank owns 1/d of that. In fp32 a
+  rank has the whole gradients of the parameters that overlap its part, and zeros for the padding.
+- ZeRO-3 gives each parameter's shard ⌈n/d⌉ elements, and if d > 1 keeps parameters of at most
+  `stage3_param_persistence_threshold` elements whole besides their shards.
 - With offload_optimizer ZeRO-1 and 2 hold gradients twice, on the device and in main memory, and have a third buffer
-  for what goes back, in the weights' type, and two of the largest parameter's size.
-- With its device nvme the optimizer's memory is buffers of the largest sub-group's size, and those sub-groups that are
+  for the updated weights, in their dtype, and two of the largest parameter's size.
+- With its device nvme the optimizer's memory is buffers of the largest sub-group's size, plus the sub-groups that are
   too small for files; a file is rounded up to 1 KiB for each thread that reads it.
-- Gradients are the most that is held after a micro-batch's backward: with ZeRO-1 and several micro-batches all of them.
-- An expert axis of e ranks divides experts by e; ZeRO shards what is left, a parameter group of its own, over d / e.
-- The bucket that gradients are reduced in has `reduce_bucket_size` numbers, however small the model; on a CPU what is
-  not written of it takes no memory.
+- Gradients are the most held after a micro-batch's backward: with ZeRO-1 and several micro-batches, all of them.
+- An expert axis of e ranks divides experts by e; ZeRO shards the rest, a separate parameter group, over d / e ranks.
+- The bucket in which gradients are reduced has `reduce_bucket_size` elements, however small the model; on a CPU, pages
+  of it that are never written take no memory.
 
 The parameters are those of a Stage on torch's meta device, which has shapes and no memory.
 """
@@ -52,8 +52,8 @@ FILE_UNIT_BYTES, LEAST_FILE_BYTES = 1024, 2**20  # DeepSpeed's (runtime/swap_ten
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank. buckets: what DeepSpeed reduces gradients in, on the device, beside them; files: what of the
-    optimizer's lies in files."""
+    """Bytes on one rank. buckets: DeepSpeed's buffers for reducing gradients, on the device. files: optimizer state in
+    files."""
 
     weights: int
     gradients: int
@@ -69,7 +69,7 @@ def recompute_of(config: Config) -> Recompute:
 
 
 def routed_spec(config: Config, spec: TransformerSpec) -> TransformerSpec:
-    """The spec with what `megalite.train.router` says of its routers."""
+    """The spec with the router settings of `megalite.train.router`."""
     router, mixture = config.train.router, spec.mixture
     if mixture is None or router is None:
         return spec
@@ -77,18 +77,19 @@ def routed_spec(config: Config, spec: TransformerSpec) -> TransformerSpec:
 
 
 class GroupSizes(NamedTuple):
-    """Of one of the optimizer's groups: numbers of its parameters, and the group of ranks that ZeRO shards it over."""
+    """One of the optimizer's groups. numbers: elements of each parameter. replicas: the axis over which ZeRO shards
+    it."""
 
     numbers: list[int]
     replicas: str
 
 
 Sizes = list[GroupSizes]
-"""Of all of the optimizer's groups."""
+"""All of the optimizer's groups."""
 
 
 def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
-    """Of a rank's stage; the axes data and context do not matter."""
+    """Sizes of a rank's stage; the data and context axes do not matter."""
     with torch.device("meta"):
         stage = Stage(spec, grid, plan_of(config, spec).cut)
     decay = config.optimizer.params.weight_decay
@@ -130,7 +131,7 @@ def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
 
 
 def partition_sizes(sizes: Sizes, grid: Grid) -> list[int]:
-    """Numbers of a rank's partition of each of the optimizer's groups, with ZeRO-1 and 2."""
+    """Elements of a rank's partition of each of the optimizer's groups, with ZeRO-1 and 2."""
     axes: list[Axis] = [getattr(grid, group.replicas) for group in sizes]
     return [
         -(-sum(group.numbers) // (2 * axis.size)) * 2
@@ -151,23 +152,23 @@ def owned_gradients(config: Config, sizes: Sizes, grid: Grid) -> int:
 
 
 def offload_buffers(config: Config, sizes: Sizes) -> int:
-    """Bytes of what gradients go through on their way to main memory."""
+    """Bytes of the buffers through which gradients are copied to main memory."""
     return 2 * DTYPES[config.precision].itemsize * max(max(group.numbers) for group in sizes)
 
 
 def all_numbers(sizes: Sizes) -> int:
-    """Numbers of a rank's parameters."""
+    """Elements of all parameters of a rank."""
     return sum(sum(group.numbers) for group in sizes)
 
 
 def offloads(config: Config) -> bool:
-    """Whether the optimizer is stepped in main memory."""
+    """Whether the optimizer's state is offloaded from the device."""
     offload = config.zero.offload_optimizer
     return offload is not None and offload.device != "none"
 
 
 def _owned(sizes: list[int], part: int, rank: int) -> int:
-    """Numbers of the parameters that reach into a rank's part of their flat group, and of the part's padding."""
+    """Elements of the parameters that overlap a rank's part of their flat group, and of the part's padding."""
     first, last, start, count = rank * part, (rank + 1) * part, 0, 0
     for size in sizes:
         count += size if start < last and start + size > first else 0
@@ -176,19 +177,18 @@ def _owned(sizes: list[int], part: int, rank: int) -> int:
 
 
 def persistence_threshold(config: Config) -> int:
-    """Parameters of at most so many numbers stay whole with ZeRO-3."""
+    """Parameters of at most this many elements stay whole with ZeRO-3."""
     threshold = config.zero.stage3_param_persistence_threshold
     return PERSISTENCE_THRESHOLD if threshold is None else threshold
 
 
 def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
-    """ZeRO-3."""
+    """The states with ZeRO-3."""
     threshold = persistence_threshold(config)
     numbers = [size for group in sizes for size in group.numbers]
     shards = sum(-(-size // d) for size in numbers)
-    whole = (
-        sum(size for size in numbers if size <= threshold) if d > 1 else 0
-    )  # alone, its shard is the whole
+    # With one rank the shard itself is whole.
+    whole = sum(size for size in numbers if size <= threshold) if d > 1 else 0
     optimizer, files = (1 + _moments(config)) * FP32 * shards, 0
     if config.swap_folder is not None:
         swapped = swap_sizes(config, sizes, d)
@@ -200,8 +200,8 @@ def _fully_sharded(config: Config, sizes: Sizes, e: int, d: int) -> States:
 
 @dataclass(frozen=True)
 class SwapSizes:
-    """Bytes of a rank whose optimizer states lie in files. buffers: of each that they are read into; memory: of the
-    states that stay in memory, since their sub-groups are small."""
+    """Bytes of a rank whose optimizer states are in files. buffers: of each that they are read into. memory: of the
+    states that stay in memory because their sub-groups are small."""
 
     buffers: list[int]
     memory: int
@@ -209,7 +209,7 @@ class SwapSizes:
 
 
 def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
-    """Of a resolved config with device nvme; d: the data axis."""
+    """Sizes for a resolved config with device nvme. d: ranks over which ZeRO shards."""
     offload, aio = config.zero.offload_optimizer, config.document.aio or Aio.model_validate({})
     buffer_count = resolved(offload and offload.buffer_count)
     limit = resolved(config.zero.sub_group_size)
@@ -225,7 +225,7 @@ def swap_sizes(config: Config, sizes: Sizes, d: int) -> SwapSizes:
 
 
 def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
-    """Numbers of a rank in each sub-group of one of the optimizer's groups."""
+    """Elements of a rank in each sub-group of one of the optimizer's groups."""
     result, numbers = [], 0
     for size in sizes:
         numbers += -(-size // d)
@@ -236,19 +236,19 @@ def _sub_groups(sizes: list[int], d: int, limit: int) -> list[int]:
 
 
 def bucket_numbers(config: Config) -> int:
-    """Numbers of the bucket that gradients are reduced in."""
+    """Elements of the bucket in which gradients are reduced; 0 without one."""
     if config.zero.contiguous_gradients is False:
         return 0
     return resolved(config.zero.reduce_bucket_size)
 
 
 def _moments(config: Config) -> int:
-    """Tensors that the optimizer keeps of each weight."""
+    """Number of tensors that the optimizer keeps for each weight."""
     return moments_kept(config.optimizer)
 
 
 def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> Kept:
-    """What a rank's forwards keep for its backwards at most."""
+    """The most that a rank's forwards keep for its backwards."""
     at = forward_of(config, grid)
     return kept_by(
         routed_spec(config, spec),
@@ -261,7 +261,7 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
 
 
 def place_of(config: Config, rank: int) -> Grid:
-    """Where a rank of a resolved config is."""
+    """The place of a rank of a resolved config."""
     parallel = config.parallel
     return Grid.at(
         rank,
@@ -274,7 +274,7 @@ def place_of(config: Config, rank: int) -> Grid:
 
 
 def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward:
-    """A micro-batch on a rank, on this machine's type of device where none is given."""
+    """A micro-batch on a rank. device: "cpu" or "cuda"; default: this machine's."""
     return Forward(
         config.micro_batch_size,
         config.data.sequence_length // config.parallel.context,
@@ -292,7 +292,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
 
 
 def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
-    """A table of what each rank of a resolved config will hold, for people; ranks that hold the same share a line."""
+    """The printed table of the bytes that each rank of a resolved config will hold; equal ranks share a line."""
     places: dict[tuple[int, int], tuple[Sizes, int]] = {}
     ranks: dict[tuple[int, ...], list[int]] = {}
     for rank in range(config.world_size):
@@ -321,7 +321,7 @@ def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
 
 
 def runs(numbers: list[int]) -> str:
-    """Ascending numbers in short: 0-3, 6, 8-9."""
+    """Ascending numbers in short form: 0-3, 6, 8-9."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -341,7 +341,7 @@ def peak_line(peaks: list[int]) -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has had: of its device; on the CPU its resident set, libraries included."""
+    """Peak memory of this process: allocated on its device, or on the CPU its resident set, libraries included."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.accelerator.max_memory_allocated()

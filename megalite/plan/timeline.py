@@ -1,10 +1,10 @@
-"""The most memory that a rank's device has in use in a step: its program walked action by action, with what each makes
-and frees.
+"""Peak memory of a rank's device in a step: its program is simulated action by action, with what each allocates and
+frees.
 
-    F       what the chunk keeps (activations.py) stays; of the head a chunk of logits and its input come and go
-    B       the operations of backward.py; what is made again comes before those that need it
-    I, W    I leaves what W needs of each layer; W makes all gradients of its chunk, and frees that,
-            before it gives them away
+    F       the chunk's activations (activations.py) stay; in the head, a chunk of logits and its input are temporary
+    B       the operations of backward.py; recomputation comes before those that need it
+    I, W    I leaves what W needs of each layer; W computes all gradients of its chunk, and frees that, before it
+            hands them over
     end     reduction and update (gradients.py)
 
 Next: rank_memory.py.
@@ -43,15 +43,15 @@ from megalite.plan.stacks import (
 from megalite.plan.waiting_tables import waiting_table
 
 OF_WEIGHT = "loss: gradient of its weight"
-HEAD = -1  # in place of a chunk's number: the head, whose gradients come with I
+HEAD = -1  # stands for the head, whose gradients come with I, instead of a chunk's number
 
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Of a chunk and a micro-batch of a rank.
+    """Memory of a micro-batch in a chunk of a rank.
 
-    recompute: as a Stage takes it; in_flight: bytes that are there during a forward alone (ZeRO-3's gathers); has_head:
-    whether the rank has the head, in this chunk or another.
+    recompute: as in Stage. in_flight: bytes that exist only during a forward (ZeRO-3's gathers). has_head: whether the
+    rank has the head, in this chunk or another.
     """
 
     spec: TransformerSpec
@@ -63,14 +63,14 @@ class ChunkMemory:
 
     @cached_property
     def kept(self) -> int:
-        """Between F and its backward."""
+        """Bytes between F and its backward."""
         told = chunk_table if self.spec.stacks is None else stack_chunk_table
         return total(told(self.spec, self.part, self.recompute, self.at))
 
     @cached_property
     def rise(self) -> int:
-        """What F needs beside that: of the last layer the MLP's result and the sum with it, of the head a chunk of
-        logits and what they are made of."""
+        """Temporary bytes of F: in the last layer the MLP's result and the sum with it, in the head a chunk of logits
+        and their input."""
         of_layers = 2 * self.at.hidden(self.spec) + self.in_flight
         if not self.part.last:
             return of_layers
@@ -83,13 +83,13 @@ class ChunkMemory:
 
     @cached_property
     def waiting(self) -> int:
-        """Between I and W."""
+        """Bytes between I and W."""
         told = waiting_table if self.spec.stacks is None else stack_waiting_table
         return total(told(self.spec, self.part, self.at))
 
     @cached_property
     def backward(self) -> list[Op]:
-        """The operations of B, which free all that is kept."""
+        """The operations of B, which free everything that is kept."""
         ops = [*self._first_ops(), *self._layer_ops()]
         ops.append(self._last_op())
         left = self.kept - sum(op.freed - op.made for op in ops)
@@ -97,7 +97,7 @@ class ChunkMemory:
 
     @cached_property
     def inner(self) -> list[Op]:
-        """Those of I, which leave what waits; of the head without those of its weights, which follow it."""
+        """The operations of I, which leave what W needs; without those of the head's weights, which follow it."""
         spec, at = self.spec, self.at
         ops = self._first_ops()[self.part.last :]
         for layers, own in self._by_layer():
@@ -112,7 +112,7 @@ class ChunkMemory:
 
     @cached_property
     def weights(self) -> list[Op]:
-        """Those of W: a layer's gradients are made and what waited for them goes, then all are given away."""
+        """The operations of W: each layer's gradients are computed and their inputs freed, then all are handed over."""
         spec, at, ops, numbers = self.spec, self.at, list[Op](), list[int]()
         told = waiting_table if spec.stacks is None else stack_waiting_table
         for layers, own in self._by_layer():
@@ -128,13 +128,13 @@ class ChunkMemory:
 
     @property
     def head_op(self) -> Op:
-        """What gives the head's weights their gradient, which forward has made. That of weights that are the
-        embedding's too waits for the embedding's part."""
+        """Gives the head's weights their gradient, which forward has computed. With tied embeddings it is kept until
+        the embedding's part is added."""
         spec, axis, width = self.spec, self.at.split.axis, self.at.width
         start, stop = share(spec.vocabulary_size, axis)
         numbers = (len(spec.labels) or stop - start) * spec.hidden_size
         held = self._loss_table.get(OF_WEIGHT, 0)
-        given = held == width * numbers  # it is that, in the weights' type
+        given = held == width * numbers  # it is the gradient itself, in the weights' dtype
         if self._waits_for_embedding:
             return Op(0, 0) if given else Op(width * numbers, held)
         return Op(-held, 0, (numbers,)) if given else Op(0, held, (numbers,))
@@ -149,7 +149,7 @@ class ChunkMemory:
         return told(self.spec, self.at)
 
     def _first_ops(self) -> list[Op]:
-        """What comes before the layers: the head, or the gradient that another chunk has sent."""
+        """The operations before the layers: the head's, or the receipt of another chunk's gradient."""
         spec, table = self.spec, self._loss_table
         hidden = self.at.hidden(spec)
         if not self.part.last:
@@ -160,16 +160,16 @@ class ChunkMemory:
         return ops
 
     def _last_op(self) -> Op:
-        """The embedding's, or that by which the gradient of what came in leaves, as a message."""
+        """The embedding's operation, or the sending of the input's gradient."""
         spec, at = self.spec, self.at
         if not self.part.first:
             return Op(0, at.hidden(spec))
         start, stop = share(spec.vocabulary_size, at.split.axis)
         table = (stop - start) * spec.hidden_size
         others = (spec.position_rows + spec.token_types) * spec.hidden_size
-        if self._waits_for_embedding:  # and is added
+        if self._waits_for_embedding:  # the head's gradient is added
             return Op(0, at.hidden(spec) + at.width * table, (table + others,))
-        if spec.tied and self.has_head:  # in another chunk, whose gradient is there
+        if spec.tied and self.has_head:  # the head is another chunk, whose gradient exists
             return Op(at.width * table, at.hidden(spec) + at.width * table, (others,))
         return Op(0, at.hidden(spec), (table + others,))
 
@@ -177,7 +177,7 @@ class ChunkMemory:
         return [op for _, ops in self._by_layer() for op in ops]
 
     def _by_layer(self) -> Iterable[tuple[range, list[Op]]]:
-        """The operations of each layer, the last layer first; a group of layers is made again before those of it."""
+        """The operations of each layer, last layer first; a group of layers is recomputed before its own operations."""
         spec, at, layers = self.spec, self.at, self.part.layers
         every = 0 if self.recompute == "selective" else int(self.recompute)
         for group in reversed(groups(layers, every) or [layers]):
@@ -201,7 +201,7 @@ class ChunkMemory:
     def _ops_of(self, layer: int) -> list[Op]:
         if self.spec.stacks is None:
             return layer_ops(self.spec, layer, self.at)
-        # Of two stacks as one operation, with the most that a part of a layer makes.
+        # With two stacks, one operation that allocates the most of any part of a layer.
         kept, spec, at = total(self._table(layer)), self.spec, self.at
         made = 3 * at.width * at.part(spec.intermediate_size)
         weights = spec.layer_parameters(layer) // at.split.axis.size
@@ -210,8 +210,7 @@ class ChunkMemory:
 
 @dataclass(frozen=True)
 class Passage:
-    """What an action has done: most: the moment with most, `kept` beside what there was; after: as much of afterwards,
-    with `kept` that was added."""
+    """The effect of an action. most: its peak. after: its end. `kept` is relative to what there was before, in both."""
 
     most: Moment
     after: Moment
@@ -220,13 +219,13 @@ class Passage:
 def most_memory(
     program: Program, rank: int, chunks: dict[int, ChunkMemory], rules: Reduction
 ) -> Moment:
-    """The moment of a rank's step at which activations, gradients and buckets take most. On a CPU messages that were
-    sent stay until the step's end: gloo does not say before a wait that one is gone."""
+    """The moment of a rank's step at which activations, gradients and buckets take the most. On a CPU, sent messages
+    stay until the step's end: gloo does not report a send as complete before it is waited for."""
     one = next(iter(chunks.values()))
     message = one.at.hidden(one.spec) if one.at.device == "cpu" else 0
     gradients, known = Gradients.begin(rules), dict[object, Passage]()
     now, begun = gradients.now, gradients.begun
-    # In plain numbers: a step has thousands of actions, and the search walks hundreds of ranks.
+    # Plain ints, for speed: a step has thousands of actions, and the search simulates hundreds of ranks.
     kept, most = 0, gradients.most.total
     for action in program.actions[rank]:
         kind, number, _ = action
@@ -251,7 +250,7 @@ def most_memory(
 
 
 def _passage(kind: str, number: int, chunk: ChunkMemory, before: Gradients) -> Passage:
-    """Of an action from here on."""
+    """The effect of an action, given the state before it."""
     now = before.now
     own = Gradients(
         before.rules,

@@ -1,4 +1,4 @@
-"""What torch allocates, on a CPU too."""
+"""Peak of torch's allocations, also on a CPU."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 COLLECTIVES = "all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor"
-PATIENCE = 0.1  # seconds that are waited for a tensor that another thread holds
+PATIENCE = 0.1  # seconds to wait for a tensor that another thread holds
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch allocates at a time in `work`, by its profiler.
+    """Peak bytes that torch allocates in `work`, from its profiler.
 
-    The profiler watches this thread alone. What another one frees, as gloo's may do with a tensor that they have sent,
-    is seen when the address is allocated again.
+    The profiler sees only this thread. Memory that another thread frees, as gloo's may do with sent tensors, is noticed
+    when its address is allocated again.
     """
     with _freed_by_this_thread(), torch.profiler.profile(profile_memory=True) as profile:
         work()
@@ -28,7 +28,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     for _, address, size in events:
         before = held.pop(address, 0)
         if size > 0:
-            now -= before  # it was freed, unseen
+            now -= before  # freed by another thread
             held[address] = size
         now += size
         highest = max(highest, now)
@@ -36,7 +36,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def _memory_events(roots: list[Any]) -> Iterator[tuple[int, int, int]]:
-    """(time, address, bytes) of each allocation; bytes are negative where it is freed."""
+    """(time, address, bytes) of each allocation; bytes are negative when it is freed."""
     waiting = list(roots)
     while waiting:
         event = waiting.pop()
@@ -48,7 +48,7 @@ def _memory_events(roots: list[Any]) -> Iterator[tuple[int, int, int]]:
 
 @contextmanager
 def _freed_by_this_thread() -> Iterator[None]:
-    """Inside, a collective returns once it is done and no other thread holds on to its tensors."""
+    """Inside, a collective returns once it is complete and no other thread holds its tensors."""
     collectives = {name: getattr(dist, name) for name in COLLECTIVES}
     for name, collective in collectives.items():
         setattr(dist, name, _patient(collective))
@@ -60,7 +60,7 @@ def _freed_by_this_thread() -> Iterator[None]:
 
 
 class _Done:
-    """In place of a collective that is under way."""
+    """The work handle of a completed collective."""
 
     def wait(self) -> bool:
         return True
@@ -82,5 +82,5 @@ def _patient(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uses(tensor: Tensor) -> int:
-    """Of its memory, by tensors in all threads."""
+    """Reference count of the tensor's storage, over all threads."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
-"""`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, beside a
-plain PyTorch loop over transformers' model of the same shape. A layout may bring keys of its own, so that levers are
-compared too: `--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`. With `--calibrate FILE` it
-measures the machine instead (calibrate.py).
+"""`tools/benchmark_step.py`: step time, memory by rank and bytes sent by axis of several layouts in one run, compared
+with a plain PyTorch loop over transformers' model of the same shape. A layout may have its own config keys, so that
+options can be compared too: `--layouts data=2 "data=2 megalite.train.activation_checkpointing=full"`. With
+`--calibrate FILE` it measures the machine instead (calibrate.py).
 
-The plain loop is one process: on a machine without a GPU it has all cores, which a layout's ranks share; with GPUs it
-has one, and a layout one for each rank. It runs before and after the layouts, so that a drift of the machine shows.
+The plain loop is one process: without a GPU it has all cores, which a layout's ranks share; with GPUs it has one, and a
+layout one per rank. It runs before and after the layouts, so that drift of the machine is visible.
 """
 
 import json
@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> int:
     parser = layouts_parser(
         "benchmark_step.py",
         "Measure a training step on several layouts.",
-        'pipe=2,tensor=2,data=2,zero=2, or with keys of its own "data=2 KEY=VALUE …"',
-        "timed steps of each (default: 5)",
+        'pipe=2,tensor=2,data=2,zero=2, or with its own config keys "data=2 KEY=VALUE …"',
+        "timed steps per layout (default: 5)",
     )
     parser.add_argument(
         "--calibrate",
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     for case in cases:
         check_room(case.layout.world_size, case.name)
         check_nvme(configs[case.name], read_spec(configs[case.name].model), case.layout.world_size)
-    # ZeRO-1 only so that the config is valid with bf16: the plain loop has no DeepSpeed.
+    # ZeRO-1 only makes the config valid with bf16: the plain loop does not use DeepSpeed.
     alone = config_of(config, Layout(zero=1), batch, offload=False)
     TrainData(alone.data, alone.train.seed, read_spec(alone.model).vocabulary_size)
     tokens = batch * alone.data.sequence_length
@@ -82,20 +82,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _calibration(arguments: list[str]) -> Path | None:
-    """The file of `--calibrate`. ConfigError where there are other arguments beside it."""
+    """The file of `--calibrate`. Raises ConfigError if there are other arguments."""
     parser = ArgumentParser("benchmark_step.py", add_help=False)
     parser.add_argument("--calibrate", metavar="FILE")
     options, others = parser.parse_known_args(arguments)
     if options.calibrate is None:
         return None
     if others:
-        raise ConfigError(f"--calibrate: {options.calibrate}: goes without {others[0]}")
+        raise ConfigError(f"--calibrate: {options.calibrate}: not allowed with {others[0]}")
     return Path(options.calibrate)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and the config that it brings, under the name that the user gave it."""
+    """A layout and its config, under the name that the user gave it."""
 
     name: str
     layout: Layout
@@ -103,7 +103,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
-        """`LAYOUT` or `LAYOUT KEY=VALUE …`; ConfigError where it is neither."""
+        """Parses `LAYOUT` or `LAYOUT KEY=VALUE …`. Raises ConfigError if it is neither."""
         layout, *own = text.split() or [""]
         return cls(
             " ".join([layout, *own]), Layout.parse(layout), load_config(file, [*overrides, *own])
@@ -111,20 +111,20 @@ class Case:
 
 
 def _kept_bytes(config: Config, rank: int) -> int:
-    """What a rank keeps for backward, as plan/activations.py predicts it."""
+    """Predicted bytes that a rank keeps for backward (plan/activations.py)."""
     spec = read_spec(config.model)
     return predicted_activations(config, spec, place_of(config, rank)).bytes
 
 
 def _simulated_bubble(config: Config) -> float:
-    """Of the pipe axis, as the schedule's program has it with the costs of its chunks."""
+    """The simulated bubble of the pipe axis, from the schedule's program and the costs of its chunks."""
     return plan_of(config, read_spec(config.model)).report(config.accumulation_steps).bubble
 
 
 def measured(
     config: Config, world_size: int, steps: int, plain: bool = False
 ) -> list[dict[str, Any]]:
-    """What each rank has measured, in the order of ranks."""
+    """The measurements of each rank, in the order of ranks."""
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as folder:
         request = Path(folder) / "request.json"
         request.write_text(
@@ -146,7 +146,7 @@ def step_seconds(ranks: list[dict[str, Any]]) -> float:
 
 def _speed(ranks: list[dict[str, Any]], tokens: int) -> str:
     seconds = step_seconds(ranks)
-    return f"{seconds:.4g} s a step, {tokens / seconds:,.0f} tokens/s"
+    return f"{seconds:.4g} s per step, {tokens / seconds:,.0f} tokens/s"
 
 
 def _megabytes(ranks: list[dict[str, Any]], name: str) -> str:
@@ -169,16 +169,16 @@ def report(name: str, ranks: list[dict[str, Any]], tokens: int) -> str:
         lines.append(f"    pipeline bubble, % by rank: {measured}; {average:.1f} {simulated}")
     for axis in sorted({axis for rank in ranks for axis in rank["waits"]}):
         waits = " ".join(f"{1e3 * rank['waits'].get(axis, 0.0):.3g}" for rank in ranks)
-        lines.append(f"    waited for {axis}, ms a step by rank: {waits}")
+        lines.append(f"    waited for {axis}, ms per step by rank: {waits}")
     for axis in sorted({axis for rank in ranks for axis in rank["sent"]}):
         sent = " ".join(f"{rank['sent'].get(axis, 0) / MEGABYTE:.4g}" for rank in ranks)
-        lines.append(f"    sent over {axis}, MB a step by rank: {sent}")
+        lines.append(f"    sent over {axis}, MB per step by rank: {sent}")
     return "\n".join(lines)
 
 
 def split_line(ranks: list[dict[str, Any]]) -> str:
-    """Shares of the step's time by kind of work, on average over the ranks; the rest is Python, hooks and waiting that
-    no operator shows."""
+    """Shares of the step's time by kind of work, averaged over the ranks; the rest is Python, hooks and waits outside
+    operators."""
     whole = sum(median(rank["seconds"]) for rank in ranks)
     kinds = {kind for rank in ranks for kind in rank["split"]}
     shares = {kind: sum(rank["split"].get(kind, 0.0) for rank in ranks) / whole for kind in kinds}
@@ -191,7 +191,7 @@ def split_line(ranks: list[dict[str, Any]]) -> str:
 
 
 def table(rows: dict[str, list[dict[str, Any]]], plain_seconds: float, tokens: int) -> str:
-    """A line a layout; memory and bytes of the rank that has most. kept: for backward, predicted."""
+    """One line per layout, with memory and sent bytes of the rank that has the most. kept: predicted, for backward."""
     width = max(map(len, [*rows, "layout"]))
     crossed = {axis for ranks in rows.values() for rank in ranks for axis in rank["sent"]}
     axes = [axis for axis in AXES if axis in crossed]

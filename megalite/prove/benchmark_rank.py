@@ -10,7 +10,7 @@ from megalite.ranks.program import run_program
 
 
 def main(arguments: list[str]) -> int:
-    """Measures what the request asks for and writes it beside the request."""
+    """Runs the measurement of the request and writes the result into its folder."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     here, _ = start_ranks(lambda thorough: None)
     from megalite.prove.measure import (  # after start_ranks has set the environment

@@ -1,9 +1,9 @@
-"""`tools/benchmark_step.py --calibrate FILE`: measures this machine, and writes the device that tools/plan.py --device,
-`megalite.train.calibration` and the doctor take.
+"""`tools/benchmark_step.py --calibrate FILE`: measures this machine, and writes the device file that tools/plan.py
+--device, `megalite.train.calibration` and the doctor read.
 
-Three starts, about a minute on two cores. First one rank alone times operations and steps of the real engine; then a
-rank for each GPU, at most 8, or without GPUs 8 ranks, however many cores there are, time collectives; then, without
-GPUs, two ranks that have a core each take steps on a pipe axis. Next: ranking.py.
+Three starts, about a minute on two cores. First, one rank alone times operations and steps of the real engine. Then
+collectives are timed, by one rank per GPU, at most 8, or without GPUs by 8 ranks, however many cores there are. Then,
+without GPUs, two ranks with a core each run steps on a pipe axis. Next: ranking.py.
 """
 
 import json
@@ -42,7 +42,8 @@ DOCUMENT_TOKENS = 1000
 
 
 def calibrate_to(path: Path) -> Device:
-    """Measures, writes the file and returns its device. Raises ConfigError where the file cannot be written."""
+    """Measures the machine, writes the file and returns its device. Raises ConfigError if the file cannot be
+    written."""
     if path.is_dir():
         raise ConfigError(f"--calibrate: {path}: is a folder; must be a file")
     if not path.absolute().parent.is_dir():
@@ -55,8 +56,8 @@ def calibrate_to(path: Path) -> Device:
 
 
 def device_lines(device: Device, path: Path) -> str:
-    """What was measured, for people."""
-    shared = f", {100 * device.busy_share:.0f} % of it while all {device.cores} cores compute"
+    """The printed summary of a calibration."""
+    shared = f", {100 * device.busy_share:.0f} % of that while all {device.cores} cores compute"
     engine = (
         device.layer_seconds,
         device.micro_seconds,
@@ -67,17 +68,17 @@ def device_lines(device: Device, path: Path) -> str:
     pipe = f", {100 * device.pipe_share:.0f} % on a pipe axis" * (device.cores > 1)
     links = {"link": device.node}
     if device.alone is not None:
-        links = {"link, of ranks that share cores": device.node, "of others": device.alone}
+        links = {"link of ranks that share cores": device.node, "link of others": device.alone}
     return "\n".join(
         [
             f"{path}: {device.name}",
             f"    products: {device.single_flops / 1e9:,.4g} GFLOP/s in fp32, {device.half_flops / 1e9:,.4g} in bf16"
             + shared * (device.cores > 1)
             + pipe,
-            f"    share of it in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
+            f"    share of that in a step: {device.product_share:.2f}; in attention's core: {device.core_share:.2f}",
             f"    memory: {device.memory_rate / 1e9:.4g} GB/s; a kernel {1e6 * device.launch_seconds:.3g} µs",
-            *(f"    {name}: {_told(link)}" for name, link in links.items()),
-            f"    the engine: a layer {layer}, a micro-batch {micro}, a step {step}, ZeRO-3 a layer {gather}; "
+            *(f"    {name}: {_link_line(link)}" for name, link in links.items()),
+            f"    the engine: {layer} per layer, {micro} per micro-batch, {step} per step, ZeRO-3 {gather} per layer; "
             f"it writes gradients at {(device.gradient_rate or device.memory_rate) / 1e9:.4g} GB/s, moves "
             f"{(device.reduce_rate or device.memory_rate) / 1e9:.4g} GB/s when it reduces, "
             f"{(device.states_rate or device.memory_rate) / 1e9:.4g} GB/s in an update",
@@ -85,15 +86,15 @@ def device_lines(device: Device, path: Path) -> str:
     )
 
 
-def _told(link: Link) -> str:
+def _link_line(link: Link) -> str:
     times = {name: getattr(link, name) for name in ("gather", "scatter", "reduce", "send")}
-    longer = ", ".join(f"{value:.2f} to {name}" for name, value in times.items())
+    relative = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
     rate, message = link.bytes_per_second / 1e9, 1e6 * link.seconds
-    return f"{rate:.4g} GB/s, {message:.3g} µs a message; times as long for a byte: {longer}"
+    return f"{rate:.4g} GB/s, {message:.3g} µs per message; time of a byte relative to an all-reduce: {relative}"
 
 
 def calibrated() -> tuple[Device, Measured, dict[str, Any]]:
-    """The device, what it follows from, and the machine."""
+    """The device, the measurements that it is fitted to, and the machine."""
     ranks = _gpus() or MOST_RANKS
     with tempfile.TemporaryDirectory(prefix="calibrate_") as folder:
         random_corpus(Path(folder) / "train", vocabulary=512, tokens=200_000)
@@ -115,15 +116,15 @@ def calibrated() -> tuple[Device, Measured, dict[str, Any]]:
 
 
 def _gpus() -> int:
-    """Of this machine that are used; 0: none."""
+    """Number of this machine's GPUs that are used; 0: none."""
     if not machine_has_gpu():
         return 0
     return min(MOST_RANKS, torch.accelerator.device_count())
 
 
 def _start(alone: dict[str, Any]) -> Device:
-    """What a calibration of one node cannot know: of a known GPU its data sheet has it, else links between nodes are
-    taken for as fast as those within one."""
+    """The device before fitting, with what one node cannot measure: a known GPU's data sheet has it; otherwise links
+    between nodes are assumed to be as fast as those within one."""
     known = device_called(alone["gpu"])
     if known is not None:
         return known
@@ -140,8 +141,8 @@ def _start(alone: dict[str, Any]) -> Device:
 
 
 def with_seconds(together: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of collectives with the seconds that a rank with a core of its own takes: on the wall; where other programs
-    took a share of this machine meanwhile, its processor time alone."""
+    """Rows of collectives with the seconds that a rank with its own core takes: wall-clock time, or CPU time if other
+    programs used the machine meanwhile."""
     rows = []
     for row in together["collectives"]:
         seconds = row["wall_seconds"]
@@ -154,7 +155,7 @@ def with_seconds(together: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _machine(gpu: str, others: float) -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """The machine and software of the measurement."""
     return {
         "host": platform.node(),
         "processor": _processor(),
@@ -179,7 +180,7 @@ def _processor() -> str:
 def _measured(
     what: str, world_size: int, folder: str, configs: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """What each rank has to say, of a function of machine.py."""
+    """The result of a function of machine.py on each rank."""
     request = Path(folder) / "request.json"
     request.write_text(json.dumps({"what": what, "configs": configs, "folder": folder}))
     run_local_ranks(world_size, RANK_MODULE, [str(request)])
@@ -188,14 +189,14 @@ def _measured(
 
 
 def _pipe_step(folder: str) -> dict[str, Any]:
-    """Its config, and the seconds that a rank computes, the mean of two."""
+    """The config of a step on a pipe axis, and the mean seconds that its two ranks compute."""
     config = pipe_config(folder)
     found = _measured("steps", config["megalite"]["parallel"]["pipe"], folder, [config])
     return {"config": config, "seconds": mean(rank["steps"][0]["seconds"] for rank in found)}
 
 
 def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
-    """Documents of random tokens."""
+    """Writes a corpus of random tokens."""
     random = np.random.default_rng(0)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for _ in range(math.ceil(tokens / DOCUMENT_TOKENS)):
@@ -203,9 +204,9 @@ def random_corpus(prefix: Path, vocabulary: int, tokens: int) -> None:
 
 
 def step_configs(folder: str) -> list[dict[str, Any]]:
-    """Resolved, of one rank: four with little to compute, of 1 and 4 layers and micro-batches; the last of them with
-    ZeRO-3; one with many weights for its tokens, of 4 micro-batches with ZeRO-2 and with ZeRO-1, and of one; one with
-    many tokens."""
+    """Resolved configs of one rank: four with little to compute, with 1 and 4 layers and micro-batches; the last of
+    them with ZeRO-3; one with many weights for its tokens, with 4 micro-batches and ZeRO-2, then ZeRO-1, and with one
+    micro-batch; one with many tokens. plan/calibration.py relies on this order."""
     small = [_config(folder, layers, count, 32, 1, 16) for layers in (1, 4) for count in (1, 4)]
     hidden, micro, length = (4096, 2, 2048) if machine_has_gpu() else (256, 4, 128)
     return [
@@ -218,7 +219,7 @@ def step_configs(folder: str) -> list[dict[str, Any]]:
 
 
 def pipe_config(folder: str) -> dict[str, Any]:
-    """Resolved, of two ranks of a pipe axis."""
+    """A resolved config of two pipe ranks."""
     return _config(folder, 6, 4, 256, 2, 128, pipe=2)
 
 

@@ -1,8 +1,8 @@
-"""Clocks for measuring on a machine that others use too: time on the wall, a process's own processor time, and how much
-of this machine's processor time went to somebody else.
+"""Clocks for measurements on a shared machine: wall-clock time, a process's CPU time, and the share of the machine's
+CPU time that other programs used.
 
-On a quiet machine a step takes what the wall's clock says. On one that others use, only processor time is the step's
-own: it leaves out every wait, for a core as for another rank. Next: calibrate_rank.py.
+On a quiet machine the wall clock measures a step. On a shared one only CPU time belongs to the step, but it leaves out
+every wait, for a core and for another rank. Next: calibrate_rank.py.
 """
 
 import os
@@ -15,14 +15,15 @@ from typing import Any
 import psutil
 import torch
 
-QUIET = 0.1  # share of the processor time that others may take before the wall's clock counts for nothing
+QUIET = 0.1  # others may use this share of the CPU time before the wall clock is not trusted
 BATCHES = 5
 BATCH_SECONDS = 4e-3
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: on the wall; of this process's processor time, all threads; of all work on this machine's cores."""
+    """Seconds. wall: wall clock. processor: CPU time of this process, all threads. machine: CPU time of all
+    programs."""
 
     wall: float
     processor: float
@@ -30,7 +31,7 @@ class Times:
 
     @classmethod
     def now(cls) -> "Times":
-        """Since whenever: two of them have a difference."""
+        """The clocks now; only differences are meaningful."""
         return cls(time.perf_counter(), time.process_time(), _machine_seconds())
 
     def since(self, begin: "Times") -> dict[str, float]:
@@ -43,12 +44,12 @@ class Times:
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def _machine_seconds() -> float:
-    """Not idle, of the cores that this process may run on."""
+    """Busy seconds of the cores that this process may run on."""
     per_core: Any = psutil.cpu_times(percpu=True)
     allowed = os.sched_getaffinity(0)
     return sum(
@@ -59,19 +60,19 @@ def _machine_seconds() -> float:
 
 
 def others_share(wall: float, machine: float, own: float) -> float:
-    """Of the processor time that this machine had in `wall` seconds, what went to neither `own` nor idleness."""
+    """The share of the machine's CPU time in `wall` seconds that other programs used."""
     return max(0.0, (machine - own) / (wall * cores()))
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, without what the first takes more: the median over some batches of calls. On a CPU processor time,
-    since one thread that computes waits for nothing but other programs."""
+    """Seconds of one call after a warm-up: the median over batches of calls. On a CPU it is CPU time, since a single
+    computing thread waits only for other programs."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     work()
     count, seconds = 1, 0.0

@@ -1,9 +1,9 @@
-"""`tools/dry_run.py`: a run of any number of ranks tried on one CPU process, before a GPU is asked for.
+"""`tools/dry_run.py`: tries a run of any number of ranks in one CPU process, before any GPU is needed.
 
 python tools/dry_run.py --deepspeed_config FILE --world-size N [--memory-gib G] [--messages] [--json] [KEY=VALUE …]
 
-Three levels: places and schedule (plan/places.py), and with `--messages` the real step of every rank of a shrunken
-model (messages.py). docs/planning.md tells what each finds.
+Three levels: ranks and schedule (plan/places.py), and with `--messages` the real step of every rank of a shrunken
+model (messages.py). docs/planning.md describes what each finds.
 """
 
 import json
@@ -23,29 +23,36 @@ from megalite.ranks.place import MOST_RANKS
 
 
 def main(arguments: list[str]) -> int:
-    """Prints what it has found; returns 0. Raises DryRunError with one line where a run would not work (exit code 1),
+    """Prints the result; returns 0. Raises DryRunError with one line if a run would not work (exit code 1), and
     UserError for a mistake in the config."""
-    parser = ArgumentParser(description="Try a run of many ranks on one process.")
+    parser = ArgumentParser(description="Try a run of many ranks in one process.")
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
     )
     parser.add_argument(
-        "--world-size", type=at_least(1, MOST_RANKS), required=True, metavar="N", help="ranks"
+        "--world-size",
+        type=at_least(1, MOST_RANKS),
+        required=True,
+        metavar="N",
+        help="number of ranks",
     )
     parser.add_argument(
-        "--memory-gib", type=positive, metavar="G", help="of a device: whether each rank fits"
+        "--memory-gib",
+        type=positive,
+        metavar="G",
+        help="memory of a device: checks that each rank fits",
     )
     parser.add_argument(
         "--messages",
         action="store_true",
         help="match every collective and message of a step of a shrunken model",
     )
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
     )
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore", FutureWarning)  # torch's, of names of collectives
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, about names of collectives
     start = time.perf_counter()
     with reading(options.deepspeed_config):
         config = load_config(options.deepspeed_config, options.overrides)
@@ -66,30 +73,30 @@ def main(arguments: list[str]) -> int:
     print("\n".join(lines(found, options.memory_gib)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     seconds = time.perf_counter() - start
-    print(f"{options.world_size:,} ranks in {seconds:.1f} s and {peak:.0f} MiB on one process")
+    print(f"{options.world_size:,} ranks in {seconds:.1f} s and {peak:.0f} MiB in one process")
     return 0
 
 
 def lines(found: DryRun, memory_gib: float | None) -> list[str]:
-    """For people."""
+    """The lines printed without `--json`."""
     result = []
     for place in found.places:
         chunks = "; ".join(
             f"layers {layers[0]}-{layers[-1]}" if layers else "the head" for layers in place.layers
         )
         sent = ", ".join(f"{axis} {size / 1e6:,.4g} MB" for axis, size in place.sent.items())
-        tried = f"forward and backward right; a micro-batch sends {sent or 'nothing'}"
+        result_of_step = f"forward and backward work; a micro-batch sends {sent or 'nothing'}"
         if found.experts:
-            tried = "not computed, since it has experts"
+            result_of_step = "forward and backward not tried, since it has experts"
         result.append(
             f"ranks {place.rank}-{place.rank + place.ranks - 1}: {chunks}: "
-            f"{place.memory.total / GIB:.2f} GiB, {tried}"
+            f"{place.memory.total / GIB:.2f} GiB, {result_of_step}"
         )
     if memory_gib is not None:
         result.append(f"every rank fits in {memory_gib:g} GiB")
     if len(found.places) > 1:
         result.append(
-            f"schedule {found.schedule}: complete, and its {found.pipe_messages:,} messages a step cannot hang; "
+            f"schedule {found.schedule}: complete, and its {found.pipe_messages:,} messages per step cannot hang; "
             f"bubble {100 * found.bubble:.1f} % with {found.micro_batches} micro-batches"
         )
     if found.matched:

@@ -1,8 +1,7 @@
-"""Faults of a model with experts, whichever axes it has. Next: mutants.py, which lists them.
+"""Faults of a model with experts, on any axes. Next: mutants.py, which lists them.
 
-They are, among others, a norm that leaves experts out (NVIDIA/Megatron-LM#5916), gradients of experts that are divided
-by the ranks that hold copies of them and not by all data ranks (pytorch/pytorch#160285), and a balance loss of a
-micro-batch.
+Among them are a norm that omits experts (NVIDIA/Megatron-LM#5916), gradients of experts that are divided by the number
+of their copies instead of by all data ranks (pytorch/pytorch#160285), and a balance loss per micro-batch.
 """
 
 import contextlib
@@ -24,11 +23,11 @@ from megalite.parallel.layers import placed
 from megalite.prove.planting import put
 from megalite.prove.trace import Plant, Session
 
-NEAR = 0.02  # between two probabilities that the fault takes for equal
+NEAR = 0.02  # probabilities this close count as equal
 
 
 def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tuple[str, Plant]]:
-    """By name, for a layout's resolved config; none if the model has no experts."""
+    """The faults that apply to a layout's resolved config, by name; none if the model has no experts."""
     if spec.mixture is None:
         return
     yield "experts: left out of the norm", _norm_without_experts
@@ -65,7 +64,7 @@ def _wrong_divisor(session: Session, event: str, stack: contextlib.ExitStack) ->
 
 
 def _dropped_tokens(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    """Of the first token of each micro-batch, as an expert that is full does it."""
+    """Drops the first token's last choice in each micro-batch, as an expert at capacity would."""
     if event != "built":
         return
     whole = Experts.forward
@@ -79,7 +78,7 @@ def _dropped_tokens(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 def _other_ties(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    """Of two experts that are nearly as likely, the one that should not be chosen."""
+    """Chooses the wrong one of two nearly equally likely experts."""
     grid = session.engine.grid
     last = grid.data.is_last and grid.pipe.is_last and grid.tensor.is_last
     if event != "built" or not last:

@@ -23,7 +23,7 @@ LEAST_EPSILON = 1e-4
 def layouts_parser(
     name: str, description: str, layout_help: str, steps_help: str
 ) -> ArgumentParser:
-    """The arguments that a program over several layouts of one config has."""
+    """A parser for programs that compare several layouts of one config."""
     parser = ArgumentParser(name, description=description)
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the JSON of the run"
@@ -38,8 +38,8 @@ def layouts_parser(
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes (expert: of a part of the data axis), ZeRO's stage, samples of a micro-batch, and the pipe
-    axis' schedule, its chunks a rank and sequence parallelism; what is None is as the JSON says."""
+    """Sizes of the axes (expert is a part of the data axis), ZeRO stage, micro-batch size, the schedule of the pipe
+    axis, its chunks per rank, and sequence parallelism. None: as in the JSON."""
 
     pipe: int = 1
     tensor: int = 1
@@ -54,7 +54,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """ConfigError where the text is not of the form above."""
+        """Parses the form above. Raises ConfigError."""
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for part in text.split(","):
@@ -72,11 +72,11 @@ class Layout:
 
     @property
     def parallel(self) -> dict[str, Any]:
-        """What it says of `megalite.parallel`."""
+        """The layout's keys of `megalite.parallel`."""
         keys = ("pipe", "tensor", "context", "expert", "schedule", "chunks", "sequence")
         found = {key: value for key in keys if (value := getattr(self, key)) is not None}
         if self.pipe == 1 and self.schedule is None:
-            found["schedule"] = "1f1b"  # the only one of a single rank
+            found["schedule"] = "1f1b"  # the only one for a single rank
         if self.context == 1:
             found["context_attention"] = "gather"  # likewise
         return found
@@ -111,9 +111,9 @@ def _value(name: str, value: str, text: str) -> Any:
 
 
 def comparable(config: Config) -> Config:
-    """The config in fp32, at a constant learning rate, and with Adam's epsilon, if it is Adam, at 1e-4 or more. With
-    less, an element whose gradient is rounding alone makes a whole step of its sign, and faults hide among chance; at
-    the start of a warm-up they hide in the rounding of the weights."""
+    """The config in fp32, at a constant learning rate, and with Adam's epsilon at 1e-4 or more. With a smaller epsilon,
+    an element whose gradient is only rounding moves by a whole step in a random direction, which hides faults; at the
+    start of a warm-up they would hide in the rounding of the weights."""
     document = copy.deepcopy(config.to_json())
     for key in ("bf16", "fp16", "communication_data_type", "scheduler"):
         document.pop(key, None)
@@ -124,8 +124,7 @@ def comparable(config: Config) -> Config:
 
 
 def base_batch(config: Config, first: Layout) -> int:
-    """Samples of the global batch of all layouts: what the JSON says, on the first layout's data axis where it leaves
-    the total open."""
+    """Global batch size of all layouts: the JSON's, or if it does not fix the total, that of the first layout."""
     keys = config.document
     if keys.train_batch_size is not None:
         return keys.train_batch_size
@@ -137,7 +136,7 @@ def base_batch(config: Config, first: Layout) -> int:
 
 
 def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) -> Config:
-    """The resolved config of a layout. Raises ConfigError as for a run of it, and where it gives epochs."""
+    """The resolved config of a layout. Raises ConfigError as a run would, and if the config gives epochs."""
     _ = config.train.last_step
     document: dict[str, Any] = copy.deepcopy(config.to_json())
     keys = config.document
@@ -163,7 +162,7 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
         document.pop("aio", None)
     parallel = document["megalite"].setdefault("parallel", {})
     if (layout.pipe, layout.schedule) != (config.parallel.pipe, None):
-        for key in ("chunks", "cut"):  # of another pipe axis or schedule
+        for key in ("chunks", "cut"):  # belong to another pipe axis or schedule
             parallel.pop(key, None)
     parallel.update(layout.parallel)
     resolved = Config.from_dict(document).resolve(layout.world_size)
@@ -174,7 +173,7 @@ def config_of(config: Config, layout: Layout, batch: int, offload: bool = True) 
 
 
 def common_batch(config: Config) -> int:
-    """What all global batches of a resolved config, during a ramp too, are multiples of."""
+    """A common divisor of all global batch sizes of a resolved config, also during a ramp."""
     return _common(config.train_batch_size, config.train.batch_ramp)
 
 
@@ -183,7 +182,7 @@ def _common(batch: int, ramp: BatchRamp | None) -> int:
 
 
 def micro_sizes(batch: int, given: int) -> list[int]:
-    """Up to four micro-batch sizes for one process, `given` first: 1, half of it, twice it (not more, for memory)."""
+    """Up to four micro-batch sizes for one process: `given`, then 1, half and twice of it (not more, for memory)."""
     return [
         given,
         *sorted(

@@ -1,6 +1,6 @@
-"""What a machine does in a second, on this rank: operations of a layer, steps of the real engine, collectives.
+"""Measures the speed of a machine on this rank: operations of a layer, steps of the real engine, collectives.
 
-`alone` and `together` make the rows that plan/calibration.py takes. Next: calibrate.py, which starts the ranks.
+`alone` and `together` return the rows that plan/calibration.py reads. Next: calibrate.py, which starts the ranks.
 """
 
 import time
@@ -22,15 +22,15 @@ from megalite.ranks.accelerator import use_accelerator
 WARMUP_STEPS, STEPS = 2, 7
 BUSY_TURNS = 7
 MESSAGES = {2**12: 40, 2**15: 30, 2**18: 12, 2**21: 4, 2**23: 2}
-"""Bytes of a collective's tensor, and how often it is repeated."""
+"""Bytes of a collective's tensor, and how often the collective is repeated."""
 BETWEEN = (256, 256, 768)  # a product between collectives: rows, features in, features out
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed. products: (rows, features in, features out), the first so small that it shows what a call takes,
-    the last ones so large that they show the rate; pointwise and optimizer: numbers; attention: (batch, heads, length,
-    head size); dtype: of attention."""
+    """Sizes of the timed operations. products: (rows, features in, features out); the first is so small that it shows
+    the overhead of a call, the last ones so large that they show the rate. pointwise, optimizer: elements. attention:
+    (batch, heads, length, head size). dtype: of attention."""
 
     products: list[tuple[int, int, int]]
     pointwise: list[int]
@@ -63,7 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def own_device() -> torch.device:
-    """Of this rank. On a CPU a rank computes on one thread, as a device's figures are of one core."""
+    """This rank's device. On a CPU it is limited to one thread, since a Device's figures are per core."""
     device = torch.device(use_accelerator().device_name())
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def own_device() -> torch.device:
 
 
 def alone(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Operations, and steps of the configs, of one rank that has this machine to itself."""
+    """Times operations and steps of the configs on one rank that has this machine to itself."""
     device = own_device()
     sizes = CPU if device.type == "cpu" else GPU
     return {
@@ -86,12 +86,12 @@ def alone(configs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(what: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By the name of a function of this file (collective, but for `alone`)."""
+    """Calls `together`, `alone` or `steps` (collective, except `alone`)."""
     return together() if what == "together" else {"alone": alone, "steps": steps}[what](configs)
 
 
 def steps(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps of the configs (collective)."""
+    """Times steps of the configs (collective)."""
     own_device()
     return {"steps": [{"config": config, "seconds": _step(config)} for config in configs]}
 
@@ -103,7 +103,7 @@ def _product(m: int, k: int, n: int, dtype: str, device: torch.device) -> dict[s
 
 
 def _pointwise(count: int, device: torch.device) -> dict[str, float]:
-    """a·b with a new result, as most operations of a layer."""
+    """a·b with a new result, like most operations of a layer."""
     a, b = torch.randn(count, device=device), torch.randn(count, device=device)
     return {"moved_bytes": 3 * a.nbytes, "seconds": seconds_of(lambda: a * b, device)}
 
@@ -115,7 +115,7 @@ def _attention(
         torch.randn(batch, heads, length, size, device=device).to(DTYPES[dtype]) for _ in range(3)
     )
     seconds = seconds_of(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
-    flops = 2.0 * batch * heads * length**2 * size  # two products, of half of the scores
+    flops = 2.0 * batch * heads * length**2 * size  # two products, each of half the scores
     return {"dtype": dtype, "flops": flops, "seconds": seconds}
 
 
@@ -128,7 +128,7 @@ def _optimizer(numbers: int, device: torch.device) -> dict[str, float]:
 
 
 def _step(config: dict[str, Any]) -> float:
-    """The median step of the real engine."""
+    """Median seconds of a step of the real engine."""
     session = Session.build(Config.from_dict(config))
     device = torch.device(session.engine.device or "cpu")
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -150,12 +150,13 @@ def _memory_bytes(device: torch.device) -> float:
 
 
 def _gpu_name(device: torch.device) -> str:
-    """Of the GPU; empty on a CPU."""
+    """The GPU's name; empty on a CPU."""
     return "" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
 def together() -> dict[str, Any]:
-    """Collectives of 2, 4 and 8 ranks, and how fast cores are that all compute: the same on all ranks (collective)."""
+    """Times collectives of 2, 4 and 8 ranks, and cores that all compute at once; the same result on all ranks
+    (collective)."""
     device, begin = own_device(), Times.now()
     share = _busy_share(device)
     rows = []
@@ -174,8 +175,8 @@ def together() -> dict[str, Any]:
 
 
 def _busy_share(device: torch.device) -> float:
-    """How fast a core is while all compute, over one that does alone, the median of some turns (collective); 1 on GPUs,
-    which share nothing."""
+    """The speed of a core while all cores compute, relative to one alone: the median of several turns (collective); 1
+    on GPUs, which share nothing."""
     if device.type != "cpu" or min(cores(), dist.get_world_size()) == 1:
         return 1.0
 
@@ -197,10 +198,11 @@ def _busy_share(device: torch.device) -> float:
 def _collective(
     kind: str, group: Any, size: int, count: int, times: int, device: torch.device
 ) -> dict[str, Any]:
-    """Of the first `size` ranks, the others waiting; bytes: of the whole tensor, or of the message (collective).
+    """Times a collective of the first `size` ranks while the others wait (collective). bytes: of the whole tensor, or
+    of the message.
 
-    Alone, and on a CPU after a product, as in a step, less what the product takes: ranks do not come at one time then,
-    and cores have slept. The longer one counts."""
+    It is timed alone, and on a CPU also after a product, as in a step, minus the product's time: then ranks do not
+    arrive at the same time, and cores may have slept. The longer time counts."""
 
     found = {"wall_seconds": 0.0, "processor_seconds": 0.0}
     if dist.get_rank() < size:
@@ -215,7 +217,7 @@ def _collective(
     everyone = _gathered(found)[:size]
     row: dict[str, Any] = {"kind": kind, "ranks": size, "bytes": count}
     row |= {name: sum(entry[name] for entry in everyone) / size for name in found}
-    if kind == "send":  # there and back
+    if kind == "send":  # a message and its reply
         row |= {name: row[name] / 2 for name in found}
     return row
 
@@ -223,7 +225,7 @@ def _collective(
 def _repeated(
     times: int, group: Any, device: torch.device, *works: Callable[[], Any]
 ) -> dict[str, float]:
-    """Seconds of one call of each, in turn (collective over the group)."""
+    """Seconds of one call of each of `works`, in turn (collective over the group)."""
     for work in works:
         work()
     dist.barrier(group)
@@ -243,7 +245,7 @@ def _a_product(device: torch.device) -> Callable[[], Any]:
 
 
 def _work_of(kind: str, group: Any, size: int, count: int, device: torch.device) -> Any:
-    """What is repeated."""
+    """The function that runs the collective once."""
     rank, numbers = dist.get_rank(), count // 4
     whole = torch.zeros(numbers, device=device)
     part = torch.zeros(numbers // size, device=device)
@@ -270,7 +272,7 @@ def _work_of(kind: str, group: Any, size: int, count: int, device: torch.device)
 
 
 def _gathered(value: dict[str, float]) -> list[dict[str, float]]:
-    """Of all ranks (collective)."""
+    """The values of all ranks (collective)."""
     everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone

@@ -1,7 +1,7 @@
-"""What a step costs on this rank: seconds, by kind of work and by axis waited for, bytes held, bytes sent by axis; and
-the same of a plain PyTorch loop over transformers' model.
+"""Measures a step on this rank: seconds by kind of work, waits by axis, bytes held, bytes sent by axis; and the same
+for a plain PyTorch loop over transformers' model.
 
-Next: benchmark.py, which prints both side by side.
+Next: benchmark.py, which prints both.
 """
 
 import time
@@ -36,7 +36,7 @@ WARMUP_STEPS = 2
 
 
 def measure_layout(config: Config, steps: int) -> dict[str, Any]:
-    """`steps` timed steps of a resolved config on this rank (collective)."""
+    """Measures `steps` timed steps of a resolved config on this rank (collective)."""
     session = Session.build(config)
     with Traffic(session.engine.grid) as traffic, session.engine.weighed() as held:
         session.step(0)
@@ -54,7 +54,7 @@ def measure_layout(config: Config, steps: int) -> dict[str, Any]:
 
 
 def _waits(session: Session, step: int) -> dict[str, float]:
-    """Seconds by axis that this rank waits for others in a step, the transfer included."""
+    """Seconds by axis that this rank waits for others in a step, transfers included."""
     grid = session.engine.grid
     dist.barrier()
     with hearing(grid):
@@ -66,7 +66,7 @@ def _waits(session: Session, step: int) -> dict[str, float]:
 
 
 def _bubble(session: Session, step: int) -> float:
-    """Share of the time between a step's first and last action in which this rank does none: it waits for others on the
+    """Share of the time between a step's first and last action in which this rank is idle, waiting for others on the
     pipe axis."""
     interpreter = session.pipeline.interpreter
     interpreter.whole.on = interpreter.busy.on = True
@@ -78,9 +78,9 @@ def _bubble(session: Session, step: int) -> float:
 
 
 def measure_plain(config: Config, steps: int) -> dict[str, Any]:
-    """transformers' model of the same shape, with the same batches and precision, as anybody would write it, in one
-    process: autocast for bf16, fused AdamW, clip_grad_norm_."""
-    from deepspeed.accelerator import get_accelerator  # slow; only where a device must be chosen
+    """Measures a plain training loop in one process: transformers' model of the same shape, the same batches and
+    precision, autocast for bf16, fused AdamW, clip_grad_norm_."""
+    from deepspeed.accelerator import get_accelerator  # slow, so imported only here
 
     accelerator: Any = get_accelerator()
     device = torch.device(
@@ -129,7 +129,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
 
 
 def _plain_model(config: Config) -> Any:
-    """transformers' model in fp32, training, with its own initial weights."""
+    """transformers' model in fp32, in training mode, with its own initial weights."""
     from transformers import AutoConfig  # seconds to import
 
     spec, keys = read_spec(config.model), model_dict(config.model)
@@ -138,13 +138,13 @@ def _plain_model(config: Config) -> Any:
     model: Any = hf_class.from_config(
         hf_config, dtype=torch.float32, attn_implementation="sdpa"
     ).train()
-    if spec.stacks is not None and not spec.tied:  # which a config of transformers 5 always is
+    if spec.stacks is not None and not spec.tied:  # transformers 5 always ties them
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
 
 def _inputs(tokens: Tensor, context: Context, spec: TransformerSpec) -> dict[str, Any]:
-    """Of transformers' model."""
+    """The inputs of transformers' model."""
     documents, rows = context.documents, context.source
     if spec.stacks is None:
         mask = _document_mask(context, spec.causal)
@@ -155,7 +155,7 @@ def _inputs(tokens: Tensor, context: Context, spec: TransformerSpec) -> dict[str
 
 
 def _document_mask(context: Context, causal: bool) -> Tensor | None:
-    """[B, 1, S, S], True where a token sees another; None where documents are not kept apart."""
+    """[B, 1, S, S], True where a token may attend to another; None if documents are not kept apart."""
     documents, prefixes = context.documents, context.prefixes
     if documents is None:
         return None
@@ -166,7 +166,7 @@ def _document_mask(context: Context, causal: bool) -> Tensor | None:
 
 
 def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:
-    """Seconds of each step after warming up, by the clock and of the processor; all ranks begin a step together."""
+    """Seconds of each step after warm-up, wall clock and CPU time; all ranks start a step together."""
     seconds, processor_seconds = [], []
     for number in range(WARMUP_STEPS + steps):
         _wait_for_device()

@@ -1,15 +1,15 @@
-"""A dry run's third level: one real training step of every rank, one after another in this process, over groups that go
-nowhere; every collective and message is written down and matched across ranks.
+"""A dry run's third level: one real training step of every rank, one after another in this process, over fake process
+groups; every collective and message is recorded and matched across ranks.
 
-The engine, DeepSpeed's optimizer and the pipeline are the real ones; the model is shrunken to a layer or two a chunk,
-the tensor, context and data axes to two ranks each; an expert axis to two, with two copies of each where there are
-several. What ranks say to each other cannot come over such groups: objects at the start, and how many rows they have
-for each other's experts. So there are two passes: the first writes down what each rank says, the second hears it and is
-the one that is matched. The rows themselves arrive as zeros.
+The engine, DeepSpeed's optimizer and the pipeline are the real ones; the model is shrunk to a layer or two per chunk,
+the tensor, context and data axes to two ranks each, an expert axis to two, with two copies of each expert if there are
+several. Fake groups do not transfer data, but some is needed: objects at the start, and the numbers of rows for each
+other's experts. So there are two passes: the first records what each rank sends, the second receives it and is the one
+that is matched. The rows themselves arrive as zeros.
 
-What is found: ranks of a group whose collectives differ in kind, type or size, or in their order; messages without
-their other end or with another size; rows for another rank's experts that it does not expect; collectives of several
-groups in an order that no rank can leave.
+It finds: ranks of a group whose collectives differ in kind, dtype, size or order; messages without their other end or
+with another size; unexpected numbers of rows for another rank's experts; collectives of several groups in an order that
+deadlocks.
 """
 
 import copy
@@ -45,13 +45,13 @@ from megalite.training.step import train_step
 
 HEAD = 8
 Plant = Callable[[int, Pipeline], Any]
-"""Makes a rank wrong, for tests: called with its number before its step."""
+"""Plants a fault in a rank, for tests: called with its number before its step."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective of a group, or one end of a message on it. peer: the other end's global rank; given, taken: of an
-    all-to-all whose ranks have different numbers of rows for each other, those numbers, in the order of the group."""
+    """A collective of a group, or one end of a message. peer: the other end's global rank. given, taken: for an uneven
+    all-to-all, the numbers of rows sent to and received from each rank, in the order of the group."""
 
     kind: str
     group: str
@@ -66,14 +66,14 @@ class Call:
 
 @dataclass
 class RankCalls:
-    """What a rank has called, in order; groups: the global ranks of each by its name."""
+    """The calls of a rank, in order. groups: the global ranks of each group by its name."""
 
     calls: list[Call] = field(default_factory=list)
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class _Said:
-    """What ranks say to each other, over two passes. said[group members][rank]: in order."""
+    """Values that ranks send to each other, over two passes. said[group members][rank]: in order."""
 
     def __init__(self) -> None:
         self.said: dict[tuple[int, ...], dict[int, list[Any]]] = defaultdict(
@@ -82,12 +82,12 @@ class _Said:
         self.heard: dict[tuple[int, ...], dict[int, list[Any]]] = {}
 
     def next_pass(self) -> None:
-        """Lets the next pass hear what this one has said."""
+        """Makes the values of this pass available to the next one."""
         self.heard = {members: dict(own) for members, own in self.said.items()}
         self.said.clear()
 
     def exchange(self, members: tuple[int, ...], value: Any) -> list[Any]:
-        """Says a value; returns what each of the group said in the pass before, in the first pass the value itself."""
+        """Records a value; returns each member's value of the previous pass, in the first pass the value itself."""
         own = self.said[members][dist.get_rank()]
         own.append(value)
         number, result = len(own) - 1, []
@@ -98,8 +98,8 @@ class _Said:
 
 
 class _Writer(TorchDispatchMode):
-    """Writes down every call of torch.distributed. What would be received is zeros: memory as it was may hold NaN,
-    for which an update is left out with its collectives."""
+    """Records every call of torch.distributed. Received data is zeros: uninitialised memory may hold NaN, for which the
+    update and its collectives are skipped."""
 
     def __init__(self, rank: RankCalls, said: _Said) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Writer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         kind = func._schema.name.removeprefix("c10d::").strip("_")
         called = args
-        if kind == "alltoall_base":  # the fake refuses a rank that gives no rows and takes some
+        if kind == "alltoall_base":  # the fake refuses a rank that sends no rows and receives some
             equal = torch.zeros(dist.ProcessGroup.unbox(args[2]).size())
             called = (equal, equal.clone(), args[2], [], [], *args[5:])
         result = func(*called, **(kwargs or {}))
@@ -139,7 +139,7 @@ class _Writer(TorchDispatchMode):
         self._receive(kind, members, args)
 
     def _receive(self, kind: str, members: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        if kind == "alltoall_base" and not args[3]:  # of which each rank gets an equal part
+        if kind == "alltoall_base" and not args[3]:  # each rank gets an equal part
             if args[1].is_floating_point():
                 args[0].copy_(args[1])
                 return
@@ -160,7 +160,8 @@ def _group_of(arg: Any) -> Any:
 
 
 def shrunken(config: Config) -> Config:
-    """A resolved config with a small model and short axes, alike in schedule, ZeRO, recompute and sharing of heads."""
+    """A resolved config with a small model and short axes, but the same schedule, ZeRO stage, recompute and head
+    sharing."""
     parallel, document = config.parallel, copy.deepcopy(config.to_json())
     tensor, context, expert = (
         min(2, size) for size in (parallel.tensor, parallel.context, parallel.expert)
@@ -191,7 +192,7 @@ def shrunken(config: Config) -> Config:
     by_layer = ("layer_types", "mlp_only_layers", "no_rope_layers")
     for key in (*by_layer, "pad_token_id", "decoder_start_token_id"):
         model.pop(key, None)
-    if spec.padding_id is not None:  # a family's own would be beyond the small vocabulary
+    if spec.padding_id is not None:  # the family's default exceeds the small vocabulary
         model["pad_token_id"] = 0
     length = 8 * tensor * context
     micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
@@ -207,7 +208,7 @@ def shrunken(config: Config) -> Config:
         zero.pop(key, None)
     zero["reduce_bucket_size"] = 100_000
     document.pop("aio", None)
-    document.pop("scheduler", None)  # sends nothing, and may count steps of the large batch
+    document.pop("scheduler", None)  # sends nothing, and may depend on the full batch
     megalite = document["megalite"]
     megalite["model"] = model
     megalite["parallel"] |= {"tensor": tensor, "context": context, "expert": expert}
@@ -221,9 +222,9 @@ def shrunken(config: Config) -> Config:
 
 
 def calls_of_all(config: Config, plant: Plant | None = None) -> list[RankCalls]:
-    """What every rank of a shrunken config calls from its start to the end of a step, in the order of ranks."""
+    """The calls of every rank of a shrunken config from its start to the end of a step, in the order of ranks."""
     said, ranks = _Said(), range(config.world_size)
-    # Objects are said at the start alone, rows for experts in the steps.
+    # Objects are exchanged only at the start, rows for experts in the steps.
     for rank in ranks:
         _calls_of(config, rank, said, plant, steps=config.parallel.expert > 1)
     said.next_pass()
@@ -233,7 +234,7 @@ def calls_of_all(config: Config, plant: Plant | None = None) -> list[RankCalls]:
 def _calls_of(
     config: Config, rank: int, said: _Said, plant: Plant | None, steps: bool = True
 ) -> RankCalls:
-    """steps: whether a step follows the start."""
+    """The calls of one rank. steps: whether to run a step after the start."""
     spec, written = read_spec(config.model), RankCalls()
 
     def gather(result: list[Any], value: Any, group: Any = None) -> None:
@@ -262,16 +263,16 @@ def _calls_of(
         try:
             train_step(pipeline, grid.replica, _batches(config, spec, grid))
         except (RuntimeError, AssertionError, ValueError) as error:
-            told = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             doing = pipeline.instruction or "its step"
-            raise DryRunError(f"rank {rank}: {doing}: {type(error).__name__}: {told}") from error
+            raise DryRunError(f"rank {rank}: {doing}: {type(error).__name__}: {reason}") from error
     return written
 
 
 @torch.no_grad()
 def _fill(stage: Any) -> None:
-    """Matrices that another rank has drawn and sent: any numbers, the same on every rank that would have got them, so
-    that tokens go to different experts."""
+    """Fills matrices that another rank would have drawn and sent with arbitrary values, equal on all ranks that would
+    have received them, so that tokens go to different experts."""
     for value in stage.parameters():
         if value.dim() > 1 and not value.any():
             numbers = torch.arange(value.numel(), dtype=torch.float32, device=value.device)
@@ -279,8 +280,8 @@ def _fill(stage: Any) -> None:
 
 
 def _batches(config: Config, spec: TransformerSpec, grid: Grid) -> list[MicroBatch]:
-    """Any tokens, of the same samples on every rank, since what is sent does not depend on them; a classifier's text is
-    a sample."""
+    """Arbitrary tokens, the same samples on every rank, since messages do not depend on them. For a classifier each
+    sample is one text."""
     draw, length, rows = random.Random(0), config.data.sequence_length, rows_of(config, grid)
     draws, result = Randomness(0, 0, torch.arange(config.micro_batch_size)), []
     for _ in range(config.accumulation_steps):
@@ -298,7 +299,7 @@ def _batches(config: Config, spec: TransformerSpec, grid: Grid) -> list[MicroBat
 
 @contextmanager
 def _zeroed_memory() -> Iterator[None]:
-    """Makes `torch.empty` zeros, since nothing is ever received into it."""
+    """Makes `torch.empty` return zeros, since nothing is ever received into it."""
     made = torch.empty
 
     def empty(*size: Any, **options: Any) -> Tensor:
@@ -310,7 +311,7 @@ def _zeroed_memory() -> Iterator[None]:
 
 
 def match(ranks: Sequence[RankCalls]) -> dict[str, int]:
-    """How many collectives and messages there are. DryRunError names the first that does not match."""
+    """The numbers of collectives and messages. Raises DryRunError for the first one that does not match."""
     groups: dict[str, tuple[int, ...]] = {}
     for calls in ranks:
         groups |= calls.groups
@@ -323,7 +324,7 @@ def match(ranks: Sequence[RankCalls]) -> dict[str, int]:
 
 
 def _match_group(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]) -> int:
-    """Every member calls the same collectives in the same order."""
+    """Raises unless every member calls the same collectives in the same order; returns their number."""
     lists = {
         rank: [call for call in ranks[rank].calls if call.group == name and call.peer is None]
         for rank in members
@@ -337,7 +338,7 @@ def _match_group(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]
             )
             if a != b:
                 raise DryRunError(
-                    f"group {shown}: rank {first} and {rank} differ at collective {number}: {a or 'none'} and "
+                    f"group {shown}: ranks {first} and {rank} differ at collective {number}: {a or 'none'} and "
                     f"{b or 'none'}"
                 )
     return len(lists[first])
@@ -348,7 +349,7 @@ def _shown(members: tuple[int, ...]) -> str:
 
 
 def _match_rows(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...]) -> None:
-    """In an all-to-all each rank takes as many rows from another as that gives it."""
+    """Raises unless, in each all-to-all, every rank expects as many rows from another as that one sends."""
     lists = [
         [call for call in ranks[rank].calls if call.group == name and call.peer is None]
         for rank in members
@@ -358,13 +359,14 @@ def _match_rows(ranks: Sequence[RankCalls], name: str, members: tuple[int, ...])
             for j, taking in enumerate(calls):
                 if giving.given and giving.given[j] != taking.taken[i]:
                     raise DryRunError(
-                        f"group {_shown(members)}: collective {number}: rank {members[i]} gives rank {members[j]} "
-                        f"{giving.given[j]} rows, rank {members[j]} takes {taking.taken[i]}"
+                        f"group {_shown(members)}: collective {number}: rank {members[i]} sends rank {members[j]} "
+                        f"{giving.given[j]} rows, rank {members[j]} expects {taking.taken[i]}"
                     )
 
 
 def _match_messages(ranks: Sequence[RankCalls]) -> int:
-    """Each send has its receive, of the same size, in the same order on each group and way."""
+    """Raises unless each send has its receive, of the same size and in the same order, for each group and direction;
+    returns their number."""
     ways: dict[tuple[str, int, int], tuple[list[Call], list[Call]]] = defaultdict(lambda: ([], []))
     for rank, calls in enumerate(ranks):
         for call in calls.calls:
@@ -375,18 +377,19 @@ def _match_messages(ranks: Sequence[RankCalls]) -> int:
     for (_, source, target), (sent, received) in sorted(ways.items()):
         if len(sent) != len(received):
             raise DryRunError(
-                f"messages of rank {source} to {target}: sent {len(sent)}, received {len(received)}"
+                f"messages from rank {source} to {target}: sent {len(sent)}, received {len(received)}"
             )
         for number, (a, b) in enumerate(zip(sent, received, strict=True)):
             if a.what != b.what:
                 raise DryRunError(
-                    f"message {number} of rank {source} to {target}: {a.what} sent, {b.what} received"
+                    f"message {number} from rank {source} to {target}: {a.what} sent, {b.what} received"
                 )
     return sum(len(sent) for sent, _ in ways.values())
 
 
 def _play(ranks: Sequence[RankCalls], groups: dict[str, tuple[int, ...]]) -> None:
-    """A collective completes when all members of its group are at it; raises DryRunError where no rank can continue."""
+    """Simulates the collectives: each completes when all members of its group have reached it. Raises DryRunError for a
+    deadlock."""
     lists = [[call for call in rank.calls if call.peer is None] for rank in ranks]
     at = [0] * len(ranks)
     moved = True
@@ -403,8 +406,8 @@ def _play(ranks: Sequence[RankCalls], groups: dict[str, tuple[int, ...]]) -> Non
                 moved = True
     stuck = [rank for rank, calls in enumerate(lists) if at[rank] < len(calls)]
     if stuck:
-        told = [
+        where = [
             f"rank {rank} at {lists[rank][at[rank]]} of group {groups[lists[rank][at[rank]].group]}"
             for rank in stuck[:3]
         ]
-        raise DryRunError(f"{len(stuck)} ranks wait for each other for ever: {'; '.join(told)}")
+        raise DryRunError(f"deadlock of {len(stuck)} ranks: {'; '.join(where)}")

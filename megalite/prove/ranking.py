@@ -1,9 +1,9 @@
 """`tools/benchmark_plan.py`: whether layouts rank as the planner predicts. One small model, one calibration, layouts of
-1 to 8 ranks; predicted and measured step times, Kendall's tau, the chosen layout against the best; memory likewise.
+1 to 8 ranks: predicted and measured step times, Kendall's tau, the chosen layout compared with the best; and memory.
 
-On a CPU each rank computes on one thread. The measured time is the wall's; where other programs took more than a tenth
-of the machine's processor time, it is the processor time that all ranks spent, over the cores that they could use, and
-the prediction is what it has beside the bubble: neither then has the waits.
+On a CPU each rank computes on one thread. The measured time is wall-clock time. If other programs used more than a
+tenth of the machine's CPU time, it is the CPU time of all ranks over the cores that they could use, and the prediction
+is without the bubble: then neither includes waits.
 """
 
 import json
@@ -73,7 +73,7 @@ GOAL_TAU, GOAL_CHOICE, GOAL_PEAK = 0.8, 0.05, 0.02
 
 @dataclass
 class Case:
-    """A layout, what is predicted for it, and what its ranks measured."""
+    """A layout, its predictions, and the measurements of its ranks."""
 
     name: str
     config: Config
@@ -85,7 +85,7 @@ class Case:
         return self.config.world_size
 
     def others(self) -> float:
-        """Share of the machine's processor time that other programs took during its steps."""
+        """Share of the machine's CPU time that other programs used during its steps."""
         return median(
             others_share(
                 times[0]["wall_seconds"],
@@ -99,7 +99,7 @@ class Case:
         return list(zip(*(rank["times"] for rank in self.ranks), strict=True))
 
     def measured(self, wall: bool) -> float:
-        """Seconds of a step, the median."""
+        """Median seconds of a step."""
         if wall:
             return median(max(rank["wall_seconds"] for rank in times) for times in self._steps())
         usable = min(self.world_size, cores())
@@ -108,7 +108,7 @@ class Case:
         )
 
     def predicted(self, wall: bool) -> float:
-        """Of the same."""
+        """Predicted seconds of a step."""
         time = self.planned.time
         return time.seconds - (0.0 if wall else time.parts["bubble"])
 
@@ -116,21 +116,26 @@ class Case:
 def main(arguments: list[str]) -> int:
     """Prints the tables; returns 0. Raises UserError with one line."""
     parser = ArgumentParser(
-        "benchmark_plan.py", description="Measure layouts beside what the planner predicts."
+        "benchmark_plan.py",
+        description="Measure layouts and compare with the planner's predictions.",
     )
     parser.add_argument(
         "--device",
         metavar="FILE",
-        help="a file of tools/benchmark_step.py --calibrate; left out: calibrates first",
+        help="a file written by tools/benchmark_step.py --calibrate (default: calibrate first)",
     )
     parser.add_argument(
-        "--steps", type=at_least(1), default=5, metavar="N", help="timed steps of each (default: 5)"
+        "--steps",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="timed steps per layout (default: 5)",
     )
     parser.add_argument(
         "--layouts",
         nargs="+",
         metavar="LAYOUT",
-        help=f"two or more, as data=2,zero=2,micro=1 (default: {len(LAYOUTS)} of 1 to 8 ranks)",
+        help=f"two or more, such as data=2,zero=2,micro=1 (default: {len(LAYOUTS)} of 1 to 8 ranks)",
     )
     options = parser.parse_args(arguments)
     if options.layouts is not None:
@@ -145,9 +150,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(layouts: Sequence[str]) -> None:
-    """ConfigError where these cannot be ranked on this machine."""
+    """Raises ConfigError if these cannot be ranked on this machine."""
     if len(layouts) < 2:
-        raise ConfigError(f"--layouts: {layouts[0]}: must be two or more, which are ranked")
+        raise ConfigError(f"--layouts: {layouts[0]}: must be two or more, to be ranked")
     for text in layouts:
         ranks, most = Layout.parse((text.split() or [text])[0]).world_size, _most_ranks()
         if ranks > most:
@@ -162,7 +167,7 @@ def _calibrated() -> Device:
 
 
 def document(folder: str) -> dict[str, Any]:
-    """The model that is trained: 7.5 M parameters, 1,024 tokens a step; on GPUs 1.4 G and 32,768."""
+    """The config to be trained: 7.5 M parameters, 1,024 tokens per step; on GPUs 1.4 B and 32,768."""
     gpu = machine_has_gpu()
     hidden, length, vocabulary = (2048, 4096, 32000) if gpu else (256, LENGTH, VOCABULARY)
     precision = {"bf16": {"enabled": True}} if gpu else {}
@@ -190,9 +195,8 @@ def document(folder: str) -> dict[str, Any]:
 
 
 def _measured(folder: str, device: Device, steps: int, layouts: Sequence[str]) -> list[Case]:
-    """Of those of the layouts that this machine has ranks for, those of as many ranks by turns. Those with ZeRO-3 are
-    started apart: making its weights puts another linear layer into torch (runtime/zero/linear.py), for as long as
-    the process lives."""
+    """Measures the layouts that fit on this machine; those of equal world size take turns. Those with ZeRO-3 are
+    started separately: it replaces torch's linear function (runtime/zero/linear.py) for the rest of the process."""
     most = _most_ranks()
     starts: dict[tuple[int, bool], list[Case]] = {}
     for text in layouts:
@@ -227,20 +231,20 @@ def _most_ranks() -> int:
 
 
 def planned_layout(config: Config, device: Device) -> PlannedLayout:
-    """What is predicted for a resolved config."""
+    """The predictions for a resolved config."""
     planner, _ = planner_of(config, config.world_size, device, device.memory_bytes)
     return planner.layout(config, given_candidate(config))
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
-    """Of two rankings: pairs in the same order less pairs in the opposite one, over all pairs (Kendall 1938)."""
+    """Kendall's tau of two rankings: concordant minus discordant pairs, over all pairs (Kendall 1938)."""
     pairs = [(i, j) for i in range(len(first)) for j in range(i)]
     signs = [(first[i] - first[j]) * (second[i] - second[j]) for i, j in pairs]
     return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
 
 
 def step_table(cases: Sequence[Case]) -> list[str]:
-    """Predicted and measured step times, slowest first, and what they come to."""
+    """Predicted and measured step times, slowest first, and a summary."""
     others = median(case.others() for case in cases)
     wall = machine_has_gpu() or others <= QUIET
     predicted = [case.predicted(wall) for case in cases]
@@ -255,11 +259,11 @@ def step_table(cases: Sequence[Case]) -> list[str]:
     chosen = measured[predicted.index(min(predicted))]
     slower = chosen / min(measured) - 1
     off = sorted(abs(there / here - 1) for there, here, _ in rows)
-    clock = "the wall's clock" if wall else "processor time, without waits"
+    clock = "wall-clock time" if wall else "CPU time, without waits"
     return [
         *lines,
         "",
-        f"{len(cases)} layouts by {clock} ({100 * others:.0f} % of the machine's processor time went to others): "
+        f"{len(cases)} layouts by {clock} ({100 * others:.0f} % of the machine's CPU time went to other programs): "
         f"Kendall's tau {kendall_tau(predicted, measured):.3f} (goal {GOAL_TAU}); the chosen layout, "
         f"{cases[predicted.index(min(predicted))].name}, is {100 * slower:.1f} % slower than the best measured, "
         f"{cases[measured.index(min(measured))].name} (goal {100 * GOAL_CHOICE:.0f} %); predictions are off by "
@@ -268,19 +272,19 @@ def step_table(cases: Sequence[Case]) -> list[str]:
 
 
 def memory_table(cases: Sequence[Case]) -> list[str]:
-    """States of all ranks, to the byte; the peak of the rank that has most."""
+    """States of all ranks, compared to the byte, and the peak of the rank with the most."""
     lines = [
         "| ranks | layout | states as predicted | peak predicted MB | peak measured MB | off by |",
         "|---|---|---|---|---|---|",
     ]
     exact, off = 0, []
     for case in cases:
-        told = [predicted_states_of(case.config, rank) for rank in range(case.world_size)]
+        predicted = [predicted_states_of(case.config, rank) for rank in range(case.world_size)]
         held = [
             tuple(row[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer"))
             for row in case.ranks
         ]
-        same = sum(states == own for states, own in zip(told, held, strict=True))
+        same = sum(states == own for states, own in zip(predicted, held, strict=True))
         exact += same == case.world_size
         there = predicted_peak(case.config)
         here = max(row["peak_bytes"] for row in case.ranks)
@@ -299,14 +303,14 @@ def memory_table(cases: Sequence[Case]) -> list[str]:
 
 
 def predicted_states_of(config: Config, rank: int) -> tuple[int, int, int]:
-    """A rank's weights, gradients and optimizer states."""
+    """Predicted bytes of a rank's weights, gradients and optimizer states."""
     spec, grid = read_spec(config.model), place_of(config, rank)
     states = predicted_states(config, parameter_sizes(config, spec, grid), grid)
     return states.weights, states.gradients, states.optimizer
 
 
 def predicted_peak(config: Config) -> int:
-    """The most that torch allocates on the rank that has most, beside what stands before a step and is no state: a
-    bucket of ZeRO-3."""
+    """Predicted peak of torch's allocations on the largest rank, without what already exists before a step and is not a
+    state: ZeRO-3's bucket."""
     largest = MemoryTable(config, read_spec(config.model), None, SizesByPlace()).largest
     return largest.total - (largest.buckets if config.zero_stage == 3 else 0)

@@ -1,7 +1,7 @@
-"""Where the time of a step goes, by kind of work, as torch.profiler sees its operators.
+"""Breakdown of a step's time by kind of work, from torch.profiler's operators.
 
-An operator belongs to the outermost kind that holds it: the product inside the loss is loss. On a device the seconds
-are its kernels'. What is left of the step is Python, hooks and autograd's own work. Used by measure.py.
+An operator belongs to the outermost kind that contains it: a product inside the loss counts as loss. On a device the
+seconds are its kernels'. The rest of the step is Python, hooks and autograd's overhead. Used by measure.py.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Kind -> parts of the names of its operators, functions of autograd and ranges. The first kind that fits is taken.
+# Kind -> substrings of the names of its operators, autograd functions and ranges. The first match counts.
 KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("_HeadLoss", "cross_entropy", "CrossEntropy", "nll_loss", "NllLoss", "log_softmax", "LogSoftmax"),
     "optimizer": ("Optimizer.step", "_fused_adam"),
@@ -23,13 +23,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "copies": ("aten::copy_", "aten::cat", "aten::_to_copy"),
     "gradient sums": ("AccumulateGrad",),
 }  # fmt: skip
-PURE = frozenset(
-    {"products", "copies"}
-)  # of any operator's inside; the others are looked for first
+# Kinds that occur inside any operator; the others are looked for first.
+PURE = frozenset({"products", "copies"})
 
 
 def split_by_kind(step: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by kind of one call; what no kind takes is `other operators`. The profiler's own cost is in none."""
+    """Seconds by kind of one call; unmatched operators are `other operators`. The profiler's overhead is not
+    included."""
     device = torch.accelerator.current_accelerator()
     on_device = device is not None and device.type != "cpu"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
@@ -46,7 +46,7 @@ def split_by_kind(step: Callable[[], Any]) -> dict[str, float]:
 
 
 def _is_operator(event: Any) -> bool:
-    """Not a range of autograd's engine or of the profiler, whose own time is Python's or waiting."""
+    """False for ranges of autograd's engine or of the profiler, whose own time is Python's or waiting."""
     return "::" in event.name and not event.name.startswith(("autograd::", "ProfilerStep"))
 
 

@@ -1,7 +1,7 @@
-"""A few steps of a run written down in full: losses, norms, what every rank holds of masters and Adam moments; with a
-resume from a checkpoint on the way and an evaluation at the end.
+"""A full record of a few steps of a run: losses, norms, and every rank's masters and Adam moments, with a resume from a
+checkpoint halfway and an evaluation at the end.
 
-`record` runs on the ranks; `Trace` puts a recorded step together again, tensor by tensor. Next: verify.py, which
+`record` runs on the ranks; `Trace` reassembles a recorded step, tensor by tensor. Next: verify.py, which
 compares traces of layouts.
 """
 
@@ -41,13 +41,13 @@ KINDS = (*MOMENTS, "weight")  # in the order in which an error spreads
 
 @functools.cache
 def _grid(pipe: int, tensor: int, context: int, expert: int) -> Grid:
-    """Made once in a process: every grid opens its own groups."""
+    """A grid, cached per process, because every grid creates its own process groups."""
     return Grid.build(pipe, tensor, context, expert)
 
 
 @dataclass
 class Session:
-    """A freshly built run on this rank, to be stepped without a run folder."""
+    """A newly built run on this rank that can be stepped without a run folder."""
 
     config: Config
     engine: Engine
@@ -57,7 +57,7 @@ class Session:
 
     @classmethod
     def build(cls, config: Config) -> "Session":
-        """From a resolved config (collective over the world)."""
+        """Builds a session from a resolved config (collective over the world)."""
         spec, parallel = read_spec(config.model), config.parallel
         grid = _grid(parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
         engine = build_engine(config, spec, grid)
@@ -67,12 +67,12 @@ class Session:
         )
 
     def position(self, step: int) -> Position:
-        """Before a step."""
+        """The position before a step."""
         samples = self.config.batch_plan.consumed(step)
         return Position(step, samples, samples * self.config.data.sequence_length)
 
     def batches(self, step: int, training: bool = True) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; not training: for an evaluation."""
+        """This rank's micro-batches of a step. training: False for an evaluation."""
         config, axis = self.config, self.engine.grid.data
         start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
         size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
@@ -81,11 +81,12 @@ class Session:
         return Unread(data, start, size, micro, axis, device, draw, rows, source).read()
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step on these (train_step); the host waits for the norm alone."""
+        """Runs one optimizer step on `batches` (train_step); the host waits only for the norm."""
         return train_step(self.pipeline, self.engine.grid.replica, batches)
 
     def step(self, step: int) -> tuple[float, float]:
-        """One optimizer step: (loss, mean over the global batch in nats; gradient norm before clipping)."""
+        """Runs one optimizer step; returns (loss, mean over the global batch in nats; gradient norm before
+        clipping)."""
         self.rate.set(self.position(step))
         total, weight = self.train(self.batches(step))
         grid, total = self.engine.grid, total.double()
@@ -95,12 +96,12 @@ class Session:
         )
 
     def evaluate(self, step: int) -> float:
-        """The mean loss of what a step would train on, as an evaluation of a run has it."""
+        """The mean loss of the samples that a step would train on, computed as in a run's evaluation."""
         loss, tokens, *_ = loss_and_tokens(self.pipeline, self.batches(step, training=False))
         return (loss / tokens.clamp(min=1)).item()
 
     def resumed(self, step: int, run_dir: Path) -> "Session":
-        """Another session that continues after `step` steps from a checkpoint that this one writes (collective)."""
+        """A new session that resumes after `step` steps from a checkpoint that this one writes (collective)."""
         saver, grid = Saver(run_dir, keep=0), self.engine.grid
         boxes = owned_boxes(self.engine.shards(), grid, replicated=self.config.zero_stage == 0)
         state = {
@@ -118,8 +119,8 @@ class Session:
 
 
 Plant = Callable[[Session, str, contextlib.ExitStack], None]
-"""Makes a session wrong (mutants.py): called when it is "built" and when it has "resumed"; what it changes beyond the
-session is put back by the stack."""
+"""Plants a fault in a session (mutants.py): called when it is "built" and when it has "resumed". Changes outside the
+session are undone by the stack."""
 
 
 def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
@@ -127,8 +128,8 @@ def no_plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
 
 
 def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) -> None:
-    """Trains `steps` steps, resumes after the first half of them, evaluates at the end, and writes what this rank has
-    before the first step and after each into `folder` (collective)."""
+    """Trains `steps` steps, resumes after the first half, evaluates at the end, and writes this rank's tensors before
+    the first step and after each step into `folder` (collective)."""
     with contextlib.ExitStack() as stack:
         session, rank = Session.build(config), dist.get_rank()
         plant(session, "built", stack)
@@ -146,7 +147,7 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
-    """Writes masters and moments; where each is in its full tensor, by key."""
+    """Writes masters and moments; returns the place of each in its full tensor, by key."""
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
     for shard in engine.shards():
@@ -167,7 +168,7 @@ def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Piece:
-    """A box of a full tensor as one rank holds it. counted: not a copy of another rank's."""
+    """A box of a full tensor that one rank holds. counted: whether it is not a copy of another rank's."""
 
     rank: int
     counted: bool
@@ -182,7 +183,8 @@ class Piece:
 
 
 class Trace:
-    """What `record` wrote, of all ranks. figures[rank][step] has loss and norm, the last step's an evaluation too."""
+    """The output of `record` on all ranks. figures[rank][step] has loss and norm, in the last step also the
+    evaluation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -212,7 +214,7 @@ class Trace:
         )
 
     def pieces(self, step: int) -> dict[str, list[Piece]]:
-        """By key, all that the ranks hold after a step, before the first one with step -1."""
+        """By key, all pieces that the ranks hold after a step; step -1: before the first one."""
         result: dict[str, list[Piece]] = {}
         for rank, places in enumerate(self.places):
             name = f"step{step}" if step >= 0 else "start"
@@ -235,7 +237,7 @@ class Trace:
         return result
 
     def usual(self, step: int) -> dict[str, float]:
-        """By kind, how large an element is after a step: root of the mean square over all tensors."""
+        """By kind, the usual size of an element after a step: the root mean square over all tensors."""
         if step not in self._usual:
             sums: dict[str, tuple[float, int]] = {}
             for key, full, _ in self.full(step):
@@ -248,7 +250,7 @@ class Trace:
         return self._usual[step]
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """The full weights after a step by name, before the first one with step -1."""
+        """The full weights after a step by name; step -1: before the first one."""
         if self._weights[0] != step:
             found = {
                 key.partition("/")[2]: full
@@ -259,13 +261,13 @@ class Trace:
         return self._weights[1]
 
     def full(self, step: int) -> Iterator[tuple[str, Tensor, list[Piece]]]:
-        """Each tensor after a step, gathered in full from the pieces that count, NaN where no rank holds one."""
+        """Each full tensor after a step, assembled from the pieces that count; NaN where no rank holds one."""
         pieces = self.pieces(step)
         for key, shape in self.shapes.items():
             if key not in pieces:
                 continue
             whole = torch.full(shape, torch.nan)
-            for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's stays
+            for piece in reversed(pieces[key]):  # of equal copies (ZeRO-0) the first rank's is kept
                 if piece.counted:
                     piece.cut(whole).copy_(piece.values)
             yield key, whole, pieces[key]

@@ -1,4 +1,4 @@
-"""Steps of several layouts on the same ranks, by turns, so that whatever slows a machine for a while slows all alike.
+"""Times steps of several layouts on the same ranks in turns, so that a temporary slowdown of the machine affects all.
 
 Next: ranking.py, which predicts them.
 """
@@ -15,14 +15,13 @@ from megalite.prove.machine import own_device
 from megalite.prove.trace import Session
 
 WARMUP_STEPS = 2
-WEIGHED_STEPS = (
-    3  # whose least peak counts: what gloo's threads free is seen late, or is not (allocations.py)
-)
+# The lowest peak of this many steps counts: memory freed by gloo's threads is noticed late or never (allocations.py).
+WEIGHED_STEPS = 3
 
 
 def in_turns(configs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Of each resolved config what this rank held, the most that torch allocated in a step beside what stood before it,
-    and `steps` timed steps (collective). All of them stay in memory until the end."""
+    """For each resolved config: the bytes of this rank's states, torch's peak allocation in a step, and `steps` timed
+    steps (collective). All layouts stay in memory until the end."""
     own_device()
     layouts = [_Turns(Config.from_dict(config)) for config in configs]
     for _ in range(steps):
@@ -50,10 +49,10 @@ class _Turns:
         self.number += 1
 
     def _peak(self) -> int:
-        """In one step, of torch's allocations."""
+        """Peak of torch's allocations in one step."""
         if self.device.type == "cpu":
-            standing = sum(self.session.engine.state_bytes().values())
-            return standing + peak_bytes(self._step)
+            held = sum(self.session.engine.state_bytes().values())
+            return held + peak_bytes(self._step)
         wait_for(self.device)
         module: Any = torch.get_device_module(self.device)
         others = module.memory_allocated() - sum(self.session.engine.state_bytes().values())
@@ -62,7 +61,7 @@ class _Turns:
         return module.max_memory_allocated() - others
 
     def take(self) -> None:
-        """One timed step; all ranks begin it together."""
+        """Runs one timed step; all ranks start it together."""
         batches = self.session.batches(self.number)
         self.number += 1
         wait_for(self.device)

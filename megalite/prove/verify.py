@@ -1,10 +1,11 @@
-"""`tools/verify_layouts.py`: the same training on every layout, shown on a user's own config.
+"""`tools/verify_layouts.py`: checks on a user's config that every layout trains the same.
 
-One process trains a few steps with several micro-batch sizes; what these differ by is rounding, and what a layout may
-differ by is 4 times that. Then each layout trains the same steps, and every loss, norm, weight and Adam moment is
-held against the one process, as are what each step added to the weights, an evaluation, and all of it after a resume
-half way. In fp32, at a constant learning rate and with Adam's epsilon at 1e-4, where a fault cannot hide in rounding.
-Next: mutants.py, which plants faults and tells how many of them this finds.
+One process trains a few steps with several micro-batch sizes; their differences are rounding, and a layout may differ
+by 4 times as much. Then each layout trains the same steps, and every loss, norm, weight and Adam moment is compared
+with the one process, as are the update of each step, an evaluation, and all of it after a resume halfway. It runs in
+fp32, at a constant learning rate and with Adam's epsilon at 1e-4, so that a fault cannot hide in rounding.
+
+Next: mutants.py, which plants faults to show how many of them this finds.
 """
 
 import json
@@ -38,25 +39,24 @@ from megalite.prove.trace import Piece, Trace
 from megalite.ranks.arguments import at_least
 from megalite.ranks.local import check_room, run_local_ranks
 
-TIMES = 4.0  # how much more than one process's own spread a layout may differ by
+TIMES = 4.0  # a layout may differ by this many times the spread of one process
 LEAST = 1e-6  # of a loss or norm, relative
 LEAST_TENSOR = 5e-7  # of a tensor, by the ratio of norms: four units in the last place of fp32
-CHANGED = 1e-5  # of a tensor: what no order of summation does in a few steps of fp32
+CHANGED = 1e-5  # of a tensor: more than any order of summation causes in a few steps of fp32
 AT_A_TIME = 12  # mutants that one start of ranks tries
 UNIT_IN_LAST_PLACE = 2.0**-23  # of fp32, relative
 DESCRIPTION = (
     "Train a few steps of the JSON on each layout and on one process, in fp32, at a constant learning rate and with "
-    "Adam's epsilon at 1e-4 or more, resume half way, evaluate at the end, and compare losses, norms, weights, updates "
-    "and moments. Needs disk for up to 60 bytes a weight and step, in the folder for "
-    "temporary files."
+    "Adam's epsilon at 1e-4 or more, resume halfway, evaluate at the end, and compare losses, norms, weights, updates "
+    "and moments. Needs disk space for up to 60 bytes per weight and step, in the folder for temporary files."
 )
 RANK_MODULE = "megalite.prove.verify_rank"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a layout leaves the one process first. what: loss, norm, or kind/name of a tensor; ratio: by how much,
-    relative; bound: what is allowed; rank: the one that is farthest off."""
+    """The first difference between a layout and the one process. what: loss, norm, or kind/name of a tensor. ratio:
+    relative difference. bound: the allowed one. rank: the one that differs most."""
 
     step: int
     what: str
@@ -71,16 +71,16 @@ class Difference:
 
 @dataclass
 class Verdict:
-    """A layout's result. first: of the first step that differs, loss, norm and the tensor that is farthest off, those
-    of them that differ; worst: by kind (loss, norm, weight, exp_avg, exp_avg_sq) the largest ratio of a difference to
-    its bound."""
+    """A layout's result. first: the differences in the first step that differs, of loss, norm and the tensor that
+    differs most. worst: by kind (loss, norm, weight, exp_avg, exp_avg_sq) the largest ratio of a difference to its
+    bound."""
 
     first: list[Difference] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
 
 
 class Spread:
-    """What one process differs by between micro-batch sizes: the bounds."""
+    """The bounds: differences of one process between micro-batch sizes."""
 
     def __init__(self, reference: Trace, others: list[Trace]) -> None:
         self.reference = reference
@@ -94,7 +94,7 @@ class Spread:
 
     @staticmethod
     def _bounds(reached: dict[str, float]) -> dict[str, float]:
-        """A tensor that one process happened to hit equally has at least what is usual for its kind."""
+        """A tensor that happened to be equal in all of them gets at least the usual bound of its kind."""
         kinds: dict[str, list[float]] = {}
         for key, ratio in reached.items():
             kinds.setdefault(key.partition("/")[0], []).append(ratio)
@@ -110,7 +110,7 @@ class Spread:
         return bounds
 
     def judge(self, trace: Trace) -> Verdict:
-        """Holds a layout against the one process."""
+        """Compares a layout with the one process."""
         verdict = Verdict()
         for step in range(trace.steps):
             found: list[tuple[float, Difference]] = []
@@ -129,13 +129,12 @@ class Spread:
 
 
 def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, float, int]]:
-    """(loss, norm, evaluation or kind/name; relative difference; rank that is farthest off) after a step.
+    """(loss, norm, evaluation or kind/name; relative difference; rank that differs most) after a step.
 
-    A tensor's is relative to its norm, or to that of one with elements of the usual size for its kind where that is
-    larger: some gradients are rounding alone, those of key biases (softmax takes no notice of them) above all. The
-    update of a weight, what the step added to it, is compared too: a missing weight decay is small beside the weight.
-    A copy that is not equal to the piece that counts makes the difference infinite, and so do elements that no rank
-    holds.
+    A tensor's difference is relative to its norm, or to the norm of a tensor with elements of its kind's usual size if
+    that is larger: some gradients are only rounding, above all those of key biases, which softmax ignores. The update
+    of a weight in the step is compared too, since a missing weight decay is small compared with the weight. The
+    difference is infinite if a copy is not equal to the piece that counts, or if no rank holds some elements.
     """
     for figure in one.figures[0][step].keys() & other.figures[0][step].keys():
         wanted = one.figures[0][step][figure]
@@ -187,8 +186,8 @@ def _tensor_difference(
 
 
 def main(arguments: list[str]) -> int:
-    """0: all layouts agree, and all mutants that change a number are found; 1: not so. Raises UserError with one
-    line."""
+    """Returns 0 if all layouts agree and all mutants that change a number are found, otherwise 1. Raises UserError with
+    one line."""
     parser = layouts_parser(
         "verify_layouts.py",
         DESCRIPTION,
@@ -202,7 +201,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.mutants and options.steps < 2:
         raise ConfigError(
-            f"--steps: {options.steps}: must be 2 or more with --mutants: a resume must be among them"
+            f"--steps: {options.steps}: must be 2 or more with --mutants, to include a resume"
         )
     layouts = [Layout.parse(text) for text in options.layouts]
     config = comparable(load_config(options.deepspeed_config, options.set))
@@ -229,23 +228,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _of_one_process(config: Config, batch: int) -> list[dict[str, Any]]:
-    """The JSON of one process with each micro-batch size that bounds come from. Opens the data. ConfigError where there
-    is one size alone."""
+    """The JSON of one process for each micro-batch size from which bounds are computed. Opens the data. Raises
+    ConfigError if there is only one size."""
     given = config_of(config, Layout(zero=0), batch, offload=False)
     sizes = micro_sizes(common_batch(given), given.micro_batch_size)
     if len(sizes) < 2:
         raise ConfigError(
-            f"train_batch_size: {batch}: must be 2 or more: bounds come from micro-batch sizes"
+            f"train_batch_size: {batch}: must be 2 or more: bounds need several micro-batch sizes"
         )
     TrainData(given.data, given.train.seed, read_spec(given.model).vocabulary_size)
-    told = ", ".join(map(str, sizes))
-    print(f"one process, micro-batches of {told} of {batch} samples", flush=True)
+    listed = ", ".join(map(str, sizes))
+    print(f"one process, micro-batches of {listed} of {batch} samples", flush=True)
     layouts = [Layout(zero=0, micro=size) for size in sizes]
     return [config_of(config, layout, batch, offload=False).to_json() for layout in layouts]
 
 
 def _try_mutants(config: Config, count: int, spread: Spread, sound: Trace, folder: Path) -> bool:
-    """Plants faults in a layout and prints what became of them; whether all that change a number were found."""
+    """Plants faults in a layout and prints the results. Returns whether all that change a number were found."""
     names = chosen(mutants(config), count)
     without_effect, missed = [], []
     for first in range(0, len(names), AT_A_TIME):
@@ -269,7 +268,7 @@ def _try_mutants(config: Config, count: int, spread: Spread, sound: Trace, folde
 
 
 def _changes(sound: Trace, trace: Trace) -> bool:
-    """Whether a mutant differs from the same layout without it by more than rounding could."""
+    """Whether a mutant differs from the unmodified layout by more than rounding."""
     return any(
         not ratio <= (LEAST if key in ("loss", "norm", "evaluation") else CHANGED)
         for step in range(sound.steps)
@@ -284,7 +283,7 @@ def _traces(
     folder: Path,
     planted: Sequence[str] = (),
 ) -> list[Trace]:
-    """Trains each config, one after another, on freshly started ranks. planted: a mutant for each."""
+    """Trains each config, one after another, on newly started ranks. planted: a mutant for each."""
     folders = [folder / str(number) for number in range(len(configs))]
     for each in folders:
         each.mkdir(parents=True)
@@ -301,7 +300,7 @@ def _traces(
 
 
 def table(verdicts: dict[Layout, Verdict]) -> str:
-    """A line a layout: for each kind the largest difference, in multiples of what is allowed."""
+    """One line per layout: for each kind the largest difference as a multiple of the allowed one."""
     kinds = ["loss", "norm", "evaluation", "exp_avg", "exp_avg_sq", "weight", "update"]
     width = max(len(str(layout)) for layout in verdicts)
     lines = [

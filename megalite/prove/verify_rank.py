@@ -10,10 +10,10 @@ from megalite.ranks.program import run_program
 
 
 def main(arguments: list[str]) -> int:
-    """Records every run of the request."""
+    """Records all runs of the request."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     start_ranks(lambda thorough: None)
-    # After start_ranks, which sets what DeepSpeed's import reads.
+    # After start_ranks, which sets the environment that DeepSpeed reads on import.
     from megalite.prove.mutants import mutants
     from megalite.prove.trace import no_plant, record
 

@@ -1,7 +1,7 @@
-"""Speed beside the programs that a user would take instead: `tools/benchmark_peers.py`.
+"""Compares speed with the programs that a user would use instead: `tools/benchmark_peers.py`.
 
-A race (races.py) has contenders, each a few ranks that stay alive and step in turn, from the same weights over the same
-tokens (inputs.py). Each contender is a module that is run on its ranks. `ours.py` is the training program; the others
-are written with transformers, torch and DeepSpeed alone, and know of this package but turns.py. `referee.py` starts
-them and keeps the time.
+A race (races.py) has contenders. Each has one or several ranks that stay alive, and contenders take steps in turn, from
+the same weights and on the same tokens (inputs.py). A contender is a module that runs on its ranks. `ours.py` is the
+training program; the others use only transformers, torch and DeepSpeed, and of this package only turns.py and shared
+helpers of this room. `referee.py` starts them and keeps the time.
 """

@@ -15,7 +15,7 @@ from megalite.races.turns import Turns, request
 
 
 class Layer(nn.Module):
-    """A layer that makes the angles of its positions itself: one tensor crosses the stages."""
+    """A layer that computes its rotary angles itself, so that only one tensor crosses the stages."""
 
     def __init__(self, layer: nn.Module, rotary: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 
 class Cut(PipelineModule):
-    """Cut at `first_layers`: PipelineModule's own ways count the embedding as work."""
+    """Cut after `first_layers`: PipelineModule's own methods count the embedding as work."""
 
     first_layers = 0
 

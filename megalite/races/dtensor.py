@@ -1,4 +1,4 @@
-"""Contender: torch's tensor parallelism by DTensor over transformers' model, with loss_parallel."""
+"""Contender: torch's DTensor tensor parallelism over transformers' model, with loss_parallel."""
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megalite.races.turns import Turns, request
 
 
 def split(model: nn.Module, size: int) -> None:
-    """Megatron's cuts, of the head's vocabulary too."""
+    """Megatron's splits, including the head's vocabulary."""
     mesh = init_device_mesh("cpu", (size,))
     columns, rows = ColwiseParallel(), RowwiseParallel()
     plan = {
@@ -56,7 +56,7 @@ def main() -> None:
                 loss = F.cross_entropy(model(ids).logits.flatten(0, 1), wanted.flatten()) / parts
                 loss.backward()
             total += (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
-        # One norm over all gradients: of whole parameters and of sharded ones, each kind by itself first.
+        # One norm over all gradients, from the norms of whole and of sharded parameters.
         norms = []
         for values in (whole, cut):
             gradients = [value.grad for value in values if value.grad is not None]

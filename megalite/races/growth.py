@@ -1,7 +1,7 @@
-"""`tools/benchmark_growth.py`: what each further micro-batch, layer and rank costs.
+"""`tools/benchmark_growth.py`: the cost of each additional micro-batch, layer and rank.
 
-A model so small that most of a step is not arithmetic. Seconds are processor seconds of a rank, which other work on the
-machine hardly moves. If each further one costs the same, the trainer does nothing that grows with how many there are.
+The model is so small that most of a step is not arithmetic. Seconds are CPU seconds of a rank, which other programs
+hardly affect. If each additional one costs the same, nothing in the trainer grows faster than linearly.
 """
 
 import tempfile
@@ -22,19 +22,23 @@ COUNTS: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16, 24),
     "ranks": (1, 2, 4, 8),
 }
-LAYERS, MICRO_BATCHES = 4, 4  # where they are not what grows
+LAYERS, MICRO_BATCHES = 4, 4  # when they are constant
 VOCABULARY, LENGTH, TOKENS = 512, 64, 200_000
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table for each thing that grows; returns 0."""
+    """Prints a table for each growing quantity; returns 0."""
     parser = ArgumentParser(
         "benchmark_growth.py",
-        description="Measure what each further micro-batch, layer and rank costs.",
+        description="Measure the cost of each additional micro-batch, layer and rank.",
     )
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(COUNTS)}")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of {', '.join(COUNTS)}")
     parser.add_argument(
-        "--steps", type=at_least(1), default=9, metavar="N", help="timed steps of each (default: 9)"
+        "--steps",
+        type=at_least(1),
+        default=9,
+        metavar="N",
+        help="timed steps per size (default: 9)",
     )
     options = parser.parse_args(arguments)
     for name in options.what:
@@ -51,8 +55,8 @@ def main(arguments: list[str]) -> int:
 
 
 def rows(what: str, corpus: Path, steps: int) -> Iterator[str]:
-    """The lines of a table: milliseconds of a rank in a step, and of each further one."""
-    yield f"\n| {what} | ms of processor time a step and rank | each further one |"
+    """The lines of a table: milliseconds per rank and step, and the increase for each additional one."""
+    yield f"\n| {what} | ms of CPU time per step and rank | each additional one |"
     yield "|---|---|---|"
     before: tuple[int, float] | None = None
     for count in COUNTS[what]:
@@ -64,7 +68,7 @@ def rows(what: str, corpus: Path, steps: int) -> Iterator[str]:
 
 
 def config_of(what: str, count: int, corpus: Path) -> Config:
-    """A resolved config with that many of one thing."""
+    """A resolved config with `count` of `what`."""
     micro_batches = count if what == "micro-batches" else MICRO_BATCHES
     layers = count if what == "layers" else LAYERS
     ranks = count if what == "ranks" else 1

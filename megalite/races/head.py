@@ -1,4 +1,5 @@
-"""Race of the head and its loss alone, of GPT-2's sizes: ours against F.linear with F.cross_entropy, in one process."""
+"""Race of only the head and its loss, with GPT-2's sizes: ours against F.linear with F.cross_entropy, in one
+process."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ TOKENS, HIDDEN, VOCABULARY = 1024, 768, 50257
 
 
 def main(rounds: int) -> None:
-    """Prints a line for each way and type."""
+    """Prints a line for each implementation and dtype."""
     import torch
     import torch.nn.functional as F
     from torch import Tensor
@@ -42,7 +43,7 @@ def main(rounds: int) -> None:
 
 
 def _race(ways: dict[str, Any], dtype: Any, rounds: int) -> None:
-    """In one type; the order of the ways changes from round to round, and the first round does not count."""
+    """Races in one dtype; the order alternates from round to round, and the first round does not count."""
     import torch
 
     torch.manual_seed(0)
@@ -68,14 +69,14 @@ def _race(ways: dict[str, Any], dtype: Any, rounds: int) -> None:
     for name in names:
         own = seconds[name][1:]
         ratio = median(own) / median(seconds["megalite"][1:])
-        told = f"peak {peaks[name] / 1e6:4.0f} MB, {(peaks[name] - kept) / 1e6:4.0f} beside the gradients"
+        memory = f"peak {peaks[name] / 1e6:4.0f} MB, {(peaks[name] - kept) / 1e6:4.0f} besides the gradients"
         print(
-            f"{str(dtype)[6:]:9} {name:32} loss {losses[name]:.4f}  {spread(own)} s  ratio {ratio:.3f}  {told}"
+            f"{str(dtype)[6:]:9} {name:32} loss {losses[name]:.4f}  {spread(own)} s  ratio {ratio:.3f}  {memory}"
         )
 
 
 def _peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch allocates at a time in `work`."""
+    """Peak bytes that torch allocates in `work`."""
     import torch
 
     with torch.profiler.profile(profile_memory=True) as profile:

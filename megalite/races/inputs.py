@@ -1,7 +1,8 @@
-"""What all contenders of a race get: start weights in a Hugging Face folder, and the tokens of each step in order.
+"""The inputs of all contenders of a race: initial weights in a Hugging Face folder, and the tokens of each step in
+order.
 
-The tokens are those that our loader gives for a made-up corpus, so that the training program reads it as it always does
-and the others take the same from an array. Next: referee.py.
+The tokens are those that our loader reads from a synthetic corpus, so that the training program reads it as usual and
+the others read the same tokens from an array. Next: referee.py.
 """
 
 import json
@@ -31,7 +32,7 @@ class Shape:
     length: int
 
     def config(self) -> dict[str, Any]:
-        """As transformers' config.json has it."""
+        """The model as a Hugging Face config."""
         return {
             "model_type": "llama",
             "hidden_size": self.hidden,
@@ -62,7 +63,7 @@ def make_inputs(folder: Path, shape: Shape, batch: int, steps: int) -> None:
     )
     chance = np.random.default_rng(SEED)
     documents = -(-4 * batch * steps * shape.length // DOCUMENT_TOKENS)
-    # Frequencies fall as those of words do: there is something to learn.
+    # Frequencies fall off as those of words do, so there is something to learn.
     ids = (shape.vocabulary * chance.random(documents * DOCUMENT_TOKENS) ** 3).astype(np.uint16)
     ids.tofile(folder / "corpus.bin")
     sizes = np.full(documents, DOCUMENT_TOKENS, np.int32)
@@ -78,7 +79,7 @@ def _data_keys(folder: Path, shape: Shape) -> dict[str, Any]:
 
 
 def optimizer_keys() -> dict[str, Any]:
-    """DeepSpeed's section; the others' optimizers take the same numbers."""
+    """DeepSpeed's optimizer section; the others' optimizers use the same values."""
     params = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "torch_adam": True, "fused": True}
     return {"type": "AdamW", "params": params}
 
@@ -130,7 +131,7 @@ def our_keys(
 
 
 def peer_request(folder: Path, batch: int, micro: int, bf16: bool, **more: Any) -> dict[str, Any]:
-    """What the modules of peers read."""
+    """The request that the peers' modules read."""
     return {
         "model": str(folder / "model"),
         "tokens": str(folder / "tokens.npy"),
@@ -145,6 +146,6 @@ def peer_request(folder: Path, batch: int, micro: int, bf16: bool, **more: Any) 
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Path of the file, as text."""
+    """Writes a JSON file; returns its path as text."""
     path.write_text(json.dumps(value))
     return str(path)

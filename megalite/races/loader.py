@@ -1,5 +1,5 @@
-"""Race of the loaders: samples a processor second of ours, in both orders, and of megatron-core's GPTDataset with
-torch's collation, from the same corpus, in one process."""
+"""Race of the loaders: milliseconds of CPU time per batch of ours, in both orders, and of megatron-core's GPTDataset
+with torch's collation, from the same corpus, in one process."""
 
 import importlib
 import tempfile
@@ -24,7 +24,7 @@ Read = Callable[[Sequence[int]], Any]
 
 
 def write_random_corpus(prefix: Path, tokens: int, mean: int, vocabulary: int = VOCABULARY) -> None:
-    """A corpus of random ids in documents of `mean` tokens, a chunk at a time."""
+    """Writes a corpus of random ids in documents of `mean` tokens on average, in chunks."""
     chance = np.random.default_rng(0)
     sizes = chance.integers(1, 2 * mean, tokens // mean).astype(np.int32)
     left = int(sizes.sum(dtype=np.int64))
@@ -38,10 +38,10 @@ def write_random_corpus(prefix: Path, tokens: int, mean: int, vocabulary: int = 
 
 def main(rounds: int) -> None:
     """Prints a line for each loader and size of corpus."""
-    told = (
+    setup = (
         f"samples of {LENGTH:,} tokens, batches of {BATCH}, {rounds} rounds of {SAMPLES:,} samples"
     )
-    print(f"\nloader: {told}; milliseconds a batch of one process")
+    print(f"\nloader: {setup}; milliseconds per batch in one process")
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="loader_") as folder:
             prefix = Path(folder) / "corpus"
@@ -51,7 +51,8 @@ def main(rounds: int) -> None:
 
 
 def _lines(prefix: Path, size: int, rounds: int) -> Iterator[str]:
-    importlib.import_module("megatron.core.datasets.gpt_dataset")  # with torch: no loader's start
+    # Imports torch, which no loader's start includes.
+    importlib.import_module("megatron.core.datasets.gpt_dataset")
     ways: dict[str, Read] = {}
     opened: dict[str, float] = {}
     makes = {
@@ -75,8 +76,8 @@ def _lines(prefix: Path, size: int, rounds: int) -> Iterator[str]:
     theirs = median(seconds["GPTDataset"][1:])
     for name, values in seconds.items():
         ratio = theirs / median(values[1:])
-        told = f"first batch after {opened[name] * 1e3:8.1f} ms"
-        yield f"{size:>13,} tokens  {name:26}  {spread(values[1:])} ms  ratio {ratio:.2f}  {told}"
+        first = f"first batch after {opened[name] * 1e3:8.1f} ms"
+        yield f"{size:>13,} tokens  {name:26}  {spread(values[1:])} ms  ratio {ratio:.2f}  {first}"
 
 
 def _ours(order: str) -> Callable[[Path, int], Read]:

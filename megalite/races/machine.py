@@ -1,4 +1,4 @@
-"""What a figure was measured on, in a line."""
+"""The machine of a measurement, in one line."""
 
 import importlib.metadata
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def machine_line() -> str:
-    """Processor, cores, load and the libraries' versions."""
+    """CPU, cores, load and the libraries' versions."""
     names = [
         line.split(":")[1].strip()
         for line in _lines("/proc/cpuinfo")

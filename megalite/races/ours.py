@@ -1,4 +1,4 @@
-"""Contender: the whole training program, with all that it does around a step (agreement, health, metrics)."""
+"""Contender: the whole training program, with everything around a step (agreement, health, metrics)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     turns, train = Turns(), program._train
 
     def train_in_turns(prepared: Any, rank: int) -> int:
-        from megalite.training import loop  # as the program does: after the ranks have started
+        from megalite.training import loop  # as in the program, after the ranks have started
 
         class TakingTurns(loop.Run):
             def _step(self) -> loop.Agreed:

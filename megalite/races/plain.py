@@ -1,5 +1,5 @@
-"""Contender: a loop of transformers and torch in one process, as anybody would write it: fused AdamW, clip_grad_norm_,
-autocast for bf16. `python -m megalite.races.plain REQUEST`. Also what the other peers share."""
+"""Contender: an ordinary training loop with transformers and torch in one process: fused AdamW, clip_grad_norm_,
+autocast for bf16. `python -m megalite.races.plain REQUEST`. Also has what the other peers share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from megalite.races.turns import Turns, request
 
 
 def load_model(asked: dict[str, Any]) -> Any:
-    """transformers' model with the start weights, in fp32, training."""
+    """transformers' model with the initial weights, in fp32, in training mode."""
     return AutoModelForCausalLM.from_pretrained(
         asked["model"], dtype=torch.float32, attn_implementation="sdpa"
     ).train()
@@ -33,7 +33,7 @@ def batches(asked: dict[str, Any]) -> Callable[[int], tuple[Tensor, Tensor]]:
 
 
 def groups(parameters: Iterator[Tensor] | list[Any], asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Matrices decay, norms do not."""
+    """Parameter groups: weight decay for matrices, none for norms."""
     values = list(parameters)
     return [
         {
@@ -50,7 +50,7 @@ def adam(parameters: Iterator[Tensor] | list[Any], asked: dict[str, Any]) -> tor
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the tokens, fp32."""
+    """Mean loss over the tokens, fp32."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -61,7 +61,7 @@ def plain_step(
     tokens: Tensor,
     labels: Tensor,
 ) -> float:
-    """Micro-batches, clipping, update; the mean loss."""
+    """One step: micro-batches, clipping, update. Returns the mean loss."""
     parts, total = tokens.shape[0] // asked["micro"], 0.0
     for ids, wanted in zip(tokens.chunk(parts), labels.chunk(parts), strict=True):
         with torch.autocast(tokens.device.type, torch.bfloat16) if asked["bf16"] else nullcontext():

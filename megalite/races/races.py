@@ -1,7 +1,8 @@
-"""The races of `tools/benchmark_peers.py`: who runs against whom, and what is printed.
+"""The races of `tools/benchmark_peers.py`: their contenders and their output.
 
-Ratio is the peer's seconds by ours: above 1 ours is faster. Processor seconds are those of all ranks together, which
-other work on the machine hardly moves; where one rank waits for another ("busiest") it is the rank with most of them.
+A ratio is the peer's seconds divided by ours: above 1 ours is faster. CPU seconds ("processor") are summed over all
+ranks, and other programs hardly affect them. If ranks wait for each other, those of the busiest rank decide
+("busiest").
 """
 
 import os
@@ -28,22 +29,22 @@ from megalite.races.machine import machine_line
 from megalite.races.referee import Contender, Step, Team, race, spread
 from megalite.ranks.arguments import ArgumentParser, at_least
 
-TOLERANCE = {False: 1e-4, True: 3e-3}  # of the losses, relative, by whether it is bf16
+TOLERANCE = {False: 1e-4, True: 3e-3}  # relative, of the losses; key: whether bf16
 Figure = Callable[[Step], float]
 
 
 def total(step: Step) -> float:
-    """Processor seconds of all ranks."""
+    """CPU seconds of all ranks."""
     return sum(step.processor)
 
 
 def busiest(step: Step) -> float:
-    """Processor seconds of the rank that has most."""
+    """CPU seconds of the busiest rank."""
     return max(step.processor)
 
 
 def wall(step: Step) -> float:
-    """Seconds that went by."""
+    """Wall-clock seconds."""
     return step.wall
 
 
@@ -52,8 +53,8 @@ FIGURES: dict[str, Figure] = {"processor": total, "busiest": busiest, "wall": wa
 
 @dataclass(frozen=True)
 class Race:
-    """shape: of the model; batch: samples of a step; micro: of a micro-batch; make: the contenders, ours first, from a
-    folder with the inputs; figure: what decides (a key of FIGURES)."""
+    """told: a description. shape: of the model. batch: samples per step. micro: samples per micro-batch. make: returns
+    the contenders, ours first, from a folder with the inputs. figure: the deciding one (a key of FIGURES)."""
 
     told: str
     shape: Shape
@@ -82,7 +83,7 @@ def _peer(
 
 
 def _alone(race_: Race, folder: Path) -> list[Contender]:
-    # ZeRO-0 has no 16 bits in DeepSpeed.
+    # DeepSpeed's ZeRO-0 does not support 16 bits.
     return [
         _ours(race_, folder, 1, int(race_.bf16), 1),
         _peer(race_, folder, "autocast" if race_.bf16 else "plain PyTorch", "plain", 1),
@@ -151,7 +152,9 @@ OTHERS = {"head": head.main, "loader": loader.main}
 
 def main(arguments: list[str]) -> int:
     """Runs races and prints them; returns 0. Raises UserError with one line."""
-    parser = ArgumentParser("benchmark_peers.py", description="Measure training beside its peers.")
+    parser = ArgumentParser(
+        "benchmark_peers.py", description="Compare the speed of training with other programs."
+    )
     parser.add_argument(
         "rows",
         nargs="+",
@@ -160,10 +163,10 @@ def main(arguments: list[str]) -> int:
         help=", ".join([*RACES, *OTHERS]),
     )
     parser.add_argument(
-        "--rounds", type=at_least(1), default=5, metavar="N", help="steps that count (default: 5)"
+        "--rounds", type=at_least(1), default=5, metavar="N", help="timed steps (default: 5)"
     )
     parser.add_argument(
-        "--warmup", type=at_least(1), default=2, metavar="N", help="steps before them (default: 2)"
+        "--warmup", type=at_least(1), default=2, metavar="N", help="warm-up steps (default: 2)"
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -179,7 +182,7 @@ def main(arguments: list[str]) -> int:
 def _run(name: str, race_: Race, rounds: int, warmup: int) -> None:
     tokens = race_.batch * race_.shape.length
     print(
-        f"\n{name}: {race_.told}, {tokens:,} tokens a step, {rounds} rounds after {warmup}",
+        f"\n{name}: {race_.told}, {tokens:,} tokens per step, {rounds} rounds after {warmup}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="peers_") as folder:
@@ -189,7 +192,7 @@ def _run(name: str, race_: Race, rounds: int, warmup: int) -> None:
 
 
 def report(race_: Race, teams: list[Team]) -> list[str]:
-    """A line a contender. Raises UserError where the losses differ: then they did not do the same."""
+    """One line per contender. Raises UserError if the losses differ, since then they did not do the same work."""
     ours, lines = teams[0], []
     width = max(len(team.contender.name) for team in teams)
     for team in teams:
@@ -217,7 +220,8 @@ def report(race_: Race, teams: list[Team]) -> list[str]:
 
 
 def ratios(deciding: str, ours: Team, theirs: Team) -> str:
-    """Peer by ours: of the medians, with the least and the most of the rounds; start and memory as well."""
+    """Ratios of the peer's median to ours, with the minimum and maximum over the rounds; also of start-up and
+    memory."""
     parts = []
     for name, figure in FIGURES.items():
         pairs = [figure(b) / figure(a) for a, b in zip(ours.steps, theirs.steps, strict=True)]

@@ -1,4 +1,4 @@
-"""Starts contenders, has them step in turn, and keeps the time. Next: races.py."""
+"""Starts contenders, lets them take steps in turn, and keeps the time. Next: races.py."""
 
 import json
 import os
@@ -23,12 +23,12 @@ SHOWN_CHARACTERS = 3000
 
 
 class RaceFailed(MegaliteError):
-    """A contender ended, or said nothing for too long."""
+    """A contender exited, or did not answer in time."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """module: run on `ranks` processes; request: what it reads (`turns.request`); threads: of each process."""
+    """module: runs in `ranks` processes. request: read by `turns.request`. threads: per process."""
 
     name: str
     module: str
@@ -39,8 +39,8 @@ class Contender:
 
 @dataclass
 class Step:
-    """One step of a contender. processor: seconds by rank; wall: seconds of the slowest; loss: mean over the ranks that
-    know it."""
+    """One step of a contender. processor: CPU seconds by rank. wall: seconds of the slowest rank. loss: mean over the
+    ranks that know it."""
 
     processor: list[float]
     wall: float
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass
 class Team:
-    """The running ranks of a contender. steps: all so far; peak_bytes: resident, of the largest rank; start_wall and
+    """The running ranks of a contender. steps: all so far. peak_bytes: resident, of the largest rank. start_wall,
     start_processor: seconds from the start of the processes to the end of the first step, the latter by rank."""
 
     contender: Contender
@@ -99,7 +99,7 @@ class Team:
         return self.folder / f"rank{rank}"
 
     def step(self) -> Step:
-        """Has the team make one step."""
+        """Lets the team take one step."""
         for _, tell, _ in self._ranks:
             print("go", file=tell, flush=True)
         answers = [self._answer(rank) for rank in range(len(self._ranks))]
@@ -128,9 +128,9 @@ class Team:
                 said = (
                     self._output(dead or 0).read_text(errors="replace").strip()[-SHOWN_CHARACTERS:]
                 )
-                raise RaceFailed(f"{self.contender.name}: rank {dead or 0} ended: {said}")
+                raise RaceFailed(f"{self.contender.name}: rank {dead or 0} exited: {said}")
         raise RaceFailed(
-            f"{self.contender.name}: rank {rank} said nothing for {PATIENCE_SECONDS:.0f} s"
+            f"{self.contender.name}: rank {rank} did not answer within {PATIENCE_SECONDS:.0f} s"
         )
 
     def stop(self) -> None:
@@ -143,7 +143,7 @@ class Team:
 
 
 def race(contenders: Sequence[Contender], rounds: int, warmup: int) -> list[Team]:
-    """Each contender's `rounds` steps after `warmup` ones; in odd rounds they step in the opposite order."""
+    """Runs `rounds` steps of each contender after `warmup` ones; the order of contenders alternates."""
     with tempfile.TemporaryDirectory(prefix="race_") as folder:
         teams = []
         for number, contender in enumerate(contenders):
@@ -153,7 +153,7 @@ def race(contenders: Sequence[Contender], rounds: int, warmup: int) -> list[Team
         try:
             for team in teams:
                 team.start()
-                team.step()  # one starts after the other, so that starts do not share the machine
+                team.step()  # starts do not overlap
             for number in range(1, warmup + rounds):
                 for team in teams if number % 2 else teams[::-1]:
                     team.step()
@@ -166,5 +166,5 @@ def race(contenders: Sequence[Contender], rounds: int, warmup: int) -> list[Team
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})"

@@ -1,4 +1,4 @@
-"""Two stages of transformers' Llama for the peers that have pipelines: layers before `cut` with the embedding, and the
+"""Two stages of transformers' Llama for the peers with pipelines: the embedding and the layers before `cut`, and the
 rest with the head."""
 
 from typing import Any

@@ -12,7 +12,7 @@ from megalite.races.turns import Turns, request
 
 
 def clip(module: nn.Module, limit: float) -> None:
-    """By the norm over both stages."""
+    """Clips gradients by the norm over both stages."""
     gradients = [value.grad for value in module.parameters() if value.grad is not None]
     square = nn.utils.get_total_norm(gradients).square()
     dist.all_reduce(square)

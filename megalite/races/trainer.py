@@ -1,4 +1,4 @@
-"""Contender: transformers' Trainer over DeepSpeed, with a JSON of DeepSpeed's own keys."""
+"""Contender: transformers' Trainer over DeepSpeed, with a plain DeepSpeed config."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class TakesTurns(TrainerCallback):
 
 
 class InOrder(Trainer):
-    """Samples in their order; notes the loss."""
+    """A Trainer that reads samples in order and records the loss."""
 
     noted: TakesTurns
 

@@ -1,4 +1,4 @@
-"""A contender's side of a race: it waits for its turn, then reports what the step took. Does not import torch.
+"""A contender's side of a race: it waits for its turn, then reports the time of the step. Does not import torch.
 
 Each rank waits for its turn on one pipe and answers on another; the race is over when the first pipe is closed.
 """
@@ -16,12 +16,13 @@ PIPES = "RACE_PIPES"  # environment variable: the numbers of both, separated by 
 
 
 def request() -> dict[str, Any]:
-    """What this contender is asked to do: the JSON that its command names."""
+    """This contender's request: the JSON file named by its command line."""
     return json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 
 
 class Turns:
-    """Of one rank. A step is what happens between `begin` and `end`, or in the call that `serve` is given."""
+    """The turns of one rank. A step is the time between `begin` and `end`, or one call of the function given to
+    `serve`."""
 
     def __init__(self) -> None:
         told, answered = map(int, os.environ[PIPES].split(","))
@@ -29,13 +30,13 @@ class Turns:
         self._wall = self._processor = 0.0
 
     def begin(self) -> None:
-        """Waits for this rank's turn. Ends the process where there is none any more."""
+        """Waits for this rank's turn. Exits the process if the race is over."""
         if not self._told.readline():
             os._exit(0)
         self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def end(self, loss: float | None) -> None:
-        """Answers. loss: a mean in nats; None on a rank that does not know it."""
+        """Reports a step. loss: a mean in nats; None on a rank that does not know it."""
         processor, wall = time.process_time() - self._processor, time.perf_counter() - self._wall
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         answer = {

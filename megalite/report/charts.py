@@ -1,7 +1,7 @@
-"""Curves as SVG that can be read without a script; page.js adds what is under the pointer.
+"""Curves as SVG that works without a script; page.js adds the values under the pointer.
 
-A chart is drawn in units of its viewBox, which the page scales to its column. Runs have a colour each (CSS class c0,
-c1, …), so that a chart holds several.
+A chart is drawn in units of its viewBox, which the page scales to its column. Each run has a colour (CSS class c0, c1,
+…), so that a chart can show several.
 """
 
 import json
@@ -13,8 +13,8 @@ from megalite.report.numbers import short, ticks
 
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 30  # margins
-MOST_POINTS = 800  # of a curve: more than columns of a screen that it is drawn on
-SMOOTHING = 0.05  # weight of a new value in the mean that is drawn over noisy curves
+MOST_POINTS = 800  # of a curve: more than a chart has pixels
+SMOOTHING = 0.05  # weight of a new value in the moving mean of noisy curves
 COLOURS = 8
 
 Points = list[tuple[float, float]]
@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class Curve:
-    """name: of the run; colour: its number; faint: drawn thin, behind; dots: each point has one."""
+    """name: of the run. colour: index. faint: drawn thin, in the background. dots: draw a dot at each point."""
 
     name: str
     colour: int
@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass
 class Mark:
-    """A vertical line at a step, with words for the pointer. kind: `restart` or `fault`."""
+    """A vertical line at a step, with a tooltip. kind: `restart` or `fault`."""
 
     step: float
     kind: str
@@ -42,7 +42,7 @@ class Mark:
 
 @dataclass
 class Chart:
-    """title with its unit; zero: whether the vertical axis begins at 0."""
+    """title: with the unit. zero: whether the vertical axis starts at 0."""
 
     title: str
     curves: list[Curve]
@@ -51,7 +51,7 @@ class Chart:
 
 
 def thinned(points: Points) -> Points:
-    """At most MOST_POINTS: of each run of neighbours the lowest and the highest, so that no peak is lost."""
+    """At most MOST_POINTS points: the lowest and the highest of each group of neighbours, so that no peak is lost."""
     if len(points) <= MOST_POINTS:
         return points
     size = -(-2 * len(points) // MOST_POINTS)
@@ -65,7 +65,7 @@ def thinned(points: Points) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """The exponential moving mean, with the bias of its start taken out (as in arXiv 1412.6980, section 3)."""
+    """The exponential moving mean with bias correction (as in arXiv 1412.6980, section 3)."""
     mean = weight = 0.0
     result = []
     for x, y in points:
@@ -76,7 +76,7 @@ def smoothed(points: Points) -> Points:
 
 
 def svg(chart: Chart) -> str:
-    """The chart; empty where no curve has a point."""
+    """The chart; empty if no curve has a point."""
     everything = [point for curve in chart.curves for point in curve.points]
     if not everything:
         return ""
@@ -97,7 +97,7 @@ def svg(chart: Chart) -> str:
 
 
 class _Scale:
-    """From values to places in the viewBox."""
+    """Maps values to coordinates in the viewBox."""
 
     def __init__(self, points: Sequence[tuple[float, float]], zero: bool) -> None:
         xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -146,7 +146,7 @@ def _drawn(curve: Curve, scale: _Scale) -> str:
 
 
 def _for_script(chart: Chart, scale: _Scale) -> str:
-    """What page.js needs to find the point under the pointer: an attribute's text."""
+    """The data from which page.js finds the point under the pointer, as an attribute's text."""
     curves = [
         {"name": curve.name, "colour": curve.colour % COLOURS, "points": curve.points}
         for curve in chart.curves

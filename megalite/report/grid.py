@@ -1,4 +1,4 @@
-"""The ranks as a picture, a row for each place on the pipe axis, with the memory of each: predicted and measured."""
+"""The ranks as a table, one row per index of the pipe axis, with each rank's memory: predicted and measured."""
 
 import itertools
 from html import escape
@@ -13,14 +13,14 @@ STATES = {
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer",
 }
-MOST_CELLS = 256  # of a picture; of more ranks the first are shown
+MOST_CELLS = 256  # at most; of more ranks the first are shown
 
 Bytes = dict[str, int]
 
 
 def grid_picture(axes: dict[str, int], predicted: list[Bytes], memory: dict[str, Any]) -> str:
-    """axes: sizes by name, outermost first, with `pipe` as the first; predicted: of each rank, fields of STATES and
-    others; memory: lists by rank, measured. Either may be empty."""
+    """axes: sizes by name, outermost first; `pipe` is the first. predicted: for each rank, fields of STATES and others.
+    memory: measured lists by rank. Either may be empty."""
     if not axes:
         return ""
     pipe, *others = axes.items()
@@ -88,7 +88,7 @@ def _bar(states: Bytes, most: int) -> str:
 
 
 def _both(key: str, rank: int, predicted: list[Bytes], measured: list[Bytes]) -> str:
-    """Measured, and against what was predicted where that is another."""
+    """The measured bytes, and the predicted ones if they differ."""
     asked = predicted[rank].get(key) if rank < len(predicted) else None
     found = measured[rank].get(key) if rank < len(measured) else None
     if found is None:
@@ -113,13 +113,13 @@ def _sum(states: Bytes) -> int:
 
 
 def _place(axes: list[tuple[str, int]], place: tuple[int, ...]) -> str:
-    """A column's name: its place on each axis that has several."""
+    """A column's name: its index on each axis of more than one rank."""
     several = [f"{name} {at}" for (name, size), at in zip(axes, place, strict=True) if size > 1]
     return "<br>".join(several)
 
 
 def _runs(numbers: list[int]) -> str:
-    """Ascending numbers in short: 0–3, 6."""
+    """Ascending numbers in short form: 0–3, 6."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formats figures for people."""
 
 import math
 import time
@@ -37,7 +37,7 @@ def clock(seconds: float) -> str:
 
 
 def date(unix_seconds: float) -> str:
-    """Of the reader's time zone, to the second."""
+    """Local date and time, to the second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
 
 

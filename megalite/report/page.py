@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style and script in it, that loads nothing. Next: program.py."""
+"""The page: one HTML file with style and script inlined, which loads nothing else. Next: program.py."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ from megalite.report.numbers import clock, gib, percent, short
 from megalite.report.read import RunFolder, value_at
 from megalite.report.tables import table, wide
 
-CURVES = {  # field of a row -> (title, smoothed, axis from 0); a loss has its unit after it
+CURVES = {  # field of a row -> (title, smoothed, axis from 0); a loss title gets its unit
     "loss": ("Training loss", True, False),
     "grad_norm": ("Gradient norm, before clipping", True, True),
     "learning_rate": ("Learning rate", False, True),
-    "tokens_per_second": ("Tokens a second", True, True),
+    "tokens_per_second": ("Tokens per second", True, True),
     "mfu": ("MFU, %", True, True),
 }
 FACTORS = {"mfu": 100.0}
-SHOWN_SAMPLES = 3  # evaluations whose samples are open
+SHOWN_SAMPLES = 3  # evaluations whose samples are expanded
 
 
 START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -62,7 +62,7 @@ def _legend(runs: Sequence[RunFolder]) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    """Nothing where there is no content."""
+    """A section; empty if there is no content."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
@@ -70,7 +70,7 @@ Facts = dict[str, str]
 
 
 def _facts(run: RunFolder) -> Facts:
-    """A run in figures, by their names."""
+    """Key figures of a run, by name."""
     facts: Facts = {}
     last, best, steps = run.last, run.best, value_at(run.config, "megalite", "train", "steps")
     if model := run.about.get("model"):
@@ -86,7 +86,7 @@ def _facts(run: RunFolder) -> Facts:
     recent = [row for row in run.steps[-50:] if "tokens_per_second" in row]
     if recent:
         mean = sum(row["tokens_per_second"] for row in recent) / len(recent)
-        facts["tokens a second"] = short(mean)
+        facts["tokens per second"] = short(mean)
     if recent and all("mfu" in row for row in recent):
         facts["MFU"] = percent(sum(row["mfu"] for row in recent) / len(recent))
     if "goodput" in last:
@@ -143,8 +143,8 @@ def _charts(runs: Sequence[RunFolder]) -> str:
 
 
 def _loss_unit(runs: Sequence[RunFolder]) -> str:
-    """What a loss is the mean of; a classifier's is of texts."""
-    units = {run.about.get("loss_unit", "nats a token") for run in runs}
+    """The unit of a loss: per token, or per text for a classifier."""
+    units = {run.about.get("loss_unit", "nats per token") for run in runs}
     return units.pop() if len(units) == 1 else "nats"
 
 
@@ -156,7 +156,7 @@ def _validation(runs: Sequence[RunFolder]) -> list[Curve]:
 
 
 def _points(rows: Sequence[dict[str, Any]], key: str) -> Points:
-    """Steps and values, where there is one."""
+    """(step, value) of the rows that have a value."""
     factor = FACTORS.get(key, 1.0)
     return [(row["step"], factor * row[key]) for row in rows if row.get(key) is not None]
 
@@ -207,7 +207,7 @@ def _pipeline(run: RunFolder) -> str:
         return ""
     schedule, m, shown = about["schedule"], about["micro_batches"], about["shown_micro_batches"]
     p, v = len(rows), about["chunks"]
-    lines = [f"Schedule {schedule}, {m} micro-batches a step."]
+    lines = [f"Schedule {schedule}, {m} micro-batches per step."]
     lines.append(f"Bubble simulated with this model's cut: {percent(about['bubble'])}.")
     if found := pipeline.formula(schedule, p, m, v):
         lines.append(f"Formula for equal stages: {found[0]} = {percent(found[1])}.")
@@ -222,7 +222,7 @@ def _pipeline(run: RunFolder) -> str:
 
 
 def _split(run: RunFolder) -> str:
-    """Where the time of the measured steps went, as shares of them."""
+    """What the time of the measured steps was spent on, with shares."""
     rows = [row for row in run.steps if "split_seconds" in row]
     if not rows:
         return ""
@@ -236,7 +236,7 @@ def _split(run: RunFolder) -> str:
         for name, seconds in sums.items()
     ]
     words = f"Means over the ranks and {len(rows)} measured steps."
-    return f"<p>{words}</p>{table(('', 'a step', 'share'), body)}"
+    return f"<p>{words}</p>{table(('', 'per step', 'share'), body)}"
 
 
 def _data(run: RunFolder) -> str:
@@ -272,14 +272,14 @@ def _config(run: RunFolder) -> str:
         rows.append([escape(text) for text in (key, json.dumps(value), usual)])
     differing = ""
     if rows:
-        words = "<p>What differs from the defaults, or has none:</p>"
+        words = "<p>Keys that differ from their defaults, or have none:</p>"
         differing = words + wide(table(("key", "value", "default"), rows, long=range(3)))
     whole = escape(json.dumps(run.config, indent=2, ensure_ascii=False))
     return f"{differing}<details><summary>config.json</summary><pre>{whole}</pre></details>"
 
 
 def _relative(path: Path, base: Path) -> str:
-    """From the page's folder, so that a run folder may be moved with its page."""
+    """`path` relative to the page's folder, so that a run folder may be moved with its page."""
     path, base = path.resolve(), base.resolve()
     up = 0
     while not path.is_relative_to(base):

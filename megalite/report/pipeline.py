@@ -1,5 +1,5 @@
-"""One step on the ranks of the pipe axis as a strip chart: simulated from the program, and measured where the run has
-traced a step. What is empty is bubble."""
+"""One step on the ranks of the pipe axis as a strip chart: simulated from the program, and measured if the run has
+traced a step. Empty parts are the bubble."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class Span:
 
 
 Rows = list[list[Span]]
-"""Of each rank of the pipe axis."""
+"""The spans of each rank of the pipe axis."""
 
 
 def simulated(pipeline: dict[str, Any]) -> Rows:
-    """From about.json."""
+    """The simulated step of about.json."""
     rows: Rows = []
     for actions in pipeline.get("actions", []):
         spans = [Span(kind, f"{kind}{chunk}.{k}", *times) for kind, chunk, k, *times in actions]
@@ -36,8 +36,8 @@ def simulated(pipeline: dict[str, Any]) -> Rows:
 
 
 def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int, Rows]:
-    """The last step that was traced on this grid, and its actions on the first rank of each place on the pipe axis, in
-    seconds. Steps of earlier starts, on another grid, are left out; (0, []) where no step is left."""
+    """The last step that was traced on this grid, and its actions on the first rank of each index of the pipe axis, in
+    seconds. Steps of earlier starts on another grid do not count; (0, []) if there is no step."""
     actions = [event for event in trace if event.get("cat") == "action"]
     actions = [event for event in actions if event["args"].get("grid") == axes]
     if not actions or not axes:
@@ -55,16 +55,16 @@ def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int
 
 
 def bubble(rows: Rows) -> float:
-    """Share of the time from the first action to the last in which ranks are idle, on average."""
+    """The share of the time between the first and the last action in which ranks are idle, on average."""
     start, end = _bounds(rows)
     busy = sum(span.end - span.start for row in rows for span in row)
     return 1 - busy / (len(rows) * (end - start)) if end > start else 0.0
 
 
 def formula(schedule: str, p: int, m: int, v: int) -> tuple[str, float] | None:
-    """The bubble of equal stages, as a share of the step, in words and as a number: (p-1) slots beside what a rank has
-    to do (arXiv 2104.04473, section 2.2, and 2401.10241, section 3). p ranks, m micro-batches, v chunks a rank; with
-    halved backwards a micro-batch is three units of time, F, I and W."""
+    """The bubble of equal stages, as a share of the step: a formula and its value. A rank is idle for p - 1 slots
+    besides its work (arXiv 2104.04473, section 2.2, and 2401.10241, section 3). p ranks, m micro-batches, v chunks per
+    rank; with split backwards a micro-batch takes three units of time: F, I and W."""
     match schedule:
         case "1f1b":
             return "(p − 1) / (m + p − 1)", (p - 1) / (m + p - 1)
@@ -78,7 +78,7 @@ def formula(schedule: str, p: int, m: int, v: int) -> tuple[str, float] | None:
 
 
 def strip(rows: Rows, caption: str) -> str:
-    """The chart."""
+    """The strip chart as SVG."""
     start, end = _bounds(rows)
     if end <= start:
         return ""

@@ -19,20 +19,20 @@ SIMULATED = "trace_simulated.json"
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the page, tells where it is, and returns 0. Raises UserError with one line."""
+    """Writes the page, prints its path, and returns 0. Raises UserError with one line."""
     parser = ArgumentParser(description="Show run folders as one page, report.html.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument(
         "--output",
         metavar="FILE",
         type=Path,
-        help="left out: RUN/report.html of one run, report.html here of several",
+        help="default: RUN/report.html for one run, report.html here for several",
     )
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="also print where each run's trace for Perfetto is: trace.json of the steps that the run has traced "
-        "(megalite.train.trace_steps); for a run without one, write the simulated step as trace_simulated.json",
+        help="also print the path of each run's trace for Perfetto: trace.json with the steps that the run has traced "
+        "(megalite.train.trace_steps); for a run without one, write the simulated step to trace_simulated.json",
     )
     options = parser.parse_args(arguments)
     several = len(options.runs) > 1
@@ -72,7 +72,7 @@ def _is_page(path: Path) -> bool:
 
 
 def _trace(path: Path) -> str:
-    """The line about a run's trace. Writes the simulated one where the run has none of its own."""
+    """The line about a run's trace. Writes the simulated trace if the run has none."""
     run = read_run(path)
     if run.trace:
         steps = sorted(
@@ -81,9 +81,7 @@ def _trace(path: Path) -> str:
         return f"{path / TRACE}: steps {', '.join(map(str, steps))}; open it in https://ui.perfetto.dev"
     events = simulated_events(run)
     if not events:
-        rule = (
-            "has no trace and no pipeline: set megalite.train.trace_steps to trace steps of a run"
-        )
+        rule = "has no trace and no pipeline: set megalite.train.trace_steps to trace steps"
         raise DataError(f"{path}: {rule}")
     (path / SIMULATED).write_text(json.dumps({"traceEvents": events}))
     return f"{path / SIMULATED}: simulated; set megalite.train.trace_steps to measure"

@@ -1,4 +1,4 @@
-"""What a run folder holds, as values. Anything may be missing or torn: a run that was killed has a report too.
+"""The contents of a run folder, as values. Anything may be missing or torn: a killed run has a report too.
 
 Next: page.py.
 """
@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 METRICS, ABOUT, HISTORY, FAULTS = "metrics.jsonl", "about.json", "history.jsonl", "faults.jsonl"
 TRACE, REPORT = "trace.json", "report.html"
-STOPPED_BY_ERROR = "error: "  # begins the reason why a start ended, where it is one
-MOST_ROWS = 20_000  # that are parsed of a long run; evaluations all are
+STOPPED_BY_ERROR = "error: "  # prefix of the reason why a start ended, if it is an error
+MOST_ROWS = 20_000  # parsed of a long run; evaluations are always parsed
 
 
 @dataclass
@@ -30,16 +30,16 @@ class Checkpoint:
 
     @property
     def called(self) -> str:
-        """What the pointers in `checkpoints/` say of it."""
+        """The pointers in `checkpoints/` that name it."""
         names = {"latest": self.latest, "best": self.best}
         return ", ".join(name for name, is_so in names.items() if is_so)
 
 
 @dataclass
 class RunFolder:
-    """path: of the folder; steps: rows of training; evaluations: those with a validation loss or samples; about: what
-    the run wrote of itself at its start; history: its starts, checkpoints and ends; faults: steps that went wrong;
-    summaries: of starts that were stuck or lost a rank, by folder; trace: events of traced steps."""
+    """steps: rows of training. evaluations: rows with a validation loss or samples. about: what the run wrote about
+    itself at its start. history: its starts, checkpoints and ends. faults: faulty steps. summaries: of starts that hung
+    or lost a rank, by folder. trace: events of traced steps."""
 
     path: Path
     config: Row = field(default_factory=dict)
@@ -59,12 +59,12 @@ class RunFolder:
 
     @property
     def memory(self) -> Row:
-        """The newest row with bytes by rank; empty where there is none."""
+        """The newest row with bytes by rank; empty if there is none."""
         return next((row for row in reversed(self.steps) if "weights_bytes" in row), {})
 
     @property
     def last(self) -> Row:
-        """The last row of training; empty where there is none."""
+        """The last row of training; empty if there is none."""
         return self.steps[-1] if self.steps else {}
 
     @property
@@ -75,7 +75,7 @@ class RunFolder:
 
 
 def read_run(path: Path) -> RunFolder:
-    """Reads a run folder. DataError where it is none."""
+    """Reads a run folder. Raises DataError if it is not one."""
     if not (path / METRICS).is_file() and not (path / "config.json").is_file():
         raise DataError(f"{path}: must be a run folder, with a config.json or a {METRICS}")
     run = RunFolder(path, config=_json(path / "config.json"), about=_json(path / ABOUT))
@@ -95,15 +95,14 @@ def read_run(path: Path) -> RunFolder:
 
 
 def value_at(document: Any, *keys: str) -> Any:
-    """A value of nested objects; None where they hold no such key."""
+    """A value of nested objects; None if they have no such key."""
     for key in keys:
         document = document.get(key) if isinstance(document, dict) else None
     return document
 
 
 def _metrics(path: Path) -> Iterator[Row]:
-    """Rows of the file. Of a long run's steps every k-th is taken, and the first with memory, without parsing the
-    rest."""
+    """Rows of the file. Of a long run, only every k-th step, evaluations and rows with memory are parsed."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -125,7 +124,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _parsed(line: bytes) -> Iterator[Row]:
-    """The row of a line; nothing of one that is torn."""
+    """The row of a line; nothing if the line is torn."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -135,7 +134,7 @@ def _parsed(line: bytes) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Row:
-    """The object in a file; empty where there is none."""
+    """The object in a file; empty if there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -144,7 +143,7 @@ def _json(path: Path) -> Row:
 
 
 def _pointer(path: Path) -> str:
-    """The name in a file; empty where there is none."""
+    """The name in a file; empty if there is none."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

@@ -1,10 +1,10 @@
-"""Tables of the page. Cells are HTML already."""
+"""Tables of the page. Cells are already HTML."""
 
 from collections.abc import Container, Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], long: Container[int] = ()) -> str:
-    """A table of figures. long: numbers of columns whose texts may break."""
+    """A table of figures. long: indices of columns whose text may wrap."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     for row in rows:
         cells = []
@@ -17,5 +17,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], long: Container[in
 
 
 def wide(content: str) -> str:
-    """Content that scrolls where it is wider than the page."""
+    """Content that scrolls if it is wider than the page."""
     return f'<div class="wide">{content}</div>'

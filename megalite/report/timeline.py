@@ -1,4 +1,4 @@
-"""A run by the clock on the wall: its starts as bars, with checkpoints, faults and the times between them."""
+"""A run over wall-clock time: its starts as bars, with checkpoints, faults and the gaps between them."""
 
 from dataclasses import dataclass
 from html import escape
@@ -14,8 +14,8 @@ WIDTH, HEIGHT, LEFT = 640, 46, 4
 
 @dataclass
 class Start:
-    """One start of a run; end and last_step: where it ended or was last heard of; reason: empty where it gave none, as
-    after a kill."""
+    """One start of a run. end, last_step: when it ended or last wrote a row. reason: empty if there is none, as after a
+    kill."""
 
     begin: float
     end: float
@@ -26,7 +26,7 @@ class Start:
 
 
 def starts(run: RunFolder) -> list[Start]:
-    """In order. A start that was killed ends with the last row that it wrote."""
+    """The starts in order. A killed start ends with the last row that it wrote."""
     found: list[Start] = []
     for row in run.history:
         at, step = row.get("unix_seconds", 0.0), row.get("step", 0)
@@ -45,7 +45,7 @@ def starts(run: RunFolder) -> list[Start]:
 
 
 def fault_times(run: RunFolder) -> list[tuple[float, str]]:
-    """(unix time, words) of each fault: the time is that of its step's row, or of the one before."""
+    """(unix time, text) of each fault. The time is that of its step's row, or of the previous one."""
     times = [(row["step"], row["unix_seconds"]) for row in run.steps if "unix_seconds" in row]
     result = []
     for fault in run.faults:
@@ -58,7 +58,7 @@ def fault_times(run: RunFolder) -> list[tuple[float, str]]:
 
 
 def picture(run: RunFolder) -> str:
-    """The bars; empty where the run wrote no history."""
+    """The bars; empty if the run wrote no history."""
     found = starts(run)
     if not found:
         return ""
@@ -102,7 +102,7 @@ def picture(run: RunFolder) -> str:
 
 
 def table(run: RunFolder) -> str:
-    """A row for each start, and one for each fault and each summary of a start that was lost."""
+    """A row for each start, then a list of the faults and of the summaries of failed starts."""
     rows = []
     for number, start in enumerate(starts(run), 1):
         length, steps = clock(start.end - start.begin), f"{start.step} – {start.last_step}"
@@ -118,7 +118,7 @@ def table(run: RunFolder) -> str:
 
 
 def marks_of(run: RunFolder) -> list[tuple[float, str, str]]:
-    """(step, kind, words) of what curves over steps show: restarts and faults."""
+    """(step, kind, text) of the marks on curves over steps: restarts and faults."""
     result: list[tuple[float, str, str]] = [
         (start.step, "restart", f"restarted from step {start.step}") for start in starts(run)[1:]
     ]
@@ -135,5 +135,5 @@ def _end(start: Start) -> str:
 
 
 def shares(run: RunFolder) -> list[dict[str, Any]]:
-    """What each corpus has given, by the newest row of the history that says so."""
+    """Samples read from each corpus, from the newest row of the history that has them."""
     return next((row["corpora"] for row in reversed(run.history) if "corpora" in row), [])

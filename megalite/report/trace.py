@@ -1,6 +1,5 @@
-"""Events for Chrome's and Perfetto's trace viewers (the Trace Event Format): a process a rank, a row a kind of work.
-
-Of a run that traced no step, the simulated step, with its bubbles by name.
+"""Events for Chrome's and Perfetto's trace viewers (the Trace Event Format): one process per rank. For a
+run without traced steps, the simulated step with named bubbles.
 """
 
 from typing import Any
@@ -13,8 +12,8 @@ MICROSECONDS = 1e6
 
 
 def simulated_events(run: RunFolder) -> list[Event]:
-    """A step of the run's program on each place of the pipe axis; as long as the run's steps are in the median, or a
-    second. Empty where the run has one stage or has not told of it."""
+    """A step of the run's program on each rank of the pipe axis, scaled to the median step, or to one second. Empty if
+    the run has one stage or no about.json."""
     rows = simulated(run.about.get("pipeline", {}))
     if len(rows) < 2:
         return []
@@ -41,12 +40,12 @@ def simulated_events(run: RunFolder) -> list[Event]:
 
 
 def process_name(pid: int, name: str) -> Event:
-    """The name of a rank's rows."""
+    """The event that names a rank's process."""
     return {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
 
 
 def with_bubbles(spans: list[Span], end: float) -> list[Span]:
-    """A rank's actions, and between them what it waits through, named by the action that it waits for."""
+    """A rank's actions and the bubbles between them, each named by the action that it waits for."""
     result: list[Span] = []
     last = 0.0
     for span in spans:

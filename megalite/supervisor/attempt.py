@@ -1,7 +1,7 @@
-"""One start of stock `deepspeed`, with a guard on every host, to its end: what each rank said last, and who failed.
+"""One start of stock `deepspeed`, with a guard on every host, until its end: each rank's exit code, and who failed.
 
-What `deepspeed` itself says of the end is not enough: killed in the middle it ends with 0 (launcher/runner.py:639),
-and over ssh with whatever came last. Next: restarts.py.
+The exit code of `deepspeed` is not enough: killed midway it exits with 0 (launcher/runner.py:639), and over ssh with
+whatever came last. Next: restarts.py.
 """
 
 import contextlib
@@ -36,24 +36,23 @@ from megalite.supervisor.remote import (
 )
 
 POLL_SECONDS = 0.2
-BEAT_SECONDS = 2.0  # between two words to a guard, which counts on them (host_guard.py)
+BEAT_SECONDS = 2.0  # between heartbeats to a guard, which relies on them (host_guard.py)
 READY_SECONDS = 60.0
-REPORT_SECONDS = 2.0  # after a failure, until ranks that have not ended are asked for a report
-FAILURE_SECONDS = 8.0  # after a failure, until those are killed
-LAST_LINES_SECONDS = (
-    0.5  # after the end of all ranks, one of them a bad one, that `deepspeed` is waited for
-)
+REPORT_SECONDS = 2.0  # after a failure, until the remaining ranks are asked for a report
+FAILURE_SECONDS = 8.0  # after a failure, until they are killed
+LAST_LINES_SECONDS = 0.5  # after the end of all ranks, wait for `deepspeed` if a rank failed
 DONE_SECONDS = 30.0
-"""The same where all is good: a remote shell stays as long as anything that a rank has left behind has its output."""
-SEEN_SECONDS = 2.0  # that the end of a rank takes to be seen
-STOP_SECONDS = 120.0  # the same after a signal, unless --grace_seconds says another: a last checkpoint is saved
-CLOSE_SECONDS = 1.0  # after all that, until what is left of the guards' connections is killed
+"""The same if all succeeded: a remote shell stays while any process that a rank has left behind holds its output."""
+SEEN_SECONDS = 2.0  # until the end of a rank is noticed
+# After a signal, until ranks are killed (--grace_seconds): time for a last checkpoint.
+STOP_SECONDS = 120.0
+CLOSE_SECONDS = 1.0  # at the end, until the guards' remaining connections are killed
 THIS = "localhost"
 SSH_ARGS = "PDSH_SSH_ARGS_APPEND"  # pdsh's
 
 
 class HostsLost(MegaliteError):
-    """Hosts whose guard does not start, with why."""
+    """Hosts whose guard does not start, with the reasons."""
 
     def __init__(self, said: Mapping[str, str]) -> None:
         self.hosts = list(said)
@@ -61,13 +60,14 @@ class HostsLost(MegaliteError):
 
 
 def name_of_run() -> str:
-    """A prefix for the folders of its starts, the same on every host; nobody can make them beforehand."""
+    """A random prefix for the folders of a run's starts, the same on every host; nobody can create them beforehand."""
     return f"/tmp/megalite-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True)
 class Program:
-    """What to start: the options for `deepspeed` and a script with its arguments. over_ssh: hosts of a hostfile."""
+    """What to start. options: for `deepspeed`. words: a script and its arguments. over_ssh: on the hosts of a
+    hostfile."""
 
     options: list[str]
     words: list[str]
@@ -75,19 +75,19 @@ class Program:
     ssh_port: int | None
     master_addr: str | None
     grace_seconds: float = STOP_SECONDS
-    """After a signal to stop, until ranks that have not ended are killed."""
+    """Time after a signal to stop until the remaining ranks are killed."""
 
 
 @dataclass
 class Signals:
-    """Those that came to this process: `stop` is the first one to stop for (0: none)."""
+    """Signals that this process received. stop: the first one that asks it to stop (0: none)."""
 
     stop: int = 0
     waiting: list[int] = field(default_factory=list)
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            # Under nohup SIGHUP is ignored, and stays so.
+            # Under nohup SIGHUP is ignored, and must stay ignored.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._take)
 
@@ -102,14 +102,14 @@ class Signals:
 
 @dataclass
 class Outcome:
-    """How a start ended: code 0, 2 or 1, or 128 + N for a signal's. who: failed, and how, in words."""
+    """How a start ended. code: 0, 1, 2, or 128 + N for signal N. who: who failed and how, as text."""
 
     code: int
     who: str = ""
 
 
 class HostGuard:
-    """A guard's other end."""
+    """The local end of the connection to a guard."""
 
     def __init__(self, host: str, folder: str, port: int | None, said: Path) -> None:
         self.host, self.said, self.lost, self.over = host, said, False, False
@@ -122,7 +122,7 @@ class HostGuard:
             )  # fmt: skip
 
     def read(self, into: "queue.Queue[tuple[HostGuard, str]]") -> None:
-        """Hands on its lines, and an empty one at its end."""
+        """Puts the guard's lines into a queue, and an empty one at its end."""
         output = self.process.stdout
         assert output is not None
         for line in output:
@@ -133,7 +133,7 @@ class HostGuard:
 
     @property
     def why_missing(self) -> str:
-        """Why it does not start."""
+        """Why the guard does not start."""
         return self.refusal or f"no answer by ssh: {_last_line(self.said)}"
 
     def tell(self, line: str) -> None:
@@ -144,13 +144,13 @@ class HostGuard:
             pipe.flush()
 
     def let_go(self) -> None:
-        """A guard that hears no more ends."""
+        """Closes the guard's input, which makes it exit."""
         with contextlib.suppress(OSError, ValueError):
             assert self.process.stdin is not None
             self.process.stdin.close()
 
     def close(self, deadline: float) -> None:
-        """Waits for its process, and kills that at the deadline, by `time.monotonic`."""
+        """Waits for its process, and kills it at the deadline (by `time.monotonic`)."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, deadline - time.monotonic()))
         self.process.kill()
@@ -158,28 +158,30 @@ class HostGuard:
 
 
 class Attempt:
-    """A start on `hosts` (ranks by host, in order) of the run with that name."""
+    """One start of the run named `run`. hosts: ranks by host, in order."""
 
     def __init__(self, program: Program, hosts: dict[str, int], run: str, signals: Signals) -> None:
         self.program, self.hosts, self.signals = program, hosts, signals
-        self.name = f"{run}-{secrets.token_hex(8)}"  # another one each time: that of the last start was seen by all
+        # New each time: all users have seen the last one.
+        self.name = f"{run}-{secrets.token_hex(8)}"
         self.world_size = sum(hosts.values())
         self.events: queue.Queue[tuple[HostGuard, str]] = queue.Queue()
         self.guards: list[HostGuard] = []
         self.running: dict[int, HostGuard] = {}
         self.words: dict[int, str] = {}
         self.places: dict[int, str] = {}
-        self.gone: list[int] = []  # without a word, in order
+        self.gone: list[int] = []  # ended without an exit code, in order
         self.failed_at: float | None = None
-        self.ended_at: float | None = None  # all ranks
+        self.ended_at: float | None = None  # of all ranks
         self.child_ended_at: float | None = None
-        self.orphaned = False  # the ranks: `deepspeed` ended before them
+        self.orphaned = False  # whether `deepspeed` ended before the ranks
         self.beat = 0.0
         self.stopped_at: float | None = None
         self.asked = self.ending = False
 
     def run(self) -> Outcome:
-        """Starts, waits, and leaves no process on any host. Raises HostsLost before ranks start."""
+        """Starts the ranks, waits for their end, and leaves no process on any host. Raises HostsLost before ranks
+        start."""
         with (
             tempfile.TemporaryDirectory(prefix="megalite_start_") as folder,
             self._guarded(Path(folder)),
@@ -201,7 +203,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def _guarded(self, folder: Path) -> Iterator[None]:
-        """A guard on each host and one here, all ready."""
+        """Starts a guard on each host and one here, and waits until all are ready."""
         names = [THIS, *self.hosts] if self.program.over_ssh else [THIS]
         try:
             for number, host in enumerate(names):
@@ -222,7 +224,7 @@ class Attempt:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Of all guards, in one time for all together."""
+        """Closes all guards, with one deadline for all."""
         for guard in self.guards:
             guard.let_go()
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -247,7 +249,7 @@ class Attempt:
             environment[ENV_FILE] = str(folder / "environment")
         else:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
-        # Of a launcher that may have started this one.
+        # Set by a launcher that may have started this process.
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)
         return subprocess.Popen(
@@ -258,18 +260,18 @@ class Attempt:
     def _master(self) -> str:
         first = self.guards[1]
         if first.address.startswith(("127.", "::1")) and len(self.hosts) > 1:
-            # Debian's /etc/hosts gives a host's own name such an address; DeepSpeed asks in this way too.
+            # Debian's /etc/hosts maps a host's own name to such an address; DeepSpeed also asks hostname -I.
             command = ssh(first.host, ["hostname", "-I"], self.program.ssh_port)
             addresses = subprocess.run(command, capture_output=True, text=True).stdout.split()
             if not addresses:
                 raise MegaliteError(
-                    f"{first.host}: hostname -I names no address: give --master_addr"
+                    f"{first.host}: hostname -I prints no address: give --master_addr"
                 )
             return addresses[0]
         return first.address
 
     def _step(self) -> None:
-        """Hears guards, hands signals on, and brings those to an end who do not come to one."""
+        """Reads from the guards, passes signals on, and asks hanging ranks for a report."""
         self._hear()
         now = time.monotonic()
         while self.signals.waiting:
@@ -289,9 +291,8 @@ class Attempt:
             self.child_ended_at = self.child_ended_at or now
             if now - self.child_ended_at > SEEN_SECONDS and not self.orphaned:
                 self.orphaned = True
-                self.stopped_at = (
-                    self.stopped_at or now
-                )  # the grace period of an earlier signal goes on
+                # The grace period of an earlier signal continues.
+                self.stopped_at = self.stopped_at or now
                 self._tell(f"signal {signal.SIGTERM.value}")
         if self.failed_at is not None and now - self.failed_at > FAILURE_SECONDS:
             return True
@@ -301,7 +302,7 @@ class Attempt:
         return self.stopped_at is not None and now - self.stopped_at > self.program.grace_seconds
 
     def _hear(self) -> None:
-        """Takes in what the guards say within POLL_SECONDS."""
+        """Processes the guards' lines for POLL_SECONDS, and sends heartbeats."""
         deadline = time.monotonic() + POLL_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -384,17 +385,17 @@ class Attempt:
         launchers: list[int],
         codes: dict[int, int],
     ) -> str:
-        """The likeliest cause in words."""
+        """The most likely cause, as text."""
         lost = [guard.host for guard in self.guards if guard.lost]
         failed = [rank for rank, value in codes.items() if value == 1]
-        told = {
+        causes = {
             "was lost": [f"host {host}" for host in lost],
             "was killed": self._names(self.gone[:1]),
             "did not end by itself": self._names(list(left)),
             "lost the launcher of its host": self._names(launchers),
             "ended with 1": self._names(failed),
         }
-        for how, names in told.items():
+        for how, names in causes.items():
             if names:
                 return f"{', '.join(names)} {how}"
         when = " before a rank started"
@@ -410,4 +411,4 @@ class Attempt:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was said"
+    return lines[-1] if lines else "no output"

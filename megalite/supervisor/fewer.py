@@ -1,4 +1,5 @@
-"""The same training on fewer hosts: same global batch, fewer data ranks, more accumulation. Next: restarts.py."""
+"""The same training on fewer hosts: same global batch, fewer data ranks, more gradient accumulation. Next:
+restarts.py."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
 
 
 class ProgramConfig:
-    """What a program's arguments say of its config. Raises ConfigError where they name none."""
+    """The config in a program's arguments. Raises ConfigError if they name none."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         words, self.path = list(arguments), None
@@ -26,8 +27,8 @@ class ProgramConfig:
         self.overrides = [word for word in words if _OVERRIDE.fullmatch(word)]
 
     def fit(self, full: dict[str, int], hosts: dict[str, int]) -> tuple[dict[str, int], list[str]]:
-        """The most of the `hosts`, the first ones, that can train what all of them (`full`) were to, and the overrides
-        for that: none where all are there. ConfigError with the rule that all of `hosts` break where none can."""
+        """The longest prefix of `hosts` that can run the training of `full`, and the overrides for that: none if all
+        hosts are there. Raises ConfigError with the rule that `hosts` breaks if there is none."""
         if hosts == full:
             return hosts, []
         config = load_config(self.path or "", self.overrides).resolve(sum(full.values()))

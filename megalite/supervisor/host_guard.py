@@ -1,13 +1,13 @@
-"""A process on each host that watches the ranks of one start there, for as long as launcher/run.py lives.
+"""A process on each host that watches the ranks of one start there, as long as launcher/run.py lives.
 
     python -m megalite.supervisor.host_guard FOLDER
 
-It knows the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
-standard output it writes a line for each rank that starts (`up RANK PID`) and ends (`down RANK WORD`, the word that it
-left; `-` for none: killed), and `refused WHY` where FOLDER is not this user's alone. It reads from standard input
-`signal N`, for the ranks, `killed RANK`, of one on any host, `end`, and an empty line now and then. If nothing comes
-for a while, the launcher is gone or out of reach: the ranks are stopped, and killed if they do not end. It ends when
-no process of the start is left. Only Python's library: it is to start fast. Next: restarts.py.
+It finds the processes of the start by the variable MEGALITE_LAUNCH=FOLDER in their environment, which they inherit. On
+standard output it writes a line for each rank that starts (`up RANK PID`) and ends (`down RANK WORD`: the word that the
+rank left, or `-` for none, if it was killed), and `refused WHY` if FOLDER does not belong to this user alone. From
+standard input it reads `signal N` (for the ranks), `killed RANK` (on any host), `end`, and heartbeats (empty lines). If
+nothing comes for a while, the launcher is gone or unreachable: the ranks are stopped, and killed if they do not exit.
+It exits when no process of the start is left. It imports only Python's library, to start fast. Next: restarts.py.
 """
 
 import contextlib
@@ -22,21 +22,22 @@ from megalite.ranks.signals import KILLED, LAUNCH, parent_of, private_folder
 
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
-GRACE_SECONDS = 30.0  # for the ranks' last checkpoint, as DeepSpeed's launcher has it
-KILL_SECONDS = 10.0  # a process in the kernel's hands may take its time
+GRACE_SECONDS = 30.0  # for the ranks' last checkpoint, as in DeepSpeed's launcher
+KILL_SECONDS = 10.0  # a process in a system call may take a while to die
 NO_WORD = "-"
-WORD_BYTES = 80  # more than any word has
-MARK = "megalite guard: "  # before each line said: what a host's shell says at its start is on the same output
+WORD_BYTES = 80  # longer than any word
+# Prefix of each line: the output of a host's shell comes on the same stream.
+MARK = "megalite guard: "
 
 
 class Guard:
-    """folder: of the ranks' last words, and the name of the start: RUN-START."""
+    """folder: where ranks leave their last words; its name, RUN-START, identifies the start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.stop = folder, 0
-        self.inside = -1  # a descriptor of it: its path may come to be another's
+        self.inside = -1  # a descriptor of the folder: its path may be reused by another user
         self.seen: dict[int, str] = {}  # rank by process
-        self.helpers: set[int] = set()  # what ranks have started themselves, and may leave behind
+        self.helpers: set[int] = set()  # processes that ranks have started, and may leave behind
         self.told: set[str] = set()
         self.heard = time.monotonic()
         self.rest = b""
@@ -45,19 +46,21 @@ class Guard:
         # An earlier start of the same run may have left ranks here while the host was out of reach.
         _kill(str(self.folder).rpartition("-")[0])
         try:
-            # Another guard on this host may have made it.
+            # Another guard on this host may have created it.
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir(mode=0o700)
             self.inside = private_folder(str(self.folder))
         except OSError as error:
-            _say(f"refused {self.folder}: {error.strerror}: must be a folder of this user's alone")
+            _say(
+                f"refused {self.folder}: {error.strerror}: must be a folder that only this user can access"
+            )
             return
         _say(f"ready {_address()} {os.cpu_count()}")
         while self._hear():
             self._look()
         _kill(str(self.folder))
         self._look()
-        # Of ranks that came and went between two looks.
+        # Ranks that started and ended between two looks.
         for name in sorted(os.listdir(self.inside)):
             if name.startswith("rank_"):
                 self._tell(name.removeprefix("rank_"))
@@ -70,7 +73,7 @@ class Guard:
         _say("over")
 
     def _hear(self) -> bool:
-        """Takes in what there is to hear, waiting a little; False: to end now."""
+        """Reads commands, waiting briefly. Returns False if the guard must exit now."""
         if select.select([0], [], [], POLL_SECONDS)[0]:
             read = os.read(0, 4096)
             self.heard = time.monotonic()
@@ -111,7 +114,7 @@ class Guard:
             if pid not in self.seen:
                 self.seen[pid] = rank
                 _say(f"up {rank} {pid}")
-                if self.stop:  # it came after the signal
+                if self.stop:  # it started after the signal
                     _send(pid, self.stop)
 
     def _ranks(self) -> dict[int, str]:
@@ -131,7 +134,7 @@ class Guard:
     def _tell(self, rank: str) -> None:
         if rank not in self.told:
             word = NO_WORD
-            # Another guard on this host may have told and removed it.
+            # Another guard on this host may have reported and removed it.
             with contextlib.suppress(OSError):
                 file = os.open(f"rank_{rank}", os.O_RDONLY, dir_fd=self.inside)
                 word = os.read(file, WORD_BYTES).decode(errors="replace") or NO_WORD
@@ -146,8 +149,8 @@ def _say(line: str) -> None:
 
 
 def _send(pid: int, number: int) -> None:
-    """A signal for a rank. One that does not listen yet has nothing to save or to report: what would end it is left
-    out, and SIGTERM ends it without the traceback that Python has for SIGINT."""
+    """Sends a signal to a rank. One without handlers yet has nothing to save or to report: it only gets signals to
+    stop, as SIGTERM, which ends it without Python's traceback for SIGINT."""
     if not _catches(pid, signal.SIGUSR2):
         if number not in (signal.SIGTERM, signal.SIGINT):
             return
@@ -165,18 +168,18 @@ def _catches(pid: int, number: int) -> bool:
 
 
 def _address() -> str:
-    """An address of this host, that by which it was reached where ssh tells; others reach it by that too."""
+    """An address of this host: the one by which ssh reached it, if known, since others can reach it there too."""
     words = os.environ.get("SSH_CONNECTION", "").split()
     return words[2] if len(words) > 2 else "127.0.0.1"
 
 
 def _processes(name: str) -> dict[int, dict[str, str]]:
-    """Environments of this user's processes of the start, or run, of this name, by process."""
+    """Environments of this user's processes of the named start or run, by process id."""
     found = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if entry.stat().st_uid != os.geteuid():  # root can read everybody's
+                if entry.stat().st_uid != os.geteuid():  # root could read everybody's
                     continue
                 text = Path(entry.path, "environ").read_bytes().decode(errors="replace")
                 if f"{LAUNCH}={name}\0" in text or f"{LAUNCH}={name}-" in text:
@@ -187,7 +190,7 @@ def _processes(name: str) -> dict[int, dict[str, str]]:
 
 
 def _kill(name: str) -> None:
-    """Every process of a start, a stopped one too; again, since one may have been about to start another."""
+    """Kills every process of a start, also stopped ones; repeatedly, since one may just be starting another."""
     deadline = time.monotonic() + KILL_SECONDS
     while (found := _processes(name)) and time.monotonic() < deadline:
         for pid in found:
@@ -198,5 +201,5 @@ def _kill(name: str) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends when it hears so, or hears nothing
+        signal.signal(number, signal.SIG_IGN)  # it exits on `end` or on silence
     Guard(Path(sys.argv[1])).run()

@@ -1,7 +1,7 @@
-"""Hostfiles, read so strictly that no line of one can mean anything to ssh, pdsh or a shell.
+"""Hostfiles, parsed so strictly that no line has a special meaning for ssh, pdsh or a shell.
 
-DeepSpeed hands a line that begins with `-o` to ssh as an option (launcher/runner.py:486), runs on this machine alone
-where the file does not exist, and there too where one host is named.
+DeepSpeed passes a line that begins with `-o` to ssh as an option (launcher/runner.py:486), and runs only on this
+machine if the file does not exist or names one host.
 """
 
 import re
@@ -17,7 +17,7 @@ RULE = "must be NAME slots=N, with a name of letters, digits, dots and dashes, o
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """Ranks by host, in the file's order. Raises ConfigError that names the line."""
+    """Ranks by host, in the file's order. Raises ConfigError, which names the line."""
     try:
         text = read_text(path)
     except ConfigError as error:
@@ -34,10 +34,10 @@ def read_hostfile(path: str) -> dict[str, int]:
             raise ConfigError(f"{path}: line {number}: {line!r}: {name} must be listed only once")
         hosts[name] = slots
     if not hosts:
-        raise ConfigError(f"--hostfile: {path}: holds no host: a line {RULE}")
+        raise ConfigError(f"--hostfile: {path}: has no hosts: a line {RULE}")
     return hosts
 
 
 def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
-    """For DeepSpeed."""
+    """Writes a hostfile for DeepSpeed."""
     path.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))

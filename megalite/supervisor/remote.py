@@ -1,10 +1,9 @@
-"""What goes through a remote shell, so that it arrives unchanged: words, variables, commands over ssh.
+"""Quoting for remote shells, so that words, variables and commands over ssh arrive unchanged.
 
-DeepSpeed's pdsh launcher joins everything to one line for the shell of each host: variables in double quotes, where
-`$()` and backticks run; arguments with a blank in double quotes, others bare; the folder and Python bare; and pdsh puts
-its own values for %h, %n and %u. Here everything is quoted so that DeepSpeed's own treatment leaves it whole. Every
-user of a host can read that line, so what looks like a secret is left out of it. The shell of a host is taken to be a
-POSIX one.
+DeepSpeed's pdsh launcher joins everything into one line for the shell of each host: variables in double quotes, where
+`$()` and backticks run; arguments with a blank in double quotes, others bare; the folder and Python bare; and pdsh
+substitutes %h, %n and %u. Here everything is quoted so that it survives DeepSpeed's own quoting. Every user of a host
+can read that line, so anything that looks like a secret is omitted. Each host's shell is assumed to be POSIX.
 """
 
 import os
@@ -18,14 +17,15 @@ from megalite.errors import ConfigError
 from megalite.inputs import read_text
 
 ENV_FILE = "DS_ENV_FILE"  # DeepSpeed's: the file of variables that it exports on each host
-# That DeepSpeed reads where none is named.
+# Read by DeepSpeed if ENV_FILE is not set.
 USER_ENV_FILES = (Path("~/.deepspeed_env"), Path(".deepspeed_env"))
-FORWARDED = (  # names that begin so
+FORWARDED = (  # prefixes of names
     "CUDA_DEVICE", "CUDA_LAUNCH", "DEEPSPEED_", "DS_", "GLOO_", "HF_", "KMP_", "LD_LIBRARY", "MEGALITE_", "MKL_",
     "MLFLOW", "MV2", "NCCL_", "OMP_", "OPENBLAS_", "PATH", "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH_",
     "TRANSFORMERS_", "TRITON_", "UCX",
 )  # fmt: skip
-SSH_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # a host whose link is down is known within 20 s
+# Detects a host whose link is down within 20 s.
+SSH_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 SSH_OPTIONS = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *SSH_ALIVE.split()]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BARE = re.compile(r"[\w@+=:,./-]+", re.ASCII)
@@ -37,41 +37,43 @@ _SECRET_VALUE = re.compile(r"://[^/\s@]*:[^/\s@]*@")  # an address with a passwo
 
 
 def ssh(host: str, words: Sequence[str], port: int | None) -> list[str]:
-    """A command line that runs a command on a host, in this folder. port: None: ssh's own choice."""
+    """A command line that runs a command on a host, in this folder. port: None for ssh's default."""
     at = [] if port is None else ["-p", str(port)]
     command = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
     return ["ssh", "-T", *SSH_OPTIONS, *at, "--", host, command]
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """A command line that runs a module of ours with this Python, on any host that shares the file system."""
+    """A command line that runs one of our modules with this Python, on any host that shares the file system."""
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     return ["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", module, *arguments]
 
 
 def word_for_deepspeed(word: str) -> str:
-    """An argument as `deepspeed --launcher pdsh` must be given it."""
+    """An argument in the form in which `deepspeed --launcher pdsh` passes it on unchanged."""
     word = word.replace("%", "%%")
-    if " " in word:  # DeepSpeed puts it into double quotes and escapes those that it holds
+    if " " in word:  # DeepSpeed puts it into double quotes and escapes those inside
         return re.sub(r"([\\$`])", r"\\\1", word)
     return shlex.quote(word)
 
 
 def bare_for_deepspeed(word: str) -> str:
-    """The same for what DeepSpeed hands to the shell as it is: its own options and the program's name."""
+    """The same for what DeepSpeed passes to the shell unquoted: its own options and the program's name."""
     return shlex.quote(word.replace("%", "%%"))
 
 
 def variables(extra: dict[str, str]) -> dict[str, str]:
-    """What the ranks of every host are to have of this process's environment and of .deepspeed_env, and `extra`;
-    no secrets."""
+    """The variables for the ranks of every host: from this process's environment and .deepspeed_env, without secrets,
+    plus `extra`."""
     found = {name: value for name, value in _asked_for().items() if not _is_secret(name, value)}
     for name, value in (found | extra).items():
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"environment: {name!r}: a name must be of letters, digits and _")
+            raise ConfigError(
+                f"environment: {name!r}: a name must consist of letters, digits and _"
+            )
         if len(value.splitlines()) > 1:
             raise ConfigError(
-                f"environment: {name}: {value!r}: must hold no line break to be sent to other hosts"
+                f"environment: {name}: {value!r}: must not contain a line break, to be sent to other hosts"
             )
     return found | extra
 
@@ -86,12 +88,12 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _asked_for() -> dict[str, str]:
-    """By name, or in DeepSpeed's file."""
+    """Variables to be forwarded: by name, or from DeepSpeed's file."""
     found = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), found.get("PYTHONPATH", "")]))
     named = os.environ.get(ENV_FILE)
     for path in [Path(named)] if named else USER_ENV_FILES:
-        # Not Path.expanduser: that raises where a container's user has no home.
+        # Not Path.expanduser, which raises if a container's user has no home.
         file = Path(os.path.expanduser(path))
         if file.is_file():
             for number, line in enumerate(read_text(file).splitlines(), 1):
@@ -105,8 +107,8 @@ def _asked_for() -> dict[str, str]:
 
 
 def write_env_file(path: Path, values: dict[str, str]) -> None:
-    """DeepSpeed wraps a value that is not plain in double quotes; a pair of our own ends them again, and what is
-    between is in single ones."""
+    """Writes a file for DeepSpeed, which wraps a value that is not plain in double quotes: our own pair closes them,
+    and the value is in single quotes between."""
     lines = [
         f'{name}="{shlex.quote(value)}"\n'.replace("%", "%%") for name, value in values.items()
     ]
@@ -115,8 +117,8 @@ def write_env_file(path: Path, values: dict[str, str]) -> None:
 
 
 def harmless_environment() -> dict[str, str]:
-    """This process's environment for `deepspeed` itself, which sends some of it on as it likes: secrets, and what a
-    shell would take for more than a value, are left out."""
+    """This process's environment for `deepspeed` itself, which forwards some of it unquoted: without secrets, and
+    without values that a shell would interpret."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -125,8 +127,9 @@ def harmless_environment() -> dict[str, str]:
 
 
 def check_bare() -> None:
-    """ConfigError where DeepSpeed would hand a shell something else than the names of this folder and Python."""
+    """Raises ConfigError if this folder's or Python's path has characters that a shell would interpret, since DeepSpeed
+    passes them unquoted."""
     for what, value in (("the folder", os.getcwd()), ("Python", sys.executable)):
         if not _BARE.fullmatch(value):
-            rule = "must be of letters, digits and @+=:,./_- to start on other hosts"
+            rule = "must consist of letters, digits and @+=:,./_- to start on other hosts"
             raise ConfigError(f"{what} {value!r}: {rule}")

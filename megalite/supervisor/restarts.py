@@ -1,4 +1,4 @@
-"""`launcher/run.py`: stock `deepspeed` with what it lacks: signals, exit codes, restarts, nothing left behind.
+"""`launcher/run.py`: stock `deepspeed` plus what it lacks: signals, exit codes, restarts, no processes left behind.
 
 python launcher/run.py --hostfile FILE --restarts 3 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
 megalite run --hostfile FILE --restarts 3 pretrain --deepspeed_config FILE [KEY=VALUE …]
@@ -33,17 +33,18 @@ _ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]*")
 _CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 RANK_COMMANDS = ("pretrain", "generate", "evaluate")
 """Commands of `megalite` that run on every rank."""
-_MODULE = ["--module", "--no_local_rank"]  # of deepspeed: the program is `python -m megalite`
+# Options of deepspeed: the program is `python -m megalite`.
+_MODULE = ["--module", "--no_local_rank"]
 _PASSED_ON = ("bind_core_list", "log_level", "enable_each_rank_log", "master_port", "ssh_port")
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class StartsFailed(MegaliteError):
-    """No start is left."""
+    """All starts have failed."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a program on ranks until it is done; the exit code: 0, 1, 2, or 128 + N after signal N."""
+    """Runs a program on ranks until it is done; returns 0, 1, 2, or 128 + N after signal N."""
     options = _parse(arguments)
     over_ssh = options.hostfile is not None
     hosts: dict[str, int] = {THIS: options.num_gpus}
@@ -70,37 +71,42 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
-        description="Start a program on ranks with deepspeed, and watch it to its end."
+        description="Start a program on ranks with deepspeed, and supervise it."
     )
     parser.add_argument(
         "-H", "--hostfile", metavar="FILE", help="lines of NAME slots=N; all are reached by ssh"
     )
     parser.add_argument(
-        "--num_gpus", type=at_least(1), metavar="N", help="ranks of this machine, or of each host"
+        "--num_gpus", type=at_least(1), metavar="N", help="ranks on this machine, or on each host"
     )
     parser.add_argument(
-        "--num_nodes", type=at_least(1), metavar="N", help="the first N hosts of the hostfile"
+        "--num_nodes",
+        type=at_least(1),
+        metavar="N",
+        help="use only the first N hosts of the hostfile",
     )
     parser.add_argument(
-        "--restarts", type=at_least(0), default=0, metavar="N", help="starts after a failure (0)"
+        "--restarts", type=at_least(0), default=0, metavar="N", help="restarts after failures (0)"
     )
     parser.add_argument(
         "--grace_seconds",
         type=positive,
         default=STOP_SECONDS,
         metavar="S",
-        help=f"after a signal, until ranks that have not ended are killed ({STOP_SECONDS:.0f}): time for the step and "
-        "the last checkpoint",
+        help=f"after a signal, until the remaining ranks are killed ({STOP_SECONDS:.0f}): time for the step and the "
+        "last checkpoint",
     )
-    parser.add_argument("--master_addr", help="an address of the first host that the others reach")
+    parser.add_argument(
+        "--master_addr", help="an address of the first host that the others can reach"
+    )
     parser.add_argument(
         "--master_port",
         type=at_least(1, MOST_PORT),
         metavar="P",
-        help="a free port of the first host",
+        help="a free port on the first host",
     )
     parser.add_argument(
-        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="of sshd on the hosts"
+        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="sshd's port on the hosts"
     )
     for name in ("--bind_cores_to_rank", "--quiet"):
         parser.add_argument(name, action="store_true", help="deepspeed's")
@@ -111,12 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         "program",
         help=f"{', '.join(RANK_COMMANDS)}, or a script that runs on every rank",
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
     return parser
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line. ConfigError for options that do not go together, or have no such form."""
+    """Parses the command line. Raises ConfigError for options that are malformed or do not go together."""
     options = _parser().parse_args(arguments)
     if options.hostfile is None and options.num_gpus is None:
         raise ConfigError("--hostfile or --num_gpus: missing: one of them is required")
@@ -134,7 +140,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     _check_program(options.program)
     for name, form, rule in (
         ("master_addr", _ADDRESS, "must be a name or an address"),
-        ("bind_core_list", _CORES, "must be cores as in 0-3,8"),
+        ("bind_core_list", _CORES, "must be cores such as 0-3,8"),
     ):
         value = getattr(options, name)
         if value is not None and not form.fullmatch(value):
@@ -143,18 +149,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _check_program(program: str) -> None:
-    """ConfigError for what is neither a command for ranks nor a script."""
+    """Raises ConfigError unless it is a command for ranks or a script."""
     if program in RANK_COMMANDS or Path(program).is_file():
         return
     *others, last = RANK_COMMANDS
-    rule = f"must be {', '.join(others)} or {last}, or a script that exists"
+    rule = f"must be {', '.join(others)} or {last}, or an existing script"
     near = nearest(program, RANK_COMMANDS)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"program: {program}: {rule}{hint}")
 
 
 class Supervisor:
-    """Starts, and starts again. hosts: ranks by host."""
+    """Starts a program, and restarts it after failures. hosts: ranks by host."""
 
     def __init__(self, options: argparse.Namespace, hosts: dict[str, int]) -> None:
         self.options, self.full, self.name = options, hosts, name_of_run()
@@ -172,7 +178,7 @@ class Supervisor:
         raise StartsFailed(f"{outcome.who}; attempt {starts} of {starts} failed, no more restarts")
 
     def _start(self, first: bool) -> Outcome:
-        """On all hosts; after the first start on those that answer, where that makes the same training."""
+        """Starts on all hosts; a restart may use only those that answer, if the training stays the same."""
         hosts, overrides = self.full, list[str]()
         while True:
             try:
@@ -211,7 +217,9 @@ class Supervisor:
             raise StartsFailed(
                 f"{why}; cannot continue on {', '.join(left)} alone: {error}"
             ) from error
-        _print(f"{why}; continuing with {sum(hosts.values())} ranks on {', '.join(hosts)}")
+        count = sum(hosts.values())
+        ranks = "1 rank" if count == 1 else f"{count} ranks"
+        _print(f"{why}; continuing with {ranks} on {', '.join(hosts)}")
         return hosts, overrides
 
 

@@ -1,5 +1,5 @@
-"""What a run tells of itself at its start, for report.html: about.json. What only a page needs, and what it takes torch
-or the planner to know; the config itself is in config.json."""
+"""about.json, which a run writes at its start for report.html: facts that only the page needs, or that need torch or
+the planner. The config itself is in config.json."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ from megalite.plan.states import (
 )
 from megalite.topology.axes import Sizes
 
-SHOWN_ROUNDS = 4  # micro-batches a rank of the pipe axis, of a step that is drawn
+SHOWN_ROUNDS = 4  # micro-batches per pipe rank in the step that is drawn
 
 
 def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
-    """JSON values of a resolved config."""
+    """The content of about.json for a resolved config."""
     return {
         "model": spec.family,
         "causal": spec.causal,
         "parameters": spec.num_parameters,
-        "loss_unit": "nats a text" if spec.labels else "nats a token",
+        "loss_unit": "nats per text" if spec.labels else "nats per token",
         "grid": axes_of(config),
         "predicted": predicted_bytes(config, spec),
         "pipeline": _pipeline(plan_of(config, spec), config.accumulation_steps),
@@ -36,19 +36,19 @@ def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
 
 
 def axes_of(config: Config) -> dict[str, int]:
-    """Sizes of the axes, outermost first; context where it has several ranks."""
+    """Sizes of the axes, outermost first; `context` only if it has several ranks."""
     parallel = config.parallel
     return Sizes(parallel.pipe, config.data_size, parallel.context, parallel.tensor).axes
 
 
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:
-    """What each rank will hold."""
+    """Predicted bytes of each rank, by kind."""
     result = []
     places: dict[tuple[int, int], Any] = {}
     for rank in range(config.world_size):
         grid = place_of(config, rank)
         place = grid.pipe.rank, grid.tensor.rank
-        if place not in places:  # the axes data and context do not matter to either
+        if place not in places:  # neither depends on the data and context axes
             kept = predicted_activations(config, spec, grid).bytes
             places[place] = parameter_sizes(config, spec, grid), kept
         sizes, kept = places[place]
@@ -66,8 +66,8 @@ def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int
 
 
 def _pipeline(plan: PipelinePlan, micro_batches: int) -> dict[str, Any]:
-    """The program of a step with the times of the simulated clock. Of a step with many micro-batches a shorter one is
-    drawn; the bubble is that of the whole."""
+    """The program of a step with its simulated times. A step with many micro-batches is drawn shortened; the bubble is
+    that of the whole step."""
     if plan.pipe == 1:
         return {}
     shown = min(micro_batches, SHOWN_ROUNDS * plan.pipe)
@@ -97,7 +97,7 @@ def _pipeline(plan: PipelinePlan, micro_batches: int) -> dict[str, Any]:
 
 
 def differing(section: BaseModel, path: str = "") -> list[list[Any]]:
-    """Keys whose value is not the default, as [key, value, default]; None where there is none."""
+    """Keys whose value is not the default, as [key, value, default]; the default is None if there is none."""
     found: list[list[Any]] = []
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{path}{field.alias or name}"

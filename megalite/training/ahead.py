@@ -1,7 +1,7 @@
-"""The next step's micro-batches, read while a step runs, in memory that a GPU copies from without the host waiting.
+"""Prefetches the next step's micro-batches while a step runs, into memory that a GPU copies from asynchronously.
 
-What is read is a function of the position in the run and nothing else, so what was read ahead is used only where it is
-of the very position that is asked for: a run that goes back or ends has read a step for nothing. Next: step.py.
+What is read depends only on the position in the run, so prefetched data is used only if it is for exactly the position
+that is asked for. A run that rewinds or ends has prefetched a step in vain. Next: step.py.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from megalite.data.position import Position
 from megalite.training.batches import MicroBatch, on_device, pinned
 
 Read = Callable[[Position], list[MicroBatch]]
-"""This rank's micro-batches of the step that begins at a position, in main memory."""
+"""Reads this rank's micro-batches of the step that starts at a position, into main memory."""
 _Key = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 class Ahead:
-    """Of one run on this rank. read: called in one thread, never in two at a time."""
+    """The prefetcher of one run on this rank. read: always called in the same thread."""
 
     def __init__(self, read: Read, device: torch.device) -> None:
         self.read, self.device = read, device
@@ -26,8 +26,8 @@ class Ahead:
         self.coming: tuple[_Key, Future[list[MicroBatch]]] | None = None
 
     def take(self, position: Position, following: Position | None) -> list[MicroBatch]:
-        """The micro-batches of the step at `position`, on the device; those at `following` are then read. Raises what
-        reading them raised."""
+        """The micro-batches of the step at `position`, on the device; then starts reading those at `following`. Raises
+        the errors of reading."""
         coming = self.coming
         if coming is None or coming[0] != _key(position):
             coming = self._submit(position)
@@ -45,12 +45,11 @@ class Ahead:
         return [pinned(batch, self.device) for batch in self.read(position)]
 
     def _begin(self) -> None:
-        if (
-            self.device.type != "cpu"
-        ):  # a thread begins with GPU 0, where every rank would then take memory
+        # A new thread uses GPU 0, where every rank would then take memory.
+        if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index or 0)
 
 
 def _key(position: Position) -> _Key:
-    """All of a position that its batches depend on."""
+    """The parts of a position on which its batches depend."""
     return position.step, position.consumed_samples, position.left_out

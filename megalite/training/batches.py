@@ -1,8 +1,8 @@
-"""Which samples a rank computes in a step: a pure function of the position in the run and the rank's place.
+"""The samples that a rank computes in a step: a pure function of the position in the run and the rank's place.
 
 Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
-data axis, and any part of it may change between steps. The ranks of the context axis divide the tokens of the same
-samples. Next: ahead.py, which reads a step ahead.
+data axis, and d and b may change between steps. The ranks of the context axis divide the tokens of the same samples.
+Next: ahead.py, which prefetches a step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +29,13 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
 
-LEAST_COUNTED = 0.5  # share of the labels from which on the head takes them all: picking rows costs a copy of them
+# Share of counting labels from which the head takes all rows: picking rows costs a copy.
+LEAST_COUNTED = 0.5
 
 
 class MicroBatch(NamedTuple):
     """Tokens and labels, int64 [B, S or S / c]; a label that does not count is -100. context: which of the samples'
-    tokens these are; where documents are kept apart, which token is of which; in training what dropout is drawn from.
+    tokens these are, the document of each token if documents are kept apart, and in training the seed of dropout.
     """
 
     tokens: Tensor
@@ -43,7 +44,7 @@ class MicroBatch(NamedTuple):
 
 
 class Samples(Protocol):
-    """What the data side gives: of positions the fields of a `Batch`, each [n, S]."""
+    """A source of samples: returns the fields of a `Batch` for positions, each [n, S]."""
 
     def batch(self, positions: Sequence[int]) -> Any: ...
 
@@ -51,25 +52,25 @@ class Samples(Protocol):
 def own_positions(
     start: int, stop: int, micro: int, data_size: int, data_rank: int
 ) -> Iterator[list[int]]:
-    """Positions of this data rank's micro-batches, of those in [start, stop)."""
+    """Positions in [start, stop) of each of this data rank's micro-batches."""
     for first in range(start + data_rank * micro, stop, data_size * micro):
         yield list(range(first, min(first + micro, stop)))
 
 
 class MicroBatches(Protocol):
-    """A list of them, or `Unread`."""
+    """A list of micro-batches, or `Unread`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> MicroBatch: ...
 
 
 class Unread:
-    """This rank's micro-batches of `count` samples from position `start` on. Each is read, and moved to the device,
-    when it is asked for, and again when it is asked for again: none is held here.
+    """This rank's micro-batches of `count` samples from position `start` on. Each is read and moved to the device every
+    time it is indexed; none is kept.
 
-    Where `count` does not fill them, samples without a label that counts are added, so that every rank has as many
-    micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's tokens of
-    each sample, None: all; source: of an encoder-decoder, how many of each sample's tokens are the source.
+    If `count` does not fill the micro-batches, samples without counting labels are added, so that all ranks have
+    equally many micro-batches of one shape. draw: the run's seed and the optimizer step, in training. rows: this rank's
+    tokens of each sample; None: all. source: number of source tokens per sample of an encoder-decoder.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Unread:
         return on_device(pinned(batch, self.device), self.device)
 
     def read(self) -> list[MicroBatch]:
-        """All of them."""
+        """All micro-batches."""
         return [self[number] for number in range(len(self))]
 
 
@@ -113,7 +114,7 @@ def _micro_batch(
     source: int,
 ) -> MicroBatch:
     real = [position for position in positions if position < stop]
-    # A position that is there again serves as the filling.
+    # The last position is repeated as padding.
     ids, wanted, documents, prefixes = Batch(
         *samples.batch([p if p < stop else stop - 1 for p in positions])
     )
@@ -124,7 +125,7 @@ def _micro_batch(
         context.documents = torch.from_numpy(documents)
         if rows is not None and not rows.by_heads:
             context.run_pieces = runs_as_pieces(documents, rows.runs)
-        elif not source:  # what two stacks look at is not in pieces
+        elif not source:  # two stacks do not use pieces
             context.bounds = documents_as_pieces(documents)
         if prefixes is not None:
             context.prefixes = torch.from_numpy(prefixes)
@@ -147,12 +148,12 @@ def rows_of(config: Config, grid: Grid) -> Rows | None:
 
 
 def pinned(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch in main memory, page-locked where the device is not the CPU: copies from there wait for nobody."""
+    """A micro-batch in main memory, page-locked unless the device is the CPU, so that copies are asynchronous."""
     return batch if device.type == "cpu" else _mapped(batch, Tensor.pin_memory)
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same on the device; from page-locked memory the copies are queued behind what the device has to do."""
+    """A micro-batch on the device; copies from page-locked memory are queued after the device's current work."""
     return (
         batch
         if device.type == "cpu"
@@ -161,7 +162,7 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-    """With each of its tensors changed."""
+    """A micro-batch with `change` applied to each of its tensors."""
     tokens, labels, context = batch
     documents, bounds, runs = context.documents, context.bounds, context.run_pieces
     prefixes, halves = context.prefixes, context.halves

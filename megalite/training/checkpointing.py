@@ -1,4 +1,4 @@
-"""A run's checkpoints: what is saved, when an earlier save is waited for, and the way back to one. Next: loop.py."""
+"""A run's checkpoints: what is saved, when an earlier save is waited for, and restoring one. Next: loop.py."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,12 +17,12 @@ from megalite.training.start import Start, starting_point
 from megalite.training.watchers import Row, Watcher
 
 READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
-"""Keys of `megalite.data` that tell how a corpus is read."""
+"""Keys of `megalite.data` that determine how a corpus is read."""
 
 
 class Checkpoints(Watcher):
-    """Of one run; every rank makes one and calls it at the same steps. tell: takes lines for the log; model: the
-    Hugging Face config as a dict."""
+    """The checkpoints of one run. Every rank makes one and must call it at the same steps. tell: takes lines for the
+    log. model: the Hugging Face config as a dict."""
 
     def __init__(
         self,
@@ -41,17 +41,19 @@ class Checkpoints(Watcher):
         copy_bytes = None if copy_gib is None else int(copy_gib * 2**30)
         timeout = train.limits.collective_timeout
         self.saver = Saver(self.run_dir, train.keep_checkpoints, copy_bytes, timeout)
-        self.saved_step = start.step or None  # that of step 0 is written again where one is wanted
+        # A checkpoint of step 0 is written again if one is wanted.
+        self.saved_step = start.step or None
         # Rank 0 writes state.json.
         self.fingerprint = fingerprint(config) if engine.grid.rank == 0 else {}
 
     def after_step(self, row: Row) -> None:
-        """Adds what checkpoints have cost since the last step."""
+        """Adds the costs of checkpoints since the last step."""
         row |= self.saver.taken_figures()
 
     def save(self, position: Position, again: bool = False) -> str | None:
-        """Begins to save (collective), unless that step is saved; again: in its place. Returns None, or what is not
-        finite and must not be saved; TrainingError where the run must stop for that."""
+        """Starts a save (collective), unless that step is already saved. again: replace it. Returns None, or a line
+        about a value that is not finite, so that nothing is saved. Raises TrainingError if the run must stop for
+        that."""
         if self.saved_step == position.step and not again:
             return None
         self.finish()
@@ -66,8 +68,8 @@ class Checkpoints(Watcher):
         return None
 
     def finish(self, last: bool = False) -> None:
-        """Waits for a save in progress. One that failed is reported; the run continues with the older ones,
-        unless it was the last."""
+        """Waits for a save in progress. A failed save is reported, and the run continues with the older checkpoints,
+        unless it was the last: then this raises TrainingError."""
         try:
             self.saver.wait()
         except SaveFailed as error:
@@ -79,18 +81,18 @@ class Checkpoints(Watcher):
             self.tell(self.saver.told.pop(0))
 
     def restore(self) -> Start:
-        """Fills the engine from the newest good checkpoint (collective). TrainingError where there is none."""
+        """Fills the engine from the newest good checkpoint (collective). Raises TrainingError if there is none."""
         self.finish()
         start = starting_point(self.run_dir, None)
         if start.weights is None:
-            raise TrainingError(f"{self.run_dir}: holds no checkpoint to go back to")
+            raise TrainingError(f"{self.run_dir}: holds no checkpoint to rewind to")
         start.fill(self.engine)
         self.saver.starts_from(start.position.step, start.damaged)
         self.saved_step = start.position.step
         return start
 
     def _state(self, position: Position) -> dict[str, Any]:
-        """state.json: the whole position, and what a later start compares its config with."""
+        """state.json: the whole position, and the values with which a later start compares its config."""
         config, grid, health = self.config, self.engine.grid, self.health
         whole = replace(
             position,

@@ -1,4 +1,4 @@
-"""The loss of a training run's model on samples, through the pipeline of its engine. Without an engine:
+"""The loss of a training run's model on samples, computed by the pipeline of its engine. Without an engine:
 inference/evaluate.py."""
 
 import torch
@@ -11,15 +11,15 @@ from megalite.training.batches import MicroBatch, MicroBatches
 
 
 def loss_and_tokens(pipeline: Pipeline, batches: MicroBatches) -> Tensor:
-    """[sum of losses, tokens that count] of all ranks' micro-batches, fp64, on the CPU (collective); of a classifier
-    its counts after them. Each micro-batch is asked for once, when the pipeline comes to it: of an evaluation as long
-    as one likes, those that are on their way through this rank's chunks are held."""
+    """[sum of losses, tokens that count] over all ranks' micro-batches, fp64, on the CPU (collective); for a classifier
+    its counts follow. Each micro-batch is read once, when the pipeline reaches it, so that even a long evaluation
+    holds only those in flight through this rank's chunks."""
     engine = pipeline.engine
     tokens = torch.zeros((), dtype=torch.int64, device=engine.device)
 
     def read(number: int) -> MicroBatch:
         batch = batches[number]
-        tokens.add_((batch.labels != IGNORED).sum())  # the host waits for none of them
+        tokens.add_((batch.labels != IGNORED).sum())  # on the device: the host does not wait
         return batch
 
     engine.eval()

@@ -1,6 +1,6 @@
-"""TensorBoard's event files, written row by row: torch's SummaryWriter has a thread that a full disk ends for good.
+"""TensorBoard's event files, written row by row: torch's SummaryWriter has a thread that a full disk ends permanently.
 
-A file is a run of records: u64 length, its checksum, an Event as a protocol buffer, its checksum.
+A file is a sequence of records: u64 length, its checksum, an Event as a protocol buffer, its checksum.
 """
 
 import io
@@ -14,12 +14,13 @@ from typing import Any
 
 from megalite.checkpoint.appended import Appended
 
-_numbers = itertools.count()  # of the files of one process, which may start again within a second
+# Numbers the files of one process, which may open several within a second.
+_numbers = itertools.count()
 
 
 class Events:
-    """Appends figures to an event file of its own. A run that starts from a step has TensorBoard pass over what earlier
-    files hold of later ones."""
+    """Appends figures to a new event file. If the run starts from a step, TensorBoard ignores later steps of earlier
+    files."""
 
     def __init__(self, folder: Path, first_step: int, tell: Callable[[str], None]) -> None:
         # Imported here because it takes longer than the rest of the start.
@@ -37,13 +38,13 @@ class Events:
             self._append(step=first_step + 1, session_log=log(status=log.START))
 
     def append(self, step: int, figures: Mapping[str, float]) -> None:
-        """One event with all of a row's figures, rounded to fp32."""
+        """Appends one event with all of a row's figures, rounded to fp32."""
         summary = self.of_summary.Summary
         values = [summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._append(step=step, summary=summary(value=values))
 
     def append_text(self, step: int, name: str, text: str) -> None:
-        """One event with a text, which TensorBoard shows as Markdown."""
+        """Appends one event with a text, which TensorBoard shows as Markdown."""
         from torch.utils.tensorboard.summary import text as summary_of
 
         self._append(step=step, summary=summary_of(name, text))

@@ -1,4 +1,4 @@
-"""How the tokens of a step were spread over the experts: rows of metrics, and a line about experts without a token."""
+"""How the tokens of a step were distributed over the experts: metrics, and a line about experts without tokens."""
 
 from collections.abc import Callable
 
@@ -8,20 +8,20 @@ from megalite.engine.engine import Engine
 from megalite.engine.router_bias import expert_counts
 from megalite.training.watchers import Row, Watcher
 
-LAYERS_TOLD = 3  # of a line
+LAYERS_TOLD = 3  # layers named in a line
 
 
 class ExpertLoad(Watcher):
-    """Of a run whose model has experts."""
+    """Reports the load of the experts of a run."""
 
     def __init__(self, engine: Engine, interval: int, tell: Callable[[str], None]) -> None:
-        """interval: steps between two reports, 0: none; tell: takes lines for the log."""
+        """interval: steps between two reports; 0: none. tell: takes lines for the log."""
         self.engine, self.interval, self.tell = engine, interval, tell
         self.mixture = engine.stage.spec.mixture
         self.device = torch.device(engine.device or "cpu")
 
     def after_step(self, row: Row) -> None:
-        """At the steps that report (collective there)."""
+        """Adds the load to the row at every `interval`-th step (collective at those)."""
         step = row["step"]
         if self.interval == 0 or step % self.interval:
             return
@@ -36,7 +36,7 @@ class ExpertLoad(Watcher):
 
 
 def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:
-    """At most one."""
+    """A line about experts without tokens, if there are any."""
     dead = {
         layer: ", ".join(str(expert) for expert, count in enumerate(row) if count == 0)
         for layer, row in layers.items()
@@ -46,4 +46,4 @@ def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:
         return []
     told = [f"layer {layer}: {experts}" for layer, experts in dead.items()]
     rest = f"; and in {len(told) - LAYERS_TOLD} more layers" if len(told) > LAYERS_TOLD else ""
-    return [f"step {step}: experts without a token: {'; '.join(told[:LAYERS_TOLD])}{rest}"]
+    return [f"step {step}: experts without tokens: {'; '.join(told[:LAYERS_TOLD])}{rest}"]

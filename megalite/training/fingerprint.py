@@ -1,7 +1,7 @@
-"""What the samples of a run depend on beside its seed and position: written into state.json, and compared when it
-resumes. With another value it would silently be another run.
+"""Fingerprint of everything on which the samples of a run depend, besides seed and position. It is written into
+state.json and compared when the run resumes: with another value it would silently be a different run.
 
-Steps, batch sizes, layout, ZeRO stage and paths are not in it: they may change.
+Steps, batch sizes, layout, ZeRO stage and paths are not part of it: they may change.
 """
 
 import json
@@ -18,14 +18,14 @@ from megalite.model.families import read_spec
 
 TRAIN = "megalite.data.train"
 TOKENIZER = "megalite.data.tokenizer"
-IDS = "tokenizer ids"  # no key: what the tokenizer of that key decides
+IDS = "tokenizer ids"  # not a key: what the tokenizer of TOKENIZER determines
 MADE_FOR = "megalite.data.megatron_samples"
-_DIGITS = 12  # of shares: weights may be given as any multiple
+_DIGITS = 12  # of shares: weights need not add up to 1
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Of a resolved config: JSON values by the keys that they are of, and under IDS the tokenizer's ids that samples
-    depend on. Reads the corpora's indices, and the tokenizer where such ids are used."""
+    """The fingerprint of a resolved config: JSON values by config key, and under IDS the tokenizer's ids on which
+    samples depend. Reads the corpora's indices, and the tokenizer if such ids are used."""
     data = config.data
     whole = sum(source.weight for source in data.train)
     corpora = []
@@ -44,7 +44,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     values["megalite.data.loss"] = data.loss or "all"
     values["megalite.data.objective"] = _objective(data)
     if isinstance(data.objective, Masked) and data.objective.whole_word:
-        assert data.tokenizer is not None, "config/rules.py asks for it"
+        assert data.tokenizer is not None, "config/rules.py requires it"
         values[TOKENIZER] = {"words_sha256": words_hash(load_tokenizer(data.tokenizer))}
     if ids := tokenizer_ids(data, read_spec(config.model).vocabulary_size):
         values[IDS] = ids
@@ -54,7 +54,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
 
 
 def _objective(data: Data) -> Any:
-    """Whole words are left out where they are off: checkpoints from before there were any have no word of them."""
+    """The objective as JSON. `whole_word` is omitted if it is off, since older checkpoints do not have it."""
     objective = data.objective
     if isinstance(objective, Masked):
         off = set() if objective.whole_word else {"whole_word"}
@@ -63,8 +63,8 @@ def _objective(data: Data) -> Any:
 
 
 def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
-    """Of a checkpoint's fingerprint and a resolved config, where they differ: the key with the config's value, and the
-    checkpoint's."""
+    """The first difference between a checkpoint's fingerprint and a resolved config: the key with the config's value,
+    and the checkpoint's value. None if they are equal."""
     now = fingerprint(config)
     for key in sorted(now.keys() & was.keys() - {TRAIN, IDS}):
         if now[key] != was[key]:
@@ -85,8 +85,8 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
         }
         for kind, path in paths.items():
             if ours_here.get(kind) != theirs_here.get(kind):
-                holds = f"{key}.path: {path}: holds {_told(ours_here[kind])}"
-                return holds, f"the corpus of {_told(theirs_here[kind])}"
+                holds = f"{key}.path: {path}: holds {_described(ours_here[kind])}"
+                return holds, f"the corpus of {_described(theirs_here[kind])}"
         if ours_here["split"] != theirs_here["split"]:
             return f"{key}.split: {ours_here['split']}", str(theirs_here["split"])
         if ours_here["share"] != theirs_here["share"]:
@@ -95,7 +95,7 @@ def difference(was: dict[str, Any], config: Config) -> tuple[str, str] | None:
 
 
 def _other_ids(was: dict[str, Any], now: dict[str, Any], data: Data) -> tuple[str, str] | None:
-    """As `difference`, of the tokenizer's ids. Checkpoints from before there was such a part have none of them."""
+    """As `difference`, for the tokenizer's ids, which older checkpoints do not have."""
     for name in sorted(was.keys() & now.keys()):
         if now[name] != was[name]:
             path = data.tokenizer or "left out"
@@ -103,6 +103,6 @@ def _other_ids(was: dict[str, Any], now: dict[str, Any], data: Data) -> tuple[st
     return None
 
 
-def _told(corpus: dict[str, Any]) -> str:
+def _described(corpus: dict[str, Any]) -> str:
     sums = f"index {corpus['index_sha256'][:8]}…, tokens {corpus['tokens_sha256'][:8]}…"
     return f"{corpus['tokens']:,} tokens in {corpus['documents']:,} documents ({sums})"

@@ -1,7 +1,7 @@
-"""Predicted beside measured in the first steps: memory of the first one, then seconds of a few.
+"""Compares predictions with measurements in the first steps: memory of the first step, then the time of a few.
 
-A prediction of time needs the device: a GPU that plan/devices.py knows by its name, or a file that
-`megalite.train.calibration` names. Without either, only memory is predicted. Next: screen.py.
+A prediction of time needs a known device: a GPU in plan/devices.py, or a file named by `megalite.train.calibration`.
+Without either, only memory is predicted. Next: screen.py.
 """
 
 from collections import Counter
@@ -19,16 +19,16 @@ from megalite.plan.plan_program import planner_of
 from megalite.training.watchers import Row, Watcher
 
 KEY = "megalite.train.calibration"
-SKIPPED, TIMED = 1, 3  # of a start's steps: the first takes what only a first step does
+SKIPPED, TIMED = 1, 3  # steps of a start: the first one includes one-time work
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 
 def device_of_run(config: Config, device: torch.device, hosts: Sequence[str]) -> Device | None:
-    """What this run's ranks compute on; None where that is not known. hosts: by rank."""
+    """The device of this run's ranks; None if it is not known. hosts: by rank."""
     found = None
     if config.train.calibration is not None:
         found = read_device(Path(config.train.calibration), KEY)
-        # The figures are of one thread: a rank that computes on several is another device.
+        # The figures are for one thread: a rank with several threads is another device.
         if found.cores and torch.get_num_threads() > 1:
             found = None
     elif device.type != "cpu":
@@ -39,8 +39,8 @@ def device_of_run(config: Config, device: torch.device, hosts: Sequence[str]) ->
 
 
 def predicted_seconds(config: Config, device: Device | None) -> float | None:
-    """Of a step of a resolved config; None of an unknown device, where the batch grows from step to step, and of an
-    encoder-decoder, whose times the planner does not know."""
+    """Predicted seconds of a step of a resolved config; None for an unknown device, for a batch ramp, and for an
+    encoder-decoder, whose times the planner cannot predict."""
     if device is None or config.train.batch_ramp is not None:
         return None
     if read_spec(config.model).stacks is not None:
@@ -50,7 +50,8 @@ def predicted_seconds(config: Config, device: Device | None) -> float | None:
 
 
 class Foreseen(Watcher):
-    """On rank 0. memory: predicted, by rank (about.py); seconds: of a step; tell: takes lines for the log."""
+    """Runs on rank 0. memory: predicted, by rank (about.py). seconds: predicted, per step. tell: takes lines for the
+    log."""
 
     def __init__(
         self,
@@ -62,7 +63,8 @@ class Foreseen(Watcher):
         self.seen, self.times, self.states = 0, list[float](), ""
 
     def after_step(self, row: Row) -> None:
-        """Adds what was predicted to the rows of the first steps; tells both in one line once they are known."""
+        """Adds the predictions to the rows of the first steps, and reports memory and time in one line once both are
+        known."""
         self.seen += 1
         if self.seen == 1 and STATES[0] in row:
             row["predicted_states_bytes"] = [
@@ -80,18 +82,20 @@ class Foreseen(Watcher):
 
 
 def states_words(row: Row) -> str:
-    """Model states of the rank that has most."""
-    told = row["predicted_states_bytes"]
+    """Model states: the most of any rank if all are as predicted, otherwise the rank that differs most."""
+    predicted = row["predicted_states_bytes"]
     held = [sum(of_rank) for of_rank in zip(*(row[name] for name in STATES), strict=True)]
-    if told == held:
-        return f"model states of up to {max(held):,} bytes a rank, as predicted"
-    rank = max(range(len(held)), key=lambda rank: abs(held[rank] - told[rank]))
-    return f"model states of rank {rank}: predicted {told[rank]:,} bytes, measured {held[rank]:,} bytes"
+    if predicted == held:
+        return f"model states of up to {max(held):,} bytes per rank, as predicted"
+    rank = max(range(len(held)), key=lambda rank: abs(held[rank] - predicted[rank]))
+    return f"model states of rank {rank}: predicted {predicted[rank]:,} bytes, measured {held[rank]:,} bytes"
 
 
 def step_words(predicted: float, measured: Sequence[float], last: int) -> str:
-    """Seconds of a step."""
+    """Predicted and measured seconds of a step, as text."""
     seconds = median(measured)
     off = 100 * (seconds / predicted - 1)
     steps = f"median of steps {last - len(measured) + 1} to {last}"
-    return f"a step: predicted {predicted:.3g} s, measured {seconds:.3g} s ({off:+.0f} %, {steps})"
+    return (
+        f"step time: predicted {predicted:.3g} s, measured {seconds:.3g} s ({off:+.0f} %, {steps})"
+    )

@@ -1,4 +1,4 @@
-"""Rows of metrics as figures under grouped names, for TensorBoard and trackers: `train/loss`, `speed/mfu`."""
+"""Figures of metrics rows under grouped names, for TensorBoard and trackers: `train/loss`, `speed/mfu`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +16,8 @@ LEFT_OUT = ("step", "unix_seconds")
 
 
 def grouped(row: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of a row by group and name. Of lists by rank, in bytes, the most; of a dict each entry; the rest of a row
-    is about speed."""
+    """Figures of a row by group and name: the maximum of lists of bytes by rank, each entry of a dict; fields without a
+    group go to `speed`."""
     figures: dict[str, float] = {}
     for name, value in row.items():
         if name in LEFT_OUT:

@@ -1,4 +1,4 @@
-"""Watchers on every rank that look for what is wrong with the ranks themselves. Next: watching.py."""
+"""Watchers on every rank that detect faulty ranks: diverged replicas and stragglers. Next: watching.py."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from megalite.training.watchers import Row, Watcher
 
 
 class ReplicaGuard(Watcher):
-    """Stops the run where a rank holds another value of a weight than the ranks that should hold the same."""
+    """Stops the run if a rank's copy of a weight differs from the other copies."""
 
     def __init__(self, config: Config, engine: Engine, health: Health) -> None:
         self.interval = config.train.faults.replica_check_interval
@@ -28,18 +28,18 @@ class ReplicaGuard(Watcher):
         if interval == 0 or step % interval or self.health.fault is not None:
             return
         if (found := self.replicas.difference(self.device)) is not None:
-            since = f"a checkpoint of a step after {step - interval} may hold it"
+            since = f"checkpoints of steps after {step - interval} may contain it"
             raise TrainingError(f"step {step}: {found.line(self.health.hosts)}; {since}")
 
 
 class PaceGuard(Watcher):
-    """Names ranks that compute slowly."""
+    """Reports stragglers."""
 
     def __init__(self, pace: Pace, note: Callable[[str], None]) -> None:
         self.pace, self.tell = pace, note
 
     def before_step(self, position: Position) -> None:
-        """Starts the clock where the step is one to be measured."""
+        """Starts the clock if the step is to be measured."""
         self.pace.begin(position.step + 1)
 
     def after_step(self, row: Row) -> None:

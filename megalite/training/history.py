@@ -1,6 +1,6 @@
-"""history.jsonl: when a run was started, saved, went back and ended; and the page that a run leaves. Rank 0 only.
+"""history.jsonl: when a run started, saved, rewound and ended; and the report that a run writes. Rank 0 only.
 
-A start that was killed has no end: `last_seen` of the next start says when its last row was written.
+A killed start has no end: `last_seen` of the next start tells when its last row was written.
 """
 
 import json
@@ -21,29 +21,30 @@ Tell = Callable[[str], None]
 
 
 class History(Watcher):
-    """Appends events, each a JSON object a line with `event`, `unix_seconds` and `step`."""
+    """Appends events, one JSON object per line with `event`, `unix_seconds` and `step`."""
 
     def __init__(self, run_dir: Path, data: TrainData, tell: Tell) -> None:
         self.file, self.data = Appended(run_dir / HISTORY, tell), data
 
     def started(self, position: Position, grid: str, last_seen: float) -> None:
-        """A start from that position; grid: in words; last_seen: as above."""
+        """Records a start from `position`. grid: as text. last_seen: unix time of the last row of the previous
+        start."""
         self._append("start", position, grid=grid, last_seen=last_seen)
 
     def saved(self, position: Position) -> None:
-        """A checkpoint was begun."""
+        """Records the start of a save."""
         self._append("checkpoint", position, corpora=self._corpora(position))
 
     def went_back(self, position: Position) -> None:
-        """The run has returned to an earlier step."""
+        """Records that the run has rewound to an earlier step."""
         self._append("back", position)
 
     def ended(self, position: Position, reason: str) -> None:
-        """With what each corpus has given."""
+        """Records the end, with the samples read from each corpus."""
         self._append("end", position, reason=reason, corpora=self._corpora(position))
 
     def close(self) -> None:
-        """Writes what waits."""
+        """Writes pending rows."""
         self.file.close()
 
     def _corpora(self, position: Position) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ class History(Watcher):
 
 
 class ReportWriter(Watcher):
-    """Writes report.html when the run ends, after a signal or an error too. about: facts of the run (about.py)."""
+    """Writes report.html when the run ends, also after a signal or an error. about: facts of the run (about.py)."""
 
     def __init__(self, run_dir: Path, about: Mapping[str, Any], tell: Tell) -> None:
         self.run_dir, self.tell = run_dir, tell
@@ -69,7 +70,7 @@ class ReportWriter(Watcher):
             tell(f"{run_dir / ABOUT}: cannot be written: {error.strerror}; the run continues")
 
     def close(self) -> None:
-        """After the other files are closed. A page that cannot be made must not change how a run ends."""
+        """Writes the page, after the other files are closed. An error here must not change how a run ends."""
         path = self.run_dir / REPORT
         try:
             write_report([self.run_dir], path)

@@ -1,9 +1,9 @@
-"""One start at a time in a run folder: the file `lock` names the process that has it, rank 0's of the start.
+"""Only one start at a time may use a run folder: the file `lock` names the process that holds it, rank 0 of the start.
 
-On the same machine that process is looked at, and when it was born, since numbers of processes come again. From another
-machine only a sign of life can be seen: a holder touches its file every BEAT_SECONDS, and one that has not done so for
-PATIENCE_SECONDS is gone. A start of launcher/run.py, and a requeued job of Slurm, takes the lock of the one before it
-at once. A holder that was thought gone and wakes up finds another's file, and ends.
+On the same machine, that process and its start time are checked, since process ids are reused. From another machine,
+only a heartbeat can be seen: a holder touches its file every BEAT_SECONDS, and one that has not done so for
+PATIENCE_SECONDS is considered gone. A restart by launcher/run.py and a requeued Slurm job take over the lock of the
+previous start at once. A holder that was considered gone and wakes up finds another's file, and exits.
 """
 
 import atexit
@@ -30,20 +30,21 @@ _KEY = "megalite.train.run_dir"
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, and the launcher's run that its start is one of."""
+    """A process that holds a lock, and the launcher's run that started it."""
 
     folder: str
-    """Of the run."""
+    """The run folder."""
     since: str
     host: str
     boot: str
-    """Of the host's kernel, another one each time; with `processes`, a container's own, says what `pid` counts in."""
+    """Boot id of the host's kernel. With `processes`, the container's pid namespace, it tells where `pid` is valid."""
     processes: str
     pid: int
     born: int
-    """In ticks since the boot."""
+    """Start time of the process in ticks since boot."""
     run: str
-    """Of launcher/run.py or Slurm, whose starts follow one another, each told by `start`; empty where it is neither."""
+    """Id of the run of launcher/run.py or Slurm, whose successive starts differ in `start`; empty if there is
+    neither."""
     start: str
 
     @classmethod
@@ -67,7 +68,7 @@ class Holder:
 
     @classmethod
     def read(cls, text: str) -> "Holder | None":
-        """None where the text is not whole: its writer has just begun."""
+        """Parses the text of a lock file; None if it is incomplete, because it is still being written."""
         try:
             holder = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
@@ -83,16 +84,16 @@ class Holder:
         return self.run == other.run != "" and self.start != other.start
 
     def is_near(self, other: "Holder") -> bool:
-        """Whether both have one table of processes."""
+        """Whether both share one pid namespace."""
         return (self.host, self.boot, self.processes) == (other.host, other.boot, other.processes)
 
     def is_there(self, run_dir: Path) -> bool:
-        """Of one that is near: whether its process still has this folder, and not one that this is a copy of."""
+        """For a near holder: whether its process is alive and holds this folder, not one of which this is a copy."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # another user's, which /proc may not show
+        except PermissionError:  # another user's process, which /proc may hide
             return True
         copied = Path(self.folder).exists() and not os.path.samefile(self.folder, run_dir)
         return _birth(self.pid) == self.born and not copied
@@ -102,7 +103,7 @@ class Holder:
 
 
 def take_lock(run_dir: Path) -> None:
-    """Takes the run folder for this process until its end. ConfigError where another start has it."""
+    """Locks the run folder for this process until it exits. Raises ConfigError if another start holds it."""
     lock = _Lock(run_dir / FILE, Holder.this(run_dir))
     while not lock.create():
         if (text := _text_of_one_gone(lock)) is not None:
@@ -113,8 +114,8 @@ def take_lock(run_dir: Path) -> None:
 
 
 class _Lock:
-    """The file of one holder. It is changed under the mutex: the thread that keeps it must not make it again once it
-    has been released."""
+    """The lock file of one holder. It is changed under the mutex, so that the thread that keeps it cannot create it
+    again after the release."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
         self.path, self.holder, self.text = (
@@ -125,7 +126,7 @@ class _Lock:
         self.mutex, self.released = threading.Lock(), False
 
     def create(self) -> bool:
-        """Makes the file; whether there was none."""
+        """Creates the file. Returns False if it already exists."""
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -143,23 +144,22 @@ class _Lock:
         return True
 
     def take_away(self, text: str) -> None:
-        """Removes the file of a holder that is gone, by its text."""
+        """Removes the file of a holder that is gone, if it still has this text."""
         aside = self.path.with_name(f".{FILE}.{secrets.token_hex(4)}")
         try:
             os.rename(self.path, aside)
-            if (
-                aside.read_text(errors="replace") != text
-            ):  # another start was quicker, and this is its file
+            # Another start may have been faster, so that this is its file.
+            if aside.read_text(errors="replace") != text:
                 with contextlib.suppress(OSError):
                     os.link(aside, self.path)
             aside.unlink()
-        except FileNotFoundError:  # of several that do this at once one has it
+        except FileNotFoundError:  # another start has removed it at the same time
             return
         except OSError as error:
             raise _unusable(self.path, error) from error
 
     def release(self) -> None:
-        """By the holder alone: a process forked from it has the same last acts."""
+        """Removes the file, only in the holder's process: forked processes run the same exit handlers."""
         with self.mutex, contextlib.suppress(OSError):
             if (
                 not self.released
@@ -170,7 +170,8 @@ class _Lock:
             self.released = True
 
     def keep(self) -> None:
-        """Gives signs of life, until the release or until another has the file: then this process ends at once."""
+        """Sends heartbeats until the release, or until another start holds the file: then this process exits at
+        once."""
         while True:
             time.sleep(BEAT_SECONDS)
             with self.mutex, contextlib.suppress(OSError, ConfigError):
@@ -186,7 +187,7 @@ class _Lock:
                 break
         print_line(
             RuntimeError(
-                f"{_KEY}: {self.path.parent}: {Holder.read(text)} has taken it over: this start ends"
+                f"{_KEY}: {self.path.parent}: taken over by {Holder.read(text)}: this start exits"
             )
         )
         sys.stderr.flush()
@@ -195,8 +196,8 @@ class _Lock:
 
 
 def _text_of_one_gone(lock: _Lock) -> str | None:
-    """The text of the file once its holder is gone; None where there is another file now, or none. ConfigError where
-    the holder is there."""
+    """The text of the file once its holder is gone; None if there is another file now, or none. Raises ConfigError if
+    the holder is alive."""
     first = _look(lock.path)
     if first is None:
         return None
@@ -207,7 +208,7 @@ def _text_of_one_gone(lock: _Lock) -> str | None:
         if holder.is_there(lock.path.parent):
             raise _held(lock.path, holder)
         return first[0]
-    line = f"{lock.path}: of {holder or 'another start'}: waiting up to {PATIENCE_SECONDS:.0f} s for a sign of life"
+    line = f"{lock.path}: held by {holder or 'another start'}: waiting up to {PATIENCE_SECONDS:.0f} s for a heartbeat"
     print(line, file=sys.stderr, flush=True)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
@@ -221,7 +222,8 @@ def _text_of_one_gone(lock: _Lock) -> str | None:
 
 
 def _look(path: Path) -> tuple[str, int] | None:
-    """Its text and time; None where it is gone. Opened each time: a shared file system then asks its server."""
+    """The file's text and modification time; None if it is gone. It is opened each time, so that a shared file system
+    asks its server."""
     try:
         with path.open(errors="replace") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
@@ -232,7 +234,7 @@ def _look(path: Path) -> tuple[str, int] | None:
 
 
 def _birth(pid: int) -> int | None:
-    """Ticks since the boot at which a process began; None where it is gone, or dead and waiting for its parent."""
+    """Ticks since boot at which a process started; None if it is gone or a zombie."""
     if not Path("/proc/self/stat").exists():
         return 0
     try:

@@ -1,8 +1,8 @@
-"""The run: steps, evaluations, checkpoints, until the last step or a signal.
+"""The training loop: steps, evaluations, checkpoints, until the last step or a signal.
 
-The whole position of a run is a value (position.py), beside weights and moments. One message before the update tells
-every rank whether the step is sound (health.py), of signals, and of the end of a background save. What else happens
-around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
+Besides weights and moments, the state of a run is its position, a value (position.py). One message before the update
+tells every rank whether the step is sound (health.py), about signals, and about the end of a background save.
+Everything else around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from megalite.training.step import train_step
 from megalite.training.watchers import Row, Watcher
 from megalite.training.watching import watchers_of
 
-_SHOWN_CHARACTERS = 300  # of an error's text in the history
+_SHOWN_CHARACTERS = 300  # characters of an error's text in the history
 
 
 @dataclass
 class Agreed:
-    """What the ranks know together at a step's end."""
+    """What all ranks agree on at the end of a step."""
 
     stop: int
     save: bool
@@ -77,8 +77,8 @@ class Run:
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
         self.faults_file = Appended(run_dir / FAULTS, self.note)
         self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file, start)
-        self.going_back, self.last_batch = False, range(0)
-        check = False  # one rank a node has, before the ranks started
+        self.rewinding, self.last_batch = False, range(0)
+        check = False  # one rank per node has checked the data before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
         self.valid = (
             ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
@@ -92,7 +92,7 @@ class Run:
         self.watchers += watchers_of(self)
 
     def train(self) -> int:
-        """Runs to the last step or to a signal; the exit code. TrainingError where it cannot continue."""
+        """Trains until the last step or a signal; returns the exit code. Raises TrainingError if it cannot continue."""
         reason = STOPPED_BY_ERROR
         try:
             stop = self._train()
@@ -116,12 +116,12 @@ class Run:
                 watcher.close()
 
     def _finish_earlier(self) -> None:
-        """Brings a save in progress to its end when the run fails by an error that it raised on purpose: a checkpoint
-        from before is as good as it would have been. It has its own time, not the step's. Where one rank alone fails,
-        by a token that the vocabulary does not have, the others' threads still write their parts."""
+        """Completes a save in progress when the run fails with one of megalite's errors: the earlier checkpoint is
+        still good. It has its own time limit, not the step's. If only one rank fails, for example by a token beyond the
+        vocabulary, the other ranks' threads still write their parts."""
         seconds = self.config.train.limits.checkpoint_seconds
         in_time = self.watchdog.watching("the checkpoint before the fault", seconds)
-        with in_time, contextlib.suppress(dist.DistError):  # not in place of the fault itself
+        with in_time, contextlib.suppress(dist.DistError):  # must not replace the fault itself
             self.checkpoints.finish()
 
     def _train(self) -> int:
@@ -132,7 +132,7 @@ class Run:
         for line in self.data.notes:
             self.note(line)
         if self.health.rewinds and self.position.step == 0:
-            self._save()  # a run that may go back has something to go back to
+            self._save()  # a run that may rewind needs a checkpoint
         self._make_up_evaluation()
         while self.position.step < train.last_step and not (stop or self.stops_early):
             step = self.position.step + 1
@@ -142,9 +142,9 @@ class Run:
             ):
                 agreed = self._step()
             stop = agreed.stop
-            if not self.going_back:
+            if not self.rewinding:
                 if self.config.evaluates and due(step, train.eval_interval, train.last_step):
-                    if stop:  # there may be no time for it: the next start makes it
+                    if stop:  # there may be no time: the next start does it
                         self.position = replace(self.position, owes_evaluation=True)
                     else:
                         self._evaluate()
@@ -152,9 +152,9 @@ class Run:
                 if wanted or due(step, train.checkpoint_interval, train.last_step):
                     with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
                         self._save()
-            if self.going_back:
-                with watching(f"going back from step {step}", limits.checkpoint_seconds):
-                    self._go_back()
+            if self.rewinding:
+                with watching(f"rewinding from step {step}", limits.checkpoint_seconds):
+                    self._rewind()
                 self._make_up_evaluation()
         with watching("the last checkpoint", limits.checkpoint_seconds):
             self.checkpoints.finish(last=True)
@@ -168,23 +168,23 @@ class Run:
 
     @property
     def stops_early(self) -> bool:
-        """Whether the validation loss ends the run here. Every rank has the same: an all-reduced tensor is bitwise
-        identical on all of them."""
+        """Whether early stopping ends the run here. All ranks agree: an all-reduced tensor is bitwise identical on all
+        of them."""
         return self.position.best.is_stopped(self.config.train.early_stop)
 
     @property
     def _is_best(self) -> bool:
-        """Whether a checkpoint of this step would be the best so far, in a run that keeps it."""
+        """Whether a checkpoint of this step would be the best so far, in a run that keeps the best."""
         position = self.position
         return self.config.train.keep_best and position.best.step == position.step
 
     def note(self, text: str) -> None:
-        """A line for the log."""
+        """Passes a line for the log to the watchers."""
         for watcher in self.watchers:
             watcher.note(text)
 
     def _step(self) -> Agreed:
-        """One optimizer step."""
+        """Runs one optimizer step."""
         config, health, before = self.config, self.health, self.position
         count = config.batch_plan.size(before.consumed_samples)
         step_tokens = count * config.data.sequence_length
@@ -222,13 +222,13 @@ class Run:
         return agreed
 
     def _heed(self, line: str | None) -> None:
-        """Of health's answer: tells it, and remembers where it asks to go back."""
+        """Logs health's answer, and remembers if it asks for a rewind."""
         if line is not None:
             self.note(line)
-            self.going_back = self.health.fault is not None and self.health.fault.action == "rewind"
+            self.rewinding = self.health.fault is not None and self.health.fault.action == "rewind"
 
-    def _go_back(self) -> None:
-        """Back to the newest good checkpoint in this process; the last batch is excluded from the run for good
+    def _rewind(self) -> None:
+        """Rewinds to the newest good checkpoint in this process; the last batch is permanently excluded from the run
         (collective)."""
         left_out = self.position.leaving_out(self.last_batch).left_out
         self.position = replace(self.checkpoints.restore().position, left_out=left_out)
@@ -236,14 +236,14 @@ class Run:
         for watcher in self.watchers:
             watcher.went_back(self.position)
         ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in left_out)
-        self.note(f"back at step {self.position.step}; the run leaves out samples {ranges}")
-        # Written down at once, so that a restart leaves them out too.
-        self.going_back = False
+        self.note(f"rewound to step {self.position.step}; the run skips samples {ranges}")
+        # Saved at once, so that a restart skips them too.
+        self.rewinding = False
         self._save(again=True)
         self.checkpoints.finish()
 
     def _read(self, position: Position) -> list[MicroBatch]:
-        """This rank's micro-batches of the step that begins at a position, in main memory."""
+        """Reads this rank's micro-batches of the step that starts at a position, into main memory."""
         config, start = self.config, position.consumed_samples
         data = self.data.at_step(position.step, config.train.last_step)
         samples, count = Kept(data, position), config.batch_plan.size(start)
@@ -254,7 +254,7 @@ class Run:
         return unread.read()
 
     def _flags(self) -> list[float]:
-        """What the other ranks must hear of this one."""
+        """This rank's flags for the step's message to all ranks."""
         signals = self.signals
         flags = [
             signals.stop == signal.SIGTERM,
@@ -262,12 +262,12 @@ class Run:
             signals.save,
             self.saver.has_ended,
         ]
-        # A flag that came after this line counts at the next step's end.
+        # A flag that is set after this line counts at the end of the next step.
         signals.save = signals.save and not flags[2]
         return [float(flag) for flag in flags]
 
     def _agreed(self) -> Agreed:
-        """What the step's message has told of all ranks."""
+        """The flags of all ranks, from the step's message."""
         term, interrupt, save, ended = self.engine.global_norm.heard
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
         return Agreed(stop, bool(save), ended == self.grid.world_size)
@@ -279,8 +279,8 @@ class Run:
         return {name: [of_rank[name] for of_rank in everyone] for name in sorted(memory)}
 
     def _make_up_evaluation(self) -> None:
-        """The evaluation that a checkpoint owes, since a signal came before it. The checkpoint is then written again
-        with what the run decides by it: no later start makes it a second time (collective)."""
+        """Runs the evaluation that a checkpoint owes because a signal came before it. The checkpoint is then written
+        again with the result, so that no later start repeats it (collective)."""
         if not self.position.owes_evaluation:
             return
         self.position = replace(self.position, owes_evaluation=False)
@@ -291,7 +291,7 @@ class Run:
                 self._save(again=True)
 
     def _evaluate(self) -> None:
-        """The validation loss, where there is data for it, and what watchers add (collective)."""
+        """Computes the validation loss, if there is data for it, and lets watchers add to its row (collective)."""
         step, seconds = self.position.step, self.config.train.limits.evaluation_seconds
         with self.watchdog.watching(f"evaluation after step {step}", seconds):
             self._evaluate_in_time()
@@ -308,7 +308,7 @@ class Run:
             watcher.evaluated(row)
 
     def _validation(self, valid: ValidData) -> Row:
-        """Loss over the first windows of each validation corpus, shared out by their weights."""
+        """Loss over the first windows of each validation corpus, in proportion to their weights."""
         config = self.config
         wanted = config.train.eval_steps * config.train_batch_size
         weights = [source.weight for source in config.data.valid]
@@ -323,12 +323,12 @@ class Run:
                 continue
             part = self._loss_and_tokens(valid, positions.start, count)
             sums += part
-            # Two parts of one corpus are told apart by their place in megalite.data.valid.
+            # Two parts of one corpus are distinguished by their index in megalite.data.valid.
             name = path if paths.count(path) == 1 else f"{path}:{number}"
             losses[name] = (part[0] / part[1]).item()
         loss = (sums[0] / sums[1]).item()
-        if sums[1] == 0:  # not a number is no gain: no best checkpoint, no early stop by a zero
-            self.note("validation: no token counts in what is evaluated, so there is no loss")
+        if sums[1] == 0:  # NaN never counts as an improvement
+            self.note("validation: no token counts in the evaluated samples, so there is no loss")
         row: Row = {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses
@@ -348,8 +348,8 @@ class Run:
         return loss_and_tokens(self.pipeline, batches)
 
     def _save(self, again: bool = False) -> None:
-        """Begins a checkpoint of the position, unless its step is saved or it is not sound; again: in place of the one
-        that is saved."""
+        """Starts saving a checkpoint of the position, unless its step is already saved or it is not sound. again:
+        replace the saved one."""
         saved = not again and self.checkpoints.saved_step == self.position.step
         unsound = self.checkpoints.save(self.position, again)
         self._heed(unsound)
@@ -359,5 +359,5 @@ class Run:
 
 
 def due(step: int, interval: int, last: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never), and at the last one, does after `step`."""
+    """Whether something is due after `step` that happens every `interval` steps (0: never) and at the last step."""
     return step == last or (interval > 0 and step % interval == 0)

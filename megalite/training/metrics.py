@@ -1,8 +1,8 @@
-"""`metrics.jsonl`: one object a line, floats with all their digits; TensorBoard's events from the same rows.
+"""`metrics.jsonl`: one object per line, floats with all their digits; TensorBoard's events from the same rows.
 
-A run that resumes, or goes back, first removes rows after its checkpoint's step and a torn last line, so that no step
-appears twice. Each row of training carries the run's goodput: seconds of the steps that count and were not skipped,
-over all seconds since the run's first start, which `first_start.json` remembers.
+A run that resumes or rewinds first removes rows after its checkpoint's step and a torn last line, so that no step
+appears twice. Each row of training has the run's goodput: the seconds of steps that were kept and not skipped, over all
+seconds since the run's first start, which is stored in `first_start.json`.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ class MetricsFile(Watcher):
         tell: Callable[[str], None],
         evaluates_first: bool = False,
     ) -> None:
-        """tell: takes lines for the log, of a disk that is full; evaluates_first: the evaluation after `first_step` is
-        still to be made."""
+        """tell: takes lines for the log, about a full disk. evaluates_first: the evaluation after `first_step` is still
+        to be done."""
         self.run_dir, self.path, self.tensorboard, self.tell = (
             run_dir,
             run_dir / FILE,
@@ -77,8 +77,8 @@ class MetricsFile(Watcher):
         self._open(position.step, position.owes_evaluation)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on its way to the disk when this returns, or waits where that has no room. A figure that
-        is not finite becomes null, since JSON has no other word for it."""
+        """Appends a row. It is handed to the operating system, or kept in memory while the disk is full. A figure that
+        is not finite becomes null, since JSON cannot represent it."""
         self.useful_seconds += _useful_seconds(row)
         if "step_seconds" in row:
             now = row["unix_seconds"] = time.time()
@@ -93,7 +93,7 @@ class MetricsFile(Watcher):
                 self.events.append_text(row["step"], f"valid/sample_{number}", text)
 
     def _remember_best(self, row: Row) -> None:
-        """best: the evaluation with the lowest loss."""
+        """Updates `best`, the evaluation with the lowest loss."""
         loss = row.get("valid_loss")
         if loss is not None and (self.best is None or loss < self.best["valid_loss"]):
             self.best = row
@@ -105,7 +105,7 @@ class MetricsFile(Watcher):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), and the largest float where that is beyond it; not finite where the loss is not."""
+    """exp(loss), at most the largest float; not finite if the loss is not."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -113,7 +113,7 @@ def perplexity(loss: float) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """JSON's value: null in place of each float that is not finite."""
+    """The value with null in place of each float that is not finite."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -126,14 +126,14 @@ def _useful_seconds(row: dict[str, Any]) -> float:
 
 
 def _first_start(run_dir: Path, useful_seconds: float) -> float:
-    """Unix time of the run's first start, written down at that one. Of a run that did not write it, the latest that it
-    can have been."""
+    """Unix time of the run's first start, which that start writes to a file. If there is no file, the latest possible
+    time."""
     path = run_dir / FIRST_START
     try:
         return float(json.loads(path.read_text())["unix_seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         first = time.time() - useful_seconds
-        with contextlib.suppress(OSError):  # no room: a later start takes a later time for it
+        with contextlib.suppress(OSError):  # full disk: the next start assumes a later time
             write_durably(path, json.dumps({"unix_seconds": first}) + "\n")
         return first
 
@@ -141,9 +141,9 @@ def _first_start(run_dir: Path, useful_seconds: float) -> float:
 def _keep_until(
     path: Path, step: int, without_evaluation: bool
 ) -> tuple[list[dict[str, Any]], float]:
-    """Leaves in the file the rows up to `step`, whole lines only; returns them, and the latest unix time of all rows
-    that were in it (0: none). without_evaluation: of that step the row of training alone: a start that was killed may
-    have evaluated it, and not saved that."""
+    """Keeps only whole rows up to `step` in the file. Returns them, and the latest unix time of all rows that it had
+    (0: none). without_evaluation: also removes that step's evaluation: a killed start may have written it without
+    saving it."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -158,10 +158,10 @@ def _keep_until(
                 rows.append(row)
                 lines.append(line + b"\n")
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # torn by a kill, or no row
+            continue  # torn by a kill, or not a row
     kept = b"".join(lines)
     if content.startswith(kept):
-        os.truncate(path, len(kept))  # takes no room on a full disk
+        os.truncate(path, len(kept))  # needs no space on a full disk
     else:
         write_durably(path, kept.decode())
     return rows, last_seen

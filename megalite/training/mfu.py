@@ -1,11 +1,11 @@
-"""Model FLOP utilisation (MFU): the FLOP/s that the model needs for its tokens, over what the devices can do at most.
+"""Model FLOP utilisation (MFU): the FLOP/s that the model needs for its tokens, over the peak of the devices.
 
     MFU = tokens_per_second × flops_per_token / peak
 
-flops_per_token is the model's (`TransformerSpec.flops_per_token`): matrix products alone, forward and backward once,
-whatever is computed again. peak is the sum over ranks of the rate in the device's data sheet, dense, in the type of the
-run; of a CPU, and of a device that is not in the table, the rate of large matrix products that all ranks measured
-together. Next: speed.py, which fills it into a row; screen.py, which shows it.
+flops_per_token is the model's (`TransformerSpec.flops_per_token`): only matrix products, forward and backward once,
+without recomputation. peak is the sum over ranks of the dense rate in the device's data sheet, in the run's dtype. For
+a CPU, and for a device that is not in the table, it is the rate of large matrix products that all ranks measured at
+the same time. Next: speed.py, which adds it to a row; screen.py, which shows it.
 """
 
 import time
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 # TFLOP/s without sparsity, from the makers' data sheets: (in bf16 or fp16, in fp32 on the units that torch uses by
-# default). The first entry that is part of a device's name holds.
+# default). The first entry that is part of a device's name is used.
 DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
     ("H100 PCIe", 756.0, 51.0),
     ("H100 NVL", 835.0, 60.0),
@@ -38,15 +38,15 @@ DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
     ("MI355X", 2500.0, 157.3),
     ("MI325X", 1307.0, 163.4),
     ("MI300X", 1307.0, 163.4),
-    ("MI250X", 191.5, 47.9),  # of one of its two dies, which are a device each
+    ("MI250X", 191.5, 47.9),  # per die; each of its two dies is a device
 ]
 MEASURED_SECONDS = 0.1
-ROWS = {"cpu": 1024}  # of the measured products, by type of device
+ROWS = {"cpu": 1024}  # rows and columns of the measured products, by type of device
 ROWS_OF_DEVICES = 8192
 
 
 def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device by its name; None where it is not in the table."""
+    """Data sheet FLOP/s of a device by its name; None if it is not in the table."""
     words = name.replace("-", " ").replace("_", " ").split()
     for known, half, single in DATA_SHEET_TFLOPS:
         if all(word in words for word in known.split()):
@@ -56,7 +56,7 @@ def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large matrix products on this rank: they are queued, and waited for once."""
+    """FLOP/s of large matrix products on this rank, queued and waited for once."""
     rows = ROWS.get(device.type, ROWS_OF_DEVICES)
     a = torch.randn(rows, rows, device=device).to(dtype)
     b, room = (
@@ -65,7 +65,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     )
     count, seconds = 1, 0.0
     while seconds < MEASURED_SECONDS:
-        torch.mm(a, b, out=room)  # what is made at the first use
+        torch.mm(a, b, out=room)  # warm-up
         _wait_for_device(device)
         start = time.perf_counter()
         for _ in range(count):
@@ -82,7 +82,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         module: Any = torch.get_device_module(device)
         known = data_sheet_flops(module.get_device_name(device), dtype)
     if dist.is_initialized():
-        dist.barrier()  # so that those that measure share the machine as they will in the run
+        dist.barrier()  # so that all ranks measure at once and share the machine as in the run
     own = known if known is not None else measured_flops(device, dtype)
     total = torch.tensor(own, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -96,7 +96,7 @@ def _wait_for_device(device: torch.device) -> None:
 
 
 class Utilisation:
-    """Figures of a step from its tokens a second. flops_per_token: of the model; peak: of all ranks, FLOP/s."""
+    """Figures of a step from its tokens per second. flops_per_token: of the model. peak: FLOP/s of all ranks."""
 
     def __init__(self, flops_per_token: float, peak: float, ranks: int) -> None:
         self.flops_per_token, self.peak, self.ranks = flops_per_token, peak, ranks

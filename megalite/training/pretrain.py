@@ -1,4 +1,4 @@
-"""`launcher/pretrain.py`: from the command line to a run. What can be wrong is said before ranks start.
+"""`launcher/pretrain.py`: from the command line to a run. Mistakes are reported before ranks start.
 
 deepspeed --num_gpus 8 launcher/pretrain.py --deepspeed_config FILE [KEY=VALUE …]
 """
@@ -60,14 +60,14 @@ def main(arguments: list[str]) -> int:
         with reading(options.deepspeed_config):
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
         print(json.dumps(prepared.config.to_json(), indent=2, ensure_ascii=False), flush=True)
-        print(_told(prepared), file=sys.stderr, flush=True)
+        print(_summary(prepared), file=sys.stderr, flush=True)
         print(epochs_line(prepared.config, prepared.spec), file=sys.stderr, flush=True)
-        if prepared.spec.stacks is None:  # the planner does not know the times of two stacks
+        if prepared.spec.stacks is None:  # the planner cannot predict the times of two stacks
             print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
     def prepare_ranks(thorough: bool) -> Prepared:
-        options = _parse(arguments)  # here, where one rank of a node tells of a mistake
+        options = _parse(arguments)  # parsed here, where only one rank per node reports a mistake
         prepared = prepare(
             options.deepspeed_config, options.overrides, place().world_size, thorough
         )
@@ -90,20 +90,19 @@ def main(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(description="Train a model on any layout.")
     parser.add_argument(
-        "--deepspeed_config", required=True, metavar="FILE", help="the JSON that says what a run is"
+        "--deepspeed_config", required=True, metavar="FILE", help="the run's JSON config"
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="validate config and data, print the JSON, start nothing",
+        help="validate config and data, print the resolved JSON and exit",
     )
     ranks = at_least(1, MOST_RANKS)
     parser.add_argument(
-        "--world-size", type=ranks, metavar="N", help="with --check: for so many ranks"
+        "--world-size", type=ranks, metavar="N", help="with --check: number of ranks"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # some launchers pass it; it is in the env
+    # Some launchers pass it; the environment has it too.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -118,7 +117,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 @dataclass
 class Prepared:
-    """A config that has been checked, for this world. model: the Hugging Face config as a plain dict."""
+    """A validated config for this world. model: the Hugging Face config as a plain dict."""
 
     config: Config
     spec: TransformerSpec
@@ -126,7 +125,7 @@ class Prepared:
 
 
 def _differs(first: Prepared, own: Prepared) -> str | None:
-    """What a node's config or model has other than that of rank 0, as one line; None where they are the same."""
+    """The first difference between a node's config or model and rank 0's, as one line; None if they are equal."""
     was, now = ({**one.config.to_json(), "megalite.model": one.model} for one in (first, own))
     found = _first_difference(was, now, "")
     if found is None:
@@ -136,7 +135,7 @@ def _differs(first: Prepared, own: Prepared) -> str | None:
 
 
 def _first_difference(was: Any, now: Any, key: str) -> tuple[str, str, str] | None:
-    """(dotted key, value of `was`, value of `now`), as JSON; a key that one of them lacks is null there."""
+    """(dotted key, value of `was`, value of `now`) as JSON; a missing key is null. None if they are equal."""
     if isinstance(was, dict) and isinstance(now, dict):
         for name in sorted(was.keys() | now.keys()):
             inner = f"{key}.{name}" if key else name
@@ -148,7 +147,7 @@ def _first_difference(was: Any, now: Any, key: str) -> tuple[str, str, str] | No
 
 
 def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
-    """Reads and checks all that a run needs. thorough: its data, tokenizer and checkpoints too."""
+    """Reads and validates everything that a run needs. thorough: also its data, tokenizer and checkpoints."""
     with reading(path):
         loaded = with_steps(load_config(path, overrides), world_size, thorough)
         config = _in_the_order_begun(loaded, loaded.resolve(world_size), world_size)
@@ -167,8 +166,8 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
 
 
 def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Config:
-    """`config`, which is `loaded` resolved. A run that has begun in Megatron's order keeps the one of its first start,
-    where the config does not say how many samples it is made for."""
+    """`config`, which is `loaded` resolved. A run in Megatron's order keeps the order of its first start, unless the
+    config says for how many samples it is made."""
     if loaded.data.order != "megatron" or loaded.data.megatron_samples is not None:
         return config
     needed = config.data.megatron_samples or 0
@@ -176,7 +175,7 @@ def _in_the_order_begun(loaded: Config, config: Config, world_size: int) -> Conf
         try:
             made_for = read_state(folder).get("fingerprint", {}).get(MADE_FOR, needed)
         except CheckpointError:
-            continue  # damaged: an older one says the same
+            continue  # damaged: an older one has the same
         if made_for < needed:
             rule = f"the order of {folder} is made for {made_for} ({MADE_FOR}): {_NEW_RUN}"
             raise _Other(
@@ -207,25 +206,26 @@ def _check_data(config: Config, spec: TransformerSpec) -> None:
 
 
 def _check_run_dir(prepared: Prepared) -> None:
-    """The run folder can be made and written, and what it holds is of this model and seed. Makes nothing."""
+    """Raises unless the run folder can be created and written, and its checkpoints are of this model and seed. Creates
+    nothing."""
     config = prepared.config
     run_dir = Path(config.train.run_dir)
-    standing_part = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not standing_part.is_dir() or not os.access(standing_part, os.W_OK):
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
-            f"megalite.train.run_dir: {run_dir}: {standing_part} must be a folder that can be written"
+            f"megalite.train.run_dir: {run_dir}: {existing} must be a folder that can be written"
         )
     _check_names(run_dir)
-    standing = checkpoints_of(run_dir)
-    for path in reversed(standing):
+    checkpoints = checkpoints_of(run_dir)
+    for path in reversed(checkpoints):
         try:
             check_fits(Checkpoint.open(path), prepared, seed=config.train.seed)
         except _Other:
             raise
         except CheckpointError:
-            continue  # damaged: the ranks will say so and take an older one
+            continue  # damaged: the ranks will report it and use an older one
         return
-    if not standing and config.train.load is not None:
+    if not checkpoints and config.train.load is not None:
         weights = open_weights(resolve_weights(config.train.load), config.data.classes)
         check_fits(weights, prepared)
 
@@ -247,25 +247,26 @@ def _check_names(run_dir: Path) -> None:
 
 
 def _make_run_dir(config: Config) -> None:
-    """After all else has been found right."""
+    """Creates the run folder, after everything else has been validated."""
     try:
         Path(config.train.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        line = f"megalite.train.run_dir: {config.train.run_dir}: cannot be made: {error.strerror}"
+        line = (
+            f"megalite.train.run_dir: {config.train.run_dir}: cannot be created: {error.strerror}"
+        )
         raise ConfigError(line) from error
 
 
 class _Other(CheckpointError):
-    """A checkpoint that is whole and does not fit."""
+    """An undamaged checkpoint that does not fit the config."""
 
 
 def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) -> None:
-    """CheckpointError where a checkpoint is of another model, or a run's of another seed."""
+    """Raises CheckpointError if a checkpoint is of another model, or a run's of another seed, optimizer or data."""
     theirs, ours = read_spec(weights.model), prepared.spec
     if ours.classifier is not None and theirs.classifier is None:
-        theirs = read_spec(
-            Classified(weights.model, ours.labels)
-        )  # its head gets new initial weights
+        # The head gets new initial weights.
+        theirs = read_spec(Classified(weights.model, ours.labels))
     if theirs.labels != ours.labels:
         raise _Other(
             f"megalite.data.objective.classes: {json.dumps(ours.labels)}: must be "
@@ -285,7 +286,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
     if weights.state["seed"] != seed:
         raise _Other(f"megalite.train.seed: {seed}: must be {weights.state['seed']}, {rule}")
     was, now = weights.state.get("optimizer", "AdamW"), prepared.config.optimizer.type
-    if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same of each weight
+    if was != now and {was, now} != {"AdamW", "Adam"}:  # these two keep the same moments
         raise _Other(f"optimizer.type: {now}: must be {was}, {rule}")
     trained = weights.state.get("fingerprint")  # older checkpoints have none
     if trained is not None and (found := difference(trained, prepared.config)) is not None:
@@ -294,7 +295,8 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
 
 
 def _remove_swap_folders(config: Config, here: Place) -> None:
-    """Those of a killed start; once it is known that no other start of this run is alive (collective)."""
+    """Removes the folders of a killed start, once the lock shows that no other start of this run is alive
+    (collective)."""
     import torch.distributed as dist
 
     if config.swap_folder is not None:
@@ -303,9 +305,9 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
         dist.barrier()
 
 
-def _told(prepared: Prepared) -> str:
-    """What `auto` in the config became, the run's size, the table of what each rank will hold, the pipeline's
-    schedule, and how evenly the context axis shares attention."""
+def _summary(prepared: Prepared) -> str:
+    """The values of `auto` in the config, the run's size, the table of each rank's memory, the pipeline's schedule, and
+    how evenly the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
     lines = [*config.notes, size_line(config, spec), *told_lines(config, spec), *plan]
@@ -321,7 +323,7 @@ def _write_config(config: Config) -> None:
 
 
 def _ended(config: Config, position: Position) -> str | None:
-    """Why a run is over before a start's first step; None where it is not."""
+    """Why a run is over before a start's first step; None if it is not."""
     if position.owes_evaluation and config.evaluates:
         return None
     if position.step >= config.train.last_step:
@@ -356,8 +358,8 @@ def _train(prepared: Prepared, rank: int) -> int:
         )
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))
-        on = f"{hosts} hosts" if hosts > 1 else "1 host"
-        phase(f"{grid.world_size} ranks on {on} are connected")
+        ranks = f"{grid.world_size} rank{'s' if grid.world_size > 1 else ''}"
+        phase(f"connected: {ranks} on {hosts} host{'s' if hosts > 1 else ''}")
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)
@@ -376,7 +378,7 @@ def _train(prepared: Prepared, rank: int) -> int:
         if rank == 0:
             _write_config(config)
             say(f"{run_dir}: {start.told}")
-            say(_told(prepared))
+            say(_summary(prepared))
         phase("opening data, measuring the rate of matrix products")
         run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)
         run.saver.starts_from(start.position.step, start.damaged)

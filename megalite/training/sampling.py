@@ -1,8 +1,8 @@
 """Texts that a run continues at each evaluation, on any layout: `megalite.train.sample_prompts`.
 
-They go through the run's own pipeline, whatever its schedule, chunks and ZeRO stage, as an evaluation does: the
-whole text for each token, without a cache: the texts are few and short. Every data rank does the
-same work. launcher/generate.py is for more. B prompts, S tokens, V vocabulary, t ranks of the tensor axis.
+They go through the run's own pipeline, with any schedule, chunks and ZeRO stage, as in an evaluation. There is no
+cache: each token takes a forward of the whole text, since the texts are few and short. Every data rank does the same
+work. launcher/generate.py is for more. B prompts, S tokens, V vocabulary, t ranks of the tensor axis.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from megalite.pipeline.actions import Pipeline
 from megalite.training.watchers import Row, Watcher
 
 PROMPTS = "megalite.train.sample_prompts"
-UNIT = 16  # lengths are multiples of it, so that kernels see few shapes
+UNIT = 16  # lengths are multiples of this, so that kernels see few shapes
 
 
 def encoded_prompts(config: Config, spec: TransformerSpec) -> tuple[Tokenizer, list[list[int]]]:
-    """The tokenizer and the prompts' ids. ConfigError where a prompt cannot be continued."""
+    """The tokenizer and the prompts' ids. Raises ConfigError if a prompt cannot be continued."""
     train, data = config.train, config.data
     if data.tokenizer is None:
         raise ConfigError(f"{PROMPTS}: needs megalite.data.tokenizer, which is left out")
@@ -51,7 +51,7 @@ def encoded_prompts(config: Config, spec: TransformerSpec) -> tuple[Tokenizer, l
 
 
 class Sampler(Watcher):
-    """Adds `samples`, a list of prompt and text, to the rows of evaluations; the texts are rank 0's (collective)."""
+    """Adds `samples`, a list of prompts and texts, to the rows of evaluations on rank 0 (collective)."""
 
     def __init__(
         self, config: Config, spec: TransformerSpec, grid: Grid, pipeline: Pipeline
@@ -62,16 +62,16 @@ class Sampler(Watcher):
         self.by_heads = config.parallel.context_attention == "heads"
         self.prefixed = config.data.objective == "prefix"
         self.tokenizer: Tokenizer | None = None
-        told: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         if grid.rank == 0:
             self.tokenizer, ids = encoded_prompts(config, spec)
-            told = [ids, self.tokenizer.eod_id]
-        dist.broadcast_object_list(told)
-        self.ids: list[list[int]] = told[0]
-        self.eod: int | None = told[1]
+            message = [ids, self.tokenizer.eod_id]
+        dist.broadcast_object_list(message)
+        self.ids: list[list[int]] = message[0]
+        self.eod: int | None = message[1]
 
     def evaluated(self, row: Row) -> None:
-        """Continues all prompts by their likeliest tokens."""
+        """Continues all prompts greedily."""
         texts: list[list[int]] = []
         for first in range(0, len(self.ids), self.size):
             texts += self._continue(self.ids[first : first + self.size])
@@ -83,13 +83,13 @@ class Sampler(Watcher):
         ]
 
     def _continue(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """The new tokens of some prompts, at most B, on every rank."""
+        """The new tokens of at most B prompts, on every rank."""
         ends = [len(ids) for ids in prompts]
         unit = UNIT * self.grid.tensor.size * self.grid.context.size
         longest = max(ends) + self.count
         padded = min(self.length, -(-longest // unit) * unit)
-        # Rows that no prompt has, and what is after a text's last token, change nothing: tokens look back only, or at
-        # their prompt.
+        # Unused rows and the padding after a text change nothing: tokens attend only to earlier ones and to their
+        # prompt.
         tokens = torch.zeros(self.size, padded, dtype=torch.int64)
         for row, ids in enumerate(prompts):
             tokens[row, : len(ids)] = torch.tensor(ids)
@@ -109,7 +109,7 @@ class Sampler(Watcher):
         return [text[: text.index(self.eod)] if self.eod in text else text for text in texts]
 
     def _next(self, tokens: Tensor, ends: Sequence[int], prefixes: Tensor | None) -> list[int]:
-        """The likeliest token after each text, the same on every rank; prefixes: as of Context."""
+        """The likeliest token after each text, the same on every rank. prefixes: as in Context."""
         pipe, device = self.grid.pipe, self.pipeline.engine.device
         rows = Rows.along(self.grid.context, tokens.shape[1], self.by_heads)
         own = tokens if rows is None else rows.cut(tokens, 1)

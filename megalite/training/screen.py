@@ -1,9 +1,9 @@
-"""What a person sees of a run: two live lines and a table that grows in a terminal, plain lines elsewhere. Rank 0 only.
+"""The screen of a run: two live lines and a growing table in a terminal, plain lines elsewhere. Rank 0 only.
 
     step 120/200 ━━━━━━━━━━━━━━━━━━╸        0:03:12 left  12,345 tok/s  MFU 41 %
     loss 2.3456  norm 0.534  lr 1.00e-03  1.20 GiB
 
-The bar takes what width is left, so that 60 columns are enough.
+The bar fills the remaining width, so that 60 columns are enough.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from megalite.data.position import Position
 from megalite.report.numbers import clock
 from megalite.training.watchers import Row, Watcher
 
-KEPT_ROWS = 20  # about as many rows of a run stay in a terminal
+KEPT_ROWS = 20  # about this many rows of a run stay in a terminal
 LEAST_BAR = 4  # columns
 REDRAW_SECONDS = 0.2
 SHOWN_SAMPLES, SAMPLE_CHARACTERS = 1, 240  # report.html has all
@@ -31,7 +31,7 @@ HEADER = f"{'step':>9}  {'loss':>8}  {'norm':>8}  {'lr':>9}  {'tok/s':>9}  {'MFU
 
 
 class Screen(Watcher):
-    """Shows rows of metrics. console: of the terminal; None: standard error, where it is one."""
+    """Shows rows of metrics. console: of the terminal; None: standard error, if it is a terminal."""
 
     def __init__(
         self, steps: int, first_step: int, log_interval: int, console: Console | None = None
@@ -46,11 +46,11 @@ class Screen(Watcher):
             console = Console(stderr=True)
         if console is not None:
             self.console = console
-            # Only new rows are drawn: a thread of its own would draw the same lines again and again.
+            # Drawn only for new rows: rich's refresh thread would redraw the same lines again and again.
             self.live = Live(self, console=console, auto_refresh=False, transient=True)
 
     def after_step(self, row: Row) -> None:
-        """A row of training."""
+        """Shows a row of training."""
         left = (self.steps - row["step"]) * row["step_seconds"]
         self.seconds_left = 0.9 * self.seconds_left + 0.1 * left if self.seconds_left else left
         self.row = row
@@ -73,34 +73,34 @@ class Screen(Watcher):
 
     @contextlib.contextmanager
     def _while_there(self) -> Iterator[None]:
-        """For what draws on the terminal. Once that is gone, as a closed window is, the run continues with plain lines,
-        whoever hears them."""
+        """Wraps drawing on the terminal. Once that is gone, like a closed window, the run continues with plain
+        lines."""
         try:
             yield
         except OSError:
             live, self.live = self.live, None
             if live is not None:
                 with contextlib.suppress(OSError):
-                    live.stop()  # gives standard output back first
+                    live.stop()  # first restores standard output
 
     def evaluated(self, row: Row) -> None:
-        """The loss of an evaluation."""
+        """Shows the loss of an evaluation."""
         for sample in row.get("samples", [])[:SHOWN_SAMPLES]:
             self.note(f"sample: {sample['prompt']}{sample['text']}"[:SAMPLE_CHARACTERS])
         if "valid_loss" not in row:
             return
-        loss, told = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
+        loss, quality = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
         if "valid_accuracy" in row:
-            told = f"accuracy {row['valid_accuracy']:.4f}  macro F1 {row['valid_macro_f1']:.4f}"
+            quality = f"accuracy {row['valid_accuracy']:.4f}  macro F1 {row['valid_macro_f1']:.4f}"
         if self.live is None:
-            say(f"step {row['step']}  valid loss {loss:.4f}  {told}")
+            say(f"step {row['step']}  valid loss {loss:.4f}  {quality}")
             return
         line = Text(f"{row['step']:>9}  {loss:>8.4f}  ", style="bold green")
         with self._while_there():
-            self.console.print(line.append(f"validation, {told}"))
+            self.console.print(line.append(f"validation, {quality}"))
 
     def note(self, text: str) -> None:
-        """Anything else worth a line."""
+        """Shows another line."""
         if self.live is None:
             say(text)
         else:
@@ -112,7 +112,7 @@ class Screen(Watcher):
         self.seconds_left = 0.0
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self.live is not None:
             with self._while_there():
                 self.live.stop()
@@ -142,7 +142,7 @@ class Screen(Watcher):
         yield second.append(f"{self._memory_gib():.2f} GiB", style="dim")
 
     def _keep(self, row: Row) -> None:
-        """A row of the table."""
+        """Prints a row of the table."""
         if not self.headed:
             self.headed = True
             self.console.print(Text(HEADER, style="dim"))
@@ -166,14 +166,14 @@ class Screen(Watcher):
         )
 
     def _memory_gib(self) -> float:
-        """Of this rank: the device's where there is one, else the process's resident set."""
+        """Memory of this rank: peak allocation on the device, or on a CPU the process's resident set."""
         if machine_has_gpu():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
 
 
 class Phases:
-    """Tells of each phase of a start, with the seconds since the process began, so that nobody waits in silence."""
+    """Prints each phase of a start, with the seconds since the process started."""
 
     def __init__(self, shown: bool) -> None:
         self.shown, self.begin = shown, psutil.Process().create_time()
@@ -184,6 +184,6 @@ class Phases:
 
 
 def say(text: str) -> None:
-    """A line on standard output. Where that is a file on a full disk the run continues without the line."""
+    """Prints a line. If standard output is a file on a full disk, the run continues without the line."""
     with contextlib.suppress(OSError):
         print(text, flush=True)

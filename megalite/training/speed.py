@@ -1,4 +1,4 @@
-"""Seconds, tokens a second and MFU of each step."""
+"""Seconds, tokens per second and MFU of each step."""
 
 import time
 
@@ -8,7 +8,7 @@ from megalite.training.watchers import Row, Watcher
 
 
 class Speed(Watcher):
-    """Seconds of each step, and what follows from them. Watchers before it in the list count in, later ones do not."""
+    """Measures each step. The time of watchers before this one in the list is included, that of later ones is not."""
 
     def __init__(self, utilisation: Utilisation) -> None:
         self.utilisation = utilisation
@@ -19,7 +19,7 @@ class Speed(Watcher):
         self.start, self.tokens = time.perf_counter(), position.consumed_tokens
 
     def after_step(self, row: Row) -> None:
-        """Adds the step's seconds, tokens a second and MFU."""
+        """Adds the step's seconds, tokens per second and MFU."""
         seconds = time.perf_counter() - self.start
         rate = (row["consumed_tokens"] - self.tokens) / seconds
         row |= {"step_seconds": seconds, "tokens_per_second": rate, **self.utilisation.row(rate)}

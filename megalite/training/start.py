@@ -1,6 +1,6 @@
-"""Where a run starts from: its own newest good checkpoint, other weights (`load`), or nothing.
+"""The starting point of a run: its newest good checkpoint, other weights (`load`), or nothing.
 
-All ranks decide together, since any of them may find a file damaged. Next: loop.py.
+All ranks decide together, since any of them may find a damaged file. Next: loop.py.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ from megalite.hub.sources import (
 
 @dataclass
 class Start:
-    """A run's first position, and what its engine is to be filled with. told: for the log; damaged: names of newer
-    checkpoints that were passed over."""
+    """A run's first position, and the weights for its engine. told: a line for the log. damaged: names of newer
+    checkpoints that were skipped."""
 
     position: Position
     told: str
@@ -45,11 +45,11 @@ class Start:
     moments: bool = False
     damaged: tuple[str, ...] = ()
     partly: bool = False
-    """The weights are of a model that the run's classifier is made of: what they do not have keeps the values by (seed,
-    name), and their own head goes."""
+    """The weights are of the model on which the run's classifier is based: parameters that they lack keep their initial
+    values, and their head is dropped."""
 
     def fill(self, engine: Engine) -> None:
-        """Puts weights, and on resuming moments and the loss scale, into an engine, fresh or not (collective)."""
+        """Loads weights, and on resuming also moments and the loss scale, into an engine, new or used (collective)."""
         if self.weights is None:
             return
         norm: GlobalNorm = engine.global_norm
@@ -57,7 +57,7 @@ class Start:
             check_names(self.weights, list(norm.row))
         if self.moments:
             engine.make_moments(self.position.updates)
-        shards = engine.shards()  # with the moments that were just made
+        shards = engine.shards()  # including the moments that were just created
         if self.partly:
             held = set(self.weights.names)
             shards = [shard for shard in shards if shard.placement.name in held]
@@ -75,8 +75,8 @@ class Start:
 
 
 def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = ()) -> Start:
-    """Looks at the run folder, then at `load` (collective). classes: labels of a run that trains a classifier. A
-    damaged checkpoint is named, and an older good one taken; CheckpointError where none is good."""
+    """Looks in the run folder, then at `load` (collective). classes: labels of a run that trains a classifier. A
+    damaged checkpoint is reported, and an older good one is used. Raises CheckpointError if none is good."""
     damaged: dict[str, CheckpointError] = {}
     for path in reversed(_agreed(lambda: checkpoints_of(run_dir))):
         try:
@@ -117,7 +117,7 @@ def _check_step(checkpoint: Checkpoint) -> None:
 
 
 def _name_latest(run_dir: Path, name: str) -> None:
-    """`latest` may name an older one, after a kill, or one that was found damaged."""
+    """Corrects `latest`, which may name an older checkpoint after a kill, or one that was found damaged."""
     if dist.get_rank() == 0 and STEP_NAME.match(name):
         with contextlib.suppress(OSError):  # nothing here reads it, and the next save writes it too
             if newest_named(run_dir) != name:
@@ -125,8 +125,8 @@ def _name_latest(run_dir: Path, name: str) -> None:
 
 
 def _name_best(run_dir: Path, position: Position, damaged: Collection[str]) -> None:
-    """`best` may name a later checkpoint than the one that a run starts from, where that is damaged: then the best
-    that the run still remembers takes its place, or none."""
+    """Corrects `best` if it names a checkpoint that is damaged or gone: it then names the best one that the run still
+    remembers, or is removed."""
     if dist.get_rank() != 0 or (name := named_best(run_dir)) is None:
         return
     folder = run_dir / "checkpoints"
@@ -141,7 +141,8 @@ def _name_best(run_dir: Path, position: Position, damaged: Collection[str]) -> N
 
 
 def _agreed(look: Any) -> Any:
-    """What rank 0 sees, on every rank: folders may change between two looks. Its error is every rank's."""
+    """The result of `look` on rank 0, for every rank: folders may change between two looks. Its error is raised on
+    every rank."""
     seen: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""One optimizer step on a global batch: the loss is a mean over the tokens that count, wherever they are."""
+"""One optimizer step on a global batch: the loss is a mean over all tokens that count, on whatever rank."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,13 +13,13 @@ from megalite.training.batches import MicroBatch
 
 
 def tokens_that_count(batches: Sequence[MicroBatch]) -> Tensor:
-    """Labels of these micro-batches that count, an int64 scalar."""
+    """The number of labels in these micro-batches that count, an int64 scalar."""
     return torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
 
 
 def samples_that_count(batches: Sequence[MicroBatch], context: Axis) -> Tensor:
-    """Which samples have a label that counts, on any rank of the context axis: fp32 [micro-batches, B] of 0 and 1.
-    Those without are fillings of a micro-batch, or as good as none."""
+    """1 for samples with a label that counts on any rank of the context axis, otherwise 0: fp32 [micro-batches, B].
+    Those without one are padding of a micro-batch, or equivalent to it."""
     found = torch.stack([(batch.labels != IGNORED).any(dim=1) for batch in batches]).float()
     return max_over(found, context)
 
@@ -30,9 +30,10 @@ def train_step(
     batches: Sequence[MicroBatch],
     before_update: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forwards, backwards and the update (collective): this rank's sum of losses, 0 but on the rank with the head, and
-    the tokens that count in the global batch (int64 scalar), both on the device: the host waits for neither.
-    before_update: called when all gradients are there, with this rank's part of the mean loss (fp64 scalar)."""
+    """Runs forwards, backwards and the update (collective). Returns this rank's sum of losses, 0 except on the rank
+    with the head, and the number of tokens that count in the global batch (int64 scalar), both on the device: the host
+    does not wait. before_update: called when all gradients are complete, with this rank's part of the mean loss (fp64
+    scalar)."""
     grid, routes = pipeline.engine.grid, pipeline.engine.stage.spec.mixture is not None
     counts, each = tokens_that_count(batches).unsqueeze(0), None
     if routes:
@@ -40,7 +41,7 @@ def train_step(
         counts = torch.cat([counts, each.sum().long().unsqueeze(0)])
     tokens, *samples = sum_over(counts, replica).clamp(min=1).unbind()
     if each is not None:
-        # The mean over samples, which the ranks of the context axis have counted alike.
+        # The mean over samples, all of which every rank of the context axis has counted.
         factor = pipeline.engine.current_loss_scale * replica.size * grid.context.size
         for batch, own in zip(batches, each * (factor / samples[0]), strict=True):
             batch.context.balance = own

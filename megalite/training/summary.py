@@ -1,5 +1,5 @@
-"""What a run says at its end: the best validation loss, tokens, time, where the checkpoint and the report are, and what
-to do next."""
+"""The summary at a run's end: tokens, time, the best validation loss, the paths of checkpoint and report, and what to
+do next."""
 
 import shlex
 import sys
@@ -16,7 +16,7 @@ from megalite.training.watchers import Watcher
 
 
 class Summary(Watcher):
-    """Of one start, on rank 0. decoder: whether the model continues text."""
+    """Summary of one start, on rank 0. decoder: whether the model can continue text."""
 
     def __init__(
         self, run_dir: Path, metrics: MetricsFile, decoder: bool, tell: Callable[[str], None]
@@ -26,12 +26,12 @@ class Summary(Watcher):
         self.first_tokens: int | None = None
 
     def before_step(self, position: Position) -> None:
-        """Remembers where the start began."""
+        """Remembers the tokens at the start."""
         if self.first_tokens is None:
             self.first_tokens = position.consumed_tokens
 
     def ended(self, position: Position, reason: str) -> None:
-        """Tells it, unless the run ended with an error, which then comes last."""
+        """Prints the summary, unless the run ended with an error, which is then printed last."""
         if reason.startswith(STOPPED_BY_ERROR):
             return
         seconds = time.monotonic() - self.begin
@@ -49,7 +49,7 @@ class Summary(Watcher):
             self.tell(f"next: {self._next()}")
 
     def _next(self) -> str:
-        """A command for the trained model, by the way in which this one was started."""
+        """A command for the trained model, in the form in which this program was started."""
         program = Path(sys.argv[0])
         name, rest = ("generate", '--prompt "…"') if self.decoder else ("evaluate", "--data PREFIX")
         sibling = program.with_name(f"{name}.py")

@@ -1,6 +1,6 @@
-"""Watchers that take the timeline of a step: a trace of all ranks for Perfetto, and where the time of a step goes.
+"""A watcher that records the timeline of a step: a trace of all ranks for Perfetto, and a breakdown of the step's time.
 
-Off, neither costs anything. A traced step waits for the device at its start and end; a split one does not.
+Neither costs anything when it is off. A traced step waits for the device at its start and end; a split step does not.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from megalite.report.trace import Event, process_name
 from megalite.topology.axes import PLANES
 from megalite.training.watchers import Row, Watcher
 
-WAITED_IN = (*PLANES, "ends", WORLD)  # by collectives
+WAITED_IN = (*PLANES, "ends", WORLD)  # the axes that collectives are over
 PARTS = ("compute", *map("wait {}".format, WAITED_IN), "data", "update", "checkpoint", "other")
-"""Of a step's time, as `split` names them."""
-EXCHANGES = 8  # with rank 0, of which the fastest tells the difference of the clocks
+"""Parts of a step's time, as named by `split`."""
+EXCHANGES = 8  # with rank 0; the fastest one determines the difference of the clocks
 
 
 class StepTimeline(Watcher):
-    """steps: to be traced; every: interval of steps whose time is split up, 0: none."""
+    """steps: to be traced. every: interval of steps whose time is broken down; 0: none."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class StepTimeline(Watcher):
         self.offset = 0.0
 
     def before_step(self, position: Position) -> None:
-        """Begins where the step is traced or split; a traced one measures the clocks (collective)."""
+        """Starts recording if the step is traced or split; a traced step measures the clocks (collective)."""
         step = position.step + 1
         if step in self.steps:
             self.offset = clock_offset(self.grid)
@@ -73,21 +73,21 @@ class StepTimeline(Watcher):
                 self._write(step, [event for events in everyone for event in events])
 
     def close(self) -> None:
-        """Where the step that it began has failed."""
+        """Stops recording, in case the step has failed."""
         self.hearing.close()
 
     def _splits(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
 
     def _mean(self, own: dict[str, float]) -> dict[str, float]:
-        """Over the ranks (collective); a part that a rank has not counts as 0, one that no rank has is left out."""
+        """The mean over the ranks (collective). A part that a rank lacks counts as 0; one that all lack is omitted."""
         seconds = torch.tensor([own.get(part, 0.0) for part in PARTS], dtype=torch.float64)
         dist.all_reduce(seconds)
         means = (seconds / self.grid.world_size).tolist()
         return {part: mean for part, mean in zip(PARTS, means, strict=True) if mean}
 
     def _write(self, step: int, events: list[Event]) -> None:
-        """One file for all steps, of earlier starts too; an earlier trace of this step is replaced."""
+        """Adds the step to the one file for all steps and starts; an earlier trace of this step is replaced."""
         try:
             kept = json.loads(self.path.read_bytes())["traceEvents"]
         except (OSError, ValueError, KeyError):
@@ -102,10 +102,10 @@ class StepTimeline(Watcher):
 
 
 def split(spans: Sequence[Span], row: Row) -> dict[str, float]:
-    """Seconds of this rank in a step: computing, waiting by axis, for data and for checkpoints, and the rest.
+    """Seconds of this rank in a step: compute, waits by axis, for data and for checkpoints, and the rest.
 
-    A wait includes the transfer. `compute` is forward and backward; `update` what comes after them. On a device, what
-    it does after the norm is not known without waiting for it, and is in `other`.
+    A wait includes the transfer. `compute` is forward and backward, `update` is what follows. The device's work after
+    the norm is not known without waiting for it, and is part of `other`.
     """
     found: dict[str, float] = {"compute": 0.0}
 
@@ -132,33 +132,33 @@ def split(spans: Sequence[Span], row: Row) -> dict[str, float]:
 
 
 def clock_offset(grid: Grid) -> float:
-    """Seconds to add to this rank's `time.perf_counter` for rank 0's (collective over the world).
+    """Seconds to add to this rank's `time.perf_counter` to get rank 0's (collective over the world).
 
-    By Cristian's algorithm (Distributed Computing 3, 1989): rank 0 is asked for its time, which is taken for that of
-    the middle of the exchange; the fastest of a few exchanges holds, and is off by half its length at most.
+    By Cristian's algorithm (Distributed Computing 3, 1989): rank 0's answer is taken as its time at the middle of the
+    exchange; the fastest of a few exchanges is used, and is off by at most half its length.
     """
     if grid.world_size == 1:
         return 0.0
-    word, best, offset = torch.zeros(1, dtype=torch.float64), float("inf"), 0.0
+    message, best, offset = torch.zeros(1, dtype=torch.float64), float("inf"), 0.0
     for rank in range(1, grid.world_size):
         for _ in range(EXCHANGES):
             if grid.rank == 0:
-                dist.recv(word, rank)
-                word[0] = time.perf_counter()
-                dist.send(word, rank)
+                dist.recv(message, rank)
+                message[0] = time.perf_counter()
+                dist.send(message, rank)
             elif grid.rank == rank:
                 start = time.perf_counter()
-                dist.send(word, 0)
-                dist.recv(word, 0)
+                dist.send(message, 0)
+                dist.recv(message, 0)
                 end = time.perf_counter()
                 if end - start < best:
-                    best, offset = end - start, word.item() - (start + end) / 2
+                    best, offset = end - start, message.item() - (start + end) / 2
     return offset
 
 
 def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> list[Event]:
-    """This rank's events in the Trace Event Format. Messages are arrows from the rank that sends to the wait for
-    them."""
+    """This rank's events in the Trace Event Format. Messages are arrows from the sending rank to the wait of the
+    receiving one."""
     rank, pipe, axes = grid.rank, grid.pipe, grid.sizes.axes
     events = [process_name(rank, f"rank {rank}: {grid.sizes.told(rank)}")]
     for span in spans:
@@ -174,7 +174,7 @@ def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> li
             "args": {"step": step, "kind": getattr(span.what, "kind", span.kind)},
         }
         if category == "action":
-            event["args"]["grid"] = axes  # the file outlives this start, and may meet another grid
+            event["args"]["grid"] = axes  # a later start may add steps of another grid to the file
         events.append(event)
         if span.kind in ("send", "receive") and isinstance(span.what, Value):
             # Both ends name the pipeline by its first rank.
@@ -189,7 +189,7 @@ def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> li
 
 
 def _named(span: Span) -> tuple[str, str]:
-    """Category and name. Waits for messages are the pipeline's bubbles."""
+    """Category and name of a span. Waits for messages are the pipeline's bubbles."""
     match span.kind, span.what:
         case "action", Action():
             return "action", str(span.what)

@@ -1,7 +1,7 @@
-"""Trackers by name, through accelerate.tracking: wandb, trackio, mlflow and others; also classes that a program of
-yours has registered there (`register_tracker_class`). Rank 0 only.
+"""Trackers by name, through accelerate.tracking: wandb, trackio, mlflow and others; also classes that your program
+has registered there (`register_tracker_class`). Rank 0 only.
 
-Offline unless the environment says otherwise: wandb is in its mode `offline`, mlflow and trackio write into the run
+Offline unless the environment says otherwise: wandb runs in mode `offline`, mlflow and trackio write into the run
 folder.
 """
 
@@ -17,8 +17,8 @@ from megalite.training.groups import grouped
 from megalite.training.watchers import Row, Watcher
 
 KEY = "megalite.train.trackers"
-TOLD_SECONDS = 15.0  # that a tracker may take to end its run before a line says so
-OFFLINE = {  # variables that are set where they are not: {run} is the run folder
+TOLD_SECONDS = 15.0  # after this, a line says that a tracker is still finishing its run
+OFFLINE = {  # variables that are set if they are not; {run} is the run folder
     "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": "{run}"},
     "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{run}/mlflow.db"},
     "trackio": {"TRACKIO_DIR": "{run}/trackio"},
@@ -26,7 +26,7 @@ OFFLINE = {  # variables that are set where they are not: {run} is the run folde
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """ConfigError where a name is unknown or its package is not installed."""
+    """Raises ConfigError if a name is unknown or its package is not installed."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # takes a second
@@ -42,7 +42,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers(Watcher):
-    """Sends each row to each tracker. One that fails is left out from there on, and the run continues."""
+    """Sends each row to each tracker. One that fails is disabled, and the run continues."""
 
     def __init__(
         self,
@@ -70,17 +70,19 @@ class Trackers(Watcher):
         self._log(row, texts)
 
     def close(self) -> None:
-        """Ends each tracker's run. One whose server is away may wait for it as long as it likes: then a line says so.
-        In this thread: mlflow keeps the active run by thread."""
+        """Ends each tracker's run. A tracker may wait for an unreachable server indefinitely; a line then says so. This
+        must run in the main thread: mlflow's active run is per thread."""
         for name, tracker in [*self.trackers.items()]:
-            told = f"{KEY}: {name}: has been ending its run for {TOLD_SECONDS:g} s"
-            waits = threading.Timer(
-                TOLD_SECONDS, self.tell, [f"{told}; all else is done, the process may be killed"]
+            line = f"{KEY}: {name}: has been finishing its run for {TOLD_SECONDS:g} s"
+            timer = threading.Timer(
+                TOLD_SECONDS,
+                self.tell,
+                [f"{line}; everything else is done, the process may be killed"],
             )
-            waits.daemon = True
-            waits.start()
+            timer.daemon = True
+            timer.start()
             self._try(name, tracker.finish)
-            waits.cancel()
+            timer.cancel()
 
     def _log(self, row: Row, texts: dict[str, str] | None = None) -> None:
         values = grouped(row) | (texts or {})
@@ -95,22 +97,24 @@ class Trackers(Watcher):
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         place = (run_dir / "trackers",) if kind.requires_logging_directory else ()
         tracker = kind(run_dir.resolve().name, *place)
-        tracker.main_process_only = False  # else accelerate takes the ranks into its own hands
+        tracker.main_process_only = False  # otherwise accelerate sets up its own process state
         tracker.start()
         tracker.store_init_configuration(dict(_flat(config)))
         self.trackers[name] = tracker
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
-        """Whatever a tracker raises, a server that is away among it, must not end the run."""
+        """No error of a tracker, such as an unreachable server, may end the run."""
         try:
             call()
         except Exception as error:
             self.trackers.pop(name, None)
-            self.tell(f"{KEY}: {name}: left out from here on: {type(error).__name__}: {error}")
+            self.tell(
+                f"{KEY}: {name}: disabled for the rest of the run: {type(error).__name__}: {error}"
+            )
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted keys; lists as text, which is what trackers take."""
+    """Values by dotted keys; lists as text, since trackers do not take lists."""
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else name)

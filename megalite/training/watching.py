@@ -1,4 +1,4 @@
-"""The watchers of a run, in their order. A new one is a line here. Next: loop.py, which calls them."""
+"""The watchers of a run, in order. A new one is a line here. Next: loop.py, which calls them."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from megalite.training.watchers import Watcher
 
 
 class Watched(Protocol):
-    """What watchers may see of a run (loop.py)."""
+    """The attributes of a run (loop.py) that watchers may use."""
 
     config: Config
     spec: TransformerSpec
@@ -52,7 +52,8 @@ class Watched(Protocol):
 
 
 def watchers_of(run: Watched) -> list[Watcher]:
-    """Guards first, so that their time counts as the step's; then what adds to a row; then what shows it."""
+    """Guards come first, so that their time counts as the step's, then watchers that add to a row, then those that show
+    it."""
     config, spec, engine, data = run.config, run.spec, run.engine, run.config.data
     train, hosts = config.train, run.watchdog.hosts
     source = data.source_length
@@ -86,8 +87,8 @@ def watchers_of(run: Watched) -> list[Watcher]:
 
 
 def _on_rank_0(run: Watched) -> list[Watcher]:
-    """Rank 0's watchers. Screen comes last: closing the others may still need to print a line. Trackers come before it:
-    they may wait for a server, when all else is written."""
+    """Rank 0's watchers. Screen is last, because closing the others may print a line. Trackers are next to last,
+    because they may wait for a server: everything else is written by then."""
     train, first = run.config.train, run.position.step
     run_dir = Path(train.run_dir)
     owes = run.position.owes_evaluation and run.config.evaluates

@@ -1,5 +1,5 @@
-"""plan/activations.py against autograd: what each part of a model saves for backward, storages counted once, parameters
-left out."""
+"""Compares plan/activations.py with autograd: what each part of a model saves for backward. Storages count once,
+parameters do not count."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +37,7 @@ from tests.families import FAMILY_CONFIGS, VOCABULARY
 from tests.ranks import run_ranks
 
 BATCH, LENGTH, SOURCE = 3, 14, 8  # the length is even for sequence parallelism over 2
-WITHIN = 0.02  # equal to the byte on the CPU; other kernels of attention keep a little more or less
+WITHIN = 0.02  # equal to the byte on the CPU; other attention kernels keep a little more or less
 DROPPING = {
     "gpt2": {**FAMILY_CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.1},
     "llama": {**FAMILY_CONFIGS["llama"], "attention_dropout": 0.2},
@@ -77,7 +77,7 @@ def saved(parameters: set[int], forward: Callable[[], Tensor]) -> tuple[int, Ten
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
         if address not in parameters:
-            kept[address] = tensor  # held, so that no address comes twice
+            kept[address] = tensor  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -108,7 +108,7 @@ def measured(
     context = Context(randomness=samples, documents=documents, balance=balance)
     whole, _ = saved(parameters, lambda: stage(ids, ids, context))
     (chunk,) = stage.chunks.values()
-    if chunk.recompute_every:  # of whole layers: by themselves they keep all
+    if chunk.recompute_every:  # whole layers: by themselves they keep everything
         return [], whole
     assert stage.embedding is not None and stage.head is not None
     first, hidden = saved(parameters, lambda: stage.embedding(ids, context))  # type: ignore[misc]
@@ -138,7 +138,7 @@ def predicted(
     if recompute not in (0, "selective"):
         del kept[
             "angles"
-        ]  # kept by the context that backward calls the layers with again: no hook sees them
+        ]  # kept by the context with which backward calls the layers again: no hook sees them
     return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
 
 
@@ -187,7 +187,7 @@ def saved_of_part(
 
 
 def source_context(filled: bool) -> tuple[Context, Tensor]:
-    """A pass over sources of SOURCE tokens, some of them filling."""
+    """A pass over sources of SOURCE tokens, some of them padding."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     documents = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
@@ -198,7 +198,7 @@ def source_context(filled: bool) -> tuple[Context, Tensor]:
 
 
 def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[str]:
-    """The parts that are not within bounds, in words."""
+    """The parts that are not within bounds, as text."""
     grid, wrong = Grid.build(1, world_size) if world_size > 1 else Grid(), []
     chosen = [
         (sequence, case) for sequence in sequences for case in cases(world_size == 1, sequence)
@@ -223,7 +223,7 @@ def on_ranks(rank: int, world_size: int, sequences: tuple[bool, ...]) -> list[st
 def test_the_logits_of_a_chunk(
     dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The most that the head needs in forward is what it keeps and a chunk's logits."""
+    """The head's peak in forward is what it keeps plus a chunk's logits."""
     monkeypatch.setattr("megalite.parallel.loss.LEAST_ROWS", rows)
     spec = replace(read_spec(FAMILY_CONFIGS["llama"]), vocabulary_size=20_000, hidden_size=4)
     at = Forward(1, 200, dtype, Split(Grid().tensor))

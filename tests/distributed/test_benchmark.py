@@ -1,4 +1,4 @@
-"""tools/benchmark_step.py: every figure is there, and those that formulas give are right."""
+"""tools/benchmark_step.py: all figures are present, and those with formulas are right."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def measured(rank: int, world_size: int, request: dict[str, Any]) -> dict[str, A
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
-    """In place of run_local_ranks, which test_verify.py tries: ranks that start quickly."""
+    """Replaces run_local_ranks, which test_verify.py tests, by ranks that start quickly."""
     request = json.loads(Path(arguments[0]).read_text())
     for rank, result in enumerate(run_ranks(world_size, measured, request)):
         (Path(request["folder"]) / f"rank{rank}.json").write_text(json.dumps(result))
@@ -74,7 +74,7 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     assert out.count("plain PyTorch, 1 process") == 2
     splits = re.findall(r"share of the step, %: (.*)", out)
     assert len(splits) == 3 and all("products " in line and "loss " in line for line in splits)
-    waits = re.findall(r"waited for (\w+), ms a step by rank: (\S+) (\S+)", out)
+    waits = re.findall(r"waited for (\w+), ms per step by rank: (\S+) (\S+)", out)
     assert {axis for axis, *_ in waits} >= {"pipe", "tensor"}
     by_rank = re.findall(r"MB(?: a step)? by rank: (.*)", out)
     assert by_rank and all(len(line.split()) == 2 for line in by_rank)
@@ -99,10 +99,10 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
         8 * 12 * 32 * 2 / 1e6
     )  # samples × tokens × features × bytes of bf16, over the one boundary
     assert row["pipe MB"] == pytest.approx(hidden, rel=1e-3) and row["tensor MB"] == 0
-    assert other["kept MB"] < 0.8 * row["kept MB"]  # a key of its own
+    assert other["kept MB"] < 0.8 * row["kept MB"]  # the layout's own key
     assert (
         other["pipe MB"] == 0 and other["tensor MB"] > 4 * 2 * hidden
-    )  # 4 all-reduces a layer (formulas.md), embedding and head besides
+    )  # 4 all-reduces per layer, plus embedding and head
 
 
 def test_a_wrong_argument_is_one_line(config_file: str) -> None:

@@ -1,5 +1,5 @@
-"""The bubble of each schedule, measured on real ranks whose work is sleep: what messages and the interpreter add to the
-simulated clock. A machine that is busy otherwise lengthens it, so this is a long form."""
+"""The bubble of each schedule, measured on real ranks whose work is sleep: it shows what messages and the interpreter
+add to the simulated clock. A busy machine lengthens it, so this is a long form."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-v")
 
 
 class _Sleeps(torch.autograd.Function):
-    """What sleeps in backward."""
+    """An autograd function that sleeps in backward."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, sleeper: "Sleeper", seconds: float) -> Tensor:
@@ -37,8 +37,8 @@ class _Sleeps(torch.autograd.Function):
 
 
 class Sleeper:
-    """An engine whose forward, backward to the input and weight gradients take a unit each, shared out to the chunks of
-    a rank."""
+    """An engine whose forward, backward to the input and weight gradients take one unit each, divided among the chunks
+    of a rank."""
 
     device, hands_over_by_chunk, current_loss_scale = "cpu", False, 1.0
     head_parameters: list[Any] = []
@@ -61,7 +61,7 @@ class Sleeper:
         self, source: Any, labels: Any = None, context: Any = None, chunk: int = 0
     ) -> Tensor:
         if isinstance(source, WeightGradients):
-            if self.kind() == "W":  # else it is the head's part of I
+            if self.kind() == "W":  # otherwise it is the head's part of I
                 self.sleep(self.seconds)
             return torch.zeros((), requires_grad=True) * 1.0
         self.sleep(self.seconds)

@@ -1,4 +1,4 @@
-"""tools/benchmark_step.py --calibrate and tools/benchmark_plan.py: every figure is there, from real ranks."""
+"""tools/benchmark_step.py --calibrate and tools/benchmark_plan.py: all figures are present, from real ranks."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def on_rank(rank: int, world_size: int, request: dict[str, Any]) -> Any:
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
-    """In place of run_local_ranks, which test_verify.py tries: ranks that start quickly."""
+    """Replaces run_local_ranks, which test_verify.py tests, by ranks that start quickly."""
     request = json.loads(Path(arguments[0]).read_text())
     for rank, result in enumerate(run_ranks(world_size, on_rank, request)):
         (Path(request["folder"]) / f"rank{rank}.json").write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""A run's checkpoints carry its tokenizer: what reads them needs neither its folder nor the run's working directory."""
+"""A run's checkpoints contain its tokenizer: readers need neither its folder nor the run's working directory."""
 
 import contextlib
 import io
@@ -92,7 +92,7 @@ def test_a_tokenizer_may_be_a_file(tmp_path: Path) -> None:
 
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
-    """A checkpoint of an earlier release names a folder, which may lie elsewhere by now."""
+    """A checkpoint of an earlier release names a folder, which may have been moved."""
     assert run_ranks(1, train, [(document(tmp_path, "run", {}, train={"steps": 1}), nothing)]) == [
         [0]
     ]
@@ -108,7 +108,7 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 
 
 def test_what_goes_with_loaded_weights_goes_with_the_run_s(hf: Path, tmp_path: Path) -> None:
-    """Generation settings, and where the config names no tokenizer theirs; also where the run is resumed."""
+    """Generation settings, and their tokenizer if the config names none; also when the run is resumed."""
     source = tmp_path / "source"
     shutil.copytree(hf, source)
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')

@@ -1,6 +1,6 @@
-"""A checkpoint's copy from a device: made in a stream of its own behind the update; the next update and the writer wait
-for it. Shown on a CPU by a stream that makes its copies as late as the waits allow: were one wait missing, files
-would hold other numbers."""
+"""A checkpoint's copy from a device: made in a separate stream after the update; the next update and the writer wait
+for it. Tested on a CPU with a stream that copies as late as the waits allow: if a wait were missing, the files would
+have other values."""
 
 import contextlib
 import threading
@@ -19,11 +19,11 @@ from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, train
 
 STEPS = 4  # each is saved
-PATIENCE = 60.0  # seconds that a writer gives the next update to wait for the copies
+PATIENCE = 60.0  # seconds for which the writer lets the next update wait for the copies
 
 
 class LateStream(TorchDispatchMode):
-    """Notes the copies that are asked for inside of it. They are made when something waits for the event after them."""
+    """Queues the copies requested inside it. They are made when something waits for the event after them."""
 
     def __init__(self, told: list[str]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LateStream(TorchDispatchMode):
 
 
 class LateEvent:
-    """last: no update follows."""
+    """last: whether no update follows."""
 
     def __init__(self, told: list[str], copies: list[Any], last: bool) -> None:
         self.told, self.copies, self.last = told, copies, last
@@ -70,7 +70,7 @@ class LateEvent:
 
 @contextlib.contextmanager
 def late(told: list[str], too_late: bool) -> Iterator[None]:
-    """Copies by late streams. too_late: plants the fault that an update waits for them after it, and not before."""
+    """Makes copies with late streams. too_late: plants the fault that an update waits for them after it, not before."""
     update = Engine._take_model_step
 
     def counted(self: Engine, *args: Any) -> None:

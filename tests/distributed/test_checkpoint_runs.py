@@ -1,5 +1,5 @@
-"""Whole runs of training, broken off: by kill -9 inside a save, by another layout, by another batch size. They go on
-as if nothing had been, and every sample is seen once."""
+"""Whole training runs that are interrupted by kill -9 inside a save, or resumed with another layout or batch size. The
+result equals an uninterrupted run's, and every sample is seen once."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ ALL = "all"
 
 
 def assert_same(run: Path, unbroken: Path) -> None:
-    """Rows, state, weights and moments, to the bit."""
+    """Rows, state, weights and moments are bitwise equal."""
     ours, theirs = rows(run), rows(unbroken)
     assert [[row[key] for key in SAME] for row in ours] == [
         [row[key] for key in SAME] for row in theirs
@@ -47,7 +47,7 @@ def assert_same(run: Path, unbroken: Path) -> None:
 
 @contextlib.contextmanager
 def killing(rank: int, victim: int | str, point: int) -> Iterator[None]:
-    """kill -9 of a rank, or of all when rank 0 comes there, before that operation of its writer in this start."""
+    """Kills a rank with SIGKILL, or all ranks at rank 0, before the given operation of its writer in this start."""
     pids = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if rank == (0 if victim == ALL else victim):
@@ -58,8 +58,8 @@ def killing(rank: int, victim: int | str, point: int) -> Iterator[None]:
 def killed_run(
     folder: Path, layout: dict[str, int], kills: list[tuple[int | str, int]], steps: int
 ) -> int:
-    """A run that saves at each step, killed again and again, then left to end: equals one that was not. How many of
-    the kills met a save."""
+    """A run that saves at each step, is killed repeatedly and finally completes, equals one that was never killed.
+    Returns how many kills were during a save."""
     saving = {"steps": steps, "checkpoint_interval": 1, "keep_checkpoints": 1}
     run = document(folder, "killed", layout, train=saving)
     met = 0
@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path, wanted: l
 
 @contextlib.contextmanager
 def noting(rank: int, log: Path) -> Iterator[None]:
-    """Writes down the places in the corpus order of all samples that this rank reads."""
+    """Records the positions in the corpus order of all samples that this rank reads."""
     whole = TrainData.batch
 
     def batch(self: TrainData, positions: Any) -> Any:

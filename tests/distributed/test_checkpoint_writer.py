@@ -1,5 +1,5 @@
-"""Kills, full disks and refusals at every operation of the writer: a good checkpoint always stands, and all ranks
-agree. Small boxes without an engine; whole runs are in test_checkpoint_runs.py and tests/launch/test_kills.py."""
+"""Kills, full disks and errors at every operation of the writer: a good checkpoint always exists, and all ranks agree.
+Small boxes without an engine; whole runs are in test_checkpoint_runs.py and tests/launch/test_kills.py."""
 
 import ctypes
 import os
@@ -29,12 +29,12 @@ STATE: dict[str, Any] = {
     "seed": 1,
     "model": {"model_type": "gpt2"},
 }
-WORLD, COLUMNS = 2, 20_000  # 160 kB a rank
+WORLD, COLUMNS = 2, 20_000  # 160 kB per rank
 CLONE_NEWNS = 0x20000
 
 
 def boxes(rank: int, step: int) -> BoxDict:
-    """A tensor of rows 0 and 1 of rank 0 and so on, its values the step's."""
+    """A tensor whose rows 0 and 1 are rank 0's, and so on; its values depend on the step."""
     values = torch.full((2, COLUMNS), float(step)) + torch.arange(COLUMNS)
     return {"weight/a": [Box((2 * WORLD, COLUMNS), (2 * rank, 0), values)]}
 
@@ -45,7 +45,7 @@ def save(saver: Saver, rank: int, step: int) -> None:
 
 
 def is_good(run: Path, steps: set[int]) -> int:
-    """The step of the newest good checkpoint, one of these, whose values are that step's."""
+    """The step of the newest good checkpoint, which must be one of these steps and have that step's values."""
     path, damaged = newest_good(run)
     assert path is not None, (damaged, sorted(os.listdir(run / "checkpoints")))
     checkpoint = Checkpoint.open(path)
@@ -58,7 +58,7 @@ def is_good(run: Path, steps: set[int]) -> int:
 
 
 def saves_after(run: Path) -> None:
-    """A later start's save, by one process: it removes what a kill left, and the older ones."""
+    """A later start's save, by one process: it removes leftovers of a kill, and older checkpoints."""
     saver = Saver(run, keep=1)
     whole = boxes(0, 9)["weight/a"][0].values[:1].expand(2 * WORLD, COLUMNS).contiguous()
     saver.save(9, {"weight/a": [Box((2 * WORLD, COLUMNS), (0, 0), whole)]}, {**STATE, "step": 9})
@@ -69,8 +69,8 @@ def saves_after(run: Path) -> None:
 
 
 def copy_at_each_point(rank: int, world_size: int, run: Path, copies: Path) -> None:
-    """Saves 2 (which removes 1) and 2 again (which replaces it); before each operation of the writer the folder is
-    copied, as a kill of all ranks would leave it."""
+    """Saves 2 (which removes 1) and 2 again (which replaces it); before each operation of the writer the folder
+    is copied, in the state in which a kill of all ranks would leave it."""
     saver = Saver(run, keep=1)
     save(saver, rank, 1)
     dist.barrier()
@@ -81,7 +81,7 @@ def copy_at_each_point(rank: int, world_size: int, run: Path, copies: Path) -> N
         )
 
     def careful(number: int, operation: str, argument: Any) -> None:
-        for _ in range(5):  # the other rank works in the folder meanwhile
+        for _ in range(5):  # the other rank changes the folder meanwhile
             try:
                 return copy(number, operation, argument)
             except (shutil.Error, FileNotFoundError):
@@ -115,7 +115,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(tmp_path: Path) -> None:
 
 
 def killed(rank: int, world_size: int, run: Path, victims: list[int], point: int) -> bool:
-    """Kills the victims at a point of the first one's writer; whether the save came to an end."""
+    """Kills the victims at a point of the first one's writer. Returns whether the save completed."""
     pids = [0] * world_size
     dist.all_gather_object(pids, os.getpid())
     saver = Saver(run, keep=1)
@@ -129,7 +129,7 @@ def killed(rank: int, world_size: int, run: Path, victims: list[int], point: int
 
 
 def kill(folder: Path, victims: list[int], point: int) -> bool:
-    """Whether that point exists."""
+    """Returns whether that point exists."""
     run = folder / f"{victims}{point}"
     try:
         run_ranks(WORLD, killed, run, victims, point)
@@ -164,7 +164,7 @@ ONE_BOX: BoxDict = {"weight/a": [Box((2, 3), (0, 0), torch.ones(2, 3))]}
 
 
 def saver_of(run: Path, steps: tuple[int, ...]) -> Saver:
-    """That has saved these steps, and from now on keeps one."""
+    """A Saver that has saved these steps, and from now on keeps one."""
     saver = Saver(run, keep=0)
     for step in steps:
         saver.save(step, ONE_BOX, {**STATE, "step": step})
@@ -186,7 +186,7 @@ def log_operations(rank: int, world_size: int, run: Path) -> list[tuple[str, str
 
 
 def test_nothing_becomes_visible_before_it_is_on_the_disk(tmp_path: Path) -> None:
-    """On a machine whose power fails, only what was flushed is there: files, then their names, then the rename."""
+    """After a power failure only flushed data exists: files, then their names, then the rename."""
     first, second = run_ranks(WORLD, log_operations, tmp_path)
     folder = tmp_path / "checkpoints"
     published = next(i for i, (o, path) in enumerate(first) if o == "os.rename" and path.endswith(".partial")
@@ -208,7 +208,7 @@ def test_nothing_becomes_visible_before_it_is_on_the_disk(tmp_path: Path) -> Non
 
 
 def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
-    """Every operation of each rank's writer fails in turn. How many did."""
+    """Lets every operation of each rank's writer fail in turn. Returns how many there were."""
     state = {"at": -1}
 
     def refuse(number: int, operation: str, argument: Any) -> None:
@@ -240,7 +240,7 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
             standing = [Checkpoint.open(path).state["step"] for path in checkpoints_of(run)]
             good = is_good(run, {step} if not failed else {step - 1, step, *standing})
             assert good == step or failed
-            assert standing  # more than `keep` where the failure came after it had appeared
+            assert standing  # more than `keep` if the failure came after it had appeared
             dist.barrier()
             saver.told.clear()
             if not any(reached for _, reached, _ in everyone):
@@ -285,8 +285,8 @@ def disk_is_full(rank: int, world_size: int, run: Path) -> None:
 
 
 def room_is_made(rank: int, world_size: int, run: Path) -> None:
-    """On the same disk, with three to be kept: the oldest goes before the third is written, and the newest good one
-    stays even where that leaves no room."""
+    """On the same disk, with three to be kept: the oldest is removed before the third is written, and the newest good
+    one stays even if that leaves no room."""
     shutil.rmtree(run, ignore_errors=True)
     dist.barrier()
     saver = Saver(run, keep=3)
@@ -320,7 +320,7 @@ def folder_is_read_only_on_rank_1(rank: int, world_size: int, run: Path) -> None
     run.mkdir(exist_ok=True)
     dist.barrier()
     saver = Saver(run, keep=1)
-    if rank == 1:  # mounts of its own, which threads that start later share
+    if rank == 1:  # a mount namespace, shared by threads that start later
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
         for command in (
@@ -356,7 +356,8 @@ def test_a_full_disk_and_a_folder_read_only_on_one_rank_lose_nothing(tmp_path: P
 
 
 def no_room(rank: int, world_size: int, run: Path) -> None:
-    """One rank has no room for its copy: all wait for the files, from live tensors. Then each its own folder."""
+    """One rank has no room for its copy: all wait for the files, written from live tensors. Then each uses its own
+    folder."""
     saver = Saver(run, keep=1, copy_limit_bytes=0 if rank == 1 else None)
     saver.save(1, boxes(rank, 1), {**STATE, "step": 1})
     assert saver.has_ended
@@ -426,7 +427,7 @@ def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(
 
 
 def test_a_later_checkpoint_that_was_not_found_damaged_is_left_alone(tmp_path: Path) -> None:
-    """Of another start of the same run: this one has not looked at it."""
+    """It belongs to another start of the same run, and this one has not checked it."""
     saver = saver_of(tmp_path, (1, 7))
     saver.starts_from(1, ())
     for step in (4, 5):

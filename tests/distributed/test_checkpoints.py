@@ -19,7 +19,8 @@ from tests.ranks import run_ranks
 from tests.small_models import Layout, Task, build, train_steps
 
 TASK = Task("gpt2", tied=True, batch=8)
-CHAIN = [  # each loads what the two before have saved: pipe, tensor, data, every ZeRO stage, both types
+# Each loads what the previous two have saved: pipe, tensor, data, every ZeRO stage, both dtypes.
+CHAIN = [
     Layout(data=2, stage=0),
     Layout(pipe=2, tensor=2, stage=1),
     Layout(data=2, stage=3),
@@ -43,7 +44,7 @@ def kinds(shard: Shard) -> dict[str, torch.Tensor]:
 
 
 def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
-    """Masters and moments, and the weights that the model computes with."""
+    """Masters and moments, and the model's weights."""
     held = {
         f"{k}/{s.placement.name}": v.clone() for s in engine.shards() for k, v in kinds(s).items()
     }
@@ -64,7 +65,7 @@ def load(engine: Engine, path: Path, step: int) -> None:
 
 
 def assert_equals_file(engine: Engine, path: Path) -> None:
-    """Every shard against the same range cut from the whole tensor, which one process reads."""
+    """Compares every shard with the same range of the whole tensor, which one process reads."""
     checkpoint, seen = Checkpoint.open(path), 0
     for shard in engine.shards():
         for kind, values in kinds(shard).items():
@@ -202,5 +203,5 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run_ranks(1, save_once, tmp_path)
     assert not Checkpoint.open(
         find_checkpoint(tmp_path)
-    ).has_moments  # none stand before the first step
+    ).has_moments  # there are none before the first step
     run_ranks(1, load_another_model, tmp_path)

@@ -40,7 +40,7 @@ def test_a_gloss_is_the_prompt_and_its_topic_the_completion(tmp_path: Path) -> N
     ]
     assert (
         tmp_path / "out" / "train.jsonl"
-    ).read_text() == ""  # the first of each ten is for validation
+    ).read_text() == ""  # the first of every ten is for validation
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Classifiers of texts: every family against transformers' class, on one rank and on grids; layouts against one
+"""Text classifiers: every family compared with transformers' class, on one rank and on grids; layouts compared with one
 process; a run from a pretrained folder, its evaluation, export and import."""
 
 import json
@@ -58,7 +58,7 @@ LAYOUTS = [
 
 
 def check(results: list[Result], config: dict[str, Any]) -> None:
-    """Holds loss and gradients of the packed texts, on the ranks of a grid, against transformers' of each text."""
+    """Compares loss and gradients of the packed texts on a grid with transformers' for each text."""
     _, loss, gradients = hf_scores(config)
     assert max(value for _, value, _ in results) == pytest.approx(loss, rel=1e-5)
     sums = full_gradients(results)
@@ -67,7 +67,7 @@ def check(results: list[Result], config: dict[str, Any]) -> None:
         torch.testing.assert_close(
             sums[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text
         )
-    for _, _, held in results:  # what the tensor axis does not cut is equal on its ranks
+    for _, _, held in results:  # unsplit parameters are equal on all tensor ranks
         for name, (place, value) in held.items():
             torch.testing.assert_close(value, place.cut(sums[name]), rtol=0, atol=0)
 
@@ -150,7 +150,7 @@ class Runs:
 
 MODELS_TRIED = ("bert", "modernbert", "gpt2")
 Case = tuple[str, Layout]
-# Of the layouts of two ranks each model takes every second one, and no model those of the one before.
+# Each model takes every second layout of two ranks, and consecutive models take different ones.
 CASES: list[Case] = [
     (model, layout)
     for number, model in enumerate(MODELS_TRIED)
@@ -225,7 +225,7 @@ def test_a_run_from_a_pretrained_folder_and_out_again(tmp_path: Path) -> None:
 
 
 def test_a_classifier_starts_from_the_body_of_a_decoder(tmp_path: Path) -> None:
-    """An untied decoder: its head stays behind, all else is taken bit for bit."""
+    """From an untied decoder: everything but its head is loaded, bit for bit."""
     config = {**FAMILY_CONFIGS["llama"], "tie_word_embeddings": False}
     hf_model(config).save_pretrained(tmp_path / "llama")
     labelled_corpus(tmp_path / "corpus", texts=20, mean=5)
@@ -243,7 +243,7 @@ def test_a_classifier_starts_from_the_body_of_a_decoder(tmp_path: Path) -> None:
 
 
 def test_a_pretrained_pooler_is_taken_and_a_label_s_row_is_not(tmp_path: Path) -> None:
-    """A folder of BERT's body, whose names lack the prefix that other classes put before them."""
+    """A folder with BERT's body, whose names lack the prefix of other classes."""
     model = AutoModel.from_config(AutoConfig.for_model(**FAMILY_CONFIGS["bert"]))
     model.save_pretrained(tmp_path)
     folder = HFFolder(tmp_path, LABELS)

@@ -1,5 +1,5 @@
-"""parallel/columns.py and joint.py: the numbers of linears of their own, one product where weights lie side by side in
-memory, and the input's gradient is on its way before any weight's is made."""
+"""parallel/columns.py and joint.py: the same values as separate linears, one product if weights are contiguous in
+memory, and the input's gradient is sent before any weight's gradient is computed."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, train
 
 SIZE, LENGTH = 32, 6
-OUT = (16, 8, 4)  # units of 4: the last has one, which both ranks hold
+OUT = (16, 8, 4)  # units of 4: the last one is on both ranks
 
 
 class Log(TorchDispatchMode):
@@ -40,7 +40,7 @@ class Log(TorchDispatchMode):
 
 
 def lay_side_by_side(values: list[nn.Parameter]) -> None:
-    """As DeepSpeed does with a parameter group."""
+    """Makes weights contiguous, as DeepSpeed does with a parameter group."""
     flat = torch.cat([value.detach().flatten() for value in values])
     for value, part in zip(values, flat.split([v.numel() for v in values]), strict=True):
         value.data = part.view(value.shape)
@@ -68,7 +68,7 @@ WAYS = {
 def results(
     rank: int, world_size: int, bias: bool, dtype: torch.dtype, sequence: bool
 ) -> dict[str, list[Tensor]]:
-    """Outputs and gradients by each way; checks the order of events."""
+    """Outputs and gradients of each implementation; checks the order of events."""
     axis = Grid.build(1, world_size).tensor
     generator = torch.Generator().manual_seed(3)
     whole = torch.randn(2, LENGTH, SIZE, generator=generator).to(dtype)
@@ -140,7 +140,7 @@ def test_columns_are_linears_of_their_own(bias: bool, dtype: torch.dtype, sequen
 
 
 def products(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[tuple[int, int]]:
-    """Of a run: how many products were made for how many weights."""
+    """Number of products and of weights in a run."""
     found: Counter[tuple[int, int]] = Counter()
     made = Joint.__init__
 

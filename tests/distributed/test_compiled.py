@@ -1,6 +1,6 @@
 """`megalite.train.compile`: training with compiled pieces equals training without within the bounds of
-tools/verify_layouts.py, on the ZeRO stages and through a pipe that halves backward; what the compiler is given equals
-what it takes the place of; and what is kept for backward."""
+tools/verify_layouts.py, on the ZeRO stages and through a pipe that halves backward; the functions given to the
+compiler equal those that they replace; and what is kept for backward."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ LAYOUTS = [
 
 @pytest.fixture
 def as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces in the form for the compiler, without it."""
+    """The functions for the compiler, without compiling them."""
     for module in (activation, rotary):
         monkeypatch.setattr(module, "compiles", lambda: True)
         monkeypatch.setattr(module, "compiled", lambda function: function)
@@ -83,7 +83,7 @@ def test_what_is_kept_is_predicted(family: str, as_they_are: None) -> None:
 
 
 def masks(rank: int, world_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of several sizes and rates, as the compiler makes them for GPUs and as they are."""
+    """Masks of several sizes and rates, as the compiler generates them for GPUs and without it."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     compiled.compile_pieces(True)
     made = []

@@ -91,7 +91,7 @@ def name(case: Case) -> str:
 
 
 class Runs:
-    """Records what a test asks for; a world once with all its cases."""
+    """Records the cases that tests need, all cases of a world size at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.corpus = folder, marked_corpus(folder / "corpus")
@@ -117,7 +117,7 @@ class Runs:
 
     @cache  # noqa: B019  (one object, which lives as long as the module's tests)
     def spread(self, run: str) -> Spread:
-        """Of one process, between micro-batch sizes."""
+        """The spread of one process between micro-batch sizes."""
         layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
         reference, *others = self.record([(run, layout, "gather") for layout in layouts]).values()
         return Spread(reference, others)
@@ -149,7 +149,7 @@ RUN = {"checkpoint_interval": 2, "steps": 4}
 
 
 def test_a_run_resumes_on_any_size_of_the_axis(tmp_path: Path) -> None:
-    """Two steps on context 2, two on context 1, then on context 4 the end is there already."""
+    """Two steps on context 2, two on context 1; on context 4 the run is already complete."""
     layouts = [{"context": 2, "zero": 2}, {"zero": 1}, {"context": 2, "tensor": 2, "zero": 1}]
     runs = []
     for layout, steps in zip(layouts, (2, 4, 6), strict=True):
@@ -167,7 +167,7 @@ def test_a_run_resumes_on_any_size_of_the_axis(tmp_path: Path) -> None:
 
 
 def moved_states(rank: int, world_size: int, configs: list[dict[str, Any]], folder: Path) -> None:
-    """Saves a run after a step; each of the other layouts loads it and saves what it has."""
+    """Saves a run after a step; each of the other layouts loads it and saves it again."""
     deepspeed.init_distributed("gloo")
     source = folder / "0"
     for number, config in enumerate(configs):

@@ -1,4 +1,4 @@
-"""What a divided sample costs a rank: bytes kept for backward and bytes sent, against the predictions."""
+"""Costs of a sample divided over ranks: bytes kept for backward and bytes sent, compared with the predictions."""
 
 from itertools import product
 from typing import Any
@@ -47,7 +47,7 @@ CASES: list[Case] = [
 
 
 def kept(case: Case, grid: Grid, batch: int, length: int) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward, and what is predicted."""
+    """Bytes that autograd keeps of a forward, and the prediction."""
     config, dtype, recompute, by_heads, packed, sequence = case
     spec, rows = read_spec(config), Rows.along(grid.context, length, by_heads)
     stage = Stage(spec, grid, None, recompute, sequence).initialise(1).to(dtype)
@@ -118,7 +118,7 @@ def kept_of_one_sample(rank: int, world_size: int, length: int) -> tuple[int, in
 
 @pytest.mark.parametrize("length", [4096, pytest.param(32_768, marks=pytest.mark.long)])
 def test_a_long_sample_on_4_ranks_keeps_a_quarter(length: int) -> None:
-    """Forward and backward of one sample; what does not depend on its length, the gradient of the head's weight, is in
+    """Forward and backward of one sample; the gradient of the head's weight, which does not depend on its length, is in
     both."""
     ((whole, _),) = run_ranks(1, kept_of_one_sample, length, timeout_seconds=280)
     for part, predicted in run_ranks(4, kept_of_one_sample, length, timeout_seconds=280):

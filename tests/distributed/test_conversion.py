@@ -1,4 +1,4 @@
-"""Hugging Face in and out: for every family the same logits on a grid, and equal to the bit when it comes back."""
+"""Hugging Face import and export: for every family the same logits on a grid, and a bitwise equal round trip."""
 
 import json
 import logging
@@ -116,7 +116,7 @@ def test_logits_on_pipe_2_tensor_2_are_those_of_transformers(
 def start_from_folders(
     rank: int, world_size: int, layout: Layout, folders: list[tuple[Path, Task]]
 ) -> None:
-    """What `train.load` does: every rank's weights are its slices of the folder's."""
+    """As in `train.load`: every rank's weights are its slices of the folder's."""
     for path, task in folders:
         engine = build(layout, task)[0]
         folder = HFFolder(path)

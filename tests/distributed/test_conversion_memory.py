@@ -1,4 +1,4 @@
-"""Conversions take the memory that docs/hugging_face.md says, however large the model."""
+"""Conversions need as much memory as docs/hugging_face.md says, however large the model."""
 
 import sys
 import time
@@ -21,8 +21,7 @@ MIB = 1 << 20
 
 
 def peak_bytes(*command: str) -> int:
-    """The most private memory that a program of this project had; mapped files, which the kernel may drop, are not in
-    it."""
+    """Peak private memory of one of our programs, without mapped files, which the kernel may drop."""
     process = psutil.Popen(
         [sys.executable, *command], cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)}
     )

@@ -17,7 +17,7 @@ CPU = {"offload_optimizer": {"device": "cpu"}}
 PINNED = {"device": "cpu", "pin_memory": True}
 SMALL = {"reduce_bucket_size": 500}
 ZERO: dict[str, tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]] = {
-    # By name: the layout, what both runs have, and what one of them has beside that.
+    # By name: the layout, the keys of both runs, and the additional keys of one.
     "stage 2": ({"zero": 2}, SMALL, [
         {"contiguous_gradients": False, "reduce_scatter": False, "allgather_partitions": False},
         {"overlap_comm": True, "allgather_bucket_size": 500, "ignore_unused_parameters": False,
@@ -75,7 +75,7 @@ def test_levers_of_zero_and_what_is_logged_change_no_figure(tmp_path: Path) -> N
 
 
 def test_adam_w_mode_says_how_weights_decay(tmp_path: Path) -> None:
-    """true is AdamW; false another function, and the same on one rank and two."""
+    """true is AdamW; false is another function, and the same on one rank and two."""
 
     def of(name: str, kind: str, **params: Any) -> dict[str, Any]:
         keys = document(tmp_path, name, {"zero": 2}, train={"steps": STEPS})

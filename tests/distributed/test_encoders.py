@@ -52,7 +52,7 @@ LAYOUTS = [
     Layout(pipe=2, data=2, zero=2, micro=2, schedule="zb-h1"),
 ]
 Case = tuple[str, Layout]
-# Of the layouts of two ranks each model takes every second one, the other model the rest.
+# Each model takes every second layout of two ranks, the other model the rest.
 CASES: list[Case] = [
     (model, layout)
     for number, model in enumerate(DROPOUT)
@@ -130,7 +130,7 @@ def test_a_layout_equals_one_process(runs: Runs, model: str, layout: Layout) -> 
 def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout(
     tmp_path: Path,
 ) -> None:
-    """Documents of one word each: a token follows from those on both sides of it, and from nothing else."""
+    """Documents of one word each: a token is determined only by the tokens on both sides of it."""
     random, ids, steps = np.random.default_rng(0), 40, 100
     with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
         for _ in range(400):
@@ -156,7 +156,7 @@ def test_a_loss_falls_below_the_unigram_entropy_over_a_restart_on_another_layout
         == [[0, 0, 0]] * 2
     )
     changing, one = (rows(tmp_path / run) for run in ("changing", "one"))
-    for step in range(10):  # then rounding has grown
+    for step in range(10):  # later, rounding has grown
         assert changing[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
     lines = (tmp_path / "changing" / "metrics.jsonl").read_text().splitlines()
     losses = [row["valid_loss"] for row in map(json.loads, lines) if "valid_loss" in row]

@@ -1,4 +1,5 @@
-"""Evaluation on ranks: when a run does it; launcher/evaluate.py reading a corpus as the run did; accuracy of labels."""
+"""Evaluation on ranks: when a run evaluates; launcher/evaluate.py reading a corpus as the run did; accuracy of
+labels."""
 
 import contextlib
 import io
@@ -26,7 +27,7 @@ LABELS = [" red", " green", " redder"]
 
 
 def evaluated(rank: int, world_size: int, arguments: list[str]) -> list[dict[str, Any]]:
-    """What the program prints on a rank."""
+    """The program's output on a rank."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert evaluate_main(arguments) == 0

@@ -1,4 +1,5 @@
-"""Evaluations of a run: how much of one is held at a time, and that one which a signal came before is made up for."""
+"""Evaluations of a run: how much of one is held at a time, and that an evaluation postponed by a signal is done
+later."""
 
 import contextlib
 import functools
@@ -41,8 +42,8 @@ LAYOUTS = [
 
 @contextlib.contextmanager
 def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
-    """Each evaluation must have the value that it has with all of its micro-batches in memory from the start, and ask
-    the host for no number of them; at most so many may be held at a time."""
+    """Each evaluation must have the same value as with all micro-batches in memory from the start, must not make the
+    host read their values, and may hold only so many at a time."""
     own, read = Run._loss_and_tokens, reading._micro_batch
     alive: list[weakref.ref[Tensor]] = []
     held: list[int] = []
@@ -79,7 +80,7 @@ def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
 def test_micro_batches_are_read_when_their_turn_comes(
     tmp_path: Path, layout: dict[str, Any], world: int
 ) -> None:
-    """Two parts of one corpus, whose losses are told apart."""
+    """Two parts of one corpus, with separate losses."""
     keys = {"steps": 1, "eval_interval": 1, "eval_steps": 10}
     made = document(tmp_path, "run", layout, train=keys)
     path = made["megalite"]["data"]["train"][0]
@@ -149,7 +150,7 @@ def test_an_evaluation_that_a_signal_came_before_is_made_by_the_next_start(
 
 
 def test_an_owed_evaluation_may_end_the_run(tmp_path: Path) -> None:
-    """The loss rises at the step that the signal came in: patience 1 ends the run before another step."""
+    """The loss rises at the step of the signal: patience 1 ends the run before another step."""
     losses, early = [3.0, 4.0, 5.0], {"patience": 1}
     made = watched(tmp_path, "run", {}, steps=3, early_stop=early)
     runs = [

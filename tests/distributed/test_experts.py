@@ -38,11 +38,12 @@ from tests.ranks import run_ranks
 from tests.traces import Request, document, marked_corpus, nothing, traces
 
 STEPS, BATCH = 4, 8
-GAP = 1e-6  # between the probabilities of the last expert that is chosen and the next: more than rounding
+# Between the probabilities of the last chosen expert and the next one: more than rounding.
+GAP = 1e-6
 Case = tuple[str, Layout]
 MIXTRAL, QWEN = "mixtral", "qwen3_moe"  # untied; tied, and a layer without experts
-SHARED = "qwen2_moe"  # a shared expert in every other layer, weighed
-ERNIE = "ernie4_5_moe"  # not weighed, in all layers but the first
+SHARED = "qwen2_moe"  # a weighted shared expert in every other layer
+ERNIE = "ernie4_5_moe"  # unweighted, in all layers except the first
 CASES: list[Case] = [
     (MIXTRAL, Layout(data=2, zero=3, micro=2)),
     (MIXTRAL, Layout(pipe=2, zero=1, micro=2, schedule="zb-h1")),
@@ -89,7 +90,7 @@ def name(case: Case) -> str:
 
 
 class Runs:
-    """Records what a test asks for, each world once with all its cases."""
+    """Records the cases that tests need, all cases of a world size at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.corpus = folder, marked_corpus(folder / "corpus")
@@ -186,7 +187,7 @@ def test_planted_faults_are_found(runs: Runs) -> None:
 
 
 def saved_in_turn(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path) -> None:
-    """Trains two steps on the first layout; each of the others loads what the one before has saved, and saves it."""
+    """Trains two steps on the first layout; each of the others loads what the previous one has saved, and saves it."""
     deepspeed.init_distributed("gloo")
     for number, config in enumerate(map(Config.from_dict, configs)):
         session = Session.build(config)
@@ -254,7 +255,7 @@ def test_the_load_of_experts_is_counted_over_all_ranks(runs: Runs) -> None:
     assert all(row == [BATCH * 12] * 3 + [0] * 5 for row in tokens.values())
     assert fields["expert_imbalance"] == 8 / 3
     dead = "; ".join(f"layer {layer}: 3, 4, 5, 6, 7" for layer in tokens)
-    assert lines == [f"step 2: experts without a token: {dead}"]
+    assert lines == [f"step 2: experts without tokens: {dead}"]
 
 
 def biases(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path) -> list[Any]:
@@ -283,7 +284,7 @@ def biases(rank: int, world_size: int, configs: list[dict[str, Any]], base: Path
 
 
 def check_replicas(session: Session, rank: int) -> None:
-    """A copy of an expert that goes its own way is found among those of its own experts."""
+    """A diverged copy of an expert is found among that expert's copies."""
     replicas, cpu = Replicas(session.engine.stage), torch.device("cpu")
     assert replicas.difference(cpu) is None
     name = "layers.0.mlp.experts.gate.weight"

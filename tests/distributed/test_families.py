@@ -37,7 +37,7 @@ def on_a_grid(
 
 
 def check(results: list[Result], config: dict[str, Any]) -> None:
-    """Holds what the ranks of a grid have against transformers."""
+    """Compares the ranks of a grid with transformers."""
     logits, loss, gradients = hf_gradients(config)
     ours = torch.cat([part for part, _, _ in results if part is not None], dim=-1)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5)
@@ -77,7 +77,7 @@ def test_families_equal_transformers_on_pipe_2_tensor_2() -> None:
 
 
 def test_fewer_key_value_heads_than_ranks_are_copies() -> None:
-    """Tensor 4 and one or two key/value heads: copies equal to the bit, with the gradient of one process."""
+    """Tensor 4 and one or two key/value heads: copies are bitwise equal, with one process's gradient."""
     results = run_ranks(4, on_a_grid, 1, 4, FEW_KV_HEADS)
     for number, config in enumerate(FEW_KV_HEADS):
         check([result[number] for result in results], config)

@@ -1,5 +1,5 @@
-"""Losses and gradients that are not finite, spikes, copies that differ, slow ranks: found in the same step, named, and
-answered as the config says, on every rank the same."""
+"""Losses and gradients that are not finite, spikes, diverged copies, stragglers: detected in the same step, reported,
+and handled as the config says, identically on every rank."""
 
 import contextlib
 import functools
@@ -120,7 +120,7 @@ def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
 
 @contextlib.contextmanager
 def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> Iterator[None]:
-    """A corpus order that never had these samples."""
+    """Excludes these samples from the corpus order from the start."""
     place = Position.place
     with mock.patch.object(
         Position, "place", lambda self, sample: place(Position(left_out=ranges), sample)
@@ -132,7 +132,7 @@ def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> I
 def test_a_skipped_step_leaves_no_trace_but_its_row(
     tmp_path: Path, layout: dict[str, int], world: int
 ) -> None:
-    """Weights and moments equal those of a run without that batch, to the bit, also where a restart follows."""
+    """Weights and moments are bitwise equal to those of a run without that batch, also after a restart."""
 
     def of(run: str, steps: int) -> dict[str, Any]:
         return document(
@@ -196,7 +196,7 @@ def test_a_run_goes_back_and_leaves_the_batch_out_for_good(
     tmp_path: Path, layout: dict[str, int], world: int
 ) -> None:
     """Samples 33 and 50 spoil steps 5 and 6; the checkpoint before is of step 4. In the end the run equals one whose
-    corpus never had those batches, also where a restart follows, and each step stands once."""
+    corpus never had those batches, also after a restart, and each step has one row."""
     extra = {
         "checkpoint_interval": 2,
         "eval_interval": 2,
@@ -251,7 +251,7 @@ def test_a_run_stops_after_most_in_a_row(tmp_path: Path) -> None:
 def test_a_restart_does_not_forget_how_many_faults_there_were_in_a_row(
     tmp_path: Path, action: str
 ) -> None:
-    """Two of each start: every start alone would do with that."""
+    """Two faults in each start: each start alone would tolerate that."""
     faults = {"not_finite": action, "most_in_a_row": 3}
 
     def of(steps: int) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def test_a_restart_does_not_forget_how_many_faults_there_were_in_a_row(
             (of(3), functools.partial(bad, at={2, 3})),
             (of(6), functools.partial(bad, at={1, 2})),
         ]
-    else:  # step 2 goes back twice and ends the start; then it goes back once more, and may not again
+    else:  # step 2 rewinds twice and ends the start; then it rewinds once more, and may not again
         runs = [
             (of(6), functools.partial(bad, at={2, 3, 4})),
             (of(6), functools.partial(bad, at={1, 2})),
@@ -276,7 +276,7 @@ def test_a_restart_does_not_forget_how_many_faults_there_were_in_a_row(
 
 
 def soundness(rank: int, world_size: int) -> list[tuple[int, str]]:
-    """(object collectives, what is told) of checks with the NaN on no rank, and on ranks 1 and 2."""
+    """(number of object collectives, message) of checks with a NaN on no rank, and on ranks 1 and 2."""
     calls = Counter[str]()
 
     def counting(name: str) -> Any:
@@ -304,14 +304,14 @@ def soundness(rank: int, world_size: int) -> list[tuple[int, str]]:
 
 
 def test_no_object_travels_while_checkpoints_are_sound() -> None:
-    """Thousands of ranks would all unpickle each other's."""
+    """With thousands of ranks, each would unpickle all others' objects."""
     found = run_ranks(3, soundness)
     line = "weight/of_1 is not finite on rank 1: must not be saved"
     assert found == [[(0, "sound"), (0, line)]] * 3
 
 
 def fails_while_saving(rank: int, world_size: int, keys: dict[str, Any]) -> str:
-    """Rank 1 meets a token that it must not at step 3, while the checkpoint of step 2 is written, and says what it then
+    """Rank 1 reads an invalid token at step 3, while the checkpoint of step 2 is written, and returns what it then
     finds; the others wait for it."""
     whole, write = TrainData.batch, storage.write_tensors
     bad = range(2 * BATCH, 3 * BATCH)
@@ -347,7 +347,7 @@ def test_a_token_that_one_rank_refuses_does_not_cost_a_checkpoint(tmp_path: Path
 
 @contextlib.contextmanager
 def weights_spoilt(rank: int, at: int) -> Iterator[None]:
-    """After the update of step `at` a master on the last rank is not a number."""
+    """After the update of step `at` a master weight on the last rank is NaN."""
     step = Pipeline.train_step
     calls = 0
 
@@ -399,7 +399,7 @@ def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def evaluating_to(rank: int, loss: float) -> Iterator[None]:
-    """Every evaluation finds this loss."""
+    """Every evaluation returns this loss."""
     with mock.patch.object(
         Run, "_loss_and_tokens", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)
     ):
@@ -419,7 +419,7 @@ def test_a_validation_loss_beyond_what_exp_can_take_does_not_end_the_run(tmp_pat
 
 @contextlib.contextmanager
 def flipped(rank: int, on: int, name: str) -> Iterator[None]:
-    """After step 4 one bit of a weight that rank `on` computes with is another."""
+    """After step 4 one bit of a weight on rank `on` is flipped."""
     bytes_of = Pipeline.train_step
     calls = 0
 
@@ -502,7 +502,7 @@ def slowed(rank: int, on: int) -> Iterator[None]:
 def test_a_slow_rank_s_own_time_is_told_from_that_of_ranks_that_wait_for_it(
     tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    """A loaded machine may slow the other rank down too, at a step or two."""
+    """A busy machine may slow down the other rank too, for a step or two."""
     run = document(tmp_path, "run", layout, train={"steps": 5, "faults": {"pace_interval": 1}})
     run_ranks(2, train, [(run, functools.partial(slowed, on=1))])
     assert (
@@ -531,7 +531,7 @@ def test_a_rank_is_named_that_is_slow_for_its_stage_s_work_time_after_time() -> 
         "rank 3 on b is slow: own time in forward at step 30: 3.2 s, 1.60 times the median; "
         "step 40: 4 s, 2.00 times the median"
     ]
-    assert pace.judge(50, [1.0, 1.0, 2.0, 4.0], work)[1] == []  # said once
+    assert pace.judge(50, [1.0, 1.0, 2.0, 4.0], work)[1] == []  # reported once
 
 
 def test_goodput_counts_all_time_and_only_steps_that_stand(tmp_path: Path) -> None:

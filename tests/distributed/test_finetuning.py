@@ -1,5 +1,5 @@
-"""Epochs, the best checkpoint and early stop: a run on several ranks decides the same on each of them, again after a
-restart, and ds_configs/finetune.json does all of it on a Hugging Face folder."""
+"""Epochs, the best checkpoint and early stopping: all ranks of a run decide the same, also after a restart, and
+ds_configs/finetune.json uses all of it on a Hugging Face folder."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ EARLY = {"patience": 3, "min_delta": 0.05}
 
 @contextlib.contextmanager
 def with_losses(rank: int, losses: list[float]) -> Iterator[None]:
-    """The evaluation after each step finds its loss."""
+    """The evaluation after each step returns the given loss."""
 
     def found(run: Run, *args: Any) -> torch.Tensor:
         return torch.tensor([losses[run.position.step - 1], 1.0], dtype=torch.float64)
@@ -49,7 +49,7 @@ def with_losses(rank: int, losses: list[float]) -> Iterator[None]:
 
 
 def watched(folder: Path, run: str, layout: dict[str, int], **keys: Any) -> dict[str, Any]:
-    """A run with a validation corpus of its own, evaluated after each step."""
+    """A run with a separate validation corpus, evaluated after each step."""
     if not (folder / "valid.idx").exists():
         write_corpus(folder / "valid", 30, vocabulary=VOCABULARY, seed=1)
     keys = {
@@ -76,7 +76,7 @@ def test_a_run_stops_keeps_its_best_and_does_so_after_a_restart(tmp_path: Path) 
     layout = {"pipe": 2, "zero": 2}
     planted = functools.partial(with_losses, losses=LOSSES)
     whole = watched(tmp_path, "whole", layout, steps=12)
-    # A gain of 0.01 is the best so far, but too small to count: steps 4, 5 and 6 are waited for.
+    # A gain of 0.01 is the best so far, but too small to count: the run waits for steps 4, 5 and 6.
     first = watched(tmp_path, "parted", layout, steps=5)
     rest = watched(tmp_path, "parted", layout, steps=12)
     runs = [(keys, planted) for keys in (whole, first, rest, rest)]
@@ -93,7 +93,7 @@ def test_a_run_stops_keeps_its_best_and_does_so_after_a_restart(tmp_path: Path) 
         assert history[-1]["reason"] == "stopped early"
     one, two = (Checkpoint.open(find_checkpoint(tmp_path / run)) for run in ("whole", "parted"))
     assert all(one.read(name).equal(two.read(name)) for name in one.names)
-    # More patience, and the run continues; a new best takes the pointer, and the older one goes.
+    # With more patience the run continues; `best` names the new best one, and the older one is removed.
     more = watched(tmp_path, "whole", layout, steps=12, early_stop={"patience": 4})
     assert run_ranks(2, train, [(more, planted)]) == [[0]] * 2
     assert [step for step, _ in evaluations(tmp_path / "whole")] == list(range(1, 12))
@@ -135,7 +135,7 @@ def test_a_damaged_best_checkpoint_is_no_longer_named(tmp_path: Path) -> None:
 
 
 def test_real_losses_stop_all_ranks_at_the_same_step(tmp_path: Path) -> None:
-    """Random tokens are learned by heart, and the loss on others rises."""
+    """The model memorizes random tokens, and the loss on others rises."""
     early = {"patience": 2}
     keys = {"steps": 60, "eval_interval": 3, "eval_steps": 99, "early_stop": early}
     made = watched(tmp_path, "run", {"zero": 1}, **keys)
@@ -200,7 +200,7 @@ def test_the_example_tunes_a_hugging_face_folder(
              "megalite.train.tensorboard=false", "megalite.train.early_stop.patience=9"]  # fmt: skip
     assert run_ranks(2, tuned, words, init=False) == [0, 0]
     run = tmp_path / "runs/finetune"
-    # All talks have one length; as many as fit make a sample, and three epochs of these steps of 16.
+    # All conversations have the same length and are packed into samples; three epochs in steps of 16 samples.
     (length,) = set(IndexedCorpus(tmp_path / "data/talks").sizes.tolist())
     steps = -(-3 * -(-40 // (60 // (length - 1))) // 16)
     assert json.loads((run / "config.json").read_text())["megalite"]["train"]["steps"] == steps

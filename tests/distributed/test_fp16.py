@@ -1,4 +1,5 @@
-"""fp16 with a loss scale: near fp32 and bf16 on every layout, one word on an overflow, gone on with bit for bit."""
+"""fp16 with a loss scale: close to fp32 and bf16 on every layout, all ranks agree on an overflow, and a resumed run is
+bitwise equal."""
 
 import functools
 from pathlib import Path
@@ -33,8 +34,8 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def test_losses_keep_near_fp32_on_every_layout(tmp_path: Path) -> None:
-    """Nearer than bf16's, which has 8 times the rounding. The scale grows after steps 3 and 5: DeepSpeed's own step
-    halves the gradient there."""
+    """Closer than bf16, which has 8 times the rounding. The scale grows after steps 3 and 5, where DeepSpeed's own step
+    would halve the gradient."""
     one = {"zero": 1}
     precisions: dict[str, dict[str, Any]] = {
         "fp32": {},
@@ -72,7 +73,7 @@ def test_losses_keep_near_fp32_on_every_layout(tmp_path: Path) -> None:
 def test_an_overflow_on_one_rank_skips_the_step_on_all_and_a_resumed_run_is_the_same(
     tmp_path: Path, layout: dict[str, int], world: int
 ) -> None:
-    """On the last rank at step 3; the one run is broken off after step 4, the other is not."""
+    """The overflow is on the last rank at step 3; one run is interrupted after step 4, the other is not."""
     plant = functools.partial(spoilt, on=world - 1, at={3}, factor=1e6, micro_batch=0)
     keys = {
         **FP16,
@@ -125,7 +126,7 @@ def test_an_overflow_that_no_loss_scale_cures_stops_the_run(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gpus_make_fp32_products_of_fp16_in_tf32(dtype: torch.dtype) -> None:
-    """The gradients of the head, and nothing else: neither its logits nor any product of an fp32 run."""
+    """Only the gradients of the head; neither its logits nor any product of an fp32 run."""
     hidden, weight = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (6, 9))
     mm, told = torch.mm, []
 

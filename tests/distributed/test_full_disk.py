@@ -1,4 +1,4 @@
-"""A whole run whose disk is full for a while: it continues, says so once, and what it has to write follows later."""
+"""A whole run whose disk is full for a while: it continues, reports it once, and writes the pending data later."""
 
 import contextlib
 import functools
@@ -22,12 +22,12 @@ STEPS, FULL, FREE = (
     40,
     3,
     31,
-)  # the disk is full from the update of step FULL on, and has room again at that of FREE
+)  # the disk is full from the update of step FULL on, and has room again from that of FREE on
 
 
 @contextlib.contextmanager
 def full_for_a_while(rank: int, filler: Path, until: int) -> Iterator[None]:
-    """Beside a batch that is not finite while the disk is full, which faults.jsonl has a line about."""
+    """The disk is full for a while; a batch is not finite meanwhile, and faults.jsonl has a line about it."""
     with spoilt(rank, on=1, at={25}, factor=math.nan):
         whole, calls = Pipeline.train_step, 0
 

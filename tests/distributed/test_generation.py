@@ -1,4 +1,4 @@
-"""Generation and evaluation on any layout against transformers' own and against one rank."""
+"""Generation and evaluation on any layout, compared with transformers' own and with one rank."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ PROMPTS = [
     [8, 7, 6, 5],
 ]
 NEW = 7
-# What is asked for of each prompt: its tokens from a place on, or some in between.
+# Marked tokens of each prompt: from a position on, or some in between.
 ROWS = [
     (prompt, [0] * (len(prompt) // 2) + [1] * (len(prompt) - len(prompt) // 2))
     for prompt in PROMPTS
@@ -50,11 +50,11 @@ SAMPLED = Sampling(
 PENALISED = Sampling(repetition_penalty=1.7)
 
 
-HELD = [[3], [0], [3, 0, 3], [5, 3]]  # of rows that logits are penalised for
+HELD = [[3], [0], [3, 0, 3], [5, 3]]  # tokens of rows whose logits are penalised
 
 
 class Windows:
-    """Samples by position: every one can be made by itself."""
+    """Samples by position; each can be made independently."""
 
     count = 11
 
@@ -83,7 +83,7 @@ def on_a_grid(
         sampled = generator.generate(PROMPTS[3:], NEW, SAMPLED, numbers=[3, 4, 5])
         sampled += generator.generate(PROMPTS, NEW, PENALISED, stop_ids=[2])
         score = evaluate(stage, grid, Windows(), Windows.count, 13, micro=2)
-        # With each text that was chosen greedily, which is known to be the likeliest.
+        # Including each greedily chosen text, whose tokens are known to be the likeliest.
         rows = [
             *ROWS,
             *((t.prompt + t.tokens, [0] * len(t.prompt) + [1] * len(t.tokens)) for t in greedy[:2]),
@@ -114,7 +114,8 @@ def test_greedy_tokens_and_loss_are_those_of_transformers(
     greedy, sampled, score, told, likely = one_rank[name]
     for text, penalised in zip(greedy, sampled[3:], strict=True):
         ids = torch.tensor([text.prompt])
-        mask = torch.ones_like(ids)  # or transformers takes ids of the padding for padding
+        # Otherwise transformers takes tokens equal to the padding id for padding.
+        mask = torch.ones_like(ids)
         told_to = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
         wanted = model.generate(ids, attention_mask=mask, **told_to)[0, ids.shape[1] :].tolist()
         assert text.tokens == wanted
@@ -170,7 +171,7 @@ def test_a_layout_gives_the_same_texts_and_loss(
 
 
 def test_sampling_follows_its_settings() -> None:
-    """Against the distribution itself, and the same draws whatever the tensor axis."""
+    """Compared with the distribution itself; the draws are the same for any tensor axis."""
     logits = torch.tensor([2.0, 1.0, 1.0, 3.0, -1.0, 0.0, 2.5])
     rows = 4000
 
@@ -188,7 +189,7 @@ def test_sampling_follows_its_settings() -> None:
         (Sampling(1.0), wanted(everything, 1.0)),
         (Sampling(2.0, seed=9), wanted(everything, 2.0)),
         (Sampling(1.0, top_k=3), wanted([0, 3, 6], 1.0)),
-        (Sampling(1.0, top_k=4), wanted([0, 1, 3, 6], 1.0)),  # of equal ones the lower id
+        (Sampling(1.0, top_k=4), wanted([0, 1, 3, 6], 1.0)),  # ties: the lower id
         (Sampling(1.0, top_p=0.6), wanted([3, 6], 1.0)),
         (Sampling(1.0, top_p=0.01), wanted([3], 1.0)),
         (Sampling(1.0, min_p=0.3), wanted([0, 3, 6], 1.0)),
@@ -205,7 +206,7 @@ def test_sampling_follows_its_settings() -> None:
         Sampling(), Sampling(1.0), Sampling(1.0, top_k=4), Sampling(0.7, top_p=0.9, top_k=6),
         Sampling(repetition_penalty=2.0), Sampling(1.2, repetition_penalty=1.5, min_p=0.05, top_p=0.95),
     ]  # fmt: skip
-    # Where 3, the likeliest, is held its logit of 3.0 becomes 1.5, below the 2.5 of 6.
+    # In rows that contain 3, the likeliest, its logit of 3.0 becomes 1.5, below the 2.5 of 6.
     assert choices(logits, cases[4], 4, ALONE) == [6, 3, 6, 6]
     for result in run_ranks(3, chosen, logits, cases, 100):
         assert result == [choices(logits, case, 100, ALONE) for case in cases]

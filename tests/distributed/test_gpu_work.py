@@ -1,4 +1,4 @@
-"""What the ranks of tests/gpu do, on a CPU: so that those tests run when there is a GPU at last."""
+"""Runs the work of the ranks in tests/gpu on a CPU, so that those tests work when there is a GPU."""
 
 import contextlib
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_attention_of_every_kind() -> None:
 
 
 def steps(rank: int, world_size: int, documents: list[dict[str, Any]]) -> list[Any]:
-    """Losses, states, waits and throughput; what is asked of CUDA alone does nothing."""
+    """Losses, states, waits and throughput; CUDA-only calls do nothing."""
     from tests.gpu import work
 
     deepspeed.init_distributed("gloo")

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a layout, and on the export by its own command: the same figures, from local files.
+"""lm-evaluation-harness on a layout, and its own command on the export: the same figures, from local files.
 
 It is the extra `eval`, 0.5 GB; EVAL=1 bash tools/test.sh installs it.
 """

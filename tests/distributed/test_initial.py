@@ -36,7 +36,7 @@ def odd_document(folder: Path, layout: dict[str, int], dtype: str) -> dict[str, 
 def masters(
     rank: int, world_size: int, documents: list[dict[str, Any]]
 ) -> list[tuple[list[tuple[Placement, int, torch.Tensor]], list[str]]]:
-    """Of each config: what this rank holds of the masters, and which parameters it has drawn."""
+    """For each config: this rank's masters, and the parameters that it has drawn."""
     deepspeed.init_distributed("gloo")
     results = []
     for keys in documents:
@@ -98,14 +98,14 @@ def test_nothing_is_drawn_where_weights_come_from_elsewhere(tmp_path: Path, zero
 
 
 def peak_of_a_start(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[int, int, int]:
-    """Bytes of the whole slices, of what the rank holds once the engine stands, and of the most that it held
-    on the way, both above what it held before."""
+    """Bytes of the whole slices, and how much memory the rank has gained when the engine is built, and at the peak on
+    the way."""
     hold_garbage()  # as a run does
     deepspeed.init_distributed("gloo")
     config = Config.from_dict(keys).resolve(world_size)
     spec, grid = read_spec(config.model), Grid.build(1, 1)
     build_engine(Config.from_dict(small(keys)).resolve(world_size), spec_of(small(keys)), grid)
-    # Each large tensor in pages of its own: otherwise what is freed stays with the process, in gaps.
+    # Each large tensor has its own pages: otherwise freed memory stays with the process, fragmented.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status_bytes("VmRSS")
@@ -121,7 +121,7 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def small(keys: dict[str, Any]) -> dict[str, Any]:
-    """A model of the same kind that is made first, so that what a process loads once is not counted."""
+    """A model of the same kind that is built first, so that one-time loading is not counted."""
     other = copy.deepcopy(keys)
     other["megalite"]["model"] |= {"hidden_size": 32, "intermediate_size": 52, "vocab_size": 131}
     return other
@@ -139,8 +139,8 @@ def status_bytes(name: str) -> int:
 
 
 def test_zero_3_never_holds_the_model(tmp_path: Path) -> None:
-    """109 MB of fp32 weights over 4 ranks: weights, masters and the buffer of gradients are each a quarter. Beside them
-    there is room for one layer, drawn, sent and gathered parameter by parameter, and not for the model."""
+    """109 MB of fp32 weights over 4 ranks: weights, masters and the buffer of gradients are each a quarter. The limit
+    leaves room for one layer besides, drawn, sent and gathered parameter by parameter, but not for the model."""
     keys = document(tmp_path, "run", {"zero": 3})
     keys["zero_optimization"] |= {"reduce_bucket_size": 100_000}
     width, inner = 512, 1376
@@ -156,4 +156,4 @@ def test_zero_3_never_holds_the_model(tmp_path: Path) -> None:
         assert peak < 0.75 * whole + layer + SLACK
 
 
-SLACK = 4e6  # bytes of everything that is no weight
+SLACK = 4e6  # bytes of everything other than weights

@@ -1,7 +1,7 @@
-"""Any layout, the same training: 8 steps (20 in the long form) against one process, and one process against
+"""Any layout, the same training: 8 steps (20 in the long form) compared with one process, and one process compared with
 transformers and torch.
 
-The bounds are those of tools/verify_layouts.py: 4 times what one process itself differs by between micro-batch sizes.
+The bounds are those of tools/verify_layouts.py: 4 times the differences of one process between micro-batch sizes.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def name(case: Case) -> str:
 
 
 class Runs:
-    """Records what a test asks for, each world once with all its cases."""
+    """Records the cases that tests need, all cases of a world size at once."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
@@ -112,7 +112,7 @@ class Runs:
 
     @cache  # noqa: B019  (one object, which lives as long as the module's tests)
     def alone(self, tied: bool) -> list[Trace]:
-        """One process with the micro-batch sizes that verify_layouts takes."""
+        """One process with the micro-batch sizes of verify_layouts."""
         layouts = [Layout(zero=0, micro=size) for size in micro_sizes(BATCH, 4)]
         return traces(1, self.steps, [self.request((layout, tied, {})) for layout in layouts])
 
@@ -163,7 +163,7 @@ def test_pipe_alone_changes_no_bit_of_an_untied_model(runs: Runs, case: Case) ->
 
 @contextlib.contextmanager
 def products_split_by_rows(parts: int) -> Iterator[None]:
-    """The products that the tensor axis splits by rows, as one process can make them."""
+    """Computes, in one process, products in parts as the tensor axis splits them by rows."""
 
     def forward(self: RowLinear, x: Tensor) -> Tensor:
         pieces = zip(x.chunk(parts, dim=-1), self.weight.chunk(parts, dim=1), strict=True)
@@ -183,7 +183,7 @@ def in_four_parts(rank: int) -> contextlib.AbstractContextManager[None]:
 
 
 def test_bf16_differs_by_no_more_than_orders_of_summation(runs: Runs) -> None:
-    """Five of one process: three micro-batch sizes, and products in two and four parts."""
+    """Five orders in one process: three micro-batch sizes, and products in two and four parts."""
     orders = [(4, nothing), (8, nothing), (1, nothing), (4, in_two_parts), (4, in_four_parts)]
     requests = [
         runs.request(
@@ -226,7 +226,7 @@ def plain_step(model: Callable[..., Tensor], batches: list[MicroBatch], weight: 
 
 
 def beside_torch(rank: int, world_size: int, config: dict[str, Any], steps: int) -> None:
-    """ZeRO-0 on the data axis beside DistributedDataParallel, on the same samples: every bit of every step."""
+    """ZeRO-0 on the data axis and DistributedDataParallel, on the same samples: every step is bitwise equal."""
     deepspeed.init_distributed("gloo")
     session = Session.build(Config.from_dict(config))
     params = session.config.document.optimizer.params  # type: ignore[union-attr]
@@ -267,7 +267,7 @@ def test_training_equals_transformers_and_torch(
     steps = 8
     json = document(runs.corpus, family, tied, BATCH)
     if family == "mixtral":
-        json["megalite"]["train"]["router"] = {"balance": "none"}  # theirs is of a micro-batch
+        json["megalite"]["train"]["router"] = {"balance": "none"}  # theirs is per micro-batch
     settings = config_of(Config.from_dict(json), Layout(zero=0, micro=4), BATCH)
     ours = traces(1, steps, [(settings.to_json(), nothing, tmp_path / "ours")])[0]
     section = settings.model

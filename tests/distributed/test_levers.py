@@ -1,4 +1,4 @@
-"""Levers on memory and on the function, each the same on every layout: sequence parallelism, dropout, documents,
+"""Options that change memory or the function, each the same on every layout: sequence parallelism, dropout, documents,
 activation checkpointing, the loss in chunks; and the norm's memory."""
 
 from typing import Any
@@ -91,7 +91,7 @@ def check(results: list[list[Result]], cases: list[Case]) -> None:
         assert logits is not None
         if (
             one.spec.dropout == 0
-        ):  # else the first stage's output is that of training, and one rank's logits are not
+        ):  # otherwise the first stage's output is that of training, and one rank's logits are not
             torch.testing.assert_close(torch.cat(parts, dim=-1), logits[2:], rtol=1e-5, atol=1e-5)
         expected = full_gradients([wanted])
         for name, value in full_gradients(ours).items():
@@ -255,7 +255,8 @@ def test_the_loss_makes_the_gradients_that_are_wanted_alone() -> None:
 
 
 def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
-    """Peak of torch's allocations, by its profiler: less than a third of the fp32 logits, which stand unfused."""
+    """Peak of torch's allocations, by its profiler: less than a third of the fp32 logits, which the unfused loss
+    holds."""
     tokens, size, vocabulary = 2048, 16, 4096
     hidden = torch.randn(tokens, size, requires_grad=True)
     weight = torch.randn(vocabulary, size, requires_grad=True)
@@ -272,7 +273,8 @@ def test_the_loss_never_holds_the_logits_of_all_tokens() -> None:
 
 
 def loss_in_blocks(rank: int, world_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """The loss and its gradients of hidden states and of this rank's part of the weight, in blocks of 3 rows."""
+    """The loss and its gradients with respect to hidden states and this rank's part of the weight, in blocks of 3
+    rows."""
     axis = Grid.build(1, world_size).tensor
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(n, 8, generator=generator).to(dtype) for n in (20, 37))
@@ -300,7 +302,7 @@ def test_blocks_of_a_chunk_with_an_uneven_vocabulary_are_the_chunk(dtype: torch.
 
 
 def test_devices_hold_few_logits_in_fp32() -> None:
-    """Of Llama 3's vocabulary, whole and divided."""
+    """With Llama 3's vocabulary, whole and divided."""
     for ranks in (1, 8):
         columns = -(-128_256 // ranks)
         rows = block_rows(8192, columns, ranks, "cuda")

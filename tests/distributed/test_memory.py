@@ -1,5 +1,5 @@
-"""What a layout holds and sends: gradient bytes by storage under ZeRO, and bytes by axis; and that model states are
-told beforehand, byte for byte."""
+"""Memory and traffic of a layout: gradient bytes by storage under ZeRO, bytes sent by axis; and that model states are
+predicted byte for byte."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def measured() -> dict[int, list[dict[str, Any]]]:
 def test_zero_2_holds_half_of_the_gradients_through_the_pipe(
     measured: dict[int, list[dict[str, Any]]],
 ) -> None:
-    """Between micro-batches: 1/d in fp32. The tensor that straddles two owners is kept whole by its view."""
+    """Between micro-batches: 1/d in fp32. A tensor that straddles two owners is kept whole by its view."""
     for row in measured[2]:
         half = FP32_BYTES * row["weights"] / 2
         assert row["held"] <= half + 2 * FP32_BYTES * row["largest"]
@@ -92,7 +92,7 @@ def config_of(
 
 
 def with_experts(config: dict[str, Any], expert: int) -> dict[str, Any]:
-    """The same with an expert axis."""
+    """A resolved config with an expert axis."""
     config["megalite"]["parallel"]["expert"] = expert
     return Config.from_dict(config).resolve(4).to_json()
 
@@ -142,7 +142,7 @@ HELD = [
 def held_in_a_step(
     rank: int, world_size: int, configs: list[dict[str, Any]]
 ) -> list[tuple[States, States]]:
-    """Of each config what this rank was told to hold, and what it held."""
+    """For each config the bytes predicted for this rank, and the bytes that it held."""
     deepspeed.init_distributed("gloo")
     result = []
     for config in map(Config.from_dict, configs):

@@ -1,5 +1,5 @@
-"""Optimizer states in files: the same run as ZeRO-3 in memory, to the bit; told to the byte; checkpoints of any layout
-both ways; and what is refused, with its reason, before ranks start."""
+"""Optimizer states in files: the run is bitwise equal to ZeRO-3 in memory; sizes are predicted to the byte; checkpoints
+from and to any layout; and what is refused, with the reason, before ranks start."""
 
 import os
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def build_op(rank: int, world_size: int) -> str:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for files; skips where DeepSpeed's op does not build. It is built once for a user."""
+    """A folder for files; skips the test if DeepSpeed's op does not build. It is built once per user."""
     if not os.environ.get("AIO"):
         pytest.skip(
             "AIO=1 bash tools/test.sh builds DeepSpeed's async_io, which takes minutes once, and runs this"
@@ -69,7 +69,7 @@ def config_of(folder: str | None, stage: int = 3, bf16: bool = False, **offload:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["sub_group_size"] = (
-            270_000  # of the matrices two in files, and one of what is left in memory
+            270_000  # two sub-groups of matrices in files, and one of the rest in memory
         )
     if folder is not None:
         zero["offload_optimizer"] = {"device": "nvme", "nvme_path": folder, **offload}
@@ -104,7 +104,7 @@ def build(config: Config) -> tuple[Engine, Any]:
 def train(
     engine: Engine, pipeline: Any, steps: range, refused: int | None = None
 ) -> list[tuple[float, float]]:
-    """(loss of this rank, norm) of each step; the update of step `refused` is left out."""
+    """(loss of this rank, norm) of each step; the update of step `refused` is skipped."""
     figures = []
     for step in steps:
         generator = torch.Generator().manual_seed(2 * step + engine.grid.rank)
@@ -118,7 +118,7 @@ def train(
 
 
 def snapshot(engine: Engine) -> dict[str, Tensor]:
-    """Masters and moments, and what the model's weights are gathered from."""
+    """Masters and moments, and the shards from which the model's weights are gathered."""
     held = {
         f"{kind}/{shard.placement.name}": values.detach().clone()
         for shard in engine.shards()
@@ -197,7 +197,7 @@ def save_and_load(rank: int, world_size: int, disk: Path, folder: Path) -> None:
     save(engine, folder / "mapped", 0)  # no room for a copy
     going_on = train(engine, pipeline, range(2, 3))
     expected = snapshot(engine)
-    load(engine, folder / "copied", 2)  # going back, in an engine that has stepped
+    load(engine, folder / "copied", 2)  # rewinding, in an engine that has stepped
     assert train(engine, pipeline, range(2, 3)) == going_on
     assert_same(snapshot(engine), expected)
 
@@ -227,7 +227,7 @@ def look_for_what_is_missing(rank: int, world_size: int, disk: Path) -> list[str
     except ConfigError as error:
         found[0] = str(error)
     del os.environ["CXX"]
-    os.environ["CC"] = "false"  # what DeepSpeed looks for libaio with
+    os.environ["CC"] = "false"  # DeepSpeed uses it to look for libaio
     return [*found, build_op(rank, world_size)]
 
 
@@ -239,7 +239,7 @@ def test_what_is_missing_is_named_in_a_line(tmp_path: Path) -> None:
     ):
         check_nvme(config_of(str(tmp_path)), read_spec(MODEL), 10_000_000)
     compiler, libaio = run_ranks(1, look_for_what_is_missing, tmp_path, init=False)[0]
-    rule = f'{OFFLOAD}.device: "nvme": needs DeepSpeed\'s op async_io, which does not build here: '
+    rule = f'{OFFLOAD}.device: "nvme": needs DeepSpeed\'s async_io op, which does not build here: '
     assert compiler == f"{rule}no C++ compiler (no-compiler)"
     assert libaio == "error: no libaio with its headers (Debian: libaio-dev)"
 

@@ -1,5 +1,5 @@
-"""`zero_optimization.overlap_comm`: gradients are reduced in buckets while the last backward runs, on any schedule, to
-the same bits, and every rank of a group comes to the same messages in the same order."""
+"""`zero_optimization.overlap_comm`: gradients are reduced in buckets while the last backward runs, on any schedule,
+bitwise equal, and every rank of a group runs the same collectives in the same order."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from tests.ranks import run_ranks
 from tests.training_runs import document, rows, train
 
 STEPS = 3
-BUCKET = 3000  # numbers: some parameters are larger, most share one
+BUCKET = 3000  # elements: some parameters are larger, most share a bucket
 Message = tuple[str, tuple[int, ...], int]
 RECORDED = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 @contextlib.contextmanager
 def recorded(messages: list[Message], in_backward: list[int]) -> Iterator[None]:
-    """Adds every collective with its group and size; `in_backward` counts the reductions inside a backward."""
+    """Records every collective with its group and size; `in_backward` counts the reductions inside a backward."""
     depth = [0]
 
     def wrap(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The most that torch allocates in a step of the real engine, against the planner's timeline (plan/timeline.py)."""
+"""Peak of torch's allocations in a step of the real engine, compared with the planner's timeline (plan/timeline.py)."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tests.ranks import run_ranks
 from tests.small_models import MODELS
 
 WITHIN = 0.02
-# A CPU's products in bf16 have scratch of their own; what Python's functions of the tensor axis hold in circles goes
-# when its garbage collector comes.
+# Products in bf16 on a CPU have scratch memory; reference cycles of the tensor axis's Python functions are freed only
+# by the garbage collector.
 WITHIN_LOOSE = 0.04
 LENGTH, VOCABULARY = 64, 512
 SIZES = {
@@ -92,7 +92,7 @@ MORE: dict[str, Case] = {
 
 def on_rank(rank: int, world_size: int, configs: list[dict[str, Any]]) -> list[int]:
     deepspeed.init_distributed("gloo")
-    # On a busy machine gloo's threads free late in more of the steps than on a quiet one; one quiet step is enough.
+    # On a busy machine gloo's threads free memory late in more of the steps; one quiet step is enough.
     with mock.patch.object(turns, "WEIGHED_STEPS", 10):
         return [row["peak_bytes"] for row in turns.in_turns(configs, 0)]
 

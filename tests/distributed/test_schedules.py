@@ -1,5 +1,5 @@
-"""Every pipeline schedule, the same training: bit for bit that of 1F1B where embeddings are untied, and within
-verify_layouts' bounds of one process where they are tied."""
+"""Every pipeline schedule, the same training: bitwise equal to 1F1B with untied embeddings, and within verify_layouts'
+bounds of one process with tied ones."""
 
 import copy
 from dataclasses import replace
@@ -39,7 +39,7 @@ def scheduled(
     return [(replace(layout, schedule=schedule), tied, keys) for schedule in schedules.split()]
 
 
-# Each schedule meets each stage of ZeRO, each lever, each axis and a tied embedding; more of them together in OTHERS.
+# Each schedule with each ZeRO stage, option and axis, and with a tied embedding; more combinations in OTHERS.
 CASES: list[Case] = [
     *(case for zero in (0, 1, 2) for case in scheduled(Layout(pipe=2, zero=zero, micro=1))),
     *scheduled(Layout(pipe=2, zero=2, micro=2), "interleaved", tied=True),
@@ -47,7 +47,7 @@ CASES: list[Case] = [
     *scheduled(Layout(pipe=2, zero=2, micro=1), "zb-v", **EVERY_2),
     *scheduled(Layout(pipe=2, zero=2, micro=2), "interleaved zb-v", **SELECTIVE),
     *scheduled(Layout(pipe=2, zero=2, micro=1), **OFFLOAD),
-    # One micro-batch a step: its first backward is the last one of a chunk.
+    # One micro-batch per step: a chunk's first backward is its last.
     *scheduled(Layout(pipe=2, zero=2, micro=BATCH), "zb-v", tied=True, **OFFLOAD),
     *scheduled(Layout(pipe=2, zero=1, micro=1), "zb-h1", **OFFLOAD),
     *scheduled(Layout(pipe=2, zero=2, micro=1), **DROPOUT),

@@ -21,7 +21,7 @@ from tests.training_runs import document
 
 
 def started(rank: int, world_size: int, nodes: bool, files: list[str]) -> Any:
-    """What each rank has after a start; nodes: each rank is alone on its own."""
+    """The result of a start on each rank. nodes: whether each rank is alone on its node."""
     if nodes:
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 

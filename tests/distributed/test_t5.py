@@ -1,4 +1,4 @@
-"""T5 from end to end: layouts against one process, texts against transformers', pairs learnt and translated."""
+"""T5 end to end: layouts compared with one process, texts with transformers', pairs learnt and translated."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ LAYOUTS = [
     Layout(pipe=2, data=2, zero=1, micro=2, schedule="zb-v"),
 ]
 Case = tuple[str, Layout]
-# Each kind takes every second layout, the other kind the rest.
+# Each variant takes every second layout, the other one the rest.
 CASES: list[Case] = [
     (kind, layout)
     for number, kind in enumerate(KINDS)
@@ -191,7 +191,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_texts_are_those_of_transformers_on_every_layout(folders: list[Path]) -> None:
-    """Sources of several lengths in a batch; greedily and with beams."""
+    """Sources of several lengths in a batch; greedy and beam search."""
     (one,) = run_ranks(1, texts, 1, 1, folders)
     lengths = set()
     for name, (greedy, beams, sampled) in zip(NAMES, one, strict=True):
@@ -221,7 +221,7 @@ def generated(rank: int, world_size: int, arguments: list[str]) -> str:
 
 
 def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> None:
-    """Trained on pipe 2 until it knows three pairs by heart; evaluated, exported, and asked from Python."""
+    """Trained on pipe 2 until it has memorized three pairs; evaluated, exported, and used from Python."""
     folder = save_byte_model(tmp_path / "byte")
     lines = write_pairs(tmp_path / "lines.jsonl", PAIRS)
     preprocess([lines], folder, tmp_path / "pairs", template="{source}")

@@ -1,4 +1,4 @@
-"""tools/classify_with_transformers.py: the Trainer begins where a run of ours does, and ends beside it."""
+"""tools/classify_with_transformers.py: the Trainer starts like a run of ours, and ends close to it."""
 
 import json
 import runpy
@@ -19,7 +19,7 @@ CLASSES = ["low", "middle", "high"]
 
 
 def labelled_corpus(prefix: Path, texts: int) -> str:
-    """Texts of a few tokens from the third of the vocabulary that is the label's; 0 is padding."""
+    """Texts of a few tokens, each label with its own third of the vocabulary; 0 is padding."""
     random, third = np.random.default_rng(0), (VOCABULARY - 1) // 3
     with (
         IndexedWriter(prefix, np.uint16) as tokens,

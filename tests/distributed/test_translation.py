@@ -1,4 +1,4 @@
-"""Pairs and their translations: tokens and marks, beam search against transformers' on every layout, chrF and BLEU."""
+"""Translation pairs: tokens and marks, beam search compared with transformers' on every layout, chrF and BLEU."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, train
 
 PROMPTS = [[5, 9, 3], [77], [11, 12, 13, 14, 15, 16, 17, 18], [130, 0, 64, 2, 5], [40, 41]]
-NEW, STOPS = 7, list(range(0, 40))  # so many stops that texts end early
+NEW, STOPS = 7, list(range(0, 40))  # many stop ids, so that texts end early
 BEAMS = [Beams(2), Beams(3, length_penalty=0.0), Beams(4, length_penalty=2.0)]
 NAMES = ("llama", "gpt2")
 PAIRS = [("open", "auf"), ("close-it", "zu"), ("file", "die-Datei")]  # its bytes have no space
@@ -128,7 +128,7 @@ def evaluated(rank: int, world_size: int, arguments: list[str]) -> str:
 
 
 def test_a_model_that_has_learnt_its_pairs_translates_them(tmp_path: Path) -> None:
-    """Trained on pipe 2 until it knows three pairs by heart, evaluated on tensor 2, greedily and with beams."""
+    """Trained on pipe 2 until it has memorized three pairs, evaluated on tensor 2, with greedy and beam search."""
     folder = save_byte_model(tmp_path / "byte")
     lines = write_pairs(tmp_path / "lines.jsonl", PAIRS)
     preprocess([lines], folder, tmp_path / "pairs", template="{source}=>")

@@ -1,5 +1,5 @@
 """Four copies of a model whose vocabulary the tensor axis cuts unevenly: the same training as one process, and the
-copies of whole weights on the tensor axis stay equal to the bit, which recording them checks."""
+copies of whole weights on the tensor axis stay bitwise equal, which recording them checks."""
 
 from pathlib import Path
 

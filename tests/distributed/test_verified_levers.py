@@ -1,5 +1,5 @@
-"""Every lever under tools/verify_layouts.py, as a user runs it: odd sizes, accumulation, clipping that acts, tied
-weights. The lines that it prints are the table of docs/layouts.md."""
+"""Every option under tools/verify_layouts.py, as a user runs it: odd sizes, accumulation, active clipping, tied
+weights. Its output is the table of docs/layouts.md."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.unit.data.corpora import write_corpus
 
 VOCABULARY, STEPS = 131, 4
 EVERY = ("pipe=2,tensor=2,data=2,zero=2", "tensor=2,data=2,zero=3")
-"""What a run is besides its levers: 12 samples a step."""
+"""A run without its options: 12 samples per step."""
 DOCUMENT: dict[str, Any] = {
     "train_batch_size": 12,
     "train_micro_batch_size_per_gpu": 2,

@@ -179,7 +179,7 @@ def test_the_exit_code_and_the_table(
     fault: Callable[..., Any],
     code: int,
 ) -> None:
-    """With what the ranks above have written, in place of ranks."""
+    """Uses the files of the ranks above instead of starting ranks."""
 
     def replay(world_size: int, module: str, arguments: list[str]) -> None:
         for number, run in enumerate(json.loads(Path(arguments[0]).read_text())["runs"]):
@@ -210,14 +210,14 @@ def _recorded(rank: int, world_size: int, request: dict[str, Any]) -> None:
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
-    """In place of run_local_ranks: ranks that start quickly."""
+    """Replaces run_local_ranks by ranks that start quickly."""
     run_ranks(
         world_size, _recorded, json.loads(Path(arguments[0]).read_text()), timeout_seconds=280
     )
 
 
 def with_own_norm(names: Iterable[str], count: int) -> list[str]:
-    """As `chosen`, with the one that changes what ranks agree on for a resume."""
+    """As `chosen`, plus the mutant that changes what ranks agree on for a resume."""
     return [*chosen(names, count - 1), "each rank clips by a norm of its own"]
 
 

@@ -1,5 +1,5 @@
-"""How often a step's host reads a number of its tensors: on a GPU each time it waits until the device has done all that
-was asked of it. And that batches are read a step ahead."""
+"""How often the host reads a tensor's value in a step: on a GPU each read waits until the device has finished its
+queue. And that batches are prefetched by one step."""
 
 import contextlib
 from collections import Counter
@@ -30,7 +30,7 @@ from tests.small_models import MODELS
 from tests.streams import like_a_gpu
 from tests.training_runs import document, train
 
-MOST_READS = 2  # of the device one: the other is of a number in main memory
+MOST_READS = 2  # one is of the device; the other is of a value in main memory
 READS = {
     "aten._local_scalar_dense",
     "aten.nonzero",
@@ -42,7 +42,7 @@ STEPS = 4
 
 
 class Reads(TorchDispatchMode):
-    """Counts what needs a tensor's numbers on the host, by operation."""
+    """Counts operations that need a tensor's values on the host, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Reads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterator[None]:
-    """Adds the reads of each optimizer step, and of its forwards and backwards alone; DeepSpeed does what it does on a
-    GPU, whose streams must be joined when the gradients are read."""
+    """Counts the reads of each optimizer step, and of its forwards and backwards alone. DeepSpeed behaves as on a GPU,
+    whose streams must be joined when the gradients are read."""
     whole, actions, norm = Run._step, Interpreter.run, GlobalNorm.__call__
     reads: list[Reads] = []
 
@@ -70,7 +70,7 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
             reads.append(found)
             streams.host_waits = found.found
             result = whole(self)
-        steps.append(Counter(found.found))  # not what saving reads afterwards
+        steps.append(Counter(found.found))  # without what saving reads afterwards
         return result
 
     def run(self: Interpreter, *args: Any) -> None:
@@ -95,7 +95,8 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
     with like_a_gpu() as streams, contextlib.ExitStack() as patches:
         for patch in (
             mock.patch.object(Run, "_step", step), mock.patch.object(Interpreter, "run", run),
-            mock.patch.object(loss, "_rows_that_count", lambda labels: None),  # as on every device but a CPU
+            # As on every device but a CPU.
+            mock.patch.object(loss, "_rows_that_count", lambda labels: None),
             mock.patch.object(GlobalNorm, "__call__", joined),
             told(Tensor, "tolist"), told(Tensor, "numpy"), told(Tensor, "cpu"),
         ):  # fmt: skip
@@ -155,7 +156,7 @@ def keys_of(folder: Path, way: dict[str, Any]) -> dict[str, Any]:
 def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[str, Any]) -> None:
     for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
         assert len(steps) == len(in_actions) == STEPS
-        for step in steps[1:]:  # the first one's memory is weighed
+        for step in steps[1:]:  # the first one's memory is measured
             assert sum(step.values()) <= MOST_READS, step
         assert not any(in_actions[1:]), (
             in_actions
@@ -166,7 +167,7 @@ def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[st
 def test_experts_read_once_a_layer_and_micro_batch(
     tmp_path: Path, expert: int, looped: bool
 ) -> None:
-    """The sizes of an axis's messages, or of the parts of a loop, which no layer knows before its router has chosen."""
+    """The sizes of the expert axis's messages, or of a loop's parts, are known only after the router's choice."""
     model = EXPERTS | {"intermediate_size": 26 if looped else 64}
     keys = keys_of(tmp_path, {"layout": {"zero": 1, "expert": expert}, "model": model})
     layers, micro_batches = EXPERTS["num_hidden_layers"], 2
@@ -230,7 +231,7 @@ def test_the_counter_counts() -> None:
 
 
 def test_batches_are_those_of_the_position_however_the_run_moves() -> None:
-    """One step ahead where the run goes on, anew where it goes back or leaves samples out."""
+    """Prefetched by one step if the run continues, read anew if it rewinds or skips samples."""
     asked: list[tuple[int, int]] = []
 
     def read(position: Position) -> list[MicroBatch]:

@@ -1,4 +1,4 @@
-"""What the ranks write when one of them fails or is busy for too long (one that is gone: tests/launch)."""
+"""The ranks' reports when one of them fails or is busy for too long (lost ranks: tests/launch)."""
 
 import errno
 import time
@@ -24,7 +24,7 @@ STEP_SECONDS = 2.0
 
 
 class FaultyEngine:
-    """A stage without weights that does not come through its second forward on rank 1."""
+    """A stage without weights whose second forward on rank 1 never returns."""
 
     device, hands_over_by_chunk = "cpu", False
 
@@ -83,7 +83,7 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
     head, *lines = (folder / "summary.txt").read_text().splitlines()
     assert head.startswith("rank 1 on ") and head.endswith(f" {fault}; ranks 0, 2 waited for it")
     doing = ["backward of micro-batch 0", "forward of micro-batch 1", "forward of micro-batch 1"]
-    # The busy rank's limit ends with the others': it tells of whichever its watchdog sees first.
+    # All limits end at once: the busy rank reports whichever its watchdog sees first.
     busy = ("longer than its limit of 2 s", "when another rank was lost or had failed")
     own = busy if fault == "was busy" else ("the reason",)
     waits = ("in recv, waits for rank 1",)
@@ -94,14 +94,14 @@ def test_each_rank_says_where_it_was_and_whom_it_waited_for(tmp_path: Path, faul
 
 
 def broken(rank: int, world_size: int, run_dir: Path, how: str) -> None:
-    """A part is longer than its limit, and the report of that does not come through."""
+    """A part exceeds its limit, and the report cannot be written."""
     limits = Limits.model_validate({})
     with Watchdog(run_dir, limits) as watchdog:
         if how == "a file system that hangs":
             stack = mock.patch.object(watchdog, "_write", lambda *args: time.sleep(60))
         elif how == "a bug":
             stack = mock.patch.object(watchdog, "_write", lambda *args: [][0])
-        else:  # the folder cannot be looked at now
+        else:  # the folder cannot be read now
             stale = mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
             stack = mock.patch.object(type(watchdog.folder), "exists", stale)
         soon = mock.patch.object(watchdog_module, "REPORT_SECONDS", 1.0)
@@ -131,7 +131,7 @@ def test_a_report_that_does_not_come_through_keeps_no_rank(
 
 
 def step_on_a_device(rank: int, world_size: int, run_dir: Path) -> None:
-    """Each host waits for its device; of these rank 1's has not been given what the others' wait in."""
+    """Each host waits for its device; rank 1 has not queued the collective that the others wait in."""
     everyone = tuple(range(world_size))
     came = (
         Stay(everyone, last=6)
@@ -174,5 +174,5 @@ def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
         run_ranks(2, step_without_a_neighbour, tmp_path, timeout_seconds=30)
     assert time.monotonic() - begin < 15
     head, own, _ = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
-    assert head.startswith("rank 1 on ") and " gave no word" in head
+    assert head.startswith("rank 1 on ") and " did not report" in head
     assert "step 7" in own and own.endswith("when a rank of this node was gone")

@@ -1,4 +1,4 @@
-"""What a run leaves for whoever watches it: trace, samples, step time, TensorBoard, trackers, history, report."""
+"""The output of a run for its user: trace, samples, step time, TensorBoard, trackers, history, report."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ SKEW_SECONDS = 1000.0
 
 
 class Recorded(GeneralTracker):
-    """Writes what it is told into a file."""
+    """Writes what it receives into a file."""
 
     name, requires_logging_directory = "recorded", True
 
@@ -63,7 +63,7 @@ class Recorded(GeneralTracker):
 
 @contextlib.contextmanager
 def skewed(rank: int) -> Iterator[None]:
-    """Each rank's clock has a zero of its own."""
+    """Each rank's clock has a different zero."""
     clock = time.perf_counter
     with (
         mock.patch.object(time, "perf_counter", lambda: clock() + SKEW_SECONDS * rank),
@@ -74,7 +74,7 @@ def skewed(rank: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs of one training on different layouts: `a` and `b` on four ranks, `c` on one."""
+    """Three runs of the same training on different layouts: `a` and `b` on four ranks, `c` on one."""
     folder = tmp_path_factory.mktemp("watched")
     save_byte_model(folder / "hf")
 
@@ -143,7 +143,7 @@ def test_a_trace_has_every_action_and_message_on_one_clock(watched: Path) -> Non
     sent = [program.gives(action) for _, action in program.all_actions()]
     assert len(ends) == 2 * sum(program.crosses(value) for value in sent)  # two pipelines
     for message in ends.values():
-        # With clocks 1000 s apart, if they were not aligned; on a busy machine aligned to some milliseconds.
+        # Unaligned clocks would be 1000 s apart; on a busy machine they are aligned within milliseconds.
         assert message["s"] < message["f"] + 0.5e6
     times = [event["ts"] for event in events if event["ph"] == "X"]
     assert max(times) - min(times) < 60e6

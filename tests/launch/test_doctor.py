@@ -35,7 +35,7 @@ def test_a_host_that_does_not_answer(tmp_path: Path, cluster: Cluster) -> None:
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.startswith("h1: no answer: ssh: connect to host h1 port 22: "), done.stdout
-    assert done.stdout.endswith("2 hosts, 2 ranks: 1 findings\n")
+    assert done.stdout.endswith("2 hosts, 2 ranks: 1 finding\n")
 
 
 @pytest.mark.timeout(300)

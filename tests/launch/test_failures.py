@@ -23,7 +23,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, start: Callable[..., Start]) ->
     assert one.wait(30) == 1, one.text
     assert time.monotonic() - sent < LIMIT_SECONDS + 10
     summary = next(tmp_path.glob("run/faults/*/summary.txt")).read_text()
-    assert summary.startswith("rank 0 on ") and "gave no word; rank 1 waited for it" in summary
+    assert summary.startswith("rank 0 on ") and "did not report; rank 1 waited for it" in summary
     assert "waits for rank 0" in summary and f"limit of {LIMIT_SECONDS} s" in summary
     assert [summary.splitlines()[0] in line for line in one.lines] == [True], one.text
     assert " in _step\n" in next(tmp_path.glob("run/faults/*/rank_00001.txt")).read_text()

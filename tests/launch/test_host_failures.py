@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_the_hosts_that_are_left(
     last = 150
     one = begin(LIMIT, options=("--restarts", "1"), steps=last)
     cluster.link(cluster.hosts[1], "down")
-    one.wait_until(lambda: "; continuing with 1 ranks on h0" in one.text, 120)
+    one.wait_until(lambda: "; continuing with 1 rank on h0" in one.text, 120)
     assert one.wait(300) == 0, one.text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, last + 1))
     where = f"--deepspeed_config={tmp_path / 'config.json'}"

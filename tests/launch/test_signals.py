@@ -89,7 +89,7 @@ def test_a_run_goes_on_bit_for_bit_after_each_signal(
         last, step = step, checkpoints(run)[-1]
         assert step > last
     summary = next(run.glob("faults/*/summary.txt")).read_text()
-    assert summary.startswith("rank 1 on ") and "gave no word; rank 0 waited for it" in summary
+    assert summary.startswith("rank 1 on ") and "did not report; rank 0 waited for it" in summary
 
     train_on_forks(config, (run, step + 2), (tmp_path / "unbroken", step + 2))
     got = rows(run)

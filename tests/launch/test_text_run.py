@@ -96,7 +96,7 @@ def test_a_folder_with_a_tokenizer_is_checked(tmp_path: Path) -> None:
     ("words", "line"),
     [
         ([], "--deepspeed_config: missing: give a config, or a text file to train on"),
-        (["none.txt"], "none.txt: no such file: must be a text file or a folder of some"),
+        (["none.txt"], "none.txt: no such file: must be a text file or a folder of text files"),
         (["empty"], "empty: must hold .txt, .md, .jsonl or .parquet files"),
         (["short.txt"], "short.txt: gives"),
         (["a.pdf"], "a.pdf: must end in"),

@@ -146,7 +146,7 @@ def test_a_package_that_was_half_unpacked_is_unpacked_again(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     folder = tmp_path / "packages"
     monkeypatch.setenv("KILLED", "1")
-    with pytest.raises(ConfigError, match="--packages: vim: cannot be had"):
+    with pytest.raises(ConfigError, match="--packages: vim: cannot be downloaded"):
         unpack("vim", folder)
     assert not (folder / "vim").exists()
     monkeypatch.delenv("KILLED")

@@ -110,7 +110,7 @@ def test_a_message_that_is_too_long_does_not_end_a_conversation(
     last = reference(chatty, f"user: a\nassistant: {first}\nuser: c\nassistant: ", 5)
     told = capsys.readouterr()
     assert told.out == f"> {first}\n> > {last}\n> "
-    line = r"the conversation has 1\d\d tokens and the model takes 64"
+    line = r"the conversation has 1\d\d tokens and the model takes at most 64"
     assert re.fullmatch(f"{line}: /reset starts a new one\n", told.err)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     with pytest.raises(ConfigError, match=line):
@@ -145,5 +145,7 @@ def test_two_system_messages_are_refused(chatty: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
     file.write_text(json.dumps([system, user]))
-    with pytest.raises(ConfigError, match="--system: .*talk.json begins with a system message"):
+    with pytest.raises(
+        ConfigError, match="--system: .*talk.json already begins with a system message"
+    ):
         chat.main([str(chatty), *GREEDY, "--system", "s", "--messages", str(file)])

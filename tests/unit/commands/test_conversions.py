@@ -65,7 +65,7 @@ def test_a_checkpoint_is_described_and_verified(
     capsys.readouterr()
     assert inspect_checkpoint.main([str(checkpoint), "--verify"]) == 0
     short = capsys.readouterr().out.splitlines()
-    assert short[-1] == "  whole: every file has its SHA-256"
+    assert short[-1] == "  whole: every file matches its SHA-256"
     assert not any("embedding.tokens.weight" in line for line in short)
     assert inspect_checkpoint.main([str(checkpoint), "--tensors"]) == 0
     assert "embedding.tokens.weight" in capsys.readouterr().out

@@ -36,9 +36,9 @@ def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
     assert [*findings({"h0": first | {"port_free": True}}, {"h0": 1}, port, 0)] == []
     found = "\n".join(findings({"h0": first, "h1": other}, {"h0": 1, "h1": 2}, port, 10))
     for said in (
-        f"h0: port {port} is taken", "h1: torch is 1.0, on h0 ", "h1: numpy is not installed", "a: cannot be read",
-        "b: another content than on h0", "h1: 1.0 GiB of memory are free for 2 ranks", "slots=2: it has 1 GPUs",
-        "checkpoints take", "off by at least -3.0 s",
+        f"h0: port {port} is in use", "h1: torch is 1.0, on h0 ", "h1: numpy is not installed", "a: cannot be read",
+        "b: other content than on h0", "h1: 1.0 GiB of memory are free for 2 ranks", "slots=2: it has 1 GPU: ",
+        "checkpoints need", "off by at least -3.0 s",
     ):  # fmt: skip
         assert said in found
     assert len(found.splitlines()) == 9
@@ -55,7 +55,7 @@ echo "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 3"
 def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpus.facts() == "nvidia-smi is not there"
+    assert gpus.facts() == "nvidia-smi not found"
     program.write_text(NVIDIA_SMI)
     program.chmod(0o755)
     seen = gpus.facts()

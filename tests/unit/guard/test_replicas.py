@@ -87,7 +87,7 @@ def test_two_against_two_are_all_named(differ: Callable[..., list[Difference | N
 def test_the_line_names_tensor_ranks_and_hosts() -> None:
     hosts = ["a", "a", "b", "b"]
     assert Difference("x", (3,), False).line(hosts) == (
-        "x: rank 3 on b holds another value: copies of a weight must be equal to the bit"
+        "x: rank 3 on b holds another value: copies of a weight must be bitwise equal"
     )
     assert (
         Difference("x", (1, 2), True)

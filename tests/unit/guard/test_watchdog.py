@@ -47,7 +47,7 @@ def test_a_rank_that_failed_is_named_with_those_that_wait_for_it(
         "rank 2 on b: step, for 3 s",
         "rank 3 on b: x",
     ]
-    assert f"{lines[0]}: {tmp_path / SUMMARY} and the stacks" in capsys.readouterr().err
+    assert f"{lines[0]}: see {tmp_path / SUMMARY} and the stacks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_rank_that_failed_is_named_with_those_that_wait_for_it(
     [
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset({3}), "rank 3 on b was killed"),
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset(), "rank 0 on a failed"),
-        ({0: BUSY, 1: BUSY, 2: BUSY}, frozenset(), "rank 3 on b gave no word"),
+        ({0: BUSY, 1: BUSY, 2: BUSY}, frozenset(), "rank 3 on b did not report"),
         ({rank: BUSY for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, rank 2 on b, "),
         ({rank: WAITS.format("") for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, "),
     ],
@@ -79,7 +79,7 @@ def test_the_flight_recorder_decides_between_ranks_that_are_all_busy(
     lines = summary(
         tmp_path, monkeypatch, dict.fromkeys(range(4), WAITS.format("")), flights=flights
     )
-    late = "rank 2 on b had not come to what others waited in; ranks 0, 1, 3 waited for it"
+    late = "rank 2 on b had not reached the call that others waited in; ranks 0, 1, 3 waited for it"
     assert lines[0] == late
 
 

@@ -67,7 +67,7 @@ def test_translations_are_written_to_a_new_file(folder: Path, tmp_path: Path) ->
     (tmp_path / "old.jsonl").write_text("kept")
     with pytest.raises(DataError, match="--write: .*old.jsonl: already exists; choose a new file"):
         check_writable(tmp_path / "old.jsonl")
-    with pytest.raises(DataError, match="--write: .*: .*none must be a folder that exists"):
+    with pytest.raises(DataError, match="--write: .*: .*none must be an existing folder"):
         check_writable(tmp_path / "none/new.jsonl")
     check_writable(tmp_path / "new.jsonl")
     pytest.importorskip("sacrebleu")

@@ -28,7 +28,9 @@ def test_an_encoder_decoders_prompts_end_as_its_sources_did() -> None:
 def test_ids_are_below_the_vocabulary() -> None:
     check_ids(LLAMA, [])
     check_ids(LLAMA, [[], [0, VOCABULARY - 1]])
-    line = f"--tokenizer: gives id {VOCABULARY}: must be below the model's vocab_size {VOCABULARY}"
+    line = (
+        f"--tokenizer: produces id {VOCABULARY}: must be below the model's vocab_size {VOCABULARY}"
+    )
     with pytest.raises(ConfigError, match=line):
         check_ids(LLAMA, [[3], [1, VOCABULARY, 2]])
 

@@ -166,7 +166,7 @@ def test_a_calibrations_file_is_a_device_with_more_beside_it(tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=r"^a.key: .*device.json: .*--calibrate") as raised:
             read_device(file, "a.key")
         assert "\n" not in str(raised.value)
-    with pytest.raises(ConfigError, match="none.json: must be a file of"):
+    with pytest.raises(ConfigError, match="none.json: must be a file written by"):
         read_device(tmp_path / "none.json")
 
 

@@ -296,7 +296,9 @@ def test_a_wrong_device_lists_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--device: V100: must be one of A100, H100, H200, B200"):
         main([*arguments, "--device", "V100"])
     (tmp_path / "device.json").write_text("{}")
-    with pytest.raises(ConfigError, match="must be a file of tools/benchmark_step.py --calibrate"):
+    with pytest.raises(
+        ConfigError, match="must be a file written by tools/benchmark_step.py --calibrate"
+    ):
         main([*arguments, "--device", str(tmp_path / "device.json")])
 
 
@@ -311,7 +313,7 @@ def test_no_layout_that_fits_says_by_how_much(tmp_path: Path) -> None:
 def test_a_world_without_any_layout_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(document()))
     arguments = ["--deepspeed_config", str(tmp_path / "config.json"), "--world-size", "11"]
-    message = "--world-size: 11: the config's rules accept no layout of so many ranks with a global batch of 32"
+    message = "--world-size: 11: the config's rules accept no layout for this many ranks with a global batch of 32"
     with pytest.raises(ConfigError, match=message):
         main(arguments)
 
@@ -331,7 +333,7 @@ def test_check_prints_the_plan_of_the_configs_layout(
     told = capsys.readouterr().err
     assert re.search(r"[\d,]+ parameters; 5,120 tokens in 10 steps, .* a parameter; .* FLOPs", told)
     assert re.search(r"epochs: [\d.]+ of .*corpus", told)
-    assert re.search(r"plan: on H100 [\d.e-]+ s a step predicted", told)
+    assert re.search(r"plan: on H100 [\d.e-]+ s per step predicted", told)
 
 
 def test_times_and_bytes_of_the_context_and_expert_axes() -> None:

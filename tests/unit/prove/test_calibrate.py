@@ -19,7 +19,7 @@ def test_collectives_take_the_clock_that_counts() -> None:
 
 
 def test_calibrate_goes_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--calibrate: x: goes without --steps"):
+    with pytest.raises(ConfigError, match="--calibrate: x: not allowed with --steps"):
         main(["--calibrate", "x", "--steps", "3"])
     with pytest.raises(ConfigError, match="must be a folder"):
         main(["--calibrate", str(tmp_path / "none" / "x.json")])

@@ -13,7 +13,7 @@ def test_rankings() -> None:
 
 
 def test_layouts_to_rank_are_checked_first() -> None:
-    with pytest.raises(ConfigError, match="--layouts: data=2: must be two or more, which are"):
+    with pytest.raises(ConfigError, match="--layouts: data=2: must be two or more, to be ranked"):
         main(["--layouts", "data=2"])
     with pytest.raises(ConfigError, match="--layouts: data=4096: 4096 ranks: must be at most"):
         main(["--layouts", "data=2", "data=4096"])

@@ -39,7 +39,7 @@ def test_other_losses_are_no_race() -> None:
 
 
 def test_a_contender_that_ends_is_told_with_what_it_said() -> None:
-    with pytest.raises(RaceFailed, match="other: rank 0 ended: it broke"):
+    with pytest.raises(RaceFailed, match="other: rank 0 exited: it broke"):
         race([Contender("other", MODULE, 1, {"loss": 2.0, "ends": 1})], rounds=2, warmup=1)
 
 

@@ -277,12 +277,12 @@ def test_the_loss_of_a_classifier_is_a_mean_over_texts(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     about = json.loads((run / "about.json").read_text())
     assert main([str(run)]) == 0
-    assert "Training loss, nats a token" in (run / "report.html").read_text()
-    (run / "about.json").write_text(json.dumps({**about, "loss_unit": "nats a text"}))
+    assert "Training loss, nats per token" in (run / "report.html").read_text()
+    (run / "about.json").write_text(json.dumps({**about, "loss_unit": "nats per text"}))
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert "Training loss, nats a text" in text and "Validation loss, nats a text" in text
-    assert "nats a token" not in text
+    assert "Training loss, nats per text" in text and "Validation loss, nats per text" in text
+    assert "nats per token" not in text
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,16 @@ def test_mistakes_of_the_command_line_are_one_line(
         ],
         "--num_nodes: 2: only with --hostfile": ["--num_gpus", "1", "--num_nodes", "2", *program],
         "--ssh_port: 2: only with --hostfile": ["--num_gpus", "1", "--ssh_port", "2", *program],
-        "program: pretran: must be pretrain, generate or evaluate, or a script that exists; did you mean pretrain.$": [
+        "program: pretran: must be pretrain, generate or evaluate, or an existing script; did you mean pretrain.$": [
             "--num_gpus",
             "2",
             "pretran",
         ],
-        "program: x/none.py: must be pretrain, .* that exists$": ["--num_gpus", "2", "x/none.py"],
+        "program: x/none.py: must be pretrain, .* or an existing script$": [
+            "--num_gpus",
+            "2",
+            "x/none.py",
+        ],
         "--master_port: 70000: must be an integer of at least 1 and at most 65535": [
             *["--num_gpus", "1", "--master_port", "70000"],
             *program,

@@ -37,7 +37,7 @@ def test_it_is_json_with_the_whole_grid() -> None:
     told = about(made, spec)
     assert json.loads(json.dumps(told)) == told
     assert told["grid"] == axes_of(made) == {"pipe": 2, "data": 2, "tensor": 2}
-    assert (told["model"], told["causal"], told["loss_unit"]) == ("llama", True, "nats a token")
+    assert (told["model"], told["causal"], told["loss_unit"]) == ("llama", True, "nats per token")
     assert told["parameters"] == spec.num_parameters
     assert axes_of(config(4, {"context": 2}))["context"] == 2
 
@@ -77,4 +77,4 @@ def test_keys_that_are_not_as_they_come() -> None:
 
 def test_a_classifiers_loss_is_one_of_texts() -> None:
     told = about(config(1, {}, batch=1), read_spec(CONFIGS["llama"]))
-    assert told["loss_unit"] == "nats a text"
+    assert told["loss_unit"] == "nats per text"

@@ -88,5 +88,5 @@ def test_without_a_checkpoint_there_is_no_way_back(
     made.run_dir = "runs/x"
     nothing = SimpleNamespace(weights=None)
     monkeypatch.setattr(checkpointing, "starting_point", lambda run_dir, load: nothing)
-    with pytest.raises(TrainingError, match="^runs/x: holds no checkpoint to go back to$"):
+    with pytest.raises(TrainingError, match="^runs/x: holds no checkpoint to rewind to$"):
         made.restore()

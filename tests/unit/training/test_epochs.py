@@ -70,7 +70,7 @@ def test_steps_are_those_of_a_count_by_hand(
     config = prepare(str(config_file(tmp_path, data, **train)), [], 1).config
     assert config.train.steps == steps and config.train.epochs is None
     wanted = round(train["epochs"] * samples)
-    line = f"{samples:,} samples an epoch, {wanted:,} in all: megalite.train.steps {steps}"
+    line = f"{samples:,} samples per epoch, {wanted:,} in all: megalite.train.steps {steps}"
     assert config.notes == (f"megalite.train.epochs: {train['epochs']:g}: {line}",)
 
 

@@ -65,8 +65,8 @@ def test_first_steps_have_predicted_beside_measured() -> None:
         None,
     ]
     assert said == [
-        "a step: predicted 0.25 s, measured 0.7 s (+180 %, median of steps 6 to 8); "
-        "model states of up to 36 bytes a rank, as predicted"
+        "step time: predicted 0.25 s, measured 0.7 s (+180 %, median of steps 6 to 8); "
+        "model states of up to 36 bytes per rank, as predicted"
     ]
     said.clear()
     other = {**held, "optimizer_bytes": [20, 24]}

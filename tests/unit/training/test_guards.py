@@ -59,7 +59,7 @@ def test_a_difference_stops_the_run_and_says_since_when(monkeypatch: pytest.Monk
         guard.after_step({"step": 8})
     text = str(raised.value)
     assert text.startswith("step 8: head.weight: rank 1 on b holds another value: ")
-    assert text.endswith("; a checkpoint of a step after 4 may hold it")
+    assert text.endswith("; checkpoints of steps after 4 may contain it")
 
 
 def test_pace_is_begun_before_the_step_that_it_measures() -> None:
@@ -105,7 +105,7 @@ def test_load_is_told_by_layer_at_its_interval(monkeypatch: pytest.MonkeyPatch) 
 def test_experts_without_a_token_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, told = loads([[0, 5, 0], [1, 1, 1], [0, 1, 1], [2, 0, 1], [1, 1, 0]], 4, monkeypatch)
     line = "layer 1: 0, 2; layer 5: 0; layer 7: 1; and in 1 more layers"
-    assert told == [f"step 4: experts without a token: {line}"]
+    assert told == [f"step 4: experts without tokens: {line}"]
     rows, _ = loads([[0, 0]], 4, monkeypatch)
     assert rows[3]["expert_imbalance"] == 0.0
 

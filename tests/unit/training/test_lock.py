@@ -165,7 +165,7 @@ def test_one_of_another_machine_is_watched_for_a_sign_of_life(
     os.utime(starts.path, (0, 0))
     second = starts.begin()
     assert second.stderr is not None
-    waits = f"{starts.path}: of {holder}: waiting up to 1 s for a sign of life\n"
+    waits = f"{starts.path}: held by {holder}: waiting up to 1 s for a heartbeat\n"
     assert second.stderr.readline() == waits
     os.utime(starts.path)
     assert ended(second) == (2, [refusal(starts, os.getpid())])
@@ -193,9 +193,7 @@ def test_a_later_start_of_one_launcher_s_run_takes_it_and_the_earlier_ends(
     other = starts.holding(**second)
     holder = Holder.read(starts.path.read_text())
     one.send_signal(signal.SIGCONT)
-    line = (
-        f"-c: megalite.train.run_dir: {starts.folder}: {holder} has taken it over: this start ends"
-    )
+    line = f"-c: megalite.train.run_dir: {starts.folder}: taken over by {holder}: this start exits"
     assert ended(one) == (1, [line])
     assert starts.pid == other.pid
 

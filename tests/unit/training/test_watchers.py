@@ -212,9 +212,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_continues(tmp_path: Path) 
         trackers.after_step(row(1))
         trackers.after_step(row(2))
         trackers.close()
-    line = (
-        "megalite.train.trackers: failing: left out from here on: ConnectionError: no route to host"
-    )
+    line = "megalite.train.trackers: failing: disabled for the rest of the run: ConnectionError: no route to host"
     assert told == [line]
 
 
@@ -233,7 +231,7 @@ def test_a_tracker_that_waits_at_the_end_is_named(
     with mock.patch.dict(LOGGER_TYPE_TO_CLASS, {"stuck": Stuck}):
         Trackers(["stuck"], tmp_path, {}, told.append).close()
     (line,) = told
-    assert line.startswith("megalite.train.trackers: stuck: has been ending its run for 0.1 s; ")
+    assert line.startswith("megalite.train.trackers: stuck: has been finishing its run for 0.1 s; ")
 
 
 def test_trackers_are_checked_before_a_run() -> None:
