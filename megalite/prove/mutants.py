@@ -10,7 +10,7 @@ A mutant is a name and a Plant (trace.py). The list depends only on the config, 
 file `*_mutants.py` has those of one part of a run. Next: verify.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from megalite.config import Config
 from megalite.model.families import read_spec
@@ -41,8 +41,12 @@ def mutants(config: Config) -> dict[str, Plant]:
     return result
 
 
-def chosen(names: Iterable[str], count: int) -> list[str]:
-    """So many of the names, spread evenly over all of them."""
-    every = list(names)
-    count = min(count, len(every))
-    return [every[number * len(every) // count] for number in range(count)]
+def chosen(plants: Mapping[str, Plant], count: int) -> list[str]:
+    """`count` of the names: one for each function that plants faults, then others, spaced evenly over the rest."""
+    by_function: dict[str, str] = {}
+    for name, plant in plants.items():
+        by_function.setdefault(plant.__qualname__, name)
+    first = list(by_function.values())[:count]
+    rest = [name for name in plants if name not in first]
+    more = min(count - len(first), len(rest))
+    return first + [rest[number * len(rest) // more] for number in range(more)]

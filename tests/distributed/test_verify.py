@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,32 +216,20 @@ def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:
     )
 
 
-def with_own_norm(names: Iterable[str], count: int) -> list[str]:
-    """As `chosen`, plus the mutant that changes what ranks agree on for a resume."""
-    return [*chosen(names, count - 1), "each rank clips by a norm of its own"]
-
-
+@pytest.mark.parametrize("layout", ["pipe=2,zero=1", "tensor=2,zero=2", "data=2,zero=1"])
 def test_mutants_are_found(
-    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layout: str, document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "--deepspeed_config",
-        config_file(document, tmp_path),
-        "--steps",
-        "2",
-        "--mutants",
-        "12",
-    ]
-    with (
-        mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
-        mock.patch("megalite.prove.verify.chosen", with_own_norm),
-    ):
-        assert main([*arguments, "--layouts", "pipe=2,zero=1,micro=2"]) == 0
+    """At least one by each function that plants faults."""
+    config, arguments = config_file(document, tmp_path), ["--steps", "2", "--mutants", "16"]
+    arguments += ["--deepspeed_config", config, "--layouts", f"{layout},micro=2"]
+    with mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks):
+        assert main(arguments) == 0
     out = capsys.readouterr().out
     ((changing, found),) = re.findall(
-        r"12 mutants: (\d+) change a number beyond rounding, (\d+) of these", out
+        r"16 mutants: (\d+) change a number beyond rounding, (\d+) of these", out
     )
-    assert int(changing) >= 9 and changing == found, out
+    assert int(changing) >= 13 and changing == found, out
 
 
 @pytest.mark.long
@@ -253,8 +241,8 @@ def test_layers_of_a_stage_that_turn_as_others_are_found(
     arguments = ["--deepspeed_config", config_file(made, tmp_path), "--steps", "2"]
     arguments += ["--layouts", "pipe=2,zero=1,micro=2", "--mutants", "1"]
 
-    def only(names: Iterable[str], count: int) -> list[str]:
-        return [name for name in names if "rotary" in name]
+    def only(plants: Mapping[str, Any], count: int) -> list[str]:
+        return [name for name in plants if "rotary" in name]
 
     with (
         mock.patch("megalite.prove.verify.run_local_ranks", on_forked_ranks),
@@ -279,7 +267,9 @@ def test_mutants_have_one_list_of_names(document: dict[str, Any]) -> None:
         "shifted by one",
     ):
         assert any(words in name for name in names), words
-    assert chosen(names, 10) == [names[len(names) * number // 10] for number in range(10)]
+    functions = {plant.__qualname__ for plant in mutants(config).values()}
+    some = chosen(mutants(config), len(functions))
+    assert len(some) == len(functions) == len({mutants(config)[name].__qualname__ for name in some})
 
 
 def test_the_program_agrees_and_refuses(document: dict[str, Any], tmp_path: Path) -> None:

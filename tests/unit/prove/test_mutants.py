@@ -64,9 +64,15 @@ def test_faults_are_of_the_axes_that_there_are(
     assert any(has in name for name in names) and not any(lacks in name for name in names)
 
 
-def test_some_of_many_are_spread_over_all() -> None:
-    assert chosen("abcdefghij", 4) == ["a", "c", "f", "h"]
-    assert chosen("abc", 10) == ["a", "b", "c"] and chosen("abc", 0) == []
+def test_some_of_many_are_one_of_each_function_and_then_spread_over_all() -> None:
+    def one(*given: Any) -> None: ...
+
+    def other(*given: Any) -> None: ...
+
+    plants = {name: other if name == "e" else one for name in "abcdefghij"}
+    assert chosen(plants, 1) == ["a"] and chosen(plants, 2) == ["a", "e"]
+    assert chosen(plants, 5) == ["a", "e", "b", "d", "h"]
+    assert sorted(chosen(plants, 20)) == [*"abcdefghij"] and chosen(plants, 0) == []
 
 
 def test_a_kind_is_a_name_without_its_layer() -> None:
