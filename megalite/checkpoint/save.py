@@ -81,6 +81,12 @@ def use_device(index: int | None) -> None:
         torch.accelerator.set_device_index(index)
 
 
+def taken_bytes(size: int, pinned: bool) -> int:
+    """Host memory that a tensor of `size` bytes takes. torch allocates pinned memory in powers of two
+    (ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if pinned else size
+
+
 class Copy:
     """Host memory that boxes are copied to. It is reused by later saves, because allocating it takes several times as
     long as filling it.
@@ -94,6 +100,7 @@ class Copy:
         """limit_bytes: most memory for the copy; None: half of the node's free memory, divided among its ranks."""
         self.limit_bytes = limit_bytes
         self.memory: dict[torch.dtype, Tensor] = {}
+        self.pinned = False
         self.made: Any = None
         self._streams: dict[torch.device, Any] = {}
 
@@ -103,7 +110,11 @@ class Copy:
         counts: Counter[torch.dtype] = Counter()
         for box in (box for some in boxes.values() for box in some):
             counts[box.values.dtype] += box.values.numel()
-        wanted = sum(dtype.itemsize * count for dtype, count in counts.items())
+        device = _device_of(boxes)
+        self.pinned = device.type != "cpu"  # only there does a device write by itself
+        wanted = sum(
+            taken_bytes(dtype.itemsize * count, self.pinned) for dtype, count in counts.items()
+        )
         free = (
             psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             + self.held_bytes
@@ -111,14 +122,12 @@ class Copy:
         if wanted > (free if self.limit_bytes is None else self.limit_bytes):
             self.memory.clear()
             return None
-        device = _device_of(boxes)
         for dtype, count in counts.items():
             if dtype not in self.memory or self.memory[dtype].numel() != count:
                 self.memory.pop(dtype, None)
                 try:
                     # Pinned memory, since other copies from a device are not asynchronous.
-                    pinned = device.type != "cpu"
-                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=pinned)
+                    self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=self.pinned)
                 except RuntimeError:  # out of memory
                     return None
         if device not in self._streams:
@@ -147,7 +156,7 @@ class Copy:
     @property
     def held_bytes(self) -> int:
         """Bytes of this process's memory that the copy takes."""
-        return sum(memory.nbytes for memory in self.memory.values())
+        return sum(taken_bytes(memory.nbytes, self.pinned) for memory in self.memory.values())
 
 
 def _device_of(boxes: BoxDict) -> torch.device:

@@ -1,10 +1,11 @@
 """A run that hangs says why: a limit of time for each part of a run, and what each rank was doing.
 
 A thread on each rank. Where a part takes longer than its limit, or a rank fails (a peer's death shows as an error of
-gloo or NCCL), every live rank writes a file into the run's `faults/START/`: a line of where it is and whom it waits
-for, a line of what NCCL's flight recorder says (flight.py), then the stacks of its threads. The lowest of them writes
-`summary.txt` and prints its first line; all end with 1. Collectives no longer work then: one rank of each node looks at
-that folder, which all nodes share, and tells its neighbours by a signal. Not signals themselves (signals.py).
+gloo, or as a process of the node that has gone), every live rank writes a file into the run's `faults/START/`: a line
+of where it is and whom it waits for, a line of what NCCL's flight recorder says (flight.py), then the stacks of its
+threads. The lowest of them writes `summary.txt` and prints its first line; all end with 1. Collectives no longer work
+then: one rank of each node looks at that folder, which all nodes share, and tells its neighbours by a signal. Not
+signals themselves (signals.py).
 """
 
 import contextlib
@@ -67,6 +68,7 @@ class Watchdog:
             threading.Lock(),
             listen(),
         )  # here: the first call is in the main thread
+        self.node, self.alone_since = {*self._neighbours()}, -1.0
         self._begin("start", limits.first_step_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -120,16 +122,27 @@ class Watchdog:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")
             if self.signals.peer_lost:
                 self._end(_BUSY, _main_frames(), "when another rank was lost or had failed")
-            if now - looked > LOOK_SECONDS and self._looks_for_its_node():
+            if now - looked > LOOK_SECONDS:
                 looked, found = now, False
                 with contextlib.suppress(OSError):  # a file system that is away now
-                    found = self.folder.exists()
+                    found = self._looks_for_its_node() and self.folder.exists()
                 if found:
                     self._end(_BUSY, _main_frames(), "when another rank had failed")
+                if self._is_left_alone():
+                    self._end(_BUSY, _main_frames(), "when a rank of this node was gone")
 
     def _looks_for_its_node(self) -> bool:
         """Whether no rank of this node below this one is alive: thousands that look would keep a file system busy."""
         return not any(rank < self.rank for rank, _ in self._neighbours())
+
+    def _is_left_alone(self) -> bool:
+        """Whether two looks in one part have found a neighbour gone. gloo raises an error then; under NCCL a device
+        waits for ever, and stock `deepspeed` ends the other ranks one by one, with half a minute for each. At a run's
+        end ranks end one after another too, within a moment."""
+        before, since = self.alone_since, self.since
+        lost = self.part and self.node != {*self._neighbours()}
+        self.alone_since = since if lost else -1.0
+        return self.alone_since == before == since
 
     def _neighbours(self) -> Iterator[tuple[int, int]]:
         """Live ranks of this node other than this one, and their processes."""

@@ -85,12 +85,10 @@ def evaluate_main(arguments: list[str]) -> int:
             return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
-    try:
-        for line in work(*load_stage(prepared, options.dtype)):
-            if here.rank == 0:
-                print(json.dumps(line, ensure_ascii=False), flush=True)
-    finally:
-        stop_ranks()
+    for line in work(*load_stage(prepared, options.dtype)):
+        if here.rank == 0:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    stop_ranks()
     return 0
 
 

@@ -44,18 +44,16 @@ def generate_main(arguments: list[str]) -> int:
             return _asked(options)
 
     here, asked = start_ranks(prepare)
-    try:
-        # Standard input is rank 0's alone.
-        prompts, ids = told_by_rank_0((asked.prompts, asked.ids))
-        texts = _generate(asked, ids, options)
-        if here.rank == 0:
-            for number, prompt in enumerate(prompts):
-                for sample, text in enumerate(texts[number :: len(prompts)]):
-                    numbered = {"sample": sample} if options.samples > 1 else {}
-                    line = {"prompt": prompt, **numbered, "text": text}
-                    print(json.dumps(line, ensure_ascii=False), flush=True)
-    finally:
-        stop_ranks()
+    # Standard input is rank 0's alone.
+    prompts, ids = told_by_rank_0((asked.prompts, asked.ids))
+    texts = _generate(asked, ids, options)
+    if here.rank == 0:
+        for number, prompt in enumerate(prompts):
+            for sample, text in enumerate(texts[number :: len(prompts)]):
+                numbered = {"sample": sample} if options.samples > 1 else {}
+                line = {"prompt": prompt, **numbered, "text": text}
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+    stop_ranks()
     return 0
 
 

@@ -21,6 +21,7 @@ from megalite.errors import ConfigError
 Function = TypeVar("Function", bound=Callable[..., Any])
 KEY = "megalite.train.compile"
 RECOMPILE_LIMIT = 64
+"""Forms of one function: training, evaluation, samples, and 0, 1 or more rows of an expert. torch's 8 are too few."""
 
 
 class _Compiler:
@@ -36,11 +37,6 @@ def compile_pieces(wanted: bool) -> None:
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
         # Otherwise each rank starts a pool of processes, for a few small kernels.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        from torch._dynamo import config  # takes a second to import
-
-        # Variants of one function: training, evaluation, samples, and 0, 1 or more rows of an expert. The default, 8,
-        # is too low.
-        config.recompile_limit = RECOMPILE_LIMIT
 
 
 def compiles() -> bool:
@@ -53,11 +49,18 @@ def compiled(function: Function) -> Function:
     """The compiled form of a function of tensors. If a size changes (tokens of an expert), it is compiled once more for
     all sizes. Inside a dispatch mode (parallel/traffic.py, prove/messages.py), which the compiler does not support, the
     function itself is called."""
+    from torch._dynamo import config  # takes a second to import
+
     made = torch.compile(function, fullgraph=True)
 
     @wraps(function)
     def called(*values: Any) -> Any:
-        return made(*values) if _get_current_dispatch_mode() is None else function(*values)
+        if _get_current_dispatch_mode() is not None:
+            return function(*values)
+        # The compiler's settings belong to a thread, and on a GPU backward runs in a thread of autograd.
+        if config.recompile_limit != RECOMPILE_LIMIT:
+            config.recompile_limit = RECOMPILE_LIMIT
+        return made(*values)
 
     return called  # type: ignore[return-value]
 

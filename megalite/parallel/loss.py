@@ -22,6 +22,7 @@ LEAST_ROWS = 256  # per chunk on a CPU
 LEAST_ROWS_OF_DEVICES = 2048  # per chunk on GPUs, which need larger products
 IN_CACHE = 2**18  # logits that a CPU processes at a time: 1 MiB in fp32
 AT_A_TIME_ON_DEVICES = 2**26  # logits that other devices process at a time: 256 MiB in fp32
+ROW_BYTES = 16  # on other devices, each row of logits begins at a multiple of this
 PRODUCT_ROWS = 2048  # rows of the weight's gradient that a CPU computes at a time, if the sum has another dtype
 
 
@@ -128,10 +129,10 @@ class _Room:
     ) -> None:
         self.step = block_rows(rows, columns, axis.size, weight.device.type)
         columns = weight.shape[0]
-        self.product = weight.new_empty(rows, columns)
+        self.product = _rows(weight, rows, columns, weight.dtype)
         self.raised = self.wide = None
         if dtype != weight.dtype:
-            self.raised = weight.new_empty(rows, columns, dtype=dtype)
+            self.raised = _rows(weight, rows, columns, dtype)
         if dtype != torch.float32:
             self.wide = weight.new_empty(self.step, columns, dtype=torch.float32)
 
@@ -147,6 +148,19 @@ class _Room:
     def in_fp32(self, block: Tensor) -> Tensor:
         """The block itself if it is fp32, else a copy in fp32."""
         return block if self.wide is None else self.wide[: len(block)].copy_(block)
+
+
+def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for logits [rows, columns], aligned for matrix products."""
+    length = row_length(columns, dtype.itemsize, like.device.type)
+    return like.new_empty(rows, length, dtype=dtype)[:, :columns]
+
+
+def row_length(columns: int, width: int, device: str) -> int:
+    """The stride between rows of logits, in elements of `width` bytes. With an odd vocabulary, such as GPT-2's, or an
+    uneven slice of one, contiguous rows are not aligned, and kernels on a GPU would load only a few bytes at a time."""
+    unit = 1 if device == "cpu" else ROW_BYTES // width
+    return -(-columns // unit) * unit
 
 
 def block_rows(rows: int, columns: int, ranks: int, device: str) -> int:

@@ -44,6 +44,15 @@ def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
     return local_rank
 
 
+def name_gpu(ordinal: int) -> None:
+    """Tells DeepSpeed which GPU is this rank's own. It takes LOCAL_RANK for the ordinal (runtime/engine.py,
+    `_set_distributed_vars`; `zero.Init`; assert_ints_same_as_other_ranks), which it is not where a rank sees its own
+    GPU alone, and wants Open MPI's variable to say the same. To be called once nobody asks for the local rank any more.
+    """
+    os.environ["LOCAL_RANK"] = str(ordinal)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+
+
 def too_few(local_size: int, gpus: int) -> ConfigError:
     """The error for `local_size` ranks on a node with only `gpus` GPUs."""
     plural = "" if gpus == 1 else "s"

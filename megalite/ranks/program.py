@@ -1,5 +1,6 @@
 """How every program ends: which errors are printed as one line, and the exit code of each."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -32,8 +33,10 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     if isinstance(sys.stdout, io.TextIOWrapper):  # a message may repeat a path that is not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     collect_garbage()
+    failed = True
     try:
         code = main(sys.argv[1:])
+        failed = False
     except MegaliteError as error:
         code = error.exit_code
         settle(code)
@@ -54,16 +57,17 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
             code = EXIT_BASE + signal.SIGPIPE
         settle(code)
         if code == 1 and not is_full:
-            raise
-        if code in (1, UserError.exit_code):
+            _raise_or_tell()
+        elif code in (1, UserError.exit_code):
             print_line(
                 MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
                     error.__traceback__
                 )
             )
     except Exception:
-        settle(1)
-        raise
+        code = 1
+        settle(code)
+        _raise_or_tell()
     else:
         settle(code)
     for stream in (sys.stdout, sys.stderr):
@@ -75,7 +79,18 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
             if stream is sys.stdout and error.errno in FULL and code == 0 and not resumes:
                 print_line(MegaliteError(f"standard output: {error.strerror}"))
                 code = 1
+    if failed and Place.started:
+        # Skips the interpreter's shutdown, where NCCL would wait for the other ranks of each group.
+        atexit._run_exitfuncs()
+        os._exit(code)
     sys.exit(code)
+
+
+def _raise_or_tell() -> None:
+    """For an unexpected error: raises it again, or prints it in a rank, which exits without raising."""
+    if not Place.started:
+        raise
+    traceback.print_exc()
 
 
 def _is_told_here(error: MegaliteError) -> bool:

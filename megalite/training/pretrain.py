@@ -81,11 +81,10 @@ def main(arguments: list[str]) -> int:
     here, prepared = start_ranks(
         prepare_ranks, lambda prepared: prepared.config.train.limits.collective_timeout, _differs
     )
-    try:
-        _remove_swap_folders(prepared.config, here)
-        return _train(prepared, here.rank)
-    finally:
-        stop_ranks()
+    _remove_swap_folders(prepared.config, here)
+    code = _train(prepared, here.rank)
+    stop_ranks()
+    return code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -353,6 +352,7 @@ def _train(prepared: Prepared, rank: int) -> int:
             config.parallel.context,
             config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
+            key_heads=prepared.spec.num_kv_heads,
         )
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))

@@ -1,14 +1,23 @@
-"""A start: what rank 0 prepared reaches the other ranks of its node, and nodes whose files differ are refused."""
+"""A start: what rank 0 prepared reaches the other ranks of its node, and nodes whose files differ are refused. And the
+end of a rank that fails."""
 
+import json
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
+from megalite.errors import DataError
 from megalite.ranks import launch
+from megalite.ranks.program import run_program
 from megalite.training import pretrain
 from tests.ranks import RankFailure, run_ranks
+from tests.training_runs import document
 
 
 def started(rank: int, world_size: int, nodes: bool, files: list[str]) -> Any:
@@ -53,6 +62,43 @@ def test_nodes_whose_files_differ_are_refused_in_a_line(tmp_path: Path) -> None:
 def test_a_mistake_on_rank_0_alone_reaches_the_other_nodes(tmp_path: Path) -> None:
     with pytest.raises(RankFailure, match="died with exit code 1"):
         run_ranks(2, started, True, [str(tmp_path / "none"), str(tmp_path)], init=False)
+
+
+def fails_alone(rank: int, world_size: int, config: str, error: type[Exception]) -> None:
+    """A run of which rank 1 fails while rank 0 waits for it, where leaving the world takes until all ranks leave it, as
+    under NCCL."""
+
+    def train(prepared: pretrain.Prepared, rank: int) -> int:
+        if rank == 1:
+            raise error("a token is beyond the vocabulary")
+        dist.barrier()
+        return 0
+
+    sys.argv = ["pretrain.py", "--deepspeed_config", config]
+    with (
+        mock.patch.object(pretrain, "_train", train),
+        mock.patch.object(dist, "destroy_process_group", lambda: time.sleep(3600)),
+    ):
+        run_program(pretrain.main)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError, 2, "pretrain.py: a token is beyond the vocabulary"),
+        (RuntimeError, 1, "RuntimeError: a token is beyond the vocabulary"),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_at_once(
+    tmp_path: Path, error: type[Exception], code: int, line: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(document(tmp_path, "run", {})))
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(
+            2, fails_alone, str(tmp_path / "config.json"), error, init=False, timeout_seconds=20
+        )
+    text = str(failure.value)
+    assert f"died with exit code {code}" in text and text.count(line) == 1, text
 
 
 def test_what_differs_is_named_by_its_key() -> None:

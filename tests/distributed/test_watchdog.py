@@ -156,3 +156,23 @@ def test_under_nccl_the_rank_that_has_not_come_is_named(tmp_path: Path) -> None:
     )
     assert "in all_reduce 7 of ranks 0, 1, 2; longer than its limit of 1 s" in lines[0]
     assert "when another rank was lost or had failed" in lines[1], "it was told by a signal"
+
+
+def step_without_a_neighbour(rank: int, world_size: int, run_dir: Path) -> None:
+    """Rank 1's process ends while rank 0's host waits for its device, which waits for rank 1's."""
+    with (
+        Watchdog(run_dir, Limits.model_validate({})) as watchdog,
+        watchdog.watching("step 7", 60.0),
+    ):
+        if rank == 0:
+            time.sleep(60)
+
+
+def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailure, match="died with exit code 1"):
+        run_ranks(2, step_without_a_neighbour, tmp_path, timeout_seconds=30)
+    assert time.monotonic() - begin < 15
+    head, own, _ = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
+    assert head.startswith("rank 1 on ") and " gave no word" in head
+    assert "step 7" in own and own.endswith("when a rank of this node was gone")

@@ -88,6 +88,25 @@ def test_the_first_summary_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert summary(tmp_path, monkeypatch, {0: FAILED}) == ["of the first"]
 
 
+def test_a_neighbour_that_has_gone_counts_where_a_part_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks that end a run one after another see each other go too."""
+    made: Any = Watchdog.__new__(Watchdog)
+    made.node, made.alone_since = {(1, 11), (2, 12)}, -1.0
+    alive = {(1, 11), (2, 12)}
+    monkeypatch.setattr(made, "_neighbours", lambda: iter(alive))
+
+    def looks(part: str, since: float) -> bool:
+        made.part, made.since = part, since
+        return made._is_left_alone()
+
+    assert not any([looks("step 1", 1.0), looks("step 1", 1.0)])
+    alive.remove((2, 12))
+    assert [looks("step 1", 1.0), looks("the last checkpoint", 2.0), looks("", 2.0)] == [False] * 3
+    assert [looks("step 3", 3.0), looks("step 3", 3.0)] == [False, True]
+
+
 def frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

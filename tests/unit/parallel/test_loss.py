@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megalite.parallel import loss as over
 from megalite.parallel.grid import ALONE
-from megalite.parallel.loss import IGNORED, chunk_rows, head_loss, token_losses
+from megalite.parallel.loss import IGNORED, chunk_rows, head_loss, row_length, token_losses
 
 TOKENS, SIZE, VOCABULARY = 37, 16, 53
 
@@ -85,6 +85,42 @@ def test_losses_of_tokens() -> None:
     labels = drawn()[3]
     wanted = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(token_losses(logits.clone(), labels, VOCABULARY, ALONE), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_logits_that_have_gaps_between_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs with an odd vocabulary, whose kernels want rows that begin at a multiple of 16 bytes: the same loss
+    and gradients."""
+    hidden, weight, bias, labels = drawn(dtype)
+    monkeypatch.setattr(over, "LEAST_ROWS", 5)
+    results, strides = [], set[int]()
+    mm = torch.addmm
+
+    def told(*args: Tensor, out: Tensor) -> Tensor:
+        strides.add(out.stride(0))
+        return mm(*args, out=out)
+
+    monkeypatch.setattr(torch, "addmm", told)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(
+            over, "row_length", lambda *sizes, kind=device: row_length(*sizes[:2], kind)
+        )
+        loss = head_loss(hidden, weight, bias, labels, VOCABULARY, ALONE, 0.01)
+        results.append([loss, *torch.autograd.grad(loss, (hidden, weight, bias))])
+    assert strides == {VOCABULARY, 56}
+    for close, apart in zip(*results, strict=True):
+        torch.testing.assert_close(apart, close)
+
+
+def test_rows_of_logits_begin_where_a_gpus_kernels_load_16_bytes() -> None:
+    assert row_length(50257, 2, "cuda") == 50264 and row_length(50257, 4, "cuda") == 50260
+    for columns in (32_000, 128_256 // 8):
+        assert row_length(columns, 2, "cuda") == columns
+    assert row_length(50257, 2, "cpu") == 50257  # a CPU's passes would have gaps
+    room = over._Room(8, 53, torch.empty(53, 16, device="meta"), torch.float32, ALONE)
+    assert room.product.shape == (8, 53) and room.product.stride() == (56, 1)
 
 
 def test_a_chunk_takes_no_more_than_the_weights_gradient() -> None:

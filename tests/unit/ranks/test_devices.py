@@ -7,6 +7,7 @@ import resource
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -75,6 +76,44 @@ def test_too_few_gpus_are_one_line_before_ranks_start() -> None:
     assert text.count("ranks on a node: 2: must be at most the 1 GPU that torch sees there") == 1, (
         text
     )
+
+
+def gpus_taken(rank: int, world_size: int, visible: int) -> list[int]:
+    """What a rank of this node makes its current GPU at its start, and then DeepSpeed as it makes an engine; and the
+    engine's. Open MPI has started it."""
+    import deepspeed.runtime.engine as of_deepspeed
+
+    taken: list[int] = []
+
+    def device_name(ordinal: Any = None) -> str:
+        return "cuda" if ordinal is None else f"cuda:{ordinal}"
+
+    gpu = SimpleNamespace(
+        device_name=device_name, set_device=taken.append, communication_backend_name=lambda: "gloo"
+    )
+    os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(rank)
+    with (
+        patch.object(launch, "visible_gpus", lambda: visible),
+        patch.object(launch, "gpu_name", lambda ordinal: f"GPU-{rank}"),
+        patch("megalite.ranks.accelerator.use_accelerator", lambda: gpu),
+        patch("deepspeed.init_distributed", lambda verbose: None),
+    ):
+        launch.start_ranks(lambda thorough: None)
+    engine: Any = SimpleNamespace()
+    with (
+        patch.object(of_deepspeed, "get_accelerator", lambda: gpu),
+        patch.object(of_deepspeed, "dist", dist),
+    ):
+        of_deepspeed.DeepSpeedEngine._configure_with_arguments(engine, None, None)
+        of_deepspeed.DeepSpeedEngine._set_distributed_vars(engine, None)
+    return [*taken, torch.device(engine.device).index]
+
+
+@pytest.mark.parametrize(("visible", "wanted"), [(1, [0, 0]), (2, [0, 1]), (8, [0, 1])])
+def test_deepspeed_takes_a_ranks_own_gpu_too(visible: int, wanted: list[int]) -> None:
+    """It goes by LOCAL_RANK: with Slurm's --gpus-per-task=1 a GPU that the rank does not see."""
+    for own, taken in zip(wanted, run_ranks(2, gpus_taken, visible, init=False), strict=True):
+        assert taken == [own] * 3
 
 
 def test_libraries_are_told_what_the_user_has_not_said() -> None:

@@ -1,0 +1,40 @@
+"""Memory for the copy of a checkpoint (megalite/checkpoint/save.py)."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.checkpoint import save
+from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.save import Copy
+
+MIB = 2**20
+
+
+class Stream(contextlib.nullcontext[None]):
+    """A device's, which does all at once."""
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+def test_the_limit_counts_what_page_locked_memory_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from a GPU may take twice its bytes: a node would run out of memory where they alone are counted."""
+    values = torch.arange(9 * MIB // 4, dtype=torch.float32)
+    boxes = {"weight/x": [Box((len(values),), (0,), values)]}
+    plain = Copy(10 * MIB)
+    assert plain.take(boxes) is not None and plain.held_bytes == 9 * MIB
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **keys: empty(*args, **keys))
+    monkeypatch.setattr(save, "_device_of", lambda boxes: torch.device("cuda"))
+    monkeypatch.setattr(save, "stream_beside", lambda device: Stream())
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    refused, taken = Copy(15 * MIB), Copy(16 * MIB)
+    assert refused.take(boxes) is None and refused.held_bytes == 0
+    copy = taken.take(boxes)
+    assert copy is not None and torch.equal(copy["weight/x"][0].values, values)
+    assert taken.held_bytes == 16 * MIB
