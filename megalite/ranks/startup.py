@@ -8,7 +8,9 @@ import signal
 
 from megalite.ranks.garbage import hold_garbage
 from megalite.ranks.signals import interrupted
+from megalite.ranks.streams import open_closed_streams
 
+open_closed_streams()
 hold_garbage()
 # The shell may have set SIGINT to be ignored: leave that as it is.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -59,6 +59,7 @@ THROUGH = {
         ),
         "unit/prove/test_mutants.py",
     ),
+    "ranks.streams": "unit/ranks/test_startup.py",  # by startup
     "report.page": "unit/report/test_report.py",
     "training.epochs": "unit/training/test_epochs.py",
     "training.events": "unit/training/test_metrics.py",
