@@ -161,7 +161,7 @@ def _digest(run: TextRun) -> str:
         given = Path(run.tokenizer)
         found = [*tokenizer_files(given)] if given.is_dir() else [given]
         if not found:
-            raise DataError(f"--tokenizer: {given}: holds no tokenizer")
+            raise DataError(f"--tokenizer: {given}: contains no tokenizer")
         files += found
     for path in files:
         if not path.is_file():

@@ -25,6 +25,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="ids are below it",
     )
+    _add_shown(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
+    )
+    _add_blend(parser)
+    args = parser.parse_args(argv)
+    if args.width is None:
+        args.width = SHOWN_MARKED if args.mask or args.masked else SHOWN
+    return args
+
+
+def _add_shown(parser: ArgumentParser) -> None:
+    """Which documents are shown, and how."""
     parser.add_argument(
         "--documents", type=at_least(0), default=2, metavar="N", help="shown of each (default: 2)"
     )
@@ -53,9 +66,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="show the tokens that masked language modelling predicts, in one draw of this share of them",
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
-    )
+
+
+def _add_blend(parser: ArgumentParser) -> None:
+    """A blend of the corpora."""
     parser.add_argument(
         "--weights", type=positive, nargs="+", metavar="W", help="of a blend, one a PREFIX"
     )
@@ -69,10 +83,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence-length", type=at_least(1), default=1024, metavar="S", help="default: 1,024"
     )
-    args = parser.parse_args(argv)
-    if args.width is None:
-        args.width = SHOWN_MARKED if args.mask or args.masked else SHOWN
-    return args
 
 
 def main(argv: list[str]) -> int:

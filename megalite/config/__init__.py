@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megalite.config.batches import BatchPlan
-from megalite.config.deepspeed_keys import Optimizer, ZeroOptimization
 from megalite.config.document import Document, ModelDims
 from megalite.config.foreign import without_foreign
 from megalite.config.objectives import Classified
+from megalite.config.optimizer_keys import Optimizer
 from megalite.config.parallel_keys import Parallel
 from megalite.config.rate_rules import check_schedule, decay_steps, warmup_steps, wrong_schedule
 from megalite.config.reading import apply_overrides, check_numbers, read_json
@@ -25,6 +25,7 @@ from megalite.config.rules import check_dims, check_document, data_axis_size, re
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import all_of, read, refuse
 from megalite.config.sections import Data, Source, Train
+from megalite.config.zero_keys import ZeroOptimization
 from megalite.inputs import reading
 
 __all__ = [

@@ -4,11 +4,12 @@ Each function takes the validated document (or sizes) and raises ConfigError wit
 value and the rule.
 """
 
-from megalite.config.deepspeed_keys import OPTIMIZERS, OffloadOptimizer, Optimizer, ZeroOptimization
 from megalite.config.document import Document
+from megalite.config.optimizer_keys import OPTIMIZERS, Optimizer
 from megalite.config.parallel_keys import Parallel
 from megalite.config.schedules import DEEPSPEEDS
 from megalite.config.section import all_of, broken
+from megalite.config.zero_keys import OffloadOptimizer, ZeroOptimization
 from megalite.errors import ConfigError
 
 REDUCE_BUCKET_ELEMENTS = 40_000_000

@@ -22,11 +22,7 @@ from megalite.config.data_rules import (
     check_objective,
     check_undivided,
 )
-from megalite.config.deepspeed_keys import (
-    OPTIMIZERS,
-    DeepSpeedKeys,
-    ZeroOptimization,
-)
+from megalite.config.deepspeed_keys import DeepSpeedKeys
 from megalite.config.document import Document, ModelDims
 from megalite.config.expert_rules import (
     check_expert_axis,
@@ -34,6 +30,7 @@ from megalite.config.expert_rules import (
     check_zero_of_experts,
 )
 from megalite.config.length_rules import check_length_of_run
+from megalite.config.optimizer_keys import OPTIMIZERS
 from megalite.config.optimizer_rules import (
     NVME_SUB_GROUP_ELEMENTS,
     REDUCE_BUCKET_ELEMENTS,
@@ -50,6 +47,7 @@ from megalite.config.schedules import Constant
 from megalite.config.section import all_of, broken
 from megalite.config.sections import Megalite
 from megalite.config.stack_rules import check_layout_of_stacks, check_stacks
+from megalite.config.zero_keys import ZeroOptimization
 from megalite.errors import ConfigError
 
 MOST_RISES = 100_000  # increments of a batch ramp, since batches.py loops over them

@@ -10,8 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megalite.config.deepspeed_keys import Rate, key
-from megalite.config.section import Positive, Section
+from megalite.config.section import Positive, Rate, Section, key
 
 
 class Constant(Section):

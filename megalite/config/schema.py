@@ -54,7 +54,7 @@ def _add_foreign(
         off = [_OFF, _OFF_OBJECT, *({"const": value} for value in section.neutral.get(key, ()))]
         if f"{path}.{key}".lstrip(".") in IDLE:
             off.append({"const": True})
-        properties[key] = {"anyOf": off, "description": f"Rejected if it is on: {why}"}
+        properties[key] = {"anyOf": off, "description": f"Refused if it is on: {why}"}
     for name, field in section.model_fields.items():
         for inner in sections_of(field.annotation):
             inner_path = f"{path}.{name}".lstrip(".")

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.errors import ConfigError
@@ -37,10 +37,24 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(ge=1)]
 Counter = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
 AnySection = TypeVar("AnySection", bound=Section)
 Place = tuple[str | int, ...]
 Wrong = dict[Place, str]
 """Error lines by the place of the wrong value in the JSON: keys and indices from the top."""
+
+
+def _whole(value: Any) -> Any:
+    """5e8 is how DeepSpeed's own examples write an integer: a float in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
+
+
+def key(description: str) -> Any:
+    """A field that may be left out: DeepSpeed's default then holds."""
+    return Field(None, description=description)
 
 
 def parse(section: type[AnySection], value: Any, path: str = "") -> AnySection:

@@ -131,7 +131,8 @@ def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
     from megalite.pipeline.plan import inference_cut
 
     parallel = prepared.parallel
-    grid = Grid.build(parallel.pipe, parallel.tensor, parallel.context)
+    heads = prepared.spec.num_kv_heads
+    grid = Grid.build(parallel.pipe, parallel.tensor, parallel.context, key_heads=heads)
     stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     load_module(open_weights_together(prepared.folder).read, stage)
     accelerator: Any = get_accelerator()

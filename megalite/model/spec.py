@@ -6,7 +6,7 @@ layers.py.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -94,6 +94,15 @@ class ClassifierSpec:
     """Dropout of the output layer's input."""
     dense_dropout: float = 0.0
     """Dropout of the dense layer's input."""
+
+
+class LayerKind(NamedTuple):
+    """Layers of one kind have weights of the same shapes, and take the same time and memory."""
+
+    window: int | None
+    rotary: Rotary | None
+    has_experts: bool
+    has_attention_norm: bool
 
 
 @dataclass(frozen=True)
@@ -237,6 +246,13 @@ class TransformerSpec:
         if layer in self.nope_layers:
             return None
         return self.rotary if self.window(layer) is None else self.local_rotary or self.rotary
+
+    def kind(self, layer: int) -> "LayerKind":
+        """What distinguishes a layer from the others."""
+        has_norm = bool(layer) or self.first_norm
+        return LayerKind(
+            self.window(layer), self.rotary_of(layer), self.mixture_of(layer) is not None, has_norm
+        )
 
     @property
     def position_rows(self) -> int:

@@ -1,7 +1,7 @@
 """Deferred weight gradients: splits the backward pass into a part for the input and a part for the weights.
 
-Zero-bubble schedules (pipeline/schedules.py) compute the input's gradient (B) at once, since another rank waits for it,
-and the weights' gradients (W) later. Inside `collecting(waiting)`, which is active in forward and in B, no parameter
+Zero-bubble schedules (pipeline/schedules.py) compute the input's gradient (I) at once, since another rank waits for it,
+and the weights' gradients (W) later. Inside `collecting(waiting)`, which is active in forward and in I, no parameter
 has an edge in autograd's graph: layers store the operands of their weight gradients in a WeightGradients. `give` then
 passes each parameter its gradient through one autograd backward, so that hooks on parameters run as usual, such as
 DeepSpeed's, which accumulate, shard and reduce gradients.
@@ -25,7 +25,7 @@ Finish = Callable[[Tensor], Tensor]
 
 
 class WeightGradients:
-    """The operands of the weight gradients of one chunk and micro-batch, between the two parts of the backward."""
+    """The operands of the weight gradients of one chunk and micro-batch, between I and W."""
 
     def __init__(self) -> None:
         self._makers: list[tuple[nn.Parameter, Make]] = []

@@ -83,10 +83,12 @@ class Grid:
         context: int = 1,
         expert: int = 1,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        key_heads: int | None = None,
     ) -> "Grid":
         """Creates every group in the same order on all ranks (collective over the world), and on GPUs connects them.
 
-        The data axis takes the rest of the world. timeout: for each collective.
+        The data axis takes the rest of the world. timeout: for each collective. key_heads: of the model; where there are
+        fewer than tensor ranks, the ranks that share one form a group. None: unknown; a group for every possible number.
         """
         rank = dist.get_rank()
         sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
@@ -96,8 +98,10 @@ class Grid:
         axes["ends"] = makes.axis("ends", sizes.ends())
         back = makes.group(sizes.groups("pipe"), again=True)
         axes["pipe"] = replace(axes["pipe"], back=back)
-        divisors = [size for size in range(2, tensor) if tensor % size == 0]
-        runs = tuple(makes.axis("tensor", sizes.runs("tensor", size)) for size in divisors)
+        wanted = [size for size in range(2, tensor) if tensor % size == 0]
+        if key_heads is not None:
+            wanted = [size for size in wanted if size == tensor // key_heads]
+        runs = tuple(makes.axis("tensor", sizes.runs("tensor", size)) for size in wanted)
         axes["tensor"] = replace(axes["tensor"], runs=runs)
         grid = cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
         if device != "cpu":
@@ -122,7 +126,9 @@ class Grid:
         message = torch.zeros(1, device=device)
         dist.all_reduce(message)
         for axis in self.axes():
-            dist.all_reduce(message, group=axis.group)
+            # DeepSpeed gets `model` for its norm and overflow check, which ours replace: no message uses it.
+            if axis.name != "model":
+                dist.all_reduce(message, group=axis.group)
         pipe = self.pipe
         for here in range(pipe.size if pipe.size > 1 else 0):
             # Neighbours, and the last rank with the first, which interleaved schedules connect.

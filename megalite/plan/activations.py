@@ -124,31 +124,43 @@ def norm_table(kind: str, name: str, numbers: int, groups: int, at: Forward) -> 
 
 
 def layer_table(spec: TransformerSpec, layer: int, at: Forward, selective: bool = False) -> Table:
-    """What one layer keeps; `selective`: the core of attention is made again."""
-    hidden_norms = [
-        norm_table(spec.norm, name, at.rows * spec.hidden_size, at.rows, at)
-        for name in ("attention norm", "MLP norm")
-    ]
-    gathered = at.width * at.tokens * spec.hidden_size
-    table: Table = hidden_norms[0] if layer or spec.first_norm else {}
-    table |= {"input of query, key, value": gathered} | _attention(spec, layer, at, selective)
+    """What one layer keeps; `selective`: the core of attention is recomputed."""
+    return attention_table(spec, layer, at, selective) | mlp_table(spec, layer, at)
+
+
+def attention_table(
+    spec: TransformerSpec, layer: int, at: Forward, selective: bool = False
+) -> Table:
+    """What a layer's attention keeps, with its norm and the dropout of its result."""
+    numbers, table = at.rows * spec.hidden_size, {}
+    if spec.kind(layer).has_attention_norm:
+        table |= norm_table(spec.norm, "attention norm", numbers, at.rows, at)
+    table["input of query, key, value"] = at.width * at.tokens * spec.hidden_size
+    table |= _attention(spec, layer, at, selective)
+    if spec.hidden_dropout > 0:
+        table["dropout of attention's result"] = numbers
+    return table
+
+
+def mlp_table(spec: TransformerSpec, layer: int, at: Forward) -> Table:
+    """What a layer's MLP or experts keep, with their norm and the dropout of their result."""
+    numbers, table = at.rows * spec.hidden_size, {}
     if not spec.shared_norm:
-        table |= hidden_norms[1]
-    if spec.parallel:  # both norms read the one input
+        table |= norm_table(spec.norm, "MLP norm", numbers, at.rows, at)
+    if spec.parallel:  # attention's norm keeps the same input
         table.pop("MLP norm: input", None)
     mixture = spec.mixture_of(layer)
     if mixture is not None:
         table |= _routed(spec, mixture, at)
     else:
         if not spec.shared_norm or at.split.divides:
-            table["input of gate, up"] = gathered
+            table["input of gate, up"] = at.width * at.tokens * spec.hidden_size
         features = at.width * at.part(spec.intermediate_size)
         table["activation"] = gate_bytes(features, at) if spec.gated else features
         if spec.activation != "relu" or spec.gated:
             table["input of down projection"] = features
-    if spec.hidden_dropout > 0:
-        times = 2 if spec.drops_mlp else 1
-        table["dropout of what is added"] = times * at.rows * spec.hidden_size
+    if spec.hidden_dropout > 0 and spec.drops_mlp:
+        table["dropout of the MLP's result"] = numbers
     return table
 
 
@@ -216,12 +228,12 @@ def _attention(spec: TransformerSpec, layer: int, at: Forward, selective: bool) 
             table |= norm_table(kind, name, numbers, numbers // h if by_head else at.tokens, at)
     core: Table = {}
     if not selective:  # which keeps a rank's own keys, not those of the whole samples
-        core, keys = _core(spec, layer, at)
+        core, keys = core_table(spec, layer, at)
     table |= {"queries": e * queries, "keys": e * keys, "values": e * keys}
     return table | core | {"input of output projection": e * queries}
 
 
-def _core(spec: TransformerSpec, layer: int, at: Forward) -> tuple[Table, int]:
+def core_table(spec: TransformerSpec, layer: int, at: Forward) -> tuple[Table, int]:
     """What the core of attention keeps beside its inputs, and how many numbers of keys it reads, which are as many of
     values."""
     h, e = spec.head_size, at.width

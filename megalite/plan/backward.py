@@ -24,7 +24,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megalite.model.spec import TransformerSpec
-from megalite.plan.activations import FP32, Forward, Table, layer_table, total
+from megalite.plan.activations import (
+    FP32,
+    Forward,
+    Table,
+    attention_table,
+    core_table,
+    mlp_table,
+    total,
+)
 
 
 class Op(NamedTuple):
@@ -36,31 +44,14 @@ class Op(NamedTuple):
     weights: tuple[int, ...] = ()
 
 
-OF_MLP = (
-    "MLP norm",
-    "input of gate, up",
-    "activation",
-    "input of down projection",
-    "router",
-    "experts",
-    "shared",
-    "what the weights multiply",
-)
-"""Prefixes of the names of what an MLP or experts keep (activations.py)."""
-
-
 def layer_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
     """The operations of one layer's backward, which free everything that the layer has kept. The gradient of its result
     exists before them, that of its input after them."""
-    table = layer_table(spec, layer, at)
-    of_mlp = sum(size for name, size in table.items() if name.startswith(OF_MLP))
-    if spec.drops_mlp:
-        of_mlp += table.get("dropout of what is added", 0) // 2
-    mixture = spec.mixture_of(layer)
-    mlp = _mlp_ops(spec, table, at) if mixture is None else _experts_ops(spec, layer, at)
-    attention = _attention_ops(spec, layer, table, at)
-    rest = total(table) - of_mlp
-    return _closed(mlp, of_mlp, spec, at) + _closed(attention, rest, spec, at)
+    mixture, of_mlp = spec.mixture_of(layer), mlp_table(spec, layer, at)
+    mlp = _mlp_ops(spec, of_mlp, at) if mixture is None else _experts_ops(spec, layer, at)
+    attention, of_attention = _attention_ops(spec, layer, at), attention_table(spec, layer, at)
+    closed_mlp = _closed(mlp, total(of_mlp), spec, at)
+    return closed_mlp + _closed(attention, total(of_attention), spec, at)
 
 
 def _closed(ops: list[Op], kept: int, spec: TransformerSpec, at: Forward) -> list[Op]:
@@ -146,20 +137,17 @@ def _experts_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
     ]
 
 
-def _attention_ops(spec: TransformerSpec, layer: int, table: Table, at: Forward) -> list[Op]:
+def _attention_ops(spec: TransformerSpec, layer: int, at: Forward) -> list[Op]:
     """The operations of attention, up to the gradient of its input."""
     h, e = spec.head_size, at.width
     queries, keys = at.part(spec.num_heads * h, h), at.part(spec.num_kv_heads * h, h)
-    q, k = e * queries, table["keys"]
+    core, read_keys = core_table(spec, layer, at)
+    q, k = e * queries, e * read_keys
     made = q + 2 * k
     # Fused kernels on devices sum the queries' gradients in fp32; without them, gradients of weights and scores exist.
     extra = FP32 * queries if at.device != "cpu" else 0
-    extra += 2 * table.get("attention: weights", 0)
-    core = sum(size for name, size in table.items() if name.startswith("attention: "))
-    ops = [
-        _row(spec, queries, 0, at),
-        Op(made + extra, extra + q + made + core + table["input of output projection"]),
-    ]
+    extra += 2 * core.get("attention: weights", 0)
+    ops = [_row(spec, queries, 0, at), Op(made + extra, extra + q + made + total(core) + q)]
     own_keys = e * keys
     if own_keys != k:  # gathered or repeated
         ops.append(Op(2 * own_keys, 2 * k))

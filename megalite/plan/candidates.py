@@ -16,13 +16,13 @@ from megalite.config import Config
 from megalite.config.batches import BatchPlan
 from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_classifier
-from megalite.config.deepspeed_keys import ZeroOptimization
 from megalite.config.document import Document
 from megalite.config.expert_rules import check_expert_axis, check_zero_of_experts
 from megalite.config.optimizer_rules import check_precision, check_zero
 from megalite.config.parallel_keys import Parallel
 from megalite.config.pipe_rules import check_micro_batches, check_schedule_of_pipe
 from megalite.config.rules import check_dims, check_layout
+from megalite.config.zero_keys import ZeroOptimization
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.schedules import SCHEDULES

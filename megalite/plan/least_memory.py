@@ -29,13 +29,12 @@ class LeastKept:
     def of(cls, work: Work, recompute: str) -> "LeastKept":
         """recompute: as of Candidate."""
         spec, at, layers = work.spec, work.at, range(work.spec.num_layers)
-        # One layer of each kind.
-        kinds = {(spec.window(i), spec.mixture_of(i) is not None, i == 0): i for i in layers}
-        parts = [ChunkPart(layers[i : i + 1], False, False) for i in kinds.values()]
+        examples = [*{spec.kind(layer): layer for layer in layers}.values()]
+        parts = [ChunkPart(layers[i : i + 1], False, False) for i in examples]
         again = 0
         if recompute in ("none", "selective"):
             selective = recompute == "selective"
-            layer = min(total(layer_table(spec, i, at, selective)) for i in kinds.values())
+            layer = min(total(layer_table(spec, i, at, selective)) for i in examples)
         else:
             every = 1 if recompute == "full" else int(recompute)
             layer = at.hidden(spec) / every

@@ -32,9 +32,9 @@ from typing import NamedTuple
 import torch
 
 from megalite.config import Config, resolved
-from megalite.config.deepspeed_keys import Aio
 from megalite.config.optimizer_rules import moments_kept
 from megalite.config.rules import machine_has_gpu
+from megalite.config.zero_keys import Aio
 from megalite.model.parameter_groups import parameter_groups
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage

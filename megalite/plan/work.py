@@ -13,7 +13,7 @@ expert axes. What the copies of weights add is in sharing.py, which is next.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -161,17 +161,11 @@ class Work:
         """Bytes that a rank sends in them."""
         return sum(self._mixed) * (self.context - 1) / self.context
 
-    @cache  # noqa: B019  (a Work lives as long as the search)
-    def layer(self, window: int | None, routed: bool = False) -> np.ndarray:
-        """[kind F, B, I, W; part] of a layer that sees so many positions; routed: has experts."""
+    def layer(self, layer: int) -> np.ndarray:
+        """[kind F, B, I, W; part] of one layer."""
         spec, device = self.spec, self.device
-        layer = next(
-            i
-            for i in range(spec.num_layers)
-            if spec.window(i) == window and (spec.mixture_of(i) is not None) == routed
-        )
         products = self._projections() + self._fed(layer)
-        core = self._core(window)
+        core = self._core(spec.window(layer))
         kept = total(layer_table(spec, layer, self.at))
         core_bytes = kept - total(layer_table(spec, layer, self.at, selective=True))
         result = no_seconds()
@@ -269,11 +263,9 @@ class Work:
     @cached_property
     def layers(self) -> np.ndarray:
         """[layer + 1, kind, part]: sums of the layers before each."""
-        spec = self.spec
-        own = [
-            self.layer(spec.window(layer), spec.mixture_of(layer) is not None)
-            for layer in range(spec.num_layers)
-        ]
+        kinds = [self.spec.kind(layer) for layer in range(self.spec.num_layers)]
+        by_kind = {kind: self.layer(kinds.index(kind)) for kind in set(kinds)}
+        own = [by_kind[kind] for kind in kinds]
         return np.concatenate([np.zeros((1, *own[0].shape)), np.cumsum(own, axis=0)])
 
     @cached_property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megalite.config import Config, check_model
-from megalite.config.deepspeed_keys import OPTIMIZERS
+from megalite.config.optimizer_keys import OPTIMIZERS
 from megalite.config.sections import BatchRamp
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec

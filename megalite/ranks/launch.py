@@ -63,11 +63,24 @@ def start_ranks(
     _set_environment(here)
     raise_open_files()
     import torch
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+    store = _meet(here)
+    _quieten(here.rank)
+    visible = visible_gpus()
+    sum_in_fp32()
+    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
+    Place.started = True
+    _join_world(store, here, visible, timeout(prepared))
+    return here, prepared
+
+
+def _meet(here: Place) -> Any:
+    """The store that all ranks share. Raises ConfigError if another program or run has its port."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
     try:
         store, _, _ = next(rendezvous("env://", timeout=WAIT))
     except dist.DistNetworkError as error:
@@ -78,37 +91,36 @@ def start_ranks(
         error = _port_taken("run")
         error.agreed = here.local_rank != 0  # one line a node
         raise error
-    _quieten(here.rank)
-    visible = visible_gpus()
-    sum_in_fp32()
-    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
-    Place.started = True
+    return store
+
+
+def _join_world(store: Any, here: Place, visible: int, timeout: timedelta) -> None:
+    """Gives this rank its device, and makes the process group of all ranks."""
     import deepspeed
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     from megalite.ranks.accelerator import use_accelerator
 
     accelerator = use_accelerator()
-    if accelerator.device_name() != "cpu":
+    device = accelerator.device_name()
+    if device == "cpu":
+        # DeepSpeed names a backend of its own for a CPU; gloo has every collective that is used here.
+        backend = "gloo"
+    else:
         gpu = own_gpu(here.local_rank, here.local_size, visible)
         accelerator.set_device(gpu)
         name_gpu(gpu)
-    backend = accelerator.communication_backend_name()
-    # The CPU accelerator names its own backend; gloo has every collective that is used here.
-    backend = (
-        "gloo"
-        if accelerator.device_name() == "cpu"
-        else f"cpu:gloo,{accelerator.device_name()}:{backend}"
-    )
+        backend = f"cpu:gloo,{device}:{accelerator.communication_backend_name()}"
     dist.init_process_group(
         backend,
-        store=torch.distributed.distributed_c10d.PrefixStore("world", store),
+        store=PrefixStore("world", store),
         rank=here.rank,
         world_size=here.world_size,
-        timeout=timeout(prepared),
+        timeout=timeout,
     )
     with quiet():
         deepspeed.init_distributed(verbose=False)
-    return here, prepared
 
 
 def _after_gpus(

@@ -337,6 +337,7 @@ def _train(prepared: Prepared, rank: int) -> int:
             config.parallel.context,
             config.parallel.expert,
             timeout=config.train.limits.collective_timeout,
+            key_heads=prepared.spec.num_kv_heads,
         )
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))

@@ -21,7 +21,8 @@ THROUGH = {
     **dict.fromkeys(
         (
             "config.context_rules", "config.data_rules", "config.document",
-            "config.optimizer_rules", "config.parallel_keys", "config.pipe_rules", "config.rules", "config.stack_rules",
+            "config.optimizer_keys", "config.optimizer_rules", "config.parallel_keys", "config.pipe_rules",
+            "config.rules", "config.stack_rules",
         ),
         RULES,
     ),

@@ -1,5 +1,5 @@
-"""SmolLM3 (Hugging Face, 2025): Llama in which some layers have no rotary positions (NoPE, arXiv 2501.18795), and those
-may have a sliding window."""
+"""SmolLM3 (Hugging Face, 2025): Llama with some layers without rotary embeddings (NoPE, arXiv 2501.18795), which may
+have a sliding window."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,18 +10,18 @@ from megalite.model.families.common import windows, written
 from megalite.model.families.family import HEAD_DIM, Family
 from megalite.model.spec import TransformerSpec
 
-_LAYERS = 36  # of a config that does not say how many
+_LAYERS = 36  # the config class's default
 
 
 def check(values: dict[str, Any], where: str) -> None:
-    """Refuses a list that the config class would read beyond its end."""
-    turned, layers = values.get("no_rope_layers"), values.get("num_hidden_layers") or _LAYERS
-    if turned is None:
+    """Rejects a list that is too short, which the config class would read beyond its end."""
+    has_rotary, layers = values.get("no_rope_layers"), values.get("num_hidden_layers") or _LAYERS
+    if has_rotary is None:
         return
-    is_list = isinstance(turned, list) and all(value in (0, 1) for value in turned)
-    if not is_list or len(turned) < layers:
-        rule = f"must be a list of 1 (rotary positions) and 0 (none), at least {layers} of them"
-        raise ConfigError(f"{where}no_rope_layers: {written(turned)}: {rule}")
+    is_list = isinstance(has_rotary, list) and all(value in (0, 1) for value in has_rotary)
+    if not is_list or len(has_rotary) < layers:
+        rule = f"must be a list of at least {layers} numbers, 1 (rotary embeddings) or 0 (none)"
+        raise ConfigError(f"{where}no_rope_layers: {written(has_rotary)}: {rule}")
 
 
 def read(config: Any) -> TransformerSpec:

@@ -13,15 +13,9 @@ from deepspeed.runtime.zero.offload_config import (
 )
 
 from megalite.config import Config, check_model, load_config
-from megalite.config.deepspeed_keys import (
-    Bf16,
-    DeepSpeedKeys,
-    Fp16,
-    OffloadOptimizer,
-    OffloadParam,
-    ZeroOptimization,
-)
+from megalite.config.deepspeed_keys import Bf16, DeepSpeedKeys, Fp16
 from megalite.config.section import Section, sections_of
+from megalite.config.zero_keys import OffloadOptimizer, OffloadParam, ZeroOptimization
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 

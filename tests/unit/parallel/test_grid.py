@@ -35,6 +35,17 @@ def test_groups_have_it() -> None:
     assert run_ranks(2, timeouts) == [{4300.0}] * 2
 
 
+def runs(rank: int, world_size: int) -> list[list[int]]:
+    """Sizes of the tensor axis's runs, by the number of key heads."""
+    built = [Grid.build(1, world_size, key_heads=heads) for heads in (None, 8, 4, 2, 1)]
+    return [[axis.size for axis in grid.tensor.runs] for grid in built]
+
+
+def test_runs_of_the_tensor_axis_are_those_that_hold_one_key_head() -> None:
+    """Each is a communicator more on a GPU."""
+    assert run_ranks(4, runs) == [[[2], [], [], [2], []]] * 4  # one key head: the axis itself
+
+
 class Messages:
     """Stands in for torch.distributed on a rank: communicators in the order in which it comes to them."""
 
@@ -80,6 +91,20 @@ def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
         assert ready, [order[:1] for order in orders]
         for member in ready[0][1]:
             orders[member].pop(0)
+
+
+def test_a_group_without_messages_has_no_communicator() -> None:
+    """It would take memory and time of every rank: `model` spans pipe and tensor."""
+    everyone = frozenset(range(4))
+    members = {"tensor": everyone, "model": everyone}
+    messages = Messages(1, everyone, members)
+    grid = Grid(
+        tensor=Axis(4, 1, (0, 1, 2, 3), "tensor", name="tensor"),
+        model=Axis(8, 1, tuple(range(8)), "model", name="model"),
+    )
+    with patch.object(grid_module, "dist", messages):
+        grid.connect(torch.device("cpu"))
+    assert [group for group, _ in messages.order] == ["world", "tensor"]
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-v"])
