@@ -87,8 +87,9 @@ class Grid:
     ) -> "Grid":
         """Creates every group in the same order on all ranks (collective over the world), and on GPUs connects them.
 
-        The data axis takes the rest of the world. timeout: for each collective. key_heads: of the model; where there are
-        fewer than tensor ranks, the ranks that share one form a group. None: unknown; a group for every possible number.
+        The data axis takes the rest of the world. timeout: for each collective. key_heads: of the model; if there are
+        fewer than tensor ranks, the ranks that share one form a group. None: unknown, so every possible number gets
+        groups.
         """
         rank = dist.get_rank()
         sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
