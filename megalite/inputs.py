@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from megalite.errors import ConfigError, MegaliteError, UserError
 TRACEBACK = "MEGALITE_TRACEBACK"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN_CHARACTERS = 200  # of a library's message
+_MOST_STREAMED = 1 << 28  # bytes of a text that is read from a pipe or a device
 _CACHE = "snapshots"  # in Hugging Face's cache, the files in models--NAME/snapshots/COMMIT are links to blobs/
 
 
@@ -50,9 +52,15 @@ def _reason(error: BaseException) -> str:
 
 
 def read_text(path: str | Path, kind: type[UserError] = ConfigError) -> str:
-    """The text of a UTF-8 file. Raises `kind` if the file cannot be read or is not UTF-8."""
+    """The text of a UTF-8 file. Raises `kind` if the file cannot be read, is not UTF-8, or is an endless device."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read() if is_file else file.read(_MOST_STREAMED + 1)
+        if not is_file and len(content) > _MOST_STREAMED:
+            rule = f"is not a file: must end within {_MOST_STREAMED >> 20} MiB"
+            raise kind(f"{path}: cannot be read: {rule}")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise kind(f"{path}: cannot be read: it is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte

@@ -25,6 +25,7 @@ import torch
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.files import Checkpoint, checkpoints_of, verify
 from megalite.checkpoint.save import Saver
+from megalite.errors import ConfigError
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.program import run_program
 
@@ -133,6 +134,15 @@ def stalls(folder: Path, tensors: Tensors, rounds: int) -> list[tuple[float, flo
     return results[1:]  # the first copy allocates its memory
 
 
+def made_up_tensors(gib: float) -> Tensors:
+    """64 tensors of so many GiB together. ConfigError where the memory has no room for them."""
+    rows = math.ceil(gib * 2**30 / 4 / COLUMNS / 64)
+    try:
+        return {f"layers.{i}.weight": torch.randn(rows, COLUMNS) for i in range(64)}
+    except (RuntimeError, OverflowError):  # torch's, of its allocator
+        raise ConfigError(f"--gib: {gib:g}: must fit into this machine's memory") from None
+
+
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -144,8 +154,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options.folder)
     folder.mkdir(parents=True)
     try:
-        rows = math.ceil(options.gib * 2**30 / 4 / COLUMNS / 64)
-        tensors = {f"layers.{i}.weight": torch.randn(rows, COLUMNS) for i in range(64)}
+        tensors = made_up_tensors(options.gib)
         seconds = measure(folder, tensors, max(2, options.rounds))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -26,6 +26,7 @@ from itertools import combinations
 from pathlib import Path
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.data.collected import write_collected
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser, at_least
@@ -40,6 +41,7 @@ PLACEHOLDER = re.compile(r"%[^a-zA-Z%\s]*(?:hh|ll|[hljztLqw])?[a-zA-Z]|\{\w*\}")
 CONTEXT, PLURAL = b"\x04", b"\x00"
 Pair = tuple[str, str]
 Words = tuple[str, ...]
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}([_@][A-Za-z0-9]+)*")
 CHARSET = re.compile(rb"charset=([\w.:-]+)")
 
 
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> int:
         "--longest", type=at_least(1), default=200, metavar="N", help="most characters of a message"
     )
     args = parser.parse_args(argv)
+    if not LANGUAGE.fullmatch(args.language):
+        raise ConfigError(f"--language: {args.language}: must be a code such as de or zh_CN")
     folder = Path(args.output)
     unpacked = folder / "packages"
     for package in args.packages:
@@ -79,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 def _write(path: Path, lines: list[dict[str, str]]) -> None:
     rows = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-    path.write_text("".join(rows), encoding="utf-8")
+    write_collected(path, rows)
     print(f"{path}: {len(rows)} lines")
 
 

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
@@ -42,7 +43,6 @@ def main(argv: list[str]) -> int:
         # Evenly spaced, since WordNet puts similar words together.
         glosses[number] = found[:: max(1, len(found) // MOST)][:MOST]
     folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", range(1, 10)), ("valid", range(1))):
         rows = [
             json.dumps(_line(gloss, TOPICS[number], args.labels)) + "\n"
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             for place, gloss in enumerate(found)
             if place % 10 in wanted
         ]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        write_collected(folder / f"{name}.jsonl", rows)
         print(f"{folder}/{name}.jsonl: {len(rows)} glosses of {len(TOPICS)} topics")
     return 0
 

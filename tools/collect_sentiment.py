@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
@@ -41,10 +42,9 @@ def main(argv: list[str]) -> int:
     source, folder = Path(args.source), Path(args.output)
     with reading(source / ARCHIVE, DataError):
         parts = _sentences(source / ARCHIVE)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, lines in parts.items():
         rows = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        write_collected(folder / f"{name}.jsonl", rows)
         counts = Counter(line["label"] for line in lines)
         print(f"{folder}/{name}.jsonl: {len(rows)} sentences, {dict(counts)}")
     print(json.dumps({"lexicon": _verdict(source, parts["valid"])}))

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
+from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.ranks.arguments import ArgumentParser
 from megalite.ranks.program import run_program
@@ -40,7 +41,6 @@ def main(argv: list[str]) -> int:
         raise DataError(
             f"{library}: {len(files)} Python files: must hold the standard library's sources"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in (
         ("train", [f for i, f in enumerate(files) if i % 20]),
         ("valid", files[::20]),
@@ -49,9 +49,7 @@ def main(argv: list[str]) -> int:
             json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")})
             for path in part
         )
-        (folder / f"{name}.jsonl").write_text(
-            "".join(line + "\n" for line in documents), encoding="utf-8"
-        )
+        write_collected(folder / f"{name}.jsonl", (line + "\n" for line in documents))
         print(f"{folder}/{name}.jsonl: {len(part)} files of the standard library")
     return 0
 

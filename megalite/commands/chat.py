@@ -18,7 +18,7 @@ from megalite.data.chat_forms import NotChat, messages_of, tools_of
 from megalite.errors import ConfigError
 from megalite.inference.prepare import BEST_HELP, DTYPES
 from megalite.inputs import decoding, parse_json, read_standard_input, read_text
-from megalite.ranks.arguments import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, any_text, at_least
 
 _PROMPT = "> "
 _FENCE = '"""'  # before and after a message of several lines
@@ -94,7 +94,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
-    parser.add_argument("--system", metavar="TEXT", help="the system message, before all others")
+    parser.add_argument(
+        "--system", type=any_text, metavar="TEXT", help="the system message, before all others"
+    )
     parser.add_argument("--best", action="store_true", help=BEST_HELP)
     once = parser.add_mutually_exclusive_group()
     once.add_argument(

@@ -177,6 +177,8 @@ def _digest(run: TextRun) -> str:
 def _fill(run: TextRun, folder: Path) -> None:
     """Makes the tokenizer and both corpora."""
     tokenizer = folder / TOKENIZER
+    if run.tokenizer is not None:
+        load_tokenizer(run.tokenizer)  # so that an error names this path, not the copy
     if run.tokenizer is None:
         _train_tokenizer(run, tokenizer)
     elif Path(run.tokenizer).is_dir():

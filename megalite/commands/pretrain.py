@@ -41,6 +41,16 @@ def main(arguments: list[str]) -> int:
     """Trains from a config or from text; returns the exit code."""
     if any(word.partition("=")[0] == "--deepspeed_config" for word in arguments):
         return pretrain.main(arguments)
+    try:
+        options, texts, overrides = _asked(arguments)
+    except ConfigError as error:
+        error.agreed = True  # every rank has the same arguments
+        raise
+    return _from_text(options, texts, overrides)
+
+
+def _asked(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The options, texts and overrides of a run from text. Raises ConfigError if they are not valid."""
     options = _parse(arguments)
     texts = [word for word in options.words if _is_path(word)]
     overrides = [word for word in options.words if not _is_path(word)]
@@ -52,7 +62,7 @@ def main(arguments: list[str]) -> int:
             "on several ranks"
         )
         raise ConfigError(f"{texts[0]}: {rule}")
-    return _from_text(options, texts, overrides)
+    return options, texts, overrides
 
 
 def _is_path(word: str) -> bool:

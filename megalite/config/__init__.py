@@ -20,7 +20,7 @@ from megalite.config.objectives import Classified
 from megalite.config.optimizer_keys import Optimizer
 from megalite.config.parallel_keys import Parallel
 from megalite.config.rate_rules import check_schedule, decay_steps, warmup_steps, wrong_schedule
-from megalite.config.reading import apply_overrides, check_numbers, read_json
+from megalite.config.reading import apply_overrides, check_values, read_json
 from megalite.config.rules import check_dims, check_document, data_axis_size, resolved_keys
 from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import all_of, read, refuse
@@ -221,7 +221,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     with reading(path):
         document = apply_overrides(read_json(path), overrides)
-        check_numbers(document)
+        check_values(document)
         return Config.from_dict(document)
 
 

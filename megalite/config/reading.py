@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalite.config.section import broken, join, shown_text
+from megalite.config.section import broken, join, shown, shown_text
 from megalite.errors import ConfigError
 from megalite.inputs import parse_json, read_text
 
@@ -83,14 +83,16 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def check_numbers(value: Any, path: str = "") -> None:
+def check_values(value: Any, path: str = "") -> None:
     """Raises ConfigError for a number anywhere in `value` that is not finite or does not fit in 64 bits: no key needs
-    one, and computations with it could overflow."""
+    one, and computations with it could overflow. Also for a string with a null character, which no path may contain."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            check_numbers(inner, join(path, key))
+            check_values(inner, join(path, key))
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: {value}: must be a finite number")
+    elif isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{path}: {shown(value)}: must not contain a null character")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{path}: {shown_text(str(value))}: must be a 64-bit integer")
 

@@ -50,6 +50,7 @@ from megalite.config.stack_rules import check_layout_of_stacks, check_stacks
 from megalite.config.zero_keys import ZeroOptimization
 from megalite.errors import ConfigError
 
+MOST_MICRO_BATCHES = 100_000  # of a step, since a step is a list of actions for each of them
 MOST_RISES = 100_000  # increments of a batch ramp, since batches.py loops over them
 FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), made explicit because the result depends on them
     "loss_scale": 0.0,
@@ -171,6 +172,11 @@ def resolved_keys(document: Document, data: int) -> dict[str, Any]:
     batch, micro, accumulation = batch_sizes(document, data)
     plan = BatchPlan(batch, document.megalite.train.batch_ramp)
     _check_ramp(plan, micro, data)
+    if accumulation > MOST_MICRO_BATCHES:
+        rule = (
+            f"must be at most {MOST_MICRO_BATCHES:,}: the micro-batches of a step on one data rank"
+        )
+        raise broken("gradient_accumulation_steps", accumulation, rule)
     check_micro_batches(document.megalite.parallel, plan, micro, data)
     schedule = check_schedule(document)
     if isinstance(schedule, Constant):

@@ -25,7 +25,7 @@ class IndexedWriter:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"tokens cannot be stored as {self.dtype}")
-        refuse_existing(prefix)
+        refuse_existing(self.prefix)
         self._sizes: list[np.ndarray] = []
         self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
@@ -94,8 +94,11 @@ class IndexedWriter:
             self.discard()
 
 
-def refuse_existing(prefix: str | Path) -> None:
-    """Raise DataError if `prefix.idx` or `prefix.bin` exists."""
+def refuse_existing(prefix: str) -> None:
+    """Raise DataError if `prefix.idx` or `prefix.bin` exists, or if the prefix ends like a folder, without a name."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        folder = prefix.rstrip("/")
+        raise DataError(f"{prefix}: is a folder: must be a prefix, such as {folder}/train")
     for path in files_of(prefix):
         if path.exists():
             raise DataError(f"{path}: already exists; choose another output or remove it")

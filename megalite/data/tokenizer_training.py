@@ -35,7 +35,9 @@ from megalite.errors import DataError
 MAX_SENTENCES = 1_000_000
 _LONGEST_LINE = 16_384  # bytes; sentencepiece skips longer sentences
 _CHECKED_CHARACTERS = 1 << 24
-_TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's message
+_TOO_LARGE = re.compile(r"Vocabulary size too high.* value <= (\d+)")  # sentencepiece's messages
+_TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+_LEAST_PIECES = 3 + 256 + 1  # <unk>, <s>, </s>; one for each byte; a character
 _SCORE_STEP = 1 / 16
 # The score of pieces that text must not match: any path over ordinary pieces has a better score.
 _NEVER = -1000.0
@@ -83,6 +85,7 @@ def train_tokenizer(
     with new_folder(Path(output)) as folder:
         model = folder.parent / SENTENCEPIECE_FILE
         texts = read_texts(inputs, text_key, bad.append)
+        check_some_text(inputs, text_key)
         model.write_bytes(_trained(texts, vocab_size, model_type, max_sentences))
         export_sentencepiece(model, folder)
         _compare(model, folder, itertools.chain(_AWKWARD, read_texts(inputs, text_key)))
@@ -91,14 +94,20 @@ def train_tokenizer(
         print(f"{len(bad)} bad lines skipped, the first: {bad[0]}", file=sys.stderr)
 
 
+def check_some_text(inputs: Sequence[str], text_key: str) -> None:
+    """Raises DataError if the inputs contain no text."""
+    if next(_lines(read_texts(inputs, text_key)), None) is None:
+        others = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+        raise DataError(f"{inputs[0]}{others}: contains no text")
+
+
 def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentences: int) -> bytes:
-    model, lines = io.BytesIO(), _lines(texts)
-    first = next(lines, None)
-    if first is None:
-        raise DataError("--input: contains no text")
+    if vocab_size < _LEAST_PIECES:
+        raise DataError(f"--vocab-size: {vocab_size}: must be at least {_LEAST_PIECES}")
+    model = io.BytesIO()
     train = functools.partial(
         sentencepiece.SentencePieceTrainer.train,
-        sentence_iterator=itertools.chain([first], lines),
+        sentence_iterator=_lines(texts),
         model_writer=model,
         vocab_size=vocab_size,
         model_type=model_type,
@@ -124,6 +133,9 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str, max_sentenc
         reason = str(error).strip().splitlines()[-1].strip()
         if most := _TOO_LARGE.search(reason):
             raise VocabularyTooLarge(vocab_size, int(most[1])) from None
+        if least := _TOO_SMALL.search(reason):
+            rule = f"must be at least {least[1]} for this text, a piece for each of its characters"
+            raise DataError(f"--vocab-size: {vocab_size}: {rule}") from None
         raise DataError(
             f"--vocab-size {vocab_size}: sentencepiece cannot train it on this text: {reason}"
         ) from None

@@ -15,6 +15,7 @@ from tokenizers import (
 
 from megalite.data.documents import read_texts
 from megalite.data.tokenizer import new_folder
+from megalite.data.tokenizer_training import check_some_text
 from megalite.errors import DataError
 
 SPECIAL = {
@@ -35,6 +36,7 @@ def train_wordpiece(
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     with new_folder(Path(output)) as folder:
+        check_some_text(inputs, text_key)
         tokenizer = _trained(read_texts(inputs, text_key), vocab_size, lowercase)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
 

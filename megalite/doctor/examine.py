@@ -18,7 +18,7 @@ from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.doctor.gpus import line as gpu_line
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
-from megalite.ranks.arguments import ArgumentParser, at_least
+from megalite.ranks.arguments import MOST_PORT, ArgumentParser, at_least
 from megalite.supervisor.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
 from megalite.supervisor.hostfile import read_hostfile
 from megalite.supervisor.remote import check_bare, python_module, ssh, variables
@@ -46,13 +46,13 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--master_port",
-        type=at_least(1),
+        type=at_least(1, MOST_PORT),
         default=PORT,
         metavar="P",
         help=f"the run's port ({PORT})",
     )
     parser.add_argument(
-        "--ssh_port", type=at_least(1), metavar="P", help="sshd's port on the hosts"
+        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="sshd's port on the hosts"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for launcher/pretrain.py"
@@ -82,6 +82,8 @@ def _counted(count: int, what: str) -> str:
 
 def _config(path: str | None, overrides: list[str], world_size: int) -> Config | None:
     if path is None:
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: needs --deepspeed_config, whose keys it sets")
         return None
     config = load_config(path, overrides).resolve(world_size)
     check_model(config, read_spec(config.model))

@@ -27,7 +27,7 @@ from megalite.inference.prepare import (
 )
 from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
-from megalite.ranks.arguments import at_least
+from megalite.ranks.arguments import any_text, at_least
 from megalite.ranks.launch import start_ranks, stop_ranks
 from megalite.ranks.place import place
 
@@ -88,6 +88,10 @@ def _asked(options: argparse.Namespace) -> _Asked:
     beams = beams_asked(options)
     if beams is not None:
         _check_beams(options)
+    size = prepared.spec.vocabulary_size
+    for stop_id in options.stop_id:
+        if stop_id >= size:
+            raise ConfigError(f"--stop-id: {stop_id}: must be below the model's vocab_size {size}")
     prompts = _prompts(options) if place().rank == 0 else []
     if options.stream and len(prompts) * options.samples > 1:
         raise ConfigError("--stream: only with one prompt and one sample")
@@ -99,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = model_parser("Continue prompts on any layout of the pipe and tensor axes.")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
-        "--prompt", help="one prompt, which may contain newlines; - reads it from standard input"
+        "--prompt",
+        type=any_text,
+        help="one prompt, which may contain newlines; - reads it from standard input",
     )
     given.add_argument(
         "--prompts",

@@ -3,6 +3,7 @@
 topology/axes.py defines how ranks are numbered and which groups exist. Next: collectives.py.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -88,8 +89,7 @@ class Grid:
         """Creates every group in the same order on all ranks (collective over the world), and on GPUs connects them.
 
         The data axis takes the rest of the world. timeout: for each collective. key_heads: of the model; if there are
-        fewer than tensor ranks, the ranks that share one form a group. None: unknown, so every possible number gets
-        groups.
+        fewer of them than tensor ranks, the ranks that share one form a group. None: a group for every possible number.
         """
         rank = dist.get_rank()
         sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
@@ -149,9 +149,10 @@ class Grid:
 
         def axis(name: str) -> Axis:
             size, index = sizes.along(name), sizes.place(rank, name)
-            divisors = [n for n in range(2, size) if size % n == 0]
+            cut = range(2, size) if name == "tensor" else ()  # as in `build`
+            divisors = [n for n in cut if size % n == 0]
             runs = tuple(Axis(n, index % n, (), None, name=name) for n in divisors)
-            return Axis(size, index, tuple(range(size)), None, runs, name=name)
+            return Axis(size, index, _counted(size), None, runs, name=name)
 
         axes = {name: axis(name) for name in PLANES}
         return cls(**axes, world_size=sizes.world_size, rank=rank, sizes=sizes)
@@ -227,3 +228,9 @@ class _Groups:
                 else:
                     self.made[key] = group
         return found
+
+
+@functools.cache
+def _counted(size: int) -> tuple[int, ...]:
+    """The numbers below `size`: one tuple for all the ranks of a large world."""
+    return tuple(range(size))

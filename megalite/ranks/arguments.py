@@ -3,10 +3,12 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.errors import ConfigError
 
+MOST_PORT = 65535
 SHOWN_CHARACTERS = 80  # of a value that an error repeats
 
 
@@ -25,8 +27,23 @@ class ArgumentParser(argparse.ArgumentParser):
             return super().parse_args(args, namespace or argparse.Namespace())
         return self.parse_intermixed_args(args, namespace or argparse.Namespace())
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As argparse's, but refuses an empty value, such as that of an unset shell variable: as a path it would be the
+        current folder, or a file without a name."""
+        passed_on = action.nargs in (argparse.REMAINDER, argparse.PARSER)
+        if not arg_string and action.type in (None, Path) and not passed_on:
+            raise argparse.ArgumentError(action, "must not be empty")
+        return super()._get_value(action, arg_string)  # type: ignore[misc]
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (--help lists the arguments)")
+        error = ConfigError(f"{message.removeprefix('argument ')} (--help lists the arguments)")
+        error.agreed = True  # every rank has the same arguments
+        raise error
+
+
+def any_text(text: str) -> str:
+    """An argument type: text, which may be empty."""
+    return text
 
 
 def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from megalite.config.limits import DEFAULT_TIMEOUT
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError, UserError
+from megalite.ranks.arguments import MOST_PORT
 from megalite.ranks.devices import (
     GPUNames,
     gpu_name,
@@ -251,7 +252,7 @@ def _set_environment(here: Place) -> None:
     if "MASTER_PORT" not in env and here.world_size > 1:
         env["MASTER_PORT"] = DEFAULT_PORT
     elif "MASTER_PORT" in env:
-        from_environment("MASTER_PORT", 0, least=1, most=65535)
+        from_environment("MASTER_PORT", 0, least=1, most=MOST_PORT)
     else:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -40,7 +40,7 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     except MegaliteError as error:
         code = error.exit_code
         settle(code)
-        if not error.agreed or place().rank == 0:
+        if _is_told_here(error):
             print_line(error)
         else:
             # A launcher that sees one exit kills the others, and rank 0 must print first.
@@ -73,20 +73,32 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a full disk may lose the log's last lines, but not the exit code
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            # A full disk may lose the last lines of a run's log; for other programs, standard output is the result.
+            if stream is sys.stdout and error.errno in FULL and code == 0 and not resumes:
+                print_line(MegaliteError(f"standard output: {error.strerror}"))
+                code = 1
     if failed and Place.started:
-        # Not through the interpreter's end, where NCCL waits for the other ranks of each group: they may not come.
+        # Skips the interpreter's shutdown, where NCCL would wait for the other ranks of each group.
         atexit._run_exitfuncs()
         os._exit(code)
     sys.exit(code)
 
 
 def _raise_or_tell() -> None:
-    """For an error that nobody expected. In a rank it is told here, since that does not end by it."""
+    """For an unexpected error: raises it again, or prints it in a rank, which exits without raising."""
     if not Place.started:
         raise
     traceback.print_exc()
+
+
+def _is_told_here(error: MegaliteError) -> bool:
+    """Whether this process prints an error: only rank 0 prints those that all ranks raise."""
+    try:
+        return not error.agreed or place().rank == 0
+    except UserError:  # the environment is what is wrong
+        return True
 
 
 def _is_output_closed() -> bool:

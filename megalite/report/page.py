@@ -25,6 +25,9 @@ FACTORS = {"mfu": 100.0}
 SHOWN_SAMPLES = 3  # evaluations whose samples are expanded
 
 
+START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+
+
 def page(runs: Sequence[RunFolder], base: Path) -> str:
     """The whole page. base: the folder that it will be in, for links."""
     style, script = (_beside(name) for name in ("page.css", "page.js"))
@@ -34,8 +37,7 @@ def page(runs: Sequence[RunFolder], base: Path) -> str:
     for run in runs:
         body += _details(run, base, several=len(runs) > 1)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        START + '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body>"
         f'{"".join(body)}<div id="hover"></div><script>{script}</script></body></html>\n'
     )

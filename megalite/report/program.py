@@ -11,7 +11,7 @@ from pathlib import Path
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
-from megalite.report.page import page
+from megalite.report.page import START, page
 from megalite.report.read import REPORT, TRACE, read_run
 from megalite.report.trace import simulated_events
 
@@ -50,11 +50,25 @@ def main(arguments: list[str]) -> int:
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
-    """Writes the page of one or several run folders. Raises DataError if a path is not a run folder, or OSError."""
+    """Writes the page of one or several run folders; replaces an earlier page. Raises DataError if a folder is not a
+    run's or `output` is another kind of file, and OSError."""
     content = page([read_run(path) for path in runs], output.parent)
+    if output.exists() and not _is_page(output):
+        raise DataError(f"{output}: already exists and is not a report; choose another file")
     part = output.with_name(f".{output.name}.part")
-    part.write_text(content, encoding="utf-8", errors="backslashreplace")
-    part.replace(output)
+    try:
+        part.write_text(content, encoding="utf-8", errors="backslashreplace")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file starts like a page, or is empty."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(START)) in (b"", START.encode())
 
 
 def _trace(path: Path) -> str:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from megalite.errors import ConfigError
+from megalite.inputs import read_text
 
 _LINE = re.compile(
     r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)[ \t]+slots=([1-9][0-9]{0,3})[ \t]*(?:#.*)?"
@@ -18,9 +19,9 @@ RULE = "must be NAME slots=N, with a name of letters, digits, dots and dashes, o
 def read_hostfile(path: str) -> dict[str, int]:
     """Ranks by host, in the file's order. Raises ConfigError, which names the line."""
     try:
-        text = Path(path).read_bytes().decode()  # only \n is a line break
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile: {path}: cannot be read: {error}") from error
+        text = read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"--hostfile: {error}") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(" \t") or line.lstrip(" \t").startswith("#"):

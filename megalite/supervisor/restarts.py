@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
-from megalite.ranks.arguments import ArgumentParser, at_least, positive
+from megalite.ranks.arguments import MOST_PORT, ArgumentParser, at_least, positive
 from megalite.ranks.program import program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
@@ -100,10 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "--master_addr", help="an address of the first host that the others can reach"
     )
     parser.add_argument(
-        "--master_port", type=at_least(1), metavar="P", help="a free port on the first host"
+        "--master_port",
+        type=at_least(1, MOST_PORT),
+        metavar="P",
+        help="a free port on the first host",
     )
     parser.add_argument(
-        "--ssh_port", type=at_least(1), metavar="P", help="sshd's port on the hosts"
+        "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="sshd's port on the hosts"
     )
     for name in ("--bind_cores_to_rank", "--quiet"):
         parser.add_argument(name, action="store_true", help="deepspeed's")
@@ -131,6 +134,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if options.hostfile is not None and binds:
         rule = "only with --num_gpus: deepspeed does not pass them to hosts"
         raise ConfigError(f"--bind_cores_to_rank, --bind_core_list: {rule}")
+    folder = options.enable_each_rank_log
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"--enable_each_rank_log: {folder}: must be a folder")
     _check_program(options.program)
     for name, form, rule in (
         ("master_addr", _ADDRESS, "must be a name or an address"),

@@ -215,6 +215,7 @@ def _check_run_dir(prepared: Prepared) -> None:
         raise ConfigError(
             f"megalite.train.run_dir: {run_dir}: {existing} must be a folder that can be written"
         )
+    _check_names(run_dir)
     checkpoints = checkpoints_of(run_dir)
     for path in reversed(checkpoints):
         try:
@@ -227,6 +228,22 @@ def _check_run_dir(prepared: Prepared) -> None:
     if not checkpoints and config.train.load is not None:
         weights = open_weights(resolve_weights(config.train.load), config.data.classes)
         check_fits(weights, prepared)
+
+
+def _check_names(run_dir: Path) -> None:
+    """Raises ConfigError if the run folder contains something else under a name that a run writes to."""
+    where = f"megalite.train.run_dir: {run_dir}"
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise ConfigError(f"{where}: is a link to {os.readlink(run_dir)}, which does not exist")
+    for name, what in (
+        ("checkpoints", "folder"),
+        ("metrics.jsonl", "file"),
+        ("config.json", "file"),
+    ):
+        path = run_dir / name
+        is_right = path.is_dir() if what == "folder" else path.is_file()
+        if path.exists() and not (is_right and os.access(path, os.W_OK)):
+            raise ConfigError(f"{where}: {name} must be a {what} that can be written")
 
 
 def _make_run_dir(config: Config) -> None:

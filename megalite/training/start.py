@@ -18,6 +18,7 @@ from megalite.checkpoint.files import (
     named_best,
     newest_named,
     step_name,
+    step_of,
 )
 from megalite.checkpoint.folder import BEST, LATEST, STEP_NAME, write_durably
 from megalite.checkpoint.weights import check_names, load_shards, load_shards_from, open_together
@@ -80,6 +81,7 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
     for path in reversed(_agreed(lambda: checkpoints_of(run_dir))):
         try:
             checkpoint = open_together(path)
+            _check_step(checkpoint)
         except CheckpointError as error:
             damaged[path.name] = error
             if dist.get_rank() == 0:
@@ -102,6 +104,16 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
     if partly:
         told += " and a new head"
     return Start(Position(), told, weights, partly=partly)
+
+
+def _check_step(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if a checkpoint has the name of another step, as a copy may: as the newest, it would be
+    resumed from at every start, and the steps since then repeated."""
+    step, named = checkpoint.state["step"], step_of(checkpoint.folder)
+    if step != named:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is of step {step}: must be named {step_name(step)}"
+        )
 
 
 def _name_latest(run_dir: Path, name: str) -> None:

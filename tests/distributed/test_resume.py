@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
 from megalite.data.indexed import files_of
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, ConfigError
 from megalite.training.fingerprint import IDS, fingerprint
 from megalite.training.lock import Holder
 from megalite.training.pretrain import _train, main, prepare
@@ -241,3 +241,34 @@ def test_megatron_s_order_is_that_of_the_run_s_first_start(tmp_path: Path) -> No
         prepare(str(path), ["megalite.data.megatron_samples=72"], 2)
     resolved = run / "config.json"  # says what it was made for
     assert prepare(str(resolved), [], 2).config.data.megatron_samples == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("checkpoints", "checkpoints must be a folder that can be written"),
+        ("metrics.jsonl", "metrics.jsonl must be a file that can be written"),
+    ],
+)
+def test_a_run_folder_with_something_else_under_its_names_is_refused(
+    tmp_path: Path, name: str, rule: str
+) -> None:
+    """It was trained from the beginning, its rows removed, and ended at its first checkpoint."""
+    path = config_file(tmp_path)
+    other = tmp_path / "run" / name
+    if name == "checkpoints":
+        other.write_text("x")
+    else:
+        other.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"megalite.train.run_dir: .*/run: {rule}"):
+        prepare(str(path), [], 2)
+
+
+def test_a_run_folder_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+    (tmp_path / "link").symlink_to("none")
+    override = f"megalite.train.run_dir={tmp_path}/link"
+    with pytest.raises(ConfigError, match="link: is a link to none, which does not exist"):
+        prepare(str(path), [override], 2)
+    with pytest.raises(ConfigError, match=r"run_dir: .*: must not contain a null character"):
+        prepare(str(path), ['megalite.train.run_dir="a\\u0000b"'], 2)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.errors import ConfigError
+from megalite.data.collected import write_collected
+from megalite.errors import ConfigError, DataError
 from tests.ranks import REPOSITORY
 
 LEXICON = """
@@ -213,3 +214,24 @@ def test_the_nearest_text_shares_the_rarest_trigrams() -> None:
     index = nearest(["open the file", "close the file", "close the window", "quit"])
     found = [index.find(text) for text in ("opening a file", "the window", "Quit!", "closed file")]
     assert found == [0, 2, 3, 1]
+
+
+def test_a_user_s_own_texts_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("mine")
+    with pytest.raises(DataError, match=r"train.jsonl: already exists with other content; choose"):
+        write_collected(tmp_path / "train.jsonl", ["theirs\n"])
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
+    (tmp_path / "valid.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="valid.jsonl: already exists"):
+        write_collected(tmp_path / "valid.jsonl", ["theirs\n"])
+    for _ in range(2):  # a launcher that is started again
+        write_collected(tmp_path / "new" / "text.jsonl", ["one\n", "two\n"])
+    assert (tmp_path / "new" / "text.jsonl").read_text() == "one\ntwo\n"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["text.jsonl"]
+
+
+@pytest.mark.parametrize("language", ["/", "../x", "*"])
+def test_a_language_is_a_code(language: str, tmp_path: Path) -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools/collect_catalogues.py"))
+    with pytest.raises(ConfigError, match="--language: .*: must be a code such as de"):
+        tool["main"](["--language", language, "--output", str(tmp_path)])

@@ -25,6 +25,7 @@ from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, ODD, holds
 from tests.programs import run_program
 from tests.ranks import REPOSITORY
+from tests.small_disk import small_disk
 from tests.unit.data.corpora import write_corpus
 
 
@@ -210,9 +211,10 @@ def test_names_that_are_no_text_and_no_files(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_no_mistake(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").symlink_to("/dev/full")
-    ended = run("tools/collect_sources.py", "--output", str(tmp_path))
-    assert (
-        ended.returncode == 1
-        and ended.stderr == b"collect_sources.py: a file: No space left on device\n"
-    ), ended
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        ended = run("tools/collect_sources.py", "--output", str(disk))
+        assert (
+            ended.returncode == 1
+            and ended.stderr == b"collect_sources.py: a file: No space left on device\n"
+        ), ended
+        assert list(disk.iterdir()) == []

@@ -7,11 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megalite import inputs
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError, UserError
 from megalite.hub.export_hf import export_hf
@@ -180,3 +182,18 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
         assert not dead.exists() and not own.exists() and all(folder.exists() for folder in kept)
         partial.mkdir()
     assert (tmp_path / "out").is_dir() and not partial.exists()
+
+
+def test_a_device_without_an_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was read until the memory was full."""
+    monkeypatch.setattr(inputs, "_MOST_STREAMED", 1 << 20)
+    with pytest.raises(
+        DataError, match="/dev/zero: cannot be read: is not a file: must end within 1 MiB"
+    ):
+        inputs.read_text("/dev/zero", DataError)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=("{}" + " " * 200_000,)).start()
+    assert inputs.read_json_object(pipe) == {}

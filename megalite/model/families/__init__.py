@@ -7,6 +7,7 @@ Each family's module ends with its `FAMILY`; family.py says what belongs to one.
 import contextlib
 import difflib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ transformers supports."""
 Section = dict[str, Any] | str | Classified
 """The model section: inline keys, or a folder with a config.json; or either with labels, for a classifier."""
 _SHOWN_CHARACTERS = 300  # of an error message of transformers
+_VALIDATOR = re.compile(r"^Class validation error for validator '\w+': \w+: ")
 _log = logging.getLogger("megalite")
 _listed: set[str] = set()  # files whose unknown keys have been listed in the log
 
@@ -115,7 +117,8 @@ def load_hf_config(section: Section) -> Any:
         with _quiet_transformers():
             config = config_of(model_type, values)
     except Exception as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())[:_SHOWN_CHARACTERS]}") from error
+        said = _VALIDATOR.sub("", " ".join(str(error).split()))
+        raise ConfigError(f"{where}: {said[:_SHOWN_CHARACTERS]}") from error
     known = _known_keys(config)
     unknown = [key for key in values if key not in known and key not in _REFUSED]
     if where != KEY and PREFIX_LM in unknown:

@@ -153,3 +153,27 @@ def test_a_world_size_without_a_check_is_refused() -> None:
         pretrain.main(["a.txt", "--world-size", "2"])
     rule = "only with --check; a run has as many ranks as its launcher starts"
     assert str(error.value) == f"--world-size: 2: {rule}"
+
+
+def test_a_tokenizer_that_is_none_is_named_as_it_was_given(alike: Path, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("x")
+    run = TextRun("log", [str(alike)], tmp_path / "runs/log", tokenizer=str(tmp_path / "words"))
+    with pytest.raises(DataError, match=f"^{tmp_path}/words: is not a sentencepiece model$"):
+        prepare_text(run)
+
+
+def test_texts_without_text_are_named(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "\n\n"), ("b.txt", "")):
+        (tmp_path / name).write_text(text)
+    texts = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    with pytest.raises(DataError, match=r"^.*/a.txt and 1 more: contains no text$"):
+        prepare_text(TextRun("a", texts, tmp_path / "runs/a"))
+
+
+@pytest.mark.parametrize(("size", "rule"), [(1, "260$"), (260, r"\d+ for this text, a piece for")])
+def test_a_vocabulary_that_is_too_small_is_one_line(
+    alike: Path, tmp_path: Path, size: int, rule: str
+) -> None:
+    run = TextRun("log", [str(alike)], tmp_path / "runs/log", vocab_size=size)
+    with pytest.raises(DataError, match=f"^--vocab-size: {size}: must be at least {rule}"):
+        prepare_text(run)

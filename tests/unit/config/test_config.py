@@ -64,6 +64,14 @@ def test_resolved_config_is_its_own_input() -> None:
             "zero_optimization.offload_param.device=nvme",
             'device: "nvme": must be none or cpu: weights in files',
         ),
+        (
+            "gradient_accumulation_steps=1000000000000",
+            "gradient_accumulation_steps: 1000000000000: must be at most 100,000",
+        ),
+        (
+            'megalite.train.run_dir="a\\u0000"',
+            'megalite.train.run_dir: "a\\u0000": must not contain a null character',
+        ),
         ("bf16=3", "bf16: 3: must be an object"),
         ("megalite.model=3", "megalite.model: 3: must be"),
         ('tensorboard={"enabled":true}', "use megalite.train.tensorboard"),

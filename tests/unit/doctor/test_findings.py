@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from megalite.doctor import gpus
+from megalite.doctor.examine import main
 from megalite.doctor.findings import findings
 from megalite.doctor.probe import probe
+from megalite.errors import ConfigError
 
 
 def test_each_finding_says_what_to_do(tmp_path: Path) -> None:
@@ -84,3 +86,15 @@ def test_a_probe_knows_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     assert json.loads(json.dumps(seen)) == seen
     (tmp_path / "a").write_text("b" + "a" * 2999)
     assert probe(wanted)["files"][str(tmp_path / "a")][2] != digest
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["a=1"], "a=1: needs --deepspeed_config, whose keys it sets"),
+        (["--master_port", "70000"], "--master_port: 70000: must be .* at most 65535"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_one_line(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        main(["--num_gpus", "1", *words])

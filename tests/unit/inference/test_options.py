@@ -84,6 +84,8 @@ def test_translations_are_written_to_a_new_file(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["--stop-id", "99999"], "--stop-id: 99999: must be below the model's vocab_size"),
+        (["--stop", ""], "--stop: must not be empty"),
         (["--length-penalty", "2"], "--length-penalty: 2.0: only with --beams"),
         (["--stream", "--samples", "2", "--temperature", "1"], "--stream: only with one prompt"),
     ],

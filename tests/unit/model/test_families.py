@@ -104,6 +104,7 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
          "rope_parameters.partial_rotary_factor: 0.5: must be 1.0: a llama model rotates whole heads"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads: 4: must divide num_attention_heads 6"),
+        ("llama", {"hidden_size": 35}, "megalite.model: The hidden size (35) is not a multiple"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0: must be an integer of at least 1"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000: must be at most 10,000"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads: 0: must be an integer of at least 1"),

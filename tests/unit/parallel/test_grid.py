@@ -137,3 +137,11 @@ def connect_on_gloo(rank: int, world_size: int) -> bool:
 
 def test_the_groups_connect() -> None:
     assert run_ranks(3, connect_on_gloo) == [True] * 3
+
+
+def test_places_of_a_large_world_share_what_they_count() -> None:
+    """Each rank counted all of them, once for each axis: of 131,072 ranks that did not fit into 12 GB."""
+    first, last = (Grid.at(rank, 1, 2**17, 1) for rank in (0, 2**17 - 1))
+    assert first.data.ranks is last.data.ranks and len(last.data.ranks) == 2**17
+    assert last.data.rank == 2**17 - 1
+    assert [axis.size for axis in Grid.at(0, 1, 1, 12).tensor.runs] == [2, 3, 4, 6]

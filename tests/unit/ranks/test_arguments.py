@@ -1,9 +1,12 @@
 """The arguments of programs."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.ranks.arguments import ArgumentParser, at_least
+from megalite.ranks.arguments import ArgumentParser, any_text, at_least
 
 
 def test_positional_arguments_may_come_between_options() -> None:
@@ -14,3 +17,26 @@ def test_positional_arguments_may_come_between_options() -> None:
     assert (given.overrides, given.steps) == (["a=1", "b=2"], 3)
     with pytest.raises(ConfigError, match="unrecognized arguments: --other"):
         parser.parse_args(["a=1", "--other", "b=2"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--output", ""], ["--folder="], ["run", ""], ["--input", "a", ""]]
+)
+def test_an_empty_value_is_refused(words: list[str]) -> None:
+    """It is of a shell's variable that is not set, and would be the current folder."""
+    parser = ArgumentParser()
+    parser.add_argument("--output")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--input", nargs="+")
+    parser.add_argument("runs", nargs="*")
+    with pytest.raises(ConfigError, match="(--[a-z]+|runs): must not be empty") as error:
+        parser.parse_args(words)
+    assert error.value.agreed
+
+
+def test_a_text_may_be_empty_and_so_may_what_is_passed_on() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--system", type=any_text)
+    parser.add_argument("program", nargs=argparse.REMAINDER)
+    given = parser.parse_args(["--system", "", "pretrain", ""])
+    assert (given.system, given.program) == ("", ["pretrain", ""])

@@ -7,6 +7,8 @@ import pytest
 
 from megalite.errors import ConfigError
 from megalite.ranks.program import print_line
+from tests.programs import run_program
+from tests.ranks import REPOSITORY
 
 
 def test_a_line_of_an_error_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +36,32 @@ def test_a_reader_that_has_gone_ends_a_program_without_a_word() -> None:
     program.stdout.close()
     assert program.stderr is not None and program.stderr.read() == ""
     assert program.wait(30) == 141
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("launcher/generate.py", ["--none"]),
+        ("launcher/evaluate.py", []),
+        ("megalite", ["pretrain"]),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_of_all_ranks_is_told_by_one(
+    program: str, words: list[str]
+) -> None:
+    for rank, lines in ((0, 1), (1, 0)):
+        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        ended = run_program(program, *words, **world, LOCAL_WORLD_SIZE="2")
+        said = [line for line in ended.stderr.splitlines() if "runpy" not in line]  # the test's own
+        assert (ended.returncode, len(said)) == (2, lines), ended.stderr
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_told() -> None:
+    """`config_reference.py > docs/config.md` on a full disk would leave half of it, as if all were well."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "tools/config_reference.py"]
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("No space left on device\n") and ended.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """report.html: what it shows of a run folder, whatever is missing or torn in it; in a browser where there is one."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -348,3 +349,21 @@ def test_in_a_browser_the_page_fits_and_tells_what_is_under_the_pointer(
     assert fits and title == "run"
     dark, light = "rgb(20, 23, 27)", "rgb(255, 255, 255)"
     assert [ground, other] == ([light, dark] if scheme else [dark, light])
+
+
+def test_another_file_is_not_written_over(tmp_path: Path) -> None:
+    """Nor a device: /dev/full became a page."""
+    run = run_folder(tmp_path / "run")
+    notes = tmp_path / "notes.html"
+    notes.write_text("<!doctype html>\n<p>mine")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (notes, pipe, run / "config.json"):
+        with pytest.raises(DataError, match=f"^{path}: already exists and is not a report; choose"):
+            main([str(run), "--output", str(path)])
+    assert notes.read_text().endswith("mine") and pipe.is_fifo()
+    for _ in range(2):  # an earlier page is replaced
+        assert main([str(run), "--output", str(tmp_path / "page.html")]) == 0
+    with pytest.raises(DataError, match="run: already exists and is not a report"):
+        main([str(run), "--output", str(run)])
+    assert list(tmp_path.glob(".*")) == []

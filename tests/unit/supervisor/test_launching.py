@@ -99,6 +99,14 @@ def test_mistakes_of_the_command_line_are_one_line(
             "2",
             "x/none.py",
         ],
+        "--master_port: 70000: must be an integer of at least 1 and at most 65535": [
+            *["--num_gpus", "1", "--master_port", "70000"],
+            *program,
+        ],
+        "--enable_each_rank_log: .*test_launching.py: must be a folder": [
+            *["--num_gpus", "1", "--enable_each_rank_log", __file__],
+            *program,
+        ],
         "--log_level: invalid choice": ["--num_gpus", "1", "--log_level", "$(x)", *program],
     }
     for said, arguments in cases.items():

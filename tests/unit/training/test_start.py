@@ -1,5 +1,6 @@
 """Where a run starts from (megalite/training/start.py), on one rank."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def test_the_newest_checkpoint_goes_before_other_weights(tmp_path: Path) -> None
     assert (start.position.consumed_samples, start.position.updates) == (56, 5)
     assert start.weights is not None and start.weights.read("a").tolist() == [7.0] * 3
     assert newest_named(tmp_path) == step_name(7)
+
+
+def test_a_copy_under_another_step_s_name_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the newest it would be taken at every start, and what was trained since then made again each time."""
+    save(tmp_path, 2)
+    shutil.copytree(save(tmp_path, 4), tmp_path / "checkpoints" / step_name(9))
+    start = starting_point(tmp_path, None)
+    assert start.position.step == 4 and start.damaged == (step_name(9),)
+    said = capsys.readouterr().err
+    assert "step_00000009: is of step 4: must be named step_00000004; looking for an older" in said
 
 
 def test_a_damaged_one_is_passed_over_and_named(
