@@ -101,7 +101,8 @@ class HFFolder:
             return data | state_of(self.spec, self._read_bias)
 
     def _read_bias(self, file_name: str) -> Tensor:
-        values = self._files.read(file_name.removeprefix(self._prefix), ())
+        file_name = file_name.removeprefix(self._prefix)
+        values = self._files.read(file_name, ())
         self._check_finite(file_name, values)
         return values
 

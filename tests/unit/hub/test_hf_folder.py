@@ -165,6 +165,22 @@ def test_a_weight_that_is_not_finite_is_named(
     assert not (tmp_path / "imported").exists()
 
 
+def test_a_router_bias_that_is_not_finite_is_named_without_the_prefix(tmp_path: Path) -> None:
+    """The prefix that files of a model without its head leave out."""
+    source = tmp_path / "ernie"
+    hf_model(FAMILY_CONFIGS["ernie4_5_moe"]).save_pretrained(source)
+    (full_name, *_) = bias_names(HFFolder(source).spec)
+    name = full_name.removeprefix("model.")
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[full_name][0, 1] = math.nan
+        return {key.removeprefix("model."): value for key, value in tensors.items()}
+
+    folder = HFFolder(altered(source, tmp_path / "x", change))
+    with pytest.raises(CheckpointError, match=rf"safetensors: {name}: has values from nan"):
+        folder.state  # noqa: B018
+
+
 def test_a_file_that_cannot_be_read_any_more_is_named(gpt2_folder: Path, tmp_path: Path) -> None:
     folder = HFFolder(altered(gpt2_folder, tmp_path / "x", lambda tensors: None))
     (tmp_path / "x" / "model.safetensors").unlink()
