@@ -1,4 +1,4 @@
-"""Forward passes through stages of one chunk a rank, for evaluation, likelihoods and generation without an engine."""
+"""Forward passes through one chunk per rank, for evaluation, likelihoods and generation without an engine."""
 
 from collections.abc import Callable, Iterable
 

@@ -88,7 +88,7 @@ class Lengths:
         return counts
 
     def of(self, cost: Cost, hop: float = 0.0) -> float:
-        """Length of a step; hop: time of a message between ranks."""
+        """The length of a step. hop: time of a message between ranks."""
         table = [[cost(kind, chunk) for chunk in range(self.chunks)] for kind in KINDS]  # type: ignore[arg-type]
         ends = self._ends(table, hop)
         return max(ends[number] for number in self._last)

@@ -5,7 +5,7 @@
 | 1f1b        | 1             | arXiv 2104.04473, section 2.2                                                 |
 | interleaved | v             | arXiv 2104.04473, section 2.3                                                 |
 | zb-h1       | 1             | zero bubble with 1F1B's memory, arXiv 2401.10241, section 4                   |
-| zb-v        | 2, in a V     | zero bubble over two chunks a rank, arXiv 2401.10241, section 6; 2405.15362   |
+| zb-v        | 2, in a V     | zero bubble, two chunks per rank, arXiv 2401.10241, section 6; 2405.15362   |
 
 p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
 """

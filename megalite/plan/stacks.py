@@ -138,7 +138,7 @@ def _biases(spec: TransformerSpec, part: ChunkPart, at: Forward) -> tuple[Table,
 def stack_chunk_table(
     spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward
 ) -> Table:
-    """As chunk_table."""
+    """Like `chunk_table` (chunk_tables.py)."""
     selective = recompute == "selective"
     every = 0 if selective else int(recompute)
     encoders = [layer for layer in part.layers if _is_encoder(spec, layer)]

@@ -32,8 +32,8 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "training": 2650,
     "inference": 1590,
     "prove": 2800,  # mutants: a file for each part of a run
-    "supervisor": 835,
-    "doctor": 435,
+    "supervisor": 840,
+    "doctor": 440,
     "races": 1075,
     "api": 195,
     "commands": 1125,
