@@ -85,8 +85,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
-        """Reports the exception of this rank's main thread. An error that megalite raised on purpose is only left in the
-        folder, if not all ranks raise it: the program prints its line."""
+        """Reports the exception of this rank's main thread. An error that megalite raised on purpose has its own line;
+        unless all ranks raise it, it is also left in the folder."""
         if isinstance(error, MegaliteError):
             if not error.agreed and len(self.hosts) > 1:
                 self._leave_for_others(error)

@@ -183,14 +183,15 @@ def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
 def step_without_another_node(rank: int, world_size: int, run_dir: Path) -> None:
     """Each rank has a node of its own. Rank 1 alone raises an error on purpose, and its process stays, as a launcher's
     does that has other ranks to wait for."""
-    with contextlib.suppress(DataError), mock.patch("socket.gethostname", lambda: f"node{rank}"):
-        with (
-            Watchdog(run_dir, Limits.model_validate({})) as watchdog,
-            watchdog.watching("step 7", 60.0),
-        ):
-            if rank == 1:
-                raise DataError("data/train.bin: token 9 is beyond\nthe vocabulary")
-            time.sleep(60)
+    with (
+        contextlib.suppress(DataError),
+        mock.patch("socket.gethostname", lambda: f"node{rank}"),
+        Watchdog(run_dir, Limits.model_validate({})) as watchdog,
+        watchdog.watching("step 7", 60.0),
+    ):
+        if rank == 1:
+            raise DataError("data/train.bin: token 9 is beyond\nthe vocabulary")
+        time.sleep(60)
     time.sleep(60)
 
 
