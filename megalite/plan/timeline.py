@@ -219,10 +219,11 @@ class Passage:
 def most_memory(
     program: Program, rank: int, chunks: dict[int, ChunkMemory], rules: Reduction
 ) -> Moment:
-    """The moment of a rank's step at which activations, gradients and buckets take the most. On a CPU, sent messages
-    stay until they are waited for (pipeline/steps.py): gloo does not report a send as complete before that."""
+    """The moment of a rank's step at which activations, gradients and buckets take the most. Sent messages stay until
+    they are waited for (pipeline/steps.py): gloo does not report a send as complete before that, and on a GPU the host,
+    which would release it, is ahead of the device."""
     one = next(iter(chunks.values()))
-    message = one.at.hidden(one.spec) if one.at.device == "cpu" else 0
+    message = one.at.hidden(one.spec)
     gradients, known = Gradients.begin(rules), dict[object, Passage]()
     now, begun = gradients.now, gradients.begun
     # Plain ints, for speed: a step has thousands of actions, and the search simulates hundreds of ranks.
@@ -238,10 +239,8 @@ def most_memory(
             highest = passage.most
             most = kept + highest.total
             gradients.most = Moment(kept + highest.kept, highest.gradients, highest.buckets)
-        kept += passage.after.kept
-        if message:
-            kept += message * program.crosses(program.gives(action))
-            kept -= message * len(program.receipts.get(action, ()))
+        kept += passage.after.kept + message * program.crosses(program.gives(action))
+        kept -= message * len(program.receipts.get(action, ()))
         now = gradients.now = passage.after
         if kind != "F":
             begun.add(given)
