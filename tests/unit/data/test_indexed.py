@@ -52,7 +52,7 @@ def test_a_merge_is_what_one_writer_makes(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "one")
     write_corpus(tmp_path / "wide", 3, dtype=np.int32)
     with (
-        pytest.raises(DataError, match="must be uint16 to be merged"),
+        pytest.raises(DataError, match="must be uint16, as in the output"),
         IndexedWriter(tmp_path / "c", "u2") as writer,
     ):
         writer.add_corpus(tmp_path / "wide")

@@ -50,10 +50,10 @@ def test_each_text_gets_the_number_of_its_label(tmp_path: Path) -> None:
     assert (counts.documents, counts.empty, counts.bad) == (3, 1, 4)
     reasons = [line.partition("jsonl:")[2] for line in counts.named]
     assert reasons == [
-        "4: \"label\": 'none': is none of --classes",
-        '5: "label" holds no label',
+        "4: \"label\": 'none': must be one of --classes",
+        '5: "label": must be a string or an integer, a label',
         '7: has no key "text"',
-        '8: "label" holds no label',
+        '8: "label": must be a string or an integer, a label',
     ]
     tokens, labels = (IndexedCorpus(p) for p in (tmp_path / "out", labels_prefix(tmp_path / "out")))
     assert [*labels.tokens] == [1] * 5 + [0] * 3 + [2] * 4
@@ -64,10 +64,10 @@ def test_each_text_gets_the_number_of_its_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"classes": []}, "--label-key: goes with --classes"),
-        ({"label_key": None}, "--label-key: goes with --classes"),
-        ({"classes": ["a", "a"]}, "--classes: a a: must be 2 to 256 names, each once"),
-        ({"classes": ["a"]}, "--classes: a: must be 2 to 256 names, each once"),
+        ({"classes": []}, "--label-key: needs --classes"),
+        ({"label_key": None}, "--label-key: needs --classes"),
+        ({"classes": ["a", "a"]}, "--classes: a a: must be 2 to 256 different names"),
+        ({"classes": ["a"]}, "--classes: a: must be 2 to 256 different names"),
         ({"chat": True}, "--label-key: not with --chat"),
         ({"kind": "txt"}, "must be lines of JSON for --label-key"),
     ],
