@@ -31,12 +31,12 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "report": 925,
     "training": 2650,
     "inference": 1590,
-    "prove": 2800,  # mutants: a file for each part of a run
+    "prove": 2805,  # mutants: a file for each part of a run
     "supervisor": 840,
     "doctor": 440,
     "races": 1075,
     "api": 195,
-    "commands": 1125,
+    "commands": 1145,  # options' help in whole phrases
     "__main__": 10,
 }
 LONGEST_FILE = 400
