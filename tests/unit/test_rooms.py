@@ -1,7 +1,7 @@
-"""The rooms of megalite/ and what may import what: a room imports only rooms above it in `ROOMS`.
+"""The rooms of megalite/ and their imports: a room imports only rooms above it in `ROOMS`.
 
-The test is about every import, those inside functions too. A room's budget is its lines of code, without blanks,
-comments and docstrings: it is raised with a reason, in the commit that needs it.
+This holds for all imports, also those inside functions. A room's budget is its number of lines of code, without blanks,
+comments and docstrings; it is raised with a reason, in the commit that needs it.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megalite"
-ROOMS = {  # from the top: room -> lines of code that it may have
+ROOMS = {  # from the top: room -> most lines of code
     "errors": 20,
     "inputs": 100,
     "other_formats": 90,
@@ -20,7 +20,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "topology": 110,
     "ranks": 790,  # a failed rank under NCCL ends its process itself
     "parallel": 1290,
-    "model": 3530,  # families as values of one class; block, head and chunks in files of their own
+    "model": 3530,  # families as values of one class; block, head and chunks in separate files
     "data": 3680,
     "checkpoint": 1410,
     "hub": 830,
@@ -66,7 +66,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def code_lines(path: Path) -> int:
-    """Lines that hold code: without blanks, comments and docstrings."""
+    """Number of lines of code, without blanks, comments and docstrings."""
     text = path.read_text()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):

@@ -1,4 +1,4 @@
-"""tools/inspect_data.py: what it shows, and that damage is one line and exit 2."""
+"""tools/inspect_data.py: its output; damaged files give one line and exit code 2."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Texts with labels: preprocessing, and what is refused in data and config."""
+"""Texts with labels: preprocessing, and errors in data and config."""
 
 import json
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_a_mistake_in_the_objective_is_one_line(data: dict[str, Any], line: str)
         ("train", {"z_loss": 0.1}, "train.z_loss: 0.1: must be 0 with"),
     ],
 )
-def test_what_a_classifier_has_no_use_for_is_refused(
+def test_settings_without_effect_on_a_classifier_are_refused(
     section: str, keys: dict[str, Any], line: str
 ) -> None:
     made = document({})
@@ -140,7 +140,7 @@ def test_a_classifier_is_not_trained_on_tokens() -> None:
         check_model(config, read_spec(config.model))
 
 
-def test_problems_that_are_no_choice_of_one_label_are_refused() -> None:
+def test_problems_other_than_single_label_are_refused() -> None:
     names = {"architectures": ["BertForSequenceClassification"]}
     for change, rule in (
         ({"problem_type": "regression"}, "problem_type: 'regression': must be None or"),

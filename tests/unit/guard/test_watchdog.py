@@ -1,4 +1,4 @@
-"""Who is to blame for the end of a run, by what each rank wrote (megalite/guard/watchdog.py), without ranks."""
+"""Which rank ended a run, from the files that ranks wrote (megalite/guard/watchdog.py), without ranks."""
 
 import sys
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def test_the_likeliest_cause_comes_first(
 def test_the_flight_recorder_decides_between_ranks_that_are_all_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under NCCL a rank waits for its device in any call: rank 2 has not come to the sixth collective."""
+    """With NCCL a rank may wait for its device in any call: rank 2 has not reached the sixth collective."""
     flights = {rank: {"w": Stay((0, 1, 2, 3), 6, 6, "all_reduce")} for rank in range(4)}
     flights[2] = {"w": Stay((0, 1, 2, 3), 5)}
     lines = summary(
@@ -88,10 +88,10 @@ def test_the_first_summary_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert summary(tmp_path, monkeypatch, {0: FAILED}) == ["of the first"]
 
 
-def test_a_neighbour_that_has_gone_counts_where_a_part_goes_on(
+def test_a_lost_neighbour_counts_only_while_one_part_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ranks that end a run one after another see each other go too."""
+    """At the end of a run ranks exit one after another, which is no fault."""
     made: Any = Watchdog.__new__(Watchdog)
     made.node, made.alone_since = {(1, 11), (2, 12)}, -1.0
     alive = {(1, 11), (2, 12)}

@@ -9,7 +9,7 @@ from megalite.ranks import launch
 from megalite.ranks.place import Place
 
 
-def test_missing_ranks_are_told_of(
+def test_missing_ranks_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
