@@ -33,9 +33,10 @@ from megalite.ranks.program import print_line
 from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
-LOOK_SECONDS = 1.0  # between two polls of the folder by a node
-# In which other ranks can write their files before this one exits and a launcher kills them.
-SETTLE_SECONDS = 3.0
+LOOK_SECONDS = 1.0  # between two polls of the folder by one rank of a node
+SETTLE_SECONDS = (
+    3.0  # for other ranks to write their files, before this one exits and a launcher kills them
+)
 REPORT_SECONDS = 20.0  # for the whole report; then the rank exits without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
@@ -257,13 +258,15 @@ class Watchdog:
             and guilty & ({int(peer) for peer in peers.split(",") if peer.strip()} | waits.get(rank, set()))
         ]  # fmt: skip
         names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in sorted(guilty))
-        head = f"{names} {first}" + f"; {_ranks(waiting)} waited for it" * bool(waiting)
+        head = f"{names} {first}"
+        if waiting:
+            head += f"; {_ranks(waiting)} waited for {'it' if len(guilty) == 1 else 'them'}"
         lines = [
             f"rank {rank} on {self.hosts[rank]}: {where}"
             for rank, (_, _, where) in enumerate(parts)
         ]
         path = self.folder / SUMMARY
-        # A rank that was stopped and then continued comes late: the first summary is kept.
+        # A rank that was stopped and then continued may come late: the first summary is kept.
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             file.write("\n".join([head, *lines, ""]))
             print_line(RuntimeError(f"{head}: see {path} and the stacks beside it"))
@@ -303,4 +306,5 @@ def _collective(frames: Iterable[FrameType], own: int) -> tuple[str, list[int]]:
 
 
 def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {', '.join(map(str, ranks))}"

@@ -56,6 +56,11 @@ def test_a_rank_that_failed_is_named_with_those_that_wait_for_it(
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset({3}), "rank 3 on b was killed"),
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset(), "rank 0 on a failed"),
         ({0: BUSY, 1: BUSY, 2: BUSY}, frozenset(), "rank 3 on b did not report"),
+        (
+            {0: FAILED, 1: FAILED, 2: WAITS.format("0"), 3: WAITS.format("1")},
+            frozenset(),
+            "rank 0 on a, rank 1 on a failed; ranks 2, 3 waited for them",
+        ),
         ({rank: BUSY for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, rank 2 on b, "),
         ({rank: WAITS.format("") for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, "),
     ],

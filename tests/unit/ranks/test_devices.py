@@ -38,25 +38,25 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one() -> None:
         own_gpu(0, 8, 4)
 
 
-def tell_all(names: list[str]) -> None:
+def report_all(names: list[str]) -> None:
     """The ranks of a node, which see one GPU each, report these names; then the first one checks."""
     store = HashStore()
-    told = [
-        threading.Thread(target=GPUNames(store, "node").tell, args=(name, len(names)))
+    reports = [
+        threading.Thread(target=GPUNames(store, "node").report, args=(name, len(names)))
         for name in names
     ]
-    GPUNames(store, "another node").tell(names[0], 1)
-    for thread in told:
+    GPUNames(store, "another node").report(names[0], 1)
+    for thread in reports:
         thread.start()
     GPUNames(store, "node").check(len(names))
 
 
 def test_one_visible_gpu_is_each_ranks_own_or_a_mistake() -> None:
-    tell_all(["a", "b", "c"])
+    report_all(["a", "b", "c"])
     with pytest.raises(
         ConfigError, match="ranks on a node: 3: must be at most the 1 GPU that torch sees there"
     ):
-        tell_all(["a", "b", "a"])
+        report_all(["a", "b", "a"])
 
 
 def start_with_one_gpu(rank: int, world_size: int) -> None:
