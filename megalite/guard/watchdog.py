@@ -69,6 +69,7 @@ class Watchdog:
         # `listen` must first be called in the main thread.
         self.lock, self.signals = threading.Lock(), listen()
         self.node, self.alone_since = {*self._neighbours()}, -1.0
+        self.has_failed = False
         self._begin("start", limits.first_step_seconds)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -85,13 +86,26 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
-        """Reports the exception of this rank's main thread, unless megalite raised it on purpose."""
-        if isinstance(error, Exception) and not isinstance(error, MegaliteError):
+        """Reports the exception of this rank's main thread. If megalite raised it on purpose, the program prints its
+        line, and this rank only writes its file, unless all ranks raise the error."""
+        if isinstance(error, MegaliteError):
+            if not error.agreed and len(self.hosts) > 1:
+                self._leave_for_others(error)
+        elif isinstance(error, Exception):
             self._failed(error)
         self._rest()
 
     def _rest(self) -> None:
         self.part, self.limit = "", float("inf")
+
+    def _leave_for_others(self, error: MegaliteError) -> None:
+        """Writes this rank's file, so that other nodes find it. With NCCL they would otherwise wait until the step's
+        limit."""
+        self.has_failed = True
+        with contextlib.suppress(OSError):  # the error itself matters more
+            self.folder.mkdir(parents=True, exist_ok=True)
+            cause = " ".join(str(error).split())
+            self._write(f"{_FAILED} |  | {self._where()}: {cause}", own_flight(), "")
 
     def _failed(self, error: Exception) -> NoReturn:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -117,6 +131,8 @@ class Watchdog:
         looked = 0.0
         while True:
             time.sleep(POLL_SECONDS)
+            if self.has_failed:  # this rank's file is written, and the process is about to exit
+                return
             now = time.monotonic()
             if self.part and now - self.since > self.limit:
                 self._end(_BUSY, _main_frames(), f"longer than its limit of {self.limit:g} s")

@@ -112,7 +112,7 @@ def test_the_loss_counts_the_translation_and_its_end(tmp_path: Path) -> None:
         wanted = [0] * (len(source) + 2) + [1] * (len(target) + 1)
         assert marks.read(start, stop).tolist() == wanted
     for keys, line in (
-        ({"template": "none"}, "--template: 'none': must hold {source}"),
+        ({"template": "none"}, "--template: 'none': must contain {source}"),
         ({"chat": True}, "--pairs: not with --chat"),
         ({"append_eod": True}, "--append-eod: not with --pairs"),
     ):

@@ -1,5 +1,6 @@
 """The ranks' reports when one of them fails or is busy for too long (lost ranks: tests/launch)."""
 
+import contextlib
 import errno
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import megalite.guard.watchdog as watchdog_module
 from megalite.config.limits import Limits
+from megalite.errors import DataError
 from megalite.guard.flight import Stay
 from megalite.guard.watchdog import Watchdog
 from megalite.parallel.grid import Grid
@@ -176,3 +178,29 @@ def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
     head, own, _ = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
     assert head.startswith("rank 1 on ") and " did not report" in head
     assert "step 7" in own and own.endswith("when a rank of this node was gone")
+
+
+def step_without_another_node(rank: int, world_size: int, run_dir: Path) -> None:
+    """Each rank is on its own node. Only rank 1 raises an error on purpose, and its process stays, as with a launcher
+    that waits for other ranks."""
+    with (
+        contextlib.suppress(DataError),
+        mock.patch("socket.gethostname", lambda: f"node{rank}"),
+        Watchdog(run_dir, Limits.model_validate({})) as watchdog,
+        watchdog.watching("step 7", 60.0),
+    ):
+        if rank == 1:
+            raise DataError("data/train.bin: token 9 is beyond\nthe vocabulary")
+        time.sleep(60)
+    time.sleep(60)
+
+
+def test_under_nccl_an_error_on_another_node_is_seen(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailure):
+        run_ranks(2, step_without_another_node, tmp_path, timeout_seconds=30)
+    assert time.monotonic() - begin < 15
+    head, own, other = (next(tmp_path.glob("faults/*")) / "summary.txt").read_text().splitlines()
+    assert head == "rank 1 on node1 failed"
+    assert own.startswith("rank 0 on node0: step 7") and own.endswith("another rank had failed")
+    assert other.endswith("data/train.bin: token 9 is beyond the vocabulary")

@@ -97,8 +97,8 @@ def test_a_folder_with_a_tokenizer_is_checked(tmp_path: Path) -> None:
     [
         ([], "--deepspeed_config: missing: give a config, or a text file to train on"),
         (["none.txt"], "none.txt: no such file: must be a text file or a folder of text files"),
-        (["empty"], "empty: must hold .txt, .md, .jsonl or .parquet files"),
-        (["short.txt"], "short.txt: gives"),
+        (["empty"], "empty: must contain .txt, .md, .jsonl or .parquet files"),
+        (["short.txt"], "short.txt: has 50 tokens for valid: must have more"),
         (["a.pdf"], "a.pdf: must end in"),
         (
             ["short.txt", "--vocab-size", "9", "--tokenizer", "x"],
@@ -120,7 +120,7 @@ def test_a_text_is_not_prepared_on_several_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     done = pretrain(tmp_path, "a.txt", code=2)
     assert "a.txt: text is prepared by one process" in done.stderr

@@ -31,7 +31,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "report": 925,
     "training": 2650,
     "inference": 1590,
-    "prove": 2805,  # mutants: a file for each part of a run
+    "prove": 2815,  # mutants: a file for each part of a run
     "supervisor": 840,
     "doctor": 440,
     "races": 1075,

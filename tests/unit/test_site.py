@@ -101,7 +101,7 @@ def test_the_api_pages_contain_the_docstrings(site: Path) -> None:
     text = re.sub(r"<[^>]*>", "", html.unescape((site / "docs/api.html").read_text()))
     for words in (
         "megalite.load(", "megalite.train(", "loss(", "chat(", "generate(", "class megalite.Model",
-        "Raises CheckpointError or ConfigError where the folder cannot be used.",
+        "Raises CheckpointError or ConfigError if the folder cannot be used.",
         "The assistant's answer to a conversation", "repetition_penalty: ", "after_step(",
     ):  # fmt: skip
         assert words in text.replace("\u2019", "'"), words

@@ -62,7 +62,7 @@ def test_resolved_config_is_its_own_input() -> None:
         ),
         (
             "zero_optimization.offload_param.device=nvme",
-            'device: "nvme": must be none or cpu: weights in files',
+            'device: "nvme": must be none or cpu: parameters in files',
         ),
         (
             "gradient_accumulation_steps=1000000000000",

@@ -331,7 +331,9 @@ def test_check_prints_the_plan_of_the_configs_layout(
     check = ["--deepspeed_config", str(tmp_path / "config.json"), "--check", "--world-size", "4"]
     assert pretrain(check) == 0
     told = capsys.readouterr().err
-    assert re.search(r"[\d,]+ parameters; 5,120 tokens in 10 steps, .* a parameter; .* FLOPs", told)
+    assert re.search(
+        r"[\d,]+ parameters; 5,120 tokens in 10 steps, .* per parameter; .* FLOPs", told
+    )
     assert re.search(r"epochs: [\d.]+ of .*corpus", told)
     assert re.search(r"plan: on H100 [\d.e-]+ s per step predicted", told)
 
