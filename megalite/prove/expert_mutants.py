@@ -38,7 +38,7 @@ def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tu
         yield "experts: gradients are divided by the copies of an expert", _wrong_divisor
         yield "experts: rows come back in the order of their arrival", _unsorted
     if spec.mixture.weighs_shared and grid.tensor.size > 1:
-        yield "experts: the gradient of the shared expert's gate is not summed", _unsummed
+        yield "experts: the shared expert's gate gradient is not summed", _unsummed
     router = config.train.router
     balanced = router is None or router.balance == "sample"
     if balanced and spec.mixture.balance_coefficient > 0 and config.micro_batch_size > 1:

@@ -205,7 +205,7 @@ def test_a_corpus_truncated_during_a_run_is_named(tmp_path: Path) -> None:
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
     for line, (prefix, _, name) in zip(run.stdout.splitlines(), cases, strict=True):
         path = Path(f"{prefix}{name}")
-        assert line.startswith(f"{path}: ") and line.endswith("must not change under a run"), line
+        assert line.startswith(f"{path}: ") and line.endswith("must not change during a run"), line
         assert f"{path.stat().st_size} bytes" in line
 
 

@@ -54,7 +54,7 @@ def test_every_kind_of_parameter_has_faults_and_every_name_is_one() -> None:
         ("llama", {"pipe": 2}, 2, "norm", "rotary positions"),
         ("mixtral", {"expert": 2}, 2, "experts: gradients are divided by the copies", "shared exp"),
         ("mixtral", {}, 2, "experts: left out of the norm", "divided by the copies"),
-        ("qwen2_moe", {"tensor": 2}, 2, "the shared expert's gate is not summed", "copies of an"),
+        ("qwen2_moe", {"tensor": 2}, 2, "the shared expert's gate gradient is not summed", "copies of an"),
     ],
 )  # fmt: skip
 def test_faults_are_those_of_existing_axes(
