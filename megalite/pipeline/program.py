@@ -12,6 +12,7 @@ A Value goes from one action to another: the activation that enters a chunk, or 
 both chunks are on one rank it stays there, otherwise it is a message. Next: schedules.py, which makes programs.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,6 +111,33 @@ class Program:
         """Every action with its rank."""
         for rank, actions in enumerate(self.actions):
             yield from ((rank, action) for action in actions)
+
+    @cached_property
+    def receipts(self) -> dict[Action, list[Value]]:
+        """For each action that takes a message, the values that its rank has sent and that the message proves to have
+        been received: its sender took them before it sent. Values without such a proof are left out."""
+        makers, takers = dict[Value, tuple[int, int]](), dict[Value, tuple[int, int]]()
+        for rank, actions in enumerate(self.actions):
+            for number, action in enumerate(actions):
+                if (given := self.gives(action)) is not None and self.crosses(given):
+                    makers[given] = rank, number
+                if (needed := self.needs(action)) is not None and self.crosses(needed):
+                    takers[needed] = rank, number
+        sent: dict[tuple[int, int], deque[tuple[int, Value]]] = {}
+        # By the two ranks, in the order in which the receiver takes them.
+        for value, (target, number) in sorted(takers.items(), key=lambda item: item[1]):
+            sent.setdefault((makers[value][0], target), deque()).append((number, value))
+        proven: dict[Action, list[Value]] = {}
+        for rank, actions in enumerate(self.actions):
+            for action in actions:
+                needed = self.needs(action)
+                if needed is None or needed not in makers:
+                    continue
+                source, made = makers[needed]
+                waiting = sent.get((rank, source), deque())
+                while waiting and waiting[0][0] <= made:
+                    proven.setdefault(action, []).append(waiting.popleft()[1])
+        return proven
 
     @cached_property
     def splits_backward(self) -> frozenset[tuple[int, int]]:

@@ -62,7 +62,9 @@ def steps_of(program: Program, cost: Cost = equal_costs) -> list[list[Step]]:
     place = {value: number for number, (_, value) in enumerate(sorted(sent))}
     forward_only = all(action.kind == "F" for _, action in program.all_actions())
     steps = [_Merger(program, rank, place).steps() for rank in range(program.ranks)]
-    return [_with_waits(own, IN_FLIGHT) for own in steps] if forward_only else steps
+    if forward_only:
+        return [_with_waits(own, IN_FLIGHT) for own in steps]
+    return [_with_receipts(own, program.receipts) for own in steps]
 
 
 class _Merger:
@@ -150,6 +152,18 @@ def _with_waits(steps: list[Step], most: int) -> list[Step]:
                 result.append(Wait(under_way.pop(0)))
             under_way.append(step.value)
         result.append(step)
+    return result
+
+
+def _with_receipts(steps: list[Step], receipts: dict[Action, list[Value]]) -> list[Step]:
+    """Adds a wait for each send once a message has proved that it arrived, so that the memory of what was sent does not
+    grow with the number of micro-batches. gloo does not report a send as complete before it is waited for, and under
+    NCCL the host is ahead of its device."""
+    result: list[Step] = []
+    for step in steps:
+        result.append(step)
+        if isinstance(step, Act):
+            result += [Wait(value) for value in receipts.get(step.action, ())]
     return result
 
 

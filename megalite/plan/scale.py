@@ -90,7 +90,7 @@ def best(planner: Planner) -> Layout | None:
 def table() -> list[str]:
     """The table in Markdown."""
     lines = [
-        "| model | GPUs | layout | data | s a step | TFLOP/s a GPU | of peak | bubble | GiB |",
+        "| model | GPUs | layout | data | s per step | TFLOP/s per GPU | of peak | bubble | GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:

@@ -220,7 +220,7 @@ def most_memory(
     program: Program, rank: int, chunks: dict[int, ChunkMemory], rules: Reduction
 ) -> Moment:
     """The moment of a rank's step at which activations, gradients and buckets take the most. On a CPU, sent messages
-    stay until the step's end: gloo does not report a send as complete before it is waited for."""
+    stay until they are waited for (pipeline/steps.py): gloo does not report a send as complete before that."""
     one = next(iter(chunks.values()))
     message = one.at.hidden(one.spec) if one.at.device == "cpu" else 0
     gradients, known = Gradients.begin(rules), dict[object, Passage]()
@@ -239,8 +239,9 @@ def most_memory(
             most = kept + highest.total
             gradients.most = Moment(kept + highest.kept, highest.gradients, highest.buckets)
         kept += passage.after.kept
-        if message and program.crosses(program.gives(action)):
-            kept += message
+        if message:
+            kept += message * program.crosses(program.gives(action))
+            kept -= message * len(program.receipts.get(action, ()))
         now = gradients.now = passage.after
         if kind != "F":
             begun.add(given)

@@ -26,6 +26,7 @@ from megalite.pipeline.steps import (
     Send,
     Step,
     Wait,
+    _Streams,
     check_steps,
     forward_stream,
     steps_of,
@@ -194,6 +195,33 @@ def test_forward_only_programs_hold_few_messages(home: tuple[int, ...]) -> None:
             under_way += isinstance(step, Send) - isinstance(step, Wait)
             most = max(most, under_way)
         assert most <= IN_FLIGHT
+
+
+@pytest.mark.parametrize("p, m", [(2, 2), (2, 8), (3, 6), (4, 12), (8, 16)])
+def test_a_send_is_waited_for_when_it_has_arrived(p: int, m: int) -> None:
+    """No host stops at such a wait, by NCCL's rules, and what a rank keeps does not grow with the micro-batches."""
+    for schedule, v, program in programs(p, m):
+        player = _Streams(steps_of(program))
+        while player.advance():
+            for rank, number in enumerate(player.host):
+                assert not isinstance(next(iter(player.ranks[rank][number:]), None), Wait)
+        assert not player.stuck
+        if m >= 2 * p:
+            longer = make_program(schedule, p, 2 * m, v)
+            assert kept_at_most(steps_of(program)) == kept_at_most(steps_of(longer))
+
+
+def kept_at_most(ranks: list[list[Step]]) -> list[int]:
+    """The most values that each rank has sent and not waited for at a time, before its last wait."""
+    result = []
+    for steps in ranks:
+        under_way = most = 0
+        last = max((n for n, step in enumerate(steps) if isinstance(step, Wait)), default=0)
+        for step in steps[:last]:
+            under_way += isinstance(step, Send) - isinstance(step, Wait)
+            most = max(most, under_way)
+        result.append(most)
+    return result
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
