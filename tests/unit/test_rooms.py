@@ -24,7 +24,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "data": 3680,
     "checkpoint": 1410,
     "hub": 830,
-    "pipeline": 1215,
+    "pipeline": 1250,  # sends are waited for once they are known to have arrived
     "plan": 4110,  # the planner with its timeline of memory, the dry run and calibration
     "engine": 1500,
     "guard": 670,
