@@ -1,4 +1,4 @@
-"""Show and check indexed corpora, and show what a blend takes from each."""
+"""Show and check indexed corpora, and show how many samples a blend takes from each."""
 
 import argparse
 import os
@@ -14,20 +14,26 @@ SHOWN, SHOWN_MARKED = 200, 2000
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="to show documents as text and to know the vocabulary"
+        "prefix", nargs="+", metavar="PREFIX", help="a corpus, PREFIX.bin and PREFIX.idx"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="show documents as text; with --verify: ids must be in its vocabulary",
     )
     parser.add_argument(
         "--vocab-size",
         dest="vocabulary_size",
         type=at_least(1),
         metavar="N",
-        help="ids are below it",
+        help="with --verify: ids must be below N",
     )
     _add_shown(parser)
     parser.add_argument(
-        "--verify", action="store_true", help="read all: structure, sizes, pointers, ids, checksums"
+        "--verify",
+        action="store_true",
+        help="read and check everything: structure, sizes, pointers, ids, checksums",
     )
     _add_blend(parser)
     args = parser.parse_args(argv)
@@ -37,51 +43,63 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _add_shown(parser: ArgumentParser) -> None:
-    """Which documents are shown, and how."""
+    """Adds the options for which documents are shown, and how."""
     parser.add_argument(
-        "--documents", type=at_least(0), default=2, metavar="N", help="shown of each (default: 2)"
+        "--documents",
+        type=at_least(0),
+        default=2,
+        metavar="N",
+        help="documents to show of each corpus (default: 2)",
     )
     parser.add_argument(
         "--first",
         type=at_least(0),
         default=0,
         metavar="N",
-        help="number of the first document shown",
+        help="number of the first document to show",
     )
     parser.add_argument(
         "--width",
         type=at_least(1),
         metavar="N",
-        help=f"characters shown of a document (default: {SHOWN}, with --mask or --masked {SHOWN_MARKED:,})",
+        help=f"characters to show of a document (default: {SHOWN}; with --mask or --masked: {SHOWN_MARKED:,})",
     )
     marking = parser.add_mutually_exclusive_group()
     marking.add_argument(
         "--mask",
         action="store_true",
-        help="show what is trained on, by PREFIX.mask: in colour, or in [[ ]] where there is no terminal",
+        help="show which tokens are trained on, by PREFIX.mask: in colour, or in [[ ]] if there is no terminal",
     )
     marking.add_argument(
         "--masked",
         type=share,
         metavar="SHARE",
-        help="show the tokens that masked language modelling predicts, in one draw of this share of them",
+        help="show the tokens that masked language modelling predicts, in one draw of this share of all tokens",
     )
 
 
 def _add_blend(parser: ArgumentParser) -> None:
-    """A blend of the corpora."""
+    """Adds the options for a blend of the corpora."""
     parser.add_argument(
-        "--weights", type=positive, nargs="+", metavar="W", help="of a blend, one a PREFIX"
+        "--weights",
+        type=positive,
+        nargs="+",
+        metavar="W",
+        help="weights of a blend, one per PREFIX",
     )
     parser.add_argument(
         "--samples",
         type=at_least(1),
         default=10_000,
         metavar="N",
-        help="of a blend (default: 10,000)",
+        help="samples of the blend (default: 10,000)",
     )
     parser.add_argument(
-        "--sequence-length", type=at_least(1), default=1024, metavar="S", help="default: 1,024"
+        "--sequence-length",
+        type=at_least(1),
+        default=1024,
+        metavar="S",
+        help="tokens in a sample (default: 1,024)",
     )
 
 

@@ -1,9 +1,9 @@
-"""DeepSpeed's keys that megalite takes, with their types and ranges, and those that it refuses, with why.
+"""DeepSpeed's keys that megalite accepts, with their types and ranges, and those that it refuses, with the reasons.
 
-DeepSpeed itself ignores an unknown top-level key without a word, so every key that DeepSpeed 0.19.8 reads is here, in
-`zero_keys.py` or `optimizer_keys.py`, as a field or as a refusal. `tests/unit/config/test_config.py` compares the
-sections with those of the installed package that have types; DeepSpeed is not imported here, so that programs start
-quickly. A field that is left out keeps DeepSpeed's default, except those that `rules.py` always writes.
+DeepSpeed itself silently ignores unknown top-level keys, so every key that DeepSpeed 0.19.8 reads is here, in
+`zero_keys.py` or in `optimizer_keys.py`, as a field or a refusal. `tests/unit/config/test_config.py` compares the
+sections with the typed ones of the installed package; DeepSpeed is not imported here, so that programs start quickly. A
+field that is left out keeps DeepSpeed's default, except those that `rules.py` always writes.
 """
 
 from typing import Any, ClassVar, Literal
@@ -15,23 +15,24 @@ from megalite.config.section import Count, Positive, Rate, Section, key
 from megalite.config.zero_keys import NO_EXPERTS, OWN_CHECKPOINTS, REMOVED, Aio, ZeroOptimization
 
 _OWN_METRICS = "metrics go to metrics.jsonl in megalite.train.run_dir"
-_OWN_SAMPLES = "samples are made by megalite; see megalite.data"
-_OWN_SCALE = "megalite scales gradients itself, by tokens over the global batch; leave it out"
+_OWN_SAMPLES = "megalite makes the samples itself; see megalite.data"
+_OWN_SCALE = "megalite scales gradients itself, by the tokens of the global batch; leave it out"
 
 
 class Bf16(Section):
     """`bf16`"""
 
     enabled: bool = Field(
-        False, description="Weights and activations in bf16, masters and accumulation in fp32."
+        False,
+        description="Weights and activations in bf16; master weights and gradient accumulation in fp32.",
     )
     refused: ClassVar = {
         **dict.fromkeys(
             ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
-            "masters and moments are kept in fp32",
+            "master weights and moments are kept in fp32",
         ),
         "check_grad_overflow": "gradients are always checked; see megalite.train.faults.not_finite",
-        "immediate_grad_update": "it is for DeepSpeed's BF16_Optimizer, which is not used: ZeRO does without",
+        "immediate_grad_update": "only for DeepSpeed's BF16_Optimizer, which megalite does not use; leave it out",
     }
 
 
@@ -40,23 +41,28 @@ class Fp16(Section):
 
     enabled: bool = Field(
         False,
-        description="Weights and activations in fp16, masters and accumulation in fp32, with a loss scale.",
+        description="Weights and activations in fp16, with a loss scale; master weights and gradient accumulation in "
+        "fp32.",
     )
-    loss_scale: Rate | None = key("Factor of the loss before backward; 0 (when left out): dynamic.")
+    loss_scale: Rate | None = key("Factor of the loss before backward; 0: dynamic. Left out: 0.")
     initial_scale_power: Count | None = key(
-        "A dynamic scale starts at 2 to this power; left out: 16."
+        "A dynamic loss scale starts at 2 to this power; left out: 16."
     )
     loss_scale_window: Positive | None = key(
-        "Steps without overflow after which it doubles; left out: 1000."
+        "Steps without overflow after which a dynamic loss scale doubles; left out: 1000."
     )
-    hysteresis: Positive | None = key("Overflows after which it is halved; left out: 2.")
-    consecutive_hysteresis: bool | None = key("Count overflows in a row alone; left out: false.")
+    hysteresis: Positive | None = key(
+        "Overflows after which a dynamic loss scale is halved; left out: 2."
+    )
+    consecutive_hysteresis: bool | None = key(
+        "Count only consecutive overflows for `hysteresis`; left out: false."
+    )
     min_loss_scale: Positive | None = key(
-        "Lowest dynamic scale; left out: 1. An overflow there, or with a fixed scale, is a gradient not finite: "
-        "megalite.train.faults.not_finite."
+        "Lowest dynamic loss scale; left out: 1. An overflow at this scale, or with a fixed one, counts as a gradient "
+        "that is not finite: megalite.train.faults.not_finite."
     )
     refused: ClassVar = {
-        "fp16_master_weights_and_grads": "masters and moments are kept in fp32",
+        "fp16_master_weights_and_grads": "master weights and moments are kept in fp32",
         "auto_cast": "a stage's inputs are token ids or already in fp16",
     }
 
@@ -65,11 +71,11 @@ class DataTypes(Section):
     """`data_types`"""
 
     grad_accum_dtype: Literal["fp32"] = Field(
-        "fp32", description="Type that gradients are summed in."
+        "fp32", description="Data type in which gradients are summed."
     )
     refused: ClassVar = dict.fromkeys(
         ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
-        "bf16.enabled and fp16.enabled say the types",
+        "bf16.enabled and fp16.enabled determine the data types",
     )
 
 
@@ -87,61 +93,61 @@ class CommsLogger(Section):
     """`comms_logger`"""
 
     enabled: bool = Field(False, description="Record each collective's bytes and time.")
-    prof_all: bool | None = key("All collectives.")
-    prof_ops: list[str] | None = key("Names of those recorded, where not all are.")
-    verbose: bool | None = key("A line for each call.")
-    debug: bool | None = key("With the caller's name.")
+    prof_all: bool | None = key("Record all collectives.")
+    prof_ops: list[str] | None = key("Names of the collectives to record, if prof_all is false.")
+    verbose: bool | None = key("Log a line for each call.")
+    debug: bool | None = key("Log the caller's name with each call.")
 
 
 class ThroughputTimer(Section):
     """`timers.throughput`"""
 
-    enabled: bool | None = key("DeepSpeed's own timer.")
-    synchronized: bool | None = key("Wait for the device each micro-batch: exact and slower.")
+    enabled: bool | None = key("DeepSpeed's throughput timer.")
+    synchronized: bool | None = key("Wait for the device at each micro-batch: exact, but slower.")
 
 
 class Timers(Section):
     """`timers`"""
 
-    throughput: ThroughputTimer | None = key("Throughput timer.")
+    throughput: ThroughputTimer | None = key("DeepSpeed's throughput timer.")
 
 
 class DeepSpeedKeys(Section):
-    """The top level of the JSON, without `megalite`. Of the three batch sizes two are enough; null: left out."""
+    """The top level of the JSON, without `megalite`. Two of the three batch sizes are enough; null: left out."""
 
-    train_batch_size: Positive | None = key("Samples of an optimizer step, over all ranks.")
+    train_batch_size: Positive | None = key("Samples in an optimizer step, over all ranks.")
     train_micro_batch_size_per_gpu: Positive | None = key(
-        "Samples of a micro-batch on one data rank."
+        "Samples in a micro-batch on one data rank."
     )
-    gradient_accumulation_steps: Positive | None = key("Micro-batches of a step on one data rank.")
+    gradient_accumulation_steps: Positive | None = key("Micro-batches in a step on one data rank.")
     gradient_clipping: Rate = Field(
-        1.0, description="Highest global norm of the gradients; 0: no clipping."
+        1.0, description="Largest global norm of the gradients; 0: no clipping."
     )
-    optimizer: Optimizer | None = key("The optimizer; a run must have one.")
-    scheduler: Scheduler | None = key("The learning rate over the steps; left out: constant.")
+    optimizer: Optimizer | None = key("The optimizer; required for training.")
+    scheduler: Scheduler | None = key("The learning rate schedule; left out: constant.")
     zero_optimization: ZeroOptimization | None = key("ZeRO; left out: stage 0.")
     bf16: Bf16 | None = key("bf16; left out: fp32.")
     fp16: Fp16 | None = key("fp16; left out: fp32.")
-    data_types: DataTypes | None = key("Type that gradients are summed in: fp32.")
+    data_types: DataTypes | None = key("Data type in which gradients are summed: fp32.")
     communication_data_type: Literal["fp32", "bf16"] | None = key(
-        "Type that gradients travel in; fp32 when left out, bf16 with bf16.enabled only."
+        "Data type in which gradients are communicated; bf16 only with bf16.enabled. Left out: fp32."
     )
     steps_per_print: Positive = Field(
         1_000_000_000,
-        description="Steps between DeepSpeed's own lines; megalite prints its own progress.",
+        description="Steps between two lines of DeepSpeed's log; megalite prints its own progress.",
     )
     wall_clock_breakdown: bool | None = key(
         "DeepSpeed logs the time of forward, backward and step."
     )
-    memory_breakdown: bool | None = key("DeepSpeed logs its memory.")
+    memory_breakdown: bool | None = key("DeepSpeed logs memory usage.")
     dump_state: bool | None = key("DeepSpeed logs its whole state after starting.")
-    disable_python_gc: bool | None = key("Switch Python's garbage collector off while training.")
+    disable_python_gc: bool | None = key("Turn off Python's garbage collector during training.")
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key(
         "Level of DeepSpeed's log."
     )
     comms_logger: CommsLogger | None = key("DeepSpeed's record of collectives.")
     timers: Timers | None = key("DeepSpeed's timers.")
-    aio: Aio | None = key("Reading and writing with offload_optimizer.device nvme.")
+    aio: Aio | None = key("How files are read and written with offload_optimizer.device nvme.")
     refused: ClassVar = {
         "activation_checkpointing": "use megalite.train.activation_checkpointing",
         "tensor_parallel": "megalite splits the layers itself; use megalite.parallel.tensor",
@@ -175,16 +181,16 @@ class DeepSpeedKeys(Section):
             REMOVED,
         ),
         "elasticity": "DeepSpeed has removed it; any layout resumes from any checkpoint",
-        "autotuning": "not available: it would start runs of its own",
-        "hybrid_engine": "not available: it generates inside training; use launcher/generate.py",
+        "autotuning": "not available: it starts other runs; use tools/plan.py",
+        "hybrid_engine": "not available: it generates during training; use launcher/generate.py",
         "weight_quantization": "not available: training only",
         "compile": "DeepCompile is not available",
-        "managed_gradient_accumulation": "megalite counts the micro-batches with DeepSpeed; leave it out",
-        "zero_allow_untested_optimizer": "optimizer.type is one that DeepSpeed tests; leave it out",
+        "managed_gradient_accumulation": "megalite needs DeepSpeed's default, true; leave it out",
+        "zero_allow_untested_optimizer": "every optimizer.type is one that DeepSpeed has tested; leave it out",
         "zero_force_ds_cpu_optimizer": "the optimizer is built from optimizer.type; leave it out",
-        "disable_allgather": "without effect in DeepSpeed; use zero_optimization.allgather_partitions",
+        "disable_allgather": "has no effect in DeepSpeed; use zero_optimization.allgather_partitions",
         "allgather_size": "DeepSpeed's old name; use zero_optimization.allgather_bucket_size",
-        "vocabulary_size": "the model's config says it: megalite.model",
+        "vocabulary_size": "the model's config has it; see megalite.model",
     }
     neutral: ClassVar = {
         "gradient_predivide_factor": (1,),

@@ -1,13 +1,12 @@
-"""Megatron's indexed format, version 1: `prefix.idx` says where each sequence lies in `prefix.bin`.
+"""Megatron's indexed format, version 1: `prefix.idx` has the place of each sequence in `prefix.bin`.
 
     prefix.idx   magic (9 bytes), version u64, dtype code u8, sequences N u64, document entries D u64,
                  sizes i32[N] (tokens), pointers i64[N] (bytes), document index i64[D] (sequences, a leading 0)
-    prefix.bin   the tokens of all sequences, one after another, nothing between them
+    prefix.bin   the tokens of all sequences, one after another, with nothing between them
 
-All little-endian; the index holds exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat run of
-tokens with marks in it, and that is how it is read here: `read(a, b)`, or `tokens[a:b]` of a memory map. What is
-damaged is refused (DataError with the file and the place), never read as if it were data. Next: indexed_writer.py,
-then samples.py, which makes samples of these tokens.
+All little-endian; the index has exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat array of tokens with
+boundaries in it, and is read like that: `read(a, b)`, or `tokens[a:b]` of a memory map. A damaged file raises DataError
+with the file and the place. Next: indexed_writer.py, then samples.py, which cuts these tokens into samples.
 """
 
 import hashlib
@@ -29,14 +28,14 @@ HEADER_BYTES = 34
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 _FLOATS = (
-    "is for floating point, and 6 and 7 are swapped between Megatron-LM and gpt-neox: no tokens"
+    "is a floating-point type (Megatron-LM and gpt-neox swap 6 and 7), but tokens are integers"
 )
 _SMALL_VOCABULARY = 65_500  # below it tokens are u16, as in Megatron
-AT_A_TIME = 1 << 20  # entries that are checked or written at a time
+AT_A_TIME = 1 << 20  # entries checked or written at a time
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
-    """The type that ids of a vocabulary are stored in, Megatron's choice: u16 below 65,500, else i32."""
+    """The dtype in which a vocabulary's ids are stored, as in Megatron: u16 below 65,500 entries, else i32."""
     return np.dtype(np.uint16 if vocabulary_size < _SMALL_VOCABULARY else np.int32)
 
 
@@ -46,13 +45,13 @@ def files_of(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def marks_prefix(prefix: str | Path) -> str:
-    """The prefix of the corpus that marks with 1, token by token, what the loss counts of another."""
+    """The prefix of the corpus of marks that belongs to a corpus: 1 for each token that counts in the loss, else 0."""
     return f"{prefix}.mask"
 
 
 def labels_prefix(prefix: str | Path) -> str:
-    """The prefix of the corpus that holds, token by token, the number of the label of the text of another. The names
-    of the labels are in `names_file`."""
+    """The prefix of the corpus of labels that belongs to a corpus: for each token the number of its text's label. The
+    labels' names are in `names_file`."""
     return f"{prefix}.label"
 
 
@@ -62,19 +61,19 @@ def names_file(prefix: str | Path) -> Path:
 
 
 def _opened(path: Path) -> tuple[FileIO, int]:
-    """A file and its bytes. Raises DataError where it cannot be read or is empty."""
+    """A file and its size in bytes. Raises DataError if it cannot be read or is empty."""
     try:
         file = FileIO(path)
         size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if size == 0:
-        raise DataError(f"{path}: is empty: must hold an indexed corpus")
+        raise DataError(f"{path}: is empty: must contain an indexed corpus")
     return file, size
 
 
 def _mapped(file: FileIO, path: Path, size: int) -> mmap.mmap:
-    """A file as read-only memory. Raises DataError where it is not as long any more, or cannot be mapped."""
+    """A read-only memory map of a file. Raises DataError if the file has become shorter or cannot be mapped."""
     try:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
@@ -84,12 +83,12 @@ def _mapped(file: FileIO, path: Path, size: int) -> mmap.mmap:
 class IndexedCorpus:
     """A corpus opened for reading. Opening costs the same at any size; `check_index` reads the index once.
 
-    `sizes`, `pointers` and `document_index` are views of the file and not aligned in memory: index and
-    slice them, but do not give them whole to NumPy functions that would copy them (`searchsorted`).
+    `sizes`, `pointers` and `document_index` are unaligned views of the file: index and slice them, but do not pass them
+    whole to NumPy functions that would copy them (`searchsorted`).
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Open a prefix. Raises DataError where a file is absent or header and sizes do not agree."""
+        """Opens a prefix. Raises DataError if a file is missing, or header and sizes disagree."""
         self.prefix = str(prefix)
         self.index_path, self.tokens_path = files_of(prefix)
         if not self.index_path.exists() and (found := other_formats.corpus(prefix)):
@@ -105,19 +104,18 @@ class IndexedCorpus:
         if self._bytes % self.dtype.itemsize:
             self._refuse(
                 self.tokens_path,
-                f"{self._bytes} bytes are no whole number of {self.dtype} tokens of the index",
+                f"{self._bytes} bytes are not a whole number of {self.dtype} tokens, the index's dtype",
             )
         self._check_ends()
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """All tokens, as a memory map: for programs that read a corpus through. A process that touches what was cut
-        off the file meanwhile ends by SIGBUS, so a run takes `read`."""
+        """All tokens, as a memory map, for programs that read whole corpora. If the file is truncated meanwhile, SIGBUS
+        kills the process at the missing part; training therefore uses `read`."""
         return np.frombuffer(_mapped(self._file, self.tokens_path, self._bytes), self.dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens [start, stop), in memory of their own. Raises DataError where the file does not hold them any
-        more."""
+        """A copy of the tokens [start, stop). Raises DataError if the file no longer contains them."""
         place, end, content = start * self.dtype.itemsize, stop * self.dtype.itemsize, b""
         try:
             while missing := end - place - len(content):
@@ -132,8 +130,8 @@ class IndexedCorpus:
         return np.frombuffer(content, self.dtype)
 
     def check_unchanged(self) -> None:
-        """Raises DataError where a file is not as long as when it was opened. A run asks before it looks into the
-        index, whose lost pages would end it by SIGBUS."""
+        """Raises DataError if a file's size has changed since it was opened. Training checks this before it reads the
+        index, whose missing pages would kill it by SIGBUS."""
         if (size := self._index.size()) != len(self._index):
             raise self._changed(self.index_path, size, len(self._index))
         if (size := os.fstat(self._file.fileno()).st_size) != self._bytes:
@@ -141,22 +139,22 @@ class IndexedCorpus:
 
     def _changed(self, path: Path, size: int, before: int) -> DataError:
         return DataError(
-            f"{path}: {size} bytes, {before} when it was opened: must not change under a run"
+            f"{path}: has {size} bytes, had {before} when it was opened: must not change during a run"
         )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the corpus."""
+        """Number of tokens."""
         return self._bytes // self.dtype.itemsize
 
     @property
     def num_sequences(self) -> int:
-        """Sequences: what has a size and a pointer. A document is one or more of them."""
+        """Number of sequences, which have a size and a pointer each. A document is one or more sequences."""
         return len(self.sizes)
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.document_index) - 1
 
     def sequence(self, index: int) -> np.ndarray:
@@ -169,12 +167,12 @@ class IndexedCorpus:
         return self.tokens[self.document_start(index) : self.document_start(index + 1)]
 
     def document_start(self, index: int) -> int:
-        """The place of a document's first token; of `num_documents`: the end of the corpus."""
+        """The position of a document's first token; for `num_documents`, the end of the corpus."""
         sequence = int(self.document_index[index])
         return self.sequence_start(sequence)
 
     def document_lengths(self, start: int, stop: int) -> np.ndarray:
-        """Tokens of documents [start, stop), int64."""
+        """Numbers of tokens of the documents [start, stop), int64."""
         entries = self.document_index[start : stop + 1].astype(np.int64)
         places = np.full(len(entries), self.num_tokens, np.int64)
         inside = entries < self.num_sequences
@@ -182,14 +180,14 @@ class IndexedCorpus:
         return np.diff(places)
 
     def sequence_start(self, index: int) -> int:
-        """The place of a sequence's first token; of `num_sequences`: the end of the corpus."""
+        """The position of a sequence's first token; for `num_sequences`, the end of the corpus."""
         if index == self.num_sequences:
             return self.num_tokens
         return int(self.pointers[index]) // self.dtype.itemsize
 
     def document_at(self, token: int) -> int:
-        """The document that holds the token at a place of the corpus."""
-        # Bisect: the last document that starts at or before `token`.
+        """The document that contains the token at a position of the corpus."""
+        # Bisection for the last document that starts at or before `token`.
         low = 0
         high = self.num_documents
         while high - low > 1:
@@ -201,27 +199,27 @@ class IndexedCorpus:
         return low
 
     def document_starts(self, start: int, stop: int) -> list[int]:
-        """The places in (start, stop) at which a document begins."""
+        """The positions in (start, stop) at which a document starts."""
         places, document = [], self.document_at(start) + 1
         while document < self.num_documents and (place := self.document_start(document)) < stop:
-            # An empty document begins nothing.
+            # Empty documents are skipped.
             if place > start and (not places or place > places[-1]):
                 places.append(place)
             document += 1
         return places
 
     def _refuse(self, path: Path, reason: str) -> None:
-        raise DataError(f"{path}: {reason}: damaged, or not the pair of its .bin and .idx")
+        raise DataError(f"{path}: {reason}: damaged, or .bin and .idx do not belong together")
 
     def _read_header(self, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
         path = self.index_path
         if len(index) < HEADER_BYTES:
             raise DataError(
-                f"{path}: {len(index)} bytes: an index begins with a header of {HEADER_BYTES}"
+                f"{path}: has {len(index)} bytes: an index starts with a header of {HEADER_BYTES} bytes"
             )
         if index[:9] != MAGIC:
             raise DataError(
-                f"{path}: byte 0: begins with {index[:9]!r}, must be {MAGIC!r}: not an index"
+                f"{path}: byte 0: starts with {index[:9]!r}: must be {MAGIC!r}: not an index"
             )
         version, code, sequences, documents = struct.unpack("<QBQQ", index[9:HEADER_BYTES])
         if version != 1:
@@ -233,7 +231,7 @@ class IndexedCorpus:
         if len(index) != expected:
             self._refuse(
                 path,
-                f"holds {len(index)} bytes, must be {expected} for {sequences} sequences and {documents} "
+                f"has {len(index)} bytes, must have {expected} for {sequences} sequences and {documents} "
                 "document entries (bytes 18 to 33)",
             )
         if sequences == 0 or documents < 2:
@@ -243,37 +241,37 @@ class IndexedCorpus:
         return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
 
     def _check_ends(self) -> None:
-        """What can be known of the arrays without reading them: their first and last entries."""
+        """Checks the first and last entries of the arrays, without reading them whole."""
         last, size, width = int(self.pointers[-1]), int(self.sizes[-1]), self.dtype.itemsize
         total = self.num_tokens * width
         if size < 0 or last + size * width != total:
             self._refuse(
                 self.tokens_path,
-                f"holds {total} bytes, but by {self.index_path} its last sequence of {size} tokens of {width} "
-                f"bytes begins at {last}",
+                f"has {total} bytes, but according to {self.index_path} its last sequence, of {size} tokens of {width} "
+                f"bytes, starts at {last}",
             )
         first, end = int(self.document_index[0]), int(self.document_index[-1])
         if first != 0 or end != self.num_sequences:
             self._refuse(
                 self.index_path,
-                f"the document index goes from {first} to {end}, must be 0 to {self.num_sequences}",
+                f"the document index goes from {first} to {end}, must go from 0 to {self.num_sequences}",
             )
 
     def index_sha256(self) -> str:
-        """Of the whole index file."""
+        """SHA-256 of the whole index file."""
         return hashlib.sha256(self._index).hexdigest()
 
     def check_index(self) -> None:
-        """Read the whole index and compare each entry with the next. Raises DataError with the first place.
+        """Reads the whole index and compares each entry with the next. Raises DataError for the first mismatch.
 
-        With as many documents as sequences, each document must be one sequence: otherwise one would be
-        empty, another double, and a flipped bit is likelier than that.
+        If there are as many documents as sequences, each document must be one sequence. Otherwise one document would be
+        empty and another have two sequences, which is less likely than a flipped bit.
         """
         self._check_sequences()
         self._check_documents()
 
     def _check_sequences(self) -> None:
-        """No size is negative, and each sequence begins where the sizes before it end."""
+        """Checks that no size is negative, and that each sequence starts where the one before it ends."""
         width, base = self.dtype.itemsize, HEADER_BYTES
         expected = 0
         for start in range(0, self.num_sequences, AT_A_TIME):
@@ -292,13 +290,13 @@ class IndexedCorpus:
                 place = base + 4 * self.num_sequences + 8 * entry
                 self._refuse(
                     self.index_path,
-                    f"byte {place}: sequence {entry} begins at byte {pointers[bad[0]]}, must be {begins[bad[0]]} by "
-                    "the sizes before it",
+                    f"byte {place}: sequence {entry} starts at byte {pointers[bad[0]]}, must start at {begins[bad[0]]} "
+                    "by the sizes before it",
                 )
             expected = int(ends[-1])
 
     def _check_documents(self) -> None:
-        """Each document entry is at least the one before it."""
+        """Checks that the entries of the document index never decrease."""
         base = HEADER_BYTES + 12 * self.num_sequences
         single = self.num_documents == self.num_sequences
         rule = "one more than" if single else "at least"

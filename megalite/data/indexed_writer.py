@@ -13,8 +13,8 @@ from megalite.errors import DataError
 
 
 class IndexedWriter:
-    """Writes a corpus document by document. The files get their names when it is whole: at the end of a `with` block,
-    or by `finish`; an error in the block leaves nothing behind.
+    """Writes a corpus document by document. The files get their names when the corpus is complete, at the end of a
+    `with` block or by `finish`; an error in the block leaves no files behind.
 
         with IndexedWriter("corpus", np.uint16) as writer:
             writer.add_document([5, 6, 7])
@@ -35,8 +35,8 @@ class IndexedWriter:
     def add_document(
         self, tokens: Sequence[int] | np.ndarray, sizes: Sequence[int] | None = None
     ) -> None:
-        """Append one document; `sizes` divides it into sequences. Raises DataError for an id that does not
-        fit the type."""
+        """Appends one document; `sizes` divides it into sequences. Raises DataError for an id that does not fit the
+        dtype."""
         array = np.asarray(tokens)
         limits = np.iinfo(self.dtype)
         if array.size:
@@ -51,12 +51,12 @@ class IndexedWriter:
         self._add(lengths, np.array([len(lengths)], np.int64))
 
     def add_corpus(self, prefix: str | Path) -> None:
-        """Append all documents of another corpus of the same type."""
+        """Appends all documents of another corpus with the same dtype."""
         other = IndexedCorpus(prefix)
         other.check_index()
         if other.dtype != self.dtype:
             raise DataError(
-                f"{other.index_path}: tokens are {other.dtype}, must be {self.dtype} to be merged"
+                f"{other.index_path}: its tokens are {other.dtype}: must be {self.dtype}, as in the output"
             )
         for start in range(0, other.num_tokens, AT_A_TIME):
             self._file.write(other.tokens[start : start + AT_A_TIME].tobytes())
@@ -68,7 +68,7 @@ class IndexedWriter:
         self._sequences += len(sizes)
 
     def finish(self) -> None:
-        """Write the index and give both files their names."""
+        """Writes the index and gives both files their names."""
         _sync(self._file)
         self._file.close()
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
@@ -76,10 +76,10 @@ class IndexedWriter:
         for partial, path in zip(
             reversed(self._partial), reversed(files_of(self.prefix)), strict=True
         ):
-            os.replace(partial, path)  # the index last: a pair is whole when it has one
+            os.replace(partial, path)  # the index last: a corpus with an index is complete
 
     def discard(self) -> None:
-        """Remove what has been written."""
+        """Removes the unfinished files."""
         self._file.close()
         for partial in self._partial:
             partial.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class IndexedWriter:
 
 
 def refuse_existing(prefix: str) -> None:
-    """Raise DataError if `prefix.idx` or `prefix.bin` exists, or if the prefix ends like a folder, without a name."""
+    """Raises DataError if `prefix.idx` or `prefix.bin` exists, or if the prefix ends like a folder, without a name."""
     if os.path.basename(prefix) in ("", ".", ".."):
         folder = prefix.rstrip("/")
         raise DataError(f"{prefix}: is a folder: must be a prefix, such as {folder}/train")
@@ -105,7 +105,7 @@ def refuse_existing(prefix: str) -> None:
 
 
 def _create(path: Path) -> BinaryIO:
-    """Open a file for writing, and make its folder. Raises DataError if that fails."""
+    """Creates a file for writing, with its folder. Raises DataError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "wb")
@@ -114,7 +114,7 @@ def _create(path: Path) -> BinaryIO:
 
 
 def _sync(file: BinaryIO) -> None:
-    """Wait until what a file holds is on the disk."""
+    """Waits until a file's content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -122,9 +122,9 @@ def _sync(file: BinaryIO) -> None:
 def write_index(
     path: Path, dtype: np.dtype[Any], sizes: np.ndarray, documents: np.ndarray | None
 ) -> None:
-    """Write `prefix.idx`, a part at a time: the arrays may be memory maps.
+    """Writes `prefix.idx` in parts, since the arrays may be memory maps.
 
-    `sizes` i32 [N] tokens of each sequence; `documents` i64 [D], or None: each sequence is a document.
+    sizes: i32 [N], tokens of each sequence; documents: i64 [D], or None if each sequence is a document.
     """
     entries = len(sizes) + 1 if documents is None else len(documents)
     with _create(path) as file:

@@ -1,8 +1,7 @@
-"""Text files to a corpus, by several processes; after a kill it resumes where it was.
+"""Tokenizes text files into a corpus with several processes; after a kill it resumes where it stopped.
 
-One process reads chunks and writes tokens, in the order of the input; workers (`workers.py`) tokenize. `documents.py`
-reads, `tasks.py` makes tokens of what was read, `partial.py` keeps what is written until it is whole, `indexed.py` has
-the form.
+One process reads chunks and writes tokens in the order of the input; workers (`workers.py`) tokenize. `documents.py`
+reads, `tasks.py` tokenizes, `partial.py` keeps the output until it is complete, `indexed.py` defines its format.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from megalite.data.tokenizer import FastEncoder, Tokenizer, load_tokenizer
 from megalite.data.workers import tokenized
 from megalite.errors import ConfigError, DataError
 
-MOST_CLASSES = 256  # a byte a token
+MOST_CLASSES = 256  # a label takes one byte per token
 
 
 def preprocess(
@@ -44,16 +43,18 @@ def preprocess(
     classes: Sequence[str] = (),
     template: str | None = None,
 ) -> Counts:
-    """Write `output`.bin, .idx and .sha256 from the documents of `inputs`; `-` is standard input.
+    """Writes `output`.bin, .idx and .sha256 from the documents of `inputs`; `-` is standard input.
 
-    `strict`: the first bad line raises DataError; otherwise bad lines are counted and the first few named.
-    `kind` says what inputs hold whose names do not; `paragraphs`: blank lines part the documents of .txt.
-    `append_eod`: each document ends by the tokenizer's end of document; `cls_sep`: it begins by [CLS] and ends by
-    [SEP]. `chat`: lines hold conversations or prompts with completions (chat.py), and `output`.mask, a corpus of its
-    own, marks with 1 the tokens that the loss counts. `label_key`: of the text's label, one of `classes`, whose number
-    `output`.label, a corpus of its own, holds for each token; `output`.label.json has their names. `template`: lines
-    hold texts with their translations (pairs.py), and `output`.mask marks the translations.
-    An output that exists is refused, unless `overwrite`. Raises DataError with one line.
+    strict: the first bad line raises DataError; otherwise bad lines are counted and the first few are printed. kind:
+    format of inputs whose names do not tell it. paragraphs: blank lines separate the documents of .txt. append_eod:
+    each document ends with the tokenizer's end-of-document token. cls_sep: it starts with [CLS] and ends with [SEP].
+    chat: lines contain conversations, or prompts with completions (chat.py), and a second corpus, `output`.mask, marks
+    with 1 the tokens that count in the loss. label_key: key of the text's label, one of `classes`; a second corpus,
+    `output`.label, has the label's number for each token, and `output`.label.json the names. template: lines contain
+    texts with their translations (pairs.py), and `output`.mask marks the translations.
+
+    Raises DataError for bad inputs, and if the output exists and `overwrite` is false; ConfigError for options that do
+    not go together.
     """
     kinds: list[Kind] = [kind_of(path, kind, paragraphs) for path in inputs]
     size = total_bytes(inputs)
@@ -88,7 +89,7 @@ def preprocess(
 
 
 def _one_form(inputs: Sequence[str], kinds: Sequence[Kind], asked: Sequence[str]) -> str | None:
-    """The option that says what the lines hold; None: texts."""
+    """The option that gives the content of the lines; None: texts."""
     for name in asked:
         if set(kinds) != {"jsonl"}:
             raise DataError(f"{inputs[0]}: must be lines of JSON for {name}")
@@ -98,25 +99,27 @@ def _one_form(inputs: Sequence[str], kinds: Sequence[Kind], asked: Sequence[str]
 
 
 def _beside(output: str | Path, form: str | None) -> str | None:
-    """The prefix of the corpus that goes with the output: its labels or marks; None: there is none."""
+    """The prefix of the corpus beside the output, of labels or marks; None if there is none."""
     if form is None:
         return None
     return labels_prefix(output) if form == "--label-key" else marks_prefix(output)
 
 
 def _check_ends(append_eod: bool, cls_sep: bool, chat: bool, template: str | None) -> None:
-    """Each form of a document has its own end."""
+    """Raises ConfigError for two options that would end documents differently."""
     if template is not None and (append_eod or cls_sep):
         option = "--append-eod" if append_eod else "--cls-sep"
-        raise ConfigError(f"{option}: not with --pairs, which end by the end of document")
+        raise ConfigError(
+            f"{option}: not with --pairs, which ends documents with the end-of-document token"
+        )
     if chat and cls_sep:
         raise ConfigError("--cls-sep: not with --chat, which is for decoders")
     if chat and append_eod:
         raise ConfigError(
-            "--append-eod: not with --chat: the template ends messages, and completions are ended"
+            "--append-eod: not with --chat, which already ends messages and completions"
         )
     if append_eod and cls_sep:
-        raise ConfigError("--append-eod: not with --cls-sep, which ends a document by [SEP]")
+        raise ConfigError("--append-eod: not with --cls-sep, which ends documents with [SEP]")
 
 
 def _text_task(
@@ -128,13 +131,13 @@ def _text_task(
     append_eod: bool,
     cls_sep: bool,
 ) -> Task:
-    """Plain texts, with a label each if there is a `label_key`."""
+    """The task for plain texts, which have a label each if there is a `label_key`."""
     dtype = token_dtype(loaded.vocabulary_size)
     begin, end = _cls_and_sep(loaded, folder) if cls_sep else ([], [])
     end = _end_of_document(loaded, folder) if append_eod else end
     encoder = loaded.encoder()
     if cls_sep and isinstance(encoder, FastEncoder):
-        encoder = encoder.splitting()  # "[SEP]" in a text ends no document
+        encoder = encoder.splitting()  # "[SEP]" in a text does not end a document
     if label_key is None:
         return TextTask(encoder, dtype, text_key, begin, end)
     return LabelTask(encoder, dtype, text_key, label_key, list(classes), begin, end)
@@ -142,11 +145,11 @@ def _text_task(
 
 def _check_labels(label_key: str | None, classes: Sequence[str]) -> None:
     if (label_key is None) != (not classes):
-        raise ConfigError("--label-key: goes with --classes, the names of the labels")
+        raise ConfigError("--label-key: needs --classes, the names of the labels, and vice versa")
     if label_key is None:
         return
     if not 2 <= len(classes) <= MOST_CLASSES or len(set(classes)) < len(classes):
-        rule = f"must be 2 to {MOST_CLASSES} names, each once"
+        rule = f"must be 2 to {MOST_CLASSES} different names"
         raise ConfigError(f"--classes: {' '.join(classes)}: {rule}")
 
 
@@ -170,6 +173,6 @@ def _fingerprint(inputs: Sequence[str], kinds: Sequence[str], task: Task) -> str
 
 def _size_and_time(path: str) -> tuple[int, int]:
     if path == STANDARD_INPUT:
-        return 0, time.time_ns()  # another stream each time: never resumed
+        return 0, time.time_ns()  # a new stream each time, never resumed
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns

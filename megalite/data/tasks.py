@@ -1,4 +1,4 @@
-"""What a worker of preprocess.py does with a chunk of documents: one task for each form that a line may have. Next:
+"""Tasks of preprocess.py's workers: how a chunk of documents is tokenized, one task for each form of a line. Next:
 workers.py.
 """
 
@@ -22,14 +22,14 @@ from megalite.data.tokenizer import Encoder
 
 
 class Task(ABC):
-    """What a worker does with a chunk; it can be sent to another process."""
+    """Tokenizes chunks in a worker; can be pickled."""
 
     dtype: np.dtype[Any]
-    """Of the tokens."""
+    """Dtype of the tokens."""
 
     @abstractmethod
     def encode(self, chunk: Chunk) -> Encoded:
-        """Tokenize a chunk. A document without tokens is left out and counted."""
+        """Tokenizes a chunk. Documents without tokens are left out and counted."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -56,7 +56,7 @@ class TextTask(Task):
             else:
                 texts.append(found)
         ids = [found for found in self.encoder.encode_batch(texts) if found]
-        # A chunk of .txt may be a piece of a document, which then began before it or ends after it.
+        # A chunk of .txt may be part of a document, which then starts before it or ends after it.
         if chunk.kind != "txt" or chunk.start.offset == 0:
             ids = [self.begin + found for found in ids]
         if not chunk.open_end:
@@ -131,7 +131,7 @@ class PairTask(Task):
 
 @dataclass(frozen=True)
 class LabelTask(Task):
-    """Texts with a label each."""
+    """Texts, each with a label."""
 
     encoder: Encoder
     dtype: np.dtype[Any]
@@ -164,9 +164,11 @@ class LabelTask(Task):
         """The number of a line's label."""
         label = found.get(self.label_key)
         if isinstance(label, bool) or not isinstance(label, str | int):
-            return Bad(row, f"{json.dumps(self.label_key)} holds no label")
+            return Bad(
+                row, f"{json.dumps(self.label_key)}: must be a string or an integer, a label"
+            )
         if str(label) not in self.classes:
-            return Bad(row, f"{json.dumps(self.label_key)}: {label!r}: is none of --classes")
+            return Bad(row, f"{json.dumps(self.label_key)}: {label!r}: must be one of --classes")
         return self.classes.index(str(label))
 
     def fingerprint(self) -> str:
@@ -183,7 +185,7 @@ def _joined(documents: list[list[int]], dtype: np.dtype[Any]) -> tuple[np.ndarra
 
 
 def _marks(documents: list[list[int]]) -> bytes:
-    """A byte for each token, one document after another."""
+    """One byte for each token, one document after another."""
     _, marks = _joined(documents, np.dtype(np.uint8))
     return marks
 

@@ -1,4 +1,4 @@
-"""The processes that tokenize. At most a few chunks a worker are under way, which bounds the memory.
+"""The worker processes that tokenize. Each has at most a few chunks in flight, which bounds the memory.
 
 Next: preprocess.py.
 """
@@ -19,30 +19,31 @@ from megalite.data.tasks import Task
 from megalite.errors import DataError, MegaliteError
 from megalite.inputs import reading
 
-_CHUNKS_UNDER_WAY = 3  # a worker
+_IN_FLIGHT = 3  # chunks per worker
 
 
 def tokenized(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
-    """Each chunk with its tokens, in order. One worker is this process. Raises MegaliteError if a worker is killed."""
+    """Yields each chunk with its tokens, in order. If `workers` is 1, this process tokenizes. Raises MegaliteError if a
+    worker is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
         yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
         return
-    under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    in_flight: deque[tuple[Chunk, Future[Encoded]]] = deque()
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(task,)
     )
     try:
         for chunk in chunks:
             with _interrupts_later():
-                under_way.append((chunk, pool.submit(_work, chunk)))
-            while under_way:
-                first, future = under_way[0]
-                if len(under_way) < _CHUNKS_UNDER_WAY * workers and not future.done():
+                in_flight.append((chunk, pool.submit(_work, chunk)))
+            while in_flight:
+                first, future = in_flight[0]
+                if len(in_flight) < _IN_FLIGHT * workers and not future.done():
                     break
-                under_way.popleft()
+                in_flight.popleft()
                 yield first, future.result()
-        for first, future in under_way:
+        for first, future in in_flight:
             yield first, future.result()
     except BrokenProcessPool:
         raise MegaliteError(
@@ -54,8 +55,8 @@ def tokenized(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tup
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches a process that is started in it: a worker would end
-    with a traceback."""
+    """Context manager that delays Ctrl-C until the end of the block. Processes started in the block never get it: a
+    worker would print a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

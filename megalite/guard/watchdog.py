@@ -33,9 +33,10 @@ from megalite.ranks.program import print_line
 from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
-LOOK_SECONDS = 1.0  # between two polls of the folder by a node
-# In which other ranks can write their files before this one exits and a launcher kills them.
-SETTLE_SECONDS = 3.0
+LOOK_SECONDS = 1.0  # between two polls of the folder by one rank of a node
+SETTLE_SECONDS = (
+    3.0  # for other ranks to write their files, before this one exits and a launcher kills them
+)
 REPORT_SECONDS = 20.0  # for the whole report; then the rank exits without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"
@@ -85,8 +86,8 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
-        """Reports the exception of this rank's main thread. An error that megalite raised on purpose has its own line;
-        unless all ranks raise it, it is also left in the folder."""
+        """Reports the exception of this rank's main thread. If megalite raised it on purpose, the program prints its
+        line, and this rank only writes its file, unless all ranks raise the error."""
         if isinstance(error, MegaliteError):
             if not error.agreed and len(self.hosts) > 1:
                 self._leave_for_others(error)
@@ -98,7 +99,7 @@ class Watchdog:
         self.part, self.limit = "", float("inf")
 
     def _leave_for_others(self, error: MegaliteError) -> None:
-        """Writes this rank's file, which other nodes find. Under NCCL nothing else would tell them before the step's
+        """Writes this rank's file, so that other nodes find it. With NCCL they would otherwise wait until the step's
         limit."""
         self.has_failed = True
         with contextlib.suppress(OSError):  # the error itself matters more
@@ -273,13 +274,15 @@ class Watchdog:
             and guilty & ({int(peer) for peer in peers.split(",") if peer.strip()} | waits.get(rank, set()))
         ]  # fmt: skip
         names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in sorted(guilty))
-        head = f"{names} {first}" + f"; {_ranks(waiting)} waited for it" * bool(waiting)
+        head = f"{names} {first}"
+        if waiting:
+            head += f"; {_ranks(waiting)} waited for {'it' if len(guilty) == 1 else 'them'}"
         lines = [
             f"rank {rank} on {self.hosts[rank]}: {where}"
             for rank, (_, _, where) in enumerate(parts)
         ]
         path = self.folder / SUMMARY
-        # A rank that was stopped and then continued comes late: the first summary is kept.
+        # A rank that was stopped and then continued may come late: the first summary is kept.
         with contextlib.suppress(FileExistsError), path.open("x") as file:
             file.write("\n".join([head, *lines, ""]))
             print_line(RuntimeError(f"{head}: see {path} and the stacks beside it"))
@@ -319,4 +322,5 @@ def _collective(frames: Iterable[FrameType], own: int) -> tuple[str, list[int]]:
 
 
 def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {', '.join(map(str, ranks))}"

@@ -1,4 +1,4 @@
-"""A layer of the model: attention and MLP, or experts, each added to the hidden states. Shapes as in layers.py.
+"""A layer of the model: attention, and an MLP or experts, each added to the hidden states. Shapes as in layers.py.
 Next: head.py.
 """
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
             self.stack_norm = Norm(spec, split.axis, size, users)
 
     def forward(self, hidden: Tensor, context: Context, source: Tensor | None = None) -> Tensor:
-        """source: what the encoder has made of the source, for a layer with cross-attention."""
+        """source: the encoder's output, for a layer with cross-attention."""
         mlp_norm = self.mlp_norm or self.attention_norm
         if self.spec.norm_place == "after":  # OLMo 2
             mixed = self.attention_norm(self.attention(hidden, context))
@@ -86,6 +86,6 @@ class Block(nn.Module):
 
 
 def drop_final(hidden: Tensor, spec: TransformerSpec, context: Context, stack: str) -> Tensor:
-    """Dropout of what the norm after a stack gives."""
+    """Dropout of the result of the norm after a stack."""
     rows = range(hidden.shape[1])
     return drop(hidden, context.randomness, f"final.{stack}", spec.final_dropout, rows)

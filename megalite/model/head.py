@@ -1,5 +1,5 @@
-"""The last part of a language model: hidden states to logits, or with labels to the loss. Shapes as in layers.py. A
-classifier's is in classifier.py. Next: transformer.py.
+"""The head of a language model: hidden states to logits, or with labels to the loss. Shapes as in layers.py. A
+classifier's head is in classifier.py. Next: transformer.py.
 """
 
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ class Head(nn.Module):
     """Final norm, transform and the product with the output embedding: hidden [B, S or S / t, D] -> logits
     [B, S, V / t], or with labels [B, S] the sum of the losses.
 
-    `weight` is the embedding's own parameter where both are on one rank and tied; on another rank a copy
-    under the same name, which the engine keeps equal by summing both gradients.
+    With tied embeddings `weight` is the embedding's own parameter if that is on the same rank, else a copy under the
+    same name, which the engine keeps equal by summing the gradients of both.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""The model as a list of layers, cut into chunks, and the stage of a rank: the chunks that it holds.
+"""The model as a list of layers that is cut into chunks, and a rank's stage: the chunks that it holds.
 
     embedding, layer 0 … layer L-1, head
 
-One hidden tensor [B, S, D] goes from each to the next, within a chunk and across chunks; with sequence parallelism
-a rank of the tensor axis has [B, S / t, D] of it. Of an encoder-decoder the tensor has the rows of the source and then
-those of the target; an encoder's layer works on the first, a decoder's on the second with a look at the first. Pipe 1
-is the case of one stage with one chunk; there is no second way to build or run the model. A layer is in block.py, the
-ends are in embedding.py, head.py and classifier.py.
+One hidden tensor [B, S, D] goes from each to the next, within a chunk and across chunks; with sequence parallelism a
+rank of the tensor axis has [B, S / t, D] of it. In an encoder-decoder it contains the rows of the source, then those of
+the target; encoder layers work on the source, decoder layers on the target, with cross-attention to the source. Without
+pipeline parallelism there is one stage with one chunk, built and run by the same code. A layer is in block.py, the ends
+are in embedding.py, head.py and classifier.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,20 +42,21 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import initialise, name_parameters, placed
 
 TIED_NAME = "embedding.tokens.weight"
-EXPERTS = "experts"  # DeepSpeed's name for what an expert axis splits
+EXPERTS = "experts"  # name under which DeepSpeed knows the parameters that an expert axis splits
 
 Recompute = bool | int | Literal["selective"]
-"""What is computed again in backward instead of being kept: nothing (False, 0), groups of so many layers, of which
-the input alone is kept (True is 1), or the core of attention."""
+"""What backward recomputes instead of keeping it: nothing (False, 0); everything in groups of this many layers but the
+input of each group (True is 1); or the core of attention."""
 
 
 class Chunk(nn.Module):
-    """A run of the model's layers, each with its tensor-axis slice. first: it has the embedding; last: the head.
+    """Consecutive layers of the model, each with its tensor-axis slice. first: it has the embedding; last: the head.
 
-    Input: token ids [B, S] if it is the first, else hidden [B, S or S / t, D]. Output: hidden; of the last one with
-    labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache those of the last
-    position alone, [B, 1, V / t]; of a classifier see classifier.py; of an encoder-decoder S is the target's tokens
-    there. tied_to: the embedding of another chunk of this rank, for a tied head; tables: another chunk's of this rank.
+    Input: token ids [B, S] for the first chunk, else hidden [B, S or S / t, D]. Output: hidden; for the last chunk with
+    labels [B, S] the sum of the losses (fp32 scalar), without them logits [B, S, V / t], with a cache only those of the
+    last position, [B, 1, V / t]. In an encoder-decoder the S of this output is the target's. A classifier's output is
+    in classifier.py. tied_to: the embedding in another chunk of this rank, for a tied head; tables: those of another
+    chunk of this rank, to be shared.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Chunk(nn.Module):
             if block.stack_norm is not None:
                 name_parameters(block.stack_norm, "encoder_norm")
             self.blocks[str(layer)] = block
-        # Chunks of one rank share the tables; of the ranks' copies that of the first chunk counts.
+        # Chunks of one rank share the tables; only the first chunk's copy counts in norms and checkpoints.
         self.tables = tables if tables is not None else _tables(spec, split.axis, counted=first)
         self.head: Head | Classifier | None = None
         if last and spec.classifier is not None:
@@ -101,7 +102,7 @@ class Chunk(nn.Module):
             name_parameters(head.norm, "final_norm")
         if self.spec.tied:
             head.weight.placement.name = TIED_NAME  # type: ignore[union-attr]
-            if is_copy:  # the embedding is the one that counts
+            if is_copy:  # only the embedding counts in norms and checkpoints
                 head.weight.placement.counted = False  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, labels: Tensor | None, context: Context) -> Tensor:
@@ -115,13 +116,13 @@ class Chunk(nn.Module):
             return hidden
         if isinstance(self.head, Classifier):
             return self.head(hidden, labels, context)
-        if context.cache is not None:  # generation: nothing else is read
+        if context.cache is not None:  # generation reads only the last position
             hidden = hidden[:, -1:]
         return self.head(hidden, labels, context)
 
     def _through(self, run: Callable[..., Any], *values: Any) -> Any:
-        """What `run` of all blocks gives for the values, of which the last is the context; group by group where groups
-        are recomputed."""
+        """`run(blocks, *values)`, whose last value is the context; called for each group of blocks if groups are
+        recomputed."""
         blocks, every = list(self.blocks.values()), self.recompute_every
         if not every or not torch.is_grad_enabled():
             return run(blocks, *values)
@@ -135,25 +136,25 @@ class Chunk(nn.Module):
         return tuple(hidden) if len(hidden) > 1 else hidden[0]
 
     def _both_stacks(self, hidden: Tensor, context: Context) -> Tensor:
-        """Rows of source and target [B, S, D] -> the same, before the head the target's alone."""
+        """Rows of source and target [B, S, D] -> the same; in the last chunk only the target's."""
         self._add_biases(hidden, context)
         tables: Any = self.tables.values()
         unread = [table for table in tables if bias_key(table.causal) not in context.shared]
         hidden = taking_part(hidden, unread)
         source, target = hidden.split([context.source, hidden.shape[1] - context.source], dim=1)
-        if not self.encoders:  # all cross-attention reads it, and would copy it each time
+        if not self.encoders:  # each cross-attention reads it, and would otherwise copy it
             source = source.contiguous()
         source, target = self._through(_two_in_turn, source, target, context)
         return target if self.head is not None else torch.cat([source, target], dim=1)
 
     @property
     def encoders(self) -> range:
-        """The chunk's layers that are an encoder's."""
+        """Numbers of the chunk's encoder layers."""
         return range(self.layers.start, min(self.layers.stop, self.spec.encoder_layers))
 
     def _add_biases(self, hidden: Tensor, context: Context) -> None:
-        """What the layers of the chunk add to scores. Made here, not by the first of them: that one may be made again
-        in backward, which would find it made."""
+        """Computes the biases that the chunk's layers add to attention scores. The first layer cannot do it: it may be
+        recomputed in backward, and would then find them in the context."""
         source, device = context.source, hidden.device
         targets = hidden.shape[1] - source
         visible = source_visible(context)
@@ -168,24 +169,24 @@ class Chunk(nn.Module):
 
 
 def _tables(spec: TransformerSpec, axis: Axis, counted: bool) -> nn.ModuleDict:
-    """The tables of relative positions, which every stage of a pipeline holds; counted: whether this stage's are those
-    that count."""
-    made = nn.ModuleDict()
+    """The tables of relative positions, of which every stage of a pipeline holds a copy; counted: whether this copy
+    counts in norms and checkpoints."""
+    tables = nn.ModuleDict()
     for name in () if spec.stacks is None else ("encoder", "decoder"):
         table: Any = RelativeBias(spec, axis, causal=name == "decoder")
-        made[name] = table
+        tables[name] = table
         name_parameters(table, f"{name}_bias")
         placement = table.weight.placement
         placement.counted = placement.counted and counted
-    return made
+    return tables
 
 
 class Stage(nn.Module):
-    """What one rank holds of the model: one or several chunks of its layers (chunks.py).
+    """The part of the model on one rank: one or several chunks of its layers (chunks.py).
 
-    cut: which layers are a chunk, and where each is; None: all layers on this rank, which is the whole pipe axis.
-    sequence: sequence parallelism over the tensor axis, whose size must divide S. Dropout acts in training, where
-    the context carries its randomness. z_loss as in parallel/loss.py. overlaps: as of Split.
+    cut: the layers of each chunk, and its rank; None: all layers, on a pipe axis of one rank. sequence: whether to use
+    sequence parallelism over the tensor axis, whose size must then divide S. Dropout is applied only in training, with
+    the randomness of the context. z_loss: as in parallel/loss.py. overlaps: as in Split.
     """
 
     def __init__(
@@ -232,21 +233,21 @@ class Stage(nn.Module):
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """Of the product with the output embedding, or with a classifier's labels; empty where the head is on another
-        rank."""
+        """Parameters of the head's last product, to the vocabulary or a classifier's labels; empty if the head is on
+        another rank."""
         if self.head is None:
             return []
         return [value for value in (self.head.weight, self.head.bias) if value is not None]
 
     @property
     def score_shape(self) -> tuple[int, ...]:
-        """Shape of what the last chunk gives in an evaluation: the sum of the losses, with a classifier's counts."""
+        """Shape of the last chunk's output in an evaluation: the sum of the losses, with a classifier also counts."""
         classifier = self.spec.classifier
         return () if classifier is None else (1 + len(classifier.labels) ** 2,)
 
     @property
     def tied_parameter(self) -> nn.Parameter | None:
-        """The copy of the tied embedding that another rank holds too; None where there is no other."""
+        """This rank's copy of the tied embedding, if another rank holds one too; else None."""
         if not self.spec.tied or len(self.cut.ends) == 1:
             return None
         if self.embedding is not None:
@@ -255,8 +256,8 @@ class Stage(nn.Module):
 
     @property
     def ties(self) -> list[tuple[nn.Parameter, Axis]]:
-        """What several stages hold copies of, whose gradients are summed over an axis: of a tied embedding the ends, of
-        tables of relative positions all stages."""
+        """Parameters that several stages hold copies of, with the axis over which their gradients are summed: a tied
+        embedding's is the two ends, that of tables of relative positions is all stages."""
         found = []
         if self.grid.pipe.size > 1:
             found = [(table, self.grid.pipe) for table in self._chunks[0].tables.parameters()]
@@ -265,12 +266,12 @@ class Stage(nn.Module):
         return found
 
     def initialise(self, seed: int) -> "Stage":
-        """Initial weights by (seed, name)."""
+        """Initialises the weights by (seed, name)."""
         initialise(self, seed)
         return self.mark()
 
     def mark(self) -> "Stage":
-        """Gives experts DeepSpeed's marks of what the expert axis splits."""
+        """Sets DeepSpeed's attributes for parameters that the expert axis splits."""
         for value, placement in placed(self):
             if placement.has_own_replicas:
                 value.allreduce = False  # type: ignore[attr-defined]
@@ -279,14 +280,14 @@ class Stage(nn.Module):
 
     @property
     def routers(self) -> dict[int, Router]:
-        """The routers of this rank's layers that have experts."""
+        """The routers of this rank's layers, by layer number; layers without experts are left out."""
         blocks: Any = [block for chunk in self._chunks for block in chunk.blocks.values()]
         return {
             block.layer: block.mlp.router for block in blocks if isinstance(block.mlp, RoutedMLP)
         }
 
     def hidden_shape(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of what crosses to the next chunk for `batch` samples of `length` tokens."""
+        """Shape of the hidden states sent to the next chunk for `batch` samples of `length` tokens."""
         rows = self.split.rows(length // self.grid.context.size)
         return batch, len(rows), self.spec.hidden_size
 
@@ -297,8 +298,8 @@ class Stage(nn.Module):
         context: Context | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """One chunk's forward (see Chunk); chunk: its number, None: the only one. Of WeightGradients, which a backward
-        to the input has left: a scalar whose backward gives them to the parameters."""
+        """One chunk's forward (see Chunk). chunk: its number; None: the only one. For the WeightGradients that a
+        backward to the input has left, returns a scalar whose backward adds them to the parameters."""
         if isinstance(x, WeightGradients):
             return give(x)
         training = self.training and torch.is_grad_enabled()
@@ -323,7 +324,7 @@ def _in_turn(blocks: Sequence[nn.Module], hidden: Tensor, context: Context) -> T
 def _two_in_turn(
     blocks: Sequence[nn.Module], source: Tensor, target: Tensor, context: Context
 ) -> tuple[Tensor, Tensor]:
-    """Each block works on the rows of its stack. Without a source, in generation, the encoder has nothing to do."""
+    """Each block works on the rows of its stack. Without a source, in generation, encoder layers are skipped."""
     for block in blocks:
         if block.cross_attention is not None:
             target = block(target, context, source)

@@ -1,5 +1,5 @@
-"""What each layout takes at the least, of time (least_time.py) and of memory (least_memory.py): what the search leaves
-layouts out by, without a cut of the layers or a program. tests/unit/plan/test_plan.py holds both bounds against every
+"""Lower bounds on a layout's time (least_time.py) and memory (least_memory.py). With them the search rules layouts out
+without choosing a cut of the layers or building a program. tests/unit/plan/test_plan.py compares both bounds with every
 layout of small worlds. Next: search.py.
 """
 
@@ -24,7 +24,7 @@ NOTHING = LeastKept(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(eq=False)
 class Bounds:
-    """Of the layouts of a search on a device."""
+    """Lower bounds for the layouts of a search on a device."""
 
     search: Search
     device: Device
@@ -35,17 +35,17 @@ class Bounds:
 
     @cached_property
     def dtype_bytes(self) -> int:
-        """Of a number of weights and activations."""
+        """Bytes per element of weights and activations."""
         return DTYPES[self.search.config.precision].itemsize
 
     @cached_property
     def moments(self) -> int:
-        """Tensors that the optimizer keeps of each weight."""
+        """Number of state tensors that the optimizer keeps per weight."""
         optimizer = self.search.config.document.optimizer
         return 2 if optimizer is None else moments_kept(optimizer)
 
     def work_of(self, one: Candidate) -> Work:
-        """What a micro-batch of a candidate is."""
+        """The work of one of a candidate's micro-batches."""
         recompute = "full" if one.recompute.isdigit() else one.recompute
         key = one.tensor, one.context, one.attention, one.expert, one.micro, one.sequence, recompute
         if key not in self._works:
@@ -70,21 +70,21 @@ class Bounds:
         return self._works[key]
 
     def least_of(self, one: Candidate) -> LeastWork:
-        """What bounds of its time are made of."""
+        """The times that the bounds of its seconds are computed from."""
         work = self.work_of(one)
         if work not in self._least:
             self._least[work] = LeastWork(work)
         return self._least[work]
 
     def kept_of(self, one: Candidate) -> LeastKept:
-        """What bounds of its memory are made of."""
+        """The sizes that the bounds of its bytes are computed from."""
         key = self.work_of(one), one.recompute
         if key not in self._kept:
             self._kept[key] = LeastKept.of(*key)
         return self._kept[key]
 
     def sharing(self, one: Candidate) -> Sharing:
-        """What the copies of a candidate's weights add."""
+        """How a candidate shares its weights among ranks."""
         return Sharing(
             data=self.search.data(one),
             tensor=one.tensor,
@@ -93,15 +93,15 @@ class Bounds:
             moments=self.moments,
             context=one.context,
             expert=one.expert,
-            bucket=self._bucket_numbers,
+            bucket=self._bucket_elements,
         )
 
     def micro_batches(self, one: Candidate) -> int:
-        """Of a step."""
+        """Number of micro-batches per step on one data rank."""
         return self.search.batch // (self.search.data(one) * one.micro)
 
     def weights(self, one: Candidate) -> Held:
-        """Numbers of a rank at the least, the mean of the pipe axis."""
+        """Elements of the weights of the fullest pipe rank, at least: the mean over the pipe axis."""
         ranks = one.pipe * one.tensor
         routed = self.search.spec.expert_parameters if one.expert > 1 else 0
         return Held((self._parameters - routed) / ranks, routed / one.expert / ranks)
@@ -111,7 +111,7 @@ class Bounds:
         return self.search.spec.num_parameters
 
     def least_seconds(self, one: Candidate, evenly: bool = False) -> float:
-        """Of a step; evenly: of any schedule, whose ranks never wait."""
+        """Lower bound of a step's seconds. evenly: for any schedule, as if ranks never waited."""
         least, m, p, chunks = self.least_of(one), self.micro_batches(one), one.pipe, one.chunks
         sharing, held = self.sharing(one), self.weights(one)
         added = chunks * sharing.micro(least.work, held.part(chunks), m > 1).sum(axis=1)
@@ -130,8 +130,8 @@ class Bounds:
         return length + shared * sum(sharing.end(least.work, held, world).values())
 
     def least_bytes(self, one: Candidate) -> float:
-        """Of the largest rank: where its forwards keep most, and at the end of the last backward, where all gradients
-        are there."""
+        """Lower bound of the bytes of the fullest rank: the larger of when its forwards keep the most, and of the end
+        of the last backward, when all gradients exist."""
         gradients = self._has_gradients(one)
         bucket = self.bucket_bytes(one)
         kept = self._least_level(one, gradients, self.kept_of(one))
@@ -141,13 +141,14 @@ class Bounds:
         return self.fixed_bytes(one) + max(kept, at_the_end)
 
     def _has_gradients(self, one: Candidate) -> bool:
-        """Whether all gradients are there when the forwards of a step's last micro-batches keep most, at the least."""
+        """Whether all gradients surely exist at a moment when forwards keep the most: late in a step that has more
+        micro-batches than stages."""
         m = self.micro_batches(one)
         return m > one.pipe and (one.pipe == 1 or one.schedule == "1f1b")
 
     def _least_level(self, one: Candidate, gradients: bool, kept: LeastKept) -> float:
-        """States and what is kept. Where the ranks of the pipe axis hold E_r + n_r k_r with n_r layers each, that is as
-        much as each holds where all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
+        """Lower bound of the states and activations of the fullest rank. If pipe rank r holds E_r + n_r k_r bytes with
+        n_r layers, the maximum over r is least when all are equal: (layers + ΣE_r/k_r) / Σ1/k_r."""
         spec, p = self.search.spec, one.pipe
         if p == 1:
             states = self.rates(one).of(self.weights(one), gradients)
@@ -155,17 +156,17 @@ class Bounds:
         first, each, last = self.state_bytes(one, gradients)
         counts = np.array(least_held(one, self.micro_batches(one)))
         by_layer = each + kept.layer * counts
-        beside = np.full(p, float(kept.again))
+        beside = np.full(p, float(kept.recomputed))
         if one.schedule == "zb-v":  # both ends are on the first rank
             beside[0] = kept.of_head + first + last
-        else:  # whose chunk may be the head alone
+        else:  # the last rank's chunk may be the head alone
             beside[0] += first
             beside[-1] = kept.head + kept.logits + last
         level = (spec.num_layers + (beside / by_layer).sum()) / (1 / by_layer).sum()
         return (AHEAD + 1) * kept.hidden + float(level)
 
-    def layer_numbers(self, one: Candidate) -> Held:
-        """Numbers of the weights of the smallest layer on a rank."""
+    def layer_elements(self, one: Candidate) -> Held:
+        """Elements of the weights of the smallest layer on a rank."""
         key = one.tensor, one.expert
         if key not in self._layers:
             spec, sizes = self.search.spec, []
@@ -176,24 +177,24 @@ class Bounds:
                 shared = spec.layer_parameters(layer) - routed
                 shared -= 4 * spec.norm_parameters  # a layer may lack some of its norms
                 sizes.append(Held(shared / one.tensor, routed / one.expert / one.tensor))
-            self._layers[key] = Held(*(min(numbers) for numbers in zip(*sizes, strict=True)))
+            self._layers[key] = Held(*(min(elements) for elements in zip(*sizes, strict=True)))
         return self._layers[key]
 
-    def table_numbers(self, one: Candidate) -> tuple[float, float]:
-        """Numbers of the weights of the embedding, and of the head beside it."""
+    def table_elements(self, one: Candidate) -> tuple[float, float]:
+        """Elements of the weights of the embedding, and of the head if it has its own."""
         spec = self.search.spec
         table = spec.vocabulary_size * spec.hidden_size / one.tensor
         together = one.pipe == 1 or one.schedule == "zb-v"
         return table, 0.0 if spec.labels or (spec.tied and together) else table
 
     def state_bytes(self, one: Candidate, gradients: bool) -> tuple[float, float, float]:
-        """Of the embedding, of the smallest layer, and of the head; with gradients or without."""
-        rates, (first, last) = self.rates(one), self.table_numbers(one)
-        layer = rates.of(self.layer_numbers(one), gradients)
+        """Bytes of the states of the embedding, the smallest layer and the head; gradients: whether theirs count."""
+        rates, (first, last) = self.rates(one), self.table_elements(one)
+        layer = rates.of(self.layer_elements(one), gradients)
         return rates.of(Held(first), gradients), layer, rates.of(Held(last), gradients)
 
     def rates(self, one: Candidate) -> Rates:
-        """Of a candidate's states."""
+        """Bytes per element of a candidate's states."""
         away = one.offload == "nvme" or (one.offload != "none" and not self.device.cores)
         tensors = self.moments + 1 if one.zero else self.moments  # ZeRO keeps masters
         optimizer = 0 if away else FP32 * tensors
@@ -207,28 +208,28 @@ class Bounds:
                     return width + optimizer / copies, FP32
                 case 2:
                     return width + optimizer / copies, FP32 / copies
-            # ZeRO-3's gradients are there all the time.
+            # ZeRO-3's gradients always exist.
             return width / copies + optimizer / copies + FP32 / copies, 0.0
 
         return Rates(*of(ranks), *of(ranks / one.expert))
 
     def fixed_bytes(self, one: Candidate) -> float:
-        """Of what does not depend on the layers, and is there all the time."""
+        """Bytes that do not depend on the layers and are always in use."""
         if self.device.cores:
             return 0.0
         return OVERHEAD_BYTES + FRAGMENTS * self.device.memory_bytes
 
     def bucket_bytes(self, one: Candidate) -> float:
-        """Of the bucket of reductions, which is there at the end of each backward."""
+        """Bytes of the reduction bucket, which exists at the end of each backward."""
         if self.device.cores:
             return 0.0
         zero = self.search.config.document.zero_optimization
         if one.zero == 0 or (zero is not None and zero.contiguous_gradients is False):
             return 0.0
-        return self._bucket_numbers * (self.dtype_bytes if one.zero == 2 else FP32)
+        return self._bucket_elements * (self.dtype_bytes if one.zero == 2 else FP32)
 
     @cached_property
-    def _bucket_numbers(self) -> int:
+    def _bucket_elements(self) -> int:
         zero = self.search.config.document.zero_optimization
         given = None if zero is None else zero.reduce_bucket_size
         return max(1, REDUCE_BUCKET_ELEMENTS if given is None else given)

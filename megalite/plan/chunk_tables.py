@@ -1,8 +1,8 @@
-"""What a chunk keeps of one micro-batch between its forward and its backward, and what recompute makes again: the
-tables of activations.py put together. Next: waiting_tables.py, between the two halves of a backward.
+"""What a chunk keeps of one micro-batch between its forward and its backward, and how much it recomputes, computed from
+the tables of activations.py. Next: waiting_tables.py, for the time between the two halves of a backward.
 
-Recompute of every n layers keeps the input e·r of n layers and makes their table again, one group at a time, in
-backward; `selective` leaves out the core of attention. tests/distributed/test_activations.py holds each table against
+Recomputing every n layers keeps only the input e·r of each group of n layers, and backward recomputes one group at a
+time; `selective` keeps nothing of the core of attention. tests/distributed/test_activations.py compares each table with
 what autograd saves.
 """
 
@@ -24,7 +24,7 @@ from megalite.plan.activations import (
 
 @dataclass(frozen=True)
 class ChunkPart:
-    """What of a model a chunk is. layers: its own; first: it has the embedding; last: the head."""
+    """The part of a model that a chunk holds. first: it has the embedding; last: it has the head."""
 
     layers: range
     first: bool
@@ -32,7 +32,7 @@ class ChunkPart:
 
 
 def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at: Forward) -> Table:
-    """What a chunk keeps of one micro-batch between its forward and its backward, by layer or part."""
+    """What a chunk keeps of one micro-batch between its forward and its backward, in bytes by layer or part."""
     selective = recompute == "selective"
     every = 0 if selective else int(recompute)
     hidden = at.hidden(spec)
@@ -54,14 +54,16 @@ def chunk_table(spec: TransformerSpec, part: ChunkPart, recompute: Recompute, at
 
 
 def groups(layers: range, every: int) -> list[range]:
-    """The groups that a recompute of every so many layers makes; none if it is 0."""
+    """The groups of `every` layers that are recomputed together; none if it is 0."""
     if every == 0:
         return []
     return [layers[i : i + every] for i in range(0, len(layers), every)]
 
 
-def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward) -> int:
-    """Most bytes that the backward of a chunk makes again at a time."""
+def recomputed_bytes(
+    spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward
+) -> int:
+    """The most bytes of activations that the backward of a chunk recomputes at a time."""
     whole = {layer: total(layer_table(spec, layer, at)) for layer in layers}
     if recompute == "selective":
         kept = {layer: total(layer_table(spec, layer, at, selective=True)) for layer in layers}
@@ -71,5 +73,5 @@ def made_again(spec: TransformerSpec, layers: range, recompute: Recompute, at: F
 
 
 def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
-    """Whether the table of the first layer, or of the head alone, has the hidden states that come in themselves."""
+    """Whether the table of the first layer, or of the head alone, includes the hidden states that the chunk gets."""
     return not (part.layers and spec.norm_place in ("after", "sum") and at.split.divides)

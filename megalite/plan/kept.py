@@ -8,11 +8,11 @@ from megalite.model.transformer import Recompute
 from megalite.pipeline.check import most_bytes
 from megalite.pipeline.plan import PipelinePlan
 from megalite.plan.activations import Forward, Table, logits_bytes, total
-from megalite.plan.chunk_tables import ChunkPart, chunk_table, made_again
+from megalite.plan.chunk_tables import ChunkPart, chunk_table, recomputed_bytes
 from megalite.plan.stacks import (
     rows_of,
     stack_chunk_table,
-    stack_made_again,
+    stack_recomputed_bytes,
     stack_waiting_table,
 )
 from megalite.plan.waiting_tables import waiting_table
@@ -67,9 +67,13 @@ def kept_by(
 ) -> Kept:
     """What a rank of the pipe axis keeps in a step."""
     parts, program = parts_of(plan, rank), plan.program(micro_batches)
-    table_of, waiting_of, again_of = chunk_table, waiting_table, made_again
+    table_of, waiting_of, again_of = chunk_table, waiting_table, recomputed_bytes
     if spec.stacks is not None:
-        table_of, waiting_of, again_of = stack_chunk_table, stack_waiting_table, stack_made_again
+        table_of, waiting_of, again_of = (
+            stack_chunk_table,
+            stack_waiting_table,
+            stack_recomputed_bytes,
+        )
     tables = {chunk: table_of(spec, part, recompute, at) for chunk, part in parts.items()}
     waiting = {chunk: waiting_of(spec, part, at) for chunk, part in parts.items()}
     most = most_bytes(program, rank, lambda c: total(tables[c]), lambda c: total(waiting[c]))

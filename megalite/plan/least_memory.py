@@ -1,13 +1,13 @@
-"""Less than which no rank of a layout can hold, in bytes: what a number of weights takes, and what forwards keep.
+"""Lower bounds of the bytes on a rank of a layout: states per element of its weights, and activations kept by forwards.
 
-As in least_time.py the bounds are of every cut of the layers into chunks. Next: bounds.py, which puts both together.
+As in least_time.py the bounds are valid for every cut of the layers into chunks. Next: bounds.py, which combines both.
 """
 
 from dataclasses import dataclass
 
 from megalite.plan.activations import head_table, layer_table, logits_bytes, total
 from megalite.plan.candidates import Candidate
-from megalite.plan.chunk_tables import ChunkPart, made_again
+from megalite.plan.chunk_tables import ChunkPart, recomputed_bytes
 from megalite.plan.sharing import Held
 from megalite.plan.waiting_tables import waiting_table
 from megalite.plan.work import Work
@@ -15,54 +15,55 @@ from megalite.plan.work import Work
 
 @dataclass(frozen=True)
 class LeastKept:
-    """Bytes that forwards keep for their backwards: of a layer and a micro-batch, and of that between I and W; what is
-    made again before anything is freed; of the head; of a chunk of its logits; of a message of the pipe axis."""
+    """Bytes for one micro-batch, the least of all layers. layer: kept by a layer for backward; waiting: kept by a layer
+    between I and W; recomputed: before anything is freed; head: kept by the head; logits: a chunk of its logits;
+    hidden: a message of the pipe axis."""
 
     layer: float
     waiting: float
-    again: float
+    recomputed: float
     head: float
     logits: float
     hidden: float
 
     @classmethod
     def of(cls, work: Work, recompute: str) -> "LeastKept":
-        """recompute: as of Candidate."""
+        """The bytes of a micro-batch. recompute: as in Candidate."""
         spec, at, layers = work.spec, work.at, range(work.spec.num_layers)
         examples = [*{spec.kind(layer): layer for layer in layers}.values()]
         parts = [ChunkPart(layers[i : i + 1], False, False) for i in examples]
-        again = 0
+        recomputed = 0
         if recompute in ("none", "selective"):
             selective = recompute == "selective"
             layer = min(total(layer_table(spec, i, at, selective)) for i in examples)
         else:
             every = 1 if recompute == "full" else int(recompute)
             layer = at.hidden(spec) / every
-            again = min(made_again(spec, part.layers, every, at) for part in parts)
+            recomputed = min(recomputed_bytes(spec, part.layers, every, at) for part in parts)
         waiting = min(total(waiting_table(spec, part, at)) for part in parts)
         head = total(head_table(spec, at))
-        return cls(layer, waiting, again, head, logits_bytes(spec, at), at.hidden(spec))
+        return cls(layer, waiting, recomputed, head, logits_bytes(spec, at), at.hidden(spec))
 
     @property
     def of_head(self) -> float:
-        """Of the rank with the head: the logits are gone before its backward begins, and what it keeps itself before
-        that of the layers."""
-        return max(self.head + self.logits, self.again)
+        """Bytes on the rank with the head besides the layers': the logits are freed before the head's backward begins,
+        and what the head keeps before the backward of the layers."""
+        return max(self.head + self.logits, self.recomputed)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes of a number of weights, `routed` of one of experts that an expert axis divides. stands: of weights,
-    optimizer, and gradients where they are there all the time; gradient: that comes with the first backward."""
+    """Bytes per element of the weights; `routed`: of experts that an expert axis divides. permanent: weight, optimizer
+    state, and the gradient if it always exists; gradient: added by the first backward otherwise."""
 
-    stands: float
+    permanent: float
     gradient: float
-    stands_routed: float
+    permanent_routed: float
     gradient_routed: float
 
     def of(self, held: Held, gradients: bool) -> float:
-        """Of so many numbers, with gradients or without."""
-        shared, routed = self.stands, self.stands_routed
+        """Bytes for the weights `held`, with gradients or without."""
+        shared, routed = self.permanent, self.permanent_routed
         if gradients:
             shared += self.gradient
             routed += self.gradient_routed
@@ -70,10 +71,10 @@ class Rates:
 
 
 def least_held(one: Candidate, micro_batches: int) -> list[int]:
-    """The fewest micro-batches whose layers each rank of the pipe axis keeps at once."""
+    """By pipe rank, a lower bound of the number of micro-batches whose layers it keeps at the same time."""
     p = one.pipe
     match one.schedule:
-        case "interleaved":  # before its first backward, of the chunk of which it has fewest
+        case "interleaved":  # before its first backward, for the chunk that has the fewest
             return [min(p, 2 * (p - 1 - rank) + 1) for rank in range(p)]
         case "zb-v":
             return [1] * p

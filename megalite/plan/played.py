@@ -161,7 +161,7 @@ class Programs:
         has_layers = played.home @ played.layers > 0
         for held, waits, begun, with_head in played.moments:
             # A backward recomputes its first layers before it frees what is held; but a W may come first.
-            again = kept.again * (has_layers & ~waits.any(axis=1))
+            again = kept.recomputed * (has_layers & ~waits.any(axis=1))
             again = np.maximum(0.0, again - kept.head * played.home[:, -1])
             own = stands.sum(axis=1) + held @ whole + waits @ between
             own += np.maximum(again, kept.logits * with_head)
@@ -218,7 +218,7 @@ class Programs:
 
     def _numbers(self, played: Played, one: Candidate) -> tuple[np.ndarray, np.ndarray]:
         """[rank]: lower bounds of the number of weights, with those that an expert axis divides separate."""
-        layer, (first, last) = self.bounds.layer_numbers(one), self.bounds.table_numbers(one)
+        layer, (first, last) = self.bounds.layer_elements(one), self.bounds.table_elements(one)
         layers = played.home @ played.layers
         ends = played.home[:, 0] * first + played.home[:, -1] * last
         return layer.shared * layers + ends, layer.routed * layers

@@ -173,10 +173,10 @@ def _given(spec: TransformerSpec, group: range, at: Forward, encoders: list[int]
     return size * (source * at.source + target * (at.length - at.source))
 
 
-def stack_made_again(
+def stack_recomputed_bytes(
     spec: TransformerSpec, layers: range, recompute: Recompute, at: Forward
 ) -> int:
-    """As made_again."""
+    """As recomputed_bytes."""
     whole = {layer: total(stack_layer_table(spec, layer, at)) for layer in layers}
     if recompute == "selective":
         kept = {layer: total(stack_layer_table(spec, layer, at, True)) for layer in layers}

@@ -1,5 +1,5 @@
-"""What a chunk keeps of one micro-batch where a schedule halves its backward: between I, the gradient of its input, and
-W, the gradients of its weights. Numbers are those of activations.py.
+"""What a chunk keeps of one micro-batch if a schedule splits its backward: between I, which computes the input's
+gradient, and W, which computes those of the weights. Counts of elements as in activations.py.
 """
 
 from megalite.model.spec import Mixture, TransformerSpec
@@ -8,8 +8,9 @@ from megalite.plan.chunk_tables import ChunkPart
 
 
 def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
-    """What a chunk keeps of one micro-batch between I and W: for each product with a weight its input and the gradient
-    of its result, and the gradients of small weights, which are made already. The head's was given to it in I."""
+    """What a chunk keeps of one micro-batch between I and W, in bytes by layer or part: for each product with a weight
+    its input and the gradient of its result, and the gradients of small weights, which I computes. The head's weights
+    get their gradients in I."""
     table: Table = {}
     for layer in part.layers:
         table[f"layer {layer}"] = total(_waiting_layer(spec, layer, at))
@@ -30,7 +31,7 @@ def waiting_table(spec: TransformerSpec, part: ChunkPart, at: Forward) -> Table:
 
 
 def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
-    """Of one layer. g, q, k and f are bytes of the numbers that have those names in activations.py."""
+    """What one layer keeps. g, q, k and f: bytes of the elements that activations.py counts under these names."""
     h, e = spec.head_size, at.width
     g = e * at.tokens * spec.hidden_size
     q = e * at.part(spec.num_heads * h, h)
@@ -57,7 +58,7 @@ def _waiting_layer(spec: TransformerSpec, layer: int, at: Forward) -> Table:
 
 
 def _waiting_experts(spec: TransformerSpec, mixture: Mixture, at: Forward) -> Table:
-    """Of a layer's router, experts and shared expert."""
+    """What a layer's router, experts and shared expert keep."""
     e, table = at.width, {}
     g = e * at.tokens * spec.hidden_size
     if mixture.shared_size:

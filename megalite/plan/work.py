@@ -1,15 +1,15 @@
-"""Seconds of a micro-batch in each layer, the embedding and the head, predicted from sizes, a device and its links.
+"""Seconds of a micro-batch in each layer, the embedding and the head, predicted from sizes, the device and its links.
 
-    product [M, K] × [K, N]    the longer of 2·M·K·N / FLOP/s and its bytes / memory rate, and a kernel's launch
-    core of attention          its products at `core_share` of that rate, causal ones half
-    what is bound by memory    the bytes that the layer keeps (activations.py): written and read once in forward, and
-                               three times in backward, with their gradients
-    tensor axis                all-reduces of hidden states, or the gathers and scatters in their place
+    product [M, K] × [K, N]    the longer of 2·M·K·N / (FLOP/s) and its bytes / memory rate, plus a kernel launch
+    core of attention          its products at `core_share` of the FLOP/s, half of them if causal
+    memory-bound operations    the bytes that the layer keeps (activations.py), written and read once in forward; three
+                               times as many bytes in backward, with their gradients
+    tensor axis                all-reduces of hidden states, or gathers and scatters instead
     context axis               keys and values of whole samples gathered, or heads exchanged for tokens, in each layer
-    expert axis                rows on their way to their experts and back, spread evenly
+    expert axis                rows sent to their experts and back, spread evenly
 
 B: samples of a micro-batch, S: tokens of a sample, D: hidden, V: vocabulary, t, c, e: ranks of the tensor, context and
-expert axes. What the copies of weights add is in sharing.py, which is next.
+expert axes. sharing.py, which is next, adds the time for copies of weights.
 """
 
 from dataclasses import dataclass
@@ -42,22 +42,23 @@ from megalite.plan.link_seconds import (
 PARTS = (
     "products", "attention", "memory", "again", "tensor", "engine", "data", "expert", "context",
 )  # fmt: skip
-"""What seconds are spent on. again: forward made again in backward; tensor, data, expert, context: collectives of the
-axes; engine: sums of gradients and what DeepSpeed does around them."""
+"""What seconds are spent on. again: recomputed forwards. tensor, data, expert, context: collectives of the axes.
+engine: sums of gradients and DeepSpeed's work around them."""
 PRODUCTS, ATTENTION, MEMORY, AGAIN, TENSOR, ENGINE, DATA, EXPERT, CONTEXT = range(len(PARTS))
-FORWARD, BACKWARD, INPUT, WEIGHT = range(len(KINDS))  # of which BACKWARD is INPUT and WEIGHT in one
+FORWARD, BACKWARD, INPUT, WEIGHT = range(len(KINDS))  # BACKWARD is INPUT and WEIGHT together
 
 
 def no_seconds() -> np.ndarray:
-    """[kind, part] of 0, to be filled in."""
+    """[kind, part]: zeros to be filled in."""
     return np.zeros((len(KINDS), len(PARTS)))
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a rank of the tensor and context axes does for a micro-batch. length: of a whole sample; at: sizes and type;
-    recompute: as a Stage takes it; by_heads: whether the context axis exchanges heads for tokens; documents: whether
-    samples' documents are kept apart; compiled: `megalite.train.compile`."""
+    """A rank's work for one micro-batch. tensor, context, expert: sizes of the axes; micro: samples; length: tokens of
+    a whole sample; sequence: whether there is sequence parallelism; recompute: as in Stage; counted: share of tokens
+    that count in the loss; by_heads: whether the context axis exchanges heads for tokens; documents: whether attention
+    keeps the documents of a sample apart; compiled: `megalite.train.compile`."""
 
     spec: TransformerSpec
     device: Device
@@ -77,7 +78,7 @@ class Work:
 
     @cached_property
     def at(self) -> Forward:
-        """The micro-batch, as activations.py takes it."""
+        """The micro-batch in the form that activations.py takes."""
         half = torch.float16 if self.fp16 else torch.bfloat16
         axis = Axis(self.tensor, self.tensor - 1, tuple(range(self.tensor)), None)
         return Forward(
@@ -95,23 +96,23 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """That the rank has."""
+        """Number of tokens on the rank."""
         return self.micro * self.length // self.context
 
     @property
     def hidden_bytes(self) -> int:
-        """Of hidden states between the split products: what crosses the pipe axis."""
+        """Bytes of hidden states between the split products, which are a message of the pipe axis."""
         return self.at.hidden(self.spec)
 
     def product(self, k: int, n: int, times: int = 1, matrices: int = 1) -> float:
-        """Seconds of [tokens, k] × [k, n]. times: rows that a token makes; matrices: that they are spread over."""
+        """Seconds of [tokens · times, k] × [k, n]. times: rows per token; matrices: that the rows are divided among."""
         m, device = self.tokens * times, self.device
         moved = self.dtype_bytes * (m * k + matrices * k * n + m * n)
         seconds = max(2.0 * m * k * n / device.flops(self.dtype_bytes), moved / device.memory_rate)
         return seconds + device.launch_seconds
 
     def part(self, features: int, unit: int = 1) -> int:
-        """This rank's part of features that the tensor axis splits."""
+        """Number of this rank's `features`, which the tensor axis splits in multiples of `unit`."""
         start, stop = share(features, self.at.split.axis, unit)
         return stop - start
 
@@ -120,7 +121,7 @@ class Work:
         return link_along(self.device, self.tensor, 1)
 
     def exchange(self) -> float:
-        """Seconds of an all-reduce of hidden states, or of the gather and scatter in its place."""
+        """Seconds of an all-reduce of hidden states, or of the gather and scatter that replace it."""
         whole = self.dtype_bytes * self.tokens * self.spec.hidden_size
         if not self.sequence:
             return ring_seconds(self._link, self.tensor, whole, passes=2)
@@ -138,33 +139,33 @@ class Work:
         return self.part(self.spec.num_kv_heads * self.spec.head_size, self.spec.head_size)
 
     @cached_property
-    def _mixed(self) -> list[float]:
-        """Bytes that each message of a layer's forward on the context axis gathers or exchanges; those of backward are
-        as large (docs/layouts.md, "Long samples")."""
+    def _context_bytes(self) -> list[float]:
+        """Bytes that each collective of a layer's forward on the context axis gathers or exchanges; those of backward
+        are as large (docs/layouts.md, "Long samples")."""
         e = self.dtype_bytes
         if not self.by_heads:
             return [e * 2.0 * self.micro * self.length * self._keys]
-        keys = max(self._keys, self.context * self.spec.head_size)  # a head for each rank
+        keys = max(self._keys, self.context * self.spec.head_size)  # at least one head per rank
         there = e * self.tokens * (self._queries + 2.0 * keys)
         back = e * self.tokens * float(self._queries)
         return [there, back]
 
     @cached_property
-    def mixing(self) -> float:
-        """Seconds of those messages."""
+    def context_seconds(self) -> float:
+        """Seconds of a layer's collectives on the context axis, in forward or backward."""
         link = link_along(self.device, self.context, self.tensor)
         seconds = ring_seconds if self.by_heads else gather_seconds
-        return sum(seconds(link, self.context, whole) for whole in self._mixed)
+        return sum(seconds(link, self.context, whole) for whole in self._context_bytes)
 
     @property
     def mixed_bytes(self) -> float:
-        """Bytes that a rank sends in them."""
-        return sum(self._mixed) * (self.context - 1) / self.context
+        """Bytes that a rank sends in these collectives."""
+        return sum(self._context_bytes) * (self.context - 1) / self.context
 
     def layer(self, layer: int) -> np.ndarray:
-        """[kind F, B, I, W; part] of one layer."""
+        """[kind, part]: seconds of one layer."""
         spec, device = self.spec, self.device
-        products = self._projections() + self._fed(layer)
+        products = self._projections() + self._mlp(layer)
         core = self._core(spec.window(layer))
         kept = total(layer_table(spec, layer, self.at))
         core_bytes = kept - total(layer_table(spec, layer, self.at, selective=True))
@@ -176,13 +177,13 @@ class Work:
         forward[MEMORY] = 2 * kept / device.memory_rate
         to_input[MEMORY] = 3 * kept / device.memory_rate
         forward[TENSOR] = to_input[TENSOR] = 2 * self.exchange()
-        forward[CONTEXT] = to_input[CONTEXT] = self.mixing
+        forward[CONTEXT] = to_input[CONTEXT] = self.context_seconds
         forward[EXPERT] = to_input[EXPERT] = self._to_experts(layer)
         forward[ENGINE] = to_input[ENGINE] = to_weight[ENGINE] = device.layer_seconds
         if self.recompute == "full":
             to_input[AGAIN] = forward.sum()
         elif self.recompute == "selective":
-            to_input[AGAIN] = core + 2 * core_bytes / device.memory_rate + self.mixing
+            to_input[AGAIN] = core + 2 * core_bytes / device.memory_rate + self.context_seconds
         result[BACKWARD] = to_input + to_weight
         return result
 
@@ -191,7 +192,7 @@ class Work:
         d, q, k = self.spec.hidden_size, self._queries, self._keys
         return sum(self.product(a, b) for a, b in ((d, q), (d, k), (d, k), (q, d)))
 
-    def _fed(self, layer: int) -> float:
+    def _mlp(self, layer: int) -> float:
         """Seconds of the products of the MLP or the experts in forward."""
         spec, d = self.spec, self.spec.hidden_size
         mixture = spec.mixture_of(layer)
@@ -209,11 +210,11 @@ class Work:
         return products + self.product(d, mixture.count)
 
     def _core(self, window: int | None) -> float:
-        """Seconds of attention's two products in forward: of a rank's tokens with all heads, or with by_heads of all
-        tokens with its heads, which is as much."""
+        """Seconds of attention's two products in forward, for a rank's tokens with all heads; as many as for all tokens
+        with the rank's heads (by_heads)."""
         spec, s = self.spec, self.length
         flops = self.device.flops(self.dtype_bytes)
-        if spec.attention_dropout > 0:  # by hand, with all scores
+        if spec.attention_dropout > 0:  # explicit products, which compute all scores
             return 4.0 * self.tokens * s * self._queries / flops
         seen = min(window or s, s)
         average = seen - seen**2 / (2 * s) if spec.causal else seen
@@ -221,7 +222,7 @@ class Work:
         return 4.0 * self.tokens * average * self._queries / rate + self.device.launch_seconds
 
     def _to_experts(self, layer: int) -> float:
-        """Seconds in which rows go to their experts and come back."""
+        """Seconds in which rows are sent to their experts and back."""
         mixture = self.spec.mixture_of(layer)
         if mixture is None:
             return 0.0
@@ -232,7 +233,7 @@ class Work:
 
     @cached_property
     def embedding(self) -> np.ndarray:
-        """[kind, part] of looking up and of its gradient."""
+        """[kind, part]: seconds of the look-up and its gradient."""
         result, rate = no_seconds(), self.device.memory_rate
         hidden = self.dtype_bytes * self.tokens * self.spec.hidden_size
         table = self.dtype_bytes * self.part(self.spec.vocabulary_size) * self.spec.hidden_size
@@ -245,7 +246,7 @@ class Work:
 
     @cached_property
     def head(self) -> np.ndarray:
-        """[kind, part] of norm, product and loss, whose gradients are made in forward."""
+        """[kind, part]: seconds of norm, product and loss; forward also computes the gradients of product and loss."""
         spec, result, rate = self.spec, no_seconds(), self.device.memory_rate
         columns = len(spec.labels) or self.part(spec.vocabulary_size)
         logits = self.tokens * columns * (self.dtype_bytes + FP32) * 3
@@ -262,7 +263,7 @@ class Work:
 
     @cached_property
     def layers(self) -> np.ndarray:
-        """[layer + 1, kind, part]: sums of the layers before each."""
+        """[layer + 1, kind, part]: seconds of all layers before each."""
         kinds = [self.spec.kind(layer) for layer in range(self.spec.num_layers)]
         by_kind = {kind: self.layer(kinds.index(kind)) for kind in set(kinds)}
         own = [by_kind[kind] for kind in kinds]
@@ -270,5 +271,5 @@ class Work:
 
     @cached_property
     def model(self) -> np.ndarray:
-        """[kind, part] of the whole model."""
+        """[kind, part]: seconds of the whole model."""
         return self.layers[-1] + self.embedding + self.head

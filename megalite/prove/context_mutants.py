@@ -1,4 +1,4 @@
-"""Faults of the context axis: its sums, and which tokens a rank has. Next: mutants.py, which lists them."""
+"""Faults of the context axis: its sums, and a rank's tokens. Next: mutants.py, which lists the faults."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ from megalite.prove.trace import Plant, Session
 
 
 def of_the_context_axis(config: Config) -> Iterable[tuple[str, Plant]]:
-    """By name, for a resolved config with several context ranks."""
+    """The faults that apply to a resolved config with several context ranks, by name."""
     if config.parallel.context_attention == "gather":
         yield "rows._GatherRows.backward: the sum is missing", _key_gradients(0)
-        yield "rows._GatherRows.backward: the sum is made twice", _key_gradients(2)
+        yield "rows._GatherRows.backward: the sum is computed twice", _key_gradients(2)
     yield "the last context rank has the positions of the first", _others_rows
     if config.data.reset_attention:
         yield "documents are not kept apart", _documents_together
@@ -29,7 +29,7 @@ _sum_of_rows = rows_over._scatter
 
 
 def _key_gradients(times: int) -> Plant:
-    """times 0: each rank keeps the gradients that its own queries give its own keys; 2: twice the sum."""
+    """times: 0: a rank's keys get gradients only from its own queries; 2: twice the sum."""
 
     def scattered(whole: Tensor, rows: Rows) -> Tensor:
         if times:

@@ -31,18 +31,18 @@ def of_experts(config: Config, spec: TransformerSpec, grid: Grid) -> Iterable[tu
     if spec.mixture is None:
         return
     yield "experts: left out of the norm", _norm_without_experts
-    yield "experts: a token's last choice is dropped in silence", _dropped_tokens
+    yield "experts: a token's last choice is silently dropped", _dropped_tokens
     if grid.data.size * grid.pipe.size * grid.tensor.size > 1:
-        yield "experts: the last rank resolves near ties otherwise", _other_ties
+        yield "experts: the last rank resolves near ties differently", _other_ties
     if grid.expert.size > 1:
         yield "experts: gradients are divided by the copies of an expert", _wrong_divisor
         yield "experts: rows come back in the order of their arrival", _unsorted
     if spec.mixture.weighs_shared and grid.tensor.size > 1:
-        yield "experts: the shared expert's weight has a rank's gradient", _unsummed
+        yield "experts: the shared expert's gate gradient is not summed", _unsummed
     router = config.train.router
     balanced = router is None or router.balance == "sample"
     if balanced and spec.mixture.balance_coefficient > 0 and config.micro_batch_size > 1:
-        yield "experts: the balance loss is of a micro-batch", _balance_of_micro_batches
+        yield "experts: the balance loss is computed over a micro-batch", _balance_of_micro_batches
 
 
 class _WithoutExperts(GlobalNorm):

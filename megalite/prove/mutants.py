@@ -1,10 +1,11 @@
-"""Faults that verify_layouts must find, made from what a run knows of itself: its kinds of parameters, its axes, its
-messages. `verify_layouts.py --mutants N` plants them one by one in a layout and reports how many it found.
+"""Faults that verify_layouts must find, derived from a run's kinds of parameters, its axes and its messages.
+`verify_layouts.py --mutants N` plants them one by one in a layout and reports how many it found.
 
-They are bugs that layouts really have, among them: gradients scaled by their micro-batch's tokens
-(pytorch/torchtitan#2972), a norm that leaves tensors out or that each group takes of its own (NVIDIA/Megatron-LM#5916,
-NVIDIA-NeMo/Automodel#3816) or counts twice (NVIDIA-NeMo/Megatron-Bridge#5411), sums over ranks that are missing or made
-twice, a tied copy that is stale after a resume, data of another rank or micro-batch (NVIDIA/Megatron-LM#7452).
+They are bugs that trainers have had, such as gradients scaled by the tokens of their own micro-batch
+(pytorch/torchtitan#2972); a norm that omits tensors or is computed per group (NVIDIA/Megatron-LM#5916,
+NVIDIA-NeMo/Automodel#3816) or counts tensors twice (NVIDIA-NeMo/Megatron-Bridge#5411); sums over ranks that are missing
+or computed twice; a tied copy that is stale after resuming; data of another rank or micro-batch
+(NVIDIA/Megatron-LM#7452).
 
 A mutant is a name and a Plant (trace.py). The list depends only on the config, so every rank has the same one. Each
 file `*_mutants.py` has those of one part of a run. Next: verify.py.

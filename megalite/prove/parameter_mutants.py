@@ -27,7 +27,7 @@ def kind_of(name: str) -> str:
 
 
 def of_parameters(config: Config, grid: Grid) -> Iterable[tuple[str, Plant]]:
-    """By name, for each kind of parameter of a layout's resolved config."""
+    """The faults of each kind of parameter of a layout's resolved config, by name."""
     for kind, is_decayed in _kinds(config).items():
         if grid.data.size > 1:
             yield f"{kind}: gradient of the last data rank is lost", _gradient(kind, "data", 0.0)
@@ -48,7 +48,7 @@ def of_parameters(config: Config, grid: Grid) -> Iterable[tuple[str, Plant]]:
 
 
 def _kinds(config: Config) -> dict[str, bool]:
-    """Every kind of parameter of the model, and whether it is decayed."""
+    """The kinds of the model's parameters, and whether weight decay applies to each."""
     with torch.device("meta"):
         stage = Stage(read_spec(config.model), Grid())
     optimizer = config.document.optimizer
@@ -73,7 +73,7 @@ def _gradient(kind: str, axis: str, factor: float) -> Plant:
 
 
 class _Weighing(GlobalNorm):
-    """Counts the squares of one kind `times` over."""
+    """Counts the squares of one kind `times` times."""
 
     kind: str
     times: float
@@ -97,7 +97,7 @@ def _norm_weighs(kind: str, times: float) -> Plant:
 
 
 def _no_decay(kind: str) -> Plant:
-    """Adds to the weights what their decay takes away, after each update."""
+    """Undoes the weight decay after each update."""
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         step, engine = session.engine.step, session.engine
@@ -120,7 +120,7 @@ def _no_decay(kind: str) -> Plant:
 
 
 def _shifted(kind: str, at: str, part: str) -> Plant:
-    """Moves the numbers of the last rank's shards by one place. part: `weight`, or a moment's name."""
+    """Shifts the elements of the last rank's shards by one. part: `weight`, or a moment's name."""
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         if event != at:

@@ -15,10 +15,10 @@ from megalite.prove.trace import Plant, Session
 
 
 def of_the_pipe(config: Config) -> Iterable[tuple[str, Plant]]:
-    """By name, for a resolved config with several stages."""
+    """The faults that apply to a resolved config with several stages, by name."""
     if config.accumulation_steps > 1:
-        yield "two activations change places", _swapped("activation")
-        yield "two gradients change places", _swapped("gradient")
+        yield "two activations are swapped", _swapped("activation")
+        yield "two gradients are swapped", _swapped("gradient")
         yield "the last stage uses micro-batch 0's labels", _stale_labels
         if config.data.reset_attention:
             yield "the last stage uses micro-batch 0's documents", _stale_documents
@@ -34,7 +34,7 @@ def of_the_pipe(config: Config) -> Iterable[tuple[str, Plant]]:
 
 
 class _Swapped:
-    """A plan in which a rank's first two receives of a kind are posted for each other's value."""
+    """A plan in which each of a rank's first two receives of a kind gets the other's value."""
 
     def __init__(self, plan: Any, kind: str) -> None:
         self.plan, self.kind = plan, kind
@@ -43,7 +43,7 @@ class _Swapped:
         return getattr(self.plan, name)
 
     def steps(self, micro_batches: int, rank: int) -> list[Any]:
-        """The plan's steps with the two receives changed."""
+        """The plan's steps with the two receives swapped."""
         steps = list(self.plan.steps(micro_batches, rank))
         found = [
             n
@@ -54,7 +54,7 @@ class _Swapped:
         if len(same) > 1:
             first, second = same[:2]
             one, other = steps[first], steps[second]
-            # The second one's buffer is filled by the first message; both are posted before either is used.
+            # The first message fills the second one's buffer; both are posted before either is used.
             steps[first] = other
             del steps[second]
             steps.insert(first + 1, one)
@@ -62,7 +62,7 @@ class _Swapped:
 
 
 def _swapped(kind: str) -> Plant:
-    """Of the activations that the last rank receives, or of the gradients that the first one does."""
+    """Swaps two activations that the last rank receives, or two gradients that the first rank receives."""
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         pipe, pipeline = session.engine.grid.pipe, session.pipeline
@@ -102,7 +102,7 @@ def _stale_documents(session: Session, event: str, stack: contextlib.ExitStack) 
 
 
 def _tied_sums(times: int) -> Plant:
-    """Sums the gradients of tied copies so many times."""
+    """Sums the gradients of tied copies `times` times."""
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         optimizer: Any = session.engine.optimizer
@@ -118,14 +118,14 @@ def _tied_sums(times: int) -> Plant:
 
 
 def _stale_copy(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    """Changes the weight that the last rank computes with, not the master."""
+    """Changes the weight that the last rank computes with, but not its master weight."""
     head = session.engine.stage.head
     if event == "resumed" and head is not None:
         head.weight.data.mul_(1.01)
 
 
 def _turned_as_others(session: Session, event: str, stack: contextlib.ExitStack) -> None:
-    """As if a stage numbered its layers from 0."""
+    """Gives the last stage's layers the rotary positions of another kind of layer, as if it numbered them from 0."""
     stage = session.engine.stage
     kinds = [stage.spec.rotary_of(layer) for layer in range(stage.spec.num_layers)]
     for chunk in stage.chunks.values() if stage.grid.pipe.is_last else ():

@@ -1,4 +1,4 @@
-"""How a mutant changes a session: an attribute for a while, or the forward of its stage. Next: mutants.py."""
+"""How a mutant changes a session: it replaces an attribute or the stage's forward. Next: mutants.py."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from megalite.prove.trace import Session
 
 
 def put(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute until the stack is left."""
+    """Sets an attribute until the stack is closed."""
     before = owner.__dict__[name]
     setattr(owner, name, value)
     stack.callback(setattr, owner, name, before)

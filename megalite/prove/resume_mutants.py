@@ -1,4 +1,4 @@
-"""Faults of a resume on any layout; those of shards are in parameter_mutants.py. Next: mutants.py, which lists them."""
+"""Faults of resuming on any layout; those of shards are in parameter_mutants.py. Next: mutants.py, which lists them."""
 
 import contextlib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from megalite.prove.trace import Plant, Session
 
 
 def of_resuming() -> Iterable[tuple[str, Plant]]:
-    """By name."""
+    """The faults, by name."""
     yield "the optimizer counts its steps from zero on resuming", _restarted_steps
     yield "the run repeats a batch on resuming", _repeated_batch
 

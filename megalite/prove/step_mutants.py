@@ -1,5 +1,5 @@
-"""Faults of a step on any layout: how the loss is scaled, which samples a rank has, who clips by which norm, what
-dropout draws from. Next: mutants.py, which lists them.
+"""Faults of a step on any layout: the loss's scale, a rank's samples, the norm used for clipping, dropout's randomness.
+Next: mutants.py, which lists the faults.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from megalite.prove.trace import Plant, Session
 
 
 def of_the_step(config: Config, grid: Grid) -> Iterable[tuple[str, Plant]]:
-    """By name, for a layout's resolved config."""
+    """The faults that apply to a layout's resolved config, by name."""
     yield "the loss is a mean of the ranks' own means", _own_mean
-    yield "gradients are divided by the micro-batches once more", _divided_again
+    yield "gradients are divided twice by the number of micro-batches", _divided_again
     yield "the last micro-batch counts twice in backward", _last_micro_batch(2.0)
     yield "the last micro-batch is lost in backward", _last_micro_batch(0.0)
     yield "the evaluation's loss is halved", _halved_evaluation
     if grid.data.size > 1:
         yield "the last data rank computes the first one's samples", _others_samples
     if config.world_size > 1:
-        yield "each rank clips by a norm of its own", _own_norm
+        yield "each rank clips by its own norm", _own_norm
     if read_spec(config.model).dropout > 0:
         yield "dropout of the last ranks is that of step 0", _old_randomness
 
@@ -57,7 +57,7 @@ def _own_mean(session: Session, event: str, stack: contextlib.ExitStack) -> None
 
 
 def _last_micro_batch(factor: float) -> Plant:
-    """Multiplies the last micro-batch's gradient of the loss."""
+    """Multiplies the loss gradient of the last micro-batch."""
 
     def plant(session: Session, event: str, stack: contextlib.ExitStack) -> None:
         last = session.config.accumulation_steps - 1
@@ -97,7 +97,7 @@ def _others_samples(session: Session, event: str, stack: contextlib.ExitStack) -
 
 
 class _OwnNorm(GlobalNorm):
-    """A norm of this rank's gradients only. The names in it are still agreed on when it is made."""
+    """A norm of this rank's gradients only; its constructor is still collective."""
 
     def __call__(self, pieces: Any, device: torch.device, replicated: bool) -> Tensor:
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Faults of the tensor axis: sums over its ranks that are missing or made twice. Next: mutants.py, which lists them."""
+"""Faults of the tensor axis: sums that are missing or computed twice. Next: mutants.py, which lists the faults."""
 
 import contextlib
 from collections.abc import Iterable
@@ -17,17 +17,17 @@ from megalite.prove.trace import Plant, Session
 
 
 def of_the_tensor_axis(config: Config) -> Iterable[tuple[str, Plant]]:
-    """By name, for a resolved config with several tensor ranks."""
+    """The faults that apply to a resolved config with several tensor ranks, by name."""
     if config.parallel.sequence:
         names = (("_GatherSequence", "backward"), ("_ScatterSequence", "forward"))
     else:
         names = (("_Enter", "backward"), ("_Leave", "forward"))
     for owner, method in names:
         yield f"collectives.{owner}.{method}: the sum is missing", _sums_of(owner, method, 0)
-        yield f"collectives.{owner}.{method}: the sum is made twice", _sums_of(owner, method, 2)
+        yield f"collectives.{owner}.{method}: the sum is computed twice", _sums_of(owner, method, 2)
     if config.zero_stage != 3 and config.parallel.schedule in ("1f1b", "interleaved"):
         yield "columns._begin_sum: the sum is missing", _sums_of_columns(0)
-        yield "columns._begin_sum: the sum is made twice", _sums_of_columns(2)
+        yield "columns._begin_sum: the sum is computed twice", _sums_of_columns(2)
     yield "the loss does not sum over the vocabulary's parts", _loss_alone
 
 
@@ -36,7 +36,7 @@ _begin_sum = columns_over._begin_sum
 
 
 def _sums_of(owner: str, method: str, times: int) -> Plant:
-    """Of one of the collectives that autograd passes through. times 0: each rank keeps its own part; 2: twice the
+    """Changes the sum of one of the differentiable collectives. times: 0: each rank keeps its own part; 2: twice the
     sum."""
 
     def summed(tensor: Tensor, axis: Axis) -> Tensor:
@@ -65,7 +65,7 @@ def _sums_of(owner: str, method: str, times: int) -> Plant:
 
 
 def _sums_of_columns(times: int) -> Plant:
-    """Of linears that share an input, whose sum begins before the gradients of their weights are made."""
+    """Changes the sum of the input's gradients in linears that share an input. times: as in _sums_of."""
 
     def begun(given: Tensor, split: Split) -> tuple[Tensor, Any]:
         if times:

@@ -12,7 +12,7 @@ from typing import Any
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 
-HEARING = timedelta(minutes=5)  # to wait until all ranks of a node have reported their GPUs
+NAMES_WAIT = timedelta(minutes=5)  # until all ranks of a node have reported their GPUs
 
 
 def visible_gpus() -> int:
@@ -45,9 +45,9 @@ def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
 
 
 def name_gpu(ordinal: int) -> None:
-    """Tells DeepSpeed which GPU is this rank's own. It takes LOCAL_RANK for the ordinal (runtime/engine.py,
-    `_set_distributed_vars`; `zero.Init`; assert_ints_same_as_other_ranks), which it is not where a rank sees its own
-    GPU alone, and wants Open MPI's variable to say the same. To be called once nobody asks for the local rank any more.
+    """Sets LOCAL_RANK to the ordinal of this rank's GPU, since DeepSpeed takes it for that (runtime/engine.py,
+    `_set_distributed_vars`; `zero.Init`; assert_ints_same_as_other_ranks), although a rank may see only its own GPU.
+    Removes Open MPI's variable, with which DeepSpeed compares it. Must be called after the last use of the local rank.
     """
     os.environ["LOCAL_RANK"] = str(ordinal)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
@@ -69,15 +69,16 @@ class GPUNames:
     def __init__(self, store: Any, node: str) -> None:
         self.store, self.node = store, node
 
-    def tell(self, name: str, local_size: int) -> None:
+    def report(self, name: str, local_size: int) -> None:
+        """Reports this rank's GPU. local_size: number of ranks on the node."""
         if self.store.add(f"gpu/{self.node}/{name}", 1) > 1:
             self.store.set(f"gpus shared/{self.node}", name)
-        if self.store.add(f"gpus told/{self.node}", 1) == local_size:
-            self.store.set(f"gpus all told/{self.node}", "")
+        if self.store.add(f"gpus reported/{self.node}", 1) == local_size:
+            self.store.set(f"gpus all reported/{self.node}", "")
 
     def check(self, local_size: int) -> None:
         """Waits until all ranks of the node have reported their GPUs. Raises ConfigError if two of them share one."""
-        self.store.wait([f"gpus all told/{self.node}"], HEARING)
+        self.store.wait([f"gpus all reported/{self.node}"], NAMES_WAIT)
         if self.store.check([f"gpus shared/{self.node}"]):
             raise too_few(local_size, 1)
 
@@ -121,7 +122,7 @@ def library_settings(
 
 
 def sum_in_fp32() -> None:
-    """Makes matrix products of 16-bit types accumulate in fp32 throughout, also in split-K kernels."""
+    """Makes matrix products of 16-bit dtypes accumulate in fp32 throughout, also in split-K kernels."""
     import torch
 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -1,7 +1,7 @@
-"""Turns a process that a launcher started into a rank: environment, verdict of the validating rank, process group.
+"""Turns a process that a launcher started into a rank: environment, verdict of the validating ranks, process group.
 
-One rank per node validates the user's input and prints what is wrong; all ranks wait for its verdict, so that a mistake
-is one line and every rank exits with 2. Signals are in signals.py.
+One rank per node validates the user's input and prints errors; all ranks wait for the verdict, so that a mistake gives
+one line and every rank exits with 2. Signals are in signals.py.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ from megalite.ranks.program import print_line
 from megalite.ranks.signals import listen, settle
 
 T = TypeVar("T")
-WAIT = timedelta(hours=2)  # for the validating rank, which may read whole corpora
-TOLD = timedelta(seconds=60)  # between two lines about missing ranks
-HEARING = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
+WAIT = timedelta(hours=2)  # for the validating ranks, which may read whole corpora
+PROGRESS_EVERY = timedelta(seconds=60)  # between two lines about missing ranks
+VERDICT_WAIT = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
 DEFAULT_PORT = (
     "29500"  # torch's and DeepSpeed's default, for launchers that set no port, such as MPI's
 )
@@ -51,13 +51,13 @@ def start_ranks(
     timeout: Callable[[T], timedelta] = lambda prepared: DEFAULT_TIMEOUT,
     differs: Callable[[T, T], str | None] | None = None,
 ) -> tuple[Place, T]:
-    """Makes this process a rank of an initialised world, and returns what `prepare` made. timeout: of a
-    collective, by what was prepared.
+    """Makes this process a rank of an initialised world, and returns its place and the result of `prepare`. timeout:
+    returns the time limit of a collective for that result.
 
-    prepare(True) is called on one rank a node and checks everything. Where it raises UserError the line is printed
-    there and every rank exits with 2. With `differs` the other ranks get what rank 0 prepared, by pickle, and
-    differs(rank 0's, own) of each node says in a line what is not the same there, which is a mistake too. Without it
-    prepare(False) is called on them, which may leave out what is slow.
+    prepare(True) is called on one rank per node and checks everything. If it raises UserError, its line is printed once
+    and every rank exits with 2. With `differs` the other ranks get rank 0's result by pickle, and differs(rank 0's
+    result, own result) is called on each node; a line that it returns is an error too. Without `differs` prepare(False)
+    is called on the other ranks, which may skip slow checks.
     """
     listen()
     here = place()
@@ -106,7 +106,7 @@ def _join_world(store: Any, here: Place, visible: int, timeout: timedelta) -> No
     accelerator = use_accelerator()
     device = accelerator.device_name()
     if device == "cpu":
-        # DeepSpeed names a backend of its own for a CPU; gloo has every collective that is used here.
+        # DeepSpeed has its own backend for CPUs, but gloo has every collective that is used here.
         backend = "gloo"
     else:
         gpu = own_gpu(here.local_rank, here.local_size, visible)
@@ -133,7 +133,7 @@ def _after_gpus(
         return prepare
     names = GPUNames(store, socket.gethostname())
     if visible == 1:
-        names.tell(gpu_name(0), here.local_size)
+        names.report(gpu_name(0), here.local_size)
 
     def check_and_prepare(thorough: bool) -> T:
         if thorough:
@@ -178,7 +178,7 @@ def _agree(
                 _compare_nodes(store, here, prepared, differs)
         except Exception as error:
             if here.rank == 0:
-                store.set(_PREPARED, b"")  # the other nodes have nothing to compare with
+                store.set(_PREPARED, b"")  # the other nodes then compare nothing
             if not isinstance(error, UserError):
                 traceback.print_exc()
             elif store.add(f"said: {error}", 1) == 1:  # once, not on every node
@@ -197,9 +197,9 @@ def _agree(
         with contextlib.suppress(dist.DistError):
             # Exit together: rank 0 may host the store, and a launcher that sees one exit kills ranks that have not read
             # the verdict yet.
-            if store.add("heard", 1) == here.world_size:
-                store.set("all heard", "")
-            store.wait(["all heard"], HEARING)
+            if store.add("received", 1) == here.world_size:
+                store.set("all received", "")
+            store.wait(["all received"], VERDICT_WAIT)
             if here.rank == 0:
                 # The others still read the store, and torch prints stack traces if it is gone.
                 time.sleep(0.2)
@@ -234,7 +234,7 @@ def _wait_for_verdict(store: Any, here: Place) -> None:
     deadline = time.monotonic() + WAIT.total_seconds()
     while (left := deadline - time.monotonic()) > 0:
         try:
-            return store.wait(["verdict"], min(TOLD, timedelta(seconds=left)))
+            return store.wait(["verdict"], min(PROGRESS_EVERY, timedelta(seconds=left)))
         except dist.DistStoreError:  # a timeout; a lost store raises DistNetworkError
             came, ready = store.add("came", 0), store.add("checked", 0)
             if here.rank == 0:

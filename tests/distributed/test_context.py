@@ -247,7 +247,7 @@ def test_the_axis_is_part_of_a_layouts_name() -> None:
 
 PLANTED = (
     "rows._GatherRows.backward: the sum is missing",
-    "rows._GatherRows.backward: the sum is made twice",
+    "rows._GatherRows.backward: the sum is computed twice",
     "the last context rank has the positions of the first",
     "documents are not kept apart",
     "layers.*.mlp.up.weight: gradient of the last context rank is lost",

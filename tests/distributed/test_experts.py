@@ -152,11 +152,11 @@ def test_layout_equals_one_process(runs: Runs, case: Case) -> None:
 FAULTY = Layout(data=2, expert=2, zero=1, micro=2)
 FAULTS = {
     "experts: left out of the norm",
-    "experts: a token's last choice is dropped in silence",
-    "experts: the last rank resolves near ties otherwise",
+    "experts: a token's last choice is silently dropped",
+    "experts: the last rank resolves near ties differently",
     "experts: gradients are divided by the copies of an expert",
     "experts: rows come back in the order of their arrival",
-    "experts: the balance loss is of a micro-batch",
+    "experts: the balance loss is computed over a micro-batch",
 }
 
 

@@ -181,8 +181,8 @@ def test_under_nccl_a_rank_that_has_gone_is_seen(tmp_path: Path) -> None:
 
 
 def step_without_another_node(rank: int, world_size: int, run_dir: Path) -> None:
-    """Each rank has a node of its own. Rank 1 alone raises an error on purpose, and its process stays, as a launcher's
-    does that has other ranks to wait for."""
+    """Each rank is on its own node. Only rank 1 raises an error on purpose, and its process stays, as with a launcher
+    that waits for other ranks."""
     with (
         contextlib.suppress(DataError),
         mock.patch("socket.gethostname", lambda: f"node{rank}"),

@@ -1,4 +1,4 @@
-"""Fixtures of several rooms."""
+"""Fixtures for several rooms."""
 
 import os
 

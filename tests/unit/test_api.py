@@ -1,4 +1,4 @@
-"""`megalite.load` and `megalite.train`: equal to transformers, on a tiny model of bytes."""
+"""`megalite.load` and `megalite.train`: equal to transformers, on a tiny byte-level model."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_samples_are_the_same_each_time_and_differ_by_seed(folder: Path) -> None
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_chat_is_the_template_and_generation(chatty: Path) -> None:
+def test_chat_is_template_plus_generation(chatty: Path) -> None:
     model = megalite.load(chatty)
     messages = [
         {"role": "system", "content": "s"},
@@ -60,7 +60,7 @@ def test_chat_is_the_template_and_generation(chatty: Path) -> None:
     assert model.chat("u", max_new_tokens=6) == reference(chatty, "user: u\nassistant: ", 6)
 
 
-def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
     model = megalite.load(folder)
     for call, words in (
         (lambda: model.chat("hello"), "has no chat template"),
@@ -89,6 +89,6 @@ def test_train_returns_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run == tmp_path / "run" and (run / "checkpoints/step_00000002").is_dir()
     assert "step 2/2" in capsys.readouterr().out
     assert megalite.load(run).loss([1, 2, 3, 4, 5]) > 0
-    # A dict as well as a file; a run at its last step ends at once.
+    # A dict works like a file; a run that is at its last step ends at once.
     again = megalite.train(json.loads(path.read_text()), ["megalite.train.steps=2"])
     assert again == run and "already at step 2 of 2" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The tools that collect labelled texts and translations, on small packages made here."""
+"""The tools that collect labelled texts and translations, on small packages that the test creates."""
 
 import io
 import itertools
@@ -100,8 +100,8 @@ def test_messages_that_are_nearly_the_same_are_a_family(
     assert (families.of(first) == families.of(second)) is is_same
 
 
-def test_a_family_of_messages_is_in_one_part_alone(tmp_path: Path) -> None:
-    """Each message has a twin, and a package those of the others."""
+def test_a_family_of_messages_is_only_in_one_part(tmp_path: Path) -> None:
+    """Each message has a near-duplicate, and one package repeats the messages of the others."""
     names = ["".join(letters) for letters in itertools.product("abcdef", repeat=3)]
     messages = [(f"{name} {what}", f"Meldung {name}") for name in names for what in ("%s", "%d!")]
     for package in ("one", "two"):
@@ -157,15 +157,15 @@ def test_a_package_that_was_half_unpacked_is_unpacked_again(
 
 @pytest.mark.parametrize("name", ["sentiment", "topics"])
 def test_a_launcher_that_is_started_again_exports_again(name: str) -> None:
-    """A folder that already exists would end it with 2, and hold the weights of the first start."""
+    """An existing folder would end the export with 2, and contain the weights of the first start."""
     lines = (REPOSITORY / "launcher" / f"{name}.sh").read_text().splitlines()
     (number,) = [number for number, line in enumerate(lines) if "export_hf.py" in line]
     folder = lines[number].rpartition("--output ")[2]
     assert lines[number - 1] == f"rm -rf {folder}" and folder.startswith("runs/")
 
 
-def test_translations_by_beams_have_a_file_of_their_own(tmp_path: Path) -> None:
-    """The loop of launcher/translate.sh with a program in place of deepspeed."""
+def test_translations_by_beams_have_their_own_file(tmp_path: Path) -> None:
+    """The loop of launcher/translate.sh, with another program instead of deepspeed."""
     text = (REPOSITORY / "launcher/translate.sh").read_text()
     loop = text[text.index("for beams in") :]
     script = f"""set -euo pipefail
@@ -179,7 +179,7 @@ data=x
     assert names == ["translations.jsonl", "translations-beams.jsonl"]
 
 
-def test_sentences_and_what_the_lexicon_says_of_them(tmp_path: Path) -> None:
+def test_sentences_and_their_labels_in_the_lexicon(tmp_path: Path) -> None:
     (tmp_path / "vaderSentiment").mkdir()
     (tmp_path / "vaderSentiment/vaderSentiment.py").write_text(LEXICON)
     (tmp_path / "additional_resources").mkdir()

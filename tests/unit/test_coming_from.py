@@ -1,4 +1,4 @@
-"""docs/coming_from.md names keys that exist, docs/serving.md and the Dockerfiles commands and files that do."""
+"""The keys in docs/coming_from.md exist, and so do the commands and files in docs/serving.md and the Dockerfiles."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ OURS = ("megalite", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16
 
 
 def our_column() -> str:
-    """The right column of every table, and the prose."""
+    """The right column of every table, and the text outside tables."""
     lines = PAGE.splitlines()
     return "\n".join(line.split(" | ", 1)[-1] if line.startswith("|") else line for line in lines)
 

@@ -1,4 +1,4 @@
-"""What the documents say is what the code says."""
+"""The documentation agrees with the code."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from tests.pages import anchors, links, pages, text_of
 from tests.ranks import REPOSITORY
 
 
-def test_the_config_reference_is_made_from_the_code() -> None:
+def test_the_config_reference_is_generated_from_the_code() -> None:
     made = subprocess.run(
         [sys.executable, "tools/config_reference.py"], capture_output=True, text=True, check=True
     )
@@ -21,7 +21,7 @@ def test_the_config_reference_is_made_from_the_code() -> None:
     )
 
 
-def test_every_program_imports_what_hears_ctrl_c_first() -> None:
+def test_every_program_first_imports_the_handler_of_ctrl_c() -> None:
     for path in [
         *Path("launcher").glob("*.py"),
         *Path("tools").glob("*.py"),
@@ -45,7 +45,7 @@ def test_every_program_imports_what_hears_ctrl_c_first() -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_relative_links_lead_somewhere(page: Path) -> None:
+def test_relative_links_have_a_target(page: Path) -> None:
     text = text_of(page)
     for path, anchor in links(text):
         target = (page.parent / path).resolve() if path else page
@@ -55,7 +55,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 def test_pages_that_are_named_exist() -> None:
-    """In messages, comments, descriptions of keys and pages alike."""
+    """In messages, comments, descriptions of keys, and pages."""
     named = re.compile(r"\bdocs/[\w/]+\.(?:md|ipynb)\b")
     listed = subprocess.run(
         ["git", "grep", "-lE", r"docs/[A-Za-z_/]+\.(md|ipynb)"], capture_output=True, text=True, check=True
@@ -66,7 +66,7 @@ def test_pages_that_are_named_exist() -> None:
 
 
 def test_tests_that_are_named_exist() -> None:
-    """By their folder in tests/, as in unit/test_docs.py."""
+    """They are named with their folder in tests/, such as unit/test_docs.py."""
     named = re.compile(r"\b(?:unit|distributed|launch|gpu)/[\w/]*test_[\w*]+\.py\b")
     form = r"(unit|distributed|launch|gpu)/[a-z_/]*test_"
     listed = subprocess.run(

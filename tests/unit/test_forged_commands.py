@@ -1,4 +1,4 @@
-"""No command line of any program makes anything but its work or one line: forged ones, by the hundred."""
+"""Hundreds of forged command lines of every program: each does its work or gives a one-line error."""
 
 import importlib.util
 import io
@@ -30,7 +30,7 @@ from tests.unit.data.corpora import write_corpus
 
 
 class Started(Exception):
-    """Ranks, or deepspeed, would have been started."""
+    """Raised where ranks or deepspeed would be started."""
 
 
 def _prepared(prepare: Callable[[bool], Any], *_: Any) -> Any:
@@ -59,7 +59,7 @@ def main_of(path: Path) -> Callable[[list[str]], int]:
         "measure",
         "tokenizing",
         "batches",
-    ):  # of benchmarks, which take what time they are given
+    ):  # options of benchmarks, which run for as long as they are told
         if hasattr(module, work):
             setattr(module, work, _stop)
     name = {"generate": "generate_main", "evaluate": "evaluate_main"}.get(path.stem, "main")
@@ -78,7 +78,7 @@ def test_a_forged_command_line(
         monkeypatch.setattr(module, "start_ranks", _prepared)
     monkeypatch.setattr(supervisor.Supervisor, "run", _stop)
     monkeypatch.setattr(doctor, "_lines", _stop)
-    # These run without an argument too.
+    # These also run without arguments.
     monkeypatch.setattr(growth, "measured", _stop)
     monkeypatch.setattr(calibrate, "run_local_ranks", _stop)
     monkeypatch.setattr(ranking, "run_local_ranks", _stop)
@@ -93,7 +93,7 @@ def test_a_forged_command_line(
     )
     words = [
         word for word in ODD if isinstance(word, str) and not {"\0", "\ud800"} & {*word}
-    ]  # as of a kernel
+    ]  # such as an error of a kernel
     words += [
         "corpus",
         "text.jsonl",
@@ -124,7 +124,7 @@ def test_a_forged_command_line(
         except SystemExit as end:
             assert end.code == 0
         except OSError as error:
-            assert error.filename is not None  # run_program makes a line of it
+            assert error.filename is not None  # run_program prints it as one line
 
     required = {
         "--deepspeed_config": "config.json",
@@ -144,8 +144,8 @@ def run(program: str, *arguments: str, **environment: str) -> "subprocess.Comple
     )
 
 
-def test_what_nobody_foresaw_is_one_line_and_shown_on_demand(tmp_path: Path) -> None:
-    """A state.json whose model no reader of ours understands, and a bug that is none of an input's."""
+def test_unforeseen_errors_are_one_line_and_shown_on_demand(tmp_path: Path) -> None:
+    """A state.json with a model that megalite cannot read, and a bug that no input causes."""
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": ""}')
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "text.jsonl").write_text('{"text": "a"}')
@@ -168,7 +168,7 @@ def test_what_nobody_foresaw_is_one_line_and_shown_on_demand(tmp_path: Path) -> 
     )
 
 
-def test_what_was_seen_to_end_in_a_traceback(tmp_path: Path) -> None:
+def test_inputs_that_once_gave_a_traceback(tmp_path: Path) -> None:
     config = str(tmp_path / "config.json")
     Path(config).write_text((REPOSITORY / "ds_configs/tiny_cpu.json").read_text())
     train = ["--deepspeed_config", config]
@@ -200,7 +200,7 @@ def test_an_imported_checkpoint_is_inspected(tmp_path: Path) -> None:
     assert ended.returncode == 0 and "written by" not in ended.stdout, ended.stderr
 
 
-def test_names_that_are_no_text_and_no_files(tmp_path: Path) -> None:
+def test_names_that_are_not_text_or_not_files(tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     ended = run("tools/collect_sources.py", "--output", odd)
     assert ended.returncode == 0, ended.stderr
@@ -210,7 +210,7 @@ def test_names_that_are_no_text_and_no_files(tmp_path: Path) -> None:
         assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1, ended.stderr
 
 
-def test_a_full_disk_is_one_line_and_no_mistake(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_not_a_mistake(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         ended = run("tools/collect_sources.py", "--output", str(disk))
         assert (

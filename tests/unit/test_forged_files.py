@@ -1,5 +1,5 @@
-"""No checkpoint, model folder, tokenizer, corpus or line of text makes anything but what it should or one line: forged
-ones, by the hundred. A checkpoint's SHA256SUMS is always right: whoever forges one makes that too."""
+"""Hundreds of forged checkpoints, model folders, tokenizers, corpora and lines of text: each is valid or gives a
+one-line error. A checkpoint's SHA256SUMS always matches: whoever forges a checkpoint also forges that."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resum(folder: Path) -> None:
-    """Makes SHA256SUMS right again."""
+    """Recomputes SHA256SUMS."""
     names = sorted(
         str(p.relative_to(folder))
         for p in folder.rglob("*")
@@ -70,7 +70,7 @@ def test_a_forged_json_of_a_checkpoint(
     forged = tmp_path / "forged"
     shutil.copytree(checkpoint, forged)
     good = json.loads((checkpoint / name).read_text())
-    if name == "index.json":  # fewer tensors, so that each is changed now and then
+    if name == "index.json":  # few tensors, so that each is changed sometimes
         good = {key: good[key] for key in list(good)[:4]}
 
     def read(value: Any) -> None:
@@ -119,7 +119,7 @@ def _with_header(header: Any, data: bytes) -> bytes:
 def test_a_forged_header_of_tensors(
     model: Path, checkpoint: Path, tmp_path: Path, examples: int
 ) -> None:
-    """In both kinds of folder."""
+    """In checkpoints and in Hugging Face folders."""
     for source, name in ((model, "model.safetensors"), (checkpoint, "tensors_00000.safetensors")):
         forged = tmp_path / name
         shutil.copytree(source, forged)

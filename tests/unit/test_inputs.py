@@ -1,4 +1,4 @@
-"""What a user gives is read whole or refused in a line: links in folders, JSON, errors that no rule foresaw."""
+"""Inputs are read or refused in one line: links in folders, JSON, errors that no rule covers."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def test_a_link_out_of_a_model_folder_is_not_followed(
 
 
 def test_a_link_in_a_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> None:
-    """SHA256SUMS proves nothing here: whoever forges a checkpoint makes it too."""
+    """SHA256SUMS proves nothing here: whoever forges a checkpoint also forges that."""
     import_hf(folder, tmp_path / "checkpoint", verify=False)
     carried = tmp_path / "checkpoint" / "hugging_face" / "tokenizer.json"
     shutil.move(carried, tmp_path / "secret")
@@ -111,14 +111,14 @@ def test_the_verifying_model_takes_no_attention_from_a_file(
         ("{", "is not JSON: .*line 1, column 2"),
     ],
 )
-def test_json_that_is_none_for_us_is_one_line(text: str, line: str) -> None:
+def test_json_that_megalite_cannot_use_is_one_line(text: str, line: str) -> None:
     with pytest.raises(ConfigError, match=f"^here: .*{line}") as raised:
         parse_json(text, "here")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
-def test_what_nobody_foresaw_names_what_was_read() -> None:
-    class PanicException(BaseException):  # as of Rust's libraries
+def test_unforeseen_errors_name_what_was_read() -> None:
+    class PanicException(BaseException):  # as raised by Rust libraries
         pass
 
     for error in (ZeroDivisionError("x"), MemoryError(), RecursionError(), PanicException("y\nz")):
@@ -132,7 +132,7 @@ def test_what_nobody_foresaw_names_what_was_read() -> None:
         assert same.value is passing
 
 
-AWKWARD = "a\u2028b\u2029c\x85d\x0ce\x1cf"  # where str.splitlines ends a line, and JSON does not
+AWKWARD = "a\u2028b\u2029c\x85d\x0ce\x1cf"  # these end a line for str.splitlines, but not in JSON
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_awkward_characters_stay_in_pairs_labels_and_prompts(tmp_path: Path) -> 
         read_labelled(bad, None, 9)  # type: ignore[arg-type]
 
 
-def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
-    """Of processes of this host that are not alive; the others may still write."""
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
+    """Only of processes of this host that are gone; others may still be writing."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     host = socket.gethostname()
@@ -174,7 +174,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
         tmp_path / f".out.other.{ended.pid}.unfinished",
         tmp_path / f".out2.{host}.{ended.pid}.unfinished",
     ]
-    own = tmp_path / f".out.{host}.{os.getpid()}.unfinished"  # of a container that was restarted
+    own = tmp_path / f".out.{host}.{os.getpid()}.unfinished"  # from a restarted container
     for folder in (dead, own, *kept):
         folder.mkdir()
         (folder / "weights").write_text("x")
@@ -187,7 +187,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
 def test_a_device_without_an_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was read until the memory was full."""
+    """It used to be read until memory was full."""
     monkeypatch.setattr(inputs, "_MOST_STREAMED", 1 << 20)
     with pytest.raises(
         DataError, match="/dev/zero: cannot be read: is not a file: must end within 1 MiB"

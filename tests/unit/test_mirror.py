@@ -1,7 +1,7 @@
-"""Every module of megalite/ is tried by a unit test: one imports it, or is named here with the module that leads to it.
+"""Every module of megalite/ has a unit test: a test imports it, or is listed here for it.
 
-An import says little, but a new module without a test shows. `THROUGH` has modules that are reached through others,
-`WITH_RANKS` those that do nothing without several processes: both name the test.
+An import proves little, but reveals a new module without a test. `THROUGH` has modules that are tested through others,
+`WITH_RANKS` those that need several processes: both name the test.
 """
 
 import ast
@@ -12,9 +12,9 @@ from tests.families import FAMILY_CONFIGS
 from tests.ranks import REPOSITORY
 
 TESTS = REPOSITORY / "tests"
-RULES = "unit/config/test_config.py"  # each rule by the line that a user reads
+RULES = "unit/config/test_config.py"  # each rule by its error line
 PLAN = "unit/plan/test_plan.py"  # by its bytes, seconds and lines
-RACES = "unit/races/test_races.py"  # whose long form starts every contender
+RACES = "unit/races/test_races.py"  # its long form starts every contender
 
 THROUGH = {
     "__main__": "unit/commands/test_commands.py",
@@ -36,7 +36,7 @@ THROUGH = {
         ("data.pairs", "data.partial", "data.tasks", "data.workers"), "unit/data/test_preprocess.py"
     ),
     "data.source_target": "unit/data/test_source_target.py",
-    # DeepSpeed's optimizers need a world: the dry run makes them over groups that go nowhere.
+    # DeepSpeed's optimizers need a world: the dry run builds them on groups that send nothing.
     **dict.fromkeys(
         ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
         "unit/prove/test_dry_run.py",
@@ -81,7 +81,7 @@ WITH_RANKS = {
 
 
 def modules() -> set[str]:
-    """By their names within megalite; packages are not among them, nor are families, which one test goes through."""
+    """The modules by their names within megalite, without packages and families; one test covers all families."""
     package = REPOSITORY / "megalite"
     paths = [path for path in package.rglob("*.py") if path.name != "__init__.py"]
     names = {".".join(path.relative_to(package).with_suffix("").parts) for path in paths}
@@ -89,7 +89,7 @@ def modules() -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of megalite that a file imports or names in a text, such as `-m megalite.x.y`."""
+    """Modules of megalite that a file imports or names in a string, such as `-m megalite.x.y`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -109,15 +109,15 @@ def test_every_module_has_a_test() -> None:
     assert sorted(modules() - tried() - THROUGH.keys() - WITH_RANKS.keys()) == []
 
 
-def test_no_exception_is_left_over() -> None:
-    """A module that has its own test needs none, nor has one that is gone."""
+def test_no_exception_is_obsolete() -> None:
+    """A module with its own test, or one that no longer exists, must not be listed."""
     named = THROUGH | WITH_RANKS
     assert len(named) == len(THROUGH) + len(WITH_RANKS)
     assert sorted(named.keys() - modules()) == [] and sorted(named.keys() & tried()) == []
     assert [test for test in set(named.values()) if not (TESTS / test).is_file()] == []
 
 
-def test_every_family_has_a_config_that_tests_go_through() -> None:
+def test_every_family_has_a_config_for_tests() -> None:
     assert set(FAMILIES) == {config["model_type"] for config in FAMILY_CONFIGS.values()}
 
 

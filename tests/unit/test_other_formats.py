@@ -1,4 +1,4 @@
-"""What comes from other programs is named for what it is, in one line, and what is said to do about it works."""
+"""Files of other programs give a one-line error that names their format, and the suggested remedies work."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ HUB = "does not exist; if it is a name on the Hugging Face Hub, download it firs
 
 
 def make(folder: Path, *names: str) -> Path:
-    """A folder with empty files of these names."""
+    """Makes a folder of empty files with these names."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def test_a_vocabulary_of_bert_is_named(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("a") == [5]
 
 
-def test_other_ways_to_name_a_corpus_are_answered(tmp_path: Path) -> None:
+def test_other_ways_to_name_a_corpus_are_explained(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "c_text_document", "uint16") as writer:
         writer.add_document([1, 2, 3])
     (tmp_path / "my.txt").write_text("abc")

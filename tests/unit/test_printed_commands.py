@@ -1,6 +1,6 @@
-"""Every command that a page shows can be typed: its program is there, and has the options and keys that it is given.
+"""Every command on a page is valid: its program exists and has the given options and keys.
 
-What the commands of README.md and of the tutorials do is tried by tests/launch/test_readme.py and test_tutorials.py.
+tests/launch/test_readme.py and test_tutorials.py run the commands of README.md and of the tutorials.
 """
 
 import functools
@@ -25,30 +25,30 @@ CODE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 OPTION = re.compile(r"--?[a-zA-Z][\w-]*")
-_END = re.compile(r"[|;>&]|…|\.\.\.")  # of a command, as far as it is looked at
+_END = re.compile(r"[|;>&]|…|\.\.\.")  # characters of a command that are parsed
 
 
 class Command(NamedTuple):
-    """program: of a script its path, of `megalite` the command's name; words: its arguments."""
+    """program: the path of a script, or the name of a command of `megalite`; words: its arguments."""
 
     program: str
     words: tuple[str, ...]
 
 
 def commands(text: str) -> Iterator[Command]:
-    """Those in code blocks and in code within a line."""
+    """The commands in code blocks and in inline code."""
     for found in CODE.finditer(text):
         code = next(part for part in found.groups() if part is not None)
         for line in re.sub(r"\\\n\s*", " ", code).splitlines():
             try:
                 words = shlex.split(line, comments=True)
-            except ValueError:  # no command, or a text of several lines
+            except ValueError:  # not a command, or a string of several lines
                 continue
             yield from _in_words(words)
 
 
 def _in_words(words: list[str]) -> Iterator[Command]:
-    """One after another: what starts ranks is followed by what they run."""
+    """The commands in a line: a launcher is followed by the program that ranks run."""
     starts = [i for i in range(len(words)) if _program(words, i) is not None]
     for start, end in itertools.pairwise([*starts, len(words)]):
         program = _program(words, start)
@@ -76,7 +76,7 @@ def _program(words: list[str], place: int) -> str | None:
 
 @functools.cache
 def options(program: str) -> frozenset[str]:
-    """Those that a program's help shows."""
+    """The options in a program's help."""
     words = (program, "--help") if program.endswith(".py") else ("megalite", program, "--help")
     ended = run_program(*words)
     assert ended.returncode == 0, ended.stderr
@@ -89,7 +89,7 @@ def known_keys() -> frozenset[str]:
 
 
 def is_key(path: str) -> bool:
-    """Whether the JSON has a key; of a model's own keys and of a list's entries their owner."""
+    """Whether the JSON has a key; for a model's keys and entries of lists, whether it has the section."""
     parts = re.sub(r"\.\d+(?=\.|$)", "", path).split(".")
     return path.startswith("megalite.model") or ".".join(parts) in known_keys()
 

@@ -1,4 +1,4 @@
-"""The harness itself: results, failures, timeouts, and that nothing stays behind."""
+"""The test harness for ranks: results, failures, timeouts, and that no process is left."""
 
 import os
 import subprocess
@@ -81,12 +81,12 @@ def test_an_exception_fails_the_call_at_once() -> None:
     assert time.monotonic() - start < 20
 
 
-def test_a_death_is_told() -> None:
+def test_a_death_is_reported() -> None:
     with pytest.raises(RankFailure, match="rank 1 of 2: death\ndied with exit code 7"):
         run_ranks(2, exit_on_one, init=False)
 
 
-def test_a_result_that_cannot_be_pickled_is_told() -> None:
+def test_a_result_that_cannot_be_pickled_is_reported() -> None:
     with pytest.raises(RankFailure, match="(?i)pickle"):
         run_ranks(1, return_a_lambda, init=False)
 
@@ -128,12 +128,12 @@ def test_no_rank_outlives_its_caller(tmp_path: Path) -> None:
     finally:
         for (
             pid
-        ) in children:  # a rank's own children are its own to mind when nobody is left to do it
+        ) in children:  # the children of a rank whose caller is gone are its own responsibility
             os.kill(pid, 9)
 
 
 def assert_gone(pids: list[int]) -> None:
-    """Each process has ended within 20 s (one that nobody has waited for yet counts as ended)."""
+    """Asserts that each process exits within 20 s; zombies count as exited."""
     deadline = time.monotonic() + 20
     while alive := [
         pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"

@@ -1,7 +1,7 @@
-"""The rooms of megalite/ and what may import what: a room imports only rooms above it in `ROOMS`.
+"""The rooms of megalite/ and their imports: a room imports only rooms above it in `ROOMS`.
 
-The test is about every import, those inside functions too. A room's budget is its lines of code, without blanks,
-comments and docstrings: it is raised with a reason, in the commit that needs it.
+This holds for all imports, also those inside functions. A room's budget is its number of lines of code, without blanks,
+comments and docstrings; it is raised with a reason, in the commit that needs it.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megalite"
-ROOMS = {  # from the top: room -> lines of code that it may have
+ROOMS = {  # from the top: room -> most lines of code
     "errors": 20,
     "inputs": 100,
     "other_formats": 90,
@@ -20,11 +20,11 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "topology": 110,
     "ranks": 790,  # a failed rank under NCCL ends its process itself
     "parallel": 1290,
-    "model": 3530,  # families as values of one class; block, head and chunks in files of their own
+    "model": 3530,  # families as values of one class; block, head and chunks in separate files
     "data": 3680,
     "checkpoint": 1410,
     "hub": 830,
-    "pipeline": 1215,
+    "pipeline": 1250,  # sends are waited for once they are known to have arrived
     "plan": 4110,  # the planner with its timeline of memory, the dry run and calibration
     "engine": 1500,
     "guard": 670,
@@ -36,7 +36,7 @@ ROOMS = {  # from the top: room -> lines of code that it may have
     "doctor": 440,
     "races": 1075,
     "api": 195,
-    "commands": 1125,
+    "commands": 1145,  # options' help in whole phrases
     "__main__": 10,
 }
 LONGEST_FILE = 400
@@ -66,7 +66,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def code_lines(path: Path) -> int:
-    """Lines that hold code: without blanks, comments and docstrings."""
+    """Number of lines of code, without blanks, comments and docstrings."""
     text = path.read_text()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):

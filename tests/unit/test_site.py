@@ -1,4 +1,4 @@
-"""The site of docs/conf.py: built strictly, without network; it loads nothing from elsewhere; search works offline."""
+"""The site of docs/conf.py: built strictly and without network; it loads nothing external; search works offline."""
 
 import html
 import importlib.util
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def build(sources: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    """As CONTRIBUTING.md says, but for the places. A proxy that does not exist refuses what asks the network."""
+    """Builds as in CONTRIBUTING.md, in other folders. A proxy that does not exist makes network access fail."""
     offline = dict.fromkeys(
         ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
     )
@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Page(HTMLParser):
-    """What a page loads, and where its links lead."""
+    """The resources that a page loads, and the targets of its links."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ def test_it_loads_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", file.read_text()), file
 
 
-def test_every_link_inside_leads_somewhere(site: Path) -> None:
-    """Sphinx checks what it resolves itself; this reads what a browser gets."""
+def test_every_internal_link_has_a_target(site: Path) -> None:
+    """Sphinx checks only links that it resolves itself; this checks the pages that a browser gets."""
     read = {file: _Page(file) for file in site.rglob("*.html")}
     for file, page in read.items():
         for link in page.links:
@@ -97,7 +97,7 @@ def test_every_link_inside_leads_somewhere(site: Path) -> None:
                 assert anchor in read[target].ids, f"{file}: {link}"
 
 
-def test_the_api_is_made_of_docstrings(site: Path) -> None:
+def test_the_api_pages_contain_the_docstrings(site: Path) -> None:
     text = re.sub(r"<[^>]*>", "", html.unescape((site / "docs/api.html").read_text()))
     for words in (
         "megalite.load(", "megalite.train(", "loss(", "chat(", "generate(", "class megalite.Model",
@@ -131,7 +131,7 @@ def test_a_notebook_shows_its_cells_and_outputs(site: Path) -> None:
     ],
 )
 def test_a_broken_link_and_a_missing_page_fail(tmp_path: Path, text: str, words: str) -> None:
-    """The same settings on a home page that has a fault."""
+    """The same settings with a faulty home page."""
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "README.md").write_text(f"# Home\n\n{text}")

@@ -1,4 +1,4 @@
-"""Files that rows are appended to, on a disk that is full for a while."""
+"""Files that rows are appended to, on a disk that is full for some time."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.small_disk import Disk
 
 @pytest.mark.parametrize("room", [0, 5, 9])
 def test_rows_wait_while_the_disk_is_full(tmp_path: Path, disk: Disk, room: int) -> None:
-    """Rows of ten bytes. Part of one may find room; the file never holds it."""
+    """Rows have ten bytes. The disk may have space for part of a row, but the file never contains a partial row."""
     told: list[str] = []
     path = tmp_path / "rows"
     file = Appended(path, told.append)
@@ -34,7 +34,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, disk: Disk, room: int)
     )
 
 
-def test_rows_that_are_lost_are_told(
+def test_lost_rows_are_reported(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(appended, "WAITING_BYTES", 35)

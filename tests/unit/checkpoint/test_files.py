@@ -1,4 +1,4 @@
-"""A checkpoint's folder: boxes, damage, what is kept, and that nothing half written is ever taken for whole."""
+"""A checkpoint's folder: boxes, damage, which checkpoints are kept, and that incomplete ones are never used."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def test_a_checkpoint_reads_back_whole_and_in_boxes(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read("a.weight", (1, 2), (3, 4)), TENSORS["a.weight"][1:4, 2:6])
     with pytest.raises(CheckpointError, match="c: no such tensor"):
         checkpoint.read("c")
-    checkpoint.files.close()  # a file that is removed while it is open keeps its disk space
+    checkpoint.files.close()  # a removed file that is still open keeps its disk space
     opened = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     assert not [link for link in opened if link.exists() and tmp_path in link.resolve().parents]
     assert torch.equal(checkpoint.read("a.weight"), TENSORS["a.weight"])
@@ -134,7 +134,7 @@ def test_sums_are_in_the_form_of_sha256sum(tmp_path: Path) -> None:
     assert lines[-1].startswith("# ")
 
 
-def test_the_best_is_found_by_its_pointer_and_never_removed_for_room(
+def test_the_best_is_found_by_its_pointer_and_never_removed_for_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [write(tmp_path / "checkpoints" / step_name(step)) for step in (1, 2, 3, 4)]
@@ -144,7 +144,7 @@ def test_the_best_is_found_by_its_pointer_and_never_removed_for_room(
     saver.starts_from(4, ())
     size = sum(file.stat().st_size for file in folders[0].rglob("*") if file.is_file())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    saver._make_room(size + 1)  # more than the oldest one has
+    saver._make_room(size + 1)  # more than the oldest checkpoint frees
     assert checkpoints_of(tmp_path) == [folders[1], folders[3]]
 
 
@@ -163,8 +163,8 @@ def test_the_newest_good_one_is_taken_and_damaged_ones_are_named(tmp_path: Path)
         find_checkpoint(tmp_path / "elsewhere")
 
 
-def test_one_that_made_room_for_another_counts_until_that_stands(tmp_path: Path) -> None:
-    """A kill between the two renames with which a checkpoint replaces one of its own step."""
+def test_a_replaced_checkpoint_counts_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    """As after a kill between the two renames by which a checkpoint replaces one of the same step."""
     folders = [write(tmp_path / "checkpoints" / step_name(step)) for step in (1, 2)]
     hidden = folders[1].with_name(".step_00000002.replaced")
     folders[1].rename(hidden)
@@ -217,7 +217,7 @@ def index_of(boxes: list[tuple[list[int], list[int]]], shape: list[int]) -> Inde
 
 
 def test_each_element_must_be_stored_exactly_once() -> None:
-    """Boxes that overlap may hold as many elements as the tensor, and still not all of them."""
+    """Overlapping boxes may have as many elements as the tensor and still miss some."""
     for boxes in WHOLE:
         index_of(boxes, [3, 3]).check_whole()
     for boxes, said in NOT_WHOLE:
@@ -230,7 +230,7 @@ def test_each_element_must_be_stored_exactly_once() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int) -> None:
-    """ZeRO-0: every rank of the data axis holds all of it and writes its share, which may be nothing."""
+    """ZeRO-0: every data rank holds the whole tensor and writes its share, which may be empty."""
     values = torch.arange(float(count))
     place = Placement((count,), (), None, 0.0, counted=True, name="a")
     packed = []
@@ -247,7 +247,7 @@ def test_equal_copies_on_more_ranks_than_elements_make_a_whole_tensor(count: int
 
 
 class Carrier:
-    """Would write a file if it were unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -257,7 +257,7 @@ class Carrier:
 
 
 def forge(folder: Path, to: Path, name: str, content: bytes) -> None:
-    """The same checkpoint with another file in place of one of its own, its sums made anew to match."""
+    """The same checkpoint with one file replaced and its checksums recomputed to match."""
     shutil.copytree(folder, to)
     (to / name).write_bytes(content)
     sums = {
@@ -273,7 +273,7 @@ def forge(folder: Path, to: Path, name: str, content: bytes) -> None:
 
 
 def test_nothing_is_unpickled_and_forgeries_are_refused(tmp_path: Path) -> None:
-    """Files with code, or with other values than they should have, whose sums match."""
+    """Files with code or wrong values, whose checksums match."""
     folder, mark = write(tmp_path / "c"), tmp_path / "code_ran"
     index, state = (
         json.loads((folder / INDEX).read_text()),

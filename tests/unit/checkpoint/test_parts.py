@@ -1,5 +1,5 @@
-"""The index in parts (checkpoint/parts.py): ranges of slices are read back as any box, what is not whole is refused, a
-large run's index is small and quickly made, and checkpoints of the format before still load."""
+"""The index in parts (checkpoint/parts.py): ranges of slices can be read as any box, incomplete tensors are refused, a
+large run's index is small and quickly built, and checkpoints in the earlier format still load."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from megalite.parallel.layers import Placement, Shard
 
 STATE = {"step": 3, "consumed_samples": 12, "consumed_tokens": 96, "seed": 1, "model": {}}
 SHAPES = {"vector": (7,), "matrix": (5, 9), "cube": (3, 4, 5), "uneven": (11, 3)}
-CUT = {"matrix": 1, "uneven": 0}  # the dim that two tensor ranks cut
+CUT = {"matrix": 1, "uneven": 0}  # the dim that is split over two tensor ranks
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -34,7 +34,7 @@ def full(name: str, kind: str) -> Tensor:
 
 
 def slices(name: str) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(tensor rank, offsets, shape) of the slices that two tensor ranks hold, a whole tensor on the first alone."""
+    """(tensor rank, offsets, shape) of the slices on two tensor ranks; a whole tensor is only on the first."""
     shape, dim = SHAPES[name], CUT.get(name)
     if dim is None:
         return [(0, (0,) * len(shape), shape)]
@@ -51,7 +51,7 @@ def slices(name: str) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
 
 
 def ranks_boxes(data: int) -> list[BoxDict]:
-    """What 2 tensor × `data` ranks own under ZeRO-3; the ranges are rounded up, so some ranks have nothing."""
+    """The parts that 2 tensor × `data` ranks own with ZeRO-3; sizes are rounded up, so some ranks own nothing."""
     ranks: list[BoxDict] = [{} for _ in range(2 * data)]
     for name in SHAPES:
         for tensor_rank, offsets, shape in slices(name):
@@ -81,7 +81,7 @@ def write_parts(folder: Path, ranks: list[BoxDict]) -> Checkpoint:
 
 
 def write_before(folder: Path, ranks: list[BoxDict]) -> Checkpoint:
-    """The same in the format of before: each range cut into boxes, and every box in the index."""
+    """The same in the earlier format: ranges are cut into boxes, and the index lists every box."""
     transaction, index, digests = Transaction(folder, STATE), Index(), {}
     transaction.begin()
     for rank, boxes in enumerate(ranks):
@@ -121,7 +121,7 @@ def test_ranges_are_read_back_whole_and_on_any_other_layout(
 
 
 def load_onto(checkpoint: Checkpoint, rank: int, parts: int) -> None:
-    """A rank that holds one of `parts` flat ranges of each whole tensor."""
+    """Loads a rank that holds one of `parts` flat ranges of each whole tensor."""
     shards, wanted = [], []
     for name, shape in SHAPES.items():
         count = math.prod(shape)
@@ -205,7 +205,7 @@ def llama_70b(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def meta_boxes(shapes: dict[str, tuple[int, ...]], rank: int, data: int) -> BoxDict:
-    """What a rank owns with ZeRO-3, without memory."""
+    """The parts that a rank owns with ZeRO-3, on the meta device."""
     boxes: BoxDict = {}
     for name, shape in shapes.items():
         count = math.prod(shape)
@@ -223,8 +223,8 @@ def meta_boxes(shapes: dict[str, tuple[int, ...]], rank: int, data: int) -> BoxD
 def test_a_large_run_s_index_is_small_and_quickly_made(
     layers: int, ranks: int, tmp_path: Path
 ) -> None:
-    """Llama 70B on 1,024 ranks of ZeRO-3: what rank 0 does with the parts of all ranks, and what every rank does as it
-    opens the checkpoint and looks up its own shards. Figures are in docs/checkpoints.md."""
+    """Llama 70B on 1,024 ranks with ZeRO-3: rank 0 merges the parts of all ranks; each rank opens the checkpoint and
+    looks up its own shards. Figures are in docs/checkpoints.md."""
     shapes = llama_70b(layers)
     packed = []
     start = time.perf_counter()
@@ -246,7 +246,7 @@ def test_a_large_run_s_index_is_small_and_quickly_made(
     parsed = time.perf_counter() - start
     start = time.perf_counter()
     for name, shape in shapes.items():
-        # The shards of a rank in the middle of another data axis.
+        # The shards of a rank in the middle of a data axis of another size.
         first, width = math.prod(shape) // 3, math.prod(shape[1:])
         last = first + math.prod(shape) // (ranks - 1)
         for kind in KINDS:

@@ -35,7 +35,7 @@ ZEROS = [0.0] * 8
         [[10**400] * 8] * 3,
     ],
 )
-def test_what_are_no_biases_of_the_model_is_refused(values: Any) -> None:
+def test_values_that_are_not_the_models_biases_are_refused(values: Any) -> None:
     assert SPEC.mixture is not None
     rule = f"{ROUTER_BIAS} in the checkpoint's state: must be 3 lists of 8 finite numbers"
     with pytest.raises(CheckpointError, match=rule):

@@ -1,4 +1,4 @@
-"""Memory for the copy of a checkpoint (megalite/checkpoint/save.py)."""
+"""Memory limit for the copy of a checkpoint (megalite/checkpoint/save.py)."""
 
 import contextlib
 from typing import Any
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class Stream(contextlib.nullcontext[None]):
-    """A device's, which does all at once."""
+    """A device's stream, which completes everything at once."""
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -22,7 +22,7 @@ class Stream(contextlib.nullcontext[None]):
 
 
 def test_the_limit_counts_what_page_locked_memory_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy from a GPU may take twice its bytes: a node would run out of memory where they alone are counted."""
+    """A copy from a GPU may take twice its bytes; if only its bytes were counted, a node would run out of memory."""
     values = torch.arange(9 * MIB // 4, dtype=torch.float32)
     boxes = {"weight/x": [Box((len(values),), (0,), values)]}
     plain = Copy(10 * MIB)

@@ -1,4 +1,4 @@
-"""`megalite chat`: its answers are those of transformers, on a tiny model of bytes."""
+"""`megalite chat`: its answers equal those of transformers, on a tiny byte-level model."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_chat_samples_several_answers(chatty: Path, capsys: pytest.CaptureFixtur
 
 
 class Terminal(io.StringIO):
-    """Standard input that somebody types."""
+    """Standard input that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -117,10 +117,10 @@ def test_a_message_that_is_too_long_does_not_end_a_conversation(
         chat.main([str(chatty), *GREEDY])
 
 
-def test_an_answer_takes_the_room_that_is_left(
+def test_an_answer_is_limited_to_the_remaining_length(
     chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model takes 64 tokens, fewer than the default of new ones."""
+    """The model takes 64 tokens, fewer than the default number of new tokens."""
     room = 64 - len("user: a\nassistant: ")
     wanted = reference(chatty, "user: a\nassistant: ", room)
     assert chat.main([str(chatty), "--temperature", "0", "--prompt", "a"]) == 0

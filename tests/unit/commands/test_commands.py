@@ -101,7 +101,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def completed(words: list[str]) -> list[str]:
-    """What bash would offer for the last word."""
+    """The completions that bash would offer for the last word."""
     script = f"""{completion.bash()}
 COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
 _megalite; printf '%s\\n' "${{COMPREPLY[@]}}" """

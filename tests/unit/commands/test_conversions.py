@@ -1,4 +1,4 @@
-"""`megalite import`, `export`, `inspect-checkpoint` and `config`: what they print, and their own mistakes."""
+"""`megalite import`, `export`, `inspect-checkpoint` and `config`: their output and error messages."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_folder_comes_back_bit_for_bit(
     assert all(torch.equal(given[name], back[name]) for name in given)
 
 
-def test_a_model_without_a_tokenizer_is_told(
+def test_a_model_without_a_tokenizer_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(tmp_path / "hf")
@@ -52,7 +52,7 @@ def test_a_model_without_a_tokenizer_is_told(
     assert capsys.readouterr().err.endswith(line)
 
 
-def test_experts_per_token_are_of_experts(folder: Path, tmp_path: Path) -> None:
+def test_experts_per_token_needs_experts(folder: Path, tmp_path: Path) -> None:
     words = ["--model", str(folder), "--output", str(tmp_path / "x"), "--experts-per-token", "2"]
     with pytest.raises(ConfigError, match="^--experts-per-token: 2: needs --experts$"):
         import_hf.main(words)
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_described_and_verified(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert inspect_checkpoint.main([str(checkpoint)]) == 0  # which reads no tensor
+    assert inspect_checkpoint.main([str(checkpoint)]) == 0  # reads no tensor
     with pytest.raises(CheckpointError, match=weights.name):
         inspect_checkpoint.main([str(checkpoint), "--verify"])
 

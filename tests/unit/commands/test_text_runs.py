@@ -1,4 +1,4 @@
-"""`megalite pretrain TEXT` without training: what it takes as inputs, its tokenizer, its config, and its samples."""
+"""`megalite pretrain TEXT` without training: its inputs, tokenizer, config and samples."""
 
 import json
 import random
@@ -28,7 +28,7 @@ from tests.byte_model import save_byte_model
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lines so much alike that there are few pieces to learn."""
+    """A text of very similar lines, from which few pieces can be learned."""
     path = tmp_path_factory.mktemp("alike") / "log.txt"
     numbers = random.Random(1)
     lines = (f"{numbers.randrange(10**6):06} sensor ok\n" for _ in range(1200))
@@ -48,7 +48,7 @@ def test_a_text_of_similar_lines_gets_a_smaller_vocabulary(alike: Path, tmp_path
     assert str(error.value) == f"--vocab-size: 512: must be at most {size} for this text"
 
 
-def test_outputs_and_hidden_files_are_no_inputs(tmp_path: Path) -> None:
+def test_outputs_and_hidden_files_are_not_inputs(tmp_path: Path) -> None:
     run = tmp_path / "runs/my"
     made = data_folder(run) / "my-0123456789ab"
     kept = [tmp_path / name for name in ("a.txt", "data/b.txt", "runs/data/notes/c.txt")]
@@ -62,19 +62,19 @@ def test_outputs_and_hidden_files_are_no_inputs(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
     assert find_inputs([str(tmp_path)], run) == [str(path) for path in kept]
-    # What is named is taken, wherever it is.
+    # Paths given by the user are always inputs, wherever they are.
     assert find_inputs([str(run / "metrics.jsonl")], run) == [str(run / "metrics.jsonl")]
     assert find_inputs([str(tmp_path / ".git")], run) == [str(tmp_path / ".git/d.txt")]
 
 
-def test_of_a_tokenizers_folder_only_the_tokenizer_is_taken(alike: Path, tmp_path: Path) -> None:
+def test_only_the_tokenizer_is_copied_from_its_folder(alike: Path, tmp_path: Path) -> None:
     given = save_byte_model(tmp_path / "model")
     (given / EQUAL_FILE).write_text("{}")
     run = TextRun("log", [str(alike)], tmp_path / "runs/log", str(given))
     folder, _ = prepare_text(run)
     taken = {path.name for path in (folder / "tokenizer").iterdir()}
     assert taken == {"tokenizer.json", "tokenizer_config.json", EQUAL_FILE}
-    # Other weights are the same inputs.
+    # Other weights do not change the inputs.
     (given / "model.safetensors").write_bytes(b"other")
     assert prepare_text(run) == (folder, True)
     (tmp_path / "empty").mkdir()
@@ -84,7 +84,7 @@ def test_of_a_tokenizers_folder_only_the_tokenizer_is_taken(alike: Path, tmp_pat
 
 @pytest.fixture
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config as it is chosen for a text."""
+    """The config that is chosen for a text."""
     corpora = {"train": 50_000, "valid": 3_000}
     monkeypatch.setattr(
         "megalite.commands.from_text.IndexedCorpus",
@@ -118,7 +118,7 @@ def test_fewer_steps_shorten_the_warmup_and_mistakes_are_one_line(chosen: Path) 
 
 
 class Model:
-    """What samples need of a model: 20 positions, and a word a token."""
+    """The parts of a model that samples need; it has 20 positions, and each word is a token."""
 
     stage = SimpleNamespace(spec=SimpleNamespace(max_positions=20))
 
@@ -155,7 +155,7 @@ def test_a_world_size_without_a_check_is_refused() -> None:
     assert str(error.value) == f"--world-size: 2: {rule}"
 
 
-def test_a_tokenizer_that_is_none_is_named_as_it_was_given(alike: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_named_as_given(alike: Path, tmp_path: Path) -> None:
     (tmp_path / "words").write_text("x")
     run = TextRun("log", [str(alike)], tmp_path / "runs/log", tokenizer=str(tmp_path / "words"))
     with pytest.raises(DataError, match=f"^{tmp_path}/words: is not a sentencepiece model$"):

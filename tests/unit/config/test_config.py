@@ -1,4 +1,4 @@
-"""The rules of the configuration, each by the line that a user reads."""
+"""The rules of the config, each checked by its error line."""
 
 import re
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def test_resolved_config_is_its_own_input() -> None:
         ),
         (
             "zero_optimization.offload_param.device=nvme",
-            'device: "nvme": must be none or cpu: weights in files',
+            'device: "nvme": must be none or cpu: parameters in files',
         ),
         (
             "gradient_accumulation_steps=1000000000000",
@@ -136,9 +136,9 @@ def test_interleaving_holds_for_every_batch_of_a_ramp() -> None:
         load_config(TINY, [ramp, "megalite.parallel.schedule=interleaved"]).resolve(8)
 
 
-def test_a_resolved_config_says_what_deepspeed_would_choose_otherwise() -> None:
-    """Buckets go to their owners alone (half of the bytes of DeepSpeed's default), and torch's fused Adam steps, with
-    offloading too."""
+def test_a_resolved_config_contains_defaults_that_differ_from_deepspeeds() -> None:
+    """Each bucket is sent only to its owner, half of the bytes of DeepSpeed's default; torch's fused Adam is used, also
+    with offloading."""
     for offload in ("none", "cpu"):
         keys = [
             "zero_optimization.stage=2",
@@ -154,7 +154,7 @@ def test_a_resolved_config_says_what_deepspeed_would_choose_otherwise() -> None:
         .resolve(8)
         .to_json()["optimizer"]["params"]
     )
-    assert "fused" not in own  # DeepSpeed's does not know the key
+    assert "fused" not in own  # DeepSpeed's Adam does not know the key
 
 
 def test_16_bits_need_a_stage_and_one_type() -> None:
@@ -183,7 +183,7 @@ def test_16_bits_need_a_stage_and_one_type() -> None:
     assert (fp16["loss_scale"], fp16["initial_scale_power"], fp16["hysteresis"]) == (0.0, 16, 2)
 
 
-def test_every_key_of_deepspeeds_sections_is_taken_or_refused() -> None:
+def test_every_key_of_deepspeeds_sections_is_accepted_or_refused() -> None:
     sections = {
         ZeroOptimization: DeepSpeedZeroConfig,
         OffloadOptimizer: DeepSpeedZeroOffloadOptimizerConfig,
@@ -197,8 +197,8 @@ def test_every_key_of_deepspeeds_sections_is_taken_or_refused() -> None:
         assert keys >= ours.model_fields.keys(), ours
 
 
-def test_every_key_of_deepspeeds_that_is_taken_is_tried_somewhere() -> None:
-    """In a test that trains or in an example. Forged values try nothing."""
+def test_every_accepted_key_of_deepspeeds_is_tested_somewhere() -> None:
+    """In a test that trains or in an example; tests with forged values do not count."""
     tests = [
         path
         for path in Path("tests").rglob("*.py")
@@ -247,7 +247,7 @@ def test_the_context_axis_fits_world_samples_and_heads(overrides: list[str], lin
     assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_samples_are_shared_out_over_the_data_axis_alone() -> None:
+def test_samples_are_divided_only_over_the_data_axis() -> None:
     config = load_config(TINY, ["megalite.parallel.context=2"]).resolve(16)
     assert (config.data_size, config.world_size, config.train_batch_size) == (2, 16, 16)
     assert Config.from_dict(config.to_json()) == config

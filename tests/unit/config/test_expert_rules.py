@@ -1,4 +1,4 @@
-"""The rules of experts and their axis, each by the line that a user reads."""
+"""The rules of experts and their axis, each checked by its error line."""
 
 from typing import Any
 

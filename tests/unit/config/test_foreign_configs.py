@@ -1,5 +1,5 @@
-"""JSONs that were made for other trainers: what is off in them is taken, `auto` becomes something that is said, and all
-that is wrong is told at once."""
+"""JSONs written for other trainers: features that are off are accepted, values of `auto` are printed, and errors are
+reported together."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.unit.data.corpora import write_corpus
 
 OURS: dict[str, Any] = json.loads((REPOSITORY / "ds_configs/tiny_cpu.json").read_text())["megalite"]
 ALONE: dict[str, Any] = {**OURS, "parallel": {}}
-# As in the documentation of transformers, "DeepSpeed": ZeRO-2 and ZeRO-3.
+# From the page "DeepSpeed" of the transformers documentation: ZeRO-2 and ZeRO-3.
 TRAINERS: dict[str, Any] = {
     "fp16": {
         "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
@@ -46,7 +46,9 @@ ZERO3 = {
 
 
 @pytest.mark.parametrize("zero", [ZERO2, ZERO3])
-def test_the_trainers_configs_are_taken_and_what_auto_becomes_is_said(zero: dict[str, Any]) -> None:
+def test_the_trainers_configs_are_accepted_and_values_of_auto_are_printed(
+    zero: dict[str, Any],
+) -> None:
     config = Config.from_dict({**TRAINERS, "zero_optimization": zero, "megalite": ALONE}).resolve(2)
     assert Config.from_dict(config.to_json()) == config and "auto" not in json.dumps(
         config.deepspeed
@@ -78,7 +80,7 @@ def test_the_trainers_configs_are_taken_and_what_auto_becomes_is_said(zero: dict
     assert any(line.startswith(gathers) for line in config.notes) == (zero is ZERO3)
 
 
-def test_check_says_what_auto_becomes(tmp_path: Path) -> None:
+def test_check_prints_the_values_of_auto(tmp_path: Path) -> None:
     write_corpus(tmp_path / "x", 60, vocabulary=2048)
     data = {"sequence_length": 16, "train": [str(tmp_path / "x")]}
     keys = {**TRAINERS, "zero_optimization": ZERO2, "megalite": {**ALONE, "data": data}}
@@ -113,7 +115,7 @@ OFF = {
 }
 
 
-def test_what_is_off_is_taken() -> None:
+def test_features_that_are_off_are_accepted() -> None:
     plain = load_config("ds_configs/tiny_cpu.json").resolve(8)
     keys = json.loads((REPOSITORY / "ds_configs/tiny_cpu.json").read_text()) | OFF
     keys["zero_optimization"] |= {
@@ -155,13 +157,13 @@ def test_what_is_off_is_taken() -> None:
         ("log_level=loud", 'log_level: "loud": must be'),
     ],
 )
-def test_what_is_on_or_means_nothing_is_refused(override: str, line: str) -> None:
+def test_unsupported_or_meaningless_values_are_refused(override: str, line: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config("ds_configs/tiny_cpu.json", override.split()).resolve(8)
     assert line in str(raised.value)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     overrides = [
         "train_batch_sise=3", "zero_optimization.stage=7", "zero_optimization.cpu_offload=true", "wandb.enabled=true",
         "optimizer.params.lr=-1", "scheduler.params.warmup_stepz=3", "megalite.data.sequence_length=x",
@@ -193,7 +195,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         assert line.startswith(start), (line, start)
 
 
-def test_rules_between_keys_are_told_at_once_too() -> None:
+def test_errors_between_keys_are_reported_together() -> None:
     overrides = [
         "bf16.enabled=true", "fp16.enabled=true", "zero_optimization.stage=3", "optimizer.params.momentum=0.5",
         "megalite.data.eod_mask_loss=true", "megalite.data.tokenizer=null", "megalite.train.faults.spike=skip",

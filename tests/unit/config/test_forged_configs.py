@@ -1,4 +1,4 @@
-"""No JSON, override, environment or command line makes anything but a run or one line: forged ones, by the hundred."""
+"""Hundreds of forged JSONs, overrides, environments and command lines: each gives a valid run or a one-line error."""
 
 import json
 import os
@@ -49,7 +49,7 @@ DOCUMENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus; what was checked is remembered there too."""
+    """A folder with a corpus and the cache of checked corpora."""
     made = tmp_path_factory.mktemp("forged")
     write_corpus(made / "corpus", 60, vocabulary=131)
     os.environ["XDG_CACHE_HOME"] = str(made)
@@ -66,7 +66,7 @@ def placed(document: Any, folder: Path) -> str:
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_a_forged_config(folder: Path, examples: int, capsys: Any) -> None:
-    """As `--check` reads it, with corpora and memory."""
+    """Read as by `--check`, with corpora and memory."""
 
     def read(document: Any) -> None:
         (folder / "config.json").write_text(placed(document, folder))
@@ -103,7 +103,7 @@ def test_forged_overrides(folder: Path, examples: int) -> None:
 
     def read(overrides: list[str]) -> None:
         words = [word for word in overrides if not word.startswith("-")]
-        if "\0" in "".join(words):  # the kernel lets none through
+        if "\0" in "".join(words):  # the kernel does not allow NUL bytes
             return
         main(["--deepspeed_config", str(folder / "config.json"), "--check", *words])
 

@@ -1,4 +1,4 @@
-"""The rules of where a run ends, each by the line that a user reads."""
+"""The rules for the length of a run, each checked by its error line."""
 
 import pytest
 

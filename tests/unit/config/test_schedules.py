@@ -1,4 +1,4 @@
-"""Learning rates and batch sizes as functions of the position, against transformers' schedules and
+"""Learning rates and batch sizes as functions of the position, compared with transformers' schedules and
 Megatron-LM's ramp."""
 
 from typing import Any
@@ -43,7 +43,7 @@ def of_transformers(make: Any, **keys: Any) -> list[float]:
 
 
 def test_schedules_are_those_of_transformers_after_the_warm_up() -> None:
-    """During it ours is a step ahead: the first rate is above 0."""
+    """During the warm-up megalite is one step ahead: its first rate is above 0."""
     rise = [(step + 1) / 8 for step in range(8)]
     for shape in ("linear", "cosine", "1-sqrt"):
         params = (

@@ -1,4 +1,4 @@
-"""The JSON schema accepts and refuses what the reader does."""
+"""The JSON schema accepts and refuses the same configs as the reader."""
 
 import functools
 import json

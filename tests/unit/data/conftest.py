@@ -1,4 +1,4 @@
-"""What the tests of the data side share: a cache folder of their own, a small text and tokenizers trained on it."""
+"""Fixtures of the data tests: a separate cache folder, a small text and tokenizers trained on it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from megalite.data.tokenizer_training import train_tokenizer
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was checked is remembered in a folder of the test's own, not the user's."""
+    """The cache of checked corpora is in a folder of the test, not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -37,7 +37,7 @@ def text_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def tokenizers(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each model type."""
+    """A tokenizer folder for each model type."""
     folders = {kind: tmp_path_factory.mktemp("tokenizers") / kind for kind in ("bpe", "unigram")}
     for kind, folder in folders.items():
         train_tokenizer([str(text_file)], 500, kind, folder)

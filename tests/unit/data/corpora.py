@@ -1,4 +1,4 @@
-"""Small corpora for the tests of the data side."""
+"""Small corpora for the data tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def write_corpus(
     seed: int = 0,
     dtype: Any = np.uint16,
 ) -> list[np.ndarray]:
-    """Documents of 1 to 2·mean - 1 random tokens, and the same as arrays."""
+    """Writes documents of 1 to 2·mean - 1 random tokens; returns them as arrays."""
     random = np.random.default_rng(seed)
     made = [random.integers(0, vocabulary, random.integers(1, 2 * mean)) for _ in range(documents)]
     with IndexedWriter(prefix, dtype) as writer:
@@ -29,6 +29,6 @@ def write_corpus(
 
 
 def data_section(train: Sequence[Any], length: int, **keys: Any) -> Data:
-    """`megalite.data` of a config."""
+    """The section `megalite.data` of a config."""
     sources = [str(source) if isinstance(source, Path) else source for source in train]
     return parse(Data, {"train": sources, "sequence_length": length, **keys}, "megalite.data")

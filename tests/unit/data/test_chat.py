@@ -1,4 +1,4 @@
-"""Fine-tuning data: conversations and completions to marked tokens, and whole documents to samples."""
+"""Fine-tuning data: conversations and completions become marked tokens, whole documents become samples."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def tokenizer(tokenizers: dict[str, Path], request: pytest.FixtureRequest) -> Hu
 
 
 def counted(tokenizer: HuggingFaceTokenizer, ids: list[int], marks: list[int]) -> list[str]:
-    """The texts of the runs of marked tokens."""
+    """The text of each run of marked tokens."""
     runs: list[list[int]] = []
     for place, (token, mark) in enumerate(zip(ids, marks, strict=True)):
         if mark:
@@ -74,7 +74,7 @@ def test_the_assistants_tokens_count_and_no_others(
     assert counted(tokenizer, ids, marks) == ["a  function:\n  def f</s>", "return</s>"]
 
 
-def test_an_answer_that_is_written_otherwise_when_it_is_last_is_a_document_of_its_own(
+def test_an_answer_rendered_differently_when_last_is_a_separate_document(
     tokenizer: HuggingFaceTokenizer,
 ) -> None:
     tokenizer.inner.chat_template = LAST_DIFFERS
@@ -91,7 +91,7 @@ def test_a_completion_counts_with_its_end(tokenizer: HuggingFaceTokenizer) -> No
     assert sum(marks) == len(ids) - len(tokenizer.encode("import os\nLabel:"))
     ((ids, marks),) = encoder.encode(
         {"prompt": "Label: ", "completion": "class"}
-    )  # the space goes with the answer
+    )  # the space is tokenized with the answer
     assert counted(tokenizer, ids, marks)[0].strip() == "class</s>"
     tokenizer.inner.chat_template = PLAIN
     ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode(
@@ -202,7 +202,7 @@ def test_each_form_gives_the_tokens_and_marks_of_transformers(
     assert 0 < sum(marks) < len(marks)
 
 
-def test_a_template_for_tools_is_taken_for_lines_with_tools(
+def test_a_template_for_tools_is_used_for_lines_with_tools(
     tokenizer: HuggingFaceTokenizer,
 ) -> None:
     tokenizer.inner.chat_template = {"default": PLAIN, "tool_use": UNMARKED}
@@ -314,7 +314,7 @@ def test_generation_that_holds_no_answer_is_refused(tokenizer: HuggingFaceTokeni
         ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
 
 
-def test_the_report_tells_forms_and_bad_lines(
+def test_the_report_counts_forms_and_bad_lines(
     tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner = AutoTokenizer.from_pretrained(tokenizers["bpe"])
@@ -338,7 +338,7 @@ def test_the_report_tells_forms_and_bad_lines(
         '"output": has ["instruction"]',
     ]
     lines.write_text("".join(json.dumps(line) + "\n" for line in bad))
-    with pytest.raises(DataError) as raised:  # of which each is a line on standard error
+    with pytest.raises(DataError) as raised:  # each is one line on standard error
         main([*words, "--overwrite"])
     assert raised.value.lines == (
         f"{output}: nothing to write: no document in the inputs, 2 bad lines",
@@ -349,7 +349,7 @@ def test_the_report_tells_forms_and_bad_lines(
 
 @pytest.fixture(scope="module")
 def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of conversations and completions with its marks."""
+    """A corpus of conversations and completions, with marks."""
     folder = tmp_path_factory.mktemp("chats")
     inner = AutoTokenizer.from_pretrained(tokenizers["bpe"])
     inner.chat_template = PLAIN
@@ -440,7 +440,7 @@ def test_windows_can_be_marked_too(chats: Path) -> None:
     assert ((batch.labels != -100) == (marks == 1)).all() and 0 < marks.mean() < 1
 
 
-def test_marks_are_never_passed_over_in_silence(chats: Path, tmp_path: Path) -> None:
+def test_marks_are_never_silently_ignored(chats: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match='megalite.data.loss: missing: .*chats.mask.idx exists: set "marked"'
     ):

@@ -1,4 +1,4 @@
-"""300 damaged pairs of files, each found, named in one line, and never read as data; under `python -O` too."""
+"""300 damaged pairs of files: each gives a one-line error and is never read as data, also with `python -O`."""
 
 import json
 import os
@@ -103,7 +103,7 @@ KINDS: dict[str, tuple[int, Damage]] = {
 
 
 def flip_one_low(tokens: Path, chance: random.Random) -> None:
-    """A flip that leaves the id inside the vocabulary: only the checksum can find it."""
+    """A flip that gives another id of the vocabulary, which only the checksum can find."""
     write_checksums(tokens.with_suffix(""))
     place = 2 * chance.randrange(tokens.stat().st_size // 2)
     data = bytearray(tokens.read_bytes())
@@ -113,7 +113,7 @@ def flip_one_low(tokens: Path, chance: random.Random) -> None:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Path]]:
-    """Each damage in a folder of its own, over corpora with one and with several sequences a document."""
+    """A folder for each damage, of corpora with one and with several sequences per document."""
     folder, chance, cases = tmp_path_factory.mktemp("damaged"), random.Random(11), []
     write_corpus(folder / "whole", 60)
     check_corpus(str(folder / "whole"), VOCABULARY)
@@ -178,8 +178,8 @@ for number, (prefix, keys, name) in enumerate(json.load(sys.stdin)):
 """
 
 
-def test_a_corpus_cut_under_a_run_is_named(tmp_path: Path) -> None:
-    """Pages of a map beyond the end of its file would end the process by SIGBUS, without a word."""
+def test_a_corpus_truncated_during_a_run_is_named(tmp_path: Path) -> None:
+    """Reading a memory map beyond the end of its file would silently kill the process by SIGBUS."""
     kinds: list[dict[str, object]] = [
         {}, {"reset_attention": True}, {"order": "megatron", "megatron_samples": 200}, {"samples": "packed"},
         {"samples": "padded", "loss": "marked"},
@@ -205,11 +205,11 @@ def test_a_corpus_cut_under_a_run_is_named(tmp_path: Path) -> None:
     assert run.returncode == 0, (run.returncode, run.stdout, run.stderr)
     for line, (prefix, _, name) in zip(run.stdout.splitlines(), cases, strict=True):
         path = Path(f"{prefix}{name}")
-        assert line.startswith(f"{path}: ") and line.endswith("must not change under a run"), line
+        assert line.startswith(f"{path}: ") and line.endswith("must not change during a run"), line
         assert f"{path.stat().st_size} bytes" in line
 
 
-def test_the_check_is_remembered_and_made_again_for_a_changed_file(
+def test_the_check_is_cached_and_repeated_for_a_changed_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Path(os.environ["XDG_CACHE_HOME"])

@@ -12,10 +12,10 @@ from megalite.errors import DataError
 
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 22])
-def test_it_is_that_of_the_shares(
+def test_entropy_is_that_of_the_shares(
     tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Higher ids come in later blocks and lower ones again after them; some ids never."""
+    """Later blocks have higher ids than earlier ones, then lower ones again; some ids never occur."""
     monkeypatch.setattr(entropy, "_BLOCK", block)
     with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
         writer.add_document(np.array([3, 0, 3, 900]))
@@ -30,6 +30,6 @@ def test_one_token_alone_is_certain(tmp_path: Path) -> None:
     assert entropy.unigram_entropy(str(tmp_path / "corpus")) == 0.0
 
 
-def test_a_corpus_that_is_not_there_is_a_line(tmp_path: Path) -> None:
+def test_a_missing_corpus_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none"):
         entropy.unigram_entropy(str(tmp_path / "none"))

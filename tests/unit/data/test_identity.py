@@ -1,4 +1,4 @@
-"""What tells a corpus from another (megalite/data/identity.py)."""
+"""Fingerprints that distinguish corpora (megalite/data/identity.py)."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def test_each_token_of_a_small_corpus_counts_and_so_do_the_cuts(tmp_path: Path) 
     assert moved["index_sha256"] != first["index_sha256"]
 
 
-def test_a_large_corpus_is_looked_at_from_its_first_to_its_last_token(tmp_path: Path) -> None:
-    size = 2 * PLACES * PLACE_TOKENS  # twice of what is looked at
+def test_a_large_corpus_is_sampled_from_its_first_to_its_last_token(tmp_path: Path) -> None:
+    size = 2 * PLACES * PLACE_TOKENS  # twice the tokens that are read
     tokens = np.zeros(size, np.uint16)
     first = identity(written(tmp_path / "a", [tokens]))
     for place in (0, size - 1):

@@ -1,4 +1,4 @@
-"""The indexed format: bytes, views, merge, and megatron-core's own files as the referee."""
+"""The indexed format: bytes, views, merging, and a comparison with megatron-core's files."""
 
 import struct
 from pathlib import Path
@@ -52,14 +52,14 @@ def test_a_merge_is_what_one_writer_makes(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "one")
     write_corpus(tmp_path / "wide", 3, dtype=np.int32)
     with (
-        pytest.raises(DataError, match="must be uint16 to be merged"),
+        pytest.raises(DataError, match="must be uint16, as in the output"),
         IndexedWriter(tmp_path / "c", "u2") as writer,
     ):
         writer.add_corpus(tmp_path / "wide")
     assert not list(tmp_path.glob("c.*"))
 
 
-def test_a_writer_keeps_what_stands_and_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_writer_keeps_existing_files_and_leaves_no_partial_ones(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 3)
     before = bytes_of(tmp_path / "a")
     with pytest.raises(DataError, match="already exists"):

@@ -1,4 +1,4 @@
-"""tools/inspect_data.py: what it shows, and that damage is one line and exit 2."""
+"""tools/inspect_data.py: its output; damaged files give one line and exit code 2."""
 
 import subprocess
 import sys
@@ -70,4 +70,4 @@ def test_damage_is_one_line_and_exit_two(tmp_path: Path) -> None:
     assert code == 2 and "a.bin: SHA-256 is" in line and line.count("\n") == 1
     tokens.write_bytes(whole[:-2])
     code, line = run()
-    assert code == 2 and "a.bin: holds" in line and line.count("\n") == 1
+    assert code == 2 and "a.bin: has" in line and line.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Texts with labels: preprocessing, and what is refused in data and config."""
+"""Texts with labels: preprocessing, and errors in data and config."""
 
 import json
 from pathlib import Path
@@ -50,10 +50,10 @@ def test_each_text_gets_the_number_of_its_label(tmp_path: Path) -> None:
     assert (counts.documents, counts.empty, counts.bad) == (3, 1, 4)
     reasons = [line.partition("jsonl:")[2] for line in counts.named]
     assert reasons == [
-        "4: \"label\": 'none': is none of --classes",
-        '5: "label" holds no label',
+        "4: \"label\": 'none': must be one of --classes",
+        '5: "label": must be a string or an integer, a label',
         '7: has no key "text"',
-        '8: "label" holds no label',
+        '8: "label": must be a string or an integer, a label',
     ]
     tokens, labels = (IndexedCorpus(p) for p in (tmp_path / "out", labels_prefix(tmp_path / "out")))
     assert [*labels.tokens] == [1] * 5 + [0] * 3 + [2] * 4
@@ -64,10 +64,10 @@ def test_each_text_gets_the_number_of_its_label(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"classes": []}, "--label-key: goes with --classes"),
-        ({"label_key": None}, "--label-key: goes with --classes"),
-        ({"classes": ["a", "a"]}, "--classes: a a: must be 2 to 256 names, each once"),
-        ({"classes": ["a"]}, "--classes: a: must be 2 to 256 names, each once"),
+        ({"classes": []}, "--label-key: needs --classes"),
+        ({"label_key": None}, "--label-key: needs --classes"),
+        ({"classes": ["a", "a"]}, "--classes: a a: must be 2 to 256 different names"),
+        ({"classes": ["a"]}, "--classes: a: must be 2 to 256 different names"),
         ({"chat": True}, "--label-key: not with --chat"),
         ({"kind": "txt"}, "must be lines of JSON for --label-key"),
     ],
@@ -109,7 +109,7 @@ def test_a_mistake_in_the_objective_is_one_line(data: dict[str, Any], line: str)
         ("train", {"z_loss": 0.1}, "train.z_loss: 0.1: must be 0 with"),
     ],
 )
-def test_what_a_classifier_has_no_use_for_is_refused(
+def test_settings_without_effect_on_a_classifier_are_refused(
     section: str, keys: dict[str, Any], line: str
 ) -> None:
     made = document({})
@@ -140,7 +140,7 @@ def test_a_classifier_is_not_trained_on_tokens() -> None:
         check_model(config, read_spec(config.model))
 
 
-def test_problems_that_are_no_choice_of_one_label_are_refused() -> None:
+def test_problems_other_than_single_label_are_refused() -> None:
     names = {"architectures": ["BertForSequenceClassification"]}
     for change, rule in (
         ({"problem_type": "regression"}, "problem_type: 'regression': must be None or"),

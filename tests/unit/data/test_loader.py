@@ -1,4 +1,4 @@
-"""Batches: a pure function of positions, labels that do not count, ids that the vocabulary does not have."""
+"""Batches: they depend only on their positions; labels that do not count; ids beyond the vocabulary."""
 
 import struct
 import subprocess
@@ -72,7 +72,7 @@ def test_validation_takes_each_window_once_in_order(tmp_path: Path) -> None:
         )
 
 
-def test_documents_kept_apart_do_not_foretell_each_other(tmp_path: Path) -> None:
+def test_documents_kept_apart_do_not_predict_each_other(tmp_path: Path) -> None:
     made = write_corpus(tmp_path / "a", 60, mean=9)
     flat, owner = (
         np.concatenate(made),
@@ -164,7 +164,7 @@ def test_megatrons_order_is_made_for_the_whole_run() -> None:
 
 
 def test_start_and_batch_cost_the_same_at_any_size(tmp_path: Path) -> None:
-    """A corpus of 2·10^10 tokens (a file with holes): what is opened and read does not grow with it."""
+    """A corpus of 2·10^10 tokens (a sparse file): opening and reading do not take longer."""
     sequences, size = 20, 10**9
     with open(tmp_path / "a.bin", "wb") as file:
         file.truncate(2 * sequences * size)

@@ -1,4 +1,4 @@
-"""What inspect-data shows of the tokens that are trained on: exactly those, readable at 60 columns."""
+"""inspect-data marks exactly the tokens that are trained on, readable in 60 columns."""
 
 import json
 import re
@@ -22,7 +22,7 @@ LONG = "class self return import def " * 8
 
 @pytest.fixture(params=["bpe", "unigram"])
 def talks(tokenizers: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A corpus of conversations, with its tokenizer beside it."""
+    """A corpus of conversations and its tokenizer."""
     inner = AutoTokenizer.from_pretrained(tokenizers[request.param])
     inner.chat_template = PLAIN
     inner.add_special_tokens({"mask_token": "<mask>"})
@@ -93,9 +93,7 @@ def test_masked_modelling_shows_one_draw(talks: Path) -> None:
     marks = drawn(ids, 1, 0.3, tokenizer)
     assert 0.1 * len(ids) < marks.sum() < 0.5 * len(ids)
     lines = lines_of(talks, masked=0.3)
-    assert lines[1].startswith(
-        "  document 0: "
-    )  # nothing is said of a whole that changes with each draw
+    assert lines[1].startswith("  document 0: ")  # no total, which would change with each draw
     assert (
         f"  document 1: {marks.sum()} of {len(ids)} tokens, {marks.sum() / len(ids):.1%}" in lines
     )

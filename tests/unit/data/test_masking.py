@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are asked for, and that nothing but the sample's number decides it."""
+"""Masked language modelling: which tokens are predicted; this depends only on the sample's number."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_shares_are_those_asked_for(tmp_path: Path) -> None:
     masked, kept = (tokens == MASK) & chosen, (tokens == plain) & chosen
     swapped = chosen & ~masked & ~kept
     assert within_four_deviations(masked.sum(), chosen.sum(), 0.7)
-    others = VOCABULARY - 5  # one of which is the token itself
+    others = VOCABULARY - 5  # the token itself may be drawn
     assert within_four_deviations(kept.sum(), chosen.sum(), 0.1 + 0.2 / others)
     assert within_four_deviations(swapped.sum(), chosen.sum(), 0.2 * (1 - 1 / others))
     drawn = np.bincount(tokens[swapped], minlength=VOCABULARY)
@@ -112,7 +112,7 @@ def test_an_epoch_has_new_masks_and_evaluation_the_same_ones(tmp_path: Path) -> 
     assert not (valid.batch([0]).labels == first.labels[0]).all()
 
 
-def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_path: Path) -> None:
+def test_whole_documents_keep_their_last_token_and_padding_is_not_predicted(tmp_path: Path) -> None:
     documents = [[5, 6, 7], [8], [9] * 40, [10, 11]]
     with IndexedWriter(tmp_path / "c", np.uint16) as writer:
         for document in documents:
@@ -130,7 +130,7 @@ def test_whole_documents_keep_their_last_token_and_filling_is_not_asked_for(tmp_
 
 
 def test_the_share_follows_the_steps_and_evaluation_has_the_last(tmp_path: Path) -> None:
-    """Of one sample a smaller share is a part of a larger one; halfway it is the mean."""
+    """The tokens of a smaller share are among those of a larger one; halfway the share is the mean."""
     keys = {"objective": {**OBJECTIVE, "masked": [0.6, 0.2]}, "valid": [str(tmp_path / "c")]}
     data, last = training(tmp_path, **keys), None
     possible = np.isin(data.batch(range(500)).tokens, SPECIAL, invert=True).sum()
@@ -165,7 +165,7 @@ def test_another_objective_is_another_run(tmp_path: Path) -> None:
 
 
 def tokenizer_with(folder: Path, *names: str, **special: str) -> Path:
-    """One whose ids are the names' places."""
+    """A tokenizer whose ids are the positions of the names."""
     model = models.WordLevel({name: number for number, name in enumerate(names)}, names[0])
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
     made.save_pretrained(folder)
@@ -173,7 +173,7 @@ def tokenizer_with(folder: Path, *names: str, **special: str) -> Path:
 
 
 def test_another_tokenizer_s_ids_are_another_run(tmp_path: Path) -> None:
-    """A checkpoint without such a part, from before there was one, is taken as it is."""
+    """A checkpoint from before this was recorded is accepted."""
     write_corpus(tmp_path / "c", 10, vocabulary=20)
     names = [f"word{number}" for number in range(20)]
     usual = {"mask_token": "word3", "eos_token": "word0"}

@@ -1,4 +1,4 @@
-"""Megatron's order against a slow, plain oracle of its rules, and against megatron-core itself."""
+"""Megatron's order compared with a slow, plain implementation of its rules, and with megatron-core itself."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.unit.data.corpora import data_section, write_corpus
 
 
 def oracle(documents: list[np.ndarray], length: int, samples: int, seed: int) -> list[list[int]]:
-    """The samples of Megatron's rules, by lists and loops."""
+    """The samples by Megatron's rules, with lists and loops."""
     tokens = sum(len(document) for document in documents)
     epochs = 1
     while epochs * tokens < samples * length + 1:
@@ -82,7 +82,7 @@ def test_a_sample_begins_where_counting_says(sizes: list[int], length: int) -> N
     assert tokens.tolist() == within[samples * length].tolist()
 
 
-def test_a_run_beyond_what_the_order_is_made_for_is_refused(tmp_path: Path) -> None:
+def test_a_run_longer_than_the_order_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", 50)
     data = TrainData(
         data_section([tmp_path / "a"], 8, order="megatron", megatron_samples=100), 1, 1000
@@ -93,7 +93,7 @@ def test_a_run_beyond_what_the_order_is_made_for_is_refused(tmp_path: Path) -> N
 
 
 class TestMegatronCore:
-    """The package itself as the referee."""
+    """Comparison with megatron-core itself."""
 
     @pytest.fixture
     def core(self) -> Any:
@@ -134,7 +134,7 @@ class TestMegatronCore:
 
     @pytest.fixture
     def world(self, core: Any, tmp_path: Path) -> Any:
-        """BlendedDataset asks for a rank."""
+        """A process group, since BlendedDataset asks for the rank."""
         import torch.distributed as dist
 
         dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Corpora put together keep their marks and labels (megalite/data/merging.py)."""
+"""Merged corpora keep their marks and labels (megalite/data/merging.py)."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from megalite.errors import DataError
 
 
 def corpus(prefix: Path, first: int, *beside: str, classes: tuple[str, ...] = ("a", "b")) -> str:
-    """Two documents of tokens from `first` on; beside them corpora of bytes."""
+    """Writes two documents of tokens from `first` on, with corpora of bytes beside them."""
     for target, dtype in ((str(prefix), np.uint16), *((name, np.uint8) for name in beside)):
         with IndexedWriter(target, dtype) as writer:
             for start, stop in ((0, 3), (3, 7)):
@@ -31,7 +31,7 @@ def corpus(prefix: Path, first: int, *beside: str, classes: tuple[str, ...] = ("
 
 
 @pytest.mark.parametrize("kind", [marks_prefix, labels_prefix])
-def test_what_tells_of_tokens_is_merged_with_them(tmp_path: Path, kind: type) -> None:
+def test_marks_and_labels_are_merged_with_the_tokens(tmp_path: Path, kind: type) -> None:
     inputs = [
         corpus(tmp_path / name, 10 * n, kind(tmp_path / name)) for n, name in ((1, "x"), (2, "y"))
     ]
@@ -46,12 +46,12 @@ def test_what_tells_of_tokens_is_merged_with_them(tmp_path: Path, kind: type) ->
     check_corpus(kind(output), 2)
 
 
-def test_without_any_there_is_none(tmp_path: Path) -> None:
+def test_without_marks_or_labels_none_are_written(tmp_path: Path) -> None:
     merge([corpus(tmp_path / "x", 10), corpus(tmp_path / "y", 20)], str(tmp_path / "z"))
     assert sorted(path.name for path in tmp_path.glob("z*")) == ["z.bin", "z.idx", "z.sha256"]
 
 
-def test_what_does_not_fit_together_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_inputs_that_do_not_fit_together_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     marked = corpus(tmp_path / "x", 10, marks_prefix(tmp_path / "x"))
     labelled = corpus(tmp_path / "l", 10, labels_prefix(tmp_path / "l"))
     other = corpus(tmp_path / "o", 10, labels_prefix(tmp_path / "o"), classes=("b", "a"))

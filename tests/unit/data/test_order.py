@@ -1,4 +1,4 @@
-"""Orders of samples: the computed permutation, windows, and blends, against plain oracles."""
+"""Orders of samples: the computed permutation, windows and blends, compared with plain implementations."""
 
 import random
 from fractions import Fraction
@@ -39,7 +39,7 @@ def test_permutations_are_even_and_differ_by_key() -> None:
 
 
 def test_the_order_is_the_same_everywhere() -> None:
-    """A run that goes on under another release must find its samples: these values are part of the format."""
+    """A run resumed under another release must get the same samples: these values are part of the format."""
     assert permuted(np.arange(10), 10, mixed(1234, 0, 0)).tolist() == [3, 4, 9, 7, 2, 1, 0, 5, 8, 6]
     far = permuted(np.array([0, 1, 10**12 - 1]), 10**12, mixed(1234, 0, 0)).tolist()
     assert far == [649054379120, 317720134609, 350131711303]
@@ -91,7 +91,7 @@ def test_a_split_is_a_part_by_sequences(tmp_path: Path) -> None:
 
 
 def deviations(blend: Blend, start: int, count: int) -> float:
-    """The largest distance of any corpus from its share, after each of `count` positions from `start` on."""
+    """The largest deviation of a corpus from its share, after each of `count` positions from `start` on."""
     corpora, places = blend.locate(np.arange(start, start + count))
     given = blend.counts(start)
     worst = Fraction(0)
@@ -108,7 +108,7 @@ def deviations(blend: Blend, start: int, count: int) -> float:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_shares_hold_at_every_prefix(seed: int) -> None:
-    """Exact arithmetic, over the seam of two blocks, from the beginning and from far inside a run."""
+    """In exact arithmetic, across the boundary of two blocks, at the start of a run and far into it."""
     chance = random.Random(seed)
     weights = [
         chance.choice([chance.random(), chance.randint(1, 9), 10 ** chance.uniform(-2, 1)])

@@ -1,4 +1,4 @@
-"""From files to a corpus: every form of input, bad lines, several workers, kills, what stands."""
+"""From files to a corpus: every form of input, bad lines, several workers, kills, existing outputs."""
 
 import gzip
 import io
@@ -37,7 +37,7 @@ def written(prefix: Path) -> list[bytes]:
 
 @pytest.fixture
 def forms(tmp_path: Path, texts: list[str]) -> dict[str, Path]:
-    """The same documents in each form that holds several."""
+    """The same documents in each form of input that can contain several."""
     data = lines_of(texts).encode()
     paths = {
         name: tmp_path / f"texts.{name}"
@@ -65,7 +65,7 @@ def test_every_form_holds_the_same_documents(
     assert list(read_texts([str(forms["jsonl"]), str(forms["parquet"])])) == texts * 2
 
 
-def test_reading_goes_on_from_any_chunk(
+def test_reading_resumes_from_any_chunk(
     forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
@@ -210,7 +210,7 @@ def test_files_that_cannot_be_used_are_named(
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """256 MiB of one line, packed into some hundred KB, against a bound of 8."""
+    """One line of 256 MiB, compressed to a few hundred KB; the limit is 8 MiB."""
     path, part = tmp_path / f"endless.{form}", bytes(1 << 20)
     pack = {"jsonl": open, "jsonl.gz": gzip.open, "jsonl.zst": zstandard.open}[form]
     with pack(path, "wb") as file:
@@ -230,7 +230,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
         tracemalloc.stop()
 
 
-def test_what_stands_is_kept(
+def test_an_existing_output_is_kept(
     tmp_path: Path, forms: dict[str, Path], tokenizers: dict[str, Path]
 ) -> None:
     preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
@@ -279,7 +279,7 @@ if __name__ == "__main__":
     ("workers", "where", "stops"),
     [(1, "add", [3, 9, 40]), (2, "add", [5]), (1, "rename", [0, 1, 1])],
 )
-def test_a_killed_run_is_gone_on_with(
+def test_a_killed_run_is_resumed(
     tmp_path: Path,
     forms: dict[str, Path],
     tokenizers: dict[str, Path],
@@ -287,9 +287,11 @@ def test_a_killed_run_is_gone_on_with(
     where: str,
     stops: list[int],
 ) -> None:
-    """Killed at several places; what comes out in the end has the bytes of a run that was left alone."""
+    """Killed at several places, the resumed run writes the same bytes as an uninterrupted one."""
     inputs = ",".join(str(forms[name]) for name in ("jsonl.gz", "parquet", "jsonl.zst", "jsonl"))
-    model = tokenizers["bpe"] / "tokenizer.model"  # alone it needs no transformers: a quick start
+    model = (
+        tokenizers["bpe"] / "tokenizer.model"
+    )  # a single file needs no transformers, which makes starting quick
     preprocess(inputs.split(","), model, tmp_path / "whole", append_eod=True)
     (tmp_path / "killed.py").write_text(KILLED)
 
@@ -309,7 +311,7 @@ def test_a_killed_run_is_gone_on_with(
     assert last.returncode == 0, last.stderr
     assert written(tmp_path / "out") == written(tmp_path / "whole")
     assert (tmp_path / "out.sha256").exists() and not (tmp_path / "out.partial").exists()
-    if where == "add":  # the last run did not begin anew
+    if where == "add":  # the last run did not start from the beginning
         chunks = sum(len(list(_small_chunks(path))) for path in inputs.split(","))
         assert int(last.stdout.split()[1]) <= chunks - sum(stops) + 2 * workers
     if workers > 1:
@@ -325,7 +327,7 @@ def _small_chunks(path: str) -> list[documents.Chunk]:
 
 
 def _wait_until_gone(command: str) -> None:
-    """No worker outlives a killed run."""
+    """Waits until the workers of a killed run have exited."""
     for _ in range(100):
         found = [
             pid for pid in os.listdir("/proc") if pid.isdigit() and command in _command_line(pid)
@@ -366,7 +368,7 @@ def test_a_partial_result_of_other_arguments_is_refused(
         )
         counts = preprocess(
             [str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out"
-        )  # all had been taken in
+        )  # everything had been tokenized
     assert counts.documents == IndexedCorpus(tmp_path / "out").num_documents > 0
 
 

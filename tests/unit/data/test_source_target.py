@@ -1,4 +1,4 @@
-"""Samples of encoder-decoders: pairs and span corruption, as functions of the sample's number alone."""
+"""Samples of encoder-decoders: pairs and span corruption, which depend only on the sample's number."""
 
 import json
 from pathlib import Path
@@ -123,7 +123,7 @@ def test_spans_follow_from_the_sample_s_number_alone(tmp_path: Path) -> None:
 
 
 def test_each_division_is_as_likely_as_another(tmp_path: Path) -> None:
-    """The first span of a sample begins anywhere that leaves room; by the mean within four deviations."""
+    """The first span may start anywhere that leaves space for the others; the mean is within four deviations."""
     lengths = span_lengths(parse(Spans, SPANS), LENGTH)
     assert lengths is not None
     tokens = corrupted(tmp_path).batch(range(2000)).tokens

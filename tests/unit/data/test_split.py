@@ -1,4 +1,4 @@
-"""Validation split off by tokens: whole documents where they fit, the end of the longest where they do not."""
+"""Tokens split off for validation: whole documents if they fit, else the end of the longest one."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from megalite.errors import DataError
 
 
 def write(folder: Path, lengths: list[int]) -> list[list[int]]:
-    """Documents of tokens that all differ."""
+    """Writes documents whose tokens all differ."""
     starts = np.cumsum([0, *lengths])
     documents = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     with IndexedWriter(folder / "whole", np.int32) as writer:
@@ -51,7 +51,7 @@ def test_small_documents_stay_whole(tmp_path: Path) -> None:
     assert max(numbers) - min(numbers) > 1000  # from all over the corpus
 
 
-def test_what_small_documents_do_not_make_is_cut_off_the_longest(tmp_path: Path) -> None:
+def test_the_rest_is_cut_off_the_longest_document(tmp_path: Path) -> None:
     write(tmp_path, [400, 5, 900, 300])
     train, valid = parts(tmp_path, 80)
     assert valid.num_tokens == 80 and train.num_tokens == 1525

@@ -1,4 +1,4 @@
-"""Tokenizers: transformers and sentencepiece give the same ids; one face over both; mistakes in one line."""
+"""Tokenizers: transformers and sentencepiece give the same ids behind one interface; one-line errors."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ PIECES = [
 def test_transformers_and_sentencepiece_agree(
     tokenizers: dict[str, Path], texts: list[str], kind: str, model_type: str | None, tmp_path: Path
 ) -> None:
-    """With a model's config beside it too, which could lead transformers to a conversion of its own."""
+    """Also with a model's config beside it, which might make transformers convert the tokenizer."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(tokenizers[kind], folder)
     if model_type:
@@ -53,7 +53,7 @@ def test_transformers_and_sentencepiece_agree(
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_one_face_over_both(
+def test_one_interface_for_both(
     tokenizers: dict[str, Path], texts: list[str], kind: str, tmp_path: Path
 ) -> None:
     whole = load_tokenizer(tokenizers[kind])

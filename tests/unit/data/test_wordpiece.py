@@ -1,4 +1,4 @@
-"""WordPiece tokenizers: trained, read by transformers and by us, and corpora with [CLS] and [SEP] made with them."""
+"""WordPiece tokenizers: training, reading by transformers and by megalite, and corpora with [CLS] and [SEP]."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_transformers_reads_what_was_trained(folder: Path) -> None:
 
 
 def test_an_existing_bert_tokenizer_is_read(folder: Path, tmp_path: Path) -> None:
-    """As the older files have it: vocab.txt alone with a config."""
+    """In the older form: only vocab.txt and a config."""
     vocabulary = load_tokenizer(folder).inner.get_vocab()  # type: ignore[attr-defined]
     (tmp_path / "vocab.txt").write_text(
         "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n"
@@ -49,7 +49,7 @@ def test_an_existing_bert_tokenizer_is_read(folder: Path, tmp_path: Path) -> Non
     assert old.encode("def forward(self)") == load_tokenizer(folder).encode("def forward(self)")
 
 
-def test_documents_begin_by_cls_and_end_by_sep_which_are_never_masked(
+def test_documents_start_with_cls_and_end_with_sep_which_are_never_masked(
     folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     counts = preprocess([str(text_file)], folder, tmp_path / "corpus", cls_sep=True)

@@ -1,4 +1,4 @@
-"""Whole words: which tokens make one up for each kind of tokenizer, and masks that take all of them or none."""
+"""Whole words: which tokens form a word for each kind of tokenizer; masks cover all of them or none."""
 
 import json
 import re
@@ -27,7 +27,7 @@ TEXT = "don't (überlong) identifiers9\n\n\tnaïve — x «return» resharding,f
 
 
 def byte_level(text_file: Path, folder: Path) -> Path:
-    """As RoBERTa's and ModernBERT's: byte-level BPE with a mask token."""
+    """A tokenizer like RoBERTa's and ModernBERT's: byte-level BPE with a mask token."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -83,7 +83,7 @@ def test_a_word_s_tokens_hold_its_letters_and_no_other_s(
     assert any(len(tokens[0, starts == start]) > 1 for start in np.unique(starts))
 
 
-def test_a_special_token_and_an_id_without_a_token_are_no_part_of_a_word(
+def test_a_special_token_and_an_id_without_a_token_belong_to_no_word(
     folders: dict[str, Path],
 ) -> None:
     tokenizer = load_tokenizer(folders["byte level"])
@@ -93,7 +93,7 @@ def test_a_special_token_and_an_id_without_a_token_are_no_part_of_a_word(
     assert of.starts(tokens, None).tolist() == [[0, 0, 2, 3, 4, 5, 5]]
     documents = np.array([[0, 1, 1, 1, 1, 1, 2]])
     assert of.starts(tokens, documents).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
-    # A sample that begins within a word: what is in it is a word.
+    # A sample that starts within a word: the rest of the word counts as a word.
     assert of.starts(tokens[:, 1:], None)[0, 0] == 0
     assert of.cut(tokens[0, :2], tokens[0, 1:3]).tolist() == [True, False]
 
@@ -123,10 +123,10 @@ def test_all_tokens_of_a_word_are_masked_or_none(prefix: str, folders: dict[str,
     possible = ~np.isin(plain, sorted(tokenizer.special_ids))
     chosen = whole.labels != UNCOUNTED
     assert not (chosen & ~possible).any() and (whole.labels[chosen] == plain[chosen]).all()
-    # A word is asked for where its first token alone would be: nothing else decides.
+    # A word is masked exactly if its first token alone would be.
     first = np.take_along_axis(single.labels != UNCOUNTED, starts, axis=1)
     assert (chosen[possible] == first[possible]).all()
-    # The share of tokens: each word is drawn once, and counts as often as it has tokens.
+    # The share of tokens: each word is drawn once and counts with all of its tokens.
     words = (np.arange(len(plain))[:, None] * LENGTH + starts)[possible]
     _, lengths = np.unique(words, return_counts=True)
     assert lengths.max() > 5
@@ -135,7 +135,7 @@ def test_all_tokens_of_a_word_are_masked_or_none(prefix: str, folders: dict[str,
     assert deviation > 1.3 * (0.15 * 0.85 * possible.sum()) ** 0.5
 
 
-def test_the_log_tells_of_words_at_the_edges_of_windows(
+def test_the_log_counts_words_at_the_edges_of_windows(
     prefix: str, folders: dict[str, Path]
 ) -> None:
     (note,) = training(prefix, folders["wordpiece"]).notes
@@ -167,7 +167,7 @@ def test_another_tokenizer_s_words_are_another_run(
     assert given.startswith('megalite.data.tokenizer: {"words_sha256"') and theirs != given
     given, _ = difference(was, run(folders["wordpiece"], single)) or ("", "")
     assert given.startswith('megalite.data.objective: {"masked": 0.15')
-    # A checkpoint from before there were whole words.
+    # A checkpoint from before whole-word masking existed.
     old = fingerprint(run(folders["wordpiece"], single))
     assert "whole_word" not in old["megalite.data.objective"]
 

@@ -1,4 +1,4 @@
-"""What the doctor makes of what hosts and nvidia-smi say (megalite/doctor)."""
+"""The doctor's findings from the output of hosts and nvidia-smi (megalite/doctor)."""
 
 import json
 import socket
@@ -52,7 +52,7 @@ echo "NVIDIA H100 80GB HBM3, 550.54.15, 81559, 4, 3"
 """
 
 
-def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_nvidia_smi_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.facts() == "nvidia-smi not found"
@@ -71,7 +71,7 @@ def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert said[0].startswith("h1: nvidia-smi: driver/library version mismatch: ")
 
 
-def test_a_probe_knows_what_is_there_and_what_is_not(tmp_path: Path) -> None:
+def test_a_probe_finds_what_exists_and_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a" * 3000)
     wanted = {
         "paths": [str(tmp_path / "a"), str(tmp_path / "none")],

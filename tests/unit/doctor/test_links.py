@@ -1,4 +1,4 @@
-"""Links of a measured device against those that are known (megalite/doctor/links.py)."""
+"""Comparison of measured links with known ones (megalite/doctor/links.py)."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from megalite.plan.link_seconds import ring_seconds
 from tests.unit.plan.test_calibration import LINK, MACHINE
 
 
-def test_the_doctor_holds_links_against_those_that_are_known() -> None:
+def test_the_doctor_compares_links_with_known_ones() -> None:
     h100, size = DEVICES["H100"], 2**24
     expected = ring_seconds(h100.node, 8, size, passes=2)
     assert known_share(h100, 8, 1, 64, size, 2 * expected) == pytest.approx(0.5)

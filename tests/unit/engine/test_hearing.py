@@ -1,4 +1,4 @@
-"""Collectives on the timeline (megalite/engine/hearing.py), with functions of torch.distributed that do nothing."""
+"""Collectives on the timeline (megalite/engine/hearing.py), with stubs for the functions of torch.distributed."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from megalite.parallel.timeline import RANK_TIMELINE
 
 
 class Group:
-    """Of ranks; known by its name."""
+    """A process group with a name."""
 
     def __init__(self, name: str) -> None:
         self.group_name = name
@@ -34,7 +34,7 @@ def gather(output: Any, tensor: Any, group: Any = None) -> str:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """DeepSpeed's, which has taken one of the two functions at its start."""
+    """DeepSpeed's backend, which keeps a reference to one of the two functions."""
     made = SimpleNamespace(all_gather_function=gather, reduce_scatter_function=None)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(comm, "cdb", made)
@@ -47,7 +47,7 @@ def test_collectives_are_named_by_function_and_axis(backend: SimpleNamespace) ->
         assert dist.all_reduce(None, None, TENSOR) == "reduced"
         assert dist.all_reduce(None) == "reduced"
         assert backend.all_gather_function(None, None, group=TENSOR) == "gathered"
-        dist.all_reduce(None, group=ELSEWHERE)  # such as that of the saver
+        dist.all_reduce(None, group=ELSEWHERE)  # such as the saver's thread
         dist.all_reduce(None, group=TENSOR, async_op=True)
     spans = RANK_TIMELINE.take(wait=True)
     assert {span.kind for span in spans} == {"collective"}

@@ -1,4 +1,4 @@
-"""The global norm in one process (megalite/engine/norm.py); over ranks: tests/distributed/test_layouts.py."""
+"""The global norm in one process (megalite/engine/norm.py); with ranks: tests/distributed/test_layouts.py."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_squares_are_summed_in_fp64(dtype: torch.dtype, count: int) -> None:
     assert total.item() == pytest.approx(values.double().square().sum().item(), rel=1e-14)
 
 
-def test_what_counts_is_summed_and_what_rides_along_is_heard() -> None:
+def test_counted_gradients_are_summed_and_riders_are_received() -> None:
     norm = GlobalNorm([A, B, COPY])
     norm.loss, norm.riders = torch.tensor(2.5), lambda: (7.0, -1.0)
     asked: list[tuple[float, float]] = []
@@ -59,8 +59,14 @@ def test_an_update_that_is_refused_has_no_norm() -> None:
         (1.0, 1.0, True, False, []),
         (1.0, math.inf, False, True, ["b"]),
         (1.0, math.nan, False, True, ["b"]),
-        (1.0, 1e40, False, True, []),  # a norm that fp32 does not hold: DeepSpeed continues in it
-        (math.nan, math.nan, False, False, ["b"]),  # it is the loss, which no lower scale helps
+        (1.0, 1e40, False, True, []),  # a norm that overflows fp32: DeepSpeed continues with it
+        (
+            math.nan,
+            math.nan,
+            False,
+            False,
+            ["b"],
+        ),  # the loss itself is not finite: no lower scale helps
     ],
 )
 def test_a_gradient_that_is_not_finite_is_named(
@@ -75,7 +81,7 @@ def test_a_gradient_that_is_not_finite_is_named(
 
 
 def test_copies_count_once_though_an_expert_has_fewer() -> None:
-    """Of 4 data ranks 2 hold an expert's slice: what they add up counts each slice as often as it is held."""
+    """2 of 4 data ranks hold an expert's slice: the sum over all ranks contains each slice once per copy."""
     expert = place("expert", replicas="expert_replica")
     norm = GlobalNorm([A, expert], Sizes(1, 4, 1, 1, 2))
     dense, routed = torch.tensor([3.0]), torch.tensor([4.0])

@@ -1,4 +1,4 @@
-"""Biases that balance experts (megalite/engine/router_bias.py), against the paper's rule, in one process."""
+"""Biases that balance experts (megalite/engine/router_bias.py), compared with the paper's rule, in one process."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_an_expert_below_the_mean_goes_up_and_one_above_it_down(stage: Stage) ->
         router.tally.copy_(torch.tensor([9, 0, 3, 3, 3, 3, 3, 0]) if layer == 2 else 4)
     bias.move()
     bias.move()
-    # In layer 2 the mean is 3; in the others all experts have it.
+    # In layer 2 the mean is 3; in the other layers every expert has the mean.
     wanted = [-0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5]
     assert stage.routers[2].bias.tolist() == wanted
     assert not stage.routers[0].bias.any() and not stage.routers[3].bias.any()

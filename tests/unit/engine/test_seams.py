@@ -1,4 +1,4 @@
-"""megalite/engine/seams.py against the installed DeepSpeed, read as text: nothing of it is imported."""
+"""megalite/engine/seams.py compared with the installed DeepSpeed, whose source is read but not imported."""
 
 import ast
 import functools
@@ -13,12 +13,12 @@ from megalite.engine.seams import SEAMS, Seam
 
 PACKAGE = Path(__file__).parents[3] / "megalite"
 TOUCHING = [*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "ranks" / "accelerator.py"]
-DOCUMENTED = {  # imports of DeepSpeed that any room may have
+DOCUMENTED = {  # the imports of DeepSpeed that are allowed in every room
     ("deepspeed", ""),
     ("deepspeed.accelerator", "get_accelerator"),
     ("deepspeed.accelerator", "set_accelerator"),
 }
-FREE_ROOMS = {"engine", "races"}  # races/ runs DeepSpeed's own pipeline beside ours
+FREE_ROOMS = {"engine", "races"}  # races/ runs DeepSpeed's own pipeline for comparison
 
 
 def deepspeed_file(name: str) -> Path:
@@ -33,7 +33,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def class_named(name: str, file: str) -> tuple[ast.ClassDef, str] | None:
-    """A class and its file, looked for in `file` and in what that imports from DeepSpeed."""
+    """A class and its file, found in `file` or in the DeepSpeed modules that it imports."""
     module = tree(deepspeed_file(file))
     for node in ast.walk(module):
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -48,7 +48,7 @@ def class_named(name: str, file: str) -> tuple[ast.ClassDef, str] | None:
 
 
 def family(name: str, file: str) -> Iterator[ast.ClassDef]:
-    """A class of DeepSpeed's and those that it inherits from."""
+    """A class of DeepSpeed and its base classes."""
     found = class_named(name, file)
     if found is None:
         return
@@ -88,7 +88,7 @@ def fits(found: str, wanted: str) -> bool:
 
 
 def complaint(seam: Seam) -> str | None:
-    """What is wrong with a seam; None where DeepSpeed has it as it is relied on."""
+    """What is wrong with a seam; None if DeepSpeed has it in the expected form."""
     owner, _, member = seam.name.rpartition(".")
     path = deepspeed_file(seam.file)
     if not path.is_file():
@@ -138,12 +138,12 @@ def test_deepspeed_has_it_in_this_form(seam: Seam) -> None:
         ("*.no_such_attribute", "", "set nowhere"),
     ],
 )
-def test_what_moved_is_named(name: str, form: str, wrong: str) -> None:
+def test_a_moved_seam_is_named(name: str, form: str, wrong: str) -> None:
     assert wrong in (complaint(Seam("runtime/engine.py", name, form, "", "")) or "")
 
 
 def our_classes() -> Iterator[tuple[Path, ast.ClassDef, list[tuple[str, str]]]]:
-    """Each class that inherits from one of DeepSpeed's, with those (class, file)."""
+    """The classes of megalite that inherit from DeepSpeed's, with those (class, file)."""
     homes = {seam.name: seam.file for seam in SEAMS if "." not in seam.name}
     for path in TOUCHING:
         for node in tree(path).body:
@@ -186,11 +186,11 @@ def test_every_override_and_every_use_is_listed(
         assert name in known, f"{name}: a name of DeepSpeed's that seams.py does not list"
 
 
-OF_TORCH = {"state", "param_groups", "defaults"}  # of any optimizer
+OF_TORCH = {"state", "param_groups", "defaults"}  # of every optimizer
 
 
 def own_fields(classes: list[ast.ClassDef]) -> set[str]:
-    """What our classes declare, set in `__init__` or `adopt`, or define as methods of another of ours."""
+    """Names that megalite's classes declare, set in `__init__` or `adopt`, or define as methods."""
     declared = {name for node in classes for who, name in assigned(node) if not who}
     inside = {
         name
@@ -206,7 +206,7 @@ def own_fields(classes: list[ast.ClassDef]) -> set[str]:
 
 
 def uses(ours: ast.ClassDef) -> set[str]:
-    """Names that a class reads of itself, or of the engine's optimizer."""
+    """Attributes that a class reads from itself or from the engine's optimizer."""
     mine = ("self", "optimizer", "self.optimizer")
     return {
         node.attr
@@ -231,7 +231,7 @@ def test_every_import_in_engine_is_listed() -> None:
 
 
 def deepspeed_imports(path: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of what a file imports of DeepSpeed; name is empty for `import module`."""
+    """(module, name) of a file's imports from DeepSpeed; name is empty for `import module`."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed":
             yield from ((node.module or "", alias.name) for alias in node.names)
@@ -240,7 +240,7 @@ def deepspeed_imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def others() -> list[Path]:
-    """Files of the other rooms, and the programs."""
+    """Files of the other rooms and of the programs."""
     paths = [
         path
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -252,12 +252,12 @@ def others() -> list[Path]:
 
 def test_no_other_room_imports_inner_modules() -> None:
     for path in others():
-        if "deepspeed" in path.read_text():  # to parse all of them takes seconds
+        if "deepspeed" in path.read_text():  # parsing all of them takes seconds
             assert set(deepspeed_imports(path)) <= DOCUMENTED, path
 
 
 def test_no_other_room_touches_inner_names() -> None:
-    """Names that are DeepSpeed's alone: private ones, its marks on parameters, the fields of its ZeRO optimizers."""
+    """Names that only DeepSpeed has: private ones, its attributes of parameters, the fields of its ZeRO optimizers."""
     inner = {
         seam.name.rpartition(".")[2]
         for seam in SEAMS
@@ -267,7 +267,7 @@ def test_no_other_room_touches_inner_names() -> None:
             or seam.name.rpartition(".")[2].startswith("_")
         )
     }
-    general = {  # words that rooms of ours use for things of their own
+    general = {  # names that other rooms use with their own meaning
         "step", "optimizer", "device", "overflow", "start", "numel", "all_gather", "loss_scale", "offload_optimizer",
         "__init__", "partition", "overlap_comm", "contiguous_gradients", "wait",
     }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Who is guilty of a hang, by the flight recorder's traces (megalite/guard/flight.py): traces that torch recorded,
-of gloo's collectives on forked ranks, and entries as ProcessGroupNCCL.cpp writes them."""
+"""Which rank causes a hang according to the flight recorder (megalite/guard/flight.py): traces that torch recorded of
+gloo's collectives on forked ranks, and entries as ProcessGroupNCCL.cpp writes them."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def entry(
     name: str = "nccl:all_reduce",
     p2p: bool = False,
 ) -> Any:
-    """The fields of an entry that tell of it."""
+    """The relevant fields of an entry."""
     return {
         "process_group": (group, "undefined"), "collective_seq_id": number, "p2p_seq_id": number if p2p else 0,
         "is_p2p": p2p, "profiling_name": name, "state": state, "retired": state == "completed",
@@ -51,7 +51,7 @@ WORLD = {"0": [0, 1, 2, 3]}
 
 
 def test_the_rank_that_has_not_come_is_guilty() -> None:
-    """Rank 2's host computes; the others have queued the next collective, and one of them the one after that."""
+    """Rank 2's host is computing; the others have queued the next collective, and one of them also the one after."""
     waits = flight(WORLD, entry("0", 6, "completed"), entry("0", 7))
     further = flight(WORLD, entry("0", 6, "completed"), entry("0", 7), entry("0", 8, "scheduled"))
     flights = {0: waits, 1: further, 2: flight(WORLD, entry("0", 6, "completed")), 3: waits}
@@ -62,7 +62,7 @@ def test_the_rank_that_has_not_come_is_guilty() -> None:
 
 
 def test_a_rank_that_waits_itself_is_not_guilty() -> None:
-    """Pairs 0-1 and 2-3, then the world: 3 is late in its pair, which holds 2 up, which holds the world up."""
+    """Pairs 0-1 and 2-3, then the world: 3 is late in its pair, so 2 waits for it, and the world waits for 2."""
     groups = WORLD | {"5": [0, 1], "6": [2, 3]}
     ahead = flight(groups, entry("5", 4, "completed"), entry("0", 9))
     held = flight(groups, entry("6", 4), entry("0", 8, "completed"))
@@ -73,7 +73,7 @@ def test_a_rank_that_waits_itself_is_not_guilty() -> None:
 
 
 def test_messages_wait_for_their_other_end() -> None:
-    """Ranks 4, 5, 6 are a pipe: 5 waits for a gradient that 6 has not sent; 4 for one of 5."""
+    """Ranks 4, 5, 6 are a pipeline: 5 waits for a gradient that 6 has not sent, and 4 for one from 5."""
     pipe = {"9": [4, 5, 6]}
     first = flight(pipe, entry("9", 1, "started", "nccl:recv 0<-1", p2p=True))
     middle = flight(pipe, entry("9", 1, "started", "nccl:recv 1<-2", p2p=True))
@@ -83,7 +83,7 @@ def test_messages_wait_for_their_other_end() -> None:
     assert in_words(first) == "recv from rank 5"
 
 
-def test_both_ends_there_is_nobodys_guilt_and_a_circle_is_everyones() -> None:
+def test_complete_messages_blame_nobody_and_a_cycle_blames_everyone() -> None:
     pipe = {"9": [0, 1]}
     sends = flight(pipe, entry("9", 1, "started", "nccl:send 0->1", p2p=True))
     takes = flight(pipe, entry("9", 1, "started", "nccl:recv 1<-0", p2p=True))
@@ -93,13 +93,13 @@ def test_both_ends_there_is_nobodys_guilt_and_a_circle_is_everyones() -> None:
     assert guilty({0: {}, 1: {}}) == set()
 
 
-def test_what_a_rank_tells_is_a_line() -> None:
+def test_a_ranks_report_is_one_line() -> None:
     told: Flight = {"0": Stay((0, 1), 7, 6, "all_reduce", (("send", 1),))}
     assert from_text(to_text(told)) == told and "\n" not in to_text(told)
 
 
 def recorded(rank: int, world_size: int) -> Any:
-    """torch's own trace of a rank: the last rank does not come to the third collective."""
+    """torch's own trace of a rank; the last rank does not reach the third collective."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
     dist.init_process_group("gloo")
     group = dist.new_group(list(range(world_size)))

@@ -1,4 +1,4 @@
-"""What is a fault of a step (megalite/guard/health.py)."""
+"""Which steps count as faulty (megalite/guard/health.py)."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from megalite.guard.health import Fault, Health
 def test_a_median_of_zero_is_no_measure_of_a_spike(
     recent: tuple[float, ...], spike: str | None
 ) -> None:
-    """Losses are 0 where no token of a batch counts."""
+    """A loss is 0 if no token of the batch counts."""
     faults = Faults.model_validate({"spike_factor": 2.0, "spike_window": 3})
     health: Any = SimpleNamespace(
         faults=faults,

@@ -14,7 +14,7 @@ from megalite.guard.pace import Pace
 
 
 @pytest.mark.parametrize("ranks, named", [(1, 1), (1000, 0)])
-def test_no_rank_is_called_slow_where_ranks_share_cores(ranks: int, named: int) -> None:
+def test_no_rank_is_called_slow_if_ranks_share_cores(ranks: int, named: int) -> None:
     pace = Pace.__new__(Pace)
     pace.faults = Faults.model_validate({"slow_looks": 1})
     pace.device, pace.hosts, pace.slow, pace.work = torch.device("cpu"), ["a", "a"], {}, 1.0

@@ -1,4 +1,4 @@
-"""Copies of a weight that must be equal to the bit (megalite/guard/replicas.py); ranks one after another here."""
+"""Copies of a weight that must be equal bit for bit (megalite/guard/replicas.py); the ranks are simulated in turn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ NAME = "layers.1.mlp.up.weight"
 
 
 class Ranks:
-    """Stands in for torch.distributed: what the other ranks would send is made of their stages."""
+    """Replaces torch.distributed: computes from the other ranks' stages what they would send."""
 
     ReduceOp = torch.distributed.ReduceOp
 
@@ -46,7 +46,7 @@ class Ranks:
 
 @pytest.fixture
 def differ(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Difference | None]]:
-    """What each of four ranks finds, once some have changed."""
+    """What each of four ranks finds after the weights of some have changed."""
 
     def found(*changed: tuple[int, Callable[[torch.Tensor], Any]]) -> list[Difference | None]:
         stages = [Stage(read_spec(MODELS["llama"]), Grid()).initialise(1) for _ in range(4)]

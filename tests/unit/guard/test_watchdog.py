@@ -1,4 +1,4 @@
-"""Who is to blame for the end of a run, by what each rank wrote (megalite/guard/watchdog.py), without ranks."""
+"""Which rank ended a run, from the files that ranks wrote (megalite/guard/watchdog.py), without ranks."""
 
 import sys
 from collections.abc import Iterator
@@ -56,6 +56,11 @@ def test_a_rank_that_failed_is_named_with_those_that_wait_for_it(
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset({3}), "rank 3 on b was killed"),
         ({0: FAILED, 1: BUSY, 2: BUSY}, frozenset(), "rank 0 on a failed"),
         ({0: BUSY, 1: BUSY, 2: BUSY}, frozenset(), "rank 3 on b did not report"),
+        (
+            {0: FAILED, 1: FAILED, 2: WAITS.format("0"), 3: WAITS.format("1")},
+            frozenset(),
+            "rank 0 on a, rank 1 on a failed; ranks 2, 3 waited for them",
+        ),
         ({rank: BUSY for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, rank 2 on b, "),
         ({rank: WAITS.format("") for rank in range(4)}, frozenset(), "rank 0 on a, rank 1 on a, "),
     ],
@@ -73,7 +78,7 @@ def test_the_likeliest_cause_comes_first(
 def test_the_flight_recorder_decides_between_ranks_that_are_all_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under NCCL a rank waits for its device in any call: rank 2 has not come to the sixth collective."""
+    """With NCCL a rank may wait for its device in any call: rank 2 has not reached the sixth collective."""
     flights = {rank: {"w": Stay((0, 1, 2, 3), 6, 6, "all_reduce")} for rank in range(4)}
     flights[2] = {"w": Stay((0, 1, 2, 3), 5)}
     lines = summary(
@@ -88,10 +93,10 @@ def test_the_first_summary_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert summary(tmp_path, monkeypatch, {0: FAILED}) == ["of the first"]
 
 
-def test_a_neighbour_that_has_gone_counts_where_a_part_goes_on(
+def test_a_lost_neighbour_counts_only_while_one_part_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ranks that end a run one after another see each other go too."""
+    """At the end of a run ranks exit one after another, which is no fault."""
     made: Any = Watchdog.__new__(Watchdog)
     made.node, made.alone_since = {(1, 11), (2, 12)}, -1.0
     alive = {(1, 11), (2, 12)}

@@ -1,4 +1,4 @@
-"""Hugging Face folders read under our names: whole and by boxes, and every way in which one is refused."""
+"""Hugging Face folders read under megalite's names, whole and by boxes, and all errors in them."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_any_box_of_any_tensor_is_its_part_of_the_whole(name: str, tmp_path: Pat
         for file in tmp_path.glob("*.safetensors")
         for key, value in load_file(file).items()
     }
-    fused = {re.sub(r"experts\.\d+", "experts", key) for key in stored}  # ours stack experts
+    fused = {re.sub(r"experts\.\d+", "experts", key) for key in stored}  # megalite stacks experts
     fused -= set(bias_names(folder.spec))  # part of the state
     assert len(folder.names) == len(set(folder.names)) >= len(fused)
     for ours in folder.names:
@@ -59,7 +59,7 @@ def altered(source: Path, target: Path, change: Callable[[dict[str, Tensor]], An
 
 
 def test_forms_that_transformers_reads_too(gpt2_folder: Path, tmp_path: Path) -> None:
-    """torch's files, names without the base model's prefix, computed buffers, a tied head that was saved."""
+    """torch's file format, names without the base model's prefix, computed buffers, a saved tied head."""
     wanted = HFFolder(gpt2_folder)
     torch_files = tmp_path / "bin"
     shutil.copytree(gpt2_folder, torch_files)
@@ -77,7 +77,7 @@ def test_forms_that_transformers_reads_too(gpt2_folder: Path, tmp_path: Path) ->
 
 
 def test_bert_s_own_files_are_read(tmp_path: Path) -> None:
-    """With a pooler, a next-sentence head, the tied head, a buffer, and the names that TensorFlow gave to norms."""
+    """With a pooler, a next-sentence head, the tied head, a buffer, and TensorFlow's names for norms."""
     from transformers import AutoConfig, BertForPreTraining
 
     model = BertForPreTraining(AutoConfig.for_model(**FAMILY_CONFIGS["bert"]))
@@ -148,7 +148,7 @@ def test_tensors_that_do_not_fit_are_named(
 def test_a_weight_that_is_not_finite_is_named(
     gpt2_folder: Path, tmp_path: Path, dtype: torch.dtype, value: float, name: str
 ) -> None:
-    """Also one in a position that the comparison of logits does not reach, and one that fp32 cannot hold."""
+    """Also in a position that the comparison of logits does not use, and a value that overflows fp32."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].to(dtype)
@@ -166,7 +166,7 @@ def test_a_weight_that_is_not_finite_is_named(
 
 
 def test_a_router_bias_that_is_not_finite_is_named_without_the_prefix(tmp_path: Path) -> None:
-    """The prefix that files of a model without its head leave out."""
+    """Files of a model that was saved without its head have no prefix."""
     source = tmp_path / "ernie"
     hf_model(FAMILY_CONFIGS["ernie4_5_moe"]).save_pretrained(source)
     (full_name, *_) = bias_names(HFFolder(source).spec)
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_any_more_is_named(gpt2_folder: Path, tmp_pat
         folder.read("final_norm.weight")
 
 
-def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_unusable_files_are_named(gpt2_folder: Path, tmp_path: Path, capsys: Any) -> None:
     def broken(name: str, edit: Callable[[Path], Any]) -> str:
         folder = tmp_path / name
         shutil.copytree(gpt2_folder, folder)
@@ -231,7 +231,7 @@ def test_files_that_do_not_serve_are_named(gpt2_folder: Path, tmp_path: Path, ca
     )
 
 
-def test_what_older_t5_files_hold_twice_must_be_the_embedding(tmp_path: Path) -> None:
+def test_duplicates_in_older_t5_files_must_equal_the_embedding(tmp_path: Path) -> None:
     hf_model(FAMILY_CONFIGS["t5 original"]).save_pretrained(tmp_path)
     path, unread = tmp_path / "model.safetensors", "decoder.block.0.layer.1.EncDecAttention"
     values = load_file(path)
@@ -250,7 +250,7 @@ def test_what_older_t5_files_hold_twice_must_be_the_embedding(tmp_path: Path) ->
 
 
 def test_experts_and_biases_without_the_base_model_s_prefix_are_read(tmp_path: Path) -> None:
-    """As a tied model is that was saved without its head."""
+    """As in a tied model that was saved without its head."""
     config = {**FAMILY_CONFIGS["ernie4_5_moe"], "tie_word_embeddings": True}
     hf_model(config).save_pretrained(tmp_path / "plain")
 

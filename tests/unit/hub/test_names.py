@@ -1,4 +1,4 @@
-"""Names of tensors lead to Hugging Face's and back."""
+"""Names of tensors are mapped to Hugging Face's and back."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.hf_tensors import from_hf
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_names_lead_to_files_and_back(name: str, tmp_path: Path) -> None:
-    """Every tensor of the file that transformers writes, once and bit for bit, through ours."""
+    """Every tensor of the file that transformers writes, exactly once and bit for bit."""
     model, spec = hf_model(FAMILY_CONFIGS[name]), read_spec(FAMILY_CONFIGS[name])
     model.save_pretrained(tmp_path)
     theirs = load_file(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The proof of a conversion fails where a weight is another (megalite/hub/same_logits.py)."""
+"""The check of a conversion fails if a weight differs (megalite/hub/same_logits.py)."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,12 +49,10 @@ def test_weights_may_be_rounded_as_the_folder_was(folder: Path, tmp_path: Path) 
         compare(folder, tmp_path, True)
 
 
-def test_it_is_left_out_where_memory_is_short(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_skipped_if_memory_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = read_spec(FAMILY_CONFIGS["mistral"])
     memory = SimpleNamespace(available=10**9)
     monkeypatch.setattr(same_logits.psutil, "virtual_memory", lambda: memory)
     assert fits(spec)
-    memory.available = 8 * spec.num_parameters  # twice the weights in fp32, and the logits come too
+    memory.available = 8 * spec.num_parameters  # twice the weights in fp32, plus the logits
     assert not fits(spec) and compare(folder, folder, wanted=None) is None

@@ -26,7 +26,7 @@ FORMS: dict[str, Form] = {name: (tuple(x.shape), x.dtype) for name, x in TENSORS
     [
         (10**6, [["a", "b", "large", "none", "ids"]]),
         (435, [["a", "b", "large", "none"], ["ids"]]),
-        (100, [["a", "b"], ["large"], ["none", "ids"]]),  # 400 bytes go beyond any file's
+        (100, [["a", "b"], ["large"], ["none", "ids"]]),  # its 400 bytes exceed the size of a file
         (24, [["a"], ["b"], ["large"], ["none", "ids"]]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A dense model becomes one of experts (megalite/hub/upcycle.py)."""
+"""A dense model becomes one with experts (megalite/hub/upcycle.py)."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_a_dense_model_with_experts_computes_what_it_did(
     if name == "qwen3":
         section = {**section, "use_sliding_window": False}
     hf_model(section).save_pretrained(tmp_path / "dense")
-    # The import holds its logits against transformers' dense model.
+    # The import compares its logits with those of transformers' dense model.
     assert import_hf(tmp_path / "dense", tmp_path / "made", True, Experts(6, 2)) is not None
     made = Checkpoint.open(tmp_path / "made")
     assert made.model["model_type"] == family
@@ -29,7 +29,7 @@ def test_a_dense_model_with_experts_computes_what_it_did(
     assert made.read("layers.1.mlp.router.weight").std() > 0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # a shared expert is no copy of an MLP
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # a shared expert is not a copy of an MLP
 def test_a_family_without_a_counterpart_is_not_upcycled(family: str, tmp_path: Path) -> None:
     hf_model(FAMILY_CONFIGS[family]).save_pretrained(tmp_path / "dense")
     with pytest.raises(ConfigError, match=f"--experts: a {family} model has no counterpart"):

@@ -1,4 +1,4 @@
-"""Rank 0 asks and all answer (megalite/inference/answers.py): two ranks here, in two threads."""
+"""Rank 0 asks and all ranks answer (megalite/inference/answers.py); here two ranks are two threads."""
 
 import queue
 import threading
@@ -12,7 +12,7 @@ from megalite.inference.likelihood import Likelihood
 
 
 class Asked(Answers):
-    """Notes what it is asked for instead of asking a model."""
+    """Records the questions instead of asking a model."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.asked = rank, list[Any]()

@@ -1,4 +1,4 @@
-"""Beam search without a model (megalite/inference/beams.py), against trying every text."""
+"""Beam search without a model (megalite/inference/beams.py), compared with an exhaustive search."""
 
 import math
 from itertools import product
@@ -39,7 +39,7 @@ def searched(size: int, penalty: float) -> tuple[list[int], str]:
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_as_many_beams_as_texts_find_the_best_one(penalty: float) -> None:
-    """Every text that ends by the stop token, or at the greatest length."""
+    """Among all texts that end with the stop token or at the maximum length."""
     texts = [
         tokens
         for length in range(1, LENGTH + 1)
@@ -52,7 +52,7 @@ def test_as_many_beams_as_texts_find_the_best_one(penalty: float) -> None:
 
 
 def test_candidates_are_the_likeliest_sums_in_order() -> None:
-    """Two prompts with three beams each; a beam that does not count gives nothing."""
+    """Two prompts with three beams each; a beam that does not count gives no candidates."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(6, VOCABULARY, generator=generator)
     scores = torch.tensor([-1.0, -2.0, -math.inf, -0.5, -0.6, -0.7], dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_only_ends_among_the_first_beams_are_set_aside() -> None:
     texts.add([[-0.3, 1, STOP], [-0.5, 1, 8], [-0.6, 0, 9], [-0.7, 0, 1]], {STOP}, lambda _: False)
     assert texts.live == [[6, 8], [5, 9]] and texts.parents == [1, 0]
     assert texts.ended == [(-0.15, [6, STOP], "stop")] and not texts.is_finished
-    # Two are set aside, and no text that continues can be better than the worse of them.
+    # Two are set aside, and no continued text can be better than the worse of them.
     texts.add([[-0.6, 0, STOP], [-0.7, 1, 3]], {STOP}, lambda _: False)
     assert [tokens for _, tokens, _ in texts.ended] == [[6, STOP], [6, 8, STOP]]
     assert texts.is_finished and texts.best == ([6, STOP], "stop")

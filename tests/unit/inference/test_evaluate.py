@@ -1,4 +1,4 @@
-"""The loss of a model on samples in one process (megalite/inference/evaluate.py), against a count by hand."""
+"""The loss of a model on samples in one process (megalite/inference/evaluate.py), compared with a plain loop."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tests.small_models import MODELS, SEQUENCE, VOCABULARY
 
 
 class Samples:
-    """Some tokens and labels; a part of the labels does not count."""
+    """Random tokens and labels; some of the labels do not count."""
 
     def __init__(self, count: int, counted: float) -> None:
         random = np.random.default_rng(0)
@@ -47,13 +47,13 @@ def test_every_sample_counts_once_by_its_tokens(stage: Stage, micro: int) -> Non
     assert found == Score(found.loss, int((labels != UNCOUNTED).sum()))
 
 
-def test_the_first_samples_alone_count(stage: Stage) -> None:
+def test_only_the_first_samples_count(stage: Stage) -> None:
     samples = Samples(9, 0.9)
     few = evaluate(stage, Grid(), samples, 4, SEQUENCE, 3)
     samples.ids[4:] = 0
     assert evaluate(stage, Grid(), samples, 4, SEQUENCE, 3) == few
 
 
-def test_samples_of_which_nothing_counts_have_no_loss(stage: Stage) -> None:
+def test_samples_without_counted_tokens_have_no_loss(stage: Stage) -> None:
     found = evaluate(stage, Grid(), Samples(2, 0.0), 2, SEQUENCE)
     assert math.isnan(found.loss) and found.tokens == 0

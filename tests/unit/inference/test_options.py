@@ -1,4 +1,4 @@
-"""Options that would do nothing are refused before ranks start, and what is written is checked first."""
+"""Options without effect are refused before ranks start, and output files are checked first."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Started(Exception):
-    """Ranks would start: all was found right."""
+    """Raised where ranks would start, after all checks have passed."""
 
 
 def prepared_only(prepare: Any) -> None:
@@ -100,7 +100,7 @@ def test_generate_refuses_options_that_do_nothing(
         generate_program.generate_main([*base, "--stream"])
 
 
-def test_a_stream_is_of_one_prompt(folder: Path, tmp_path: Path) -> None:
+def test_streaming_needs_a_single_prompt(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     words = ["--checkpoint", str(folder), "--max-new-tokens", "5", "--prompts", str(prompts)]
@@ -111,7 +111,7 @@ def test_a_stream_is_of_one_prompt(folder: Path, tmp_path: Path) -> None:
 def test_a_beam_search_shows_no_bar(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its tokens are known at its end only."""
+    """Its tokens are only known at the end."""
     visible: list[bool] = []
 
     class Bar(Counted):

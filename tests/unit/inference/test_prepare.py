@@ -1,4 +1,4 @@
-"""What a program that generates or evaluates checks before ranks start (megalite/inference/prepare.py)."""
+"""The checks of generation and evaluation before ranks start (megalite/inference/prepare.py)."""
 
 import argparse
 from pathlib import Path

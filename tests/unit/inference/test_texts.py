@@ -44,5 +44,5 @@ def test_a_growing_text_shows_whole_characters_once() -> None:
     assert shown == ["a", "é", "🙂", "b"]
     growing.end("aé🙂b")
     assert shown[4:] == []
-    growing.end("aé🙂b!")  # what a cut-off had held back
+    growing.end("aé🙂b!")  # the text that the cut-off character had held back
     assert shown[4:] == ["!"] and "".join(shown) == "aé🙂b!"

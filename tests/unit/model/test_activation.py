@@ -1,4 +1,4 @@
-"""Activations and the gate (megalite/model/activation.py) against torch's and autograd."""
+"""Activations and the gate (megalite/model/activation.py), compared with torch and autograd."""
 
 from typing import get_args
 

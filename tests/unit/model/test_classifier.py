@@ -1,4 +1,4 @@
-"""The head of a classifier (megalite/model/classifier.py): packed texts against the same texts one by one."""
+"""The head of a classifier (megalite/model/classifier.py): packed texts compared with the same texts one by one."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def hidden_of(made: Classifier) -> Tensor:
 
 
 @pytest.mark.parametrize("name", POOLING)
-def test_packed_texts_are_judged_as_one_by_one(name: str) -> None:
+def test_packed_texts_are_classified_as_one_by_one(name: str) -> None:
     made, (_, labels, context) = head(name), batch()
     hidden = hidden_of(made)
     apart: list[Tensor] = []
@@ -43,7 +43,7 @@ def test_packed_texts_are_judged_as_one_by_one(name: str) -> None:
     logits, wanted = torch.cat(apart), labels.flatten()[labels.flatten() != -100]
     loss = made(hidden, labels, context)
     torch.testing.assert_close(loss, F.cross_entropy(logits, wanted, reduction="sum"))
-    # Where the host does not know which labels count, all positions are judged, and most do not count.
+    # If the host does not know which labels count, all positions are classified, most of which do not count.
     torch.testing.assert_close(made(hidden, labels, Context(documents=context.documents)), loss)
 
 
@@ -77,7 +77,7 @@ def test_an_evaluation_counts_labels_and_answers() -> None:
 def test_ranks_that_divide_the_sequence_add_up_to_the_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each gives what it has of a text, and zeros where another rank has it."""
+    """Each rank gives its part of a text, and zeros for the parts of other ranks."""
     _, _, context = batch()
     assert context.counted is not None
     for name in POOLING:

@@ -1,4 +1,4 @@
-"""What the compiler makes of pieces (megalite/model/compiled.py), by its backend that compiles nothing."""
+"""Compiled functions (megalite/model/compiled.py), with a backend that does not compile."""
 
 import threading
 from functools import partial
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megalite.model.compiled import compiled
 
-FORMS = 12  # more than torch compiles of one function by default
+FORMS = 12  # more than the number of versions of a function that torch compiles by default
 
 
 def test_a_piece_has_many_forms_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward on a GPU runs in a thread of autograd's, and the compiler's settings are a thread's own."""
+    """On a GPU backward runs in a thread of autograd, and the compiler's settings are per thread."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
     def doubled(x: Tensor) -> Tensor:

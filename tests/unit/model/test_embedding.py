@@ -1,4 +1,4 @@
-"""The first part of a model (megalite/model/embedding.py), against torch's embeddings."""
+"""The embedding of a model (megalite/model/embedding.py), compared with torch's."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_learned_positions_are_added_from_the_start_of_each_document() -> None:
 
 
 def test_padding_is_not_counted_and_its_place_has_no_gradient() -> None:
-    """RoBERTa's positions begin after the padding id; padding itself has that of the id."""
+    """RoBERTa's positions start after the padding id, which is the position of padding itself."""
     padding = read_spec(FAMILY_CONFIGS["roberta"]).position_offset - 1
     made = embedding("roberta")
     ids = torch.tensor([[9, padding, 8, 9]])
@@ -54,7 +54,7 @@ def test_padding_is_not_counted_and_its_place_has_no_gradient() -> None:
 
 
 def test_a_part_of_the_sequence_has_its_own_positions() -> None:
-    """Ranks of the tensor axis that divide the sequence take their rows of the whole."""
+    """With sequence parallelism each tensor rank takes its rows of the whole sequence."""
     spec, ids = read_spec(FAMILY_CONFIGS["gpt2"]), torch.randint(0, VOCABULARY, (1, 6))
     parts = []
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""Experts without ranks: initial weights, the choice, what a token gets, the balance loss."""
+"""Experts without ranks: initial weights, the choice of experts, their outputs, the balance loss."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def routed(balance: float) -> RoutedMLP:
     return mlp
 
 
-def test_of_equal_probabilities_the_lower_expert_comes_first() -> None:
+def test_the_lower_of_equally_probable_experts_comes_first() -> None:
     mlp = routed(0.0)
     mlp.router.weight.data[2] = mlp.router.weight.data[5]
     chosen, weights = mlp.router(torch.randn(64, 32), Context())
@@ -53,7 +53,7 @@ def test_of_equal_probabilities_the_lower_expert_comes_first() -> None:
 
 
 def test_each_token_gets_what_its_experts_make() -> None:
-    """By the definition, token by token."""
+    """Compared with the definition, token by token."""
     mlp, x = routed(0.0), torch.randn(2, 5, 32)
     made = mlp(x, Context()).flatten(0, 1)
     experts = mlp.experts

@@ -18,7 +18,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from tests.families import FAMILY_CONFIGS, batch, hf_model, load_hf
 
-# Fields of the config classes that change no function of a decoder that is trained.
+# Fields of the config classes that have no effect on a decoder in training.
 NO_EFFECT = {"use_cache", "bos_token_id", "eos_token_id", "is_decoder", "classifier_dropout"}
 NO_EFFECT |= {
     "classifier_pooling",
@@ -27,7 +27,7 @@ NO_EFFECT |= {
     "sparse_pred_ignore_index",
 }
 NO_EFFECT |= {"cls_token_id", "sep_token_id", "mask_token_id"}
-NO_EFFECT |= {"output_router_logits"}  # megalite.train.router says how routers are trained
+NO_EFFECT |= {"output_router_logits"}  # megalite.train.router determines how routers are trained
 NO_EFFECT |= {
     field for field in AutoConfig.for_model("gpt2").to_dict() if field.startswith("summary_")
 }
@@ -246,7 +246,7 @@ def test_key_value_heads_against_the_tensor_axis(kv_heads: int, tensor: int, ref
 def test_a_head_size_that_the_class_does_not_list_is_read(
     family: str, change: dict[str, Any]
 ) -> None:
-    """transformers' attention takes `head_dim` wherever a config of these has it."""
+    """transformers' attention uses `head_dim` if a config of these families has it."""
     section = {**FAMILY_CONFIGS[family], "head_dim": 10, **change}
     model, spec, (tokens, _) = hf_model(section), read_spec(section), batch()
     assert spec.head_size == 10
@@ -256,7 +256,7 @@ def test_a_head_size_that_the_class_does_not_list_is_read(
 
 
 def test_layers_without_rotary_positions_are_those_of_the_list() -> None:
-    """Whatever their windows; a list may be longer than the model."""
+    """Independent of their windows; the list may be longer than the model."""
     section = {
         **FAMILY_CONFIGS["smollm3"],
         "no_rope_layers": [0, 1, 0, 1],
@@ -274,7 +274,7 @@ def test_layers_without_rotary_positions_are_those_of_the_list() -> None:
     "family", ["olmoe", "phi", "gpt2", "gptj", "gpt_neox", "bert", "roberta", "modernbert"]
 )
 def test_a_head_size_that_attention_does_not_read_is_refused(family: str, tmp_path: Path) -> None:
-    """Of transformers' attention a part at least has an equal part of the hidden states, whatever `head_dim` says."""
+    """transformers' attention, or a part of it, divides the hidden size by the heads and ignores `head_dim`."""
     config = {**FAMILY_CONFIGS[family], "head_dim": 6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_spec(str(tmp_path)).head_size == 6

@@ -1,4 +1,4 @@
-"""The functions with a backward of their own, against autograd through plain operations in fp64."""
+"""Functions with a custom backward, compared with autograd through plain operations in fp64."""
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ def gradients(output: Tensor, inputs: list[Tensor], slope: Tensor) -> list[Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, 48), (2, 5, 4, 8)])
-def test_the_norm_is_as_near_as_the_type_allows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Nearer than transformers' own, in forward and backward."""
+def test_the_norm_is_as_accurate_as_the_dtype_allows(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """More accurate than transformers', in forward and backward."""
     torch.manual_seed(0)
     x, slope = (torch.randn(shape).mul(3).to(dtype) for _ in range(2))
     theirs = LlamaRMSNorm(shape[-1], 1e-5).to(dtype)
@@ -36,7 +38,7 @@ def test_the_norm_is_as_near_as_the_type_allows(dtype: torch.dtype, shape: tuple
         assert distance < 1.5 * (theirs_ - value).norm()
 
 
-def test_the_norm_gives_the_gradient_that_is_wanted_alone() -> None:
+def test_the_norm_computes_only_the_gradient_that_is_needed() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
     rms_norm(x, weight, 1e-5).sum().backward()
     assert x.grad is not None

@@ -1,4 +1,4 @@
-"""Initial weights against transformers' models, and the keys that spread them."""
+"""Initial weights compared with those of transformers' models, and the keys that change them."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def test_initial_weights_are_spread_as_in_transformers(name: str) -> None:
     spec, read = read_spec(FAMILY_CONFIGS[name]), file_reader(model.state_dict())
     for value, place in placed(build_stage(config, spec, Grid())):
         if place.name == "head.weight" and spec.stacks is not None:
-            continue  # which transformers draws of no model
+            continue  # which transformers does not draw for any model
         theirs = from_hf(spec, place.name, read)
-        # Both are samples: of n numbers the spread is known to 1 / sqrt(2 n).
+        # Both are samples: the relative error of a deviation estimated from n elements is 1 / sqrt(2 n).
         wanted, slack = spread(theirs), 5 * (1 / value.numel()) ** 0.5 if place.std else 0
         assert spread(value.detach()) == pytest.approx(wanted, rel=slack), place.name
 

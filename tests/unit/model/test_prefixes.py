@@ -1,5 +1,5 @@
-"""Prompts whose tokens see each other both ways: what is a prompt, attention against transformers' with such a mask,
-and that likelihoods and generation see what training has seen."""
+"""Prompts with bidirectional attention: which tokens are a prompt; attention compared with transformers' under the same
+mask; likelihoods and generation attend as in training."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ NAMES = ("llama", "mistral", "qwen3", "gpt2", "gpt_neox")
 
 
 def write_marked(prefix: Path, marks: list[list[int]], seed: int = 0) -> list[list[int]]:
-    """A corpus of random documents with these marks; their tokens."""
+    """Writes a corpus of random documents with these marks; returns their tokens."""
     random = np.random.default_rng(seed)
     documents = [random.integers(0, VOCABULARY, len(some)) for some in marks]
     for path, rows, kind in (
@@ -83,7 +83,7 @@ def test_a_prompt_is_what_comes_before_a_document_s_first_marked_token(tmp_path:
 
 
 def seen(context: Context, window: int | None) -> Tensor:
-    """What transformers adds to the scores [B, 1, S, S]: 0 where a token sees another by the definition."""
+    """The mask that transformers adds to the scores [B, 1, S, S]: 0 where a token attends to another."""
     documents, prefixes = context.documents, context.prefixes
     assert documents is not None and prefixes is not None
     s = documents.shape[1]
@@ -126,13 +126,16 @@ def test_loss_and_gradients_are_transformers_with_such_a_mask(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_likelihoods_and_generation_see_what_training_sees(name: str, tmp_path: Path) -> None:
+def test_likelihoods_and_generation_attend_as_in_training(name: str, tmp_path: Path) -> None:
     documents = write_marked(tmp_path / "c", MARKS)
-    config = {**FAMILY_CONFIGS[name], "tie_word_embeddings": False}  # tied, texts repeat one token
+    config = {
+        **FAMILY_CONFIGS[name],
+        "tie_word_embeddings": False,
+    }  # with tied embeddings, generated texts repeat one token
     stage = load_hf(Stage(read_spec(config), Grid()), hf_model(config)).eval()
     loss = stage(*micro_batch(tmp_path)).item()
     rows = list(zip(documents, MARKS, strict=True))
-    # A document's first token has none before it.
+    # A document's first token has no token before it.
     found = likelihoods(stage, Grid(), rows, batch_size=4, prefixed=True)
     assert -sum(each.log_probability for each in found) == pytest.approx(loss, rel=1e-5)
     apart = likelihoods(stage, Grid(), rows, batch_size=4)

@@ -1,4 +1,4 @@
-"""Relative positions (megalite/model/relative.py) against transformers' T5."""
+"""Relative positions (megalite/model/relative.py), compared with transformers' T5."""
 
 import math
 
@@ -37,7 +37,7 @@ def table(causal: bool) -> RelativeBias:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_number_is_that_of_the_distance(causal: bool) -> None:
+def test_a_bias_is_that_of_the_distance(causal: bool) -> None:
     made, visible = table(causal), torch.ones(2, 1, 1, 6, dtype=torch.bool)
     visible[1, ..., 4:] = False
     bias = made(3, 6, visible, torch.device("cpu"))  # the last 3 of 6 positions
@@ -52,7 +52,7 @@ def test_a_number_is_that_of_the_distance(causal: bool) -> None:
                 assert (found == -math.inf).all() if hidden else torch.equal(found, wanted)
 
 
-def test_what_fills_up_a_source_is_not_looked_at() -> None:
+def test_padding_of_a_source_is_not_attended_to() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 0, 1]])
     found = source_visible(Context(documents=documents, source=4))
     assert found is not None
@@ -63,8 +63,8 @@ def test_what_fills_up_a_source_is_not_looked_at() -> None:
     assert bias[0, 0, 0].tolist() == [0.0, 0.0, -math.inf, -math.inf] and not bias[1].any()
 
 
-def test_attention_by_hand_is_the_kernels() -> None:
-    """A bias that has a gradient is added by hand on a CPU; dropout divides by what is kept."""
+def test_explicit_attention_equals_the_kernels() -> None:
+    """A bias that needs a gradient is added explicitly on a CPU; dropout divides by the share that is kept."""
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(3))
     bias = torch.randn(1, 3, 4, 4, generator=generator)

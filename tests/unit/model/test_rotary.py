@@ -1,5 +1,5 @@
-"""Dynamic rotary positions beyond the trained length: the base grows with a token's own sequence, whatever else is in
-the micro-batch."""
+"""Dynamic rotary positions beyond the trained length: the base grows with the length of a token's own sequence, not of
+others in the micro-batch."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def logits(stage: Stage, tokens: Tensor, context: Context | None = None) -> Tens
 
 
 def rows() -> tuple[Tensor, Tensor]:
-    """Tokens and documents [6, LENGTH]."""
+    """Tokens and document numbers [6, LENGTH]."""
     tokens = torch.randint(
         0, VOCABULARY, (len(LENGTHS), LENGTH), generator=torch.Generator().manual_seed(1)
     )
@@ -62,7 +62,7 @@ def test_a_document_kept_apart_is_as_if_it_were_alone(stage: Stage) -> None:
             torch.testing.assert_close(together[row, here], alone[0])
 
 
-def test_rows_filled_up_to_the_longest_turn_by_their_own_lengths(stage: Stage) -> None:
+def test_padded_rows_are_rotated_by_their_own_lengths(stage: Stage) -> None:
     tokens, _ = rows()
     lengths = torch.tensor([24, 5, 9, 8, 1, 20])
     filled = torch.where(torch.arange(LENGTH) < lengths.unsqueeze(-1), tokens, 0)

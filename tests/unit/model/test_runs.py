@@ -1,4 +1,4 @@
-"""Attention of the runs of tokens that a rank of the context axis holds, against attention of all tokens."""
+"""Attention of the runs of tokens on a context rank, compared with attention of all tokens."""
 
 from itertools import pairwise, product
 
@@ -26,7 +26,7 @@ def rows(size: int, rank: int, length: int = S) -> Rows:
 
 @pytest.mark.parametrize(("size", "key_heads", "of_gpus"), product(SIZES, (6, 2, 1), (False, True)))
 def test_runs_equal_attention_of_the_whole_sample(size: int, key_heads: int, of_gpus: bool) -> None:
-    """Result and gradients; of_gpus: the calls that GPUs get, which make a mask here."""
+    """Result and gradients. of_gpus: with the calls that GPUs get, which use a mask here."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(heads: int) -> torch.Tensor:
@@ -73,7 +73,7 @@ def lower_right(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """torch's varlen_attn for fewer queries than keys, as flash attention aligns them: the last of each together."""
+    """torch's varlen_attn with fewer queries than keys, aligned at their ends as in flash attention."""
     left, right = window_size
     assert right == 0 and queries.dtype == keys.dtype == torch.int32
     result = torch.zeros_like(query)
@@ -99,7 +99,7 @@ def test_the_kernel_for_pieces_equals_a_mask(
 ) -> None:
     random = np.random.default_rng(size)
     documents = np.cumsum(random.random((B, S)) < 0.15, axis=1)
-    documents[0, 5:] = 99  # one of nearly all tokens
+    documents[0, 5:] = 99  # a document of nearly all tokens
     query, key, value = (
         torch.randn(B, heads, S, H, dtype=torch.float64, requires_grad=True) for heads in (N, 2, 2)
     )

@@ -1,4 +1,4 @@
-"""The shared expert (megalite/model/shared_expert.py) by its definition, and as the sum of its halves."""
+"""The shared expert (megalite/model/shared_expert.py), compared with its definition and with the sum of its halves."""
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,14 @@ def rows() -> Tensor:
     return torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_it_is_a_gated_mlp_weighed_by_a_sigmoid() -> None:
+def test_it_is_a_gated_mlp_weighted_by_a_sigmoid() -> None:
     made, x = expert("qwen2_moe", ALONE), rows()
     assert made.weigher is not None and made.gate.weight.shape == (28, 32)
     mlp = (F.silu(x @ made.gate.weight.t()) * (x @ made.up.weight.t())) @ made.down.weight.t()
     torch.testing.assert_close(made(x), mlp * (x @ made.weigher.weight.t()).sigmoid())
 
 
-def test_it_is_not_weighed_where_the_family_does_not() -> None:
+def test_it_is_not_weighted_if_the_family_does_not() -> None:
     made, x = expert("ernie4_5_moe", ALONE), rows()
     assert made.weigher is None
     mlp = (F.silu(x @ made.gate.weight.t()) * (x @ made.up.weight.t())) @ made.down.weight.t()

@@ -1,5 +1,5 @@
-"""Attention in pieces (megalite/model/varlen.py): what the kernel is asked for equals attention with a mask, with a
-twin of the kernel for a CPU; and the kernel itself takes these arguments, on the meta device."""
+"""Attention in pieces (megalite/model/varlen.py): the kernel's calls, run by a CPU twin, equal attention with a mask;
+the kernel itself accepts these arguments on the meta device."""
 
 import functools
 from dataclasses import replace
@@ -52,8 +52,8 @@ def twin(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """torch's varlen_attn as its documentation has it: each sequence alone; a query sees `left` keys before its own and
-    `right` after it, -1: all."""
+    """torch's varlen_attn by its documentation: each sequence by itself; a query attends to `left` keys before its own
+    and `right` after it, -1: all."""
     assert starts.dtype == torch.int32 and starts is other_starts and longest == other_longest
     left, right = window_size
     result = torch.zeros_like(query)
@@ -70,7 +70,7 @@ def twin(
 
 
 def documents(seed: int) -> np.ndarray:
-    """Numbers of documents in runs, [B, S]; the first row is one document."""
+    """Document numbers [B, S]; the first row is a single document."""
     generator = np.random.default_rng(seed)
     made = np.cumsum(generator.random((B, S)) < 0.2, axis=1).astype(np.int32)
     made[0] = 0
@@ -78,7 +78,7 @@ def documents(seed: int) -> np.ndarray:
 
 
 def prompts(seed: int, made: np.ndarray) -> np.ndarray:
-    """The first tokens of each document, none or all of some, bool [B, S]."""
+    """Marks of the first tokens of each document, of some none or all; bool [B, S]."""
     generator = np.random.default_rng(seed)
     found = np.zeros(made.shape, bool)
     for row, numbers in enumerate(made):
@@ -166,7 +166,7 @@ def test_two_calls_equal_a_mask_with_prefixes(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_what_pieces_cannot_say_takes_a_mask() -> None:
+def test_cases_that_pieces_cannot_express_use_a_mask() -> None:
     assert Context(visible=torch.ones(B, 1, S, S, dtype=torch.bool)).pieces(B, S, CPU) is None
     assert Context(cache=KeyValueCache(S)).pieces(B, S, CPU) is None
     assert Context(documents=torch.from_numpy(documents(0))).pieces(B, S, CPU) is None, (
@@ -177,7 +177,7 @@ def test_what_pieces_cannot_say_takes_a_mask() -> None:
     assert (starts.tolist(), starts.dtype, longest) == ([0, 2, 4, 7, 8], torch.int32, 3)
 
 
-def test_micro_batches_bring_their_pieces() -> None:
+def test_micro_batches_contain_their_pieces() -> None:
     class Packed:
         def batch(self, positions: Any) -> Any:
             some = documents(0)[: len(positions)]
@@ -229,11 +229,11 @@ def test_where_there_is_a_kernel() -> None:
             return "attention: mask" in layer_table(spec, 0, at)
 
         assert masked("cpu", 1) and not masked("cuda", 1)
-        assert masked("cuda", 2) == (family == "modernbert")  # runs of tokens have it causal alone
+        assert masked("cuda", 2) == (family == "modernbert")  # for runs of tokens it is only causal
 
 
 def test_dropout_of_attention_is_drawn_in_parts() -> None:
-    """[B, N, S, T] in eight bytes would be 64 MiB, and several times; what is held on the way is a few parts."""
+    """[B, N, S, T] in eight bytes is 64 MiB, and would be needed several times; only a few parts exist at a time."""
     samples, ranges = torch.arange(2), [range(4), range(1024), range(1024)]
     draw = functools.partial(dropped, Randomness(1, 2, samples), "layers.0.attention", 0.1, ranges)
     mask, part = draw(), dropout.AT_A_TIME["cpu"]

@@ -1,4 +1,4 @@
-"""A sum over ranks needs no memory of its own (megalite/parallel/collectives.py)."""
+"""A sum over ranks allocates no memory (megalite/parallel/collectives.py)."""
 
 from unittest import mock
 
@@ -14,7 +14,5 @@ def test_a_sum_over_ranks_makes_no_copy() -> None:
     with mock.patch("torch.distributed.all_reduce", lambda tensor, **_: tensor.mul_(2)):
         held = peak_bytes(lambda: leave(value * 3, axis).backward(torch.ones(1000, 1000)))
         (total,) = torch.autograd.grad(leave(value * 3, axis).sum(), [value])
-    assert (
-        held < 4 * 1000 * 1000 * 3.1
-    )  # the product, the gradient that comes in and the one that goes out
+    assert held < 4 * 1000 * 1000 * 3.1  # the product, the incoming and the outgoing gradient
     assert torch.equal(total, torch.full((1000, 1000), 3.0))

@@ -1,5 +1,5 @@
-"""Column linears that read one input (megalite/parallel/columns.py): where each is called, and the gradients made while
-another sum is under way."""
+"""Column linears that read one input (megalite/parallel/columns.py): when each is called, and gradients computed during
+the sum."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def linears(axis: Axis) -> list[ColumnLinear]:
 
 
 class Sum:
-    """Of a rank whose neighbour sends the same."""
+    """The sum of a rank whose neighbour sends the same."""
 
     waited = False
 

@@ -1,4 +1,4 @@
-"""Groups along axes: their backend, their timeout, and the order in which communicators are made."""
+"""Groups along axes: their backend, their timeout, and the order in which communicators are created."""
 
 from typing import Any
 from unittest.mock import patch
@@ -31,23 +31,23 @@ def timeouts(rank: int, world_size: int) -> set[float]:
     }
 
 
-def test_groups_have_it() -> None:
+def test_groups_have_the_timeout() -> None:
     assert run_ranks(2, timeouts) == [{4300.0}] * 2
 
 
 def runs(rank: int, world_size: int) -> list[list[int]]:
-    """Sizes of the tensor axis's runs, by the number of key heads."""
+    """Sizes of the runs of the tensor axis, for a number of key heads."""
     built = [Grid.build(1, world_size, key_heads=heads) for heads in (None, 8, 4, 2, 1)]
     return [[axis.size for axis in grid.tensor.runs] for grid in built]
 
 
 def test_runs_of_the_tensor_axis_are_those_that_hold_one_key_head() -> None:
-    """Each is a communicator more on a GPU."""
+    """On a GPU each of them is one more communicator."""
     assert run_ranks(4, runs) == [[[2], [], [], [2], []]] * 4  # one key head: the axis itself
 
 
 class Messages:
-    """Stands in for torch.distributed on a rank: communicators in the order in which it comes to them."""
+    """Replaces torch.distributed on a rank; records its communicators in order."""
 
     def __init__(
         self, rank: int, world: frozenset[int], members: dict[str, frozenset[int]]
@@ -68,7 +68,7 @@ class Messages:
 
 
 def connected(pipe: int) -> list[list[tuple[str, frozenset[int]]]]:
-    """Of each rank of a pipe axis, the communicators that `connect` makes, in order."""
+    """The communicators that `connect` creates on each rank of a pipe axis, in order."""
     everyone, orders = frozenset(range(pipe)), []
     for rank in range(pipe):
         axis = Axis(pipe, rank, tuple(range(pipe)), "up", back="down")
@@ -81,7 +81,7 @@ def connected(pipe: int) -> list[list[tuple[str, frozenset[int]]]]:
 
 @pytest.mark.parametrize("pipe", range(2, 9))
 def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
-    """Each one blocks its ranks until all of its members have come to it."""
+    """Creating one blocks a rank until all its members create it."""
     orders = connected(pipe)
     while any(orders):
         ready = [
@@ -94,7 +94,7 @@ def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
 
 
 def test_a_group_without_messages_has_no_communicator() -> None:
-    """It would take memory and time of every rank: `model` spans pipe and tensor."""
+    """It would cost every rank memory and time: `model` spans pipe and tensor."""
     everyone = frozenset(range(4))
     members = {"tensor": everyone, "model": everyone}
     messages = Messages(1, everyone, members)
@@ -140,7 +140,7 @@ def test_the_groups_connect() -> None:
 
 
 def test_places_of_a_large_world_share_what_they_count() -> None:
-    """Each rank counted all of them, once for each axis: of 131,072 ranks that did not fit into 12 GB."""
+    """When each rank listed all of them for each axis, 131,072 ranks did not fit into 12 GB."""
     first, last = (Grid.at(rank, 1, 2**17, 1) for rank in (0, 2**17 - 1))
     assert first.data.ranks is last.data.ranks and len(last.data.ranks) == 2**17
     assert last.data.rank == 2**17 - 1

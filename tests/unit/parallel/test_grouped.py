@@ -1,4 +1,4 @@
-"""The grouped product and its twin, and which GPUs have the one kernel (megalite/parallel/grouped.py)."""
+"""The grouped product, its twin, and the GPUs with a fused kernel (megalite/parallel/grouped.py)."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ GROUPS = torch.tensor([0, 0, 0, 2, 2, 3])  # none of group 1, nor of 4
 
 
 def product(width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Result and both gradients of a grouped product."""
+    """The result and both gradients of a grouped product."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(len(GROUPS), width, generator=generator).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.randn(5, 2 * width, width, generator=generator).to(dtype))
@@ -32,7 +32,7 @@ def test_the_grouped_product_equals_its_twin(
     assert not looped[2][1].any() and not looped[2][4].any() and looped[2][0].any()
 
 
-def test_the_loop_takes_what_the_fused_product_refuses() -> None:
+def test_the_loop_handles_what_the_fused_product_refuses() -> None:
     made, rows_gradient, weight_gradient = product(7, torch.float32)
     assert made.shape == (6, 14) and rows_gradient.shape == (6, 7)
     assert weight_gradient.shape == (5, 14, 7)
@@ -40,7 +40,7 @@ def test_the_loop_takes_what_the_fused_product_refuses() -> None:
 
 @pytest.mark.parametrize("width", [16, 7])
 def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
-    """As all experts of a rank may be."""
+    """This may be all experts of a rank."""
     rows = torch.randn(0, width).requires_grad_()
     weight = nn.Parameter(torch.randn(3, 2 * width, width))
     made = grouped_linear(rows, weight, Groups.of(torch.empty(0, dtype=torch.int64), 3))
@@ -49,8 +49,8 @@ def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
     assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
-def test_gpus_without_the_one_kernel_take_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an A100 torch's own would wait for the device in each product."""
+def test_gpus_without_the_fused_kernel_use_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100 torch's function would wait for the device in each product."""
     of_device = {0: (8, 0), 1: (9, 0), 2: (10, 0), 3: (12, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_device[device.index])
     found = [grouped._one_kernel(torch.device("cuda", index)) for index in of_device]

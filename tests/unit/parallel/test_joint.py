@@ -1,4 +1,4 @@
-"""parallel/joint.py: when several weights are one matrix, and that its products are theirs. With ranks:
+"""parallel/joint.py: when several weights are one matrix, with the same products. With ranks:
 distributed/test_columns.py."""
 
 import torch
@@ -37,7 +37,7 @@ def test_one_product_is_for_outputs_that_are_narrow_beside_the_input() -> None:
     assert not pays(64, 4096, 1)
 
 
-def test_alone_there_is_no_sum() -> None:
+def test_one_rank_has_no_sum() -> None:
     linears = [ColumnLinear(SIZE, out, False, ALONE, 0.5) for out in (16, 8, 4)]
     flat = torch.randn(28 * SIZE)
     parts = flat.split([value.weight.numel() for value in linears])

@@ -1,4 +1,4 @@
-"""The likeliest token of split logits (megalite/parallel/likeliest_token.py): ranks one after another here."""
+"""The likeliest token of split logits (megalite/parallel/likeliest_token.py); the ranks are simulated in turn."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ VOCABULARY = 11
 
 
 def by_ranks(logits: Tensor, size: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What each rank finds in its share."""
+    """Each rank's candidate from its share."""
     axes = [Axis(size, rank, tuple(range(size)), None) for rank in range(size)]
     parts = [logits[..., slice(*share(VOCABULARY, axis))] for axis in axes]
     sent: list[Tensor] = []
@@ -40,7 +40,7 @@ def test_every_rank_finds_the_token_of_the_whole(
         assert found.dtype == torch.int64 and torch.equal(found, logits.argmax(-1))
 
 
-def test_of_equal_ones_the_lowest_id_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_of_equally_likely_ids_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(1, VOCABULARY)
     logits[0, [4, 5, 9]] = 1.0
     assert over.likeliest_token(logits, VOCABULARY, ALONE).tolist() == [4]

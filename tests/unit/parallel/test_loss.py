@@ -1,4 +1,4 @@
-"""Cross entropy with the head's product (megalite/parallel/loss.py), on one rank, against torch's in fp64."""
+"""Cross entropy with the head's product (megalite/parallel/loss.py) on one rank, compared with torch's in fp64."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_torchs(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_as_near_as_they_allow(dtype: torch.dtype) -> None:
+def test_16_bits_are_as_accurate_as_they_allow(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = drawn(dtype)
     loss = head_loss(hidden, weight, bias, labels, VOCABULARY, ALONE)
     found = torch.autograd.grad(loss, (hidden, weight, bias))
@@ -61,7 +61,7 @@ def test_16_bits_are_as_near_as_they_allow(dtype: torch.dtype) -> None:
         assert (one.double() - other).norm() < 0.03 * other.norm()
 
 
-def test_only_what_is_wanted_is_made_and_what_does_not_count_has_no_gradient() -> None:
+def test_only_needed_gradients_are_computed_and_ignored_tokens_have_none() -> None:
     hidden, weight, _, labels = drawn()
     head_loss(hidden, weight.detach(), None, labels, VOCABULARY, ALONE).backward()
     assert weight.grad is None and hidden.grad is not None
@@ -72,7 +72,7 @@ def test_only_what_is_wanted_is_made_and_what_does_not_count_has_no_gradient() -
     assert loss.item() == 0.0 and weight.grad is not None and not weight.grad.any()
 
 
-def test_the_host_may_say_which_labels_count() -> None:
+def test_the_host_may_determine_which_labels_count() -> None:
     hidden, weight, _, labels = drawn()
     counted = (labels != IGNORED).nonzero().squeeze(-1)
     every = head_loss(hidden, weight, None, labels, VOCABULARY, ALONE)
@@ -91,8 +91,8 @@ def test_losses_of_tokens() -> None:
 def test_rows_of_logits_that_have_gaps_between_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on GPUs with an odd vocabulary, whose kernels want rows that begin at a multiple of 16 bytes: the same loss
-    and gradients."""
+    """As on GPUs with an odd vocabulary, whose kernels need rows that start at a multiple of 16 bytes: same loss, same
+    gradients."""
     hidden, weight, bias, labels = drawn(dtype)
     monkeypatch.setattr(over, "LEAST_ROWS", 5)
     results, strides = [], set[int]()
@@ -118,7 +118,7 @@ def test_rows_of_logits_begin_where_a_gpus_kernels_load_16_bytes() -> None:
     assert row_length(50257, 2, "cuda") == 50264 and row_length(50257, 4, "cuda") == 50260
     for columns in (32_000, 128_256 // 8):
         assert row_length(columns, 2, "cuda") == columns
-    assert row_length(50257, 2, "cpu") == 50257  # a CPU's passes would have gaps
+    assert row_length(50257, 2, "cpu") == 50257  # on a CPU, gaps would slow down elementwise passes
     room = over._Room(8, 53, torch.empty(53, 16, device="meta"), torch.float32, ALONE)
     assert room.product.shape == (8, 53) and room.product.stride() == (56, 1)
 
@@ -128,5 +128,7 @@ def test_a_chunk_takes_no_more_than_the_weights_gradient() -> None:
         rows = chunk_rows(tokens, size, columns, width, "cpu")
         assert 1 <= rows <= tokens
         assert rows * columns * width <= max(4 * columns * size, 2**8 * columns * width)
-    assert chunk_rows(1000, 64, 500, 4, "cpu") == 250  # four chunks of one size, not 256 and a rest
+    assert (
+        chunk_rows(1000, 64, 500, 4, "cpu") == 250
+    )  # four equal chunks, not chunks of 256 and a rest
     assert chunk_rows(0, 64, 500, 4, "cpu") == 1

@@ -1,4 +1,4 @@
-"""The rows of a sample that each rank of the context axis holds (megalite/parallel/rows.py)."""
+"""The rows of a sample on each rank of the context axis (megalite/parallel/rows.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bytes by axis (megalite/parallel/traffic.py), by the formulas, over groups that send nothing."""
+"""Bytes by axis (megalite/parallel/traffic.py), compared with formulas, on groups that send nothing."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What the host of a rank does, step by step (megalite/pipeline/interpreter.py), with a mailbox that notes it."""
+"""A rank's steps on the host (megalite/pipeline/interpreter.py), with a mailbox that records them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
 
 
 class Mailbox:
-    """Notes what is asked of it; what is received is the micro-batch's number."""
+    """Records its calls; a received value is the micro-batch's number."""
 
     def __init__(self) -> None:
         self.did: list[Any] = []
@@ -42,7 +42,7 @@ def made(**keys: Any) -> tuple[Mailbox, Interpreter]:
     return mailbox, Interpreter(mailbox, 2, torch.bfloat16, **keys)
 
 
-def test_values_are_received_worked_on_and_sent() -> None:
+def test_values_are_received_processed_and_sent() -> None:
     mailbox, interpreter = made()
     done: list[Any] = []
 
@@ -69,7 +69,7 @@ def test_values_are_received_worked_on_and_sent() -> None:
 
 
 def test_a_value_that_stays_on_the_rank_is_no_message() -> None:
-    """A rank with chunks 1 and 2: what chunk 1 gives, chunk 2 takes; its gradient goes back the same way."""
+    """On a rank with chunks 1 and 2, chunk 2 takes the output of chunk 1, whose gradient goes back the same way."""
     mailbox, interpreter = made(tells_chunk=True)
     taken: list[tuple[str, float | None, str]] = []
 
@@ -92,7 +92,7 @@ def test_a_value_that_stays_on_the_rank_is_no_message() -> None:
     assert [did[0] for did in mailbox.did] == ["post", "take", "send", "finish"]
 
 
-def test_what_an_action_owes_is_missed() -> None:
+def test_missing_and_unused_results_of_actions_are_errors() -> None:
     _, interpreter = made()
     with pytest.raises(AssertionError, match="F0.0 gave nothing"):
         interpreter.run([Act(Action("F", 0, 0))], lambda action, value: None, lambda value: ())

@@ -1,5 +1,5 @@
-"""Messages of the pipe axis under NCCL's order (tests/nccl_order.py): what the real code calls in training, evaluation
-and generation must complete with messages that are too large for NCCL's own buffers."""
+"""Messages of the pipe axis by NCCL's rules of order (tests/nccl_order.py): the calls in training, evaluation and
+generation must complete with messages that are too large for NCCL's buffers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -28,8 +28,8 @@ MODES = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 
 
 class Engine:
-    """What a Pipeline asks of DeepSpeed's engine. synchronize: what DeepSpeed's throughput timer does around each
-    micro-batch where it is on (utils/timer.py)."""
+    """The parts of DeepSpeed's engine that a Pipeline uses. synchronize: called around each micro-batch by DeepSpeed's
+    throughput timer, if that is on (utils/timer.py)."""
 
     device = torch.device("cpu")
     hands_over_by_chunk = False
@@ -67,7 +67,7 @@ def pipe_axis(stages: int, rank: int, back: str = "pipe back") -> Axis:
 def calls_of_training(
     stages: int, micro_batches: int, timer: bool, schedule: str = "1f1b", back: str = "pipe back"
 ) -> list[list[Call]]:
-    """What every rank of a pipe axis asks of torch.distributed in two steps and an evaluation."""
+    """The calls of torch.distributed on every rank of a pipe axis in two steps and an evaluation."""
     costs = ModelCosts((LayerCosts(1.0, 0.1),) * (2 * stages), 1.5)
     counts = (1,) * (2 * stages) if schedule in ("interleaved", "zb-v") else (2,) * stages
     plan = make_plan(schedule, stages, 2, counts, costs)
@@ -100,7 +100,7 @@ class _Stage(torch.nn.Module):
 
 
 def calls_of_generation(stages: int, batches: int) -> list[list[Call]]:
-    """The same of a generation. A rank reads the tokens that it received, which blocks its host."""
+    """The same for a generation. A rank reads the tokens that it received, which blocks its host."""
     result, take = [], mailbox.Mailbox.take
     for rank in range(stages):
         recorder = Recorder(rank)
@@ -120,7 +120,7 @@ def calls_of_generation(stages: int, batches: int) -> list[list[Call]]:
 
 
 def calls_of_forwards(stages: int, count: int) -> list[list[Call]]:
-    """The same of forward passes that follow one another (inference's evaluation and likelihoods)."""
+    """The same for consecutive forward passes (evaluation and likelihoods in inference)."""
     result = []
     for rank in range(stages):
         recorder = Recorder(rank)
@@ -151,7 +151,7 @@ def test_training_and_evaluation_complete(
 @MODES
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_order_of_messages_completes_on_one_group_too(schedule: str, lazy: bool) -> None:
-    """Both directions on one communicator: no layout runs so, but the order alone must be enough."""
+    """Both directions on one communicator: no layout does this, but the order alone must suffice."""
     for stages in (2, 4):
         calls = calls_of_training(stages, 2 * stages, False, schedule, back="pipe")
         assert stuck(calls, lazy) == []
@@ -186,7 +186,7 @@ def test_two_that_send_to_each_other_first_on_one_group_hang() -> None:
     assert stuck(ranks, lazy=True, buffered=1) == []
 
 
-def test_one_call_of_both_does_not() -> None:
+def test_two_that_send_to_each_other_in_one_call_do_not_hang() -> None:
     ranks = []
     for rank in range(2):
         recorder = Recorder(rank)
@@ -198,7 +198,7 @@ def test_one_call_of_both_does_not() -> None:
 @MODES
 @pytest.mark.parametrize("stages", [2, 3, 8])
 def test_the_doctors_messages_complete(stages: int, lazy: bool) -> None:
-    """Several times, one after another."""
+    """Several exchanges in a row."""
     ranks = []
     for rank in range(stages):
         recorder = Recorder(rank)

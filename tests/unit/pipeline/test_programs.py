@@ -1,4 +1,4 @@
-"""Programs of the pipe axis: what the schedules make, what the check finds, and the cut."""
+"""Programs of the pipe axis: the schedules, the check, and the cut."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_programs_are_complete_ordered_and_cannot_hang(p: int, m: int) -> None:
 
 @pytest.mark.parametrize("p, m", [(p, m) for p in (2, 3, 4, 8) for m in (p, 2 * p, 8 * p)])
 def test_bubbles_are_those_of_the_formulas(p: int, m: int) -> None:
-    """With T_F = T_I = T_W; ZB-V's is the least that a V can have."""
+    """With T_F = T_I = T_W; ZB-V's bubble is the least that a V shape can have."""
     formulas = {
         ("1f1b", 2): (p - 1) / (m + p - 1),
         ("interleaved", 2): (p - 1) / (2 * m + p - 1),
@@ -67,7 +67,7 @@ def test_bubbles_are_those_of_the_formulas(p: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("p, m", SIZES)
-def test_what_is_held(p: int, m: int) -> None:
+def test_the_number_of_held_micro_batches(p: int, m: int) -> None:
     for schedule, v, program in programs(p, m):
         report = check(program)
         for rank in range(p):
@@ -153,7 +153,7 @@ def test_weight_gradients_before_their_backward_are_named() -> None:
 
 
 def test_a_crossing_order_of_messages_is_named() -> None:
-    """Each rank sends first: with NCCL's rules both sends wait for receives behind them."""
+    """Each rank sends first: by NCCL's rules both sends wait for receives that come after them."""
     there, back = Value("activation", 1, 0), Value("gradient", 0, 0)
     steps: list[list[Step]] = [
         [Send(there, 1), Receive(back, 1)],
@@ -176,7 +176,7 @@ def test_a_message_without_its_other_end_is_named() -> None:
 
 
 def test_receives_are_posted_before_the_work_that_does_not_need_them() -> None:
-    """In 1F1B's steady state a rank has posted the next activation when it begins a backward."""
+    """In 1F1B's steady state a rank has posted the receive of the next activation when it starts a backward."""
     steps = steps_of(make_program("1f1b", 2, 8, 1))[1]
     for k in range(7):
         posted = steps.index(Receive(Value("activation", 1, k + 1), 0))
@@ -285,14 +285,14 @@ def test_equal_layers_without_a_head_are_cut_evenly() -> None:
 
 
 def test_layers_with_windows_weigh_less() -> None:
-    """Six layers with short windows and two without: the two are the longer half."""
+    """Six layers with short windows and two without: the two take longer than the six."""
     costs = ModelCosts((*(LayerCosts(1.0, 0.1),) * 6, *(LayerCosts(1.0, 3.0),) * 2), head=0.0)
     found = cut_by_cost(costs, straight(2), lambda cost: make_program("1f1b", 2, 4, 1, cost))
     assert [len(part) for part in found.layers] == [6, 2]
 
 
-def test_interleaving_pays_with_the_right_cut_alone() -> None:
-    """Llama-3-8B's proportions: 32 layers and a head of 2.2."""
+def test_interleaving_pays_only_with_the_right_cut() -> None:
+    """Llama-3-8B's proportions: 32 layers, and a head that takes as long as 2.2 layers."""
     costs = ModelCosts((LayerCosts(1.0, 0.0),) * 32, head=6.6)
 
     def length(schedule: str, counts: list[int] | None) -> float:

@@ -1,4 +1,4 @@
-"""Shares of attention's work over the ranks of a context axis (megalite/plan/balance.py)."""
+"""Shares of attention's work on the ranks of a context axis (megalite/plan/balance.py)."""
 
 from dataclasses import replace
 

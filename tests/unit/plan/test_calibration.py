@@ -1,4 +1,4 @@
-"""A measured device: what it follows from, and what its cores do to predictions."""
+"""A measured device: its derivation from measurements, and the effect of shared cores on predictions."""
 
 import json
 from dataclasses import replace
@@ -49,7 +49,7 @@ def product(m: int, k: int, n: int, dtype: str) -> dict[str, Any]:
 
 
 def collectives(shared: Link, alone: Link) -> list[dict[str, Any]]:
-    """alone: the link of two ranks."""
+    """Measurements of collectives. alone: the link of two ranks."""
     rows = []
     for count in (2**12, 2**15, 2**18, 2**21):
         rows.append({
@@ -69,7 +69,7 @@ def collectives(shared: Link, alone: Link) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_device_is_found_again_in_what_it_would_have_measured(tmp_path: Path) -> None:
+def test_a_device_is_recovered_from_its_own_measurements(tmp_path: Path) -> None:
     sizes = [(16, 32, 32), (64, 128, 128), (512, 512, 512), (512, 512, 1536), (1024, 512, 512)]
     configs, pipe = step_configs(str(tmp_path)), pipe_config(str(tmp_path))
     alone = replace(MACHINE, busy_share=1.0)
@@ -124,7 +124,7 @@ def planner(world_size: int, device: Device) -> Planner:
 
 
 def test_ranks_that_share_cores_take_their_work_over_the_cores() -> None:
-    """What all ranks are busy with is conserved: 8 ranks on 2 cores take as long as all their work on both."""
+    """Work is conserved: 8 ranks on 2 cores take as long as both cores need for all of it."""
     quick = Link(1e15, 0.0)
     nothing = dict.fromkeys(("layer", "step", "micro"), 0.0)
     seconds = {f"{name}_seconds": value for name, value in nothing.items()}
@@ -152,10 +152,10 @@ def test_cores_that_compute_at_once_are_slower() -> None:
     assert DEVICES["H100"].among(8) == DEVICES["H100"] and DEVICES["H100"].ranks_a_core(64) == 1
     assert MACHINE.rank_memory_bytes(4) == MACHINE.memory_bytes / 4
     assert DEVICES["H100"].rank_memory_bytes(4) == DEVICES["H100"].memory_bytes
-    assert MACHINE.ranks_a_core(8) == 4 and MACHINE.ranks_a_core(16) == 4  # of two nodes
+    assert MACHINE.ranks_a_core(8) == 4 and MACHINE.ranks_a_core(16) == 4  # on two nodes
 
 
-def test_a_calibrations_file_is_a_device_with_more_beside_it(tmp_path: Path) -> None:
+def test_a_calibration_file_is_a_device_with_additional_data(tmp_path: Path) -> None:
     file = tmp_path / "device.json"
     write_device(MACHINE, file, machine={"cores": 2}, measured={"products": []})
     assert read_device(file) == MACHINE

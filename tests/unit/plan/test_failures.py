@@ -1,4 +1,4 @@
-"""The simulation of failures against Young's and Daly's formulas and Llama-3's run."""
+"""The simulation of failures, compared with Young's and Daly's formulas and Llama 3's training run."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_the_best_interval_is_youngs_and_dalys(saving: Saving, ranks: int) -> No
 
 
 def test_a_longer_restart_costs_its_share() -> None:
-    """With a restart as long as the time between failures, half of the time is lost."""
+    """If a restart takes as long as the time between failures, half of the time is lost."""
     saving = Saving(stall=0.001, write=0.0, restart=HOUR)
     assert useful_share(10.0, saving, HOUR) == pytest.approx(0.5, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""What a rank keeps of its forwards under each schedule, measured while it does its actions, against the prediction."""
+"""What a rank keeps of its forwards with each schedule: measurements during its actions, against predictions."""
 
 import gc
 import weakref
@@ -29,14 +29,14 @@ SOURCE = 14  # tokens of an encoder-decoder's source
 
 
 class _Held:
-    """A tensor that autograd keeps, seen for as long as it does."""
+    """Holds a tensor for as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 class _Engine:
-    """What a Pipeline asks of DeepSpeed's engine, without DeepSpeed."""
+    """The parts of DeepSpeed's engine that a Pipeline uses, without DeepSpeed."""
 
     device, hands_over_by_chunk, current_loss_scale = "cpu", False, 1.0
 
@@ -54,7 +54,7 @@ class _Engine:
 
 
 class Meter:
-    """Bytes of the storages that a step keeps: by autograd, for its backwards, and for its weight gradients."""
+    """Bytes of the storages that a step keeps: in autograd, and between the halves of its backwards."""
 
     def __init__(self, step: _TrainingStep, stage: Stage) -> None:
         self.step, self.most = step, 0
@@ -89,7 +89,7 @@ class Meter:
 
 
 def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch.dtype) -> int:
-    """The most bytes that a rank keeps in a step of COUNT micro-batches, the messages made up."""
+    """The most bytes that a rank keeps in a step of COUNT micro-batches, with invented messages."""
     axis = Axis(PIPE, rank, tuple(range(PIPE)), None)
     stage = Stage(spec, Grid(pipe=axis), plan.cut, recompute).initialise(1).to(dtype)
     pipeline = Pipeline(_Engine(stage), axis, plan, stage.hidden_shape(BATCH, LENGTH), dtype)
@@ -101,7 +101,7 @@ def measured(spec: Any, plan: Any, rank: int, recompute: Recompute, dtype: torch
         batches.append((ids, ids, Context(balance=torch.ones(BATCH), source=source)))
     step = _TrainingStep(pipeline, batches, 1.0)
     meter, local = Meter(step, stage), {}
-    meter.parameters |= {  # of the batch
+    meter.parameters |= {  # tensors of the batch
         context.balance.untyped_storage().data_ptr() for _, _, context in batches
     }
     for action in plan.program(COUNT).actions[rank]:
@@ -140,7 +140,7 @@ def test_a_rank_keeps_what_is_predicted(schedule: str, recompute: Recompute) -> 
         ("t5", "zb-v"),
     ],
 )
-def test_a_rank_keeps_what_is_predicted_of_other_models(model: str, schedule: str) -> None:
+def test_a_rank_keeps_what_is_predicted_for_other_models(model: str, schedule: str) -> None:
     check_kept(model, schedule, 0)
 
 
@@ -151,7 +151,7 @@ def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
     config = {**MODELS[model], **sizes}
     spec, wrong = read_spec(config), []
     source = 0 if spec.stacks is None else SOURCE
-    gc.disable()  # nothing that is kept may wait for it
+    gc.disable()  # no tensor may depend on it to be freed
     try:
         for dtype in (torch.float32, torch.bfloat16):
             plan = make_plan(
@@ -168,7 +168,7 @@ def check_kept(model: str, schedule: str, recompute: Recompute) -> None:
                 if recompute in (
                     1,
                     2,
-                ):  # the context that backward calls layers with again keeps them: no hook sees it
+                ):  # the context used for recomputation keeps them, which no hook sees
                     wanted -= sum(
                         chunk.table.get("angles", 0) * chunk.held for chunk in kept.chunks.values()
                     )

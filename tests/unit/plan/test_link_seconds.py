@@ -1,4 +1,4 @@
-"""Which link an axis has, and seconds over it."""
+"""The link of an axis, and seconds on it."""
 
 import pytest
 
@@ -9,7 +9,7 @@ H100 = DEVICES["H100"]
 
 
 def test_ranks_of_a_node_share_its_adapters() -> None:
-    """Four ranks of a node on one data line share four adapters; on a line within a node there is none."""
+    """Four ranks of a node in one data group share four adapters; a group within a node uses none."""
     assert link_along(H100, 64, 2).bytes_per_second == 4 * H100.network.bytes_per_second
     assert link_along(H100, 4, 2) == H100.node
     assert link_along(H100, 64, 16) == H100.network

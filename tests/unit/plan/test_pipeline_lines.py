@@ -1,4 +1,4 @@
-"""What `--check` says of the pipeline (megalite/plan/pipeline_lines.py)."""
+"""What `--check` prints about the pipeline (megalite/plan/pipeline_lines.py)."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_one_rank_has_no_pipeline() -> None:
     assert pipeline_lines(plan("1f1b", 1), 4) == []
 
 
-def test_each_rank_has_its_layers_what_it_holds_and_how_busy_it_is() -> None:
+def test_each_rank_has_its_layers_its_memory_and_its_load() -> None:
     made = plan("1f1b", 2)
     head, *ranks = pipeline_lines(made, 8)
     share = 100 * made.report(8).bubble
@@ -45,7 +45,7 @@ def test_weight_gradients_that_wait_are_counted(schedule: str) -> None:
         assert (f"up to {count} {one}" in lines[1 + rank]) == (count > 0)
 
 
-def test_every_chunk_of_a_rank_is_told() -> None:
+def test_every_chunk_of_a_rank_is_listed() -> None:
     lines = pipeline_lines(plan("interleaved", 2, 2), 4)
     assert all(line.count(" held") == 2 for line in lines[1:])
     assert sum(line.count("head") for line in lines[1:]) == 1

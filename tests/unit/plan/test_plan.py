@@ -1,4 +1,4 @@
-"""The planner: its clock, its memory, that its search finds the best, what it says, and published runs."""
+"""The planner: its clock, its memory, the result of its search, its output, and published runs."""
 
 import json
 import re
@@ -44,7 +44,7 @@ H100 = DEVICES["H100"]
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """A model whose layouts differ: six layers, 8 heads, bf16."""
+    """A config with a model whose layouts differ: six layers, 8 heads, bf16."""
     model = {
         **MODELS["llama"],
         "hidden_size": 512,
@@ -76,7 +76,7 @@ def planner(world_size: int = 8, memory: float = 80 * GIB, **changes: Any) -> Pl
 
 
 def small_planner(family: str, world_size: int = 4, batch: int = 8, **changes: Any) -> Planner:
-    """Of a model with odd sizes, on samples of 16 tokens."""
+    """The planner of a model with odd sizes, on samples of 16 tokens."""
     keys = document(**changes)
     keys["megalite"]["model"] = MODELS[family]
     keys["megalite"]["data"]["sequence_length"] = 16
@@ -86,7 +86,7 @@ def small_planner(family: str, world_size: int = 4, batch: int = 8, **changes: A
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("p, m", [(2, 2), (3, 9), (4, 12)])
-def test_the_fast_clock_is_the_checks(schedule: str, p: int, m: int) -> None:
+def test_the_fast_clock_equals_the_checks(schedule: str, p: int, m: int) -> None:
     program = make_program(schedule, p, m, 3)
     costs = {("F", 0): 1.0, ("B", 0): 2.5, ("I", 0): 1.5, ("W", 0): 0.7}
 
@@ -103,7 +103,7 @@ def test_the_fast_clock_is_the_checks(schedule: str, p: int, m: int) -> None:
     assert Lengths(program).of_many(many).tolist() == pytest.approx([length, 2 * length])
 
 
-def test_a_program_that_cannot_run_is_no_clock() -> None:
+def test_a_program_that_cannot_run_is_an_error() -> None:
     program = make_program("1f1b", 2, 2, 1)
     turned = Program(program.home, 2, (program.actions[0][::-1], program.actions[1]))
     with pytest.raises(Exception, match="no rank can continue"):
@@ -134,7 +134,7 @@ def test_micro_batches_beyond_those_played_take_the_busiest_ranks_time(schedule:
 
 
 def small_search(name: str) -> Planner:
-    """Worlds of four ranks: layouts that differ much; experts, with ZeRO-0 too; cores that ranks share, fp32."""
+    """Worlds of four ranks: very different layouts; experts, also with ZeRO-0; ranks that share cores, in fp32."""
     match name:
         case "dense":
             return planner(4)
@@ -146,7 +146,7 @@ def small_search(name: str) -> Planner:
 
 
 def ten_best(layouts: list[Layout], memory_bytes: float) -> list[float]:
-    """Seconds: of layouts that differ in recompute and offload alone the fastest that fits."""
+    """Seconds of the ten best; of layouts that differ only in recompute and offload, the fastest that fits counts."""
     fastest: dict[Candidate, float] = {}
     for layout in layouts:
         if layout.memory.total <= memory_bytes:
@@ -158,8 +158,8 @@ def ten_best(layouts: list[Layout], memory_bytes: float) -> list[float]:
 
 @pytest.mark.parametrize("name", ["dense", "experts", "cores"])
 def test_the_search_finds_the_ten_best(name: str) -> None:
-    """Of all layouts, with room for them and without; and no layout takes less than the bounds that others are left out
-    by."""
+    """The ten best of all layouts, whether memory is ample or short; and the bounds by which the search rules layouts
+    out are never above a layout's time or memory."""
     search = small_search(name)
     layouts = [search.exact(one) for one in candidates(search.search)]
     programs = Programs(search)
@@ -180,7 +180,7 @@ def test_the_search_finds_the_ten_best(name: str) -> None:
 
 
 def every_combination(world_size: int) -> Iterator[Candidate]:
-    """Of values of all that a layout chooses, whether a rule accepts them or not."""
+    """All combinations of a layout's settings, whether the rules accept them or not."""
     sizes = [(p, t, c) for p, t, c in product((1, 2, 4), repeat=3) if p * t * c <= world_size]
     orders = [("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), ("interleaved", 2), ("interleaved", 3)]
     for p, t, c in sizes:
@@ -226,7 +226,7 @@ def test_candidates_are_what_the_rules_accept() -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("half", [True, False])
 def test_memory_is_that_of_every_rank(one: Candidate, half: bool) -> None:
-    """The ranks' states and activations, against all ranks one by one; test_peaks.py holds what comes together."""
+    """The states and activations of each rank; test_peaks.py tests their sum."""
     search = planner(8, bf16={"enabled": half}).search
     config, spec = config_of(search, one), search.spec
     ranks = MemoryTable(config, spec, None, SizesByPlace()).ranks
@@ -239,21 +239,21 @@ def test_memory_is_that_of_every_rank(one: Candidate, half: bool) -> None:
         assert states.weights <= held.weights and states.optimizer <= held.optimizer
         if rank == held.rank:
             assert (states.weights, states.optimizer) == (held.weights, held.optimizer)
-        stands = states.weights + states.optimizer
-        # The moment with most has no less than either, and no more than both with what comes and goes.
+        permanent = states.weights + states.optimizer
+        # The peak is at least that of each alone, and at most that of both with temporaries.
         forwards = kept.bytes - max(kept.again, kept.logits)
-        assert held.total >= stands + max(states.gradients, forwards)
+        assert held.total >= permanent + max(states.gradients, forwards)
         own = held.weights + held.gradients + held.optimizer + held.activations
-        assert own <= 1.1 * (stands + 2 * states.gradients + kept.bytes)
+        assert own <= 1.1 * (permanent + 2 * states.gradients + kept.bytes)
 
 
-def test_levers_that_save_memory_are_pulled_where_it_is_short() -> None:
+def test_settings_that_save_memory_are_chosen_if_it_is_short() -> None:
     roomy = planner().find(1).layouts[0]
     short = roomy.memory.total - 2**20
     found = planner(memory=short).find(1)
     other = found.layouts[0]
     assert other.memory.total <= short and other.time.seconds >= roomy.time.seconds
-    more = found.too_large[0]  # what would change the answer
+    more = found.too_large[0]  # a faster layout that does not fit
     assert more.memory.total > short and more.time.seconds < other.time.seconds
 
 
@@ -339,7 +339,7 @@ def test_check_prints_the_plan_of_the_configs_layout(
 
 
 def test_times_and_bytes_of_the_context_and_expert_axes() -> None:
-    """By the formulas of docs/layouts.md: what a layer's forward and backward send."""
+    """Compared with the formulas in docs/layouts.md for what a layer's forward and backward send."""
     search = small_planner("mixtral", 8, 32)
     plain = Candidate(pipe=1, micro=2)
     gather = plain._replace(context=4)
@@ -356,11 +356,11 @@ def test_times_and_bytes_of_the_context_and_expert_axes() -> None:
     assert of[routed].sent["expert"] == m * layers * 2 * 4 * (b * s / 2) * k * d / 2
     for one, part in ((gather, "context"), (heads, "context"), (routed, "expert")):
         assert of[one].time.parts[part] > 0
-    # Work of the tokens that a rank has, and ZeRO over data × context.
+    # A rank's work is that of its own tokens; ZeRO shards over data × context.
     tokens = search.work_of(gather).tokens, search.work_of(plain).tokens
     assert tokens == (b * s / 4, b * s)
     assert search.sharing(gather).ranks == search.sharing(plain).ranks == 8
-    # Experts are divided by the axis, and shared out over what it leaves of data × context.
+    # The expert axis divides experts, and ZeRO shards them over data × context / expert.
     whole, split = search.exact(routed._replace(expert=1)), of[routed]
     experts = search.search.spec.expert_parameters
     assert whole.memory.weights - split.memory.weights == pytest.approx(2 * experts / 2, rel=0.01)

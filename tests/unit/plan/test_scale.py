@@ -1,4 +1,4 @@
-"""Predictions for thousands of ranks (megalite/plan/scale.py), and the table of docs/scale.md that is made of them."""
+"""Predictions for thousands of ranks (megalite/plan/scale.py), and the table in docs/scale.md."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_the_best_fits_and_none_of_its_neighbours_is_faster() -> None:
             assert planner.exact(other).time.seconds >= found.time.seconds
 
 
-def test_what_fits_nowhere_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fits_nowhere_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "MODELS", {"405 B": scale.MODELS["405 B"]})
     monkeypatch.setattr(scale, "RANKS", (8,))
     assert best(planner_of("405 B", 8)) is None

@@ -1,4 +1,4 @@
-"""A run whose states alone are more than a GPU has is refused before ranks start."""
+"""A run whose states alone exceed a GPU's memory is refused before ranks start."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def test_offloaded_states_are_not_the_gpus() -> None:
     with pytest.raises(ConfigError, match="GiB for weights: a GPU here has"):
         check_states(config, spec, held.weights - 1)
 
-    config = resolved("zero3_offload", 2)  # weights too
+    config = resolved("zero3_offload", 2)  # also the weights
     check_states(config, read_spec(config.model), 0)
 
 

@@ -1,5 +1,5 @@
-"""The operations of a backward: all that forward keeps goes, each weight gets its gradient. What they take together is
-held against torch in tests/distributed/test_peaks.py."""
+"""The operations of a backward: they free all that forward keeps, and each weight gets its gradient. Their peak is
+compared with torch in tests/distributed/test_peaks.py."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_a_backward_frees_what_forward_keeps(
         assert left - chunk.waiting == -chunk.head_op.made + chunk.head_op.freed
 
 
-def test_layers_without_rotary_positions_make_no_gradients_of_them() -> None:
+def test_layers_without_rotary_positions_have_no_operations_for_them() -> None:
     spec = replace(read_spec(MODELS["llama"]), nope_layers=(1,))
     at = Forward(3, 16, torch.float32, Split(Axis(1, 0, (0,), None)))
     turned, plain = layer_ops(spec, 0, at), layer_ops(spec, 1, at)
@@ -62,7 +62,7 @@ def test_layers_without_rotary_positions_make_no_gradients_of_them() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_weight_gets_a_gradient(family: str) -> None:
-    """But for biases and what else is small."""
+    """Except biases and other small ones."""
     spec = read_spec(MODELS[family])
     with torch.device("meta"):
         numbers = sum(value.numel() for value in Stage(spec, Grid()).parameters())
@@ -77,7 +77,7 @@ def rules(zero: int, width: int = 2, bucket: int = 100) -> Reduction:
 
 
 def walked(zero: int, backwards: int) -> list[Moment]:
-    """After each of so many backwards of a chunk with two weights of 300 numbers that keeps nothing else."""
+    """The bytes after each backward of a chunk that has two weights of 300 elements and keeps nothing else."""
     gradients, found = Gradients.begin(rules(zero)), []
     for _ in range(backwards):
         gradients.backward(0, [Op(0, 0, (300,)), Op(0, 0, (300,))])
@@ -89,17 +89,17 @@ def test_gradients_come_with_the_first_backward() -> None:
     for zero in (0, 1):
         assert [moment.gradients for moment in walked(zero, 2)] == [2400, 2400]
     assert [moment.gradients for moment in walked(2, 2)] == [1200, 1200], "those that it owns"
-    assert [moment.gradients for moment in walked(3, 2)] == [0, 0], "they stand in the states"
+    assert [moment.gradients for moment in walked(3, 2)] == [0, 0], "they are part of the states"
     assert [moment.buckets for moment in walked(1, 1)] == [400], "until the reduction"
     assert [moment.buckets for moment in walked(2, 1)] == [0]
 
 
-def test_the_end_of_a_step_lays_gradients_out_flat() -> None:
+def test_gradients_are_flattened_at_the_end_of_a_step() -> None:
     half, whole = (Gradients.begin(rules(1, width)) for width in (2, 4))
     for gradients in (half, whole):
         gradients.now.gradients, gradients.now.buckets = 2400, 400
         gradients.end()
         assert gradients.now == Moment(0, 1200, 0)
-    # The first bucket's gradients have moved into it when what the rank owns is made.
+    # The first bucket's gradients are in the bucket when the part that the rank owns is allocated.
     assert half.most == Moment(0, 2400 - 400 + 1200, 400)
     assert whole.most.total >= 1200 + 4 * 250

@@ -1,4 +1,4 @@
-"""What torch allocates at a time (megalite/prove/allocations.py)."""
+"""The peak of torch's allocations (megalite/prove/allocations.py)."""
 
 import torch
 

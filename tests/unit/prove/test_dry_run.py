@@ -1,4 +1,4 @@
-"""The dry run: every shipped config passes, planted faults are named, and what does not fit is told."""
+"""The dry run: every shipped config passes, planted faults are named, and configs that do not fit are reported."""
 
 import json
 import re
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def small(**parallel: Any) -> Config:
-    """Pipe 2 × data 2 × tensor 2."""
+    """A config with pipe 2 × data 2 × tensor 2."""
     config = load_config(FOLDER / "tiny_cpu.json").to_json()
     config["megalite"]["parallel"] |= {"pipe": 2, "tensor": 2, **parallel}
     return shrunken(Config.from_dict(config).resolve(8))
 
 
 def routed(zero: int, **parallel: Any) -> Config:
-    """Experts, expert 2 × 2 copies without other axes."""
+    """A config with experts: expert 2 × 2 copies, no other axes."""
     config = load_config(FOLDER / "tiny_cpu.json").to_json()
     config["megalite"]["model"] = MODELS["mixtral"]
     config["megalite"]["parallel"] = {"expert": 2, **parallel}
@@ -52,9 +52,7 @@ def test_shipped_configs_pass(name: str) -> None:
     assert sum(place.ranks for place in found.places) == config.world_size
     layers = [layer for place in found.places for own in place.layers for layer in own]
     assert sorted(layers) == list(range(read_spec(config.model).num_layers))
-    if (
-        name == "llama_8b_128k.json"
-    ):  # selective recompute gathers keys a second time: docs/layouts.md
+    if name == "llama_8b_128k.json":  # selective recompute gathers keys twice: docs/layouts.md
         elements = 6 * 131_072 * 8 * 128 / 8 * 7 / 8
         assert found.places[0].sent["context"] == 32 * 2 * elements
 
@@ -95,7 +93,7 @@ def test_messages_of_other_schedules_match(schedule: str, zero: int) -> None:
     document["zero_optimization"]["stage"] = zero
     calls = calls_of_all(Config.from_dict(document).resolve(8))
     assert match(calls)["messages"] > 0
-    # NCCL has no communicator for pipe × tensor (Grid.connect): nothing is sent over it.
+    # Nothing is sent over pipe × tensor, for which NCCL has no communicator (Grid.connect).
     used = {rank.groups[call.group] for rank in calls for call in rank.calls}
     assert (0, 1, 2, 3, 4, 5, 6, 7) in used and (0, 1, 4, 5) not in used
 
@@ -242,7 +240,7 @@ def test_a_stage_that_takes_another_shape_is_named() -> None:
 
 
 def test_collectives_in_an_order_that_hangs_are_named() -> None:
-    """Two groups of the same two ranks, called in turn one way and the other: each list matches, the whole hangs."""
+    """Two groups of the same two ranks, called in opposite orders: each group's calls match, but together they hang."""
     groups = {"a": (0, 1), "b": (0, 1)}
     calls = [Call("allreduce", name, "1 float32") for name in "ab"]
     ranks = [RankCalls(calls, groups), RankCalls(calls[::-1], groups)]
@@ -287,7 +285,7 @@ def test_a_thousand_ranks_in_a_minute_and_a_gibibyte() -> None:
 
 
 def test_messages_of_compiled_pieces_match() -> None:
-    """The compiler refuses to work while messages are recorded: the pieces run as they are."""
+    """The compiler does not work while messages are recorded, so that the functions run uncompiled."""
     document = small().to_json()
     document["megalite"]["train"]["compile"] = True
     try:

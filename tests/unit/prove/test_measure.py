@@ -1,4 +1,4 @@
-"""What a plain loop is given of a micro-batch (megalite/prove/measure.py)."""
+"""The inputs of the plain loop for a micro-batch (megalite/prove/measure.py)."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def test_documents_are_kept_apart(context: Context, causal: bool, wanted: list[l
     assert mask[0, 0].int().tolist() == wanted
 
 
-def test_a_source_and_a_target_go_their_own_ways() -> None:
+def test_source_and_target_are_separate_inputs() -> None:
     tokens = torch.tensor([[5, 6, 7, 8]])
     llama, t5 = read_spec(MODELS["llama"]), read_spec(MODELS["t5"])
     given = _inputs(tokens, Context(), llama)
     assert given["input_ids"] is tokens and given["attention_mask"] is None
     given = _inputs(tokens, Context(source=3, documents=torch.tensor([[0, 0, 1, 2]])), t5)
     assert given["input_ids"].tolist() == [[5, 6, 7]]
-    assert given["attention_mask"].tolist() == [[1, 1, 0]]  # a filled-up source
+    assert given["attention_mask"].tolist() == [[1, 1, 0]]  # a padded source
     assert given["decoder_input_ids"].tolist() == [[8]]

@@ -54,17 +54,17 @@ def test_every_kind_of_parameter_has_faults_and_every_name_is_one() -> None:
         ("llama", {"pipe": 2}, 2, "norm", "rotary positions"),
         ("mixtral", {"expert": 2}, 2, "experts: gradients are divided by the copies", "shared exp"),
         ("mixtral", {}, 2, "experts: left out of the norm", "divided by the copies"),
-        ("qwen2_moe", {"tensor": 2}, 2, "experts: the shared expert's weight has a rank", "copies of an"),
+        ("qwen2_moe", {"tensor": 2}, 2, "the shared expert's gate gradient is not summed", "copies of an"),
     ],
 )  # fmt: skip
-def test_faults_are_of_the_axes_that_there_are(
+def test_faults_are_those_of_existing_axes(
     model: str, parallel: dict[str, int], world_size: int, has: str, lacks: str
 ) -> None:
     names = list(mutants(config(model, world_size, **parallel)))
     assert any(has in name for name in names) and not any(lacks in name for name in names)
 
 
-def test_some_of_many_are_one_of_each_function_and_then_spread_over_all() -> None:
+def test_a_selection_has_one_fault_of_each_function_and_then_others() -> None:
     def one(*given: Any) -> None: ...
 
     def other(*given: Any) -> None: ...

@@ -1,4 +1,4 @@
-"""How well two orders agree, and which layouts may be ranked (megalite/prove/ranking.py)."""
+"""The agreement of two rankings, and which layouts may be ranked (megalite/prove/ranking.py)."""
 
 import pytest
 

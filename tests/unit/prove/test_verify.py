@@ -1,4 +1,4 @@
-"""How layouts are compared (megalite/prove/verify.py, trace.py), on traces that are written here."""
+"""How layouts are compared (megalite/prove/verify.py, trace.py), on traces that the test writes."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ STEPS = 2
 
 
 def weights(step: int) -> Values:
-    """Two tensors after a step; step -1: before the first."""
+    """Two tensors after a step; -1: before the first step."""
     generator = torch.Generator().manual_seed(1)
     start = {"a": torch.randn(6, 4, generator=generator), "b": torch.randn(4, generator=generator)}
     moves = {name: torch.randn(value.shape, generator=generator) for name, value in start.items()}
@@ -35,8 +35,8 @@ def place(full: Tensor, first: int, rows: int, counted: bool = True) -> dict[str
 
 
 def written(folder: Path, change: Callable[[int, int, Values], Any] | None = None) -> Trace:
-    """Rank 0 holds the first rows of a and all of b, rank 1 the other rows and a copy of b. change: (step, rank,
-    what the rank holds by key) is called before it is written."""
+    """A trace: rank 0 holds the first rows of a and all of b, rank 1 the other rows and a copy of b. change: called
+    with step, rank and the rank's values by key before they are written."""
     folder.mkdir()
     for rank, (first, rows) in enumerate(((0, 4), (4, 2))):
         places = {}
@@ -69,7 +69,7 @@ def rounded(factor: float) -> Callable[[int, int, Values], None]:
 
 @pytest.fixture
 def spread(tmp_path: Path) -> Spread:
-    """Of one process and itself with other rounding."""
+    """The spread of one process and the same with other rounding."""
     return Spread(written(tmp_path / "one"), [written(tmp_path / "other", rounded(1e-7))])
 
 
@@ -99,7 +99,7 @@ def test_a_changed_element_is_named_with_step_tensor_and_rank(
             held["weight/a"][6] += 0.01
 
     (found,) = judged(spread, tmp_path / "x", change).first
-    # By its own norm an update differs most; the weight differs too.
+    # Relative to its norm the update differs most; the weight also differs.
     assert (found.step, found.what, found.rank) == (2, "update/a", 1)
     assert found.ratio > found.bound
     assert str(found).startswith("step 2: update/a on rank 1 differs by ")
@@ -117,7 +117,7 @@ def test_a_copy_that_is_stale_is_infinitely_far_off(spread: Spread, tmp_path: Pa
 
 
 def test_a_missing_decay_shows_in_the_update(spread: Spread, tmp_path: Path) -> None:
-    """A thousandth of an update is nothing beside the weight."""
+    """A thousandth of an update is negligible compared with the weight."""
 
     def change(step: int, rank: int, held: Values) -> None:
         if step >= 0:

@@ -1,4 +1,4 @@
-"""A contender for test_races.py: its loss is what it is asked for, and where asked it ends."""
+"""A contender for test_races.py: its loss and the step at which it fails are given by the request."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What each further micro-batch, layer and rank costs (megalite/races/growth.py)."""
+"""The cost of each further micro-batch, layer and rank (megalite/races/growth.py)."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from megalite.errors import ConfigError
 from megalite.races import growth
 
 
-def test_growth_tells_what_each_further_one_costs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth_is_the_cost_of_each_further_one(capsys: pytest.CaptureFixture[str]) -> None:
     def measured(config: Any, world_size: int, steps: int) -> list[dict[str, Any]]:
         ms = 5 + 2 * config.accumulation_steps + 3 * config.model["num_hidden_layers"]
         return [{"processor_seconds": [1e-3 * ms] * steps}] * world_size

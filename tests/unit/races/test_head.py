@@ -1,4 +1,4 @@
-"""The race of the head and its loss (megalite/races/head.py), on small sizes: all ways make the same loss."""
+"""The race of the head and its loss (megalite/races/head.py), on small sizes: all ways give the same loss."""
 
 import re
 

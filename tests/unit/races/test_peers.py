@@ -1,4 +1,4 @@
-"""What the contenders share (megalite/races/plain.py, stages.py, loader.py, machine.py)."""
+"""Code shared by the contenders (megalite/races/plain.py, stages.py, loader.py, machine.py)."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def trained(asked: dict[str, Any]) -> tuple[list[float], list[torch.Tensor]]:
 
 
 def test_a_step_does_not_depend_on_the_micro_batch(asked: dict[str, Any]) -> None:
-    """But by rounding, which Adam makes large where a gradient is nearly 0."""
+    """Except for rounding, which Adam amplifies if a gradient is nearly 0."""
     start = [value.detach() for value in load_model(asked).parameters()]
     whole, parts = trained(asked), trained({**asked, "micro": 1})
     assert parts[0] == pytest.approx(whole[0], rel=1e-4)

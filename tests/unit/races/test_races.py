@@ -1,4 +1,4 @@
-"""tools/benchmark_peers.py: turns, sums over ranks, ratios, and contenders that did not do the same."""
+"""tools/benchmark_peers.py: turns, sums over ranks, ratios, and contenders whose results differ."""
 
 import re
 from unittest import mock
@@ -28,7 +28,7 @@ def test_ratios_are_of_processor_seconds_of_all_ranks() -> None:
     assert float(found["busiest"]) == pytest.approx(1, rel=0.2)
 
 
-def test_other_losses_are_no_race() -> None:
+def test_contenders_with_other_losses_are_an_error() -> None:
     teams = race(
         [Contender(name, MODULE, 1, {"loss": loss}) for name, loss in (("a", 2.0), ("b", 2.01))],
         1,
@@ -38,7 +38,7 @@ def test_other_losses_are_no_race() -> None:
         report(RACES["one-fp32"], teams)
 
 
-def test_a_contender_that_ends_is_told_with_what_it_said() -> None:
+def test_a_contender_that_fails_is_reported_with_its_output() -> None:
     with pytest.raises(RaceFailed, match="other: rank 0 exited: it broke"):
         race([Contender("other", MODULE, 1, {"loss": 2.0, "ends": 1})], rounds=2, warmup=1)
 

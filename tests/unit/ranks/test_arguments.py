@@ -23,7 +23,7 @@ def test_positional_arguments_may_come_between_options() -> None:
     "words", [["--output", ""], ["--folder="], ["run", ""], ["--input", "a", ""]]
 )
 def test_an_empty_value_is_refused(words: list[str]) -> None:
-    """It is of a shell's variable that is not set, and would be the current folder."""
+    """It comes from an unset shell variable, and would mean the current folder."""
     parser = ArgumentParser()
     parser.add_argument("--output")
     parser.add_argument("--folder", type=Path)

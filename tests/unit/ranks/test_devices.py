@@ -1,5 +1,5 @@
-"""GPUs and a rank's start (megalite/ranks), on a machine that has none: ordinals, too few GPUs, settings of torch and
-NCCL, descriptors and timeouts."""
+"""GPUs and the start of a rank (megalite/ranks), on a machine without GPUs: ordinals, too few GPUs, settings of torch
+and NCCL, file descriptors and timeouts."""
 
 import functools
 import os
@@ -38,29 +38,29 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one() -> None:
         own_gpu(0, 8, 4)
 
 
-def tell_all(names: list[str]) -> None:
-    """What the ranks of a node do that see one GPU each, of these names; the first one checks."""
+def report_all(names: list[str]) -> None:
+    """The ranks of a node, which see one GPU each, report these names; then the first one checks."""
     store = HashStore()
-    told = [
-        threading.Thread(target=GPUNames(store, "node").tell, args=(name, len(names)))
+    reports = [
+        threading.Thread(target=GPUNames(store, "node").report, args=(name, len(names)))
         for name in names
     ]
-    GPUNames(store, "another node").tell(names[0], 1)
-    for thread in told:
+    GPUNames(store, "another node").report(names[0], 1)
+    for thread in reports:
         thread.start()
     GPUNames(store, "node").check(len(names))
 
 
 def test_one_visible_gpu_is_each_ranks_own_or_a_mistake() -> None:
-    tell_all(["a", "b", "c"])
+    report_all(["a", "b", "c"])
     with pytest.raises(
         ConfigError, match="ranks on a node: 3: must be at most the 1 GPU that torch sees there"
     ):
-        tell_all(["a", "b", "a"])
+        report_all(["a", "b", "a"])
 
 
 def start_with_one_gpu(rank: int, world_size: int) -> None:
-    """The start of a rank that sees one GPU, the same as its neighbour."""
+    """Starts a rank that sees one GPU, the same as its neighbour."""
     with (
         patch.object(launch, "visible_gpus", lambda: 1),
         patch.object(launch, "gpu_name", lambda ordinal: "GPU-0"),
@@ -79,8 +79,8 @@ def test_too_few_gpus_are_one_line_before_ranks_start() -> None:
 
 
 def gpus_taken(rank: int, world_size: int, visible: int) -> list[int]:
-    """What a rank of this node makes its current GPU at its start, and then DeepSpeed as it makes an engine; and the
-    engine's. Open MPI has started it."""
+    """The GPUs that a rank started by Open MPI makes current: at its start, then in DeepSpeed's engine; and the GPU of
+    that engine."""
     import deepspeed.runtime.engine as of_deepspeed
 
     taken: list[int] = []
@@ -110,13 +110,13 @@ def gpus_taken(rank: int, world_size: int, visible: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("visible", "wanted"), [(1, [0, 0]), (2, [0, 1]), (8, [0, 1])])
-def test_deepspeed_takes_a_ranks_own_gpu_too(visible: int, wanted: list[int]) -> None:
-    """It goes by LOCAL_RANK: with Slurm's --gpus-per-task=1 a GPU that the rank does not see."""
+def test_deepspeed_also_uses_a_ranks_own_gpu(visible: int, wanted: list[int]) -> None:
+    """DeepSpeed uses LOCAL_RANK, with Slurm's --gpus-per-task=1 the ordinal of a GPU that the rank does not see."""
     for own, taken in zip(wanted, run_ranks(2, gpus_taken, visible, init=False), strict=True):
         assert taken == [own] * 3
 
 
-def test_libraries_are_told_what_the_user_has_not_said() -> None:
+def test_libraries_get_settings_that_the_user_has_not_set() -> None:
     alone = library_settings({}, on_gpu=True, interface="lo")
     assert alone["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert "NCCL_SOCKET_IFNAME" not in alone and "TORCHDYNAMO_DISABLE" not in alone
@@ -148,14 +148,14 @@ def test_as_many_files_as_the_system_allows() -> None:
 
 
 def descriptors_of_group(ranks: int) -> int:
-    """Most descriptors of a lazy gloo group on a rank that all-gathers, broadcasts, reduces and waits at barriers: five
-    of its own, and its neighbours in rings and trees."""
+    """The most descriptors of a lazy gloo group on a rank that all-gathers, broadcasts, reduces and waits at barriers:
+    five, plus its neighbours in rings and trees."""
     return 5 + 4 * (ranks - 1).bit_length()
 
 
 def descriptors_of_gloo(rank: int, world_size: int) -> tuple[int, int]:
-    """More descriptors than before: of the world's group after the collectives that megalite asks of gloo, and of a
-    group along an axis."""
+    """Added descriptors: of the world's group after the collectives that megalite runs on gloo, and of a group along an
+    axis."""
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
     dist.init_process_group("gloo")
     first = _descriptors()
@@ -174,8 +174,8 @@ def _descriptors() -> int:
 
 
 def test_descriptors_of_a_rank_at_1024() -> None:
-    """On GPUs gloo has the world and the saver's group. Rank 0 alone holds the store and gathers the plans of a
-    checkpoint, with a connection to each rank; raise_open_files is for that one."""
+    """On GPUs gloo has the group of the world and the saver's. Only rank 0, which hosts the store and gathers the plans
+    of a checkpoint, has a connection to each rank; raise_open_files is for rank 0."""
     ranks = 8
     for used, unused in run_ranks(ranks, descriptors_of_gloo, init=False)[1:]:
         assert used <= descriptors_of_group(ranks)
@@ -239,7 +239,7 @@ def test_sums_in_fp32_and_in_one_order() -> None:
 
 
 def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:
-    """On a CPU its numbers are those without it, and no operation lacks a deterministic form."""
+    """On a CPU it changes no result, and every operation has a deterministic implementation."""
     of = functools.partial(document, tmp_path, layout={"zero": 1})
     runs: list[Any] = [(of(run="a", train={"steps": 2}), nothing)]
     runs.append((of(run="b", train={"steps": 2, "deterministic": True}), nothing))
@@ -257,7 +257,7 @@ def trained_deterministically(rank: int, world_size: int, runs: list[Any]) -> bo
 
 
 def test_ranks_on_a_cpu_beside_gpus_measure_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DS_ACCELERATOR=cpu on a machine with GPUs: events on those would tell nothing of what the ranks do."""
+    """With DS_ACCELERATOR=cpu on a machine with GPUs, events on the GPUs would not measure the ranks' work."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     clock = Clock()

@@ -1,4 +1,4 @@
-"""Holding garbage back while objects are made that stay."""
+"""Delaying garbage collection while long-lived objects are created."""
 
 import gc
 import weakref
@@ -13,7 +13,7 @@ class Loop:
         self.self = self
 
 
-def test_what_was_there_is_not_looked_through() -> None:
+def test_older_objects_are_not_scanned() -> None:
     try:
         hold_garbage()
         before = weakref.ref(Loop())

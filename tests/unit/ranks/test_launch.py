@@ -9,12 +9,12 @@ from megalite.ranks import launch
 from megalite.ranks.place import Place
 
 
-def test_missing_ranks_are_told_of(
+def test_missing_ranks_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.add("came", 1)
-    monkeypatch.setattr(launch, "TOLD", timedelta(seconds=0.2))
+    monkeypatch.setattr(launch, "PROGRESS_EVERY", timedelta(seconds=0.2))
     monkeypatch.setattr(launch, "WAIT", timedelta(seconds=0.9))
     with pytest.raises(dist.DistStoreError):
         launch._wait_for_verdict(store, Place(0, 2, 0, 2))

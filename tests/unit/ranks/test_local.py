@@ -1,4 +1,4 @@
-"""Ranks of this machine as processes (megalite/ranks/local.py): their end, and how many there may be."""
+"""Ranks as processes of this machine (megalite/ranks/local.py): how they end, and how many there may be."""
 
 import time
 from pathlib import Path
@@ -24,13 +24,13 @@ if sys.argv[2:]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a module that a rank can be."""
+    """A folder with a module that a rank can run."""
     (tmp_path / "a_rank.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
 
 
-def test_each_rank_learns_its_place(folder: Path) -> None:
+def test_each_rank_gets_its_place(folder: Path) -> None:
     run_local_ranks(3, "a_rank", [str(folder)])
     told = [eval((folder / f"rank{rank}").read_text()) for rank in range(3)]
     assert [here for here, _ in told] == [
@@ -43,7 +43,7 @@ def test_each_rank_learns_its_place(folder: Path) -> None:
     assert len({port for _, port in told}) == 1
 
 
-def test_the_first_that_fails_ends_the_others_and_is_told(folder: Path) -> None:
+def test_the_first_rank_that_fails_ends_the_others_and_is_reported(folder: Path) -> None:
     start = time.monotonic()
     with pytest.raises(
         RanksFailed, match=r"^rank 1 of 3 exited with 1: x+ the last words$"
@@ -53,7 +53,7 @@ def test_the_first_that_fails_ends_the_others_and_is_told(folder: Path) -> None:
     assert len(str(raised.value)) < 2100
 
 
-def test_a_rank_takes_a_gpu_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_uses_a_gpu_if_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "machine_has_gpu", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     check_room(4, "tensor=4")

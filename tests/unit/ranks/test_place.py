@@ -1,4 +1,4 @@
-"""A rank's place, as launchers say it."""
+"""A rank's place, from the variables that launchers set."""
 
 import os
 
@@ -25,7 +25,7 @@ def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
            {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()}  # fmt: skip
     places = [
         ({}, Place(0, 1, 0, 1)),
-        (batch, Place(0, 1, 0, 1)),  # a program that the batch script runs by itself
+        (batch, Place(0, 1, 0, 1)),  # a single program in the batch script
         (batch | task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, Place(9, 11, 1, 3)),
         (
             batch | ranks | {"LOCAL_WORLD_SIZE": "2"},

@@ -17,7 +17,7 @@ def test_a_line_of_an_error_has_an_end(capsys: pytest.CaptureFixture[str]) -> No
     assert said.count("\n") == 1 and said.endswith("x: must not be so long\n") and len(said) < 1100
 
 
-def test_a_reader_that_has_gone_ends_a_program_without_a_word() -> None:
+def test_a_closed_pipe_ends_a_program_silently() -> None:
     script = """if True:
         from megalite.ranks.program import run_program
 
@@ -46,18 +46,20 @@ def test_a_reader_that_has_gone_ends_a_program_without_a_word() -> None:
         ("megalite", ["pretrain"]),
     ],
 )
-def test_what_is_wrong_with_the_arguments_of_all_ranks_is_told_by_one(
+def test_an_error_in_the_arguments_of_all_ranks_is_printed_by_one(
     program: str, words: list[str]
 ) -> None:
     for rank, lines in ((0, 1), (1, 0)):
         world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         ended = run_program(program, *words, **world, LOCAL_WORLD_SIZE="2")
-        said = [line for line in ended.stderr.splitlines() if "runpy" not in line]  # the test's own
+        said = [
+            line for line in ended.stderr.splitlines() if "runpy" not in line
+        ]  # only in this test
         assert (ended.returncode, len(said)) == (2, lines), ended.stderr
 
 
-def test_a_result_that_does_not_fit_on_the_disk_is_told() -> None:
-    """`config_reference.py > docs/config.md` on a full disk would leave half of it, as if all were well."""
+def test_a_result_that_does_not_fit_on_the_disk_is_reported() -> None:
+    """Otherwise `config_reference.py > docs/config.md` on a full disk would write half of the file and succeed."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "tools/config_reference.py"]
         ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""What programs import first: no garbage is collected until their main begins, and then not of what is there."""
+"""The module that programs import first: it delays garbage collection until main starts, and excludes older objects."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_a_library_leaves_the_collector_alone() -> None:
 
 
 def test_what_libraries_print_to_a_closed_stream_is_not_written_into_a_file(tmp_path: Path) -> None:
-    """The next file that is opened would get the closed stream's descriptor."""
+    """The next file to be opened would get the closed stream's descriptor."""
     script = """if True:
         import os, sys
         import megalite.ranks.startup

@@ -1,4 +1,4 @@
-"""report.html: what it shows of a run folder, whatever is missing or torn in it; in a browser where there is one."""
+"""report.html: its content for run folders, also with missing or truncated files; in a browser if there is one."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def run_folder(folder: Path, steps: int = 50) -> Path:
 
 
 class _Tags(HTMLParser):
-    """Counts tags, and collects what the page would load."""
+    """Counts tags, and collects the resources that the page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
     assert [found.name for found in read_run(tmp_path).checkpoints] == ["step_00000002"]
 
 
-def test_what_is_no_run_folder_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match="must be a run folder"):
         main([str(tmp_path)])
     with pytest.raises((ConfigError, DataError), match="cannot be written"):
@@ -214,7 +214,7 @@ def test_numbers_are_short_and_ticks_are_round() -> None:
 
 
 def test_formulas_are_those_of_programs_of_equal_stages() -> None:
-    """Held against the simulated clock."""
+    """Compared with the simulated clock."""
     from megalite.pipeline.check import check
     from megalite.pipeline.schedules import make_program
 
@@ -249,7 +249,7 @@ def test_bubbles_are_named_and_measured() -> None:
 
 
 def traced(pid: int, ts: float, step: int, grid: dict[str, int]) -> dict[str, Any]:
-    """An action of a rank in a trace, a second long."""
+    """A rank's action in a trace, one second long."""
     args = {"step": step, "kind": "F", "grid": grid}
     return {"cat": "action", "pid": pid, "ts": ts, "dur": 1e6, "name": "F", "args": args}
 
@@ -326,7 +326,7 @@ document.body.append(out);
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
-def test_in_a_browser_the_page_fits_and_tells_what_is_under_the_pointer(
+def test_in_a_browser_the_page_fits_and_shows_what_is_under_the_pointer(
     tmp_path: Path, width: int, scheme: int
 ) -> None:
     browser = next(filter(None, map(shutil.which, CHROMES)), None)
@@ -352,7 +352,7 @@ def test_in_a_browser_the_page_fits_and_tells_what_is_under_the_pointer(
 
 
 def test_another_file_is_not_written_over(tmp_path: Path) -> None:
-    """Nor a device: /dev/full became a page."""
+    """Devices are not overwritten either: /dev/full once became a page."""
     run = run_folder(tmp_path / "run")
     notes = tmp_path / "notes.html"
     notes.write_text("<!doctype html>\n<p>mine")

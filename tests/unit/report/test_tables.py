@@ -3,7 +3,7 @@
 from megalite.report.tables import table, wide
 
 
-def test_a_table_has_a_head_and_a_row_each() -> None:
+def test_a_table_has_a_header_and_rows() -> None:
     found = table(["a", "b"], [["1", "<b>2</b>"], ["3", "4"]], long={1})
     assert found == (
         '<table class="figures"><tr><th>a</th><th>b</th></tr>'

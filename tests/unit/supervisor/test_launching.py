@@ -1,4 +1,4 @@
-"""launcher/run.py's parts that start nothing: hostfiles, what may be sent to hosts, fewer hosts, the guard."""
+"""Parts of launcher/run.py that start no ranks: hostfiles, variables sent to hosts, fewer hosts, the guard."""
 
 import json
 import os
@@ -180,7 +180,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_folder_of_words_that_another_user_can_reach_is_not_used(
+def test_a_messages_folder_that_another_user_can_reach_is_not_used(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, victim = tmp_path / "megalite-x-1", tmp_path / "rank_0"
@@ -210,7 +210,7 @@ def test_no_two_starts_share_a_name() -> None:
 
 
 class Clock:
-    """A clock that only waiting moves."""
+    """A clock that the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -218,7 +218,7 @@ class Clock:
 
 
 def attempt_of(ranks: int, **keys: Any) -> Attempt:
-    """One whose ranks all run."""
+    """An attempt whose ranks are all running."""
     program = AttemptProgram([], [], False, None, None, **keys)
     made = Attempt(program, {"localhost": ranks}, name_of_run(), Signals())
     made.running = dict.fromkeys(range(ranks), mock.Mock())
@@ -226,10 +226,10 @@ def attempt_of(ranks: int, **keys: Any) -> Attempt:
 
 
 @pytest.mark.parametrize("grace", [120.0, 7.0])
-def test_the_time_after_a_signal_is_given_once(
+def test_the_grace_period_after_a_signal_is_given_once(
     monkeypatch: pytest.MonkeyPatch, grace: float
 ) -> None:
-    """`deepspeed` itself ends a little before it is over, and its ranks do not."""
+    """`deepspeed` itself exits shortly before the time is over, but its ranks do not."""
     clock, deepspeed = Clock(monkeypatch), mock.Mock()
     made = attempt_of(2, grace_seconds=grace)
     made.stopped_at = clock.now
@@ -244,7 +244,7 @@ def test_the_time_after_a_signal_is_given_once(
     assert made._is_over(deepspeed)
 
 
-def test_a_remote_shell_that_stays_does_not_keep_a_run_that_is_done(
+def test_a_remote_shell_that_stays_does_not_delay_a_finished_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, shell = Clock(monkeypatch), mock.Mock()
@@ -259,8 +259,8 @@ def test_a_remote_shell_that_stays_does_not_keep_a_run_that_is_done(
     assert made._outcome(None, {}).code == 0
 
 
-def test_all_guards_are_let_go_within_one_limit(tmp_path: Path) -> None:
-    """Ones that do not listen, as connections to hosts that are out of reach."""
+def test_all_guards_are_released_within_one_limit(tmp_path: Path) -> None:
+    """The guards do not respond, like connections to unreachable hosts."""
     made = attempt_of(0)
     begin = time.monotonic()
     with mock.patch.object(attempt, "python_module", lambda *words: ["sleep", "60"]):
@@ -330,7 +330,7 @@ def test_a_tensor_axis_across_hosts_is_named() -> None:
 
 
 def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
-    """The rank has a child, and an orphan that outlives it; it does not listen to SIGUSR1."""
+    """The rank has a child and an orphaned descendant; it has no handler for SIGUSR1."""
     folder = tmp_path / "megalite-x-1"
     code = "import os, subprocess; os.system('sleep 60 & echo $!; exit'); subprocess.run(['cat'])"
     guard = subprocess.Popen(
@@ -354,8 +354,8 @@ def test_the_guard_knows_ranks_by_their_environment(tmp_path: Path) -> None:
     print(file=rank.stdin, flush=True)
     orphan = int(rank.stdout.readline())
     guard.stdin.write(f"signal {signal.SIGUSR1.value}\n")
-    (folder / "rank_9").write_text("0")  # of one that was too quick
-    guard.stdin.close()  # whoever told it is gone: SIGTERM, no word
+    (folder / "rank_9").write_text("0")  # a rank that exited before it was noticed
+    guard.stdin.close()  # the supervisor is gone: SIGTERM to the ranks
     assert [said(), said(), said(), guard.stdout.read()] == ["down 7 -", "down 9 0", "over", ""]
     assert rank.wait(5) == -15 and guard.wait(5) == 0 and not folder.exists()
     assert not command_of(orphan)

@@ -1,4 +1,4 @@
-"""Groups by the names of the axes that vary in them, against their definition by arithmetic."""
+"""Groups named by the axes that vary in them, compared with their arithmetic definition."""
 
 from itertools import product
 
@@ -41,7 +41,7 @@ def test_the_docstrings_example() -> None:
     assert sizes.ends() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
-def test_what_holds_copies_of_a_weight_and_of_an_experts() -> None:
+def test_the_groups_that_hold_copies_of_a_weight_and_of_an_experts() -> None:
     sizes = Sizes(pipe=1, data=4, context=2, tensor=1, expert=2)
     assert sizes.groups("replica") == [list(range(8))]
     assert sizes.groups("expert") == [[0, 2], [1, 3], [4, 6], [5, 7]]

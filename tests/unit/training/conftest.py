@@ -1,4 +1,4 @@
-"""A world of one rank, for what calls torch.distributed."""
+"""A world of one rank, for code that calls torch.distributed."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself (megalite/training/about.py)."""
+"""The description of a run (megalite/training/about.py)."""
 
 import json
 from typing import Any
@@ -52,10 +52,10 @@ def test_each_rank_has_its_own_prediction() -> None:
         states = predicted_states(made, parameter_sizes(made, spec, grid), grid)
         assert row["weights_bytes"] == states.weights, rank
         assert row["optimizer_bytes"] == states.optimizer and row["activations_bytes"] > 0
-    assert told[0]["activations_bytes"] != told[4]["activations_bytes"]  # of two stages
+    assert told[0]["activations_bytes"] != told[4]["activations_bytes"]  # for two stages
 
 
-def test_a_long_step_is_drawn_short_and_its_bubble_is_the_whole_ones() -> None:
+def test_a_long_step_is_drawn_in_part_but_its_bubble_is_that_of_all() -> None:
     made = config(2, {"pipe": 2})
     told = about(made, read_spec(made.model))["pipeline"]
     assert told["micro_batches"] == 64 and told["shown_micro_batches"] == SHOWN_ROUNDS * 2
@@ -67,7 +67,7 @@ def test_a_long_step_is_drawn_short_and_its_bubble_is_the_whole_ones() -> None:
     assert about(config(2, {}), read_spec(made.model))["pipeline"] == {}
 
 
-def test_keys_that_are_not_as_they_come() -> None:
+def test_keys_that_differ_from_their_defaults() -> None:
     keys = {"steps": 9, "run_dir": "x", "seed": 7, "limits": {"step_seconds": 60}}
     found = {key: (value, default) for key, value, default in differing(parse(Train, keys, "x"))}
     assert found["steps"][0] == 9 and found["run_dir"] == ("x", None)
@@ -75,6 +75,6 @@ def test_keys_that_are_not_as_they_come() -> None:
     assert found["limits.step_seconds"][0] == 60 and "limits.checkpoint_seconds" not in found
 
 
-def test_a_classifiers_loss_is_one_of_texts() -> None:
+def test_a_classifiers_loss_is_per_text() -> None:
     told = about(config(1, {}, batch=1), read_spec(CONFIGS["llama"]))
     assert told["loss_unit"] == "nats per text"

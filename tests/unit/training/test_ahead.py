@@ -12,7 +12,7 @@ from megalite.training.ahead import Ahead
 
 
 class Reading:
-    """What the run reads: a word for each position; notes what was asked for, and in which thread."""
+    """Reads a word for each position; records the positions and the threads of its calls."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -51,7 +51,7 @@ def test_the_next_step_is_read_once_in_another_thread(ahead: Ahead, reading: Rea
 
 
 def test_what_was_read_for_another_position_is_not_used(ahead: Ahead, reading: Reading) -> None:
-    """The run went back, or left samples out: the same step has other samples then."""
+    """After a rewind, or if samples were left out, the same step has other samples."""
     ahead.take(at(5), at(6))
     assert ahead.take(at(2), at(3)) == ["2/16/()"]
     changed = at(3, left_out=((24, 32),))

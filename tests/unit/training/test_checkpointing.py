@@ -1,4 +1,4 @@
-"""When a run saves, what it says of a save that failed, and what it writes of itself (training/checkpointing.py)."""
+"""When a run saves, its message about a failed save, and the saved state (training/checkpointing.py)."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from megalite.training.checkpointing import Checkpoints
 
 
 class Saver:
-    """Notes what is saved. error: what the save in progress ends by."""
+    """Records what is saved. error: raised by the save in progress."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[Any, ...]] = []
@@ -66,13 +66,13 @@ def test_a_step_is_saved_once(made: Any) -> None:
     assert [step for step, *_ in made.saver.saved] == [6, 7, 7]
 
 
-def test_what_is_not_sound_is_not_saved(made: Any) -> None:
+def test_weights_that_are_not_finite_are_not_saved(made: Any) -> None:
     made.health.check_sound = lambda boxes, step: "a.weight is not finite"
     assert made.save(Position(step=6)) == "a.weight is not finite"
     assert made.saver.saved == [] and made.saved_step == 5
 
 
-def test_a_failed_save_is_told_and_only_the_last_one_ends_the_run(made: Any) -> None:
+def test_a_failed_save_is_reported_and_only_the_last_one_ends_the_run(made: Any) -> None:
     made.saver.error = failed = SaveFailed({1: (OSError("no room"), None)})
     made.finish()
     line = "checkpoint of step 5 could not be saved: rank 1: no room"

@@ -1,4 +1,4 @@
-"""Accuracy and macro F1 with their intervals."""
+"""Accuracy and macro F1, with their confidence intervals."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ def test_wilsons_interval_is_that_of_the_tables() -> None:
         assert wilson(right, texts) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_the_interval_of_macro_f1_holds_what_other_samples_give() -> None:
-    """Of tables drawn from known chances, about 95 % of the intervals hold the F1 of the chances themselves."""
+def test_the_interval_of_macro_f1_covers_other_samples() -> None:
+    """For tables drawn from known probabilities, about 95 % of the intervals contain the F1 of these probabilities."""
     chances = np.array([[0.3, 0.1], [0.15, 0.45]])
     true, random, held = f1(chances * 1e6).mean(), np.random.default_rng(1), 0
     for _ in range(100):

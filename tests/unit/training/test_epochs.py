@@ -1,4 +1,4 @@
-"""`megalite.train.epochs` against a count by hand."""
+"""`megalite.train.epochs` compared with a count by hand."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ LENGTHS = [13, 4, 7, 12, 5, 9, 3, 11, 2, 13]
 
 
 def config_file(folder: Path, data: dict[str, Any] | None = None, **train: Any) -> Path:
-    """Of a run in batches of 8 samples of 12 tokens, on one rank."""
+    """A config with batches of 8 samples of 12 tokens, on one rank."""
     with IndexedWriter(folder / "corpus", np.uint16) as writer:
         for number, length in enumerate(LENGTHS):
             writer.add_document(np.full(length, number))
@@ -45,11 +45,11 @@ RAMP = {"start": 2, "increment": 2, "samples": 12}
 @pytest.mark.parametrize(
     ("data", "train", "samples", "steps"),
     [
-        # 78 / 12 windows: 6 an epoch.
+        # 78 / 12 windows: 6 per epoch.
         ({}, {"epochs": 4}, 6, 3),
         ({}, {"epochs": 1}, 6, 1),
         ({}, {"epochs": 4.5}, 6, 4),
-        # 10 documents an epoch, one a sample: 30, 3.75 batches of 8.
+        # 10 documents per epoch, one per sample: 30, or 3.75 batches of 8.
         (PADDED, {"epochs": 3}, 10, 4),
         (PADDED, {"epochs": 0.1}, 10, 1),
         (PADDED, {"epochs": 4}, 10, 5),
@@ -106,7 +106,7 @@ def test_programs_that_read_no_corpus_do_without_the_steps(tmp_path: Path) -> No
         config_of(config, Layout.parse("data=1"), 8)
 
 
-def test_small_gains_add_up_against_the_bar() -> None:
+def test_small_gains_add_up_to_an_improvement() -> None:
     best = Best()
     for step, loss in enumerate([3.0, 2.96, 2.92, 2.88], start=1):
         best = best.after(loss, step, min_delta=0.1)

@@ -1,4 +1,4 @@
-"""Predictions beside a run's first steps (megalite/training/foreseen.py)."""
+"""Predictions printed with a run's first steps (megalite/training/foreseen.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.ranks import REPOSITORY
 from tests.unit.plan.test_calibration import MACHINE, run_config
 
 
-def test_time_is_told_of_a_machine_that_is_known(tmp_path: Path) -> None:
+def test_time_is_predicted_for_a_known_machine(tmp_path: Path) -> None:
     file, cpu = tmp_path / "device.json", torch.device("cpu")
     write_device(MACHINE, file)
     config, threads = run_config(tmp_path, calibration=str(file)), torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Watchers that look at the ranks themselves (megalite/training/guards.py, expert_load.py) and at time (speed.py)."""
+"""Watchers of the ranks (megalite/training/guards.py, expert_load.py) and of time (speed.py)."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from megalite.training.speed import Speed
 
 
 class Replicas:
-    """Compared copies; `found` is what they come to."""
+    """A stub for the comparison of copies; `found` is its result."""
 
     found: Difference | None = None
 
@@ -48,7 +48,9 @@ def test_copies_are_compared_at_their_interval(
     assert guard.replicas.compared == compared
 
 
-def test_a_difference_stops_the_run_and_says_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_stops_the_run_and_names_its_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     guard = replica_guard(4, monkeypatch)
     guard.replicas.found = Difference("head.weight", (1,), False)
     guard.after_step({"step": 7})
@@ -79,7 +81,7 @@ def test_pace_is_begun_before_the_step_that_it_measures() -> None:
 
 
 def loads(counts: list[list[int]], interval: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Steps 1 to 4 of a model with these counts by layer: their rows, and lines for the log."""
+    """Rows and log lines of steps 1 to 4 of a model with these counts by layer."""
     monkeypatch.setattr(expert_load, "expert_counts", lambda *_: torch.tensor(counts))
     mixture = SimpleNamespace(layers=tuple(range(1, 2 * len(counts), 2)))
     stage = SimpleNamespace(spec=SimpleNamespace(mixture=mixture))
@@ -92,7 +94,7 @@ def loads(counts: list[list[int]], interval: int, monkeypatch: pytest.MonkeyPatc
     return rows, told
 
 
-def test_load_is_told_by_layer_at_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_logged_by_layer_at_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, told = loads([[4, 4, 4], [6, 3, 3]], 2, monkeypatch)
     assert rows[0] == {"step": 1} and rows[2] == {"step": 3} and told == []
     assert rows[1]["expert_tokens"] == {"1": [4, 4, 4], "3": [6, 3, 3]}

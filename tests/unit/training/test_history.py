@@ -1,4 +1,4 @@
-"""history.jsonl and the page that a run leaves (megalite/training/history.py)."""
+"""history.jsonl and the page that a run writes at its end (megalite/training/history.py)."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from megalite.training.history import History, ReportWriter
 
 
 class Data:
-    """Two corpora that give samples by turns."""
+    """Two corpora from which samples are taken alternately."""
 
     def shares(self, samples: int) -> list[Share]:
         return [Share("a", 0.5, (samples + 1) // 2), Share("b", 0.5, samples // 2)]
@@ -38,7 +38,7 @@ def test_each_event_is_a_line_with_its_step(tmp_path: Path) -> None:
     assert rows[3]["reason"] == "done" and all(row["unix_seconds"] > 0 for row in rows)
 
 
-def test_a_page_that_cannot_be_made_changes_nothing(
+def test_a_page_that_cannot_be_written_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -53,7 +53,9 @@ def test_a_page_that_cannot_be_made_changes_nothing(
     assert told == [f"{tmp_path / REPORT}: cannot be written: KeyError: 'loss'"]
 
 
-def test_a_full_disk_at_the_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_start_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
@@ -64,7 +66,7 @@ def test_a_full_disk_at_the_start_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     assert told == [line]
 
 
-def test_the_page_is_made_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_written_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(calls=[])
     monkeypatch.setattr(history, "write_report", lambda *given: made.calls.append(given))
     ReportWriter(tmp_path, {}, pytest.fail).close()

@@ -1,4 +1,4 @@
-"""The lock of a run folder: who has it, who is gone, and that of several starts exactly one gets it."""
+"""The lock of a run folder: its holder, holders that are gone, and that exactly one of several starts gets it."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def starts(tmp_path: Path) -> Iterator[Starts]:
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, list[str]]:
-    """Its code, and the lines of its standard error."""
+    """A process's exit code and the lines of its standard error."""
     _, said = process.communicate(timeout=30)
     return process.returncode, said.splitlines()
 
@@ -126,8 +126,8 @@ def test_it_is_released_when_a_signal_ends_the_start(starts: Starts, number: int
     assert ended(one)[0] == 128 + number and os.listdir(starts.folder) == []
 
 
-def test_one_that_was_killed_leaves_none_behind(starts: Starts) -> None:
-    """Also before its parent has asked for its code: a dead process that still has a number."""
+def test_a_killed_start_leaves_no_lock_in_force(starts: Starts) -> None:
+    """Also before its parent has waited for it, while the dead process still has a PID."""
     one = starts.holding()
     one.kill()
     os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
@@ -136,7 +136,7 @@ def test_one_that_was_killed_leaves_none_behind(starts: Starts) -> None:
 
 
 def written(starts: Starts, **fields: Any) -> Holder:
-    """The lock of this process, with some fields otherwise."""
+    """Writes the lock of this process, with some fields changed."""
     holder = dataclasses.replace(Holder.this(starts.folder), **fields)
     starts.path.write_text(json.dumps(asdict(holder)))
     return holder
@@ -158,7 +158,7 @@ def test_a_copy_of_a_folder_in_use_is_not_in_use(starts: Starts, tmp_path: Path)
 @pytest.mark.parametrize(
     "where", [{"host": "elsewhere"}, {"boot": "another"}, {"processes": "pid:[1]"}]
 )
-def test_one_of_another_machine_is_watched_for_a_sign_of_life(
+def test_the_lock_of_another_machine_is_watched_for_updates(
     starts: Starts, where: dict[str, str]
 ) -> None:
     holder = written(starts, **where)
@@ -183,10 +183,10 @@ def test_one_of_another_machine_is_watched_for_a_sign_of_life(
         ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}),
     ],
 )
-def test_a_later_start_of_one_launcher_s_run_takes_it_and_the_earlier_ends(
+def test_a_later_start_by_the_same_launcher_takes_it_over(
     starts: Starts, first: dict[str, str], second: dict[str, str]
 ) -> None:
-    """The earlier one has been given up by its launcher, and may hang."""
+    """The launcher has given up the earlier start, which may hang."""
     one = starts.holding(**first)
     assert ended(starts.begin(**first))[0] == 2
     one.send_signal(signal.SIGSTOP)
@@ -198,7 +198,7 @@ def test_a_later_start_of_one_launcher_s_run_takes_it_and_the_earlier_ends(
     assert starts.pid == other.pid
 
 
-def test_a_file_that_was_removed_by_hand_is_made_again(starts: Starts) -> None:
+def test_a_file_that_was_removed_by_hand_is_written_again(starts: Starts) -> None:
     one = starts.holding()
     starts.path.unlink()
     deadline = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""Rows of metrics: what JSON can hold, and what becomes of rows on a full disk."""
+"""Rows of metrics: values that JSON has, and rows on a full disk."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.small_disk import Disk
 
 
 def strict_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file by a reader that knows neither NaN nor Infinity, as JSON does not."""
+    """The rows of a file, read as strict JSON, without NaN and Infinity."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
@@ -29,7 +29,7 @@ def test_a_perplexity_is_a_float_whatever_the_loss(loss: float) -> None:
     assert perplexity(loss) == (math.exp(loss) if loss < 709.5 else sys.float_info.max)
 
 
-def test_what_is_not_finite_is_null_in_a_row(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_null_in_a_row(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0, False, print)
     for loss in (math.nan, math.inf, 800.0):
         row = {
@@ -58,8 +58,8 @@ def test_what_is_not_finite_is_null_in_a_row(tmp_path: Path) -> None:
     assert strict_rows(tmp_path / "metrics.jsonl") == [nothing, nothing, large]
 
 
-def test_an_evaluation_that_is_owed_has_one_row(tmp_path: Path) -> None:
-    """A start that was killed has made it, and not saved that."""
+def test_a_repeated_evaluation_has_one_row(tmp_path: Path) -> None:
+    """An earlier start evaluated, but was killed before it saved this."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 1, "valid_loss": 1.0}\n{"step": 2, "loss": 3.0}\n{"step": 2, "valid_loss": 2.0}\n'
@@ -76,7 +76,7 @@ def test_an_evaluation_that_is_owed_has_one_row(tmp_path: Path) -> None:
     assert metrics.best == {"step": 1, "valid_loss": 1.0}
 
 
-def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, disk: Disk) -> None:
+def test_rows_after_a_step_are_removed_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(tmp_path, 0, False, print)
     for step in range(1, 6):
@@ -91,7 +91,7 @@ def test_rows_after_a_step_are_removed_where_there_is_no_room(tmp_path: Path, di
     disk.room = None
     path.write_text(
         '{"step": 1}\n{"st\n[7]\n8\n{"step": 2}\n{"step": 3}\n'
-    )  # torn in the middle, not by us
+    )  # truncated in the middle, by another program
     MetricsFile(tmp_path, 2, False, print).close()
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
 

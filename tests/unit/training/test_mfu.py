@@ -1,4 +1,5 @@
-"""MFU: its formula, the data sheets' names, and what is measured where there is none (megalite/training/mfu.py)."""
+"""MFU: its formula, names of devices in data sheets, and the measured rate of other devices
+(megalite/training/mfu.py)."""
 
 import pytest
 import torch
@@ -28,15 +29,15 @@ def test_types_and_unknown_devices() -> None:
     assert data_sheet_flops("NVIDIA GeForce RTX 9999", BF16) is None
 
 
-def test_the_measured_rate_is_one_that_products_have() -> None:
-    """Not 512³ products with a wait after each: large ones, waited for once."""
+def test_the_measured_rate_is_that_of_large_products() -> None:
+    """Measured by large products with one wait, not by 512³ products with a wait after each."""
     rate = measured_flops(torch.device("cpu"), FP32)
     assert 1e9 < rate < 1e14
     assert peak_flops(torch.device("cpu"), FP32) == pytest.approx(rate, rel=0.9)
 
 
 def test_figures_of_a_step() -> None:
-    """Llama 2 7B: 6 × 6.607e9 weights that multiply, and 12 · 32 · 4096 · 2048 for attention over 4,096 tokens."""
+    """Llama 2 7B: 6 × 6.607e9 for weights in products, and 12 · 32 · 4096 · 2048 for attention over 4,096 tokens."""
     config = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,

@@ -1,4 +1,4 @@
-"""Where a run starts from (megalite/training/start.py), on one rank."""
+"""The starting point of a run (megalite/training/start.py), on one rank."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_an_empty_folder_is_a_new_run(tmp_path: Path) -> None:
     start.fill(None)  # type: ignore[arg-type]  # for which no engine is needed
 
 
-def test_the_newest_checkpoint_goes_before_other_weights(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_takes_precedence_over_other_weights(tmp_path: Path) -> None:
     save(tmp_path, 3)
     save(tmp_path, 7, skipped_steps=2)
     start = starting_point(tmp_path, "none such")
@@ -47,10 +47,10 @@ def test_the_newest_checkpoint_goes_before_other_weights(tmp_path: Path) -> None
     assert newest_named(tmp_path) == step_name(7)
 
 
-def test_a_copy_under_another_step_s_name_is_passed_over(
+def test_a_copy_under_another_step_s_name_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the newest it would be taken at every start, and what was trained since then made again each time."""
+    """As the newest it would be loaded at every start, and the steps since then repeated each time."""
     save(tmp_path, 2)
     shutil.copytree(save(tmp_path, 4), tmp_path / "checkpoints" / step_name(9))
     start = starting_point(tmp_path, None)
@@ -59,10 +59,10 @@ def test_a_copy_under_another_step_s_name_is_passed_over(
     assert "step_00000009: is of step 4: must be named step_00000004; looking for an older" in said
 
 
-def test_a_damaged_one_is_passed_over_and_named(
+def test_a_damaged_checkpoint_is_skipped_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`latest` and `best` named it: the one that is taken, and the best that it remembers, take their places."""
+    """`latest` and `best` named it; they then name the loaded checkpoint and the best one that it knows."""
     save(tmp_path, 2)
     save(tmp_path, 4, best={"loss": 1.5, "step": 2})
     damage(save(tmp_path, 6))
@@ -74,14 +74,14 @@ def test_a_damaged_one_is_passed_over_and_named(
     assert capsys.readouterr().err.endswith("; looking for an older checkpoint\n")
 
 
-def test_a_best_that_is_gone_is_named_no_more(tmp_path: Path) -> None:
+def test_a_missing_best_checkpoint_is_no_longer_named(tmp_path: Path) -> None:
     save(tmp_path, 4, best={"loss": 1.5, "step": 2})
     (tmp_path / "checkpoints" / BEST).write_text(step_name(9) + "\n")
     starting_point(tmp_path, None)
     assert named_best(tmp_path) is None and not (tmp_path / "checkpoints" / BEST).exists()
 
 
-def test_where_none_is_good_the_run_does_not_begin_anew(tmp_path: Path) -> None:
+def test_a_run_without_a_good_checkpoint_does_not_start_over(tmp_path: Path) -> None:
     damage(save(tmp_path, 2))
     damage(save(tmp_path, 4))
     with pytest.raises(CheckpointError, match=step_name(4)):

@@ -25,7 +25,7 @@ def micro_batches() -> list[MicroBatch]:
 
 
 class Pipeline:
-    """Notes what it is asked for."""
+    """Records its calls."""
 
     def __init__(self, grid: Grid, mixture: Any = None) -> None:
         self.moved = 0
@@ -56,13 +56,13 @@ class Pipeline:
         return self.loss
 
 
-def test_what_counts() -> None:
+def test_tokens_and_samples_that_count() -> None:
     assert tokens_that_count(micro_batches()).item() == 6
     assert samples_that_count(micro_batches(), ALONE).tolist() == [[1.0, 0.0], [1.0, 1.0]]
 
 
 def test_the_loss_is_a_mean_over_the_tokens_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks with as many tokens as this one; DeepSpeed divides by the ranks."""
+    """Three ranks with the same number of tokens; DeepSpeed divides by the ranks."""
     replica, told = Axis(3, 0, (0, 1, 2), None), list[Tensor]()
     monkeypatch.setattr(step, "sum_over", lambda counts, axis: counts * axis.size)
     pipeline: Any = Pipeline(Grid())
@@ -73,7 +73,7 @@ def test_the_loss_is_a_mean_over_the_tokens_of_all_ranks(monkeypatch: pytest.Mon
     assert pipeline.moved == 0
 
 
-def test_a_batch_of_which_nothing_counts_is_divided_by_one() -> None:
+def test_a_batch_without_counted_tokens_is_divided_by_one() -> None:
     pipeline: Any = Pipeline(Grid())
     batches = micro_batches()
     for batch in batches:
@@ -83,7 +83,7 @@ def test_a_batch_of_which_nothing_counts_is_divided_by_one() -> None:
 
 
 def test_routers_losses_are_means_over_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each sample that counts, times what DeepSpeed and the loss scale make of it."""
+    """Each sample that counts has the same weight, which compensates for DeepSpeed's division and the loss scale."""
     monkeypatch.setattr(step, "sum_over", lambda counts, axis: counts * axis.size)
     pipeline: Any = Pipeline(Grid(), mixture="experts")
     train_step(pipeline, Axis(2, 0, (0, 1), None), micro_batches())

@@ -1,4 +1,4 @@
-"""What is shown and sent of a run, without ranks: the terminal, trackers, prompts, the split of a step."""
+"""What a run prints and sends, without ranks: the terminal, trackers, prompts, the split of a step."""
 
 import errno
 import io
@@ -116,7 +116,7 @@ def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[st
     assert "loss 2.3457  norm 0.534  lr 1.00e-03  1,234,567 tokens/s  MFU 41 %" in lines[0]
 
 
-def test_a_run_says_at_its_end_what_came_of_it(tmp_path: Path) -> None:
+def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
     told: list[str] = []
     metrics = MetricsFile(tmp_path, 0, False, told.append)
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
@@ -135,7 +135,7 @@ def test_a_run_says_at_its_end_what_came_of_it(tmp_path: Path) -> None:
 
 
 class Ended(Watcher):
-    """Remembers the reason of a run's end."""
+    """Records why a run ended."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -163,8 +163,8 @@ def test_any_error_that_ends_a_run_is_the_reason(error: Exception, reason: str) 
     assert len(watcher.reason) <= len("error: RuntimeError: ") + 300
 
 
-def test_a_save_in_progress_has_a_time_of_its_own_when_the_run_fails() -> None:
-    """Not what is left of the step's."""
+def test_a_save_in_progress_has_its_own_time_limit_when_the_run_fails() -> None:
+    """Not the remaining time of the step."""
     run = mock.MagicMock()
     run.config.train.limits.checkpoint_seconds = 7.0
     run.checkpoints.finish.side_effect = dist.DistBackendError("a peer is gone")
@@ -186,7 +186,7 @@ def test_figures_are_grouped() -> None:
 
 
 class Failing:
-    """A tracker whose server goes away."""
+    """A tracker whose server stops responding."""
 
     name, requires_logging_directory, __module__ = "failing", False, "elsewhere"
 
@@ -204,7 +204,7 @@ class Failing:
         raise AssertionError("left out before")
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_continues(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     told: list[str] = []
     with mock.patch.dict(LOGGER_TYPE_TO_CLASS, {"failing": Failing}):
         check_trackers(["failing"])
@@ -217,7 +217,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_continues(tmp_path: Path) 
 
 
 class Stuck(Failing):
-    """A tracker whose server is away at the end."""
+    """A tracker whose server does not respond at the end."""
 
     def finish(self) -> None:
         time.sleep(0.5)
