@@ -16,6 +16,12 @@ import torch
 from megalite.config.rules import machine_has_gpu
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has finished its queued work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Clock:
     """`computing` wraps this rank's own work, `waiting` the collectives and messages inside it."""
 

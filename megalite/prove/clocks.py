@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from megalite.parallel.clock import wait_for
+
 QUIET = 0.1  # others may use this share of the CPU time before the wall clock is not trusted
 BATCHES = 5
 BATCH_SECONDS = 4e-3
@@ -62,12 +64,6 @@ def _machine_seconds() -> float:
 def others_share(wall: float, machine: float, own: float) -> float:
     """The share of the machine's CPU time in `wall` seconds that other programs used."""
     return max(0.0, (machine - own) / (wall * cores()))
-
-
-def wait_for(device: torch.device) -> None:
-    """Waits until the device has finished its queued work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megalite.config import Config
-from megalite.prove.clocks import Times, cores, others_share, seconds_of, wait_for
+from megalite.parallel.clock import wait_for
+from megalite.prove.clocks import Times, cores, others_share, seconds_of
 from megalite.prove.trace import Session
 from megalite.ranks.accelerator import use_accelerator
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import Config
-from megalite.config.rules import machine_has_gpu
 from megalite.data.loader import TrainData
 from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
 from megalite.model.spec import TransformerSpec
+from megalite.parallel.clock import wait_for
 from megalite.parallel.grid import ALONE
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.parallel.traffic import Traffic
@@ -40,7 +40,7 @@ def measure_layout(config: Config, steps: int) -> dict[str, Any]:
     session = Session.build(config)
     with Traffic(session.engine.grid) as traffic, session.engine.weighed() as held:
         session.step(0)
-    times = _timed(session.step, steps)
+    times = _timed(session.step, steps, torch.device(session.engine.device or "cpu"))
     peak, after = peak_bytes(torch.device(session.engine.device or "cpu")), WARMUP_STEPS + steps
     return {
         **held,
@@ -72,7 +72,7 @@ def _bubble(session: Session, step: int) -> float:
     interpreter.whole.on = interpreter.busy.on = True
     dist.barrier()
     session.step(step)
-    _wait_for_device()
+    wait_for(torch.device(session.engine.device or "cpu"))
     interpreter.whole.on = interpreter.busy.on = False
     return 1 - interpreter.busy.take() / interpreter.whole.take()
 
@@ -123,7 +123,7 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         adam.step()
         adam.zero_grad()
 
-    times, peak = _timed(one_step, steps), peak_bytes(device)
+    times, peak = _timed(one_step, steps, device), peak_bytes(device)
     split = split_by_kind(lambda: one_step(WARMUP_STEPS + steps))
     return {**times, "peak_bytes": peak, "split": split, "waits": {}}
 
@@ -165,21 +165,16 @@ def _document_mask(context: Context, causal: bool) -> Tensor | None:
     return mask.tril() if prefixes is None else mask.tril() | mask & prefixes[:, None, None, :]
 
 
-def _timed(step: Callable[[int], Any], steps: int) -> dict[str, list[float]]:
+def _timed(step: Callable[[int], Any], steps: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step after warm-up, wall clock and CPU time; all ranks start a step together."""
     seconds, processor_seconds = [], []
     for number in range(WARMUP_STEPS + steps):
-        _wait_for_device()
+        wait_for(device)
         dist.barrier()
         start, processor_start = time.perf_counter(), time.process_time()
         step(number)
-        _wait_for_device()
+        wait_for(device)
         if number >= WARMUP_STEPS:
             seconds.append(time.perf_counter() - start)
             processor_seconds.append(time.process_time() - processor_start)
     return {"seconds": seconds, "processor_seconds": processor_seconds}
-
-
-def _wait_for_device() -> None:
-    if machine_has_gpu():
-        torch.accelerator.synchronize()

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config
+from megalite.parallel.clock import wait_for
 from megalite.prove.allocations import peak_bytes
-from megalite.prove.clocks import Times, wait_for
+from megalite.prove.clocks import Times
 from megalite.prove.machine import own_device
 from megalite.prove.trace import Session
 

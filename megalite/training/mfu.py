@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalite.parallel.clock import wait_for
+
 # TFLOP/s without sparsity, from the makers' data sheets: (in bf16 or fp16, in fp32 on the units that torch uses by
 # default). The first entry that is part of a device's name is used.
 DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
@@ -66,11 +68,11 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     count, seconds = 1, 0.0
     while seconds < MEASURED_SECONDS:
         torch.mm(a, b, out=room)  # warm-up
-        _wait_for_device(device)
+        wait_for(device)
         start = time.perf_counter()
         for _ in range(count):
             torch.mm(a, b, out=room)
-        _wait_for_device(device)
+        wait_for(device)
         seconds, count = time.perf_counter() - start, 2 * count
     return 2.0 * rows**3 * (count // 2) / seconds
 
@@ -88,11 +90,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
-
-
-def _wait_for_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 class Utilisation:
