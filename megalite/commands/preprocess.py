@@ -12,24 +12,8 @@ from megalite.errors import ConfigError
 from megalite.ranks.arguments import ArgumentParser, at_least
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__)
-    files = ".jsonl or .txt, also with .gz or .zst; .parquet; - for standard input"
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("jsonl", "txt", "parquet"),
-        help="format of inputs whose names do not tell",
-    )
-    parser.add_argument(
-        "--blank-lines",
-        action="store_true",
-        help="blank lines separate the documents of a .txt; otherwise it is one document",
-    )
+def _add_forms(parser: argparse.ArgumentParser) -> None:
+    """The options for inputs that hold more than texts."""
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -58,6 +42,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="the labels; their order must not change later",
     )
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__)
+    files = ".jsonl or .txt, also with .gz or .zst; .parquet; - for standard input"
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
+    parser.add_argument(
+        "--text-key", default="text", help="key or column that holds the text (default: text)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "txt", "parquet"),
+        help="format of inputs whose names do not tell",
+    )
+    parser.add_argument(
+        "--blank-lines",
+        action="store_true",
+        help="blank lines separate the documents of a .txt; otherwise it is one document",
+    )
+    _add_forms(parser)
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -51,39 +51,48 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
         sys.stdout.flush()
         os._exit(EXIT_BASE + signal.SIGINT)  # without waiting for threads that are inside a library
     except OSError as error:
-        is_full = error.errno in FULL
-        code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
-        if isinstance(error, BrokenPipeError) and _is_output_closed():
-            code = EXIT_BASE + signal.SIGPIPE
-        settle(code)
-        if code == 1 and not is_full:
-            _raise_or_tell()
-        elif code in (1, UserError.exit_code):
-            print_line(
-                MegaliteError(f"{error.filename or 'a file'}: {error.strerror}").with_traceback(
-                    error.__traceback__
-                )
-            )
+        code = _tell_system_error(error)
     except Exception:
         code = 1
         settle(code)
         _raise_or_tell()
     else:
         settle(code)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            # A full disk may lose the last lines of a run's log; for other programs, standard output is the result.
-            if stream is sys.stdout and error.errno in FULL and code == 0 and not resumes:
-                print_line(MegaliteError(f"standard output: {error.strerror}"))
-                code = 1
+    code = _flush(code, is_result=not resumes)
     if failed and Place.started:
         # Skips the interpreter's shutdown, where NCCL would wait for the other ranks of each group.
         atexit._run_exitfuncs()
         os._exit(code)
     sys.exit(code)
+
+
+def _tell_system_error(error: OSError) -> int:
+    """Settles and prints an error of the system; returns the exit code."""
+    is_full = error.errno in FULL
+    code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
+    if isinstance(error, BrokenPipeError) and _is_output_closed():
+        code = EXIT_BASE + signal.SIGPIPE
+    settle(code)
+    if code == 1 and not is_full:
+        _raise_or_tell()
+    elif code in (1, UserError.exit_code):
+        line = f"{error.filename or 'a file'}: {error.strerror}"
+        print_line(MegaliteError(line).with_traceback(error.__traceback__))
+    return code
+
+
+def _flush(code: int, is_result: bool) -> int:
+    """Flushes the standard streams; returns the exit code. is_result: whether standard output is the program's result;
+    on a full disk a run may lose the last lines of its log."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and error.errno in FULL and code == 0 and is_result:
+                print_line(MegaliteError(f"standard output: {error.strerror}"))
+                code = 1
+    return code
 
 
 def _raise_or_tell() -> None:
