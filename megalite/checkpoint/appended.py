@@ -62,9 +62,8 @@ class Appended:
             self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             if self.end is None:
                 self.end = os.fstat(self.descriptor).st_size
-            os.ftruncate(
-                self.descriptor, self.end
-            )  # remove part of a row that may have been written
+            # Part of a row may have been written.
+            os.ftruncate(self.descriptor, self.end)
         assert self.end is not None
         try:
             while self.waiting:

@@ -48,9 +48,8 @@ _STATE_KINDS: dict[str, tuple[type, ...]] = {  # types of the state's optional k
     "sequence_length": (int,), ROUTER_BIAS: (list,), "best": (dict,),
     "owes_evaluation": (bool,), "faults_in_a_row": (int,), "faulty_step": (int,),
 }  # fmt: skip
-FILE_BYTES = (
-    1 << 28
-)  # most bytes of a file that CheckpointWriter writes, which it holds in memory until then
+# Most bytes of a file that CheckpointWriter writes, which it holds in memory until then.
+FILE_BYTES = 1 << 28
 
 
 def step_name(step: int) -> str:

@@ -21,9 +21,8 @@ from megalite.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK_BYTES = 4 << 20
-_FLUSH_BYTES = (
-    64 << 20
-)  # flush in the background after this many, so that little remains for the final fsync
+# Flush in the background after this many, so that little remains for the final fsync.
+_FLUSH_BYTES = 64 << 20
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

@@ -20,8 +20,8 @@ def _masked(value: Any) -> Any:
 
 
 class Masked(Section):
-    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. The choice is
-    drawn anew in each epoch, the same on every layout and after a restart; special tokens are never masked."""
+    """Masked language modelling, for encoders: some tokens are hidden, and the model predicts them. They are
+    drawn again in each epoch, the same on every layout and after a restart; special tokens are never masked."""
 
     masked: Annotated[MaskedShare | TwoShares, BeforeValidator(_masked)] = Field(
         description="Share of the tokens to predict, such as 0.15; or the shares of the first and the last step, such "

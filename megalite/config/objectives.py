@@ -49,7 +49,7 @@ class Pairs(Section):
 
 class Spans(Section):
     """Span corruption, for pretraining an encoder-decoder (t5): each chosen span of the text is replaced by a sentinel,
-    and the target contains the spans. They are drawn anew in each epoch, the same on every layout and after a
+    and the target contains the spans. They are drawn again in each epoch, the same on every layout and after a
     restart."""
 
     span_corruption: float = Field(

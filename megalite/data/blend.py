@@ -21,9 +21,8 @@ from fractions import Fraction
 import numpy as np
 
 _LEAST_BLOCK = 4096
-_FINEST = (
-    1 << 40
-)  # shares are rounded to 1 / 2^40 at the finest: an error under 0.01 sample in 10^10
+# Shares are rounded to 1 / 2^40 at the finest: an error under 0.01 sample in 10^10.
+_FINEST = 1 << 40
 
 
 class Blend:
@@ -114,14 +113,12 @@ class Blend:
         back = np.arange(1, base - min(opens.values()) + 1)  # u: number of positions before base
         room = back.copy()
         for part, rest in zip(parts, left, strict=True):
-            room -= np.maximum(
-                0, (back * part - rest) // total
-            )  # windows entirely within the last u
+            # Windows entirely within the last u.
+            room -= np.maximum(0, (back * part - rest) // total)
         surplus = base - sum(counts)
         for i in sorted(fractional, key=lambda i: (closes[i], i)):
-            first = (
-                base - opens[i] - 1
-            )  # index of the smallest u that includes this window's opening
+            # Index of the smallest u that includes this window's opening.
+            first = base - opens[i] - 1
             if surplus and room[first:].min() >= 1:
                 room[first:] -= 1
                 counts[i] += 1

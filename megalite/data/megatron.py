@@ -19,9 +19,8 @@ from megalite.data.samples import Piece
 from megalite.errors import DataError
 
 _LEAST_LAST_EPOCH = 0.80  # share of the last epoch's samples below which it is shuffled separately
-_SURPLUS = (
-    0.005  # mid_level_dataset_surplus: extra samples built for each corpus of a blend, as a share
-)
+# Megatron-LM's mid_level_dataset_surplus: extra samples built for each corpus of a blend, as a share.
+_SURPLUS = 0.005
 _STRIDE = 64  # documents between two stored sums
 _CHUNK = _STRIDE << 10  # documents summed at a time
 

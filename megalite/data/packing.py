@@ -45,9 +45,8 @@ class WholeDocuments:
             self._documents, counts = usable[order], np.bincount(sample_of)
         else:
             self._documents, counts = usable, np.ones(len(usable), np.int64)
-        self._starts = np.concatenate(
-            [[0], np.cumsum(counts)]
-        )  # index in _documents of each sample's first
+        # Index in _documents of each sample's first.
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
 
     @property
     def num_samples(self) -> int:

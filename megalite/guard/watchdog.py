@@ -34,9 +34,8 @@ from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 1.0  # between two polls of the folder by one rank of a node
-SETTLE_SECONDS = (
-    3.0  # for other ranks to write their files, before this one exits and a launcher kills them
-)
+# For other ranks to write their files, before this one exits and a launcher kills them.
+SETTLE_SECONDS = 3.0
 REPORT_SECONDS = 20.0  # for the whole report; then the rank exits without one
 FAULT_CODE = 1
 SUMMARY = "summary.txt"

@@ -98,7 +98,7 @@ class Planner(Bounds):
         return Layout(one, config, table.largest, self._time(table, one), m, sent)
 
     def again(self, layout: Layout) -> Layout:
-        """Another planner's layout on this planner's device: its time is predicted anew, its memory is the same."""
+        """Another planner's layout on this planner's device: its time is predicted again, its memory is the same."""
         table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
         return replace(layout, time=self._time(table, layout.candidate))
 

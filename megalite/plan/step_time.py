@@ -12,9 +12,8 @@ from megalite.pipeline.plan import PipelinePlan
 from megalite.plan.sharing import Held, Sharing
 from megalite.plan.work import PARTS, Work
 
-PLAYED = (
-    4  # micro-batches per stage that are played; each further one takes the busiest rank's time
-)
+# Micro-batches per stage that are played; each further one takes the busiest rank's time.
+PLAYED = 4
 
 
 @dataclass(frozen=True)

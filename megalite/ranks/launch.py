@@ -40,9 +40,8 @@ T = TypeVar("T")
 WAIT = timedelta(hours=2)  # for the validating ranks, which may read whole corpora
 PROGRESS_EVERY = timedelta(seconds=60)  # between two lines about missing ranks
 VERDICT_WAIT = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
-DEFAULT_PORT = (
-    "29500"  # torch's and DeepSpeed's default, for launchers that set no port, such as MPI's
-)
+# The default of torch and DeepSpeed, for launchers that set no port, such as MPI's.
+DEFAULT_PORT = "29500"
 _GOOD, _PREPARED = "0", "prepared"
 
 

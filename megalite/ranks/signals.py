@@ -26,9 +26,8 @@ AGAIN = "run the same command again"
 RESUME = f"{AGAIN} to resume"
 # Variables in which launchers pass the rank.
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-KILLED = (
-    "killed_"  # with a rank's number, a file in that folder: the rank ended without its exit code
-)
+# With a rank's number, a file in that folder: the rank ended without its exit code.
+KILLED = "killed_"
 LOST = "lost"
 
 

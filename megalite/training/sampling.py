@@ -122,9 +122,8 @@ class Sampler(Watcher):
             last = torch.tensor(ends, device=device) - 1
             if rows is None:
                 logits = logits[several, last].unsqueeze(1)
-            found = likeliest_token(
-                logits, self.spec.vocabulary_size, self.grid.tensor
-            )  # [B, 1 or S / c]
+            # [B, 1 or S / c]
+            found = likeliest_token(logits, self.spec.vocabulary_size, self.grid.tensor)
             chosen = found[: len(ends), 0] if rows is None else rows.gathered(found)[several, last]
         if pipe.size > 1:
             cut = self.pipeline.plan.cut

@@ -136,9 +136,8 @@ def predicted(
         spec, ChunkPart(range(spec.num_layers), first=True, last=True), recompute, at
     )
     if recompute not in (0, "selective"):
-        del kept[
-            "angles"
-        ]  # kept by the context with which backward calls the layers again: no hook sees them
+        # Kept by the context with which backward calls the layers again: no hook sees them.
+        del kept["angles"]
     return [embedding_table(spec, at), *layers, head_table(spec, at)], total(kept)
 
 

@@ -95,14 +95,12 @@ def test_layouts_beside_a_plain_loop(config_file: str, capsys: pytest.CaptureFix
     assert 0 < row["kept MB"] < row["peak MB"]
     assert row["tokens/s"] == pytest.approx(8 * 12 / row["seconds"], rel=0.01)
     assert row["of plain"] > 0 and row["states MB"] > 0
-    hidden = (
-        8 * 12 * 32 * 2 / 1e6
-    )  # samples × tokens × features × bytes of bf16, over the one boundary
+    # Samples × tokens × features × bytes of bf16, over the one boundary.
+    hidden = 8 * 12 * 32 * 2 / 1e6
     assert row["pipe MB"] == pytest.approx(hidden, rel=1e-3) and row["tensor MB"] == 0
     assert other["kept MB"] < 0.8 * row["kept MB"]  # the layout's own key
-    assert (
-        other["pipe MB"] == 0 and other["tensor MB"] > 4 * 2 * hidden
-    )  # 4 all-reduces per layer, plus embedding and head
+    # 4 all-reduces per layer, plus embedding and head.
+    assert other["pipe MB"] == 0 and other["tensor MB"] > 4 * 2 * hidden
 
 
 def test_a_wrong_argument_is_one_line(config_file: str) -> None:

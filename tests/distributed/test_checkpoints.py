@@ -99,9 +99,8 @@ def save_and_resume(
     )
     train_steps(engine, pipeline, grid, layout, TASK, range(2))
     saver.save(2, owned_boxes(engine.shards(), grid, layout.stage == 0), STATE)
-    going_on = train_steps(
-        engine, pipeline, grid, layout, TASK, range(2, 4)
-    )  # while the file is written
+    # While the file is written.
+    going_on = train_steps(engine, pipeline, grid, layout, TASK, range(2, 4))
     saver.wait()
     expected = snapshot(engine)
     engine, pipeline, grid = build(layout, TASK)

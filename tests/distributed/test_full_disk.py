@@ -103,6 +103,5 @@ def test_a_run_whose_disk_stays_full_ends_with_one_and_says_what_is_lost(
         ]
         assert steps == list(range(1, len(steps) + 1)) and FULL <= len(steps) < 20
         assert list((disk / "run" / "checkpoints").glob("*")) == []
-    assert (
-        f"metrics.jsonl: {STEPS + 2 - len(steps)} rows were lost" in capsys.readouterr().out
-    )  # two of evaluations
+    # Two of evaluations.
+    assert f"metrics.jsonl: {STEPS + 2 - len(steps)} rows were lost" in capsys.readouterr().out

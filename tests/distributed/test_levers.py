@@ -74,9 +74,8 @@ def on_a_grid(
     for config, options, packed in cases:
         spec = read_spec(config)
         stage = Stage(spec, grid, inference_cut(spec, pipe), **options).initialise(1)
-        halves = [
-            run(stage, packed, slice(i, i + 2)) for i in (0, 2)
-        ]  # two micro-batches add their gradients
+        # Two micro-batches add their gradients.
+        halves = [run(stage, packed, slice(i, i + 2)) for i in (0, 2)]
         results.append((halves[1][0], halves[0][1] + halves[1][1], halves[1][2]))
     return results
 

@@ -28,10 +28,11 @@ from tests.distributed.test_checkpoints import assert_equals_file
 from tests.ranks import run_ranks
 from tests.small_models import MODELS
 
+# A rank's half of the embedding is just above 1 MiB, and not a multiple of 1 KiB.
 VOCABULARY, LENGTH = (
     2049,
     12,
-)  # a rank's half of the embedding is just above 1 MiB, and not a multiple of 1 KiB
+)
 MODEL = {
     **MODELS["llama"], "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 341, "num_hidden_layers": 3,
     "tie_word_embeddings": True,

@@ -31,10 +31,11 @@ GROUPS = [
     {"match": "embedding.*", "lr_ratio": 0.5, "weight_decay": 0.02},
     {"match": "final_norm.*", "lr_ratio": 0.0},
 ]
+# Layouts, each with its micro-batch size.
 LAYOUTS: list[tuple[dict[str, int], int]] = [
     ({"zero": 1}, 1),
     ({"pipe": 2, "tensor": 2, "zero": 2}, 4),
-]  # micro-batch
+]
 MOVED: list[tuple[dict[str, int], int]] = [
     ({"tensor": 2, "zero": 3}, 1),
     ({"pipe": 2, "zero": 1}, 2),

@@ -158,9 +158,8 @@ def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[st
         assert len(steps) == len(in_actions) == STEPS
         for step in steps[1:]:  # the first one's memory is measured
             assert sum(step.values()) <= MOST_READS, step
-        assert not any(in_actions[1:]), (
-            in_actions
-        )  # in the first one ZeRO-3 records the order of fetches
+        # In the first one ZeRO-3 records the order of fetches.
+        assert not any(in_actions[1:]), in_actions
 
 
 @pytest.mark.parametrize(("expert", "looped"), [(2, False), (2, True), (1, True)])

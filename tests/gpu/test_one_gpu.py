@@ -75,10 +75,11 @@ def test_attention_is_flash_attention(needs: Needs) -> None:
     assert len(names) == 6
     for case, found in names.items():
         assert any("flash" in name for name in found), (case, found)
+        # The one with a mask.
         assert not any("fmha" in name and "cutlass" in name for name in found), (
             case,
             found,
-        )  # the one with a mask
+        )
 
 
 def test_windows_and_documents_are_those_of_the_cpu(needs: Needs) -> None:

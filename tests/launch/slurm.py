@@ -129,9 +129,8 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """Its ranks in the order of hosts."""
         processes = [process for host in self.slurm.cluster.hosts for process in host.processes()]
-        return [
-            p for p in processes if p.cmdline()[1:3] == ["-u", "launcher/pretrain.py"]
-        ]  # srun has the words too
+        # The process of srun has these words too.
+        return [p for p in processes if p.cmdline()[1:3] == ["-u", "launcher/pretrain.py"]]
 
     def wait_for(self, state: str, seconds: float = 60) -> dict[str, str]:
         """Its facts once it is in a state."""

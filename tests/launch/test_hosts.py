@@ -49,9 +49,8 @@ def test_nothing_hostile_runs_and_all_arrives(
     )  # fmt: skip
     assert one.wait() == 0, one.text
     assert len([*(tmp_path / logs).glob("*_rank?.log")]) == 2
-    assert "hidden" not in one.text and "NCCL_FILE" in one.text, (
-        one.text
-    )  # DeepSpeed logs the whole command line
+    # DeepSpeed logs the whole command line.
+    assert "hidden" not in one.text and "NCCL_FILE" in one.text, one.text
     assert [line.rpartition(": ")[2] for line in one.lines] == [
         "HF_TOKEN, MLFLOW_PASSWORD, MLFLOW_URI, OWN_API_KEY"
     ]

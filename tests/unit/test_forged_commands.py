@@ -91,9 +91,8 @@ def test_a_forged_command_line(
     flags = sorted(
         set(re.findall(r"--?[a-zA-Z][\w-]*", capsys.readouterr().out)) - {"--help", "-h"}
     )
-    words = [
-        word for word in ODD if isinstance(word, str) and not {"\0", "\ud800"} & {*word}
-    ]  # such as an error of a kernel
+    # Such as an error of a kernel.
+    words = [word for word in ODD if isinstance(word, str) and not {"\0", "\ud800"} & {*word}]
     words += [
         "corpus",
         "text.jsonl",

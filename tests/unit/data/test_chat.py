@@ -89,9 +89,8 @@ def test_a_completion_counts_with_its_end(tokenizer: HuggingFaceTokenizer) -> No
     assert ids == [*tokenizer.encode("import os\nLabel: class"), 2]
     assert counted(tokenizer, ids, marks)[0].strip() == "class</s>"
     assert sum(marks) == len(ids) - len(tokenizer.encode("import os\nLabel:"))
-    ((ids, marks),) = encoder.encode(
-        {"prompt": "Label: ", "completion": "class"}
-    )  # the space is tokenized with the answer
+    # The space is tokenized with the answer.
+    ((ids, marks),) = encoder.encode({"prompt": "Label: ", "completion": "class"})
     assert counted(tokenizer, ids, marks)[0].strip() == "class</s>"
     tokenizer.inner.chat_template = PLAIN
     ((ids, marks),) = ChatEncoder(tokenizer, "folder").encode(

@@ -289,9 +289,8 @@ def test_a_killed_run_is_resumed(
 ) -> None:
     """Killed at several places, the resumed run writes the same bytes as an uninterrupted one."""
     inputs = ",".join(str(forms[name]) for name in ("jsonl.gz", "parquet", "jsonl.zst", "jsonl"))
-    model = (
-        tokenizers["bpe"] / "tokenizer.model"
-    )  # a single file needs no transformers, which makes starting quick
+    # A single file needs no transformers, which makes starting quick.
+    model = tokenizers["bpe"] / "tokenizer.model"
     preprocess(inputs.split(","), model, tmp_path / "whole", append_eod=True)
     (tmp_path / "killed.py").write_text(KILLED)
 
@@ -366,9 +365,8 @@ def test_a_partial_result_of_other_arguments_is_refused(
         patch.setattr(
             "megalite.data.preprocess.read_chunks", lambda inputs, kinds, key, place: iter(())
         )
-        counts = preprocess(
-            [str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out"
-        )  # everything had been tokenized
+        # Everything had been tokenized.
+        counts = preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
     assert counts.documents == IndexedCorpus(tmp_path / "out").num_documents > 0
 
 

@@ -68,9 +68,8 @@ def test_every_field_of_a_config_is_read_or_refused(name: str) -> None:
         if "_plan" not in field and field != "model_type"
     ]
     assert len(own) > 10
-    no_effect = NO_EFFECT | (
-        {"pad_token_id"} if spec.family.startswith("gpt") else set()
-    )  # no padding_idx there
+    # No padding_idx there.
+    no_effect = NO_EFFECT | ({"pad_token_id"} if spec.family.startswith("gpt") else set())
     if not spec.causal:
         no_effect = no_effect - {"is_decoder"}
     for field in own:

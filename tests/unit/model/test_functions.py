@@ -52,9 +52,8 @@ def test_rotation_turns_pairs_and_its_gradient_turns_them_back(
     interleaved: bool, size: int
 ) -> None:
     torch.manual_seed(0)
-    x = (
-        torch.randn(2, 3, 5, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    )  # [B, N, S, H] as [B, S, N, H]
+    # [B, N, S, H] as [B, S, N, H]
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
     angles = torch.rand(1, 1, 3, size // 2, dtype=torch.float64)
     turned = rotate(x, spread(angles.cos(), interleaved), angles.sin(), interleaved)
     assert turned.transpose(1, 2).is_contiguous()

@@ -128,7 +128,6 @@ def test_a_chunk_takes_no_more_than_the_weights_gradient() -> None:
         rows = chunk_rows(tokens, size, columns, width, "cpu")
         assert 1 <= rows <= tokens
         assert rows * columns * width <= max(4 * columns * size, 2**8 * columns * width)
-    assert (
-        chunk_rows(1000, 64, 500, 4, "cpu") == 250
-    )  # four equal chunks, not chunks of 256 and a rest
+    # Four equal chunks, not chunks of 256 and a rest.
+    assert chunk_rows(1000, 64, 500, 4, "cpu") == 250
     assert chunk_rows(0, 64, 500, 4, "cpu") == 1

@@ -52,9 +52,8 @@ def test_an_error_in_the_arguments_of_all_ranks_is_printed_by_one(
     for rank, lines in ((0, 1), (1, 0)):
         world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         ended = run_program(program, *words, **world, LOCAL_WORLD_SIZE="2")
-        said = [
-            line for line in ended.stderr.splitlines() if "runpy" not in line
-        ]  # only in this test
+        # Only in this test.
+        said = [line for line in ended.stderr.splitlines() if "runpy" not in line]
         assert (ended.returncode, len(said)) == (2, lines), ended.stderr
 
 

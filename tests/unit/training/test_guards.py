@@ -98,9 +98,8 @@ def test_load_is_logged_by_layer_at_its_interval(monkeypatch: pytest.MonkeyPatch
     rows, told = loads([[4, 4, 4], [6, 3, 3]], 2, monkeypatch)
     assert rows[0] == {"step": 1} and rows[2] == {"step": 3} and told == []
     assert rows[1]["expert_tokens"] == {"1": [4, 4, 4], "3": [6, 3, 3]}
-    assert (
-        rows[3]["expert_imbalance"] == 6 / 4
-    )  # the fullest expert over the mean, of the worst layer
+    # The fullest expert over the mean, of the worst layer.
+    assert rows[3]["expert_imbalance"] == 6 / 4
     assert loads([[0, 0]], 0, monkeypatch) == ([{"step": step} for step in range(1, 5)], [])
 
 

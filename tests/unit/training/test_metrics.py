@@ -89,9 +89,8 @@ def test_rows_after_a_step_are_removed_on_a_full_disk(tmp_path: Path, disk: Disk
     metrics.went_back(Position(step=2))
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
     disk.room = None
-    path.write_text(
-        '{"step": 1}\n{"st\n[7]\n8\n{"step": 2}\n{"step": 3}\n'
-    )  # truncated in the middle, by another program
+    # Truncated in the middle, by another program.
+    path.write_text('{"step": 1}\n{"st\n[7]\n8\n{"step": 2}\n{"step": 3}\n')
     MetricsFile(tmp_path, 2, False, print).close()
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
 
