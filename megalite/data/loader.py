@@ -29,6 +29,7 @@ from megalite.data.masking import masking_of
 from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
+from megalite.data.position import Position
 from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.source_target import OfSpans, source_target_of
 from megalite.data.tokenizer import load_tokenizer
@@ -67,6 +68,7 @@ class TrainData:
         opened = [_open(source, data, check) for source in data.train]
         self.paths = [source.path for source in data.train]
         self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING), last=False)
+        self._position = Position()
         self.notes: list[str] = []  # lines for the log about truncated documents and cut words
         weights = [source.weight for source in data.train]
         if data.order == "megatron":
@@ -97,21 +99,23 @@ class TrainData:
             lines.append(f"data: {path}: about {share:.0%} {note}")
         return lines
 
-    def at_step(self, step: int, steps: int) -> "TrainData":
-        """The same samples as at step `step`, from 0, of a run of `steps`: the share of masks may follow a schedule."""
-        masking = self._reader.masking
-        if masking is None:
-            return self
+    def at(self, position: Position, steps: int) -> "TrainData":
+        """The same samples for the step at `position` in a run of `steps`: without those that the position leaves out,
+        and with the step's share of masks, which may follow a schedule."""
         changed = copy.copy(self)
-        changed._reader = replace(self._reader, masking=masking.at_step(step, steps))
+        changed._position = position
+        if (masking := self._reader.masking) is not None:
+            masking = masking.at_step(position.step, steps)
+            changed._reader = replace(self._reader, masking=masking)
         return changed
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
-        """The samples at these positions of the run, from 0; the same positions always give the same samples.
+        """The samples with these numbers in the run, from 0; the same numbers always give the same samples.
 
         Raises DataError for a token id outside the vocabulary.
         """
-        numbers = np.asarray(positions, np.int64)
+        places = [self._position.place(number) for number in positions]
+        numbers = np.asarray(places, np.int64)
         return self._reader.read(self._streams, *self._blend.locate(numbers), numbers)
 
     def shares(self, consumed_samples: int) -> list[Share]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.data.loader import TrainData
+from megalite.data.position import Position
 from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
 from megalite.model.context import Context
@@ -104,7 +105,8 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
-        source, samples = config.data.source_length, data.at_step(step, config.train.last_step)
+        samples = data.at(Position(step), config.train.last_step)
+        source = config.data.source_length
         micro = config.micro_batch_size
         unread = Unread(samples, step * size, size, micro, ALONE, device, draw, source=source)
         batches = unread.read()

@@ -21,8 +21,7 @@ from megalite.guard.health import not_finite
 from megalite.model.context import Context
 from megalite.parallel import loss
 from megalite.pipeline.interpreter import Interpreter
-from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch
+from megalite.training.batches import Ahead, MicroBatch
 from megalite.training.loop import Run
 from tests.classifiers import LABELS, labelled_corpus
 from tests.ranks import run_ranks

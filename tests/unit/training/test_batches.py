@@ -1,4 +1,4 @@
-"""Micro-batches that are read while a step runs (megalite/training/ahead.py)."""
+"""Micro-batches that are read while a step runs (megalite/training/batches.py)."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalite.data.position import Position
-from megalite.training.ahead import Ahead
+from megalite.training.batches import Ahead
 
 
 class Reading:
