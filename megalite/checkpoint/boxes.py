@@ -76,6 +76,6 @@ def boxes_of_shard(
         count = 1
         for size in sizes:
             count *= size
-        place = tuple(a + b for a, b in zip(offsets, slice_offsets, strict=True))
-        result.append(Box(full_shape, place, values.narrow(0, flat - start, count).view(sizes)))
+        begin = tuple(a + b for a, b in zip(offsets, slice_offsets, strict=True))
+        result.append(Box(full_shape, begin, values.narrow(0, flat - start, count).view(sizes)))
     return result

@@ -81,8 +81,8 @@ def rows_of(boxes: BoxDict) -> tuple[list[Slice], list[int], list[int], list[lis
     for full_name, some in boxes.items():
         kind, _, name = full_name.partition("/")
         for box in some:
-            place = (name, box.values.dtype, box.full_shape, box.offsets, box.slice_shape)
-            merged.setdefault((*place, box.start, box.values.numel()), {})[kind] = box
+            key = (name, box.values.dtype, box.full_shape, box.offsets, box.slice_shape)
+            merged.setdefault((*key, box.start, box.values.numel()), {})[kind] = box
     slices, starts, counts, of_rows = [], [], [], []
     for (name, dtype, full, offsets, shape, start, count), of_kinds in merged.items():
         dtype_name = str(dtype).removeprefix("torch.")
@@ -229,8 +229,8 @@ class PartIndex(Index):
 
 def _slice(row: list[Any]) -> Slice:
     """A row of a table from its JSON. Raises ValueError if it is malformed."""
-    kinds, name, dtype, *places = row
-    full, offsets, shape = (tuple(numbers) for numbers in places)
+    kinds, name, dtype, *sizes = row
+    full, offsets, shape = (tuple(numbers) for numbers in sizes)
     if not len(full) == len(offsets) == len(shape) <= MOST_DIMS:
         raise ValueError(f"{name}: {len(full)} dims: must be at most {MOST_DIMS}")
     if any(type(number) is not int for number in (*full, *offsets, *shape)):
@@ -252,5 +252,5 @@ def _reaches(piece: Slice, start: int, count: int, rows: range) -> bool:
 def _boxes(kind: str, piece: Slice, file: str, start: int, count: int) -> Iterator[StoredBox]:
     key = key_of(kind, piece, start)
     for offsets, sizes, flat in boxes_of_range(piece.shape, start, count):
-        place = tuple(a + b for a, b in zip(offsets, piece.offsets, strict=True))
-        yield StoredBox(place, sizes, file, key, (count, flat - start))
+        start_of_box = tuple(a + b for a, b in zip(offsets, piece.offsets, strict=True))
+        yield StoredBox(start_of_box, sizes, file, key, (count, flat - start))

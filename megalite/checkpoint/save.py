@@ -50,11 +50,11 @@ def owned_boxes(shards: Sequence[Shard], grid: Grid, replicated: bool) -> BoxDic
         count = shard.master.numel()
         replicas: Axis = getattr(grid, shard.placement.replicas)
         first, stop = _part(count, replicas) if replicated else (0, count)
-        place = shard.placement
+        placement = shard.placement
         for kind, values in {WEIGHT: shard.master, **shard.state}.items() if first < stop else ():
             held, start = values[first:stop], shard.start + first
-            box = Box(place.full_shape, place.offsets, held, place.shape, start)
-            result[f"{kind}/{place.name}"] = [box]
+            box = Box(placement.full_shape, placement.offsets, held, placement.shape, start)
+            result[f"{kind}/{placement.name}"] = [box]
     return result
 
 
@@ -147,9 +147,9 @@ class Copy:
             result[name] = []
             for box in some:
                 dtype, count = box.values.dtype, box.values.numel()
-                place = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
-                place.copy_(box.values.detach(), non_blocking=True)
-                result[name].append(replace(box, values=place))
+                copy = self.memory[dtype].narrow(0, used[dtype], count).view(box.values.shape)
+                copy.copy_(box.values.detach(), non_blocking=True)
+                result[name].append(replace(box, values=copy))
                 used[dtype] += count
         return result
 

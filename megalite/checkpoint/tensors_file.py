@@ -117,7 +117,7 @@ class TensorFiles:
             if chunk.file not in self._files:
                 self._files[chunk.file] = _opened(path)
             file, data, header = self._files[chunk.file]
-            start = data + _place(header[chunk.key], chunk, entry, path.stat().st_size - data)
+            start = data + _start(header[chunk.key], chunk, entry, path.stat().st_size - data)
             start += chunk.run[1] * entry.dtype.itemsize if chunk.run is not None else 0
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
@@ -146,7 +146,7 @@ def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
     return file, 8 + length, json.loads(file.read(length))
 
 
-def _place(stored: dict[str, Any], chunk: StoredBox, entry: Entry, size: int) -> int:
+def _start(stored: dict[str, Any], chunk: StoredBox, entry: Entry, size: int) -> int:
     """The offset of a box in the file's tensor data of `size` bytes."""
     dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
     wanted = chunk.shape if chunk.run is None else chunk.run[:1]

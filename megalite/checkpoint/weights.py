@@ -68,17 +68,17 @@ def load_shards(checkpoint: Checkpoint, shards: Sequence[Shard], moments: bool) 
 
 
 def _fill(checkpoint: Checkpoint, shard: Shard, kind: str, values: Tensor) -> None:
-    place = shard.placement
-    stored = checkpoint.shape(place.name, kind)
-    if stored != place.full_shape:
+    placement = shard.placement
+    stored = checkpoint.shape(placement.name, kind)
+    if stored != placement.full_shape:
         raise CheckpointError(
-            f"{checkpoint.folder}: {kind}/{place.name}: shape {list(stored)} in the checkpoint, "
-            f"{list(place.full_shape)} in the model: must be equal"
+            f"{checkpoint.folder}: {kind}/{placement.name}: shape {list(stored)} in the checkpoint, "
+            f"{list(placement.full_shape)} in the model: must be equal"
         )
     for box in boxes_of_shard(
-        place.full_shape, place.shape, place.offsets, shard.start, values.detach()
+        placement.full_shape, placement.shape, placement.offsets, shard.start, values.detach()
     ):
-        checkpoint.read_into(box.values, place.name, box.offsets, kind)
+        checkpoint.read_into(box.values, placement.name, box.offsets, kind)
 
 
 class Named(Protocol):
@@ -100,8 +100,8 @@ def load_module(read: ReadBox, module: nn.Module) -> None:
     """Fills a module's parameters from any source, tensor by tensor, without an engine or moments (collective)."""
 
     def fill() -> None:
-        for value, place in placed(module):
-            value.copy_(read(place.name, place.offsets, place.shape))
+        for value, placement in placed(module):
+            value.copy_(read(placement.name, placement.offsets, placement.shape))
 
     with torch.no_grad():
         together(fill)
@@ -112,10 +112,10 @@ def load_shards_from(read: ReadBox, shards: Sequence[Shard]) -> None:
 
     def fill() -> None:
         for shard in shards:
-            place = shard.placement
+            placement = shard.placement
             for box in boxes_of_shard(
-                place.full_shape, place.shape, place.offsets, shard.start, shard.master
+                placement.full_shape, placement.shape, placement.offsets, shard.start, shard.master
             ):
-                box.values.copy_(read(place.name, box.offsets, tuple(box.values.shape)))
+                box.values.copy_(read(placement.name, box.offsets, tuple(box.values.shape)))
 
     together(fill)

@@ -28,7 +28,7 @@ from megalite.data.indexed import IndexedCorpus
 from megalite.data.tokenizer import load_tokenizer, prompt_ids
 from megalite.errors import ConfigError, MegaliteError
 from megalite.ranks.arguments import ArgumentParser, at_least, share
-from megalite.ranks.place import place
+from megalite.ranks.rank_info import rank_info
 from megalite.report.read import REPORT, value_at
 from megalite.training import pretraining
 
@@ -56,7 +56,7 @@ def _asked(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
     overrides = [word for word in options.words if not _is_path(word)]
     if not texts:
         raise ConfigError("--deepspeed_config: missing: give a config, or a text file to train on")
-    if place().world_size > 1:
+    if rank_info().world_size > 1:
         rule = (
             "text is prepared by one process: run megalite pretrain TEXT --check, then its config "
             "on several ranks"

@@ -22,7 +22,7 @@ def wrong_schedule(value: Any) -> Wrong:
     if not isinstance(kind, str) or kind not in SCHEDULES or not isinstance(params, dict):
         return {}
     _, wrong = read(SCHEDULES[kind], params, "scheduler.params")
-    return {("scheduler", "params", *place): line for place, line in wrong.items()}
+    return {("scheduler", "params", *key_path): line for key_path, line in wrong.items()}
 
 
 def check_schedule(document: Document) -> Section | None:

@@ -39,9 +39,9 @@ Counter = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 AnySection = TypeVar("AnySection", bound=Section)
-Place = tuple[str | int, ...]
-Wrong = dict[Place, str]
-"""Error lines by the place of the wrong value in the JSON: keys and indices from the top."""
+KeyPath = tuple[str | int, ...]
+Wrong = dict[KeyPath, str]
+"""Error lines by the path of the wrong value in the JSON: keys and indices from the top."""
 
 
 def _whole(value: Any) -> Any:
@@ -75,19 +75,22 @@ def read(section: type[AnySection], value: Any, path: str = "") -> tuple[AnySect
     except ValidationError as error:
         wrong: Wrong = {}
         for detail in error.errors(include_url=False):
-            place = _place(value, detail)
-            line = _line(section, detail, place, path)
+            key_path = _key_path(value, detail)
+            line = _line(section, detail, key_path, path)
             # pydantic reports one error for each member of a union, such as a list, a word or a number.
-            if place in wrong:
-                line = f"{wrong[place]}, or {line.rpartition(': ')[2]}"
-            wrong[place] = line
+            if key_path in wrong:
+                line = f"{wrong[key_path]}, or {line.rpartition(': ')[2]}"
+            wrong[key_path] = line
         return None, wrong
 
 
 def refuse(wrong: Wrong, value: Any) -> None:
     """Raises ConfigError with the lines in the order of `value`, the JSON that they are about; nothing if none."""
     if wrong:
-        lines = [wrong[place] for place in sorted(wrong, key=lambda place: _position(value, place))]
+        lines = [
+            wrong[key_path]
+            for key_path in sorted(wrong, key=lambda key_path: _position(value, key_path))
+        ]
         rest = [f"and {len(lines) - _MOST_LINES} more lines"] if len(lines) > _MOST_LINES else []
         raise ConfigError(*lines[:_MOST_LINES], *rest)
 
@@ -113,24 +116,24 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     return []
 
 
-def _place(value: Any, detail: ErrorDetails) -> Place:
-    """The place of an error in the JSON, without pydantic's names for the members of a union."""
-    place: Place = ()
+def _key_path(value: Any, detail: ErrorDetails) -> KeyPath:
+    """The path of an error in the JSON, without pydantic's names for the members of a union."""
+    key_path: KeyPath = ()
     for step in detail["loc"]:
         if detail["type"] == "missing" and isinstance(value, dict) and step not in value:
-            return (*place, step)
+            return (*key_path, step)
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):
             break
-        place = (*place, step)
-    return place
+        key_path = (*key_path, step)
+    return key_path
 
 
-def _position(value: Any, place: Place) -> list[int]:
-    """Sort key of a place, for the order of the JSON; a missing key comes last."""
+def _position(value: Any, key_path: KeyPath) -> list[int]:
+    """Sort key of a key path, for the order of the JSON; a missing key comes last."""
     position = []
-    for step in place:
+    for step in key_path:
         if isinstance(value, dict):
             position.append([*value, step].index(step))
             value = value.get(step)
@@ -200,15 +203,15 @@ _RULES = {  # pydantic's error types, in JSON's terms
 }
 
 
-def _line(section: type[Section], detail: ErrorDetails, place: Place, path: str) -> str:
-    here, context = join(path, *place), detail.get("ctx", {})
+def _line(section: type[Section], detail: ErrorDetails, key_path: KeyPath, path: str) -> str:
+    here, context = join(path, *key_path), detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            key, owner = str(place[-1]), _owner(section, place[:-1])
+            key, owner = str(key_path[-1]), _owner(section, key_path[:-1])
             if key in owner.refused:
                 return f"{here}: {owner.refused[key]}"
             near = nearest(key, owner.model_fields)
-            return str(unknown(here, [join(path, *place[:-1], name) for name in near]))
+            return str(unknown(here, [join(path, *key_path[:-1], name) for name in near]))
         case "missing":
             return f"{here}: missing: this key has no default"
         case kind:
@@ -216,9 +219,9 @@ def _line(section: type[Section], detail: ErrorDetails, place: Place, path: str)
             return str(broken(here, detail["input"], rule))
 
 
-def _owner(section: type[Section], place: Place) -> type[Section]:
-    """The section at a place."""
-    for step in place:
+def _owner(section: type[Section], key_path: KeyPath) -> type[Section]:
+    """The section at a key path."""
+    for step in key_path:
         if isinstance(step, str):
             section = sections_of(section.model_fields[step].annotation)[0]
     return section

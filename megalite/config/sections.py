@@ -64,7 +64,9 @@ class Source(Section):
 
 
 def _objective(value: Any) -> Any:
-    if isinstance(value, dict):  # pydantic includes the errors of nested sections at their places
+    if isinstance(
+        value, dict
+    ):  # pydantic includes the errors of nested sections under their own keys
         kinds = {"classes": Classes, "source_length": Pairs, "span_corruption": Spans}
         kind = next((kinds[key] for key in kinds if key in value), Masked)
         return kind.model_validate(value)

@@ -63,12 +63,12 @@ class BatchReader:
         self,
         streams: Sequence[CorpusStream],
         corpora: np.ndarray,
-        places: np.ndarray,
+        positions: np.ndarray,
         numbers: np.ndarray,
     ) -> Batch:
-        """Reads the samples at positions `places` [B] in the orders of the streams `corpora` [B]. numbers [B]: numbers
-        of the samples in the run, from which masks are drawn. Raises DataError for a token id outside the vocabulary,
-        and for a corpus that has changed since it was opened."""
+        """Reads the samples at `positions` [B] in the orders of the streams `corpora` [B]. numbers [B]: numbers of the
+        samples in the run, from which masks are drawn. Raises DataError for a token id outside the vocabulary, and for
+        a corpus that has changed since it was opened."""
         shape = (len(corpora), self.length)
         tokens, labels = np.zeros(shape, np.int64), np.full(shape, UNCOUNTED, np.int64)
         documents = np.zeros(shape, np.int32) if self.apart else None
@@ -80,7 +80,9 @@ class BatchReader:
             for corpus in (stream.samples.corpus, stream.marks):
                 if corpus is not None:
                     corpus.check_unchanged()
-            for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
+            for row, pieces in zip(
+                rows.tolist(), stream.samples.pieces(positions[rows]), strict=True
+            ):
                 if self.source_target is not None:
                     kept_apart = None if documents is None else documents[row]
                     filled = SampleRows(tokens[row], labels[row], kept_apart)

@@ -46,14 +46,14 @@ class Blend:
         """(corpus, position in that corpus's own order), int64 [B] each, for positions int64 [B]."""
         if len(self._parts) == 1:
             return np.zeros_like(positions), positions
-        corpora, places = np.empty_like(positions), np.empty_like(positions)
+        corpora, numbers = np.empty_like(positions), np.empty_like(positions)
         blocks = positions // self._block
         for block in np.unique(blocks).tolist():
             here = blocks == block
             inside = positions[here] - block * self._block
             of_block = self._walked(block)
-            corpora[here], places[here] = of_block[0][inside], of_block[1][inside]
-        return corpora, places
+            corpora[here], numbers[here] = of_block[0][inside], of_block[1][inside]
+        return corpora, numbers
 
     def counts(self, position: int) -> list[int]:
         """Number of samples from each corpus among the first `position` positions."""
@@ -65,7 +65,8 @@ class Blend:
         return [count + more for count, more in zip(before, since, strict=True)]
 
     def _walked(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The corpora and places of a block. The last two blocks are cached, since a batch may span two."""
+        """The corpora of a block, and the numbers of the samples in them. The last two blocks are cached, since a batch
+        may span two."""
         if block not in self._blocks:
             while len(self._blocks) > 1:
                 del self._blocks[next(iter(self._blocks))]
@@ -83,17 +84,17 @@ class Blend:
         closed = [entry for entry in closed if given[entry[1]] < goal[entry[1]]]
         heapq.heapify(closed)  # (position at which the corpus's next window opens, corpus)
         opened: list[tuple[int, int]] = []  # (position at which the window closes, corpus)
-        corpora, places = np.empty(self._block, np.int64), np.empty(self._block, np.int64)
+        corpora, numbers = np.empty(self._block, np.int64), np.empty(self._block, np.int64)
         for inside in range(self._block):
             while closed and closed[0][0] <= start + inside:
                 _, i = heapq.heappop(closed)
                 heapq.heappush(opened, (-(-(given[i] + 1) * total // parts[i]), i))
             _, i = heapq.heappop(opened)
-            corpora[inside], places[inside] = i, given[i]
+            corpora[inside], numbers[inside] = i, given[i]
             given[i] += 1
             if given[i] < goal[i]:
                 heapq.heappush(closed, (given[i] * total // parts[i], i))
-        return corpora, places
+        return corpora, numbers
 
     def _counts_at(self, base: int) -> list[int]:
         """Number of samples from each corpus among the first `base` positions, a multiple of the block.

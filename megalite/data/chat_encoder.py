@@ -55,7 +55,7 @@ class ChatEncoder:
             if i >= sample.first and message["role"] == "assistant"
         ]
         if not answers:
-            key = sample.places[-1].partition(".")[0]
+            key = sample.fields[-1].partition(".")[0]
             raise NotChat(f"{key}: must contain an assistant message")
         if not self._inner.chat_template:
             raise NotChat("needs a chat template, but the tokenizer has none")
@@ -101,13 +101,13 @@ class ChatEncoder:
         for i in answers:
             if i == 0:
                 raise NotChat(
-                    f"{sample.places[0]}: must not be an assistant message: no message comes before it"
+                    f"{sample.fields[0]}: must not be an assistant message: no message comes before it"
                 )
             opened = self._text(sample, i, opened=True)
             answered = self._text(sample, i + 1)
             if not answered.startswith(opened):
                 rule = "the chat template's text with the answer does not begin with its generation prompt"
-                raise NotChat(f"{sample.places[i]}: {rule}")
+                raise NotChat(f"{sample.fields[i]}: {rule}")
             texts.append(answered)
             # A newline after the turn belongs to the template.
             spans.append((len(opened), len(answered.rstrip())))
@@ -145,7 +145,7 @@ def _check_tools(sample: Conversation, template: str) -> None:
     """Raises NotChat for fields that a template would silently ignore."""
     if sample.tools is not None and not _TOOLS.search(template):
         raise NotChat("tools: must be left out: the chat template does not use them")
-    for message, place in zip(sample.messages, sample.places, strict=True):
+    for message, field in zip(sample.messages, sample.fields, strict=True):
         if "tool_calls" in message and "tool_calls" not in template:
             rule = "must be left out: the chat template does not render them"
-            raise NotChat(f"{place}.tool_calls: {rule}")
+            raise NotChat(f"{field}.tool_calls: {rule}")

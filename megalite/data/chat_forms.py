@@ -48,12 +48,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for a chat template. places: for each message the field of the line that contains it; first: index of
+    """Messages for a chat template. fields: for each message the field of the line that contains it; first: index of
     the first message that may count in the loss; tools: for the template, None if there are none."""
 
     form: str
     messages: list[Message]
-    places: list[str]
+    fields: list[str]
     tools: list[dict[str, Any]] | None = None
     first: int = 0
 
@@ -72,12 +72,12 @@ def sample_of(line: dict[str, Any]) -> Conversation | Completion:
     raise NotChat(f"must have {_FORMS}: has {shown(list(line))}")
 
 
-def messages_of(value: Any, place: str) -> list[Message]:
+def messages_of(value: Any, field: str) -> list[Message]:
     """Messages with `role` and `content` in the form for templates: without fields that are null, and with the
-    arguments of tool calls as objects. place: name of the list, for errors. Raises NotChat."""
+    arguments of tool calls as objects. field: name of the list, for errors. Raises NotChat."""
     if not isinstance(value, list) or not value:
-        raise _broken(place, value, "must be a list of messages")
-    return [_message(message, f"{place}.{i}") for i, message in enumerate(value)]
+        raise _broken(field, value, "must be a list of messages")
+    return [_message(message, f"{field}.{i}") for i, message in enumerate(value)]
 
 
 def tools_of(line: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -97,7 +97,7 @@ def _of_messages(line: dict[str, Any]) -> Conversation:
     messages, tools = messages_of(line["messages"], "messages"), tools_of(line)
     used = any("tool_calls" in message or message["role"] == "tool" for message in messages)
     form = WITH_TOOLS if used or tools else MESSAGES
-    return Conversation(form, messages, _places("messages", messages), tools)
+    return Conversation(form, messages, _fields("messages", messages), tools)
 
 
 def _of_completion(line: dict[str, Any]) -> Conversation | Completion:
@@ -105,8 +105,8 @@ def _of_completion(line: dict[str, Any]) -> Conversation | Completion:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(prompt, completion)
     before, after = messages_of(prompt, "prompt"), messages_of(completion, "completion")
-    places = _places("prompt", before) + _places("completion", after)
-    return Conversation(COMPLETION, before + after, places, tools_of(line), first=len(before))
+    fields = _fields("prompt", before) + _fields("completion", after)
+    return Conversation(COMPLETION, before + after, fields, tools_of(line), first=len(before))
 
 
 def _of_share_gpt(line: dict[str, Any]) -> Conversation:
@@ -115,9 +115,9 @@ def _of_share_gpt(line: dict[str, Any]) -> Conversation:
         raise _broken("conversations", turns, "must be a list of messages")
     messages = [_turn(turn, f"conversations.{i}") for i, turn in enumerate(turns)]
     _name_results(messages)
-    places, system = _places("conversations", messages), _system(line)
+    fields, system = _fields("conversations", messages), _system(line)
     return Conversation(
-        SHARE_GPT, system + messages, ["system"] * len(system) + places, tools_of(line)
+        SHARE_GPT, system + messages, ["system"] * len(system) + fields, tools_of(line)
     )
 
 
@@ -135,8 +135,8 @@ def _of_alpaca(line: dict[str, Any]) -> Conversation:
         {"role": "user", "content": question},
         {"role": "assistant", "content": line["output"]},
     ]
-    places = ["system"] * len(system) + ["instruction", "output"]
-    return Conversation(ALPACA, messages, places, tools_of(line))
+    fields = ["system"] * len(system) + ["instruction", "output"]
+    return Conversation(ALPACA, messages, fields, tools_of(line))
 
 
 def _system(line: dict[str, Any]) -> list[Message]:
@@ -147,23 +147,23 @@ def _system(line: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _turn(turn: Any, place: str) -> Message:
+def _turn(turn: Any, field: str) -> Message:
     """A message in ShareGPT's form."""
     if not isinstance(turn, dict):
-        raise _broken(place, turn, "must be an object")
+        raise _broken(field, turn, "must be an object")
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise _broken(f"{place}.from", speaker, f"must be one of {', '.join(_ROLES)}")
+        raise _broken(f"{field}.from", speaker, f"must be one of {', '.join(_ROLES)}")
     if not isinstance(value, str):
-        raise _broken(f"{place}.value", value, "must be a string")
+        raise _broken(f"{field}.value", value, "must be a string")
     if speaker != "function_call":
         return {"role": _ROLES[speaker], "content": value}
-    calls = _parsed(value, f"{place}.value")
+    calls = _parsed(value, f"{field}.value")
     calls = calls if isinstance(calls, list) else [calls]
     return {
         "role": "assistant",
         "content": "",
-        "tool_calls": _tool_calls(calls, f"{place}.value"),
+        "tool_calls": _tool_calls(calls, f"{field}.value"),
     }
 
 
@@ -177,30 +177,30 @@ def _name_results(messages: list[Message]) -> None:
             message["name"] = names.pop(0)
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, field: str) -> Message:
     if not isinstance(value, dict):
-        raise _broken(place, value, "must be an object")
+        raise _broken(field, value, "must be an object")
     message = {key: part for key, part in value.items() if part is not None}
     if not isinstance(message.get("role"), str):
-        raise _broken(f"{place}.role", message.get("role"), "must be a string")
+        raise _broken(f"{field}.role", message.get("role"), "must be a string")
     calls = message.pop("tool_calls", None)
     if calls:  # in tables, a message without calls may have an empty list
         if message["role"] != "assistant":
-            raise _broken(f"{place}.tool_calls", calls, "must be in an assistant message")
-        message["tool_calls"] = _tool_calls(calls, f"{place}.tool_calls")
+            raise _broken(f"{field}.tool_calls", calls, "must be in an assistant message")
+        message["tool_calls"] = _tool_calls(calls, f"{field}.tool_calls")
         message.setdefault("content", "")  # templates would render None
     if not isinstance(message.get("content"), str):
-        raise _broken(f"{place}.content", message.get("content"), "must be a string")
+        raise _broken(f"{field}.content", message.get("content"), "must be a string")
     return message
 
 
-def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
+def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
     """Calls in the form for templates: {"type": "function", "function": {"name": …, "arguments": {…}}}."""
     if not isinstance(calls, list):
-        raise _broken(place, calls, "must be a list of calls")
+        raise _broken(field, calls, "must be a list of calls")
     result = []
     for i, call in enumerate(calls):
-        at = f"{place}.{i}"
+        at = f"{field}.{i}"
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _broken(at, call, "must be an object with the name and arguments of a function")
@@ -216,16 +216,16 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
     return result
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, field: str) -> Any:
     try:
         return json.loads(text) if text else None
     except (ValueError, RecursionError):
-        raise _broken(place, text, "must be JSON") from None
+        raise _broken(field, text, "must be JSON") from None
 
 
-def _places(key: str, messages: list[Message]) -> list[str]:
+def _fields(key: str, messages: list[Message]) -> list[str]:
     return [f"{key}.{i}" for i in range(len(messages))]
 
 
-def _broken(place: str, value: Any, rule: str) -> NotChat:
-    return NotChat(f"{place}: {'missing' if value is None else shown(value)}: {rule}")
+def _broken(field: str, value: Any, rule: str) -> NotChat:
+    return NotChat(f"{field}: {'missing' if value is None else shown(value)}: {rule}")

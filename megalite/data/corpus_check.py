@@ -68,11 +68,11 @@ def checksum_file(prefix: str | Path) -> Path:
     return Path(f"{prefix}.sha256")
 
 
-def unknown_id(corpus: IndexedCorpus, place: int, vocabulary_size: int) -> DataError:
+def unknown_id(corpus: IndexedCorpus, index: int, vocabulary_size: int) -> DataError:
     """The error for a token id outside the vocabulary."""
     return DataError(
-        f"{corpus.tokens_path}: byte {place * corpus.dtype.itemsize}: token {place} (document "
-        f"{corpus.document_at(place)}) is {corpus.tokens[place]}: must be from 0 to {vocabulary_size - 1}, the "
+        f"{corpus.tokens_path}: byte {index * corpus.dtype.itemsize}: token {index} (document "
+        f"{corpus.document_at(index)}) is {corpus.tokens[index]}: must be from 0 to {vocabulary_size - 1}, the "
         f"vocabulary's ids"
     )
 

@@ -246,7 +246,7 @@ class _ByteStream:
             raise EOFError("Compressed file ended before the end of its last frame")
 
 
-def _line_chunks(stream: _ByteStream, kind: Kind, place: InputPosition) -> Iterator[TextChunk]:
+def _line_chunks(stream: _ByteStream, kind: Kind, position: InputPosition) -> Iterator[TextChunk]:
     """Chunks that end at the end of a line, or for `paragraphs` at blank lines."""
     parts: list[bytes] = []
     for block in stream.blocks():
@@ -258,21 +258,21 @@ def _line_chunks(stream: _ByteStream, kind: Kind, place: InputPosition) -> Itera
             if cut == 0 and len(block) > _LARGEST_PARAGRAPH:
                 size = _LARGEST_PARAGRAPH >> 20
                 raise DataError(
-                    f"{stream.path}: byte {place.offset}: no blank line in the next {size} MiB"
+                    f"{stream.path}: byte {position.offset}: no blank line in the next {size} MiB"
                 )
         if cut == 0:
             parts.append(block)
             if sum(map(len, parts)) > _LARGEST_LINE:
                 rule = f"does not end within {_LARGEST_LINE >> 20} MiB: must be lines of JSON"
-                raise DataError(f"{stream.path}: line {place.number}: {rule}")
+                raise DataError(f"{stream.path}: line {position.number}: {rule}")
             continue
         data = b"".join([*parts, block[:cut]])
         parts = [block[cut:]]
-        chunk = _chunk(kind, place, data, stream.read_bytes)
-        place = chunk.end
+        chunk = _chunk(kind, position, data, stream.read_bytes)
+        position = chunk.end
         yield chunk
     if rest := b"".join(parts):
-        yield _chunk(kind, place, rest, stream.read_bytes)
+        yield _chunk(kind, position, rest, stream.read_bytes)
 
 
 def _last_gap(block: bytes) -> int:
@@ -283,15 +283,15 @@ def _last_gap(block: bytes) -> int:
     return ends[-1] if ends else 0
 
 
-def _chunk(kind: Kind, place: InputPosition, data: bytes, read_bytes: int) -> TextChunk:
+def _chunk(kind: Kind, position: InputPosition, data: bytes, read_bytes: int) -> TextChunk:
     count = data.count(b"\n")
     if kind == "paragraphs":
         count = sum(1 for part in _GAP.split(data) if part.strip())
-    end = InputPosition(place.input, place.offset + len(data), place.number + count)
-    return TextChunk(kind, place, end, data, read_bytes)
+    end = InputPosition(position.input, position.offset + len(data), position.number + count)
+    return TextChunk(kind, position, end, data, read_bytes)
 
 
-def _whole_chunks(stream: _ByteStream, place: InputPosition) -> Iterator[TextChunk]:
+def _whole_chunks(stream: _ByteStream, position: InputPosition) -> Iterator[TextChunk]:
     """A file as one document: a single piece, or for a larger file several pieces cut at a newline or space."""
     rest = b""
     for block in stream.blocks():
@@ -300,23 +300,23 @@ def _whole_chunks(stream: _ByteStream, place: InputPosition) -> Iterator[TextChu
             cut = max(rest.rfind(b"\n", 0, -1), rest.rfind(b" ", 0, -1)) + 1 or _character_start(
                 rest
             )
-            end = InputPosition(place.input, place.offset + cut, place.number)
-            yield TextChunk("txt", place, end, rest[:cut], stream.read_bytes, open_end=True)
-            place, rest = end, rest[cut:]
+            end = InputPosition(position.input, position.offset + cut, position.number)
+            yield TextChunk("txt", position, end, rest[:cut], stream.read_bytes, open_end=True)
+            position, rest = end, rest[cut:]
     if rest:
-        end = InputPosition(place.input, place.offset + len(rest), place.number + 1)
-        yield TextChunk("txt", place, end, rest, stream.read_bytes)
+        end = InputPosition(position.input, position.offset + len(rest), position.number + 1)
+        yield TextChunk("txt", position, end, rest, stream.read_bytes)
 
 
 def _character_start(data: bytes) -> int:
     """The index at which the last UTF-8 character begins."""
-    place = len(data) - 1
-    while place > len(data) - 4 and data[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
+    index = len(data) - 1
+    while index > len(data) - 4 and data[index] & 0xC0 == 0x80:
+        index -= 1
+    return index
 
 
-def _parquet_chunks(path: str, column: str, place: InputPosition) -> Iterator[TextChunk]:
+def _parquet_chunks(path: str, column: str, position: InputPosition) -> Iterator[TextChunk]:
     pyarrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
@@ -331,17 +331,17 @@ def _parquet_chunks(path: str, column: str, place: InputPosition) -> Iterator[Te
     size, total, row = os.path.getsize(path), max(1, file.metadata.num_rows), 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
-        if row + rows <= place.offset:
+        if row + rows <= position.offset:
             row += rows
             continue
         try:
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[column]):
-                texts = _values(batch.column(0))[max(0, place.offset - row) :]
+                texts = _values(batch.column(0))[max(0, position.offset - row) :]
                 row += batch.num_rows
                 if texts:
                     first = row - len(texts)
-                    start = InputPosition(place.input, first, first + 1)
-                    end = InputPosition(place.input, row, row + 1)
+                    start = InputPosition(position.input, first, first + 1)
+                    end = InputPosition(position.input, row, row + 1)
                     yield TextChunk("parquet", start, end, texts, size * row // total)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None

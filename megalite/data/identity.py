@@ -10,8 +10,8 @@ from typing import Any
 from megalite.data.indexed import IndexedCorpus, files_of
 
 # Spread evenly over the tokens, so that corpora whose documents have equal lengths are still told apart by their text.
-PLACES = 64
-PLACE_TOKENS = 1024
+PARTS = 64
+PART_TOKENS = 1024
 
 
 def identity(prefix: str) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def identity(prefix: str) -> dict[str, Any]:
 def _identity(prefix: str, files: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
     corpus = IndexedCorpus(prefix)
     tokens = hashlib.sha256()
-    for place in range(PLACES):
-        start = place * max(0, corpus.num_tokens - PLACE_TOKENS) // (PLACES - 1)
-        tokens.update(corpus.read(start, min(start + PLACE_TOKENS, corpus.num_tokens)).data)
+    for part in range(PARTS):
+        start = part * max(0, corpus.num_tokens - PART_TOKENS) // (PARTS - 1)
+        tokens.update(corpus.read(start, min(start + PART_TOKENS, corpus.num_tokens)).data)
     return {
         "tokens": corpus.num_tokens,
         "sequences": corpus.num_sequences,

@@ -1,4 +1,4 @@
-"""Megatron's indexed format, version 1: `prefix.idx` has the place of each sequence in `prefix.bin`.
+"""Megatron's indexed format, version 1: `prefix.idx` has the position of each sequence in `prefix.bin`.
 
     prefix.idx   magic (9 bytes), version u64, dtype code u8, sequences N u64, document entries D u64,
                  sizes i32[N] (tokens), pointers i64[N] (bytes), document index i64[D] (sequences, a leading 0)
@@ -6,7 +6,7 @@
 
 All little-endian; the index has exactly 34 + 12·N + 8·D bytes. A corpus is therefore one flat array of tokens with
 boundaries in it, and is read like that: `read(a, b)`, or `tokens[a:b]` of a memory map. A damaged file raises DataError
-with the file and the place. Next: indexed_writer.py, then samples.py, which cuts these tokens into samples.
+with the file and the position. Next: indexed_writer.py, then samples.py, which cuts these tokens into samples.
 """
 
 import hashlib
@@ -116,10 +116,10 @@ class IndexedCorpus:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of the tokens [start, stop). Raises DataError if the file no longer contains them."""
-        place, end, content = start * self.dtype.itemsize, stop * self.dtype.itemsize, b""
+        offset, end, content = start * self.dtype.itemsize, stop * self.dtype.itemsize, b""
         try:
-            while missing := end - place - len(content):
-                part = os.pread(self._file.fileno(), missing, place + len(content))
+            while missing := end - offset - len(content):
+                part = os.pread(self._file.fileno(), missing, offset + len(content))
                 if not part:
                     raise self._changed(
                         self.tokens_path, os.fstat(self._file.fileno()).st_size, self._bytes
@@ -174,10 +174,10 @@ class IndexedCorpus:
     def document_lengths(self, start: int, stop: int) -> np.ndarray:
         """Numbers of tokens of the documents [start, stop), int64."""
         entries = self.document_index[start : stop + 1].astype(np.int64)
-        places = np.full(len(entries), self.num_tokens, np.int64)
+        positions = np.full(len(entries), self.num_tokens, np.int64)
         inside = entries < self.num_sequences
-        places[inside] = self.pointers[entries[inside]] // self.dtype.itemsize
-        return np.diff(places)
+        positions[inside] = self.pointers[entries[inside]] // self.dtype.itemsize
+        return np.diff(positions)
 
     def sequence_start(self, index: int) -> int:
         """The position of a sequence's first token; for `num_sequences`, the end of the corpus."""
@@ -200,13 +200,13 @@ class IndexedCorpus:
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """The positions in (start, stop) at which a document starts."""
-        places, document = [], self.document_at(start) + 1
-        while document < self.num_documents and (place := self.document_start(document)) < stop:
+        positions, document = [], self.document_at(start) + 1
+        while document < self.num_documents and (position := self.document_start(document)) < stop:
             # Empty documents are skipped.
-            if place > start and (not places or place > places[-1]):
-                places.append(place)
+            if position > start and (not positions or position > positions[-1]):
+                positions.append(position)
             document += 1
-        return places
+        return positions
 
     def _refuse(self, path: Path, reason: str) -> None:
         raise DataError(f"{path}: {reason}: damaged, or .bin and .idx do not belong together")
@@ -287,11 +287,11 @@ class IndexedCorpus:
             begins = ends - sizes * width
             if (bad := np.flatnonzero(pointers != begins)).size:
                 entry = start + int(bad[0])
-                place = base + 4 * self.num_sequences + 8 * entry
+                offset = base + 4 * self.num_sequences + 8 * entry
                 self._refuse(
                     self.index_path,
-                    f"byte {place}: sequence {entry} starts at byte {pointers[bad[0]]}, must start at {begins[bad[0]]} "
-                    "by the sizes before it",
+                    f"byte {offset}: sequence {entry} starts at byte {pointers[bad[0]]}, must start at "
+                    f"{begins[bad[0]]} by the sizes before it",
                 )
             expected = int(ends[-1])
 

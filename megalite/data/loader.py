@@ -114,8 +114,8 @@ class TrainData:
 
         Raises DataError for a token id outside the vocabulary.
         """
-        places = [self._position.place(number) for number in positions]
-        numbers = np.asarray(places, np.int64)
+        kept = [self._position.in_corpus_order(number) for number in positions]
+        numbers = np.asarray(kept, np.int64)
         return self._reader.read(self._streams, *self._blend.locate(numbers), numbers)
 
     def shares(self, consumed_samples: int) -> list[Share]:
@@ -159,9 +159,9 @@ class ValidData:
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
         """The samples at these positions in [0, num_samples). Raises DataError as in TrainData.batch."""
-        places = np.asarray(positions, np.int64)
-        corpora = np.searchsorted(self._ends, places, "right") - 1
-        return self._reader.read(self._streams, corpora, places - self._ends[corpora], places)
+        numbers = np.asarray(positions, np.int64)
+        corpora = np.searchsorted(self._ends, numbers, "right") - 1
+        return self._reader.read(self._streams, corpora, numbers - self._ends[corpora], numbers)
 
 
 def epoch_samples(data: Data, check: bool) -> int:
@@ -289,7 +289,7 @@ def _pairs_cut(of: _Opened, documents: range, source_length: int, length: int) -
     for document in checked:
         start, stop = of.corpus.document_start(document), of.corpus.document_start(document + 1)
         target = int(np.count_nonzero(of.marks.read(start, stop)))
-        sources += stop - start - target > source_length - 1  # one place is for the end token
+        sources += stop - start - target > source_length - 1  # one position is for the end token
         targets += target > length - source_length
     if not sources and not targets:
         return []

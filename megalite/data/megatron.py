@@ -66,11 +66,11 @@ class MegatronSamples:
 
     def _pieces(self, first: int, first_offset: int, last: int, last_offset: int) -> list[Piece]:
         pieces = []
-        for place, sequence in enumerate(self.document_index[first : last + 1].tolist(), first):
+        for index, sequence in enumerate(self.document_index[first : last + 1].tolist(), first):
             sequence += self._first_sequence
             start = self.corpus.sequence_start(sequence)
-            stop = start + (last_offset + 1 if place == last else int(self.corpus.sizes[sequence]))
-            start += first_offset if place == first else 0
+            stop = start + (last_offset + 1 if index == last else int(self.corpus.sizes[sequence]))
+            start += first_offset if index == first else 0
             if stop > start:
                 pieces.append((start, stop))
         return pieces
@@ -108,12 +108,12 @@ class SampleIndex:
         """(index in `documents`, token in that document), int64 [B] each, for samples [B]."""
         tokens = samples.astype(np.int64) * self._length
         blocks = np.searchsorted(self._ends, tokens, "right") - 1
-        places = blocks[:, None] * _STRIDE + np.arange(_STRIDE)  # [B, 64]
-        sizes = self._sizes[self._documents[np.minimum(places, len(self._documents) - 1)]]
+        entries = blocks[:, None] * _STRIDE + np.arange(_STRIDE)  # [B, 64]
+        sizes = self._sizes[self._documents[np.minimum(entries, len(self._documents) - 1)]]
         ends = self._ends[blocks, None] + np.cumsum(sizes, axis=1, dtype=np.int64)
         inside = np.argmax(ends > tokens[:, None], axis=1)
         rows = np.arange(len(samples))
-        return places[rows, inside], tokens - (ends[rows, inside] - sizes[rows, inside])
+        return entries[rows, inside], tokens - (ends[rows, inside] - sizes[rows, inside])
 
 
 def shuffle_index(first: int, total: int, random: np.random.RandomState) -> np.ndarray:
@@ -139,11 +139,11 @@ class MegatronBlend:
             needed = [math.ceil(samples * share) for share in self.shares]
             self.num_samples = sum(needed)
             self.samples_of = [math.ceil(count * (1 + _SURPLUS)) for count in needed]
-        self._corpora, self._places = self._walk()
+        self._corpora, self._numbers = self._walk()
 
     def _walk(self) -> tuple[np.ndarray, np.ndarray]:
         corpora = np.zeros(self.num_samples, np.int16)
-        places = np.arange(self.num_samples, dtype=np.int64)
+        numbers = np.arange(self.num_samples, dtype=np.int64)
         if len(self.shares) > 1:
             given, shares = [0] * len(self.shares), list(enumerate(self.shares))
             for position in range(self.num_samples):
@@ -151,9 +151,9 @@ class MegatronBlend:
                 for i, share in shares:
                     if (error := share * scale - given[i]) > behind:
                         behind, chosen = error, i
-                corpora[position], places[position] = chosen, given[chosen]
+                corpora[position], numbers[position] = chosen, given[chosen]
                 given[chosen] += 1
-        return corpora, places
+        return corpora, numbers
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See blend.Blend.locate. Raises DataError for a position beyond the run that the order was built for."""
@@ -162,7 +162,7 @@ class MegatronBlend:
                 f"megalite.data.megatron_samples: the order is built for {self.num_samples} samples but the run "
                 f"needs sample {int(positions.max())}: in Megatron a longer run has another order"
             )
-        return self._corpora[positions].astype(np.int64), self._places[positions]
+        return self._corpora[positions].astype(np.int64), self._numbers[positions]
 
     def counts(self, position: int) -> list[int]:
         """See blend.Blend.counts."""

@@ -73,8 +73,8 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
     open_with: list[list[int]] = [[] for _ in range(room + 1)]  # samples by their remaining room
     left = 0  # bit r is set if there is a sample with room r
     opened = 0
-    for place in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[place])
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
         fitting = left >> size
         if fitting:
             old = size + (fitting & -fitting).bit_length() - 1  # the smallest sufficient room
@@ -85,5 +85,5 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
             old, sample, opened = room, opened, opened + 1
         open_with[old - size].append(sample)
         left |= 1 << (old - size)
-        result[place] = sample
+        result[index] = sample
     return result

@@ -75,7 +75,7 @@ class Partial:
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
-        self.place, self.counts, self.written = InputPosition(), Counts(), False
+        self.position, self.counts, self.written = InputPosition(), Counts(), False
         self._open_tokens = 0  # tokens so far of a document that continues in the next chunk
         self._saved = time.monotonic()
         state = self._read_journal()
@@ -99,7 +99,7 @@ class Partial:
                 )
             state = {}
         if state:
-            self.place, self.counts = InputPosition(*state["place"]), Counts(**state["counts"])
+            self.position, self.counts = InputPosition(*state["place"]), Counts(**state["counts"])
             self.written, self._open_tokens = state["written"], state["open_tokens"]
         names = [] if self.written else ["sizes.i32", *(f"{name}.bin" for name in self._prefixes)]
         self._files = {name: self._open(name, state) for name in names}
@@ -150,7 +150,7 @@ class Partial:
         self.counts.empty += encoded.empty
         for form, count in encoded.forms.items():
             self.counts.forms[form] = self.counts.forms.get(form, 0) + count
-        self.place = chunk.end
+        self.position = chunk.end
         if time.monotonic() - self._saved > _JOURNAL_SECONDS:
             self.save()
 
@@ -158,7 +158,7 @@ class Partial:
         """Flushes all files to disk and then records their lengths in the journal."""
         state = {
             "fingerprint": self.fingerprint,
-            "place": self.place,
+            "place": self.position,
             "counts": asdict(self.counts),
         }
         for name, file in self._files.items():

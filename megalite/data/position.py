@@ -58,7 +58,7 @@ class Position:
             owes_evaluation=False,
         )
 
-    def place(self, sample: int) -> int:
+    def in_corpus_order(self, sample: int) -> int:
         """The position in the corpus order of the run's sample number `sample`: samples left out are passed over."""
         for start, stop in self.left_out:
             if sample >= start:
@@ -67,7 +67,10 @@ class Position:
 
     def leaving_out(self, samples: range) -> "Position":
         """The same position, with these samples of the run (by their current numbers) left out from now on."""
-        start, stop = self.place(samples.start), self.place(samples.stop - 1) + 1
+        start, stop = (
+            self.in_corpus_order(samples.start),
+            self.in_corpus_order(samples.stop - 1) + 1,
+        )
         kept = [(a, b) for a, b in self.left_out if b < start or a > stop]
         for a, b in set(self.left_out) - set(kept):
             start, stop = min(a, start), max(b, stop)

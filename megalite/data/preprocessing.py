@@ -78,7 +78,7 @@ def preprocess(
         Progress(inputs, size) as progress,
     ):
         if not partial.written:
-            chunks = read_chunks(inputs, kinds, text_key, partial.place)
+            chunks = read_chunks(inputs, kinds, text_key, partial.position)
             for chunk, encoded in tokenized(chunks, task, workers):
                 partial.add(chunk, encoded, inputs[chunk.start.input], strict)
                 done = partial.counts

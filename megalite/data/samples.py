@@ -114,11 +114,11 @@ class Shuffled:
 
     def _shuffled(self, positions: np.ndarray) -> np.ndarray:
         size = self._samples.num_samples
-        epochs, places = positions // size, positions % size
-        chosen = np.empty_like(places)
+        epochs, inside = positions // size, positions % size
+        chosen = np.empty_like(inside)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            chosen[here] = permuted(places[here], size, mixed(self._seed, self._stream, epoch))
+            chosen[here] = permuted(inside[here], size, mixed(self._seed, self._stream, epoch))
         return chosen
 
 
@@ -137,7 +137,7 @@ def read_documents(corpus: IndexedCorpus, sample: list[Piece], row: np.ndarray) 
     for start, stop in sample:
         if filled:
             row[filled] = 1
-        for place in corpus.document_starts(start, stop):
-            row[filled + place - start] = 1
+        for first in corpus.document_starts(start, stop):
+            row[filled + first - start] = 1
         filled += stop - start
     np.cumsum(row, out=row)

@@ -85,14 +85,14 @@ class OfSpans:
         self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: SampleRows
     ) -> None:
         """See SourceTarget. A text begins with tokens that are kept and ends with a span."""
-        lengths, source, target, place = self.lengths, [], [], 0
+        lengths, source, target, taken = self.lengths, [], [], 0
         kept = self._parts(_KEPT, number, lengths.text - lengths.noise)
         noise = self._parts(_NOISE, number, lengths.noise)
         for sentinel, before, span in zip(self.sentinels.tolist(), kept, noise, strict=False):
-            source += [*ids[place : place + before].tolist(), sentinel]
-            place += before
-            target += [sentinel, *ids[place : place + span].tolist()]
-            place += span
+            source += [*ids[taken : taken + before].tolist(), sentinel]
+            taken += before
+            target += [sentinel, *ids[taken : taken + span].tolist()]
+            taken += span
         made = np.array([*source, self.end]), np.array([*target, self.end])
         rows.fill(*made, lengths.source, self.start)
 

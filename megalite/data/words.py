@@ -63,14 +63,14 @@ def words_of(tokenizer: Tokenizer, ids: int, special_ids: list[int]) -> Words | 
     return Words(begins, ends)
 
 
-def _in_word(piece: str, place: int, of_bytes: bool) -> bool:
-    """Whether the first (place 0) or last (-1) character of a token is part of a word."""
+def _in_word(piece: str, index: int, of_bytes: bool) -> bool:
+    """Whether the first (index 0) or last (-1) character of a token is part of a word."""
     if byte := _BYTE.fullmatch(piece):
         value = int(byte[1], 16)
     elif of_bytes:
-        value = _ALPHABET.get(piece[place], ord(piece[place]))
+        value = _ALPHABET.get(piece[index], ord(piece[index]))
     else:  # a letter, a combining mark, or a digit
-        return unicodedata.category(piece[place])[0] in "LMN"
+        return unicodedata.category(piece[index])[0] in "LMN"
     return value >= 0x80 or chr(value).isalnum()  # a byte above ASCII is part of a character
 
 

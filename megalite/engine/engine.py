@@ -30,7 +30,7 @@ SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine(DeepSpeedEngine):
-    """DeepSpeed's engine around one stage (a model/transformer.py Stage, already with its place in the grid)."""
+    """DeepSpeed's engine around one stage (a model/transformer.py Stage, which knows its coordinates in the grid)."""
 
     _highest_gradients: int | None = None
     router_bias: RouterBias | None = None
@@ -42,7 +42,7 @@ class Engine(DeepSpeedEngine):
     def __init__(self, stage: Any, grid: Grid, **kwargs: Any) -> None:
         self.grid = grid
         super().__init__(model=stage, mpu=grid, **kwargs)
-        self.global_norm = GlobalNorm((place for _, place in placed(stage)), grid.sizes)
+        self.global_norm = GlobalNorm((placement for _, placement in placed(stage)), grid.sizes)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             ShardedOptimizer.adopt(self.optimizer, self.global_norm, stage.ties)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -58,7 +58,7 @@ class Engine(DeepSpeedEngine):
         it reads them. Together with marked parameters (Stage.mark) and a parameter group for them, that is all that its
         path for experts needs."""
         expert, replica = self.grid.expert, self.grid.expert_replica
-        if any(place.has_own_replicas for _, place in placed(model)):
+        if any(placement.has_own_replicas for _, placement in placed(model)):
             groups._EXPERT_PARALLEL_GROUP[EXPERTS] = expert.group
             groups._EXPERT_PARALLEL_GROUP_RANKS[EXPERTS] = list(expert.ranks)
             groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = replica.group
@@ -146,8 +146,8 @@ class Engine(DeepSpeedEngine):
         # Unevenly cut tensors are reduced separately, as in zero.py's buckets.
         uneven = {
             value.grad.data_ptr()
-            for value, place in placed(self.stage)
-            if place.uneven and value.grad is not None
+            for value, placement in placed(self.stage)
+            if placement.uneven and value.grad is not None
         }
         for apart in (False, True):
             some = [grad for grad in grads if (grad.data_ptr() in uneven) == apart]
@@ -162,7 +162,7 @@ class Engine(DeepSpeedEngine):
             if value.grad is not None:
                 sum_over(value.grad, axis)
         gradients = [
-            (place, value.grad) for value, place in placed(stage) if value.grad is not None
+            (placement, value.grad) for value, placement in placed(stage) if value.grad is not None
         ]
         norm = self.global_norm(gradients, torch.device(self.device or "cpu"), replicated=True)
         self._global_grad_norm = norm.float()
@@ -181,7 +181,7 @@ class Engine(DeepSpeedEngine):
         held = self._adam.state
         return [
             Shard(
-                place,
+                placement,
                 0,
                 value.detach().view(-1),
                 {
@@ -190,7 +190,7 @@ class Engine(DeepSpeedEngine):
                     if name in held.get(value, {})
                 },
             )
-            for value, place in placed(self.stage)
+            for value, placement in placed(self.stage)
         ]
 
     def make_moments(self, steps: int) -> None:

@@ -35,9 +35,9 @@ def make_whole(
         if axis.size > 1:
             dist.broadcast(_bytes_of(value), axis.ranks[source], group=axis.group)
 
-    for value, place in placed(stage):
-        constant = place.fill if place.std is None else 0.0
-        _materialise(value, torch.full(place.shape, constant, dtype=dtype, device=device))
+    for value, placement in placed(stage):
+        constant = placement.fill if placement.std is None else 0.0
+        _materialise(value, torch.full(placement.shape, constant, dtype=dtype, device=device))
     _fill(stage, grid, seed, receive)
 
 
@@ -77,14 +77,14 @@ def make_shards(
             _bytes_of(received).copy_(parts[0])
         shard.copy_(received)
 
-    for value, place in placed(stage):
-        whole = torch.empty(place.shape, dtype=dtype, device=device)
-        if place.std is None:
-            whole.fill_(place.fill)
+    for value, placement in placed(stage):
+        whole = torch.empty(placement.shape, dtype=dtype, device=device)
+        if placement.std is None:
+            whole.fill_(placement.fill)
         _materialise(value, whole)
         init._convert_to_deepspeed_param(value)
         value.partition()  # type: ignore[attr-defined]  # added by DeepSpeed
-        if place.std is not None:
+        if placement.std is not None:
             value.ds_tensor.zero_()  # type: ignore[attr-defined]  # padding stays 0
     _fill(stage, grid, seed, receive)
 
@@ -106,16 +106,18 @@ def _fill(
     ranks that hold the same slice, and the index on that axis of the rank that has drawn it."""
     if seed is None:
         return
-    values = [(value, place) for value, place in placed(stage) if place.std is not None]
+    values = [(value, placement) for value, placement in placed(stage) if placement.std is not None]
     with torch.no_grad():
-        for name in sorted({place.replicas for _, place in values}):
+        for name in sorted({placement.replicas for _, placement in values}):
             axis: Axis = getattr(grid, name)
-            of_axis = [(value, place) for value, place in values if place.replicas == name]
+            of_axis = [
+                (value, placement) for value, placement in values if placement.replicas == name
+            ]
             for turn in _turns(of_axis, axis.size):
                 # Before the first message of the turn, so that all ranks draw at the same time.
                 mine = initial_slice(turn[axis.rank][1], seed) if axis.rank < len(turn) else None
-                for place, (value, _) in enumerate(turn):
-                    receive(value, mine if place == axis.rank else None, axis, place)
+                for rank, (value, _) in enumerate(turn):
+                    receive(value, mine if rank == axis.rank else None, axis, rank)
 
 
 def _turns(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -63,7 +63,7 @@ class GlobalNorm:
 
     def __init__(self, placements: Iterable[Placement], sizes: AxisSizes = ONE) -> None:
         """sizes: of the grid."""
-        mine = {place.name: sizes.along(place.replicas) for place in placements}
+        mine = {placement.name: sizes.along(placement.replicas) for placement in placements}
         everyone: list[dict[str, int]] = [mine]
         if dist.is_initialized():
             everyone = [{} for _ in range(dist.get_world_size())]
@@ -97,9 +97,9 @@ class GlobalNorm:
             riders = riders if device.type == "cpu" else riders.pin_memory()
             sums[rows + 1 :].copy_(riders, non_blocking=True)
         counted = [
-            (self.row[place.name], gradient)
-            for place, gradient in pieces
-            if place.counted and gradient.numel()
+            (self.row[placement.name], gradient)
+            for placement, gradient in pieces
+            if placement.counted and gradient.numel()
         ]
         if counted:
             numbers, gradients = zip(*counted, strict=True)

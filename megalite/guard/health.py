@@ -203,7 +203,7 @@ class Health:
         return "; ".join(gradients)
 
     def _first_found(self) -> tuple[tuple[int, int, int], str] | None:
-        """The first place on this rank, as a sort key (phase, micro-batch, order of the chunk) and a name."""
+        """The first finding on this rank, as a sort key (phase, micro-batch, order of the chunk) and a name."""
         found, last = [], self.pipeline.plan.cut.last_chunk
         for (kind, chunk, k), peak in self.pipeline.peaks:
             if not torch.isfinite(peak).item():

@@ -46,7 +46,7 @@ class Replicas:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        mine = [_key(place) for _, place in placed(module)]
+        mine = [_key(placement) for _, placement in placed(module)]
         everyone: list[list[Key]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         self.rows = {
@@ -76,15 +76,15 @@ class Replicas:
         """Hashes, int64 by row, in [-2⁶², 2⁶²) so that they can be negated; _ABSENT if this rank holds no whole
         copy."""
         result = torch.full((len(self.rows),), _ABSENT, device=device)
-        for value, place in placed(self.module):
-            if value.numel() == prod(place.shape):
+        for value, placement in placed(self.module):
+            if value.numel() == prod(placement.shape):
                 # Dropping the lowest bit is safe: elements are hashed as fp64, in which a widened number's lowest bit
                 # is 0.
-                result[self.rows[_key(place)]] = (
+                result[self.rows[_key(placement)]] = (
                     torch.hash_tensor(value.detach()).view(torch.int64) >> 1
                 )
         return result
 
 
-def _key(place: Placement) -> Key:
-    return place.name, place.offsets
+def _key(placement: Placement) -> Key:
+    return placement.name, placement.offsets

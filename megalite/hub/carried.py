@@ -56,15 +56,15 @@ def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, 
     before the run ends."""
     files: dict[str, Path] = {}
     if weights is not None:
-        for place in (weights.folder / CARRIED, weights.folder):
-            files |= {path.name: path for path in carried_files(place)}
+        for folder in (weights.folder / CARRIED, weights.folder):
+            files |= {path.name: path for path in carried_files(folder)}
     if tokenizer is not None:
         files = {name: path for name, path in files.items() if name == GENERATION}
-        place = Path(tokenizer)
-        if place.is_file():
-            files[SENTENCEPIECE_FILE] = place
+        folder = Path(tokenizer)
+        if folder.is_file():
+            files[SENTENCEPIECE_FILE] = folder
         else:
-            files |= {path.name: path for path in tokenizer_files(place)}
+            files |= {path.name: path for path in tokenizer_files(folder)}
     try:
         return {name: path.read_bytes() for name, path in files.items()}
     except OSError as error:
@@ -74,9 +74,9 @@ def carried_by_run(tokenizer: str | None, weights: Weights | None) -> dict[str, 
 def tokenizer_of(weights: Weights) -> Path | None:
     """The folder of the tokenizer that belongs to weights: their own, that of the small files, or the run's; None if
     there is none."""
-    for place in (weights.folder, weights.folder / CARRIED):
-        if next(tokenizer_files(place), None) is not None:
-            return place
+    for folder in (weights.folder, weights.folder / CARRIED):
+        if next(tokenizer_files(folder), None) is not None:
+            return folder
     named = weights.state.get("tokenizer") if isinstance(weights, Checkpoint) else None
     return Path(named) if named else None
 
@@ -84,9 +84,9 @@ def tokenizer_of(weights: Weights) -> Path | None:
 def stop_ids_of(weights: Weights) -> set[int]:
     """The tokens that end a text, from generation_config.json or else from the model's config."""
     values: Any = weights.model.get("eos_token_id")
-    for place in (weights.folder, weights.folder / CARRIED):
-        if (place / GENERATION).is_file():
-            settings = read_json_object(place / GENERATION, CheckpointError)
+    for folder in (weights.folder, weights.folder / CARRIED):
+        if (folder / GENERATION).is_file():
+            settings = read_json_object(folder / GENERATION, CheckpointError)
             values = settings.get("eos_token_id", values)
             break
     values = values if isinstance(values, list) else [values]

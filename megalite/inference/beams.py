@@ -113,7 +113,7 @@ def candidates(
     missing = max(0, 2 * size - flat.shape[1])  # a tiny vocabulary
     flat = torch.nn.functional.pad(flat, (0, missing), value=_NEVER)
     tokens = torch.nn.functional.pad(ids.unflatten(0, (-1, size)).flatten(1), (0, missing))
-    best, places = flat.sort(dim=-1, descending=True, stable=True)
-    best, places = best[:, : 2 * size], places[:, : 2 * size]
-    beam = torch.div(places, width, rounding_mode="floor").clamp(max=size - 1)
-    return torch.stack([best, beam.double(), tokens.gather(-1, places).double()], dim=-1)
+    best, indices = flat.sort(dim=-1, descending=True, stable=True)
+    best, indices = best[:, : 2 * size], indices[:, : 2 * size]
+    beam = torch.div(indices, width, rounding_mode="floor").clamp(max=size - 1)
+    return torch.stack([best, beam.double(), tokens.gather(-1, indices).double()], dim=-1)

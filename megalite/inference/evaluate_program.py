@@ -39,7 +39,7 @@ from megalite.inference.texts import as_sources, check_ids
 from megalite.inputs import reading
 from megalite.ranks.arguments import at_least
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.place import place
+from megalite.ranks.rank_info import rank_info
 from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 
@@ -81,7 +81,7 @@ def evaluate_main(arguments: list[str]) -> int:
         _check_owners(options)
         with reading(options.checkpoint, CheckpointError):
             sections, whole = (("data",), True) if options.data else ((), False)
-            prepared = prepare_model(options, place().world_size, sections, whole)
+            prepared = prepare_model(options, rank_info().world_size, sections, whole)
             return prepared, prepare_work(options, prepared, thorough)
 
     here, (prepared, work) = start_ranks(prepare)
@@ -334,7 +334,7 @@ def _tasks(options: argparse.Namespace, prepared: PreparedModel, thorough: bool)
     names = options.tasks.split(",")
     stop_ids = stop_ids_for(open_weights(prepared.folder), tokenizer)
     length = options.sequence_length or prepared.spec.max_positions
-    is_asking = place().rank == 0
+    is_asking = rank_info().rank == 0
     if is_asking:
         try:
             from megalite.inference import harness

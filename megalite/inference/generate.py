@@ -145,7 +145,7 @@ def ends_at(tokenizer: Tokenizer, stops: Sequence[str]) -> Ends:
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first of `stops`."""
     return text[
-        : min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
+        : min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))
     ]
 
 
@@ -210,8 +210,8 @@ class _Batches:
         output = batch.advance(hidden)
         if axis.is_last:
             batch.choose(output, self.sampling)
-            for place in range(axis.size - 1):
-                self.forwards.mailbox.send((number, place), batch.chosen, place)
+            for index in range(axis.size - 1):
+                self.forwards.mailbox.send((number, index), batch.chosen, index)
         return output
 
     def _shape(self, number: int) -> tuple[int, ...]:
@@ -264,11 +264,16 @@ class _SampledBatch:
 
     def choose(self, output: Tensor, sampling: Sampling) -> None:
         """On the last stage: the next token of each text, from logits [B, 1, V / t]."""
-        places = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
+        positions = [(text.number, len(text.prompt) + len(text.tokens)) for text in self.texts]
         starts = [text.prompt if self.start_id is None else [self.start_id] for text in self.texts]
         held = [[*start, *text.tokens] for start, text in zip(starts, self.texts, strict=True)]
         self.chosen = choose(
-            output[:, -1], self.stage.spec.vocabulary_size, self.tensor_axis, sampling, places, held
+            output[:, -1],
+            self.stage.spec.vocabulary_size,
+            self.tensor_axis,
+            sampling,
+            positions,
+            held,
         )
 
     def take(
@@ -294,12 +299,12 @@ class _SampledBatch:
             source = 0 if self.seen else self.source
             return Context(cache=self.cache, source=source, source_visible=visible)
         length = self.column.shape[1]
-        places = torch.arange(self.seen, self.seen + length, device=self.device)
-        positions = (places - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
+        slots = torch.arange(self.seen, self.seen + length, device=self.device)
+        positions = (slots - self.padding.unsqueeze(-1)).clamp(min=0)  # [B, S]
         columns = torch.arange(self.seen + length, device=self.device)
         real = columns >= self.padding[:, None, None]  # [B, 1, T]
-        visible = (columns <= places.unsqueeze(-1)) & real  # [B, S, T]
-        visible |= columns == places.unsqueeze(-1)  # a row of the softmax must not be empty
+        visible = (columns <= slots.unsqueeze(-1)) & real  # [B, S, T]
+        visible |= columns == slots.unsqueeze(-1)  # a row of the softmax must not be empty
         prefixes = None
         if self.prefixed and self.seen == 0:  # the columns are the prompts
             visible, prefixes = visible | real, real.squeeze(1)

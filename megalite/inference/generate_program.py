@@ -29,7 +29,7 @@ from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
 from megalite.ranks.arguments import any_text, at_least
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.place import place
+from megalite.ranks.rank_info import rank_info
 
 STANDARD_INPUT = "-"
 
@@ -71,7 +71,7 @@ class _Asked(NamedTuple):
 def _asked(options: argparse.Namespace) -> _Asked:
     from megalite.inference.sampling import Sampling
 
-    prepared = prepare_model(options, place().world_size)
+    prepared = prepare_model(options, rank_info().world_size)
     check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "generation", sources=True)
     tokenizer = tokenizer_for(options, prepared)
     sampling = Sampling(
@@ -92,7 +92,7 @@ def _asked(options: argparse.Namespace) -> _Asked:
     for stop_id in options.stop_id:
         if stop_id >= size:
             raise ConfigError(f"--stop-id: {stop_id}: must be below the model's vocab_size {size}")
-    prompts = _prompts(options) if place().rank == 0 else []
+    prompts = _prompts(options) if rank_info().rank == 0 else []
     if options.stream and len(prompts) * options.samples > 1:
         raise ConfigError("--stream: only with one prompt and one sample")
     ids = _encoded(prepared, tokenizer, prompts, options.max_new_tokens)

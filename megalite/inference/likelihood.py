@@ -80,14 +80,14 @@ def _batch(
     context = Context(lengths=torch.tensor([len(ids) - 1 for ids, _ in rows], device=device))
     if prefixed:
         prompts = torch.tensor([_prompt(marks) for _, marks in rows])
-        places = torch.arange(tokens.shape[1])
-        context.prefixes = (places < prompts.unsqueeze(-1)).to(device)
+        positions = torch.arange(tokens.shape[1])
+        context.prefixes = (positions < prompts.unsqueeze(-1)).to(device)
     return tokens.to(device), labels.to(device), context
 
 
 def _prompt(marks: Sequence[int]) -> int:
     """The number of tokens before the first marked one."""
-    return next((place for place, mark in enumerate(marks) if mark), len(marks))
+    return next((index for index, mark in enumerate(marks) if mark), len(marks))
 
 
 def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,8 @@ def _padded(rows: Sequence[Marked]) -> tuple[Tensor, Tensor]:
 def _sums(logits: Tensor, labels: Tensor, vocabulary_size: int, axis: Axis) -> Tensor:
     """For each row the sum of losses and the number of counted tokens that are not the likeliest, fp64 [B, 2]. logits:
     [B, S, V / t]. labels: [B, S]."""
-    places = labels != IGNORED
-    rows, wanted, chosen = places.nonzero()[:, 0], labels[places], logits[places].float()
+    counts = labels != IGNORED
+    rows, wanted, chosen = counts.nonzero()[:, 0], labels[counts], logits[counts].float()
     missed = choose(chosen, vocabulary_size, axis, Sampling(), ()) != wanted
     losses = token_losses(chosen, wanted, vocabulary_size, axis)
     found = torch.stack([losses, missed], dim=-1).double()

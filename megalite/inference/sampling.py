@@ -68,12 +68,12 @@ def choose(
     vocabulary_size: int,
     axis: Axis,
     sampling: Sampling,
-    places: Sequence[tuple[int, int]],
+    positions: Sequence[tuple[int, int]],
     held: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """The next token of each row, int64 [B], the same on every rank of the axis (collective over it).
 
-    logits: [B, V / t]. places: for each row its prompt's number and the position of the new token. held: with a
+    logits: [B, V / t]. positions: for each row its prompt's number and the position of the new token. held: with a
     repetition penalty, the tokens of each row's prompt and text so far.
     """
     start, _ = share(vocabulary_size, axis)
@@ -86,7 +86,7 @@ def choose(
         logits / sampling.temperature, start, vocabulary_size, axis, sampling.top_k
     )
     chances = torch.tensor(
-        [uniform(sampling.seed, *place) for place in places], dtype=torch.float64
+        [uniform(sampling.seed, *position) for position in positions], dtype=torch.float64
     )
     rank = _draw(scores, sampling.top_p, sampling.min_p, chances.to(scores.device))
     return ids.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
@@ -157,7 +157,7 @@ def _draw(scores: Tensor, top_p: float, min_p: float, chances: Tensor) -> Tensor
     return (sums <= target.unsqueeze(-1)).sum(dim=-1).clamp(max=scores.shape[-1] - 1)
 
 
-def uniform(seed: int, prompt: int, place: int) -> float:
+def uniform(seed: int, prompt: int, position: int) -> float:
     """A random number in [0, 1) for a position in the text that continues a prompt."""
-    digest = hashlib.sha256(f"{seed}/{prompt}/{place}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{prompt}/{position}".encode()).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) / 2**53

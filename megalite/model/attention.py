@@ -205,7 +205,9 @@ class Attention(nn.Module):
             if self.rotary.scaling == "dynamic":
                 known = context.known_span(s)
                 spans = context.spans(s, device) if known is None else known
-            cosine, sine = turns(self.rotary, context.places(s, device), spans, query.dtype)
+            cosine, sine = turns(
+                self.rotary, context.token_positions(s, device), spans, query.dtype
+            )
             context.shared[key_of_turns] = spread(cosine, interleaved), sine
         cosine, sine = context.shared[key_of_turns]
         return rotate(query, cosine, sine, interleaved), rotate(key, cosine, sine, interleaved)

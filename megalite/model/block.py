@@ -52,12 +52,12 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, context: Context, source: Tensor | None = None) -> Tensor:
         """source: the encoder's output, for a layer with cross-attention."""
         mlp_norm = self.mlp_norm or self.attention_norm
-        if self.spec.norm_place == "after":  # OLMo 2
+        if self.spec.norm_position == "after":  # OLMo 2
             mixed = self.attention_norm(self.attention(hidden, context))
             hidden = hidden + self._drop(mixed, context, "attention")
             fed = mlp_norm(self.mlp(hidden, context))
             return hidden + self._drop(fed, context, "mlp")
-        if self.spec.norm_place == "sum":  # BERT
+        if self.spec.norm_position == "sum":  # BERT
             mixed = self.attention(hidden, context)
             hidden = self.attention_norm(hidden + self._drop(mixed, context, "attention"))
             fed = self.mlp(hidden, context)
@@ -82,8 +82,8 @@ class Block(nn.Module):
         if context.randomness is None or self.spec.hidden_dropout == 0:
             return added
         rows = context.row_numbers(self.split.rows(self.split.length(added)), added.device)
-        place = f"layers.{self.layer}.{part}.output"
-        return drop(added, context.randomness, place, self.spec.hidden_dropout, rows)
+        name = f"layers.{self.layer}.{part}.output"
+        return drop(added, context.randomness, name, self.spec.hidden_dropout, rows)
 
 
 def drop_final(hidden: Tensor, spec: TransformerSpec, context: Context, stack: str) -> Tensor:

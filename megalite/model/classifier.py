@@ -83,15 +83,15 @@ class Classifier(nn.Module):
             sums = sums.index_add(0, parts, hidden.flatten(0, 1))
             numbers = number.flatten()[texts]
             return self._gathered(sums[numbers]) / tokens[numbers].unsqueeze(-1).to(hidden.dtype)
-        places = texts
+        positions = texts
         if self.how.pooling == "last":
-            places = _last_places(hidden.shape[0], length, context, hidden.device)[texts]
+            positions = _last_positions(hidden.shape[0], length, context, hidden.device)[texts]
         if not self.split.divides:
-            return hidden.flatten(0, 1)[places]
+            return hidden.flatten(0, 1)[positions]
         # Among the ranks that divide a sample's tokens, the one with the token contributes it, the others zeros.
-        column = places % length - own.start
+        column = positions % length - own.start
         elsewhere = (column < 0) | (column >= len(own))
-        found = hidden[places // length, column.clamp(0, len(own) - 1)]
+        found = hidden[positions // length, column.clamp(0, len(own) - 1)]
         return self._gathered(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def _gathered(self, parts: Tensor) -> Tensor:
@@ -122,13 +122,13 @@ class Classifier(nn.Module):
 
 
 def _drop(
-    x: Tensor, randomness: Randomness | None, place: str, rate: float, texts: Tensor, length: int
+    x: Tensor, randomness: Randomness | None, name: str, rate: float, texts: Tensor, length: int
 ) -> Tensor:
     """Dropout of x [n, D], drawn by each text's sample and its position in it."""
     if randomness is None or rate == 0.0:
         return x
     keys = randomness.samples[texts // length] * LONGEST + texts % length
-    mask = dropped(replace(randomness, samples=keys), place, rate, [range(x.shape[-1])])
+    mask = dropped(replace(randomness, samples=keys), name, rate, [range(x.shape[-1])])
     return x.masked_fill(mask, 0.0) / (1 - rate)
 
 
@@ -136,15 +136,15 @@ def _texts_of_tokens(
     b: int, s: int, context: Context, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The number of each token's text, int64 [B, S], and the number of tokens in each text, [B·S]."""
-    begins = context.places(s, device).expand(b, s) == 0
+    begins = context.token_positions(s, device).expand(b, s) == 0
     number = begins.flatten().cumsum(0) - 1
     tokens = torch.zeros(b * s, dtype=torch.int64, device=device)
     tokens.index_add_(0, number, torch.ones_like(number))
     return number.view(b, s), tokens
 
 
-def _last_places(b: int, s: int, context: Context, device: torch.device) -> Tensor:
+def _last_positions(b: int, s: int, context: Context, device: torch.device) -> Tensor:
     """For each of the B·S tokens the index of the last token of its text, int64."""
-    places = context.places(s, device).expand(b, s)
-    rest = context.spans(s, device).expand(b, s) - 1 - places
+    positions = context.token_positions(s, device).expand(b, s)
+    rest = context.spans(s, device).expand(b, s) - 1 - positions
     return torch.arange(b * s, device=device) + rest.flatten()

@@ -93,13 +93,13 @@ class Context:
     source_visible: Tensor | None = None
     shared: dict[object, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
-    def places(self, s: int, device: torch.device) -> Tensor:
+    def token_positions(self, s: int, device: torch.device) -> Tensor:
         """Positions of the tokens, [B or 1, S] int64."""
         if self.positions is not None:
             return self.positions
-        return self._own(self._all_places(self._all(s), device))
+        return self._own(self._all_positions(self._all(s), device))
 
-    def _all_places(self, s: int, device: torch.device) -> Tensor:
+    def _all_positions(self, s: int, device: torch.device) -> Tensor:
         """Positions of all tokens of the samples."""
         index = torch.arange(s, device=device).unsqueeze(0)
         if self.documents is None:
@@ -122,7 +122,7 @@ class Context:
             return part
         return self.rows.index(device)[part.start : part.stop]
 
-    def counted_places(self, counts: Tensor) -> Tensor:
+    def counted_positions(self, counts: Tensor) -> Tensor:
         """The ordinal of each token, from 1, among the tokens of its document that count; 0 for tokens that do not.
         counts and result [B, S]."""
         if self.rows is not None:
@@ -148,12 +148,12 @@ class Context:
                 return self.lengths.unsqueeze(-1)
             return torch.full((1, 1), self._all(s), device=device)
         s = self._all(s)
-        places = self._all_places(s, device)
-        ends = torch.ones_like(places, dtype=torch.bool)
-        ends[:, :-1] = places[:, 1:] == 0
+        positions = self._all_positions(s, device)
+        ends = torch.ones_like(positions, dtype=torch.bool)
+        ends[:, :-1] = positions[:, 1:] == 0
         index = torch.arange(s, device=device)
         next_end = torch.where(ends, index, s).flip(1).cummin(dim=1).values.flip(1)
-        return self._own(places + (next_end - index) + 1)
+        return self._own(positions + (next_end - index) + 1)
 
     def pieces(self, b: int, s: int, device: torch.device) -> Bounds | None:
         """Pieces of [B, S] such that each token attends to its own piece, in a decoder only to itself and to earlier

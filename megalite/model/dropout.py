@@ -1,5 +1,5 @@
 """Dropout that is the same on every layout: whether a number is dropped is a function of (seed, step, sample, layer,
-place, index). The generator is counter-based, so each rank can draw just its part of the whole mask.
+name, index). The generator is counter-based, so each rank can draw just its part of the whole mask.
 
 The generator is splitmix64 (Steele, Lea and Flood 2014), one step for each dim of the index; the same on every device.
 Each number takes a dozen operations on 8 bytes; `megalite.train.compile` fuses them into one kernel, with the same
@@ -46,13 +46,13 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def dropped(
-    randomness: Randomness, place: str, rate: float, indices: Sequence[range | Tensor]
+    randomness: Randomness, name: str, rate: float, indices: Sequence[range | Tensor]
 ) -> Tensor:
     """Mask of the numbers to drop, bool [B, …]. indices: for each further dim a range or an int64 tensor [n] of indices
-    in the whole tensor. rate: share of numbers to drop. place: full name of this use of dropout, the same on every
+    in the whole tensor. rate: share of numbers to drop. name: full name of this use of dropout, the same on every
     layout.
     """
-    digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{place}".encode()).digest()
+    digest = hashlib.sha256(f"{randomness.seed}/{randomness.step}/{name}".encode()).digest()
     key = int.from_bytes(digest[:8], "little", signed=True)
     state = _mixed(randomness.samples.long() * _GOLDEN + key)
     *outer, inner = [_counter(index, state.device) for index in indices]
@@ -84,10 +84,10 @@ def _counter(index: range | Tensor, device: torch.device) -> Tensor:
 
 
 def drop(
-    x: Tensor, randomness: Randomness | None, place: str, rate: float, rows: range | Tensor
+    x: Tensor, randomness: Randomness | None, name: str, rate: float, rows: range | Tensor
 ) -> Tensor:
     """Dropout of hidden states x [B, S, D]. rows: index of each of the S tokens in the whole sequence."""
     if randomness is None or rate == 0.0:
         return x
     indices = [rows, range(x.shape[2])]
-    return x.masked_fill(dropped(randomness, place, rate, indices), 0.0) / (1 - rate)
+    return x.masked_fill(dropped(randomness, name, rate, indices), 0.0) / (1 - rate)

@@ -46,7 +46,9 @@ class Embedding(nn.Module):
     def _of_positions(self, table: Tensor, ids: Tensor, context: Context, rows: range) -> Tensor:
         """Rows of the position table for this rank's part of the tokens."""
         if not self.position_offset:
-            return table[context.places(ids.shape[1], ids.device)[:, rows.start : rows.stop]]
+            return table[
+                context.token_positions(ids.shape[1], ids.device)[:, rows.start : rows.stop]
+            ]
         padding = self.position_offset - 1
-        places = context.counted_places(ids != padding) + padding
-        return F.embedding(places[:, rows.start : rows.stop], table, padding)
+        positions = context.counted_positions(ids != padding) + padding
+        return F.embedding(positions[:, rows.start : rows.stop], table, padding)

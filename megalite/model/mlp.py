@@ -33,7 +33,7 @@ class MLP(nn.Module):
         self.gate = ColumnLinear(d, f, bias, axis, std) if spec.gated else None
         self.up = ColumnLinear(d, f, bias, axis, std)
         self.down = RowLinear(f, d, bias, split, out_std)
-        self.dropout, self.place = spec.mlp_dropout, f"layers.{layer}.mlp.features"
+        self.dropout, self.dropout_name = spec.mlp_dropout, f"layers.{layer}.mlp.features"
         self.features = range(*share(f, axis))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         if context.randomness is None or self.dropout == 0.0:
             return features
         rows = context.row_numbers(range(features.shape[1]), features.device)
-        mask = dropped(context.randomness, self.place, self.dropout, [rows, self.features])
+        mask = dropped(context.randomness, self.dropout_name, self.dropout, [rows, self.features])
         return features.masked_fill(mask, 0.0) / (1 - self.dropout)
 
 

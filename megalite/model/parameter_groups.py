@@ -32,7 +32,7 @@ def check_parameter_groups(config: Config, spec: TransformerSpec) -> None:
     if not entries:
         return
     with torch.device("meta"):
-        names = [place.name for _, place in placed(Stage(spec, Grid()))]
+        names = [placement.name for _, placement in placed(Stage(spec, Grid()))]
     taken = {entry_of(name, entries) for name in names}
     for i, entry in enumerate(entries):
         if i not in taken:
@@ -57,10 +57,10 @@ def parameter_groups(
       `moe` and `name`.
     """
 
-    def choice(place: Placement) -> tuple[float, float]:
+    def choice(placement: Placement) -> tuple[float, float]:
         """(lr_ratio, weight_decay)"""
-        usual = weight_decay if len(place.full_shape) > 1 else 0.0
-        number = entry_of(place.name, entries)
+        usual = weight_decay if len(placement.full_shape) > 1 else 0.0
+        number = entry_of(placement.name, entries)
         if number is None:
             return 1.0, usual
         decay = entries[number].weight_decay
@@ -68,13 +68,13 @@ def parameter_groups(
 
     groups: dict[tuple[float, float, tuple[bool, bool], bool, bool], dict[str, Any]] = {}
     ties = {id(value) for value, _ in stage.ties}
-    for value, place in placed(stage):
-        ratio, decay = choice(place)
+    for value, placement in placed(stage):
+        ratio, decay = choice(placement)
         tied = id(value) in ties, value is stage.tied_parameter
         empty = {"params": [], "weight_decay": decay, LR_RATIO: ratio}
-        if place.has_own_replicas:
+        if placement.has_own_replicas:
             empty |= {"moe": True, "name": EXPERTS}
-        key = ratio, decay, tied, place.uneven, place.has_own_replicas
+        key = ratio, decay, tied, placement.uneven, placement.has_own_replicas
         groups.setdefault(key, empty)["params"].append(value)
     return list(groups.values())
 

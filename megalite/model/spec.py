@@ -133,7 +133,7 @@ class TransformerSpec:
     depth_scaled_init: bool = False
     embedding_init_std: float | None = None
     """None: the same as init_std."""
-    norm_place: Literal["before", "after", "sum"] = "before"
+    norm_position: Literal["before", "after", "sum"] = "before"
     """Whether norms apply to the inputs of attention and MLP, to their outputs, or to the residual sums."""
     causal: bool = True
     """Whether a token attends only to itself and earlier tokens (a decoder), or to all tokens (an encoder)."""

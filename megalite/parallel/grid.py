@@ -148,7 +148,7 @@ class Grid:
         sizes = AxisSizes(pipe, data, context, tensor, expert)
 
         def axis(name: str) -> Axis:
-            size, index = sizes.along(name), sizes.place(rank, name)
+            size, index = sizes.along(name), sizes.index(rank, name)
             cut = range(2, size) if name == "tensor" else ()  # as in `build`
             divisors = [n for n in cut if size % n == 0]
             runs = tuple(Axis(n, index % n, (), None, name=name) for n in divisors)

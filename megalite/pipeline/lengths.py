@@ -48,7 +48,7 @@ class Lengths:
 
     def _order(self, program: Program) -> None:
         """Moves each rank in turn as far as possible, until all are done."""
-        last, place = program.last_chunk, [0] * self.ranks
+        last, passed = program.last_chunk, [0] * self.ranks
         # By chunk: the position of each micro-batch's forward, and of its backward to the input.
         forwards: list[dict[int, int]] = [{} for _ in program.home]
         backwards: list[dict[int, int]] = [{} for _ in program.home]
@@ -57,8 +57,8 @@ class Lengths:
         while moved:
             moved = False
             for rank, actions in enumerate(program.actions):
-                while place[rank] < len(actions):
-                    kind, chunk, k = actions[place[rank]]
+                while passed[rank] < len(actions):
+                    kind, chunk, k = actions[passed[rank]]
                     given = forwards if kind == "F" else backwards
                     source, message = -1, False
                     if kind != "W":  # the chunk that produces the action's input, if any
@@ -75,9 +75,9 @@ class Lengths:
                     newest[rank] = len(self._kinds)
                     self._kinds.append(kinds[kind])
                     self._chunks.append(chunk)
-                    place[rank] += 1
+                    passed[rank] += 1
                     moved = True
-        if any(place[rank] < len(actions) for rank, actions in enumerate(program.actions)):
+        if any(passed[rank] < len(actions) for rank, actions in enumerate(program.actions)):
             raise ProgramError("no rank can continue")
         self._last = newest
 
@@ -147,6 +147,6 @@ class Lengths:
                 spare.append(many)
                 many += 1
             rows[number] = spare.pop()
-            places = rows[before], rows[source], rows[number]
-            found.append((self._kinds[number], self._chunks[number], *places))
+            waits_and_own = rows[before], rows[source], rows[number]
+            found.append((self._kinds[number], self._chunks[number], *waits_and_own))
         return _TimeRows(many, found, [rows[number] for number in self._last])

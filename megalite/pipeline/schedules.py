@@ -161,7 +161,7 @@ class _Lister:
                 continue
             for kind, chunk in choices[rank]:
                 if self._ready(rank, kind, chunk) <= now:
-                    self._place(rank, kind, chunk, now)
+                    self._append(rank, kind, chunk, now)
                     break
         if sum(map(len, self.lists)) < len(self.kinds) * len(self.home) * self.m:
             raise ProgramError("no rank can continue: too little room")
@@ -186,7 +186,7 @@ class _Lister:
             needed = self.ends["F"][chunk]
         return needed[k] if len(needed) > k else math.inf
 
-    def _place(self, rank: int, kind: str, chunk: int, start: float) -> None:
+    def _append(self, rank: int, kind: str, chunk: int, start: float) -> None:
         times = self.ends[kind][chunk]
         self.lists[rank].append(Action(kind, chunk, len(times)))  # type: ignore[arg-type]
         end = self.free[rank] = start + self.costs[kind][chunk]

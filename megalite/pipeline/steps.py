@@ -59,29 +59,29 @@ def steps_of(program: Program, cost: Cost = equal_costs) -> list[list[Step]]:
         if (value := program.gives(action)) is not None and program.crosses(value)
     ]
     # Among messages of the same time, activations come first: their receives are then posted before a backward.
-    place = {value: number for number, (_, value) in enumerate(sorted(sent))}
+    order = {value: number for number, (_, value) in enumerate(sorted(sent))}
     forward_only = all(action.kind == "F" for _, action in program.all_actions())
-    steps = [_Merger(program, rank, place).steps() for rank in range(program.ranks)]
+    steps = [_Merger(program, rank, order).steps() for rank in range(program.ranks)]
     if forward_only:
         return [_with_waits(own, IN_FLIGHT) for own in steps]
     return [_with_receipts(own, program.receipts) for own in steps]
 
 
 class _Merger:
-    """Puts the messages of one rank between its actions. place: index of each message in the global order."""
+    """Puts the messages of one rank between its actions. order: index of each message in the global order."""
 
-    def __init__(self, program: Program, rank: int, place: dict[Value, int]) -> None:
-        self.program, self.rank, self.place = program, rank, place
+    def __init__(self, program: Program, rank: int, order: dict[Value, int]) -> None:
+        self.program, self.rank, self.order = program, rank, order
         self.actions = program.actions[rank]
         needed = [program.needs(action) for action in self.actions]
         self.user = {
             value: number
             for number, value in enumerate(needed)
-            if value is not None and value in place
+            if value is not None and value in order
         }
-        self.to_receive = deque(sorted(self.user, key=place.__getitem__))
-        sent = [value for value in place if program.way(value)[0] == rank]
-        self.to_send = deque(sorted(sent, key=place.__getitem__))
+        self.to_receive = deque(sorted(self.user, key=order.__getitem__))
+        sent = [value for value in order if program.way(value)[0] == rank]
+        self.to_send = deque(sorted(sent, key=order.__getitem__))
         self.result: list[Step] = []
 
     def steps(self) -> list[Step]:
@@ -89,8 +89,8 @@ class _Merger:
             self._post(number)
             self.result.append(Act(action))
             given = self.program.gives(action)
-            if given is not None and given in self.place:
-                self._post_before(self.place[given])
+            if given is not None and given in self.order:
+                self._post_before(self.order[given])
                 assert self.to_send.popleft() == given, given
                 self.result.append(Send(given, self.program.way(given)[1]))
         return self.result
@@ -100,16 +100,16 @@ class _Merger:
         that the next `AHEAD` actions need, as far as the order allows."""
         needed = self.program.needs(self.actions[number])
         if needed is not None and needed in self.to_receive:
-            self._post_before(self.place[needed] + 1)
-        limit = self.place[self.to_send[0]] if self.to_send else len(self.place)
-        while self.to_receive and self.place[self.to_receive[0]] < limit:
+            self._post_before(self.order[needed] + 1)
+        limit = self.order[self.to_send[0]] if self.to_send else len(self.order)
+        while self.to_receive and self.order[self.to_receive[0]] < limit:
             if self.user[self.to_receive[0]] > number + AHEAD:
                 break
             self._receive()
 
     def _post_before(self, limit: int) -> None:
-        """The receives whose place in the global order is below `limit`."""
-        while self.to_receive and self.place[self.to_receive[0]] < limit:
+        """The receives whose index in the global order is below `limit`."""
+        while self.to_receive and self.order[self.to_receive[0]] < limit:
             self._receive()
 
     def _receive(self) -> None:

@@ -23,7 +23,7 @@ from megalite.config import Config
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Search, given_candidate
 from megalite.plan.device_figures import ENGINE_RATES, Device, Link
-from megalite.plan.rank_memory import SizesByPlace
+from megalite.plan.rank_memory import SizesByStage
 from megalite.plan.search import Planner
 
 LARGE_PRODUCTS = 3  # the peak is the median rate of this many largest products of a dtype
@@ -194,14 +194,14 @@ def predicted_seconds(device: Device, config: dict[str, Any]) -> float:
 
 
 @lru_cache(maxsize=16)
-def _searched(config: str) -> tuple[Config, Search, SizesByPlace]:
+def _searched(config: str) -> tuple[Config, Search, SizesByStage]:
     """What all predictions of a config share."""
     resolved = Config.from_dict(json.loads(config))
     batch = resolved.train_batch_size
     return (
         resolved,
         Search(resolved, read_spec(resolved.model), resolved.world_size, batch),
-        SizesByPlace(),
+        SizesByStage(),
     )
 
 

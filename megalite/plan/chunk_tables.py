@@ -74,4 +74,4 @@ def recomputed_bytes(
 
 def _keeps_its_input(spec: TransformerSpec, part: ChunkPart, at: Forward) -> bool:
     """Whether the table of the first layer, or of the head alone, includes the hidden states that the chunk gets."""
-    return not (part.layers and spec.norm_place in ("after", "sum") and at.split.divides)
+    return not (part.layers and spec.norm_position in ("after", "sum") and at.split.divides)

@@ -23,7 +23,7 @@ from megalite.plan.search import Found, PlannedLayout, Planner
 from megalite.plan.work import PARTS
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.garbage import collect_garbage, hold_garbage
-from megalite.ranks.place import MOST_RANKS
+from megalite.ranks.rank_info import MOST_RANKS
 
 DEFAULT_DEVICE = "H100"
 BAR = 60  # characters of the longest bar

@@ -154,8 +154,8 @@ class Programs:
         whole, between = self._kept(played, one)
         kept, bucket = bounds.kept_of(one), bounds.bucket_bytes(one)
         stands, gradients = self._state_bytes(played, one)
-        places = np.arange(one.pipe)
-        neighbours = (places > 0).astype(int) + (places < one.pipe - 1)
+        pipe_ranks = np.arange(one.pipe)
+        neighbours = (pipe_ranks > 0).astype(int) + (pipe_ranks < one.pipe - 1)
         messages = neighbours * (AHEAD + 1) * kept.hidden
         most = (stands + gradients).sum(axis=1) + bucket
         has_layers = played.home @ played.layers > 0

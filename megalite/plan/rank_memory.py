@@ -27,13 +27,13 @@ from megalite.plan.states import (
     all_numbers,
     bucket_numbers,
     forward_of,
+    grid_at,
     offload_buffers,
     offloads,
     owned_gradients,
     parameter_sizes,
     partition_sizes,
     persistence_threshold,
-    place_of,
     predicted_states,
     recompute_of,
     routed_spec,
@@ -71,7 +71,7 @@ class RankMemory:
         return {name: value for name, value in vars(self).items() if name != "rank"}
 
 
-class SizesByPlace:
+class SizesByStage:
     """Parameter sizes of a rank's stage, cached by the kind of its chunks: a stage on the meta device takes
     milliseconds per layer, and most ranks of a pipe axis hold the same."""
 
@@ -108,7 +108,7 @@ class MemoryTable:
     config: Config
     spec: TransformerSpec
     device: Device | None
-    sizes: SizesByPlace
+    sizes: SizesByStage
 
     @cached_property
     def plan(self) -> PipelinePlan:
@@ -143,10 +143,11 @@ class MemoryTable:
         sizes = self.sizes.of(config, spec, plan, pipe_rank)
         copies, tensor = config.data_size * config.parallel.context, config.parallel.tensor
         # With fp32 and ZeRO the replicas hold different gradients: those of the parameters that overlap their part.
-        by_place = config.precision == "fp32" and config.zero_stage in (1, 2)
-        places = range(copies) if by_place else [0]
+        by_data_rank = config.precision == "fp32" and config.zero_stage in (1, 2)
+        data_ranks = range(copies) if by_data_rank else [0]
         grids = [
-            place_of(config, (pipe_rank * copies + place) * tensor + tensor - 1) for place in places
+            grid_at(config, (pipe_rank * copies + data_rank) * tensor + tensor - 1)
+            for data_rank in data_ranks
         ]
         grid = max(grids, key=lambda grid: owned_gradients(config, sizes, grid))
         states = predicted_states(config, sizes, grid)
@@ -186,7 +187,7 @@ class MemoryTable:
         return self.device is not None and not self.device.cores and offloads(self.config)
 
     def _reduction(self, sizes: Sizes, grid: Grid) -> Reduction:
-        """The rules for the gradients of a rank at this place."""
+        """The rules for the gradients of a rank with these coordinates."""
         config, numbers = self.config, all_numbers(sizes)
         bucket = bucket_numbers(config) if config.zero_stage else 0
         on_cpu = self.device is not None and self.device.cores > 0
@@ -227,10 +228,10 @@ def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> No
     weights = config.zero.offload_param
     if weights is not None and weights.device != "none":
         return
-    plan, sizes = plan_of(config, spec), SizesByPlace()
+    plan, sizes = plan_of(config, spec), SizesByStage()
     for pipe_rank in range(plan.pipe):
-        place = place_of(config, (pipe_rank + 1) * config.world_size // plan.pipe - 1)
-        states = predicted_states(config, sizes.of(config, spec, plan, pipe_rank), place)
+        grid = grid_at(config, (pipe_rank + 1) * config.world_size // plan.pipe - 1)
+        states = predicted_states(config, sizes.of(config, spec, plan, pipe_rank), grid)
         needed, what = states.weights, "weights"
         if not offloads(config):
             needed += states.gradients + states.optimizer
@@ -238,7 +239,7 @@ def check_states(config: Config, spec: TransformerSpec, memory_bytes: int) -> No
         if needed > memory_bytes:
             rule = f"a GPU here has {memory_bytes / GIB:.1f} GiB (megalite plan finds a layout that fits)"
             raise ConfigError(
-                f"world size: {config.world_size}: rank {place.rank} needs {needed / GIB:.1f} GiB for {what}: {rule}"
+                f"world size: {config.world_size}: rank {grid.rank} needs {needed / GIB:.1f} GiB for {what}: {rule}"
             )
 
 

@@ -24,7 +24,7 @@ from megalite.errors import ConfigError
 from megalite.plan.bounds import LowerBounds
 from megalite.plan.candidates import GRID, STATES, Candidate, Choices, config_of, how_many
 from megalite.plan.played import Programs
-from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
+from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByStage
 from megalite.plan.sent import sent_bytes
 from megalite.plan.step_time import StepTime, step_time
 
@@ -75,7 +75,7 @@ class Planner(LowerBounds):
     """Predicts and searches layouts. memory_bytes: of a device, that a rank may use."""
 
     memory_bytes: float
-    sizes: SizesByPlace = field(default_factory=SizesByPlace)
+    sizes: SizesByStage = field(default_factory=SizesByStage)
 
     def exact(self, one: Candidate) -> PlannedLayout:
         """Simulates a candidate in full. Raises ConfigError if a rule refuses it after all."""

@@ -104,7 +104,7 @@ def parameter_sizes(config: Config, spec: TransformerSpec, grid: Grid) -> Sizes:
 
 
 def predicted_states(config: Config, sizes: Sizes, grid: Grid) -> States:
-    """What a rank of a resolved config will hold; grid: its place (`Grid.at`)."""
+    """What a rank of a resolved config will hold; grid: its coordinates (`Grid.at`)."""
     e, d = DTYPES[config.precision].itemsize, grid.replica.size
     match config.zero_stage:
         case 0:
@@ -260,8 +260,8 @@ def predicted_activations(config: Config, spec: TransformerSpec, grid: Grid) -> 
     )
 
 
-def place_of(config: Config, rank: int) -> Grid:
-    """The place of a rank of a resolved config."""
+def grid_at(config: Config, rank: int) -> Grid:
+    """The coordinates of a rank of a resolved config."""
     parallel = config.parallel
     return Grid.at(
         rank,
@@ -293,17 +293,17 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
 
 def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
     """The printed table of the bytes that each rank of a resolved config will hold; equal ranks share a line."""
-    places: dict[tuple[int, int], tuple[Sizes, int]] = {}
+    by_coordinates: dict[tuple[int, int], tuple[Sizes, int]] = {}
     ranks: dict[tuple[int, ...], list[int]] = {}
     for rank in range(config.world_size):
-        grid = place_of(config, rank)
-        place = grid.pipe.rank, grid.tensor.rank
-        if place not in places:
-            places[place] = (
+        grid = grid_at(config, rank)
+        coordinates = grid.pipe.rank, grid.tensor.rank
+        if coordinates not in by_coordinates:
+            by_coordinates[coordinates] = (
                 parameter_sizes(config, spec, grid),
                 predicted_activations(config, spec, grid).bytes,
             )
-        sizes, kept = places[place]
+        sizes, kept = by_coordinates[coordinates]
         states = predicted_states(config, sizes, grid)
         row = states.weights, states.gradients, states.optimizer, kept, states.buckets
         row += (states.files,) if config.swap_folder else ()

@@ -20,7 +20,7 @@ from megalite.engine.nvme import check_nvme
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.pipeline.pipeline_plan import plan_of
-from megalite.plan.states import place_of, predicted_activations
+from megalite.plan.states import grid_at, predicted_activations
 from megalite.prove.calibrate import calibrate_to, device_lines
 from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
 from megalite.ranks.arguments import ArgumentParser
@@ -115,7 +115,7 @@ class BenchmarkCase:
 def _kept_bytes(config: Config, rank: int) -> int:
     """Predicted bytes that a rank keeps for backward (plan/activations.py)."""
     spec = read_spec(config.model)
-    return predicted_activations(config, spec, place_of(config, rank)).bytes
+    return predicted_activations(config, spec, grid_at(config, rank)).bytes
 
 
 def _simulated_bubble(config: Config) -> float:

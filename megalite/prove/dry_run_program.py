@@ -2,7 +2,7 @@
 
 python tools/dry_run.py --deepspeed_config FILE --world-size N [--memory-gib G] [--messages] [--json] [KEY=VALUE …]
 
-Three levels: ranks and schedule (plan/places.py), and with `--messages` the real step of every rank of a shrunken
+Three levels: ranks and schedule (plan/dry_run.py), and with `--messages` the real step of every rank of a shrunken
 model (messages.py). docs/planning.md describes what each finds.
 """
 
@@ -16,10 +16,10 @@ from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.plan.device_figures import GIB
-from megalite.plan.places import DryRun, dry_run
+from megalite.plan.dry_run import DryRun, dry_run
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.launch import quiet
-from megalite.ranks.place import MOST_RANKS
+from megalite.ranks.rank_info import MOST_RANKS
 
 
 def main(arguments: list[str]) -> int:
@@ -80,21 +80,21 @@ def main(arguments: list[str]) -> int:
 def lines(found: DryRun, memory_gib: float | None) -> list[str]:
     """The lines printed without `--json`."""
     result = []
-    for place in found.places:
+    for stage in found.stages:
         chunks = "; ".join(
-            f"layers {layers[0]}-{layers[-1]}" if layers else "the head" for layers in place.layers
+            f"layers {layers[0]}-{layers[-1]}" if layers else "the head" for layers in stage.layers
         )
-        sent = ", ".join(f"{axis} {size / 1e6:,.4g} MB" for axis, size in place.sent.items())
+        sent = ", ".join(f"{axis} {size / 1e6:,.4g} MB" for axis, size in stage.sent.items())
         result_of_step = f"forward and backward work; a micro-batch sends {sent or 'nothing'}"
         if found.experts:
             result_of_step = "forward and backward not tried, since it has experts"
         result.append(
-            f"ranks {place.rank}-{place.rank + place.ranks - 1}: {chunks}: "
-            f"{place.memory.total / GIB:.2f} GiB, {result_of_step}"
+            f"ranks {stage.rank}-{stage.rank + stage.ranks - 1}: {chunks}: "
+            f"{stage.memory.total / GIB:.2f} GiB, {result_of_step}"
         )
     if memory_gib is not None:
         result.append(f"every rank fits in {memory_gib:g} GiB")
-    if len(found.places) > 1:
+    if len(found.stages) > 1:
         result.append(
             f"schedule {found.schedule}: complete, and its {found.pipe_messages:,} messages per step cannot hang; "
             f"bubble {100 * found.bubble:.1f} % with {found.micro_batches} micro-batches"

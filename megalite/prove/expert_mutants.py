@@ -58,8 +58,8 @@ def _norm_without_experts(session: Session, event: str, stack: contextlib.ExitSt
 
 def _wrong_divisor(session: Session, event: str, stack: contextlib.ExitStack) -> None:
     ratio = session.engine.grid.expert.size
-    for value, place in placed(session.engine.stage):
-        if place.has_own_replicas:
+    for value, placement in placed(session.engine.stage):
+        if placement.has_own_replicas:
             value.register_hook(lambda gradient: gradient * ratio)
 
 

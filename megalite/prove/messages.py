@@ -39,7 +39,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
-from megalite.plan.places import DryRunError, fake_world
+from megalite.plan.dry_run import DryRunError, fake_world
 from megalite.training.batches import MicroBatch, rows_of
 from megalite.training.step import train_step
 

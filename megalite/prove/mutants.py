@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from megalite.config import Config
 from megalite.model.families import read_spec
-from megalite.plan.states import place_of
+from megalite.plan.states import grid_at
 from megalite.prove.context_mutants import of_the_context_axis
 from megalite.prove.expert_mutants import of_experts
 from megalite.prove.parameter_mutants import of_parameters
@@ -28,7 +28,7 @@ from megalite.prove.trace import Plant
 
 def mutants(config: Config) -> dict[str, Plant]:
     """Every mutant of a layout's resolved config, by name."""
-    grid = place_of(config, 0)
+    grid = grid_at(config, 0)
     result = dict(of_parameters(config, grid))
     result |= dict(of_the_step(config, grid))
     result |= dict(of_resuming())

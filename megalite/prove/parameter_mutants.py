@@ -55,7 +55,7 @@ def _kinds(config: Config) -> dict[str, bool]:
     decay = 0.0 if optimizer is None else optimizer.params.weight_decay
     groups = parameter_groups(stage, decay, config.train.parameter_groups)
     decayed = {id(value) for group in groups if group["weight_decay"] for value in group["params"]}
-    return {kind_of(place.name): id(value) in decayed for value, place in placed(stage)}
+    return {kind_of(placement.name): id(value) in decayed for value, placement in placed(stage)}
 
 
 def _gradient(kind: str, axis: str, factor: float) -> Plant:
@@ -65,8 +65,8 @@ def _gradient(kind: str, axis: str, factor: float) -> Plant:
         found: Axis = getattr(session.engine.grid, axis)
         if not found.is_last:
             return
-        for value, place in placed(session.engine.stage):
-            if kind_of(place.name) == kind:
+        for value, placement in placed(session.engine.stage):
+            if kind_of(placement.name) == kind:
                 value.register_hook(lambda gradient: gradient * factor)
 
     return plant
@@ -80,10 +80,10 @@ class _Weighing(GlobalNorm):
 
     def __call__(self, pieces: Any, device: torch.device, replicated: bool) -> Tensor:
         def weighed() -> Any:
-            for place, gradient in pieces:
-                if kind_of(place.name) == self.kind:
+            for placement, gradient in pieces:
+                if kind_of(placement.name) == self.kind:
                     gradient = gradient * self.times**0.5
-                yield place, gradient
+                yield placement, gradient
 
         return super().__call__(weighed(), device, replicated)
 

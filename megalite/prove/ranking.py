@@ -24,11 +24,11 @@ from megalite.model.families import read_spec
 from megalite.plan.candidates import given_candidate
 from megalite.plan.device_figures import Device, device_of
 from megalite.plan.plan_program import planner_of
-from megalite.plan.rank_memory import MemoryTable, SizesByPlace
+from megalite.plan.rank_memory import MemoryTable, SizesByStage
 from megalite.plan.search import PlannedLayout
 from megalite.plan.states import (
+    grid_at,
     parameter_sizes,
-    place_of,
     predicted_states,
 )
 from megalite.prove.calibrate import calibrated, device_lines, random_corpus
@@ -304,7 +304,7 @@ def memory_table(cases: Sequence[RankingCase]) -> list[str]:
 
 def predicted_states_of(config: Config, rank: int) -> tuple[int, int, int]:
     """Predicted bytes of a rank's weights, gradients and optimizer states."""
-    spec, grid = read_spec(config.model), place_of(config, rank)
+    spec, grid = read_spec(config.model), grid_at(config, rank)
     states = predicted_states(config, parameter_sizes(config, spec, grid), grid)
     return states.weights, states.gradients, states.optimizer
 
@@ -312,5 +312,5 @@ def predicted_states_of(config: Config, rank: int) -> tuple[int, int, int]:
 def predicted_peak(config: Config) -> int:
     """Predicted peak of torch's allocations on the largest rank, without what already exists before a step and is not a
     state: ZeRO-3's bucket."""
-    largest = MemoryTable(config, read_spec(config.model), None, SizesByPlace()).largest
+    largest = MemoryTable(config, read_spec(config.model), None, SizesByStage()).largest
     return largest.total - (largest.buckets if config.zero_stage == 3 else 0)

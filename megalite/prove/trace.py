@@ -130,36 +130,36 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
         session, rank = Session.build(config), dist.get_rank()
         plant(session, "built", stack)
         figures: list[dict[str, float]] = []
-        places = _write_tensors(session.engine, folder / f"start_rank{rank}.safetensors")
+        slices = _write_tensors(session.engine, folder / f"start_rank{rank}.safetensors")
         for step in range(steps):
             loss, norm = session.step(step)
             figures.append({"loss": loss, "norm": norm})
-            places |= _write_tensors(session.engine, folder / f"step{step}_rank{rank}.safetensors")
+            slices |= _write_tensors(session.engine, folder / f"step{step}_rank{rank}.safetensors")
             if step + 1 == (steps + 1) // 2 < steps:
                 session = session.resumed(step + 1, folder / "run")
                 plant(session, "resumed", stack)
         figures[-1]["evaluation"] = session.evaluate(steps)
-        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "slices": slices}))
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
-    """Writes masters and moments; returns the place of each in its full tensor, by key."""
+    """Writes masters and moments; returns the slice of each in its full tensor, by key."""
     tensors: dict[str, Tensor] = {}
-    places: dict[str, dict[str, Any]] = {}
+    slices: dict[str, dict[str, Any]] = {}
     for shard in engine.shards():
-        place = shard.placement
+        placement = shard.placement
         for kind, values in {"weight": shard.master, **shard.state}.items():
-            key = f"{kind}/{place.name}"
+            key = f"{kind}/{placement.name}"
             tensors[key] = values.detach().cpu().clone()
-            places[key] = {
-                "full_shape": place.full_shape,
-                "shape": place.shape,
-                "offsets": place.offsets,
+            slices[key] = {
+                "full_shape": placement.full_shape,
+                "shape": placement.shape,
+                "offsets": placement.offsets,
                 "start": shard.start,
-                "counted": place.counted,
+                "counted": placement.counted,
             }
     save_file(tensors, path)
-    return places
+    return slices
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Trace:
         ranks = range(len(list(folder.glob("rank*.json"))))
         written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
         self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
-        self.places: list[dict[str, dict[str, Any]]] = [rank["places"] for rank in written]
+        self.slices: list[dict[str, dict[str, Any]]] = [rank["slices"] for rank in written]
         self._usual: dict[int, dict[str, float]] = {}
         self._weights: tuple[int, dict[str, Tensor]] = -2, {}
 
@@ -199,9 +199,9 @@ class Trace:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes by `kind/name` of every tensor of the model, by kind in the order of KINDS."""
         shapes = {
-            key: tuple(place["full_shape"])
-            for places in self.places
-            for key, place in places.items()
+            key: tuple(slice["full_shape"])
+            for slices in self.slices
+            for key, slice in slices.items()
         }
         return dict(
             sorted(
@@ -212,23 +212,23 @@ class Trace:
     def pieces(self, step: int) -> dict[str, list[Piece]]:
         """By key, all pieces that the ranks hold after a step; step -1: before the first one."""
         result: dict[str, list[Piece]] = {}
-        for rank, places in enumerate(self.places):
+        for rank, slices in enumerate(self.slices):
             name = f"step{step}" if step >= 0 else "start"
             with safe_open(self.folder / f"{name}_rank{rank}.safetensors", "pt") as file:
                 held = set(file.keys())
-                for key, place in places.items():
+                for key, slice in slices.items():
                     if key not in held:
                         continue
                     shape, offsets, start = (
-                        tuple(place["shape"]),
-                        tuple(place["offsets"]),
-                        place["start"],
+                        tuple(slice["shape"]),
+                        tuple(slice["offsets"]),
+                        slice["start"],
                     )
                     for box in boxes_of_shard(
                         self.shapes[key], shape, offsets, start, file.get_tensor(key)
                     ):
                         result.setdefault(key, []).append(
-                            Piece(rank, place["counted"], box.offsets, box.values)
+                            Piece(rank, slice["counted"], box.offsets, box.values)
                         )
         return result
 

@@ -48,13 +48,13 @@ def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int
     width = math.prod(axes.values()) // axes["pipe"]
     rows: Rows = [[] for _ in range(axes["pipe"])]
     for event in actions:
-        place, column = divmod(event["pid"], width)
+        pipe_rank, column = divmod(event["pid"], width)
         if event["args"]["step"] == step and column == 0:
             start = event["ts"] / 1e6
             span = DrawnSpan(
                 event["args"]["kind"], event["name"], start, start + event["dur"] / 1e6
             )
-            rows[place].append(span)
+            rows[pipe_rank].append(span)
     return step, rows
 
 

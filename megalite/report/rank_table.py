@@ -24,13 +24,13 @@ def grid_picture(axes: dict[str, int], predicted: list[Bytes], memory: dict[str,
     if not axes:
         return ""
     pipe, *others = axes.items()
-    places = [*itertools.product(*(range(size) for _, size in others))]
-    width = len(places)
+    columns_at = [*itertools.product(*(range(size) for _, size in others))]
+    width = len(columns_at)
     columns = min(width, MOST_CELLS)
     shown = min(pipe[1], max(1, MOST_CELLS // columns))
     measured = _by_rank(memory)
     most = max([_sum(states) for states in (*predicted, *measured)] or [1]) or 1
-    head = "".join(f"<th>{_place(others, place)}</th>" for place in places[:columns])
+    head = "".join(f"<th>{_coordinates(others, at)}</th>" for at in columns_at[:columns])
     rows = [f"<tr><th></th>{head}</tr>"]
     for row in range(shown):
         ranks = range(row * width, row * width + columns)
@@ -112,9 +112,11 @@ def _sum(states: Bytes) -> int:
     return sum(states.get(key, 0) for key in STATES)
 
 
-def _place(axes: list[tuple[str, int]], place: tuple[int, ...]) -> str:
+def _coordinates(axes: list[tuple[str, int]], coordinates: tuple[int, ...]) -> str:
     """A column's name: its index on each axis of more than one rank."""
-    several = [f"{name} {at}" for (name, size), at in zip(axes, place, strict=True) if size > 1]
+    several = [
+        f"{name} {at}" for (name, size), at in zip(axes, coordinates, strict=True) if size > 1
+    ]
     return "<br>".join(several)
 
 

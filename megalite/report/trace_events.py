@@ -21,15 +21,15 @@ def simulated_events(run: RunFolder) -> list[Event]:
     seconds = sorted(row["step_seconds"] for row in run.steps if "step_seconds" in row) or [1.0]
     scale = seconds[len(seconds) // 2] / length * MICROSECONDS
     events: list[Event] = []
-    for place, spans in enumerate(rows):
-        events.append(process_name(place, f"pipe {place}, simulated"))
+    for pipe_rank, spans in enumerate(rows):
+        events.append(process_name(pipe_rank, f"pipe {pipe_rank}, simulated"))
         for span in with_bubbles(spans, length):
             events.append(
                 {
                     "name": span.name,
                     "cat": "bubble" if span.kind == "bubble" else "action",
                     "ph": "X",
-                    "pid": place,
+                    "pid": pipe_rank,
                     "tid": 0,
                     "ts": span.start * scale,
                     "dur": (span.end - span.start) * scale,

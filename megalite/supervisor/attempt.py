@@ -171,7 +171,7 @@ class Attempt:
         self.guards: list[HostGuard] = []
         self.running: dict[int, HostGuard] = {}
         self.words: dict[int, str] = {}
-        self.places: dict[int, str] = {}
+        self.host_of_rank: dict[int, str] = {}
         self.gone: list[int] = []  # ended without an exit code, in order
         self.failed_at: float | None = None
         self.ended_at: float | None = None  # of all ranks
@@ -325,7 +325,7 @@ class Attempt:
         elif kind == "up":
             rank = int(rest.split()[0])
             if guard.host != THIS or not self.program.over_ssh:
-                self.running[rank], self.places[rank] = guard, guard.host
+                self.running[rank], self.host_of_rank[rank] = guard, guard.host
         elif kind == "down":
             number, _, word = rest.partition(" ")
             self._down(int(number), word)
@@ -371,7 +371,7 @@ class Attempt:
             return Outcome(EXIT_BASE + self.signals.stop)
         if code in (0, None) and len(codes) == self.world_size and not any(codes.values()):
             return Outcome(0)
-        if 2 in codes.values() or (code == 2 and not self.places):
+        if 2 in codes.values() or (code == 2 and not self.host_of_rank):
             return Outcome(2)
         launchers = [rank for rank, word in self.words.items() if LOST in word]
         ended = {value for value in codes.values() if value > EXIT_BASE}
@@ -401,13 +401,14 @@ class Attempt:
             if names:
                 return f"{', '.join(names)} {how}"
         when = " before a rank started"
-        if self.places:
+        if self.host_of_rank:
             when = " before the ranks" if self.orphaned else ""
         return f"deepspeed ended with {code}{when}"
 
     def _names(self, ranks: list[int]) -> list[str]:
         return [
-            f"rank {rank} on {self.places.get(rank, 'an unknown host')}" for rank in sorted(ranks)
+            f"rank {rank} on {self.host_of_rank.get(rank, 'an unknown host')}"
+            for rank in sorted(ranks)
         ]
 
 

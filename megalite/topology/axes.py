@@ -95,7 +95,7 @@ class AxisSizes:
             rank = rank * self.along(name) + coordinates[name]
         return rank
 
-    def place(self, rank: int, name: str) -> int:
+    def index(self, rank: int, name: str) -> int:
         """The rank's index in its group of that name."""
         coordinates, index = self.coordinates(rank), 0
         for axis in PLANES[name]:
@@ -106,7 +106,7 @@ class AxisSizes:
         """A rank's coordinates for messages: `pipe 1, data 0, tensor 1`; context and expert only if above size 1."""
         always = ("pipe", "data", "tensor")
         names = [name for name in TOLD if name in always or self.along(name) > 1]
-        return ", ".join(f"{name} {self.place(rank, name)}" for name in names)
+        return ", ".join(f"{name} {self.index(rank, name)}" for name in names)
 
     def groups(self, name: str) -> list[list[int]]:
         """All groups of that name, as lists of ranks in order."""

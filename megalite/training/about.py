@@ -11,8 +11,8 @@ from megalite.model.spec import TransformerSpec
 from megalite.pipeline.check import check
 from megalite.pipeline.pipeline_plan import PipelinePlan, plan_of
 from megalite.plan.states import (
+    grid_at,
     parameter_sizes,
-    place_of,
     predicted_activations,
     predicted_states,
 )
@@ -44,14 +44,14 @@ def axes_of(config: Config) -> dict[str, int]:
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:
     """Predicted bytes of each rank, by kind."""
     result = []
-    places: dict[tuple[int, int], Any] = {}
+    by_coordinates: dict[tuple[int, int], Any] = {}
     for rank in range(config.world_size):
-        grid = place_of(config, rank)
-        place = grid.pipe.rank, grid.tensor.rank
-        if place not in places:  # neither depends on the data and context axes
+        grid = grid_at(config, rank)
+        coordinates = grid.pipe.rank, grid.tensor.rank
+        if coordinates not in by_coordinates:  # neither depends on the data and context axes
             kept = predicted_activations(config, spec, grid).bytes
-            places[place] = parameter_sizes(config, spec, grid), kept
-        sizes, kept = places[place]
+            by_coordinates[coordinates] = parameter_sizes(config, spec, grid), kept
+        sizes, kept = by_coordinates[coordinates]
         states = predicted_states(config, sizes, grid)
         result.append(
             {

@@ -1,4 +1,4 @@
-"""The samples that a rank computes in a step: a pure function of the position in the run and the rank's place.
+"""The samples that a rank computes in a step: a pure function of the position in the run and of the rank.
 
 Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
 data axis, and d and b may change between steps. The ranks of the context axis divide the tokens of the same samples.

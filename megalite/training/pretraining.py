@@ -38,7 +38,7 @@ from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
 from megalite.ranks.garbage import collect_garbage, hold_garbage
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.place import MOST_RANKS, RankPlace, place
+from megalite.ranks.rank_info import MOST_RANKS, RankInfo, rank_info
 from megalite.training.epochs import with_steps
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
@@ -55,7 +55,9 @@ def main(arguments: list[str]) -> int:
     if {"--check", "--help", "-h"} & set(arguments):
         options = _parse(arguments)
         prepared = prepare(
-            options.deepspeed_config, options.overrides, options.world_size or place().world_size
+            options.deepspeed_config,
+            options.overrides,
+            options.world_size or rank_info().world_size,
         )
         with reading(options.deepspeed_config):
             check_data(prepared.config.data, prepared.spec.vocabulary_size)
@@ -69,12 +71,12 @@ def main(arguments: list[str]) -> int:
     def prepare_ranks(thorough: bool) -> PreparedRun:
         options = _parse(arguments)  # parsed here, where only one rank per node reports a mistake
         prepared = prepare(
-            options.deepspeed_config, options.overrides, place().world_size, thorough
+            options.deepspeed_config, options.overrides, rank_info().world_size, thorough
         )
         if thorough and (memory := gpu_memory_bytes()) is not None:
             check_states(prepared.config, prepared.spec, memory)
         _make_run_dir(prepared.config)
-        if place().rank == 0:
+        if rank_info().rank == 0:
             take_lock(Path(prepared.config.train.run_dir))
         return prepared
 
@@ -159,7 +161,7 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
             _check_data(config, spec)
             with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
                 _check_run_dir(prepared)
-            check_nvme(config, spec, place().local_size)
+            check_nvme(config, spec, rank_info().local_size)
         if thorough and config.train.compile:
             check_compiler()
     return prepared
@@ -294,7 +296,7 @@ def check_fits(weights: Weights, prepared: PreparedRun, seed: int | None = None)
         raise _Other(f"{given}: must be {was}, {rule}")
 
 
-def _remove_swap_folders(config: Config, here: RankPlace) -> None:
+def _remove_swap_folders(config: Config, here: RankInfo) -> None:
     """Removes the folders of a killed start, once the lock shows that no other start of this run is alive
     (collective)."""
     import torch.distributed as dist

@@ -95,8 +95,8 @@ class Trackers(Watcher):
         for variable, value in OFFLINE.get(name, {}).items():
             os.environ.setdefault(variable, value.format(run=run_dir.resolve()))
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
-        place = (run_dir / "trackers",) if kind.requires_logging_directory else ()
-        tracker = kind(run_dir.resolve().name, *place)
+        logging_dir = (run_dir / "trackers",) if kind.requires_logging_directory else ()
+        tracker = kind(run_dir.resolve().name, *logging_dir)
         tracker.main_process_only = False  # otherwise accelerate sets up its own process state
         tracker.start()
         tracker.store_init_configuration(dict(_flat(config)))

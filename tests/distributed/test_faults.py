@@ -121,9 +121,9 @@ def test_the_first_place_that_was_not_finite_is_named_and_nothing_is_saved(
 @contextlib.contextmanager
 def left_out_from_the_start(rank: int, ranges: tuple[tuple[int, int], ...]) -> Iterator[None]:
     """Excludes these samples from the corpus order from the start."""
-    place = Position.place
+    usual = Position.in_corpus_order
     with mock.patch.object(
-        Position, "place", lambda self, sample: place(Position(left_out=ranges), sample)
+        Position, "in_corpus_order", lambda self, sample: usual(Position(left_out=ranges), sample)
     ):
         yield
 
@@ -174,7 +174,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
             batch = super().__getitem__(number)
             if batch.context.randomness is not None:  # None: of an evaluation
                 drawn = batch.context.randomness.samples.tolist()
-                own = {self.samples._position.place(sample) for sample in drawn}
+                own = {self.samples._position.in_corpus_order(sample) for sample in drawn}
                 batch.context.shared["bad"] = bool(own & numbers)
             return batch
 
@@ -555,10 +555,10 @@ def test_left_out_samples_are_passed_over_in_the_corpus_order() -> None:
     position = Position()
     order = list(range(100))
     for batch in (range(8, 16), range(4, 12), range(30, 33)):
-        taken = [position.place(number) for number in batch]
+        taken = [position.in_corpus_order(number) for number in batch]
         position = position.leaving_out(batch)
         order = [place for place in order if place not in taken]
-        assert [position.place(number) for number in range(40)] == order[:40]
+        assert [position.in_corpus_order(number) for number in range(40)] == order[:40]
     assert (
         Position.from_state(
             {"step": 3, "consumed_samples": 24, "consumed_tokens": 9, "x": 1}

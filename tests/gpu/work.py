@@ -22,7 +22,7 @@ from megalite.model.varlen import documents_as_pieces
 from megalite.parallel.grid import Grid
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
-from megalite.plan.places import fake_world
+from megalite.plan.dry_run import fake_world
 from megalite.plan.states import DTYPES, States, parameter_sizes, peak_bytes, predicted_states
 from megalite.prove import trace
 from megalite.prove.trace import Session

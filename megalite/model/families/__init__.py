@@ -103,7 +103,7 @@ def load_hf_config(section: Section) -> Any:
         config = load_hf_config(section.section)
         make_classifier(config, section)
         return config
-    where = _place(section)
+    where = _source_of(section)
     if isinstance(section, str) and (found := other_formats.hub_name(section)):
         raise ConfigError(f"{KEY}: {section}: {found}")
     values = read_json_object(where) if isinstance(section, str) else dict(section)
@@ -176,10 +176,10 @@ def _quiet_transformers() -> Iterator[None]:
         noise.set_verbosity(level)
 
 
-def _place(section: Section) -> str:
+def _source_of(section: Section) -> str:
     """The location of a model section, for errors."""
     if isinstance(section, Classified):
-        return _place(section.section)
+        return _source_of(section.section)
     return str(Path(section) / "config.json") if isinstance(section, str) else KEY
 
 
@@ -189,16 +189,16 @@ def read_spec(section: Section) -> TransformerSpec:
     config = load_hf_config(section)
     try:
         # transformers does not check all types: a value of the wrong type raises only when it is used.
-        with reading(_place(section)):
+        with reading(_source_of(section)):
             spec = FAMILIES[config.model_type].read(config)
             spec = classified(config, spec) if is_classifier(config) else spec
             check_spec(spec)
     except ConfigError as error:
-        if _place(section) == KEY:
+        if _source_of(section) == KEY:
             raise
         # The mistake is in the folder's config.json, not under a key of the run's config.
         line = str(error).removeprefix(KEY).lstrip(".: ")
-        raise ConfigError(f"{_place(section)}: {line}") from None
+        raise ConfigError(f"{_source_of(section)}: {line}") from None
     return spec
 
 
@@ -207,7 +207,7 @@ def model_dict(section: Section) -> dict[str, Any]:
     not have."""
     config = load_hf_config(section)
     known = _known_keys(config) - {"transformers_version"} | {"model_type"}
-    with reading(_place(section)):
+    with reading(_source_of(section)):
         return {key: value for key, value in config.to_diff_dict().items() if key in known}
 
 

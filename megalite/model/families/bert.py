@@ -91,7 +91,7 @@ def encoder(config: Any) -> TransformerSpec:
         mlp_bias=True,
         tied=True,
         init_std=config.initializer_range,
-        norm_place="sum",
+        norm_position="sum",
         causal=False,
         token_types=config.type_vocab_size,
         embedding_norm=True,

@@ -29,7 +29,7 @@ def read(config: Any) -> TransformerSpec:
     spec = llama.gated(
         config, attention_bias=config.attention_bias, output_bias=config.attention_bias
     )
-    return replace(spec, norm_place="after", qk_norm="projection")
+    return replace(spec, norm_position="after", qk_norm="projection")
 
 
 FAMILY = Family(read, TENSORS, old_keys=HEAD_DIM)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megalite.config import Config
 from megalite.config.reading import read_json
 from megalite.model.families import FAMILIES, model_dict, read_spec
-from megalite.ranks.place import place
+from megalite.ranks.rank_info import rank_info
 from megalite.supervisor.hostfile import read_hostfile
 from megalite.training.pretraining import main
 from tests.families import FAMILY_CONFIGS
@@ -145,7 +145,7 @@ def test_a_forged_environment(examples: int, monkeypatch: pytest.MonkeyPatch) ->
 
     def read(environment: dict[str, str]) -> None:
         monkeypatch.setattr(os, "environ", dict(environment))
-        here = place()
+        here = rank_info()
         assert (
             0 <= here.rank < here.world_size
             and 0 <= here.local_rank < here.local_size <= here.world_size

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.identity import PLACE_TOKENS, PLACES, identity
+from megalite.data.identity import PART_TOKENS, PARTS, identity
 from megalite.data.indexed import files_of
 from megalite.data.indexed_writer import IndexedWriter
 
@@ -39,7 +39,7 @@ def test_each_token_of_a_small_corpus_counts_and_so_do_the_cuts(tmp_path: Path) 
 
 
 def test_a_large_corpus_is_sampled_from_its_first_to_its_last_token(tmp_path: Path) -> None:
-    size = 2 * PLACES * PLACE_TOKENS  # twice the tokens that are read
+    size = 2 * PARTS * PART_TOKENS  # twice the tokens that are read
     tokens = np.zeros(size, np.uint16)
     first = identity(written(tmp_path / "a", [tokens]))
     for place in (0, size - 1):

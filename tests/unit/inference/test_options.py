@@ -13,7 +13,7 @@ from megalite.errors import ConfigError, DataError, UserError
 from megalite.inference import evaluate_program, generate_program
 from megalite.inference.translations import check_writable
 from megalite.parallel.grid import Grid
-from megalite.ranks.place import place
+from megalite.ranks.rank_info import rank_info
 from tests.byte_model import save_byte_model
 
 
@@ -120,7 +120,9 @@ def test_a_beam_search_shows_no_bar(
             visible.append(shown)
 
     monkeypatch.setattr(generate_program, "Counted", Bar)
-    monkeypatch.setattr(generate_program, "start_ranks", lambda prepare: (place(), prepare(True)))
+    monkeypatch.setattr(
+        generate_program, "start_ranks", lambda prepare: (rank_info(), prepare(True))
+    )
     monkeypatch.setattr(generate_program, "stop_ranks", lambda: None)
     monkeypatch.setattr(generate_program, "told_by_rank_0", lambda value: value)
     stage = megalite.load(folder).stage

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.model.classifier import Classifier, _last_places, _texts_of_tokens
+from megalite.model.classifier import Classifier, _last_positions, _texts_of_tokens
 from megalite.model.context import Context
 from megalite.model.families import read_spec
 from megalite.parallel.collectives import Split
@@ -99,5 +99,5 @@ def test_where_texts_begin_and_end() -> None:
     number, tokens = _texts_of_tokens(2, 4, context, torch.device("cpu"))
     assert number.tolist() == [[0, 0, 1, 1], [2, 3, 4, 4]]
     assert tokens[:5].tolist() == [2, 2, 1, 1, 2]
-    last = _last_places(2, 4, context, torch.device("cpu"))
+    last = _last_positions(2, 4, context, torch.device("cpu"))
     assert last.tolist() == [1, 1, 3, 3, 4, 5, 7, 7]

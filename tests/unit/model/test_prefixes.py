@@ -105,7 +105,9 @@ def test_loss_and_gradients_are_transformers_with_such_a_mask(name: str, tmp_pat
         "full_attention" if w is None else "sliding_attention": seen(context, w) for w in windows
     }
     mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
-    logits = model(tokens, attention_mask=mask, position_ids=context.places(LENGTH, CPU)).logits
+    logits = model(
+        tokens, attention_mask=mask, position_ids=context.token_positions(LENGTH, CPU)
+    ).logits
     wanted = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), reduction="sum"
     )

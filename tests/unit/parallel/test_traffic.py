@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megalite.parallel.grid import Grid
 from megalite.parallel.traffic import Traffic
-from megalite.plan.places import fake_world
+from megalite.plan.dry_run import fake_world
 
 NUMBERS = 240  # fp32
 

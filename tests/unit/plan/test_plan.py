@@ -32,7 +32,7 @@ from megalite.plan.candidates import (
 from megalite.plan.device_figures import DEVICES, GIB, read_device, write_device
 from megalite.plan.plan_program import LETTERS, main
 from megalite.plan.played import Programs
-from megalite.plan.rank_memory import MemoryTable, SizesByPlace
+from megalite.plan.rank_memory import MemoryTable, SizesByStage
 from megalite.plan.search import PlannedLayout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
 from megalite.training.mfu import DATA_SHEET_TFLOPS
@@ -121,7 +121,7 @@ def test_micro_batches_beyond_those_played_take_the_busiest_ranks_time(schedule:
     config = config_of(plan_search, one)
     from megalite.plan import step_time
 
-    table = MemoryTable(config, found.search.spec, H100, SizesByPlace())
+    table = MemoryTable(config, found.search.spec, H100, SizesByStage())
     work, sharing = found.work_of(one), found.sharing(one)
     before = step_time.PLAYED
     try:
@@ -229,7 +229,7 @@ def test_memory_is_that_of_every_rank(one: Candidate, half: bool) -> None:
     """The states and activations of each rank; test_peaks.py tests their sum."""
     search = planner(8, bf16={"enabled": half}).search
     config, spec = config_of(search, one), search.spec
-    ranks = MemoryTable(config, spec, None, SizesByPlace()).ranks
+    ranks = MemoryTable(config, spec, None, SizesByStage()).ranks
     for rank in range(8):
         grid = Grid.at(rank, one.pipe, config.data_size, one.tensor)
         sizes = parameter_sizes(config, spec, grid)

@@ -8,8 +8,8 @@ from megalite.config import Config, load_config
 from megalite.errors import ConfigError
 from megalite.model.families import model_dict, read_spec
 from megalite.plan.device_figures import GIB
-from megalite.plan.rank_memory import MemoryTable, SizesByPlace, check_states
-from megalite.plan.states import parameter_sizes, place_of, predicted_states
+from megalite.plan.rank_memory import MemoryTable, SizesByStage, check_states
+from megalite.plan.states import grid_at, parameter_sizes, predicted_states
 from megalite.training import pretraining
 from tests.ranks import REPOSITORY
 
@@ -26,7 +26,7 @@ def test_the_states_of_the_rank_that_has_most_are_the_limit(name: str, ranks: in
     spec = read_spec(config.model)
     pipe, most = config.parallel.pipe, 0
     for last in range(config.world_size // pipe - 1, config.world_size, config.world_size // pipe):
-        place = place_of(config, last)
+        place = grid_at(config, last)
         states = predicted_states(config, parameter_sizes(config, spec, place), place)
         most = max(most, states.weights + states.gradients + states.optimizer)
     check_states(config, spec, most)
@@ -39,7 +39,7 @@ def test_the_states_of_the_rank_that_has_most_are_the_limit(name: str, ranks: in
 def test_offloaded_states_are_not_the_gpus() -> None:
     config = resolved("zero2_offload", 2)
     spec = read_spec(config.model)
-    (held,) = MemoryTable(config, spec, None, SizesByPlace()).ranks
+    (held,) = MemoryTable(config, spec, None, SizesByStage()).ranks
     check_states(config, spec, held.weights)
     with pytest.raises(ConfigError, match="GiB for weights: a GPU here has"):
         check_states(config, spec, held.weights - 1)

@@ -17,7 +17,7 @@ from megalite.model.families import read_spec
 from megalite.parallel import exchange, rows
 from megalite.pipeline.actions import Pipeline
 from megalite.plan.device_figures import GIB
-from megalite.plan.places import DryRunError, dry_run
+from megalite.plan.dry_run import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken
 from tests.families import FAMILY_CONFIGS
@@ -48,13 +48,13 @@ def routed(zero: int, **parallel: Any) -> Config:
 def test_shipped_configs_pass(name: str) -> None:
     config = shipped(name)
     found = dry_run(config, read_spec(config.model), None)
-    assert len(found.places) == config.parallel.pipe
-    assert sum(place.ranks for place in found.places) == config.world_size
-    layers = [layer for place in found.places for own in place.layers for layer in own]
+    assert len(found.stages) == config.parallel.pipe
+    assert sum(stage.ranks for stage in found.stages) == config.world_size
+    layers = [layer for stage in found.stages for own in stage.layers for layer in own]
     assert sorted(layers) == list(range(read_spec(config.model).num_layers))
     if name == "llama_8b_128k.json":  # selective recompute gathers keys twice: docs/layouts.md
         elements = 6 * 131_072 * 8 * 128 / 8 * 7 / 8
-        assert found.places[0].sent["context"] == 32 * 2 * elements
+        assert found.stages[0].sent["context"] == 32 * 2 * elements
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ranks 0-3: layers 0-" in out and "every rank fits in 1 GiB" in out
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [place["ranks"] for place in found["places"]] == [4, 4]
-    assert all(place["sent_bytes_a_micro_batch"]["tensor"] > 0 for place in found["places"])
+    assert [stage["ranks"] for stage in found["stages"]] == [4, 4]
+    assert all(stage["sent_bytes_a_micro_batch"]["tensor"] > 0 for stage in found["stages"])
 
 
 @pytest.mark.long
@@ -280,7 +280,7 @@ def test_a_thousand_ranks_in_a_minute_and_a_gibibyte() -> None:
     config = load_config(FOLDER / "llama_70b_3d.json", overrides).resolve(1024)
     start = time.process_time()
     found = dry_run(config, read_spec(config.model), 80 * GIB)
-    assert time.process_time() - start < 60 and len(found.places) == 16
+    assert time.process_time() - start < 60 and len(found.stages) == 16
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2**30
 
 

@@ -39,14 +39,14 @@ def written(folder: Path, change: Callable[[int, int, Values], Any] | None = Non
     with step, rank and the rank's values by key before they are written."""
     folder.mkdir()
     for rank, (first, rows) in enumerate(((0, 4), (4, 2))):
-        places = {}
+        slices = {}
         for step in range(-1, STEPS):
             full = weights(step)
             held = {
                 "weight/a": full["a"][first : first + rows].flatten().clone(),
                 "weight/b": full["b"].clone(),
             }
-            places = {
+            slices = {
                 "weight/a": place(full["a"], first, rows),
                 "weight/b": place(full["b"], 0, 4, counted=rank == 0),
             }
@@ -55,7 +55,7 @@ def written(folder: Path, change: Callable[[int, int, Values], Any] | None = Non
             name = f"step{step}" if step >= 0 else "start"
             save_file(held, folder / f"{name}_rank{rank}.safetensors")
         figures = [{"loss": 3.0 - step, "norm": 0.5} for step in range(STEPS)]
-        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "places": places}))
+        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "slices": slices}))
     return Trace(folder)
 
 
@@ -131,10 +131,10 @@ def test_a_missing_decay_shows_in_the_update(spread: Spread, tmp_path: Path) -> 
 
 def test_elements_that_no_rank_holds_are_found(spread: Spread, tmp_path: Path) -> None:
     trace = written(tmp_path / "x")
-    trace.places[1]["weight/a"]["counted"] = False
+    trace.slices[1]["weight/a"]["counted"] = False
     found = {key: ratio for key, ratio, _ in differences(spread.reference, trace, 0)}
     assert found["weight/a"] == float("inf") and found["weight/b"] < 1e-6
-    del trace.places[0]["weight/b"], trace.places[1]["weight/b"]
+    del trace.slices[0]["weight/b"], trace.slices[1]["weight/b"]
     del trace.__dict__["shapes"]
     assert ("weight/b", float("inf"), 0) in [*differences(spread.reference, trace, 0)]
 

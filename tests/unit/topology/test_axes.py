@@ -20,7 +20,7 @@ def test_every_rank_is_in_one_group_of_each_name_at_its_place(sizes: AxisSizes) 
         assert sorted(rank for group in groups for rank in group) == list(range(sizes.world_size))
         for group in groups:
             assert len(group) == sizes.along(name)
-            assert [sizes.place(rank, name) for rank in group] == list(range(len(group)))
+            assert [sizes.index(rank, name) for rank in group] == list(range(len(group)))
 
 
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)

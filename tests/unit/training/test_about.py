@@ -8,7 +8,7 @@ from megalite.config.section import parse
 from megalite.config.sections import Train
 from megalite.model.families import read_spec
 from megalite.pipeline.pipeline_plan import plan_of
-from megalite.plan.states import parameter_sizes, place_of, predicted_states
+from megalite.plan.states import grid_at, parameter_sizes, predicted_states
 from megalite.training.about import SHOWN_ROUNDS, about, axes_of, differing
 from tests.classifiers import CONFIGS
 from tests.small_models import MODELS
@@ -48,7 +48,7 @@ def test_each_rank_has_its_own_prediction() -> None:
     told = about(made, spec)["predicted"]
     assert len(told) == 8
     for rank, row in enumerate(told):
-        grid = place_of(made, rank)
+        grid = grid_at(made, rank)
         states = predicted_states(made, parameter_sizes(made, spec, grid), grid)
         assert row["weights_bytes"] == states.weights, rank
         assert row["optimizer_bytes"] == states.optimizer and row["activations_bytes"] > 0

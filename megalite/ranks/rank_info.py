@@ -13,7 +13,7 @@ MOST_RANKS = 2**17
 
 
 @dataclass(frozen=True)
-class RankPlace:
+class RankInfo:
     """This process's rank and the world size, and its rank and the number of ranks on this node."""
 
     rank: int
@@ -24,9 +24,9 @@ class RankPlace:
     """Whether this process has become a rank."""
 
 
-def place() -> RankPlace:
-    """This process's place, from the environment that a launcher set; a world of one rank if there was no launcher.
-    Raises ConfigError if the variables contradict each other."""
+def rank_info() -> RankInfo:
+    """From the environment that a launcher set; a world of one rank if there was no launcher. Raises ConfigError if the
+    variables contradict each other."""
     env = os.environ
     # Not by SLURM_PROCID: a batch script has it too, but is not a task of a step.
     if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -53,7 +53,7 @@ def place() -> RankPlace:
         if value >= limit:  # the others would wait for a rank that cannot exist
             rule = "must be at most" if name == local_name else "must be below"
             raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
-    return RankPlace(rank, size, local_rank, local_size)
+    return RankInfo(rank, size, local_rank, local_size)
 
 
 def _rename(**names: str) -> None:

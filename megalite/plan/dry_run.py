@@ -26,7 +26,7 @@ from megalite.parallel.rows import Rows
 from megalite.parallel.traffic import Traffic
 from megalite.pipeline.pipeline_plan import PipelinePlan
 from megalite.plan.device_figures import GIB
-from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
+from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByStage
 from megalite.plan.states import DTYPES, recompute_of
 
 
@@ -35,7 +35,7 @@ class DryRunError(MegaliteError):
 
 
 @dataclass(frozen=True)
-class PlaceReport:
+class StageReport:
     """A rank of the pipe axis. rank: the first global rank there. ranks: how many are like it. sent: bytes that it
     sends in the forward and backward of a micro-batch, by axis."""
 
@@ -52,7 +52,7 @@ class DryRun:
 
     world_size: int
     experts: bool = False
-    places: list[PlaceReport] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
     schedule: str = "1f1b"
     bubble: float = 0.0
     micro_batches: int = 1
@@ -63,16 +63,16 @@ class DryRun:
         """The object that `--json` prints."""
         return {
             "world_size": self.world_size,
-            "places": [
+            "stages": [
                 {
-                    "rank": place.rank,
-                    "ranks": place.ranks,
-                    "layers": place.layers,
-                    "bytes": place.memory.parts,
-                    "bytes_by_rank": place.memory.total,
-                    "sent_bytes_a_micro_batch": place.sent,
+                    "rank": stage.rank,
+                    "ranks": stage.ranks,
+                    "layers": stage.layers,
+                    "bytes": stage.memory.parts,
+                    "bytes_by_rank": stage.memory.total,
+                    "sent_bytes_a_micro_batch": stage.sent,
                 }
-                for place in self.places
+                for stage in self.stages
             ],
             "schedule": self.schedule,
             "bubble": self.bubble,
@@ -99,18 +99,18 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -> DryRun:
     """Levels 1 and 2 for a resolved config; for a model with experts only memory and schedule. Raises DryRunError for
     the first thing that does not fit or match."""
-    table = MemoryTable(config, spec, None, SizesByPlace())
-    plan, places = table.plan, config.world_size // config.parallel.pipe
+    table = MemoryTable(config, spec, None, SizesByStage())
+    plan, ranks_per_stage = table.plan, config.world_size // config.parallel.pipe
     result = DryRun(config.world_size, spec.mixture is not None)
     for pipe_rank, memory in enumerate(table.ranks):
-        rank = pipe_rank * places
+        rank = pipe_rank * ranks_per_stage
         sent: dict[str, int] = {}
         # The number of tokens of an expert is data, which meta tensors do not have.
         if spec.mixture is None:
             with fake_world(config.world_size, rank):
-                sent = place_on_meta(config, spec, plan, rank)
+                sent = stage_on_meta(config, spec, plan, rank)
         layers = [list(plan.cut.layers[chunk]) for chunk in plan.cut.chunks_of(pipe_rank)]
-        result.places.append(PlaceReport(rank, places, layers, memory, sent))
+        result.stages.append(StageReport(rank, ranks_per_stage, layers, memory, sent))
     check_room(result, memory_bytes)
     if plan.pipe > 1:
         check_schedule(result, plan, config.accumulation_steps)
@@ -119,7 +119,7 @@ def dry_run(config: Config, spec: TransformerSpec, memory_bytes: float | None) -
 
 def check_room(result: DryRun, memory_bytes: float | None) -> None:
     """Raises DryRunError if the rank with the most memory has more than `memory_bytes`."""
-    largest = max(result.places, key=lambda place: place.memory.total)
+    largest = max(result.stages, key=lambda stage: stage.memory.total)
     if memory_bytes is not None and largest.memory.total > memory_bytes:
         needed, room = largest.memory.total / GIB, memory_bytes / GIB
         most = max(largest.memory.parts, key=lambda name: largest.memory.parts[name])
@@ -145,7 +145,7 @@ def check_schedule(result: DryRun, plan: PipelinePlan, micro_batches: int) -> No
     )
 
 
-def place_on_meta(
+def stage_on_meta(
     config: Config, spec: TransformerSpec, plan: PipelinePlan, rank: int
 ) -> dict[str, int]:
     """Runs forward and backward of a rank's chunks on shapes only; returns the bytes that they send, by axis. Raises
