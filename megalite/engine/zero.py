@@ -180,6 +180,18 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                         self.reduce_ready_partitions_and_remove_grads(value, group)
         super().reduce_gradients(pipeline_parallel)
 
+    def clear_grad_attribute(self, param: Any) -> None:
+        """Called by DeepSpeed once a gradient's reduction is queued. A gradient larger than a bucket is reduced in its
+        own memory: with overlap_comm the reductions' stream may still use it, while the step's stream would give it to
+        the next tensor."""
+        gradient = self.get_param_gradient_attribute(param)
+        overlaps = self.overlap_comm and not get_accelerator().resolves_data_dependency()  # type: ignore[union-attr]
+        if overlaps and gradient is not None:
+            whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # not a part of a bucket
+            if whole:
+                gradient.record_stream(self.reduction_stream)
+        super().clear_grad_attribute(param)
+
     def allreduce_and_copy(self, *args: Any, **kwargs: Any) -> None:
         """Called by DeepSpeed for each rank's part of a bucket. With overlap_comm it would have the host wait for the
         device each time, to free gradients that the last bucket's reduction has read; the step's stream, which takes
