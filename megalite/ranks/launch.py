@@ -69,6 +69,10 @@ def start_ranks(
     store = _meet(here)
     _quieten(here.rank)
     visible = visible_gpus()
+    if (
+        visible == 0
+    ):  # perhaps despite the driver's files: GPUs are hidden, or this torch has no support for them
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sum_in_fp32()
     prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
     Place.started = True
@@ -126,9 +130,9 @@ def _join_world(store: Any, here: Place, visible: int, timeout: timedelta) -> No
 def _after_gpus(
     store: Any, here: Place, visible: int, prepare: Callable[[bool], T]
 ) -> Callable[[bool], T]:
-    """`prepare`, preceded by a check that this node has a GPU for each of its ranks. visible: number of GPUs that each
-    rank sees; 0: ranks compute on the CPU."""
-    if visible == 0 or visible >= here.local_size:
+    """`prepare`, preceded by a check that this node has a GPU for each of its ranks, unless they compute on the CPU.
+    visible: number of GPUs that each rank sees."""
+    if visible >= here.local_size or (visible == 0 and not machine_has_gpu()):
         return prepare
     names = GPUNames(store, socket.gethostname())
     if visible == 1:
