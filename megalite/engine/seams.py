@@ -175,6 +175,7 @@ _OF_ZERO_1_AND_2 = (
     _zero("ipg_buckets", "", "gradients that wait for their reduction"),
     _zero("overlap_comm", "", "whether reductions have a stream of their own"),
     _zero("reduction_stream", "", "that stream"),
+    _zero("update_offload_overflow_tracker", "self, grad", "overridden: no wait for each gradient"),
     _zero("clear_grad_attribute", "self, param", "overridden: a large gradient is still read"),
     _zero("get_param_gradient_attribute", "self, param", "the gradient that is cleared"),
     _zero(

@@ -180,6 +180,10 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                         self.reduce_ready_partitions_and_remove_grads(value, group)
         super().reduce_gradients(pipeline_parallel)
 
+    def update_offload_overflow_tracker(self, grad: Any) -> None:
+        """Called by DeepSpeed for each gradient that is copied to main memory. Does nothing: the host would wait for
+        the device to learn whether the gradient is finite, as the norm tells for all of them."""
+
     def clear_grad_attribute(self, param: Any) -> None:
         """Called by DeepSpeed once a gradient's reduction is queued. A gradient larger than a bucket is reduced in its
         own memory: with overlap_comm the reductions' stream may still use it, while the step's stream would give it to
