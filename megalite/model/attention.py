@@ -55,6 +55,8 @@ def attend(
             return mixed
     visible = context.mask(window, s, t, query.device, causal)
     grouped = query.shape[1] != key.shape[1]
+    if drops is None and grouped and visible is not None and wants_equal_heads(query.device.type):
+        return attend_by_group(query, key, value, visible)
     if drops is None:
         return F.scaled_dot_product_attention(
             query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
@@ -69,6 +71,23 @@ def attend(
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
+
+
+def wants_equal_heads(device_type: str) -> bool:
+    """Whether the device's kernel with a mask needs as many key heads as query heads. Otherwise torch falls back to
+    matrix products in fp32 of keys and values that are repeated for each query head."""
+    return device_type not in ("cpu", "meta")
+
+
+def attend_by_group(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Attention of the query heads that share a key head as further queries of that head. visible bool [B or 1, 1, S,
+    T]; others as in `attend`."""
+    groups, (s, t) = key.shape[1], visible.shape[-2:]
+    count = query.shape[1] // groups
+    rows = query.unflatten(1, (groups, count)).flatten(2, 3)  # [B, K, N / K · S, H]
+    of_rows = visible.unsqueeze(2).expand(-1, -1, count, s, t).flatten(2, 3)
+    mixed = F.scaled_dot_product_attention(rows, key, value, of_rows)
+    return mixed.unflatten(2, (count, s)).flatten(1, 2)
 
 
 def _attend_without_mask(

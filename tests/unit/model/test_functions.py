@@ -1,10 +1,15 @@
 """Functions with a custom backward, compared with autograd through plain operations in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import megalite.model.attention as attention
+from megalite.model.context import Context
 from megalite.model.rms_norm import rms_norm
 from megalite.model.rotary import rotate, spread
 
@@ -73,3 +78,30 @@ def test_rotation_turns_pairs_and_its_gradient_turns_them_back(
         gradients(turned, [x], slope), gradients(expected, [x], slope), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("batches", "queries", "keys"), [(2, 5, 7), (1, 1, 9), (2, 6, 6)])
+def test_masked_attention_of_grouped_heads_needs_no_repeated_keys(
+    batches: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, whose kernel with a mask takes as many key heads as query heads."""
+    torch.manual_seed(0)
+    shapes = (2, 6, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)
+    values = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    visible = torch.rand(batches, 1, queries, keys) < 0.6
+    visible[..., 0] = True
+    slope, whole = torch.randn_like(values[0]), F.scaled_dot_product_attention
+    asked: list[bool] = []
+
+    def kernel(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+        asked.append(enable_gqa)
+        return whole(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    results = []
+    for equal in (False, True):
+        monkeypatch.setattr(attention, "wants_equal_heads", lambda device, equal=equal: equal)
+        mixed = attention.attend(*values, Context(visible=visible), None, True, None, 0.0)
+        results.append(gradients(mixed, values, slope))
+    assert asked == [True, False]
+    torch.testing.assert_close(*results)
