@@ -20,7 +20,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "topology": 110,
     "ranks": 790,  # a failed rank under NCCL ends its process itself
     "parallel": 1295,
-    "model": 3560,  # families as values of one class; block, head and chunks in separate files; masks with grouped heads
+    "model": 3560,  # families as values of one class; block, head and chunks in separate files; grouped heads
     "data": 3680,
     "checkpoint": 1410,
     "hub": 830,
