@@ -177,6 +177,7 @@ _OF_ZERO_1_AND_2 = (
     _zero("reduction_stream", "", "that stream"),
     _zero("update_offload_overflow_tracker", "self, grad", "overridden: no wait for each gradient"),
     _zero("clear_grad_attribute", "self, param", "overridden: a large gradient is still read"),
+    _zero("copy_grads_in_partition", "self, param, group_idx", "overridden: the same"),
     _zero("get_param_gradient_attribute", "self, param", "the gradient that is cleared"),
     _zero(
         "allreduce_and_copy",

@@ -39,6 +39,7 @@ def races_of(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[str]:
 WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 1}, {"overlap_comm": True}), ({"zero": 2}, {"overlap_comm": True}),
     ({"zero": 2}, {"overlap_comm": True, "contiguous_gradients": False}),
+    ({"zero": 2}, {"overlap_comm": True, "reduce_scatter": False}),
     ({"zero": 2, "pipe": 2, "schedule": "zb-h1"}, {"overlap_comm": True}),
     ({"zero": 3}, {}), ({"zero": 3}, {"stage3_param_persistence_threshold": 0}),
 ]  # fmt: skip
