@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megalite.training.loop import Run
-from tests.races import Races
 from tests.ranks import run_ranks
+from tests.stream_races import Races
 from tests.streams import Stream, like_a_gpu
 from tests.training_runs import document, train
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import megalite.model.attention as attention
 from megalite.model.context import Context
-from megalite.model.rms_norm import rms_norm
+from megalite.model.norms import rms_norm
 from megalite.model.rotary import rotate, spread
 
 
