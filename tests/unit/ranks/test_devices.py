@@ -22,7 +22,6 @@ import megalite.ranks.devices as devices
 import megalite.ranks.launch as launch
 from megalite.config import load_config
 from megalite.config.limits import Limits
-from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 from megalite.parallel.clock import Clock
 from megalite.ranks.devices import GPUNames, library_settings, own_gpu
@@ -94,13 +93,13 @@ def driver_without_gpus(accelerator: str | None) -> Iterator[None]:
 
 def start_with_hidden_gpus(rank: int, world_size: int, accelerator: str | None) -> list[bool]:
     with driver_without_gpus(accelerator):
-        before = machine_has_gpu()
+        before = launch.machine_has_gpu()
         launch.start_ranks(lambda thorough: None)
         clock = Clock()
         clock.on = True
         with clock.computing():
             pass
-        return [before, machine_has_gpu(), clock.take() >= 0]
+        return [before, launch.machine_has_gpu(), clock.take() >= 0]
 
 
 def test_hidden_gpus_are_no_gpus() -> None:
