@@ -17,7 +17,9 @@ class Streams:
     def __init__(self) -> None:
         self.host_waits: Counter[str] = Counter()
         self.log: list[tuple[Any, ...]] = []
+        self.host: Counter[Any] = Counter()  # what the host has waited for, as in Stream.past
         self.step = self.current = Stream(self)
+        self.all = [self.step]
 
     @property
     def not_joined(self) -> list[Any]:
@@ -42,35 +44,44 @@ class Streams:
 
 
 class Stream:
+    """past: for each stream, how many of its operations come before everything that is queued here from now on."""
+
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
+        self.past: Counter[Any] = Counter()
 
     def wait_stream(self, other: Any) -> None:
         assert other is not None
         self.streams.log.append(("waits", self, other))
+        self.past |= other.past
 
     def wait_event(self, event: Any) -> None:
         self.streams.log.append(("waits", self, event.stream))
+        self.past |= event.past
 
     def synchronize(self) -> None:
         self.streams.host_waits["stream"] += 1
         self.streams.log.append(("waits", self.streams.step, self))
+        self.streams.host |= self.past
 
 
 class Event:
-    """An event that is always complete, so that nobody waits for it."""
+    """An event of which the host never sees whether it is complete: `query` says that it is, and orders nothing."""
 
     def __init__(self, streams: Streams) -> None:
         self.streams, self.stream = streams, streams.current
+        self.past: Counter[Any] = Counter()
 
     def record(self, stream: Any = None) -> None:
         self.stream = stream or self.streams.current
+        self.past = Counter(self.stream.past)
 
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
         self.streams.host_waits["event"] += 1
+        self.streams.host |= self.past
 
 
 @contextlib.contextmanager
@@ -80,6 +91,12 @@ def like_a_gpu() -> Iterator[Streams]:
 
     def synchronize(self: Any, device_index: Any = None) -> None:
         streams.host_waits["device"] += 1
+        for stream in streams.all:
+            streams.host |= stream.past
+
+    def made(*args: Any, **kwargs: Any) -> Stream:
+        streams.all.append(Stream(streams))
+        return streams.all[-1]
 
     answers = {
         "is_synchronized_device": lambda self: False,
@@ -87,7 +104,7 @@ def like_a_gpu() -> Iterator[Streams]:
         "current_stream": lambda self, device_index=None: streams.current,
         "default_stream": lambda self, device_index=None: streams.step,
         "stream": lambda self, stream: streams.entered(stream),
-        "Stream": property(lambda self: lambda *args, **kwargs: Stream(streams)),
+        "Stream": property(lambda self: made),
         "Event": property(lambda self: lambda *args, **kwargs: Event(streams)),
     }
     with contextlib.ExitStack() as patches:

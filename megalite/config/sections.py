@@ -276,7 +276,7 @@ class Train(Section):
         False,
         description="Let torch.compile fuse rotary embeddings and the product in gated MLPs into one kernel each, "
         "forward and backward, and on GPUs also dropout masks; each rank compiles at its first step, which needs a "
-        "C++ compiler. Results differ by rounding.",
+        "C++ compiler; on GPUs also Triton, a C compiler and Python's headers. Results differ by rounding.",
     )
     batch_ramp: BatchRamp | None = Field(
         None,

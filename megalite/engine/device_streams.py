@@ -39,6 +39,13 @@ def wait_for(stream: Any) -> None:
         accelerator.current_stream().wait_stream(stream)
 
 
+def let_wait(stream: Any) -> None:
+    """Makes `stream` wait for all work queued on the current stream. stream: one of DeepSpeed's; None on a CPU."""
+    accelerator: Any = get_accelerator()
+    if stream is not None and not accelerator.resolves_data_dependency():
+        stream.wait_stream(accelerator.current_stream())
+
+
 def join_on_the_device(stream: Any) -> None:
     """Replaces `stream.synchronize()` by `wait_for`. stream: one that DeepSpeed keeps; None on a CPU."""
     if stream is not None:

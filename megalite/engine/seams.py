@@ -175,6 +175,10 @@ _OF_ZERO_1_AND_2 = (
     _zero("ipg_buckets", "", "gradients that wait for their reduction"),
     _zero("overlap_comm", "", "whether reductions have a stream of their own"),
     _zero("reduction_stream", "", "that stream"),
+    _zero("update_offload_overflow_tracker", "self, grad", "overridden: no wait for each gradient"),
+    _zero("clear_grad_attribute", "self, param", "overridden: a large gradient is still read"),
+    _zero("copy_grads_in_partition", "self, param, group_idx", "overridden: the same"),
+    _zero("get_param_gradient_attribute", "self, param", "the gradient that is cleared"),
     _zero(
         "allreduce_and_copy",
         "self, small_bucket, communication_data_type, rank, log, divide, process_group, output_bucket",
@@ -267,6 +271,13 @@ _OF_ZERO_3 = (
         "self, current_submodule, forward",
         "zero3.py",
         "overridden: counts as waiting time",
+    ),
+    Seam(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.__allgather_stream",
+        "",
+        "zero3.py",
+        "of gathers, which must follow the update",
     ),
     Seam(_PARTITION, "Init", "", "initial.py", "makes parameters ZeRO-3's"),
     Seam(

@@ -180,6 +180,30 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
                         self.reduce_ready_partitions_and_remove_grads(value, group)
         super().reduce_gradients(pipeline_parallel)
 
+    def update_offload_overflow_tracker(self, grad: Any) -> None:
+        """Called by DeepSpeed for each gradient that is copied to main memory. Does nothing: the host would wait for
+        the device to learn whether the gradient is finite, as the norm tells for all of them."""
+
+    def clear_grad_attribute(self, param: Any) -> None:
+        """Called by DeepSpeed once a gradient's reduction is queued, to free it."""
+        self._keep_until_reduced(param)
+        super().clear_grad_attribute(param)
+
+    def copy_grads_in_partition(self, param: Any, group_idx: int | None = None) -> None:
+        """The same for a gradient that DeepSpeed replaces by a copy, in fp32 with ZeRO-2."""
+        self._keep_until_reduced(param)
+        super().copy_grads_in_partition(param, group_idx)
+
+    def _keep_until_reduced(self, param: Any) -> None:
+        """A gradient larger than a bucket is reduced in its own memory. With overlap_comm the reductions' stream may
+        still use that, while the step's stream would give it to the next tensor."""
+        gradient = self.get_param_gradient_attribute(param)
+        overlaps = self.overlap_comm and not get_accelerator().resolves_data_dependency()  # type: ignore[union-attr]
+        if overlaps and gradient is not None:
+            whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # not a part of a bucket
+            if whole:
+                gradient.record_stream(self.reduction_stream)
+
     def allreduce_and_copy(self, *args: Any, **kwargs: Any) -> None:
         """Called by DeepSpeed for each rank's part of a bucket. With overlap_comm it would have the host wait for the
         device each time, to free gradients that the last bucket's reduction has read; the step's stream, which takes

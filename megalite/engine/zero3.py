@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from megalite.engine.device_streams import join_on_the_device, without_device_waits
+from megalite.engine.device_streams import join_on_the_device, let_wait, without_device_waits
 from megalite.engine.norm import GlobalNorm
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
@@ -24,6 +24,11 @@ class _TimedCoordinator(PartitionedParameterCoordinator):
     def fetch_sub_module(self, *args: Any, **kwargs: Any) -> None:
         with RANK_CLOCK.waiting():
             super().fetch_sub_module(*args, **kwargs)
+
+    def follow_update(self) -> None:
+        """Call after an update is queued: the next gathers, which have a stream of their own, wait for it. DeepSpeed
+        relies on the host, which waits for the device after each update if some weights stay whole."""
+        let_wait(self._PartitionedParameterCoordinator__allgather_stream)  # type: ignore[attr-defined]
 
 
 class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
@@ -76,11 +81,16 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
     def _post_step(self, timer_names: set[str]) -> None:
         """Called by DeepSpeed's step after the update: gathers the weights that stay whole, without making the host
         wait until the device has them."""
+        self._follow_update()
         if self.offload_optimizer:  # the host did the update
             super()._post_step(timer_names)
             return
         with without_device_waits():
             super()._post_step(timer_names)
+
+    def _follow_update(self) -> None:
+        coordinator: Any = self.parameter_offload.get_param_coordinator()
+        coordinator.follow_update()
 
     def _get_norm_groups(self) -> list[Tensor]:
         """Called by DeepSpeed's step, which computes the root of the sum of the squares: here of a single value, our
@@ -141,6 +151,7 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         for group, weights in enumerate(self.fp16_partitioned_groups_flat):
             weights.data.copy_(self.flat_tensors(group)[0])
             self._unflatten_partitioned_parameters(group)
+        self._follow_update()
         if self.persistent_parameters:
             self.persistent_parameters[0].all_gather(self.persistent_parameters)
 

@@ -63,8 +63,8 @@ def check_lengths(
 
 
 class Generator:
-    """Generates texts with this rank's stage. All ranks of the model plane must call `generate` together, with equal
-    arguments.
+    """Generates texts with this rank's stage. All ranks of the model plane must create it and call `generate` together,
+    with equal arguments.
 
     batch_size: prompts that go through the stages together; one batch per stage is in flight. prefixed: attention
     within a prompt is bidirectional.
@@ -77,6 +77,8 @@ class Generator:
         self.prefixed = prefixed
         weight = next(stage.parameters())
         self.dtype, self.device = weight.dtype, weight.device
+        if self.device.type != "cpu":
+            grid.connect_last(self.device)
 
     @torch.inference_mode()
     def generate(

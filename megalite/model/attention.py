@@ -55,6 +55,8 @@ def attend(
             return mixed
     visible = context.mask(window, s, t, query.device, causal)
     grouped = query.shape[1] != key.shape[1]
+    if drops is None and grouped and not takes_groups(query, visible):
+        return attend_by_group(query, key, value, visible, causal)
     if drops is None:
         return F.scaled_dot_product_attention(
             query, key, value, visible, is_causal=causal and visible is None, enable_gqa=grouped
@@ -69,6 +71,31 @@ def attend(
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
+
+
+def takes_groups(query: Tensor, visible: Tensor | None) -> bool:
+    """Whether the device's kernel takes fewer key heads than query heads: flash attention, which supports no mask, 16
+    bits, and NVIDIA GPUs from compute capability 8.0. Without one, torch multiplies matrices in fp32, with the keys and
+    values repeated for each query head."""
+    if query.device.type in ("cpu", "meta"):
+        return True
+    return visible is None and query.itemsize == 2 and new_enough(query.device)
+
+
+def attend_by_group(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool
+) -> Tensor:
+    """Attention by a kernel for equally many heads. A single query per head, in generation: the heads that share a key
+    head become queries of it, so that no key is copied. Otherwise each gets a copy of its keys. visible: bool [B or 1,
+    1, S, T]; None: no mask, or a causal one. Others as in `attend`."""
+    count, s = query.shape[1] // key.shape[1], query.shape[2]
+    if s > 1 or visible is None:
+        key, value = key.repeat_interleave(count, dim=1), value.repeat_interleave(count, dim=1)
+        is_causal = causal and visible is None
+        return F.scaled_dot_product_attention(query, key, value, visible, is_causal=is_causal)
+    rows = query.unflatten(1, (-1, count)).squeeze(3)  # [B, K, N / K, H]
+    mixed = F.scaled_dot_product_attention(rows, key, value, visible.expand(-1, -1, count, -1))
+    return mixed.flatten(1, 2).unsqueeze(2)
 
 
 def _attend_without_mask(

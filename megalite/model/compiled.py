@@ -7,15 +7,19 @@ recomputation are not affected. A whole block is not compiled, because it contai
 ZeRO-3, and deferred weight gradients with zero-bubble schedules (parallel/deferred.py).
 """
 
+import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,8 +70,22 @@ def compiled(function: Function) -> Function:
 
 
 def check_compiler() -> None:
-    """Raises ConfigError if there is no C++ compiler, which torch.compile needs: on a CPU for the kernels themselves,
-    on GPUs to launch Triton's."""
+    """Raises ConfigError if this node lacks what torch.compile needs: a C++ compiler; and on GPUs Triton, which builds
+    its launcher with a C compiler and Python's headers (triton/runtime/build.py)."""
     program = os.environ.get("CXX") or "g++"
     if shutil.which(program) is None:
-        raise ConfigError(f"{KEY}: true: needs the C++ compiler {program} on each node: not found")
+        raise _lacks(f"the C++ compiler {program}")
+    if not machine_has_gpu():
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise _lacks("the package triton")
+    programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, programs)):
+        raise _lacks(f"the C compiler {' or '.join(programs)}")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        raise _lacks(f"Python's headers (Debian: python3-dev), {header}")
+
+
+def _lacks(what: str) -> ConfigError:
+    return ConfigError(f"{KEY}: true: needs {what} on each node: not found")

@@ -135,10 +135,22 @@ class Grid:
             # Neighbours, and the last rank with the first, which interleaved schedules connect.
             there = (here + 1) % pipe.size
             for source, target in ((here, there), (there, here)):
-                if pipe.rank == source:
-                    dist.send(message, pipe.ranks[target], group=pipe.towards(source, target))
-                elif pipe.rank == target:
-                    dist.recv(message, pipe.ranks[source], group=pipe.towards(source, target))
+                self._greet(source, target, message)
+
+    def connect_last(self, device: torch.device) -> None:
+        """The same for the messages of the pipe axis's last rank to those that are not its neighbours, which only
+        generation sends (collective over the axis)."""
+        last, message = self.pipe.size - 1, torch.zeros(1, device=device)
+        for target in range(1, last - 1):
+            self._greet(last, target, message)
+
+    def _greet(self, source: int, target: int, message: torch.Tensor) -> None:
+        """Sends a message from one index of the pipe axis to another."""
+        pipe = self.pipe
+        if pipe.rank == source:
+            dist.send(message, pipe.ranks[target], group=pipe.towards(source, target))
+        elif pipe.rank == target:
+            dist.recv(message, pipe.ranks[source], group=pipe.towards(source, target))
 
     @classmethod
     def at(

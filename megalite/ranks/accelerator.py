@@ -1,4 +1,5 @@
-"""DeepSpeed's accelerator; on the CPU, one without DeepSpeed's shared-memory op and with fp16.
+"""DeepSpeed's accelerator; on the CPU, one without DeepSpeed's shared-memory op and with fp16; on GPUs, one that finds
+free memory whatever CUDA_VISIBLE_DEVICES contains.
 
 DeepSpeed builds that op whenever its communication starts (deepspeed/comm/torch.py, build_shm_op). The build takes half
 a minute in each new environment and needs g++ and Python's headers; the op leaves 69 MB per rank in /dev/shm, and a
@@ -32,4 +33,15 @@ def use_accelerator() -> Any:
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         set_accelerator(accelerator := CPUAccelerator())
+    elif accelerator.device_name() == "cuda":
+        # DeepSpeed looks the GPU up by its number in CUDA_VISIBLE_DEVICES, and fails if that has UUIDs instead, of GPUs
+        # or of their MIG slices.
+        accelerator.available_memory = _free_bytes
     return accelerator
+
+
+def _free_bytes(device_index: int | None = None) -> int:
+    """Free memory of a GPU; None: the current one."""
+    import torch
+
+    return torch.cuda.mem_get_info(device_index)[0]

@@ -42,6 +42,9 @@ PROGRESS_EVERY = timedelta(seconds=60)  # between two lines about missing ranks
 VERDICT_WAIT = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
 # The default of torch and DeepSpeed, for launchers that set no port, such as MPI's.
 DEFAULT_PORT = "29500"
+OUTSIDE = (
+    "192.0.2.1"  # on no network (RFC 5737): it is routed like every address outside of this one's
+)
 _GOOD, _PREPARED = "0", "prepared"
 
 
@@ -69,6 +72,10 @@ def start_ranks(
     store = _meet(here)
     _quieten(here.rank)
     visible = visible_gpus()
+    if (
+        visible == 0
+    ):  # perhaps despite the driver's files: GPUs are hidden, or this torch has no support for them
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sum_in_fp32()
     prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
     RankInfo.started = True
@@ -126,9 +133,9 @@ def _join_world(store: Any, here: RankInfo, visible: int, timeout: timedelta) ->
 def _after_gpus(
     store: Any, here: RankInfo, visible: int, prepare: Callable[[bool], T]
 ) -> Callable[[bool], T]:
-    """`prepare`, preceded by a check that this node has a GPU for each of its ranks. visible: number of GPUs that each
-    rank sees; 0: ranks compute on the CPU."""
-    if visible == 0 or visible >= here.local_size:
+    """`prepare`, preceded by a check that this node has a GPU for each of its ranks, unless they compute on the CPU.
+    visible: number of GPUs that each rank sees."""
+    if visible >= here.local_size or (visible == 0 and not machine_has_gpu()):
         return prepare
     names = GPUNames(store, socket.gethostname())
     if visible == 1:
@@ -264,8 +271,18 @@ def _set_environment(here: RankInfo) -> None:
         env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose the same, with a warning
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env.setdefault("HF_HUB_OFFLINE", "1")
-    interface = env.get("GLOO_SOCKET_IFNAME") or interface_towards(env["MASTER_ADDR"])
+    interface = env.get("GLOO_SOCKET_IFNAME") or _interface(env["MASTER_ADDR"], here)
     env.update(library_settings(env, machine_has_gpu(), interface))
+
+
+def _interface(master: str, here: RankPlace) -> str | None:
+    """The network interface for this rank's connections; None: libraries choose. master: MASTER_ADDR."""
+    interface = interface_towards(master)
+    several = here.local_size < here.world_size
+    if interface == "lo" and several and not master.startswith(("127.", "localhost")):
+        # On the first node /etc/hosts may give its name a loopback address, which other nodes cannot reach.
+        interface = interface_towards(OUTSIDE)
+    return interface
 
 
 def interface_towards(address: str) -> str | None:

@@ -139,3 +139,22 @@ def test_a_compiler_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match="megalite.train.compile: true: needs the C\\+\\+ compiler no-such"
     ):
         compiled.check_compiler()
+
+
+def test_on_gpus_triton_and_what_it_builds_with_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacking = "megalite.train.compile: true: needs {} on each node: not found"
+    monkeypatch.setattr(compiled, "machine_has_gpu", lambda: True)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=lacking.format("the package triton")):
+        compiled.check_compiler()
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(ConfigError, match=f"Python's headers .*{tmp_path}/Python.h"):
+        compiled.check_compiler()
+    (tmp_path / "Python.h").touch()
+    compiled.check_compiler()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match=lacking.format("the C compiler no-such-compiler")):
+        compiled.check_compiler()

@@ -161,6 +161,16 @@ def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[st
         assert not any(in_actions[1:]), in_actions
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_with_offload_a_step_also_waits_for_the_gradients_copies(tmp_path: Path, zero: int) -> None:
+    """Once for all of them, before the update; not for each gradient."""
+    way = {"layout": {"zero": zero}, "zero": {"offload_optimizer": {"device": "cpu"}}}
+    for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
+        for step in steps[1:]:
+            assert step["event"] == 1 and sum(step.values()) <= MOST_READS + 1, step
+        assert not any(in_actions[1:]), in_actions
+
+
 @pytest.mark.parametrize(("expert", "looped"), [(2, False), (2, True), (1, True)])
 def test_experts_read_once_a_layer_and_micro_batch(
     tmp_path: Path, expert: int, looped: bool

@@ -206,10 +206,11 @@ def own_fields(classes: list[ast.ClassDef]) -> set[str]:
 
 
 def uses(ours: ast.ClassDef) -> set[str]:
-    """Attributes that a class reads from itself or from the engine's optimizer."""
+    """Attributes that a class reads from itself or from the engine's optimizer, as the class that has them names
+    them: outside it `__name` is `_Class__name`."""
     mine = ("self", "optimizer", "self.optimizer")
     return {
-        node.attr
+        re.sub(r"^_[A-Za-z]+(?=__)", "", node.attr)
         for node in ast.walk(ours)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in mine
     }

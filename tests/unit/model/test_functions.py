@@ -1,10 +1,16 @@
 """Functions with a custom backward, compared with autograd through plain operations in fp64."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import megalite.model.attention as attention
+from megalite.model.context import Context
 from megalite.model.norms import rms_norm
 from megalite.model.rotary import rotate, spread
 
@@ -73,3 +79,51 @@ def test_rotation_turns_pairs_and_its_gradient_turns_them_back(
         gradients(turned, [x], slope), gradients(expected, [x], slope), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("batches", "queries", "keys"), [(2, 5, 7), (1, 1, 9), (2, 6, 6), (0, 4, 4)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_grouped_heads_by_a_kernel_for_equal_ones(
+    batches: int, queries: int, keys: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs with a mask, in fp32, and on older ones. batches: of the mask; 0: none."""
+    torch.manual_seed(0)
+    shapes = (2, 6, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)
+    values = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    context = Context()
+    if batches:
+        context.visible = torch.rand(batches, 1, queries, keys) < 0.6
+        context.visible[..., 0] = True
+    slope, whole = torch.randn_like(values[0]), F.scaled_dot_product_attention
+    asked: list[bool] = []
+
+    def kernel(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+        asked.append(enable_gqa)
+        return whole(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    results = []
+    for taken in (True, False):
+        monkeypatch.setattr(attention, "takes_groups", lambda *args, taken=taken: taken)
+        mixed = attention.attend(*values, context, None, causal, None, 0.0)
+        results.append(gradients(mixed, values, slope))
+    assert asked == [True, False]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "new", "masked", "taken"),
+    [
+        (torch.bfloat16, True, False, True), (torch.bfloat16, True, True, False),
+        (torch.float16, False, False, False), (torch.float32, True, False, False),
+    ],
+)  # fmt: skip
+def test_grouped_heads_are_flash_attentions(
+    dtype: torch.dtype, new: bool, masked: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "new_enough", lambda device: new)
+    query = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
+    visible = torch.ones(1) if masked else None
+    assert attention.takes_groups(query, visible) == taken  # type: ignore[arg-type]

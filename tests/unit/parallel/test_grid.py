@@ -14,6 +14,7 @@ from megalite.parallel.grid import Axis, Grid, backend_of_axes
 from megalite.pipeline.pipeline_plan import plan_of
 from megalite.pipeline.steps import Send
 from tests.ranks import REPOSITORY, run_ranks
+from tests.unit.pipeline.test_nccl_order import calls_of_generation
 
 
 def test_groups_along_axes_have_the_devices_backend_alone() -> None:
@@ -67,14 +68,18 @@ class Messages:
     recv = send
 
 
-def connected(pipe: int) -> list[list[tuple[str, frozenset[int]]]]:
-    """The communicators that `connect` creates on each rank of a pipe axis, in order."""
+def connected(pipe: int, generates: bool = False) -> list[list[tuple[str, frozenset[int]]]]:
+    """The communicators that `connect` creates on each rank of a pipe axis, in order; generates: and then
+    `connect_last`."""
     everyone, orders = frozenset(range(pipe)), []
     for rank in range(pipe):
         axis = Axis(pipe, rank, tuple(range(pipe)), "up", back="down")
         messages = Messages(rank, everyone, {"up": everyone, "down": everyone})
         with patch.object(grid_module, "dist", messages):
-            Grid(pipe=axis, world_size=pipe, rank=rank).connect(torch.device("cpu"))
+            grid = Grid(pipe=axis, world_size=pipe, rank=rank)
+            grid.connect(torch.device("cpu"))
+            if generates:
+                grid.connect_last(torch.device("cpu"))
         orders.append(messages.order)
     return orders
 
@@ -82,7 +87,7 @@ def connected(pipe: int) -> list[list[tuple[str, frozenset[int]]]]:
 @pytest.mark.parametrize("pipe", range(2, 9))
 def test_communicators_are_made_in_an_order_that_cannot_hang(pipe: int) -> None:
     """Creating one blocks a rank until all its members create it."""
-    orders = connected(pipe)
+    orders = connected(pipe, generates=True)
     while any(orders):
         ready = [
             key for order in orders if order for key in order[:1]
@@ -130,13 +135,25 @@ def test_no_message_of_a_step_is_the_first_on_its_communicator(schedule: str) ->
                 assert (axis.towards(rank, step.target), frozenset({rank, step.target})) in made
 
 
+@pytest.mark.parametrize("pipe", range(2, 9))
+def test_no_message_of_a_generation_is_the_first_on_its_communicator(pipe: int) -> None:
+    """NCCL allocates memory to create one, which may wait for messages that the device has begun."""
+    made = {key for order in connected(pipe, generates=True) for key in order}
+    names = {"pipe": "up", "pipe back": "down"}
+    for rank, calls in enumerate(calls_of_generation(pipe, 2 * pipe)):
+        for message in (message for call in calls for message in call.messages):
+            assert (names[message.group], frozenset({rank, message.peer})) in made
+
+
 def connect_on_gloo(rank: int, world_size: int) -> bool:
-    Grid.build(world_size, 1).connect(torch.device("cpu"))
+    grid = Grid.build(world_size, 1)
+    grid.connect(torch.device("cpu"))
+    grid.connect_last(torch.device("cpu"))
     return True
 
 
 def test_the_groups_connect() -> None:
-    assert run_ranks(3, connect_on_gloo) == [True] * 3
+    assert run_ranks(4, connect_on_gloo) == [True] * 4
 
 
 def test_places_of_a_large_world_share_what_they_count() -> None:

@@ -1,8 +1,12 @@
-"""DeepSpeed's accelerator for a CPU (megalite/ranks/accelerator.py)."""
+"""DeepSpeed's accelerators as megalite uses them (megalite/ranks/accelerator.py)."""
+
+from unittest.mock import MagicMock
 
 import deepspeed.accelerator.real_accelerator as real
 import pytest
+import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from megalite.ranks.accelerator import CPUAccelerator, use_accelerator
 
@@ -23,3 +27,16 @@ def test_deepspeed_works_with_it_from_then_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(real, "ds_accelerator", CPU_Accelerator())
     used = use_accelerator()
     assert isinstance(used, CPUAccelerator) and real.get_accelerator() is used
+
+
+@pytest.mark.parametrize("visible", ["GPU-8c2f6a1e-0000-0000-0000-000000000000", "MIG-1", "1,0"])
+def test_free_memory_is_found_however_gpus_are_named(
+    visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-1 and 2 ask for it when they are built."""
+    cuda = CUDA_Accelerator()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("deepspeed.accelerator.cuda_accelerator.pynvml", MagicMock())
+    monkeypatch.setattr("megalite.ranks.accelerator.get_accelerator", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 8))
+    assert use_accelerator().available_memory() == 5

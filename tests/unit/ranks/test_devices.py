@@ -1,11 +1,13 @@
 """GPUs and the start of a rank (megalite/ranks), on a machine without GPUs: ordinals, too few GPUs, settings of torch
 and NCCL, file descriptors and timeouts."""
 
+import contextlib
 import functools
 import os
 import resource
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +78,41 @@ def test_too_few_gpus_are_one_line_before_ranks_start() -> None:
     assert text.count("ranks on a node: 2: must be at most the 1 GPU that torch sees there") == 1, (
         text
     )
+
+
+@contextlib.contextmanager
+def driver_without_gpus(accelerator: str | None) -> Iterator[None]:
+    """A machine with the driver's files, of whose GPUs torch sees none."""
+    exists = Path.exists
+    os.environ.pop("DS_ACCELERATOR")
+    if accelerator is not None:
+        os.environ["DS_ACCELERATOR"] = accelerator
+    with patch.object(Path, "exists", lambda path: "/dev/nvidia" in str(path) or exists(path)):
+        yield
+
+
+def start_with_hidden_gpus(rank: int, world_size: int, accelerator: str | None) -> list[bool]:
+    with driver_without_gpus(accelerator):
+        before = launch.machine_has_gpu()
+        launch.start_ranks(lambda thorough: None)
+        clock = Clock()
+        clock.on = True
+        with clock.computing():
+            pass
+        return [before, launch.machine_has_gpu(), clock.take() >= 0]
+
+
+def test_hidden_gpus_are_no_gpus() -> None:
+    """CUDA_VISIBLE_DEVICES is empty, or torch is a build for CPUs. The clock of a rank then cannot use events."""
+    assert run_ranks(1, start_with_hidden_gpus, None, init=False) == [[True, False, True]]
+
+
+def test_hidden_gpus_that_are_asked_for_are_a_mistake() -> None:
+    with pytest.raises(
+        RankFailure, match="ranks on a node: 1: must be at most the 0 GPUs"
+    ) as failure:
+        run_ranks(1, start_with_hidden_gpus, "cuda", init=False)
+    assert "died with exit code 2" in str(failure.value)
 
 
 def gpus_taken(rank: int, world_size: int, visible: int) -> list[int]:

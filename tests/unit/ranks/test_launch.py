@@ -1,6 +1,8 @@
 """Ranks that wait for each other at the start."""
 
+import os
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -24,3 +26,19 @@ def test_missing_ranks_are_reported(
     store.set("verdict", "0")
     launch._wait_for_verdict(store, RankInfo(0, 2, 0, 2))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("master", "local_size", "wanted"),
+    [("first", 2, "eth3"), ("first", 4, "lo"), ("127.0.0.1", 2, "lo"), ("second", 2, "eth1")],
+)
+def test_ranks_of_several_nodes_do_not_listen_on_loopback(
+    master: str, local_size: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/etc/hosts may give a node's own name the address 127.0.1.1."""
+    routes = {"first": "lo", "127.0.0.1": "lo", "second": "eth1", launch.OUTSIDE: "eth3"}
+    monkeypatch.setattr(launch, "interface_towards", routes.__getitem__)
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": master}):
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        launch._set_environment(RankPlace(0, 4, 0, local_size))
+        assert os.environ["GLOO_SOCKET_IFNAME"] == wanted

@@ -1,0 +1,79 @@
+"""No stream of a step reads what another may still write, writes what another may still read, or frees what another may
+still use; checked on a CPU that DeepSpeed takes for a device with streams."""
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megalite.training.loop import Run
+from tests.ranks import run_ranks
+from tests.stream_races import Races
+from tests.streams import Stream, like_a_gpu
+from tests.training_runs import document, train
+
+STEPS = 3
+BUCKET = 1500  # elements: the MLP's matrices and the embedding are larger, others share a bucket
+
+
+def races_of(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[str]:
+    with like_a_gpu() as streams:
+        races, step = Races(streams), Run._step
+
+        def watched(self: Run) -> Any:
+            with races:
+                return step(self)
+
+        with (
+            mock.patch.object(Run, "_step", watched),
+            mock.patch.object(torch.Tensor, "record_stream", lambda t, s: races.told(t, s)),
+        ):
+            assert train(rank, world_size, [(keys, lambda rank: contextlib.nullcontext())]) == [0]
+    return races.found
+
+
+WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"zero": 1}, {"overlap_comm": True}), ({"zero": 2}, {"overlap_comm": True}),
+    ({"zero": 2}, {"overlap_comm": True, "contiguous_gradients": False}),
+    ({"zero": 2}, {"overlap_comm": True, "reduce_scatter": False}),
+    ({"zero": 2, "pipe": 2, "schedule": "zb-h1"}, {"overlap_comm": True}),
+    ({"zero": 3}, {}), ({"zero": 3}, {"stage3_param_persistence_threshold": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("layout", "zero"), WAYS, ids=str)
+def test_streams_are_ordered(
+    tmp_path: Path, layout: dict[str, Any], zero: dict[str, Any], precision: str
+) -> None:
+    keys = document(tmp_path, "run", layout, train={"steps": STEPS})
+    keys["zero_optimization"] |= zero | {"reduce_bucket_size": BUCKET}
+    keys["bf16"] = {"enabled": precision == "bf16"}
+    for found in run_ranks(2 * layout.get("pipe", 1), races_of, keys):
+        assert not found, found
+
+
+def test_the_watch_sees_races() -> None:
+    """Each of the three kinds, and none once the streams wait for each other or the allocator is told."""
+    for waits in (False, True):
+        with like_a_gpu() as streams, Races(streams) as races:
+            other = Stream(streams)
+            values = torch.zeros(4)
+            if waits:
+                other.wait_stream(streams.step)
+            with streams.entered(other):
+                total = values.sum()
+            values.add_(1) if not waits else races.told(values, other)
+            del values
+            torch.zeros(4)
+            del total
+        kinds = {
+            "sum while another stream may still be in zeros",
+            "freed while another stream may still be in sum",
+        }
+        kinds.add("add_ while another stream may still be in sum")
+        assert set(races.found) == (set() if waits else kinds)
