@@ -15,11 +15,11 @@ WAITING_BYTES = 8 << 20  # some 20,000 rows of metrics.jsonl; beyond that the ol
 
 
 class Appended:
-    """Appends rows for a single writer. tell: called with a log line when writing begins to fail, and when it works
+    """Appends rows for a single writer. log: called with a log line when writing begins to fail, and when it works
     again."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
-        self.path, self.tell = path, tell
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self.path, self.log = path, log
         self.waiting: deque[bytes] = deque()
         self.waiting_bytes = self.lost = 0
         self.failing = False
@@ -34,7 +34,7 @@ class Appended:
             self._write()
         except OSError as error:
             if not self.failing:
-                self.tell(
+                self.log(
                     f"{self.path}: cannot be written: {error.strerror}; the run continues, rows wait in memory"
                 )
             self.failing = True
@@ -43,7 +43,7 @@ class Appended:
                 self.lost += 1
             return
         if self.failing:
-            self.tell(f"{self.path}: can be written again; {self._lost_rows()}")
+            self.log(f"{self.path}: can be written again; {self._lost_rows()}")
             self.failing, self.lost = False, 0
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class Appended:
             with contextlib.suppress(OSError):
                 self._write()
             self.lost += len(self.waiting)
-            self.tell(f"{self.path}: {self._lost_rows()}")
+            self.log(f"{self.path}: {self._lost_rows()}")
             self.waiting.clear()
         self._close()
 

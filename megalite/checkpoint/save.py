@@ -196,7 +196,7 @@ class Saver:
         self.figures: dict[str, float] = {}
         """Figures since the last `taken_figures`: checkpoint_seconds, the time that steps waited; for finished saves,
         checkpoint_write_seconds and checkpoint_copy_bytes, this rank's memory for the copy (0: the steps waited)."""
-        self.told: list[str] = []
+        self.lines: list[str] = []
         """On rank 0: log lines about checkpoints that were removed early or renamed, or could not be."""
 
     def starts_from(self, step: int, damaged: Collection[str]) -> None:
@@ -295,7 +295,7 @@ class Saver:
                 missing -= sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         for path in doomed if missing <= 0 else ():
             _remove(path)
-            self.told.append(f"{path}: removed to make room before writing the next checkpoint")
+            self.lines.append(f"{path}: removed to make room before writing the next checkpoint")
 
     def _remove_left_overs(self) -> None:
         """Removes the remains of earlier saves and removals that were killed."""
@@ -316,7 +316,7 @@ class Saver:
             self._set_aside_later(step)
             self._remove_old(step)
         except OSError as error:
-            self.told.append(
+            self.lines.append(
                 f"checkpoint of step {step} is saved, but {LATEST}, {BEST} or older ones could not be updated: {error}"
             )
 
@@ -328,10 +328,10 @@ class Saver:
                 aside = path.with_name(f"{path.name.lstrip('.')}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                self.told.append(f"{path}: damaged and skipped: renamed to {aside.name}")
+                self.lines.append(f"{path}: damaged and skipped: renamed to {aside.name}")
             elif (step_of(path) or 0) > step and path.name not in self.strange:
                 self.strange.add(path.name)
-                self.told.append(
+                self.lines.append(
                     f"{path}: of a later step than {step} and not written by this start: left unchanged"
                 )
 

@@ -119,10 +119,10 @@ def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[st
     run_dir = Path(options.run_dir or f"runs/{name}")
     inputs = find_inputs(texts, run_dir)
     run = TextRun(name, inputs, run_dir, options.tokenizer, options.vocab_size, options.valid_share)
-    _tell(f"{len(inputs)} text file{'s' if len(inputs) > 1 else ''}: tokenizer and corpora …")
+    _print(f"{len(inputs)} text file{'s' if len(inputs) > 1 else ''}: tokenizer and corpora …")
     folder, was_there = prepare_text(run)
     how = "reused from an earlier start" if was_there else "prepared"
-    _tell(f"{folder}: {how}: {_corpora(folder)}")
+    _print(f"{folder}: {how}: {_corpora(folder)}")
     path = folder / CONFIG
     overrides = _with_shorter_warmup(path, overrides)
     words = ["--deepspeed_config", str(path), *overrides]
@@ -131,7 +131,7 @@ def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[st
         return pretraining.main([*words, "--check", *ranks])
     config = load_config(path, overrides)
     print(path.read_text(encoding="utf-8"), end="", flush=True)
-    _tell(f"to change it: edit {path} and run megalite pretrain --deepspeed_config {path}")
+    _print(f"to change it: edit {path} and run megalite pretrain --deepspeed_config {path}")
     code = pretraining.main(words)
     if code == 0:
         _show_samples(Path(config.train.run_dir), folder)
@@ -175,15 +175,15 @@ def _show_samples(run_dir: Path, folder: Path) -> None:
         try:
             text = model.generate(prompt, max_new_tokens=count, temperature=0.8, top_k=50)
         except MegaliteError as error:  # training is done; this must not fail it
-            _tell(f"no sample: {error}")
+            _print(f"no sample: {error}")
             continue
         lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-        _tell(f"sample: {prompt}|{text}")
+        _print(f"sample: {prompt}|{text}")
     (run_dir / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     if (run_dir / REPORT).exists():
-        _tell(f"curves and more: {run_dir / REPORT}")
-    _tell(f'more: megalite generate --checkpoint {run_dir} --prompt "…" --temperature 0.8')
+        _print(f"curves and more: {run_dir / REPORT}")
+    _print(f'more: megalite generate --checkpoint {run_dir} --prompt "…" --temperature 0.8')
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

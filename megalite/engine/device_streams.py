@@ -39,7 +39,7 @@ def wait_for(stream: Any) -> None:
         accelerator.current_stream().wait_stream(stream)
 
 
-def let_wait(stream: Any) -> None:
+def make_follow(stream: Any) -> None:
     """Makes `stream` wait for all work queued on the current stream. stream: one of DeepSpeed's; None on a CPU."""
     accelerator: Any = get_accelerator()
     if stream is not None and not accelerator.resolves_data_dependency():

@@ -56,8 +56,8 @@ ONE = AxisSizes()
 class GlobalNorm:
     """L2 norm of the gradients of the whole model. Construct it once: a collective agrees on the list of names.
 
-    loss: this rank's part of the step's loss; None: 0. judge: asked at each call. riders: returns this rank's values
-    that travel with the message, equally many on every rank. After a call `heard` has their sums over all ranks,
+    loss: this rank's part of the step's loss; None: 0. judge: asked at each call. flags: returns this rank's values
+    that travel with the message, equally many on every rank. After a call `flag_sums` has their sums over all ranks,
     `overflowed` tells whether only the gradient was not finite, and `accepted` whether the update happens.
     """
 
@@ -75,8 +75,8 @@ class GlobalNorm:
         self._times = torch.tensor(by_row, dtype=torch.float64)
         self.loss: Tensor | None = None
         self.judge: Judge | None = None
-        self.riders: Callable[[], Sequence[float]] = tuple
-        self.heard: list[float] = []
+        self.flags: Callable[[], Sequence[float]] = tuple
+        self.flag_sums: list[float] = []
         self.overflowed, self.accepted = False, True
         self._own = self._all = torch.zeros(0)
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -91,11 +91,11 @@ class GlobalNorm:
         pieces: this rank's gradients with their parameters' placements, each any part of the slice. replicated:
         whether all ranks that hold copies of a slice pass the same pieces (ZeRO-0) or each its own (ZeRO).
         """
-        rows, riders = len(self.row), torch.tensor(self.riders(), dtype=torch.float64)
-        sums = torch.zeros(rows + 1 + len(riders), dtype=torch.float64, device=device)
-        if len(riders):
-            riders = riders if device.type == "cpu" else riders.pin_memory()
-            sums[rows + 1 :].copy_(riders, non_blocking=True)
+        rows, flags = len(self.row), torch.tensor(self.flags(), dtype=torch.float64)
+        sums = torch.zeros(rows + 1 + len(flags), dtype=torch.float64, device=device)
+        if len(flags):
+            flags = flags if device.type == "cpu" else flags.pin_memory()
+            sums[rows + 1 :].copy_(flags, non_blocking=True)
         counted = [
             (self.row[placement.name], gradient)
             for placement, gradient in pieces
@@ -116,7 +116,7 @@ class GlobalNorm:
                 self._times = self._times.to(device)
             total = (self._all * self._times).sum() / self.most_copies
         message = torch.cat([total.sqrt().unsqueeze(0), sums[rows:]])
-        norm, loss, *self.heard = message.tolist()
+        norm, loss, *self.flag_sums = message.tolist()
         # DeepSpeed continues in fp32, where the norm may be infinite.
         found = ctypes.c_float(norm).value
         self.overflowed = math.isfinite(loss) and not math.isfinite(found)

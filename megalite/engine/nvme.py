@@ -104,12 +104,10 @@ def _try(config: Config, sizes: SwapSizes) -> None:
         )
         output, _ = process.communicate()
     if process.returncode != 0:
-        raise _stumbled(
-            config, sizes, [line.strip() for line in output.splitlines() if line.strip()]
-        )
+        raise _failed(config, sizes, [line.strip() for line in output.splitlines() if line.strip()])
 
 
-def _stumbled(config: Config, sizes: SwapSizes, lines: list[str]) -> ConfigError:
+def _failed(config: Config, sizes: SwapSizes, lines: list[str]) -> ConfigError:
     """lines: the output of the process: its last step, then the reason."""
     steps = {
         BUILD: (DEVICE, "nvme", "needs DeepSpeed's async_io op, which does not build here"),

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from megalite.engine.device_streams import join_on_the_device, let_wait, without_device_waits
+from megalite.engine.device_streams import join_on_the_device, make_follow, without_device_waits
 from megalite.engine.norm import GlobalNorm
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
@@ -28,7 +28,7 @@ class _TimedCoordinator(PartitionedParameterCoordinator):
     def follow_update(self) -> None:
         """Call after an update is queued: the next gathers, which have a stream of their own, wait for it. DeepSpeed
         relies on the host, which waits for the device after each update if some weights stay whole."""
-        let_wait(self._PartitionedParameterCoordinator__allgather_stream)  # type: ignore[attr-defined]
+        make_follow(self._PartitionedParameterCoordinator__allgather_stream)  # type: ignore[attr-defined]
 
 
 class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):

@@ -221,7 +221,7 @@ class Health:
         return min(found, default=None)
 
     def _rank(self, rank: int) -> str:
-        return f"rank {rank} on {self.hosts[rank]} ({self.engine.grid.sizes.told(rank)})"
+        return f"rank {rank} on {self.hosts[rank]} ({self.engine.grid.sizes.described(rank)})"
 
     def _gather(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.engine.grid.world_size

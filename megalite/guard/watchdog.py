@@ -30,7 +30,7 @@ from megalite.errors import MegaliteError
 from megalite.guard.flight import Flight, from_text, in_words, own_flight, to_text, waited_for
 from megalite.guard.flight import guilty as late_ranks
 from megalite.ranks.run_program import print_line
-from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
+from megalite.ranks.signals import killed_ranks, listen, parent_of, record_exit
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 1.0  # between two polls of the folder by one rank of a node
@@ -203,7 +203,7 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        leave_word(FAULT_CODE)
+        record_exit(FAULT_CODE)
         # A regular exit would wait for threads that wait for dead peers.
         os._exit(FAULT_CODE)
 

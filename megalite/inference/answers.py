@@ -15,7 +15,7 @@ from megalite.data.chat_encoder import Marked
 from megalite.data.tokenizer import Tokenizer
 from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 from megalite.inference.likelihood import Likelihood, likelihoods
-from megalite.inference.prepare import told_by_rank_0
+from megalite.inference.prepare import from_rank_0
 from megalite.inference.sampling import Sampling
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -41,16 +41,16 @@ class Answers:
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """On rank 0: calls `likelihoods` or `texts` on every rank."""
-        told_by_rank_0((name, arguments))
+        from_rank_0((name, arguments))
         return getattr(self, name)(*arguments)
 
     def end(self) -> None:
         """On rank 0: ends `take_part` on the others."""
-        told_by_rank_0((_END, ()))
+        from_rank_0((_END, ()))
 
     def take_part(self) -> None:
         """On other ranks: answers rank 0's requests until it calls `end`."""
-        while (question := told_by_rank_0(None))[0] != _END:
+        while (question := from_rank_0(None))[0] != _END:
             name, arguments = question
             getattr(self, name)(*arguments)
 

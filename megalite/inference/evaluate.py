@@ -42,7 +42,8 @@ def evaluate(
 ) -> Score:
     """The score of the first `count` samples, the same on every rank (collective over the world).
 
-    micro: samples that a data rank passes through the stages together. by_heads: as in Rows. source: as in Unread.
+    micro: samples that a data rank passes through the stages together. by_heads: as in Rows. source: as in
+    LazyMicroBatches.
     """
     stage.eval()
     weight = next(stage.parameters())

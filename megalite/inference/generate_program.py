@@ -18,12 +18,12 @@ from megalite.inference.prepare import (
     PreparedModel,
     beams_asked,
     check_decoder,
+    from_rank_0,
     load_stage,
     model_parser,
     prepare_model,
     stop_ids_for,
     tokenizer_for,
-    told_by_rank_0,
 )
 from megalite.inference.texts import Growing, as_sources, check_ids
 from megalite.inputs import lines_of, parse_json, read_standard_input, reading
@@ -45,7 +45,7 @@ def generate_main(arguments: list[str]) -> int:
 
     here, asked = start_ranks(prepare)
     # Only rank 0 has standard input.
-    prompts, ids = told_by_rank_0((asked.prompts, asked.ids))
+    prompts, ids = from_rank_0((asked.prompts, asked.ids))
     texts = _generate(asked, ids, options)
     if here.rank == 0:
         for number, prompt in enumerate(prompts):

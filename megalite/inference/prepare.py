@@ -142,7 +142,7 @@ def load_stage(prepared: PreparedModel, dtype: str) -> tuple[Any, Any]:
     return stage, grid
 
 
-def told_by_rank_0(value: Any) -> Any:
+def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank (collective)."""
     import torch.distributed as dist
 

@@ -45,12 +45,12 @@ def why(layouts: list[PlannedLayout]) -> str:
     other = others[0]
     slower = other.time.seconds - first.time.seconds
     losses = {name: other.time.parts[name] - seconds for name, seconds in first.time.parts.items()}
-    told = [
+    reasons = [
         f"{difference:+.3g} s in {WORDS[name]}"
         for name, difference in sorted(losses.items(), key=lambda part: -abs(part[1]))
         if abs(difference) > NEAR * first.time.seconds
     ]
-    reason = ", ".join(told[:3]) or "small differences everywhere"
+    reason = ", ".join(reasons[:3]) or "small differences everywhere"
     return (
         f"{line}\nnext with other axes: {other.candidate}: {slower:+.3g} s "
         f"({100 * slower / first.time.seconds:.1f} %): {reason}"

@@ -64,8 +64,8 @@ class ChunkMemory:
     @cached_property
     def kept(self) -> int:
         """Bytes between F and its backward."""
-        told = chunk_table if self.spec.stacks is None else stack_chunk_table
-        return total(told(self.spec, self.part, self.recompute, self.at))
+        table = chunk_table if self.spec.stacks is None else stack_chunk_table
+        return total(table(self.spec, self.part, self.recompute, self.at))
 
     @cached_property
     def rise(self) -> int:
@@ -84,8 +84,8 @@ class ChunkMemory:
     @cached_property
     def waiting(self) -> int:
         """Bytes between I and W."""
-        told = waiting_table if self.spec.stacks is None else stack_waiting_table
-        return total(told(self.spec, self.part, self.at))
+        table = waiting_table if self.spec.stacks is None else stack_waiting_table
+        return total(table(self.spec, self.part, self.at))
 
     @cached_property
     def backward(self) -> list[Op]:
@@ -103,8 +103,8 @@ class ChunkMemory:
         for layers, own in self._by_layer():
             ops += own
             if layers:
-                told = waiting_table if spec.stacks is None else stack_waiting_table
-                ops.append(Op(total(told(spec, ChunkPart(layers, False, False), at)), 0))
+                table = waiting_table if spec.stacks is None else stack_waiting_table
+                ops.append(Op(total(table(spec, ChunkPart(layers, False, False), at)), 0))
         left = self.kept - self.waiting - sum(op.freed - op.made for op in ops)
         if self.part.last:
             left -= self._loss_table.get(OF_WEIGHT, 0)
@@ -114,12 +114,12 @@ class ChunkMemory:
     def weights(self) -> list[Op]:
         """The operations of W: each layer's gradients are computed and their inputs freed, then all are handed over."""
         spec, at, ops, numbers = self.spec, self.at, list[Op](), list[int]()
-        told = waiting_table if spec.stacks is None else stack_waiting_table
+        table = waiting_table if spec.stacks is None else stack_waiting_table
         for layers, own in self._by_layer():
             made = [count for op in own for count in op.weights]
             numbers += made
             if layers:
-                waited = total(told(spec, ChunkPart(layers, False, False), at))
+                waited = total(table(spec, ChunkPart(layers, False, False), at))
                 ops.append(Op(at.width * sum(made), waited))
         last = self._last_op().weights
         ops.append(Op(at.width * sum(last), self.waiting - sum(op.freed for op in ops)))
@@ -145,8 +145,8 @@ class ChunkMemory:
 
     @property
     def _loss_table(self) -> Table:
-        told = head_table if self.spec.stacks is None else stack_head_table
-        return told(self.spec, self.at)
+        table = head_table if self.spec.stacks is None else stack_head_table
+        return table(self.spec, self.at)
 
     def _first_ops(self) -> list[Op]:
         """The operations before the layers: the head's, or the receipt of another chunk's gradient."""

@@ -215,8 +215,8 @@ def epochs_line(config: Config, spec: TransformerSpec) -> str:
     assert config.train.steps is not None, "a run knows its steps when it starts"
     samples = config.batch_plan.consumed(config.train.steps)
     epochs = epochs_of(config.data, config.train.seed, spec.vocabulary_size, samples)
-    told = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
-    return f"epochs: {told}"
+    shown = ", ".join(f"{count:.3g} of {path}" for path, count in epochs)
+    return f"epochs: {shown}"
 
 
 def size_line(config: Config, spec: TransformerSpec) -> str:

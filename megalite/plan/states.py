@@ -291,7 +291,7 @@ def forward_of(config: Config, grid: Grid, device: str | None = None) -> Forward
     )
 
 
-def told_lines(config: Config, spec: TransformerSpec) -> list[str]:
+def memory_lines(config: Config, spec: TransformerSpec) -> list[str]:
     """The printed table of the bytes that each rank of a resolved config will hold; equal ranks share a line."""
     by_coordinates: dict[tuple[int, int], tuple[Sizes, int]] = {}
     ranks: dict[tuple[int, ...], list[int]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megalite.config import Config
 from megalite.data.loader import TrainData
 from megalite.data.position import Position
-from megalite.engine.hearing import hearing
+from megalite.engine.collective_spans import recording_collectives
 from megalite.hub.names import hf_auto_class
 from megalite.model.context import Context
 from megalite.model.families import model_dict, read_spec
@@ -58,7 +58,7 @@ def _waits(session: Session, step: int) -> dict[str, float]:
     """Seconds by axis that this rank waits for others in a step, transfers included."""
     grid = session.engine.grid
     dist.barrier()
-    with hearing(grid):
+    with recording_collectives(grid):
         RANK_TIMELINE.begin(torch.device(session.engine.device or "cpu"))
         session.step(step)
     found = split(RANK_TIMELINE.take(wait=True), {"step_seconds": 0.0})

@@ -72,28 +72,28 @@ class RankCalls:
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class _Said:
-    """Values that ranks send to each other, over two passes. said[group members][rank]: in order."""
+class _Exchanged:
+    """Values that ranks send to each other, over two passes. exchanged[group members][rank]: in order."""
 
     def __init__(self) -> None:
-        self.said: dict[tuple[int, ...], dict[int, list[Any]]] = defaultdict(
+        self.sent: dict[tuple[int, ...], dict[int, list[Any]]] = defaultdict(
             lambda: defaultdict(list)
         )
-        self.heard: dict[tuple[int, ...], dict[int, list[Any]]] = {}
+        self.received: dict[tuple[int, ...], dict[int, list[Any]]] = {}
 
     def next_pass(self) -> None:
         """Makes the values of this pass available to the next one."""
-        self.heard = {members: dict(own) for members, own in self.said.items()}
-        self.said.clear()
+        self.received = {members: dict(own) for members, own in self.sent.items()}
+        self.sent.clear()
 
     def exchange(self, members: tuple[int, ...], value: Any) -> list[Any]:
         """Records a value; returns each member's value of the previous pass, in the first pass the value itself."""
-        own = self.said[members][dist.get_rank()]
+        own = self.sent[members][dist.get_rank()]
         own.append(value)
         number, result = len(own) - 1, []
         for member in members:
-            said = self.heard.get(members, {}).get(member, [])
-            result.append(said[number] if number < len(said) else value)
+            exchanged = self.received.get(members, {}).get(member, [])
+            result.append(exchanged[number] if number < len(exchanged) else value)
         return result
 
 
@@ -101,9 +101,9 @@ class _Writer(TorchDispatchMode):
     """Records every call of torch.distributed. Received data is zeros: uninitialised memory may hold NaN, for which the
     update and its collectives are skipped."""
 
-    def __init__(self, rank: RankCalls, said: _Said) -> None:
+    def __init__(self, rank: RankCalls, exchanged: _Exchanged) -> None:
         super().__init__()
-        self.rank, self.said = rank, said
+        self.rank, self.sent = rank, exchanged
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "c10d":
@@ -144,7 +144,7 @@ class _Writer(TorchDispatchMode):
                 args[0].copy_(args[1])
                 return
             whole, own = args[1].clone(), members.index(dist.get_rank())
-            parts = self.said.exchange(members, whole)
+            parts = self.sent.exchange(members, whole)
             args[0].copy_(torch.cat([part.chunk(len(members))[own] for part in parts]))
         elif kind in ("recv", "alltoall_base", "reduce_scatter_base"):
             for received in tree_leaves(args[0]):
@@ -223,16 +223,16 @@ def shrunken(config: Config) -> Config:
 
 def calls_of_all(config: Config, plant: Plant | None = None) -> list[RankCalls]:
     """The calls of every rank of a shrunken config from its start to the end of a step, in the order of ranks."""
-    said, ranks = _Said(), range(config.world_size)
+    exchanged, ranks = _Exchanged(), range(config.world_size)
     # Objects are exchanged only at the start, rows for experts in the steps.
     for rank in ranks:
-        _calls_of(config, rank, said, plant, steps=config.parallel.expert > 1)
-    said.next_pass()
-    return [_calls_of(config, rank, said, plant) for rank in ranks]
+        _calls_of(config, rank, exchanged, plant, steps=config.parallel.expert > 1)
+    exchanged.next_pass()
+    return [_calls_of(config, rank, exchanged, plant) for rank in ranks]
 
 
 def _calls_of(
-    config: Config, rank: int, said: _Said, plant: Plant | None, steps: bool = True
+    config: Config, rank: int, exchanged: _Exchanged, plant: Plant | None, steps: bool = True
 ) -> RankCalls:
     """The calls of one rank. steps: whether to run a step after the start."""
     spec, written = read_spec(config.model), RankCalls()
@@ -240,7 +240,7 @@ def _calls_of(
     def gather(result: list[Any], value: Any, group: Any = None) -> None:
         group = group or dist.group.WORLD
         members = tuple(dist.get_process_group_ranks(group))
-        result[:] = said.exchange(members, copy.deepcopy(value))
+        result[:] = exchanged.exchange(members, copy.deepcopy(value))
         written.groups[group.group_name] = members
         written.calls.append(Call("all_gather_object", group.group_name, "objects"))
 
@@ -251,7 +251,7 @@ def _calls_of(
         stack.enter_context(_zeroed_memory())
         axes = config.parallel
         grid = Grid.build(axes.pipe, axes.tensor, axes.context, axes.expert)
-        stack.enter_context(_Writer(written, said))
+        stack.enter_context(_Writer(written, exchanged))
         engine = build_engine(config, spec, grid)
         _fill(engine.stage)
         pipeline = build_pipeline(engine, config, spec)

@@ -16,11 +16,11 @@ def main(arguments: list[str]) -> int:
         from megalite.training import loop  # as in the program, after the ranks have started
 
         class TakingTurns(loop.Run):
-            def _step(self) -> loop.Agreed:
+            def _step(self) -> loop.StepFlags:
                 turns.begin()
-                agreed = super()._step()
+                flags = super()._step()
                 turns.end(self.health.loss)
-                return agreed
+                return flags
 
         loop.Run = TakingTurns
         return train(prepared, rank)

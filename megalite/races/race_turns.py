@@ -25,13 +25,13 @@ class Turns:
     `serve`."""
 
     def __init__(self) -> None:
-        told, answered = map(int, os.environ[PIPES].split(","))
-        self._told, self._answered = os.fdopen(told), os.fdopen(answered, "w")
+        go, answered = map(int, os.environ[PIPES].split(","))
+        self._go, self._answered = os.fdopen(go), os.fdopen(answered, "w")
         self._wall = self._processor = 0.0
 
     def begin(self) -> None:
         """Waits for this rank's turn. Exits the process if the race is over."""
-        if not self._told.readline():
+        if not self._go.readline():
             os._exit(0)
         self._wall, self._processor = time.perf_counter(), time.process_time()
 

@@ -56,7 +56,7 @@ class Race:
     """told: a description. shape: of the model. batch: samples per step. micro: samples per micro-batch. make: returns
     the contenders, ours first, from a folder with the inputs. figure: the deciding one (a key of FIGURES)."""
 
-    told: str
+    description: str
     shape: Shape
     batch: int
     micro: int
@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> int:
 def _run(name: str, race_: Race, rounds: int, warmup: int) -> None:
     tokens = race_.batch * race_.shape.length
     print(
-        f"\n{name}: {race_.told}, {tokens:,} tokens per step, {rounds} rounds after {warmup}",
+        f"\n{name}: {race_.description}, {tokens:,} tokens per step, {rounds} rounds after {warmup}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="peers_") as folder:

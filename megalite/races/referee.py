@@ -72,7 +72,7 @@ class Team:
             port = free.getsockname()[1]
         self._started = time.perf_counter()
         for rank in range(contender.ranks):
-            told, tell = os.pipe()
+            go_read, go_write = os.pipe()
             answered, answer = os.pipe()
             env = os.environ | {
                 "RANK": str(rank),
@@ -84,24 +84,28 @@ class Team:
                 "OMP_NUM_THREADS": str(contender.threads),
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                PIPES: f"{told},{answer}",
+                PIPES: f"{go_read},{answer}",
             }
             command = [sys.executable, "-m", contender.module, str(request)]
             with self._output(rank).open("wb") as file:
                 process = subprocess.Popen(
-                    command, env=env, stdout=file, stderr=subprocess.STDOUT, pass_fds=(told, answer)
+                    command,
+                    env=env,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(go_read, answer),
                 )
-            os.close(told)
+            os.close(go_read)
             os.close(answer)
-            self._ranks.append((process, os.fdopen(tell, "w"), os.fdopen(answered)))
+            self._ranks.append((process, os.fdopen(go_write, "w"), os.fdopen(answered)))
 
     def _output(self, rank: int) -> Path:
         return self.folder / f"rank{rank}"
 
     def step(self) -> Step:
         """Lets the team take one step."""
-        for _, tell, _ in self._ranks:
-            print("go", file=tell, flush=True)
+        for _, go_write, _ in self._ranks:
+            print("go", file=go_write, flush=True)
         answers = [self._answer(rank) for rank in range(len(self._ranks))]
         if not self.steps:
             self.start_wall = time.perf_counter() - self._started
@@ -135,10 +139,10 @@ class Team:
 
     def stop(self) -> None:
         """Ends the ranks."""
-        for process, tell, answered in self._ranks:
+        for process, go_write, answered in self._ranks:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            tell.close()
+            go_write.close()
             answered.close()
 
 

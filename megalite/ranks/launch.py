@@ -42,9 +42,8 @@ PROGRESS_EVERY = timedelta(seconds=60)  # between two lines about missing ranks
 VERDICT_WAIT = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
 # The default of torch and DeepSpeed, for launchers that set no port, such as MPI's.
 DEFAULT_PORT = "29500"
-OUTSIDE = (
-    "192.0.2.1"  # on no network (RFC 5737): it is routed like every address outside of this one's
-)
+# On no network (RFC 5737): it is routed like every address outside of this one's.
+OUTSIDE = "192.0.2.1"
 _GOOD, _PREPARED = "0", "prepared"
 
 
@@ -72,9 +71,8 @@ def start_ranks(
     store = _meet(here)
     _quieten(here.rank)
     visible = visible_gpus()
-    if (
-        visible == 0
-    ):  # perhaps despite the driver's files: GPUs are hidden, or this torch has no support for them
+    if visible == 0:
+        # Perhaps despite the driver's files: GPUs are hidden, or this torch has no support for them.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sum_in_fp32()
     prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
@@ -275,7 +273,7 @@ def _set_environment(here: RankInfo) -> None:
     env.update(library_settings(env, machine_has_gpu(), interface))
 
 
-def _interface(master: str, here: RankPlace) -> str | None:
+def _interface(master: str, here: RankInfo) -> str | None:
     """The network interface for this rank's connections; None: libraries choose. master: MASTER_ADDR."""
     interface = interface_towards(master)
     several = here.local_size < here.world_size

@@ -15,7 +15,7 @@ from megalite.errors import MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
 from megalite.ranks.garbage import collect_garbage
 from megalite.ranks.rank_info import RankInfo, rank_info
-from megalite.ranks.signals import AGAIN, EXIT_BASE, RESUME, interrupted, settle, tell_interrupted
+from megalite.ranks.signals import AGAIN, EXIT_BASE, RESUME, interrupted, print_interrupted, settle
 
 LINE_CHARACTERS = 1000  # most of an error line
 
@@ -47,11 +47,11 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
             time.sleep(1)
     except KeyboardInterrupt:
         settle(EXIT_BASE + signal.SIGINT)
-        tell_interrupted(RESUME if resumes else AGAIN)
+        print_interrupted(RESUME if resumes else AGAIN)
         sys.stdout.flush()
         os._exit(EXIT_BASE + signal.SIGINT)  # without waiting for threads that are inside a library
     except OSError as error:
-        code = _tell_system_error(error)
+        code = _print_system_error(error)
     except Exception:
         code = 1
         settle(code)
@@ -66,7 +66,7 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     sys.exit(code)
 
 
-def _tell_system_error(error: OSError) -> int:
+def _print_system_error(error: OSError) -> int:
     """Settles and prints an error of the system; returns the exit code."""
     is_full = error.errno in FULL
     code = 1 if is_full or error.filename is None or RankInfo.started else UserError.exit_code

@@ -77,8 +77,8 @@ class Signals:
         self.stop = self.stop or int(number)
         if not self.deferred:
             if self.stop == signal.SIGINT:
-                tell_interrupted()
-            leave_word(EXIT_BASE + self.stop)
+                print_interrupted()
+            record_exit(EXIT_BASE + self.stop)
             os._exit(EXIT_BASE + self.stop)
 
 
@@ -98,12 +98,12 @@ def at_the_end(act: Callable[[], None]) -> None:
 
 def interrupted(number: int, frame: object) -> NoReturn:
     """Handler of SIGINT for a process that has nothing to clean up yet."""
-    tell_interrupted()
-    leave_word(EXIT_BASE + number)
+    print_interrupted()
+    record_exit(EXIT_BASE + number)
     os._exit(EXIT_BASE + number)
 
 
-def tell_interrupted(what_next: str = AGAIN) -> None:
+def print_interrupted(what_next: str = AGAIN) -> None:
     """Prints one line on standard error, on rank 0 only. If launcher/run.py started the ranks, it prints it instead."""
     if (
         LAUNCH not in os.environ
@@ -117,7 +117,7 @@ def tell_interrupted(what_next: str = AGAIN) -> None:
             )
 
 
-def leave_word(code: int) -> None:
+def record_exit(code: int) -> None:
     """Calls what `at_the_end` registered and, if launcher/run.py started this rank, leaves it the exit code."""
     for act in _last_acts:
         act()
@@ -163,7 +163,7 @@ def settle(code: int) -> None:
     which would change their codes."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    leave_word(code)
+    record_exit(code)
 
 
 def _mute_broken_outputs() -> None:

@@ -54,9 +54,9 @@ SSH_ARGS = "PDSH_SSH_ARGS_APPEND"  # pdsh's
 class HostsLost(MegaliteError):
     """Hosts whose guard does not start, with the reasons."""
 
-    def __init__(self, said: Mapping[str, str]) -> None:
-        self.hosts = list(said)
-        super().__init__("; ".join(f"{host}: {words}" for host, words in said.items()))
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.hosts = list(reasons)
+        super().__init__("; ".join(f"{host}: {words}" for host, words in reasons.items()))
 
 
 def name_of_run() -> str:
@@ -111,11 +111,11 @@ class Outcome:
 class HostGuard:
     """The local end of the connection to a guard."""
 
-    def __init__(self, host: str, folder: str, port: int | None, said: Path) -> None:
-        self.host, self.said, self.lost, self.over = host, said, False, False
+    def __init__(self, host: str, folder: str, port: int | None, ssh_log: Path) -> None:
+        self.host, self.ssh_log, self.lost, self.over = host, ssh_log, False, False
         self.address, self.refusal = "", ""
         words = python_module("megalite.supervisor.host_guard", folder)
-        with said.open("w") as file:
+        with ssh_log.open("w") as file:
             self.process = subprocess.Popen(
                 words if host == THIS else ssh(host, words, port),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, start_new_session=True,
@@ -134,16 +134,16 @@ class HostGuard:
     @property
     def why_missing(self) -> str:
         """Why the guard does not start."""
-        return self.refusal or f"no answer by ssh: {_last_line(self.said)}"
+        return self.refusal or f"no answer by ssh: {_last_line(self.ssh_log)}"
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         pipe: IO[bytes] | None = self.process.stdin
         assert pipe is not None
         with contextlib.suppress(OSError, ValueError):
             pipe.write(f"{line}\n".encode())
             pipe.flush()
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Closes the guard's input, which makes it exit."""
         with contextlib.suppress(OSError, ValueError):
             assert self.process.stdin is not None
@@ -209,7 +209,9 @@ class Attempt:
         names = [THIS, *self.hosts] if self.program.over_ssh else [THIS]
         try:
             for number, host in enumerate(names):
-                guard = HostGuard(host, self.name, self.program.ssh_port, folder / f"said{number}")
+                guard = HostGuard(
+                    host, self.name, self.program.ssh_port, folder / f"ssh_log{number}"
+                )
                 self.guards.append(guard)
                 threading.Thread(target=guard.read, args=(self.events,), daemon=True).start()
             deadline = time.monotonic() + READY_SECONDS
@@ -223,12 +225,12 @@ class Attempt:
                 raise HostsLost({guard.host: guard.why_missing for guard in missing})
             yield
         finally:
-            self._let_go()
+            self._detach_all()
 
-    def _let_go(self) -> None:
+    def _detach_all(self) -> None:
         """Closes all guards, with one deadline for all."""
         for guard in self.guards:
-            guard.let_go()
+            guard.detach()
         deadline = time.monotonic() + CLOSE_SECONDS
         for guard in self.guards:
             guard.close(deadline)
@@ -278,11 +280,11 @@ class Attempt:
         now = time.monotonic()
         while self.signals.waiting:
             number = self.signals.waiting.pop(0)
-            self._tell(f"signal {number}")
+            self._send_all(f"signal {number}")
             if number != signal.SIGUSR1:
                 self.stopped_at = now
         if self.failed_at is not None and now - self.failed_at > REPORT_SECONDS and not self.asked:
-            self._tell(f"signal {signal.SIGUSR2.value}")
+            self._send_all(f"signal {signal.SIGUSR2.value}")
             self.asked = True
 
     def _is_over(self, child: "subprocess.Popen[bytes]") -> bool:
@@ -295,7 +297,7 @@ class Attempt:
                 self.orphaned = True
                 # The grace period of an earlier signal continues.
                 self.stopped_at = self.stopped_at or now
-                self._tell(f"signal {signal.SIGTERM.value}")
+                self._send_all(f"signal {signal.SIGTERM.value}")
         if self.failed_at is not None and now - self.failed_at > FAILURE_SECONDS:
             return True
         ending = DONE_SECONDS if {*self.words.values()} == {"0"} else LAST_LINES_SECONDS
@@ -314,7 +316,7 @@ class Attempt:
             self._take(guard, line)
         if time.monotonic() - self.beat > BEAT_SECONDS:
             self.beat = time.monotonic()
-            self._tell("")
+            self._send_all("")
 
     def _take(self, guard: HostGuard, line: str) -> None:
         kind, _, rest = line.partition(" ")
@@ -348,17 +350,17 @@ class Attempt:
         elif rank not in self.words and rank not in self.gone and not self.ending:
             self.gone.append(rank)
             self.failed_at = self.failed_at or now
-            self._tell(f"killed {rank}")
+            self._send_all(f"killed {rank}")
         if len(self.words) + len(self.gone) == self.world_size:
             self.ended_at = self.ended_at or now
 
-    def _tell(self, line: str) -> None:
+    def _send_all(self, line: str) -> None:
         for guard in self.guards:
-            guard.tell(line)
+            guard.send(line)
 
     def _end_guards(self) -> None:
         self.ending = True
-        self._tell("end")
+        self._send_all("end")
         deadline = time.monotonic() + FAILURE_SECONDS
         while time.monotonic() < deadline:
             if all(guard.over or guard.lost for guard in self.guards):

@@ -38,8 +38,8 @@ class Guard:
         self.inside = -1  # a descriptor of the folder: its path may be reused by another user
         self.seen: dict[int, str] = {}  # rank by process
         self.helpers: set[int] = set()  # processes that ranks have started, and may leave behind
-        self.told: set[str] = set()
-        self.heard = time.monotonic()
+        self.reported: set[str] = set()
+        self.last_contact = time.monotonic()
         self.rest = b""
 
     def run(self) -> None:
@@ -63,9 +63,9 @@ class Guard:
         # Ranks that started and ended between two looks.
         for name in sorted(os.listdir(self.inside)):
             if name.startswith("rank_"):
-                self._tell(name.removeprefix("rank_"))
+                self._report(name.removeprefix("rank_"))
         for name in os.listdir(self.inside):
-            if name.removeprefix("rank_") in self.told or name.startswith(KILLED):
+            if name.removeprefix("rank_") in self.reported or name.startswith(KILLED):
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=self.inside)
         with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ class Guard:
         """Reads commands, waiting briefly. Returns False if the guard must exit now."""
         if select.select([0], [], [], POLL_SECONDS)[0]:
             read = os.read(0, 4096)
-            self.heard = time.monotonic()
+            self.last_contact = time.monotonic()
             *lines, self.rest = (self.rest + read).split(b"\n")
             for line in lines:
                 if line == b"end":
@@ -91,7 +91,7 @@ class Guard:
                         )
             if not read:
                 return self._orphaned()
-        return time.monotonic() - self.heard < SILENCE_SECONDS or self._orphaned()
+        return time.monotonic() - self.last_contact < SILENCE_SECONDS or self._orphaned()
 
     def _signal(self, number: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
@@ -109,7 +109,7 @@ class Guard:
     def _look(self) -> None:
         running = self._ranks()
         for pid in self.seen.keys() - running.keys():
-            self._tell(self.seen.pop(pid))
+            self._report(self.seen.pop(pid))
         for pid, rank in running.items():
             if pid not in self.seen:
                 self.seen[pid] = rank
@@ -127,19 +127,19 @@ class Guard:
         }
         first = {rank: pid for pid, rank in self.seen.items()}
         for pid, rank in processes.items():
-            if parent_of(pid) in processes or rank in self.told or first.get(rank, pid) != pid:
+            if parent_of(pid) in processes or rank in self.reported or first.get(rank, pid) != pid:
                 self.helpers.add(pid)
         return {pid: rank for pid, rank in processes.items() if pid not in self.helpers}
 
-    def _tell(self, rank: str) -> None:
-        if rank not in self.told:
+    def _report(self, rank: str) -> None:
+        if rank not in self.reported:
             word = NO_WORD
             # Another guard on this host may have reported and removed it.
             with contextlib.suppress(OSError):
                 file = os.open(f"rank_{rank}", os.O_RDONLY, dir_fd=self.inside)
                 word = os.read(file, WORD_BYTES).decode(errors="replace") or NO_WORD
                 os.close(file)
-            self.told.add(rank)
+            self.reported.add(rank)
             _say(f"down {rank} {word}")
 
 

@@ -14,7 +14,7 @@ from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.ranks.arguments import MOST_PORT, ArgumentParser, at_least, positive
 from megalite.ranks.run_program import program_name
-from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
+from megalite.ranks.signals import EXIT_BASE, RESUME, print_interrupted
 from megalite.supervisor.attempt import (
     STOP_SECONDS,
     THIS,
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
             _print(f"{why}: {', '.join(unsent)}")
     code = Supervisor(options, hosts).run()
     if code == EXIT_BASE + signal.SIGINT:
-        tell_interrupted(RESUME)
+        print_interrupted(RESUME)
     return code
 
 

@@ -102,7 +102,7 @@ class AxisSizes:
             index = index * self.along(axis) + coordinates[axis]
         return index
 
-    def told(self, rank: int) -> str:
+    def described(self, rank: int) -> str:
         """A rank's coordinates for messages: `pipe 1, data 0, tensor 1`; context and expert only if above size 1."""
         always = ("pipe", "data", "tensor")
         names = [name for name in TOLD if name in always or self.along(name) > 1]

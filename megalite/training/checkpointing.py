@@ -21,7 +21,7 @@ READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
 
 
 class Checkpoints(Watcher):
-    """The checkpoints of one run. Every rank makes one and must call it at the same steps. tell: takes lines for the
+    """The checkpoints of one run. Every rank makes one and must call it at the same steps. log: takes lines for the
     log. model: the Hugging Face config as a dict."""
 
     def __init__(
@@ -31,10 +31,10 @@ class Checkpoints(Watcher):
         engine: Engine,
         health: Health,
         start: Position,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self.config, self.model, self.engine = config, model, engine
-        self.health, self.tell = health, tell
+        self.health, self.log = health, log
         train = config.train
         self.run_dir = Path(train.run_dir)
         copy_gib = train.checkpoint_copy_gib
@@ -76,9 +76,9 @@ class Checkpoints(Watcher):
             line = f"checkpoint of step {self.saved_step} could not be saved: {failure_line(error)}"
             if last:
                 raise TrainingError(line) from None
-            self.tell(line)
-        while self.saver.told:
-            self.tell(self.saver.told.pop(0))
+            self.log(line)
+        while self.saver.lines:
+            self.log(self.saver.lines.pop(0))
 
     def restore(self) -> StartingPoint:
         """Fills the engine from the newest good checkpoint (collective). Raises TrainingError if there is none."""

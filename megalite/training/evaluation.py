@@ -24,12 +24,12 @@ from megalite.training.watchers import Row
 
 
 class Validation:
-    """The loss on the validation corpora. note: is called with a line for the log."""
+    """The loss on the validation corpora. log: is called with a line for the log."""
 
     def __init__(
-        self, config: Config, data: ValidData, pipeline: Pipeline, note: Callable[[str], None]
+        self, config: Config, data: ValidData, pipeline: Pipeline, log: Callable[[str], None]
     ) -> None:
-        self.config, self.data, self.pipeline, self.note = config, data, pipeline, note
+        self.config, self.data, self.pipeline, self.log = config, data, pipeline, log
 
     def row(self) -> Row:
         """The loss over the first samples of each corpus, in proportion to their weights, as a row of metrics; for a
@@ -43,7 +43,7 @@ class Validation:
             losses[name] = (part[0] / part[1]).item()
         loss = (sums[0] / sums[1]).item()
         if sums[1] == 0:  # NaN never counts as an improvement
-            self.note("validation: no token counts in the evaluated samples, so there is no loss")
+            self.log("validation: no token counts in the evaluated samples, so there is no loss")
         row: Row = {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
         if len(losses) > 1:
             row["valid_losses"] = losses

@@ -22,7 +22,7 @@ class Events:
     """Appends figures to a new event file. If the run starts from a step, TensorBoard ignores later steps of earlier
     files."""
 
-    def __init__(self, folder: Path, first_step: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, first_step: int, log: Callable[[str], None]) -> None:
         # Imported here because it takes longer than the rest of the start.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -31,11 +31,11 @@ class Events:
         self.of_summary: Any = summary_pb2
         self.writer = RecordWriter
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
-        self.file = Appended(folder / name, tell)
+        self.file = Appended(folder / name, log)
         self._append(file_version="brain.Event:2")
         if first_step:
-            log = self.of_event.SessionLog
-            self._append(step=first_step + 1, session_log=log(status=log.START))
+            session = self.of_event.SessionLog
+            self._append(step=first_step + 1, session_log=session(status=session.START))
 
     def append(self, step: int, figures: Mapping[str, float]) -> None:
         """Appends one event with all of a row's figures, rounded to fp32."""

@@ -8,15 +8,15 @@ from megalite.engine.engine import Engine
 from megalite.engine.router_bias import expert_counts
 from megalite.training.watchers import Row, Watcher
 
-LAYERS_TOLD = 3  # layers named in a line
+LAYERS_SHOWN = 3  # layers named in a line
 
 
 class ExpertLoad(Watcher):
     """Reports the load of the experts of a run."""
 
-    def __init__(self, engine: Engine, interval: int, tell: Callable[[str], None]) -> None:
-        """interval: steps between two reports; 0: none. tell: takes lines for the log."""
-        self.engine, self.interval, self.tell = engine, interval, tell
+    def __init__(self, engine: Engine, interval: int, log: Callable[[str], None]) -> None:
+        """interval: steps between two reports; 0: none. log: takes lines for the log."""
+        self.engine, self.interval, self.log = engine, interval, log
         self.mixture = engine.stage.spec.mixture
         self.device = torch.device(engine.device or "cpu")
 
@@ -32,7 +32,7 @@ class ExpertLoad(Watcher):
             max(counts) * len(counts) / max(1, sum(counts)) for counts in layers.values()
         )
         for line in _dead_lines(step, layers):
-            self.tell(line)
+            self.log(line)
 
 
 def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:
@@ -44,6 +44,6 @@ def _dead_lines(step: int, layers: dict[str, list[int]]) -> list[str]:
     }
     if not dead:
         return []
-    told = [f"layer {layer}: {experts}" for layer, experts in dead.items()]
-    rest = f"; and in {len(told) - LAYERS_TOLD} more layers" if len(told) > LAYERS_TOLD else ""
-    return [f"step {step}: experts without tokens: {'; '.join(told[:LAYERS_TOLD])}{rest}"]
+    lines = [f"layer {layer}: {experts}" for layer, experts in dead.items()]
+    rest = f"; and in {len(lines) - LAYERS_SHOWN} more layers" if len(lines) > LAYERS_SHOWN else ""
+    return [f"step {step}: experts without tokens: {'; '.join(lines[:LAYERS_SHOWN])}{rest}"]

@@ -50,16 +50,16 @@ def predicted_seconds(config: Config, device: Device | None) -> float | None:
 
 
 class Foreseen(Watcher):
-    """Runs on rank 0. memory: predicted, by rank (about.py). seconds: predicted, per step. tell: takes lines for the
+    """Runs on rank 0. memory: predicted, by rank (about.py). seconds: predicted, per step. log: takes lines for the
     log."""
 
     def __init__(
         self,
         memory: Sequence[dict[str, int]],
         seconds: float | None,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.memory, self.seconds, self.tell = memory, seconds, tell
+        self.memory, self.seconds, self.log = memory, seconds, log
         self.seen, self.times, self.states = 0, list[float](), ""
 
     def after_step(self, row: Row) -> None:
@@ -72,13 +72,13 @@ class Foreseen(Watcher):
             ]
             self.states = states_words(row)
             if self.seconds is None:
-                self.tell(self.states)
+                self.log(self.states)
         if self.seconds is None or not SKIPPED < self.seen <= SKIPPED + TIMED:
             return
         row["predicted_step_seconds"] = self.seconds
         self.times.append(row["step_seconds"])
         if len(self.times) == TIMED:
-            self.tell(f"{step_words(self.seconds, self.times, row['step'])}; {self.states}")
+            self.log(f"{step_words(self.seconds, self.times, row['step'])}; {self.states}")
 
 
 def states_words(row: Row) -> str:

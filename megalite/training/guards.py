@@ -35,8 +35,8 @@ class ReplicaGuard(Watcher):
 class PaceGuard(Watcher):
     """Reports stragglers."""
 
-    def __init__(self, pace: Pace, note: Callable[[str], None]) -> None:
-        self.pace, self.tell = pace, note
+    def __init__(self, pace: Pace, log: Callable[[str], None]) -> None:
+        self.pace, self.log = pace, log
 
     def before_step(self, position: Position) -> None:
         """Starts the clock if the step is to be measured."""
@@ -47,4 +47,4 @@ class PaceGuard(Watcher):
         figures, lines = self.pace.end(row["step"])
         row |= figures
         for line in lines:
-            self.tell(line)
+            self.log(line)

@@ -17,14 +17,14 @@ from megalite.report.read import ABOUT, HISTORY, REPORT
 from megalite.report.report_program import write_report
 from megalite.training.watchers import Watcher
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class History(Watcher):
     """Appends events, one JSON object per line with `event`, `unix_seconds` and `step`."""
 
-    def __init__(self, run_dir: Path, data: TrainData, tell: Tell) -> None:
-        self.file, self.data = Appended(run_dir / HISTORY, tell), data
+    def __init__(self, run_dir: Path, data: TrainData, log: Log) -> None:
+        self.file, self.data = Appended(run_dir / HISTORY, log), data
 
     def started(self, position: Position, grid: str, last_seen: float) -> None:
         """Records a start from `position`. grid: as text. last_seen: unix time of the last row of the previous
@@ -35,7 +35,7 @@ class History(Watcher):
         """Records the start of a save."""
         self._append("checkpoint", position, corpora=self._corpora(position))
 
-    def went_back(self, position: Position) -> None:
+    def rewound(self, position: Position) -> None:
         """Records that the run has rewound to an earlier step."""
         self._append("back", position)
 
@@ -62,12 +62,12 @@ class History(Watcher):
 class ReportWriter(Watcher):
     """Writes report.html when the run ends, also after a signal or an error. about: facts of the run (about.py)."""
 
-    def __init__(self, run_dir: Path, about: Mapping[str, Any], tell: Tell) -> None:
-        self.run_dir, self.tell = run_dir, tell
+    def __init__(self, run_dir: Path, about: Mapping[str, Any], log: Log) -> None:
+        self.run_dir, self.log = run_dir, log
         try:
             write_durably(run_dir / ABOUT, json.dumps(about) + "\n")
         except OSError as error:
-            tell(f"{run_dir / ABOUT}: cannot be written: {error.strerror}; the run continues")
+            log(f"{run_dir / ABOUT}: cannot be written: {error.strerror}; the run continues")
 
     def close(self) -> None:
         """Writes the page, after the other files are closed. An error here must not change how a run ends."""
@@ -75,4 +75,4 @@ class ReportWriter(Watcher):
         try:
             write_report([self.run_dir], path)
         except Exception as error:
-            self.tell(f"{path}: cannot be written: {type(error).__name__}: {error}")
+            self.log(f"{path}: cannot be written: {type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megalite.errors import ConfigError
 from megalite.ranks.run_program import print_line
-from megalite.ranks.signals import LAUNCH, at_the_end, leave_word
+from megalite.ranks.signals import LAUNCH, at_the_end, record_exit
 
 FILE = "lock"
 BEAT_SECONDS, PATIENCE_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
@@ -191,7 +191,7 @@ class _Lock:
             )
         )
         sys.stderr.flush()
-        leave_word(TAKEN_CODE)
+        record_exit(TAKEN_CODE)
         os._exit(TAKEN_CODE)
 
 

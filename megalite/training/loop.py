@@ -40,7 +40,7 @@ _SHOWN_CHARACTERS = 300  # characters of an error's text in the history
 
 
 @dataclass
-class Agreed:
+class StepFlags:
     """What all ranks agree on at the end of a step."""
 
     stop: int
@@ -71,7 +71,7 @@ class Run:
         self.rate.start_at(start.step)
         self.watchers: list[Watcher] = []
         faults, run_dir = config.train.faults, Path(config.train.run_dir)
-        self.faults_file = Appended(run_dir / FAULTS, self.note)
+        self.faults_file = Appended(run_dir / FAULTS, self.log)
         self.health = Health(faults, engine, self.pipeline, watchdog.hosts, self.faults_file, start)
         self.rewinding, self.last_batch = False, range(0)
         check = False  # one rank per node has checked the data before the ranks started
@@ -79,11 +79,11 @@ class Run:
         self.validation: Validation | None = None
         if config.data.valid:
             valid = ValidData(config.data, spec.vocabulary_size, check)
-            self.validation = Validation(config, valid, self.pipeline, self.note)
-        self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.note)
+            self.validation = Validation(config, valid, self.pipeline, self.log)
+        self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.log)
         self.saver = self.checkpoints.saver
         self.ahead = Prefetcher(self._read, self.device)
-        engine.global_norm.riders = self._flags
+        engine.global_norm.flags = self._flags
         self.signals = listen()
         self.first_step = start.step
         self.watchers += watchers_of(self)
@@ -127,7 +127,7 @@ class Run:
         limits, watching = train.limits, self.watchdog.watching
         self.signals.defer()
         for line in self.data.notes:
-            self.note(line)
+            self.log(line)
         if self.health.rewinds and self.position.step == 0:
             self._save()  # a run that may rewind needs a checkpoint
         self._make_up_evaluation()
@@ -137,15 +137,15 @@ class Run:
                 f"step {step}",
                 limits.first_step_seconds if step == 1 + first else limits.step_seconds,
             ):
-                agreed = self._step()
-            stop = agreed.stop
+                flags = self._step()
+            stop = flags.stop
             if not self.rewinding:
                 if self.config.evaluates and due(step, train.eval_interval, train.last_step):
                     if stop:  # there may be no time: the next start does it
                         self.position = replace(self.position, owes_evaluation=True)
                     else:
                         self._evaluate()
-                wanted = agreed.save or stop or self.stops_early or self._is_best
+                wanted = flags.save or stop or self.stops_early or self._is_best
                 if wanted or due(step, train.checkpoint_interval, train.last_step):
                     with watching(f"checkpoint of step {step}", limits.checkpoint_seconds):
                         self._save()
@@ -156,11 +156,11 @@ class Run:
         with watching("the last checkpoint", limits.checkpoint_seconds):
             self.checkpoints.finish(last=True)
         for line in self.data.share_lines(self.position.consumed_samples):
-            self.note(line)
+            self.log(line)
         if stop:
-            self.note(f"stopped by signal {stop} after step {self.position.step}: {RESUME}")
+            self.log(f"stopped by signal {stop} after step {self.position.step}: {RESUME}")
         elif self.stops_early:
-            self.note(f"step {self.position.step}: {self.position.best.stop_line}")
+            self.log(f"step {self.position.step}: {self.position.best.stop_line}")
         return stop
 
     @property
@@ -175,12 +175,12 @@ class Run:
         position = self.position
         return self.config.train.keep_best and position.best.step == position.step
 
-    def note(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Passes a line for the log to the watchers."""
         for watcher in self.watchers:
-            watcher.note(text)
+            watcher.logged(text)
 
-    def _step(self) -> Agreed:
+    def _step(self) -> StepFlags:
         """Runs one optimizer step."""
         config, health, before = self.config, self.health, self.position
         count = config.batch_plan.size(before.consumed_samples)
@@ -197,8 +197,8 @@ class Run:
         health.begin(before)
         with self.engine.weighed() if first else contextlib.nullcontext({}) as memory:
             train_step(self.pipeline, self.grid.replica, batches, health.take_loss)
-        agreed = self._agreed()
-        if agreed.save_ended:
+        flags = self._flags_of_all()
+        if flags.save_ended:
             self.checkpoints.finish()
         self.position = health.after(count, step_tokens)
         row: Row = {
@@ -210,18 +210,18 @@ class Run:
             "consumed_tokens": self.position.consumed_tokens,
         } | health.row()
         self.last_batch = range(before.consumed_samples, before.consumed_samples + count)
-        self._heed(health.answer(self.position.step))
+        self._log_fault(health.answer(self.position.step))
         if first:
             row |= self._memory_row(memory | {"peak_bytes": peak_bytes(self.device)})
-            self.note(peak_line(row["peak_bytes"]))
+            self.log(peak_line(row["peak_bytes"]))
         for watcher in self.watchers:
             watcher.after_step(row)
-        return agreed
+        return flags
 
-    def _heed(self, line: str | None) -> None:
+    def _log_fault(self, line: str | None) -> None:
         """Logs health's answer, and remembers if it asks for a rewind."""
         if line is not None:
-            self.note(line)
+            self.log(line)
             self.rewinding = self.health.fault is not None and self.health.fault.action == "rewind"
 
     def _rewind(self) -> None:
@@ -231,9 +231,9 @@ class Run:
         self.position = replace(self.checkpoints.restore().position, left_out=left_out)
         self.rate.start_at(self.position.step)
         for watcher in self.watchers:
-            watcher.went_back(self.position)
+            watcher.rewound(self.position)
         ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in left_out)
-        self.note(f"rewound to step {self.position.step}; the run skips samples {ranges}")
+        self.log(f"rewound to step {self.position.step}; the run skips samples {ranges}")
         # Saved at once, so that a restart skips them too.
         self.rewinding = False
         self._save(again=True)
@@ -256,11 +256,11 @@ class Run:
         signals.save = signals.save and not flags[2]
         return [float(flag) for flag in flags]
 
-    def _agreed(self) -> Agreed:
+    def _flags_of_all(self) -> StepFlags:
         """The flags of all ranks, from the step's message."""
-        term, interrupt, save, ended = self.engine.global_norm.heard
+        term, interrupt, save, ended = self.engine.global_norm.flag_sums
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
-        return Agreed(stop, bool(save), ended == self.grid.world_size)
+        return StepFlags(stop, bool(save), ended == self.grid.world_size)
 
     def _memory_row(self, memory: dict[str, int]) -> dict[str, list[int]]:
         """Bytes of model states, and the peak, by rank (collective)."""
@@ -302,7 +302,7 @@ class Run:
         replace the saved one."""
         saved = not again and self.checkpoints.saved_step == self.position.step
         unsound = self.checkpoints.save(self.position, again)
-        self._heed(unsound)
+        self._log_fault(unsound)
         if unsound is None and not saved:
             for watcher in self.watchers:
                 watcher.saved(self.position)

@@ -33,16 +33,16 @@ class MetricsFile(Watcher):
         run_dir: Path,
         first_step: int,
         tensorboard: bool,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         evaluates_first: bool = False,
     ) -> None:
-        """tell: takes lines for the log, about a full disk. evaluates_first: the evaluation after `first_step` is still
+        """log: takes lines for the log, about a full disk. evaluates_first: the evaluation after `first_step` is still
         to be done."""
-        self.run_dir, self.path, self.tensorboard, self.tell = (
+        self.run_dir, self.path, self.tensorboard, self.log = (
             run_dir,
             run_dir / FILE,
             tensorboard,
-            tell,
+            log,
         )
         self._open(first_step, evaluates_first)
 
@@ -54,9 +54,9 @@ class MetricsFile(Watcher):
         for row in kept:
             self._remember_best(row)
         self.first_start = _first_start(run_dir, self.useful_seconds)
-        self.file = Appended(self.path, self.tell)
+        self.file = Appended(self.path, self.log)
         self.events = (
-            Events(run_dir / "tensorboard", first_step, self.tell) if self.tensorboard else None
+            Events(run_dir / "tensorboard", first_step, self.log) if self.tensorboard else None
         )
         with contextlib.suppress(OSError):
             if self.events is not None:
@@ -71,7 +71,7 @@ class MetricsFile(Watcher):
         """Writes the row."""
         self.write(row)
 
-    def went_back(self, position: Position) -> None:
+    def rewound(self, position: Position) -> None:
         """Removes the rows of later steps."""
         self.close()
         self._open(position.step, position.owes_evaluation)

@@ -33,7 +33,7 @@ from megalite.plan.device_figures import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.rank_memory import check_states
-from megalite.plan.states import told_lines
+from megalite.plan.states import memory_lines
 from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
 from megalite.ranks.garbage import collect_garbage, hold_garbage
@@ -312,7 +312,7 @@ def _summary(prepared: PreparedRun) -> str:
     how evenly the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
     plan = pipeline_lines(plan_of(config, spec), config.accumulation_steps)
-    lines = [*config.notes, size_line(config, spec), *told_lines(config, spec), *plan]
+    lines = [*config.notes, size_line(config, spec), *memory_lines(config, spec), *plan]
     return "\n".join([*lines, *context_lines(config, spec)])
 
 
@@ -379,7 +379,7 @@ def _train(prepared: PreparedRun, rank: int) -> int:
         start.fill(engine)
         if rank == 0:
             _write_config(config)
-            say(f"{run_dir}: {start.told}")
+            say(f"{run_dir}: {start.line}")
             say(_summary(prepared))
         phase("opening data, measuring the rate of matrix products")
         run = Run(config, prepared.spec, prepared.model, engine, start.position, watchdog)

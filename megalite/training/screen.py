@@ -86,7 +86,7 @@ class Screen(Watcher):
     def evaluated(self, row: Row) -> None:
         """Shows the loss of an evaluation."""
         for sample in row.get("samples", [])[:SHOWN_SAMPLES]:
-            self.note(f"sample: {sample['prompt']}{sample['text']}"[:SAMPLE_CHARACTERS])
+            self.logged(f"sample: {sample['prompt']}{sample['text']}"[:SAMPLE_CHARACTERS])
         if "valid_loss" not in row:
             return
         loss, quality = row["valid_loss"], f"perplexity {row['valid_perplexity']:.5g}"
@@ -99,7 +99,7 @@ class Screen(Watcher):
         with self._while_there():
             self.console.print(line.append(f"validation, {quality}"))
 
-    def note(self, text: str) -> None:
+    def logged(self, text: str) -> None:
         """Shows another line."""
         if self.live is None:
             say(text)
@@ -107,7 +107,7 @@ class Screen(Watcher):
             with self._while_there():
                 self.console.print(text, highlight=False, markup=False)
 
-    def went_back(self, position: Position) -> None:
+    def rewound(self, position: Position) -> None:
         """Restarts the estimate of the time left."""
         self.seconds_left = 0.0
 

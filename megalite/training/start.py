@@ -36,11 +36,11 @@ from megalite.hub.sources import (
 
 @dataclass
 class StartingPoint:
-    """A run's first position, and the weights for its engine. told: a line for the log. damaged: names of newer
+    """A run's first position, and the weights for its engine. line: for the log. damaged: names of newer
     checkpoints that were skipped."""
 
     position: Position
-    told: str
+    line: str
     weights: Weights | None = None
     moments: bool = False
     damaged: tuple[str, ...] = ()
@@ -99,11 +99,11 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
         return StartingPoint(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))
     weights = open_weights_together(folder, classes)
-    told = f"a new run with the weights of {folder}"
+    line = f"a new run with the weights of {folder}"
     partly = bool(classes) and not is_of_classifier(weights)
     if partly:
-        told += " and a new head"
-    return StartingPoint(Position(), told, weights, partly=partly)
+        line += " and a new head"
+    return StartingPoint(Position(), line, weights, partly=partly)
 
 
 def _check_step(checkpoint: Checkpoint) -> None:

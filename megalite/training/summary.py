@@ -19,9 +19,9 @@ class Summary(Watcher):
     """Summary of one start, on rank 0. decoder: whether the model can continue text."""
 
     def __init__(
-        self, run_dir: Path, metrics: MetricsFile, decoder: bool, tell: Callable[[str], None]
+        self, run_dir: Path, metrics: MetricsFile, decoder: bool, log: Callable[[str], None]
     ) -> None:
-        self.run_dir, self.metrics, self.decoder, self.tell = run_dir, metrics, decoder, tell
+        self.run_dir, self.metrics, self.decoder, self.log = run_dir, metrics, decoder, log
         self.begin = time.monotonic()
         self.first_tokens: int | None = None
 
@@ -36,17 +36,17 @@ class Summary(Watcher):
             return
         seconds = time.monotonic() - self.begin
         tokens = position.consumed_tokens - (self.first_tokens or 0)
-        self.tell(
+        self.log(
             f"{reason}: step {position.step}, {tokens:,} tokens in {clock(seconds)}, "
             f"{tokens / seconds:,.0f} tokens/s"
         )
         if (best := self.metrics.best) is not None:
-            self.tell(f"best validation loss {best['valid_loss']:.4f} at step {best['step']}")
-        self.tell(f"checkpoint {self.run_dir / 'checkpoints'}, report {self.run_dir / REPORT}")
+            self.log(f"best validation loss {best['valid_loss']:.4f} at step {best['step']}")
+        self.log(f"checkpoint {self.run_dir / 'checkpoints'}, report {self.run_dir / REPORT}")
         if (best_name := named_best(self.run_dir)) is not None:
-            self.tell(f"best checkpoint {best_name}: --checkpoint {self.run_dir} --best")
+            self.log(f"best checkpoint {best_name}: --checkpoint {self.run_dir} --best")
         if not reason.startswith("signal"):
-            self.tell(f"next: {self._next()}")
+            self.log(f"next: {self._next()}")
 
     def _next(self) -> str:
         """A command for the trained model, in the form in which this program was started."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalite.checkpoint.folder import write_durably
 from megalite.data.position import Position
-from megalite.engine.hearing import WORLD, hearing
+from megalite.engine.collective_spans import WORLD, recording_collectives
 from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import RANK_TIMELINE, Span
 from megalite.pipeline.program import Action, Value
@@ -40,11 +40,11 @@ class StepTimeline(Watcher):
         run_dir: Path,
         steps: Collection[int],
         every: int,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self.grid, self.device, self.path = grid, device, run_dir / TRACE
-        self.steps, self.every, self.tell = set(steps), every, tell
-        self.hearing = contextlib.ExitStack()
+        self.steps, self.every, self.log = set(steps), every, log
+        self.recording = contextlib.ExitStack()
         self.offset = 0.0
 
     def before_step(self, position: Position) -> None:
@@ -53,7 +53,7 @@ class StepTimeline(Watcher):
         if step in self.steps:
             self.offset = clock_offset(self.grid)
         if step in self.steps or self._splits(step):
-            self.hearing.enter_context(hearing(self.grid))
+            self.recording.enter_context(recording_collectives(self.grid))
             RANK_TIMELINE.begin(self.device)
 
     def after_step(self, row: Row) -> None:
@@ -61,7 +61,7 @@ class StepTimeline(Watcher):
         if not RANK_TIMELINE.on:
             return
         step = row["step"]
-        self.hearing.close()
+        self.recording.close()
         spans = RANK_TIMELINE.take(wait=step in self.steps)
         if self._splits(step):
             row["split_seconds"] = self._mean(split(spans, row))
@@ -74,7 +74,7 @@ class StepTimeline(Watcher):
 
     def close(self) -> None:
         """Stops recording, in case the step has failed."""
-        self.hearing.close()
+        self.recording.close()
 
     def _splits(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -96,9 +96,9 @@ class StepTimeline(Watcher):
         try:
             write_durably(self.path, json.dumps({"traceEvents": kept + events}) + "\n")
         except OSError as error:
-            self.tell(f"{self.path}: cannot be written: {error.strerror}; the run continues")
+            self.log(f"{self.path}: cannot be written: {error.strerror}; the run continues")
             return
-        self.tell(f"step {step}: traced: {self.path}, for https://ui.perfetto.dev")
+        self.log(f"step {step}: traced: {self.path}, for https://ui.perfetto.dev")
 
 
 def split(spans: Sequence[Span], row: Row) -> dict[str, float]:
@@ -160,7 +160,7 @@ def events_of(spans: Sequence[Span], grid: Grid, step: int, offset: float) -> li
     """This rank's events in the Trace Event Format. Messages are arrows from the sending rank to the wait of the
     receiving one."""
     rank, pipe, axes = grid.rank, grid.pipe, grid.sizes.axes
-    events = [process_name(rank, f"rank {rank}: {grid.sizes.told(rank)}")]
+    events = [process_name(rank, f"rank {rank}: {grid.sizes.described(rank)}")]
     for span in spans:
         category, name = _named(span)
         event = {

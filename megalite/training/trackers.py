@@ -49,10 +49,10 @@ class Trackers(Watcher):
         names: Sequence[str],
         run_dir: Path,
         config: dict[str, Any],
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """config: the resolved JSON, which trackers show by dotted keys."""
-        self.tell = tell
+        self.log = log
         self.trackers: dict[str, Any] = {}
         for name in names:
             self._try(name, lambda name=name: self._start(name, run_dir, config))
@@ -76,7 +76,7 @@ class Trackers(Watcher):
             line = f"{KEY}: {name}: has been finishing its run for {TOLD_SECONDS:g} s"
             timer = threading.Timer(
                 TOLD_SECONDS,
-                self.tell,
+                self.log,
                 [f"{line}; everything else is done, the process may be killed"],
             )
             timer.daemon = True
@@ -108,7 +108,7 @@ class Trackers(Watcher):
             call()
         except Exception as error:
             self.trackers.pop(name, None)
-            self.tell(
+            self.log(
                 f"{KEY}: {name}: disabled for the rest of the run: {type(error).__name__}: {error}"
             )
 

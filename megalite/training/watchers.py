@@ -30,10 +30,10 @@ class Watcher:
         """Called when a save has started; the checkpoint is complete when `after_step` sees
         `checkpoint_write_seconds`."""
 
-    def went_back(self, position: Position) -> None:
+    def rewound(self, position: Position) -> None:
         """Called when the run has rewound to an earlier step."""
 
-    def note(self, text: str) -> None:
+    def logged(self, text: str) -> None:
         """Called with a line for the log, on every rank that has one."""
 
     def ended(self, position: Position, reason: str) -> None:

@@ -48,7 +48,7 @@ class Watched(Protocol):
     position: Position
     watchdog: Any
 
-    def note(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
 
 def watchers_of(run: Watched) -> list[Watcher]:
@@ -66,8 +66,8 @@ def watchers_of(run: Watched) -> list[Watcher]:
     router = train.router or RouterSection.model_validate({})
     watchers = [
         ReplicaGuard(config, engine, run.health),
-        PaceGuard(pace, run.note),
-        *([ExpertLoad(engine, router.load_interval, run.note)] if spec.mixture is not None else []),
+        PaceGuard(pace, run.log),
+        *([ExpertLoad(engine, router.load_interval, run.log)] if spec.mixture is not None else []),
         Speed(utilisation),
         run.checkpoints,
         StepTimeline(
@@ -76,7 +76,7 @@ def watchers_of(run: Watched) -> list[Watcher]:
             Path(train.run_dir),
             train.trace_steps,
             train.faults.pace_interval,
-            run.note,
+            run.log,
         ),
     ]
     if train.sample_prompts:
@@ -92,18 +92,18 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
     train, first = run.config.train, run.position.step
     run_dir = Path(train.run_dir)
     owes = run.position.owes_evaluation and run.config.evaluates
-    metrics = MetricsFile(run_dir, first, train.tensorboard, run.note, owes)
-    history = History(run_dir, run.data, run.note)
+    metrics = MetricsFile(run_dir, first, train.tensorboard, run.log, owes)
+    history = History(run_dir, run.data, run.log)
     axes = " × ".join(f"{name} {size}" for name, size in axes_of(run.config).items())
     history.started(run.position, axes, metrics.last_seen)
-    told = about(run.config, run.spec)
+    facts = about(run.config, run.spec)
     device = device_of_run(run.config, run.device, run.watchdog.hosts)
     return [
-        Foreseen(told["predicted"], predicted_seconds(run.config, device), run.note),
+        Foreseen(facts["predicted"], predicted_seconds(run.config, device), run.log),
         metrics,
         history,
-        ReportWriter(run_dir, told, run.note),
-        Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.note),
-        Trackers(train.trackers, run_dir, run.config.to_json(), run.note),
+        ReportWriter(run_dir, facts, run.log),
+        Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.log),
+        Trackers(train.trackers, run_dir, run.config.to_json(), run.log),
         Screen(train.last_step, first, train.log_interval),
     ]

@@ -234,7 +234,7 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
                 assert f"rank {victim}: [Errno " in failed, failed
             everyone: list[Any] = [None] * world_size
             dist.all_gather_object(
-                everyone, (failed, state["seen"] >= point and rank == victim, list(saver.told))
+                everyone, (failed, state["seen"] >= point and rank == victim, list(saver.lines))
             )
             assert len({outcome for outcome, _, _ in everyone}) == 1, everyone
             standing = [Checkpoint.open(path).state["step"] for path in checkpoints_of(run)]
@@ -242,7 +242,7 @@ def refused(rank: int, world_size: int, run: Path, point_step: int) -> int:
             assert good == step or failed
             assert standing  # more than `keep` if the failure came after it had appeared
             dist.barrier()
-            saver.told.clear()
+            saver.lines.clear()
             if not any(reached for _, reached, _ in everyone):
                 break
             refusals += 1
@@ -298,7 +298,7 @@ def room_is_made(rank: int, world_size: int, run: Path) -> None:
         )
         assert is_good(run, {step})
         dist.barrier()
-    removed = [line.partition(": ")[0] for line in saver.told]
+    removed = [line.partition(": ")[0] for line in saver.lines]
     assert removed == (
         [str(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2)] if rank == 0 else []
     )
@@ -312,7 +312,7 @@ def room_is_made(rank: int, world_size: int, run: Path) -> None:
     assert "No space left on device" in failure_line(raised.value)
     dist.barrier()
     assert [path.name for path in checkpoints_of(run)] == ["step_00000003", "step_00000004"]
-    assert is_good(run, {3}) and saver.told == []
+    assert is_good(run, {3}) and saver.lines == []
     dist.barrier()
 
 
@@ -422,7 +422,7 @@ def test_a_damaged_later_checkpoint_is_put_aside_and_never_kept_for_a_good_one(
         "step_00000004",
         "step_00000007.damaged",
     ]
-    assert "step_00000007: damaged and skipped: renamed to step_00000007.damaged" in saver.told[0]
+    assert "step_00000007: damaged and skipped: renamed to step_00000007.damaged" in saver.lines[0]
     assert newest_good(tmp_path)[1] == []
 
 
@@ -439,7 +439,7 @@ def test_a_later_checkpoint_that_was_not_found_damaged_is_left_alone(tmp_path: P
         "step_00000007",
     ]
     assert newest_good(tmp_path) == (tmp_path / "checkpoints" / "step_00000007", [])
-    (line,) = saver.told
+    (line,) = saver.lines
     assert line.endswith(
         "step_00000007: of a later step than 4 and not written by this start: left unchanged"
     )

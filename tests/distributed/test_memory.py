@@ -14,7 +14,7 @@ from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from megalite.parallel.traffic import Traffic
-from megalite.plan.states import States, parameter_sizes, predicted_states, told_lines
+from megalite.plan.states import States, memory_lines, parameter_sizes, predicted_states
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, SEQUENCE, VOCABULARY, Layout, Task, build
 
@@ -182,7 +182,7 @@ def test_zero_3_on_one_rank_holds_small_weights_once() -> None:
 
 def test_ranks_that_hold_the_same_share_a_line() -> None:
     config = Config.from_dict(config_of("llama", 2, 1, 1, "bf16", 4))
-    head, *lines = told_lines(config, read_spec(config.model))
+    head, *lines = memory_lines(config, read_spec(config.model))
     assert head.split()[-5:] == ["weights", "gradients", "optimizer", "activations", "bucket"]
     assert [line.split()[0] for line in lines] == ["0-1", "2-3"]
 

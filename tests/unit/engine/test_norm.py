@@ -32,7 +32,7 @@ def test_squares_are_summed_in_fp64(dtype: torch.dtype, count: int) -> None:
 
 def test_counted_gradients_are_summed_and_riders_are_received() -> None:
     norm = GlobalNorm([A, B, COPY])
-    norm.loss, norm.riders = torch.tensor(2.5), lambda: (7.0, -1.0)
+    norm.loss, norm.flags = torch.tensor(2.5), lambda: (7.0, -1.0)
     asked: list[tuple[float, float]] = []
 
     def judge(loss: float, found: float) -> bool:
@@ -42,7 +42,7 @@ def test_counted_gradients_are_summed_and_riders_are_received() -> None:
     norm.judge = judge
     found = norm(PIECES, CPU, replicated=False)
     assert (found.item(), found.dtype) == (5.0, torch.float64)
-    assert asked == [(2.5, 5.0)] and norm.heard == [7.0, -1.0]
+    assert asked == [(2.5, 5.0)] and norm.flag_sums == [7.0, -1.0]
     assert norm.accepted and not norm.overflowed and norm.not_finite() == []
 
 

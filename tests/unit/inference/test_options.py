@@ -124,7 +124,7 @@ def test_a_beam_search_shows_no_bar(
         generate_program, "start_ranks", lambda prepare: (rank_info(), prepare(True))
     )
     monkeypatch.setattr(generate_program, "stop_ranks", lambda: None)
-    monkeypatch.setattr(generate_program, "told_by_rank_0", lambda value: value)
+    monkeypatch.setattr(generate_program, "from_rank_0", lambda value: value)
     stage = megalite.load(folder).stage
     monkeypatch.setattr(generate_program, "load_stage", lambda prepared, dtype: (stage, Grid()))
     monkeypatch.setattr(

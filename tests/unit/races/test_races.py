@@ -51,7 +51,7 @@ def test_a_wrong_row_is_one_line() -> None:
 def tiny(row: str) -> races.Race:
     asked = RACES[row]
     return races.Race(
-        asked.told, TINY, asked.batch, asked.micro, asked.bf16, asked.make, asked.figure
+        asked.description, TINY, asked.batch, asked.micro, asked.bf16, asked.make, asked.figure
     )
 
 

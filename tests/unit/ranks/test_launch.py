@@ -40,5 +40,5 @@ def test_ranks_of_several_nodes_do_not_listen_on_loopback(
     monkeypatch.setattr(launch, "interface_towards", routes.__getitem__)
     with mock.patch.dict(os.environ, {"MASTER_ADDR": master}):
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        launch._set_environment(RankPlace(0, 4, 0, local_size))
+        launch._set_environment(RankInfo(0, 4, 0, local_size))
         assert os.environ["GLOO_SOCKET_IFNAME"] == wanted

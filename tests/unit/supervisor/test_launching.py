@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.ranks.signals import command_of, killed_ranks, leave_word
+from megalite.ranks.signals import command_of, killed_ranks, record_exit
 from megalite.supervisor import attempt
 from megalite.supervisor.attempt import Attempt, ReceivedSignals, name_of_run
 from megalite.supervisor.attempt import LaunchedProgram as AttemptProgram
@@ -188,7 +188,7 @@ def test_a_messages_folder_that_another_user_can_reach_is_not_used(
     monkeypatch.setenv("MEGALITE_LAUNCH", str(folder))
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "killed_3").touch()
-    leave_word(1)
+    record_exit(1)
     assert (
         not victim.exists()
         and (not folder.is_dir() or not [*folder.glob("rank_*")])
@@ -267,7 +267,7 @@ def test_all_guards_are_released_within_one_limit(tmp_path: Path) -> None:
         made.guards = [
             attempt.HostGuard(attempt.THIS, "x", None, tmp_path / "said") for _ in range(5)
         ]
-    made._let_go()
+    made._detach_all()
     assert time.monotonic() - begin < 3
     assert all(guard.process.poll() is not None for guard in made.guards)
 

@@ -37,7 +37,7 @@ def test_the_docstrings_example() -> None:
     sizes = AxisSizes(pipe=2, data=2, tensor=2)
     for name, group in (("tensor", [4, 5]), ("data", [5, 7]), ("pipe", [1, 5])):
         assert group in sizes.groups(name)
-    assert sizes.told(5) == "pipe 1, data 0, tensor 1"
+    assert sizes.described(5) == "pipe 1, data 0, tensor 1"
     assert sizes.ends() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
@@ -46,7 +46,7 @@ def test_the_groups_that_hold_copies_of_a_weight_and_of_an_experts() -> None:
     assert sizes.groups("replica") == [list(range(8))]
     assert sizes.groups("expert") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert sizes.groups("expert_replica") == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert sizes.told(5) == "pipe 0, data 2, context 1, expert 0, tensor 0"
+    assert sizes.described(5) == "pipe 0, data 2, context 1, expert 0, tensor 0"
     assert set(AXES) >= {axis for plane in PLANES.values() for axis in plane}
 
 

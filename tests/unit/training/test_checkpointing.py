@@ -19,7 +19,7 @@ class Saver:
     def __init__(self) -> None:
         self.saved: list[tuple[Any, ...]] = []
         self.error: BaseException | None = None
-        self.told = ["old.damaged: removed"]
+        self.lines = ["old.damaged: removed"]
         self.copy = SimpleNamespace(made="an event")
 
     def wait(self) -> None:
@@ -76,7 +76,7 @@ def test_a_failed_save_is_reported_and_only_the_last_one_ends_the_run(made: Any)
     made.saver.error = failed = SaveFailed({1: (OSError("no room"), None)})
     made.finish()
     line = "checkpoint of step 5 could not be saved: rank 1: no room"
-    assert made.lines == [line, "old.damaged: removed"] and made.saver.told == []
+    assert made.lines == [line, "old.damaged: removed"] and made.saver.lines == []
     made.saver.error = failed
     with pytest.raises(TrainingError, match="^checkpoint of step 5 could not be saved: "):
         made.finish(last=True)

@@ -26,7 +26,7 @@ def test_each_event_is_a_line_with_its_step(tmp_path: Path) -> None:
     made = History(tmp_path, data, print)
     made.started(Position(), "pipe 2 × data 1", 12.5)
     made.saved(Position(3, 24))
-    made.went_back(Position(2, 16))
+    made.rewound(Position(2, 16))
     made.ended(Position(5, 41), "done")
     made.close()
     rows = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]

@@ -69,7 +69,7 @@ def test_a_repeated_evaluation_has_one_row(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 2, False, print, evaluates_first=True)
     assert strict_rows(path) == [{"step": 1, "valid_loss": 1.0}, {"step": 2, "loss": 3.0}]
     metrics.evaluated({"step": 2, "valid_loss": 2.5})
-    metrics.went_back(Position(step=2, owes_evaluation=True))
+    metrics.rewound(Position(step=2, owes_evaluation=True))
     metrics.evaluated({"step": 2, "valid_loss": 2.5})
     metrics.close()
     assert [row["step"] for row in strict_rows(path) if "valid_loss" in row] == [1, 2]
@@ -86,7 +86,7 @@ def test_rows_after_a_step_are_removed_on_a_full_disk(tmp_path: Path, disk: Disk
     disk.room = 0
     metrics = MetricsFile(tmp_path, 4, False, print)
     assert [row["step"] for row in strict_rows(path)] == [1, 2, 3, 4]
-    metrics.went_back(Position(step=2))
+    metrics.rewound(Position(step=2))
     assert [row["step"] for row in strict_rows(path)] == [1, 2]
     disk.room = None
     # Truncated in the middle, by another program.

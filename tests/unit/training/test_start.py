@@ -33,7 +33,7 @@ def damage(folder: Path) -> None:
 
 def test_an_empty_folder_is_a_new_run(tmp_path: Path) -> None:
     start = starting_point(tmp_path, None)
-    assert (start.told, start.position.step, start.weights) == ("a new run", 0, None)
+    assert (start.line, start.position.step, start.weights) == ("a new run", 0, None)
     start.fill(None)  # type: ignore[arg-type]  # for which no engine is needed
 
 
@@ -41,7 +41,7 @@ def test_the_newest_checkpoint_takes_precedence_over_other_weights(tmp_path: Pat
     save(tmp_path, 3)
     save(tmp_path, 7, skipped_steps=2)
     start = starting_point(tmp_path, "none such")
-    assert (start.told, start.moments, start.damaged) == ("resuming from step 7", True, ())
+    assert (start.line, start.moments, start.damaged) == ("resuming from step 7", True, ())
     assert (start.position.consumed_samples, start.position.updates) == (56, 5)
     assert start.weights is not None and start.weights.read("a").tolist() == [7.0] * 3
     assert newest_named(tmp_path) == step_name(7)
@@ -92,7 +92,7 @@ def test_other_weights_are_a_new_run(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(folder)
     start = starting_point(tmp_path / "run", str(folder))
-    assert (start.told, start.position.step) == (f"a new run with the weights of {folder}", 0)
+    assert (start.line, start.position.step) == (f"a new run with the weights of {folder}", 0)
     assert not start.moments and not start.partly and start.weights is not None
     with pytest.raises(
         CheckpointError, match="none: does not exist: must be a run folder"
@@ -105,4 +105,4 @@ def test_a_classifier_may_start_from_a_language_model(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(folder)
     start: StartingPoint = starting_point(tmp_path / "run", str(folder), ("good", "bad"))
-    assert start.partly and start.told.endswith(f"{folder} and a new head")
+    assert start.partly and start.line.endswith(f"{folder} and a new head")

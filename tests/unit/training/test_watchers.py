@@ -130,7 +130,7 @@ def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
     told.clear()
     summary.ended(Position(step=3), "error: loss is nan")
     assert told == []
-    metrics.went_back(Position(step=1))
+    metrics.rewound(Position(step=1))
     assert metrics.best is not None and metrics.best["step"] == 1
 
 

@@ -1,4 +1,5 @@
-"""Collectives on the timeline (megalite/engine/hearing.py), with stubs for the functions of torch.distributed."""
+"""Collectives on the timeline (megalite/engine/collective_spans.py), with stubs for the functions of
+torch.distributed."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
 
-from megalite.engine.hearing import hearing
+from megalite.engine.collective_spans import recording_collectives
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.timeline import RANK_TIMELINE
 
@@ -43,7 +44,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_collectives_are_named_by_function_and_axis(backend: SimpleNamespace) -> None:
     RANK_TIMELINE.begin(torch.device("cpu"))
-    with hearing(GRID):
+    with recording_collectives(GRID):
         assert dist.all_reduce(None, None, TENSOR) == "reduced"
         assert dist.all_reduce(None) == "reduced"
         assert backend.all_gather_function(None, None, group=TENSOR) == "gathered"
@@ -56,7 +57,7 @@ def test_collectives_are_named_by_function_and_axis(backend: SimpleNamespace) ->
 
 
 def test_everything_is_put_back_after_an_error_too(backend: SimpleNamespace) -> None:
-    with pytest.raises(KeyError), hearing(GRID):
+    with pytest.raises(KeyError), recording_collectives(GRID):
         assert dist.all_reduce is not all_reduce and backend.all_gather_function is not gather
         raise KeyError
     assert dist.all_reduce is all_reduce and backend.all_gather_function is gather

@@ -32,7 +32,7 @@ WORLD = "world"
 
 
 @contextlib.contextmanager
-def hearing(grid: Grid) -> Iterator[None]:
+def recording_collectives(grid: Grid) -> Iterator[None]:
     """Inside, each synchronous collective over an axis of the grid or the world is a span of RANK_TIMELINE, whose
     `what` is the names of the function and of the axis."""
     names = {axis.group.group_name: axis.name for axis in grid.axes()}
@@ -42,11 +42,11 @@ def hearing(grid: Grid) -> Iterator[None]:
         for owner, name in wrapped:
             original = getattr(owner, name)
             patches.callback(setattr, owner, name, original)
-            setattr(owner, name, _heard(original, names))
+            setattr(owner, name, _recorded(original, names))
         yield
 
 
-def _heard(function: Callable[..., Any], names: dict[str, str]) -> Callable[..., Any]:
+def _recorded(function: Callable[..., Any], names: dict[str, str]) -> Callable[..., Any]:
     parameters = [*inspect.signature(function).parameters]
 
     @functools.wraps(function)
