@@ -38,7 +38,7 @@ def test_messages_larger_than_nccls_buffers_do_not_hang(
 )
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_layout_is_the_run_of_one_gpu(
-    tmp_path: Path, parallel: dict[str, int], zero: int, needs: Needs
+    tmp_path: Path, parallel: dict[str, Any], zero: int, needs: Needs
 ) -> None:
     needs(2)
     if "pipe" in parallel and zero == 3:
@@ -77,6 +77,27 @@ def test_a_grid_with_overlapped_reductions_is_the_run_of_one_gpu(
             assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(
                 one_norm, rel=1e-4
             )
+
+
+@pytest.mark.parametrize(
+    "zero, parallel",
+    [
+        (3, {}), (2, {}), (1, {"pipe": 2}), (2, {"pipe": 2, "schedule": "zb-v"}),
+        (1, {"tensor": 2, "sequence": True}), (1, {"context": 2}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_of_several_ranks_waits_for_the_device_at_most_three_times(
+    tmp_path: Path, zero: int, parallel: dict[str, Any], needs: Needs
+) -> None:
+    """And in no forward or backward."""
+    needs(2)
+    document = config(
+        tmp_path, 2, zero=zero, parallel=parallel, data={"reset_attention": True},
+        zero_optimization={"stage": zero, "overlap_comm": "pipe" not in parallel},
+    )  # fmt: skip
+    for counts in on_ranks(2, "waits", config=document, steps=3):
+        assert max(counts) <= 3, counts
 
 
 def test_layouts_are_verified(tmp_path: Path, needs: Needs) -> None:
