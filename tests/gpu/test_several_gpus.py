@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.configs import config
+from tests.gpu.configs import config, figures, large
 from tests.gpu.ranks import on_ranks
 from tests.ranks import REPOSITORY
 
@@ -98,6 +98,20 @@ def test_a_step_of_several_ranks_waits_for_the_device_at_most_three_times(
     )  # fmt: skip
     for counts in on_ranks(2, "waits", config=document, steps=3):
         assert max(counts) <= 3, counts
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["", "overlapped"])
+def test_throughput_of_two(
+    tmp_path: Path, overlaps: bool, needs: Needs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures for docs/gpus.md: what `overlap_comm` saves."""
+    needs(2)
+    zero = {"stage": 1, "overlap_comm": overlaps}
+    document = large(tmp_path, "1B", ranks=2, zero_optimization=zero)
+    told, _ = on_ranks(2, "throughput", config=document, steps=10)
+    with capsys.disabled():
+        print(f"\n1B on data 2{', overlap_comm' * overlaps}: {figures(told)}")
+    assert 0 < told["mfu"] < 1
 
 
 def test_layouts_are_verified(tmp_path: Path, needs: Needs) -> None:

@@ -145,7 +145,7 @@ def waits(config: dict[str, Any], steps: int) -> list[int]:
 
 
 def throughput(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Figures of this rank alone over `steps` steps, batches read beforehand."""
+    """Figures of all ranks over `steps` steps, batches read beforehand; the peak of this one."""
     resolved = Config.from_dict(config)
     session, spec = Session.build(resolved), read_spec(resolved.model)
     device = torch.device(session.engine.device or "cpu")
@@ -163,7 +163,7 @@ def throughput(config: dict[str, Any], steps: int) -> dict[str, Any]:
     flops = spec.flops_per_token(resolved.data.sequence_length, resolved.data.counted_share)
     return {
         "parameters": spec.num_parameters, "tokens_per_second": rate, "peak_bytes": peak_bytes(device),
-        **Utilisation(flops, peak, 1).row(rate),
+        **Utilisation(flops, peak, resolved.world_size).row(rate),
     }  # fmt: skip
 
 
