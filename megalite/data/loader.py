@@ -15,7 +15,7 @@ import numpy as np
 
 from megalite.config import Data
 from megalite.config.sections import Source
-from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
+from megalite.data.batch import UNCOUNTED, Batch, BatchReader, CorpusStream
 from megalite.data.blend import Blend
 from megalite.data.corpus_check import check_corpus
 from megalite.data.indexed import (
@@ -29,6 +29,7 @@ from megalite.data.masking import masking_of
 from megalite.data.megatron import MegatronBlend, MegatronSamples
 from megalite.data.packing import WholeDocuments
 from megalite.data.permutation import mixed
+from megalite.data.position import Position
 from megalite.data.samples import Shuffled, Windows, part_of
 from megalite.data.source_target import OfSpans, source_target_of
 from megalite.data.tokenizer import load_tokenizer
@@ -67,20 +68,21 @@ class TrainData:
         opened = [_open(source, data, check) for source in data.train]
         self.paths = [source.path for source in data.train]
         self._reader = _reader(data, vocabulary_size, mixed(seed, _TRAINING), last=False)
+        self._position = Position()
         self.notes: list[str] = []  # lines for the log about truncated documents and cut words
         weights = [source.weight for source in data.train]
         if data.order == "megatron":
             assert data.megatron_samples is not None, "Config.resolve fills it in"
             self._blend = MegatronBlend(weights, data.megatron_samples)
             self._streams = [
-                Stream(_megatron_samples(of, data, samples, seed), of.marks)
+                CorpusStream(_megatron_samples(of, data, samples, seed), of.marks)
                 for of, samples in zip(opened, self._blend.samples_of, strict=True)
             ]
         else:
             self._blend = Blend(weights)
             in_order = [_in_order(of, data, self.notes) for of in opened]
             self._streams = [
-                Stream(Shuffled(samples, seed, number), marks)
+                CorpusStream(Shuffled(samples, seed, number), marks)
                 for number, (samples, marks) in enumerate(in_order)
             ]
             self.notes += self._cut_words([samples for samples, _ in in_order])
@@ -97,21 +99,23 @@ class TrainData:
             lines.append(f"data: {path}: about {share:.0%} {note}")
         return lines
 
-    def at_step(self, step: int, steps: int) -> "TrainData":
-        """The same samples as at step `step`, from 0, of a run of `steps`: the share of masks may follow a schedule."""
-        masking = self._reader.masking
-        if masking is None:
-            return self
+    def at(self, position: Position, steps: int) -> "TrainData":
+        """The same samples for the step at `position` in a run of `steps`: without those that the position leaves out,
+        and with the step's share of masks, which may follow a schedule."""
         changed = copy.copy(self)
-        changed._reader = replace(self._reader, masking=masking.at_step(step, steps))
+        changed._position = position
+        if (masking := self._reader.masking) is not None:
+            masking = masking.at_step(position.step, steps)
+            changed._reader = replace(self._reader, masking=masking)
         return changed
 
     def batch(self, positions: Sequence[int] | range) -> Batch:
-        """The samples at these positions of the run, from 0; the same positions always give the same samples.
+        """The samples with these numbers in the run, from 0; the same numbers always give the same samples.
 
         Raises DataError for a token id outside the vocabulary.
         """
-        numbers = np.asarray(positions, np.int64)
+        places = [self._position.place(number) for number in positions]
+        numbers = np.asarray(places, np.int64)
         return self._reader.read(self._streams, *self._blend.locate(numbers), numbers)
 
     def shares(self, consumed_samples: int) -> list[Share]:
@@ -139,7 +143,7 @@ class ValidData:
     def __init__(self, data: Data, vocabulary_size: int, check: bool = True) -> None:
         """Opens the corpora as TrainData does. Raises DataError or ConfigError with one line."""
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
-        self._streams = [Stream(samples, marks) for samples, marks in in_order]
+        self._streams = [CorpusStream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
         # The same masks in every run, and at every step.
         self._reader = _reader(data, vocabulary_size, mixed(0, _EVALUATION), last=True)

@@ -3,7 +3,6 @@
 Next: loop.py, which advances it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -73,14 +72,3 @@ class Position:
         for a, b in set(self.left_out) - set(kept):
             start, stop = min(a, start), max(b, stop)
         return replace(self, left_out=tuple(sorted([*kept, (start, stop)])))
-
-
-class Kept:
-    """Samples by their number in the run, without those that `position` leaves out."""
-
-    def __init__(self, samples: Any, position: Position) -> None:
-        self.samples, self.position = samples, position
-
-    def batch(self, positions: Sequence[int]) -> Any:
-        """The batch of the underlying samples at these positions of the run."""
-        return self.samples.batch([self.position.place(position) for position in positions])

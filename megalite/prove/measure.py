@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.data.loader import TrainData
+from megalite.data.position import Position
 from megalite.engine.hearing import hearing
 from megalite.hub.names import hf_auto_class
 from megalite.model.context import Context
@@ -26,9 +27,9 @@ from megalite.parallel.grid import ALONE
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.parallel.traffic import Traffic
 from megalite.plan.states import peak_bytes
-from megalite.prove.split import split_by_kind
+from megalite.prove.time_split import split_by_kind
 from megalite.prove.trace import Session
-from megalite.training.batches import Unread
+from megalite.training.batches import LazyMicroBatches
 from megalite.training.step import tokens_that_count
 from megalite.training.tracing import split
 
@@ -104,9 +105,12 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
     def one_step(step: int) -> None:
         size = config.train_batch_size
         draw = (config.train.seed, step)
-        source, samples = config.data.source_length, data.at_step(step, config.train.last_step)
+        samples = data.at(Position(step), config.train.last_step)
+        source = config.data.source_length
         micro = config.micro_batch_size
-        unread = Unread(samples, step * size, size, micro, ALONE, device, draw, source=source)
+        unread = LazyMicroBatches(
+            samples, step * size, size, micro, ALONE, device, draw, source=source
+        )
         batches = unread.read()
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:

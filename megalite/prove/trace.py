@@ -31,7 +31,7 @@ from megalite.engine.zero import MOMENTS
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, Unread, rows_of
+from megalite.training.batches import MicroBatch, step_batches
 from megalite.training.evaluation import loss_and_tokens
 from megalite.training.start import starting_point
 from megalite.training.step import train_step
@@ -73,12 +73,8 @@ class Session:
 
     def batches(self, step: int, training: bool = True) -> list[MicroBatch]:
         """This rank's micro-batches of a step. training: False for an evaluation."""
-        config, axis = self.config, self.engine.grid.data
-        start, device = config.batch_plan.consumed(step), torch.device(self.engine.device or "cpu")
-        size, draw = config.batch_plan.size(start), (config.train.seed, step) if training else None
-        micro, rows = config.micro_batch_size, rows_of(config, self.engine.grid)
-        data, source = self.data.at_step(step, config.train.last_step), config.data.source_length
-        return Unread(data, start, size, micro, axis, device, draw, rows, source).read()
+        device, grid = torch.device(self.engine.device or "cpu"), self.engine.grid
+        return step_batches(self.config, self.data, grid, self.position(step), device, training)
 
     def train(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Runs one optimizer step on `batches` (train_step); the host waits only for the norm."""

@@ -2,10 +2,11 @@
 
 Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
 data axis, and d and b may change between steps. The ranks of the context axis divide the tokens of the same samples.
-Next: ahead.py, which prefetches a step.
+They are read while the previous step runs (`Prefetcher`). Next: step.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.data.loader import TrainData
+from megalite.data.position import Position
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness
 from megalite.model.varlen import (
@@ -43,7 +46,7 @@ class MicroBatch(NamedTuple):
     context: Context
 
 
-class Samples(Protocol):
+class SampleSource(Protocol):
     """A source of samples: returns the fields of a `Batch` for positions, each [n, S]."""
 
     def batch(self, positions: Sequence[int]) -> Any: ...
@@ -58,13 +61,13 @@ def own_positions(
 
 
 class MicroBatches(Protocol):
-    """A list of micro-batches, or `Unread`."""
+    """A list of micro-batches, or `LazyMicroBatches`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> MicroBatch: ...
 
 
-class Unread:
+class LazyMicroBatches:
     """This rank's micro-batches of `count` samples from position `start` on. Each is read and moved to the device every
     time it is indexed; none is kept.
 
@@ -75,7 +78,7 @@ class Unread:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: SampleSource,
         start: int,
         count: int,
         micro: int,
@@ -106,7 +109,7 @@ class Unread:
 
 
 def _micro_batch(
-    samples: Samples,
+    samples: SampleSource,
     positions: list[int],
     stop: int,
     draw: tuple[int, int] | None,
@@ -139,6 +142,29 @@ def _micro_batch(
     if draw is not None:
         context.randomness = Randomness(*draw, torch.tensor(positions))
     return MicroBatch(tokens, labels, context)
+
+
+def step_batches(
+    config: Config,
+    data: TrainData,
+    grid: Grid,
+    position: Position,
+    device: torch.device,
+    training: bool = True,
+) -> list[MicroBatch]:
+    """This rank's micro-batches of the step at `position`. training: False for an evaluation, without dropout."""
+    start = position.consumed_samples
+    return LazyMicroBatches(
+        data.at(position, config.train.last_step),
+        start,
+        config.batch_plan.size(start),
+        config.micro_batch_size,
+        grid.data,
+        device,
+        (config.train.seed, position.step) if training else None,
+        rows_of(config, grid),
+        config.data.source_length,
+    ).read()
 
 
 def rows_of(config: Config, grid: Grid) -> Rows | None:
@@ -188,3 +214,50 @@ def _mapped(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch
         else replace(randomness, samples=change(randomness.samples)),
     )
     return MicroBatch(change(tokens), change(labels), context)
+
+
+Read = Callable[[Position], list[MicroBatch]]
+"""Reads this rank's micro-batches of the step that starts at a position, into main memory."""
+_Key = tuple[int, int, tuple[tuple[int, int], ...]]
+
+
+class Prefetcher:
+    """Reads the next step's micro-batches while a step runs, into memory that a GPU copies from without blocking.
+
+    What is read depends only on the position in the run, so it is used only if it is for exactly the position that is
+    asked for. A run that rewinds or ends has read a step in vain. read: always called in the same thread.
+    """
+
+    def __init__(self, read: Read, device: torch.device) -> None:
+        self.read, self.device = read, device
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=self._begin)
+        self.coming: tuple[_Key, Future[list[MicroBatch]]] | None = None
+
+    def take(self, position: Position, following: Position | None) -> list[MicroBatch]:
+        """The micro-batches of the step at `position`, on the device; then starts reading those at `following`. Raises
+        the errors of reading."""
+        coming = self.coming
+        if coming is None or coming[0] != _key(position):
+            coming = self._submit(position)
+        made = coming[1].result()
+        self.coming = None if following is None else self._submit(following)
+        return [on_device(batch, self.device) for batch in made]
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def _submit(self, position: Position) -> tuple[_Key, "Future[list[MicroBatch]]"]:
+        return _key(position), self.thread.submit(self._read, position)
+
+    def _read(self, position: Position) -> list[MicroBatch]:
+        return [pinned(batch, self.device) for batch in self.read(position)]
+
+    def _begin(self) -> None:
+        # A new thread uses GPU 0, where every rank would then take memory.
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index or 0)
+
+
+def _key(position: Position) -> _Key:
+    """The parts of a position on which its batches depend."""
+    return position.step, position.consumed_samples, position.left_out

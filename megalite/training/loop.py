@@ -2,7 +2,7 @@
 
 Besides weights and moments, the state of a run is its position, a value (position.py). One message before the update
 tells every rank whether the step is sound (health.py), about signals, and about the end of a background save.
-Everything else around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
+Everything else around a step is done by watchers (watchers.py). Next: pretraining.py, the command line.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megalite.checkpoint.appended import Appended
 from megalite.config import Config
 from megalite.data.loader import TrainData, ValidData
-from megalite.data.position import Kept, Position
+from megalite.data.position import Position
 from megalite.engine.build import LearningRate, build_pipeline
 from megalite.engine.engine import Engine
 from megalite.errors import MegaliteError
@@ -29,12 +29,9 @@ from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.report.read import STOPPED_BY_ERROR
-from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Samples, Unread, rows_of
+from megalite.training.batches import MicroBatch, Prefetcher, step_batches
 from megalite.training.checkpointing import Checkpoints
-from megalite.training.classification import figures
-from megalite.training.evaluation import loss_and_tokens
-from megalite.training.metrics import perplexity
+from megalite.training.evaluation import Validation
 from megalite.training.step import train_step
 from megalite.training.watchers import Row, Watcher
 from megalite.training.watching import watchers_of
@@ -65,7 +62,6 @@ class Run:
     ) -> None:
         self.config, self.spec, self.engine, self.position = config, spec, engine, start
         self.grid: Grid = engine.grid
-        self.rows = rows_of(config, self.grid)
         self.device = torch.device(engine.device or "cpu")
         self.pipeline = build_pipeline(engine, config, spec)
         self.watchdog = watchdog
@@ -80,12 +76,13 @@ class Run:
         self.rewinding, self.last_batch = False, range(0)
         check = False  # one rank per node has checked the data before the ranks started
         self.data = TrainData(config.data, config.train.seed, spec.vocabulary_size, check)
-        self.valid = (
-            ValidData(config.data, spec.vocabulary_size, check) if config.data.valid else None
-        )
+        self.validation: Validation | None = None
+        if config.data.valid:
+            valid = ValidData(config.data, spec.vocabulary_size, check)
+            self.validation = Validation(config, valid, self.pipeline, self.note)
         self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.note)
         self.saver = self.checkpoints.saver
-        self.ahead = Ahead(self._read, self.device)
+        self.ahead = Prefetcher(self._read, self.device)
         engine.global_norm.riders = self._flags
         self.signals = listen()
         self.first_step = start.step
@@ -244,14 +241,7 @@ class Run:
 
     def _read(self, position: Position) -> list[MicroBatch]:
         """Reads this rank's micro-batches of the step that starts at a position, into main memory."""
-        config, start = self.config, position.consumed_samples
-        data = self.data.at_step(position.step, config.train.last_step)
-        samples, count = Kept(data, position), config.batch_plan.size(start)
-        draw, cpu = (config.train.seed, position.step), torch.device("cpu")
-        source = config.data.source_length
-        micro, axis = config.micro_batch_size, self.grid.data
-        unread = Unread(samples, start, count, micro, axis, cpu, draw, self.rows, source)
-        return unread.read()
+        return step_batches(self.config, self.data, self.grid, position, torch.device("cpu"))
 
     def _flags(self) -> list[float]:
         """This rank's flags for the step's message to all ranks."""
@@ -298,54 +288,14 @@ class Run:
 
     def _evaluate_in_time(self) -> None:
         row: Row = {"step": self.position.step}
-        if self.valid is not None:
-            row |= self._validation(self.valid)
+        if self.validation is not None:
+            row |= self.validation.row()
             early, position = self.config.train.early_stop, self.position
             delta = early.min_delta if early is not None else 0.0
             best = position.best.after(row["valid_loss"], position.step, delta)
             self.position = replace(position, best=best)
         for watcher in self.watchers:
             watcher.evaluated(row)
-
-    def _validation(self, valid: ValidData) -> Row:
-        """Loss over the first windows of each validation corpus, in proportion to their weights."""
-        config = self.config
-        wanted = config.train.eval_steps * config.train_batch_size
-        weights = [source.weight for source in config.data.valid]
-        losses: dict[str, float] = {}
-        counts = len(self.spec.labels) ** 2
-        sums = torch.zeros(2 + counts, dtype=torch.float64)
-        paths = [path for path, _ in valid.corpora]
-        for number, (path, positions) in enumerate(valid.corpora):
-            wished = max(1, round(wanted * weights[number] / sum(weights)))
-            count = min(len(positions), wished)
-            if count == 0:
-                continue
-            part = self._loss_and_tokens(valid, positions.start, count)
-            sums += part
-            # Two parts of one corpus are distinguished by their index in megalite.data.valid.
-            name = path if paths.count(path) == 1 else f"{path}:{number}"
-            losses[name] = (part[0] / part[1]).item()
-        loss = (sums[0] / sums[1]).item()
-        if sums[1] == 0:  # NaN never counts as an improvement
-            self.note("validation: no token counts in the evaluated samples, so there is no loss")
-        row: Row = {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
-        if len(losses) > 1:
-            row["valid_losses"] = losses
-        labels = self.spec.labels
-        if labels and sums[1] > 0:
-            found = figures(sums[2:].tolist(), labels)
-            row |= {f"valid_{name}": value for name, value in found.items()}
-        return row
-
-    def _loss_and_tokens(self, samples: Samples, start: int, count: int) -> torch.Tensor:
-        """[sum of losses, tokens], and a classifier's counts, over samples, fp64, on the CPU (collective)."""
-        micro, data = self.config.micro_batch_size, self.grid.data
-        source = self.config.data.source_length
-        batches = Unread(
-            samples, start, count, micro, data, self.device, rows=self.rows, source=source
-        )
-        return loss_and_tokens(self.pipeline, batches)
 
     def _save(self, again: bool = False) -> None:
         """Starts saving a checkpoint of the position, unless its step is already saved or it is not sound. again:

@@ -21,9 +21,8 @@ from megalite.parallel import loss
 from megalite.pipeline.actions import Pipeline
 from megalite.ranks.signals import EXIT_BASE, listen
 from megalite.training import batches as reading
-from megalite.training.batches import Unread
-from megalite.training.evaluation import loss_and_tokens
-from megalite.training.loop import Run
+from megalite.training.batches import LazyMicroBatches, rows_of
+from megalite.training.evaluation import Validation, loss_and_tokens
 from megalite.training.step import tokens_that_count
 from tests.distributed.test_finetuning import evaluations, watched, with_losses
 from tests.distributed.test_waits import Reads
@@ -44,7 +43,7 @@ LAYOUTS = [
 def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
     """Each evaluation must have the same value as with all micro-batches in memory from the start, must not make the
     host read their values, and may hold only so many at a time."""
-    own, read = Run._loss_and_tokens, reading._micro_batch
+    own, read = Validation.scores, reading._micro_batch
     alive: list[weakref.ref[Tensor]] = []
     held: list[int] = []
 
@@ -54,12 +53,16 @@ def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
         held.append(sum(label() is not None for label in alive))
         return batch
 
-    def compared(self: Run, samples: Any, start: int, count: int) -> Tensor:
+    def compared(self: Validation, samples: Any, positions: range) -> Tensor:
         held.clear()
         with mock.patch.object(reading, "_micro_batch", seen):
-            found = own(self, samples, start, count)
-        micro, data, rows_held = self.config.micro_batch_size, self.grid.data, self.rows
-        made = Unread(samples, start, count, micro, data, self.device, rows=rows_held).read()
+            found = own(self, samples, positions)
+        micro, engine, start = self.config.micro_batch_size, self.pipeline.engine, positions.start
+        grid, device = engine.grid, torch.device("cpu")
+        count, rows_held = len(positions), rows_of(self.config, engine.grid)
+        made = LazyMicroBatches(
+            samples, start, count, micro, grid.data, device, rows=rows_held
+        ).read()
         assert len(held) == len(made) > 2 * most["held"], "each is read once, and there are many"
         assert max(held) <= most["held"], held
         assert torch.equal(found, loss_and_tokens(self.pipeline, made))
@@ -67,12 +70,12 @@ def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
         with of_devices, Reads() as asked:
             loss_and_tokens(self.pipeline, made)
         assert not asked.found, asked.found
-        if self.engine.stage.head is not None:
-            tokens = tokens_that_count(made).double() * self.grid.data.size
+        if engine.stage.head is not None:
+            tokens = tokens_that_count(made).double() * grid.data.size
             assert tokens >= found[1] > 0
         return found
 
-    with mock.patch.object(Run, "_loss_and_tokens", compared):
+    with mock.patch.object(Validation, "scores", compared):
         yield
 
 

@@ -30,8 +30,8 @@ from megalite.guard.health import Health
 from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, Unread
-from megalite.training.loop import Run
+from megalite.training.batches import LazyMicroBatches, MicroBatch
+from megalite.training.evaluation import Validation
 from megalite.training.metrics import FIRST_START
 from tests.ranks import RankFailure, run_ranks
 from tests.training_runs import BATCH, document, nothing, rows, spoilt, train
@@ -165,7 +165,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
     forward = Stage.forward
 
-    class Marked(Unread):
+    class Marked(LazyMicroBatches):
         def __init__(self, samples: Any, *args: Any, **named: Any) -> None:
             super().__init__(samples, *args, **named)
             self.samples = samples
@@ -174,7 +174,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
             batch = super().__getitem__(number)
             if batch.context.randomness is not None:  # None: of an evaluation
                 drawn = batch.context.randomness.samples.tolist()
-                own = {self.samples.position.place(sample) for sample in drawn}
+                own = {self.samples._position.place(sample) for sample in drawn}
                 batch.context.shared["bad"] = bool(own & numbers)
             return batch
 
@@ -185,7 +185,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
         return output * math.nan if labels is not None and context.shared.get("bad") else output
 
     with (
-        mock.patch("megalite.training.loop.Unread", Marked),
+        mock.patch("megalite.training.batches.LazyMicroBatches", Marked),
         mock.patch.object(Stage, "forward", spoil),
     ):
         yield
@@ -401,7 +401,7 @@ def test_a_spike_is_told_of_or_goes_back(tmp_path: Path) -> None:
 def evaluating_to(rank: int, loss: float) -> Iterator[None]:
     """Every evaluation returns this loss."""
     with mock.patch.object(
-        Run, "_loss_and_tokens", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)
+        Validation, "scores", lambda *args: torch.tensor([10 * loss, 10], dtype=torch.float64)
     ):
         yield
 

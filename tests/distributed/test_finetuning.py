@@ -23,9 +23,10 @@ from megalite.checkpoint.files import (
 )
 from megalite.commands import chat, export_hf
 from megalite.data.indexed import IndexedCorpus
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.errors import CheckpointError
-from megalite.training import pretrain as program
+from megalite.training import pretraining as program
+from megalite.training.evaluation import Validation
 from megalite.training.loop import Run
 from tests.byte_model import save_byte_model
 from tests.distributed.test_evaluate import evaluated
@@ -41,10 +42,20 @@ EARLY = {"patience": 3, "min_delta": 0.05}
 def with_losses(rank: int, losses: list[float]) -> Iterator[None]:
     """The evaluation after each step returns the given loss."""
 
-    def found(run: Run, *args: Any) -> torch.Tensor:
-        return torch.tensor([losses[run.position.step - 1], 1.0], dtype=torch.float64)
+    evaluate, step = Run._evaluate_in_time, 0
 
-    with mock.patch.object(Run, "_loss_and_tokens", found):
+    def evaluating(run: Run) -> None:
+        nonlocal step
+        step = run.position.step
+        evaluate(run)
+
+    def found(*args: Any) -> torch.Tensor:
+        return torch.tensor([losses[step - 1], 1.0], dtype=torch.float64)
+
+    with (
+        mock.patch.object(Run, "_evaluate_in_time", evaluating),
+        mock.patch.object(Validation, "scores", found),
+    ):
         yield
 
 

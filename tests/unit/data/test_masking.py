@@ -15,10 +15,11 @@ from megalite.config import Config, check_model, load_config
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData, tokenizer_ids
+from megalite.data.position import Position
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import ALONE, Axis
-from megalite.training.batches import Unread
+from megalite.training.batches import LazyMicroBatches
 from megalite.training.fingerprint import IDS, difference, fingerprint
 from tests.small_models import MODELS
 from tests.unit.data.corpora import data_section, write_corpus
@@ -83,7 +84,9 @@ def test_masks_follow_from_the_sample_s_number_alone(tmp_path: Path) -> None:
         rows: dict[int, Any] = {}
         for rank in range(data_size):
             axis = Axis(data_size, rank, tuple(range(data_size)), None) if data_size > 1 else ALONE
-            for number, batch in enumerate(Unread(data, 8, 16, micro, axis, device).read()):
+            for number, batch in enumerate(
+                LazyMicroBatches(data, 8, 16, micro, axis, device).read()
+            ):
                 first = (number * data_size + rank) * micro
                 rows |= {first + i: (batch.tokens[i], batch.labels[i]) for i in range(micro)}
                 assert batch.context.counted is not None
@@ -135,11 +138,11 @@ def test_the_share_follows_the_steps_and_evaluation_has_the_last(tmp_path: Path)
     data, last = training(tmp_path, **keys), None
     possible = np.isin(data.batch(range(500)).tokens, SPECIAL, invert=True).sum()
     for step, share in ((0, 0.6), (50, 0.4), (100, 0.2), (130, 0.2)):
-        chosen = data.at_step(step, 101).batch(range(500)).labels != UNCOUNTED
+        chosen = data.at(Position(step), 101).batch(range(500)).labels != UNCOUNTED
         assert within_four_deviations(chosen.sum(), possible, share)
         assert last is None or (last | ~chosen).all()
         last = chosen
-    assert (data.at_step(0, 1).batch(range(9)).labels == data.batch(range(9)).labels).all()
+    assert (data.at(Position(0), 1).batch(range(9)).labels == data.batch(range(9)).labels).all()
     found = []
     for masked in ([0.6, 0.2], [0.1, 0.2], 0.2):
         keys["objective"] = {**OBJECTIVE, "masked": masked}

@@ -14,8 +14,7 @@ from torch import Tensor
 from megalite.data.position import Position
 from megalite.parallel.grid import ALONE, Axis
 from megalite.parallel.rows import Rows
-from megalite.training.ahead import Ahead
-from megalite.training.batches import MicroBatch, Unread, on_device, pinned
+from megalite.training.batches import LazyMicroBatches, MicroBatch, Prefetcher, on_device, pinned
 
 DEVICE = torch.device("meta")  # takes any tensor from main memory
 CONTEXT = Axis(2, 0, (0, 1), None)
@@ -32,7 +31,7 @@ class Samples:
 
 def micro_batch(rows: Rows | None) -> MicroBatch:
     cpu = torch.device("cpu")
-    (made,) = Unread(Samples(), 0, 2, 2, ALONE, cpu, draw=(1, 0), rows=rows).read()
+    (made,) = LazyMicroBatches(Samples(), 0, 2, 2, ALONE, cpu, draw=(1, 0), rows=rows).read()
     return made
 
 
@@ -87,7 +86,7 @@ def test_the_thread_that_reads_ahead_pins() -> None:
         patch.object(Tensor, "pin_memory", lock),
         patch.object(torch.accelerator, "set_device_index", lambda index: None),
     ):
-        ahead = Ahead(lambda position: [micro_batch(None)], DEVICE)
-        (taken,) = ahead.take(Position(), None)
-        ahead.close()
+        prefetcher = Prefetcher(lambda position: [micro_batch(None)], DEVICE)
+        (taken,) = prefetcher.take(Position(), None)
+        prefetcher.close()
     assert threads == {"batches_0"} and taken.tokens.device == DEVICE
