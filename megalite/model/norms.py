@@ -55,9 +55,14 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., size] divided by its root mean square, times weight [size]; in the dtype of x."""
-    if x.device.type != "cpu":  # GPUs have kernels for both directions
-        return F.rms_norm(x, weight.shape, weight, eps)
+    if x.device.type != "cpu":
+        return torchs_rms_norm(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
+
+
+def torchs_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same by torch, which has GPU kernels for both directions."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class Norm(nn.Module):

@@ -10,8 +10,10 @@ Next: launch.py.
 
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 
 class CPUAccelerator(CPU_Accelerator):
@@ -28,20 +30,20 @@ class CPUAccelerator(CPU_Accelerator):
         )
 
 
+class CUDAAccelerator(CUDA_Accelerator):
+    """DeepSpeed's accelerator for NVIDIA GPUs."""
+
+    def available_memory(self, device_index: int | None = None) -> int:
+        """Free bytes of a GPU; None: the current one. DeepSpeed looks it up by its number in CUDA_VISIBLE_DEVICES, and
+        fails if that has UUIDs instead, of GPUs or of their MIG slices."""
+        return torch.cuda.mem_get_info(device_index)[0]
+
+
 def use_accelerator() -> Any:
     """Sets and returns the accelerator that DeepSpeed uses. Must be called before its communication starts."""
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         set_accelerator(accelerator := CPUAccelerator())
     elif accelerator.device_name() == "cuda":
-        # DeepSpeed looks the GPU up by its number in CUDA_VISIBLE_DEVICES, and fails if that has UUIDs instead, of GPUs
-        # or of their MIG slices.
-        accelerator.available_memory = _free_bytes
+        set_accelerator(accelerator := CUDAAccelerator())
     return accelerator
-
-
-def _free_bytes(device_index: int | None = None) -> int:
-    """Free memory of a GPU; None: the current one."""
-    import torch
-
-    return torch.cuda.mem_get_info(device_index)[0]

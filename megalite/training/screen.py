@@ -139,7 +139,7 @@ class Screen(Watcher):
             ("lr", f"{row['learning_rate']:.2e}"),
         ):
             second.append(f"{name} ", style="dim").append(f"{value}  ")
-        yield second.append(f"{self._memory_gib():.2f} GiB", style="dim")
+        yield second.append(f"{tflops(row)}{self._memory_gib():.2f} GiB", style="dim")
 
     def _keep(self, row: Row) -> None:
         """Prints a row of the table."""
@@ -161,7 +161,7 @@ class Screen(Watcher):
         skipped = f"{row['skipped']}: skipped  " if "skipped" in row else ""
         return (
             f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {100 * row['mfu']:.0f} %  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {tflops(row)}MFU {100 * row['mfu']:.0f} %  "
             f"{self._memory_gib():.2f} GiB  {clock(self.seconds_left)} left"
         )
 
@@ -170,6 +170,12 @@ class Screen(Watcher):
         if machine_has_gpu():
             return torch.accelerator.max_memory_allocated() / 2**30
         return self.process.memory_info().rss / 2**30
+
+
+def tflops(row: Row) -> str:
+    """The model's TFLOP/s on a rank; empty below 1, as on most CPUs."""
+    rate = row["tflops_per_rank"]
+    return f"{rate:,.0f} TFLOP/s  " if rate >= 1 else ""
 
 
 class Phases:

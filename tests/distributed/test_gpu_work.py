@@ -1,6 +1,7 @@
 """Runs the work of the ranks in tests/gpu on a CPU, so that those tests work when there is a GPU."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +13,9 @@ import torch
 from megalite.config import Config, check_model
 from megalite.data.loader import TrainData
 from megalite.model.families import read_spec
-from tests.gpu.configs import MODELS, config, large, llama_7b_of_64
+from megalite.pipeline.actions import Pipeline
+from megalite.pipeline.interpreter import Interpreter
+from tests.gpu.configs import MODELS, config, figures, large, llama_7b_of_64
 from tests.ranks import run_ranks
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -54,10 +57,50 @@ def test_steps_of_every_kind(tmp_path: Path) -> None:
                data={"reset_attention": True, "sequence_length": 32}, train_batch_size=4)
         for zero in (0, 1, 2, 3)
     ]  # fmt: skip
-    ((*of_stages, figures),) = run_ranks(1, steps, documents)
+    ((*of_stages, told),) = run_ranks(1, steps, documents)
     for losses, predicted, waits in of_stages:
         assert len(losses) == 2 and predicted and waits == [0]
-    assert figures["tokens_per_second"] > 0 and 0 < figures["mfu"] < 2
+    assert told["tokens_per_second"] > 0 and 0 < told["mfu"] < 2
+    assert re.match(r"0\.\d\d B parameters, [\d,]+ tokens/s, .* GiB$", figures(told))
+
+
+def waits_found(rank: int, world_size: int, document: dict[str, Any]) -> list[int]:
+    """Counts without a wait for the whole device, and with one before the forwards; with one in them, an error."""
+    from tests.gpu import work
+
+    deepspeed.init_distributed("gloo")
+    run, update = Interpreter.run, Pipeline.train_step
+
+    def waiting(self: Interpreter, *args: Any) -> None:
+        run(self, *args)
+        torch.cuda.synchronize()
+
+    def updating(self: Pipeline, *args: Any) -> torch.Tensor:
+        torch.accelerator.synchronize()
+        return update(self, *args)
+
+    with (
+        mock.patch.object(torch.cuda, "set_sync_debug_mode", lambda mode: None),
+        mock.patch.object(torch.cuda, "synchronize", lambda: None),
+        mock.patch.object(torch.accelerator, "synchronize", lambda: None),
+    ):
+        counts = work.waits(document, 1)
+        with mock.patch.object(Pipeline, "train_step", updating):
+            counts += work.waits(document, 2)
+        with (
+            mock.patch.object(Interpreter, "run", waiting),
+            pytest.raises(RuntimeError, match="waited for the whole device"),
+        ):
+            work.waits(document, 1)
+    return counts
+
+
+def test_waits_for_the_whole_device_are_found(tmp_path: Path) -> None:
+    document = config(
+        tmp_path, 2, zero=1, parallel={"pipe": 2}, model=dict(SMALL),
+        data={"sequence_length": 32}, train_batch_size=4,
+    )  # fmt: skip
+    assert run_ranks(2, waits_found, document) == [[0, 1, 1]] * 2
 
 
 def in_a_fake_world(rank: int, world_size: int, document: dict[str, Any]) -> list[Any]:
@@ -76,7 +119,10 @@ def test_ranks_of_a_world_that_is_not_there(tmp_path: Path) -> None:
 
 def test_configs_of_true_size(tmp_path: Path) -> None:
     config(tmp_path)  # writes the corpus
-    for document in (llama_7b_of_64(tmp_path), *(large(tmp_path, name) for name in MODELS)):
+    documents = [large(tmp_path, name, train={"compile": True}) for name in MODELS]
+    overlapped = {"stage": 1, "overlap_comm": True}
+    documents += [large(tmp_path, "1B", ranks=2, zero_optimization=overlapped)]
+    for document in (llama_7b_of_64(tmp_path), *documents):
         resolved = Config.from_dict(document)
         spec = read_spec(resolved.model)
         check_model(resolved, spec)

@@ -1,8 +1,10 @@
 """Initial weights (engine/initial.py): the same on every layout, drawn once over a data axis, and never whole on a rank
 of ZeRO-3."""
 
+import contextlib
 import copy
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +22,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.layers import Placement, initial_slice, placed
 from megalite.ranks.garbage import hold_garbage
 from tests.ranks import run_ranks
-from tests.training_runs import document
+from tests.training_runs import document, nothing, rows, train
 
 ODD = {"hidden_size": 40, "intermediate_size": 53, "vocab_size": 131}
 
@@ -79,7 +81,9 @@ def test_every_layout_starts_from_the_weights_of_one_process(tmp_path: Path, dty
         random = [place.name for _, place in placed(stage) if place.std is not None]
         planes = layout.get("tensor", 1)
         tied_copies = layout.get("pipe", 1) - 1
-        assert sum(len(names) for _, names in of_ranks) == len(random) * planes + tied_copies
+        counts = [len(names) for _, names in of_ranks]
+        assert sum(counts) == len(random) * planes + tied_copies
+        assert max(counts) <= sum(counts) / len(counts) + 1, "ranks share the work"
 
 
 def undrawn(rank: int, world_size: int, keys: dict[str, Any]) -> list[float]:
@@ -95,6 +99,25 @@ def undrawn(rank: int, world_size: int, keys: dict[str, Any]) -> list[float]:
 def test_nothing_is_drawn_where_weights_come_from_elsewhere(tmp_path: Path, zero: int) -> None:
     for sums in run_ranks(2, undrawn, odd_document(tmp_path, {"zero": zero}, "fp32")):
         assert not any(sums)
+
+
+@contextlib.contextmanager
+def without_drawing(rank: int) -> Iterator[None]:
+    with mock.patch.object(initial, "initial_slice", side_effect=AssertionError("drawn")):
+        yield
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_run_that_resumes_or_loads_weights_draws_nothing(tmp_path: Path, zero: int) -> None:
+    def of(run: str, **keys: Any) -> dict[str, Any]:
+        return document(tmp_path, run, {"zero": zero}, train=keys)
+
+    runs = [
+        (of("a", steps=1), nothing), (of("a", steps=2), without_drawing),
+        (of("b", steps=1, load=str(tmp_path / "a")), without_drawing),
+    ]  # fmt: skip
+    assert run_ranks(2, train, runs) == [[0, 0, 0]] * 2
+    assert [row["step"] for row in rows(tmp_path / "a")] == [1, 2]
 
 
 def peak_of_a_start(rank: int, world_size: int, keys: dict[str, Any]) -> tuple[int, int, int]:

@@ -37,6 +37,7 @@ READS = {
     "aten._unique2",
     "aten.equal",
 }
+MADE = "aten.lift_fresh"  # by torch.tensor: on a GPU a copy for which the host waits
 STEPS = 4
 
 
@@ -46,6 +47,7 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.made: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
@@ -54,13 +56,15 @@ class Reads(TorchDispatchMode):
         )
         if name in READS or by_mask:
             self.found[name] += 1
+        if name == MADE:
+            self.made[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterator[None]:
-    """Counts the reads of each optimizer step, and of its forwards and backwards alone. DeepSpeed behaves as on a GPU,
-    whose streams must be joined when the gradients are read."""
+    """Counts the reads of each optimizer step, and the reads and new tensors of its forwards and backwards alone.
+    DeepSpeed behaves as on a GPU, whose streams must be joined when the gradients are read."""
     whole, actions, norm = Run._step, Interpreter.run, GlobalNorm.__call__
     reads: list[Reads] = []
 
@@ -73,9 +77,9 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
         return result
 
     def run(self: Interpreter, *args: Any) -> None:
-        before = Counter(reads[-1].found)
+        before = reads[-1].found + reads[-1].made
         actions(self, *args)
-        in_actions.append(reads[-1].found - before)
+        in_actions.append(reads[-1].found + reads[-1].made - before)
 
     def joined(self: GlobalNorm, *args: Any, **kwargs: Any) -> Any:
         assert not streams.not_joined
@@ -235,7 +239,9 @@ def test_the_counter_counts() -> None:
         values[0].item(), bool(values[0]), int(values[0]), float(values[0])
         values[values > 0]
         values.nonzero()
+        torch.tensor([1, 2]), torch.zeros(2), torch.arange(2)
     assert reads.found == {"aten._local_scalar_dense": 4, "aten.index": 1, "aten.nonzero": 1}
+    assert reads.made == {MADE: 1}
 
 
 def test_batches_are_those_of_the_position_however_the_run_moves() -> None:

@@ -55,11 +55,10 @@ def config(
     return Config.from_dict(document | keys).resolve(ranks).to_json()
 
 
-def large(folder: Path, name: str) -> dict[str, Any]:
-    """One of `MODELS` on one GPU."""
-    return config(
-        folder, model=dict(MODELS[name]), data={"sequence_length": 4096}, train_batch_size=8
-    )
+def large(folder: Path, name: str, ranks: int = 1, **keys: Any) -> dict[str, Any]:
+    """One of `MODELS`. keys: as in `config`."""
+    data = {"sequence_length": 4096}
+    return config(folder, ranks, model=dict(MODELS[name]), data=data, train_batch_size=8, **keys)
 
 
 def llama_7b_of_64(folder: Path) -> dict[str, Any]:
@@ -68,3 +67,12 @@ def llama_7b_of_64(folder: Path) -> dict[str, Any]:
     keys += ["megalite.data.valid=[]", "megalite.data.tokenizer=null"]
     file = str(REPOSITORY / "ds_configs/llama_7b_3d.json")
     return load_config(file, keys).resolve(64).to_json()
+
+
+def figures(told: dict[str, Any]) -> str:
+    """The result of work.py's `throughput` as a line for docs/gpus.md."""
+    return (
+        f"{told['parameters'] / 1e9:.2f} B parameters, {told['tokens_per_second']:,.0f} tokens/s, "
+        f"{told['tflops_per_rank']:.0f} TFLOP/s per GPU, MFU {100 * told['mfu']:.1f} %, "
+        f"peak {told['peak_bytes'] / 2**30:.1f} GiB"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.configs import config
+from tests.gpu.configs import config, figures, large
 from tests.gpu.ranks import on_ranks
 from tests.ranks import REPOSITORY
 
@@ -38,7 +38,7 @@ def test_messages_larger_than_nccls_buffers_do_not_hang(
 )
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_layout_is_the_run_of_one_gpu(
-    tmp_path: Path, parallel: dict[str, int], zero: int, needs: Needs
+    tmp_path: Path, parallel: dict[str, Any], zero: int, needs: Needs
 ) -> None:
     needs(2)
     if "pipe" in parallel and zero == 3:
@@ -77,6 +77,41 @@ def test_a_grid_with_overlapped_reductions_is_the_run_of_one_gpu(
             assert loss == pytest.approx(one_loss, rel=1e-5) and norm == pytest.approx(
                 one_norm, rel=1e-4
             )
+
+
+@pytest.mark.parametrize(
+    "zero, parallel",
+    [
+        (3, {}), (2, {}), (1, {"pipe": 2}), (2, {"pipe": 2, "schedule": "zb-v"}),
+        (1, {"tensor": 2, "sequence": True}), (1, {"context": 2}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_of_several_ranks_waits_for_the_device_at_most_three_times(
+    tmp_path: Path, zero: int, parallel: dict[str, Any], needs: Needs
+) -> None:
+    """And in no forward or backward."""
+    needs(2)
+    document = config(
+        tmp_path, 2, zero=zero, parallel=parallel, data={"reset_attention": True},
+        zero_optimization={"stage": zero, "overlap_comm": "pipe" not in parallel},
+    )  # fmt: skip
+    for counts in on_ranks(2, "waits", config=document, steps=3):
+        assert max(counts) <= 3, counts
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["", "overlapped"])
+def test_throughput_of_two(
+    tmp_path: Path, overlaps: bool, needs: Needs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures for docs/gpus.md: what `overlap_comm` saves."""
+    needs(2)
+    zero = {"stage": 1, "overlap_comm": overlaps}
+    document = large(tmp_path, "1B", ranks=2, zero_optimization=zero)
+    told, _ = on_ranks(2, "throughput", config=document, steps=10)
+    with capsys.disabled():
+        print(f"\n1B on data 2{', overlap_comm' * overlaps}: {figures(told)}")
+    assert 0 < told["mfu"] < 1
 
 
 def test_layouts_are_verified(tmp_path: Path, needs: Needs) -> None:

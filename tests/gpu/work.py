@@ -99,32 +99,53 @@ def _states(resolved: Config) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def waits(config: dict[str, Any], steps: int) -> list[int]:
-    """How often the host waited for the device in each step; an error where it did in a forward or backward."""
+    """How often the host waited for the device in each step; an error where it did in a forward or backward.
+
+    torch's debug mode sees reads, blocking copies and waits for a stream, but none for the whole device, such as those
+    of DeepSpeed's timers: they are counted here. Waits for events are not: they keep ZeRO-3 close to the device."""
     session = Session.build(Config.from_dict(config))
     for step in range(2):  # makes what is made at the first use
         session.step(step)
-    run, counts = Interpreter.run, []
+    run, counts, of_device = Interpreter.run, [], [0]
 
     def strict(self: Interpreter, *args: Any) -> None:
+        before = of_device[0]
         torch.cuda.set_sync_debug_mode("error")
         run(self, *args)
         torch.cuda.set_sync_debug_mode("warn")
+        if of_device[0] > before:
+            raise RuntimeError("a forward or backward waited for the whole device")
 
-    with mock.patch.object(Interpreter, "run", strict):
-        for step in range(2, 2 + steps):
-            batches = session.batches(step)
-            torch.cuda.synchronize()
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                session.train(batches)
-                torch.cuda.set_sync_debug_mode("default")
-            counts.append(sum("synchroniz" in str(warning.message) for warning in told))
+    def counted(wait: Any) -> Any:
+        def call(*args: Any) -> None:
+            of_device[0] += 1
+            wait(*args)
+
+        return call
+
+    for step in range(2, 2 + steps):
+        batches = session.batches(step)
+        torch.cuda.synchronize()
+        of_device[0] = 0
+        with (
+            warnings.catch_warnings(record=True) as told,
+            mock.patch.object(Interpreter, "run", strict),
+            mock.patch.object(torch.cuda, "synchronize", counted(torch.cuda.synchronize)),
+            mock.patch.object(
+                torch.accelerator, "synchronize", counted(torch.accelerator.synchronize)
+            ),
+        ):
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            session.train(batches)
+            torch.cuda.set_sync_debug_mode("default")
+        read = sum("synchroniz" in str(warning.message) for warning in told)
+        counts.append(read + of_device[0])
     return counts
 
 
 def throughput(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Figures of this rank alone over `steps` steps, batches read beforehand."""
+    """Figures of all ranks over `steps` steps, batches read beforehand; the peak of this one."""
     resolved = Config.from_dict(config)
     session, spec = Session.build(resolved), read_spec(resolved.model)
     device = torch.device(session.engine.device or "cpu")
@@ -142,7 +163,7 @@ def throughput(config: dict[str, Any], steps: int) -> dict[str, Any]:
     flops = spec.flops_per_token(resolved.data.sequence_length, resolved.data.counted_share)
     return {
         "parameters": spec.num_parameters, "tokens_per_second": rate, "peak_bytes": peak_bytes(device),
-        **Utilisation(flops, peak, 1).row(rate),
+        **Utilisation(flops, peak, resolved.world_size).row(rate),
     }  # fmt: skip
 
 

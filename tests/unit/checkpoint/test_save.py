@@ -28,8 +28,18 @@ def test_the_limit_counts_what_page_locked_memory_takes(monkeypatch: pytest.Monk
     plain = Copy(10 * MIB)
     assert plain.take(boxes) is not None and plain.held_bytes == 9 * MIB
 
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **keys: empty(*args, **keys))
+    empty, fill, told = torch.empty, torch.Tensor.copy_, list[tuple[str, Any]]()
+
+    def allocated(*args: Any, pin_memory: bool, **keys: Any) -> torch.Tensor:
+        told.append(("pinned", pin_memory))
+        return empty(*args, **keys)
+
+    def copied(self: torch.Tensor, source: torch.Tensor, **keys: Any) -> torch.Tensor:
+        told.append(("copied", keys))
+        return fill(self, source)
+
+    monkeypatch.setattr(torch, "empty", allocated)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
     monkeypatch.setattr(save, "_device_of", lambda boxes: torch.device("cuda"))
     monkeypatch.setattr(save, "stream_beside", lambda device: Stream())
     monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
@@ -38,3 +48,4 @@ def test_the_limit_counts_what_page_locked_memory_takes(monkeypatch: pytest.Monk
     copy = taken.take(boxes)
     assert copy is not None and torch.equal(copy["weight/x"][0].values, values)
     assert taken.held_bytes == 16 * MIB
+    assert told == [("pinned", True), ("copied", {"non_blocking": True})]

@@ -1,9 +1,10 @@
 """Which rank ended a run, from the files that ranks wrote (megalite/guard/watchdog.py), without ranks."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,49 @@ def test_a_lost_neighbour_counts_only_while_one_part_continues(
     alive.remove((2, 12))
     assert [looks("step 1", 1.0), looks("the last checkpoint", 2.0), looks("", 2.0)] == [False] * 3
     assert [looks("step 3", 3.0), looks("step 3", 3.0)] == [False, True]
+
+
+class Folder:
+    """A run folder that counts how often it is looked at."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def exists(self) -> bool:
+        self.looks += 1
+        return False
+
+
+def looks_in_seconds(
+    rank: int, gone: set[int], seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """How often a rank looks for another node's fault. Four ranks on two hosts; the process of rank n is 100 + n."""
+    now = [1000.0]
+
+    def sleep(pause: float) -> None:
+        now[0] += pause
+        if now[0] > 1000 + seconds:
+            raise TimeoutError
+
+    monkeypatch.setattr(watchdog.time, "sleep", sleep)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    parents = {100 + other: -1 if other in gone else os.getppid() for other in range(4)}
+    monkeypatch.setattr(watchdog, "parent_of", parents.get)
+    made: Any = Watchdog.__new__(Watchdog)
+    made.rank, made.hosts, made.pids = rank, ["a", "a", "b", "b"], [100, 101, 102, 103]
+    made.has_failed, made.part, made.since, made.limit = False, "", 0.0, float("inf")
+    made.signals, made.folder = SimpleNamespace(peer_lost=False), Folder()
+    made.node, made.alone_since = {*made._neighbours()}, -1.0
+    with pytest.raises(TimeoutError):
+        made._watch()
+    return made.folder.looks
+
+
+def test_one_rank_of_each_node_looks_at_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest that is alive, at most once a second."""
+    looks = [looks_in_seconds(rank, set(), 30, monkeypatch) for rank in range(4)]
+    assert looks[1] == looks[3] == 0 and 15 <= looks[0] == looks[2] <= 30
+    assert looks_in_seconds(1, {0}, 30, monkeypatch) == looks[0]
 
 
 def frames() -> Iterator[FrameType]:

@@ -1,5 +1,6 @@
 """Functions with a custom backward, compared with autograd through plain operations in fp64."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import megalite.model.attention as attention
 from megalite.model.context import Context
-from megalite.model.norms import rms_norm
+from megalite.model.norms import rms_norm, torchs_rms_norm
 from megalite.model.rotary import rotate, spread
 
 
@@ -21,10 +22,11 @@ def gradients(output: Tensor, inputs: list[Tensor], slope: Tensor) -> list[Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, 48), (2, 5, 4, 8)])
+@pytest.mark.parametrize("norm", [rms_norm, torchs_rms_norm])
 def test_the_norm_is_as_accurate_as_the_dtype_allows(
-    dtype: torch.dtype, shape: tuple[int, ...]
+    dtype: torch.dtype, shape: tuple[int, ...], norm: Callable[[Tensor, Tensor, float], Tensor]
 ) -> None:
-    """More accurate than transformers', in forward and backward."""
+    """More accurate than transformers', in forward and backward; so is torch's, which GPUs run."""
     torch.manual_seed(0)
     x, slope = (torch.randn(shape).mul(3).to(dtype) for _ in range(2))
     theirs = LlamaRMSNorm(shape[-1], 1e-5).to(dtype)
@@ -34,7 +36,7 @@ def test_the_norm_is_as_accurate_as_the_dtype_allows(
     exact = wide[0] * (wide[0].square().mean(-1, keepdim=True) + 1e-5).rsqrt() * wide[1]
     wanted = gradients(exact, wide, slope.double())
     ours = [x.clone().requires_grad_(), weight.requires_grad_()]
-    made = gradients(rms_norm(*ours, 1e-5), ours, slope)
+    made = gradients(norm(*ours, 1e-5), ours, slope)
     other = x.clone().requires_grad_()
     peers = gradients(theirs(other), [other, theirs.weight], slope)
     for mine, theirs_, value in zip(made, peers, wanted, strict=True):
@@ -42,6 +44,12 @@ def test_the_norm_is_as_accurate_as_the_dtype_allows(
         distance = (mine - value).norm()
         assert distance < 2 * torch.finfo(dtype).eps * value.norm()
         assert distance < 1.5 * (theirs_ - value).norm()
+
+
+def test_a_device_other_than_a_cpu_has_torchs_norm() -> None:
+    x, weight = torch.empty(4, 8, device="meta", requires_grad=True), torch.ones(8, device="meta")
+    made = rms_norm(x, weight, 1e-5)
+    assert made.shape == x.shape and "_RmsNorm" not in type(made.grad_fn).__name__
 
 
 def test_the_norm_computes_only_the_gradient_that_is_needed() -> None:

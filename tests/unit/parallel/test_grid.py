@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import megalite.parallel.grid as grid_module
 from megalite.config import load_config
@@ -20,6 +21,23 @@ from tests.unit.pipeline.test_nccl_order import calls_of_generation
 def test_groups_along_axes_have_the_devices_backend_alone() -> None:
     assert backend_of_axes("cpu:gloo,cuda:nccl") == ("cuda", "nccl")
     assert backend_of_axes("cpu:gloo,cuda:gloo,mps:gloo") == ("cpu", "gloo")
+
+
+def backends(rank: int, world_size: int) -> list[set[str]]:
+    """The backends of each axis in a world that has one for main memory and one for devices."""
+    from torch.testing._internal.distributed import fake_pg  # registers the backend
+
+    assert fake_pg
+    dist.init_process_group("cpu:gloo,cuda:fake")
+    with patch.object(Grid, "connect", lambda grid, device: None):
+        grid = Grid.build(2, 2)
+    groups = [axis.group for axis in grid.axes()] + [grid.pipe.back]
+    return [{part.split(":")[1] for part in dist.get_backend_config(g).split(",")} for g in groups]
+
+
+def test_groups_along_axes_open_no_connections_of_gloo() -> None:
+    for found in run_ranks(4, backends, init=False):
+        assert len(found) == 4 and found == [{"fake"}] * 4  # pipe, tensor, model, and back
 
 
 def timeouts(rank: int, world_size: int) -> set[float]:

@@ -34,9 +34,9 @@ def test_free_memory_is_found_however_gpus_are_named(
     visible: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ZeRO-1 and 2 ask for it when they are built."""
-    cuda = CUDA_Accelerator()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("deepspeed.accelerator.cuda_accelerator.pynvml", MagicMock())
-    monkeypatch.setattr("megalite.ranks.accelerator.get_accelerator", lambda: cuda)
+    monkeypatch.setattr(real, "ds_accelerator", CUDA_Accelerator())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 8))
-    assert use_accelerator().available_memory() == 5
+    used = use_accelerator()
+    assert used.available_memory() == 5 and real.get_accelerator() is used

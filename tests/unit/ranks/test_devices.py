@@ -8,6 +8,7 @@ import resource
 import subprocess
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +274,34 @@ def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
 
 def test_sums_in_fp32_and_in_one_order() -> None:
     assert run_ranks(1, numerics) == [(True, True, True)]
+
+
+def what_a_start_sets(rank: int, world_size: int) -> dict[str, Any]:
+    """The settings of a rank as start_ranks leaves them; the variables are those of GPUs."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, most - 1), most))
+    for name in library_settings({}, on_gpu=True, interface="eth0"):
+        os.environ.pop(name, None)
+    with patch.object(launch, "machine_has_gpu", lambda: True):
+        launch.start_ranks(lambda thorough: None, lambda prepared: timedelta(seconds=4321))
+    assert dist.group.WORLD is not None
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    matmul = torch.backends.cuda.matmul
+    return {
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most),
+        "timeout": options._timeout.total_seconds(),
+        "in fp32": not matmul.allow_bf16_reduced_precision_reduction
+        and not matmul.allow_fp16_reduced_precision_reduction,
+        "variables": {
+            name: os.environ.get(name) for name in library_settings({}, on_gpu=True, interface="lo")
+        },
+    }
+
+
+def test_a_start_makes_these_settings() -> None:
+    for found in run_ranks(2, what_a_start_sets, init=False):
+        assert found["files"] and found["in fp32"] and found["timeout"] == 4321
+        assert found["variables"] == library_settings({}, on_gpu=True, interface="lo")
 
 
 def test_the_key_makes_a_run_deterministic(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from tests.byte_model import save_byte_model
 def row(step: int, **fields: Any) -> dict[str, Any]:
     return {
         "step": step, "loss": 2.34567, "grad_norm": 0.5341, "learning_rate": 1e-3, "step_seconds": 1.5,
-        "tokens_per_second": 1_234_567.0, "mfu": 0.412, "consumed_tokens": 100 * step, **fields,
+        "tokens_per_second": 1_234_567.0, "mfu": 0.412, "tflops_per_rank": 0.4, "consumed_tokens": 100 * step, **fields,
     }  # fmt: skip
 
 
@@ -114,6 +114,18 @@ def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[st
         "step 4",
     ]
     assert "loss 2.3457  norm 0.534  lr 1.00e-03  1,234,567 tokens/s  MFU 41 %" in lines[0]
+
+
+def test_a_gpus_teraflops_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    fast = row(4, tflops_per_rank=407.6)
+    Screen(4, 0, 1).after_step(fast)
+    assert "1,234,567 tokens/s  408 TFLOP/s  MFU 41 %" in capsys.readouterr().out
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    screen = Screen(4, 0, 1, console)
+    screen.after_step(fast)
+    _, second = ("".join(part.text for part in line) for line in console.render_lines(screen))
+    screen.close()
+    assert "lr 1.00e-03  408 TFLOP/s  0." in second and "GiB" in second
 
 
 def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
