@@ -116,6 +116,14 @@ def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[st
     assert "loss 2.3457  norm 0.534  lr 1.00e-03  1,234,567 tokens/s  MFU 41 %" in lines[0]
 
 
+def test_the_time_left_is_that_of_the_remaining_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(20, 0, 10)
+    for step in range(1, 21):
+        screen.after_step(row(step))
+    ends = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["0:00:15 left", "0:00:00 left"]  # steps of 1.5 s
+
+
 def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
     told: list[str] = []
     metrics = MetricsFile(tmp_path, 0, False, told.append)
