@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.router_bias import set_router_bias
+from megalite.checkpoint.saved_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.config import load_config
 from megalite.data.tokenizer import (
@@ -43,8 +43,8 @@ from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import inference_cut
-from megalite.training.pretrain import prepare
+from megalite.pipeline.pipeline_plan import inference_cut
+from megalite.training.pretraining import prepare
 
 Message = dict[str, Any]
 """`{"role": "user" | "assistant" | "system" | "tool", "content": "…"}`; an assistant's may also have `tool_calls`"""

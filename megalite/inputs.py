@@ -28,7 +28,8 @@ def reading(what: str | Path, kind: type[UserError] = ConfigError) -> Iterator[N
     """Context manager that turns unexpected exceptions into an error of `kind` that names `what`, the thing being read.
 
     A MegaliteError passes through unchanged, and so does a full disk, which is a fault of the machine.
-    MEGALITE_TRACEBACK=1 shows the original exception (program.py), to tell a bug of ours from a malformed file.
+    MEGALITE_TRACEBACK=1 shows the original exception (ranks/run_program.py), to tell a bug of ours from a malformed
+    file.
     """
     try:
         yield

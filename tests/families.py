@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from megalite.checkpoint.router_bias import set_router_bias
+from megalite.checkpoint.saved_bias import set_router_bias
 from megalite.hub.names import hf_auto_class, state_of
 from megalite.model.context import Context
 from megalite.model.families import read_spec

@@ -15,7 +15,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import ModelCosts
-from megalite.pipeline.plan import make_plan
+from megalite.pipeline.pipeline_plan import make_plan
 
 VOCABULARY, SEQUENCE = 131, 12
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from megalite.errors import TrainingError
 from megalite.model.families import model_dict, read_spec
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
-from megalite.training.pretrain import Prepared, _train
+from megalite.training.pretraining import PreparedRun, _train
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus
 
@@ -61,7 +61,7 @@ def train(rank: int, world_size: int, runs: list[tuple[dict[str, Any], Plant]]) 
     results: list[int | str] = []
     for keys, plant in runs:
         config = Config.from_dict(keys).resolve(world_size)
-        prepared = Prepared(config, read_spec(config.model), model_dict(config.model))
+        prepared = PreparedRun(config, read_spec(config.model), model_dict(config.model))
         with plant(rank):
             try:
                 results.append(_train(prepared, rank))

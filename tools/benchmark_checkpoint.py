@@ -27,7 +27,7 @@ from megalite.checkpoint.files import Checkpoint, checkpoints_of, verify
 from megalite.checkpoint.save import Saver
 from megalite.errors import ConfigError
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 COLUMNS, BLOCK_BYTES = 1024, 8 << 20
 STEP_SIZE, STEPS_ALONE = 1024, 20  # size of a step's matrices; steps timed without a save

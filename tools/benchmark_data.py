@@ -29,11 +29,11 @@ from megalite.data.indexed import token_dtype
 from megalite.data.indexed_writer import write_index
 from megalite.data.loader import TrainData
 from megalite.data.megatron import SampleIndex, document_index, shuffle_index
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
-from megalite.races.loader import write_random_corpus
+from megalite.races.loader_race import write_random_corpus
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 _WORDS = 4000  # of the synthetic language
 

@@ -3,7 +3,7 @@
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.prove.ranking import main
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 if __name__ == "__main__":
     run_program(main)

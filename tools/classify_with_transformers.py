@@ -24,7 +24,7 @@ from megalite.config import Config, Data, load_config
 from megalite.data.indexed import IndexedCorpus, labels_prefix
 from megalite.errors import ConfigError
 from megalite.ranks.arguments import ArgumentParser, at_least
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 from megalite.training.classification import figures
 
 

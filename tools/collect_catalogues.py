@@ -30,7 +30,7 @@ from megalite.data.collected import write_collected
 from megalite.errors import ConfigError, DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser, at_least
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 PACKAGES = ["coreutils", "evolution-common", "gcc-12-locales", "gimp-data", "git", "gnome-control-center-data",
             "gnupg-l10n", "nautilus-data", "vim-runtime"]  # fmt: skip

@@ -16,7 +16,7 @@ from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 # Numbers of WordNet's lexicographer files (its manual page lexnames(5)).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 10: "communication", 13: "food", 15: "location", 18: "person",

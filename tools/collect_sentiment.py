@@ -23,7 +23,7 @@ from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 from megalite.training.classification import figures
 
 LABELS = ["negative", "positive"]

@@ -12,7 +12,7 @@ import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.collected import write_collected
 from megalite.errors import DataError
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 LEFT_OUT = {
     "site-packages",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.config.document import Document
 from megalite.config.foreign import AUTO
-from megalite.config.schedules import SCHEDULES
+from megalite.config.rate_schedules import SCHEDULES
 from megalite.config.section import Section, sections_of
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 HEADER = """# Config reference
 

@@ -5,7 +5,7 @@ import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.merging import merge
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from megalite.inference.translations import read_pairs, scores
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from megalite.data.entropy import unigram_entropy
 from megalite.errors import DataError
 from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(argv: list[str]) -> int:

@@ -27,9 +27,9 @@ from megalite.checkpoint.folder import (
     STATE,
     STEP_NAME,
     SUMS,
-    Chunk,
     Entry,
     Index,
+    StoredBox,
     Transaction,
     check_carried,
     check_file,
@@ -213,8 +213,8 @@ class Checkpoint:
 
 
 def _overlaps(
-    chunks: Iterable[Chunk], offsets: tuple[int, ...], shape: tuple[int, ...]
-) -> Iterator[tuple[Chunk, tuple[slice, ...], tuple[slice, ...]]]:
+    chunks: Iterable[StoredBox], offsets: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[StoredBox, tuple[slice, ...], tuple[slice, ...]]]:
     """Stored boxes that overlap a requested one: (box, the overlap in the requested one, the overlap in the stored
     one)."""
     for chunk in chunks:
@@ -262,7 +262,7 @@ class CheckpointWriter:
         held = sum(pending.nbytes for pending in self.pending.values())
         if self.pending and held + tensor.nbytes > FILE_BYTES:
             self._flush()
-        chunk = Chunk((0,) * len(shape), shape, self._file_name, full_name)
+        chunk = StoredBox((0,) * len(shape), shape, self._file_name, full_name)
         self.index.add(full_name, Entry(shape, tensor.dtype), chunk)
         self.pending[full_name] = tensor
 

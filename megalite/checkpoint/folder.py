@@ -51,7 +51,7 @@ MOST_DIMS = 8  # most dims of a tensor
 
 
 @dataclass
-class Chunk:
+class StoredBox:
     """A stored box: its start and shape in the full tensor, its file and the key in it. run: (n, first) if the key
     stores n numbers, of which those from `first` on are the box; None if it stores the box alone, in its shape."""
 
@@ -68,7 +68,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[StoredBox] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -82,11 +82,11 @@ class Index:
     entries: dict[str, Entry] = field(default_factory=dict)
     format: ClassVar[int] = FORMAT
 
-    def add(self, name: str, entry: Entry, chunk: Chunk) -> None:
+    def add(self, name: str, entry: Entry, chunk: StoredBox) -> None:
         """Adds a box to the tensor of that name, which is created from `entry` if it is new."""
         self.entries.setdefault(name, entry).chunks.append(chunk)
 
-    def chunks(self, name: str, rows: range | None = None) -> Iterator[Chunk]:
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[StoredBox]:
         """The boxes of a tensor. rows: return at least those with elements in these rows of its first dim."""
         yield from self.entries[name].chunks
 
@@ -122,7 +122,9 @@ class Index:
     def from_json(cls, value: dict[str, Any]) -> "Index":
         index = cls()
         for name, entry in value.items():
-            chunks = [Chunk(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]]
+            chunks = [
+                StoredBox(tuple(o), tuple(s), file, key) for o, s, file, key in entry["boxes"]
+            ]
             for chunk in chunks:
                 check_file_name(chunk.file)
                 if any(type(number) is not int for number in (*chunk.offsets, *chunk.shape)):

@@ -23,9 +23,9 @@ from megalite.checkpoint.boxes import Box, boxes_of_range
 from megalite.checkpoint.folder import (
     FORMAT_OF_PARTS,
     MOST_DIMS,
-    Chunk,
     Entry,
     Index,
+    StoredBox,
     check_file_name,
     check_tiled,
     dtype_named,
@@ -165,7 +165,7 @@ class PartIndex(Index):
             table.parts.append(Part(file, table, starts, counts))
         return cls(tables)
 
-    def chunks(self, name: str, rows: range | None = None) -> Iterator[Chunk]:
+    def chunks(self, name: str, rows: range | None = None) -> Iterator[StoredBox]:
         kind, _, base = name.partition("/")
         for table, row in self._rows[base]:
             piece = table.slices[row]
@@ -249,8 +249,8 @@ def _reaches(piece: Slice, start: int, count: int, rows: range) -> bool:
     return first < rows.stop and last >= rows.start
 
 
-def _boxes(kind: str, piece: Slice, file: str, start: int, count: int) -> Iterator[Chunk]:
+def _boxes(kind: str, piece: Slice, file: str, start: int, count: int) -> Iterator[StoredBox]:
     key = key_of(kind, piece, start)
     for offsets, sizes, flat in boxes_of_range(piece.shape, start, count):
         place = tuple(a + b for a, b in zip(offsets, piece.offsets, strict=True))
-        yield Chunk(place, sizes, file, key, (count, flat - start))
+        yield StoredBox(place, sizes, file, key, (count, flat - start))

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.folder import Chunk, Entry, write_all
+from megalite.checkpoint.folder import Entry, StoredBox, write_all
 from megalite.errors import CheckpointError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -108,7 +108,7 @@ class TensorFiles:
         self._files.clear()
 
     def read_into(
-        self, target: Tensor, chunk: Chunk, entry: Entry, part: tuple[slice, ...]
+        self, target: Tensor, chunk: StoredBox, entry: Entry, part: tuple[slice, ...]
     ) -> None:
         """Reads part of a box into existing memory. Raises CheckpointError if the file cannot be read or does not match
         the index."""
@@ -146,7 +146,7 @@ def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
     return file, 8 + length, json.loads(file.read(length))
 
 
-def _place(stored: dict[str, Any], chunk: Chunk, entry: Entry, size: int) -> int:
+def _place(stored: dict[str, Any], chunk: StoredBox, entry: Entry, size: int) -> int:
     """The offset of a box in the file's tensor data of `size` bytes."""
     dtype, shape, (start, stop) = stored["dtype"], stored["shape"], stored["data_offsets"]
     wanted = chunk.shape if chunk.run is None else chunk.run[:1]

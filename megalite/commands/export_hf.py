@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megalite.checkpoint.files import best_checkpoint
 from megalite.hub.carried import tokenizer_files
-from megalite.hub.export_hf import DTYPES, export_hf
+from megalite.hub.export_folder import DTYPES, export_hf
 from megalite.hub.sources import open_weights, prompts_both_ways
 from megalite.inference.prepare import BEST_HELP
 from megalite.ranks.arguments import ArgumentParser
-from megalite.ranks.program import program_name
+from megalite.ranks.run_program import program_name
 
 
 def main(argv: list[str]) -> int:

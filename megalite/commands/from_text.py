@@ -20,8 +20,8 @@ from megalite.checkpoint.folder import write_durably
 from megalite.config.rules import machine_has_gpu
 from megalite.data.documents import kind_of, read_texts
 from megalite.data.indexed import IndexedCorpus
-from megalite.data.preprocess import preprocess
-from megalite.data.split import split_corpus
+from megalite.data.preprocessing import preprocess
+from megalite.data.split_corpus import split_corpus
 from megalite.data.tokenizer import EQUAL_FILE, load_tokenizer
 from megalite.data.tokenizer_training import VocabularyTooLarge, train_tokenizer
 from megalite.errors import DataError

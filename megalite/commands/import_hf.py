@@ -3,8 +3,8 @@
 import argparse
 
 from megalite.errors import ConfigError
-from megalite.hub.import_hf import import_hf
-from megalite.hub.upcycle import Experts
+from megalite.hub.import_folder import import_hf
+from megalite.hub.upcycle import UpcyclingOptions
 from megalite.ranks.arguments import ArgumentParser, at_least
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.experts is None and args.experts_per_token is not None:
         raise ConfigError(f"--experts-per-token: {args.experts_per_token}: needs --experts")
-    experts = args.experts and Experts(args.experts, args.experts_per_token or 2)
+    experts = args.experts and UpcyclingOptions(args.experts, args.experts_per_token or 2)
     compared = import_hf(args.model, args.output, args.verify, experts)
     print(f"{args.output}: {compared or 'written; not verified'}")
     return 0

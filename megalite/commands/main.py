@@ -29,7 +29,7 @@ def main() -> None:
 
 def run(command: Command, arguments: list[str]) -> None:
     """Imports a command's program and runs it under the command's name, as a script of launcher/ or tools/ would."""
-    from megalite.ranks.program import run_program
+    from megalite.ranks.run_program import run_program
 
     sys.argv = [f"megalite {command.name}", *arguments]  # the start of usage and error lines
 

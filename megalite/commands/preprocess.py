@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from megalite.data.pairs import TEMPLATE
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.errors import ConfigError
 from megalite.ranks.arguments import ArgumentParser, at_least
 

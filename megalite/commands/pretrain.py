@@ -30,7 +30,7 @@ from megalite.errors import ConfigError, MegaliteError
 from megalite.ranks.arguments import ArgumentParser, at_least, share
 from megalite.ranks.place import place
 from megalite.report.read import REPORT, value_at
-from megalite.training import pretrain
+from megalite.training import pretraining
 
 _SAMPLES = 3
 _PROMPT_TOKENS = 8
@@ -40,7 +40,7 @@ _SAMPLE_TOKENS = 80
 def main(arguments: list[str]) -> int:
     """Trains from a config or from text; returns the exit code."""
     if any(word.partition("=")[0] == "--deepspeed_config" for word in arguments):
-        return pretrain.main(arguments)
+        return pretraining.main(arguments)
     try:
         options, texts, overrides = _asked(arguments)
     except ConfigError as error:
@@ -110,7 +110,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         rule = "cannot be used with --tokenizer, which has its own vocabulary"
         raise ConfigError(f"--vocab-size: {options.vocab_size}: {rule}")
     if options.world_size is not None and not options.check:
-        raise ConfigError(f"--world-size: {options.world_size}: {pretrain.ONLY_WITH_CHECK}")
+        raise ConfigError(f"--world-size: {options.world_size}: {pretraining.ONLY_WITH_CHECK}")
     return options
 
 
@@ -128,11 +128,11 @@ def _from_text(options: argparse.Namespace, texts: list[str], overrides: list[st
     words = ["--deepspeed_config", str(path), *overrides]
     if options.check:
         ranks = [] if options.world_size is None else ["--world-size", str(options.world_size)]
-        return pretrain.main([*words, "--check", *ranks])
+        return pretraining.main([*words, "--check", *ranks])
     config = load_config(path, overrides)
     print(path.read_text(encoding="utf-8"), end="", flush=True)
     _tell(f"to change it: edit {path} and run megalite pretrain --deepspeed_config {path}")
-    code = pretrain.main(words)
+    code = pretraining.main(words)
     if code == 0:
         _show_samples(Path(config.train.run_dir), folder)
     return code

@@ -46,7 +46,7 @@ COMMANDS = (
     Command(
         "report",
         "show runs as one page: curves, samples, memory, the pipeline",
-        "megalite.report.program",
+        "megalite.report.report_program",
     ),
     Command(
         "plan",

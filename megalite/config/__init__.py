@@ -13,16 +13,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from megalite.config.batches import BatchPlan
+from megalite.config.batch_plan import BatchPlan
 from megalite.config.document import Document, ModelDims
 from megalite.config.foreign import without_foreign
 from megalite.config.objectives import Classified
 from megalite.config.optimizer_keys import Optimizer
 from megalite.config.parallel_keys import Parallel
 from megalite.config.rate_rules import check_schedule, decay_steps, warmup_steps, wrong_schedule
+from megalite.config.rate_schedules import (
+    DEEPSPEEDS,
+    OURS,
+    WSD,
+    Constant,
+    InverseSqrt,
+    Linear,
+    RateSchedule,
+)
 from megalite.config.reading import apply_overrides, check_values, read_json
 from megalite.config.rules import check_dims, check_document, data_axis_size, resolved_keys
-from megalite.config.schedules import DEEPSPEEDS, OURS, WSD, Constant, InverseSqrt, Linear, Schedule
 from megalite.config.section import all_of, read, refuse
 from megalite.config.sections import Data, Source, Train
 from megalite.config.zero_keys import ZeroOptimization
@@ -36,7 +44,7 @@ __all__ = [
     "ModelDims",
     "Optimizer",
     "Parallel",
-    "Schedule",
+    "RateSchedule",
     "Source",
     "Train",
     "ZeroOptimization",
@@ -101,17 +109,17 @@ class Config:
         return keys
 
     @property
-    def schedule(self) -> Schedule | None:
+    def schedule(self) -> RateSchedule | None:
         """The schedule that megalite runs itself; None if the scheduler is DeepSpeed's, which is in `deepspeed`. Call
         `resolve` first."""
         scheduler, params = self.document.scheduler, check_schedule(self.document)
         if scheduler is None:
-            return Schedule("constant", self.train.last_step)
+            return RateSchedule("constant", self.train.last_step)
         if not isinstance(params, Constant):
             return None
         warmup = warmup_steps(self.document, params, self.batch_plan)
         total = (params.total_steps if isinstance(params, Linear) else None) or self.train.last_step
-        schedule = Schedule(scheduler.type, total, warmup, params.warmup_tokens)
+        schedule = RateSchedule(scheduler.type, total, warmup, params.warmup_tokens)
         match params:
             case WSD():
                 steps, shape = decay_steps(params, total), params.decay_shape

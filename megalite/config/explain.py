@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megalite.config.document import Document
 from megalite.config.foreign import AUTO
-from megalite.config.schedules import SCHEDULES
+from megalite.config.rate_schedules import SCHEDULES
 from megalite.config.section import Section, nearest, sections_of, unknown
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")  # of a list entry, as in megalite.data.train.0.weight

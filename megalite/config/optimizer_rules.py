@@ -7,7 +7,7 @@ value and the rule.
 from megalite.config.document import Document
 from megalite.config.optimizer_keys import OPTIMIZERS, Optimizer
 from megalite.config.parallel_keys import Parallel
-from megalite.config.schedules import DEEPSPEEDS
+from megalite.config.rate_schedules import DEEPSPEEDS
 from megalite.config.section import all_of, broken
 from megalite.config.zero_keys import OffloadOptimizer, ZeroOptimization
 from megalite.errors import ConfigError

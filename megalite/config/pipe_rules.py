@@ -3,7 +3,7 @@
 Each raises ConfigError with one line. Called by rules.py.
 """
 
-from megalite.config.batches import BatchPlan
+from megalite.config.batch_plan import BatchPlan
 from megalite.config.parallel_keys import Parallel
 from megalite.config.section import broken
 

@@ -6,9 +6,9 @@ value and the rule.
 
 from typing import Any
 
-from megalite.config.batches import BatchPlan
+from megalite.config.batch_plan import BatchPlan
 from megalite.config.document import Document
-from megalite.config.schedules import SCHEDULES, WSD, Constant, InverseSqrt, Linear
+from megalite.config.rate_schedules import SCHEDULES, WSD, Constant, InverseSqrt, Linear
 from megalite.config.section import Section, Wrong, broken, nearest, parse, read
 from megalite.errors import ConfigError
 

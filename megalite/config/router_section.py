@@ -7,7 +7,7 @@ from pydantic import Field
 from megalite.config.section import Counter, Section
 
 
-class Router(Section):
+class RouterSection(Section):
     """Training of the routers of a model with experts, beyond the model's loss; docs/experts.md has the formulas."""
 
     balance: Literal["sample", "bias", "none"] = Field(

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megalite.config.batches import BatchPlan
+from megalite.config.batch_plan import BatchPlan
 from megalite.config.context_rules import (
     check_context_heads,
     check_context_keys,
@@ -43,7 +43,7 @@ from megalite.config.optimizer_rules import (
 from megalite.config.parallel_keys import Parallel
 from megalite.config.pipe_rules import check_layers, check_micro_batches, check_schedule_of_pipe
 from megalite.config.rate_rules import check_schedule, warmup_steps
-from megalite.config.schedules import Constant
+from megalite.config.rate_schedules import Constant
 from megalite.config.section import all_of, broken
 from megalite.config.sections import Megalite
 from megalite.config.stack_rules import check_layout_of_stacks, check_stacks
@@ -51,7 +51,7 @@ from megalite.config.zero_keys import ZeroOptimization
 from megalite.errors import ConfigError
 
 MOST_MICRO_BATCHES = 100_000  # of a step, since a step is a list of actions for each of them
-MOST_RISES = 100_000  # increments of a batch ramp, since batches.py loops over them
+MOST_RISES = 100_000  # increments of a batch ramp, since batch_plan.py loops over them
 FP16_DEFAULTS = {  # DeepSpeed's (runtime/precision_config.py), made explicit because the result depends on them
     "loss_scale": 0.0,
     "initial_scale_power": 16,

@@ -8,7 +8,7 @@ from typing import Any
 
 from megalite.config.document import Document
 from megalite.config.foreign import AUTO, IDLE
-from megalite.config.schedules import SCHEDULES
+from megalite.config.rate_schedules import SCHEDULES
 from megalite.config.section import Section, sections_of
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -19,7 +19,7 @@ from megalite.config.objectives import (
     span_lengths,
 )
 from megalite.config.parallel_keys import Parallel
-from megalite.config.router_section import Router
+from megalite.config.router_section import RouterSection
 from megalite.config.section import Counter, Positive, Section, Share, broken
 
 Text = Annotated[str, Field(min_length=1)]
@@ -295,7 +295,7 @@ class Train(Section):
         description="Weight of the z-loss, the squared logarithm of the softmax denominator, in each token's training "
         "loss.",
     )
-    router: Router | None = Field(
+    router: RouterSection | None = Field(
         None,
         description="For a model with experts; left out: the defaults of its keys.",
     )

@@ -16,7 +16,7 @@ from megalite.data.corpus_check import unknown_id
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.masking import UNCOUNTED, Masking
 from megalite.data.samples import Piece, Samples, read_documents, read_tokens
-from megalite.data.source_target import Rows, SourceTarget
+from megalite.data.source_target import SampleRows, SourceTarget
 
 
 class Batch(NamedTuple):
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     prefixes: np.ndarray | None = None
 
 
-class Stream(NamedTuple):
+class CorpusStream(NamedTuple):
     """Samples of a corpus, and its corpus of marks (1: counts) or labels, if there is one."""
 
     samples: Samples
@@ -61,7 +61,7 @@ class BatchReader:
 
     def read(
         self,
-        streams: Sequence[Stream],
+        streams: Sequence[CorpusStream],
         corpora: np.ndarray,
         places: np.ndarray,
         numbers: np.ndarray,
@@ -83,7 +83,7 @@ class BatchReader:
             for row, pieces in zip(rows.tolist(), stream.samples.pieces(places[rows]), strict=True):
                 if self.source_target is not None:
                     kept_apart = None if documents is None else documents[row]
-                    filled = Rows(tokens[row], labels[row], kept_apart)
+                    filled = SampleRows(tokens[row], labels[row], kept_apart)
                     self._fill_both(self.source_target, stream, pieces, int(numbers[row]), filled)
                     continue
                 fill(
@@ -103,7 +103,7 @@ class BatchReader:
 
     def _fill_window(
         self,
-        stream: Stream,
+        stream: CorpusStream,
         pieces: list[Piece],
         tokens: np.ndarray,
         labels: np.ndarray,
@@ -127,7 +127,7 @@ class BatchReader:
 
     def _fill_whole(
         self,
-        stream: Stream,
+        stream: CorpusStream,
         pieces: list[Piece],
         tokens: np.ndarray,
         labels: np.ndarray,
@@ -156,10 +156,10 @@ class BatchReader:
     def _fill_both(
         self,
         made: SourceTarget,
-        stream: Stream,
+        stream: CorpusStream,
         pieces: list[Piece],
         number: int,
-        rows: Rows,
+        rows: SampleRows,
     ) -> None:
         """Fills the rows of one sample of an encoder-decoder. number: the sample's number in the run."""
         ids = np.empty(sum(stop - start for start, stop in pieces), np.int64)
@@ -170,7 +170,9 @@ class BatchReader:
             read_tokens(stream.marks, pieces, marks)
         made.fill(ids, marks, number, rows)
 
-    def _fill_prefixes(self, stream: Stream, pieces: list[Piece], prefixes: np.ndarray) -> None:
+    def _fill_prefixes(
+        self, stream: CorpusStream, pieces: list[Piece], prefixes: np.ndarray
+    ) -> None:
         """Marks, in the row [S] of one sample, each document's tokens before its first marked one."""
         assert stream.marks is not None, "config/rules.py requires them"
         filled = 0
@@ -179,7 +181,7 @@ class BatchReader:
             prefixes[filled : filled + len(marks)] = np.cumsum(marks) == 0
             filled += len(marks)
 
-    def _check(self, stream: Stream, pieces: list[Piece], ids: np.ndarray) -> None:
+    def _check(self, stream: CorpusStream, pieces: list[Piece], ids: np.ndarray) -> None:
         unsigned = ids.view(np.uint64)  # negative ids become huge
         if unsigned.max() < self.vocabulary_size:
             return

@@ -7,7 +7,7 @@
 
 An assistant message may have `tool_calls`, messages of the role `tool` contain their results, and the line's `tools`
 describes the tools to the template. ShareGPT and Alpaca lines may have a `system` message.
-A field that is null counts as missing. Next: chat.py, which renders conversations and marks the answers.
+A field that is null counts as missing. Next: chat_encoder.py, which renders conversations and marks the answers.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Streams documents from text files: .jsonl, .txt, .parquet, the first two also as .gz or .zst, or standard input.
 
-There are two steps, so that several processes can share the work. The reading process cuts a stream into `Chunk`s of
+There are two steps, so that several processes can share the work. The reading process cuts a stream into chunks of
 whole lines without parsing them (`read_chunks`); any process parses a chunk into documents (`parse`). A chunk records
 where the next one begins, which is all that is needed to resume after a kill.
 Memory: one chunk, or the largest document if that is larger. A .txt file that is a single document is read in pieces;
@@ -43,7 +43,7 @@ _GAP = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")  # blank lines
 _BOM = b"\xef\xbb\xbf"
 
 
-class Place(NamedTuple):
+class InputPosition(NamedTuple):
     """Where a chunk begins. input: index of the input; offset: byte in its text, or row of a .parquet file; number: of
     the next line, row or document, from 1."""
 
@@ -53,12 +53,12 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TextChunk:
     """Some whole documents, not parsed yet, or a piece of a document that continues in the next chunk (`open_end`)."""
 
     kind: Kind
-    start: Place
-    end: Place
+    start: InputPosition
+    end: InputPosition
     data: Any  # bytes; for a .parquet file a list of strings or None
     read_bytes: int  # bytes of the input's file read so far, for the progress
     open_end: bool = False
@@ -87,20 +87,20 @@ def kind_of(
 
 
 def read_chunks(
-    inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: Place
-) -> Iterator[Chunk]:
+    inputs: Sequence[str], kinds: Sequence[Kind], text_key: str, start: InputPosition
+) -> Iterator[TextChunk]:
     """The chunks of all inputs from `start` on. Raises DataError for a file that cannot be read or whose compressed
     data is truncated."""
     for number, (path, kind) in enumerate(zip(inputs, kinds, strict=True)):
         if number < start.input:
             continue
-        begin = start if number == start.input else Place(number)
+        begin = start if number == start.input else InputPosition(number)
         with reading(path, DataError):
             if kind == "parquet":
                 yield from _parquet_chunks(path, text_key, begin)
                 continue
             try:
-                with _Stream(path, begin.offset) as stream:
+                with _ByteStream(path, begin.offset) as stream:
                     if kind == "txt":
                         yield from _whole_chunks(stream, begin)
                     else:
@@ -109,7 +109,7 @@ def read_chunks(
                 raise DataError(f"{path}: is damaged: {error}") from None
 
 
-def parse(chunk: Chunk, text_key: str) -> Iterator[str | Bad]:
+def parse(chunk: TextChunk, text_key: str) -> Iterator[str | Bad]:
     """The documents of a chunk in order, with a Bad for each that cannot be used; blank lines are skipped."""
     data, number = chunk.data, chunk.start.number
     mark = _BOM if chunk.start.offset == 0 else b""
@@ -130,7 +130,7 @@ def read_texts(
     inputs: Sequence[str], text_key: str = "text", on_bad: Callable[[str], None] = lambda line: None
 ) -> Iterator[str]:
     """The documents of some inputs one after another; each that cannot be used is passed to `on_bad` as one line."""
-    for chunk in read_chunks(inputs, [kind_of(path) for path in inputs], text_key, Place()):
+    for chunk in read_chunks(inputs, [kind_of(path) for path in inputs], text_key, InputPosition()):
         for found in parse(chunk, text_key):
             if isinstance(found, Bad):
                 on_bad(f"{inputs[chunk.start.input]}:{found.number}: {found.reason}")
@@ -138,7 +138,7 @@ def read_texts(
                 yield found
 
 
-def parse_objects(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
+def parse_objects(chunk: TextChunk) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
     """The objects of a chunk of JSON lines, with their line numbers."""
     data = chunk.data
     if chunk.start.offset == 0 and data.startswith(_BOM):
@@ -180,7 +180,7 @@ def _decoded(data: bytes, number: int) -> str | Bad:
         return Bad(number, f"is not UTF-8 (byte {error.start} of the document)")
 
 
-class _Stream:
+class _ByteStream:
     """The text of a file as decompressed blocks of bytes, and the number of bytes read from the file."""
 
     def __init__(self, path: str, offset: int) -> None:
@@ -205,7 +205,7 @@ class _Stream:
             yield block[skip:]
             skip = 0
 
-    def __enter__(self) -> "_Stream":
+    def __enter__(self) -> "_ByteStream":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -246,7 +246,7 @@ class _Stream:
             raise EOFError("Compressed file ended before the end of its last frame")
 
 
-def _line_chunks(stream: _Stream, kind: Kind, place: Place) -> Iterator[Chunk]:
+def _line_chunks(stream: _ByteStream, kind: Kind, place: InputPosition) -> Iterator[TextChunk]:
     """Chunks that end at the end of a line, or for `paragraphs` at blank lines."""
     parts: list[bytes] = []
     for block in stream.blocks():
@@ -283,15 +283,15 @@ def _last_gap(block: bytes) -> int:
     return ends[-1] if ends else 0
 
 
-def _chunk(kind: Kind, place: Place, data: bytes, read_bytes: int) -> Chunk:
+def _chunk(kind: Kind, place: InputPosition, data: bytes, read_bytes: int) -> TextChunk:
     count = data.count(b"\n")
     if kind == "paragraphs":
         count = sum(1 for part in _GAP.split(data) if part.strip())
-    end = Place(place.input, place.offset + len(data), place.number + count)
-    return Chunk(kind, place, end, data, read_bytes)
+    end = InputPosition(place.input, place.offset + len(data), place.number + count)
+    return TextChunk(kind, place, end, data, read_bytes)
 
 
-def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
+def _whole_chunks(stream: _ByteStream, place: InputPosition) -> Iterator[TextChunk]:
     """A file as one document: a single piece, or for a larger file several pieces cut at a newline or space."""
     rest = b""
     for block in stream.blocks():
@@ -300,12 +300,12 @@ def _whole_chunks(stream: _Stream, place: Place) -> Iterator[Chunk]:
             cut = max(rest.rfind(b"\n", 0, -1), rest.rfind(b" ", 0, -1)) + 1 or _character_start(
                 rest
             )
-            end = Place(place.input, place.offset + cut, place.number)
-            yield Chunk("txt", place, end, rest[:cut], stream.read_bytes, open_end=True)
+            end = InputPosition(place.input, place.offset + cut, place.number)
+            yield TextChunk("txt", place, end, rest[:cut], stream.read_bytes, open_end=True)
             place, rest = end, rest[cut:]
     if rest:
-        end = Place(place.input, place.offset + len(rest), place.number + 1)
-        yield Chunk("txt", place, end, rest, stream.read_bytes)
+        end = InputPosition(place.input, place.offset + len(rest), place.number + 1)
+        yield TextChunk("txt", place, end, rest, stream.read_bytes)
 
 
 def _character_start(data: bytes) -> int:
@@ -316,7 +316,7 @@ def _character_start(data: bytes) -> int:
     return place
 
 
-def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
+def _parquet_chunks(path: str, column: str, place: InputPosition) -> Iterator[TextChunk]:
     pyarrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
@@ -340,9 +340,9 @@ def _parquet_chunks(path: str, column: str, place: Place) -> Iterator[Chunk]:
                 row += batch.num_rows
                 if texts:
                     first = row - len(texts)
-                    start = Place(place.input, first, first + 1)
-                    end = Place(place.input, row, row + 1)
-                    yield Chunk("parquet", start, end, texts, size * row // total)
+                    start = InputPosition(place.input, first, first + 1)
+                    end = InputPosition(place.input, row, row + 1)
+                    yield TextChunk("parquet", start, end, texts, size * row // total)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
 

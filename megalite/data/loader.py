@@ -15,7 +15,7 @@ import numpy as np
 
 from megalite.config import Data
 from megalite.config.sections import Source
-from megalite.data.batch import UNCOUNTED, Batch, BatchReader, Stream
+from megalite.data.batch import UNCOUNTED, Batch, BatchReader, CorpusStream
 from megalite.data.blend import Blend
 from megalite.data.corpus_check import check_corpus
 from megalite.data.indexed import (
@@ -75,14 +75,14 @@ class TrainData:
             assert data.megatron_samples is not None, "Config.resolve fills it in"
             self._blend = MegatronBlend(weights, data.megatron_samples)
             self._streams = [
-                Stream(_megatron_samples(of, data, samples, seed), of.marks)
+                CorpusStream(_megatron_samples(of, data, samples, seed), of.marks)
                 for of, samples in zip(opened, self._blend.samples_of, strict=True)
             ]
         else:
             self._blend = Blend(weights)
             in_order = [_in_order(of, data, self.notes) for of in opened]
             self._streams = [
-                Stream(Shuffled(samples, seed, number), marks)
+                CorpusStream(Shuffled(samples, seed, number), marks)
                 for number, (samples, marks) in enumerate(in_order)
             ]
             self.notes += self._cut_words([samples for samples, _ in in_order])
@@ -143,7 +143,7 @@ class ValidData:
     def __init__(self, data: Data, vocabulary_size: int, check: bool = True) -> None:
         """Opens the corpora as TrainData does. Raises DataError or ConfigError with one line."""
         in_order = [_in_order(_open(source, data, check), data, []) for source in data.valid]
-        self._streams = [Stream(samples, marks) for samples, marks in in_order]
+        self._streams = [CorpusStream(samples, marks) for samples, marks in in_order]
         self._ends = np.cumsum([0] + [samples.num_samples for samples, _ in in_order])
         # The same masks in every run, and at every step.
         self._reader = _reader(data, vocabulary_size, mixed(0, _EVALUATION), last=True)

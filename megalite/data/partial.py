@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megalite.data.corpus_check import checksum_file, checksum_lines
-from megalite.data.documents import Bad, Chunk, Place
+from megalite.data.documents import Bad, InputPosition, TextChunk
 from megalite.data.indexed import files_of, names_file
 from megalite.data.indexed_writer import refuse_existing, write_index
 from megalite.errors import DataError
@@ -75,7 +75,7 @@ class Partial:
         self.output, self.fingerprint = Path(output), fingerprint
         self.folder = Path(f"{output}.partial")
         self._journal = self.folder / "journal.json"
-        self.place, self.counts, self.written = Place(), Counts(), False
+        self.place, self.counts, self.written = InputPosition(), Counts(), False
         self._open_tokens = 0  # tokens so far of a document that continues in the next chunk
         self._saved = time.monotonic()
         state = self._read_journal()
@@ -99,7 +99,7 @@ class Partial:
                 )
             state = {}
         if state:
-            self.place, self.counts = Place(*state["place"]), Counts(**state["counts"])
+            self.place, self.counts = InputPosition(*state["place"]), Counts(**state["counts"])
             self.written, self._open_tokens = state["written"], state["open_tokens"]
         names = [] if self.written else ["sizes.i32", *(f"{name}.bin" for name in self._prefixes)]
         self._files = {name: self._open(name, state) for name in names}
@@ -117,7 +117,7 @@ class Partial:
         os.truncate(path, state.get(name, 0))
         return open(path, "ab")
 
-    def add(self, chunk: Chunk, encoded: Encoded, path: str, strict: bool) -> None:
+    def add(self, chunk: TextChunk, encoded: Encoded, path: str, strict: bool) -> None:
         """Appends the next chunk. Raises DataError for a bad line if `strict`."""
         for bad in encoded.bad:
             line = f"{path}:{bad.number}: {bad.reason}"

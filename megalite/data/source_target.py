@@ -25,7 +25,7 @@ _KEPT, _NOISE = range(2)  # the purposes of draws
 
 
 @dataclass(frozen=True)
-class Rows:
+class SampleRows:
     """A sample's rows [S] to fill; initially tokens are 0, labels -100 and documents 0."""
 
     tokens: np.ndarray
@@ -47,7 +47,9 @@ class Rows:
 class SourceTarget(Protocol):
     """Builds source and target from the tokens of a sample."""
 
-    def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
+    def fill(
+        self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: SampleRows
+    ) -> None:
         """Fills the rows of a sample. ids int64 [n]; marks [n]: 1 if the loss counts the token; number: of the sample
         in the run."""
         ...
@@ -60,7 +62,9 @@ class OfPairs:
     source_length: int
     start: int
 
-    def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
+    def fill(
+        self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: SampleRows
+    ) -> None:
         """See SourceTarget."""
         assert marks is not None, "the config's rules require marks"
         source = ids[marks == 0][: self.source_length - 1]
@@ -77,7 +81,9 @@ class OfSpans:
     sentinels: np.ndarray
     seed: int
 
-    def fill(self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: Rows) -> None:
+    def fill(
+        self, ids: np.ndarray, marks: np.ndarray | None, number: int, rows: SampleRows
+    ) -> None:
         """See SourceTarget. A text begins with tokens that are kept and ends with a span."""
         lengths, source, target, place = self.lengths, [], [], 0
         kept = self._parts(_KEPT, number, lengths.text - lengths.noise)

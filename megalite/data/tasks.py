@@ -1,4 +1,4 @@
-"""Tasks of preprocess.py's workers: how a chunk of documents is tokenized, one task for each form of a line. Next:
+"""Tasks of preprocessing.py's workers: how a chunk of documents is tokenized, one task for each form of a line. Next:
 workers.py.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from megalite.data.chat import ChatEncoder
+from megalite.data.chat_encoder import ChatEncoder
 from megalite.data.chat_forms import NotChat, sample_of
-from megalite.data.documents import Bad, Chunk, parse, parse_objects, text_of
+from megalite.data.documents import Bad, TextChunk, parse, parse_objects, text_of
 from megalite.data.pairs import PairEncoder, pair_of
 from megalite.data.partial import Encoded
 from megalite.data.tokenizer import Encoder
@@ -28,7 +28,7 @@ class Task(ABC):
     """Dtype of the tokens."""
 
     @abstractmethod
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: TextChunk) -> Encoded:
         """Tokenizes a chunk. Documents without tokens are left out and counted."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class TextTask(Task):
     begin: list[int]  # [CLS], or nothing
     end: list[int]  # the end-of-document token or [SEP], or nothing
 
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: TextChunk) -> Encoded:
         """See Task."""
         texts: list[str] = []
         bad: list[Bad] = []
@@ -76,7 +76,7 @@ class ChatTask(Task):
     encoder: ChatEncoder
     dtype: np.dtype[Any]
 
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: TextChunk) -> Encoded:
         """See Task."""
         ids: list[list[int]] = []
         marks: list[list[int]] = []
@@ -110,7 +110,7 @@ class PairTask(Task):
     encoder: PairEncoder
     dtype: np.dtype[Any]
 
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: TextChunk) -> Encoded:
         """See Task."""
         pairs: list[tuple[str, str]] = []
         bad: list[Bad] = []
@@ -141,7 +141,7 @@ class LabelTask(Task):
     begin: list[int]  # [CLS], or nothing
     end: list[int]  # the end-of-document token or [SEP], or nothing
 
-    def encode(self, chunk: Chunk) -> Encoded:
+    def encode(self, chunk: TextChunk) -> Encoded:
         """See Task."""
         texts: list[str] = []
         numbers: list[int] = []

@@ -1,6 +1,6 @@
 """The worker processes that tokenize. Each has at most a few chunks in flight, which bounds the memory.
 
-Next: preprocess.py.
+Next: preprocessing.py.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 
-from megalite.data.documents import Chunk
+from megalite.data.documents import TextChunk
 from megalite.data.partial import Encoded
 from megalite.data.tasks import Task
 from megalite.errors import DataError, MegaliteError
@@ -22,14 +22,16 @@ from megalite.inputs import reading
 _IN_FLIGHT = 3  # chunks per worker
 
 
-def tokenized(chunks: Iterable[Chunk], task: Task, workers: int) -> Iterator[tuple[Chunk, Encoded]]:
+def tokenized(
+    chunks: Iterable[TextChunk], task: Task, workers: int
+) -> Iterator[tuple[TextChunk, Encoded]]:
     """Yields each chunk with its tokens, in order. If `workers` is 1, this process tokenizes. Raises MegaliteError if a
     worker is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if workers == 1:
         yield from ((chunk, _encode(task, chunk)) for chunk in chunks)
         return
-    in_flight: deque[tuple[Chunk, Future[Encoded]]] = deque()
+    in_flight: deque[tuple[TextChunk, Future[Encoded]]] = deque()
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(task,)
     )
@@ -80,11 +82,11 @@ def _start_worker(task: Task) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(chunk: Chunk) -> Encoded:
+def _work(chunk: TextChunk) -> Encoded:
     return _encode(_task, chunk)
 
 
-def _encode(task: Task, chunk: Chunk) -> Encoded:
+def _encode(task: Task, chunk: TextChunk) -> Encoded:
     start = chunk.start
     where = f"--input: number {start.input + 1}, from line or document {start.number} on"
     with reading(where, DataError):  # tokenizers may raise anything over a text

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import Config, Parallel, check_model, load_config
-from megalite.doctor import axes
+from megalite.doctor import axis_rates
 from megalite.doctor.findings import CLOCK_SECONDS, findings
 from megalite.doctor.gpus import line as gpu_line
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.ranks.arguments import MOST_PORT, ArgumentParser, at_least
-from megalite.supervisor.attempt import THIS, Attempt, HostsLost, Program, Signals, name_of_run
+from megalite.supervisor.attempt import (
+    THIS,
+    Attempt,
+    HostsLost,
+    LaunchedProgram,
+    ReceivedSignals,
+    name_of_run,
+)
 from megalite.supervisor.hostfile import read_hostfile
 from megalite.supervisor.remote import check_bare, python_module, ssh, variables
 from megalite.topology.hosts import crossing_hosts
@@ -130,15 +137,15 @@ def _checkpoint_bytes(config: Config | None) -> int:
 def _try_axes(
     options: Any, slots: dict[str, int], config: Config | None, parallel: Parallel
 ) -> Iterator[str]:
-    """Runs axes.py on all ranks; a finding if it fails."""
+    """Runs axis_rates.py on all ranks; a finding if it fails."""
     axes_sizes = (parallel.pipe, parallel.tensor, parallel.context, parallel.expert)
-    words = [axes.__file__, *map(str, axes_sizes)]
+    words = [axis_rates.__file__, *map(str, axes_sizes)]
     if config is not None and config.train.calibration is not None:
         words.append(config.train.calibration)
     deepspeeds = ["--master_port", str(options.master_port), "--quiet"]
     over_ssh = options.hostfile is not None
-    program = Program(deepspeeds, words, over_ssh, options.ssh_port, None)
-    signals = Signals()
+    program = LaunchedProgram(deepspeeds, words, over_ssh, options.ssh_port, None)
+    signals = ReceivedSignals()
     signals.listen()
     try:
         outcome = Attempt(program, slots, name_of_run(), signals).run()

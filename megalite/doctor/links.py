@@ -1,6 +1,6 @@
-"""Compares a measured all-reduce with the known rate of its axis's link (plan/devices.py, or a calibration)."""
+"""Compares a measured all-reduce with the known rate of its axis's link (plan/device_figures.py, or a calibration)."""
 
-from megalite.plan.devices import Device
+from megalite.plan.device_figures import Device
 from megalite.plan.link_seconds import link_along, ring_seconds
 
 SLOW = 0.5  # share of the known rate below which an axis is a finding

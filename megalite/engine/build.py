@@ -26,7 +26,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.states import DTYPES, recompute_of, routed_spec
 from megalite.ranks.launch import quiet
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megalite.parallel.layers import Placement
-from megalite.topology.axes import Sizes
+from megalite.topology.axes import AxisSizes
 
 Judge = Callable[[float, float], bool]
 """(loss, norm) -> whether to update; must be the same on every rank. The norm still includes the loss scale."""
@@ -50,7 +50,7 @@ def fused_squares_of(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).square()
 
 
-ONE = Sizes()
+ONE = AxisSizes()
 
 
 class GlobalNorm:
@@ -61,7 +61,7 @@ class GlobalNorm:
     `overflowed` tells whether only the gradient was not finite, and `accepted` whether the update happens.
     """
 
-    def __init__(self, placements: Iterable[Placement], sizes: Sizes = ONE) -> None:
+    def __init__(self, placements: Iterable[Placement], sizes: AxisSizes = ONE) -> None:
         """sizes: of the grid."""
         mine = {place.name: sizes.along(place.replicas) for place in placements}
         everyone: list[dict[str, int]] = [mine]

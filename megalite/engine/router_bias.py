@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.checkpoint.files import ROUTER_BIAS
-from megalite.checkpoint.router_bias import bias_of
+from megalite.checkpoint.saved_bias import bias_of
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 

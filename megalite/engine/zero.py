@@ -13,8 +13,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megalite.engine.device_streams import wait_for, without_device_waits
 from megalite.engine.norm import GlobalNorm
-from megalite.engine.streams import wait_for, without_device_waits
 from megalite.parallel.collectives import sum_over
 from megalite.parallel.grid import Axis
 from megalite.parallel.layers import Placement, Shard

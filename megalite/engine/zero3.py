@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from megalite.engine.device_streams import join_on_the_device, without_device_waits
 from megalite.engine.norm import GlobalNorm
-from megalite.engine.streams import join_on_the_device, without_device_waits
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
 from megalite.parallel.layers import Placement, Shard

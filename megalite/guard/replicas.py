@@ -22,7 +22,7 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 
 @dataclass(frozen=True)
-class Difference:
+class ReplicaDifference:
     """A tensor whose copies differ. ranks: those that hold another value than most; if there is no majority
     (`divided`), all that hold the tensor."""
 
@@ -53,7 +53,7 @@ class Replicas:
             key: row for row, key in enumerate(sorted({key for keys in everyone for key in keys}))
         }
 
-    def difference(self, device: torch.device) -> Difference | None:
+    def difference(self, device: torch.device) -> ReplicaDifference | None:
         """The first tensor, by name, whose copies differ now; the same on every rank (collective)."""
         own = self._hashes(device)
         # The highest and the lowest hash of each row, in one message.
@@ -68,7 +68,7 @@ class Replicas:
         (most, count), *others = Counter(held.values()).most_common()
         divided = others[0][1] == count
         ranks = tuple(rank for rank, value in held.items() if divided or value != most)
-        return Difference(
+        return ReplicaDifference(
             next(name for (name, _), row in self.rows.items() if row == wrong[0]), ranks, divided
         )
 

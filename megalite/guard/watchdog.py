@@ -29,7 +29,7 @@ from megalite.config.limits import Limits
 from megalite.errors import MegaliteError
 from megalite.guard.flight import Flight, from_text, in_words, own_flight, to_text, waited_for
 from megalite.guard.flight import guilty as late_ranks
-from megalite.ranks.program import print_line
+from megalite.ranks.run_program import print_line
 from megalite.ranks.signals import killed_ranks, leave_word, listen, parent_of
 
 POLL_SECONDS = 0.5

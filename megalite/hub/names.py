@@ -2,7 +2,7 @@
 
 Our tensors are never fused and always [out, in], and experts are stacked, [E, out, in]. A file may fuse several of
 ours along the output features, possibly head by head, may transpose them, and has a separate tensor for each expert.
-hf_folder.py reads files; export_hf.py writes them.
+hf_folder.py reads files; export_folder.py writes them.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.files import ROUTER_BIAS
-from megalite.checkpoint.router_bias import bias_of
+from megalite.checkpoint.saved_bias import bias_of
 from megalite.errors import CheckpointError
 from megalite.model.families import FAMILIES
 from megalite.model.families.classifiers import tensors_of

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.router_bias import set_router_bias
+from megalite.checkpoint.saved_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.errors import CheckpointError, ConversionError
 from megalite.hub.hf_folder import HFFolder, full_shapes

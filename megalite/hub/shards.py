@@ -24,7 +24,7 @@ def bytes_of(form: Form) -> int:
 
 
 @dataclass
-class Shard:
+class FileShard:
     """One file: its tensors in order."""
 
     file: str = ""
@@ -40,12 +40,12 @@ class Shard:
         return header_of(tensors, {"format": "pt"})
 
 
-def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[Shard]:
+def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[FileShard]:
     """Assigns tensors in order to files of at most `most_bytes`; a larger tensor gets its own file."""
-    shards = [Shard()]
+    shards = [FileShard()]
     for name, form in tensors.items():
         if shards[-1].tensors and shards[-1].data_bytes + bytes_of(form) > most_bytes:
-            shards.append(Shard())
+            shards.append(FileShard())
         shards[-1].tensors[name] = form
     for number, shard in enumerate(shards):
         shard.file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -54,7 +54,9 @@ def plan_shards(tensors: dict[str, Form], most_bytes: int) -> list[Shard]:
     return shards
 
 
-def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_shards(
+    folder: Path, shards: list[FileShard], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Writes the planned files. tensors: in the planned order."""
     remaining = iter(tensors)
     for shard in shards:
@@ -68,7 +70,7 @@ def write_shards(folder: Path, shards: list[Shard], tensors: Iterable[tuple[str,
             os.fsync(file.fileno())
 
 
-def write_index(folder: Path, shards: list[Shard]) -> None:
+def write_index(folder: Path, shards: list[FileShard]) -> None:
     """Writes the index of the files' tensors, if there is more than one file."""
     if len(shards) > 1:
         where = {name: shard.file for shard in shards for name in shard.tensors}

@@ -19,7 +19,7 @@ EXPERTS, ROUTER = ".mlp.experts.", ".mlp.router."
 
 
 @dataclass(frozen=True)
-class Experts:
+class UpcyclingOptions:
     """count: experts per layer; chosen: experts per token; seed: of the routers."""
 
     count: int
@@ -31,7 +31,7 @@ class Upcycled:
     """A Hugging Face folder with experts in place of MLPs, with the same model, names and read. Raises ConfigError if
     its family has no counterpart with experts."""
 
-    def __init__(self, dense: HFFolder, experts: Experts) -> None:
+    def __init__(self, dense: HFFolder, experts: UpcyclingOptions) -> None:
         self.dense, self.experts, self.folder = dense, experts, dense.folder
         self.model = _with_experts(dense.model, experts)
         self.spec = read_spec(self.model)
@@ -52,7 +52,7 @@ class Upcycled:
         return self.dense.read(name)
 
 
-def _with_experts(model: dict[str, Any], experts: Experts) -> dict[str, Any]:
+def _with_experts(model: dict[str, Any], experts: UpcyclingOptions) -> dict[str, Any]:
     """The config of the model with experts."""
     dense = model["model_type"]
     if dense not in FAMILIES:

@@ -11,7 +11,7 @@ else:
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from megalite.data.chat import Marked
+from megalite.data.chat_encoder import Marked
 from megalite.data.tokenizer import Tokenizer
 from megalite.inference.generate import Generator, cut_at, ends_at, generate_all
 from megalite.inference.likelihood import Likelihood, likelihoods

@@ -16,7 +16,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.rows import Rows
 from megalite.pipeline.forwards import Forwards
-from megalite.training.batches import Samples, Unread
+from megalite.training.batches import LazyMicroBatches, SampleSource
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Score:
 def evaluate(
     stage: Stage,
     grid: Grid,
-    samples: Samples,
+    samples: SampleSource,
     count: int,
     sequence_length: int,
     micro: int = 8,
@@ -52,7 +52,9 @@ def evaluate(
     # Sum of losses, number of tokens, and a classifier's counts.
     numbers_summed = 2 + len(stage.spec.labels) ** 2
     sums = torch.zeros(numbers_summed, dtype=torch.float64, device=weight.device)
-    batches = Unread(samples, 0, count, micro, data, weight.device, rows=rows, source=source)
+    batches = LazyMicroBatches(
+        samples, 0, count, micro, data, weight.device, rows=rows, source=source
+    )
     numbers = range(len(batches))
 
     def forward(number: int, hidden: Tensor | None) -> Tensor:

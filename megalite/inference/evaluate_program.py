@@ -17,7 +17,7 @@ from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_data_keys, check_objective, check_undivided
 from megalite.config.masks import Masked
 from megalite.config.section import broken, nearest, parse, unknown
-from megalite.data.chat import ChatEncoder
+from megalite.data.chat_encoder import ChatEncoder
 from megalite.data.indexed import files_of
 from megalite.data.loader import ValidData, marks_prefix
 from megalite.data.pairs import TEMPLATE, PairEncoder
@@ -26,7 +26,7 @@ from megalite.errors import CheckpointError, ConfigError
 from megalite.hub.carried import tokenizer_of
 from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
-    Prepared,
+    PreparedModel,
     beams_asked,
     check_decoder,
     load_stage,
@@ -77,7 +77,7 @@ def evaluate_main(arguments: list[str]) -> int:
     )
     prepare_work = next((work for asked, work in kinds if asked), _tasks)
 
-    def prepare(thorough: bool) -> tuple[Prepared, Work]:
+    def prepare(thorough: bool) -> tuple[PreparedModel, Work]:
         _check_owners(options)
         with reading(options.checkpoint, CheckpointError):
             sections, whole = (("data",), True) if options.data else ((), False)
@@ -173,7 +173,7 @@ def _check_owners(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: only with --{owner}")
 
 
-def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+def _corpus(options: argparse.Namespace, prepared: PreparedModel, thorough: bool) -> Work:
     data = _data(options, prepared)
     length, context = data.sequence_length, prepared.parallel.context
     check_context_length(prepared.parallel, length)
@@ -211,7 +211,7 @@ def _corpus(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     return work
 
 
-def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
+def _data(options: argparse.Namespace, prepared: PreparedModel) -> Data:
     """How the corpus is read: from the command line, else as in the checkpoint's training run."""
     given, trained = prepared.sections.get("data", {}), prepared.state.get("data", {})
     for key in given.keys() - set(_GIVEN):
@@ -239,7 +239,9 @@ def _data(options: argparse.Namespace, prepared: Prepared) -> Data:
     return data
 
 
-def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dict[str, Any]) -> int:
+def _sequence_length(
+    options: argparse.Namespace, prepared: PreparedModel, given: dict[str, Any]
+) -> int:
     for length in (
         given.get("sequence_length"),
         options.sequence_length,
@@ -255,7 +257,7 @@ def _sequence_length(options: argparse.Namespace, prepared: Prepared, given: dic
     return length
 
 
-def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+def _labels(options: argparse.Namespace, prepared: PreparedModel, thorough: bool) -> Work:
     from megalite.inference.labels import accuracy, read_labelled
 
     check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--labelled")
@@ -274,7 +276,7 @@ def _labels(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> 
     return work
 
 
-def _translations(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+def _translations(options: argparse.Namespace, prepared: PreparedModel, thorough: bool) -> Work:
     from megalite.inference.generate import check_lengths
     from megalite.inference.translations import (
         check_writable,
@@ -322,7 +324,7 @@ def _translations(options: argparse.Namespace, prepared: Prepared, thorough: boo
     return work
 
 
-def _tasks(options: argparse.Namespace, prepared: Prepared, thorough: bool) -> Work:
+def _tasks(options: argparse.Namespace, prepared: PreparedModel, thorough: bool) -> Work:
     check_decoder(prepared.spec, f"--checkpoint: {prepared.folder}", "--tasks")
     tokenizer = tokenizer_for(options, prepared)
     if not isinstance(tokenizer, HuggingFaceTokenizer):

@@ -166,7 +166,7 @@ class _Batches:
         self.waiting = deque(texts[first : first + size] for first in range(0, len(texts), size))
         self.generator, self.max_new_tokens, self.sampling = generator, max_new_tokens, sampling
         self.forwards = forwards
-        self.passing: dict[int, _Batch] = {}
+        self.passing: dict[int, _SampledBatch] = {}
         """By the number of a pass: the batch that is in it or waits for its tokens."""
 
     def run(self, stop_ids: Collection[int], ends: Ends, on_token: OnToken | None) -> None:
@@ -199,9 +199,9 @@ class _Batches:
             under_way.append(number)
             yield number
 
-    def _begun(self, texts: list[Text]) -> "_Batch":
+    def _begun(self, texts: list[Text]) -> "_SampledBatch":
         if self.beams is None:
-            return _Batch(texts, self.generator, self.max_new_tokens)
+            return _SampledBatch(texts, self.generator, self.max_new_tokens)
         return _BeamBatch(texts, self.generator, self.max_new_tokens, self.beams)
 
     def _forward(self, number: int, hidden: Tensor | None) -> Tensor:
@@ -217,7 +217,7 @@ class _Batches:
     def _shape(self, number: int) -> tuple[int, ...]:
         return *self.passing[number].column.shape, self.generator.stage.spec.hidden_size
 
-    def _chosen(self, batch: "_Batch", number: int) -> Tensor:
+    def _chosen(self, batch: "_SampledBatch", number: int) -> Tensor:
         """The tokens that the last stage chose in a pass."""
         axis = self.generator.grid.pipe
         if axis.is_last:
@@ -228,7 +228,7 @@ class _Batches:
         return mailbox.take(number)
 
 
-class _Batch:
+class _SampledBatch:
     """A batch of prompts: `advance` sends the next column of tokens through this rank's stage, `take` adds the tokens
     that the last stage chose."""
 
@@ -306,7 +306,7 @@ class _Batch:
         return Context(positions, visible.unsqueeze(1), self.cache, prefixes=prefixes)
 
 
-class _BeamBatch(_Batch):
+class _BeamBatch(_SampledBatch):
     """A batch of prompts with the beams of each in neighbouring rows. The last stage chooses the likeliest next tokens
     of each prompt, [prompts, 2 · beams, 3]: log probability, beam, token. From those every rank keeps the same
     hypotheses."""

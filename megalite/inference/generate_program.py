@@ -15,7 +15,7 @@ from megalite.data.tokenizer import Tokenizer, continuation, prompt_ids
 from megalite.errors import CheckpointError, ConfigError
 from megalite.hub.sources import open_weights
 from megalite.inference.prepare import (
-    Prepared,
+    PreparedModel,
     beams_asked,
     check_decoder,
     load_stage,
@@ -60,7 +60,7 @@ def generate_main(arguments: list[str]) -> int:
 class _Asked(NamedTuple):
     """The validated command line. prompts, ids: on rank 0. sampling: a Sampling. beams: Beams or None."""
 
-    prepared: Prepared
+    prepared: PreparedModel
     tokenizer: Tokenizer
     prompts: list[str]
     ids: list[list[int]]
@@ -246,7 +246,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _encoded(
-    prepared: Prepared, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+    prepared: PreparedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
 ) -> list[list[int]]:
     from megalite.inference.generate import check_lengths
 

@@ -18,7 +18,7 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from megalite.data.chat import Marked
+from megalite.data.chat_encoder import Marked
 from megalite.errors import ConfigError
 from megalite.inference.answers import Answers
 from megalite.inference.sampling import Sampling

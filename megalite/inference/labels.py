@@ -1,7 +1,7 @@
 """Classification with a language model: chooses, of the labels that occur in a file, the likeliest after each prompt.
 
-A line has a form of fine-tuning data (data/chat.py), with the label as its completion, or as a conversation's last
-answer.
+A line has a form of fine-tuning data (data/chat_encoder.py), with the label as its completion, or as a conversation's
+last answer.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.data.chat import ChatEncoder, Marked
+from megalite.data.chat_encoder import ChatEncoder, Marked
 from megalite.data.chat_forms import NotChat
 from megalite.errors import DataError
 from megalite.inference.likelihood import Likelihood

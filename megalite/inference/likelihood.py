@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.data.chat import Marked
+from megalite.data.chat_encoder import Marked
 from megalite.inference.sampling import Sampling, choose
 from megalite.model.context import Context
 from megalite.model.transformer import Stage

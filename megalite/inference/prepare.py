@@ -34,7 +34,7 @@ CONTEXT = {"context", "context_attention"}  # and those for samples of equal len
 
 
 @dataclass
-class Prepared:
+class PreparedModel:
     """What the ranks need. folder: of the weights. model: the Hugging Face config as a dict. state: of the checkpoint,
     or the part of it that a Hugging Face folder has. sections: overrides of sections other than `parallel`, not
     validated yet."""
@@ -77,7 +77,7 @@ def prepare_model(
     world_size: int,
     sections: tuple[str, ...] = (),
     whole_samples: bool = False,
-) -> Prepared:
+) -> PreparedModel:
     """Validates the arguments against weights and world, without starting ranks. sections: of `megalite` that overrides
     may name besides `parallel`. whole_samples: whether the context axis may be used."""
     path = best_checkpoint(options.checkpoint) if options.best else options.checkpoint
@@ -101,7 +101,7 @@ def prepare_model(
     check_context_keys(parallel)
     data_axis_size(parallel, world_size)
     check_layout(parallel, spec)
-    return Prepared(folder, weights.model, spec, parallel, weights.state, document["megalite"])
+    return PreparedModel(folder, weights.model, spec, parallel, weights.state, document["megalite"])
 
 
 def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = False) -> None:
@@ -118,17 +118,17 @@ def check_decoder(spec: TransformerSpec, where: str, use: str, sources: bool = F
         raise ConfigError(f"{where}: {model}: {use} needs a decoder, such as llama")
 
 
-def load_stage(prepared: Prepared, dtype: str) -> tuple[Any, Any]:
+def load_stage(prepared: PreparedModel, dtype: str) -> tuple[Any, Any]:
     """This rank's stage with its weights, and the grid (collective)."""
     # Imported here, so that a mistake on the command line is reported before torch is loaded.
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from megalite.checkpoint.router_bias import set_router_bias
+    from megalite.checkpoint.saved_bias import set_router_bias
     from megalite.checkpoint.weights import load_module
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
-    from megalite.pipeline.plan import inference_cut
+    from megalite.pipeline.pipeline_plan import inference_cut
 
     parallel = prepared.parallel
     heads = prepared.spec.num_kv_heads
@@ -151,7 +151,7 @@ def told_by_rank_0(value: Any) -> Any:
     return message[0]
 
 
-def tokenizer_for(options: argparse.Namespace, prepared: Prepared) -> Tokenizer:
+def tokenizer_for(options: argparse.Namespace, prepared: PreparedModel) -> Tokenizer:
     """The tokenizer named on the command line, or the one of the weights. Raises ConfigError if there is neither."""
     folder = options.tokenizer or tokenizer_of(open_weights(prepared.folder))
     if folder is None:

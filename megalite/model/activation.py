@@ -1,4 +1,4 @@
-"""Activations, and the gate of an MLP (SwiGLU, arXiv 2002.05202). Next: layers.py."""
+"""Activations, and the gate of an MLP (SwiGLU, arXiv 2002.05202). Next: mlp.py."""
 
 from typing import Any
 

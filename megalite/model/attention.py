@@ -1,6 +1,6 @@
 """Attention: computes queries, keys and values and attends under the mask of the context.
 
-Shapes as in layers.py. Next: block.py.
+Shapes as in mlp.py. Next: block.py.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalite.model.context import Context
 from megalite.model.dropout import dropped
-from megalite.model.layers import Norm, SplitNorm
+from megalite.model.norms import Norm, SplitNorm
 from megalite.model.relative import CROSS, attend_biased, bias_key
 from megalite.model.rotary import rotate, spread, turns
 from megalite.model.runs import attend_runs

@@ -1,4 +1,4 @@
-"""A layer of the model: attention, and an MLP or experts, each added to the hidden states. Shapes as in layers.py.
+"""A layer of the model: attention, and an MLP or experts, each added to the hidden states. Shapes as in mlp.py.
 Next: head.py.
 """
 
@@ -8,7 +8,8 @@ from megalite.model.attention import Attention, CrossAttention
 from megalite.model.context import Context
 from megalite.model.dropout import drop
 from megalite.model.experts import RoutedMLP
-from megalite.model.layers import MLP, Norm
+from megalite.model.mlp import MLP
+from megalite.model.norms import Norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Grid

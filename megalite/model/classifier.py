@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megalite.model.context import Context
 from megalite.model.dropout import Randomness, dropped
-from megalite.model.layers import Norm, Transform
+from megalite.model.mlp import Transform
+from megalite.model.norms import Norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, leave
 from megalite.parallel.layers import WholeLinear, name_parameters

@@ -1,5 +1,5 @@
 """The inputs of a forward pass other than the hidden states: positions, attention masks and the randomness of dropout.
-Next: layers.py."""
+Next: norms.py."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,11 +1,11 @@
-"""The embedding of a model: token ids to hidden states. Shapes as in layers.py. Next: block.py."""
+"""The embedding of a model: token ids to hidden states. Shapes as in mlp.py. Next: block.py."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.model.context import Context
 from megalite.model.dropout import drop
-from megalite.model.layers import Norm
+from megalite.model.norms import Norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split, enter
 from megalite.parallel.deferred import later

@@ -23,7 +23,7 @@ from megalite.model.spec import Activation, Mixture, TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.exchange import Route, exchange, exchange_evenly
 from megalite.parallel.grid import Axis
-from megalite.parallel.grouped import Groups, grouped_linear
+from megalite.parallel.grouped import RowGroups, grouped_linear
 from megalite.parallel.layers import expert_parameter
 
 
@@ -74,12 +74,12 @@ class Experts(nn.Module):
         k, ids = chosen.shape[1], chosen.flatten()
         order = ids.argsort(stable=True)  # by expert, then by token
         rows = _Repeat.apply(rows, order, k)  # type: ignore[assignment]
-        groups = Groups.of(ids[order], self.count)
+        groups = RowGroups.of(ids[order], self.count)
         alone = self.axis.size == 1
         made = self._products(rows, groups) if alone else self._on_all_ranks(rows, groups.ends)
         return _Permute.apply(made, inverse(order)).unflatten(0, (-1, k))  # type: ignore[union-attr]
 
-    def _products(self, rows: Tensor, groups: Groups) -> Tensor:
+    def _products(self, rows: Tensor, groups: RowGroups) -> Tensor:
         """Rows [n, D], sorted by this rank's experts -> [n, D]."""
         hidden = gated(self.gate(rows, groups), self.up(rows, groups), self.activation)
         return self.down(hidden, groups)
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         own = own.repeat_interleave(arriving, output_size=sum(route.taken))
         order = own.argsort(stable=True)
         rows = _Permute.apply(exchange(rows, route), order)  # type: ignore[assignment]
-        made = self._products(rows, Groups(Groups.of(own[order], here).ends, stops))
+        made = self._products(rows, RowGroups(RowGroups.of(own[order], here).ends, stops))
         made = _Permute.apply(made, inverse(order))
         return exchange(made, route.back)  # type: ignore[arg-type]
 
@@ -115,7 +115,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = expert_parameter(shape, dim, tensor_axis, axis, std)
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
+    def forward(self, rows: Tensor, groups: RowGroups) -> Tensor:
         return grouped_linear(rows, self.weight, groups)
 
 

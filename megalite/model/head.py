@@ -1,4 +1,4 @@
-"""The head of a language model: hidden states to logits, or with labels to the loss. Shapes as in layers.py. A
+"""The head of a language model: hidden states to logits, or with labels to the loss. Shapes as in mlp.py. A
 classifier's head is in classifier.py. Next: transformer.py.
 """
 
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from megalite.model.block import drop_final
 from megalite.model.context import Context
-from megalite.model.layers import Norm, Transform
+from megalite.model.mlp import Transform
+from megalite.model.norms import Norm
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.collectives import Split
 from megalite.parallel.deferred import later

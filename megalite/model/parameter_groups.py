@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megalite.config import Config, Schedule
+from megalite.config import Config, RateSchedule
 from megalite.config.sections import ParameterGroup
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
@@ -80,7 +80,7 @@ def parameter_groups(
 
 
 def learning_rate_factor(
-    schedule: Schedule, step: int, consumed_tokens: int = 0, step_tokens: int = 0
+    schedule: RateSchedule, step: int, consumed_tokens: int = 0, step_tokens: int = 0
 ) -> float:
     """The factor of `lr` for optimizer step `step` (0 is the first), which takes `step_tokens` after `consumed_tokens`:
     a linear warm-up whose first value is above 0, then the schedule's curve."""

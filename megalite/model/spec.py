@@ -1,7 +1,7 @@
 """The whole architecture of a model as plain numbers and choices: everything that our block can be.
 
 A family (families/) converts a Hugging Face config into a TransformerSpec; the layers read only the spec. Next:
-layers.py.
+mlp.py.
 """
 
 import math

@@ -162,7 +162,7 @@ def _maker(products: _Products, kind: str, number: int, finish: Finish) -> Make:
     return lambda: finish(products.take(kind, number))
 
 
-class _Embedding(torch.autograd.Function):
+class _DeferredEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -218,7 +218,7 @@ def embedding(ids: Tensor, weight: nn.Parameter, padding_row: int | None) -> Ten
     waiting = waiting_now()
     if waiting is None:
         return F.embedding(ids, weight, padding_row)
-    return _Embedding.apply(anchor(ids.device), (weight,), ids, padding_row, waiting)  # type: ignore[return-value]
+    return _DeferredEmbedding.apply(anchor(ids.device), (weight,), ids, padding_row, waiting)  # type: ignore[return-value]
 
 
 def is_collecting() -> bool:

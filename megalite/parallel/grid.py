@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.limits import DEFAULT_TIMEOUT
-from megalite.topology.axes import PLANES, Sizes
+from megalite.topology.axes import PLANES, AxisSizes
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Grid:
     ends: Axis = ALONE
     world_size: int = 1
     rank: int = 0
-    sizes: Sizes = Sizes()
+    sizes: AxisSizes = AxisSizes()
 
     @classmethod
     def build(
@@ -92,9 +92,9 @@ class Grid:
         fewer of them than tensor ranks, the ranks that share one form a group. None: a group for every possible number.
         """
         rank = dist.get_rank()
-        sizes = Sizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
+        sizes = AxisSizes.of_world(dist.get_world_size(), pipe, tensor, context, expert)
         device, backend = backend_of_axes(dist.get_backend_config())
-        makes = _Groups(rank, backend, timeout)
+        makes = _GroupMaker(rank, backend, timeout)
         axes = {name: makes.axis(name, sizes.groups(name)) for name in PLANES}
         axes["ends"] = makes.axis("ends", sizes.ends())
         back = makes.group(sizes.groups("pipe"), again=True)
@@ -145,7 +145,7 @@ class Grid:
         cls, rank: int, pipe: int, data: int, tensor: int, context: int = 1, expert: int = 1
     ) -> "Grid":
         """The grid of a given rank without process groups or an initialised world, for planning and prediction."""
-        sizes = Sizes(pipe, data, context, tensor, expert)
+        sizes = AxisSizes(pipe, data, context, tensor, expert)
 
         def axis(name: str) -> Axis:
             size, index = sizes.along(name), sizes.place(rank, name)
@@ -199,7 +199,7 @@ def backend_of_axes(config: str) -> tuple[str, str]:
     return next((device, backend) for device, backend in backends.items() if device != "cpu")
 
 
-class _Groups:
+class _GroupMaker:
     """Creates process groups. Groups of the same ranks under two names (`data` and `replica` without a context axis)
     are created once."""
 

@@ -22,7 +22,7 @@ MAJOR_CAPABILITIES = (9, 10)
 
 
 @dataclass
-class Groups:
+class RowGroups:
     """ends [G] int32: the index after each group's last row, so that `ends[-1]` is n; a group may be empty. known: the
     same on the host, once it is known there."""
 
@@ -30,7 +30,7 @@ class Groups:
     known: list[int] | None = None
 
     @classmethod
-    def of(cls, sorted_groups: Tensor, count: int) -> "Groups":
+    def of(cls, sorted_groups: Tensor, count: int) -> "RowGroups":
         """The groups of rows with group numbers `sorted_groups` [n], in ascending order, below `count`."""
         every = torch.arange(count, device=sorted_groups.device)
         return cls(torch.searchsorted(sorted_groups, every, right=True).int())
@@ -44,7 +44,7 @@ class Groups:
         return [rows[start:stop] for start, stop in zip(starts, self.known, strict=True)]
 
 
-def grouped_linear(rows: Tensor, weight: nn.Parameter, groups: Groups) -> Tensor:
+def grouped_linear(rows: Tensor, weight: nn.Parameter, groups: RowGroups) -> Tensor:
     """Multiplies each row of rows [n, in] by its group's matrix of weight [G, out, in] -> [n, out]."""
     waiting = waiting_now()
     if waiting is None:
@@ -54,7 +54,7 @@ def grouped_linear(rows: Tensor, weight: nn.Parameter, groups: Groups) -> Tensor
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, groups: Groups) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, groups: RowGroups) -> Tensor:
         ctx.save_for_backward(rows, weight, ends)
         ctx.groups = groups
         return times_transposed(rows, weight, groups)
@@ -76,7 +76,7 @@ class _GroupedLater(torch.autograd.Function):
         anchor: Tensor,
         weights: tuple[nn.Parameter],
         ends: Tensor,
-        groups: Groups,
+        groups: RowGroups,
         waiting: WeightGradients,
     ) -> Tensor:
         ctx.save_for_backward(rows, ends)
@@ -91,21 +91,21 @@ class _GroupedLater(torch.autograd.Function):
         return times(slope, weight.detach(), groups), None, None, None, None, None
 
 
-def times_transposed(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def times_transposed(rows: Tensor, weight: Tensor, groups: RowGroups) -> Tensor:
     """[n, in] × [G, out, in], transposed -> [n, out]"""
     if _fuses(rows, weight):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=groups.ends)
     return _loop(rows, weight.transpose(-2, -1), groups)
 
 
-def times(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def times(rows: Tensor, weight: Tensor, groups: RowGroups) -> Tensor:
     """[n, out] × [G, out, in] -> [n, in]"""
     if _fuses(rows, weight):
         return F.grouped_mm(rows, weight, offs=groups.ends)
     return _loop(rows, weight, groups)
 
 
-def weight_gradient(slope: Tensor, rows: Tensor, groups: Groups) -> Tensor:
+def weight_gradient(slope: Tensor, rows: Tensor, groups: RowGroups) -> Tensor:
     """Output gradients [n, out] and rows [n, in] -> [G, out, in]; zeros for a group without rows."""
     if _fuses(slope, rows):
         return F.grouped_mm(slope.t(), rows, offs=groups.ends)
@@ -130,7 +130,7 @@ def _one_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in MAJOR_CAPABILITIES
 
 
-def _loop(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def _loop(rows: Tensor, weight: Tensor, groups: RowGroups) -> Tensor:
     """[n, a] × [G, a, b] -> [n, b]"""
     pairs = zip(groups.parts(rows), weight, strict=True)
     return torch.cat([part @ matrix for part, matrix in pairs])

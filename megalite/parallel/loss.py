@@ -44,7 +44,7 @@ def _allow_tf32(wanted: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-class _Gradients:
+class _HeadGradients:
     """Gradients of the sum of losses with respect to hidden states, weight and bias, summed over the chunks; None if
     not needed. Products are in `dtype`, their sums over chunks in fp32."""
 
@@ -86,14 +86,14 @@ def _sum_of_losses(
     axis: Axis,
     z_loss: float,
     wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, _Gradients]:
+) -> tuple[Tensor, _HeadGradients]:
     """The sum of losses of hidden [n, D] and labels [n], and its gradients."""
     tokens, size = hidden.shape
     start, _ = share(vocabulary_size, axis)
     columns = -(-vocabulary_size // axis.size)
     width = gradient_type(weight.dtype).itemsize
     rows = chunk_rows(tokens, size, columns, width, hidden.device.type)
-    gradients = _Gradients(wanted, hidden, weight, -(-tokens // rows))
+    gradients = _HeadGradients(wanted, hidden, weight, -(-tokens // rows))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     room = _Room(min(rows, tokens), columns, weight, gradients.dtype, axis)
     for first in range(0, tokens, rows):

@@ -18,7 +18,7 @@ from megalite.parallel.grid import Axis
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
-from megalite.pipeline.plan import PipelinePlan
+from megalite.pipeline.pipeline_plan import PipelinePlan
 from megalite.pipeline.program import Action
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]

@@ -3,7 +3,7 @@
 The longest chunk alone does not decide. A head that costs as much as several layers is at the end of the pipeline,
 where other work waits for it in one schedule and not in another, and interleaving with an even cut can be slower than
 1F1B. So cuts are compared by simulating the schedule's own program with the costs of their chunks. Costs are
-multiply-adds per token, the same on every machine, so all ranks find the same cut. Next: plan.py.
+multiply-adds per token, the same on every machine, so all ranks find the same cut. Next: pipeline_plan.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ from megalite.pipeline.program import Program
 KINDS = ("F", "B", "I", "W")
 
 
-class _Rows(NamedTuple):
+class _TimeRows(NamedTuple):
     """many: the number of rows. of_actions: for each action its kind, its chunk, the two rows that it waits for and its
     own row. last: the row of each rank's last action."""
 
@@ -130,7 +130,7 @@ class Lengths:
         return np.max([ends[row] for row in self._rows.last], axis=0)
 
     @cached_property
-    def _rows(self) -> "_Rows":
+    def _rows(self) -> "_TimeRows":
         """The rows in which `of_many` keeps the end times of actions. A row is reused once no action waits for it any
         more, so that the rows fit the CPU's cache."""
         needed = {}  # by action: the last one that waits for it
@@ -149,4 +149,4 @@ class Lengths:
             rows[number] = spare.pop()
             places = rows[before], rows[source], rows[number]
             found.append((self._kinds[number], self._chunks[number], *places))
-        return _Rows(many, found, [rows[number] for number in self._last])
+        return _TimeRows(many, found, [rows[number] for number in self._last])

@@ -198,7 +198,7 @@ class _Lister:
             heappush(self.moments, (end, self.home[neighbour]))
 
 
-class Schedule(NamedTuple):
+class PipelineSchedule(NamedTuple):
     """home(p, v): the rank of each chunk. program(p, m, v, cost): the program."""
 
     home: Callable[[int, int], tuple[int, ...]]
@@ -206,10 +206,10 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = {
-    "1f1b": Schedule(lambda p, v: straight(p), lambda p, m, v, cost: one_f_one_b(p, m)),
-    "interleaved": Schedule(round_robin, lambda p, m, v, cost: interleaved(p, m, v)),
-    "zb-h1": Schedule(lambda p, v: straight(p), lambda p, m, v, cost: zb_h1(p, m)),
-    "zb-v": Schedule(lambda p, v: v_shaped(p), lambda p, m, v, cost: zb_v(p, m, cost)),
+    "1f1b": PipelineSchedule(lambda p, v: straight(p), lambda p, m, v, cost: one_f_one_b(p, m)),
+    "interleaved": PipelineSchedule(round_robin, lambda p, m, v, cost: interleaved(p, m, v)),
+    "zb-h1": PipelineSchedule(lambda p, v: straight(p), lambda p, m, v, cost: zb_h1(p, m)),
+    "zb-v": PipelineSchedule(lambda p, v: v_shaped(p), lambda p, m, v, cost: zb_v(p, m, cost)),
 }
 
 

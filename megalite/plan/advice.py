@@ -10,8 +10,8 @@ from dataclasses import replace
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.plan.candidates import Search
-from megalite.plan.devices import GIB
-from megalite.plan.search import Found, Layout, Planner
+from megalite.plan.device_figures import GIB
+from megalite.plan.search import Found, PlannedLayout, Planner
 
 WORDS = {
     "products": "products",
@@ -29,7 +29,7 @@ WORDS = {
 NEAR = 0.005  # shares of a step below this are not shown
 
 
-def why(layouts: list[Layout]) -> str:
+def why(layouts: list[PlannedLayout]) -> str:
     """Compares the first layout with the next one that has other axis sizes or another ZeRO stage."""
     first = layouts[0]
     others = [layout for layout in layouts[1:] if axes_of(layout) != axes_of(first)]
@@ -57,7 +57,7 @@ def why(layouts: list[Layout]) -> str:
     )
 
 
-def axes_of(layout: Layout) -> tuple[int, ...]:
+def axes_of(layout: PlannedLayout) -> tuple[int, ...]:
     """The sizes of the axes, and ZeRO's stage."""
     one = layout.candidate
     return one.pipe, one.tensor, one.context, one.expert, one.zero
@@ -83,7 +83,7 @@ def changes(planner: Planner, found: Found) -> Iterator[str]:
             yield f"with {words} the network bandwidth: {best.candidate}"
 
 
-def given_line(given: Layout, first: Layout, memory_bytes: float) -> str:
+def given_line(given: PlannedLayout, first: PlannedLayout, memory_bytes: float) -> str:
     """Compares the config's own layout with the first one."""
     slower = 100 * (given.time.seconds / first.time.seconds - 1)
     size = given.memory.total / GIB

@@ -17,7 +17,7 @@ are:
 
 Where the tensor axis splits them, one operation computes all gradients of the projections that read one input. Experts
 replace an MLP and work on the rows routed to them. tests/distributed/test_peaks.py compares this with what torch
-allocates. Next: timeline.py.
+allocates. Next: memory_timeline.py.
 """
 
 from collections.abc import Sequence

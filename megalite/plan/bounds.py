@@ -12,7 +12,7 @@ from megalite.config.optimizer_rules import REDUCE_BUCKET_ELEMENTS, moments_kept
 from megalite.pipeline.steps import AHEAD
 from megalite.plan.activations import FP32
 from megalite.plan.candidates import Candidate, Search
-from megalite.plan.devices import FRAGMENTS, OVERHEAD_BYTES, Device
+from megalite.plan.device_figures import FRAGMENTS, OVERHEAD_BYTES, Device
 from megalite.plan.least_memory import LeastKept, Rates, least_held
 from megalite.plan.least_time import LeastWork, least_length
 from megalite.plan.sharing import Held, Sharing
@@ -23,7 +23,7 @@ NOTHING = LeastKept(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(eq=False)
-class Bounds:
+class LowerBounds:
     """Lower bounds for the layouts of a search on a device."""
 
     search: Search

@@ -1,4 +1,4 @@
-"""Turns measurements of a machine into the Device that predictions use (devices.py): pure functions.
+"""Turns measurements of a machine into the Device that predictions use (device_figures.py): pure functions.
 
 Direct figures: rates of matrix products, memory and attention's core, the time of a kernel, and links (least squares
 over all collectives). Other figures are fitted to measured steps of the real engine on one rank: the engine's overhead
@@ -22,7 +22,7 @@ import numpy as np
 from megalite.config import Config
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import ENGINE_RATES, Device, Link
+from megalite.plan.device_figures import ENGINE_RATES, Device, Link
 from megalite.plan.rank_memory import SizesByPlace
 from megalite.plan.search import Planner
 

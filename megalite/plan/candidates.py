@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from megalite.config import Config
-from megalite.config.batches import BatchPlan
+from megalite.config.batch_plan import BatchPlan
 from megalite.config.context_rules import check_context_length
 from megalite.config.data_rules import check_classifier
 from megalite.config.document import Document

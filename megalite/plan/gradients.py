@@ -12,7 +12,7 @@
     ZeRO-3         the same, but bucket and sums always exist, and a reduce-scatter copies what it sends
 
 The optimizer's step copies the owned gradients of a parameter group into a flat buffer if they are not contiguous.
-Next: timeline.py.
+Next: memory_timeline.py.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Moment:
 
 
 @dataclass
-class Gradients:
+class GradientMemory:
     """A rank's gradients while a step is simulated. now: the current bytes. most: the moment with the most."""
 
     rules: Reduction
@@ -90,7 +90,7 @@ class Gradients:
     """Whether this backward has already copied the gradients that the rank owns."""
 
     @classmethod
-    def begin(cls, rules: Reduction) -> "Gradients":
+    def begin(cls, rules: Reduction) -> "GradientMemory":
         """The state before a step's first action."""
         permanent = rules.bucket_bytes if rules.zero == 3 else 0
         return cls(rules, Moment(buckets=permanent), Moment(buckets=permanent))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
 from megalite.pipeline.check import most_bytes
-from megalite.pipeline.plan import PipelinePlan
+from megalite.pipeline.pipeline_plan import PipelinePlan
 from megalite.plan.activations import Forward, Table, logits_bytes, total
 from megalite.plan.chunk_tables import ChunkPart, chunk_table, recomputed_bytes
 from megalite.plan.stacks import (

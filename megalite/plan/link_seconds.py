@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 
-from megalite.plan.devices import Device, Link
+from megalite.plan.device_figures import Device, Link
 
 
 def link_along(device: Device, size: int, spacing: int) -> Link:

@@ -1,7 +1,7 @@
 """What `--check` and the start of a run print about the pipeline."""
 
 from megalite.pipeline.check import most_bytes
-from megalite.pipeline.plan import PipelinePlan
+from megalite.pipeline.pipeline_plan import PipelinePlan
 
 
 def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:

@@ -24,8 +24,8 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.rows import Rows
 from megalite.parallel.traffic import Traffic
-from megalite.pipeline.plan import PipelinePlan
-from megalite.plan.devices import GIB
+from megalite.pipeline.pipeline_plan import PipelinePlan
+from megalite.plan.device_figures import GIB
 from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
 from megalite.plan.states import DTYPES, recompute_of
 

@@ -18,8 +18,8 @@ from megalite.model.families import read_spec
 from megalite.model.spec import TransformerSpec
 from megalite.plan.advice import changes, given_line, none_fits, why
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import GIB, Device, device_of, known_device, read_device
-from megalite.plan.search import Found, Layout, Planner
+from megalite.plan.device_figures import GIB, Device, device_of, known_device, read_device
+from megalite.plan.search import Found, PlannedLayout, Planner
 from megalite.plan.work import PARTS
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.garbage import collect_garbage, hold_garbage
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
 def planner_of(
     config: Config, world_size: int, device: Device, memory_bytes: float
-) -> tuple[Planner, Layout | None]:
+) -> tuple[Planner, PlannedLayout | None]:
     """The planner of a config that is not resolved, and the config's own layout if the rules accept it for these
     ranks."""
     spec = read_spec(config.model)
@@ -109,7 +109,7 @@ def planner_of(
     return planner, planner.layout(resolved, given_candidate(resolved))
 
 
-def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, object]:
+def as_json(planner: Planner, found: Found, given: PlannedLayout | None) -> dict[str, object]:
     """The object that `--json` prints (docs/planning.md)."""
     return {
         "device": planner.device.name,
@@ -122,7 +122,7 @@ def as_json(planner: Planner, found: Found, given: Layout | None) -> dict[str, o
     }
 
 
-def lines(planner: Planner, found: Found, given: Layout | None) -> list[str]:
+def lines(planner: Planner, found: Found, given: PlannedLayout | None) -> list[str]:
     """The lines printed without `--json`."""
     search, device = planner.search, planner.device
     size = search.spec.num_parameters
@@ -152,7 +152,7 @@ def _override(key: str, value: object) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def table(planner: Planner, layouts: list[Layout]) -> list[str]:
+def table(planner: Planner, layouts: list[PlannedLayout]) -> list[str]:
     """One line per layout."""
     names = [str(layout.candidate) for layout in layouts]
     width = max(map(len, names))
@@ -171,7 +171,7 @@ def table(planner: Planner, layouts: list[Layout]) -> list[str]:
     return result
 
 
-def model_flops(planner: Planner, layout: Layout) -> float:
+def model_flops(planner: Planner, layout: PlannedLayout) -> float:
     """FLOP/s per rank that the model needs, without recomputation (training/mfu.py)."""
     search, data = planner.search, planner.search.config.data
     tokens = search.batch * data.sequence_length
@@ -179,7 +179,7 @@ def model_flops(planner: Planner, layout: Layout) -> float:
     return tokens * needed / layout.time.seconds / search.world_size
 
 
-def picture(layouts: list[Layout]) -> list[str]:
+def picture(layouts: list[PlannedLayout]) -> list[str]:
     """One bar per layout, as long as its step, divided by what the time is spent on."""
     longest = max(layout.time.seconds for layout in layouts)
     result = []

@@ -15,9 +15,9 @@ import numpy as np
 from megalite.pipeline.check import most_bytes
 from megalite.pipeline.cut import ModelCosts
 from megalite.pipeline.lengths import KINDS, Lengths
-from megalite.pipeline.plan import PipelinePlan, make_plan
+from megalite.pipeline.pipeline_plan import PipelinePlan, make_plan
 from megalite.pipeline.steps import AHEAD
-from megalite.plan.bounds import Bounds
+from megalite.plan.bounds import LowerBounds
 from megalite.plan.candidates import Candidate
 from megalite.plan.sharing import Held, Sharing
 from megalite.plan.step_time import PLAYED, hop_seconds, lengths_of, played_micro_batches
@@ -67,7 +67,7 @@ class Played:
 class Programs:
     """The programs simulated so far in a search."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: LowerBounds) -> None:
         self.bounds = bounds
         self._played: dict[tuple[object, ...], Played] = {}
         self._costs: dict[bool, ModelCosts] = {}

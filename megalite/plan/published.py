@@ -1,10 +1,11 @@
-"""Predictions of published runs: the constants of devices.py are fitted to them, and they show the planner's error.
+"""Predictions of published runs: the constants of device_figures.py are fitted to them, and they show the planner's
+error.
 
 python -m megalite.plan.published     prints the table of docs/planning.md
 
 Each row has what its paper states. Megatron-LM's runs had dropout of 0.1 and no fused attention, as our block does with
 dropout; a micro-batch that is not stated is the fastest of 1, 2, 4 and 8. FLOPs are counted as in each paper: with
-`again`, full recomputation counts too. Next: devices.py.
+`again`, full recomputation counts too. Next: device_figures.py.
 """
 
 from dataclasses import dataclass, replace
@@ -13,12 +14,12 @@ from typing import Any
 from megalite.config import Config
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Candidate, Search, config_of
-from megalite.plan.devices import DEVICES, Device
-from megalite.plan.search import Layout, Planner
+from megalite.plan.device_figures import DEVICES, Device
+from megalite.plan.search import PlannedLayout, Planner
 
 
 @dataclass(frozen=True)
-class Run:
+class PublishedRun:
     """model: a Hugging Face config. layout: micro 0 means not stated. tflops: published, per device. again: whether
     recomputation counts in it. hidden: parts of a step that the run overlaps with computation, and ours does not."""
 
@@ -63,7 +64,7 @@ _ROWS = [  # heads, hidden, layers, tensor, pipe, GPUs, batch, TFLOP/s, chunks
 ]
 
 
-def _megatron(row: tuple[Any, ...]) -> Run:
+def _megatron(row: tuple[Any, ...]) -> PublishedRun:
     name, heads, hidden, layers, tensor, pipe, ranks, batch, tflops, chunks = row
     layout = Candidate(
         pipe=pipe,
@@ -75,7 +76,9 @@ def _megatron(row: tuple[Any, ...]) -> Run:
         recompute="full",
     )
     model = gpt(layers, hidden, heads, 51200, 0.1, 2048)
-    return Run(f"GPT {name}", MEGATRON, "A100", ranks, batch, 2048, model, layout, tflops, True)
+    return PublishedRun(
+        f"GPT {name}", MEGATRON, "A100", ranks, batch, 2048, model, layout, tflops, True
+    )
 
 
 def _selective(
@@ -86,7 +89,7 @@ def _selective(
     batch: int,
     chunks: int,
     mfu: float,
-) -> Run:
+) -> PublishedRun:
     """Rows of arXiv 2205.05198: sequence parallelism and selective recompute on tensor 8."""
     layers, hidden, heads = shape
     layout = Candidate(
@@ -101,10 +104,14 @@ def _selective(
     )
     model = gpt(layers, hidden, heads, 51200, 0.1, 2048)
     source = "arXiv 2205.05198, table 5 and section 6.3"
-    return Run(name, source, "A100", 8 * pipe * data, batch, 2048, model, layout, 312 * mfu)
+    return PublishedRun(
+        name, source, "A100", 8 * pipe * data, batch, 2048, model, layout, 312 * mfu
+    )
 
 
-def _llama(ranks: int, batch: int, tflops: float, length: int = 8192, context: int = 1) -> Run:
+def _llama(
+    ranks: int, batch: int, tflops: float, length: int = 8192, context: int = 1
+) -> PublishedRun:
     model = {
         "model_type": "llama",
         "hidden_size": 16384,
@@ -126,17 +133,19 @@ def _llama(ranks: int, batch: int, tflops: float, length: int = 8192, context: i
         context=context,
     )
     source = "arXiv 2407.21783, table 4"
-    return Run("Llama-3 405 B", source, "H100", ranks, batch, length, model, layout, tflops)
+    return PublishedRun(
+        "Llama-3 405 B", source, "H100", ranks, batch, length, model, layout, tflops
+    )
 
 
-def _megascale() -> Run:
+def _megascale() -> PublishedRun:
     layout = Candidate(
         pipe=8, tensor=8, zero=1, micro=1, schedule="interleaved", chunks=6, sequence=True
     )
     model = gpt(96, 12288, 128, 64000, 0.0, 2048)
     source = "arXiv 2402.15627, table 2 and section 3.2"
     hidden = ("tensor",)
-    return Run(
+    return PublishedRun(
         "MegaScale 175 B",
         source,
         "A100",
@@ -150,7 +159,7 @@ def _megascale() -> Run:
     )
 
 
-def _full_recompute() -> Run:
+def _full_recompute() -> PublishedRun:
     """The run on 2,240 devices without the paper's methods: full recomputation, no sequence parallelism."""
     run = _selective("GPT 530 B", (105, 20480, 128), 35, 8, 2240, 3, 0.421)
     layout = run.layout._replace(recompute="full", sequence=False)
@@ -172,7 +181,7 @@ RUNS = [
 ]
 
 
-def predicted(run: Run, device: Device | None = None) -> tuple[float, Layout]:
+def predicted(run: PublishedRun, device: Device | None = None) -> tuple[float, PlannedLayout]:
     """(TFLOP/s per device, as the paper counts them; the layout with the fastest micro-batch that fits)."""
     document = {
         "train_batch_size": run.batch,
@@ -199,7 +208,7 @@ def predicted(run: Run, device: Device | None = None) -> tuple[float, Layout]:
     return flops(run) / seconds / run.ranks / 1e12, best
 
 
-def flops(run: Run) -> float:
+def flops(run: PublishedRun) -> float:
     """FLOPs of a step: for GPT as in Megatron-LM's papers, for other models 6 per weight and token, plus attention."""
     spec, s = read_spec(run.model), run.length
     if spec.family != "gpt2":

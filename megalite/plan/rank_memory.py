@@ -1,6 +1,6 @@
 """Peak memory of each rank in a step, and the rank with the most. Model states and activations are exact (states.py,
-activations.py), timeline.py finds when they coincide, and the memory of a device's libraries is an assumption
-(devices.py).
+activations.py), memory_timeline.py finds when they coincide, and the memory of a device's libraries is an assumption
+(device_figures.py).
 
 Next: candidates.py.
 """
@@ -13,12 +13,13 @@ from megalite.errors import ConfigError
 from megalite.model.chunks import Cut
 from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import PipelinePlan, plan_of
+from megalite.pipeline.pipeline_plan import PipelinePlan, plan_of
 from megalite.pipeline.steps import AHEAD
 from megalite.plan.activations import Forward
-from megalite.plan.devices import FRAGMENTS, GIB, OVERHEAD_BYTES, Device
+from megalite.plan.device_figures import FRAGMENTS, GIB, OVERHEAD_BYTES, Device
 from megalite.plan.gradients import FP32, Moment, Reduction
 from megalite.plan.kept import parts_of
+from megalite.plan.memory_timeline import ChunkMemory, most_memory
 from megalite.plan.sharing import Held
 from megalite.plan.states import (
     Sizes,
@@ -38,7 +39,6 @@ from megalite.plan.states import (
     routed_spec,
 )
 from megalite.plan.step_time import played_micro_batches
-from megalite.plan.timeline import ChunkMemory, most_memory
 
 REUSE_DISTANCE = 10**9  # DeepSpeed's defaults (runtime/zero/config.py)
 PREFETCHED = 5 * 10**7
@@ -46,9 +46,9 @@ PREFETCHED = 5 * 10**7
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on a rank's device at the peak of a step. gradients, buckets, activations: at that moment (timeline.py);
-    buckets include what is sent, activations the intermediate results of a backward. messages: in flight on the pipe
-    axis. gathered: ZeRO-3's weights while they are used. libraries: an assumption."""
+    """Bytes on a rank's device at the peak of a step. gradients, buckets, activations: at that moment
+    (memory_timeline.py); buckets include what is sent, activations the intermediate results of a backward. messages: in
+    flight on the pipe axis. gathered: ZeRO-3's weights while they are used. libraries: an assumption."""
 
     rank: int
     weights: int

@@ -10,9 +10,9 @@ from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Candidate, Search, divisors
-from megalite.plan.devices import DEVICES, GIB
+from megalite.plan.device_figures import DEVICES, GIB
 from megalite.plan.plan_program import model_flops
-from megalite.plan.search import Layout, Planner
+from megalite.plan.search import PlannedLayout, Planner
 
 MODELS = {  # hidden, intermediate, layers, heads
     "8 B": (4096, 14336, 32, 32),
@@ -56,7 +56,7 @@ def planner_of(name: str, ranks: int) -> Planner:
     return Planner(search, device, device.memory_bytes)
 
 
-def best(planner: Planner) -> Layout | None:
+def best(planner: Planner) -> PlannedLayout | None:
     """The fastest layout that fits, of those with ZeRO-1, pipe up to 16, tensor up to 8, context up to 4, and 1F1B or
     interleaved."""
     search, found = planner.search, []
@@ -73,7 +73,7 @@ def best(planner: Planner) -> Layout | None:
             if pipe > 1 and search.spec.num_layers // pipe >= 4:
                 found.append(plain._replace(schedule="interleaved", chunks=4))
     fitting = [one for one in found if planner.least_bytes(one) <= planner.memory_bytes]
-    fastest: Layout | None = None
+    fastest: PlannedLayout | None = None
     for one in sorted(fitting, key=planner.least_seconds):
         if fastest is not None and planner.least_seconds(one) >= fastest.time.seconds:
             break

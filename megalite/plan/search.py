@@ -21,7 +21,7 @@ from typing import Any
 
 from megalite.config import Config, check_model
 from megalite.errors import ConfigError
-from megalite.plan.bounds import Bounds
+from megalite.plan.bounds import LowerBounds
 from megalite.plan.candidates import GRID, STATES, Candidate, Choices, config_of, how_many
 from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, RankMemory, SizesByPlace
@@ -33,7 +33,7 @@ NEAR = 200  # layouts that nearly fit, among which faster ones are looked for
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedLayout:
     """A candidate with its predictions."""
 
     candidate: Candidate
@@ -64,40 +64,40 @@ class Found:
     """layouts: the best that fit, fastest first. too_large: some that are faster and do not fit, smallest first.
     accepted: number of layouts that the rules accept. weighed: how many of those were simulated in full."""
 
-    layouts: list[Layout]
-    too_large: list[Layout]
+    layouts: list[PlannedLayout]
+    too_large: list[PlannedLayout]
     accepted: int
     weighed: int
 
 
 @dataclass(eq=False)
-class Planner(Bounds):
+class Planner(LowerBounds):
     """Predicts and searches layouts. memory_bytes: of a device, that a rank may use."""
 
     memory_bytes: float
     sizes: SizesByPlace = field(default_factory=SizesByPlace)
 
-    def exact(self, one: Candidate) -> Layout:
+    def exact(self, one: Candidate) -> PlannedLayout:
         """Simulates a candidate in full. Raises ConfigError if a rule refuses it after all."""
         config = config_of(self.search, one)
         check_model(config, self.search.spec)
         return self.layout(config, one)
 
-    def accepted(self, one: Candidate) -> Layout | None:
+    def accepted(self, one: Candidate) -> PlannedLayout | None:
         """The same; None if a rule refuses it that `Choices` does not apply."""
         try:
             return self.exact(one)
         except ConfigError:
             return None
 
-    def layout(self, config: Config, one: Candidate) -> Layout:
+    def layout(self, config: Config, one: Candidate) -> PlannedLayout:
         """The layout of a resolved config, whose candidate is `one`."""
         table = MemoryTable(config, self.search.spec, self.device, self.sizes)
         sent = sent_bytes(self.work_of(one), table, self.sharing(one))
         m = config.accumulation_steps
-        return Layout(one, config, table.largest, self._time(table, one), m, sent)
+        return PlannedLayout(one, config, table.largest, self._time(table, one), m, sent)
 
-    def again(self, layout: Layout) -> Layout:
+    def again(self, layout: PlannedLayout) -> PlannedLayout:
         """Another planner's layout on this planner's device: its time is predicted again, its memory is the same."""
         table = MemoryTable(layout.config, self.search.spec, self.device, self.sizes)
         return replace(layout, time=self._time(table, layout.candidate))
@@ -121,7 +121,7 @@ class Planner(Bounds):
                 found += choices.of(("recompute", *STATES), sized)
         return sorted(found, key=self.least_bytes)
 
-    def smallest(self) -> Layout:
+    def smallest(self) -> PlannedLayout:
         """The layout that takes the least memory. Raises ConfigError if the rules accept none."""
         tried = [self.accepted(one) for one in self.by_size()[:BEST]]
         layouts = [layout for layout in tried if layout is not None]
@@ -133,7 +133,7 @@ class Planner(Bounds):
         return min(layouts, key=lambda layout: layout.memory.total)
 
 
-def _seconds(layout: Layout) -> float:
+def _seconds(layout: PlannedLayout) -> float:
     return layout.time.seconds
 
 
@@ -145,7 +145,7 @@ class _BestFirst:
         self.programs = Programs(planner)
         self.waiting: list[tuple[float, int, str, Candidate]] = []
         self.number = 0
-        self.best: dict[Candidate, Layout] = {}
+        self.best: dict[Candidate, PlannedLayout] = {}
         """The fastest that fits, by the choices other than recompute and offload."""
         self.too_large: list[tuple[float, float, Candidate]] = []
         """(least bytes, least seconds, layout)"""
@@ -247,7 +247,7 @@ class _BestFirst:
         elif known is None or layout.time.seconds < known.time.seconds:
             self.best[_plain(one)] = layout
 
-    def faster(self, best: list[Layout], tried: int = 3) -> list[Layout]:
+    def faster(self, best: list[PlannedLayout], tried: int = 3) -> list[PlannedLayout]:
         """Layouts that need a little more memory and are faster than the best that fit, the smallest first."""
         if not best:
             return []

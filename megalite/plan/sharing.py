@@ -12,7 +12,7 @@ import numpy as np
 
 from megalite.config.optimizer_rules import REDUCE_BUCKET_ELEMENTS
 from megalite.plan.activations import FP32
-from megalite.plan.devices import Device, Link
+from megalite.plan.device_figures import Device, Link
 from megalite.plan.link_seconds import (
     gather_seconds,
     link_along,

@@ -40,7 +40,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute, Stage
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis, Grid
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.activations import Forward
 from megalite.plan.kept import Kept, kept_by
 

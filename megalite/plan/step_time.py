@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from megalite.pipeline.lengths import KINDS, Lengths
-from megalite.pipeline.plan import PipelinePlan
+from megalite.pipeline.pipeline_plan import PipelinePlan
 from megalite.plan.sharing import Held, Sharing
 from megalite.plan.work import PARTS, Work
 

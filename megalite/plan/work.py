@@ -31,7 +31,7 @@ from megalite.plan.activations import (
     layer_table,
     total,
 )
-from megalite.plan.devices import Device, Link
+from megalite.plan.device_figures import Device, Link
 from megalite.plan.link_seconds import (
     gather_seconds,
     link_along,

@@ -19,7 +19,7 @@ from megalite.data.loader import TrainData
 from megalite.engine.nvme import check_nvme
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.states import place_of, predicted_activations
 from megalite.prove.calibrate import calibrate_to, device_lines
 from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     overrides = [*options.set, "megalite.train.batch_ramp=null"]
     config = load_config(options.deepspeed_config, overrides)
-    cases = [Case.parse(text, options.deepspeed_config, overrides) for text in options.layouts]
+    cases = [
+        BenchmarkCase.parse(text, options.deepspeed_config, overrides) for text in options.layouts
+    ]
     batch = base_batch(config, cases[0].layout)
     configs = {case.name: config_of(case.config, case.layout, batch) for case in cases}
     for case in cases:
@@ -94,7 +96,7 @@ def _calibration(arguments: list[str]) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """A layout and its config, under the name that the user gave it."""
 
     name: str
@@ -102,7 +104,7 @@ class Case:
     config: Config
 
     @classmethod
-    def parse(cls, text: str, file: str, overrides: list[str]) -> "Case":
+    def parse(cls, text: str, file: str, overrides: list[str]) -> "BenchmarkCase":
         """Parses `LAYOUT` or `LAYOUT KEY=VALUE …`. Raises ConfigError if it is neither."""
         layout, *own = text.split() or [""]
         return cls(

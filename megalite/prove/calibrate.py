@@ -25,7 +25,7 @@ from megalite.config.rules import machine_has_gpu
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import ConfigError
 from megalite.plan.calibration import Measured, fitted
-from megalite.plan.devices import (
+from megalite.plan.device_figures import (
     MACHINE,
     MEASURED,
     Device,
@@ -180,7 +180,7 @@ def _processor() -> str:
 def _measured(
     what: str, world_size: int, folder: str, configs: Sequence[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """The result of a function of machine.py on each rank."""
+    """The result of a function of machine_rates.py on each rank."""
     request = Path(folder) / "request.json"
     request.write_text(json.dumps({"what": what, "configs": configs, "folder": folder}))
     run_local_ranks(world_size, RANK_MODULE, [str(request)])

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(arguments: list[str]) -> int:
     """Runs the measurement of the request and writes the result into its folder."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     here, _ = start_ranks(lambda thorough: None)
-    from megalite.prove.machine import measured  # after start_ranks has set the environment
+    from megalite.prove.machine_rates import measured  # after start_ranks has set the environment
 
     result = measured(request["what"], request["configs"])
     (Path(request["folder"]) / f"rank{here.rank}.json").write_text(json.dumps(result))

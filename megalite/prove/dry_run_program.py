@@ -15,7 +15,7 @@ from megalite.config import check_model, load_config
 from megalite.inputs import reading
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
-from megalite.plan.devices import GIB
+from megalite.plan.device_figures import GIB
 from megalite.plan.places import DryRun, dry_run
 from megalite.ranks.arguments import ArgumentParser, at_least, positive
 from megalite.ranks.launch import quiet

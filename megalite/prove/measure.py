@@ -27,9 +27,9 @@ from megalite.parallel.grid import ALONE
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.parallel.traffic import Traffic
 from megalite.plan.states import peak_bytes
-from megalite.prove.split import split_by_kind
+from megalite.prove.time_split import split_by_kind
 from megalite.prove.trace import Session
-from megalite.training.batches import Unread
+from megalite.training.batches import LazyMicroBatches
 from megalite.training.step import tokens_that_count
 from megalite.training.tracing import split
 
@@ -108,7 +108,9 @@ def measure_plain(config: Config, steps: int) -> dict[str, Any]:
         samples = data.at(Position(step), config.train.last_step)
         source = config.data.source_length
         micro = config.micro_batch_size
-        unread = Unread(samples, step * size, size, micro, ALONE, device, draw, source=source)
+        unread = LazyMicroBatches(
+            samples, step * size, size, micro, ALONE, device, draw, source=source
+        )
         batches = unread.read()
         weight = max(1, int(tokens_that_count(batches)))
         for tokens, labels, context in batches:

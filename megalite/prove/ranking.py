@@ -22,10 +22,10 @@ from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.candidates import given_candidate
-from megalite.plan.devices import Device, device_of
+from megalite.plan.device_figures import Device, device_of
 from megalite.plan.plan_program import planner_of
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace
-from megalite.plan.search import Layout as PlannedLayout
+from megalite.plan.search import PlannedLayout
 from megalite.plan.states import (
     parameter_sizes,
     place_of,
@@ -72,7 +72,7 @@ GOAL_TAU, GOAL_CHOICE, GOAL_PEAK = 0.8, 0.05, 0.02
 
 
 @dataclass
-class Case:
+class RankingCase:
     """A layout, its predictions, and the measurements of its ranks."""
 
     name: str
@@ -194,11 +194,11 @@ def document(folder: str) -> dict[str, Any]:
     }
 
 
-def _measured(folder: str, device: Device, steps: int, layouts: Sequence[str]) -> list[Case]:
+def _measured(folder: str, device: Device, steps: int, layouts: Sequence[str]) -> list[RankingCase]:
     """Measures the layouts that fit on this machine; those of equal world size take turns. Those with ZeRO-3 are
     started separately: it replaces torch's linear function (runtime/zero/linear.py) for the rest of the process."""
     most = _most_ranks()
-    starts: dict[tuple[int, bool], list[Case]] = {}
+    starts: dict[tuple[int, bool], list[RankingCase]] = {}
     for text in layouts:
         layout, *own = text.split()
         config = config_of(
@@ -207,7 +207,7 @@ def _measured(folder: str, device: Device, steps: int, layouts: Sequence[str]) -
         if config.world_size <= most:
             planned = planned_layout(config, device)
             start = starts.setdefault((config.world_size, config.zero_stage == 3), [])
-            start.append(Case(text, config, planned, []))
+            start.append(RankingCase(text, config, planned, []))
     for (world_size, _), cases in starts.items():
         configs = [case.config.to_json() for case in cases]
         request = Path(folder) / "request.json"
@@ -243,7 +243,7 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
 
 
-def step_table(cases: Sequence[Case]) -> list[str]:
+def step_table(cases: Sequence[RankingCase]) -> list[str]:
     """Predicted and measured step times, slowest first, and a summary."""
     others = median(case.others() for case in cases)
     wall = machine_has_gpu() or others <= QUIET
@@ -271,7 +271,7 @@ def step_table(cases: Sequence[Case]) -> list[str]:
     ]
 
 
-def memory_table(cases: Sequence[Case]) -> list[str]:
+def memory_table(cases: Sequence[RankingCase]) -> list[str]:
     """States of all ranks, compared to the byte, and the peak of the rank with the most."""
     lines = [
         "| ranks | layout | states as predicted | peak predicted MB | peak measured MB | off by |",

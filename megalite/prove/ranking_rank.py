@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(arguments: list[str]) -> int:
     """Runs the measurement of the request and writes the result into its folder."""
     request: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     here, _ = start_ranks(lambda thorough: None)
-    from megalite.prove.turns import in_turns  # after start_ranks has set the environment
+    from megalite.prove.step_turns import in_turns  # after start_ranks has set the environment
 
     result = in_turns(request["configs"], request["steps"])
     (Path(request["folder"]) / f"rank{here.rank}.json").write_text(json.dumps(result))

@@ -54,7 +54,7 @@ RANK_MODULE = "megalite.prove.verify_rank"
 
 
 @dataclass(frozen=True)
-class Difference:
+class LayoutDifference:
     """The first difference between a layout and the one process. what: loss, norm, or kind/name of a tensor. ratio:
     relative difference. bound: the allowed one. rank: the one that differs most."""
 
@@ -75,7 +75,7 @@ class Verdict:
     differs most. worst: by kind (loss, norm, weight, exp_avg, exp_avg_sq) the largest ratio of a difference to its
     bound."""
 
-    first: list[Difference] = field(default_factory=list)
+    first: list[LayoutDifference] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
 
 
@@ -113,13 +113,13 @@ class Spread:
         """Compares a layout with the one process."""
         verdict = Verdict()
         for step in range(trace.steps):
-            found: list[tuple[float, Difference]] = []
+            found: list[tuple[float, LayoutDifference]] = []
             for key, ratio, rank in differences(self.reference, trace, step):
                 kind, bound = key.partition("/")[0], self.bounds[step][key]
                 excess = ratio / bound if ratio == ratio else float("inf")
                 verdict.worst[kind] = max(verdict.worst.get(kind, 0.0), excess)
                 if excess > 1.0:
-                    found.append((excess, Difference(step + 1, key, rank, ratio, bound)))
+                    found.append((excess, LayoutDifference(step + 1, key, rank, ratio, bound)))
             if found and not verdict.first:
                 figures = [difference for _, difference in found if "/" not in difference.what]
                 tensors = [entry for entry in found if "/" in entry[1].what]

@@ -6,7 +6,7 @@ from typing import Any
 
 from megalite.config import Config
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 from megalite.races.plain import batches, load_model, loss_of
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 
 class Layer(nn.Module):
@@ -30,7 +30,7 @@ class Layer(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-class Cut(PipelineModule):
+class CutModule(PipelineModule):
     """Cut after `first_layers`: PipelineModule's own methods count the embedding as work."""
 
     first_layers = 0
@@ -46,9 +46,9 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     model, batch = load_model(asked), batches(asked)
     inner = model.model
-    Cut.first_layers = asked["cut"]
+    CutModule.first_layers = asked["cut"]
     layers = [Layer(layer, inner.rotary_emb) for layer in inner.layers]
-    module = Cut(
+    module = CutModule(
         [inner.embed_tokens, *layers, inner.norm, model.lm_head], num_stages=2, loss_fn=loss_of
     )
     keys, values = json.loads(Path(asked["deepspeed"]).read_text()), list(module.parameters())

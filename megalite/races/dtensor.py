@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from megalite.races.plain import adam, batches, load_model
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 
 def split(model: nn.Module, size: int) -> None:

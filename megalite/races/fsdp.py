@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from megalite.races.plain import adam, batches, load_model, loss_of
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 
 def main() -> None:

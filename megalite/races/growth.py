@@ -12,9 +12,9 @@ from typing import Any
 
 from megalite.config import Config
 from megalite.prove.benchmark import measured
-from megalite.races.inputs import Shape, deepspeed_keys
-from megalite.races.loader import write_random_corpus
-from megalite.races.machine import machine_line
+from megalite.races.loader_race import write_random_corpus
+from megalite.races.machine_line import machine_line
+from megalite.races.race_inputs import Shape, deepspeed_keys
 from megalite.ranks.arguments import ArgumentParser, at_least
 
 COUNTS: dict[str, tuple[int, ...]] = {

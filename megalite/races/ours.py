@@ -3,9 +3,9 @@
 from typing import Any
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
-from megalite.races.turns import Turns, request
-from megalite.ranks.program import run_program
-from megalite.training import pretrain as program
+from megalite.races.race_turns import Turns, request
+from megalite.ranks.run_program import run_program
+from megalite.training import pretraining as program
 
 
 def main(arguments: list[str]) -> int:

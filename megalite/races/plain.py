@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 
 def load_model(asked: dict[str, Any]) -> Any:

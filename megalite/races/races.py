@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any
 
 from megalite.errors import UserError
-from megalite.races import head, loader
-from megalite.races.inputs import (
+from megalite.races import head_race, loader_race
+from megalite.races.machine_line import machine_line
+from megalite.races.race_inputs import (
     SMALL,
     WIDE,
     Shape,
@@ -25,7 +26,6 @@ from megalite.races.inputs import (
     peer_request,
     write_json,
 )
-from megalite.races.machine import machine_line
 from megalite.races.referee import Contender, Step, Team, race, spread
 from megalite.ranks.arguments import ArgumentParser, at_least
 
@@ -147,7 +147,7 @@ RACES = {
     "pipe": Race("pipe 2, 8 micro-batches, fp32, 34 M", SMALL, 8, 1, False, _pipe, "busiest"),
     "tensor": Race("tensor 2, fp32, 34 M", SMALL, 2, 2, False, _tensor, "wall"),
 }
-OTHERS = {"head": head.main, "loader": loader.main}
+OTHERS = {"head": head_race.main, "loader": loader_race.main}
 
 
 def main(arguments: list[str]) -> int:

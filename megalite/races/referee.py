@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from megalite.errors import MegaliteError
-from megalite.races.turns import PIPES
+from megalite.races.race_turns import PIPES
 
 PATIENCE_SECONDS = 900.0  # for one answer
 SHOWN_CHARACTERS = 3000

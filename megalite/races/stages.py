@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Stage(nn.Module):
+class PeerStage(nn.Module):
     """Token ids or hidden states -> hidden states or logits."""
 
     def __init__(self, model: Any, first: bool, cut: int) -> None:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from megalite.races.plain import adam, batches, load_model, loss_of
-from megalite.races.stages import Stage
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
+from megalite.races.stages import PeerStage
 
 
 def clip(module: nn.Module, limit: float) -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     asked, turns = request(), Turns()
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), asked["batch"] // asked["micro"]
-    batch, module = batches(asked), Stage(load_model(asked), rank == 0, asked["cut"])
+    batch, module = batches(asked), PeerStage(load_model(asked), rank == 0, asked["cut"])
     stage = PipelineStage(module, rank, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, count, loss_fn=loss_of)
     optimizer = adam(module.parameters(), asked)

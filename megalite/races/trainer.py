@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import SequentialSampler, TensorDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 
 class TakesTurns(TrainerCallback):

@@ -32,8 +32,8 @@ from megalite.ranks.devices import (
     sum_in_fp32,
     visible_gpus,
 )
-from megalite.ranks.place import Place, from_environment, place
-from megalite.ranks.program import print_line
+from megalite.ranks.place import RankPlace, from_environment, place
+from megalite.ranks.run_program import print_line
 from megalite.ranks.signals import listen, settle
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def start_ranks(
     prepare: Callable[[bool], T],
     timeout: Callable[[T], timedelta] = lambda prepared: DEFAULT_TIMEOUT,
     differs: Callable[[T, T], str | None] | None = None,
-) -> tuple[Place, T]:
+) -> tuple[RankPlace, T]:
     """Makes this process a rank of an initialised world, and returns its place and the result of `prepare`. timeout:
     returns the time limit of a collective for that result.
 
@@ -71,12 +71,12 @@ def start_ranks(
     visible = visible_gpus()
     sum_in_fp32()
     prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
-    Place.started = True
+    RankPlace.started = True
     _join_world(store, here, visible, timeout(prepared))
     return here, prepared
 
 
-def _meet(here: Place) -> Any:
+def _meet(here: RankPlace) -> Any:
     """The store that all ranks share. Raises ConfigError if another program or run has its port."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -94,7 +94,7 @@ def _meet(here: Place) -> Any:
     return store
 
 
-def _join_world(store: Any, here: Place, visible: int, timeout: timedelta) -> None:
+def _join_world(store: Any, here: RankPlace, visible: int, timeout: timedelta) -> None:
     """Gives this rank its device, and makes the process group of all ranks."""
     import deepspeed
     import torch.distributed as dist
@@ -124,7 +124,7 @@ def _join_world(store: Any, here: Place, visible: int, timeout: timedelta) -> No
 
 
 def _after_gpus(
-    store: Any, here: Place, visible: int, prepare: Callable[[bool], T]
+    store: Any, here: RankPlace, visible: int, prepare: Callable[[bool], T]
 ) -> Callable[[bool], T]:
     """`prepare`, preceded by a check that this node has a GPU for each of its ranks. visible: number of GPUs that each
     rank sees; 0: ranks compute on the CPU."""
@@ -152,7 +152,7 @@ def _port_taken(by: str) -> ConfigError:
 
 def stop_ranks() -> None:
     """Destroys the process groups, if there are any (collective). A rank that has failed must not call it: NCCL waits
-    for all ranks of each group. That rank ends its process instead (program.py)."""
+    for all ranks of each group. That rank ends its process instead (run_program.py)."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -161,7 +161,7 @@ def stop_ranks() -> None:
 
 def _agree(
     store: Any,
-    here: Place,
+    here: RankPlace,
     prepare: Callable[[bool], T],
     differs: Callable[[T, T], str | None] | None,
 ) -> T:
@@ -211,7 +211,7 @@ def _agree(
 
 
 def _compare_nodes(
-    store: Any, here: Place, prepared: T, differs: Callable[[T, T], str | None]
+    store: Any, here: RankPlace, prepared: T, differs: Callable[[T, T], str | None]
 ) -> None:
     """Rank 0 publishes what it prepared. Raises ConfigError on a node that prepared something else."""
     import torch.distributed as dist
@@ -226,7 +226,7 @@ def _compare_nodes(
             raise ConfigError(f"{socket.gethostname()}: {found}")
 
 
-def _wait_for_verdict(store: Any, here: Place) -> None:
+def _wait_for_verdict(store: Any, here: RankPlace) -> None:
     """Waits until all ranks have started and the input is validated. Rank 0 prints at times how many are missing."""
     import torch.distributed as dist
 
@@ -242,7 +242,7 @@ def _wait_for_verdict(store: Any, here: Place) -> None:
     store.wait(["verdict"], timedelta(seconds=1))
 
 
-def _set_environment(here: Place) -> None:
+def _set_environment(here: RankPlace) -> None:
     env = os.environ
     if "MASTER_ADDR" not in env and here.local_size < here.world_size:
         rule = f"must name the first node: the {here.world_size} ranks are on several nodes (docs/clusters.md)"

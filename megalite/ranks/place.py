@@ -13,7 +13,7 @@ MOST_RANKS = 2**17
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """This process's rank and the world size, and its rank and the number of ranks on this node."""
 
     rank: int
@@ -24,7 +24,7 @@ class Place:
     """Whether this process has become a rank."""
 
 
-def place() -> Place:
+def place() -> RankPlace:
     """This process's place, from the environment that a launcher set; a world of one rank if there was no launcher.
     Raises ConfigError if the variables contradict each other."""
     env = os.environ
@@ -53,7 +53,7 @@ def place() -> Place:
         if value >= limit:  # the others would wait for a rank that cannot exist
             rule = "must be at most" if name == local_name else "must be below"
             raise ConfigError(f"environment: {name}: {env[name]}: {rule} {limit_name} {limit}")
-    return Place(rank, size, local_rank, local_size)
+    return RankPlace(rank, size, local_rank, local_size)
 
 
 def _rename(**names: str) -> None:

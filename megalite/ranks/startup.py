@@ -1,4 +1,5 @@
-"""Every program imports this module first. It covers the time of the other imports, until program.py's `run_program`.
+"""Every program imports this module first. It covers the time of the other imports, until `run_program`
+(run_program.py).
 
 Until then, Ctrl-C prints one line and exits with 130, without a traceback, and garbage collection is off. Later,
 signals.py handles Ctrl-C on ranks.
@@ -8,7 +9,7 @@ import signal
 
 from megalite.ranks.garbage import hold_garbage
 from megalite.ranks.signals import interrupted
-from megalite.ranks.streams import open_closed_streams
+from megalite.ranks.standard_streams import open_closed_streams
 
 open_closed_streams()
 hold_garbage()

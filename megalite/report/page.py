@@ -1,4 +1,4 @@
-"""The page: one HTML file with style and script inlined, which loads nothing else. Next: program.py."""
+"""The page: one HTML file with style and script inlined, which loads nothing else. Next: report_program.py."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megalite.report import pipeline, timeline
+from megalite.report import pipeline, run_timeline
 from megalite.report.charts import COLOURS, Chart, Curve, Mark, Points, smoothed, svg, thinned
-from megalite.report.grid import grid_picture, memory_table
 from megalite.report.numbers import clock, gib, percent, short
+from megalite.report.rank_table import grid_picture, memory_table
 from megalite.report.read import RunFolder, value_at
 from megalite.report.tables import table, wide
 
@@ -91,7 +91,7 @@ def _facts(run: RunFolder) -> Facts:
         facts["MFU"] = percent(sum(row["mfu"] for row in recent) / len(recent))
     if "goodput" in last:
         facts["goodput"] = percent(last["goodput"])
-    if found := timeline.starts(run):
+    if found := run_timeline.starts(run):
         facts["time"] = clock(sum(start.end - start.begin for start in found))
         facts["starts"] = str(len(found))
     if axes := run.about.get("grid"):
@@ -124,7 +124,7 @@ def _comparison(runs: Sequence[RunFolder]) -> str:
 
 
 def _charts(runs: Sequence[RunFolder]) -> str:
-    marks = [Mark(*mark) for run in runs for mark in timeline.marks_of(run)]
+    marks = [Mark(*mark) for run in runs for mark in run_timeline.marks_of(run)]
     parts = []
     for key, (title, smooth, zero) in CURVES.items():
         curves: list[Curve] = []
@@ -165,7 +165,7 @@ def _details(run: RunFolder, base: Path, several: bool) -> list[str]:
     """The sections about one run."""
     sections: dict[str, Callable[[], str]] = {
         "Samples": lambda: _samples(run),
-        "Time, restarts, faults": lambda: timeline.picture(run) + timeline.table(run),
+        "Time, restarts, faults": lambda: run_timeline.picture(run) + run_timeline.table(run),
         "Ranks and memory": lambda: _memory(run),
         "Pipeline": lambda: _pipeline(run),
         "Step time": lambda: _split(run),
@@ -240,7 +240,7 @@ def _split(run: RunFolder) -> str:
 
 
 def _data(run: RunFolder) -> str:
-    found = timeline.shares(run)
+    found = run_timeline.shares(run)
     if not found:
         return ""
     total = sum(share["samples"] for share in found) or 1

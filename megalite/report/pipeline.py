@@ -13,7 +13,7 @@ KINDS = {"F": "forward", "B": "backward", "I": "backward to the input", "W": "we
 
 
 @dataclass
-class Span:
+class DrawnSpan:
     """An action, or a wait, in any unit of time. kind: of KINDS."""
 
     kind: str
@@ -22,7 +22,7 @@ class Span:
     end: float
 
 
-Rows = list[list[Span]]
+Rows = list[list[DrawnSpan]]
 """The spans of each rank of the pipe axis."""
 
 
@@ -30,7 +30,9 @@ def simulated(pipeline: dict[str, Any]) -> Rows:
     """The simulated step of about.json."""
     rows: Rows = []
     for actions in pipeline.get("actions", []):
-        spans = [Span(kind, f"{kind}{chunk}.{k}", *times) for kind, chunk, k, *times in actions]
+        spans = [
+            DrawnSpan(kind, f"{kind}{chunk}.{k}", *times) for kind, chunk, k, *times in actions
+        ]
         rows.append(spans)
     return rows
 
@@ -49,7 +51,9 @@ def measured(trace: Sequence[dict[str, Any]], axes: dict[str, int]) -> tuple[int
         place, column = divmod(event["pid"], width)
         if event["args"]["step"] == step and column == 0:
             start = event["ts"] / 1e6
-            span = Span(event["args"]["kind"], event["name"], start, start + event["dur"] / 1e6)
+            span = DrawnSpan(
+                event["args"]["kind"], event["name"], start, start + event["dur"] / 1e6
+            )
             rows[place].append(span)
     return step, rows
 
@@ -105,7 +109,7 @@ def strip(rows: Rows, caption: str) -> str:
     )
 
 
-def _rect(span: Span, y: float, start: float, scale: float) -> str:
+def _rect(span: DrawnSpan, y: float, start: float, scale: float) -> str:
     x, width = LEFT + (span.start - start) * scale, max(0.5, (span.end - span.start) * scale)
     hint = f"<title>{span.name}: {KINDS.get(span.kind, span.kind)}</title>"
     return (

@@ -20,7 +20,7 @@ MOST_ROWS = 20_000  # parsed of a long run; evaluations are always parsed
 
 
 @dataclass
-class Checkpoint:
+class CheckpointFolder:
     """A checkpoint's folder; bytes: of its files."""
 
     name: str
@@ -49,7 +49,7 @@ class RunFolder:
     history: list[Row] = field(default_factory=list)
     faults: list[Row] = field(default_factory=list)
     summaries: dict[str, str] = field(default_factory=dict)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[CheckpointFolder] = field(default_factory=list)
     trace: list[Row] = field(default_factory=list)
 
     @property
@@ -150,7 +150,7 @@ def _pointer(path: Path) -> str:
         return ""
 
 
-def _checkpoints(folder: Path) -> list[Checkpoint]:
+def _checkpoints(folder: Path) -> list[CheckpointFolder]:
     latest, best = _pointer(folder / "latest"), _pointer(folder / "best")
     found = []
     for path in sorted(folder.glob("step_*")):
@@ -161,5 +161,5 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
             except OSError:
                 continue  # the run has just removed it
             pointed = path.name == latest, path.name == best
-            found.append(Checkpoint(path.name, size, *pointed))
+            found.append(CheckpointFolder(path.name, size, *pointed))
     return found

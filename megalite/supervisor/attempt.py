@@ -65,7 +65,7 @@ def name_of_run() -> str:
 
 
 @dataclass(frozen=True)
-class Program:
+class LaunchedProgram:
     """What to start. options: for `deepspeed`. words: a script and its arguments. over_ssh: on the hosts of a
     hostfile."""
 
@@ -79,7 +79,7 @@ class Program:
 
 
 @dataclass
-class Signals:
+class ReceivedSignals:
     """Signals that this process received. stop: the first one that asks it to stop (0: none)."""
 
     stop: int = 0
@@ -160,7 +160,9 @@ class HostGuard:
 class Attempt:
     """One start of the run named `run`. hosts: ranks by host, in order."""
 
-    def __init__(self, program: Program, hosts: dict[str, int], run: str, signals: Signals) -> None:
+    def __init__(
+        self, program: LaunchedProgram, hosts: dict[str, int], run: str, signals: ReceivedSignals
+    ) -> None:
         self.program, self.hosts, self.signals = program, hosts, signals
         # New each time: all users have seen the last one.
         self.name = f"{run}-{secrets.token_hex(8)}"

@@ -13,16 +13,16 @@ from pathlib import Path
 from megalite.config.section import nearest
 from megalite.errors import ConfigError, MegaliteError, UserError
 from megalite.ranks.arguments import MOST_PORT, ArgumentParser, at_least, positive
-from megalite.ranks.program import program_name
+from megalite.ranks.run_program import program_name
 from megalite.ranks.signals import EXIT_BASE, RESUME, tell_interrupted
 from megalite.supervisor.attempt import (
     STOP_SECONDS,
     THIS,
     Attempt,
     HostsLost,
+    LaunchedProgram,
     Outcome,
-    Program,
-    Signals,
+    ReceivedSignals,
     name_of_run,
 )
 from megalite.supervisor.fewer import ProgramConfig
@@ -164,7 +164,7 @@ class Supervisor:
 
     def __init__(self, options: argparse.Namespace, hosts: dict[str, int]) -> None:
         self.options, self.full, self.name = options, hosts, name_of_run()
-        self.signals = Signals()
+        self.signals = ReceivedSignals()
 
     def run(self) -> int:
         self.signals.listen()
@@ -189,7 +189,7 @@ class Supervisor:
                     raise
                 hosts, overrides = self._fit(left, str(error))
 
-    def _program(self, overrides: list[str]) -> Program:
+    def _program(self, overrides: list[str]) -> LaunchedProgram:
         options, given = list[str](), vars(self.options)
         for name in ("bind_cores_to_rank", "quiet"):
             if given[name]:
@@ -201,7 +201,7 @@ class Supervisor:
         if self.options.program in RANK_COMMANDS:
             options += _MODULE
             words = ["megalite", *words]
-        return Program(
+        return LaunchedProgram(
             options,
             words,
             self.options.hostfile is not None,

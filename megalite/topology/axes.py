@@ -40,7 +40,7 @@ TOLD = ("pipe", "data", "context", "expert", "tensor")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AxisSizes:
     """Ranks along each axis."""
 
     pipe: int = 1
@@ -55,7 +55,7 @@ class Sizes:
     @classmethod
     def of_world(
         cls, world_size: int, pipe: int, tensor: int, context: int, expert: int
-    ) -> "Sizes":
+    ) -> "AxisSizes":
         """The sizes of a world whose other axes are given; the data axis takes the rest. The config's rules have
         already rejected sizes that do not divide the world."""
         data = world_size // (pipe * context * tensor)

@@ -9,14 +9,14 @@ from pydantic_core import PydanticUndefined
 from megalite.config import Config
 from megalite.model.spec import TransformerSpec
 from megalite.pipeline.check import check
-from megalite.pipeline.plan import PipelinePlan, plan_of
+from megalite.pipeline.pipeline_plan import PipelinePlan, plan_of
 from megalite.plan.states import (
     parameter_sizes,
     place_of,
     predicted_activations,
     predicted_states,
 )
-from megalite.topology.axes import Sizes
+from megalite.topology.axes import AxisSizes
 
 SHOWN_ROUNDS = 4  # micro-batches per pipe rank in the step that is drawn
 
@@ -38,7 +38,7 @@ def about(config: Config, spec: TransformerSpec) -> dict[str, Any]:
 def axes_of(config: Config) -> dict[str, int]:
     """Sizes of the axes, outermost first; `context` only if it has several ranks."""
     parallel = config.parallel
-    return Sizes(parallel.pipe, config.data_size, parallel.context, parallel.tensor).axes
+    return AxisSizes(parallel.pipe, config.data_size, parallel.context, parallel.tensor).axes
 
 
 def predicted_bytes(config: Config, spec: TransformerSpec) -> list[dict[str, int]]:

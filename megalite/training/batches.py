@@ -2,7 +2,7 @@
 
 Micro-batch k of data rank r holds the global batch's samples (k·d + r)·b … + b, so the order does not depend on the
 data axis, and d and b may change between steps. The ranks of the context axis divide the tokens of the same samples.
-They are read while the previous step runs (`Ahead`). Next: step.py.
+They are read while the previous step runs (`Prefetcher`). Next: step.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ class MicroBatch(NamedTuple):
     context: Context
 
 
-class Samples(Protocol):
+class SampleSource(Protocol):
     """A source of samples: returns the fields of a `Batch` for positions, each [n, S]."""
 
     def batch(self, positions: Sequence[int]) -> Any: ...
@@ -61,13 +61,13 @@ def own_positions(
 
 
 class MicroBatches(Protocol):
-    """A list of micro-batches, or `Unread`."""
+    """A list of micro-batches, or `LazyMicroBatches`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> MicroBatch: ...
 
 
-class Unread:
+class LazyMicroBatches:
     """This rank's micro-batches of `count` samples from position `start` on. Each is read and moved to the device every
     time it is indexed; none is kept.
 
@@ -78,7 +78,7 @@ class Unread:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: SampleSource,
         start: int,
         count: int,
         micro: int,
@@ -109,7 +109,7 @@ class Unread:
 
 
 def _micro_batch(
-    samples: Samples,
+    samples: SampleSource,
     positions: list[int],
     stop: int,
     draw: tuple[int, int] | None,
@@ -154,7 +154,7 @@ def step_batches(
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the step at `position`. training: False for an evaluation, without dropout."""
     start = position.consumed_samples
-    return Unread(
+    return LazyMicroBatches(
         data.at(position, config.train.last_step),
         start,
         config.batch_plan.size(start),
@@ -221,7 +221,7 @@ Read = Callable[[Position], list[MicroBatch]]
 _Key = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
-class Ahead:
+class Prefetcher:
     """Reads the next step's micro-batches while a step runs, into memory that a GPU copies from without blocking.
 
     What is read depends only on the position in the run, so it is used only if it is for exactly the position that is

@@ -13,7 +13,7 @@ from megalite.engine.engine import Engine
 from megalite.errors import TrainingError
 from megalite.guard.health import Health
 from megalite.training.fingerprint import fingerprint
-from megalite.training.start import Start, starting_point
+from megalite.training.start import StartingPoint, starting_point
 from megalite.training.watchers import Row, Watcher
 
 READ_BY = {"samples", "loss", "objective", "reset_attention", "eod_mask_loss"}
@@ -80,7 +80,7 @@ class Checkpoints(Watcher):
         while self.saver.told:
             self.tell(self.saver.told.pop(0))
 
-    def restore(self) -> Start:
+    def restore(self) -> StartingPoint:
         """Fills the engine from the newest good checkpoint (collective). Raises TrainingError if there is none."""
         self.finish()
         start = starting_point(self.run_dir, None)

@@ -11,7 +11,13 @@ from megalite.config import Config
 from megalite.data.loader import ValidData
 from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, MicroBatches, Samples, Unread, rows_of
+from megalite.training.batches import (
+    LazyMicroBatches,
+    MicroBatch,
+    MicroBatches,
+    SampleSource,
+    rows_of,
+)
 from megalite.training.classification import figures
 from megalite.training.metrics import perplexity
 from megalite.training.watchers import Row
@@ -60,10 +66,10 @@ class Validation:
                 taken.append((name, positions[:share]))
         return taken
 
-    def scores(self, samples: Samples, positions: range) -> Tensor:
+    def scores(self, samples: SampleSource, positions: range) -> Tensor:
         """[sum of losses, tokens that count], and a classifier's counts, of these samples (see loss_and_tokens)."""
         engine = self.pipeline.engine
-        batches = Unread(
+        batches = LazyMicroBatches(
             samples,
             positions.start,
             len(positions),

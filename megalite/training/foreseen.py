@@ -1,7 +1,7 @@
 """Compares predictions with measurements in the first steps: memory of the first step, then the time of a few.
 
-A prediction of time needs a known device: a GPU in plan/devices.py, or a file named by `megalite.train.calibration`.
-Without either, only memory is predicted. Next: screen.py.
+A prediction of time needs a known device: a GPU in plan/device_figures.py, or a file named by
+`megalite.train.calibration`. Without either, only memory is predicted. Next: screen.py.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import torch
 
 from megalite.config import Config
 from megalite.model.families import read_spec
-from megalite.plan.devices import Device, device_called, read_device
+from megalite.plan.device_figures import Device, device_called, read_device
 from megalite.plan.plan_program import planner_of
 from megalite.training.watchers import Row, Watcher
 

@@ -13,8 +13,8 @@ from megalite.checkpoint.appended import Appended
 from megalite.checkpoint.folder import write_durably
 from megalite.data.loader import TrainData
 from megalite.data.position import Position
-from megalite.report.program import write_report
 from megalite.report.read import ABOUT, HISTORY, REPORT
+from megalite.report.report_program import write_report
 from megalite.training.watchers import Watcher
 
 Tell = Callable[[str], None]

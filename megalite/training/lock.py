@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalite.errors import ConfigError
-from megalite.ranks.program import print_line
+from megalite.ranks.run_program import print_line
 from megalite.ranks.signals import LAUNCH, at_the_end, leave_word
 
 FILE = "lock"

@@ -2,7 +2,7 @@
 
 Besides weights and moments, the state of a run is its position, a value (position.py). One message before the update
 tells every rank whether the step is sound (health.py), about signals, and about the end of a background save.
-Everything else around a step is done by watchers (watchers.py). Next: pretrain.py, the command line.
+Everything else around a step is done by watchers (watchers.py). Next: pretraining.py, the command line.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.plan.states import peak_bytes, peak_line
 from megalite.ranks.signals import EXIT_BASE, RESUME, listen
 from megalite.report.read import STOPPED_BY_ERROR
-from megalite.training.batches import Ahead, MicroBatch, step_batches
+from megalite.training.batches import MicroBatch, Prefetcher, step_batches
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.evaluation import Validation
 from megalite.training.step import train_step
@@ -82,7 +82,7 @@ class Run:
             self.validation = Validation(config, valid, self.pipeline, self.note)
         self.checkpoints = Checkpoints(config, model, engine, self.health, start, self.note)
         self.saver = self.checkpoints.saver
-        self.ahead = Ahead(self._read, self.device)
+        self.ahead = Prefetcher(self._read, self.device)
         engine.global_norm.riders = self._flags
         self.signals = listen()
         self.first_step = start.step

@@ -35,7 +35,7 @@ from megalite.hub.sources import (
 
 
 @dataclass
-class Start:
+class StartingPoint:
     """A run's first position, and the weights for its engine. told: a line for the log. damaged: names of newer
     checkpoints that were skipped."""
 
@@ -74,7 +74,7 @@ class Start:
         engine.restore_loss_scale(self.position.loss_scale)
 
 
-def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = ()) -> Start:
+def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = ()) -> StartingPoint:
     """Looks in the run folder, then at `load` (collective). classes: labels of a run that trains a classifier. A
     damaged checkpoint is reported, and an older good one is used. Raises CheckpointError if none is good."""
     damaged: dict[str, CheckpointError] = {}
@@ -90,20 +90,20 @@ def starting_point(run_dir: Path, load: str | None, classes: tuple[str, ...] = (
         position = Position.from_state(checkpoint.state)
         _name_latest(run_dir, path.name)
         _name_best(run_dir, position, damaged)
-        return Start(
+        return StartingPoint(
             position, f"resuming from step {position.step}", checkpoint, True, tuple(damaged)
         )
     for error in damaged.values():
         raise error
     if load is None:
-        return Start(Position(), "a new run")
+        return StartingPoint(Position(), "a new run")
     folder = _agreed(lambda: resolve_weights(load))
     weights = open_weights_together(folder, classes)
     told = f"a new run with the weights of {folder}"
     partly = bool(classes) and not is_of_classifier(weights)
     if partly:
         told += " and a new head"
-    return Start(Position(), told, weights, partly=partly)
+    return StartingPoint(Position(), told, weights, partly=partly)
 
 
 def _check_step(checkpoint: Checkpoint) -> None:

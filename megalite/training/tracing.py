@@ -20,7 +20,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import RANK_TIMELINE, Span
 from megalite.pipeline.program import Action, Value
 from megalite.report.read import TRACE
-from megalite.report.trace import Event, process_name
+from megalite.report.trace_events import Event, process_name
 from megalite.topology.axes import PLANES
 from megalite.training.watchers import Row, Watcher
 

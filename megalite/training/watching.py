@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from megalite.config import Config
-from megalite.config.sections import Router
+from megalite.config.sections import RouterSection
 from megalite.data.loader import TrainData
 from megalite.data.position import Position
 from megalite.engine.build import DTYPES
@@ -24,7 +24,7 @@ from megalite.training.guards import PaceGuard, ReplicaGuard
 from megalite.training.history import History, ReportWriter
 from megalite.training.metrics import MetricsFile
 from megalite.training.mfu import Utilisation, peak_flops
-from megalite.training.sampling import Sampler
+from megalite.training.sampler import Sampler
 from megalite.training.screen import Screen
 from megalite.training.speed import Speed
 from megalite.training.summary import Summary
@@ -63,7 +63,7 @@ def watchers_of(run: Watched) -> list[Watcher]:
     peak = peak_flops(run.device, DTYPES[config.precision])
     flops_per_token = spec.flops_per_token(data.sequence_length, data.counted_share, source)
     utilisation = Utilisation(flops_per_token, peak, run.grid.world_size)
-    router = train.router or Router.model_validate({})
+    router = train.router or RouterSection.model_validate({})
     watchers = [
         ReplicaGuard(config, engine, run.health),
         PaceGuard(pace, run.note),

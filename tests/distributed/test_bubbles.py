@@ -15,7 +15,7 @@ from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.check import check
 from megalite.pipeline.cut import LayerCosts, ModelCosts
-from megalite.pipeline.plan import PipelinePlan, make_plan
+from megalite.pipeline.pipeline_plan import PipelinePlan, make_plan
 from tests.ranks import run_ranks
 
 UNIT_SECONDS, STEPS, WITHIN = 0.2, 3, 0.01

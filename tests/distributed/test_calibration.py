@@ -8,14 +8,14 @@ from unittest import mock
 import deepspeed
 import pytest
 
-from megalite.plan.devices import MEASURED, read_device
-from megalite.prove import machine, ranking
+from megalite.plan.device_figures import MEASURED, read_device
+from megalite.prove import machine_rates, ranking
 from megalite.prove.benchmark import main as benchmark_main
 from megalite.prove.ranking import main
-from megalite.prove.turns import in_turns
+from megalite.prove.step_turns import in_turns
 from tests.ranks import run_ranks
 
-SIZES = machine.Sizes(
+SIZES = machine_rates.TimedSizes(
     [(16, 32, 32), (64, 64, 64), (64, 64, 128)], [2**10], [(1, 2, 16, 8)], 2**10, "fp32"
 )
 LAYOUTS = ["zero=1,micro=4", "data=2,zero=2,micro=1", "pipe=2,zero=1,micro=1"]
@@ -26,11 +26,11 @@ def on_rank(rank: int, world_size: int, request: dict[str, Any]) -> Any:
     if "steps" in request:
         return in_turns(request["configs"], request["steps"])
     with (
-        mock.patch.object(machine, "CPU", SIZES),
-        mock.patch.object(machine, "MESSAGES", {2**12: 2, 2**15: 2}),
-        mock.patch.object(machine, "STEPS", 1),
+        mock.patch.object(machine_rates, "CPU", SIZES),
+        mock.patch.object(machine_rates, "MESSAGES", {2**12: 2, 2**15: 2}),
+        mock.patch.object(machine_rates, "STEPS", 1),
     ):
-        return machine.measured(request["what"], request["configs"])
+        return machine_rates.measured(request["what"], request["configs"])
 
 
 def on_forked_ranks(world_size: int, module: str, arguments: list[str]) -> None:

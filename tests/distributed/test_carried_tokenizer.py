@@ -16,7 +16,7 @@ from megalite.checkpoint.files import Checkpoint, checkpoints_of, find_checkpoin
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError
 from megalite.hub.carried import tokenizer_of
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.hub.import_hf import import_hf
 from megalite.inference.generate_program import generate_main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer_training import train_tokenizer
 from tests.distributed.test_evaluate import evaluated
 from tests.distributed.test_pretrained import tuned

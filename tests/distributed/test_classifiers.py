@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from megalite.config import Config
 from megalite.data.loader import ValidData
 from megalite.errors import CheckpointError
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from megalite.prove.layouts import Layout, config_of, micro_sizes
 from megalite.prove.trace import Trace
 from megalite.prove.verify import Spread

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import megalite
 from megalite.checkpoint.files import Checkpoint, CheckpointWriter, find_checkpoint
-from megalite.checkpoint.router_bias import set_router_bias
+from megalite.checkpoint.saved_bias import set_router_bias
 from megalite.checkpoint.weights import load_module, load_shards_from
 from megalite.errors import CheckpointError, ConversionError, MegaliteError
-from megalite.hub import export_hf as export
+from megalite.hub import export_folder as export
 from megalite.hub import same_logits as verify
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.hub.names import hf_auto_class
 from megalite.hub.sources import open_weights_together
 from megalite.model.context import Context
@@ -30,9 +30,9 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
 from megalite.pipeline.forwards import Forwards
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from megalite.training.loop import Position
-from megalite.training.start import Start
+from megalite.training.start import StartingPoint
 from tests.families import FAMILY_CONFIGS, SOURCE, batch, hf_gradients, hf_model
 from tests.ranks import run_ranks
 from tests.small_models import MODELS, Layout, Task, build
@@ -120,7 +120,7 @@ def start_from_folders(
     for path, task in folders:
         engine = build(layout, task)[0]
         folder = HFFolder(path)
-        Start(Position(), "", folder).fill(engine)
+        StartingPoint(Position(), "", folder).fill(engine)
         for value, place in placed(engine.module):
             assert torch.equal(
                 value.detach(), folder.read(place.name, place.offsets, place.shape)
@@ -278,7 +278,7 @@ def failing_on_rank_1(rank: int, world_size: int, source: Path) -> None:
         for load in (
             lambda: load_module(folder.read, stage),
             lambda: load_shards_from(folder.read, engine.shards()),
-            lambda: Start(Position(), "", folder).fill(engine),
+            lambda: StartingPoint(Position(), "", folder).fill(engine),
         ):
             with pytest.raises(
                 CheckpointError, match="model.safetensors: final_norm.*Input/output error"

@@ -21,7 +21,7 @@ from megalite.parallel import loss
 from megalite.pipeline.actions import Pipeline
 from megalite.ranks.signals import EXIT_BASE, listen
 from megalite.training import batches as reading
-from megalite.training.batches import Unread, rows_of
+from megalite.training.batches import LazyMicroBatches, rows_of
 from megalite.training.evaluation import Validation, loss_and_tokens
 from megalite.training.step import tokens_that_count
 from tests.distributed.test_finetuning import evaluations, watched, with_losses
@@ -60,7 +60,9 @@ def counting(rank: int, most: dict[str, int]) -> Iterator[None]:
         micro, engine, start = self.config.micro_batch_size, self.pipeline.engine, positions.start
         grid, device = engine.grid, torch.device("cpu")
         count, rows_held = len(positions), rows_of(self.config, engine.grid)
-        made = Unread(samples, start, count, micro, grid.data, device, rows=rows_held).read()
+        made = LazyMicroBatches(
+            samples, start, count, micro, grid.data, device, rows=rows_held
+        ).read()
         assert len(held) == len(made) > 2 * most["held"], "each is read once, and there are many"
         assert max(held) <= most["held"], held
         assert torch.equal(found, loss_and_tokens(self.pipeline, made))

@@ -8,7 +8,7 @@ import torch
 from megalite.model.families import FAMILIES, read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from tests.families import (
     COPIED,
     FAMILY_CONFIGS,

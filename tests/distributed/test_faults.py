@@ -30,7 +30,7 @@ from megalite.guard.health import Health
 from megalite.guard.pace import Pace
 from megalite.model.transformer import Stage
 from megalite.pipeline.actions import Pipeline
-from megalite.training.batches import MicroBatch, Unread
+from megalite.training.batches import LazyMicroBatches, MicroBatch
 from megalite.training.evaluation import Validation
 from megalite.training.metrics import FIRST_START
 from tests.ranks import RankFailure, run_ranks
@@ -165,7 +165,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
     """A batch with one of these samples of the corpus order gives a loss that is not finite, wherever it is read."""
     forward = Stage.forward
 
-    class Marked(Unread):
+    class Marked(LazyMicroBatches):
         def __init__(self, samples: Any, *args: Any, **named: Any) -> None:
             super().__init__(samples, *args, **named)
             self.samples = samples
@@ -185,7 +185,7 @@ def bad_samples(rank: int, numbers: set[int]) -> Iterator[None]:
         return output * math.nan if labels is not None and context.shared.get("bad") else output
 
     with (
-        mock.patch("megalite.training.batches.Unread", Marked),
+        mock.patch("megalite.training.batches.LazyMicroBatches", Marked),
         mock.patch.object(Stage, "forward", spoil),
     ):
         yield

@@ -23,9 +23,9 @@ from megalite.checkpoint.files import (
 )
 from megalite.commands import chat, export_hf
 from megalite.data.indexed import IndexedCorpus
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.errors import CheckpointError
-from megalite.training import pretrain as program
+from megalite.training import pretraining as program
 from megalite.training.evaluation import Validation
 from megalite.training.loop import Run
 from tests.byte_model import save_byte_model

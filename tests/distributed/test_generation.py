@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.router_bias import set_router_bias
+from megalite.checkpoint.saved_bias import set_router_bias
 from megalite.checkpoint.weights import load_module
 from megalite.errors import ConfigError
 from megalite.hub.hf_folder import HFFolder
@@ -19,7 +19,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Axis, Grid
 from megalite.parallel.layers import share
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from tests.families import FAMILY_CONFIGS, VOCABULARY, hf_model
 from tests.ranks import run_ranks
 

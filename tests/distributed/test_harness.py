@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megalite.hub.export_hf import export_hf
-from megalite.hub.import_hf import import_hf
+from megalite.hub.export_folder import export_hf
+from megalite.hub.import_folder import import_hf
 from tests.byte_model import save_byte_model
 from tests.distributed.test_evaluate import evaluated
 from tests.ranks import RankFailure, run_ranks

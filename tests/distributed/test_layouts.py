@@ -30,7 +30,7 @@ from megalite.parallel.layers import RowLinear, placed
 from megalite.prove.layouts import Layout, config_of, micro_sizes
 from megalite.prove.trace import Session, Trace
 from megalite.prove.verify import Spread, Verdict, differences
-from megalite.training.batches import MicroBatch, Unread
+from megalite.training.batches import LazyMicroBatches, MicroBatch
 from megalite.training.step import tokens_that_count
 from tests.families import file_reader
 from tests.hf_tensors import from_hf
@@ -288,7 +288,9 @@ def test_training_equals_transformers_and_torch(
     optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, fused=True)
     data = TrainData(settings.data, settings.train.seed, section["vocab_size"])
     for step in range(steps):
-        (batch,) = Unread(data, step * BATCH, BATCH, BATCH, ALONE, torch.device("cpu")).read()
+        (batch,) = LazyMicroBatches(
+            data, step * BATCH, BATCH, BATCH, ALONE, torch.device("cpu")
+        ).read()
         logits = model(batch.tokens).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         loss.backward()

@@ -16,7 +16,7 @@ from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.layers import share
 from megalite.parallel.loss import AT_A_TIME_ON_DEVICES, block_rows, head_loss
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from tests.allocations import peak_bytes
 from tests.families import (
     FAMILY_CONFIGS,

@@ -202,7 +202,7 @@ def test_places_on_a_grid_that_is_not_there() -> None:
         (0, 0, 1),
         (1, 0, 1),
         (1, 1, 0),
-    ]  # as in grid.py's picture
+    ]  # as in rank_table.py's picture
 
 
 def places(rank: int, world_size: int, pipe: int, tensor: int) -> list[tuple[int, int]]:

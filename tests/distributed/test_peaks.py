@@ -1,4 +1,5 @@
-"""Peak of torch's allocations in a step of the real engine, compared with the planner's timeline (plan/timeline.py)."""
+"""Peak of torch's allocations in a step of the real engine, compared with the planner's timeline
+(plan/memory_timeline.py)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import deepspeed
 import pytest
 
 from megalite.config import Config
-from megalite.prove import turns
+from megalite.prove import step_turns
 from megalite.prove.calibrate import random_corpus
 from megalite.prove.ranking import predicted_peak
 from tests.ranks import run_ranks
@@ -93,8 +94,8 @@ MORE: dict[str, Case] = {
 def on_rank(rank: int, world_size: int, configs: list[dict[str, Any]]) -> list[int]:
     deepspeed.init_distributed("gloo")
     # On a busy machine gloo's threads free memory late in more of the steps; one quiet step is enough.
-    with mock.patch.object(turns, "WEIGHED_STEPS", 10):
-        return [row["peak_bytes"] for row in turns.in_turns(configs, 0)]
+    with mock.patch.object(step_turns, "WEIGHED_STEPS", 10):
+        return [row["peak_bytes"] for row in step_turns.in_turns(configs, 0)]
 
 
 def check(folder: Path, cases: dict[str, Case]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megalite.api import load
 from megalite.commands import export_hf, import_hf
 from megalite.config import Config
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError
 from megalite.inference.evaluate_program import evaluate_main

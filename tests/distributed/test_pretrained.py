@@ -19,16 +19,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from megalite.checkpoint.weights import load_module
-from megalite.data.preprocess import preprocess
-from megalite.hub.export_hf import export_hf
-from megalite.hub.import_hf import import_hf
+from megalite.data.preprocessing import preprocess
+from megalite.hub.export_folder import export_hf
+from megalite.hub.import_folder import import_hf
 from megalite.hub.sources import open_weights
 from megalite.inference.evaluate import Score, evaluate
 from megalite.inference.generate import Generator, Text
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.training import pretrain as program
+from megalite.training import pretraining as program
 from tests.distributed.test_evaluate import evaluated
 from tests.ranks import run_ranks
 

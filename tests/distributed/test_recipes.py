@@ -18,7 +18,7 @@ from megalite.errors import CheckpointError
 from megalite.model.families import model_dict, read_spec
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from megalite.training.pretrain import Prepared, _check_run_dir
+from megalite.training.pretraining import PreparedRun, _check_run_dir
 from tests.ranks import run_ranks
 from tests.training_runs import VOCABULARY, document, nothing, rows, train
 
@@ -165,6 +165,6 @@ def test_a_recipe_is_the_same_on_every_layout_and_as_in_torch(tmp_path: Path) ->
         _check_run_dir(prepared(alone))
 
 
-def prepared(keys: dict[str, Any]) -> Prepared:
+def prepared(keys: dict[str, Any]) -> PreparedRun:
     config = Config.from_dict(keys).resolve(1)
-    return Prepared(config, read_spec(config.model), model_dict(config.model))
+    return PreparedRun(config, read_spec(config.model), model_dict(config.model))

@@ -21,7 +21,7 @@ from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import CheckpointError, ConfigError
 from megalite.training.fingerprint import IDS, fingerprint
 from megalite.training.lock import Holder
-from megalite.training.pretrain import _train, main, prepare
+from megalite.training.pretraining import _train, main, prepare
 from tests.ranks import run_ranks
 from tests.training_runs import LENGTH, VOCABULARY, document, rows
 from tests.unit.data.corpora import write_corpus

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megalite.errors import DataError
 from megalite.ranks import launch
-from megalite.ranks.program import run_program
-from megalite.training import pretrain
+from megalite.ranks.run_program import run_program
+from megalite.training import pretraining
 from tests.ranks import RankFailure, run_ranks
 from tests.training_runs import document
 
@@ -68,7 +68,7 @@ def fails_alone(rank: int, world_size: int, config: str, error: type[Exception])
     """A run of which rank 1 fails while rank 0 waits for it, where leaving the world takes until all ranks leave it, as
     under NCCL."""
 
-    def train(prepared: pretrain.Prepared, rank: int) -> int:
+    def train(prepared: pretraining.PreparedRun, rank: int) -> int:
         if rank == 1:
             raise error("a token is beyond the vocabulary")
         dist.barrier()
@@ -76,10 +76,10 @@ def fails_alone(rank: int, world_size: int, config: str, error: type[Exception])
 
     sys.argv = ["pretrain.py", "--deepspeed_config", config]
     with (
-        mock.patch.object(pretrain, "_train", train),
+        mock.patch.object(pretraining, "_train", train),
         mock.patch.object(dist, "destroy_process_group", lambda: time.sleep(3600)),
     ):
-        run_program(pretrain.main)
+        run_program(pretraining.main)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_a_rank_that_fails_alone_ends_at_once(
 
 def test_what_differs_is_named_by_its_key() -> None:
     config = "ds_configs/tiny_cpu.json"
-    first = pretrain.prepare(config, [], 8, thorough=False)
-    assert pretrain._differs(first, pretrain.prepare(config, [], 8, thorough=False)) is None
-    own = pretrain.prepare(config, ["megalite.train.seed=7"], 8, thorough=False)
+    first = pretraining.prepare(config, [], 8, thorough=False)
+    assert pretraining._differs(first, pretraining.prepare(config, [], 8, thorough=False)) is None
+    own = pretraining.prepare(config, ["megalite.train.seed=7"], 8, thorough=False)
     seed = first.config.train.seed
     line = f"megalite.train.seed: 7: must be {seed}, as on the node of rank 0"
-    assert pretrain._differs(first, own) == line
+    assert pretraining._differs(first, own) == line

@@ -16,9 +16,9 @@ import torch
 from megalite.api import load
 from megalite.checkpoint.weights import load_module
 from megalite.config import Config
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.engine.zero import ShardedOptimizer
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
 from megalite.inference.beams import Beams
 from megalite.inference.generate import Generator, Text
@@ -26,7 +26,7 @@ from megalite.inference.generate_program import generate_main
 from megalite.inference.sampling import Sampling
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from megalite.prove.layouts import Layout, config_of, micro_sizes
 from megalite.prove.trace import Trace
 from megalite.prove.verify import Spread

@@ -13,7 +13,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from megalite.checkpoint.weights import load_module
 from megalite.data.indexed import IndexedCorpus, marks_prefix
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
 from megalite.hub.hf_folder import HFFolder
@@ -22,7 +22,7 @@ from megalite.inference.evaluate_program import evaluate_main
 from megalite.inference.generate import Generator, Text
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import inference_cut
+from megalite.pipeline.pipeline_plan import inference_cut
 from tests.byte_model import save_byte_model
 from tests.families import FAMILY_CONFIGS, hf_model
 from tests.ranks import run_ranks

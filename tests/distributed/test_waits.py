@@ -21,7 +21,7 @@ from megalite.guard.health import not_finite
 from megalite.model.context import Context
 from megalite.parallel import loss
 from megalite.pipeline.interpreter import Interpreter
-from megalite.training.batches import Ahead, MicroBatch
+from megalite.training.batches import MicroBatch, Prefetcher
 from megalite.training.loop import Run
 from tests.classifiers import LABELS, labelled_corpus
 from tests.ranks import run_ranks
@@ -239,7 +239,7 @@ def test_batches_are_those_of_the_position_however_the_run_moves() -> None:
         )
         return [MicroBatch(tokens, tokens, Context())]
 
-    ahead = Ahead(read, torch.device("cpu"))
+    ahead = Prefetcher(read, torch.device("cpu"))
     first = Position()
     second = first.after(4, 8)
     for position, following in ((first, second), (second, second.after(4, 8)), (first, second)):
@@ -258,7 +258,7 @@ def test_what_reading_ahead_raised_is_raised_at_its_step() -> None:
             raise ValueError("a token id that the vocabulary does not have")
         return []
 
-    ahead, first = Ahead(read, torch.device("cpu")), Position()
+    ahead, first = Prefetcher(read, torch.device("cpu")), Position()
     assert ahead.take(first, first.after(1, 1)) == []
     with pytest.raises(ValueError, match="a token id"):
         ahead.take(first.after(1, 1), None)

@@ -19,7 +19,7 @@ from megalite.guard.watchdog import Watchdog
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import LayerCosts, ModelCosts
-from megalite.pipeline.plan import make_plan
+from megalite.pipeline.pipeline_plan import make_plan
 from tests.ranks import RankFailure, run_ranks
 
 STEP_SECONDS = 2.0

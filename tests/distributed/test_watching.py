@@ -21,7 +21,7 @@ from megalite.inference.generate import Generator
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from tests.byte_model import save_byte_model
 from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, rows, train

@@ -12,7 +12,7 @@ from unittest import mock
 
 from megalite.ranks.launch import start_ranks, stop_ranks
 from megalite.ranks.local import run_local_ranks
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def on_ranks(

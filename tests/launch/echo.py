@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 
 def main(arguments: list[str]) -> int:

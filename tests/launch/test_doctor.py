@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.doctor.axes import exchange
+from megalite.doctor.axis_rates import exchange
 from megalite.parallel.grid import Grid
 from tests.launch.hosts import Cluster
 from tests.launch.starts import write_config

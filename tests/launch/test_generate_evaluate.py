@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megalite.data.indexed import token_dtype
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from tests.byte_model import save_byte_model
 from tests.families import VOCABULARY
 from tests.programs import run_program

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from tests.byte_model import save_byte_model
 from tests.launch.starts import checkpoints, rows, write_config
 from tests.ranks import REPOSITORY

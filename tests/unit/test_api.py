@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megalite
 from megalite.errors import UserError
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from tests.byte_model import TEMPLATE, reference, save_byte_model, save_chatty_model
 from tests.launch.starts import write_config
 

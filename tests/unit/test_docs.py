@@ -25,7 +25,7 @@ def test_every_program_first_imports_the_handler_of_ctrl_c() -> None:
     for path in [
         *Path("launcher").glob("*.py"),
         *Path("tools").glob("*.py"),
-        Path("megalite/doctor/axes.py"),
+        Path("megalite/doctor/axis_rates.py"),
     ]:
         imports = [
             node

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import strategies as st
 
 from megalite.doctor import examine as doctor
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.inference import evaluate_program, generate_program
 from megalite.prove import calibrate, ranking
 from megalite.races import growth
 from megalite.supervisor import restarts as supervisor
-from megalite.training import pretrain as training
+from megalite.training import pretraining as training
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, ODD, holds
 from tests.programs import run_program

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megalite.checkpoint.files import Checkpoint, find_checkpoint
 from megalite.checkpoint.inspect import described
-from megalite.data.chat import ChatEncoder
+from megalite.data.chat_encoder import ChatEncoder
 from megalite.data.chat_forms import NotChat
-from megalite.data.documents import Bad, Chunk, Place, parse_objects
+from megalite.data.documents import Bad, InputPosition, TextChunk, parse_objects
 from megalite.data.indexed import files_of, marks_prefix
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inspection import Show, inspect
@@ -23,9 +23,9 @@ from megalite.data.loader import TrainData, ValidData, check_data
 from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megalite.errors import DataError
 from megalite.hub.carried import stop_ids_of, tokenizer_of
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.model.families import read_spec
 from tests.byte_model import save_byte_model
 from tests.fuzzing import EXAMPLES, changed, damaged, holds
@@ -307,7 +307,9 @@ def test_forged_lines_of_conversations(model: Path, examples: int) -> None:
     ]
 
     def read(line: bytes) -> None:
-        for _, found in parse_objects(Chunk("jsonl", Place(), Place(), line, 0)):
+        for _, found in parse_objects(
+            TextChunk("jsonl", InputPosition(), InputPosition(), line, 0)
+        ):
             if not isinstance(found, Bad):
                 encoder.encode(found)
 

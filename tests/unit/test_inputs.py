@@ -16,9 +16,9 @@ import pytest
 from megalite import inputs
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError, UserError
-from megalite.hub.export_hf import export_hf
+from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.hub.whole import appearing
 from megalite.inference.generate_program import _prompts
 from megalite.inference.labels import read_labelled

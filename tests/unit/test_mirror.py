@@ -26,7 +26,9 @@ THROUGH = {
         ),
         RULES,
     ),
-    **dict.fromkeys(("config.batches", "config.rate_rules", "config.schedules"), "unit/config/test_schedules.py"),
+    **dict.fromkeys(
+        ("config.batch_plan", "config.rate_rules", "config.rate_schedules"), "unit/config/test_schedules.py"
+    ),
     **dict.fromkeys(("config.expert_rules", "config.router_section"), "unit/config/test_expert_rules.py"),
     "config.length_rules": "unit/config/test_length_rules.py",
     "config.foreign": "unit/config/test_foreign_configs.py",
@@ -38,10 +40,10 @@ THROUGH = {
     "data.source_target": "unit/data/test_source_target.py",
     # DeepSpeed's optimizers need a world: the dry run builds them on groups that send nothing.
     **dict.fromkeys(
-        ("engine.engine", "engine.over_fakes", "engine.streams", "engine.zero", "engine.zero3"),
+        ("engine.engine", "engine.over_fakes", "engine.device_streams", "engine.zero", "engine.zero3"),
         "unit/prove/test_dry_run.py",
     ),
-    **dict.fromkeys(("model.block", "model.layers", "model.router"), "unit/model/test_experts.py"),
+    **dict.fromkeys(("model.block", "model.mlp", "model.router"), "unit/model/test_experts.py"),
     "model.head": "unit/model/test_families.py",
     **dict.fromkeys(
         (
@@ -59,7 +61,7 @@ THROUGH = {
         ),
         "unit/prove/test_mutants.py",
     ),
-    "ranks.streams": "unit/ranks/test_startup.py",  # by startup
+    "ranks.standard_streams": "unit/ranks/test_startup.py",  # by startup
     "report.page": "unit/report/test_report.py",
     "training.epochs": "unit/training/test_epochs.py",
     "training.events": "unit/training/test_metrics.py",
@@ -69,7 +71,7 @@ WITH_RANKS = {
     "inference.harness": "distributed/test_harness.py",  # needs the extra `eval`
     "prove.benchmark_rank": "distributed/test_benchmark.py",
     **dict.fromkeys(
-        ("prove.calibrate_rank", "prove.machine", "prove.ranking_rank", "prove.turns"),
+        ("prove.calibrate_rank", "prove.machine_rates", "prove.ranking_rank", "prove.step_turns"),
         "distributed/test_calibration.py",
     ),
     "prove.verify_rank": "distributed/test_verify.py",

@@ -12,8 +12,8 @@ from megalite.data.indexed import IndexedCorpus
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError, ConfigError, DataError, UserError
-from megalite.hub.export_hf import export_hf
-from megalite.hub.import_hf import import_hf
+from megalite.hub.export_folder import export_hf
+from megalite.hub.import_folder import import_hf
 from megalite.hub.sources import resolve_weights
 from megalite.model.families import read_spec
 

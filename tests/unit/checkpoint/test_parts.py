@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.checkpoint.boxes import Box, boxes_of_shard
 from megalite.checkpoint.files import Checkpoint, verify
-from megalite.checkpoint.folder import INDEX, Chunk, Entry, Index, Transaction
+from megalite.checkpoint.folder import INDEX, Entry, Index, StoredBox, Transaction
 from megalite.checkpoint.parts import BoxDict, Packed, PartIndex, rows_of
 from megalite.checkpoint.storage import _write
 from megalite.checkpoint.tensors_file import write_tensors
@@ -93,7 +93,7 @@ def write_before(folder: Path, ranks: list[BoxDict]) -> Checkpoint:
                 ):
                     key = f"{name}@{','.join(map(str, box.offsets))}"
                     tensors[key] = box.values
-                    chunk = Chunk(box.offsets, tuple(box.values.shape), file, key)
+                    chunk = StoredBox(box.offsets, tuple(box.values.shape), file, key)
                     index.add(name, Entry(box.full_shape, torch.float32), chunk)
         digests[file] = write_tensors(transaction.partial / file, tensors)
     transaction.publish(index, digests)

@@ -13,7 +13,7 @@ from megalite.config.reading import read_json
 from megalite.model.families import FAMILIES, model_dict, read_spec
 from megalite.ranks.place import place
 from megalite.supervisor.hostfile import read_hostfile
-from megalite.training.pretrain import main
+from megalite.training.pretraining import main
 from tests.families import FAMILY_CONFIGS
 from tests.fuzzing import EXAMPLES, anything, changed, damaged, holds, odd, paths_of
 from tests.unit.data.corpora import write_corpus

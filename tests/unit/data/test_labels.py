@@ -10,7 +10,7 @@ import pytest
 from megalite.config import Config, check_model
 from megalite.data.indexed import IndexedCorpus, labels_prefix, names_file
 from megalite.data.loader import TrainData, check_data
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.errors import ConfigError, DataError
 from megalite.model.families import read_spec
 from tests.byte_model import save_byte_model

@@ -12,10 +12,10 @@ from megalite.commands import inspect_data
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.inspection import Show, inspect
 from megalite.data.marked_text import CLOSE, OPEN, drawn, runs_of, shown
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import ConfigError, DataError
-from tests.unit.data.test_chat import PLAIN, TALK
+from tests.unit.data.test_chat_encoder import PLAIN, TALK
 
 LONG = "class self return import def " * 8
 

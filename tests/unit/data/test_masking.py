@@ -19,7 +19,7 @@ from megalite.data.position import Position
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import ALONE, Axis
-from megalite.training.batches import Unread
+from megalite.training.batches import LazyMicroBatches
 from megalite.training.fingerprint import IDS, difference, fingerprint
 from tests.small_models import MODELS
 from tests.unit.data.corpora import data_section, write_corpus
@@ -84,7 +84,9 @@ def test_masks_follow_from_the_sample_s_number_alone(tmp_path: Path) -> None:
         rows: dict[int, Any] = {}
         for rank in range(data_size):
             axis = Axis(data_size, rank, tuple(range(data_size)), None) if data_size > 1 else ALONE
-            for number, batch in enumerate(Unread(data, 8, 16, micro, axis, device).read()):
+            for number, batch in enumerate(
+                LazyMicroBatches(data, 8, 16, micro, axis, device).read()
+            ):
                 first = (number * data_size + rank) * micro
                 rows |= {first + i: (batch.tokens[i], batch.labels[i]) for i in range(micro)}
                 assert batch.context.counted is not None

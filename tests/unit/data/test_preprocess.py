@@ -20,9 +20,9 @@ import pytest
 import zstandard
 
 from megalite.data import documents
-from megalite.data.documents import Place, kind_of, parse, read_chunks, read_texts
+from megalite.data.documents import InputPosition, kind_of, parse, read_chunks, read_texts
 from megalite.data.indexed import IndexedCorpus, files_of
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import DataError
 
@@ -73,7 +73,7 @@ def test_reading_resumes_from_any_chunk(
     monkeypatch.setattr(documents, "_ROWS", 5)
     for path in forms.values():
         inputs, kinds = [str(path)] * 2, [kind_of(str(path))] * 2
-        chunks = list(read_chunks(inputs, kinds, "text", Place()))
+        chunks = list(read_chunks(inputs, kinds, "text", InputPosition()))
         assert len(chunks) > 4
         parsed = [list(parse(chunk, "text")) for chunk in chunks]
         for i in range(0, len(chunks), 7):
@@ -92,7 +92,7 @@ def test_a_text_file_is_one_document_or_several(
     for chunk_bytes in (1, 3, 10, 1000):
         monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
         assert list(read_texts([str(tmp_path / "a.txt")])) == [text]
-        chunks = list(read_chunks([str(tmp_path / "a.txt")], kinds, "text", Place()))
+        chunks = list(read_chunks([str(tmp_path / "a.txt")], kinds, "text", InputPosition()))
         assert [part for chunk in chunks for part in parse(chunk, "text")] == parts
         assert chunks[-1].end.number in (4, 5)
 
@@ -248,7 +248,7 @@ def test_an_existing_output_is_kept(
 
 KILLED = """
 import os, signal, sys
-from megalite.data import documents, partial, preprocess
+from megalite.data import documents, partial, preprocessing
 documents.CHUNK_BYTES, partial._JOURNAL_SECONDS = 2000, 0.0
 inputs, tokenizer, output, workers, chunks, where = sys.argv[1:]
 add, replace = partial.Partial.add, os.replace
@@ -270,7 +270,7 @@ os.replace = renamed
 if where == "rename":
     partial.Partial.add = add
 if __name__ == "__main__":
-    preprocess.preprocess(inputs.split(","), tokenizer, output, workers=int(workers), append_eod=True)
+    preprocessing.preprocess(inputs.split(","), tokenizer, output, workers=int(workers), append_eod=True)
     print("finished", len(done))
 """
 
@@ -317,10 +317,10 @@ def test_a_killed_run_is_resumed(
         _wait_until_gone(str(tmp_path / "killed.py"))
 
 
-def _small_chunks(path: str) -> list[documents.Chunk]:
+def _small_chunks(path: str) -> list[documents.TextChunk]:
     size, documents.CHUNK_BYTES = documents.CHUNK_BYTES, 2000
     try:
-        return list(read_chunks([path], [kind_of(path)], "text", Place()))
+        return list(read_chunks([path], [kind_of(path)], "text", InputPosition()))
     finally:
         documents.CHUNK_BYTES = size
 
@@ -354,7 +354,7 @@ def test_a_partial_result_of_other_arguments_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megalite.data.preprocess.Partial.finish", stopped)
+        patch.setattr("megalite.data.preprocessing.Partial.finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")
     with pytest.raises(
@@ -363,7 +363,7 @@ def test_a_partial_result_of_other_arguments_is_refused(
         preprocess([str(forms["jsonl"])], tokenizers["unigram"], tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "megalite.data.preprocess.read_chunks", lambda inputs, kinds, key, place: iter(())
+            "megalite.data.preprocessing.read_chunks", lambda inputs, kinds, key, place: iter(())
         )
         # Everything had been tokenized.
         counts = preprocess([str(forms["jsonl"])], tokenizers["bpe"], tmp_path / "out")

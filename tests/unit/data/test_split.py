@@ -8,7 +8,7 @@ import pytest
 from megalite.data.corpus_check import check_corpus
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.split import choose, split_corpus
+from megalite.data.split_corpus import choose, split_corpus
 from megalite.errors import DataError
 
 

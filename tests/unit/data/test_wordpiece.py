@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, BertTokenizerFast
 
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.loader import UNCOUNTED, TrainData
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.wordpiece import SPECIAL, train_wordpiece
 from megalite.errors import ConfigError, DataError

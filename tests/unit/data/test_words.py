@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from megalite.config import load_config
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.loader import UNCOUNTED, TrainData, ValidData
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import Tokenizer as Ours
 from megalite.data.tokenizer import load_tokenizer
 from megalite.data.wordpiece import train_wordpiece

@@ -3,7 +3,7 @@
 import pytest
 
 from megalite.doctor.links import known_share, share_words
-from megalite.plan.devices import (
+from megalite.plan.device_figures import (
     DEVICES,
 )
 from megalite.plan.link_seconds import ring_seconds

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalite.engine.norm import BLOCK, GlobalNorm, squares
 from megalite.parallel.layers import Placement
-from megalite.topology.axes import Sizes
+from megalite.topology.axes import AxisSizes
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_is_named(
 def test_copies_count_once_though_an_expert_has_fewer() -> None:
     """2 of 4 data ranks hold an expert's slice: the sum over all ranks contains each slice once per copy."""
     expert = place("expert", replicas="expert_replica")
-    norm = GlobalNorm([A, expert], Sizes(1, 4, 1, 1, 2))
+    norm = GlobalNorm([A, expert], AxisSizes(1, 4, 1, 1, 2))
     dense, routed = torch.tensor([3.0]), torch.tensor([4.0])
 
     def held(value: Tensor, times: int) -> list[Tensor]:

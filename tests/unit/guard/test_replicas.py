@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalite.guard import replicas
-from megalite.guard.replicas import Difference, Replicas
+from megalite.guard.replicas import ReplicaDifference, Replicas
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -45,10 +45,12 @@ class Ranks:
 
 
 @pytest.fixture
-def differ(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Difference | None]]:
+def differ(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[ReplicaDifference | None]]:
     """What each of four ranks finds after the weights of some have changed."""
 
-    def found(*changed: tuple[int, Callable[[torch.Tensor], Any]]) -> list[Difference | None]:
+    def found(
+        *changed: tuple[int, Callable[[torch.Tensor], Any]],
+    ) -> list[ReplicaDifference | None]:
         stages = [Stage(read_spec(MODELS["llama"]), Grid()).initialise(1) for _ in range(4)]
         ranks = Ranks(stages)
         monkeypatch.setattr(replicas, "dist", ranks)
@@ -69,28 +71,30 @@ def doubled(value: torch.Tensor) -> None:
     value *= 2
 
 
-def test_equal_copies_are_equal(differ: Callable[..., list[Difference | None]]) -> None:
+def test_equal_copies_are_equal(differ: Callable[..., list[ReplicaDifference | None]]) -> None:
     assert differ() == [None] * 4
 
 
 def test_a_flipped_bit_is_found_on_its_rank(
-    differ: Callable[..., list[Difference | None]],
+    differ: Callable[..., list[ReplicaDifference | None]],
 ) -> None:
-    assert differ((2, bit_flipped)) == [Difference(NAME, (2,), divided=False)] * 4
-    assert differ((0, doubled), (3, bit_flipped)) == [Difference(NAME, (0, 3), False)] * 4
+    assert differ((2, bit_flipped)) == [ReplicaDifference(NAME, (2,), divided=False)] * 4
+    assert differ((0, doubled), (3, bit_flipped)) == [ReplicaDifference(NAME, (0, 3), False)] * 4
 
 
-def test_two_against_two_are_all_named(differ: Callable[..., list[Difference | None]]) -> None:
-    assert differ((1, doubled), (3, doubled)) == [Difference(NAME, (0, 1, 2, 3), True)] * 4
+def test_two_against_two_are_all_named(
+    differ: Callable[..., list[ReplicaDifference | None]],
+) -> None:
+    assert differ((1, doubled), (3, doubled)) == [ReplicaDifference(NAME, (0, 1, 2, 3), True)] * 4
 
 
 def test_the_line_names_tensor_ranks_and_hosts() -> None:
     hosts = ["a", "a", "b", "b"]
-    assert Difference("x", (3,), False).line(hosts) == (
+    assert ReplicaDifference("x", (3,), False).line(hosts) == (
         "x: rank 3 on b holds another value: copies of a weight must be bitwise equal"
     )
     assert (
-        Difference("x", (1, 2), True)
+        ReplicaDifference("x", (1, 2), True)
         .line(hosts)
         .startswith(
             "x: rank 1 on a, rank 2 on b hold different values, and no majority says which is right"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.errors import CheckpointError, UserError
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.hub.names import bias_names
 from tests.families import FAMILY_CONFIGS, hf_model
 from tests.hf_tensors import from_hf

@@ -7,8 +7,8 @@ import torch
 
 from megalite.checkpoint.files import Checkpoint
 from megalite.errors import ConfigError
-from megalite.hub.import_hf import import_hf
-from megalite.hub.upcycle import Experts
+from megalite.hub.import_folder import import_hf
+from megalite.hub.upcycle import UpcyclingOptions
 from tests.families import FAMILY_CONFIGS, hf_model
 
 
@@ -21,7 +21,9 @@ def test_a_dense_model_with_experts_computes_what_it_did(
         section = {**section, "use_sliding_window": False}
     hf_model(section).save_pretrained(tmp_path / "dense")
     # The import compares its logits with those of transformers' dense model.
-    assert import_hf(tmp_path / "dense", tmp_path / "made", True, Experts(6, 2)) is not None
+    assert (
+        import_hf(tmp_path / "dense", tmp_path / "made", True, UpcyclingOptions(6, 2)) is not None
+    )
     made = Checkpoint.open(tmp_path / "made")
     assert made.model["model_type"] == family
     gate = made.read("layers.1.mlp.experts.gate.weight")
@@ -33,4 +35,4 @@ def test_a_dense_model_with_experts_computes_what_it_did(
 def test_a_family_without_a_counterpart_is_not_upcycled(family: str, tmp_path: Path) -> None:
     hf_model(FAMILY_CONFIGS[family]).save_pretrained(tmp_path / "dense")
     with pytest.raises(ConfigError, match=f"--experts: a {family} model has no counterpart"):
-        import_hf(tmp_path / "dense", tmp_path / "made", False, Experts(4, 2))
+        import_hf(tmp_path / "dense", tmp_path / "made", False, UpcyclingOptions(4, 2))

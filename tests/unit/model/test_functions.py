@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megalite.model.rms_norm import rms_norm
+from megalite.model.norms import rms_norm
 from megalite.model.rotary import rotate, spread
 
 

@@ -21,7 +21,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import ALONE, Grid
 from megalite.parallel.layers import placed
-from megalite.training.batches import MicroBatch, Unread
+from megalite.training.batches import LazyMicroBatches, MicroBatch
 from tests.families import FAMILY_CONFIGS, VOCABULARY, file_reader, hf_model, load_hf
 from tests.hf_tensors import from_hf
 from tests.unit.data.corpora import data_section
@@ -53,7 +53,7 @@ def reader(folder: Path, **keys: Any) -> ValidData:
 
 def micro_batch(folder: Path) -> MicroBatch:
     data = reader(folder)
-    (batch,) = Unread(data, 0, data.num_samples, data.num_samples, ALONE, CPU).read()
+    (batch,) = LazyMicroBatches(data, 0, data.num_samples, data.num_samples, ALONE, CPU).read()
     return batch
 
 

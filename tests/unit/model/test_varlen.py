@@ -32,7 +32,7 @@ from megalite.model.varlen import (
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import ALONE
 from megalite.plan.activations import Forward, layer_table
-from megalite.training.batches import Unread
+from megalite.training.batches import LazyMicroBatches
 from tests.allocations import peak_bytes
 from tests.small_models import MODELS
 
@@ -183,7 +183,7 @@ def test_micro_batches_contain_their_pieces() -> None:
             some = documents(0)[: len(positions)]
             return np.zeros(some.shape, np.int64), np.zeros(some.shape, np.int64), some
 
-    (batch,) = Unread(Packed(), 0, B, B, ALONE, CPU, (1, 0)).read()
+    (batch,) = LazyMicroBatches(Packed(), 0, B, B, ALONE, CPU, (1, 0)).read()
     wanted = documents_as_pieces(documents(0))
     assert batch.context.bounds is not None
     assert (

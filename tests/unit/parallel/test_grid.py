@@ -11,7 +11,7 @@ from megalite.config import load_config
 from megalite.config.limits import Limits
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Axis, Grid, backend_of_axes
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.pipeline.steps import Send
 from tests.ranks import REPOSITORY, run_ranks
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.parallel import grouped
-from megalite.parallel.grouped import Groups, grouped_linear
+from megalite.parallel.grouped import RowGroups, grouped_linear
 
 GROUPS = torch.tensor([0, 0, 0, 2, 2, 3])  # none of group 1, nor of 4
 
@@ -15,7 +15,7 @@ def product(width: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(len(GROUPS), width, generator=generator).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.randn(5, 2 * width, width, generator=generator).to(dtype))
-    made = grouped_linear(rows, weight, Groups.of(GROUPS, 5))
+    made = grouped_linear(rows, weight, RowGroups.of(GROUPS, 5))
     made.float().square().sum().backward()
     assert rows.grad is not None and weight.grad is not None
     return [made.detach(), rows.grad, weight.grad]
@@ -43,7 +43,7 @@ def test_experts_without_a_token_have_gradients_of_zero(width: int) -> None:
     """This may be all experts of a rank."""
     rows = torch.randn(0, width).requires_grad_()
     weight = nn.Parameter(torch.randn(3, 2 * width, width))
-    made = grouped_linear(rows, weight, Groups.of(torch.empty(0, dtype=torch.int64), 3))
+    made = grouped_linear(rows, weight, RowGroups.of(torch.empty(0, dtype=torch.int64), 3))
     made.sum().backward()
     assert made.shape == (0, 2 * width) and rows.grad is not None and weight.grad is not None
     assert weight.grad.shape == weight.shape and not weight.grad.any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import megalite.pipeline.mailbox as mailbox
-from megalite.doctor.axes import exchange
+from megalite.doctor.axis_rates import exchange
 from megalite.inference.generate import Generator
 from megalite.inference.sampling import Sampling
 from megalite.parallel.deferred import WeightGradients
@@ -19,7 +19,7 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import LayerCosts, ModelCosts
 from megalite.pipeline.forwards import Forwards
-from megalite.pipeline.plan import make_plan
+from megalite.pipeline.pipeline_plan import make_plan
 from megalite.pipeline.schedules import SCHEDULES
 from tests.nccl_order import Call, Recorder, stuck
 

@@ -12,7 +12,7 @@ from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.calibration import Measured, fitted, links_of, predicted_seconds
 from megalite.plan.candidates import Candidate, Search
-from megalite.plan.devices import (
+from megalite.plan.device_figures import (
     DEVICES,
     GIB,
     Device,

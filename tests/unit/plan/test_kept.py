@@ -18,7 +18,7 @@ from megalite.parallel.deferred import _Products
 from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.actions import Pipeline, _TrainingStep
 from megalite.pipeline.cut import ModelCosts
-from megalite.pipeline.plan import make_plan
+from megalite.pipeline.pipeline_plan import make_plan
 from megalite.pipeline.program import needs
 from megalite.plan.activations import Forward
 from megalite.plan.kept import kept_by

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalite.plan.devices import DEVICES, Link
+from megalite.plan.device_figures import DEVICES, Link
 from megalite.plan.link_seconds import link_along, ring_seconds
 
 H100 = DEVICES["H100"]

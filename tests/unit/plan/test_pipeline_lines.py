@@ -6,7 +6,7 @@ import pytest
 
 from megalite.model.families import read_spec
 from megalite.pipeline.cut import ModelCosts
-from megalite.pipeline.plan import PipelinePlan, make_plan
+from megalite.pipeline.pipeline_plan import PipelinePlan, make_plan
 from megalite.plan.pipeline_lines import pipeline_lines
 from tests.small_models import MODELS
 

@@ -17,7 +17,7 @@ from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.check import check
 from megalite.pipeline.lengths import Lengths
-from megalite.pipeline.plan import make_plan
+from megalite.pipeline.pipeline_plan import make_plan
 from megalite.pipeline.program import Program
 from megalite.pipeline.schedules import SCHEDULES, make_program
 from megalite.plan import published
@@ -29,14 +29,14 @@ from megalite.plan.candidates import (
     given_candidate,
     how_many,
 )
-from megalite.plan.devices import DEVICES, GIB, read_device, write_device
+from megalite.plan.device_figures import DEVICES, GIB, read_device, write_device
 from megalite.plan.plan_program import LETTERS, main
 from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace
-from megalite.plan.search import Layout, Planner
+from megalite.plan.search import PlannedLayout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
 from megalite.training.mfu import DATA_SHEET_TFLOPS
-from megalite.training.pretrain import main as pretrain
+from megalite.training.pretraining import main as pretrain
 from tests.small_models import MODELS
 from tests.unit.data.corpora import write_corpus
 
@@ -145,7 +145,7 @@ def small_search(name: str) -> Planner:
     )
 
 
-def ten_best(layouts: list[Layout], memory_bytes: float) -> list[float]:
+def ten_best(layouts: list[PlannedLayout], memory_bytes: float) -> list[float]:
     """Seconds of the ten best; of layouts that differ only in recompute and offload, the fastest that fits counts."""
     fastest: dict[Candidate, float] = {}
     for layout in layouts:
@@ -383,8 +383,8 @@ def test_data_sheets_agree_with_those_of_mfu() -> None:
 
 
 @pytest.mark.parametrize("run", published.RUNS, ids=lambda run: f"{run.name} on {run.ranks}")
-def test_published_runs(run: published.Run) -> None:
-    """Within 10 %, with one constant for each kind of device (devices.py)."""
+def test_published_runs(run: published.PublishedRun) -> None:
+    """Within 10 %, with one constant for each kind of device (device_figures.py)."""
     assert published.predicted(run)[0] == pytest.approx(run.tflops, rel=0.1)
 
 

@@ -7,10 +7,10 @@ import pytest
 from megalite.config import Config, load_config
 from megalite.errors import ConfigError
 from megalite.model.families import model_dict, read_spec
-from megalite.plan.devices import GIB
+from megalite.plan.device_figures import GIB
 from megalite.plan.rank_memory import MemoryTable, SizesByPlace, check_states
 from megalite.plan.states import parameter_sizes, place_of, predicted_states
-from megalite.training import pretrain
+from megalite.training import pretraining
 from tests.ranks import REPOSITORY
 
 
@@ -50,13 +50,13 @@ def test_offloaded_states_are_not_the_gpus() -> None:
 
 def test_a_run_on_gpus_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolved("tiny_cpu", 8)
-    prepared = pretrain.Prepared(config, read_spec(config.model), model_dict(config.model))
+    prepared = pretraining.PreparedRun(config, read_spec(config.model), model_dict(config.model))
 
     def start(prepare: Any, *args: Any) -> None:
         prepare(True)
 
-    monkeypatch.setattr(pretrain, "prepare", lambda *args: prepared)
-    monkeypatch.setattr(pretrain, "start_ranks", start)
-    monkeypatch.setattr(pretrain, "gpu_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(pretraining, "prepare", lambda *args: prepared)
+    monkeypatch.setattr(pretraining, "start_ranks", start)
+    monkeypatch.setattr(pretraining, "gpu_memory_bytes", lambda: 2**20)
     with pytest.raises(ConfigError, match="world size: 8: rank .* a GPU here has 0.0"):
-        pretrain.main(["--deepspeed_config", "x.json"])
+        pretraining.main(["--deepspeed_config", "x.json"])

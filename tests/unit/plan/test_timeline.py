@@ -14,8 +14,8 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.plan.activations import Forward
 from megalite.plan.backward import Op, layer_ops
 from megalite.plan.chunk_tables import ChunkPart
-from megalite.plan.gradients import Gradients, Moment, Reduction
-from megalite.plan.timeline import ChunkMemory
+from megalite.plan.gradients import GradientMemory, Moment, Reduction
+from megalite.plan.memory_timeline import ChunkMemory
 from tests.small_models import MODELS
 
 FAMILIES = ("llama", "gpt2", "bert", "modernbert", "mixtral", "qwen2_moe", "t5")
@@ -78,7 +78,7 @@ def rules(zero: int, width: int = 2, bucket: int = 100) -> Reduction:
 
 def walked(zero: int, backwards: int) -> list[Moment]:
     """The bytes after each backward of a chunk that has two weights of 300 elements and keeps nothing else."""
-    gradients, found = Gradients.begin(rules(zero)), []
+    gradients, found = GradientMemory.begin(rules(zero)), []
     for _ in range(backwards):
         gradients.backward(0, [Op(0, 0, (300,)), Op(0, 0, (300,))])
         found.append(Moment(**vars(gradients.now)))
@@ -95,7 +95,7 @@ def test_gradients_come_with_the_first_backward() -> None:
 
 
 def test_gradients_are_flattened_at_the_end_of_a_step() -> None:
-    half, whole = (Gradients.begin(rules(1, width)) for width in (2, 4))
+    half, whole = (GradientMemory.begin(rules(1, width)) for width in (2, 4))
     for gradients in (half, whole):
         gradients.now.gradients, gradients.now.buckets = 2400, 400
         gradients.end()

@@ -16,7 +16,7 @@ from megalite.model.compiled import compile_pieces
 from megalite.model.families import read_spec
 from megalite.parallel import exchange, rows
 from megalite.pipeline.actions import Pipeline
-from megalite.plan.devices import GIB
+from megalite.plan.device_figures import GIB
 from megalite.plan.places import DryRunError, dry_run
 from megalite.prove.dry_run_program import main
 from megalite.prove.messages import Call, Plant, RankCalls, calls_of_all, match, shrunken

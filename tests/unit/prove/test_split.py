@@ -1,4 +1,4 @@
-"""A step split by kind of work (megalite/prove/split.py)."""
+"""A step split by kind of work (megalite/prove/time_split.py)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalite.prove.split import split_by_kind
+from megalite.prove.time_split import split_by_kind
 
 
 def test_an_operator_belongs_to_the_outermost_kind_that_holds_it() -> None:

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from megalite.races.turns import Turns, request
+from megalite.races.race_turns import Turns, request
 
 if __name__ == "__main__":
     asked, turns = request(), Turns()

@@ -1,18 +1,18 @@
-"""The race of the head and its loss (megalite/races/head.py), on small sizes: all ways give the same loss."""
+"""The race of the head and its loss (megalite/races/head_race.py), on small sizes: all ways give the same loss."""
 
 import re
 
 import pytest
 
-from megalite.races import head
+from megalite.races import head_race
 
 
 def test_all_ways_make_one_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, size in {"TOKENS": 64, "HIDDEN": 16, "VOCABULARY": 50}.items():
-        monkeypatch.setattr(head, name, size)
-    head.main(rounds=2)
+        monkeypatch.setattr(head_race, name, size)
+    head_race.main(rounds=2)
     rows = re.findall(
         r"^(\w+) +(\S.*?) +loss (\S+) .*ratio (\S+) +peak", capsys.readouterr().out, re.M
     )

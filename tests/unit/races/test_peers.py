@@ -1,4 +1,4 @@
-"""Code shared by the contenders (megalite/races/plain.py, stages.py, loader.py, machine.py)."""
+"""Code shared by the contenders (megalite/races/plain.py, stages.py, loader_race.py, machine_line.py)."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from megalite.data.indexed import IndexedCorpus
-from megalite.races.loader import write_random_corpus
-from megalite.races.machine import machine_line
+from megalite.races.loader_race import write_random_corpus
+from megalite.races.machine_line import machine_line
 from megalite.races.plain import adam, batches, groups, load_model, plain_step
-from megalite.races.stages import Stage
+from megalite.races.stages import PeerStage
 from tests.families import FAMILY_CONFIGS, hf_model
 
 PLAIN = {key: value for key, value in FAMILY_CONFIGS["llama"].items() if key != "pad_token_id"}
@@ -67,7 +67,7 @@ def test_matrices_decay_and_norms_do_not(asked: dict[str, Any]) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 3])
 def test_two_stages_are_the_model(asked: dict[str, Any], cut: int) -> None:
     model, (tokens, _) = load_model(asked).eval(), batches(asked)(0)
-    first, last = Stage(model, True, cut), Stage(model, False, cut)
+    first, last = PeerStage(model, True, cut), PeerStage(model, False, cut)
     with torch.no_grad():
         torch.testing.assert_close(last(first(tokens)), model(tokens).logits)
 

@@ -7,7 +7,7 @@ import pytest
 
 from megalite.errors import ConfigError, UserError
 from megalite.races import races
-from megalite.races.inputs import Shape
+from megalite.races.race_inputs import Shape
 from megalite.races.races import RACES, main, report
 from megalite.races.referee import Contender, RaceFailed, race
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from megalite.ranks.place import Place, place
+from megalite.ranks.place import RankPlace, place
 
 
 def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,15 +24,15 @@ def test_a_rank_learns_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
            {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()}  # fmt: skip
     places = [
-        ({}, Place(0, 1, 0, 1)),
-        (batch, Place(0, 1, 0, 1)),  # a single program in the batch script
-        (batch | task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, Place(9, 11, 1, 3)),
+        ({}, RankPlace(0, 1, 0, 1)),
+        (batch, RankPlace(0, 1, 0, 1)),  # a single program in the batch script
+        (batch | task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, RankPlace(9, 11, 1, 3)),
         (
             batch | ranks | {"LOCAL_WORLD_SIZE": "2"},
-            Place(3, 4, 1, 2),
+            RankPlace(3, 4, 1, 2),
         ),  # by torchrun, in a batch script
-        (ranks | {"LOCAL_SIZE": "2"}, Place(3, 4, 1, 2)),  # by deepspeed
-        (mpi, Place(3, 4, 1, 2)),
+        (ranks | {"LOCAL_SIZE": "2"}, RankPlace(3, 4, 1, 2)),  # by deepspeed
+        (mpi, RankPlace(3, 4, 1, 2)),
     ]
     for variables_, wanted in places:
         monkeypatch.setattr(os, "environ", dict(variables_))

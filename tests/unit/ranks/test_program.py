@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.ranks.program import print_line
+from megalite.ranks.run_program import print_line
 from tests.programs import run_program
 from tests.ranks import REPOSITORY
 
@@ -19,7 +19,7 @@ def test_a_line_of_an_error_has_an_end(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_closed_pipe_ends_a_program_silently() -> None:
     script = """if True:
-        from megalite.ranks.program import run_program
+        from megalite.ranks.run_program import run_program
 
         def main(arguments):
             for _ in range(100_000):

@@ -10,7 +10,7 @@ def test_garbage_is_not_collected_before_main() -> None:
     script = """
         import gc
         import megalite.ranks.startup
-        from megalite.ranks.program import run_program
+        from megalite.ranks.run_program import run_program
 
         def main(arguments):
             print(gc.isenabled(), gc.get_freeze_count() > 10_000)
@@ -26,7 +26,9 @@ def test_garbage_is_not_collected_before_main() -> None:
 
 
 def test_a_library_leaves_the_collector_alone() -> None:
-    script = "import gc, megalite.ranks.launch, megalite.training.pretrain; print(gc.isenabled())"
+    script = (
+        "import gc, megalite.ranks.launch, megalite.training.pretraining; print(gc.isenabled())"
+    )
     lines = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     ).stdout
@@ -38,7 +40,7 @@ def test_what_libraries_print_to_a_closed_stream_is_not_written_into_a_file(tmp_
     script = """if True:
         import os, sys
         import megalite.ranks.startup
-        from megalite.ranks.program import run_program
+        from megalite.ranks.run_program import run_program
 
         def main(arguments):
             with open(arguments[0], "wb") as file:

@@ -16,13 +16,13 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import Span as Timed
 from megalite.pipeline.program import Action
 from megalite.report.charts import smoothed, thinned
-from megalite.report.grid import MOST_CELLS, grid_picture, memory_table
 from megalite.report.numbers import short, ticks
-from megalite.report.pipeline import Span, bubble, formula, measured
-from megalite.report.program import main, write_report
+from megalite.report.pipeline import DrawnSpan, bubble, formula, measured
+from megalite.report.rank_table import MOST_CELLS, grid_picture, memory_table
 from megalite.report.read import MOST_ROWS, read_run
-from megalite.report.timeline import fault_times, starts
-from megalite.report.trace import with_bubbles
+from megalite.report.report_program import main, write_report
+from megalite.report.run_timeline import fault_times, starts
+from megalite.report.trace_events import with_bubbles
 from megalite.training.tracing import events_of
 
 CHROMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -233,7 +233,7 @@ def test_formulas_are_those_of_programs_of_equal_stages() -> None:
 
 
 def test_bubbles_are_named_and_measured() -> None:
-    spans = [Span("F", "F0.0", 0.0, 1.0), Span("B", "B0.0", 3.0, 5.0)]
+    spans = [DrawnSpan("F", "F0.0", 0.0, 1.0), DrawnSpan("B", "B0.0", 3.0, 5.0)]
     assert [
         (span.name, span.start, span.end)
         for span in with_bubbles(spans, 6.0)

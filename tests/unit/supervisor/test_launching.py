@@ -16,8 +16,8 @@ import pytest
 from megalite.errors import ConfigError
 from megalite.ranks.signals import command_of, killed_ranks, leave_word
 from megalite.supervisor import attempt
-from megalite.supervisor.attempt import Attempt, Signals, name_of_run
-from megalite.supervisor.attempt import Program as AttemptProgram
+from megalite.supervisor.attempt import Attempt, ReceivedSignals, name_of_run
+from megalite.supervisor.attempt import LaunchedProgram as AttemptProgram
 from megalite.supervisor.fewer import ProgramConfig
 from megalite.supervisor.host_guard import MARK
 from megalite.supervisor.host_guard import _processes as guarded_processes
@@ -205,7 +205,7 @@ def test_a_messages_folder_that_another_user_can_reach_is_not_used(
 
 def test_no_two_starts_share_a_name() -> None:
     program, run = AttemptProgram([], [], False, None, None), name_of_run()
-    names = {Attempt(program, {}, run, Signals()).name for _ in range(3)}
+    names = {Attempt(program, {}, run, ReceivedSignals()).name for _ in range(3)}
     assert len(names) == 3 and all(name.startswith(f"{run}-") for name in names)
 
 
@@ -220,7 +220,7 @@ class Clock:
 def attempt_of(ranks: int, **keys: Any) -> Attempt:
     """An attempt whose ranks are all running."""
     program = AttemptProgram([], [], False, None, None, **keys)
-    made = Attempt(program, {"localhost": ranks}, name_of_run(), Signals())
+    made = Attempt(program, {"localhost": ranks}, name_of_run(), ReceivedSignals())
     made.running = dict.fromkeys(range(ranks), mock.Mock())
     return made
 
@@ -366,7 +366,7 @@ def test_nohup_is_heeded() -> None:
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signals = Signals()
+        signals = ReceivedSignals()
         signals.listen()
         os.kill(os.getpid(), signal.SIGHUP)
         assert signals.stop == 0

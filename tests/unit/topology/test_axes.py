@@ -4,17 +4,17 @@ from itertools import product
 
 import pytest
 
-from megalite.topology.axes import AXES, PLANES, Sizes
+from megalite.topology.axes import AXES, PLANES, AxisSizes
 
 GRIDS = [
-    Sizes(pipe, data, context, tensor, expert)
+    AxisSizes(pipe, data, context, tensor, expert)
     for pipe, data, context, tensor, expert in product((1, 2, 3), (1, 2, 4), (1, 2), (1, 3), (1, 2))
     if data % expert == 0
 ]
 
 
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)
-def test_every_rank_is_in_one_group_of_each_name_at_its_place(sizes: Sizes) -> None:
+def test_every_rank_is_in_one_group_of_each_name_at_its_place(sizes: AxisSizes) -> None:
     for name in PLANES:
         groups = sizes.groups(name)
         assert sorted(rank for group in groups for rank in group) == list(range(sizes.world_size))
@@ -24,7 +24,7 @@ def test_every_rank_is_in_one_group_of_each_name_at_its_place(sizes: Sizes) -> N
 
 
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)
-def test_coordinates_and_ranks_are_inverse(sizes: Sizes) -> None:
+def test_coordinates_and_ranks_are_inverse(sizes: AxisSizes) -> None:
     for rank in range(sizes.world_size):
         assert sizes.rank_at(sizes.coordinates(rank)) == rank
         at = sizes.coordinates(rank)
@@ -34,7 +34,7 @@ def test_coordinates_and_ranks_are_inverse(sizes: Sizes) -> None:
 
 
 def test_the_docstrings_example() -> None:
-    sizes = Sizes(pipe=2, data=2, tensor=2)
+    sizes = AxisSizes(pipe=2, data=2, tensor=2)
     for name, group in (("tensor", [4, 5]), ("data", [5, 7]), ("pipe", [1, 5])):
         assert group in sizes.groups(name)
     assert sizes.told(5) == "pipe 1, data 0, tensor 1"
@@ -42,7 +42,7 @@ def test_the_docstrings_example() -> None:
 
 
 def test_the_groups_that_hold_copies_of_a_weight_and_of_an_experts() -> None:
-    sizes = Sizes(pipe=1, data=4, context=2, tensor=1, expert=2)
+    sizes = AxisSizes(pipe=1, data=4, context=2, tensor=1, expert=2)
     assert sizes.groups("replica") == [list(range(8))]
     assert sizes.groups("expert") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert sizes.groups("expert_replica") == [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -51,4 +51,4 @@ def test_the_groups_that_hold_copies_of_a_weight_and_of_an_experts() -> None:
 
 
 def test_runs_cut_groups_into_neighbours() -> None:
-    assert Sizes(data=2, tensor=4).runs("tensor", 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert AxisSizes(data=2, tensor=4).runs("tensor", 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]

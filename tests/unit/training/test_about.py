@@ -7,7 +7,7 @@ from megalite.config import Config
 from megalite.config.section import parse
 from megalite.config.sections import Train
 from megalite.model.families import read_spec
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.states import parameter_sizes, place_of, predicted_states
 from megalite.training.about import SHOWN_ROUNDS, about, axes_of, differing
 from tests.classifiers import CONFIGS

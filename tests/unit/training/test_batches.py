@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalite.data.position import Position
-from megalite.training.batches import Ahead
+from megalite.training.batches import Prefetcher
 
 
 class Reading:
@@ -32,8 +32,8 @@ def reading() -> Reading:
 
 
 @pytest.fixture
-def ahead(reading: Reading) -> Iterator[Ahead]:
-    made = Ahead(reading, torch.device("cpu"))
+def ahead(reading: Reading) -> Iterator[Prefetcher]:
+    made = Prefetcher(reading, torch.device("cpu"))
     yield made
     made.close()
 
@@ -42,7 +42,7 @@ def at(step: int, **fields: Any) -> Position:
     return Position(step, 8 * step, **fields)
 
 
-def test_the_next_step_is_read_once_in_another_thread(ahead: Ahead, reading: Reading) -> None:
+def test_the_next_step_is_read_once_in_another_thread(ahead: Prefetcher, reading: Reading) -> None:
     for step in range(3):
         assert ahead.take(at(step), at(step + 1)) == [f"{step}/{8 * step}/()"]
     assert ahead.take(at(3), None) == ["3/24/()"]
@@ -50,7 +50,9 @@ def test_the_next_step_is_read_once_in_another_thread(ahead: Ahead, reading: Rea
     assert ahead.coming is None
 
 
-def test_what_was_read_for_another_position_is_not_used(ahead: Ahead, reading: Reading) -> None:
+def test_what_was_read_for_another_position_is_not_used(
+    ahead: Prefetcher, reading: Reading
+) -> None:
     """After a rewind, or if samples were left out, the same step has other samples."""
     ahead.take(at(5), at(6))
     assert ahead.take(at(2), at(3)) == ["2/16/()"]
@@ -60,7 +62,7 @@ def test_what_was_read_for_another_position_is_not_used(ahead: Ahead, reading: R
     assert ahead.take(Position(8, 3), None) == ["8/3/()"]
 
 
-def test_an_error_comes_with_its_own_step(ahead: Ahead) -> None:
+def test_an_error_comes_with_its_own_step(ahead: Prefetcher) -> None:
     assert ahead.take(at(12), at(13)) == ["12/96/()"]
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.take(at(13), None)

@@ -18,7 +18,7 @@ from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.plan.plan_program import size_line
 from megalite.prove.layouts import Layout, config_of
-from megalite.training.pretrain import prepare
+from megalite.training.pretraining import prepare
 from tests.training_runs import document
 
 LENGTHS = [13, 4, 7, 12, 5, 9, 3, 11, 2, 13]

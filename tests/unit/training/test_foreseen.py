@@ -10,7 +10,7 @@ import torch
 from megalite.config import load_config
 from megalite.model.families import read_spec
 from megalite.plan.candidates import Search, given_candidate
-from megalite.plan.devices import DEVICES, GIB, write_device
+from megalite.plan.device_figures import DEVICES, GIB, write_device
 from megalite.plan.search import Planner
 from megalite.training import foreseen
 from megalite.training.foreseen import Foreseen, device_of_run

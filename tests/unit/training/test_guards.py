@@ -8,7 +8,7 @@ import torch
 
 from megalite.data.position import Position
 from megalite.errors import TrainingError
-from megalite.guard.replicas import Difference
+from megalite.guard.replicas import ReplicaDifference
 from megalite.training import expert_load, guards, speed
 from megalite.training.expert_load import ExpertLoad
 from megalite.training.guards import PaceGuard, ReplicaGuard
@@ -19,12 +19,12 @@ from megalite.training.speed import Speed
 class Replicas:
     """A stub for the comparison of copies; `found` is its result."""
 
-    found: Difference | None = None
+    found: ReplicaDifference | None = None
 
     def __init__(self, stage: Any) -> None:
         self.compared = 0
 
-    def difference(self, device: torch.device) -> Difference | None:
+    def difference(self, device: torch.device) -> ReplicaDifference | None:
         self.compared += 1
         return self.found
 
@@ -52,7 +52,7 @@ def test_a_difference_stops_the_run_and_names_its_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     guard = replica_guard(4, monkeypatch)
-    guard.replicas.found = Difference("head.weight", (1,), False)
+    guard.replicas.found = ReplicaDifference("head.weight", (1,), False)
     guard.after_step({"step": 7})
     guard.health.fault = "a step that is left out"
     guard.after_step({"step": 8})

@@ -24,7 +24,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from megalite.errors import ConfigError
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 from megalite.ranks.signals import listen
 from megalite.training import lock
 

@@ -113,7 +113,7 @@ def test_events_are_read_by_tensorboard(tmp_path: Path, disk: Disk) -> None:
 
 def test_a_log_on_a_full_disk_costs_lines_but_not_the_exit_code() -> None:
     program = (
-        "from megalite.ranks.program import run_program\nfrom megalite.training.screen import say\n"
+        "from megalite.ranks.run_program import run_program\nfrom megalite.training.screen import say\n"
         "def main(arguments):\n    for _ in range(9999): say('a line of progress')\n    return 0\nrun_program(main)"
     )
     with open("/dev/full", "w") as full:

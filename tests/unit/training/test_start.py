@@ -10,7 +10,7 @@ import torch
 from megalite.checkpoint.files import CheckpointWriter, named_best, newest_named, step_name
 from megalite.checkpoint.folder import BEST, LATEST
 from megalite.errors import CheckpointError
-from megalite.training.start import Start, starting_point
+from megalite.training.start import StartingPoint, starting_point
 from tests.families import FAMILY_CONFIGS, hf_model
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -104,5 +104,5 @@ def test_other_weights_are_a_new_run(tmp_path: Path) -> None:
 def test_a_classifier_may_start_from_a_language_model(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     hf_model(FAMILY_CONFIGS["gpt2"]).save_pretrained(folder)
-    start: Start = starting_point(tmp_path / "run", str(folder), ("good", "bad"))
+    start: StartingPoint = starting_point(tmp_path / "run", str(folder), ("good", "bad"))
     assert start.partly and start.told.endswith(f"{folder} and a new head")

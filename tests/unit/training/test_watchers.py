@@ -21,7 +21,7 @@ from megalite.training import trackers as room_of_trackers
 from megalite.training.groups import grouped
 from megalite.training.loop import Run
 from megalite.training.metrics import MetricsFile
-from megalite.training.sampling import encoded_prompts
+from megalite.training.sampler import encoded_prompts
 from megalite.training.screen import HEADER, Screen
 from megalite.training.summary import Summary
 from megalite.training.tracing import split

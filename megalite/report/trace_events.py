@@ -4,7 +4,7 @@ run without traced steps, the simulated step with named bubbles.
 
 from typing import Any
 
-from megalite.report.pipeline import KINDS, Span, simulated
+from megalite.report.pipeline import KINDS, DrawnSpan, simulated
 from megalite.report.read import RunFolder
 
 Event = dict[str, Any]
@@ -44,16 +44,16 @@ def process_name(pid: int, name: str) -> Event:
     return {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
 
 
-def with_bubbles(spans: list[Span], end: float) -> list[Span]:
+def with_bubbles(spans: list[DrawnSpan], end: float) -> list[DrawnSpan]:
     """A rank's actions and the bubbles between them, each named by the action that it waits for."""
-    result: list[Span] = []
+    result: list[DrawnSpan] = []
     last = 0.0
     for span in spans:
         if span.start > last:
             name = "start" if last == 0 else f"wait for {span.name}"
-            result.append(Span("bubble", f"bubble: {name}", last, span.start))
+            result.append(DrawnSpan("bubble", f"bubble: {name}", last, span.start))
         result.append(span)
         last = span.end
     if end > last:
-        result.append(Span("bubble", "bubble: end", last, end))
+        result.append(DrawnSpan("bubble", "bubble: end", last, end))
     return result

@@ -27,9 +27,9 @@ from megalite.model.compiled import check_compiler
 from megalite.model.families import model_dict, read_spec
 from megalite.model.parameter_groups import check_parameter_groups
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.plan import plan_of
+from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.balance import context_lines
-from megalite.plan.devices import read_device
+from megalite.plan.device_figures import read_device
 from megalite.plan.pipeline_lines import pipeline_lines
 from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.rank_memory import check_states
@@ -38,11 +38,11 @@ from megalite.ranks.arguments import ArgumentParser, at_least
 from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
 from megalite.ranks.garbage import collect_garbage, hold_garbage
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.place import MOST_RANKS, Place, place
+from megalite.ranks.place import MOST_RANKS, RankPlace, place
 from megalite.training.epochs import with_steps
 from megalite.training.fingerprint import MADE_FOR, difference
 from megalite.training.lock import take_lock
-from megalite.training.sampling import encoded_prompts
+from megalite.training.sampler import encoded_prompts
 from megalite.training.screen import Phases, say
 from megalite.training.trackers import check_trackers
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
             print(plan_line(prepared.config), file=sys.stderr, flush=True)
         return 0
 
-    def prepare_ranks(thorough: bool) -> Prepared:
+    def prepare_ranks(thorough: bool) -> PreparedRun:
         options = _parse(arguments)  # parsed here, where only one rank per node reports a mistake
         prepared = prepare(
             options.deepspeed_config, options.overrides, place().world_size, thorough
@@ -116,7 +116,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 @dataclass
-class Prepared:
+class PreparedRun:
     """A validated config for this world. model: the Hugging Face config as a plain dict."""
 
     config: Config
@@ -124,7 +124,7 @@ class Prepared:
     model: dict[str, Any]
 
 
-def _differs(first: Prepared, own: Prepared) -> str | None:
+def _differs(first: PreparedRun, own: PreparedRun) -> str | None:
     """The first difference between a node's config or model and rank 0's, as one line; None if they are equal."""
     was, now = ({**one.config.to_json(), "megalite.model": one.model} for one in (first, own))
     found = _first_difference(was, now, "")
@@ -146,7 +146,7 @@ def _first_difference(was: Any, now: Any, key: str) -> tuple[str, str, str] | No
     return None if was == now else (key, json.dumps(was), json.dumps(now))
 
 
-def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> Prepared:
+def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = True) -> PreparedRun:
     """Reads and validates everything that a run needs. thorough: also its data, tokenizer and checkpoints."""
     with reading(path):
         loaded = with_steps(load_config(path, overrides), world_size, thorough)
@@ -154,7 +154,7 @@ def prepare(path: str, overrides: list[str], world_size: int, thorough: bool = T
         spec = read_spec(config.model)
         check_model(config, spec)
         check_parameter_groups(config, spec)
-        prepared = Prepared(config, spec, model_dict(config.model))
+        prepared = PreparedRun(config, spec, model_dict(config.model))
         if thorough:
             _check_data(config, spec)
             with reading(f"megalite.train.run_dir: {config.train.run_dir}"):
@@ -205,7 +205,7 @@ def _check_data(config: Config, spec: TransformerSpec) -> None:
             )
 
 
-def _check_run_dir(prepared: Prepared) -> None:
+def _check_run_dir(prepared: PreparedRun) -> None:
     """Raises unless the run folder can be created and written, and its checkpoints are of this model and seed. Creates
     nothing."""
     config = prepared.config
@@ -261,7 +261,7 @@ class _Other(CheckpointError):
     """An undamaged checkpoint that does not fit the config."""
 
 
-def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) -> None:
+def check_fits(weights: Weights, prepared: PreparedRun, seed: int | None = None) -> None:
     """Raises CheckpointError if a checkpoint is of another model, or a run's of another seed, optimizer or data."""
     theirs, ours = read_spec(weights.model), prepared.spec
     if ours.classifier is not None and theirs.classifier is None:
@@ -294,7 +294,7 @@ def check_fits(weights: Weights, prepared: Prepared, seed: int | None = None) ->
         raise _Other(f"{given}: must be {was}, {rule}")
 
 
-def _remove_swap_folders(config: Config, here: Place) -> None:
+def _remove_swap_folders(config: Config, here: RankPlace) -> None:
     """Removes the folders of a killed start, once the lock shows that no other start of this run is alive
     (collective)."""
     import torch.distributed as dist
@@ -305,7 +305,7 @@ def _remove_swap_folders(config: Config, here: Place) -> None:
         dist.barrier()
 
 
-def _summary(prepared: Prepared) -> str:
+def _summary(prepared: PreparedRun) -> str:
     """The values of `auto` in the config, the run's size, the table of each rank's memory, the pipeline's schedule, and
     how evenly the context axis shares attention."""
     config, spec = prepared.config, prepared.spec
@@ -336,7 +336,7 @@ def _ended(config: Config, position: Position) -> str | None:
     return None
 
 
-def _train(prepared: Prepared, rank: int) -> int:
+def _train(prepared: PreparedRun, rank: int) -> int:
     hold_garbage()
     # Imported here: --check and mistakes need no DeepSpeed.
     from megalite.engine.build import build_engine

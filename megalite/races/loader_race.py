@@ -104,13 +104,13 @@ def _megatron(prefix: Path, samples: int) -> Read:
     builder = importlib.import_module("megatron.core.datasets.blended_megatron_dataset_builder")
     gpt_dataset = importlib.import_module("megatron.core.datasets.gpt_dataset")
 
-    class Tokenizer:
+    class StandInTokenizer:
         eod, vocab_size, unique_identifiers, pad = 0, VOCABULARY, {"tokenizer": "made up"}, -1
 
     config = gpt_dataset.GPTDatasetConfig(
         random_seed=1,
         sequence_length=LENGTH,
-        tokenizer=Tokenizer(),
+        tokenizer=StandInTokenizer(),
         path_to_cache=str(prefix.parent / "cache"),
         reset_position_ids=False,
         reset_attention_mask=False,

@@ -28,7 +28,7 @@ BETWEEN = (256, 256, 768)  # a product between collectives: rows, features in, f
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TimedSizes:
     """Sizes of the timed operations. products: (rows, features in, features out); the first is so small that it shows
     the overhead of a call, the last ones so large that they show the rate. pointwise, optimizer: elements. attention:
     (batch, heads, length, head size). dtype: of attention."""
@@ -40,7 +40,7 @@ class Sizes:
     dtype: str
 
 
-CPU = Sizes(
+CPU = TimedSizes(
     [
         *((16, 32, 32), (64, 128, 128), (128, 128, 384), (256, 256, 256), (256, 768, 256)),
         *((256, 256, 768), (512, 256, 1024), (512, 512, 512), (512, 512, 1536), (1024, 512, 512)),
@@ -50,7 +50,7 @@ CPU = Sizes(
     2**21,
     "fp32",
 )
-GPU = Sizes(
+GPU = TimedSizes(
     [
         *((16, 32, 32), (1024, 1024, 1024), (2048, 4096, 4096), (4096, 4096, 4096)),
         *((8192, 4096, 11008), (8192, 8192, 8192), (16384, 8192, 8192)),

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 
 from megalite.commands.preprocess import main
 from megalite.config import load_config
-from megalite.data.chat import ChatEncoder
+from megalite.data.chat_encoder import ChatEncoder
 from megalite.data.chat_forms import NotChat, sample_of
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import TrainData, ValidData, check_data, marks_prefix
 from megalite.data.packing import best_fit
-from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import preprocess
 from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megalite.errors import ConfigError, DataError
 from tests.unit.data.corpora import data_section

@@ -1,4 +1,4 @@
-"""Router biases in a checkpoint's state (megalite/checkpoint/router_bias.py)."""
+"""Router biases in a checkpoint's state (megalite/checkpoint/saved_bias.py)."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.files import ROUTER_BIAS
-from megalite.checkpoint.router_bias import bias_of, set_router_bias
+from megalite.checkpoint.saved_bias import bias_of, set_router_bias
 from megalite.errors import CheckpointError
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage

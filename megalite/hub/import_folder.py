@@ -1,4 +1,4 @@
-"""Imports a Hugging Face folder as our checkpoint, tensor by tensor. The reverse: export_hf.py.
+"""Imports a Hugging Face folder as our checkpoint, tensor by tensor. The reverse: export_folder.py.
 
 Memory: a file of the checkpoint (checkpoint/files.py, FILE_BYTES) and two copies of the largest tensor, whatever the
 model's size, plus mapped pages of one source file; `verify` needs more (same_logits.py).
@@ -12,7 +12,7 @@ from megalite.errors import CheckpointError
 from megalite.hub.carried import carried_files
 from megalite.hub.hf_folder import HFFolder
 from megalite.hub.same_logits import Comparison, compare
-from megalite.hub.upcycle import Experts, Upcycled
+from megalite.hub.upcycle import Upcycled, UpcyclingOptions
 from megalite.hub.whole import appearing
 
 
@@ -20,7 +20,7 @@ def import_hf(
     model: str | Path,
     output: str | Path,
     verify: bool | None = None,
-    experts: Experts | None = None,
+    experts: UpcyclingOptions | None = None,
 ) -> Comparison | None:
     """Writes a checkpoint of step 0 in fp32. The folder appears once everything is written and verified, or not at all.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from megalite.data.chat import ChatEncoder
+from megalite.data.chat_encoder import ChatEncoder
 from megalite.data.documents import STANDARD_INPUT, Kind, kind_of, read_chunks, total_bytes
 from megalite.data.indexed import labels_prefix, marks_prefix, token_dtype
 from megalite.data.pairs import PairEncoder
@@ -48,10 +48,10 @@ def preprocess(
     strict: the first bad line raises DataError; otherwise bad lines are counted and the first few are printed. kind:
     format of inputs whose names do not tell it. paragraphs: blank lines separate the documents of .txt. append_eod:
     each document ends with the tokenizer's end-of-document token. cls_sep: it starts with [CLS] and ends with [SEP].
-    chat: lines contain conversations, or prompts with completions (chat.py), and a second corpus, `output`.mask, marks
-    with 1 the tokens that count in the loss. label_key: key of the text's label, one of `classes`; a second corpus,
-    `output`.label, has the label's number for each token, and `output`.label.json the names. template: lines contain
-    texts with their translations (pairs.py), and `output`.mask marks the translations.
+    chat: lines contain conversations, or prompts with completions (chat_encoder.py), and a second corpus,
+    `output`.mask, marks with 1 the tokens that count in the loss. label_key: key of the text's label, one of `classes`;
+    a second corpus, `output`.label, has the label's number for each token, and `output`.label.json the names. template:
+    lines contain texts with their translations (pairs.py), and `output`.mask marks the translations.
 
     Raises DataError for bad inputs, and if the output exists and `overwrite` is false; ConfigError for options that do
     not go together.

@@ -1,8 +1,8 @@
 """The doctor's program on each rank: an all-reduce on each axis of the grid, and messages in both directions on the
-pipe axis, with their rates. For GPUs that plan/devices.py lists and for calibrated machines it also prints an
+pipe axis, with their rates. For GPUs that plan/device_figures.py lists and for calibrated machines it also prints an
 all-reduce's share of the known rate, and exits with 1 if an axis is slow.
 
-python axes.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
+python axis_rates.py PIPE TENSOR CONTEXT EXPERT [CALIBRATION]      (under launcher/run.py's start)
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any
 
 import megalite.ranks.startup  # noqa: F401  (first: see there)
 from megalite.ranks.launch import start_ranks, stop_ranks
-from megalite.ranks.program import run_program
+from megalite.ranks.run_program import run_program
 
 MIB = 2**20
 REDUCED = {"cpu": 16}  # MiB per all-reduce, by type of device
@@ -48,7 +48,7 @@ def known_device(calibration: list[str], kind: str, local_size: int) -> Any:
     """The device's figures: from the calibration file, else by the GPU's name; None if unknown."""
     import torch
 
-    from megalite.plan.devices import device_called, read_device
+    from megalite.plan.device_figures import device_called, read_device
 
     if calibration:
         known = read_device(Path(calibration[0]), "megalite.train.calibration")

@@ -19,7 +19,7 @@ _MISSING = 0.2  # share of the wanted tokens: if fewer are missing, no document 
 _SEED = 0
 
 
-class Cut(NamedTuple):
+class CorpusSplit(NamedTuple):
     """valid: numbers of the documents that go to validation as a whole; cut: the document whose last `tokens` tokens
     also go there (0: none)."""
 
@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     tokens: int
 
 
-def choose(lengths: np.ndarray, wanted: int) -> Cut:
+def choose(lengths: np.ndarray, wanted: int) -> CorpusSplit:
     """Chooses documents with about `wanted` tokens together. lengths: of all documents, in tokens."""
     taken: set[int] = set()
     missing = wanted
@@ -40,7 +40,7 @@ def choose(lengths: np.ndarray, wanted: int) -> Cut:
     longest = int(np.argmax(left)) if left else 0
     # The last remaining document must not go to validation as a whole.
     is_cut = missing > _MISSING * wanted and left[longest] > missing
-    return Cut(frozenset(taken), longest, missing if is_cut else 0)
+    return CorpusSplit(frozenset(taken), longest, missing if is_cut else 0)
 
 
 def split_corpus(source: str | Path, train: str | Path, valid: str | Path, wanted: int) -> None:

@@ -13,7 +13,7 @@ from megalite.inputs import reading
 from megalite.ranks.arguments import ArgumentParser
 from megalite.report.page import START, page
 from megalite.report.read import REPORT, TRACE, read_run
-from megalite.report.trace import simulated_events
+from megalite.report.trace_events import simulated_events
 
 SIMULATED = "trace_simulated.json"
 

@@ -1,4 +1,4 @@
-"""Exports our checkpoint to a Hugging Face folder, tensor by tensor. The reverse: import_hf.py.
+"""Exports our checkpoint to a Hugging Face folder, tensor by tensor. The reverse: import_folder.py.
 
 Memory: three copies of the largest tensor of the files (its parts, the whole, its bytes), whatever the model's size;
 `verify` needs more (same_logits.py).
@@ -34,7 +34,7 @@ from megalite.hub.names import (
     to_hf,
 )
 from megalite.hub.same_logits import Comparison, compare
-from megalite.hub.shards import Shard, plan_shards, write_index, write_shards
+from megalite.hub.shards import FileShard, plan_shards, write_index, write_shards
 from megalite.hub.sources import prompts_both_ways
 from megalite.hub.whole import appearing
 from megalite.inputs import reading
@@ -100,7 +100,7 @@ def export_hf(
         # fp32 tensors come first, because readers need tensors aligned to the size of their numbers.
         wide = {name: (tuple(value.shape), value.dtype) for name, value in biases.items()}
         others = {name: (shape, weights.dtype) for name, shape in weights.shapes().items()}
-        shards: list[Shard] = plan_shards(wide | others, SHARD_BYTES)
+        shards: list[FileShard] = plan_shards(wide | others, SHARD_BYTES)
         write_shards(partial, shards, chain(biases.items(), weights.tensors()))
         write_index(partial, shards)
         with reading(source.folder, CheckpointError):

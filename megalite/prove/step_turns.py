@@ -12,7 +12,7 @@ from megalite.config import Config
 from megalite.parallel.clock import wait_for
 from megalite.prove.allocations import peak_bytes
 from megalite.prove.clocks import Times
-from megalite.prove.machine import own_device
+from megalite.prove.machine_rates import own_device
 from megalite.prove.trace import Session
 
 WARMUP_STEPS = 2
@@ -24,14 +24,14 @@ def in_turns(configs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """For each resolved config: the bytes of this rank's states, torch's peak allocation in a step, and `steps` timed
     steps (collective). All layouts stay in memory until the end."""
     own_device()
-    layouts = [_Turns(Config.from_dict(config)) for config in configs]
+    layouts = [_LayoutTurns(Config.from_dict(config)) for config in configs]
     for _ in range(steps):
         for layout in layouts:
             layout.take()
     return [layout.result for layout in layouts]
 
 
-class _Turns:
+class _LayoutTurns:
     """A layout on this rank."""
 
     def __init__(self, config: Config) -> None:

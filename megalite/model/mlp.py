@@ -1,76 +1,24 @@
-"""The parts of a block other than attention (norms, the MLP), and the transform before a head. Next: attention.py.
+"""The MLP of a block, and the transform before a head. Next: attention.py.
 
 Shapes: B batch, S sequence, T positions seen so far (S without a cache), D hidden, N heads, K key/value heads,
 H head size, F intermediate; `/ t` marks a dim that the tensor axis splits.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.model.activation import activate, gated
 from megalite.model.context import Context
 from megalite.model.dropout import dropped
-from megalite.model.rms_norm import rms_norm
+from megalite.model.norms import Norm
 from megalite.model.spec import Activation, TransformerSpec
-from megalite.parallel.collectives import Split, enter, leave
+from megalite.parallel.collectives import Split
 from megalite.parallel.columns import columns
-from megalite.parallel.deferred import later
-from megalite.parallel.grid import ALONE, Axis
 from megalite.parallel.layers import (
     ColumnLinear,
     RowLinear,
     WholeLinear,
-    holders,
-    parameter,
     share,
 )
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim, computed in fp32 as in transformers.
-
-    x [..., size]. users: the ranks that apply the same weight to different parts of the work; their parts of its
-    gradient are summed.
-    """
-
-    def __init__(self, spec: TransformerSpec, axis: Axis, size: int, users: Axis = ALONE) -> None:
-        super().__init__()
-        self.eps, self.users, self.centred = spec.norm_eps, users, spec.norm == "layer"
-        self.weight = parameter((size,), None, axis, None, fill=1.0)
-        self.bias = (
-            parameter((size,), None, axis, None) if self.centred and spec.norm_bias else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = enter(later(self.weight), self.users)
-        if self.centred:
-            bias = None if self.bias is None else enter(later(self.bias), self.users)
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        return rms_norm(x, weight, self.eps)
-
-
-class SplitNorm(nn.Module):
-    """RMSNorm over features that the tensor axis splits by heads: the mean square is over all features.
-
-    x [..., share of size]. If several ranks hold copies of a head (`holders`), each counts for a part of it.
-    """
-
-    def __init__(self, spec: TransformerSpec, axis: Axis, size: int) -> None:
-        super().__init__()
-        self.eps, self.axis, self.size = spec.norm_eps, axis, size
-        self.holders = holders(size, axis, spec.head_size)
-        self.weight = parameter((size,), 0, axis, None, fill=1.0, unit=spec.head_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return rms_norm(x, later(self.weight), self.eps)
-        wide = x.float()
-        squares = wide.pow(2).sum(dim=-1, keepdim=True) / self.holders.size
-        # Each rank uses the sum for its own features, so its gradients are summed like the squares.
-        squares = enter(leave(squares, self.axis), self.axis)
-        wide = wide * torch.rsqrt(squares / self.size + self.eps)
-        return enter(later(self.weight), self.holders) * wide.to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -32,7 +32,7 @@ from megalite.plan.activations import (
 )
 from megalite.plan.backward import Op, layer_ops
 from megalite.plan.chunk_tables import ChunkPart, chunk_table, groups
-from megalite.plan.gradients import Gradients, Moment, Reduction
+from megalite.plan.gradients import GradientMemory, Moment, Reduction
 from megalite.plan.stacks import (
     rows_of,
     stack_chunk_table,
@@ -224,7 +224,7 @@ def most_memory(
     which would release it, is ahead of the device."""
     one = next(iter(chunks.values()))
     message = one.at.hidden(one.spec)
-    gradients, known = Gradients.begin(rules), dict[object, Passage]()
+    gradients, known = GradientMemory.begin(rules), dict[object, Passage]()
     now, begun = gradients.now, gradients.begun
     # Plain ints, for speed: a step has thousands of actions, and the search simulates hundreds of ranks.
     kept, most = 0, gradients.most.total
@@ -249,10 +249,10 @@ def most_memory(
     return gradients.most
 
 
-def _passage(kind: str, number: int, chunk: ChunkMemory, before: Gradients) -> Passage:
+def _passage(kind: str, number: int, chunk: ChunkMemory, before: GradientMemory) -> Passage:
     """The effect of an action, given the state before it."""
     now = before.now
-    own = Gradients(
+    own = GradientMemory(
         before.rules,
         Moment(0, now.gradients, now.buckets),
         Moment(0, now.gradients, now.buckets),

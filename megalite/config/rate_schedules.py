@@ -133,7 +133,7 @@ SCHEDULES = OURS | DEEPSPEEDS
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RateSchedule:
     """A schedule that megalite runs itself: `lr` times a factor of the position (model/parameter_groups.py)."""
 
     type: str

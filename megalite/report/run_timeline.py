@@ -13,7 +13,7 @@ WIDTH, HEIGHT, LEFT = 640, 46, 4
 
 
 @dataclass
-class Start:
+class RunStart:
     """One start of a run. end, last_step: when it ended or last wrote a row. reason: empty if there is none, as after a
     kill."""
 
@@ -25,15 +25,15 @@ class Start:
     grid: str
 
 
-def starts(run: RunFolder) -> list[Start]:
+def starts(run: RunFolder) -> list[RunStart]:
     """The starts in order. A killed start ends with the last row that it wrote."""
-    found: list[Start] = []
+    found: list[RunStart] = []
     for row in run.history:
         at, step = row.get("unix_seconds", 0.0), row.get("step", 0)
         if row.get("event") == "start":
             if found and not found[-1].reason:
                 found[-1].end = max(found[-1].end, min(row.get("last_seen") or 0.0, at))
-            found.append(Start(at, at, step, step, "", row.get("grid", "")))
+            found.append(RunStart(at, at, step, step, "", row.get("grid", "")))
         elif found:
             found[-1].end, found[-1].last_step = at, step
             if row.get("event") == "end":
@@ -130,7 +130,7 @@ def marks_of(run: RunFolder) -> list[tuple[float, str, str]]:
     return result
 
 
-def _end(start: Start) -> str:
+def _end(start: RunStart) -> str:
     return start.reason or "no end recorded: killed, or still running"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from megalite.errors import MegaliteError, UserError
 from megalite.inputs import FULL, TRACEBACK
 from megalite.ranks.garbage import collect_garbage
-from megalite.ranks.place import Place, place
+from megalite.ranks.place import RankPlace, place
 from megalite.ranks.signals import AGAIN, EXIT_BASE, RESUME, interrupted, settle, tell_interrupted
 
 LINE_CHARACTERS = 1000  # most of an error line
@@ -59,7 +59,7 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
     else:
         settle(code)
     code = _flush(code, is_result=not resumes)
-    if failed and Place.started:
+    if failed and RankPlace.started:
         # Skips the interpreter's shutdown, where NCCL would wait for the other ranks of each group.
         atexit._run_exitfuncs()
         os._exit(code)
@@ -69,7 +69,7 @@ def run_program(main: Callable[[list[str]], int], resumes: bool = False) -> None
 def _tell_system_error(error: OSError) -> int:
     """Settles and prints an error of the system; returns the exit code."""
     is_full = error.errno in FULL
-    code = 1 if is_full or error.filename is None or Place.started else UserError.exit_code
+    code = 1 if is_full or error.filename is None or RankPlace.started else UserError.exit_code
     if isinstance(error, BrokenPipeError) and _is_output_closed():
         code = EXIT_BASE + signal.SIGPIPE
     settle(code)
@@ -97,7 +97,7 @@ def _flush(code: int, is_result: bool) -> int:
 
 def _raise_or_tell() -> None:
     """For an unexpected error: raises it again, or prints it in a rank, which exits without raising."""
-    if not Place.started:
+    if not RankPlace.started:
         raise
     traceback.print_exc()
 
