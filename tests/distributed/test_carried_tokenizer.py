@@ -18,7 +18,7 @@ from megalite.errors import CheckpointError
 from megalite.hub.carried import tokenizer_of
 from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
-from megalite.hub.import_hf import import_hf
+from megalite.hub.import_folder import import_hf
 from megalite.inference.generate_program import generate_main
 from tests.byte_model import save_byte_model
 from tests.programs import run_program
