@@ -73,7 +73,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str | None = None) 
     return Model(path, weights, stage)
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A trained model on one device, for use from Python. folder: the folder of its weights."""
 
@@ -83,6 +83,10 @@ class Model:
 
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        count = sum(value.numel() for value in self.stage.parameters())
+        return f"<megalite.Model {self.weights.model['model_type']}, {count:,} parameters, {self.folder}>"
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -304,7 +304,9 @@ class Train(Section):
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step is also evaluated; 0: never."
     )
-    eval_steps: Positive = Field(4, description="Global batches per evaluation.")
+    eval_steps: Positive = Field(
+        4, description="Global batches per evaluation; at most the whole validation corpus, once."
+    )
     keep_best: bool = Field(
         False,
         description="Save a checkpoint after each evaluation with the lowest validation loss so far. The file "

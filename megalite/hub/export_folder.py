@@ -15,8 +15,16 @@ from torch import Tensor
 
 from megalite.checkpoint.files import ROUTER_BIAS, Checkpoint, find_checkpoint
 from megalite.data.progress import counted
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import CheckpointError
-from megalite.hub.carried import CARRIED, GENERATION, carry, tokenizer_of
+from megalite.hub.carried import (
+    CARRIED,
+    GENERATION,
+    carry,
+    stop_ids_of,
+    tokenizer_files,
+    tokenizer_of,
+)
 from megalite.hub.names import (
     bias_names,
     biases_to_hf,
@@ -119,4 +127,16 @@ def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dty
         generation = GenerationConfig.from_model_config(config)
         if spec.start_id is not None:
             generation.decoder_start_token_id = spec.start_id
+        generation.eos_token_id = _ends_of(source, spec, folder)
         generation.save_pretrained(folder)
+
+
+def _ends_of(source: Checkpoint, spec: TransformerSpec, folder: Path) -> int | list[int] | None:
+    """The tokens at which generation here ends a text. A config without `eos_token_id` has its family's default, which
+    may not be the tokenizer's, nor in the vocabulary. folder: of the export, with the tokenizer's files."""
+    ends = stop_ids_of(source)
+    if next(tokenizer_files(folder), None) is not None:
+        end = load_tokenizer(folder).eod_id
+        ends |= set() if end is None else {end}
+    known = sorted(number for number in ends if number < spec.vocabulary_size)
+    return known[0] if len(known) == 1 else known or None

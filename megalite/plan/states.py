@@ -334,9 +334,11 @@ def runs(numbers: list[int]) -> str:
 def peak_line(peaks: list[int]) -> str:
     """The peaks of all ranks in a line."""
     most, least = max(peaks), min(peaks)
+    line = f"memory peak in the first step: {most / 2**30:.3f} GiB"
+    if len(peaks) == 1:
+        return line
     return (
-        f"memory peak in the first step: {most / 2**30:.3f} GiB on rank {peaks.index(most)}, "
-        f"{least / 2**30:.3f} GiB on rank {peaks.index(least)}"
+        f"{line} on rank {peaks.index(most)}, {least / 2**30:.3f} GiB on rank {peaks.index(least)}"
     )
 
 

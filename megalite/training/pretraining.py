@@ -329,7 +329,10 @@ def _ended(config: Config, position: Position) -> str | None:
     if position.owes_evaluation and config.evaluates:
         return None
     if position.step >= config.train.last_step:
-        return f"already at step {position.step} of {config.train.last_step}"
+        return (
+            f"already at step {position.step} of {config.train.last_step}: to continue, raise "
+            f"megalite.train.{'steps' if config.train.epochs is None else 'epochs'}"
+        )
     if position.best.is_stopped(config.train.early_stop):
         return f"already at step {position.step}: {position.best.stop_line}"
     return None

@@ -38,7 +38,7 @@ class Screen(Watcher):
     ) -> None:
         self.steps, self.first_step, self.log_interval = steps, first_step, log_interval
         self.process = psutil.Process()
-        self.seconds_left = 0.0
+        self.step_seconds = 0.0
         self.row: Row = {}
         self.live: Live | None = None
         self.headed, self.drawn = False, 0.0
@@ -51,8 +51,9 @@ class Screen(Watcher):
 
     def after_step(self, row: Row) -> None:
         """Shows a row of training."""
-        left = (self.steps - row["step"]) * row["step_seconds"]
-        self.seconds_left = 0.9 * self.seconds_left + 0.1 * left if self.seconds_left else left
+        # Steps are averaged, not the time left, whose moving mean would lag behind by several steps.
+        now, mean = row["step_seconds"], self.step_seconds
+        self.step_seconds = 0.9 * mean + 0.1 * now if mean else now
         self.row = row
         step = row["step"]
         if self.live is None:
@@ -109,7 +110,7 @@ class Screen(Watcher):
 
     def rewound(self, position: Position) -> None:
         """Restarts the estimate of the time left."""
-        self.seconds_left = 0.0
+        self.step_seconds = 0.0
 
     def close(self) -> None:
         """Restores the terminal."""
@@ -123,7 +124,7 @@ class Screen(Watcher):
         done = row["step"] / self.steps
         head = f"step {row['step']}/{self.steps} "
         tail = (
-            f" {clock(self.seconds_left)} left  {row['tokens_per_second']:,.0f} tok/s"
+            f" {self._left(row)} left  {row['tokens_per_second']:,.0f} tok/s"
             f"  MFU {100 * row['mfu']:.0f} %"
         )
         columns = width - len(head) - len(tail)
@@ -162,8 +163,12 @@ class Screen(Watcher):
         return (
             f"{skipped}loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  {tflops(row)}MFU {100 * row['mfu']:.0f} %  "
-            f"{self._memory_gib():.2f} GiB  {clock(self.seconds_left)} left"
+            f"{self._memory_gib():.2f} GiB  {self._left(row)} left"
         )
+
+    def _left(self, row: Row) -> str:
+        """Time that the remaining steps take at the recent pace."""
+        return clock((self.steps - row["step"]) * self.step_seconds)
 
     def _memory_gib(self) -> float:
         """Memory of this rank: peak allocation on the device, or on a CPU the process's resident set."""

@@ -18,6 +18,7 @@ from megalite.errors import CheckpointError
 from megalite.hub.carried import tokenizer_of
 from megalite.hub.export_folder import export_hf
 from megalite.hub.hf_folder import HFFolder
+from megalite.hub.import_folder import import_hf
 from megalite.inference.generate_program import generate_main
 from tests.byte_model import save_byte_model
 from tests.programs import run_program
@@ -105,6 +106,22 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path: Path) -> None:
         done.stderr
         == f"export_hf.py: {tmp_path}/out: has no tokenizer: the checkpoint carries none\n"
     )
+
+
+@pytest.mark.parametrize(("configured", "wanted"), [(50256, 2), (2, 2), (5, [2, 5]), (None, 2)])
+def test_an_export_ends_texts_at_the_tokenizer_s_end(
+    hf: Path, tmp_path: Path, configured: int | None, wanted: int | list[int]
+) -> None:
+    """The config of a model trained from scratch has its family's default, such as 50256."""
+    source = tmp_path / "source"
+    shutil.copytree(hf, source)
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": configured}))
+    import_hf(source, tmp_path / "checkpoint", verify=False)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", verify=False)
+    settings = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert settings["eos_token_id"] == wanted
 
 
 def test_what_goes_with_loaded_weights_goes_with_the_run_s(hf: Path, tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def test_generate_and_loss_are_those_of_transformers(folder: Path, tmp_path: Pat
         assert model.loss(ids[0].tolist()) == model.loss(prompt)
 
 
+def test_a_model_is_shown_in_a_line(folder: Path) -> None:
+    model = megalite.load(folder)
+    count = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    kind = model.weights.model["model_type"]
+    assert repr(model) == f"<megalite.Model {kind}, {count:,} parameters, {folder}>"
+
+
 def test_samples_are_the_same_each_time_and_differ_by_seed(folder: Path) -> None:
     model = megalite.load(folder)
     texts = [model.generate("abc", 20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
@@ -91,4 +98,8 @@ def test_train_returns_the_run_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert megalite.load(run).loss([1, 2, 3, 4, 5]) > 0
     # A dict works like a file; a run that is at its last step ends at once.
     again = megalite.train(json.loads(path.read_text()), ["megalite.train.steps=2"])
-    assert again == run and "already at step 2 of 2" in capsys.readouterr().out
+    assert (
+        again == run
+        and "already at step 2 of 2: to continue, raise megalite.train.steps"
+        in capsys.readouterr().out
+    )

@@ -128,6 +128,14 @@ def test_a_gpus_teraflops_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lr 1.00e-03  408 TFLOP/s  0." in second and "GiB" in second
 
 
+def test_the_time_left_is_that_of_the_remaining_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(20, 0, 10)
+    for step in range(1, 21):
+        screen.after_step(row(step))
+    ends = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["0:00:15 left", "0:00:00 left"]  # steps of 1.5 s
+
+
 def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
     told: list[str] = []
     metrics = MetricsFile(tmp_path, 0, False, told.append)
