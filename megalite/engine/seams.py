@@ -34,6 +34,7 @@ _SCALER = "runtime/fp16/loss_scaler.py"
 _FRAGMENT = "utils/tensor_fragment.py"
 _SWAPPED = "runtime/swap_tensor/optimizer_utils.py"
 _ACCELERATOR = "accelerator/cpu_accelerator.py"
+_CUDA = "accelerator/cuda_accelerator.py"
 _S12, _S3 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
 
 
@@ -353,6 +354,14 @@ _OF_THE_MACHINE = (
         "self, op_name",
         "ranks/accelerator.py",
         "overridden: no shared-memory op",
+    ),
+    Seam(_CUDA, "CUDA_Accelerator", "", "ranks/accelerator.py", "base class of ours"),
+    Seam(
+        _CUDA,
+        "CUDA_Accelerator.available_memory",
+        "self, device_index",
+        "ranks/accelerator.py",
+        "overridden: GPUs may be named by UUID",
     ),
     Seam("comm/comm.py", "*.cdb", "", "collective_spans.py", "DeepSpeed's communication backend"),
     Seam("comm/torch.py", "build_shm_op", "", "over_fakes.py", "left out in a dry run"),

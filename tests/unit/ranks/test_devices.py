@@ -282,7 +282,10 @@ def what_a_start_sets(rank: int, world_size: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, most - 1), most))
     for name in library_settings({}, on_gpu=True, interface="eth0"):
         os.environ.pop(name, None)
-    with patch.object(launch, "machine_has_gpu", lambda: True):
+    with (
+        patch.object(launch, "machine_has_gpu", lambda: True),
+        patch.object(launch, "_after_gpus", lambda store, here, visible, prepare: prepare),
+    ):
         launch.start_ranks(lambda thorough: None, lambda prepared: timedelta(seconds=4321))
     assert dist.group.WORLD is not None
     options = dist.group.WORLD._get_backend(torch.device("cpu")).options

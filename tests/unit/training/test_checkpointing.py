@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = Checkpoints.__new__(Checkpoints)
     made.engine, made.saver, made.lines = engine, Saver(), []
     made.health = SimpleNamespace(check_sound=lambda boxes, step: None, in_a_row=2, faulty_step=4)
-    made.tell, made.saved_step, made.fingerprint, made.model = made.lines.append, 5, {}, {}
+    made.log, made.saved_step, made.fingerprint, made.model = made.lines.append, 5, {}, {}
     made.config = SimpleNamespace(
         zero_stage=0, precision="fp32", optimizer=SimpleNamespace(type="AdamW"),
         train=SimpleNamespace(keep_best=True, seed=3),

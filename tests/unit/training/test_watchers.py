@@ -76,7 +76,7 @@ def test_a_terminal_that_is_closed_does_not_end_the_run(capsys: pytest.CaptureFi
     terminal.gone = True
     screen.after_step(row(2))
     screen.evaluated({"step": 2, "valid_loss": 2.0, "valid_perplexity": 7.4})
-    screen.note("a word")
+    screen.logged("a word")
     screen.after_step(row(3))
     screen.close()
     said = capsys.readouterr().out
