@@ -190,9 +190,16 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         super().clear_grad_attribute(param)
 
     def copy_grads_in_partition(self, param: Any, group_idx: int | None = None) -> None:
-        """The same for a gradient that DeepSpeed replaces by a copy, in fp32 with ZeRO-2."""
+        """The same for a gradient that DeepSpeed replaces by a copy, in fp32 with ZeRO-2. DeepSpeed's copies are parts
+        of one buffer for all gradients, of which a backward through one of several chunks, or to the input alone, would
+        fill only a part; the rest would be unused memory."""
         self._keep_until_reduced(param)
-        super().copy_grads_in_partition(param, group_idx)
+        group = self._get_param_group_idx(param) if group_idx is None else group_idx
+        if self.cpu_offload or self._use_compact_grad_partition_buffer(group):
+            super().copy_grads_in_partition(param, group)
+            return
+        gradient: Any = self.get_gradient_for_reduction(param)
+        gradient.data = gradient.detach().clone()
 
     def _keep_until_reduced(self, param: Any) -> None:
         """A gradient larger than a bucket is reduced in its own memory. With overlap_comm the reductions' stream may

@@ -132,8 +132,8 @@ def _write_settings(source: Checkpoint, spec: TransformerSpec, folder: Path, dty
 
 
 def _ends_of(source: Checkpoint, spec: TransformerSpec, folder: Path) -> int | list[int] | None:
-    """The tokens at which generation here ends a text. A config without `eos_token_id` has its family's default, which
-    may not be the tokenizer's, nor in the vocabulary. folder: of the export, with the tokenizer's files."""
+    """The tokens at which generation here ends a text. The config of an older checkpoint may have its family's default,
+    which need not be in the vocabulary. folder: of the export, with the tokenizer's files."""
     ends = stop_ids_of(source)
     if next(tokenizer_files(folder), None) is not None:
         end = load_tokenizer(folder).eod_id

@@ -4,7 +4,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 from megalite.errors import MegaliteError
 from megalite.races.race_turns import PIPES
+from megalite.ranks.local import free_port
 
 PATIENCE_SECONDS = 900.0  # for one answer
 SHOWN_CHARACTERS = 3000
@@ -67,9 +67,7 @@ class Team:
         """Starts the ranks, which then wait for their first turn."""
         contender, request = self.contender, self.folder / "request.json"
         request.write_text(json.dumps(contender.request))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._started = time.perf_counter()
         for rank in range(contender.ranks):
             go_read, go_write = os.pipe()

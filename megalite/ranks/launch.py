@@ -32,6 +32,7 @@ from megalite.ranks.devices import (
     sum_in_fp32,
     visible_gpus,
 )
+from megalite.ranks.local import free_port
 from megalite.ranks.rank_info import RankInfo, from_environment, rank_info
 from megalite.ranks.run_program import print_line
 from megalite.ranks.signals import listen, settle
@@ -258,9 +259,7 @@ def _set_environment(here: RankInfo) -> None:
     elif "MASTER_PORT" in env:
         from_environment("MASTER_PORT", 0, least=1, most=MOST_PORT)
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env["MASTER_PORT"] = str(free.getsockname()[1])
+        env["MASTER_PORT"] = str(free_port())
     env["LOCAL_WORLD_SIZE"] = str(here.local_size)
     env.update(
         RANK=str(here.rank), WORLD_SIZE=str(here.world_size), LOCAL_RANK=str(here.local_rank)

@@ -25,11 +25,16 @@ class RanksFailed(MegaliteError):
     """A rank exited with a code other than 0; the text has the end of its output."""
 
 
-def run_local_ranks(world_size: int, module: str, arguments: Sequence[str]) -> None:
-    """Runs `world_size` ranks until all have ended. If one fails, ends the others and raises RanksFailed."""
+def free_port() -> int:
+    """A port of this machine that no program uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_local_ranks(world_size: int, module: str, arguments: Sequence[str]) -> None:
+    """Runs `world_size` ranks until all have ended. If one fails, ends the others and raises RanksFailed."""
+    port = free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         outputs = [Path(folder) / f"rank{rank}" for rank in range(world_size)]

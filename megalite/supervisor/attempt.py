@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from megalite.errors import MegaliteError, UserError
+from megalite.ranks.local import free_port
 from megalite.ranks.signals import EXIT_BASE, LAUNCH, LOST
 from megalite.supervisor.host_guard import MARK, NO_WORD
 from megalite.supervisor.hostfile import write_hostfile
@@ -253,6 +254,8 @@ class Attempt:
             environment[ENV_FILE] = str(folder / "environment")
         else:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
+            if "--master_port" not in options:  # another run on this machine may use DeepSpeed's
+                options += ["--master_port", str(free_port())]
         # Set by a launcher that may have started this process.
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)

@@ -97,7 +97,16 @@ def with_experts(config: dict[str, Any], expert: int) -> dict[str, Any]:
     return Config.from_dict(config).resolve(4).to_json()
 
 
+def with_schedule(config: dict[str, Any], schedule: str) -> dict[str, Any]:
+    """A resolved config with another pipeline schedule."""
+    config["megalite"]["parallel"]["schedule"] = schedule
+    return Config.from_dict(config).resolve(4).to_json()
+
+
 HELD = [
+    with_schedule(config_of("gpt2", 4, 1, 2, "fp32", 4), "zb-h1"),
+    with_schedule(config_of("llama", 2, 1, 2, "fp32", 2), "zb-v"),
+    with_schedule(config_of("gpt2", 2, 1, 2, "bf16", 2), "zb-v"),
     with_experts(config_of("mixtral", 1, 1, 0, "fp32", 2), 2),
     with_experts(config_of("mixtral", 1, 1, 1, "fp32", 2), 4),
     with_experts(config_of("qwen3_moe", 1, 1, 2, "bf16", 2), 2),

@@ -75,6 +75,7 @@ class Start:
         options: Sequence[str] | None = None,
         program: str = "launcher/pretrain.py",
         variables: dict[str, str] | None = None,
+        names_port: bool = True,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -86,7 +87,9 @@ class Start:
         }[launcher]
         if options is not None:
             command = [*command[:-2], *options]
-        command += ["--master_port", str(port), str(REPOSITORY / program), *arguments]
+        if names_port:
+            command += ["--master_port", str(port)]
+        command += [str(REPOSITORY / program), *arguments]
         self.hosts = hosts
         self.output = folder / f"output{port}"
         environment = {

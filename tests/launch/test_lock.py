@@ -1,13 +1,16 @@
 """Two starts of one run folder under real launchers: the second is refused before its ranks start, and the first goes
 on as if there had been none; a start again of launcher/run.py does not meet its own dead one."""
 
+import contextlib
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megalite.checkpoint.files import find_checkpoint
+from megalite.ranks.launch import DEFAULT_PORT
 from tests.launch.starts import Start, checkpoints, rows, write_config
 
 LAST = 10_000
@@ -26,14 +29,20 @@ def test_a_second_start_is_refused_and_the_first_keeps_all(
     holder = json.loads((run / "lock").read_text())
     assert holder["pid"] == first.ranks[0].pid
     said = f"run_dir: {run}: in use by process {holder['pid']} on {holder['host']} since {holder['since']}: "
-    codes = {"deepspeed": 2, "torchrun": 1}
-    more = {
-        launcher: start(tmp_path, config, launcher=launcher, ranks=1) for launcher in codes
-    }  # all at once
-    for launcher, second in more.items():
-        assert second.wait() == codes[launcher], second.text
-        (line,) = second.lines
-        assert said in line
+    codes = {"deepspeed": 2, "torchrun": 1, "run": 2}
+    with socket.socket() as busy:  # as if another run had DeepSpeed's default port
+        with contextlib.suppress(OSError):
+            busy.bind(("", int(DEFAULT_PORT)))
+        more = {
+            launcher: start(
+                tmp_path, config, launcher=launcher, ranks=1, names_port=launcher != "run"
+            )
+            for launcher in codes
+        }  # all at once
+        for launcher, second in more.items():
+            assert second.wait() == codes[launcher], second.text
+            (line,) = second.lines
+            assert said in line
     step = rows(run)[-1]["step"]
     first.wait_until(lambda: rows(run)[-1]["step"] > step + 5)
     first.top.terminate()

@@ -83,6 +83,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
 }
 PREFIX_LM = "prefix_lm"
+END = "eos_token_id"
 """Our key in the config.json of an exported model whose prompts have bidirectional attention, which no class of
 transformers supports."""
 Section = dict[str, Any] | str | Classified
@@ -204,11 +205,16 @@ def read_spec(section: Section) -> TransformerSpec:
 
 def model_dict(section: Section) -> dict[str, Any]:
     """The model section as a self-contained Hugging Face config, for a checkpoint; without keys that the family does
-    not have."""
+    not have. `eos_token_id` is None unless the section has it: the family's default is the end of another
+    tokenizer's texts."""
     config = load_hf_config(section)
     known = _known_keys(config) - {"transformers_version"} | {"model_type"}
     with reading(_source_of(section)):
-        return {key: value for key, value in config.to_diff_dict().items() if key in known}
+        model = {key: value for key, value in config.to_diff_dict().items() if key in known}
+    own = section.section if isinstance(section, Classified) else section
+    if isinstance(own, dict) and END not in own:
+        model[END] = None
+    return model
 
 
 def _known_keys(config: Any) -> set[str]:
