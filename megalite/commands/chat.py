@@ -18,7 +18,7 @@ from megalite.data.chat_forms import NotChat, messages_of, tools_of
 from megalite.errors import ConfigError
 from megalite.inference.prepare import BEST_HELP, DTYPES
 from megalite.inputs import decoding, parse_json, read_standard_input, read_text
-from megalite.ranks.arguments import ArgumentParser, any_text, at_least
+from megalite.ranks.arguments import ArgumentParser, RawHelpFormatter, any_text, at_least
 
 _PROMPT = "> "
 _FENCE = '"""'  # before and after a message of several lines
@@ -90,9 +90,7 @@ def _answer(
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawHelpFormatter)
     parser.add_argument("model", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument(
         "--system", type=any_text, metavar="TEXT", help="the system message, before all others"
@@ -119,12 +117,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=256, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="0: always the likeliest token (0.7)"
+        "--temperature", type=float, default=0.7, help="0: always the likeliest token"
     )
     parser.add_argument("--top-k", type=at_least(1), help="sample from the k likeliest")
-    parser.add_argument("--top-p", type=float, default=None, help="as in generate (1.0)")
-    parser.add_argument("--min-p", type=float, default=None, help="as in generate (0)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="as in generate (1)")
+    parser.add_argument("--top-p", type=float, default=None, help="as in generate (default: 1.0)")
+    parser.add_argument("--min-p", type=float, default=None, help="as in generate (default: 0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="as in generate")
     parser.add_argument("--seed", type=at_least(0), default=1234)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     return parser.parse_args(arguments)

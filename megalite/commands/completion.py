@@ -5,10 +5,8 @@ zsh:  add `eval "$(megalite completion zsh)"` to ~/.zshrc, after compinit.
 fish: megalite completion fish > ~/.config/fish/completions/megalite.fish
 """
 
-import argparse
-
 from megalite.commands.table import COMMANDS
-from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser, RawHelpFormatter
 
 SHELLS = ("bash", "zsh", "fish")
 SUBCOMMANDS = {"config": "explain schema", "completion": " ".join(SHELLS)}
@@ -71,9 +69,7 @@ def fish() -> str:
 
 def main(arguments: list[str]) -> int:
     """Prints the script; returns the exit code."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawHelpFormatter)
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     shell = parser.parse_args(arguments).shell
     print({"bash": bash, "zsh": zsh, "fish": fish}[shell](), end="")

@@ -5,23 +5,20 @@ megalite configs tiny_cpu               print one
 megalite configs tiny_cpu my.json       copy one
 """
 
-import argparse
 import re
 import shutil
 from pathlib import Path
 
 from megalite.config.section import nearest
 from megalite.errors import ConfigError
-from megalite.ranks.arguments import ArgumentParser
+from megalite.ranks.arguments import ArgumentParser, RawHelpFormatter
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 
 
 def main(arguments: list[str]) -> int:
     """Lists, prints or copies; returns the exit code."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawHelpFormatter)
     parser.add_argument("name", nargs="?", metavar="NAME", help="an example, with or without .json")
     parser.add_argument("output", nargs="?", metavar="FILE", help="a new file to copy it to")
     options = parser.parse_args(arguments)

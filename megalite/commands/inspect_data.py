@@ -49,7 +49,7 @@ def _add_shown(parser: ArgumentParser) -> None:
         type=at_least(0),
         default=2,
         metavar="N",
-        help="documents to show of each corpus (default: 2)",
+        help="documents to show of each corpus",
     )
     parser.add_argument(
         "--first",
@@ -92,14 +92,14 @@ def _add_blend(parser: ArgumentParser) -> None:
         type=at_least(1),
         default=10_000,
         metavar="N",
-        help="samples of the blend (default: 10,000)",
+        help="samples of the blend",
     )
     parser.add_argument(
         "--sequence-length",
         type=at_least(1),
         default=1024,
         metavar="S",
-        help="tokens in a sample (default: 1,024)",
+        help="tokens in a sample",
     )
 
 

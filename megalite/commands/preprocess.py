@@ -49,9 +49,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     files = ".jsonl or .txt, also with .gz or .zst; .parquet; - for standard input"
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=files)
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    parser.add_argument("--text-key", default="text", help="key or column that holds the text")
     parser.add_argument(
         "--format",
         choices=("jsonl", "txt", "parquet"),

@@ -27,7 +27,7 @@ from megalite.config.reading import apply_overrides, read_json
 from megalite.data.indexed import IndexedCorpus
 from megalite.data.tokenizer import load_tokenizer, prompt_ids
 from megalite.errors import ConfigError, MegaliteError
-from megalite.ranks.arguments import ArgumentParser, at_least, share
+from megalite.ranks.arguments import ArgumentParser, RawHelpFormatter, at_least, share
 from megalite.ranks.rank_info import rank_info
 from megalite.report.read import REPORT, value_at
 from megalite.training import pretraining
@@ -70,9 +70,7 @@ def _is_path(word: str) -> bool:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawHelpFormatter)
     parser.add_argument(
         "words",
         nargs="*",

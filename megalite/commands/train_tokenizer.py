@@ -19,9 +19,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help=".jsonl, .txt, .parquet, .gz, .zst",
     )
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    parser.add_argument("--text-key", default="text", help="key or column that holds the text")
     parser.add_argument(
         "--vocab-size",
         type=at_least(1),
@@ -39,7 +37,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--max-sentences",
         type=at_least(1),
         metavar="N",
-        help=f"for bpe and unigram: lines to train on, sampled evenly ({MAX_SENTENCES:,})",
+        help=f"for bpe and unigram: lines to train on, sampled evenly (default: {MAX_SENTENCES:,})",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     return parser.parse_args(argv)

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         type=at_least(1, MOST_PORT),
         default=PORT,
         metavar="P",
-        help=f"the run's port ({PORT})",
+        help="the run's port",
     )
     parser.add_argument(
         "--ssh_port", type=at_least(1, MOST_PORT), metavar="P", help="sshd's port on the hosts"

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--micro-batch-size",
         type=at_least(1),
         default=8,
-        help="rows that go through the stages together (8)",
+        help="rows that go through the stages together (default: 8)",
     )
     return parser
 
@@ -141,7 +141,7 @@ def _add_owned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beams", type=at_least(2), metavar="N", help="beam search for --translations"
     )
-    parser.add_argument("--length-penalty", type=float, help="for --beams (1.0)")
+    parser.add_argument("--length-penalty", type=float, help="for --beams (default: 1.0)")
     parser.add_argument(
         "--write",
         metavar="FILE",

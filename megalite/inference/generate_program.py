@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="one prompt per line; for a .jsonl file the `prompt` of each line, which may contain newlines",
     )
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=64)
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=64, metavar="N", help="most tokens per text"
+    )
     _add_sampling(parser)
     parser.add_argument(
         "--batch-size",
@@ -162,9 +164,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="above 1: makes tokens that the text already contains less likely",
     )
-    parser.add_argument("--seed", type=at_least(0), default=1234)
+    parser.add_argument(
+        "--seed", type=at_least(0), default=1234, metavar="N", help="of random choices"
+    )
     parser.add_argument("--beams", type=at_least(2), metavar="N", help="beam search with N beams")
-    parser.add_argument("--length-penalty", type=float, help="for --beams (1.0)")
+    parser.add_argument("--length-penalty", type=float, help="for --beams (default: 1.0)")
 
 
 def _check_beams(options: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         "benchmark_step.py",
         "Measure a training step on several layouts.",
         'pipe=2,tensor=2,data=2,zero=2, or with its own config keys "data=2 KEY=VALUE …"',
-        "timed steps per layout (default: 5)",
+        "timed steps per layout",
     )
     parser.add_argument(
         "--calibrate",

@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> int:
         type=at_least(1),
         default=5,
         metavar="N",
-        help="timed steps per layout (default: 5)",
+        help="timed steps per layout",
     )
     parser.add_argument(
         "--layouts",

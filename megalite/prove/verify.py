@@ -192,11 +192,9 @@ def main(arguments: list[str]) -> int:
         "verify_layouts.py",
         DESCRIPTION,
         "pipe=2,tensor=2,data=2,zero=2",
-        "optimizer steps (default: 5)",
+        "optimizer steps",
     )
-    mutants_help = (
-        "then plant up to N faults in each layout, and tell how many are found (default: 0)"
-    )
+    mutants_help = "then plant up to N faults in each layout, and report how many are found"
     parser.add_argument("--mutants", type=at_least(0), default=0, metavar="N", help=mutants_help)
     options = parser.parse_args(arguments)
     if options.mutants and options.steps < 2:

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         type=at_least(1),
         default=9,
         metavar="N",
-        help="timed steps per size (default: 9)",
+        help="timed steps per size",
     )
     options = parser.parse_args(arguments)
     for name in options.what:

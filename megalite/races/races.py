@@ -162,12 +162,8 @@ def main(arguments: list[str]) -> int:
         metavar="ROW",
         help=", ".join([*RACES, *OTHERS]),
     )
-    parser.add_argument(
-        "--rounds", type=at_least(1), default=5, metavar="N", help="timed steps (default: 5)"
-    )
-    parser.add_argument(
-        "--warmup", type=at_least(1), default=2, metavar="N", help="warm-up steps (default: 2)"
-    )
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="timed steps")
+    parser.add_argument("--warmup", type=at_least(1), default=2, metavar="N", help="warm-up steps")
     options = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     print(machine_line(), flush=True)

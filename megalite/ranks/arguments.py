@@ -12,11 +12,27 @@ MOST_PORT = 65535
 SHOWN_CHARACTERS = 80  # of a value that an error repeats
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse.ArgumentParser that raises ConfigError for a mistake, and takes no abbreviated options."""
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse.HelpFormatter that adds the default of an option that has one, unless its help names it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        none = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if none or not action.option_strings or "default" in (text or ""):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class RawHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The same, with the lines of the description as they are."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse.ArgumentParser that raises ConfigError for a mistake, takes no abbreviated options, and shows
+    defaults."""
+
+    def __init__(self, *args: Any, formatter_class: Any = HelpFormatter, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -86,15 +86,19 @@ def _parser() -> argparse.ArgumentParser:
         help="use only the first N hosts of the hostfile",
     )
     parser.add_argument(
-        "--restarts", type=at_least(0), default=0, metavar="N", help="restarts after failures (0)"
+        "--restarts",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="restarts after failures",
     )
     parser.add_argument(
         "--grace_seconds",
         type=positive,
         default=STOP_SECONDS,
         metavar="S",
-        help=f"after a signal, until the remaining ranks are killed ({STOP_SECONDS:.0f}): time for the step and the "
-        "last checkpoint",
+        help="seconds after a signal until the remaining ranks are killed: time for the step and the last "
+        "checkpoint",
     )
     parser.add_argument(
         "--master_addr", help="an address of the first host that the others can reach"

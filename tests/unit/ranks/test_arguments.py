@@ -40,3 +40,14 @@ def test_a_text_may_be_empty_and_so_may_what_is_passed_on() -> None:
     parser.add_argument("program", nargs=argparse.REMAINDER)
     given = parser.parse_args(["--system", "", "pretrain", ""])
     assert (given.system, given.program) == ("", ["pretrain", ""])
+
+
+def test_help_shows_defaults_once() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--rate", type=float, default=0.0, help="a rate")
+    parser.add_argument("--steps", help="steps (default: those of the run)", default="")
+    parser.add_argument("--quiet", action="store_true", help="prints nothing")
+    parser.add_argument("--name", help="a name")
+    shown = " ".join(parser.format_help().split())
+    assert "--rate RATE a rate (default: 0.0)" in shown
+    assert "steps (default: those of the run) --quiet prints nothing --name NAME a name" in shown
