@@ -36,6 +36,7 @@ from megalite.checkpoint.folder import BEST, LATEST, LEFT_OVER_NAME, Transaction
 from megalite.checkpoint.parts import BoxDict
 from megalite.checkpoint.storage import SaveFailed, write_together
 from megalite.config.limits import DEFAULT_TIMEOUT
+from megalite.config.rules import machine_has_gpu
 from megalite.parallel.grid import Axis, Grid
 from megalite.parallel.layers import Shard
 
@@ -70,8 +71,8 @@ def stream_beside(device: torch.device) -> Any:
 
 
 def own_device() -> int | None:
-    """Index of this process's device; None if it has none."""
-    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    """Index of this process's device; None if it computes on the CPU, perhaps beside GPUs."""
+    return torch.accelerator.current_device_index() if machine_has_gpu() else None
 
 
 def use_device(index: int | None) -> None:

@@ -51,9 +51,12 @@ def main(argv: list[str]) -> int:
             rule = "only with --model-type bpe or unigram"
             raise ConfigError(f"--max-sentences: {args.max_sentences}: {rule}")
         train_wordpiece(args.input, args.vocab_size, args.output, args.text_key, args.lowercase)
-        return 0
-    if args.lowercase:
+    elif args.lowercase:
         raise ConfigError("--lowercase: only with --model-type wordpiece")
-    most = args.max_sentences or MAX_SENTENCES
-    train_tokenizer(args.input, args.vocab_size, args.model_type, args.output, args.text_key, most)
+    else:
+        most = args.max_sentences or MAX_SENTENCES
+        train_tokenizer(
+            args.input, args.vocab_size, args.model_type, args.output, args.text_key, most
+        )
+    print(f"{args.output}: a tokenizer of {args.vocab_size:,} tokens")
     return 0

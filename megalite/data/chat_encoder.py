@@ -31,7 +31,7 @@ class ChatEncoder:
         text are needed."""
         if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.inner.is_fast:
             raise DataError(f"{folder}: must be a fast Hugging Face tokenizer for --chat")
-        self._inner, self._eod_id = tokenizer.inner, tokenizer.eod_id
+        self._folder, self._inner, self._eod_id = folder, tokenizer.inner, tokenizer.eod_id
         self._encoder = tokenizer.encoder()
 
     def fingerprint(self) -> str:
@@ -46,7 +46,7 @@ class ChatEncoder:
 
     def documents(self, sample: Conversation | Completion) -> list[Marked]:
         """The documents of a sample: one, or one per answer if the template renders earlier answers differently from
-        the last one. Raises NotChat."""
+        the last one. Raises NotChat; DataError for a conversation if the tokenizer has no chat template."""
         if isinstance(sample, Completion):
             return [self._completion(sample.prompt, sample.completion)]
         answers = [
@@ -58,7 +58,8 @@ class ChatEncoder:
             key = sample.fields[-1].partition(".")[0]
             raise NotChat(f"{key}: must contain an assistant message")
         if not self._inner.chat_template:
-            raise NotChat("needs a chat template, but the tokenizer has none")
+            rule = "conversations need one, as chat_template in tokenizer_config.json; prompts with completions do not"
+            raise DataError(f"{self._folder}: the tokenizer has no chat template: {rule}")
         try:
             template = self._inner.get_chat_template(None, sample.tools)
             _check_tools(sample, template)

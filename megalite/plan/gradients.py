@@ -8,7 +8,8 @@
                    one; when it is full, a flat copy of a rank's part is sent, and the part that the rank owns is copied
                    to where the update reads it
     ZeRO-2         the same in each backward: only the gradients that the rank owns stay, in fp32 those of the
-                   micro-batch and of the sum so far, in 16 bits only the sum. The backward's end frees the bucket
+                   micro-batch (copied when their bucket is sent) and of the sum so far, in 16 bits only the sum. The
+                   backward's end frees the bucket
     ZeRO-3         the same, but bucket and sums always exist, and a reduce-scatter copies what it sends
 
 The optimizer's step copies the owned gradients of a parameter group into a flat buffer if they are not contiguous.
@@ -86,8 +87,6 @@ class GradientMemory:
     """Chunks that have gradients."""
     filled: int = 0
     """Elements in the bucket."""
-    has_copy: bool = False
-    """Whether this backward has already copied the gradients that the rank owns."""
 
     @classmethod
     def begin(cls, rules: Reduction) -> "GradientMemory":
@@ -138,12 +137,13 @@ class GradientMemory:
         """Sends the bucket."""
         rules = self.rules
         self.look(sent=rules.sent(self.filled))
+        if rules.zero == 2 and not rules.is_half:  # a copy of each gradient that the rank owns
+            self.now.gradients += rules.sums * self.filled // rules.numbers
+            self.look()
+        elif rules.zero == 2 and self.now.gradients == 0:
+            self.now.gradients = rules.sums
+            self.look()
         self.filled = 0
-        if rules.zero == 2 and not self.has_copy:
-            self.has_copy = True
-            if not rules.is_half or self.now.gradients == 0:
-                self.now.gradients += rules.sums
-                self.look()
 
     def _end_of_backward(self) -> None:
         rules = self.rules
@@ -151,7 +151,7 @@ class GradientMemory:
             return
         self._reduce()
         if rules.zero == 2:
-            self.now.gradients, self.now.buckets, self.has_copy = rules.sums, 0, False
+            self.now.gradients, self.now.buckets = rules.sums, 0
 
     def end(self) -> None:
         """Reduction and update after a step's last backward."""

@@ -15,6 +15,7 @@ Next: advice.py.
 """
 
 import heapq
+import math
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -29,6 +30,7 @@ from megalite.plan.sent import sent_bytes
 from megalite.plan.step_time import StepTime, step_time
 
 BEST = 10
+SMALLEST = 40  # most layouts of which the one with the least memory is taken
 NEAR = 200  # layouts that nearly fit, among which faster ones are looked for
 
 
@@ -123,8 +125,13 @@ class Planner(LowerBounds):
 
     def smallest(self) -> PlannedLayout:
         """The layout that takes the least memory. Raises ConfigError if the rules accept none."""
-        tried = [self.accepted(one) for one in self.by_size()[:BEST]]
-        layouts = [layout for layout in tried if layout is not None]
+        layouts: list[PlannedLayout] = []
+        for one in self.by_size():
+            least = min((layout.memory.total for layout in layouts), default=math.inf)
+            if len(layouts) == SMALLEST or self.least_bytes(one) >= least:
+                break
+            if (layout := self.accepted(one)) is not None:
+                layouts.append(layout)
         if not layouts:
             raise ConfigError(
                 f"--world-size: {self.search.world_size}: the config's rules accept no layout for this many ranks "

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint.files import named_best
+from megalite.config import Data
 from megalite.data.position import Position
+from megalite.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megalite.report.numbers import clock
 from megalite.report.read import REPORT, STOPPED_BY_ERROR
 from megalite.training.metrics import MetricsFile
@@ -16,12 +18,18 @@ from megalite.training.watchers import Watcher
 
 
 class Summary(Watcher):
-    """Summary of one start, on rank 0. decoder: whether the model can continue text."""
+    """Summary of one start, on rank 0. decoder: whether the model can continue text. data: of the config."""
 
     def __init__(
-        self, run_dir: Path, metrics: MetricsFile, decoder: bool, log: Callable[[str], None]
+        self,
+        run_dir: Path,
+        metrics: MetricsFile,
+        decoder: bool,
+        data: Data,
+        log: Callable[[str], None],
     ) -> None:
         self.run_dir, self.metrics, self.decoder, self.log = run_dir, metrics, decoder, log
+        self.data = data
         self.begin = time.monotonic()
         self.first_tokens: int | None = None
 
@@ -51,8 +59,19 @@ class Summary(Watcher):
     def _next(self) -> str:
         """A command for the trained model, in the form in which this program was started."""
         program = Path(sys.argv[0])
-        name, rest = ("generate", '--prompt "…"') if self.decoder else ("evaluate", "--data PREFIX")
+        name, rest = (
+            ("generate", ' --prompt "…"') if self.decoder else ("evaluate", " --data PREFIX")
+        )
+        if self.decoder and self._is_of_conversations():
+            name, rest = "chat", ""
         sibling = program.with_name(f"{name}.py")
         command = f"python {shlex.quote(str(sibling))}" if sibling.is_file() else f"megalite {name}"
         best = "" if named_best(self.run_dir) is None else " --best"
-        return f"{command} --checkpoint {shlex.quote(str(self.run_dir))}{best} {rest}"
+        return f"{command} --checkpoint {shlex.quote(str(self.run_dir))}{best}{rest}"
+
+    def _is_of_conversations(self) -> bool:
+        """Whether the run trained on answers, with a tokenizer that renders conversations."""
+        if self.data.loss != "marked" or self.data.tokenizer is None:
+            return False
+        tokenizer = load_tokenizer(self.data.tokenizer)
+        return isinstance(tokenizer, HuggingFaceTokenizer) and bool(tokenizer.inner.chat_template)

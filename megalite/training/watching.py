@@ -98,12 +98,13 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
     history.started(run.position, axes, metrics.last_seen)
     facts = about(run.config, run.spec)
     device = device_of_run(run.config, run.device, run.watchdog.hosts)
+    decoder = run.spec.causal and not run.spec.labels
     return [
         Foreseen(facts["predicted"], predicted_seconds(run.config, device), run.log),
         metrics,
         history,
         ReportWriter(run_dir, facts, run.log),
-        Summary(run_dir, metrics, run.spec.causal and not run.spec.labels, run.log),
+        Summary(run_dir, metrics, decoder, run.config.data, run.log),
         Trackers(train.trackers, run_dir, run.config.to_json(), run.log),
         Screen(train.last_step, first, train.log_interval),
     ]

@@ -18,7 +18,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "other_formats": 90,
     "config": 2490,
     "topology": 110,
-    "ranks": 800,  # a failed rank under NCCL ends its process itself; interfaces that other nodes reach
+    "ranks": 805,  # a failed rank under NCCL ends its process itself; interfaces that other nodes reach
     "parallel": 1295,
     "model": 3570,  # families as values of one class; block, head and chunks in separate files; grouped heads
     "data": 3680,
@@ -29,10 +29,10 @@ ROOMS = {  # from the top: room -> most lines of code
     "engine": 1530,  # gathers follow the update, and memory that another stream still uses is kept
     "guard": 670,
     "report": 925,
-    "training": 2660,
+    "training": 2675,
     "inference": 1600,
     "prove": 2815,  # mutants: a file for each part of a run
-    "supervisor": 845,
+    "supervisor": 850,
     "doctor": 445,
     "races": 1075,
     "api": 195,

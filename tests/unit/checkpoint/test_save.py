@@ -8,7 +8,7 @@ import torch
 
 from megalite.checkpoint import save
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.save import Copy
+from megalite.checkpoint.save import Copy, own_device
 
 MIB = 2**20
 
@@ -49,3 +49,13 @@ def test_the_limit_counts_what_page_locked_memory_takes(monkeypatch: pytest.Monk
     assert copy is not None and torch.equal(copy["weight/x"][0].values, values)
     assert taken.held_bytes == 16 * MIB
     assert told == [("pinned", True), ("copied", {"non_blocking": True})]
+
+
+def test_ranks_on_a_cpu_beside_gpus_use_none_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DS_ACCELERATOR=cpu, the thread that writes would take memory of GPU 0."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert own_device() is None
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert own_device() == 0

@@ -303,7 +303,7 @@ def test_a_line_of_another_form_is_refused(
         ChatEncoder(tokenizer, "folder").encode(line)
     assert str(raised.value) == reason
     tokenizer.inner.chat_template = None
-    with pytest.raises(NotChat, match="needs a chat template"):
+    with pytest.raises(DataError, match="^folder: the tokenizer has no chat template: "):
         ChatEncoder(tokenizer, "folder").encode({"messages": TALK})
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megalite.config import check_model, load_config
 from megalite.errors import ConfigError
-from megalite.model.families import read_spec
+from megalite.model.families import load_hf_config, model_dict, read_spec
 from megalite.model.rotary import frequencies
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
@@ -280,3 +280,14 @@ def test_a_head_size_that_attention_does_not_read_is_refused(family: str, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 10}))
     with pytest.raises(ConfigError, match="head_dim: 10: must be None or 6"):
         read_spec(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_familys_end_of_text_is_not_a_models(family: str, tmp_path: Path) -> None:
+    """A config in the run's JSON is for the run's tokenizer, whose end of text is another token."""
+    section = FAMILY_CONFIGS[family]
+    own = {key: value for key, value in section.items() if key != "eos_token_id"}
+    assert model_dict(own)["eos_token_id"] is None
+    assert model_dict(own | {"eos_token_id": 7})["eos_token_id"] == 7
+    load_hf_config(own).save_pretrained(tmp_path)
+    assert model_dict(str(tmp_path))["eos_token_id"] is not None, "a folder's config is complete"

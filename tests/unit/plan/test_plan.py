@@ -171,7 +171,10 @@ def test_the_search_finds_the_ten_best(name: str) -> None:
             assert programs.least_seconds(one) <= layout.time.seconds * (1 + 1e-9), one
             assert programs.least_bytes(one) <= layout.memory.total, one
     sizes = sorted(layout.memory.total for layout in layouts)
-    assert search.smallest().memory.total == sizes[0]
+    # Among layouts with 1F1B; with ZeRO-2 in fp32 a zero-bubble schedule may take a little less.
+    of_1f1b = [one for one in layouts if one.candidate.schedule in ("none", "1f1b")]
+    assert search.smallest().memory.total == min(one.memory.total for one in of_1f1b)
+    assert search.smallest().memory.total <= 1.001 * sizes[0]
     for memory_bytes in (80 * GIB, sizes[len(sizes) // 3], sizes[len(sizes) // 50]):
         found = replace(search, memory_bytes=memory_bytes).find()
         best = ten_best(layouts, memory_bytes)

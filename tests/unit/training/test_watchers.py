@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from megalite.training.summary import Summary
 from megalite.training.tracing import split
 from megalite.training.trackers import Trackers, check_trackers
 from megalite.training.watchers import Watcher
-from tests.byte_model import save_byte_model
+from tests.byte_model import save_byte_model, save_chatty_model
 
 
 def row(step: int, **fields: Any) -> dict[str, Any]:
@@ -142,17 +143,32 @@ def test_a_run_prints_its_result_at_the_end(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path, 0, False, told.append)
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
         metrics.write({"step": step, "valid_loss": loss, "valid_perplexity": 1.0})
-    summary = Summary(tmp_path, metrics, True, told.append)
+    data: Any = SimpleNamespace(loss=None, tokenizer=None)
+    summary = Summary(tmp_path, metrics, True, data, told.append)
     summary.before_step(Position(step=1, consumed_tokens=100))
     summary.ended(Position(step=3, consumed_tokens=1100), "done")
     assert told[0].startswith("done: step 3, 1,000 tokens in 0:00:00")
     assert told[1] == "best validation loss 2.0000 at step 2"
     assert str(tmp_path / "report.html") in told[2] and told[3].startswith("next: ")
+    assert told[3].endswith(f'generate --checkpoint {tmp_path} --prompt "…"')
     told.clear()
     summary.ended(Position(step=3), "error: loss is nan")
     assert told == []
     metrics.rewound(Position(step=1))
     assert metrics.best is not None and metrics.best["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("save", "command"), [(save_chatty_model, "chat"), (save_byte_model, "generate")]
+)
+def test_a_run_on_conversations_suggests_a_chat(
+    save: Callable[[Path], Path], command: str, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    data: Any = SimpleNamespace(loss="marked", tokenizer=str(save(tmp_path / "model")))
+    metrics = MetricsFile(tmp_path, 0, False, told.append)
+    Summary(tmp_path, metrics, True, data, told.append).ended(Position(step=3), "done")
+    assert f" {command} --checkpoint {tmp_path}" in told[-1]
 
 
 class Ended(Watcher):
