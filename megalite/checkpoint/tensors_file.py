@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,12 +99,12 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
+        self._files: dict[str, _File] = {}
 
     def close(self) -> None:
         """Closes the files; a later read opens them again. A removed file occupies disk space until it is closed."""
-        for file, *_ in self._files.values():
-            file.close()
+        for opened in self._files.values():
+            opened.file.close()
         self._files.clear()
 
     def read_into(
@@ -116,8 +116,8 @@ class TensorFiles:
         try:
             if chunk.file not in self._files:
                 self._files[chunk.file] = _opened(path)
-            file, data, header = self._files[chunk.file]
-            start = data + _start(header[chunk.key], chunk, entry, path.stat().st_size - data)
+            file, data, size, header = self._files[chunk.file]
+            start = data + _start(header[chunk.key], chunk, entry, size)
             start += chunk.run[1] * entry.dtype.itemsize if chunk.run is not None else 0
             row_bytes = torch.Size(chunk.shape[1:]).numel() * entry.dtype.itemsize
             first, count = part[0].start, part[0].stop - part[0].start
@@ -137,13 +137,24 @@ class TensorFiles:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def _opened(path: Path) -> tuple[BinaryIO, int, dict[str, Any]]:
-    """Opens a safetensors file; returns it, the offset of its tensors, and its header."""
+class _File(NamedTuple):
+    """An open safetensors file: the offset and the bytes of its tensors, and its header. The size is looked up once: a
+    rank of a large run reads thousands of boxes, and all ranks share the file system's metadata server."""
+
+    file: BinaryIO
+    data: int
+    size: int
+    header: dict[str, Any]
+
+
+def _opened(path: Path) -> _File:
+    """Opens a safetensors file and reads its header."""
     file = path.open("rb")
     length = int.from_bytes(file.read(8), "little")
-    if 8 + length > path.stat().st_size:
+    size = os.fstat(file.fileno()).st_size - 8 - length
+    if size < 0:
         raise ValueError("is not a safetensors file: its header is longer than the file")
-    return file, 8 + length, json.loads(file.read(length))
+    return _File(file, 8 + length, size, json.loads(file.read(length)))
 
 
 def _start(stored: dict[str, Any], chunk: StoredBox, entry: Entry, size: int) -> int:

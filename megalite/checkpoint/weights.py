@@ -47,7 +47,7 @@ def open_together(path: Path) -> Checkpoint:
 
     def opened() -> Checkpoint:
         verify(path, rank, size)
-        return Checkpoint.open(path)
+        return Checkpoint.open(path, rank, size)
 
     return together(opened)
 

@@ -4,8 +4,10 @@ large run's index is small and quickly built, and checkpoints in the earlier for
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +142,31 @@ def index_of(ranges: list[tuple[int, int]], shape: tuple[int, ...] = (2, 3)) -> 
     row = [["weight"], "a", "float32", list(shape), [0] * len(shape), list(shape)]
     parts = [[f"f{number}", 0, [start], [count]] for number, (start, count) in enumerate(ranges)]
     return {"tables": [[row]], "parts": parts}
+
+
+def test_ranks_share_the_requests_to_the_file_system(tmp_path: Path) -> None:
+    """Of n ranks each looks up an n-th of the files when it opens a checkpoint, and none when it reads a box of a file
+    that is open."""
+    folder, looked, stat = (
+        write_parts(tmp_path / "c", ranks_boxes(3)).folder,
+        list[str](),
+        Path.stat,
+    )
+
+    def counted(path: Path, **keys: Any) -> Any:
+        looked.extend([path.name] * (path.suffix == ".safetensors"))
+        return stat(path, **keys)
+
+    every = sorted(path.name for path in folder.glob("*.safetensors"))
+    with mock.patch.object(Path, "stat", counted):
+        for rank in range(4):
+            checkpoint = Checkpoint.open(folder, rank, 4)
+        assert sorted({*looked}) == every and max(Counter(looked).values()) <= 2
+        looked.clear()
+        for _ in range(3):
+            for name in checkpoint.names:
+                checkpoint.read(name)
+        assert not looked
 
 
 def test_each_element_must_be_stored_exactly_once() -> None:
