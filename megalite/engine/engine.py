@@ -202,6 +202,8 @@ class Engine(DeepSpeedEngine):
             optimizer.defaults.get("fused"),
         )
         for number, value in enumerate(self._masters()):
+            # A run that rewinds has moments already: their memory is for the new ones.
+            optimizer.state.pop(value, None)
             if isinstance(self.optimizer, FullyShardedOptimizer):
                 moments = self.optimizer.zero_moments(number)
             else:
