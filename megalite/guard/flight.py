@@ -2,13 +2,16 @@
 torch.distributed.
 
 The recorder is a ring buffer of the last collectives and messages of a process, each with its number in its group and
-its state. A rank waits in the lowest incomplete number of a group, for the members that have not reached that number.
-Guilty are ranks that others wait for and that wait for nobody. Each rank's state is a value (`Flight`), small enough
-for a report, and the judgement is a pure function of all ranks' values. Next: watchdog.py.
+its state. A rank waits in the lowest incomplete number of a group, for the members that have not reached that number:
+whose host has not queued it, or, if TORCH_NCCL_ENABLE_TIMING=1, whose device has not begun it. Hosts may be a step
+ahead of their devices, so only the latter finds a device that is stuck. Guilty are ranks that others wait for and that
+wait for nobody. Each rank's state is a value (`Flight`), small enough for a report, and the judgement is a pure
+function of all ranks' values. Next: watchdog.py.
 """
 
 import contextlib
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -38,14 +41,16 @@ Flight = dict[str, Stay]
 """A rank's state in each group, by the group's name."""
 
 
-def flight_of(trace: Mapping[str, Any]) -> Flight:
-    """The state of a rank from its trace in the recorder's format (version 2)."""
+def flight_of(trace: Mapping[str, Any], timed: bool = False) -> Flight:
+    """The state of a rank from its trace in the recorder's format (version 2). timed: whether NCCL's communicators
+    record when a device begins a collective; those that it has not begun are then left out."""
     configured = {
         name: json.loads(group["ranks"]) for name, group in trace.get("pg_config", {}).items()
     }
     entries: dict[str, list[Mapping[str, Any]]] = {}
     for entry in trace["entries"]:
-        entries.setdefault(entry["process_group"][0], []).append(entry)
+        if not (timed and entry["state"] == "scheduled" and not entry["retired"]):
+            entries.setdefault(entry["process_group"][0], []).append(entry)
     return {
         name: _stay(configured[name], some)
         for name, some in entries.items()
@@ -75,7 +80,8 @@ def own_flight() -> Flight:
     if dump is not None:
         with contextlib.suppress(Exception):  # unknown format: report the rest
             trace = dump(includeCollectives=True, includeStackTraces=False, onlyActive=False)
-            return flight_of(pickle.loads(trace))
+            timed = os.environ.get("TORCH_NCCL_ENABLE_TIMING") == "1"
+            return flight_of(pickle.loads(trace), timed)
     return {}
 
 

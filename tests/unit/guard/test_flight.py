@@ -37,13 +37,14 @@ def entry(
     }  # fmt: skip
 
 
-def flight(groups: dict[str, list[int]], *entries: Any) -> Flight:
+def flight(groups: dict[str, list[int]], *entries: Any, timed: bool = False) -> Flight:
     configured = {
         name: {"name": name, "desc": "undefined", "ranks": str(ranks)}
         for name, ranks in groups.items()
     }
     return flight_of(
-        {"version": "2.10", "pg_config": configured, "pg_status": {}, "entries": list(entries)}
+        {"version": "2.10", "pg_config": configured, "pg_status": {}, "entries": list(entries)},
+        timed,
     )
 
 
@@ -70,6 +71,19 @@ def test_a_rank_that_waits_itself_is_not_guilty() -> None:
     flights = {0: ahead, 1: ahead, 2: held, 3: late}
     assert waited_for(flights) == {0: {2, 3}, 1: {2, 3}, 2: {3}, 3: set()}
     assert guilty(flights) == {3}
+
+
+def test_a_stuck_device_is_guilty_if_beginnings_are_recorded() -> None:
+    """All hosts have queued the step's collectives and messages; rank 2's device does not come to its first."""
+    last = [entry("0", 8, "scheduled"), entry("0", 1, "scheduled", "nccl:send 2->3", p2p=True)]
+    flights = {}
+    for timed in (False, True):
+        waits = flight(WORLD, entry("0", 6, "completed"), entry("0", 7), *last, timed=timed)
+        stuck = entry("0", 7, "scheduled")
+        stuck = flight(WORLD, entry("0", 6, "completed"), stuck, *last, timed=timed)
+        flights[timed] = {0: waits, 1: waits, 2: stuck, 3: waits}
+    assert guilty(flights[True]) == {2} and not in_words(flights[True][2])
+    assert 2 not in guilty(flights[False])
 
 
 def test_messages_wait_for_their_other_end() -> None:
