@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megalite.training.loop import Run
 from tests.ranks import run_ranks
@@ -42,6 +43,8 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 2}, {"overlap_comm": True, "reduce_scatter": False}),
     ({"zero": 2, "pipe": 2, "schedule": "zb-h1"}, {"overlap_comm": True}),
     ({"zero": 3}, {}), ({"zero": 3}, {"stage3_param_persistence_threshold": 0}),
+    ({"zero": 1, "tensor": 2, "sequence": True}, {"overlap_comm": True}),
+    ({"zero": 2, "tensor": 2}, {"overlap_comm": True}),
 ]  # fmt: skip
 
 
@@ -77,3 +80,25 @@ def test_the_watch_sees_races() -> None:
         }
         kinds.add("add_ while another stream may still be in sum")
         assert set(races.found) == (set() if waits else kinds)
+
+
+def races_around_a_sum(rank: int, world_size: int) -> list[set[str]]:
+    found = []
+    for waits in (False, True):
+        with like_a_gpu() as streams, Races(streams) as races:
+            values = torch.ones(4)
+            work = dist.all_reduce(values, async_op=True)
+            assert work is not None
+            if waits:
+                work.wait()
+            values.mul_(2)
+            work.wait()
+            dist.all_reduce(values)
+            values.mul_(2)
+        found.append(set(races.found))
+    return found
+
+
+def test_the_watch_sees_collectives_that_are_not_waited_for() -> None:
+    late = {"mul_ while another stream may still be in allreduce_"}
+    assert run_ranks(2, races_around_a_sum) == [[late, set()]] * 2
