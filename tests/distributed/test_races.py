@@ -1,7 +1,8 @@
-"""No stream of a step reads what another may still write, writes what another may still read, or frees what another may
-still use; checked on a CPU that DeepSpeed takes for a device with streams."""
+"""No stream of a run, with its evaluations and a rewind, reads what another may still write, writes what another may
+still read, or frees what another may still use; checked on a CPU that DeepSpeed takes for a device with streams."""
 
 import contextlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,30 @@ from megalite.training.loop import Run
 from tests.ranks import run_ranks
 from tests.stream_races import Races
 from tests.streams import Stream, like_a_gpu
-from tests.training_runs import document, train
+from tests.training_runs import document, spoilt, train
 
-STEPS = 3
+STEPS = 2
 BUCKET = 1500  # elements: the MLP's matrices and the embedding are larger, others share a bucket
+
+
+def spoils_a_step(rank: int) -> contextlib.AbstractContextManager[None]:
+    """Makes the run rewind once, to its first checkpoint."""
+    return spoilt(rank, on=0, at={2}, factor=math.nan)
 
 
 def races_of(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[str]:
     with like_a_gpu() as streams:
-        races, step = Races(streams), Run._step
+        races, run = Races(streams), Run._train
 
         def watched(self: Run) -> Any:
             with races:
-                return step(self)
+                return run(self)
 
         with (
-            mock.patch.object(Run, "_step", watched),
+            mock.patch.object(Run, "_train", watched),
             mock.patch.object(torch.Tensor, "record_stream", lambda t, s: races.told(t, s)),
         ):
-            assert train(rank, world_size, [(keys, lambda rank: contextlib.nullcontext())]) == [0]
+            assert train(rank, world_size, [(keys, spoils_a_step)]) == [0]
     return races.found
 
 
@@ -53,11 +59,15 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_streams_are_ordered(
     tmp_path: Path, layout: dict[str, Any], zero: dict[str, Any], precision: str
 ) -> None:
-    keys = document(tmp_path, "run", layout, train={"steps": STEPS})
+    several = {"steps": STEPS, "eval_interval": 1, "eval_steps": 1, "checkpoint_interval": 1}
+    several["faults"] = {"not_finite": "rewind"}
+    keys = document(tmp_path, "run", layout, train=several)
+    keys["megalite"]["data"]["valid"] = keys["megalite"]["data"]["train"]
     keys["zero_optimization"] |= zero | {"reduce_bucket_size": BUCKET}
     keys["bf16"] = {"enabled": precision == "bf16"}
     for found in run_ranks(2 * layout.get("pipe", 1), races_of, keys):
         assert not found, found
+    assert (tmp_path / "run/faults.jsonl").exists()  # it has rewound
 
 
 def test_the_watch_sees_races() -> None:
