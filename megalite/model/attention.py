@@ -182,7 +182,13 @@ class Attention(nn.Module):
         """[B, heads, S or T, H] of each -> [B, S, D]."""
         if self.recompute and torch.is_grad_enabled():
             mixed = torch.utils.checkpoint.checkpoint(
-                self._core, query, key, value, context, use_reentrant=False
+                self._core,
+                query,
+                key,
+                value,
+                context,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
             mixed = self._core(query, key, value, context)
