@@ -41,7 +41,7 @@ NAVIGATION = {
     ],
     "With other programs": ["hugging_face", "serving", "coming_from"],
     "Reference": ["config", "/ds_configs/README", "api"],
-    "Inside": ["inside", "proofs", "speed", "/CONTRIBUTING", "/CHANGELOG"],
+    "Inside": ["inside", "files", "proofs", "speed", "/CONTRIBUTING", "/CHANGELOG"],
 }
 _SOURCES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "ds_configs", "docs")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.saved_bias import set_router_bias
-from megalite.checkpoint.weights import load_module
+from megalite.checkpoint.weights import load_onto
 from megalite.config import load_config
 from megalite.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -63,13 +63,11 @@ def load(folder: str | Path, dtype: str = "float32", device: str | None = None) 
         path = resolve_weights(folder)
         weights = open_weights(path)
         spec = read_spec(weights.model)
-        stage = Stage(spec, Grid(), inference_cut(spec, 1))
-        load_module(weights.read, stage)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    stage = stage.to(device=device, dtype=getattr(torch, dtype)).eval()
-    with reading(folder, CheckpointError):
-        set_router_bias(stage, weights.state, torch.device(device))
+        with torch.device("meta"):
+            stage = Stage(spec, Grid(), inference_cut(spec, 1)).eval()
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        load_onto(weights.read, stage, getattr(torch, dtype), chosen)
+        set_router_bias(stage, weights.state, chosen)
     return Model(path, weights, stage)
 
 

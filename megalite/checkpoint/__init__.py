@@ -1,0 +1,1 @@
+"""Tensors on disk: checkpoints that any layout reads, written by all ranks together."""

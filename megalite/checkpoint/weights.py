@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.boxes import boxes_of_shard
 from megalite.checkpoint.files import WEIGHT, Checkpoint, verify
 from megalite.errors import CheckpointError, UserError
-from megalite.parallel.layers import Shard, placed
+from megalite.parallel.layers import Shard, materialise, placed, zero_buffers
 
 T = TypeVar("T")
 ReadBox = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
@@ -103,6 +103,21 @@ def load_module(read: ReadBox, module: nn.Module) -> None:
         for value, placement in placed(module):
             value.copy_(read(placement.name, placement.offsets, placement.shape))
 
+    with torch.no_grad():
+        together(fill)
+
+
+def load_onto(read: ReadBox, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a module on the meta device its memory and its values, from any source, in `dtype` on `device`
+    (collective). Main memory holds one tensor of the source at a time."""
+
+    def fill() -> None:
+        for value, placement in placed(module):
+            content = torch.empty(placement.shape, dtype=dtype, device=device)
+            content.copy_(read(placement.name, placement.offsets, placement.shape))
+            materialise(value, content)
+
+    zero_buffers(module, device)
     with torch.no_grad():
         together(fill)
 

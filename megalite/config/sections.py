@@ -304,8 +304,10 @@ class Train(Section):
     eval_interval: Counter = Field(
         50, description="Steps between two evaluations; the last step is also evaluated; 0: never."
     )
-    eval_steps: Positive = Field(
-        4, description="Global batches per evaluation; at most the whole validation corpus, once."
+    eval_steps: Positive | Literal["all"] = Field(
+        4,
+        description="Global batches per evaluation, at most the whole validation corpora; `all`: the whole corpora, "
+        "each sample once.",
     )
     keep_best: bool = Field(
         False,

@@ -1,0 +1,1 @@
+"""Checks of the hosts before a run: `tools/doctor.py`."""

@@ -16,7 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from megalite.config import Config
 from megalite.data.position import Position
 from megalite.engine.engine import Engine
-from megalite.engine.initial import make_shards, make_whole, zero_buffers
+from megalite.engine.initial import make_shards, make_whole
 from megalite.engine.nvme import load_op, make_swap_folder
 from megalite.engine.router_bias import RouterBias
 from megalite.errors import ConfigError
@@ -25,6 +25,7 @@ from megalite.model.parameter_groups import LR_RATIO, learning_rate_factor, para
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
+from megalite.parallel.layers import zero_buffers
 from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.states import DTYPES, recompute_of, routed_spec

@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
 from megalite.parallel.grid import Axis, Grid
-from megalite.parallel.layers import initial_slice, placed
+from megalite.parallel.layers import initial_slice, materialise, placed
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def make_whole(
 
     for value, placement in placed(stage):
         constant = placement.fill if placement.std is None else 0.0
-        _materialise(value, torch.full(placement.shape, constant, dtype=dtype, device=device))
+        materialise(value, torch.full(placement.shape, constant, dtype=dtype, device=device))
     _fill(stage, grid, seed, receive)
 
 
@@ -81,19 +81,12 @@ def make_shards(
         whole = torch.empty(placement.shape, dtype=dtype, device=device)
         if placement.std is None:
             whole.fill_(placement.fill)
-        _materialise(value, whole)
+        materialise(value, whole)
         init._convert_to_deepspeed_param(value)
         value.partition()  # type: ignore[attr-defined]  # added by DeepSpeed
         if placement.std is not None:
             value.ds_tensor.zero_()  # type: ignore[attr-defined]  # padding stays 0
     _fill(stage, grid, seed, receive)
-
-
-def zero_buffers(stage: nn.Module, device: torch.device) -> None:
-    """Allocates buffers: a router's tally and bias, which start at 0."""
-    for module in stage.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def _fill(
@@ -123,13 +116,6 @@ def _fill(
 def _turns(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for first in range(0, len(values), size):
         yield values[first : first + size]
-
-
-def _materialise(value: nn.Parameter, content: Tensor) -> None:
-    """Allocates a parameter in place, so that the stage and the optimizer's groups keep their reference to it."""
-    other = nn.Parameter(content)
-    vars(other).update(vars(value))
-    torch.utils.swap_tensors(value, other)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Faults during a run: bad steps, hangs, slow ranks, copies that differ."""

@@ -125,7 +125,7 @@ def load_stage(prepared: PreparedModel, dtype: str) -> tuple[Any, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from megalite.checkpoint.saved_bias import set_router_bias
-    from megalite.checkpoint.weights import load_module
+    from megalite.checkpoint.weights import load_onto
     from megalite.model.transformer import Stage
     from megalite.parallel.grid import Grid
     from megalite.pipeline.pipeline_plan import inference_cut
@@ -133,12 +133,13 @@ def load_stage(prepared: PreparedModel, dtype: str) -> tuple[Any, Any]:
     parallel = prepared.parallel
     heads = prepared.spec.num_kv_heads
     grid = Grid.build(parallel.pipe, parallel.tensor, parallel.context, key_heads=heads)
-    stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
-    load_module(open_weights_together(prepared.folder).read, stage)
+    with torch.device("meta"):
+        stage = Stage(prepared.spec, grid, inference_cut(prepared.spec, grid.pipe.size))
     accelerator: Any = get_accelerator()
-    device = accelerator.current_device_name()
-    stage = stage.to(device=device, dtype=getattr(torch, dtype))
-    set_router_bias(stage, prepared.state, torch.device(device))
+    device = torch.device(accelerator.current_device_name())
+    weights = open_weights_together(prepared.folder)
+    load_onto(weights.read, stage, getattr(torch, dtype), device)
+    set_router_bias(stage, prepared.state, device)
     return stage, grid
 
 

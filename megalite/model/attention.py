@@ -24,6 +24,7 @@ from megalite.model.varlen import (
     attend_runs_in_pieces,
     kernel_takes,
     new_enough,
+    takes_groups,
 )
 from megalite.parallel.collectives import Split
 from megalite.parallel.columns import columns
@@ -71,15 +72,6 @@ def attend(
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights.masked_fill(drops, 0.0) / (1 - rate) @ value
-
-
-def takes_groups(query: Tensor, visible: Tensor | None) -> bool:
-    """Whether the device's kernel takes fewer key heads than query heads: flash attention, which supports no mask, 16
-    bits, and NVIDIA GPUs from compute capability 8.0. Without one, torch multiplies matrices in fp32, with the keys and
-    values repeated for each query head."""
-    if query.device.type in ("cpu", "meta"):
-        return True
-    return visible is None and query.itemsize == 2 and new_enough(query.device)
 
 
 def attend_by_group(
@@ -182,7 +174,13 @@ class Attention(nn.Module):
         """[B, heads, S or T, H] of each -> [B, S, D]."""
         if self.recompute and torch.is_grad_enabled():
             mixed = torch.utils.checkpoint.checkpoint(
-                self._core, query, key, value, context, use_reentrant=False
+                self._core,
+                query,
+                key,
+                value,
+                context,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
             mixed = self._core(query, key, value, context)

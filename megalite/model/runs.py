@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.model.varlen import takes_groups
 from megalite.parallel.rows import Rows
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -33,7 +34,10 @@ def by_run(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     # Imported here because it imports torch._dynamo, FSDP and DTensor, which would add a second to each rank's start.
     from torch.nn.attention.bias import causal_lower_right
 
-    grouped, mixed = query.shape[1] != key.shape[1], []
+    grouped, mixed = query.shape[1] != key.shape[1], list[Tensor]()
+    if grouped and not takes_groups(query, None):
+        count, grouped = query.shape[1] // key.shape[1], False
+        key, value = key.repeat_interleave(count, dim=1), value.repeat_interleave(count, dim=1)
     for part, run in zip(query.chunk(2, dim=2), rows.runs, strict=True):
         seen_keys, seen_values = key[:, :, : run.stop], value[:, :, : run.stop]
         corner: Any = causal_lower_right(len(run), run.stop)

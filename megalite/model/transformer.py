@@ -129,8 +129,9 @@ class Chunk(nn.Module):
         *hidden, context = values
         for first in range(0, len(blocks), every):
             group = blocks[first : first + every]
+            # No layer uses torch's random generators: dropout's numbers follow from the context.
             result = torch.utils.checkpoint.checkpoint(
-                run, group, *hidden, context, use_reentrant=False
+                run, group, *hidden, context, use_reentrant=False, preserve_rng_state=False
             )
             hidden = list(result) if isinstance(result, tuple) else [result]
         return tuple(hidden) if len(hidden) > 1 else hidden[0]

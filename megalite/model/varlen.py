@@ -103,6 +103,15 @@ def new_enough(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
+def takes_groups(query: Tensor, visible: Tensor | None) -> bool:
+    """Whether the device's kernel takes fewer key heads than query heads: flash attention, which supports no mask, 16
+    bits, and NVIDIA GPUs from compute capability 8.0. Without one, torch multiplies matrices in fp32, with the keys and
+    values repeated for each query head."""
+    if query.device.type in ("cpu", "meta"):
+        return True
+    return visible is None and query.itemsize == 2 and new_enough(query.device)
+
+
 def attend_pieces(
     query: Tensor,
     key: Tensor,

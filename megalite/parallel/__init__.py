@@ -1,0 +1,1 @@
+"""One tensor on several ranks: groups, collectives, placement, split layers, the loss."""

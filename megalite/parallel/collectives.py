@@ -1,4 +1,5 @@
-"""Differentiable collectives. Next: layers.py, which puts them around matrix products.
+"""Differentiable collectives: sums, gathers and scatters over an axis, each with its counterpart in backward. Next:
+layers.py, which puts them around matrix products.
 
 Megatron-LM (arXiv 1909.08053, section 3) names them f and g: `enter` copies in forward and all-reduces gradients in
 backward, `leave` all-reduces in forward and copies gradients in backward. Between them every rank of the tensor axis

@@ -197,6 +197,20 @@ def drawn(key: str, shape: tuple[int, ...], std: float) -> Tensor:
     return full.normal_(0.0, std, generator=generator)
 
 
+def materialise(value: nn.Parameter, content: Tensor) -> None:
+    """Gives a parameter on the meta device its content, in place: all references to it remain valid."""
+    other = nn.Parameter(content)
+    vars(other).update(vars(value))
+    torch.utils.swap_tensors(value, other)
+
+
+def zero_buffers(stage: nn.Module, device: torch.device) -> None:
+    """Allocates buffers: a router's tally and bias, which start at 0."""
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
 class ColumnLinear(nn.Module):
     """y = x Wᵀ + b with W's rows (the output features) split: each rank computes its own features.
 

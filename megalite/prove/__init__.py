@@ -1,0 +1,1 @@
+"""Proofs that a layout trains the same, and measurements of layouts."""

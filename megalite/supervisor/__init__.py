@@ -1,0 +1,1 @@
+"""`launcher/run.py`: stock `deepspeed` with guards, exit codes and restarts."""

@@ -1,0 +1,1 @@
+"""The axes of the grid, and which ranks form a group."""

@@ -1,0 +1,1 @@
+"""One run: the program, the loop and its watchers."""

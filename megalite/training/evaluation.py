@@ -32,8 +32,8 @@ class Validation:
         self.config, self.data, self.pipeline, self.log = config, data, pipeline, log
 
     def row(self) -> Row:
-        """The loss over the first samples of each corpus, in proportion to their weights, as a row of metrics; for a
-        classifier also its figures (collective)."""
+        """The loss over the first samples of each corpus, in proportion to their weights, or over all samples, as a row
+        of metrics; for a classifier also its figures (collective)."""
         labels = self.pipeline.engine.stage.spec.labels
         sums = torch.zeros(2 + len(labels) ** 2, dtype=torch.float64)
         losses: dict[str, float] = {}
@@ -54,12 +54,14 @@ class Validation:
 
     def _taken(self) -> list[tuple[str, range]]:
         """(name, positions of its samples) of each corpus that is evaluated."""
-        wanted = self.config.train.eval_steps * self.config.train_batch_size
+        steps, batch = self.config.train.eval_steps, self.config.train_batch_size
         weights = [source.weight for source in self.config.data.valid]
         paths = [path for path, _ in self.data.corpora]
         taken = []
         for number, (path, positions) in enumerate(self.data.corpora):
-            share = max(1, round(wanted * weights[number] / sum(weights)))
+            share = len(positions)
+            if steps != "all":
+                share = max(1, round(steps * batch * weights[number] / sum(weights)))
             # Two parts of one corpus are distinguished by their index in megalite.data.valid.
             name = path if paths.count(path) == 1 else f"{path}:{number}"
             if len(positions) > 0:

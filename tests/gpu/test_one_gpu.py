@@ -193,5 +193,5 @@ def test_throughput(
     document = large(tmp_path, name, train={"compile": compiles})
     (told,) = on_ranks(1, "throughput", config=document, steps=10)
     with capsys.disabled():
-        print(f"\n{name}{', compiled' * compiles}: {figures(told)}")
+        print(f"\n{name}{', compiled' if compiles else ''}: {figures(told)}")
     assert 0.2 < told["mfu"] < 1

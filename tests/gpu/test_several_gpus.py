@@ -110,7 +110,7 @@ def test_throughput_of_two(
     document = large(tmp_path, "1B", ranks=2, zero_optimization=zero)
     told, _ = on_ranks(2, "throughput", config=document, steps=10)
     with capsys.disabled():
-        print(f"\n1B on data 2{', overlap_comm' * overlaps}: {figures(told)}")
+        print(f"\n1B on data 2{', overlap_comm' if overlaps else ''}: {figures(told)}")
     assert 0 < told["mfu"] < 1
 
 

@@ -12,13 +12,19 @@ from tests.pages import anchors, links, pages, text_of
 from tests.ranks import REPOSITORY
 
 
-def test_the_config_reference_is_generated_from_the_code() -> None:
-    made = subprocess.run(
-        [sys.executable, "tools/config_reference.py"], capture_output=True, text=True, check=True
-    )
-    assert Path("docs/config.md").read_text() == made.stdout, (
-        "python tools/config_reference.py > docs/config.md"
-    )
+@pytest.mark.parametrize(
+    ("program", "page"),
+    [("tools/config_reference.py", "docs/config.md"), ("tools/file_reference.py", "docs/files.md")],
+)
+def test_a_reference_is_generated_from_the_code(program: str, page: str) -> None:
+    made = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert Path(page).read_text() == made.stdout, f"python {program} > {page}"
+
+
+def test_every_file_says_what_it_is_about() -> None:
+    for line in Path("docs/files.md").read_text().splitlines():
+        if line.startswith("| `"):
+            assert len(line.split("|")[2].split()) > 2, line
 
 
 def test_every_program_first_imports_the_handler_of_ctrl_c() -> None:

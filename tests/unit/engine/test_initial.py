@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megalite.engine.initial import _turns, make_whole, zero_buffers
+from megalite.engine.initial import _turns, make_whole
 from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
-from megalite.parallel.layers import placed
+from megalite.parallel.layers import placed, zero_buffers
 from tests.small_models import MODELS
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import megalite.model.attention as attention
+from megalite.model import varlen
 from megalite.model.context import Context
 from megalite.model.norms import rms_norm, torchs_rms_norm
 from megalite.model.rotary import rotate, spread
@@ -131,7 +132,7 @@ def test_attention_of_grouped_heads_by_a_kernel_for_equal_ones(
 def test_grouped_heads_are_flash_attentions(
     dtype: torch.dtype, new: bool, masked: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "new_enough", lambda device: new)
+    monkeypatch.setattr(varlen, "new_enough", lambda device: new)
     query = SimpleNamespace(device=torch.device("cuda"), itemsize=dtype.itemsize)
     visible = torch.ones(1) if masked else None
-    assert attention.takes_groups(query, visible) == taken  # type: ignore[arg-type]
+    assert varlen.takes_groups(query, visible) == taken  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Attention of the runs of tokens on a context rank, compared with attention of all tokens."""
 
 from itertools import pairwise, product
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 import megalite.model.attention as attention
+from megalite.model import runs
 from megalite.model.context import Context
 from megalite.model.runs import attend_runs, by_run
 from megalite.model.varlen import runs_as_pieces
@@ -24,9 +26,16 @@ def rows(size: int, rank: int, length: int = S) -> Rows:
     return Rows(Axis(size, rank, tuple(range(size)), None), length)
 
 
-@pytest.mark.parametrize(("size", "key_heads", "of_gpus"), product(SIZES, (6, 2, 1), (False, True)))
-def test_runs_equal_attention_of_the_whole_sample(size: int, key_heads: int, of_gpus: bool) -> None:
-    """Result and gradients. of_gpus: with the calls that GPUs get, which use a mask here."""
+@pytest.mark.parametrize("calls", ["of CPUs", "of GPUs", "of GPUs without groups"])
+@pytest.mark.parametrize(("size", "key_heads"), product(SIZES, (6, 2, 1)))
+def test_runs_equal_attention_of_the_whole_sample(
+    size: int, key_heads: int, calls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Result and gradients. The calls that GPUs get use a mask here."""
+    repeated = mock.Mock(side_effect=Tensor.repeat_interleave)
+    if calls == "of GPUs without groups":
+        monkeypatch.setattr(runs, "takes_groups", lambda query, visible: False)
+        monkeypatch.setattr(Tensor, "repeat_interleave", lambda *args, **kw: repeated(*args, **kw))
     generator = torch.Generator().manual_seed(1)
 
     def draw(heads: int) -> torch.Tensor:
@@ -39,13 +48,14 @@ def test_runs_equal_attention_of_the_whole_sample(size: int, key_heads: int, of_
     wanted = torch.autograd.grad(whole, (query, key, value), slope)
     found = [torch.zeros_like(value) for value in wanted]
     for rank in range(size):
-        own, attend = rows(size, rank), by_run if of_gpus else attend_runs
+        own, attend = rows(size, rank), attend_runs if calls == "of CPUs" else by_run
         mixed = attend(own.cut(query, 2), key, value, own)
         torch.testing.assert_close(mixed, own.cut(whole, 2), rtol=1e-5, atol=1e-6)
         assert mixed.transpose(1, 2).is_contiguous()
         slopes = torch.autograd.grad(mixed, (query, key, value), own.cut(slope, 2))
         for total, part in zip(found, slopes, strict=True):
             total += part
+    assert repeated.called == (calls == "of GPUs without groups" and key_heads < N)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
