@@ -59,7 +59,12 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_streams_are_ordered(
     tmp_path: Path, layout: dict[str, Any], zero: dict[str, Any], precision: str
 ) -> None:
-    several = {"steps": STEPS, "eval_interval": 1, "eval_steps": 1, "checkpoint_interval": 1}
+    several: dict[str, Any] = {
+        "steps": STEPS,
+        "eval_interval": 1,
+        "eval_steps": 1,
+        "checkpoint_interval": 1,
+    }
     several["faults"] = {"not_finite": "rewind"}
     keys = document(tmp_path, "run", layout, train=several)
     keys["megalite"]["data"]["valid"] = keys["megalite"]["data"]["train"]
