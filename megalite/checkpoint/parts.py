@@ -14,6 +14,7 @@ import json
 import math
 import zlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,6 +59,26 @@ class Table:
 
     slices: list[Slice]
     parts: list["Part"] = field(default_factory=list)
+    _ranges: dict[int, tuple[list[int], list["Part"]]] = field(default_factory=dict, init=False)
+    """Of a row that was looked up: the first elements of its ranges, in order, and their parts."""
+
+    def parts_with(self, row: int, rows: range | None) -> list["Part"]:
+        """The parts that have elements of a slice, in their order; rows: only of these rows of the full tensor (its
+        first dim). Ranges do not overlap, so those of some rows are neighbours: a rank of a large run looks up
+        thousands of boxes, of as many parts as there are ranks."""
+        piece = self.slices[row]
+        if row not in self._ranges:
+            some = [part for part in self.parts if part.counts[row]]
+            some.sort(key=lambda part: part.starts[row])
+            self._ranges[row] = [part.starts[row] for part in some], some
+        starts, parts = self._ranges[row]
+        if rows is None or not piece.shape:
+            return parts
+        first, stop = ((at - piece.offsets[0]) * piece.width for at in (rows.start, rows.stop))
+        begin = max(0, bisect_right(starts, first) - 1)
+        if begin < len(parts) and starts[begin] + parts[begin].counts[row] <= first:
+            begin += 1
+        return parts[begin : bisect_left(starts, stop)]
 
 
 @dataclass
@@ -171,10 +192,8 @@ class PartIndex(Index):
             piece = table.slices[row]
             if kind not in piece.kinds:
                 continue
-            for part in table.parts:
-                start, count = part.starts[row], part.counts[row]
-                if rows is None or _reaches(piece, start, count, rows):
-                    yield from _boxes(kind, piece, part.file, start, count)
+            for part in table.parts_with(row, rows):
+                yield from _boxes(kind, piece, part.file, part.starts[row], part.counts[row])
 
     def bytes_by_file(self) -> dict[str, int]:
         result: dict[str, int] = defaultdict(int)
@@ -238,15 +257,6 @@ def _slice(row: list[Any]) -> Slice:
     if type(name) is not str or any(type(kind) is not str for kind in kinds):
         raise ValueError(f"{name}: name and kinds must be strings")
     return Slice(tuple(kinds), name, dtype, full, offsets, shape)
-
-
-def _reaches(piece: Slice, start: int, count: int, rows: range) -> bool:
-    """Whether a range has elements in these rows of the full tensor (its first dim)."""
-    if not piece.shape or not count:
-        return bool(count)
-    first = piece.offsets[0] + start // piece.width
-    last = piece.offsets[0] + (start + count - 1) // piece.width
-    return first < rows.stop and last >= rows.start
 
 
 def _boxes(kind: str, piece: Slice, file: str, start: int, count: int) -> Iterator[StoredBox]:

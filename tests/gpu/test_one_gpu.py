@@ -51,6 +51,7 @@ def test_a_rank_is_on_its_gpu_with_what_torch_was_told(needs: Needs) -> None:
         and told["expandable_segments"]
         and told["backend"] == "cpu:gloo,cuda:nccl"
     )
+    assert told["flight"], "torch's flight recorder gave nothing: see guard/flight.py, own_flight"
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megalite.config import Config
 from megalite.engine.over_fakes import deepspeed_over_fakes
+from megalite.guard.flight import own_flight
 from megalite.model.attention import attend
 from megalite.model.context import Context
 from megalite.model.families import read_spec
@@ -41,14 +42,15 @@ def losses(config: dict[str, Any], steps: int) -> list[tuple[float, float]]:
 
 
 def device() -> dict[str, Any]:
-    """Where this rank computes, and what torch was told at its start."""
+    """Where this rank computes, what torch was told at its start, and the collectives that the watchdog would see."""
     current = torch.accelerator.current_accelerator()
-    torch.empty(1, device=current)
+    dist.all_reduce(torch.ones(1, device=current))
+    torch.accelerator.synchronize()
     snapshot: Any = torch.cuda.memory._snapshot()
     return {
         "name": torch.cuda.get_device_name(), "ordinal": torch.accelerator.current_device_index(),
         "expandable_segments": snapshot["allocator_settings"]["expandable_segments"],
-        "backend": dist.get_backend_config(),
+        "backend": dist.get_backend_config(), "flight": bool(own_flight()),
     }  # fmt: skip
 
 

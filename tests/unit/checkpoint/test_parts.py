@@ -11,12 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megalite.checkpoint.boxes import Box, boxes_of_shard
 from megalite.checkpoint.files import Checkpoint, verify
 from megalite.checkpoint.folder import INDEX, Entry, Index, StoredBox, Transaction
-from megalite.checkpoint.parts import BoxDict, Packed, PartIndex, rows_of
+from megalite.checkpoint.parts import BoxDict, Packed, Part, PartIndex, Slice, Table, rows_of
 from megalite.checkpoint.storage import _write
 from megalite.checkpoint.tensors_file import write_tensors
 from megalite.checkpoint.weights import load_shards
@@ -182,6 +184,32 @@ def test_each_element_must_be_stored_exactly_once() -> None:
     ):
         with pytest.raises(CheckpointError, match=f"weight/a: .*({said})"):
             PartIndex.from_json(index_of(ranges)).check_whole()
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 3),
+    st.integers(0, 4), st.integers(0, 12), st.integers(1, 8),
+)  # fmt: skip
+def test_ranges_of_some_rows_are_found(
+    counts: list[int], width: int, offset: int, first: int, height: int
+) -> None:
+    """By bisection, with empty ranges, and ranks in any order; expected: those with an element in these rows."""
+    counts[-1] += -sum(counts) % width
+    shape = (sum(counts) // width, width)
+    piece = Slice(("weight",), "a", "float32", (99, width), (offset, 0), shape)
+    table, rows = Table([piece]), range(first, first + height)
+    starts = [sum(counts[:number]) for number in range(len(counts))]
+    for number in reversed(range(len(counts))):
+        table.parts.append(Part(f"f{number}", table, [starts[number]], [counts[number]]))
+    wanted = [
+        f"f{number}"
+        for number, (start, count) in enumerate(zip(starts, counts, strict=True))
+        if any(offset + element // width in rows for element in range(start, start + count))
+    ]
+    assert [part.file for part in table.parts_with(0, rows)] == wanted
+    assert [part.file for part in table.parts_with(0, None)] == [
+        f"f{number}" for number, count in enumerate(counts) if count
+    ]
 
 
 def test_ranks_that_disagree_on_a_tensor_are_refused() -> None:
