@@ -15,6 +15,8 @@ prepare_environment() {
     fi
     PATH=$PWD/.venv/bin:$PATH
     export PATH
+    # `deepspeed --num_gpus` replaces the user's choice of GPUs; ranks restore it.
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then export MEGALITE_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; fi
 }
 
 # A free port for the rendezvous of ranks.

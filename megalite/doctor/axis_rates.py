@@ -102,13 +102,16 @@ def seconds_of(work: Callable[[], Any], kind: str) -> float:
     import torch
     import torch.distributed as dist
 
+    from megalite.parallel.clock import wait_for
+
+    device = torch.device(kind)
     work()
+    wait_for(device)  # the barrier is gloo's, and does not
     dist.barrier()
     start = time.perf_counter()
     for _ in range(REPEATS):
         work()
-        if kind != "cpu":
-            torch.get_device_module(kind).synchronize()
+        wait_for(device)
     seconds = torch.tensor([(time.perf_counter() - start) / REPEATS], device=kind)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()

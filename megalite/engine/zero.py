@@ -206,10 +206,19 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         still use that, while the step's stream would give it to the next tensor."""
         gradient = self.get_param_gradient_attribute(param)
         overlaps = self.overlap_comm and not get_accelerator().resolves_data_dependency()  # type: ignore[union-attr]
-        if overlaps and gradient is not None:
-            whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # not a part of a bucket
-            if whole:
-                gradient.record_stream(self.reduction_stream)
+        if overlaps and gradient is not None and not self._is_in_a_bucket(gradient):
+            gradient.record_stream(self.reduction_stream)
+
+    def _is_in_a_bucket(self, gradient: Any) -> bool:
+        """Whether a gradient has been copied to a bucket. Its own memory may be larger than itself, such as that of
+        query, key and value together."""
+        buckets: Any = self.ipg_buckets.values()
+        own = gradient.untyped_storage().data_ptr()
+        return any(
+            own == buffer.untyped_storage().data_ptr()
+            for bucket in buckets
+            for buffer in bucket.buffer
+        )
 
     def allreduce_and_copy(self, *args: Any, **kwargs: Any) -> None:
         """Called by DeepSpeed for each rank's part of a bucket. With overlap_comm it would have the host wait for the

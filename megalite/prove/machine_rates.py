@@ -229,6 +229,7 @@ def _repeated(
     """Seconds of one call of each of `works`, in turn (collective over the group)."""
     for work in works:
         work()
+    wait_for(device)  # the barrier is gloo's, and does not
     dist.barrier(group)
     begin = Times.now()
     for _ in range(times):

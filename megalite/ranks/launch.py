@@ -43,6 +43,8 @@ PROGRESS_EVERY = timedelta(seconds=60)  # between two lines about missing ranks
 VERDICT_WAIT = timedelta(seconds=10)  # until a verdict that ends all ranks has reached them
 # The default of torch and DeepSpeed, for launchers that set no port, such as MPI's.
 DEFAULT_PORT = "29500"
+VISIBLE, PASSED_ON = "CUDA_VISIBLE_DEVICES", "MEGALITE_VISIBLE_DEVICES"
+"""GPUs that the user has chosen. `deepspeed --num_gpus` replaces the variable, so our launchers pass its value on."""
 # On no network (RFC 5737): it is routed like every address outside of this one's.
 OUTSIDE = "192.0.2.1"
 _GOOD, _PREPARED = "0", "prepared"
@@ -250,6 +252,8 @@ def _wait_for_verdict(store: Any, here: RankInfo) -> None:
 
 def _set_environment(here: RankInfo) -> None:
     env = os.environ
+    if (chosen := env.pop(PASSED_ON, None)) is not None:
+        env[VISIBLE] = chosen
     if "MASTER_ADDR" not in env and here.local_size < here.world_size:
         rule = f"must name the first node: the {here.world_size} ranks are on several nodes (docs/clusters.md)"
         raise ConfigError(f"MASTER_ADDR: missing: {rule}")

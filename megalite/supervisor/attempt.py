@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from megalite.errors import MegaliteError, UserError
+from megalite.ranks.launch import PASSED_ON, VISIBLE
 from megalite.ranks.local import free_port
 from megalite.ranks.signals import EXIT_BASE, LAUNCH, LOST
 from megalite.supervisor.host_guard import MARK, NO_WORD
@@ -256,6 +257,8 @@ class Attempt:
             options += ["--hostfile", str(folder / "none"), "--num_gpus", str(self.world_size)]
             if "--master_port" not in options:  # another run on this machine may use DeepSpeed's
                 options += ["--master_port", str(free_port())]
+            if VISIBLE in environment:
+                own[PASSED_ON] = environment[VISIBLE]
         # Set by a launcher that may have started this process.
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             environment.pop(key, None)

@@ -51,6 +51,8 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 3}, {}), ({"zero": 3}, {"stage3_param_persistence_threshold": 0}),
     ({"zero": 1, "tensor": 2, "sequence": True}, {"overlap_comm": True}),
     ({"zero": 2, "tensor": 2}, {"overlap_comm": True}),
+    # Query, key and value are one product, whose gradients are larger than a bucket.
+    ({"zero": 2, "tensor": 2}, {"overlap_comm": True, "reduce_bucket_size": 100}),
 ]  # fmt: skip
 
 
@@ -68,9 +70,10 @@ def test_streams_are_ordered(
     several["faults"] = {"not_finite": "rewind"}
     keys = document(tmp_path, "run", layout, train=several)
     keys["megalite"]["data"]["valid"] = keys["megalite"]["data"]["train"]
-    keys["zero_optimization"] |= zero | {"reduce_bucket_size": BUCKET}
+    keys["zero_optimization"] |= {"reduce_bucket_size": BUCKET} | zero
     keys["bf16"] = {"enabled": precision == "bf16"}
-    for found in run_ranks(2 * layout.get("pipe", 1), races_of, keys):
+    world = 2 * layout.get("pipe", 1) * layout.get("tensor", 1)
+    for found in run_ranks(world, races_of, keys):
         assert not found, found
     assert (tmp_path / "run/faults.jsonl").exists()  # it has rewound
 

@@ -14,6 +14,8 @@ from unittest import mock
 import pytest
 
 from megalite.errors import ConfigError
+from megalite.ranks.launch import PASSED_ON, VISIBLE, _set_environment
+from megalite.ranks.rank_info import RankInfo
 from megalite.ranks.signals import command_of, killed_ranks, record_exit
 from megalite.supervisor import attempt
 from megalite.supervisor.attempt import Attempt, ReceivedSignals, name_of_run
@@ -375,3 +377,28 @@ def test_nohup_is_heeded() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("chosen", ["4,5", "GPU-8c2f6a1e,GPU-9d", "", None])
+def test_the_users_gpus_and_a_free_port_are_passed_on(
+    chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`deepspeed --num_gpus 2` would take GPUs 0 and 1, and the port of any other run on this machine."""
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(VISIBLE, chosen)
+    with mock.patch.object(attempt.subprocess, "Popen") as started:
+        for options in ([], ["--master_port", "7"]):
+            program = AttemptProgram(options, ["x.py"], False, None, None)
+            Attempt(program, {"localhost": 2}, "name", ReceivedSignals())._start(tmp_path)
+    ports = []
+    for call in started.call_args_list:
+        words, environment = call.args[0], call.kwargs["env"]
+        assert environment.get(PASSED_ON) == chosen
+        ports.append(words[words.index("--master_port") + 1])
+    assert ports[0] not in ("29500", "7") and ports[1] == "7"
+    # What deepspeed's launcher then gives each rank, and what the rank makes of it.
+    with mock.patch.dict(os.environ, call.kwargs["env"] | {VISIBLE: "0,1"}):
+        _set_environment(RankInfo(0, 2, 0, 2))
+        assert os.environ[VISIBLE] == ("0,1" if chosen is None else chosen)
+        assert PASSED_ON not in os.environ
