@@ -65,11 +65,11 @@ def all_reduces(grid: Any, kind: str, known: Any) -> Iterator[tuple[str, bool]]:
     import torch.distributed as dist
 
     from megalite.doctor.links import SLOW, known_share, share_words
-    from megalite.topology.axes import TOLD
+    from megalite.topology.axes import SHOWN_AXES
 
     reduced = REDUCED.get(kind, REDUCED_ON_DEVICES)
     values = torch.ones(reduced * MIB // 4, device=kind)
-    for axis in (getattr(grid, name) for name in TOLD):
+    for axis in (getattr(grid, name) for name in SHOWN_AXES):
         if axis.size == 1:
             continue
         group, size = axis.group, axis.size

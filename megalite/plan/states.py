@@ -43,6 +43,7 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.pipeline_plan import plan_of
 from megalite.plan.activations import Forward
 from megalite.plan.kept import Kept, kept_by
+from megalite.topology.axes import in_short
 
 FP32 = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -308,27 +309,16 @@ def memory_lines(config: Config, spec: TransformerSpec) -> list[str]:
         row = states.weights, states.gradients, states.optimizer, kept, states.buckets
         row += (states.files,) if config.swap_folder else ()
         ranks.setdefault(row, []).append(rank)
-    names = {row: runs(members) for row, members in ranks.items()}
+    names = {row: in_short(members) for row, members in ranks.items()}
     head = "bytes, predicted, of rank"
     width = max(len(head), *map(len, names.values()))
-    columns = ["weights", "gradients", "optimizer", "activations", "bucket"] + ["in files"] * bool(
-        config.swap_folder
-    )
+    columns = ["weights", "gradients", "optimizer", "activations", "bucket"]
+    if config.swap_folder:
+        columns.append("in files")
     lines = [f"{head:{width}}" + "".join(f"  {column:>16}" for column in columns)]
     return lines + [
         f"{name:{width}}" + "".join(f"  {size:16,}" for size in row) for row, name in names.items()
     ]
-
-
-def runs(numbers: list[int]) -> str:
-    """Ascending numbers in short form: 0-3, 6, 8-9."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def peak_line(peaks: list[int]) -> str:

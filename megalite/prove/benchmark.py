@@ -25,11 +25,11 @@ from megalite.prove.calibrate import calibrate_to, device_lines
 from megalite.prove.layouts import Layout, base_batch, config_of, layouts_parser
 from megalite.ranks.arguments import ArgumentParser
 from megalite.ranks.local import check_room, run_local_ranks
-from megalite.topology.axes import TOLD
+from megalite.topology.axes import SHOWN_AXES
 
 RANK_MODULE = "megalite.prove.benchmark_rank"
 MEGABYTE = 1e6
-AXES = (*TOLD, "replica", "ends", "other")
+AXES = (*SHOWN_AXES, "replica", "ends", "other")
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 
 

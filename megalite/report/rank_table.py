@@ -7,6 +7,7 @@ from typing import Any
 
 from megalite.report.numbers import gib
 from megalite.report.tables import table, wide
+from megalite.topology.axes import in_short
 
 STATES = {
     "weights_bytes": "weights",
@@ -63,7 +64,7 @@ def memory_table(predicted: list[Bytes], memory: dict[str, Any]) -> str:
         cells = tuple(_both(key, rank, predicted, measured) for key in columns)
         rows.setdefault(cells, []).append(rank)
     names = [escape(key.removesuffix("_bytes")) for key in columns]
-    body = [(_runs(ranks), *cells) for cells, ranks in rows.items()]
+    body = [(in_short(ranks, "–"), *cells) for cells, ranks in rows.items()]
     return wide(table(["ranks", *names], body))
 
 
@@ -118,14 +119,3 @@ def _coordinates(axes: list[tuple[str, int]], coordinates: tuple[int, ...]) -> s
         f"{name} {at}" for (name, size), at in zip(axes, coordinates, strict=True) if size > 1
     ]
     return "<br>".join(several)
-
-
-def _runs(numbers: list[int]) -> str:
-    """Ascending numbers in short form: 0–3, 6."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("–".join(map(str, part)) for part in parts)

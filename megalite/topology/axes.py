@@ -35,7 +35,7 @@ PLANES: dict[str, tuple[str, ...]] = {
 over it and gradients are averaged over it; `expert_replica` is the same for an expert's weight. `model` is one whole
 copy of the model."""
 
-TOLD = ("pipe", "data", "context", "expert", "tensor")
+SHOWN_AXES = ("pipe", "data", "context", "expert", "tensor")
 """The axes that users see, in messages and figures."""
 
 
@@ -105,7 +105,7 @@ class AxisSizes:
     def described(self, rank: int) -> str:
         """A rank's coordinates for messages: `pipe 1, data 0, tensor 1`; context and expert only if above size 1."""
         always = ("pipe", "data", "tensor")
-        names = [name for name in TOLD if name in always or self.along(name) > 1]
+        names = [name for name in SHOWN_AXES if name in always or self.along(name) > 1]
         return ", ".join(f"{name} {self.index(rank, name)}" for name in names)
 
     def groups(self, name: str) -> list[list[int]]:
@@ -135,3 +135,14 @@ class AxisSizes:
             for line in self.groups(name)
             for first in range(0, len(line), size)
         ]
+
+
+def in_short(ranks: list[int], dash: str = "-") -> str:
+    """Ascending ranks in short form: 0-3, 6, 8-9."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1][1:] = [rank]
+        else:
+            parts.append([rank])
+    return ", ".join(dash.join(map(str, part)) for part in parts)

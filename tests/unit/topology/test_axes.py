@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from megalite.topology.axes import AXES, PLANES, AxisSizes
+from megalite.topology.axes import AXES, PLANES, AxisSizes, in_short
 
 GRIDS = [
     AxisSizes(pipe, data, context, tensor, expert)
@@ -52,3 +52,8 @@ def test_the_groups_that_hold_copies_of_a_weight_and_of_an_experts() -> None:
 
 def test_runs_cut_groups_into_neighbours() -> None:
     assert AxisSizes(data=2, tensor=4).runs("tensor", 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_ranks_are_named_in_short() -> None:
+    assert in_short([0, 1, 2, 3, 6, 8, 9]) == "0-3, 6, 8-9"
+    assert in_short([4, 5], "–") == "4–5" and in_short([]) == ""
