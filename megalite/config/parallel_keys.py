@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megalite.config.section import Counter, Positive, Section
+from megalite.programs.schedules import SCHEDULES
+
+_SCHEDULES = " ".join(f"`{name}`: {schedule.about}." for name, schedule in SCHEDULES.items())
 
 
 class Parallel(Section):
@@ -12,12 +15,10 @@ class Parallel(Section):
 
     tensor: Positive = Field(1, description="Ranks that share each layer's matrices.")
     pipe: Positive = Field(1, description="Ranks that the layers are divided among.")
-    schedule: Literal["1f1b", "interleaved", "zb-h1", "zb-v"] = Field(
+    schedule: Literal[*SCHEDULES] = Field(  # type: ignore[valid-type]
         "1f1b",
-        description="The pipeline schedule. `1f1b`: one chunk of layers per rank. `interleaved`: several chunks per "
-        "rank, for a smaller bubble and more messages. `zb-h1`: weight gradients fill the bubble. `zb-v`: both, with "
-        "two chunks per rank in a V shape, for the smallest bubble. All give the same result; docs/layouts.md says "
-        "which to choose.",
+        description=f"The pipeline schedule. {_SCHEDULES} All give the same result; docs/layouts.md says which to "
+        "choose.",
     )
     chunks: Annotated[int, Field(ge=2)] | None = Field(
         None,
@@ -54,4 +55,4 @@ class Parallel(Section):
     @property
     def chunks_a_rank(self) -> int:
         """Chunks of layers that a rank of the pipe axis holds."""
-        return {"interleaved": self.chunks or 2, "zb-v": 2}.get(self.schedule, 1)
+        return SCHEDULES[self.schedule].chunks or self.chunks or 2

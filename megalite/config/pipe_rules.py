@@ -6,6 +6,7 @@ Each raises ConfigError with one line. Called by rules.py.
 from megalite.config.batch_plan import BatchPlan
 from megalite.config.parallel_keys import Parallel
 from megalite.config.section import broken
+from megalite.programs.schedules import SCHEDULES
 
 PATH = "megalite.parallel"
 
@@ -15,10 +16,11 @@ def check_schedule_of_pipe(parallel: Parallel) -> None:
     schedule, pipe, chunks = parallel.schedule, parallel.pipe, parallel.chunks
     if pipe == 1 and schedule != "1f1b":
         raise broken(f"{PATH}.schedule", schedule, f"needs {PATH}.pipe of 2 or more")
-    if chunks is not None and schedule not in ("interleaved", "zb-v"):
+    fixed = SCHEDULES[schedule].chunks
+    if chunks is not None and fixed == 1:
         raise broken(f"{PATH}.chunks", chunks, f'needs {PATH}.schedule "interleaved"')
-    if schedule == "zb-v" and chunks not in (None, 2):
-        raise broken(f"{PATH}.chunks", chunks, f'must be 2 with {PATH}.schedule "zb-v"')
+    if chunks is not None and fixed not in (None, chunks):
+        raise broken(f"{PATH}.chunks", chunks, f'must be {fixed} with {PATH}.schedule "{schedule}"')
     if parallel.cut != "cost":
         needed = pipe * parallel.chunks_a_rank
         if len(parallel.cut) != needed:
@@ -33,12 +35,12 @@ def check_schedule_of_pipe(parallel: Parallel) -> None:
 
 
 def check_micro_batches(parallel: Parallel, plan: BatchPlan, micro: int, data: int) -> None:
-    """The interleaved schedule works on groups of as many micro-batches as the pipe axis has ranks."""
-    if parallel.schedule != "interleaved":
+    """Some schedules work on groups of as many micro-batches as the pipe axis has ranks."""
+    if not SCHEDULES[parallel.schedule].whole_groups:
         return
     unit = micro * data * parallel.pipe
     factors = f"train_micro_batch_size_per_gpu {micro} × data axis {data} × {PATH}.pipe {parallel.pipe} = {unit}"
-    rule = f'must be a multiple of {factors} with {PATH}.schedule "interleaved"'
+    rule = f'must be a multiple of {factors} with {PATH}.schedule "{parallel.schedule}"'
     sizes = {"train_batch_size": plan.full}
     if plan.ramp is not None:
         sizes |= {

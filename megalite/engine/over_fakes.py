@@ -1,6 +1,5 @@
 """DeepSpeed over fake process groups, for a dry run of all ranks in one process (prove/messages.py)."""
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.comm import comm
 from deepspeed.runtime.zero import (
     partition_parameters,
@@ -17,6 +17,8 @@ from deepspeed.runtime.zero import (
 )
 from deepspeed.utils import groups
 
+from megalite.ranks.accelerator import CPUAccelerator
+
 EXPERT_GROUPS = tuple(
     f"_EXPERT_{kind}PARALLEL_GROUP{what}" for kind in ("", "DATA_") for what in ("", "_RANKS")
 )
@@ -24,18 +26,18 @@ EXPERT_GROUPS = tuple(
 
 @contextmanager
 def deepspeed_over_fakes() -> Iterator[None]:
-    """Inside, DeepSpeed's global state is reset, and its comparison of integers with rank 0, which would not answer, is
-    disabled."""
+    """Inside, DeepSpeed computes on the CPU, whatever the machine has, its global state is reset, and its comparison of
+    integers with rank 0, which would not answer, is disabled."""
 
     def same(ints: Any) -> None:
         del ints
 
     name, environment = "assert_ints_same_as_other_ranks", {"LOCAL_RANK": "0"}
+    own: Any = get_accelerator()
+    set_accelerator(CPUAccelerator())
     with ExitStack() as stack:
+        stack.callback(set_accelerator, own)
         stack.enter_context(patch.dict(os.environ, environment))
-        # Its shared-memory collectives have no fake. (deepspeed.comm.torch as an attribute is torch itself.)
-        torch_backend = importlib.import_module("deepspeed.comm.torch")
-        stack.enter_context(patch.object(torch_backend, "build_shm_op", lambda: None))
         for module in (utils, partition_parameters, partitioned_param_coordinator, stage3):
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name, same))

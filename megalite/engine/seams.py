@@ -367,7 +367,6 @@ _OF_THE_MACHINE = (
         "overridden: GPUs may be named by UUID",
     ),
     Seam("comm/comm.py", "*.cdb", "", "collective_spans.py", "DeepSpeed's communication backend"),
-    Seam("comm/torch.py", "build_shm_op", "", "over_fakes.py", "left out in a dry run"),
     Seam(
         "runtime/zero/utils.py",
         "assert_ints_same_as_other_ranks",

@@ -1,6 +1,6 @@
 """Deferred weight gradients: splits the backward pass into a part for the input and a part for the weights.
 
-Zero-bubble schedules (pipeline/schedules.py) compute the input's gradient (I) at once, since another rank waits for it,
+Zero-bubble schedules (programs/schedules.py) compute the input's gradient (I) at once, since another rank waits for it,
 and the weights' gradients (W) later. Inside `collecting(waiting)`, which is active in forward and in I, no parameter
 has an edge in autograd's graph: layers store the operands of their weight gradients in a WeightGradients. `give` then
 passes each parameter its gradient through one autograd backward, so that hooks on parameters run as usual, such as

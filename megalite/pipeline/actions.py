@@ -19,7 +19,7 @@ from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
 from megalite.pipeline.pipeline_plan import PipelinePlan
-from megalite.pipeline.program import Action
+from megalite.programs.program import Action
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]
 """Tokens and labels [B, S] of a micro-batch, and the context (model/context.py) that its chunks are called with."""

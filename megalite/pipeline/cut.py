@@ -14,9 +14,9 @@ import numpy as np
 
 from megalite.model.chunks import Cut, layers_of
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.check import Cost
 from megalite.pipeline.lengths import KINDS, Lengths
-from megalite.pipeline.program import Kind, Program
+from megalite.programs.check import Cost
+from megalite.programs.program import Kind, Program
 
 MOST_TIMES = 20_000_000  # action times that a search may compute: a fifth of a second
 TOGETHER = 1024  # cuts simulated at once: their times stay in the CPU's cache

@@ -8,8 +8,8 @@ from torch import Tensor
 from megalite.parallel.grid import Axis
 from megalite.pipeline.interpreter import Interpreter
 from megalite.pipeline.mailbox import Mailbox
-from megalite.pipeline.program import Action
 from megalite.pipeline.steps import AHEAD, forward_stream
+from megalite.programs.program import Action
 
 
 class Forwards:

@@ -12,8 +12,8 @@ from torch import Tensor
 from megalite.parallel.clock import Clock
 from megalite.parallel.timeline import RANK_TIMELINE
 from megalite.pipeline.mailbox import Mailbox
-from megalite.pipeline.program import Action, Value, gives, needs
 from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
+from megalite.programs.program import Action, Value, gives, needs
 
 Perform = Callable[[Action, Tensor | None], Tensor | None]
 """Runs an action: takes its input value and returns its output value, each None if there is none."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalite.pipeline.check import Cost, ProgramError
-from megalite.pipeline.program import Program
+from megalite.programs.check import Cost, ProgramError
+from megalite.programs.program import Program
 
 KINDS = ("F", "B", "I", "W")
 

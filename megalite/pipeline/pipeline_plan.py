@@ -9,11 +9,11 @@ from functools import cache
 from megalite.config import Config
 from megalite.model.chunks import Cut, layers_of
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.check import Cost, Report, check
 from megalite.pipeline.cut import ModelCosts, cut_by_cost
-from megalite.pipeline.program import Program
-from megalite.pipeline.schedules import forward_only, home_of, make_program, straight
 from megalite.pipeline.steps import Step, check_steps, steps_of
+from megalite.programs.check import Cost, Report, check
+from megalite.programs.program import Program
+from megalite.programs.schedules import forward_only, home_of, make_program, straight
 
 SEARCH_ROUNDS = 2  # micro-batches per pipe rank in the programs by which cuts are compared
 

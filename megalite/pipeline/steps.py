@@ -13,8 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from megalite.pipeline.check import Cost, ProgramError, check, equal_costs
-from megalite.pipeline.program import Action, Program, Value
+from megalite.programs.check import Cost, ProgramError, check, equal_costs
+from megalite.programs.program import Action, Program, Value
 
 AHEAD = 1  # a receive is posted this many actions before the one that needs it
 IN_FLIGHT = 2  # incomplete sends that a rank of a forward-only program may have: back-pressure

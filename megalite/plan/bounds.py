@@ -13,11 +13,12 @@ from megalite.pipeline.steps import AHEAD
 from megalite.plan.activations import FP32
 from megalite.plan.candidates import Candidate, Search
 from megalite.plan.device_figures import FRAGMENTS, OVERHEAD_BYTES, Device
-from megalite.plan.least_memory import LeastKept, Rates, least_held
+from megalite.plan.least_memory import LeastKept, Rates
 from megalite.plan.least_time import LeastWork, least_length
 from megalite.plan.sharing import Held, Sharing
 from megalite.plan.states import DTYPES
 from megalite.plan.work import BACKWARD, FORWARD, Work
+from megalite.programs.schedules import SCHEDULES, ends_together
 
 NOTHING = LeastKept(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -154,10 +155,10 @@ class LowerBounds:
             states = self.rates(one).of(self.weights(one), gradients)
             return states + kept.layer * spec.num_layers + kept.of_head
         first, each, last = self.state_bytes(one, gradients)
-        counts = np.array(least_held(one, self.micro_batches(one)))
+        counts = np.array(SCHEDULES[one.schedule].least_held(p, self.micro_batches(one)))
         by_layer = each + kept.layer * counts
         beside = np.full(p, float(kept.recomputed))
-        if one.schedule == "zb-v":  # both ends are on the first rank
+        if ends_together(one.schedule, p, one.chunks):  # on the first rank
             beside[0] = kept.of_head + first + last
         else:  # the last rank's chunk may be the head alone
             beside[0] += first
@@ -184,7 +185,7 @@ class LowerBounds:
         """Elements of the weights of the embedding, and of the head if it has its own."""
         spec = self.search.spec
         table = spec.vocabulary_size * spec.hidden_size / one.tensor
-        together = one.pipe == 1 or one.schedule == "zb-v"
+        together = ends_together(one.schedule, one.pipe, one.chunks)
         return table, 0.0 if spec.labels or (spec.tied and together) else table
 
     def state_bytes(self, one: Candidate, gradients: bool) -> tuple[float, float, float]:

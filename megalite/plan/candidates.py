@@ -25,7 +25,7 @@ from megalite.config.rules import check_dims, check_layout
 from megalite.config.zero_keys import ZeroOptimization
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.schedules import SCHEDULES
+from megalite.programs.schedules import SCHEDULES
 
 MOST_CHUNKS = 8  # chunks per rank that are tried: more cost more in messages than they save
 MOST_MICRO = 64  # largest micro-batch that is tried, in samples
@@ -49,6 +49,11 @@ class Candidate(NamedTuple):
     expert: int = 1
 
     @property
+    def asked_chunks(self) -> int | None:
+        """The chunks per rank, if the schedule lets the user choose them."""
+        return self.chunks if SCHEDULES[self.schedule].chunks is None else None
+
+    @property
     def keys(self) -> dict[str, Any]:
         """Dotted keys of the JSON with their values, defaults included."""
         return {choice.key: choice.written(self) for choice in CHOICES}
@@ -61,7 +66,7 @@ class Candidate(NamedTuple):
         words.append(f"ZeRO-{self.zero}")
         words += [f"micro {self.micro}"]
         if self.pipe > 1:
-            words.append(self.schedule + (f" {self.chunks}" * (self.schedule == "interleaved")))
+            words.append(self.schedule + (f" {self.chunks}" * (self.asked_chunks is not None)))
         words += [f"recompute {self.recompute}"] * (self.recompute != "none")
         words += ["sequence"] * self.sequence
         words += ["offload"] * (self.offload != "none")
@@ -135,9 +140,10 @@ def _experts(search: Search, chosen: Candidate) -> list[int]:
 
 
 def _chunks(search: Search, chosen: Candidate) -> list[int]:
-    if chosen.schedule == "interleaved":
-        return list(range(2, min(MOST_CHUNKS, search.spec.num_layers // chosen.pipe) + 1))
-    return [2 if chosen.schedule == "zb-v" else 1]
+    fixed = SCHEDULES[chosen.schedule].chunks
+    if fixed is not None:
+        return [fixed]
+    return list(range(2, min(MOST_CHUNKS, search.spec.num_layers // chosen.pipe) + 1))
 
 
 def _micros(search: Search, chosen: Candidate) -> list[int]:
@@ -187,7 +193,7 @@ CHOICES = (
         "chunks",
         f"{PARALLEL}.chunks",
         _chunks,
-        lambda chosen: chosen.chunks if chosen.schedule == "interleaved" else None,
+        lambda chosen: chosen.asked_chunks,
     ),
 )
 
@@ -263,8 +269,8 @@ class Choices:
             context=chosen.context,
             context_attention=chosen.attention,  # type: ignore[arg-type]
             expert=chosen.expert,
-            schedule=chosen.schedule,  # type: ignore[arg-type]
-            chunks=chosen.chunks if chosen.schedule == "interleaved" else None,
+            schedule=chosen.schedule,
+            chunks=chosen.asked_chunks,
             sequence=chosen.sequence,
         )
 

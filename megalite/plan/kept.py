@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
-from megalite.pipeline.check import most_bytes
 from megalite.pipeline.pipeline_plan import PipelinePlan
 from megalite.plan.activations import Forward, Table, logits_bytes, total
 from megalite.plan.chunk_tables import ChunkPart, chunk_table, recomputed_bytes
@@ -16,6 +15,7 @@ from megalite.plan.stacks import (
     stack_waiting_table,
 )
 from megalite.plan.waiting_tables import waiting_table
+from megalite.programs.check import most_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ As in least_time.py the bounds are valid for every cut of the layers into chunks
 from dataclasses import dataclass
 
 from megalite.plan.activations import head_table, layer_table, logits_bytes, total
-from megalite.plan.candidates import Candidate
 from megalite.plan.chunk_tables import ChunkPart, recomputed_bytes
 from megalite.plan.sharing import Held
 from megalite.plan.waiting_tables import waiting_table
@@ -68,14 +67,3 @@ class Rates:
             shared += self.gradient
             routed += self.gradient_routed
         return shared * held.shared + routed * held.routed
-
-
-def least_held(one: Candidate, micro_batches: int) -> list[int]:
-    """By pipe rank, a lower bound of the number of micro-batches whose layers it keeps at the same time."""
-    p = one.pipe
-    match one.schedule:
-        case "interleaved":  # before its first backward, for the chunk that has the fewest
-            return [min(p, 2 * (p - 1 - rank) + 1) for rank in range(p)]
-        case "zb-v":
-            return [1] * p
-    return [min(micro_batches, p - rank) for rank in range(p)]

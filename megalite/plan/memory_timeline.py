@@ -20,7 +20,6 @@ from megalite.model.spec import TransformerSpec
 from megalite.model.transformer import Recompute
 from megalite.parallel.layers import share
 from megalite.parallel.loss import IN_CACHE
-from megalite.pipeline.program import Program
 from megalite.plan.activations import (
     FP32,
     Forward,
@@ -41,6 +40,7 @@ from megalite.plan.stacks import (
     stack_waiting_table,
 )
 from megalite.plan.waiting_tables import waiting_table
+from megalite.programs.program import Program
 
 OF_WEIGHT = "loss: gradient of its weight"
 HEAD = -1  # stands for the head, whose gradients come with I, instead of a chunk's number

@@ -1,7 +1,7 @@
 """What `--check` and the start of a run print about the pipeline."""
 
-from megalite.pipeline.check import most_bytes
 from megalite.pipeline.pipeline_plan import PipelinePlan
+from megalite.programs.check import most_bytes
 
 
 def pipeline_lines(plan: PipelinePlan, micro_batches: int) -> list[str]:

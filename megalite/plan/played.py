@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalite.pipeline.check import most_bytes
 from megalite.pipeline.cut import ModelCosts
 from megalite.pipeline.lengths import KINDS, Lengths
 from megalite.pipeline.pipeline_plan import PipelinePlan, make_plan
@@ -22,6 +21,7 @@ from megalite.plan.candidates import Candidate
 from megalite.plan.sharing import Held, Sharing
 from megalite.plan.step_time import PLAYED, hop_seconds, lengths_of, played_micro_batches
 from megalite.plan.work import Work
+from megalite.programs.check import most_bytes
 
 NEAR = 0.99
 

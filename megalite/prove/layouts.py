@@ -14,7 +14,7 @@ from megalite.config.sections import BatchRamp
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.model.parameter_groups import check_parameter_groups
-from megalite.pipeline.schedules import SCHEDULES
+from megalite.programs.schedules import SCHEDULES
 from megalite.ranks.arguments import ArgumentParser, at_least
 
 LEAST_EPSILON = 1e-4

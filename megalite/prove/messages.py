@@ -40,6 +40,7 @@ from megalite.parallel.grid import Grid
 from megalite.parallel.loss import IGNORED
 from megalite.pipeline.actions import Pipeline
 from megalite.plan.dry_run import DryRunError, fake_world
+from megalite.programs.schedules import SCHEDULES
 from megalite.training.batches import MicroBatch, rows_of
 from megalite.training.step import train_step
 
@@ -196,7 +197,7 @@ def shrunken(config: Config) -> Config:
         model["pad_token_id"] = 0
     length = 8 * tensor * context
     micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
-    if parallel.schedule == "interleaved":
+    if SCHEDULES[parallel.schedule].whole_groups:
         micro_batches = max(parallel.pipe, micro_batches // parallel.pipe * parallel.pipe)
     document |= {
         "train_batch_size": micro_batches * data,

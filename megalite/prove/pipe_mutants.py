@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.model.families import read_spec
 from megalite.pipeline.steps import Receive
+from megalite.programs.schedules import ends_together
 from megalite.prove.planting import change_forward
 from megalite.prove.trace import Plant, Session
 
@@ -23,7 +24,10 @@ def of_the_pipe(config: Config) -> Iterable[tuple[str, Plant]]:
         if config.data.reset_attention:
             yield "the last stage uses micro-batch 0's documents", _stale_documents
     spec = read_spec(config.model)
-    is_tied = spec.tied and config.parallel.schedule != "zb-v"
+    parallel = config.parallel
+    is_tied = spec.tied and not ends_together(
+        parallel.schedule, parallel.pipe, parallel.chunks_a_rank
+    )
     if (is_tied or spec.stacks is not None) and config.zero_stage in (1, 2):
         yield "the tied gradients are not summed", _tied_sums(0)
         yield "the tied gradients are summed twice", _tied_sums(2)

@@ -12,6 +12,7 @@ import megalite.parallel.loss as loss_over
 from megalite.config import Config
 from megalite.parallel.collectives import Split
 from megalite.parallel.grid import Axis
+from megalite.programs.schedules import make_program
 from megalite.prove.planting import put
 from megalite.prove.trace import Plant, Session
 
@@ -25,7 +26,9 @@ def of_the_tensor_axis(config: Config) -> Iterable[tuple[str, Plant]]:
     for owner, method in names:
         yield f"collectives.{owner}.{method}: the sum is missing", _sums_of(owner, method, 0)
         yield f"collectives.{owner}.{method}: the sum is computed twice", _sums_of(owner, method, 2)
-    if config.zero_stage != 3 and config.parallel.schedule in ("1f1b", "interleaved"):
+    parallel, count = config.parallel, config.accumulation_steps
+    program = make_program(parallel.schedule, parallel.pipe, count, parallel.chunks_a_rank)
+    if config.zero_stage != 3 and not program.splits_backward:
         yield "columns._begin_sum: the sum is missing", _sums_of_columns(0)
         yield "columns._begin_sum: the sum is computed twice", _sums_of_columns(2)
     yield "the loss does not sum over the vocabulary's parts", _loss_alone

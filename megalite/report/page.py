@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megalite.programs.schedules import SCHEDULES
 from megalite.report import pipeline, run_timeline
 from megalite.report.charts import COLOURS, Chart, Curve, Mark, Points, smoothed, svg, thinned
 from megalite.report.numbers import clock, gib, percent, short
@@ -209,8 +210,9 @@ def _pipeline(run: RunFolder) -> str:
     p, v = len(rows), about["chunks"]
     lines = [f"Schedule {schedule}, {m} micro-batches per step."]
     lines.append(f"Bubble simulated with this model's cut: {percent(about['bubble'])}.")
-    if found := pipeline.formula(schedule, p, m, v):
-        lines.append(f"Formula for equal stages: {found[0]} = {percent(found[1])}.")
+    if schedule in SCHEDULES:
+        formula, share = SCHEDULES[schedule].bubble(p, m, v)
+        lines.append(f"Formula for equal stages: {formula} = {percent(share)}.")
     step, measured = pipeline.measured(run.trace, axes)
     if measured:
         lines.append(f"Measured in step {step}: {percent(pipeline.bubble(measured))}.")

@@ -65,22 +65,6 @@ def bubble(rows: Rows) -> float:
     return 1 - busy / (len(rows) * (end - start)) if end > start else 0.0
 
 
-def formula(schedule: str, p: int, m: int, v: int) -> tuple[str, float] | None:
-    """The bubble of equal stages, as a share of the step: a formula and its value. A rank is idle for p - 1 slots
-    besides its work (arXiv 2104.04473, section 2.2, and 2401.10241, section 3). p ranks, m micro-batches, v chunks per
-    rank; with split backwards a micro-batch takes three units of time: F, I and W."""
-    match schedule:
-        case "1f1b":
-            return "(p − 1) / (m + p − 1)", (p - 1) / (m + p - 1)
-        case "interleaved":
-            return "(p − 1) / (v·m + p − 1)", (p - 1) / (v * m + p - 1)
-        case "zb-h1":
-            return "(p − 1) / (3·m + p − 1)", (p - 1) / (3 * m + p - 1)
-        case "zb-v":
-            return "(p − 1) / (6·m + p − 1)", (p - 1) / (6 * m + p - 1)
-    return None
-
-
 def strip(rows: Rows, caption: str) -> str:
     """The strip chart as SVG."""
     start, end = _bounds(rows)

@@ -8,7 +8,6 @@ from pydantic_core import PydanticUndefined
 
 from megalite.config import Config
 from megalite.model.spec import TransformerSpec
-from megalite.pipeline.check import check
 from megalite.pipeline.pipeline_plan import PipelinePlan, plan_of
 from megalite.plan.states import (
     grid_at,
@@ -16,6 +15,7 @@ from megalite.plan.states import (
     predicted_activations,
     predicted_states,
 )
+from megalite.programs.check import check
 from megalite.topology.axes import AxisSizes
 
 SHOWN_ROUNDS = 4  # micro-batches per pipe rank in the step that is drawn

@@ -18,7 +18,7 @@ from megalite.data.position import Position
 from megalite.engine.collective_spans import WORLD, recording_collectives
 from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import RANK_TIMELINE, Span
-from megalite.pipeline.program import Action, Value
+from megalite.programs.program import Action, Value
 from megalite.report.read import TRACE
 from megalite.report.trace_events import Event, process_name
 from megalite.topology.axes import PLANES

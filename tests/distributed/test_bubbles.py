@@ -13,13 +13,13 @@ from torch import Tensor
 from megalite.parallel.deferred import WeightGradients
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
-from megalite.pipeline.check import check
 from megalite.pipeline.cut import LayerCosts, ModelCosts
 from megalite.pipeline.pipeline_plan import PipelinePlan, make_plan
+from megalite.programs.check import check
+from megalite.programs.schedules import SCHEDULES
 from tests.ranks import run_ranks
 
 UNIT_SECONDS, STEPS, WITHIN = 0.2, 3, 0.01
-SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-v")
 
 
 class _Sleeps(torch.autograd.Function):

@@ -16,6 +16,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "errors": 20,
     "inputs": 100,
     "other_formats": 90,
+    "programs": 420,
     "config": 2490,
     "topology": 120,
     "ranks": 805,  # a failed rank under NCCL ends its process itself; interfaces that other nodes reach
@@ -24,7 +25,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "data": 3680,
     "checkpoint": 1420,
     "hub": 845,
-    "pipeline": 1250,  # sends are waited for once they are known to have arrived
+    "pipeline": 865,  # sends are waited for once they are known to have arrived
     "plan": 4110,  # the planner with its timeline of memory, the dry run and calibration
     "engine": 1530,  # gathers follow the update, and memory that another stream still uses is kept
     "guard": 670,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megalite.pipeline.interpreter import Interpreter
-from megalite.pipeline.program import Action, Value
 from megalite.pipeline.steps import Act, Receive, Send, Step, Wait
+from megalite.programs.program import Action, Value
 
 
 class Mailbox:

@@ -20,7 +20,7 @@ from megalite.pipeline.actions import Pipeline
 from megalite.pipeline.cut import LayerCosts, ModelCosts
 from megalite.pipeline.forwards import Forwards
 from megalite.pipeline.pipeline_plan import make_plan
-from megalite.pipeline.schedules import SCHEDULES
+from megalite.programs.schedules import SCHEDULES
 from tests.nccl_order import Call, Recorder, stuck
 
 BATCH = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

@@ -19,9 +19,9 @@ from megalite.parallel.grid import Axis, Grid
 from megalite.pipeline.actions import Pipeline, _TrainingStep
 from megalite.pipeline.cut import ModelCosts
 from megalite.pipeline.pipeline_plan import make_plan
-from megalite.pipeline.program import needs
 from megalite.plan.activations import Forward
 from megalite.plan.kept import kept_by
+from megalite.programs.program import needs
 from tests.small_models import MODELS, VOCABULARY
 
 PIPE, COUNT, BATCH, LENGTH, LAYERS = 3, 6, 5, 24, 12

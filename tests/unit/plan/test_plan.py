@@ -15,11 +15,8 @@ from megalite.config import Config, check_model
 from megalite.errors import ConfigError
 from megalite.model.families import read_spec
 from megalite.parallel.grid import Grid
-from megalite.pipeline.check import check
 from megalite.pipeline.lengths import Lengths
 from megalite.pipeline.pipeline_plan import make_plan
-from megalite.pipeline.program import Program
-from megalite.pipeline.schedules import SCHEDULES, make_program
 from megalite.plan import published
 from megalite.plan.candidates import (
     Candidate,
@@ -35,6 +32,9 @@ from megalite.plan.played import Programs
 from megalite.plan.rank_memory import MemoryTable, SizesByStage
 from megalite.plan.search import PlannedLayout, Planner
 from megalite.plan.states import parameter_sizes, predicted_activations, predicted_states
+from megalite.programs.check import check
+from megalite.programs.program import Program
+from megalite.programs.schedules import SCHEDULES, make_program
 from megalite.training.mfu import DATA_SHEET_TFLOPS
 from megalite.training.pretraining import main as pretrain
 from tests.small_models import MODELS

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from megalite.config import Config, check_model, load_config
 from megalite.model.compiled import compile_pieces
@@ -72,6 +74,15 @@ def test_messages_of_shipped_configs_match(name: str) -> None:
     config = shipped(name)
     found = match(calls_of_all(shrunken(config)))
     assert found["collectives"] > 0 and (found["messages"] > 0) == (config.parallel.pipe > 1)
+
+
+def test_messages_are_tried_on_the_cpu_of_a_machine_with_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus = CUDA_Accelerator()
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", gpus)
+    assert match(calls_of_all(small()))["collectives"] > 0
+    assert real_accelerator.get_accelerator() is gpus
 
 
 @pytest.mark.parametrize("name", ROWS)

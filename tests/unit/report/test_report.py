@@ -14,10 +14,10 @@ import pytest
 from megalite.errors import ConfigError, DataError
 from megalite.parallel.grid import Grid
 from megalite.parallel.timeline import Span as Timed
-from megalite.pipeline.program import Action
+from megalite.programs.program import Action
 from megalite.report.charts import smoothed, thinned
 from megalite.report.numbers import short, ticks
-from megalite.report.pipeline import DrawnSpan, bubble, formula, measured
+from megalite.report.pipeline import DrawnSpan, bubble, measured
 from megalite.report.rank_table import MOST_CELLS, grid_picture, memory_table
 from megalite.report.read import MOST_ROWS, read_run
 from megalite.report.report_program import main, write_report
@@ -211,25 +211,6 @@ def test_numbers_are_short_and_ticks_are_round() -> None:
     ]  # fmt: skip
     assert ticks(0.3, 10.2) == pytest.approx([2, 4, 6, 8, 10])
     assert ticks(1.0, 1.0) == [1.0]
-
-
-def test_formulas_are_those_of_programs_of_equal_stages() -> None:
-    """Compared with the simulated clock."""
-    from megalite.pipeline.check import check
-    from megalite.pipeline.schedules import make_program
-
-    for schedule, v in (
-        ("1f1b", 1),
-        ("interleaved", 2),
-        ("interleaved", 3),
-        ("zb-h1", 1),
-        ("zb-v", 2),
-    ):
-        for p, m in ((2, 4), (4, 8), (4, 16)):
-            found = formula(schedule, p, m, v)
-            assert found is not None
-            simulated = check(make_program(schedule, p, m, v)).bubble
-            assert found[1] == pytest.approx(simulated), (schedule, p, m, v)
 
 
 def test_bubbles_are_named_and_measured() -> None:

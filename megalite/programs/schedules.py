@@ -7,16 +7,19 @@
 | zb-h1       | 1             | zero bubble with 1F1B's memory, arXiv 2401.10241, section 4                   |
 | zb-v        | 2, in a V     | zero bubble, two chunks per rank, arXiv 2401.10241, section 6; 2405.15362   |
 
-p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES. Next: check.py.
+p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES, which config,
+planner, report, proofs and tests read. Next:
+check.py.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from heapq import heappop, heappush
-from typing import NamedTuple
 
-from megalite.pipeline.check import Cost, ProgramError, equal_costs
-from megalite.pipeline.program import Action, Kind, Program
+from megalite.programs.check import Cost, ProgramError, equal_costs
+from megalite.programs.program import Action, Kind, Program
 
 
 def straight(p: int) -> tuple[int, ...]:
@@ -198,24 +201,75 @@ class _Lister:
             heappush(self.moments, (end, self.home[neighbour]))
 
 
-class PipelineSchedule(NamedTuple):
-    """home(p, v): the rank of each chunk. program(p, m, v, cost): the program."""
+@dataclass(frozen=True, kw_only=True)
+class PipelineSchedule:
+    """What the rest of megalite needs to know of a schedule.
 
+    about: for its users. home(p, v): the rank of each chunk. program(p, m, v, cost): the program. bubble(p, m, v): of
+    equal stages, with I and W each as long as F, as a share of the step: a formula and its value. chunks: per rank;
+    None if the user chooses. whole_groups: p must divide m. least_held(p, m): by rank, a lower bound of the
+    micro-batches whose layers it keeps at the same time, on any cut into chunks.
+    """
+
+    about: str
     home: Callable[[int, int], tuple[int, ...]]
     program: Callable[[int, int, int, Cost], Program]
+    bubble: Callable[[int, int, int], tuple[str, float]]
+    chunks: int | None = 1
+    whole_groups: bool = False
+    least_held: Callable[[int, int], list[int]] = lambda p, m: [1] * p
+
+
+def _ahead(p: int, m: int) -> list[int]:
+    """What the ranks keep with one chunk each, if they start all forwards that 1F1B's warm-up has."""
+    return [min(m, p - rank) for rank in range(p)]
 
 
 SCHEDULES = {
-    "1f1b": PipelineSchedule(lambda p, v: straight(p), lambda p, m, v, cost: one_f_one_b(p, m)),
-    "interleaved": PipelineSchedule(round_robin, lambda p, m, v, cost: interleaved(p, m, v)),
-    "zb-h1": PipelineSchedule(lambda p, v: straight(p), lambda p, m, v, cost: zb_h1(p, m)),
-    "zb-v": PipelineSchedule(lambda p, v: v_shaped(p), lambda p, m, v, cost: zb_v(p, m, cost)),
+    "1f1b": PipelineSchedule(
+        about="one chunk of layers per rank",
+        home=lambda p, v: straight(p),
+        program=lambda p, m, v, cost: one_f_one_b(p, m),
+        bubble=lambda p, m, v: ("(p − 1) / (m + p − 1)", (p - 1) / (m + p - 1)),
+        least_held=_ahead,
+    ),
+    "interleaved": PipelineSchedule(
+        about="several chunks per rank, for a smaller bubble and more messages",
+        home=round_robin,
+        program=lambda p, m, v, cost: interleaved(p, m, v),
+        bubble=lambda p, m, v: ("(p − 1) / (v·m + p − 1)", (p - 1) / (v * m + p - 1)),
+        chunks=None,
+        whole_groups=True,
+        # Before a rank's first backward, of the chunk with the fewest.
+        least_held=lambda p, m: [min(p, 2 * (p - 1 - rank) + 1) for rank in range(p)],
+    ),
+    "zb-h1": PipelineSchedule(
+        about="weight gradients fill the bubble",
+        home=lambda p, v: straight(p),
+        program=lambda p, m, v, cost: zb_h1(p, m),
+        bubble=lambda p, m, v: ("(p − 1) / (3·m + p − 1)", (p - 1) / (3 * m + p - 1)),
+        least_held=_ahead,
+    ),
+    "zb-v": PipelineSchedule(
+        about="weight gradients fill the bubble, with two chunks per rank in a V shape: the smallest bubble",
+        home=lambda p, v: v_shaped(p),
+        program=lambda p, m, v, cost: zb_v(p, m, cost),
+        bubble=lambda p, m, v: ("(p − 1) / (6·m + p − 1)", (p - 1) / (6 * m + p - 1)),
+        chunks=2,
+    ),
 }
 
 
 def home_of(schedule: str, p: int, v: int) -> tuple[int, ...]:
-    """The rank that holds each chunk under a schedule. v: chunks per rank, for `interleaved`."""
+    """The rank that holds each chunk. v: chunks per rank, for schedules whose user chooses."""
     return SCHEDULES[schedule].home(p, v)
+
+
+@cache
+def ends_together(schedule: str, p: int, v: int) -> bool:
+    """Whether one rank holds the first and the last chunk, and so both uses of a tied embedding."""
+    home = home_of(schedule, p, v)
+    return home[0] == home[-1]
 
 
 def make_program(schedule: str, p: int, m: int, v: int, cost: Cost = equal_costs) -> Program:

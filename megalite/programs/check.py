@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megalite.errors import MegaliteError
-from megalite.pipeline.program import Action, Kind, Program, Value
+from megalite.programs.program import Action, Kind, Program, Value
 
 Cost = Callable[[Kind, int], float]
 """Time of an action, by its kind and chunk, in any unit."""
