@@ -139,7 +139,19 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
                 session = session.resumed(step + 1, folder / "run")
                 plant(session, "resumed", stack)
         figures[-1]["evaluation"] = session.evaluate(steps)
-        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "slices": slices}))
+        written = {"figures": figures, "slices": slices, "adam": _adam(session.engine)}
+        (folder / f"rank{rank}.json").write_text(json.dumps(written))
+
+
+def _adam(engine: Engine) -> dict[str, float] | None:
+    """The highest learning rate of a parameter group, the decay rates of the moments, and epsilon; None without
+    Adam."""
+    optimizer: Any = engine.basic_optimizer
+    if "betas" not in optimizer.defaults:
+        return None
+    groups: Any = engine.optimizer.param_groups  # type: ignore[union-attr]
+    (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
+    return {"lr": max(g["lr"] for g in groups), "beta1": beta1, "beta2": beta2, "eps": eps}
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
@@ -180,7 +192,7 @@ class Piece:
 
 class Trace:
     """The output of `record` on all ranks. figures[rank][step] has loss and norm, in the last step also the
-    evaluation."""
+    evaluation. adam: Adam's parameters (`_adam`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -188,6 +200,7 @@ class Trace:
         written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
         self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
         self.slices: list[dict[str, dict[str, Any]]] = [rank["slices"] for rank in written]
+        self.adam: dict[str, float] | None = written[0]["adam"]
         self._usual: dict[int, dict[str, float]] = {}
         self._weights: tuple[int, dict[str, Tensor]] = -2, {}
 

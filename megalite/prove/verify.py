@@ -133,8 +133,9 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
 
     A tensor's difference is relative to its norm, or to the norm of a tensor with elements of its kind's usual size if
     that is larger: some gradients are only rounding, above all those of key biases, which softmax ignores. The update
-    of a weight in the step is compared too, since a missing weight decay is small compared with the weight. The
-    difference is infinite if a copy is not equal to the piece that counts, or if no rank holds some elements.
+    of a weight in the step is compared too, since a missing weight decay is small compared with the weight; what
+    rounding causes (`_slope`) does not count. The difference is infinite if a copy is not equal to the piece that
+    counts, or if no rank holds some elements.
     """
     for figure in one.figures[0][step].keys() & other.figures[0][step].keys():
         wanted = one.figures[0][step][figure]
@@ -151,25 +152,42 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
         return
     wanted_before, before = one.weights(step - 1), other.weights(step - 1)
     wanted_tensors, usual = one.full(step), one.usual(step)
+    mean, moved = dict[str, float](), dict[str, float]()
     for (key, wanted, _), (_, full, pieces) in zip(wanted_tensors, other.full(step), strict=True):
         kind, _, name = key.partition("/")
         norm = max(wanted.double().norm().item(), usual[kind] * wanted.numel() ** 0.5, 1e-30)
         ratio, rank = _tensor_difference(wanted, full, pieces, norm)
         yield key, ratio, rank
-        if kind == "weight":
+        if kind == "exp_avg":
+            mean[name] = norm / wanted.numel() ** 0.5
+        elif kind == "exp_avg_sq" and one.adam is not None:
+            moved[name] = LEAST_TENSOR * mean[name] * _slope(wanted, step, **one.adam)
+        elif kind == "weight":
+            # Half a unit in the last place of each weight on both sides, and what rounded gradients cause.
+            rounding = UNIT_IN_LAST_PLACE * norm + moved.get(name, 0.0)
+            update = full - before[name]
             yield (
                 f"update/{name}",
-                *_update_difference(wanted - wanted_before[name], full - before[name], norm, rank),
+                _update_difference(wanted - wanted_before[name], update, rounding),
+                rank,
             )
 
 
-def _update_difference(
-    wanted: Tensor, update: Tensor, weight_norm: float, rank: int
-) -> tuple[float, int]:
-    """Relative to the update's norm; half a unit in the last place of each weight on both sides is rounding."""
-    rounding = UNIT_IN_LAST_PLACE * weight_norm
+def _slope(
+    second_moment: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+) -> float:
+    """The change of a weight per change of its first moment, by Adam's formula; the norm over all elements that have a
+    gradient. An element whose gradient's terms cancel out is divided by little more than epsilon: rounding, which is
+    relative to the terms, moves it far, and it may be the only one of a small tensor."""
+    root = (second_moment.double() / (1 - beta2 ** (step + 1))).sqrt() + eps
+    slopes = lr / (1 - beta1 ** (step + 1)) / root
+    return slopes[second_moment > 0].norm().item()
+
+
+def _update_difference(wanted: Tensor, update: Tensor, rounding: float) -> float:
+    """Relative to the update's norm, without rounding."""
     distance = max(0.0, (update - wanted).double().norm().item() - rounding)
-    return distance / max(wanted.double().norm().item(), rounding, 1e-30), rank
+    return distance / max(wanted.double().norm().item(), rounding, 1e-30)
 
 
 def _tensor_difference(

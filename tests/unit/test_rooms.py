@@ -32,7 +32,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "report": 925,
     "training": 2675,
     "inference": 1600,
-    "prove": 2815,  # mutants: a file for each part of a run
+    "prove": 2840,  # mutants: a file for each part of a run; rounding that Adam magnifies
     "supervisor": 855,
     "doctor": 445,
     "races": 1075,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalite.prove.layouts import Layout
 from megalite.prove.trace import Trace
-from megalite.prove.verify import Spread, Verdict, _changes, differences, table
+from megalite.prove.verify import Spread, Verdict, _changes, _slope, differences, table
 
 Values = dict[str, Tensor]
 STEPS = 2
@@ -55,7 +55,8 @@ def written(folder: Path, change: Callable[[int, int, Values], Any] | None = Non
             name = f"step{step}" if step >= 0 else "start"
             save_file(held, folder / f"{name}_rank{rank}.safetensors")
         figures = [{"loss": 3.0 - step, "norm": 0.5} for step in range(STEPS)]
-        (folder / f"rank{rank}.json").write_text(json.dumps({"figures": figures, "slices": slices}))
+        record = {"figures": figures, "slices": slices, "adam": None}
+        (folder / f"rank{rank}.json").write_text(json.dumps(record))
     return Trace(folder)
 
 
@@ -157,3 +158,27 @@ def test_the_table_has_a_row_for_each_layout(spread: Spread, tmp_path: Path) -> 
     assert head.split()[:3] == ["layout", "loss", "norm"]
     for row, layout, word in zip(rows, layouts, ("agrees", "differs"), strict=True):
         assert row.startswith(str(layout)) and row.endswith(word)
+
+
+def test_the_slope_is_that_of_torchs_adam() -> None:
+    """By a small change of each gradient's element, in the third step."""
+    adam = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-4}
+    gradients = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients[:, 3] = 1e-6  # its terms cancel out
+    gradients[:, 5] = 0.0  # an unseen token's
+
+    def trained(change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weight = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([weight], lr=adam["lr"], betas=(0.9, 0.95), eps=adam["eps"])
+        for gradient in (*gradients[:2], gradients[2] + change):
+            weight.grad = gradient
+            optimizer.step()
+        return weight.detach(), optimizer.state[weight]
+
+    (weight, state), change = trained(torch.zeros(())), torch.zeros(16, dtype=torch.float64)
+    change[3] = 1e-9
+    moved, other = trained(change)
+    moment = (other["exp_avg"] - state["exp_avg"])[3]
+    alone = _slope(state["exp_avg_sq"][3:4], 2, **adam)
+    assert alone == pytest.approx(abs((moved - weight)[3] / moment).item(), rel=0.05)
+    assert alone > 0.9 * _slope(state["exp_avg_sq"], 2, **adam), "one element outweighs all others"
