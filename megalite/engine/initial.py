@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
@@ -63,19 +62,15 @@ def make_shards(
 
     def receive(value: Any, values: Tensor | None, axis: Axis, source: int) -> None:
         shard = value.ds_tensor
-        # NCCL sends only device memory; with offload_param the shards are in main memory.
-        received = torch.empty_like(shard, device=device)
-        parts = None
+        # On the device, since NCCL sends only its memory: with offload_param the shards are in main memory.
+        whole = torch.zeros(shard.numel() * axis.size, dtype=dtype, device=device)
         if values is not None:
-            flat = values.reshape(-1).to(device, dtype)
-            missing = shard.numel() * axis.size - flat.numel()
-            flat = F.pad(flat, (0, missing)) if missing else flat
-            parts = [_bytes_of(part) for part in flat.chunk(axis.size)]
+            whole[: values.numel()].copy_(values.reshape(-1))
         if axis.size > 1:
-            dist.scatter(_bytes_of(received), parts, axis.ranks[source], group=axis.group)
-        elif parts is not None:
-            _bytes_of(received).copy_(parts[0])
-        shard.copy_(received)
+            # Not dist.scatter: NCCL has none, so torch sends a message from the source to each rank. With every rank as
+            # a source once, each would connect to all others.
+            dist.broadcast(_bytes_of(whole), axis.ranks[source], group=axis.group)
+        shard.copy_(whole.narrow(0, axis.rank * shard.numel(), shard.numel()))
 
     for value, placement in placed(stage):
         whole = torch.empty(placement.shape, dtype=dtype, device=device)

@@ -219,6 +219,8 @@ def shrunken(config: Config) -> Config:
         megalite["data"]["objective"]["source_length"] = length // 2
     megalite["train"].pop("batch_ramp", None)
     megalite["train"].pop("parameter_groups", None)
+    if megalite["train"].pop("epochs", None) is not None:  # of a corpus that is not read
+        megalite["train"]["steps"] = 1
     return Config.from_dict(document).resolve(parallel.pipe * tensor * context * data)
 
 

@@ -5,6 +5,7 @@ Whether a machine has GPUs at all is decided in config/rules.py, which needs no 
 
 import os
 import resource
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,58 @@ def gpu_memory_bytes() -> int | None:
 
     module: Any = torch.get_device_module()
     return module.get_device_properties(0).total_memory
+
+
+def unused_gpu_line() -> str | None:
+    """A line for a machine with a GPU that torch does not see, unless the user has hidden its GPUs."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    if hidden or not machine_has_gpu() or os.environ.get("DS_ACCELERATOR"):
+        return None
+    import torch
+
+    what = f"the machine has a GPU, but torch {torch.__version__} sees none"
+    return (
+        f"{socket.gethostname()}: {what}: training on the CPU (DS_ACCELERATOR=cpu hides this line)"
+    )
+
+
+def check_same_device(store: Any, on_gpus: bool) -> None:
+    """Raises ConfigError unless the ranks of all nodes compute on GPUs, or all on CPUs: otherwise the ranks with GPUs
+    would wait for the others in NCCL. Called once per node. store: shared by all ranks."""
+    host = socket.gethostname()
+    first = store.compare_set("device", "", f"{'GPU' if on_gpus else 'CPU'} {host}").decode()
+    kind, _, first_host = first.partition(" ")
+    if (kind == "GPU") != on_gpus:
+        without = first_host if on_gpus else host
+        raise ConfigError(
+            f"{without}: ranks compute on the CPU there, and on GPUs on other nodes: must be the same on all nodes "
+            "(does torch see its GPUs? DS_ACCELERATOR=cpu trains without GPUs)"
+        )
+
+
+class SharedCores:
+    """Divides a node's cores among its ranks. A launcher binds each rank to its own cores, as Slurm does, or to none.
+    Ranks that may use the same cores report them under one name. store: shared by all ranks."""
+
+    def __init__(self, store: Any) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        self.store, self.count = store, len(cores)
+        self.name = f"cores/{socket.gethostname()}/{','.join(map(str, cores))}"
+        store.add(self.name, 1)
+
+    def own(self) -> int:
+        """Number of cores for this rank, at least 1. Must be called when all ranks of the node have reported theirs."""
+        return max(1, self.count // self.store.add(self.name, 0))
+
+
+def device_name() -> str:
+    """The name of what this rank computes on: a GPU's, or "CPU"."""
+    if not visible_gpus():
+        return "CPU"
+    import torch
+
+    module: Any = torch.get_device_module()
+    return module.get_device_name()
 
 
 def own_gpu(local_rank: int, local_size: int, visible: int) -> int:
@@ -121,10 +174,12 @@ def library_settings(
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
-def sum_in_fp32() -> None:
-    """Makes matrix products of 16-bit dtypes accumulate in fp32 throughout, also in split-K kernels."""
+def use_exact_products() -> None:
+    """Makes matrix products of 16-bit dtypes accumulate in fp32 throughout, also in split-K kernels, and keeps fp32
+    products from TF32, which an environment variable of some images allows."""
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 

@@ -24,12 +24,15 @@ from megalite.errors import ConfigError, UserError
 from megalite.ranks.arguments import MOST_PORT
 from megalite.ranks.devices import (
     GPUNames,
+    SharedCores,
+    check_same_device,
     gpu_name,
     library_settings,
     name_gpu,
     own_gpu,
     raise_open_files,
-    sum_in_fp32,
+    unused_gpu_line,
+    use_exact_products,
     visible_gpus,
 )
 from megalite.ranks.local import free_port
@@ -69,17 +72,21 @@ def start_ranks(
     raise_open_files()
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
+    if threads_unset := "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
     store = _meet(here)
-    _quieten(here.rank)
+    cores = SharedCores(store)
+    _quieten(here)
     visible = visible_gpus()
     if visible == 0:
-        # Perhaps despite the driver's files: GPUs are hidden, or this torch has no support for them.
+        if here.local_rank == 0 and (line := unused_gpu_line()) is not None:
+            print_line(RuntimeError(line))
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    sum_in_fp32()
-    prepared = _agree(store, here, _after_gpus(store, here, visible, prepare), differs)
+    use_exact_products()
+    prepared = _agree(store, here, _after_devices(store, here, visible, prepare), differs)
     RankInfo.started = True
+    if threads_unset:
+        torch.set_num_threads(cores.own())
     _join_world(store, here, visible, timeout(prepared))
     return here, prepared
 
@@ -131,19 +138,20 @@ def _join_world(store: Any, here: RankInfo, visible: int, timeout: timedelta) ->
         deepspeed.init_distributed(verbose=False)
 
 
-def _after_gpus(
+def _after_devices(
     store: Any, here: RankInfo, visible: int, prepare: Callable[[bool], T]
 ) -> Callable[[bool], T]:
-    """`prepare`, preceded by a check that this node has a GPU for each of its ranks, unless they compute on the CPU.
-    visible: number of GPUs that each rank sees."""
-    if visible >= here.local_size or (visible == 0 and not machine_has_gpu()):
-        return prepare
-    names = GPUNames(store, socket.gethostname())
-    if visible == 1:
+    """`prepare`, preceded by a check that all nodes compute on GPUs or all on CPUs, and that this node has a GPU for
+    each of its ranks. visible: number of GPUs that each rank sees."""
+    names, on_gpus = GPUNames(store, socket.gethostname()), visible > 0 or machine_has_gpu()
+    too_few = on_gpus and visible < here.local_size
+    if too_few and visible == 1:
         names.report(gpu_name(0), here.local_size)
 
     def check_and_prepare(thorough: bool) -> T:
         if thorough:
+            check_same_device(store, on_gpus)
+        if thorough and too_few:
             own_gpu(here.local_rank, here.local_size, visible)
             names.check(here.local_size)
         return prepare(thorough)
@@ -303,10 +311,14 @@ def interface_towards(address: str) -> str | None:
     return None
 
 
-def _quieten(rank: int) -> None:
-    """Limits libraries' log output to warnings on rank 0 and errors on the other ranks."""
+def _quieten(here: RankInfo) -> None:
+    """Limits libraries' log output to warnings on rank 0 and errors on the other ranks. One rank of each node shows
+    what torch finds wrong with the node's GPUs."""
+    rank = here.rank
     level = logging.WARNING if rank == 0 else logging.ERROR
     warnings.filterwarnings("ignore")
+    if here.local_rank == 0:
+        warnings.filterwarnings("default", category=UserWarning, module=r"torch\.cuda\b")
     for name in ("megalite", "DeepSpeed", "deepspeed", "torch.distributed", "transformers"):
         logging.getLogger(name).setLevel(level)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning" if rank == 0 else "error")

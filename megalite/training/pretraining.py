@@ -35,7 +35,7 @@ from megalite.plan.plan_program import epochs_line, plan_line, size_line
 from megalite.plan.rank_memory import check_states
 from megalite.plan.states import memory_lines
 from megalite.ranks.arguments import ArgumentParser, at_least
-from megalite.ranks.devices import be_deterministic, gpu_memory_bytes
+from megalite.ranks.devices import be_deterministic, device_name, gpu_memory_bytes
 from megalite.ranks.garbage import collect_garbage, hold_garbage
 from megalite.ranks.launch import start_ranks, stop_ranks
 from megalite.ranks.rank_info import MOST_RANKS, RankInfo, rank_info
@@ -364,7 +364,7 @@ def _train(prepared: PreparedRun, rank: int) -> int:
         phase = Phases(rank == 0)
         hosts = len(set(watchdog.hosts))
         ranks = f"{grid.world_size} rank{'s' if grid.world_size > 1 else ''}"
-        phase(f"connected: {ranks} on {hosts} host{'s' if hosts > 1 else ''}")
+        phase(f"connected: {ranks} on {hosts} host{'s' if hosts > 1 else ''}, {device_name()}")
         if rank == 0 and (line := crossing_hosts(watchdog.hosts, grid.tensor.size)):
             print(line, file=sys.stderr, flush=True)
         start = starting_point(run_dir, config.train.load, config.data.classes)

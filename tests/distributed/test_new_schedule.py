@@ -84,14 +84,17 @@ def test_layouts_with_it_agree_with_one_process(folder: Path) -> None:
     assert command(folder, *words).endswith("agrees\n")
 
 
-def test_the_dry_run_checks_its_messages(folder: Path) -> None:
-    shown = command(folder, "tools/dry_run.py", "--world-size", "2", "--messages")
+def test_the_dry_run_and_the_planner_know_it(folder: Path) -> None:
+    """In one process, whose start takes longest."""
+    config = f"'--deepspeed_config', {str(folder / 'config.json')!r}, '--world-size', '2'"
+    program = (
+        "from megalite.prove import dry_run_program; from megalite.plan import plan_program;"
+        f"dry_run_program.main([{config}, '--messages']);"
+        f"plan_program.main([{config}, '--device', 'A100', '--json'])"
+    )
+    shown = command(folder, "-c", program)
     assert "schedule gpipe: complete, and its 8 messages per step cannot hang" in shown
-
-
-def test_the_planner_considers_it(folder: Path) -> None:
-    shown = command(folder, "tools/plan.py", "--world-size", "2", "--device", "A100", "--json")
-    assert "gpipe" in shown
+    assert "gpipe" in shown[shown.index("{") :], "among the planner's layouts"
 
 
 def test_its_program_holds_all_micro_batches(folder: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.pipeline_plan import plan_of
+from megalite.training import mfu
 from tests.byte_model import save_byte_model
 from tests.ranks import run_ranks
 from tests.training_runs import document, nothing, rows, train
@@ -72,6 +75,22 @@ def skewed(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def rated(folder: Path, rank: int) -> Iterator[None]:
+    """Rank r computes (r + 1) GFLOP/s. The timeout of the run's groups is written to a file of the rank."""
+    build = Grid.build
+
+    def recorded(*sizes: int, timeout: timedelta, **more: Any) -> Grid:
+        (folder / f"timeout_{rank}").write_text(str(timeout.total_seconds()))
+        return build(*sizes, timeout=timeout, **more)
+
+    with (
+        mock.patch.object(mfu, "measured_flops", lambda device, dtype: 1e9 * (rank + 1)),
+        mock.patch.object(Grid, "build", recorded),
+    ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs of the same training on different layouts: `a` and `b` on four ranks, `c` on one."""
@@ -97,8 +116,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trackers": ["recorded"],
     }
     a = of("a", {"pipe": 2, "schedule": "zb-v", "zero": 1}, **watching)
-    b = of("b", {"tensor": 2, "context": 2, "zero": 3})
-    assert run_ranks(4, train, [(a, skewed), (b, nothing)], timeout_seconds=200) == [[0, 0]] * 4
+    b = of("b", {"tensor": 2, "context": 2, "zero": 3}, limits={"step_seconds": 4000})
+    runs = [(a, skewed), (b, partial(rated, folder))]
+    assert run_ranks(4, train, runs, timeout_seconds=200) == [[0, 0]] * 4
     assert run_ranks(1, train, [(of("c", {}), nothing)]) == [[0]]
     return folder
 
@@ -164,6 +184,20 @@ def test_the_time_of_a_step_is_split_up(watched: Path) -> None:
         assert min(parts.values()) >= 0
         assert sum(parts.values()) == pytest.approx(row["step_seconds"], rel=0.5)
     assert not any("split_seconds" in row for row in rows(watched / "b"))
+
+
+def test_mfu_is_of_all_ranks_together(watched: Path) -> None:
+    made = Config.from_dict(document(watched, "b", {}))
+    spec = read_spec(json.loads((watched / "b" / "config.json").read_text())["megalite"]["model"])
+    flops_per_token = spec.flops_per_token(made.data.sequence_length, 1.0)
+    for row in rows(watched / "b"):
+        flops = row["tokens_per_second"] * flops_per_token
+        assert row["tflops_per_rank"] == pytest.approx(flops / 4 / 1e12)
+        assert row["mfu"] == pytest.approx(flops / (1e9 + 2e9 + 3e9 + 4e9))
+
+
+def test_groups_wait_longer_than_every_limit_of_the_run(watched: Path) -> None:
+    assert [(watched / f"timeout_{rank}").read_text() for rank in range(4)] == ["4300.0"] * 4
 
 
 def test_tensorboard_and_trackers_have_groups_config_and_texts(watched: Path) -> None:

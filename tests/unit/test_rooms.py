@@ -19,7 +19,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "programs": 420,
     "config": 2490,
     "topology": 120,
-    "ranks": 805,  # a failed rank under NCCL ends its process itself; interfaces that other nodes reach
+    "ranks": 855,  # nodes with and without GPUs, a GPU that torch does not see, each rank's cores
     "parallel": 1305,
     "model": 3580,  # families as values of one class; block, head and chunks in separate files; grouped heads
     "data": 3680,

@@ -134,6 +134,12 @@ def test_sums_are_in_the_form_of_sha256sum(tmp_path: Path) -> None:
     assert lines[-1].startswith("# ")
 
 
+def test_an_index_has_no_blanks(tmp_path: Path) -> None:
+    """Of a large run they would be most of it."""
+    text = (write(tmp_path / "c") / INDEX).read_text()
+    assert text == json.dumps(json.loads(text), separators=(",", ":"))
+
+
 def test_the_best_is_found_by_its_pointer_and_never_removed_for_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

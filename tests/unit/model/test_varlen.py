@@ -237,5 +237,6 @@ def test_dropout_of_attention_is_drawn_in_parts() -> None:
     samples, ranges = torch.arange(2), [range(4), range(1024), range(1024)]
     draw = functools.partial(dropped, Randomness(1, 2, samples), "layers.0.attention", 0.1, ranges)
     mask, part = draw(), dropout.AT_A_TIME["cpu"]
+    assert 8 * part <= 2**20 and 8 * dropout.AT_A_TIME_ON_DEVICES <= 2**25, "bytes of a part"
     assert mask.float().mean().item() == pytest.approx(0.1, abs=1e-3)
     assert peak_bytes(draw) < mask.nbytes + 5 * 8 * part

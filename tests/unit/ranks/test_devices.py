@@ -5,7 +5,9 @@ import contextlib
 import functools
 import os
 import resource
+import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -92,27 +94,83 @@ def driver_without_gpus(accelerator: str | None) -> Iterator[None]:
         yield
 
 
-def start_with_hidden_gpus(rank: int, world_size: int, accelerator: str | None) -> list[bool]:
-    with driver_without_gpus(accelerator):
+def start_with_hidden_gpus(
+    rank: int, world_size: int, accelerator: str | None, visible: str | None
+) -> list[Any]:
+    lines: list[str] = []
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+    def print_line(error: Exception) -> None:
+        lines.append(str(error))
+        print(error, file=sys.stderr)
+
+    with driver_without_gpus(accelerator), patch.object(launch, "print_line", print_line):
         before = launch.machine_has_gpu()
         launch.start_ranks(lambda thorough: None)
         clock = Clock()
         clock.on = True
         with clock.computing():
             pass
-        return [before, launch.machine_has_gpu(), clock.take() >= 0]
+        return [before, launch.machine_has_gpu(), clock.take() >= 0, *lines]
 
 
 def test_hidden_gpus_are_no_gpus() -> None:
-    """CUDA_VISIBLE_DEVICES is empty, or torch is a build for CPUs. The clock of a rank then cannot use events."""
-    assert run_ranks(1, start_with_hidden_gpus, None, init=False) == [[True, False, True]]
+    """The clock of a rank then cannot use events."""
+    assert run_ranks(1, start_with_hidden_gpus, None, "", init=False) == [[True, False, True]]
+
+
+@pytest.mark.parametrize("visible", [None, "7"])
+def test_a_gpu_that_torch_does_not_see_is_a_line(visible: str | None) -> None:
+    """torch is a build for CPUs, its driver does not fit, or no GPU has the chosen number."""
+    ((*_, line),) = run_ranks(1, start_with_hidden_gpus, None, visible, init=False)
+    assert line.endswith(
+        f"the machine has a GPU, but torch {torch.__version__} sees none: training on the CPU "
+        "(DS_ACCELERATOR=cpu hides this line)"
+    )
+
+
+def start_on(rank: int, world_size: int, gpus: list[int]) -> None:
+    """Starts a rank that is alone on its node, with this number of GPUs."""
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpus[rank] else "cpu"
+    with (
+        patch.object(launch, "visible_gpus", lambda: gpus[rank]),
+        patch.object(socket, "gethostname", lambda: f"node-{rank}"),
+    ):
+        launch.start_ranks(lambda thorough: None)
+
+
+@pytest.mark.parametrize("gpus", [[1, 0, 1], [0, 1, 1]])
+def test_nodes_without_gpus_among_others_are_one_line(gpus: list[int]) -> None:
+    """Under NCCL the ranks with GPUs would wait for the others."""
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(3, start_on, gpus, init=False)
+    text, line = str(failure.value), "ranks compute on the CPU there, and on GPUs on other nodes"
+    assert "died with exit code 2" in text and text.count(line) == 1, text
+    assert f"node-{gpus.index(0)}: {line}" in text
+
+
+def threads(rank: int, world_size: int, bound: bool) -> int:
+    """Threads of a rank on a node of 24 cores; bound: whether its launcher gives each rank its own cores."""
+    del os.environ["OMP_NUM_THREADS"]
+    cores = range(12 * rank, 12 * rank + 12) if bound else range(24)
+    with patch.object(os, "sched_getaffinity", lambda process: {*cores}):
+        launch.start_ranks(lambda thorough: None)
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_rank_uses_its_share_of_the_cores(bound: bool) -> None:
+    assert run_ranks(2, threads, bound, init=False) == [12, 12]
 
 
 def test_hidden_gpus_that_are_asked_for_are_a_mistake() -> None:
     with pytest.raises(
         RankFailure, match="ranks on a node: 1: must be at most the 0 GPUs"
     ) as failure:
-        run_ranks(1, start_with_hidden_gpus, "cuda", init=False)
+        run_ranks(1, start_with_hidden_gpus, "cuda", None, init=False)
     assert "died with exit code 2" in str(failure.value)
 
 
@@ -261,10 +319,12 @@ def test_slurm_gives_a_rank_its_share_of_the_cores(tmp_path: Path) -> None:
 
 
 def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
-    devices.sum_in_fp32()
-    devices.be_deterministic()
     matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = True
+    devices.use_exact_products()
+    devices.be_deterministic()
     return (
+        not matmul.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
         not matmul.allow_bf16_reduced_precision_reduction
         and not matmul.allow_fp16_reduced_precision_reduction,
@@ -273,7 +333,7 @@ def numerics(rank: int, world_size: int) -> tuple[bool, ...]:
 
 
 def test_sums_in_fp32_and_in_one_order() -> None:
-    assert run_ranks(1, numerics) == [(True, True, True)]
+    assert run_ranks(1, numerics) == [(True, True, True, True)]
 
 
 def what_a_start_sets(rank: int, world_size: int) -> dict[str, Any]:
@@ -284,7 +344,7 @@ def what_a_start_sets(rank: int, world_size: int) -> dict[str, Any]:
         os.environ.pop(name, None)
     with (
         patch.object(launch, "machine_has_gpu", lambda: True),
-        patch.object(launch, "_after_gpus", lambda store, here, visible, prepare: prepare),
+        patch.object(launch, "_after_devices", lambda store, here, visible, prepare: prepare),
     ):
         launch.start_ranks(lambda thorough: None, lambda prepared: timedelta(seconds=4321))
     assert dist.group.WORLD is not None
