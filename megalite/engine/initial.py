@@ -3,12 +3,13 @@
 A stage is built without memory (on torch's meta device). Its parameters are then allocated one by one: whole with ZeRO
 0 to 2, as a shard with ZeRO-3, so at most one parameter is whole besides the shards.
 
-Values are parallel/layers.py's `initial_slice`, the same on every layout. The ranks of an axis that need the same
-slices share the work: of every n parameters on n ranks, each rank draws one and sends it to the others. A run that gets
-its weights from a checkpoint draws nothing. Next: build.py.
+Values are parallel/layers.py's `initial_slice`, the same on every layout. All ranks with parts of the same parameters,
+along the data and the tensor axis, share the work: of every n parameters on n ranks, each rank draws one and sends it
+to the others. A run that gets its weights from a checkpoint draws nothing. Next: build.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
-from megalite.parallel.grid import Axis, Grid
+from megalite.parallel.grid import ALONE, Axis, Grid
 from megalite.parallel.layers import initial_slice, materialise, placed
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def make_whole(
     for value, placement in placed(stage):
         constant = placement.fill if placement.std is None else 0.0
         materialise(value, torch.full(placement.shape, constant, dtype=dtype, device=device))
-    _fill(stage, grid, seed, receive)
+    _fill(stage, grid, seed, dtype, device, receive)
 
 
 def make_shards(
@@ -81,31 +82,56 @@ def make_shards(
         value.partition()  # type: ignore[attr-defined]  # added by DeepSpeed
         if placement.std is not None:
             value.ds_tensor.zero_()  # type: ignore[attr-defined]  # padding stays 0
-    _fill(stage, grid, seed, receive)
+    _fill(stage, grid, seed, dtype, device, receive)
 
 
 def _fill(
     stage: nn.Module,
     grid: Grid,
     seed: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
     receive: Callable[[nn.Parameter, Tensor | None, Axis, int], None],
 ) -> None:
-    """Draws the random parameters. receive: takes a parameter, its values if this rank has drawn them, the axis of the
-    ranks that hold the same slice, and the index on that axis of the rank that has drawn it."""
+    """Draws the random parameters. receive: takes a parameter, this rank's slice of its values or None, the axis of the
+    ranks that hold the same slice, and the index on that axis of those that have the values."""
     if seed is None:
         return
     values = [(value, placement) for value, placement in placed(stage) if placement.std is not None]
+    kinds = sorted({(placement.replicas, placement.drawn_apart) for _, placement in values})
     with torch.no_grad():
-        for name in sorted({placement.replicas for _, placement in values}):
+        for name, apart in kinds:
             axis: Axis = getattr(grid, name)
-            of_axis = [
-                (value, placement) for value, placement in values if placement.replicas == name
+            # Experts are drawn and cut one at a time, since all of them may not fit into memory.
+            tensor = ALONE if apart else grid.tensor
+            number = axis.rank * tensor.size + tensor.rank
+            of_kind = [
+                (value, placement)
+                for value, placement in values
+                if (placement.replicas, placement.drawn_apart) == (name, apart)
             ]
-            for turn in _turns(of_axis, axis.size):
+            for turn in _turns(of_kind, axis.size * tensor.size):
                 # Before the first message of the turn, so that all ranks draw at the same time.
-                mine = initial_slice(turn[axis.rank][1], seed) if axis.rank < len(turn) else None
-                for rank, (value, _) in enumerate(turn):
-                    receive(value, mine if rank == axis.rank else None, axis, rank)
+                mine = None
+                if number < len(turn):
+                    placement = turn[number][1]
+                    drawn = placement if tensor.size == 1 else replace(placement, cuts=())
+                    mine = initial_slice(drawn, seed)
+                for k, (value, placement) in enumerate(turn):
+                    source, index = divmod(k, tensor.size)
+                    part = mine if k == number else None
+                    if tensor.size > 1 and axis.rank == source:
+                        full = torch.empty(placement.full_shape, dtype=dtype, device=device)
+                        part = placement.cut(_sent(full, part, tensor, index))
+                    receive(value, part, axis, source)
+
+
+def _sent(full: Tensor, values: Tensor | None, axis: Axis, source: int) -> Tensor:
+    """`full` with the values that the rank at index `source` of the axis has."""
+    if values is not None:
+        full.copy_(values)
+    dist.broadcast(_bytes_of(full), axis.ranks[source], group=axis.group)
+    return full
 
 
 def _turns(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

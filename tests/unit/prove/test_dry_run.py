@@ -248,9 +248,8 @@ def test_a_stage_that_takes_another_shape_is_named() -> None:
         if rank == 5:
             pipeline.shape = (1, 3, pipeline.shape[2])
 
-    assert named(plant).startswith(
-        "group (4, 5): ranks 4 and 5 differ at collective 0: allreduce of "
-    )
+    rule = r"group \(4, 5\): ranks 4 and 5 differ at collective \d+: allreduce of .* and allreduce of "
+    assert re.match(rule, named(plant))
 
 
 def test_collectives_in_an_order_that_hangs_are_named() -> None:
