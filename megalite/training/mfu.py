@@ -37,11 +37,21 @@ DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
     ("L40S", 362.0, 91.6),
     ("L40", 181.0, 90.5),
     ("L4", 121.0, 30.3),
+    ("RTX 6000 Ada", 364.2, 91.1),
+    ("RTX A6000", 154.8, 38.7),
+    ("RTX 5090", 209.5, 104.8),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71.0, 35.6),
+    ("V100 PCIE", 112.0, 14.0),
+    ("V100", 125.0, 15.7),
+    ("T4", 65.0, 8.1),
     ("MI355X", 2500.0, 157.3),
     ("MI325X", 1307.0, 163.4),
     ("MI300X", 1307.0, 163.4),
     ("MI250X", 191.5, 47.9),  # per die; each of its two dies is a device
 ]
+OTHER_DEVICES = {"MIG", "Laptop", "Max", "Ti", "SUPER", "D"}
+"""Words in the names of devices with other rates than those of the table: a part of a GPU, and variants of cards."""
 MEASURED_SECONDS = 0.1
 ROWS = {"cpu": 1024}  # rows and columns of the measured products, by type of device
 ROWS_OF_DEVICES = 8192
@@ -50,6 +60,8 @@ ROWS_OF_DEVICES = 8192
 def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
     """Data sheet FLOP/s of a device by its name; None if it is not in the table."""
     words = name.replace("-", " ").replace("_", " ").split()
+    if OTHER_DEVICES & {*words}:
+        return None
     for known, half, single in DATA_SHEET_TFLOPS:
         if all(word in words for word in known.split()):
             found = single if dtype == torch.float32 else half
@@ -60,11 +72,7 @@ def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of large matrix products on this rank, queued and waited for once."""
     rows = ROWS.get(device.type, ROWS_OF_DEVICES)
-    a = torch.randn(rows, rows, device=device).to(dtype)
-    b, room = (
-        torch.randn(rows, rows, device=device).to(dtype),
-        torch.empty(rows, rows, dtype=dtype, device=device),
-    )
+    a, b, room = (torch.randn(rows, rows, dtype=dtype, device=device) for _ in range(3))
     count, seconds = 1, 0.0
     while seconds < MEASURED_SECONDS:
         torch.mm(a, b, out=room)  # warm-up

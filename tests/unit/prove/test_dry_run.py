@@ -248,7 +248,9 @@ def test_a_stage_that_takes_another_shape_is_named() -> None:
         if rank == 5:
             pipeline.shape = (1, 3, pipeline.shape[2])
 
-    rule = r"group \(4, 5\): ranks 4 and 5 differ at collective \d+: allreduce of .* and allreduce of "
+    rule = (
+        r"group \(4, 5\): ranks 4 and 5 differ at collective \d+: allreduce of .* and allreduce of "
+    )
     assert re.match(rule, named(plant))
 
 
