@@ -51,6 +51,7 @@ class MetricsFile(Watcher):
         kept, self.last_seen = _keep_until(self.path, first_step, evaluates_first)
         self.useful_seconds = sum(map(_useful_seconds, kept))
         self.best: Row | None = None
+        self.last_step: Row | None = next((row for row in kept[::-1] if "loss" in row), None)
         for row in kept:
             self._remember_best(row)
         self.first_start = _first_start(run_dir, self.useful_seconds)

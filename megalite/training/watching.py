@@ -17,6 +17,7 @@ from megalite.model.spec import TransformerSpec
 from megalite.parallel.grid import Grid
 from megalite.pipeline.actions import Pipeline
 from megalite.training.about import about, axes_of
+from megalite.training.changed_rate import ChangedRate
 from megalite.training.checkpointing import Checkpoints
 from megalite.training.expert_load import ExpertLoad
 from megalite.training.foreseen import Foreseen, device_of_run, predicted_seconds
@@ -100,6 +101,7 @@ def _on_rank_0(run: Watched) -> list[Watcher]:
     device = device_of_run(run.config, run.device, run.watchdog.hosts)
     decoder = run.spec.causal and not run.spec.labels
     return [
+        ChangedRate(run.config, metrics.last_step, run.log),
         Foreseen(facts["predicted"], predicted_seconds(run.config, device), run.log),
         metrics,
         history,

@@ -1,0 +1,45 @@
+"""A line if a start changes the learning rate of a run that it resumes."""
+
+import math
+
+from megalite.config import Config
+from megalite.data.position import Position
+from megalite.model.parameter_groups import learning_rate_factor
+from megalite.training.history import Log
+from megalite.training.watchers import Row, Watcher
+
+
+class ChangedRate(Watcher):
+    """Compares the learning rate of the last step before this start with what this start's schedule gives for that
+    step. They differ if the schedule has changed, or `megalite.train.steps`, up to which it reaches."""
+
+    def __init__(self, config: Config, last: Row | None, log: Log) -> None:
+        """last: the row of that step; None if there is none."""
+        self.line, self.log = None if last is None else changed_rate(config, last), log
+
+    def before_step(self, position: Position) -> None:
+        """Prints the line before the first step."""
+        if self.line is not None:
+            self.log(self.line)
+            self.line = None
+
+
+def changed_rate(config: Config, last: Row) -> str | None:
+    """The line about the row of a step; None if its learning rate is that of the config. DeepSpeed's own schedulers are
+    not compared."""
+    if config.schedule is None:
+        return None
+    step, plan, length = last["step"] - 1, config.batch_plan, config.data.sequence_length
+    before = last.get("learning_rate")
+    if before is None:
+        return None
+    samples = plan.consumed(step)
+    tokens, step_tokens = samples * length, plan.size(samples) * length
+    factor = learning_rate_factor(config.schedule, step, tokens, step_tokens)
+    rate = config.optimizer.params.lr * factor
+    if math.isclose(rate, before, rel_tol=1e-6):
+        return None
+    return (
+        f"the learning rate of step {last['step']} was {before:.2e}, and is {rate:.2e} by the config of this start "
+        "(optimizer.params.lr, scheduler, megalite.train.steps)"
+    )
