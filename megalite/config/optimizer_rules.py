@@ -47,11 +47,6 @@ def check_zero(zero: ZeroOptimization, parallel: Parallel) -> None:
         if zero.stage < least:
             rule = f"needs zero_optimization.stage {least} or more"
             raise broken(f"zero_optimization.{name}.device", section.device, rule)
-    offload = zero.offload_optimizer
-    if offload is not None and offload.ratio is not None and offload.ratio < 1 and zero.stage != 3:
-        raise broken(
-            "zero_optimization.offload_optimizer.ratio", offload.ratio, "must be 1 below stage 3"
-        )
 
 
 def _check_nvme(document: Document, optimizer: Optimizer) -> None:
@@ -69,8 +64,6 @@ def _check_nvme(document: Document, optimizer: Optimizer) -> None:
         return
     if offload.nvme_path is None:
         raise ConfigError(f"{path}.nvme_path: missing: device nvme needs a folder for its files")
-    if offload.ratio is not None and offload.ratio < 1:
-        raise broken(f"{path}.ratio", offload.ratio, "must be 1 with device nvme")
     needed = buffers_needed(offload, optimizer)
     if offload.buffer_count is not None and offload.buffer_count < needed:
         ways = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)

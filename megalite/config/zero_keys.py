@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from megalite.config.section import Count, Positive, Section, Share, key
+from megalite.config.section import Count, Positive, Section, key
 
 OWN_CHECKPOINTS = "checkpoints are megalite's own; see megalite.train.checkpoint_interval"
 NO_EXPERTS = "DeepSpeed's own experts are not used; use megalite.parallel.expert"
@@ -29,9 +29,6 @@ class OffloadOptimizer(Section):
         "with stage 3 (docs/nvme.md). The optimizer's step then runs on the CPU.",
     )
     pin_memory: bool | None = key("Use page-locked memory.")
-    ratio: Share | None = key(
-        "Share of the state that is offloaded; below 1 only with stage 3 and device cpu."
-    )
     nvme_path: Annotated[str, Field(min_length=1)] | None = key(
         "Device nvme: a folder on a local disk. A run creates its own folders in it and removes them at the end."
     )
@@ -45,8 +42,11 @@ class OffloadOptimizer(Section):
     )
     refused: ClassVar = {
         "fast_init": f"only for offload_param.device nvme: {_NVME_PARAM}",
+        "ratio": "must be 1: DeepSpeed steps what is not offloaded with a second optimizer, which follows neither the "
+        "learning rate nor the checkpoints; leave it out",
         **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
     }
+    neutral: ClassVar = {"ratio": (1,)}
 
 
 class OffloadParam(Section):

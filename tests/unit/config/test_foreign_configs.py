@@ -116,10 +116,12 @@ OFF = {
 
 
 def test_features_that_are_off_are_accepted() -> None:
-    plain = load_config("ds_configs/tiny_cpu.json").resolve(8)
+    none = 'zero_optimization.offload_optimizer={"device":"none"}'
+    plain = load_config("ds_configs/tiny_cpu.json", [none]).resolve(8)
     keys = json.loads((REPOSITORY / "ds_configs/tiny_cpu.json").read_text()) | OFF
     keys["zero_optimization"] |= {
         "stage3_module_granularity_threshold": 0, "zero_hpz_partition_size": 1, "cpu_offload": False, "zenflow": None,
+        "offload_optimizer": {"device": "none", "ratio": 1.0},
     }  # fmt: skip
     keys |= {"bf16": {"enabled": False, "immediate_grad_update": False}}
     config = Config.from_dict(keys).resolve(8)
@@ -143,6 +145,10 @@ def test_features_that_are_off_are_accepted() -> None:
             "optimizer.params.bias_correction: it is always on",
         ),
         ("zero_optimization.compute_grad_norm=false", "the norm is always computed"),
+        (
+            'zero_optimization={"stage":3,"offload_optimizer":{"device":"cpu","ratio":0.5}}',
+            "zero_optimization.offload_optimizer.ratio: must be 1: DeepSpeed steps what is not offloaded with a second",
+        ),
         (
             "zero_optimization.stage3_module_granularity_threshold=10",
             "stage3_module_granularity_threshold: ",
