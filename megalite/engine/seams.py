@@ -177,11 +177,11 @@ _OF_ZERO_1_AND_2 = (
     _zero("overlap_comm", "", "whether reductions have a stream of their own"),
     _zero("reduction_stream", "", "that stream"),
     _zero("update_offload_overflow_tracker", "self, grad", "overridden: no wait for each gradient"),
+    _zero("reset_cpu_buffers", "self", "overridden: a refused step leaves no gradient sums"),
     _zero("clear_grad_attribute", "self, param", "overridden: a large gradient is still read"),
     _zero("copy_grads_in_partition", "self, param, group_idx", "overridden: each copy is apart"),
     _zero("_get_param_group_idx", "self, param", "the optimizer's group of a parameter"),
     _zero("_use_compact_grad_partition_buffer", "self, group_idx", "whether copies are made"),
-    _zero("get_gradient_for_reduction", "self, param", "the gradient that is copied"),
     _zero("get_param_gradient_attribute", "self, param", "the gradient that is cleared"),
     _zero(
         "allreduce_and_copy",

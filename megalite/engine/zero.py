@@ -184,6 +184,13 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         """Called by DeepSpeed for each gradient that is copied to main memory. Does nothing: the host would wait for
         the device to learn whether the gradient is finite, as the norm tells for all of them."""
 
+    def reset_cpu_buffers(self) -> None:
+        """Called by DeepSpeed at the end of a step with offload, also of one without an update. DeepSpeed would leave
+        the gradient sums of the latter on the device, and the next step would add to them."""
+        super().reset_cpu_buffers()
+        for group in self.averaged_gradients:
+            self.averaged_gradients[group] = None
+
     def clear_grad_attribute(self, param: Any) -> None:
         """Called by DeepSpeed once a gradient's reduction is queued, to free it."""
         self._keep_until_reduced(param)

@@ -116,6 +116,22 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_a_resumed_run_is_the_
             assert a.read(name, kind=kind).equal(b.read(name, kind=kind)), name
 
 
+def test_with_offload_an_overflow_leaves_nothing_in_the_gradient_sums(tmp_path: Path) -> None:
+    plant = functools.partial(spoilt, on=1, at={3}, factor=1e6)
+    runs = []
+    for zero in (1, 2, 3):
+        for device in ("none", "cpu"):
+            keys = document(tmp_path, f"{device}{zero}", {"zero": zero}, **FP16)
+            keys["zero_optimization"]["offload_optimizer"] = {"device": device}
+            runs.append((keys, plant))
+    assert run_ranks(2, train, runs) == [[0] * len(runs)] * 2
+    for zero in (1, 2, 3):
+        device, host = rows(tmp_path / f"none{zero}"), rows(tmp_path / f"cpu{zero}")
+        assert [row.get("skipped") for row in host] == [None, None, "overflow", None, None, None]
+        for key in ("loss", "grad_norm", "loss_scale"):
+            assert [row[key] for row in host] == [row[key] for row in device], (zero, key)
+
+
 def test_an_overflow_that_no_loss_scale_cures_stops_the_run(tmp_path: Path) -> None:
     keys = {"fp16": {"enabled": True, "loss_scale": 64.0}}
     plant = functools.partial(spoilt, on=1, at={2}, factor=1e7)
