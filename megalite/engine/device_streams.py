@@ -39,6 +39,15 @@ def wait_for(stream: Any) -> None:
         accelerator.current_stream().wait_stream(stream)
 
 
+def wait_on_the_host() -> None:
+    """Makes the host wait for all work queued on the current stream, before it reads memory that the work writes."""
+    accelerator: Any = get_accelerator()
+    if not accelerator.resolves_data_dependency():
+        event = accelerator.Event()
+        event.record(accelerator.current_stream())
+        event.synchronize()
+
+
 def make_follow(stream: Any) -> None:
     """Makes `stream` wait for all work queued on the current stream. stream: one of DeepSpeed's; None on a CPU."""
     accelerator: Any = get_accelerator()

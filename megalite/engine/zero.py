@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -184,6 +185,22 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         """Called by DeepSpeed for each gradient that is copied to main memory. Does nothing: the host would wait for
         the device to learn whether the gradient is finite, as the norm tells for all of them."""
 
+    def set_norm_for_param_grad_in_gpu(self, param: Any) -> None:
+        """The same for the gradient's norm. Does nothing: DeepSpeed would make an fp64 copy of the gradient on the
+        device for a norm of which ours is independent."""
+
+    def async_accumulate_grad_in_cpu_via_gpu(self, param: Any) -> None:
+        """Called by DeepSpeed in fp32, where gradient sums are in main memory, for each micro-batch: adds a gradient to
+        its sum on the device and copies it back. DeepSpeed has the host wait for all earlier copies each time. All of
+        them are in this stream, or this stream waits for them; the host waits once, before the update."""
+        pending, self._pending_offload_events = self._pending_offload_events, {}
+        stream: Any = get_accelerator().current_stream()  # type: ignore[union-attr]
+        for other, event in pending.items():
+            if other != stream:
+                stream.wait_event(event)
+        super().async_accumulate_grad_in_cpu_via_gpu(param)
+        self._pending_offload_events = pending | self._pending_offload_events
+
     def reset_cpu_buffers(self) -> None:
         """Called by DeepSpeed at the end of a step with offload, also of one without an update. DeepSpeed would leave
         the gradient sums of the latter on the device, and the next step would add to them."""
@@ -202,11 +219,28 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
         fill only a part; the rest would be unused memory."""
         self._keep_until_reduced(param)
         group = self._get_param_group_idx(param) if group_idx is None else group_idx
-        if self.cpu_offload or self._use_compact_grad_partition_buffer(group):
+        compact = self._use_compact_grad_partition_buffer(group)
+        if self.cpu_offload and compact:
+            if self.is_gradient_accumulation_boundary():
+                self._copy_sum_to_main_memory(param, group)
+            return
+        if self.cpu_offload or compact:
             super().copy_grads_in_partition(param, group)
             return
         gradient: Any = self.get_gradient_for_reduction(param)
         gradient.data = gradient.detach().clone()
+
+    def _copy_sum_to_main_memory(self, param: Any, group: int) -> None:
+        """With offload: copies this rank's part of a gradient's fp32 sum to where the optimizer reads it. DeepSpeed
+        would also compute the part's norm, from an fp64 copy of it on the device."""
+        _, _, start, count = self.grad_position[self.get_param_id(param)]
+        rank = dist.get_rank(self.real_dp_process_group[group])
+        part = self._get_compact_grad_partition_slice(group, rank, self.get_param_id(param), count)
+        masters: Any = self.single_partition_of_fp32_groups[group]
+        masters.grad.view(-1).narrow(0, start, count).copy_(part, non_blocking=True)
+        self._record_gradient_stream(part, get_accelerator().current_stream())  # type: ignore[union-attr]
+        self._record_offload_copy()
+        self.clear_grad_attribute(param)
 
     def _keep_until_reduced(self, param: Any) -> None:
         """A gradient larger than a bucket is reduced in its own memory. With overlap_comm the reductions' stream may

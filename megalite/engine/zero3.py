@@ -11,7 +11,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from megalite.engine.device_streams import join_on_the_device, make_follow, without_device_waits
+from megalite.engine.device_streams import (
+    join_on_the_device,
+    make_follow,
+    wait_on_the_host,
+    without_device_waits,
+)
 from megalite.engine.norm import GlobalNorm
 from megalite.engine.zero import INVALID_NORM, MOMENTS, OneVerdict, moments_of
 from megalite.parallel.clock import RANK_CLOCK
@@ -48,9 +53,8 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         optimizer.global_norm = norm
         coordinator: Any = optimizer.parameter_offload.get_param_coordinator()
         coordinator.__class__ = _TimedCoordinator
-        if not optimizer.offload_optimizer:  # with offload the host reads the gradients
-            # DeepSpeed makes the host wait after each backward (independent_gradient_partition_epilogue).
-            join_on_the_device(optimizer.reduce_and_partition_stream)
+        # DeepSpeed makes the host wait after each backward (independent_gradient_partition_epilogue).
+        join_on_the_device(optimizer.reduce_and_partition_stream)
         for partition in optimizer.fp32_partitioned_groups_flat:
             partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does not need
 
@@ -82,9 +86,6 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         """Called by DeepSpeed's step after the update: gathers the weights that stay whole, without making the host
         wait until the device has them."""
         self._follow_update()
-        if self.offload_optimizer:  # the host did the update
-            super()._post_step(timer_names)
-            return
         with without_device_waits():
             super()._post_step(timer_names)
 
@@ -94,7 +95,9 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 
     def _get_norm_groups(self) -> list[Tensor]:
         """Called by DeepSpeed's step, which computes the root of the sum of the squares: here of a single value, our
-        norm."""
+        norm. It is the first in a step that reads the gradients."""
+        if self.offload_optimizer:
+            wait_on_the_host()
         norm = self.global_norm(self.gradient_pieces(), torch.device(self.device), replicated=False)
         return [torch.where(norm.isfinite(), norm, INVALID_NORM).float()]
 

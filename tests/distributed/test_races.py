@@ -43,6 +43,7 @@ def races_of(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[str]:
     return races.found
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 1}, {"overlap_comm": True}), ({"zero": 2}, {"overlap_comm": True}),
     ({"zero": 2}, {"overlap_comm": True, "contiguous_gradients": False}),
@@ -53,6 +54,8 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 2, "tensor": 2}, {"overlap_comm": True}),
     # Query, key and value are one product, whose gradients are larger than a bucket.
     ({"zero": 2, "tensor": 2}, {"overlap_comm": True, "reduce_bucket_size": 100}),
+    ({"zero": 1}, {"overlap_comm": True, **OFFLOAD}), ({"zero": 2}, {"overlap_comm": True, **OFFLOAD}),
+    ({"zero": 3}, OFFLOAD), ({"zero": 3}, {**OFFLOAD, "offload_param": {"device": "cpu"}}),
 ]  # fmt: skip
 
 

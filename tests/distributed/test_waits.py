@@ -41,8 +41,12 @@ MADE = "aten.lift_fresh"  # by torch.tensor: on a GPU a copy for which the host 
 STEPS = 4
 
 
+WIDE = "a tensor in fp64"
+
+
 class Reads(TorchDispatchMode):
-    """Counts operations that need a tensor's values on the host, by name."""
+    """Counts operations that need a tensor's values on the host, by name, and in `made` new tensors that a step does
+    not need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +62,19 @@ class Reads(TorchDispatchMode):
             self.found[name] += 1
         if name == MADE:
             self.made[name] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float64 and result.numel() > 1:
+            self.made[WIDE] += 1
+        return result
 
 
 @contextlib.contextmanager
-def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterator[None]:
+def counted(
+    steps: list[Counter[str]], in_actions: list[Counter[str]], offloads: bool
+) -> Iterator[None]:
     """Counts the reads of each optimizer step, and the reads and new tensors of its forwards and backwards alone.
-    DeepSpeed behaves as on a GPU, whose streams must be joined when the gradients are read."""
+    DeepSpeed behaves as on a GPU, whose streams must be joined when the gradients are read; if it offloads them, the
+    host must have waited for them."""
     whole, actions, norm = Run._step, Interpreter.run, GlobalNorm.__call__
     reads: list[Reads] = []
 
@@ -83,6 +93,7 @@ def counted(steps: list[Counter[str]], in_actions: list[Counter[str]]) -> Iterat
 
     def joined(self: GlobalNorm, *args: Any, **kwargs: Any) -> Any:
         assert not streams.not_joined
+        assert streams.host_waits["event"] == int(offloads)
         return norm(self, *args, **kwargs)
 
     def told(kind: type, name: str) -> Any:
@@ -112,7 +123,8 @@ def counts(
 ) -> tuple[list[Counter[str]], list[Counter[str]]]:
     steps: list[Counter[str]] = []
     in_actions: list[Counter[str]] = []
-    with counted(steps, in_actions):
+    offloads = "offload_optimizer" in keys["zero_optimization"]
+    with counted(steps, in_actions, offloads):
         assert train(rank, world_size, [(keys, lambda rank: contextlib.nullcontext())]) == [0]
     return steps, in_actions
 
@@ -165,11 +177,17 @@ def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[st
         assert not any(in_actions[1:]), in_actions
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_with_offload_a_step_also_waits_for_the_gradients_copies(tmp_path: Path, zero: int) -> None:
-    """Once for all of them, before the update; not for each gradient."""
-    way = {"layout": {"zero": zero}, "zero": {"offload_optimizer": {"device": "cpu"}}}
-    for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_with_offload_a_step_also_waits_for_the_gradients_copies(
+    tmp_path: Path, zero: int, precision: str, overlaps: bool
+) -> None:
+    """Once for all of them, before the update; not for each gradient or micro-batch."""
+    offload = {"offload_optimizer": {"device": "cpu"}, "overlap_comm": overlaps}
+    way = {"layout": {"zero": zero}, "zero": offload}
+    keys = keys_of(tmp_path, way) | {"bf16": {"enabled": precision == "bf16"}}
+    for steps, in_actions in run_ranks(2, counts, keys):
         for step in steps[1:]:
             assert step["event"] == 1 and sum(step.values()) <= MOST_READS + 1, step
         assert not any(in_actions[1:]), in_actions
