@@ -166,13 +166,13 @@ class Engine(DeepSpeedEngine):
         ]
         norm = self.global_norm(gradients, torch.device(self.device or "cpu"), replicated=True)
         self._global_grad_norm = norm.float()
-        if not math.isfinite(norm.item()):  # in main memory: no wait
+        found = norm.item()  # in main memory: no wait
+        if not math.isfinite(found):
             for value, _ in placed(stage):
                 value.grad = None
-        elif (limit := super().gradient_clipping()) > 0:
-            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            for _, gradient in gradients:
-                gradient.mul_(factor.to(gradient.dtype))
+        elif 0 < (limit := super().gradient_clipping()) < found + 1e-6:
+            held = [gradient for _, gradient in gradients]
+            torch._foreach_mul_(held, limit / (found + 1e-6))  # type: ignore[attr-defined]
 
     def shards(self) -> list[Shard]:
         """This rank's shards of masters and moments. With ZeRO-0 every rank of the data axis holds all of them."""

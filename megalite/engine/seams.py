@@ -240,6 +240,11 @@ _OF_ZERO_3 = (
     _zero3("_update_scale", "self, has_overflow", "overridden: the scale moves after the step"),
     _zero3("step", "self, closure", "overridden: loss scale, one verdict"),
     _zero3("_get_norm_groups", "self", "overridden: the global norm"),
+    _zero3(
+        "unscale_and_clip_grads", "self, sub_group_id, total_norm", "overridden: only if needed"
+    ),
+    _zero3("clip_grad", "", "the limit of the norm"),
+    _zero3("loss_scale", "", "current loss scale"),
     _zero3("_post_step", "self, timer_names", "overridden: the host does not wait"),
     _zero3("_prepare_sub_group", "self, sub_group_id, timer_names", "overridden: gradients"),
     _zero3(

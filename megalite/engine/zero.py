@@ -38,7 +38,11 @@ class OneVerdict:
 
     global_norm: GlobalNorm
     loss_scaler: Any
+    loss_scale: float
+    clip_grad: float
     overflow: bool
+    _divisor: tuple[Tensor | None, float] = (None, 1.0)
+    """A step's norm, and what its gradients are divided by."""
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Called by DeepSpeed's step before the norm. Does nothing: it would send two messages that tell no more than
@@ -58,6 +62,22 @@ class OneVerdict:
             # The judge has decided what happens at the smallest scale.
             self.loss_scaler.raise_error_at_min_scale = False
             self.loss_scaler.update_scale(overflowed)
+
+    def divide(self, gradients: Sequence[Tensor], total_norm: Tensor) -> None:
+        """Divides fp32 gradients by the loss scale and clips them; does not touch them if nothing changes.
+
+        total_norm: a scalar in main memory, which includes the loss scale; the same object for all gradients of a step.
+        """
+        if self._divisor[0] is not total_norm:
+            divisor: Any = self.loss_scale
+            if self.clip_grad > 0.0:
+                divisor = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(
+                    min=1.0
+                ) * self.loss_scale
+            self._divisor = total_norm, float(divisor)
+        if self._divisor[1] != 1.0:
+            for gradient in gradients:
+                gradient.mul_(1.0 / self._divisor[1])
 
 
 class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
@@ -130,15 +150,7 @@ class ShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer):
 
     def unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
         """As DeepSpeed's, without its check for each group whether the norm is valid, which `step` has already made."""
-        if self.clip_grad == 0.0 and self.loss_scale == 1.0:
-            return
-        factor: Any = self.loss_scale
-        if self.clip_grad > 0.0:
-            factor = ((total_norm / self.loss_scale + 1e-6) / self.clip_grad).clamp(
-                min=1.0
-            ) * self.loss_scale
-        for gradient in grad_groups_flat:
-            gradient.data.mul_(1.0 / factor)
+        self.divide(grad_groups_flat, total_norm)
 
     def _fill_param_grad_accum_attribute(self, param: Any) -> None:
         """Called by DeepSpeed's hooks: adds a 16-bit gradient to its fp32 sum, in one kernel that reads both. DeepSpeed

@@ -82,6 +82,11 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
             partition = self.fp32_partitioned_groups_flat[sub_group_id]
             partition.grad = self.flat_gradient(sub_group_id).to(partition.device)
 
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        """As DeepSpeed's, but does not touch gradients that do not change."""
+        gradient: Any = self.fp32_partitioned_groups_flat[sub_group_id].grad
+        self.divide([gradient], total_norm)
+
     def _post_step(self, timer_names: set[str]) -> None:
         """Called by DeepSpeed's step after the update: gathers the weights that stay whole, without making the host
         wait until the device has them."""
