@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -120,12 +120,12 @@ class Copy:
             psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             + self.held_bytes
         )
-        if wanted > (free if self.limit_bytes is None else self.limit_bytes):
-            self.memory.clear()
+        fits = wanted <= (free if self.limit_bytes is None else self.limit_bytes)
+        self.release(keep=counts if fits else {})
+        if not fits:
             return None
         for dtype, count in counts.items():
-            if dtype not in self.memory or self.memory[dtype].numel() != count:
-                self.memory.pop(dtype, None)
+            if dtype not in self.memory:
                 try:
                     # Pinned memory, since other copies from a device are not asynchronous.
                     self.memory[dtype] = torch.empty(count, dtype=dtype, pin_memory=self.pinned)
@@ -140,6 +140,21 @@ class Copy:
             result = self._filled(boxes)
         self.made = None if stream is None else stream.record_event()
         return result
+
+    def release(self, keep: Mapping[torch.dtype, int] | None = None) -> None:
+        """Gives memory back to the node, except that of as many elements as `keep` has by dtype. No boxes may use it
+        anymore."""
+        kept = {
+            dtype: memory
+            for dtype, memory in self.memory.items()
+            if memory.numel() == (keep or {}).get(dtype)
+        }
+        released, self.memory = len(kept) < len(self.memory), kept
+        if released and self.pinned:
+            # torch caches pinned memory for later tensors, once the device has passed the copies into it.
+            for stream in self._streams.values():
+                stream.synchronize()
+            torch.accelerator.empty_host_cache()
 
     def _filled(self, boxes: BoxDict) -> BoxDict:
         used: Counter[torch.dtype] = Counter()
@@ -222,7 +237,8 @@ class Saver:
             self.copy.made,
         )
         if not in_background:
-            self.copy.memory.clear()
+            del copy
+            self.copy.release()
             futures.wait([self.running])
         self._count("checkpoint_seconds", time.monotonic() - start)
 
