@@ -32,7 +32,8 @@ class Parallel(Section):
     sequence: bool = Field(
         False,
         description="Sequence parallelism: divide the sequence dim over the tensor axis between matrix products "
-        "(arXiv 2205.05198). Norms, dropout and hidden states take 1/tensor of the memory; as many bytes are sent.",
+        "(arXiv 2205.05198). Norms, dropout and hidden states take 1/tensor of the memory; as many bytes are sent. "
+        "Micro-batches of one sample save a copy at each message.",
     )
     context: Positive = Field(
         1,
