@@ -6,11 +6,13 @@ device with streams.
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator, set_accelerator
+from torch import Tensor
 
 
 @contextmanager
@@ -59,3 +61,15 @@ def join_on_the_device(stream: Any) -> None:
     """Replaces `stream.synchronize()` by `wait_for`. stream: one that DeepSpeed keeps; None on a CPU."""
     if stream is not None:
         stream.synchronize = functools.partial(wait_for, stream)
+
+
+def copy_without_waiting(host: Any) -> None:
+    """Replaces `host.to` by one for which the host does not wait. host: a tensor in page-locked main memory that is
+    overwritten only after the host has waited for the copies."""
+    own = weakref.ref(host)
+
+    def to(*args: Any, **kwargs: Any) -> Tensor:
+        held: Any = own()
+        return Tensor.to(held, *args, **kwargs | {"non_blocking": True})
+
+    host.to = to

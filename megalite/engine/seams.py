@@ -267,6 +267,7 @@ _OF_ZERO_3 = (
     _zero3("persistent_parameters", "", "small parameters that stay whole"),
     _zero3("swap_optimizer", "", "masters and moments in files"),
     _zero3("offload_optimizer", "", "masters and moments in main memory or files"),
+    _zero3("offload_param", "", "weights' shards in main memory, page-locked"),
     _zero3("optimizer_swapper", "", "reads and writes those files"),
     _zero3("reduce_and_partition_stream", "", "of reductions; the host would wait for it"),
     _zero3("loss_scaler", "", "the scaler"),

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from megalite.engine.device_streams import (
+    copy_without_waiting,
     join_on_the_device,
     make_follow,
     wait_on_the_host,
@@ -55,6 +57,11 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
         coordinator.__class__ = _TimedCoordinator
         # DeepSpeed makes the host wait after each backward (independent_gradient_partition_epilogue).
         join_on_the_device(optimizer.reduce_and_partition_stream)
+        if optimizer.offload_param:
+            # DeepSpeed makes the host wait at each gather. The shards change in updates, after the norm, for which the
+            # host has waited, and in `masters_changed`.
+            for shard in (value.ds_tensor for values in optimizer.fp16_groups for value in values):
+                copy_without_waiting(shard)
         for partition in optimizer.fp32_partitioned_groups_flat:
             partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does not need
 
@@ -155,6 +162,8 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
 
     def masters_changed(self) -> None:
         """Copies the masters to the shards from which the model's weights are gathered, as DeepSpeed's step does."""
+        if self.offload_param:  # a gather that was made ahead may still copy a shard
+            get_accelerator().synchronize()  # type: ignore[union-attr]
         self._partition_all_parameters()
         for group, weights in enumerate(self.fp16_partitioned_groups_flat):
             weights.data.copy_(self.flat_tensors(group)[0])

@@ -34,6 +34,7 @@ ZERO: dict[str, tuple[dict[str, int], dict[str, Any], list[dict[str, Any]]]] = {
         {"stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0,
          "stage3_max_reuse_distance": 0, "stage3_model_persistence_threshold": 0},
     ]),
+    "stage 3, weights only": ({"zero": 3}, {}, [{"offload_param": PINNED}, {"offload_param": {"device": "cpu"}}]),
     "stage 3, offload": ({"zero": 3}, CPU, [{"offload_optimizer": PINNED, "offload_param": PINNED}]),
 }  # fmt: skip
 LOGGED: list[dict[str, Any]] = [

@@ -44,6 +44,7 @@ def races_of(rank: int, world_size: int, keys: dict[str, Any]) -> Counter[str]:
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_PARAM = {"offload_param": {"device": "cpu"}}
 WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero": 1}, {"overlap_comm": True}), ({"zero": 2}, {"overlap_comm": True}),
     ({"zero": 2}, {"overlap_comm": True, "contiguous_gradients": False}),
@@ -55,7 +56,7 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # Query, key and value are one product, whose gradients are larger than a bucket.
     ({"zero": 2, "tensor": 2}, {"overlap_comm": True, "reduce_bucket_size": 100}),
     ({"zero": 1}, {"overlap_comm": True, **OFFLOAD}), ({"zero": 2}, {"overlap_comm": True, **OFFLOAD}),
-    ({"zero": 3}, OFFLOAD), ({"zero": 3}, {**OFFLOAD, "offload_param": {"device": "cpu"}}),
+    ({"zero": 3}, OFFLOAD), ({"zero": 3}, OFFLOAD_PARAM), ({"zero": 3}, {**OFFLOAD, **OFFLOAD_PARAM}),
 ]  # fmt: skip
 
 

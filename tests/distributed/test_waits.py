@@ -70,11 +70,11 @@ class Reads(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counted(
-    steps: list[Counter[str]], in_actions: list[Counter[str]], offloads: bool
+    steps: list[Counter[str]], in_actions: list[Counter[str]], zero: dict[str, Any]
 ) -> Iterator[None]:
     """Counts the reads of each optimizer step, and the reads and new tensors of its forwards and backwards alone.
     DeepSpeed behaves as on a GPU, whose streams must be joined when the gradients are read; if it offloads them, the
-    host must have waited for them."""
+    host must have waited for them. zero: the run's keys of ZeRO."""
     whole, actions, norm = Run._step, Interpreter.run, GlobalNorm.__call__
     reads: list[Reads] = []
 
@@ -93,7 +93,7 @@ def counted(
 
     def joined(self: GlobalNorm, *args: Any, **kwargs: Any) -> Any:
         assert not streams.not_joined
-        assert streams.host_waits["event"] == int(offloads)
+        assert streams.host_waits["event"] == ("offload_optimizer" in zero)
         return norm(self, *args, **kwargs)
 
     def told(kind: type, name: str) -> Any:
@@ -106,12 +106,20 @@ def counted(
 
         return mock.patch.object(kind, name, read)
 
+    to = Tensor.to
+
+    def moved(self: Tensor, *args: Any, **keys: Any) -> Tensor:
+        from_host = "offload_param" in zero and hasattr(self, "final_location")  # a shard
+        if from_host and reads and not keys.get("non_blocking"):
+            reads[-1].found["to"] += 1
+        return to(self, *args, **keys)
+
     with like_a_gpu() as streams, contextlib.ExitStack() as patches:
         for patch in (
             mock.patch.object(Run, "_step", step), mock.patch.object(Interpreter, "run", run),
             # As on every device but a CPU.
             mock.patch.object(loss, "_rows_that_count", lambda labels: None),
-            mock.patch.object(GlobalNorm, "__call__", joined),
+            mock.patch.object(GlobalNorm, "__call__", joined), mock.patch.object(Tensor, "to", moved),
             told(Tensor, "tolist"), told(Tensor, "numpy"), told(Tensor, "cpu"),
         ):  # fmt: skip
             patches.enter_context(patch)
@@ -123,8 +131,7 @@ def counts(
 ) -> tuple[list[Counter[str]], list[Counter[str]]]:
     steps: list[Counter[str]] = []
     in_actions: list[Counter[str]] = []
-    offloads = "offload_optimizer" in keys["zero_optimization"]
-    with counted(steps, in_actions, offloads):
+    with counted(steps, in_actions, keys["zero_optimization"]):
         assert train(rank, world_size, [(keys, lambda rank: contextlib.nullcontext())]) == [0]
     return steps, in_actions
 
@@ -190,6 +197,20 @@ def test_with_offload_a_step_also_waits_for_the_gradients_copies(
     for steps, in_actions in run_ranks(2, counts, keys):
         for step in steps[1:]:
             assert step["event"] == 1 and sum(step.values()) <= MOST_READS + 1, step
+        assert not any(in_actions[1:]), in_actions
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"stage3_param_persistence_threshold": 0}, {"stage3_allgather_sequential": True}]
+)
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu"}}])
+def test_with_offload_param_no_gather_waits(
+    tmp_path: Path, offload: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    way = {"layout": {"zero": 3}, "zero": {"offload_param": {"device": "cpu"}, **offload, **keys}}
+    for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
+        for step in steps[1:]:
+            assert step["event"] == len(offload) and sum(step.values()) <= MOST_READS + 1, step
         assert not any(in_actions[1:]), in_actions
 
 
