@@ -44,7 +44,6 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.pipeline.pipeline_plan import inference_cut
-from megalite.ranks.devices import use_exact_products
 from megalite.training.pretraining import prepare
 
 Message = dict[str, Any]
@@ -66,7 +65,6 @@ def load(folder: str | Path, dtype: str = "float32", device: str | None = None) 
         spec = read_spec(weights.model)
         with torch.device("meta"):
             stage = Stage(spec, Grid(), inference_cut(spec, 1)).eval()
-        use_exact_products()
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         load_onto(weights.read, stage, getattr(torch, dtype), chosen)
         set_router_bias(stage, weights.state, chosen)

@@ -142,8 +142,8 @@ class Copy:
         return result
 
     def release(self, keep: Mapping[torch.dtype, int] | None = None) -> None:
-        """Gives memory back to the node, except that of as many elements as `keep` has by dtype. No boxes may use it
-        anymore."""
+        """Frees the copy's memory, except tensors whose dtype and number of elements are in `keep`. No box may use
+        freed memory."""
         kept = {
             dtype: memory
             for dtype, memory in self.memory.items()
@@ -151,7 +151,7 @@ class Copy:
         }
         released, self.memory = len(kept) < len(self.memory), kept
         if released and self.pinned:
-            # torch caches pinned memory for later tensors, once the device has passed the copies into it.
+            # torch caches freed pinned memory, and cannot release blocks that a stream still writes to.
             for stream in self._streams.values():
                 stream.synchronize()
             torch.accelerator.empty_host_cache()

@@ -8,6 +8,7 @@ from megalite.config.section import Counter, Positive, Section
 from megalite.programs.schedules import SCHEDULES
 
 _SCHEDULES = " ".join(f"`{name}`: {schedule.about}." for name, schedule in SCHEDULES.items())
+_CHOOSES = " or ".join(f"`{name}`" for name, one in SCHEDULES.items() if one.chunks is None)
 
 
 class Parallel(Section):
@@ -22,7 +23,7 @@ class Parallel(Section):
     )
     chunks: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="Chunks of layers per rank with `interleaved`; left out: 2. With `zb-v` it is always 2.",
+        description=f"Chunks of layers per rank with {_CHOOSES}; left out: 2. With other schedules it is fixed.",
     )
     cut: Literal["cost"] | list[Counter] = Field(
         "cost",
@@ -33,7 +34,7 @@ class Parallel(Section):
         False,
         description="Sequence parallelism: divide the sequence dim over the tensor axis between matrix products "
         "(arXiv 2205.05198). Norms, dropout and hidden states take 1/tensor of the memory; as many bytes are sent. "
-        "Micro-batches of one sample save a copy at each message.",
+        "With more than one sample per micro-batch each message needs an extra copy.",
     )
     context: Positive = Field(
         1,

@@ -18,7 +18,8 @@ def check_schedule_of_pipe(parallel: Parallel) -> None:
         raise broken(f"{PATH}.schedule", schedule, f"needs {PATH}.pipe of 2 or more")
     fixed = SCHEDULES[schedule].chunks
     if chunks is not None and fixed == 1:
-        raise broken(f"{PATH}.chunks", chunks, f'needs {PATH}.schedule "interleaved"')
+        names = " or ".join(f'"{name}"' for name, one in SCHEDULES.items() if one.chunks is None)
+        raise broken(f"{PATH}.chunks", chunks, f"needs {PATH}.schedule {names}")
     if chunks is not None and fixed not in (None, chunks):
         raise broken(f"{PATH}.chunks", chunks, f'must be {fixed} with {PATH}.schedule "{schedule}"')
     if parallel.cut != "cost":

@@ -42,8 +42,8 @@ class OffloadOptimizer(Section):
     )
     refused: ClassVar = {
         "fast_init": f"only for offload_param.device nvme: {_NVME_PARAM}",
-        "ratio": "must be 1: DeepSpeed steps what is not offloaded with a second optimizer, which follows neither the "
-        "learning rate nor the checkpoints; leave it out",
+        "ratio": "must be 1 or left out: DeepSpeed updates the part that is not offloaded with a second optimizer, "
+        "which ignores the learning rate's schedule and is not in checkpoints",
         **dict.fromkeys(("super_offload", "cpuadam_cores_perc"), "SuperOffload is not available"),
     }
     neutral: ClassVar = {"ratio": (1,)}

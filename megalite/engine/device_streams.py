@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from torch import Tensor
 
@@ -63,10 +64,19 @@ def join_on_the_device(stream: Any) -> None:
         stream.synchronize = functools.partial(wait_for, stream)
 
 
+def release_page_locked() -> None:
+    """Gives page-locked memory that is no longer used back to the node: torch would keep it for later tensors."""
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        torch.accelerator.empty_host_cache()
+
+
 def copy_without_waiting(host: Any) -> None:
-    """Replaces `host.to` by one for which the host does not wait. host: a tensor in page-locked main memory that is
-    overwritten only after the host has waited for the copies."""
-    own = weakref.ref(host)
+    """Replaces `host.to` by one for which the host does not wait, if the memory is page-locked. host: a tensor in main
+    memory that is overwritten only after the host has waited for the copies."""
+    own = weakref.ref(
+        host
+    )  # a strong reference would be a cycle, and keep the memory until it is collected
 
     def to(*args: Any, **kwargs: Any) -> Tensor:
         held: Any = own()

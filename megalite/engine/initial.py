@@ -1,7 +1,8 @@
 """Initial weights of a rank's stage, written directly into the storage that the rank will use.
 
 A stage is built without memory (on torch's meta device). Its parameters are then allocated one by one: whole with ZeRO
-0 to 2, as a shard with ZeRO-3, so at most one parameter is whole besides the shards.
+0 to 2, as a shard with ZeRO-3. At most one parameter is whole besides the shards, for a moment two copies of it: as it
+is received, along the tensor axis before it is cut, and as ZeRO-3 pads it.
 
 Values are parallel/layers.py's `initial_slice`, the same on every layout. All ranks with parts of the same parameters,
 along the data and the tensor axis, share the work: of every n parameters on n ranks, each rank draws one and sends it
@@ -18,15 +19,18 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
 from megalite.parallel.grid import ALONE, Axis, Grid
-from megalite.parallel.layers import initial_slice, materialise, placed
+from megalite.parallel.layers import Placement, initial_slice, materialise, placed
 
 T = TypeVar("T")
+Receive = Callable[[nn.Parameter, Tensor | None, Axis, int], None]
+"""Takes a parameter, this rank's slice of its values or None, the axis of the ranks that hold the same slice, and the
+index on that axis of those that have the values."""
 
 
 def make_whole(
     stage: nn.Module, grid: Grid, dtype: torch.dtype, device: torch.device, seed: int | None
 ) -> None:
-    """Gives a stage on the meta device its weights, whole, for ZeRO 0 to 2 (collective over the data axis).
+    """Gives a stage on the meta device its weights, whole, for ZeRO 0 to 2 (collective over the data and tensor axes).
     seed: None if they come from elsewhere; they are then 0 or 1."""
 
     def receive(value: nn.Parameter, values: Tensor | None, axis: Axis, source: int) -> None:
@@ -49,7 +53,7 @@ def make_shards(
     device: torch.device,
     seed: int | None,
 ) -> None:
-    """Gives a stage on the meta device its weights as ZeRO-3's shards (collective over the data axis).
+    """Gives a stage on the meta device its weights as ZeRO-3's shards (collective over the data and tensor axes).
     keys: DeepSpeed's config. seed: as in `make_whole`."""
     # On an empty module: this sets up DeepSpeed's conversion without any parameters. It also replaces F.linear by one
     # that does not keep a gathered weight for backward, as for an engine made of a module with whole weights.
@@ -91,39 +95,51 @@ def _fill(
     seed: int | None,
     dtype: torch.dtype,
     device: torch.device,
-    receive: Callable[[nn.Parameter, Tensor | None, Axis, int], None],
+    receive: Receive,
 ) -> None:
-    """Draws the random parameters. receive: takes a parameter, this rank's slice of its values or None, the axis of the
-    ranks that hold the same slice, and the index on that axis of those that have the values."""
+    """Draws the random parameters. seed: as in `make_whole`."""
     if seed is None:
         return
     values = [(value, placement) for value, placement in placed(stage) if placement.std is not None]
     kinds = sorted({(placement.replicas, placement.drawn_apart) for _, placement in values})
-    with torch.no_grad():
-        for name, apart in kinds:
-            axis: Axis = getattr(grid, name)
-            # Experts are drawn and cut one at a time, since all of them may not fit into memory.
-            tensor = ALONE if apart else grid.tensor
-            number = axis.rank * tensor.size + tensor.rank
-            of_kind = [
-                (value, placement)
-                for value, placement in values
-                if (placement.replicas, placement.drawn_apart) == (name, apart)
-            ]
+    for name, apart in kinds:
+        axis: Axis = getattr(grid, name)
+        # Experts are drawn and cut one at a time, since all of them may not fit into memory.
+        tensor = ALONE if apart else grid.tensor
+        of_kind = [
+            (value, placement)
+            for value, placement in values
+            if (placement.replicas, placement.drawn_apart) == (name, apart)
+        ]
+        with torch.no_grad():
             for turn in _turns(of_kind, axis.size * tensor.size):
-                # Before the first message of the turn, so that all ranks draw at the same time.
-                mine = None
-                if number < len(turn):
-                    placement = turn[number][1]
-                    drawn = placement if tensor.size == 1 else replace(placement, cuts=())
-                    mine = initial_slice(drawn, seed)
-                for k, (value, placement) in enumerate(turn):
-                    source, index = divmod(k, tensor.size)
-                    part = mine if k == number else None
-                    if tensor.size > 1 and axis.rank == source:
-                        full = torch.empty(placement.full_shape, dtype=dtype, device=device)
-                        part = placement.cut(_sent(full, part, tensor, index))
-                    receive(value, part, axis, source)
+                _take_turn(turn, axis, tensor, seed, dtype, device, receive)
+
+
+def _take_turn(
+    turn: Sequence[tuple[nn.Parameter, Placement]],
+    axis: Axis,
+    tensor: Axis,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    receive: Receive,
+) -> None:
+    """Each rank draws one parameter of the turn, then all ranks receive their slices of all of them."""
+    number, mine = axis.rank * tensor.size + tensor.rank, None
+    # Before the first message, so that all ranks draw at the same time.
+    if number < len(turn):
+        placement = turn[number][1]
+        drawn = placement if tensor.size == 1 else replace(placement, cuts=())
+        mine = initial_slice(drawn, seed)
+    for k, (value, placement) in enumerate(turn):
+        source, index = divmod(k, tensor.size)
+        part = mine if k == number else None
+        if tensor.size > 1 and axis.rank == source:
+            # Zeros for a dry run, whose groups send nothing.
+            full = torch.zeros(placement.full_shape, dtype=dtype, device=device)
+            part = placement.cut(_sent(full, part, tensor, index))
+        receive(value, part, axis, source)
 
 
 def _sent(full: Tensor, values: Tensor | None, axis: Axis, source: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import Config
+from megalite.config.rules import machine_has_gpu
 from megalite.config.section import broken
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
@@ -132,13 +133,19 @@ def load_op() -> Any:
     """DeepSpeed's op, built if needed. A rank calls this before DeepSpeed would load it, because `launch.quiet`
     redirects the standard error that the search for libaio needs. Raises RuntimeError, which names what is missing."""
     import deepspeed.ops.op_builder as builders
+    import torch
     from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import CUDA_HOME
 
     builder: Any = builders.AsyncIOBuilder()  # type: ignore[attr-defined]  # set in a loop
     if not installed_ops.get(builder.name):
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             raise RuntimeError(f"error: no C++ compiler ({compiler})")
+        if torch.version.cuda is not None and machine_has_gpu() and CUDA_HOME is None:
+            raise RuntimeError(
+                "error: no CUDA toolkit (nvcc), with which DeepSpeed builds it on machines with GPUs"
+            )
         if not builder.is_compatible():
             raise RuntimeError("error: no libaio with its headers (Debian: libaio-dev)")
     return builder.load(verbose=False)

@@ -25,16 +25,17 @@ EXPERT_GROUPS = tuple(
 
 
 @contextmanager
-def deepspeed_over_fakes() -> Iterator[None]:
-    """Inside, DeepSpeed computes on the CPU, whatever the machine has, its global state is reset, and its comparison of
-    integers with rank 0, which would not answer, is disabled."""
+def deepspeed_over_fakes(on_cpu: bool = False) -> Iterator[None]:
+    """Inside, DeepSpeed's global state is reset, and its comparison of integers with rank 0, which would not answer, is
+    disabled. on_cpu: it computes on the CPU even if the machine has a GPU."""
 
     def same(ints: Any) -> None:
         del ints
 
     name, environment = "assert_ints_same_as_other_ranks", {"LOCAL_RANK": "0"}
     own: Any = get_accelerator()
-    set_accelerator(CPUAccelerator())
+    if on_cpu:
+        set_accelerator(CPUAccelerator())
     with ExitStack() as stack:
         stack.callback(set_accelerator, own)
         stack.enter_context(patch.dict(os.environ, environment))

@@ -16,6 +16,7 @@ from megalite.engine.device_streams import (
     copy_without_waiting,
     join_on_the_device,
     make_follow,
+    release_page_locked,
     wait_on_the_host,
     without_device_waits,
 )
@@ -64,6 +65,7 @@ class FullyShardedOptimizer(OneVerdict, DeepSpeedZeroOptimizer_Stage3):
                 copy_without_waiting(shard)
         for partition in optimizer.fp32_partitioned_groups_flat:
             partition.grad = None  # DeepSpeed's second copy of the gradients, which `_prepare_sub_group` does not need
+        release_page_locked()
 
     def flat_gradient(self, group: int) -> Tensor:
         """A sub-group's part of the buffer in which gradients are summed."""

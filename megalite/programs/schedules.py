@@ -7,9 +7,8 @@
 | zb-h1       | 1             | zero bubble with 1F1B's memory, arXiv 2401.10241, section 4                   |
 | zb-v        | 2, in a V     | zero bubble, two chunks per rank, arXiv 2401.10241, section 6; 2405.15362   |
 
-p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES, which config,
-planner, report, proofs and tests read. Next:
-check.py.
+p ranks, m micro-batches, v chunks per rank. A new schedule is one function and one entry of SCHEDULES: config, planner,
+report, proofs and tests read it there. Next: check.py.
 """
 
 import math
@@ -220,8 +219,19 @@ class PipelineSchedule:
     least_held: Callable[[int, int], list[int]] = lambda p, m: [1] * p
 
 
-def _ahead(p: int, m: int) -> list[int]:
-    """What the ranks keep with one chunk each, if they start all forwards that 1F1B's warm-up has."""
+def _waits(work: str, units: Callable[[int], int]) -> Callable[[int, int, int], tuple[str, float]]:
+    """The bubble of a schedule in which a rank waits for p − 1 units of time, besides its work on m micro-batches
+    (arXiv 2104.04473, section 2.2, and 2401.10241, section 3). units(v): of a micro-batch on a rank; three for each
+    chunk with split backwards (F, I and W). work: units(v) · m as text."""
+
+    def bubble(p: int, m: int, v: int) -> tuple[str, float]:
+        return f"(p − 1) / ({work} + p − 1)", (p - 1) / (units(v) * m + p - 1)
+
+    return bubble
+
+
+def _warmed_up(p: int, m: int) -> list[int]:
+    """The micro-batches that each rank holds after 1F1B's warm-up, with one chunk per rank."""
     return [min(m, p - rank) for rank in range(p)]
 
 
@@ -230,14 +240,14 @@ SCHEDULES = {
         about="one chunk of layers per rank",
         home=lambda p, v: straight(p),
         program=lambda p, m, v, cost: one_f_one_b(p, m),
-        bubble=lambda p, m, v: ("(p − 1) / (m + p − 1)", (p - 1) / (m + p - 1)),
-        least_held=_ahead,
+        bubble=_waits("m", lambda v: 1),
+        least_held=_warmed_up,
     ),
     "interleaved": PipelineSchedule(
         about="several chunks per rank, for a smaller bubble and more messages",
         home=round_robin,
         program=lambda p, m, v, cost: interleaved(p, m, v),
-        bubble=lambda p, m, v: ("(p − 1) / (v·m + p − 1)", (p - 1) / (v * m + p - 1)),
+        bubble=_waits("v·m", lambda v: v),
         chunks=None,
         whole_groups=True,
         # Before a rank's first backward, of the chunk with the fewest.
@@ -247,21 +257,21 @@ SCHEDULES = {
         about="weight gradients fill the bubble",
         home=lambda p, v: straight(p),
         program=lambda p, m, v, cost: zb_h1(p, m),
-        bubble=lambda p, m, v: ("(p − 1) / (3·m + p − 1)", (p - 1) / (3 * m + p - 1)),
-        least_held=_ahead,
+        bubble=_waits("3·m", lambda v: 3),
+        least_held=_warmed_up,
     ),
     "zb-v": PipelineSchedule(
         about="weight gradients fill the bubble, with two chunks per rank in a V shape: the smallest bubble",
         home=lambda p, v: v_shaped(p),
         program=lambda p, m, v, cost: zb_v(p, m, cost),
-        bubble=lambda p, m, v: ("(p − 1) / (6·m + p − 1)", (p - 1) / (6 * m + p - 1)),
+        bubble=_waits("6·m", lambda v: 6),
         chunks=2,
     ),
 }
 
 
 def home_of(schedule: str, p: int, v: int) -> tuple[int, ...]:
-    """The rank that holds each chunk. v: chunks per rank, for schedules whose user chooses."""
+    """The rank that holds each chunk. v: chunks per rank; ignored by schedules with a fixed number."""
     return SCHEDULES[schedule].home(p, v)
 
 

@@ -249,7 +249,7 @@ def _calls_of(
 
     with ExitStack() as stack:
         stack.enter_context(fake_world(config.world_size, rank))
-        stack.enter_context(deepspeed_over_fakes())
+        stack.enter_context(deepspeed_over_fakes(on_cpu=True))
         stack.enter_context(patch.object(dist, "all_gather_object", gather))
         stack.enter_context(_zeroed_memory())
         axes = config.parallel

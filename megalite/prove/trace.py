@@ -23,6 +23,7 @@ from torch import Tensor
 from megalite.checkpoint.boxes import boxes_of_shard
 from megalite.checkpoint.save import Saver, owned_boxes
 from megalite.config import Config
+from megalite.config.optimizer_keys import OPTIMIZERS
 from megalite.data.loader import TrainData
 from megalite.data.position import Position
 from megalite.engine.build import LearningRate, build_engine, build_pipeline
@@ -139,19 +140,19 @@ def record(config: Config, steps: int, folder: Path, plant: Plant = no_plant) ->
                 session = session.resumed(step + 1, folder / "run")
                 plant(session, "resumed", stack)
         figures[-1]["evaluation"] = session.evaluate(steps)
-        written = {"figures": figures, "slices": slices, "adam": _adam(session.engine)}
+        written = {"figures": figures, "slices": slices, "adam": _adam(config)}
         (folder / f"rank{rank}.json").write_text(json.dumps(written))
 
 
-def _adam(engine: Engine) -> dict[str, float] | None:
-    """The highest learning rate of a parameter group, the decay rates of the moments, and epsilon; None without
-    Adam."""
-    optimizer: Any = engine.basic_optimizer
-    if "betas" not in optimizer.defaults:
+def _adam(config: Config) -> dict[str, Any] | None:
+    """Adam's parameters, with the learning rates of parameter groups as pairs of (pattern of names, ratio); None for
+    another optimizer."""
+    params, defaults = config.optimizer.params, OPTIMIZERS[config.optimizer.type]
+    if "betas" not in defaults:
         return None
-    groups: Any = engine.optimizer.param_groups  # type: ignore[union-attr]
-    (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
-    return {"lr": max(g["lr"] for g in groups), "beta1": beta1, "beta2": beta2, "eps": eps}
+    groups = [(entry.match, entry.lr_ratio) for entry in config.train.parameter_groups]
+    (beta1, beta2), eps = params.betas or defaults["betas"], params.eps or defaults["eps"]
+    return {"lr": params.lr, "groups": groups, "beta1": beta1, "beta2": beta2, "eps": eps}
 
 
 def _write_tensors(engine: Engine, path: Path) -> dict[str, dict[str, Any]]:
@@ -200,7 +201,7 @@ class Trace:
         written = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in ranks]
         self.figures: list[list[dict[str, float]]] = [rank["figures"] for rank in written]
         self.slices: list[dict[str, dict[str, Any]]] = [rank["slices"] for rank in written]
-        self.adam: dict[str, float] | None = written[0]["adam"]
+        self.adam: dict[str, Any] | None = written[0]["adam"]
         self._usual: dict[int, dict[str, float]] = {}
         self._weights: tuple[int, dict[str, Tensor]] = -2, {}
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -161,7 +162,8 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
         if kind == "exp_avg":
             mean[name] = norm / wanted.numel() ** 0.5
         elif kind == "exp_avg_sq" and one.adam is not None:
-            moved[name] = LEAST_TENSOR * mean[name] * _slope(wanted, step, **one.adam)
+            slope = _slope(wanted, (wanted > 0) | (full > 0), name, step, one.adam)
+            moved[name] = LEAST_TENSOR * mean[name] * slope
         elif kind == "weight":
             # Half a unit in the last place of each weight on both sides, and what rounded gradients cause.
             rounding = UNIT_IN_LAST_PLACE * norm + moved.get(name, 0.0)
@@ -174,14 +176,18 @@ def differences(one: Trace, other: Trace, step: int) -> Iterator[tuple[str, floa
 
 
 def _slope(
-    second_moment: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float
+    second_moment: Tensor, counted: Tensor, name: str, step: int, adam: dict[str, Any]
 ) -> float:
-    """The change of a weight per change of its first moment, by Adam's formula; the norm over all elements that have a
-    gradient. An element whose gradient's terms cancel out is divided by little more than epsilon: rounding, which is
-    relative to the terms, moves it far, and it may be the only one of a small tensor."""
-    root = (second_moment.double() / (1 - beta2 ** (step + 1))).sqrt() + eps
-    slopes = lr / (1 - beta1 ** (step + 1)) / root
-    return slopes[second_moment > 0].norm().item()
+    """Norm of lr / ((1 − β1^t) (√v̂ + ε)) over the elements that `counted` marks: how far a change of the first moment
+    moves each weight, with the second moment fixed, an upper bound.
+
+    If the terms of an element's gradient cancel out, the element is divided by little more than ε, so rounding, which
+    is relative to the terms, moves the weight far. In a small tensor this may be most of the update.
+    """
+    beta1, beta2 = adam["beta1"] ** (step + 1), adam["beta2"] ** (step + 1)
+    ratio = next((ratio for match, ratio in adam["groups"] if fnmatchcase(name, match)), 1.0)
+    root = (second_moment.double() / (1 - beta2)).sqrt() + adam["eps"]
+    return (ratio * adam["lr"] / (1 - beta1) / root)[counted].norm().item()
 
 
 def _update_difference(wanted: Tensor, update: Tensor, rounding: float) -> float:

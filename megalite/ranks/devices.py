@@ -13,16 +13,20 @@ from typing import Any
 from megalite.config.rules import machine_has_gpu
 from megalite.errors import ConfigError
 
+VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+NO_GPUS = ("", "-1", "NoDevFiles")  # the last is Slurm's, for jobs without GPUs
 NAMES_WAIT = timedelta(minutes=5)  # until all ranks of a node have reported their GPUs
 
 
 def visible_gpus() -> int:
-    """Number of GPUs that torch sees in this process; 0 if ranks compute on the CPU."""
+    """Number of GPUs that torch can use in this process; 0 if ranks compute on the CPU. If CUDA does not start, torch
+    warns with the reason."""
     if not machine_has_gpu():
         return 0
     import torch
 
-    return torch.accelerator.device_count()
+    # The count alone may come from the driver's tools, which also count GPUs that CUDA cannot use.
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def gpu_memory_bytes() -> int | None:
@@ -37,12 +41,12 @@ def gpu_memory_bytes() -> int | None:
 
 def unused_gpu_line() -> str | None:
     """A line for a machine with a GPU that torch does not see, unless the user has hidden its GPUs."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    hidden = any(os.environ.get(name) in NO_GPUS for name in VISIBLE_GPUS)
     if hidden or not machine_has_gpu() or os.environ.get("DS_ACCELERATOR"):
         return None
     import torch
 
-    what = f"the machine has a GPU, but torch {torch.__version__} sees none"
+    what = f"the machine seems to have a GPU, but torch {torch.__version__} sees none"
     return (
         f"{socket.gethostname()}: {what}: training on the CPU (DS_ACCELERATOR=cpu hides this line)"
     )
@@ -63,8 +67,9 @@ def check_same_device(store: Any, on_gpus: bool) -> None:
 
 
 class SharedCores:
-    """Divides a node's cores among its ranks. A launcher binds each rank to its own cores, as Slurm does, or to none.
-    Ranks that may use the same cores report them under one name. store: shared by all ranks."""
+    """Divides a node's cores among its ranks. A launcher may bind each rank to its own cores, as Slurm does; otherwise
+    all ranks may use all cores. Ranks that may use the same cores report them under one name. store: shared by all
+    ranks."""
 
     def __init__(self, store: Any) -> None:
         cores = sorted(os.sched_getaffinity(0))

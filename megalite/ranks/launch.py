@@ -73,6 +73,7 @@ def start_ranks(
     import torch
 
     if threads_unset := "OMP_NUM_THREADS" not in os.environ:
+        # Until all ranks have reported their cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
     store = _meet(here)
     cores = SharedCores(store)
@@ -143,7 +144,9 @@ def _after_devices(
 ) -> Callable[[bool], T]:
     """`prepare`, preceded by a check that all nodes compute on GPUs or all on CPUs, and that this node has a GPU for
     each of its ranks. visible: number of GPUs that each rank sees."""
-    names, on_gpus = GPUNames(store, socket.gethostname()), visible > 0 or machine_has_gpu()
+    names = GPUNames(store, socket.gethostname())
+    # Also if the user asks for GPUs (DS_ACCELERATOR) and there is none.
+    on_gpus = visible > 0 or machine_has_gpu()
     too_few = on_gpus and visible < here.local_size
     if too_few and visible == 1:
         names.report(gpu_name(0), here.local_size)
@@ -151,9 +154,9 @@ def _after_devices(
     def check_and_prepare(thorough: bool) -> T:
         if thorough:
             check_same_device(store, on_gpus)
-        if thorough and too_few:
-            own_gpu(here.local_rank, here.local_size, visible)
-            names.check(here.local_size)
+            if too_few:
+                own_gpu(here.local_rank, here.local_size, visible)
+                names.check(here.local_size)
         return prepare(thorough)
 
     return check_and_prepare

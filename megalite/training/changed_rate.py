@@ -8,10 +8,12 @@ from megalite.model.parameter_groups import learning_rate_factor
 from megalite.training.history import Log
 from megalite.training.watchers import Row, Watcher
 
+LEAST_CHANGE = 1e-3  # relative
+
 
 class ChangedRate(Watcher):
     """Compares the learning rate of the last step before this start with what this start's schedule gives for that
-    step. They differ if the schedule has changed, or `megalite.train.steps`, up to which it reaches."""
+    step. They differ if the schedule changed, or `megalite.train.steps`, where the schedule ends."""
 
     def __init__(self, config: Config, last: Row | None, log: Log) -> None:
         """last: the row of that step; None if there is none."""
@@ -33,13 +35,14 @@ def changed_rate(config: Config, last: Row) -> str | None:
     before = last.get("learning_rate")
     if before is None:
         return None
-    samples = plan.consumed(step)
-    tokens, step_tokens = samples * length, plan.size(samples) * length
+    step_tokens = plan.size(plan.consumed(step)) * length
+    # From the row, since the run may have had another batch size until now.
+    tokens = last["consumed_tokens"] - step_tokens
     factor = learning_rate_factor(config.schedule, step, tokens, step_tokens)
     rate = config.optimizer.params.lr * factor
-    if math.isclose(rate, before, rel_tol=1e-6):
+    if math.isclose(rate, before, rel_tol=LEAST_CHANGE):
         return None
     return (
-        f"the learning rate of step {last['step']} was {before:.2e}, and is {rate:.2e} by the config of this start "
-        "(optimizer.params.lr, scheduler, megalite.train.steps)"
+        f"the learning rate of step {last['step']} was {before:.3e}; this start's config gives {rate:.3e} for it (see "
+        "optimizer.params.lr, scheduler, megalite.train.steps)"
     )

@@ -8,6 +8,7 @@ a CPU, and for a device that is not in the table, it is the rate of large matrix
 the same time. Next: speed.py, which adds it to a row; screen.py, which shows it.
 """
 
+import re
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
     ("H200 NVL", 835.0, 60.0),
     ("H100", 989.0, 67.0),
     ("H200", 989.0, 67.0),
+    ("H800 PCIe", 756.0, 51.0),
     ("H800", 989.0, 67.0),
     ("H20", 148.0, 44.0),
     ("GH200", 989.0, 67.0),
@@ -50,8 +52,10 @@ DATA_SHEET_TFLOPS: list[tuple[str, float, float | None]] = [
     ("MI300X", 1307.0, 163.4),
     ("MI250X", 191.5, 47.9),  # per die; each of its two dies is a device
 ]
-OTHER_DEVICES = {"MIG", "Laptop", "Max", "Ti", "SUPER", "D"}
-"""Words in the names of devices with other rates than those of the table: a part of a GPU, and variants of cards."""
+OTHER_DEVICES = re.compile(r"MIG|Laptop|Max|Ti|SUPER|D|\d+[ABCQ]")
+"""A word in the names of devices with other rates than those of the table: parts of a GPU (NVIDIA A10-8Q), and variants
+of cards."""
+WITHOUT_BF16 = {"V100 PCIE", "V100", "T4"}  # the table has their rate in fp16
 MEASURED_SECONDS = 0.1
 ROWS = {"cpu": 1024}  # rows and columns of the measured products, by type of device
 ROWS_OF_DEVICES = 8192
@@ -60,12 +64,14 @@ ROWS_OF_DEVICES = 8192
 def data_sheet_flops(name: str, dtype: torch.dtype) -> float | None:
     """Data sheet FLOP/s of a device by its name; None if it is not in the table."""
     words = name.replace("-", " ").replace("_", " ").split()
-    if OTHER_DEVICES & {*words}:
+    if any(OTHER_DEVICES.fullmatch(word) for word in words):
         return None
     for known, half, single in DATA_SHEET_TFLOPS:
         if all(word in words for word in known.split()):
             found = single if dtype == torch.float32 else half
-            return None if found is None else 1e12 * found
+            if found is None or (dtype == torch.bfloat16 and known in WITHOUT_BF16):
+                return None
+            return 1e12 * found
     return None
 
 

@@ -90,7 +90,7 @@ def measure(rank: int, world_size: int, micro_batches: int) -> dict[str, tuple[f
     ] * micro_batches
     found = {}
     for schedule in SCHEDULES:
-        chunks = 2 if schedule in ("interleaved", "zb-v") else 1
+        chunks = SCHEDULES[schedule].chunks or 2
         costs = ModelCosts((LayerCosts(1.0, 0.0),) * (world_size * chunks), 0.0)
         plan = make_plan(schedule, world_size, chunks, (1,) * (world_size * chunks), costs)
         sleeper: Any = Sleeper(plan)
@@ -117,7 +117,7 @@ def test_measured_bubbles_are_the_simulated_ones(p: int, m: int) -> None:
         step, work = max(found[schedule] for found in ranks)
         assert work == pytest.approx(3 * m * UNIT_SECONDS, rel=0.01)
         bubbles[schedule] = 1 - work / step
-        chunks = 2 if schedule in ("interleaved", "zb-v") else 1
+        chunks = SCHEDULES[schedule].chunks or 2
         costs = ModelCosts((LayerCosts(1.0, 0.0),) * (p * chunks), 0.0)
         plan = make_plan(schedule, p, chunks, (1,) * (p * chunks), costs)
         simulated = check(plan.program(m), plan.cost).bubble

@@ -29,7 +29,9 @@ from tests.small_models import MODELS
 from tests.streams import like_a_gpu
 from tests.training_runs import document, train
 
-MOST_READS = 3  # one is of the device; the others are of values in main memory
+MOST_READS = (
+    3  # one is of the device; the others, one less with ZeRO-0, are of values in main memory
+)
 READS = {
     "aten._local_scalar_dense",
     "aten.nonzero",
@@ -175,11 +177,14 @@ def keys_of(folder: Path, way: dict[str, Any]) -> dict[str, Any]:
         f"{way['layout']} {way.get('model', {}).get('model_type', '')} {way.get('zero', '')}"
     ),
 )
-def test_a_step_reads_twice_and_a_micro_batch_never(tmp_path: Path, way: dict[str, Any]) -> None:
+def test_a_step_reads_the_device_once_and_a_micro_batch_never(
+    tmp_path: Path, way: dict[str, Any]
+) -> None:
     for steps, in_actions in run_ranks(2, counts, keys_of(tmp_path, way)):
         assert len(steps) == len(in_actions) == STEPS
         for step in steps[1:]:  # the first one's memory is measured
-            assert sum(step.values()) <= MOST_READS, step
+            most = MOST_READS - (way["layout"]["zero"] == 0)
+            assert sum(step.values()) <= most, step
         # In the first one ZeRO-3 records the order of fetches.
         assert not any(in_actions[1:]), in_actions
 

@@ -114,6 +114,26 @@ def test_losses_are_those_of_the_cpu(tmp_path: Path, zero: int, needs: Needs) ->
         )
 
 
+@pytest.mark.parametrize("zero, precision", [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_losses_with_offload_are_those_without(
+    tmp_path: Path, zero: int, precision: str, pinned: bool, needs: Needs
+) -> None:
+    needs(1)
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pinned}}
+    if zero == 3:
+        offload["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    sections = [{"stage": zero}, {"stage": zero, **offload}]
+    runs = [
+        on_ranks(1, "losses", steps=STEPS, config=config(
+            tmp_path, precision=precision, zero_optimization=section))[0]
+        for section in sections
+    ]  # fmt: skip
+    for (loss, norm), (own_loss, own_norm) in zip(*runs, strict=True):
+        assert own_loss == pytest.approx(loss, rel=1e-5)
+        assert own_norm == pytest.approx(norm, rel=1e-4)
+
+
 def test_bf16_differs_from_the_cpus_as_bf16_does_from_fp32(tmp_path: Path, needs: Needs) -> None:
     needs(1)
 

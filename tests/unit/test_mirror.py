@@ -67,7 +67,6 @@ THROUGH = {
     "training.events": "unit/training/test_metrics.py",
 }  # fmt: skip
 WITH_RANKS = {
-    "engine.nvme": "distributed/test_nvme.py",
     "inference.harness": "distributed/test_harness.py",  # needs the extra `eval`
     "prove.benchmark_rank": "distributed/test_benchmark.py",
     **dict.fromkeys(

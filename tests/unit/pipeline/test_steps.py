@@ -17,7 +17,7 @@ from megalite.pipeline.steps import (
 from megalite.programs.check import ProgramError, check
 from megalite.programs.program import Action, Value
 from megalite.programs.schedules import forward_only, make_program, round_robin, straight, v_shaped
-from tests.unit.programs.test_programs import SIZES, programs, uneven
+from tests.schedules import SIZES, programs, uneven
 
 
 @pytest.mark.parametrize("p, m", SIZES)

@@ -8,18 +8,7 @@ import pytest
 from megalite.programs.check import ProgramError, check, most_bytes
 from megalite.programs.program import Action, Program
 from megalite.programs.schedules import SCHEDULES, make_program
-
-SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, p, 2 * p + 1, 4 * p)]
-
-
-def programs(p: int, m: int) -> list[tuple[str, int, Program]]:
-    """Every schedule that accepts m micro-batches on p ranks, with its chunks per rank."""
-    return [
-        (name, v, make_program(name, p, m, v))
-        for name, schedule in SCHEDULES.items()
-        for v in ((2, 3) if schedule.chunks is None else (schedule.chunks,))
-        if m % p == 0 or not schedule.whole_groups
-    ]
+from tests.schedules import SIZES, programs, uneven
 
 
 @pytest.mark.parametrize("p, m", SIZES)
@@ -54,8 +43,17 @@ def test_the_number_of_held_micro_batches(p: int, m: int) -> None:
                 assert kept <= 2 * p
 
 
-def uneven(kind: str, chunk: int) -> float:
-    return {"F": 1.0, "I": 0.4, "W": 2.5, "B": 2.9}[kind] * (1 + chunk % 3)
+@pytest.mark.parametrize("p, m", SIZES)
+def test_a_rank_holds_at_least_what_its_schedule_says(p: int, m: int) -> None:
+    """For the planner's bounds: on any cut, so of the chunk that it holds the fewest micro-batches of."""
+    for schedule, _, program in programs(p, m):
+        for rank, least in enumerate(SCHEDULES[schedule].least_held(p, m)):
+            most = dict.fromkeys(program.chunks_of(rank), 0)
+            held = dict(most)
+            for kind, chunk, _ in program.actions[rank]:
+                held[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[kind]
+                most[chunk] = max(most[chunk], held[chunk])
+            assert least <= min(most.values()), (schedule, rank)
 
 
 def test_uneven_costs_do_not_stop_the_list_scheduler() -> None:

@@ -15,6 +15,7 @@ from megalite.prove.trace import Trace
 from megalite.prove.verify import Spread, Verdict, _changes, _slope, differences, table
 
 Values = dict[str, Tensor]
+ADAM = {"lr": 1e-2, "groups": [], "beta1": 0.9, "beta2": 0.95, "eps": 1e-4}
 STEPS = 2
 
 
@@ -162,14 +163,13 @@ def test_the_table_has_a_row_for_each_layout(spread: Spread, tmp_path: Path) -> 
 
 def test_the_slope_is_that_of_torchs_adam() -> None:
     """By a small change of each gradient's element, in the third step."""
-    adam = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-4}
     gradients = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients[:, 3] = 1e-6  # its terms cancel out
     gradients[:, 5] = 0.0  # an unseen token's
 
     def trained(change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weight = torch.zeros(16, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([weight], lr=adam["lr"], betas=(0.9, 0.95), eps=adam["eps"])
+        optimizer = torch.optim.Adam([weight], lr=1e-2, betas=(0.9, 0.95), eps=1e-4)
         for gradient in (*gradients[:2], gradients[2] + change):
             weight.grad = gradient
             optimizer.step()
@@ -179,6 +179,42 @@ def test_the_slope_is_that_of_torchs_adam() -> None:
     change[3] = 1e-9
     moved, other = trained(change)
     moment = (other["exp_avg"] - state["exp_avg"])[3]
-    alone = _slope(state["exp_avg_sq"][3:4], 2, **adam)
+    second, groups = state["exp_avg_sq"], [["*.bias", 0.5], ["*", 3.0]]
+    alone, whole = (
+        _slope(values, values > 0, "layer.weight", 2, ADAM) for values in (second[3:4], second)
+    )
     assert alone == pytest.approx(abs((moved - weight)[3] / moment).item(), rel=0.05)
-    assert alone > 0.9 * _slope(state["exp_avg_sq"], 2, **adam), "one element outweighs all others"
+    assert alone > 0.9 * whole, "one element outweighs all others"
+    halved = _slope(second, second > 0, "layer.bias", 2, ADAM | {"groups": groups})
+    assert halved == pytest.approx(whole / 2)
+
+
+def trained_bias(folder: Path, last: float, scale: float = 1.0) -> Trace:
+    """A trace of one step of Adam on a bias of four elements, the last of which has the gradient `last`. scale: of the
+    update."""
+    folder.mkdir()
+    gradient = torch.tensor([0.1, -0.2, 0.3, last], dtype=torch.float64)
+    start = torch.tensor([0.5, 0.6, 0.7, 0.8], dtype=torch.float64)
+    after = start - scale * ADAM["lr"] * gradient / (gradient.abs() + ADAM["eps"])
+    values = {"exp_avg/b": 0.1 * gradient, "exp_avg_sq/b": 0.05 * gradient**2, "weight/b": after}
+    save_file({"weight/b": start.float()}, folder / "start_rank0.safetensors")
+    held = {key: value.float() for key, value in values.items()}
+    save_file(held, folder / "step0_rank0.safetensors")
+    slices = {key: place(value, 0, 4) for key, value in values.items()}
+    record = {"figures": [{"loss": 3.0, "norm": 0.5}], "slices": slices, "adam": ADAM}
+    (folder / "rank0.json").write_text(json.dumps(record))
+    return Trace(folder)
+
+
+def test_rounding_that_adam_magnifies_in_one_element_is_no_difference(tmp_path: Path) -> None:
+    """The terms of the last element's gradient cancel out, so that it is only rounding."""
+    one = trained_bias(tmp_path / "one", 1e-8)
+    other = trained_bias(tmp_path / "other", 3e-8)
+    faulty = trained_bias(tmp_path / "faulty", 1e-8, scale=1 - 1e-3)
+
+    def update(trace: Trace) -> float:
+        return {key: ratio for key, ratio, _ in differences(one, trace, 0)}["update/b"]
+
+    assert update(other) == 0.0 and update(faulty) > 3e-4
+    one.adam = None
+    assert update(other) > 1e-5

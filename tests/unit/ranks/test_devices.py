@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from megalite.config.limits import Limits
 from megalite.errors import ConfigError
 from megalite.parallel.clock import Clock
 from megalite.ranks.devices import GPUNames, library_settings, own_gpu
+from megalite.ranks.rank_info import RankInfo
 from megalite.training.screen import Screen
 from tests.ranks import REPOSITORY, RankFailure, run_ranks
 from tests.training_runs import document, nothing, rows, train
@@ -126,9 +128,43 @@ def test_a_gpu_that_torch_does_not_see_is_a_line(visible: str | None) -> None:
     """torch is a build for CPUs, its driver does not fit, or no GPU has the chosen number."""
     ((*_, line),) = run_ranks(1, start_with_hidden_gpus, None, visible, init=False)
     assert line.endswith(
-        f"the machine has a GPU, but torch {torch.__version__} sees none: training on the CPU "
+        f"the machine seems to have a GPU, but torch {torch.__version__} sees none: training on the CPU "
         "(DS_ACCELERATOR=cpu hides this line)"
     )
+
+
+def test_gpus_that_cuda_cannot_use_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's tools still count them, for example if the driver is too old for this torch."""
+    monkeypatch.setattr(devices, "machine_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert devices.visible_gpus() == 0
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert devices.visible_gpus() == 8
+
+
+@pytest.mark.parametrize("name", devices.VISIBLE_GPUS)
+def test_a_user_may_hide_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "machine_has_gpu", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for variable in devices.VISIBLE_GPUS:
+        monkeypatch.delenv(variable, raising=False)
+    assert devices.unused_gpu_line() is not None
+    monkeypatch.setenv(name, "-1")
+    assert devices.unused_gpu_line() is None
+
+
+def test_one_rank_of_a_node_shows_what_torch_finds_wrong_with_its_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for local_rank, shown in ((0, 1), (1, 0)):
+        with warnings.catch_warnings(record=True) as found:
+            launch._quieten(
+                RankInfo(rank=4 + local_rank, world_size=8, local_rank=local_rank, local_size=4)
+            )
+            warnings.warn_explicit("CUDA: no", UserWarning, "a.py", 1, module="torch.cuda")
+            warnings.warn_explicit("else", UserWarning, "a.py", 1, module="torch.nn")
+        assert len(found) == shown
 
 
 def start_on(rank: int, world_size: int, gpus: list[int]) -> None:

@@ -19,7 +19,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("AMD Instinct MI300X", 1307),
         ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA H20", 148),
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA RTX 6000 Ada Generation", 364.2), ("NVIDIA RTX A6000", 154.8),
-        ("Tesla V100-SXM2-32GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla T4", 65),
+        ("NVIDIA H800 PCIe", 756),
     ],
 )  # fmt: skip
 def test_a_device_is_found_by_its_name(name: str, teraflops: float) -> None:
@@ -29,7 +29,16 @@ def test_a_device_is_found_by_its_name(name: str, teraflops: float) -> None:
 def test_types_and_unknown_devices() -> None:
     assert data_sheet_flops("NVIDIA A100-SXM4-40GB", FP32) == 19.5e12
     assert data_sheet_flops("NVIDIA GeForce RTX 9999", BF16) is None
+    for name, teraflops in {
+        "Tesla V100-SXM2-32GB": 125,
+        "Tesla V100-PCIE-32GB": 112,
+        "Tesla T4": 65,
+    }.items():
+        assert data_sheet_flops(name, torch.float16) == teraflops * 1e12
+        assert data_sheet_flops(name, BF16) is None, "it has no units for bf16"
     for name in (
+        "NVIDIA A10-8Q",
+        "GRID A100-10C",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",
