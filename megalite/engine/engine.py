@@ -6,6 +6,7 @@ ZeRO stage. Next: pipeline/, which drives the engine.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megalite.engine.norm import GlobalNorm
 from megalite.engine.router_bias import RouterBias
+from megalite.engine.tensor_copies import may_differ, take_gradients_of_first
 from megalite.engine.zero import MOMENTS, ShardedOptimizer, moments_of
 from megalite.engine.zero3 import FullyShardedOptimizer
 from megalite.model.transformer import EXPERTS
@@ -43,6 +45,9 @@ class Engine(DeepSpeedEngine):
         self.grid = grid
         super().__init__(model=stage, mpu=grid, **kwargs)
         self.global_norm = GlobalNorm((placement for _, placement in placed(stage)), grid.sizes)
+        device = torch.device(self.device or "cpu")
+        if grid.tensor.size > 1 and may_differ(device):
+            self.global_norm.prepare = partial(take_gradients_of_first, grid.tensor, device)
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer):
             ShardedOptimizer.adopt(self.optimizer, self.global_norm, stage.ties)
         elif isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):

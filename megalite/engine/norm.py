@@ -22,6 +22,8 @@ from megalite.topology.axes import AxisSizes
 Judge = Callable[[float, float], bool]
 """(loss, norm) -> whether to update; must be the same on every rank. The norm still includes the loss scale."""
 
+Pieces = Sequence[tuple[Placement, Tensor]]
+"""A rank's gradients with their parameters' placements, each any part of the slice."""
 
 BLOCK = 2**16  # elements squared at a time on a CPU: 512 KiB in fp64, which stay in its cache
 
@@ -57,8 +59,9 @@ class GlobalNorm:
     """L2 norm of the gradients of the whole model. Construct it once: a collective agrees on the list of names.
 
     loss: this rank's part of the step's loss; None: 0. judge: asked at each call. flags: returns this rank's values
-    that travel with the message, equally many on every rank. After a call `flag_sums` has their sums over all ranks,
-    `overflowed` tells whether only the gradient was not finite, and `accepted` whether the update happens.
+    that travel with the message, equally many on every rank. prepare: called with the gradients before their norm
+    (tensor_copies.py). After a call `flag_sums` has the flags' sums over all ranks, `overflowed` tells whether only the
+    gradient was not finite, and `accepted` whether the update happens.
     """
 
     def __init__(self, placements: Iterable[Placement], sizes: AxisSizes = ONE) -> None:
@@ -78,6 +81,7 @@ class GlobalNorm:
         self.flags: Callable[[], Sequence[float]] = tuple
         self.flag_sums: list[float] = []
         self.overflowed, self.accepted = False, True
+        self.prepare: Callable[[Pieces], None] | None = None
         self._own = self._all = torch.zeros(0)
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
@@ -91,6 +95,9 @@ class GlobalNorm:
         pieces: this rank's gradients with their parameters' placements, each any part of the slice. replicated:
         whether all ranks that hold copies of a slice pass the same pieces (ZeRO-0) or each its own (ZeRO).
         """
+        pieces = list(pieces)
+        if self.prepare is not None:
+            self.prepare(pieces)
         rows, flags = len(self.row), torch.tensor(self.flags(), dtype=torch.float64)
         sums = torch.zeros(rows + 1 + len(flags), dtype=torch.float64, device=device)
         if len(flags):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import Config
-from megalite.config.rules import machine_has_gpu
 from megalite.config.section import broken
 from megalite.errors import ConfigError
 from megalite.model.spec import TransformerSpec
@@ -142,7 +141,7 @@ def load_op() -> Any:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             raise RuntimeError(f"error: no C++ compiler ({compiler})")
-        if torch.version.cuda is not None and machine_has_gpu() and CUDA_HOME is None:
+        if torch.version.cuda is not None and torch.cuda.is_available() and CUDA_HOME is None:
             raise RuntimeError(
                 "error: no CUDA toolkit (nvcc), with which DeepSpeed builds it on machines with GPUs"
             )

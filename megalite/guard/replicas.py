@@ -2,9 +2,8 @@
 
 Copies exist along the data and context axes (ZeRO 0 to 2; under ZeRO-3 of weights that stay whole), along the tensor
 axis (norms, copies of key/value heads) and at both ends of the pipe (tied embeddings): everything with the same name
-and range. On GPUs copies along the tensor axis are not compared: their gradients are summed over the data axis by
-different communicators, and NCCL does not promise that these add in the same order. A copy is hashed by the exclusive
-or of its elements, in one pass over the weights. This detects any changed bit, but not elements that were swapped.
+and range. A copy is hashed by the exclusive or of its elements, in one pass over the weights. This detects any changed
+bit, but not elements that were swapped.
 """
 
 from collections import Counter
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from megalite.parallel.layers import Placement, placed
 
-Key = tuple[
-    str, tuple[int, ...], int
-]  # full name, first index in each dim, index on the tensor axis or 0
+Key = tuple[str, tuple[int, ...]]  # full name, first index in each dim
 _ABSENT = torch.iinfo(torch.int64).min
 
 
@@ -45,13 +42,11 @@ class ReplicaDifference:
 
 
 class Replicas:
-    """The copies of one model. The constructor is collective over the world.
+    """The copies of one model. The constructor is collective over the world."""
 
-    tensor_rank: this rank's index on the tensor axis, if copies along that axis are not compared."""
-
-    def __init__(self, module: nn.Module, tensor_rank: int = 0) -> None:
-        self.module, self.tensor_rank = module, tensor_rank
-        mine = [self._key(placement) for _, placement in placed(module)]
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        mine = [_key(placement) for _, placement in placed(module)]
         everyone: list[list[Key]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         self.rows = {
@@ -74,7 +69,7 @@ class Replicas:
         divided = others[0][1] == count
         ranks = tuple(rank for rank, value in held.items() if divided or value != most)
         return ReplicaDifference(
-            next(name for (name, *_), row in self.rows.items() if row == wrong[0]), ranks, divided
+            next(name for (name, _), row in self.rows.items() if row == wrong[0]), ranks, divided
         )
 
     def _hashes(self, device: torch.device) -> Tensor:
@@ -85,10 +80,11 @@ class Replicas:
             if value.numel() == prod(placement.shape):
                 # Dropping the lowest bit is safe: elements are hashed as fp64, in which a widened number's lowest bit
                 # is 0.
-                result[self.rows[self._key(placement)]] = (
+                result[self.rows[_key(placement)]] = (
                     torch.hash_tensor(value.detach()).view(torch.int64) >> 1
                 )
         return result
 
-    def _key(self, placement: Placement) -> Key:
-        return placement.name, placement.offsets, self.tensor_rank
+
+def _key(placement: Placement) -> Key:
+    return placement.name, placement.offsets

@@ -80,7 +80,7 @@ class Router(nn.Module):
         """The weights; their backward adds the router's losses, weighted by `each` [B] per sample, and the tally."""
         b = len(each)
         every = torch.arange(self.mixture.count, device=chosen.device)
-        # scatter_add has no fixed order on GPUs and no deterministic variant.
+        # Not scatter_add: on GPUs it adds in no fixed order.
         counts = (chosen.view(b, -1, 1) == every).sum(dim=1).float()
         losses = self._losses(
             logits.unflatten(0, (b, -1)), probabilities.unflatten(0, (b, -1)), counts

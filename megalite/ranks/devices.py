@@ -46,7 +46,7 @@ def unused_gpu_line() -> str | None:
         return None
     import torch
 
-    what = f"the machine seems to have a GPU, but torch {torch.__version__} sees none"
+    what = f"the machine seems to have a GPU, but torch {torch.__version__} can use none"
     return (
         f"{socket.gethostname()}: {what}: training on the CPU (DS_ACCELERATOR=cpu hides this line)"
     )

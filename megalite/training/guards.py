@@ -19,9 +19,8 @@ class ReplicaGuard(Watcher):
 
     def __init__(self, config: Config, engine: Engine, health: Health) -> None:
         self.interval = config.train.faults.replica_check_interval
-        self.device, self.health = torch.device(engine.device or "cpu"), health
-        tensor_rank = 0 if self.device.type == "cpu" else engine.grid.tensor.rank
-        self.replicas = Replicas(engine.stage, tensor_rank)
+        self.replicas, self.health = Replicas(engine.stage), health
+        self.device = torch.device(engine.device or "cpu")
 
     def after_step(self, row: Row) -> None:
         """Compares all copies at every `replica_check_interval`-th step (collective)."""

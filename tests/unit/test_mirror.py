@@ -67,6 +67,7 @@ THROUGH = {
     "training.events": "unit/training/test_metrics.py",
 }  # fmt: skip
 WITH_RANKS = {
+    "engine.tensor_copies": "distributed/test_tensor_copies.py",
     "inference.harness": "distributed/test_harness.py",  # needs the extra `eval`
     "prove.benchmark_rank": "distributed/test_benchmark.py",
     **dict.fromkeys(

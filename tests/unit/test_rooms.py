@@ -27,7 +27,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "hub": 845,
     "pipeline": 865,  # sends are waited for once they are known to have arrived
     "plan": 4110,  # the planner with its timeline of memory, the dry run and calibration
-    "engine": 1655,  # initial weights drawn once over data and tensor; offload waits once per step
+    "engine": 1700,  # initial weights drawn once over data and tensor; offload waits once per step; equal copies
     "guard": 670,
     "report": 925,
     "training": 2725,  # devices of data sheets; a rate that a resume changes

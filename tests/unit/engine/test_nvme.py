@@ -14,7 +14,7 @@ def test_on_machines_with_gpus_the_op_needs_the_cuda_toolkit(
     """DeepSpeed's own error there is a TypeError about a path."""
     monkeypatch.setattr(git_version_info, "installed_ops", {})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(nvme, "machine_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(nvme.shutil, "which", lambda name: name)
     with pytest.raises(RuntimeError, match="^error: no CUDA toolkit"):

@@ -12,7 +12,6 @@ from megalite.model.families import read_spec
 from megalite.model.transformer import Stage
 from megalite.parallel.grid import Grid
 from megalite.parallel.layers import placed
-from tests.ranks import run_ranks
 from tests.small_models import MODELS
 
 CPU = torch.device("cpu")
@@ -101,23 +100,3 @@ def test_the_line_names_tensor_ranks_and_hosts() -> None:
             "x: rank 1 on a, rank 2 on b hold different values, and no majority says which is right"
         )
     )
-
-
-def of_four(rank: int, world_size: int, changed: list[int]) -> list[ReplicaDifference | None]:
-    """What a rank of tensor 2 × data 2 finds if the weights of some ranks have changed: as on a CPU, and as on a GPU,
-    where copies along the tensor axis are not compared."""
-    torch.distributed.init_process_group("gloo")
-    stage = Stage(read_spec(MODELS["llama"]), Grid()).initialise(1)
-    if rank in changed:
-        with torch.no_grad():
-            doubled(next(x for x, place in placed(stage) if place.name == NAME))
-    return [Replicas(stage, part).difference(CPU) for part in (0, rank % 2)]
-
-
-def test_on_gpus_copies_along_the_tensor_axis_may_differ() -> None:
-    """NCCL may add in another order in another data group."""
-    for on_cpu, on_gpu in run_ranks(4, of_four, [1, 3], init=False):
-        assert on_cpu is not None and on_gpu is None
-    for on_cpu, on_gpu in run_ranks(4, of_four, [3], init=False):
-        assert on_cpu == ReplicaDifference(NAME, (3,), divided=False)
-        assert on_gpu == ReplicaDifference(NAME, (1, 3), divided=True)

@@ -128,7 +128,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_line(visible: str | None) -> None:
     """torch is a build for CPUs, its driver does not fit, or no GPU has the chosen number."""
     ((*_, line),) = run_ranks(1, start_with_hidden_gpus, None, visible, init=False)
     assert line.endswith(
-        f"the machine seems to have a GPU, but torch {torch.__version__} sees none: training on the CPU "
+        f"the machine seems to have a GPU, but torch {torch.__version__} can use none: training on the CPU "
         "(DS_ACCELERATOR=cpu hides this line)"
     )
 

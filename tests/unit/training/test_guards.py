@@ -21,29 +21,21 @@ class Replicas:
 
     found: ReplicaDifference | None = None
 
-    def __init__(self, stage: Any, tensor_rank: int) -> None:
-        self.compared, self.tensor_rank = 0, tensor_rank
+    def __init__(self, stage: Any) -> None:
+        self.compared = 0
 
     def difference(self, device: torch.device) -> ReplicaDifference | None:
         self.compared += 1
         return self.found
 
 
-def replica_guard(interval: int, monkeypatch: pytest.MonkeyPatch, device: str | None = None) -> Any:
+def replica_guard(interval: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(guards, "Replicas", Replicas)
     faults = SimpleNamespace(replica_check_interval=interval)
     config: Any = SimpleNamespace(train=SimpleNamespace(faults=faults))
-    grid = SimpleNamespace(tensor=SimpleNamespace(rank=3))
-    engine: Any = SimpleNamespace(stage=None, device=device, grid=grid)
+    engine: Any = SimpleNamespace(stage=None, device=None)
     health: Any = SimpleNamespace(fault=None, hosts=["a", "b"])
     return ReplicaGuard(config, engine, health)
-
-
-@pytest.mark.parametrize("device, part", [(None, 0), ("cpu", 0), ("cuda:1", 3)])
-def test_copies_along_the_tensor_axis_are_compared_on_cpus_only(
-    device: str | None, part: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert replica_guard(1, monkeypatch, device).replicas.tensor_rank == part
 
 
 @pytest.mark.parametrize(("interval", "compared"), [(0, 0), (1, 9), (4, 2)])
