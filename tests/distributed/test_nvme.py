@@ -250,7 +250,10 @@ def test_what_is_missing_is_named_in_a_line(tmp_path: Path) -> None:
     [
         ({"stage": 1}, f'{OFFLOAD}.device: "nvme": needs zero_optimization.stage 3 or more'),
         ({"nvme_path": None}, f"{OFFLOAD}.nvme_path: missing: device nvme needs a folder"),
-        ({"ratio": 0.5}, f"{OFFLOAD}.ratio: must be 1 or left out: DeepSpeed updates the part that is not"),
+        (
+            {"ratio": 0.5},
+            f"{OFFLOAD}.ratio: must be 1 or left out: DeepSpeed updates the part that is not",
+        ),
         ({"device": "cpu"}, f'{OFFLOAD}.nvme_path: "x": needs {OFFLOAD}.device "nvme"'),
         (
             {"buffer_count": 5, "pipeline_read": True},
