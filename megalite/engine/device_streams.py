@@ -74,9 +74,8 @@ def release_page_locked() -> None:
 def copy_without_waiting(host: Any) -> None:
     """Replaces `host.to` by one for which the host does not wait, if the memory is page-locked. host: a tensor in main
     memory that is overwritten only after the host has waited for the copies."""
-    own = weakref.ref(
-        host
-    )  # a strong reference would be a cycle, and keep the memory until it is collected
+    # A strong reference would be a cycle, and keep the memory until it is collected.
+    own = weakref.ref(host)
 
     def to(*args: Any, **kwargs: Any) -> Tensor:
         held: Any = own()

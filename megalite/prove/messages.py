@@ -168,7 +168,39 @@ def shrunken(config: Config) -> Config:
         min(2, size) for size in (parallel.tensor, parallel.context, parallel.expert)
     )
     data = expert * min(2, config.data_size // parallel.expert)
-    spec, chunks = read_spec(config.model), parallel.pipe * parallel.chunks_a_rank
+    length = 8 * tensor * context
+    micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
+    if SCHEDULES[parallel.schedule].whole_groups:
+        micro_batches = max(parallel.pipe, micro_batches // parallel.pipe * parallel.pipe)
+    document |= {
+        "train_batch_size": micro_batches * data,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+    }
+    zero = document.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param", "sub_group_size"):
+        zero.pop(key, None)
+    zero["reduce_bucket_size"] = 100_000
+    document.pop("aio", None)
+    document.pop("scheduler", None)  # sends nothing, and may depend on the full batch
+    megalite = document["megalite"]
+    megalite["model"] = _small_model(config, tensor)
+    megalite["parallel"] |= {"tensor": tensor, "context": context, "expert": expert}
+    megalite["parallel"].pop("cut", None)
+    megalite["data"]["sequence_length"] = length
+    if isinstance(config.data.objective, Pairs):
+        megalite["data"]["objective"]["source_length"] = length // 2
+    megalite["train"].pop("batch_ramp", None)
+    megalite["train"].pop("parameter_groups", None)
+    if megalite["train"].pop("epochs", None) is not None:  # of a corpus that is not read
+        megalite["train"]["steps"] = 1
+    return Config.from_dict(document).resolve(parallel.pipe * tensor * context * data)
+
+
+def _small_model(config: Config, tensor: int) -> dict[str, Any]:
+    """The config's model with few and narrow layers, for a tensor axis of the given size."""
+    parallel, spec = config.parallel, read_spec(config.model)
+    chunks = parallel.pipe * parallel.chunks_a_rank
     heads, groups = 4 * tensor, 4 * tensor
     if spec.num_kv_heads < spec.num_heads:
         groups = tensor if spec.num_kv_heads >= parallel.tensor else 1
@@ -195,33 +227,7 @@ def shrunken(config: Config) -> Config:
         model.pop(key, None)
     if spec.padding_id is not None:  # the family's default exceeds the small vocabulary
         model["pad_token_id"] = 0
-    length = 8 * tensor * context
-    micro_batches = min(config.accumulation_steps, 2 * parallel.pipe)
-    if SCHEDULES[parallel.schedule].whole_groups:
-        micro_batches = max(parallel.pipe, micro_batches // parallel.pipe * parallel.pipe)
-    document |= {
-        "train_batch_size": micro_batches * data,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-    }
-    zero = document.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param", "sub_group_size"):
-        zero.pop(key, None)
-    zero["reduce_bucket_size"] = 100_000
-    document.pop("aio", None)
-    document.pop("scheduler", None)  # sends nothing, and may depend on the full batch
-    megalite = document["megalite"]
-    megalite["model"] = model
-    megalite["parallel"] |= {"tensor": tensor, "context": context, "expert": expert}
-    megalite["parallel"].pop("cut", None)
-    megalite["data"]["sequence_length"] = length
-    if isinstance(config.data.objective, Pairs):
-        megalite["data"]["objective"]["source_length"] = length // 2
-    megalite["train"].pop("batch_ramp", None)
-    megalite["train"].pop("parameter_groups", None)
-    if megalite["train"].pop("epochs", None) is not None:  # of a corpus that is not read
-        megalite["train"]["steps"] = 1
-    return Config.from_dict(document).resolve(parallel.pipe * tensor * context * data)
+    return model
 
 
 def calls_of_all(config: Config, plant: Plant | None = None) -> list[RankCalls]:
