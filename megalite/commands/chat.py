@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
     if system and asked and asked[0].get("role") == "system":
         raise ConfigError(f"--system: {options.messages} already begins with a system message")
     from megalite.api import load
+    from megalite.ranks.devices import use_exact_products
 
+    use_exact_products()
     model = load(best_checkpoint(options.model) if options.best else options.model, options.dtype)
     if asked:
         _answer(model, [*system, *asked], tools, options)

@@ -158,7 +158,9 @@ def _corpora(folder: Path) -> str:
 def _show_samples(run_dir: Path, folder: Path) -> None:
     """Prints continuations of prompts from the validation text, and saves them in the run folder."""
     from megalite.api import load
+    from megalite.ranks.devices import use_exact_products
 
+    use_exact_products()
     model = load(run_dir)
     tokens = IndexedCorpus(folder / VALID).tokens
     starts = [i * (len(tokens) - _PROMPT_TOKENS) // _SAMPLES for i in range(_SAMPLES)]

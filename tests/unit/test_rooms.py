@@ -37,7 +37,7 @@ ROOMS = {  # from the top: room -> most lines of code
     "doctor": 445,
     "races": 1075,
     "api": 195,
-    "commands": 1145,  # options' help in whole phrases
+    "commands": 1150,  # options' help in whole phrases
     "__main__": 10,
 }
 LONGEST_FILE = 400
